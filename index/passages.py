@@ -1,0 +1,66 @@
+"""Passages: what is embedded, indexed and shown as a search result."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from index.files import InputError
+from index.records import Record, read_records
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A document with its id; `content` is what a tower reads, as BEIR has it."""
+
+    id: str
+    title: str
+    text: str
+
+    @property
+    def content(self) -> str:
+        """Title and text joined by a space, stripped (the BEIR convention)."""
+        return f"{self.title} {self.text}".strip()
+
+
+def checked_id(value: object, place: str) -> str:
+    """The id as text. Ids stand one a line in files and between blanks in TREC runs, so neither may be in them.
+
+    Raises:
+        InputError: `value` is no text or number, is empty, or holds white space or a control character.
+    """
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise InputError(f"{place}: expected an id of text or a whole number, found {value!r:.60}")
+    text = str(value)
+    if not text or any(c.isspace() or unicodedata.category(c) == "Cc" for c in text):
+        raise InputError(f"{place}: expected an id without white space, found {text!r:.60}")
+    return text
+
+
+def parse_passage(record: Record) -> Passage:
+    """Read `_id` (or `id`), optional `title`, and `text` from a row.
+
+    Raises:
+        InputError: a column is missing or of the wrong type.
+    """
+    fields = record.fields
+    key = "_id" if "_id" in fields else "id"
+    if key not in fields:
+        raise InputError(f"{record.place}: expected a column '_id' or 'id', found {', '.join(fields) or 'none'}")
+    if "text" not in fields:
+        raise InputError(f"{record.place}: expected a column 'text', found {', '.join(fields)}")
+    texts = []
+    for column in ("title", "text"):
+        value = fields.get(column)
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{record.place}: expected text in column '{column}', found {type(value).__name__}")
+        texts.append(value or "")
+    return Passage(checked_id(fields[key], record.place), *texts)
+
+
+def read_passages(path: Path) -> Iterator[Passage]:
+    """Stream the passages of a JSONL, CSV, TSV or Parquet file. Duplicate ids are the store's to refuse."""
+    for record in read_records(path):
+        yield parse_passage(record)
