@@ -1,0 +1,124 @@
+"""BEIR folders: header or not, plain or compressed, and one-line errors with file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from beir.datasets.data_loader import GenericDataLoader
+
+from eval.beir import BeirDataset, read_qrels, read_queries
+from index.files import InputError
+
+HEADER = "query-id\tcorpus-id\tscore\n"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def lines(*rows: dict[str, str]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def folder_of(tmp_path: Path, qrels: str = HEADER + "q1\td1\t1\nq2\td2\t2\n", gz: str = "") -> Path:
+    folder = tmp_path / "toy"
+    write(folder / f"corpus.jsonl{gz}", lines(*({"_id": f"d{i}", "title": "t", "text": f"x{i}"} for i in (1, 2))))
+    write(folder / f"queries.jsonl{gz}", lines(*({"_id": f"q{i}", "text": f"ask {i}"} for i in (1, 2, 3))))
+    write(folder / "qrels" / f"test.tsv{gz}", qrels)
+    return folder
+
+
+@pytest.mark.parametrize("header", ["", HEADER, "query_id\tcorpus_id\tscore\n", "Query-ID\tCorpus-ID\tScore\r\n"])
+def test_first_line_is_data_unless_it_is_a_header(tmp_path: Path, header: str) -> None:
+    path = write(tmp_path / "test.tsv", header + "q1\td1\t1\nq1\td2\t0\n")
+    assert read_qrels(path) == {"q1": {"d1": 1, "d2": 0}}
+
+
+def test_trec_qrels_have_four_columns(tmp_path: Path) -> None:
+    assert read_qrels(write(tmp_path / "q.qrels", "q1 0 d1 1\nq1 0 d2 -1\n")) == {"q1": {"d1": 1, "d2": -1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEADER + "q1\td1\n", "test.tsv:2: expected 3 .* found 2"),
+        (HEADER + "q1\td1\t1\nq1\t0\td2\t1\n", "test.tsv:3: expected 3 columns, found 4"),
+        (HEADER + "q1\td1\t1\n\nq1\td2\tyes\n", "test.tsv:4: expected a whole number as grade, found 'yes'"),
+        (HEADER + "q1\td1\t0.5\n", "test.tsv:2: expected a whole number as grade, found '0.5'"),
+        (HEADER + HEADER, "test.tsv:2: expected a whole number"),
+        ("q1\td1\t1\nq1\td1\t2\n", "test.tsv:2: expected one grade for query q1, passage d1, found 1 and 2"),
+    ],
+)
+def test_bad_qrels_name_the_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        read_qrels(write(tmp_path / "test.tsv", text))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_judgement_twice_is_one(tmp_path: Path) -> None:
+    assert read_qrels(write(tmp_path / "test.tsv", "q1\td1\t1\nq1\td1\t1\n")) == {"q1": {"d1": 1}}
+
+
+def test_torn_gzip_and_wrong_encoding_are_named(tmp_path: Path) -> None:
+    whole = gzip.compress((HEADER + "q1\td1\t1\n" * 2000).encode())
+    (tmp_path / "test.tsv.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"test\.tsv\.gz:\d+: cannot be read"):
+        read_qrels(tmp_path / "test.tsv.gz")
+    (tmp_path / "latin.tsv").write_bytes("q1\té\t1\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.tsv:1: cannot be read"):
+        read_qrels(tmp_path / "latin.tsv")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"_id": "q1", "text": "a"}, {"_id": "q1", "text": "b"}], "queries.jsonl:2: expected each query id once"),
+        ([{"_id": "q1", "text": " "}], "queries.jsonl:1: expected text for query q1"),
+        ([{"_id": "q1"}], "queries.jsonl:1: expected a column 'text', found _id"),
+        ([{"text": "a"}], "queries.jsonl:1: expected a column '_id' or 'id', found text"),
+        ([{"_id": "q 1", "text": "a"}], "queries.jsonl:1: expected an id without white space"),
+    ],
+)
+def test_bad_queries_name_the_line(tmp_path: Path, rows: list[dict[str, str]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_queries(write(tmp_path / "queries.jsonl", lines(*rows)))
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_a_split_has_its_judged_queries_only(tmp_path: Path, gz: str) -> None:
+    data = BeirDataset.open(folder_of(tmp_path, gz=gz))
+    assert (data.name, data.split) == ("toy", "test")
+    assert data.queries == {"q1": "ask 1", "q2": "ask 2"}
+    assert data.qrels == {"q1": {"d1": 1}, "q2": {"d2": 2}}
+    assert [passage.content for passage in data.passages()] == ["t x1", "t x2"]
+    data.check(passage.id for passage in data.passages())
+
+
+def test_reads_what_the_beir_package_reads(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    corpus, queries, qrels = GenericDataLoader(str(folder)).load("test")
+    data = BeirDataset.open(folder)
+    assert (data.queries, data.qrels) == (queries, qrels)
+    assert {p.id: {"title": p.title, "text": p.text} for p in data.passages()} == corpus
+
+
+def test_dangling_ids_are_counted_and_the_first_named(tmp_path: Path) -> None:
+    data = BeirDataset.open(folder_of(tmp_path, HEADER + "q1\td1\t1\nq1\td8\t1\nq2\td9\t1\n"))
+    with pytest.raises(InputError, match=r"test\.tsv: expected passage ids .*d8, which is not there \(and 1 more\)"):
+        data.check(["d1", "d2"])
+    with pytest.raises(InputError, match=r"test\.tsv: expected ids of queries\.jsonl, found q7, which is not there$"):
+        BeirDataset.open(folder_of(tmp_path, HEADER + "q7\td1\t1\n"))
+
+
+def test_missing_files_and_empty_qrels_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        BeirDataset.open(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"expected qrels/dev\.tsv or qrels/dev\.tsv\.gz, found neither"):
+        BeirDataset.open(folder_of(tmp_path), "dev")
+    with pytest.raises(InputError, match=r"test\.tsv: expected judgements, found none"):
+        BeirDataset.open(folder_of(tmp_path, HEADER))
