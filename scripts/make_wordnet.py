@@ -210,7 +210,7 @@ all`), uncompressed:
     python scripts/make_wordnet.py subset --pos verb --out runs/wordnet-verbs
 
 ## Checksums
-sha256 of the uncompressed files here:
+sha256 of the uncompressed files here (as `subset --pos all` writes them):
 
 ```
 {sums}

@@ -120,6 +120,20 @@ def test_no_definition_is_in_two_splits_and_every_judgement_has_its_passage(make
     assert [len(data.queries) for data in splits.values()] == [93_285, 11_763, 11_642]
 
 
+def test_the_whole_subset_is_the_bundled_data_and_loads_in_the_beir_package(
+    make_wordnet: ModuleType, tmp_path: Path
+) -> None:
+    from beir.datasets.data_loader import GenericDataLoader
+
+    make_wordnet.subset(BUNDLED, "all", tmp_path / "all")
+    for name in NAMES:
+        assert (tmp_path / "all" / name).read_bytes() == gzip.decompress((BUNDLED / f"{name}.gz").read_bytes()), name
+    corpus, queries, qrels = GenericDataLoader(str(tmp_path / "all")).load("test")
+    data = BeirDataset.open(BUNDLED, "test")
+    assert (queries, qrels) == (data.queries, data.qrels)
+    assert {passage.id: {"title": passage.title, "text": passage.text} for passage in data.passages()} == corpus
+
+
 def test_subset_keeps_verbs_and_only_verbs(make_wordnet: ModuleType, tmp_path: Path) -> None:
     make_wordnet.subset(BUNDLED, "verb", tmp_path / "verbs")
     data = BeirDataset.open(tmp_path / "verbs", "test")
