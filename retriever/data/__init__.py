@@ -1,0 +1,1 @@
+"""Training data: sources, memory-mapped examples, the order of batches, and the batches themselves."""

@@ -1,0 +1,140 @@
+"""Examples on disk: every source is converted once into a memory-mapped Arrow file and read from there by row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from index.files import InputError, atomic_path, read_json, write_json
+from retriever.data.sources import Example, Notices, SourceConfig, read_examples, resolve_format, source_files
+
+VERSION = 1
+"""Raised when the conversion changes, so that files of an older one are not taken for its result."""
+BATCH_ROWS = 4096
+BATCH_CHARACTERS = 2**24
+
+
+class ExampleTable:
+    """The examples of one source, read by row from a memory-mapped file; picklable, so workers open their own.
+
+    Attributes:
+        name: path of the source, for messages.
+        notices: one line for each kind of row or text that was skipped or mended in the conversion.
+    """
+
+    name: str
+    notices: list[str]
+
+    def __init__(self, path: Path) -> None:
+        """Open a converted file.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        import pyarrow
+
+        self.path = path
+        about = read_json(path.with_suffix(".json"))
+        self.name, self.notices = about["source"]["path"], about["notices"]
+        try:
+            rows = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise InputError(f"{path}: cannot be read (remove it to convert {self.name} anew): {error}") from None
+        self._size = rows.num_rows
+        self._columns = [rows.column(name) for name in ("query", "positives", "negatives")]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, row: int) -> Example:
+        """The example of a row, 0 <= row < len(self)."""
+        if not 0 <= row < self._size:
+            raise IndexError(f"row {row} of {self._size}")
+        query, positives, negatives = (column[int(row)].as_py() for column in self._columns)
+        return Example(query, tuple(positives), tuple(negatives))
+
+    def __reduce__(self) -> tuple[type[ExampleTable], tuple[Path]]:
+        return ExampleTable, (self.path,)
+
+
+def open_source(config: SourceConfig, cache: Path, *, progress: Callable[[int], None] | None = None) -> ExampleTable:
+    """Open a source's examples, converting them into the folder `cache` unless that was done before.
+
+    The conversion takes constant memory, and its result is known by the source's path, columns and split and by the
+    size and modification time of its files. (A dataset of the Hugging Face hub is therefore read once; a pinned
+    revision or another `cache` reads it anew.) Several processes may do it at once.
+
+    Args:
+        progress: called with the number of rows converted since its last call.
+
+    Raises:
+        InputError: the source is missing, broken or empty; the message names the file and line.
+    """
+    about = _identity(config)
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+    path = cache / f"{key}.arrow"
+    # The description is written last: where it stands, the rows are whole.
+    if not (path.exists() and path.with_suffix(".json").exists()):
+        notices = Notices()
+        with atomic_path(path) as temporary:
+            rows = _write_rows(temporary, read_examples(config, notices), progress)
+            if rows == 0:
+                raise InputError(
+                    "; ".join([f"{config.path}: expected at least one example, found none", *notices.lines()])
+                )
+            if _identity(config) != about:
+                raise InputError(f"{config.path}: changed while it was read")
+        write_json(path.with_suffix(".json"), {**about, "rows": rows, "notices": notices.lines()})
+    return ExampleTable(path)
+
+
+def _identity(config: SourceConfig) -> dict[str, Any]:
+    """All that a conversion's result depends on."""
+    read = {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in ("weight", "query_prompt", "passage_prompt")
+    }
+    files = [
+        {"path": str(file.resolve()), "bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
+        for file in source_files(config)
+    ]
+    return {"version": VERSION, "source": {**read, "format": resolve_format(config)}, "files": files}
+
+
+def _write_rows(path: Path, examples: Iterable[Example], progress: Callable[[int], None] | None) -> int:
+    import pyarrow
+
+    # The large types have 64-bit offsets: a batch of huge texts may pass 2 GiB.
+    text = pyarrow.large_string()
+    schema = pyarrow.schema(
+        [("query", text), ("positives", pyarrow.large_list(text)), ("negatives", pyarrow.large_list(text))]
+    )
+    rows = 0
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
+        for group in _grouped(examples):
+            columns = zip(*((e.query, e.positives, e.negatives) for e in group), strict=True)
+            arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
+            rows += len(group)
+            if progress is not None:
+                progress(len(group))
+    return rows
+
+
+def _grouped(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Lists of at most BATCH_ROWS examples, closed early when their texts grow large."""
+    group: list[Example] = []
+    characters = 0
+    for example in examples:
+        group.append(example)
+        characters += sum(map(len, (example.query, *example.positives, *example.negatives)))
+        if len(group) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group

@@ -1,0 +1,165 @@
+"""Batches: the same whoever prepares them, and ids that leave no known answer among a query's negatives."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retriever.data.batches import BatchDataset, Prompts, TrainingBatch, batch_loader, false_negative_ids
+from retriever.data.schedule import BatchSchedule
+from retriever.data.sources import SourceConfig
+from retriever.data.table import ExampleTable, open_source
+
+
+def as_given(batch: TrainingBatch) -> TrainingBatch:
+    return batch
+
+
+def table(folder: Path, name: str, rows: int) -> ExampleTable:
+    path = folder / f"{name}.jsonl"
+    lines = (
+        {
+            "query": f"{name} {i}",
+            "positive": [f"{name} p{i}-{j}" for j in range(1 + i % 3)],
+            "negatives": [f"{name} n{i}-{j}" for j in range(i % 5)],
+        }
+        for i in range(rows)
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return open_source(SourceConfig(str(path)), folder / "cache")
+
+
+def dataset(
+    folder: Path, *, seed: int = 0, epochs: int = 2, negatives_per_query: int = 2
+) -> BatchDataset[TrainingBatch]:
+    tables = [table(folder, "a", 50), table(folder, "b", 23)]
+    schedule = BatchSchedule([len(t) for t in tables], batch_size=8, seed=seed, epochs=epochs)
+    prompts = [Prompts("query: ", "passage: "), Prompts()]
+    return BatchDataset(tables, schedule, as_given, prompts=prompts, negatives_per_query=negatives_per_query)
+
+
+def assert_equal(found: list[TrainingBatch], expected: list[TrainingBatch]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.source, one.queries, one.passages) == (other.source, other.queries, other.passages)
+        np.testing.assert_array_equal(one.query_ids, other.query_ids)
+        np.testing.assert_array_equal(one.passage_ids, other.passage_ids)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path, workers: int) -> None:
+    data = dataset(tmp_path)
+    assert_equal(list(batch_loader(data, workers=workers)), [data.batch(step) for step in range(len(data))])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_starting_at_a_step_equals_skipping_to_it(tmp_path: Path, workers: int) -> None:
+    whole = list(batch_loader(dataset(tmp_path)))
+    assert_equal(list(batch_loader(dataset(tmp_path), start=5, workers=workers)), whole[5:])
+    assert_equal(list(batch_loader(dataset(tmp_path), start=5, stop=7, workers=workers)), whole[5:7])
+
+
+def test_loading_leaves_the_global_random_states_alone(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    for workers in (0, 1):
+        assert len(list(batch_loader(data, workers=workers))) == len(data)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+
+
+def test_a_dataset_travels_to_a_started_process(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    assert_equal([pickle.loads(pickle.dumps(data)).batch(3)], [data.batch(3)])  # noqa: S301
+
+
+def test_a_batch_holds_each_querys_own_texts_with_prompts(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    for step in range(len(data)):
+        batch = data.batch(step)
+        name, query_prompt, passage_prompt = [("a", "query: ", "passage: "), ("b", "", "")][batch.source]
+        numbers = [int(text.removeprefix(f"{query_prompt}{name} ")) for text in batch.queries]
+        for number, positive in zip(numbers, batch.positives, strict=True):
+            assert positive.startswith(f"{passage_prompt}{name} p{number}-")
+        expected = [number for number in numbers for _ in range(min(2, number % 5))]
+        assert len(set(batch.negatives)) == len(batch.negatives) == len(expected)
+        for number, negative in zip(expected, batch.negatives, strict=True):
+            assert negative.startswith(f"{passage_prompt}{name} n{number}-")
+        assert len(batch.query_ids) == len(batch.queries)
+        assert len(batch.passage_ids) == len(batch.passages)
+
+
+def test_every_positive_and_negative_of_a_row_gets_its_turn(tmp_path: Path) -> None:
+    tables = [table(tmp_path, "a", 15)]
+    schedule = BatchSchedule([15], batch_size=15, seed=0, steps=60)
+    data = BatchDataset(tables, schedule, as_given, negatives_per_query=2)
+    seen = {text for step in range(60) for text in data.batch(step).passages}
+    examples = [tables[0][row] for row in range(15)]
+    assert seen == {text for example in examples for text in (*example.positives, *example.negatives)}
+
+
+def test_another_seed_gives_other_batches(tmp_path: Path) -> None:
+    assert dataset(tmp_path, seed=1).batch(0).queries != dataset(tmp_path, seed=2).batch(0).queries
+
+
+def test_no_negatives_unless_asked_for(tmp_path: Path) -> None:
+    assert dataset(tmp_path, negatives_per_query=0).batch(0).negatives == []
+
+
+def test_ids_tell_the_cases_apart() -> None:
+    queries = ["same", "same", "third", "fourth", "fifth"]
+    positives = ["p0", "p1", "p2", "p2", "p4"]
+    query_ids, passage_ids = false_negative_ids(queries, positives, ["p4", "n", "n"])
+    masked = query_ids[:, None] == passage_ids[None, :]
+    np.testing.assert_array_equal(
+        masked,
+        np.array(
+            [
+                [1, 1, 0, 0, 0, 0, 0, 0],  # the other positive of the same query text
+                [1, 1, 0, 0, 0, 0, 0, 0],
+                [0, 0, 1, 1, 0, 0, 0, 0],  # the same positive text
+                [0, 0, 1, 1, 0, 0, 0, 0],
+                [0, 0, 0, 0, 1, 1, 0, 0],  # somebody's hard negative
+            ],
+            dtype=bool,
+        ),
+    )
+    assert query_ids.dtype == passage_ids.dtype == np.int64
+
+
+def test_a_query_text_that_equals_a_passage_text_is_not_it() -> None:
+    query_ids, passage_ids = false_negative_ids(["a", "b"], ["b", "c"], ["a"])
+    np.testing.assert_array_equal(query_ids[:, None] == passage_ids, [[1, 0, 0], [0, 1, 0]])
+
+
+texts = st.sampled_from("abcdefgh")
+
+
+@given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=12), negatives=st.lists(texts, max_size=6))
+def test_no_pair_of_the_batch_is_left_among_the_negatives(pairs: list[tuple[str, str]], negatives: list[str]) -> None:
+    queries, positives = map(list, zip(*pairs, strict=True))
+    query_ids, passage_ids = false_negative_ids(queries, positives, negatives)
+    for i, query in enumerate(queries):
+        for j, passage in enumerate([*positives, *negatives]):
+            if (query, passage) in pairs:
+                assert query_ids[i] == passage_ids[j]
+            if passage not in positives:
+                assert query_ids[i] != passage_ids[j]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"), [({"negatives_per_query": -1}, "negatives_per_query"), ({"prompts": []}, "prompts")]
+)
+def test_a_bad_argument_is_named(tmp_path: Path, settings: dict, field: str) -> None:
+    schedule = BatchSchedule([10], batch_size=5, seed=0, steps=1)
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        BatchDataset([table(tmp_path, "a", 10)], schedule, as_given, **settings)
