@@ -1,0 +1,214 @@
+"""Optimizers, their parameter groups, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How parameters are updated."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adamw; or adafactor: factored second moments and a bf16 first moment, about a quarter of AdamW's memory."""
+    lr: float = 2e-5
+    """Learning rate at the end of the warm-up (fine-tuning: 1e-5 to 5e-5; from scratch: 1e-4 to 1e-3)."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices, times the learning rate (biases, norms and logit_scale have none)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and the second moment (contrastive pre-training: 0.9 0.98; Adafactor's recipe: 0.9 0.95)."""
+    eps: float | None = None
+    """Added against division by zero (none: 1e-8 for adamw, 1e-30 for adafactor)."""
+    warmup_fraction: float = 0.1
+    """Part of all steps in which the learning rate rises from zero, 0 to 1."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up: to zero at the last step, or not at all."""
+    max_grad_norm: float | None = 1.0
+    """Gradients of a larger L2 norm over all parameters are scaled down to it (none: never)."""
+
+    def __post_init__(self) -> None:
+        eps, norm = self.eps, self.max_grad_norm
+        checks = {
+            "name": (self.name in ("adamw", "adafactor"), "adamw or adafactor"),
+            "lr": (_positive(self.lr), "a positive number"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1"),
+            "eps": (eps is None or _positive(eps), "a positive number"),
+            "warmup_fraction": (0 <= self.warmup_fraction <= 1, "a fraction from 0 to 1"),
+            "schedule": (self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant"),
+            "max_grad_norm": (norm is None or _positive(norm), "a positive number"),
+        }
+        for field, (holds, expected) in checks.items():
+            if not holds:
+                raise ValueError(f"optim.{field}: expected {expected}, found {getattr(self, field)}")
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def lr_factor(step: int, total: int, config: OptimConfig) -> float:
+    """What `config.lr` is multiplied by in step 0 <= step < total.
+
+    Rises linearly over the first round(warmup_fraction · total) steps, 1/w, 2/w, … 1; then falls from 1 by half a
+    cosine or a line that would be zero at step `total`, or stays.
+    """
+    warmup = round(config.warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, total - warmup)
+    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of the parameters that train: matrices with weight decay; biases, norms and logit_scale without.
+
+    A parameter that appears under several names, as the weights of a shared tower do, is taken once.
+    """
+    decayed: dict[nn.Parameter, None] = {}
+    others: dict[nn.Parameter, None] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim > 1 and name.rpartition(".")[2] != "logit_scale"
+            (decayed if is_matrix else others)[parameter] = None
+    groups = [
+        {"params": list(decayed), "weight_decay": weight_decay},
+        {"params": list(others), "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimizer:
+    """The optimizer for `named_parameters()`, with weight-decay groups; AdamW fused where torch has that.
+
+    Raises:
+        ValueError: no parameter trains.
+    """
+    groups = parameter_groups(named, config.weight_decay)
+    if not groups:
+        raise ValueError("named: expected at least one parameter that requires a gradient")
+    if config.name == "adafactor":
+        return Adafactor(groups, lr=config.lr, betas=config.betas, eps=1e-30 if config.eps is None else config.eps)
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    eps = 1e-8 if config.eps is None else config.eps
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=eps, fused=devices <= {"cpu", "cuda"})
+
+
+class Adafactor(Optimizer):
+    """Adafactor as large vision and contrastive models are trained with it: close to Adam, at half its parameters'
+    size and less in memory.
+
+    With gradient g, t = 1, 2, …, and β₂ₜ = min(β₂, 1 − t^−0.8):
+
+        V = β₂ₜ V + (1 − β₂ₜ)(g² + eps)      a matrix keeps only V's row and column means r, c: V ≈ r cᵀ / mean(r)
+        u = g / √V,   u = u / max(1, RMS(u) / clip_threshold)
+        m = β₁ m + (1 − β₁) u                in bf16, rounded after the parameter has been updated with it
+        p = p (1 − lr · weight_decay) − lr · m
+
+    From Shazeer and Stern (arXiv 1804.04235), without its relative steps and parameter scaling, as changed by Zhai et
+    al. (Scaling Vision Transformers, arXiv 2106.04560, section 3.4) and used in arXiv 2410.17243. Unlike big_vision's,
+    weight decay is multiplied by the learning rate, as AdamW's is: its weight_decay 1e-4 at lr 1e-3 is 0.1 here.
+
+    Tensors of more dimensions are taken as matrices [first, rest]; those with a side under 32, and vectors, keep V
+    whole. Moments are float32 (float64 for float64 parameters); every state is a tensor or a number.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-30,
+        weight_decay: float = 0.0,
+        clip_threshold: float = 1.0,
+        momentum_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clip_threshold": clip_threshold},
+        )
+        self._momentum_dtype = momentum_dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        gradient = gradient.to(torch.promote_types(parameter.dtype, torch.float32))
+        if not state:
+            state.update(_zero_state(gradient, self._momentum_dtype))
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        beta2 = min(beta2, 1.0 - state["step"] ** -0.8)
+        update = _normalised(gradient, state, beta2, group["eps"])
+        rms = update.norm() / math.sqrt(update.numel())
+        update.div_((rms / group["clip_threshold"]).clamp(min=1.0))
+        momentum = update.lerp_(state["exp_avg"].to(update.dtype), beta1)
+        state["exp_avg"].copy_(momentum)
+        parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+        parameter.sub_((group["lr"] * momentum).to(parameter.dtype))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` gave, with every state in the dtype it has there.
+
+        torch would cast it to the parameter's: a bf16 parameter would round its float32 second moments.
+        """
+        super().load_state_dict(state_dict)
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                is_tensor = isinstance(value, Tensor)
+                self.state[parameter][name] = value.to(parameter.device, copy=True) if is_tensor else value
+
+
+def _as_matrix(tensor: Tensor) -> Tensor | None:
+    """The tensor as [first, rest] where that is worth factoring."""
+    if tensor.ndim < 2:
+        return None
+    matrix = tensor.reshape(tensor.shape[0], -1)
+    return matrix if min(matrix.shape) >= 32 else None
+
+
+def _zero_state(gradient: Tensor, momentum_dtype: torch.dtype) -> dict[str, Any]:
+    state = {"step": 0, "exp_avg": torch.zeros_like(gradient, dtype=momentum_dtype)}
+    matrix = _as_matrix(gradient)
+    if matrix is None:
+        return {**state, "exp_avg_sq": torch.zeros_like(gradient)}
+    rows, columns = matrix.shape
+    return {**state, "exp_avg_sq_row": matrix.new_zeros(rows), "exp_avg_sq_column": matrix.new_zeros(columns)}
+
+
+def _normalised(gradient: Tensor, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
+    """g / √V, after V has taken in g."""
+    matrix = _as_matrix(gradient)
+    if matrix is None:
+        state["exp_avg_sq"].lerp_(gradient.square().add_(eps), 1.0 - beta2)
+        return gradient * state["exp_avg_sq"].rsqrt()
+    square = matrix.square().add_(eps)
+    row, column = state["exp_avg_sq_row"], state["exp_avg_sq_column"]
+    row.lerp_(square.mean(dim=1), 1.0 - beta2)
+    column.lerp_(square.mean(dim=0), 1.0 - beta2)
+    update = matrix * (row / row.mean()).rsqrt()[:, None] * column.rsqrt()
+    return update.reshape(gradient.shape)
