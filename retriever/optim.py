@@ -163,11 +163,13 @@ class Adafactor(Optimizer):
         beta2 = min(beta2, 1.0 - state["step"] ** -0.8)
         update = _normalised(gradient, state, beta2, group["eps"])
         rms = update.norm() / math.sqrt(update.numel())
-        update.div_((rms / group["clip_threshold"]).clamp(min=1.0))
-        momentum = update.lerp_(state["exp_avg"].to(update.dtype), beta1)
+        clip = (group["clip_threshold"] / rms).clamp(max=1.0)
+        # In place, for a pass over a large matrix costs more than its arithmetic: the update becomes the new momentum.
+        momentum = update.mul_((1.0 - beta1) * clip).add_(state["exp_avg"], alpha=beta1)
         state["exp_avg"].copy_(momentum)
-        parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-        parameter.sub_((group["lr"] * momentum).to(parameter.dtype))
+        if group["weight_decay"]:
+            parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+        parameter.add_(momentum, alpha=-group["lr"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave, with every state in the dtype it has there.
@@ -206,9 +208,9 @@ def _normalised(gradient: Tensor, state: dict[str, Any], beta2: float, eps: floa
     if matrix is None:
         state["exp_avg_sq"].lerp_(gradient.square().add_(eps), 1.0 - beta2)
         return gradient * state["exp_avg_sq"].rsqrt()
-    square = matrix.square().add_(eps)
+    square = matrix.square()
     row, column = state["exp_avg_sq_row"], state["exp_avg_sq_column"]
-    row.lerp_(square.mean(dim=1), 1.0 - beta2)
-    column.lerp_(square.mean(dim=0), 1.0 - beta2)
-    update = matrix * (row / row.mean()).rsqrt()[:, None] * column.rsqrt()
-    return update.reshape(gradient.shape)
+    row.lerp_(square.mean(dim=1).add_(eps), 1.0 - beta2)
+    column.lerp_(square.mean(dim=0).add_(eps), 1.0 - beta2)
+    update = torch.mul(matrix, (row / row.mean()).rsqrt_()[:, None], out=square)
+    return update.mul_(column.rsqrt()).reshape(gradient.shape)

@@ -109,11 +109,8 @@ def _identity(config: SourceConfig) -> dict[str, Any]:
 def _write_rows(path: Path, examples: Iterable[Example], progress: Callable[[int], None] | None) -> int:
     import pyarrow
 
-    # The large types have 64-bit offsets: a batch of huge texts may pass 2 GiB.
-    text = pyarrow.large_string()
-    schema = pyarrow.schema(
-        [("query", text), ("positives", pyarrow.large_list(text)), ("negatives", pyarrow.large_list(text))]
-    )
+    text = pyarrow.string()
+    schema = pyarrow.schema([("query", text), ("positives", pyarrow.list_(text)), ("negatives", pyarrow.list_(text))])
     rows = 0
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
         for group in _grouped(examples):

@@ -98,13 +98,19 @@ def test_a_batch_holds_each_querys_own_texts_with_prompts(tmp_path: Path) -> Non
         assert len(batch.passage_ids) == len(batch.passages)
 
 
-def test_every_positive_and_negative_of_a_row_gets_its_turn(tmp_path: Path) -> None:
-    tables = [table(tmp_path, "a", 15)]
-    schedule = BatchSchedule([15], batch_size=15, seed=0, steps=60)
-    data = BatchDataset(tables, schedule, as_given, negatives_per_query=2)
-    seen = {text for step in range(60) for text in data.batch(step).passages}
-    examples = [tables[0][row] for row in range(15)]
-    assert seen == {text for example in examples for text in (*example.positives, *example.negatives)}
+def test_a_row_shows_other_positives_and_negatives_at_other_steps(tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"query": "q", "positive": ["a", "b", "c"], "negatives": ["u", "v", "w", "x"]}')
+    data = BatchDataset(
+        [open_source(SourceConfig(str(path)), tmp_path / "cache")],
+        BatchSchedule([1], batch_size=1, seed=0, epochs=40),
+        as_given,
+        negatives_per_query=2,
+    )
+    batches = [data.batch(step) for step in range(40)]
+    assert {text for batch in batches for text in batch.positives} == {"a", "b", "c"}
+    assert {text for batch in batches for text in batch.negatives} == {"u", "v", "w", "x"}
+    assert all(len(set(batch.negatives)) == 2 for batch in batches)
 
 
 def test_another_seed_gives_other_batches(tmp_path: Path) -> None:

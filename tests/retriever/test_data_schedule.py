@@ -33,18 +33,18 @@ def test_every_epoch_holds_every_row_once_and_no_batch_a_row_twice(
     assert len(set(rest.tolist())) == len(rest)
 
 
-@settings(deadline=None, max_examples=30)
-@given(sizes=st.lists(st.integers(5, 40), min_size=1, max_size=3), seed=st.integers(0, 99), data=st.data())
-def test_a_step_does_not_depend_on_the_steps_asked_for_before(sizes: list[int], seed: int, data: st.DataObject) -> None:
+@pytest.mark.parametrize("sizes", [[5], [6], [9], [10], [11], [23], [7, 30]])
+def test_a_step_does_not_depend_on_the_steps_asked_for_before(sizes: list[int]) -> None:
     def plan() -> BatchSchedule:
-        return BatchSchedule(sizes, batch_size=5, seed=seed, epochs=7)
+        return BatchSchedule(sizes, batch_size=5, seed=1, epochs=8)
 
-    in_order = [plan_rows for plan_rows in map(plan().rows, range(len(plan())))]
-    jumping = plan()
-    for step in data.draw(st.lists(st.integers(0, len(in_order) - 1), min_size=1, max_size=8)):
-        source, rows = jumping.rows(step)
-        assert source == in_order[step][0]
-        np.testing.assert_array_equal(rows, in_order[step][1])
+    forward, backward = plan(), plan()
+    in_order = [forward.rows(step) for step in range(len(forward))]
+    for step in reversed(range(len(forward))):
+        for schedule in (backward, plan()):
+            source, rows = schedule.rows(step)
+            assert source == in_order[step][0]
+            np.testing.assert_array_equal(rows, in_order[step][1])
 
 
 def test_the_order_differs_by_seed_epoch_and_source() -> None:

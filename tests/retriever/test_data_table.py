@@ -8,13 +8,14 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import retriever.data.table as table_module
 from index.files import InputError
-from retriever.data.sources import Example, SourceConfig
+from retriever.data.sources import Example, Notices, SourceConfig, read_examples
 from retriever.data.table import open_source
 
 
@@ -70,6 +71,19 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     with open(config.path, "a") as stream:
         stream.write("{broken\n")
     with pytest.raises(InputError, match=r"a\.jsonl:5001: expected JSON"):
+        open_source(config, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pairs(tmp_path / "a.jsonl", 5)
+
+    def read_and_change(config: SourceConfig, notices: Notices) -> Iterator[Example]:
+        yield from read_examples(config, notices)
+        pairs(tmp_path / "a.jsonl", 6)
+
+    monkeypatch.setattr(table_module, "read_examples", read_and_change)
+    with pytest.raises(InputError, match=r"a\.jsonl: changed while it was read"):
         open_source(config, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
