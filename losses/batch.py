@@ -1,0 +1,131 @@
+"""The checked tensors of one contrastive loss: what every implementation computes from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True)
+class ContrastiveBatch:
+    """Queries, passages, and which passage is whose positive.
+
+    query [M, D], passage [N, D]: same dtype and device. logit_scale: 0-dim, in `accumulator(query.dtype)`.
+    positive [M] int64. query_ids [M] and passage_ids [N] int64, or both None.
+    """
+
+    query: Tensor
+    passage: Tensor
+    logit_scale: Tensor
+    positive: Tensor
+    query_ids: Tensor | None
+    passage_ids: Tensor | None
+    symmetric: bool
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, sums and gradient accumulators: float64 for float64 embeddings, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def all_finite(*tensors: Tensor) -> Tensor:
+    """0-dim bool, without a copy of the tensors and without waiting for their device."""
+    extremes = [extreme for tensor in tensors for extreme in tensor.aminmax()]
+    return torch.stack(extremes).isfinite().all()
+
+
+def checked_batch(
+    query: Tensor,
+    passage: Tensor,
+    logit_scale: float | Tensor,
+    positive: Tensor | None,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    symmetric: bool,
+) -> ContrastiveBatch:
+    """Fill in the defaults and raise a ValueError that names the first argument that does not fit.
+
+    Values (a positive in range, a finite logit_scale) are checked for CPU tensors and Python numbers; looking at the
+    values of a CUDA tensor would wait for the device, so there only shape, dtype and device are checked.
+    """
+    _check_embeddings(query, passage)
+    scale = _checked_logit_scale(logit_scale, query)
+    positive = _checked_positive(positive, query, passage)
+    if passage_ids is None:
+        if query_ids is not None:
+            raise ValueError("query_ids needs passage_ids: ids of queries are compared with ids of passages")
+        return ContrastiveBatch(query, passage, scale, positive, None, None, symmetric)
+    passage_ids = _checked_indices("passage_ids", passage_ids, passage.shape[0], query.device)
+    if query_ids is None:
+        query_ids = passage_ids[positive]
+    else:
+        query_ids = _checked_indices("query_ids", query_ids, query.shape[0], query.device)
+    return ContrastiveBatch(query, passage, scale, positive, query_ids, passage_ids, symmetric)
+
+
+def _check_embeddings(query: Tensor, passage: Tensor) -> None:
+    for name, tensor in (("query", query), ("passage", passage)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, found {type(tensor).__name__}")
+        if tensor.dim() != 2 or 0 in tensor.shape:
+            raise ValueError(f"{name} must be a non-empty matrix [rows, dimensions], found shape {list(tensor.shape)}")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, found {tensor.dtype}")
+    if passage.shape[1] != query.shape[1]:
+        raise ValueError(f"passage has {passage.shape[1]} dimensions, query has {query.shape[1]}")
+    if passage.dtype != query.dtype:
+        raise ValueError(f"passage is {passage.dtype}, query is {query.dtype}")
+    if passage.device != query.device:
+        raise ValueError(f"passage is on {passage.device}, query is on {query.device}")
+
+
+def _checked_logit_scale(logit_scale: float | Tensor, query: Tensor) -> Tensor:
+    dtype = accumulator(query.dtype)
+    if not isinstance(logit_scale, Tensor):
+        if isinstance(logit_scale, bool) or not isinstance(logit_scale, int | float):
+            raise ValueError(f"logit_scale must be a number or a 0-dim tensor, found {type(logit_scale).__name__}")
+        if not math.isfinite(logit_scale):
+            raise ValueError(f"logit_scale must be finite, found {logit_scale}")
+        return torch.full((), logit_scale, dtype=dtype, device=query.device)
+    if logit_scale.dim() != 0 or logit_scale.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            "logit_scale must be a number or a 0-dim floating-point tensor, "
+            f"found shape {list(logit_scale.shape)} of {logit_scale.dtype}"
+        )
+    if logit_scale.device != query.device:
+        raise ValueError(f"logit_scale is on {logit_scale.device}, query is on {query.device}")
+    if logit_scale.device.type == "cpu" and not math.isfinite(logit_scale.item()):
+        raise ValueError(f"logit_scale must be finite, found {logit_scale.item()}")
+    return logit_scale.to(dtype)
+
+
+def _checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor) -> Tensor:
+    queries, passages = query.shape[0], passage.shape[0]
+    if positive is None:
+        if passages < queries:
+            raise ValueError(f"passage has {passages} rows, fewer than the {queries} queries: give positive")
+        return torch.arange(queries, device=query.device)
+    positive = _checked_indices("positive", positive, queries, query.device)
+    if positive.device.type == "cpu":
+        low, high = (int(extreme) for extreme in positive.aminmax())
+        if low < 0 or high >= passages:
+            raise ValueError(f"positive must index the {passages} passages, found {low if low < 0 else high}")
+    return positive
+
+
+def _checked_indices(name: str, tensor: Tensor, rows: int, device: torch.device) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be an integer tensor, found {type(tensor).__name__}")
+    if tensor.dtype not in INTEGER_DTYPES:
+        raise ValueError(f"{name} must be an integer tensor, found {tensor.dtype}")
+    if tensor.shape != (rows,):
+        raise ValueError(f"{name} must have shape [{rows}], found {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, query is on {device}")
+    return tensor.to(torch.int64)

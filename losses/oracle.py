@@ -1,0 +1,34 @@
+"""InfoNCE over the whole score matrix with plain autograd: what every other implementation is measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from losses.batch import ContrastiveBatch, all_finite
+from losses.precision import Precision, plain_arithmetic, rounded
+
+
+def full_matrix_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
+    """S = logit_scale · Q Kᵀ [M, N] in float32 (float64 for float64 embeddings), masked, then two log-softmaxes.
+
+    "tf32" is permission to round and is not used here; "bf16" rounds Q and K, and their gradient passes the rounding
+    unrounded. Memory is several times M·N.
+    """
+    with plain_arithmetic("fp32", batch.query.device):
+        query, passage = (_through_rounding(side, precision) for side in (batch.query, batch.passage))
+        scores = batch.logit_scale * (query @ passage.T)
+        own = (torch.arange(scores.shape[0], device=scores.device), batch.positive)
+        if batch.query_ids is not None and batch.passage_ids is not None:
+            masked = batch.query_ids[:, None] == batch.passage_ids
+            masked[own] = False
+            scores = scores.masked_fill(masked, -torch.inf)
+        loss = -scores.log_softmax(1)[own].mean()
+        if batch.symmetric:
+            loss = (loss - scores.log_softmax(0)[own].mean()) / 2
+        return torch.where(all_finite(batch.query, batch.passage), loss, torch.nan)
+
+
+def _through_rounding(side: Tensor, precision: Precision) -> Tensor:
+    wide = side.to(rounded(side[:1], precision).dtype)
+    return wide + (rounded(side.detach(), precision) - wide.detach())

@@ -1,0 +1,164 @@
+"""What inf_cl_loss, InfCLLoss and clip_loss refuse, and how precision follows the inputs."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from losses import InfCLLoss, clip_loss, inf_cl_loss
+from losses.precision import resolve_precision
+
+QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
+
+
+@pytest.mark.parametrize(
+    ("named", "changed"),
+    [
+        ("query must be a tensor", {"query": [[1.0]]}),
+        ("query must be a non-empty matrix", {"query": torch.ones(4)}),
+        ("query must be a non-empty matrix", {"query": torch.ones(0, 4)}),
+        ("query must be float32", {"query": torch.ones(3, 4, dtype=torch.int64)}),
+        ("passage must be a non-empty matrix", {"passage": torch.ones(5, 4, 1)}),
+        ("passage must be float32", {"passage": torch.ones(5, 4, dtype=torch.complex64)}),
+        ("passage has 6 dimensions, query has 4", {"passage": torch.ones(5, 6)}),
+        ("passage is torch.float16, query is torch.float32", {"passage": PASSAGE.half()}),
+        ("passage is on meta, query is on cpu", {"passage": PASSAGE.to("meta")}),
+        ("passage has 2 rows, fewer than the 3 queries", {"passage": torch.ones(2, 4)}),
+        ("logit_scale must be finite, found nan", {"logit_scale": math.nan}),
+        ("logit_scale must be finite, found inf", {"logit_scale": torch.tensor(math.inf)}),
+        ("logit_scale must be a number", {"logit_scale": "20"}),
+        ("logit_scale must be a number", {"logit_scale": True}),
+        ("logit_scale must be a number", {"logit_scale": torch.ones(1)}),
+        ("logit_scale must be a number", {"logit_scale": torch.tensor(3)}),
+        ("logit_scale is on meta", {"logit_scale": torch.ones((), device="meta")}),
+        ("positive must be an integer tensor, found list", {"positive": [0, 1, 2]}),
+        ("positive must be an integer tensor, found torch.float32", {"positive": torch.ones(3)}),
+        ("positive must be an integer tensor, found torch.bool", {"positive": torch.ones(3, dtype=torch.bool)}),
+        ("positive must have shape [3], found [2]", {"positive": torch.zeros(2, dtype=torch.int64)}),
+        ("positive must index the 5 passages, found 5", {"positive": torch.tensor([0, 5, 2])}),
+        ("positive must index the 5 passages, found -1", {"positive": torch.tensor([0, -1, 2])}),
+        ("positive is on meta", {"positive": torch.zeros(3, dtype=torch.int64, device="meta")}),
+        ("passage_ids must have shape [5], found [3]", {"passage_ids": torch.arange(3)}),
+        ("passage_ids must be an integer tensor", {"passage_ids": torch.rand(5)}),
+        ("passage_ids is on meta", {"passage_ids": torch.arange(5, device="meta")}),
+        ("query_ids must have shape [3], found [5]", {"query_ids": torch.arange(5), "passage_ids": torch.arange(5)}),
+        ("query_ids needs passage_ids", {"query_ids": torch.arange(3)}),
+        ("group must be None", {"group": object()}),
+        ("precision must be one of auto, fp32, tf32, bf16", {"precision": "fp8"}),
+        ("precision 'bf16' does not apply to float64", {"query": QUERY.double(), "passage": PASSAGE.double(),
+                                                         "precision": "bf16"}),
+        ("implementation must be one of auto, full, chunked", {"implementation": "triton"}),
+        ("workspace_mib must be a positive number of MiB, found 0", {"workspace_mib": 0}),
+        ("workspace_mib must be a positive number of MiB, found nan", {"workspace_mib": math.nan}),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(named: str, changed: dict[str, Any]) -> None:
+    arguments = {"query": QUERY, "passage": PASSAGE, "logit_scale": 10.0} | changed
+    with pytest.raises(ValueError, match="^" + re.escape(named)) as refused:
+        inf_cl_loss(arguments.pop("query"), arguments.pop("passage"), **arguments)
+    assert "\n" not in str(refused.value)
+
+
+def test_precision_auto_follows_dtype_and_autocast() -> None:
+    assert resolve_precision("auto", torch.ones(1, 1)) == "fp32"
+    assert resolve_precision("auto", torch.ones(1, 1, dtype=torch.bfloat16)) == "bf16"
+    assert resolve_precision("auto", torch.ones(1, 1, dtype=torch.float16)) == "tf32"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert resolve_precision("auto", torch.ones(1, 1)) == "bf16"
+        assert resolve_precision("fp32", torch.ones(1, 1)) == "fp32"
+
+
+@pytest.mark.parametrize("implementation", ["full", "chunked"])
+def test_bf16_rounds_the_operands_and_nothing_else(implementation: Any) -> None:
+    """The loss of rounded embeddings to float32 accuracy, also inside autocast, which rounds whole scores."""
+    torch.manual_seed(0)
+    query, passage = (normalize(torch.randn(rows, 16), dim=1).requires_grad_() for rows in (33, 47))
+    rounded = [side.detach().bfloat16().double().requires_grad_() for side in (query, passage)]
+    truth = inf_cl_loss(*rounded, logit_scale=50.0, symmetric=True, implementation="full")
+    expected = torch.autograd.grad(truth, rounded)
+    options: dict[str, Any] = {"logit_scale": 50.0, "symmetric": True, "implementation": implementation}
+    asked = inf_cl_loss(query, passage, precision="bf16", workspace_mib=2**-7, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        followed = inf_cl_loss(query, passage, workspace_mib=2**-7, **options)
+    found = torch.autograd.grad(followed, (query, passage))
+    assert asked.item() == followed.item() == pytest.approx(float(truth), abs=2e-6)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_autocast_around_forward_and_backward_leaves_fp32_tiles_alone() -> None:
+    torch.manual_seed(0)
+    query, passage = (normalize(torch.randn(rows, 16), dim=1).requires_grad_() for rows in (33, 47))
+    outside = inf_cl_loss(query, passage, logit_scale=50.0)
+    expected = torch.autograd.grad(outside, (query, passage))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = inf_cl_loss(query, passage, logit_scale=50.0, precision="fp32")
+        found = torch.autograd.grad(inside, (query, passage))
+    assert inside.item() == outside.item()
+    assert all(map(torch.equal, found, expected))
+
+
+def test_clip_loss_is_the_symmetric_infonce() -> None:
+    torch.manual_seed(0)
+    query, passage = (normalize(torch.randn(19, 8, dtype=torch.float64), dim=1) for _ in range(2))
+    expected = inf_cl_loss(query, passage, logit_scale=14.0, symmetric=True)
+    torch.testing.assert_close(clip_loss(query, passage, logit_scale=14.0), expected)
+    with pytest.raises(ValueError, match=r"^passage has 19 rows, query has 18"):
+        clip_loss(query[:18], passage, logit_scale=14.0)
+    with pytest.raises(ValueError, match=r"^logit_scale must be finite"):
+        clip_loss(query, passage, logit_scale=math.inf)
+
+
+def test_module_equals_the_function_and_learns_its_scale() -> None:
+    torch.manual_seed(0)
+    query, passage = (normalize(torch.randn(9, 8), dim=1) for _ in range(2))
+    module = InfCLLoss(logit_scale=14.0, symmetric=True)
+    scale = torch.tensor(14.0, requires_grad=True)
+    expected = inf_cl_loss(query, passage, logit_scale=scale, symmetric=True)
+    expected.backward()
+    loss = module(query, passage)
+    loss.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    # d/d log s = s · d/ds
+    assert float(module.log_logit_scale.grad) == pytest.approx(14.0 * float(scale.grad), rel=1e-5)
+    assert list(module.state_dict()) == ["log_logit_scale"]
+    assert not InfCLLoss(learnable=False).log_logit_scale.requires_grad
+
+
+def test_a_clamped_scale_stays_at_the_clamp_and_comes_back() -> None:
+    module = InfCLLoss(logit_scale=49.0, max_logit_scale=50.0)
+    step = torch.optim.SGD(module.parameters(), lr=1.0)
+    matched = torch.eye(2)
+    mismatched = matched.flip(0)
+    with torch.no_grad():
+        module.log_logit_scale.fill_(math.log(80.0))
+    assert float(module.logit_scale.detach()) == pytest.approx(50.0)
+    # Rows agree but for a rival: a larger scale would lower the loss, and that push is dropped.
+    rival = torch.nn.functional.normalize(torch.tensor([[1.0, 0.97], [0.97, 1.0]]), dim=1)
+    module(matched, rival).backward()
+    assert float(module.log_logit_scale.grad) == 0
+    module.zero_grad()
+    module(matched, mismatched).backward()
+    assert float(module.log_logit_scale.grad) > 0
+    step.step()
+    assert float(module.logit_scale.detach()) < 50.0
+
+
+@pytest.mark.parametrize(
+    ("named", "options"),
+    [
+        ("max_logit_scale", {"max_logit_scale": 0.0}),
+        ("max_logit_scale", {"max_logit_scale": math.inf}),
+        ("logit_scale", {"logit_scale": 0.0}),
+        ("logit_scale", {"logit_scale": 101.0}),
+        ("logit_scale", {"logit_scale": math.nan}),
+    ],
+)
+def test_module_names_what_does_not_fit(named: str, options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"^{named} must be"):
+        InfCLLoss(**options)

@@ -1,0 +1,63 @@
+"""Measured memory: the tiled loss of a large batch stays within inputs, gradients and its workspace."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own, because the peak resident size of a process never falls.
+MEASURED = """
+import json, resource, sys
+import torch
+from losses import inf_cl_loss
+
+pairs, dims, workspace_mib, ids = (int(argument) for argument in sys.argv[1:])
+torch.set_num_threads(1)
+
+def step(pairs, workspace_mib):
+    query, passage = (torch.nn.functional.normalize(torch.randn(pairs, dims), dim=1) for _ in range(2))
+    query.requires_grad_(), passage.requires_grad_()
+    scale = torch.tensor(20.0, requires_grad=True)
+    passage_ids = torch.arange(pairs) // 2 if ids else None
+    before = peak()
+    loss = inf_cl_loss(
+        query, passage, logit_scale=scale, symmetric=True, passage_ids=passage_ids, workspace_mib=workspace_mib,
+        implementation="chunked",
+    )
+    loss.backward()
+    assert loss.isfinite() and query.grad.isfinite().all() and passage.grad.isfinite().all()
+    return peak() - before
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+step(256, 1)
+print(json.dumps(step(pairs, workspace_mib)))
+"""
+
+
+def peak_growth_mib(pairs: int, dims: int, workspace_mib: int, ids: bool) -> float:
+    arguments = [str(int(value)) for value in (pairs, dims, workspace_mib, ids)]
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True, timeout=240
+    )
+    return float(json.loads(measured.stdout))
+
+
+@pytest.mark.timeout(300)
+def test_peak_memory_of_32768_pairs_is_gradients_and_workspace() -> None:
+    pairs, dims, workspace_mib = 32_768, 64, 64
+    gradients_mib = 2 * pairs * dims * 4 / 2**20
+    vectors_mib = 20 * pairs * 8 / 2**20
+    growth = peak_growth_mib(pairs, dims, workspace_mib, ids=False)
+    # The full matrix alone is 4096 MiB.
+    assert growth <= gradients_mib + vectors_mib + workspace_mib + 16
+
+
+def test_peak_memory_follows_the_workspace_asked_for() -> None:
+    pairs, dims = 6_000, 32
+    gradients_mib = 2 * pairs * dims * 4 / 2**20
+    assert peak_growth_mib(pairs, dims, 2, ids=True) <= gradients_mib + 20 * pairs * 8 / 2**20 + 2 + 6
