@@ -4,55 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """How parameters are updated."""
-
-    name: Literal["adamw", "adafactor"] = "adamw"
-    """adamw; or adafactor: factored second moments and a bf16 first moment, about a quarter of AdamW's memory."""
-    lr: float = 2e-5
-    """Learning rate at the end of the warm-up (fine-tuning: 1e-5 to 5e-5; from scratch: 1e-4 to 1e-3)."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of matrices, times the learning rate (biases, norms and logit_scale have none)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and the second moment (contrastive pre-training: 0.9 0.98; Adafactor's recipe: 0.9 0.95)."""
-    eps: float | None = None
-    """Added against division by zero (none: 1e-8 for adamw, 1e-30 for adafactor)."""
-    warmup_fraction: float = 0.1
-    """Part of all steps in which the learning rate rises from zero, 0 to 1."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up: to zero at the last step, or not at all."""
-    max_grad_norm: float | None = 1.0
-    """Gradients of a larger L2 norm over all parameters are scaled down to it (none: never)."""
-
-    def __post_init__(self) -> None:
-        eps, norm = self.eps, self.max_grad_norm
-        checks = {
-            "name": (self.name in ("adamw", "adafactor"), "adamw or adafactor"),
-            "lr": (_positive(self.lr), "a positive number"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
-            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1"),
-            "eps": (eps is None or _positive(eps), "a positive number"),
-            "warmup_fraction": (0 <= self.warmup_fraction <= 1, "a fraction from 0 to 1"),
-            "schedule": (self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant"),
-            "max_grad_norm": (norm is None or _positive(norm), "a positive number"),
-        }
-        for field, (holds, expected) in checks.items():
-            if not holds:
-                raise ValueError(f"optim.{field}: expected {expected}, found {getattr(self, field)}")
-
-
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf
+from retriever.config import OptimConfig
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:

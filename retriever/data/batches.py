@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable
+from retriever.interrupt import leave_signals_to_the_parent
 
 T = TypeVar("T")
 
@@ -166,6 +167,7 @@ def batch_loader(
         collate_fn=_unchanged,
         generator=torch.Generator(),
         prefetch_factor=ahead if workers else None,
+        worker_init_fn=leave_signals_to_the_parent if workers else None,
     )
 
 

@@ -1,0 +1,116 @@
+"""Checkpoints: tensors as safetensors, numbers as JSON, checksums over both; whole or absent."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from index.files import InputError, atomic_folder, read_json, write_json
+from index.manifest import CHECKPOINT, FileEntry, Manifest, read_manifest, verify_files, write_manifest
+
+
+@dataclass
+class TrainState:
+    """What a run has reached, beside its tensors; the random numbers of a step follow from the seed and the step."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    dev_step: int = -1
+    """Step of the last dev evaluation."""
+    best_score: float | None = None
+    """Best dev nDCG@10; the model folder holds that model."""
+    best_step: int = 0
+    """Step of the best dev evaluation."""
+    evaluations_without_gain: int = 0
+    """Dev evaluations since the best one."""
+    sources: tuple[str, ...] = ()
+    """Fingerprints of the data sources; a run goes on only with the same data."""
+    scaler: dict[str, float] | None = None
+    """The loss scale of fp16 training and its counter."""
+
+
+def save_checkpoint(
+    folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: TrainState
+) -> None:
+    """Write modules, optimizer state and `state` to `folder`, atomically."""
+    with atomic_folder(folder) as temporary:
+        for name, module in modules.items():
+            _save_tensors(module.state_dict(), temporary / f"{name}.safetensors")
+        tensors, numbers = _optimizer_state(optimizer)
+        _save_tensors(tensors, temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"train": vars(state), "optimizer": numbers})
+        files = {path.name: FileEntry.of(path) for path in sorted(temporary.iterdir())}
+        write_manifest(Manifest(temporary, CHECKPOINT, {"step": state.step}, files))
+
+
+def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> TrainState:
+    """Put a checkpoint's tensors into the modules and the optimizer, on the devices they are on.
+
+    Raises:
+        InputError: the checkpoint is torn, or was made with another model or optimizer.
+    """
+    verify_files(read_manifest(folder, CHECKPOINT), "hash")
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        except (RuntimeError, FileNotFoundError) as error:
+            raise InputError(f"{folder}: does not fit this run's {name}: {str(error).splitlines()[0]}") from None
+    saved = read_json(folder / "state.json")
+    _restore_optimizer(optimizer, {**load_file(folder / "optimizer.safetensors"), **saved["optimizer"]})
+    fields = saved["train"]
+    return TrainState(**{**fields, "sources": tuple(fields["sources"])})
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint of the highest step, or none."""
+    found = _all_checkpoints(checkpoints)
+    return found[-1] if found else None
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step is kept."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def prune_checkpoints(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest `keep`."""
+    for folder in _all_checkpoints(checkpoints)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def _all_checkpoints(checkpoints: Path) -> list[Path]:
+    if not checkpoints.is_dir():
+        return []
+    return sorted(path for path in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    # Tied weights share memory, which safetensors refuses; a copy each is what load_state_dict expects.
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Tensors and numbers of the optimizer's state, keyed "parameter number/entry"."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, float] = {}
+    for parameter, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            place: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
+            place[f"{parameter}/{name}"] = value
+    return tensors, numbers
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, entries: dict[str, Any]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in entries.items():
+        parameter, _, name = key.partition("/")
+        state.setdefault(int(parameter), {})[name] = value
+    # The settings of the groups (rates, decay) are the configuration's.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

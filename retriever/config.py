@@ -1,0 +1,296 @@
+"""What a training run is: frozen dataclasses, read from YAML, overridden by flags, written beside the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from tyro.conf import Suppress
+
+from index.files import InputError, atomic_path
+from retriever.data.sources import SourceConfig
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be meant; the command line answers with exit code 2."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The towers: where their weights come from and how a text becomes one vector."""
+
+    name: str = ""
+    """A sentence-transformers folder, or a Hugging Face encoder: a local path or a hub name."""
+    architecture: Annotated[dict[str, Any] | None, Suppress] = None
+    """From scratch instead: the fields of a Hugging Face configuration, `model_type` among them (YAML only)."""
+    tokenizer: str | None = None
+    """Tokenizer of a from-scratch model: a local path or a hub name."""
+    pooling: Literal["mean", "cls", "lasttoken"] | None = None
+    """How token vectors become one; empty keeps what the folder says, or takes the mean."""
+    projection: int | None = None
+    """Dimensions of a linear projection after pooling; empty for none."""
+    normalize: bool = True
+    """Scale embeddings to unit length (a folder that already does keeps doing so)."""
+    shared: bool = True
+    """One tower for queries and passages, or two that start from the same weights."""
+    max_length: int | None = None
+    """Longest text in tokens; empty keeps the model's own limit."""
+    dropout: float | None = None
+    """Dropout while training, everywhere in the towers; empty keeps the model's own."""
+    query_prompt: str | None = None
+    """Text before every query, saved with the model; empty keeps the folder's."""
+    passage_prompt: str | None = None
+    """Text before every passage, saved with the model; empty keeps the folder's."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pairs come from."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """The sources; each batch is drawn from one of them, chosen by weight."""
+    negatives: int = 0
+    """Hard negatives a query, from the sources' `negatives` columns."""
+    workers: int = 1
+    """Processes that read and tokenize ahead; 0 for none. The order of the data does not depend on it."""
+    cache: str | None = None
+    """Folder for the memory-mapped copies of the sources; empty for one inside the run."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The contrastive loss."""
+
+    name: Literal["inf_cl", "clip"] = "inf_cl"
+    """inf_cl: tiled, memory linear in the batch. clip: the full matrix, symmetric; the baseline of the literature."""
+    symmetric: bool = False
+    """Also classify each passage's query among all queries."""
+    logit_scale: float = 20.0
+    """Initial 1/temperature."""
+    learn_logit_scale: bool = False
+    """Train the scale with the towers, in the log domain."""
+    max_logit_scale: float = 100.0
+    """Upper clamp of the scale."""
+    implementation: Literal["auto", "full", "chunked"] = "auto"
+    """How inf_cl is computed; auto chooses by device and size."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Operands of the loss's matrix products; accumulation is fp32."""
+    workspace_mib: int = 256
+    """Memory for the tiles of the similarity matrix, in MiB."""
+    mask_duplicates: bool = True
+    """A passage equal to a query's own positive is no negative of that query."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.logit_scale <= self.max_logit_scale:
+            raise ValueError(
+                f"loss.logit_scale: expected a number over 0 and at most max_logit_scale "
+                f"({self.max_logit_scale}), found {self.logit_scale}"
+            )
+        if self.workspace_mib < 1:
+            raise ValueError(f"loss.workspace_mib: expected at least 1, found {self.workspace_mib}")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How parameters are updated."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adamw; or adafactor: factored second moments and a bf16 first moment, about a quarter of AdamW's memory."""
+    lr: float = 2e-5
+    """Learning rate at the end of the warm-up (fine-tuning: 1e-5 to 5e-5; from scratch: 1e-4 to 1e-3)."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices, times the learning rate (biases, norms and logit_scale have none)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and the second moment (contrastive pre-training: 0.9 0.98; Adafactor's recipe: 0.9 0.95)."""
+    eps: float | None = None
+    """Added against division by zero (none: 1e-8 for adamw, 1e-30 for adafactor)."""
+    warmup_fraction: float = 0.1
+    """Part of all steps in which the learning rate rises from zero, 0 to 1."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up: to zero at the last step, or not at all."""
+    max_grad_norm: float | None = 1.0
+    """Gradients of a larger L2 norm over all parameters are scaled down to it (none: never)."""
+
+    def __post_init__(self) -> None:
+        eps, norm = self.eps, self.max_grad_norm
+        checks = {
+            "name": (self.name in ("adamw", "adafactor"), "adamw or adafactor"),
+            "lr": (_positive(self.lr), "a positive number"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1"),
+            "eps": (eps is None or _positive(eps), "a positive number"),
+            "warmup_fraction": (0 <= self.warmup_fraction <= 1, "a fraction from 0 to 1"),
+            "schedule": (self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant"),
+            "max_grad_norm": (norm is None or _positive(norm), "a positive number"),
+        }
+        for name, (holds, expected) in checks.items():
+            if not holds:
+                raise ValueError(f"optim.{name}: expected {expected}, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class DevConfig:
+    """Evaluation while training; the model that does best on it is the one kept."""
+
+    path: str = ""
+    """BEIR folder; empty for no evaluation, and the last model is kept."""
+    split: str = "dev"
+    """Which qrels of the folder."""
+    every: int = 500
+    """Steps between evaluations; one follows the last step in any case."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a better nDCG@10; empty for never."""
+    max_queries: int | None = None
+    """Evaluate on the first so many queries of the split, by id; the corpus is always whole."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "patience", "max_queries"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"dev.{name}: expected at least 1, found {value}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a dense retriever. Defaults suit fine-tuning a small encoder; `--help` lists every field."""
+
+    out: str = "runs/retriever"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, model/."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    dev: DevConfig = field(default_factory=DevConfig)
+    batch_size: int = 256
+    """Queries an optimizer step; every other passage of the batch is a negative."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    seed: int = 0
+    """Of data order, dropout and new weights."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the towers; bf16 and fp16 by autocast over fp32 weights. auto: bf16 where the hardware has it."""
+    micro_batch_tokens: int = 16384
+    """Tokens, padding included, that pass through the towers at once; bounds the memory of activations."""
+    gradient_checkpointing: bool = False
+    """Recompute activations inside the towers: less memory, about a third more time."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the newest."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files to the run's folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, found {self.steps}")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs: expected more than 0, found {self.epochs}")
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a YAML file into a TrainConfig.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key (the nearest known one is named), or a wrong type.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text: {error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: expected YAML, found: {getattr(error, 'problem', None) or error}") from None
+    return _build(TrainConfig, {} if tree is None else tree, str(path), "")
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved configuration, atomically, as YAML that `load_config` reads back to an equal one."""
+    tree = dataclasses.asdict(config)
+    tree["data"]["sources"] = list(tree["data"]["sources"])
+    tree["optim"] = {key: list(value) if isinstance(value, tuple) else value for key, value in tree["optim"].items()}
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _build(kind: Any, tree: Any, file: str, where: str) -> Any:
+    """Make a dataclass of the tree below the key `where`, refusing unknown keys and wrong types."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: {where or 'the file'}: expected keys and values, found {_shown(tree)}")
+    known = typing.get_type_hints(kind)
+    values = {}
+    for key, value in tree.items():
+        place = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{file}: {place}: unknown key; {hint}")
+        values[key] = _convert(known[key], value, file, place)
+    try:
+        return kind(**values)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        # The dataclass's own check, which names the field.
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _convert(kind: Any, value: Any, file: str, place: str) -> Any:
+    """Check `value` against a field's type; whole numbers serve as floats, and so does YAML's text '1e-4'."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(inner, value, file, place)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, file, place)
+    if origin is tuple and isinstance(value, list):
+        inner = arguments[0] if arguments[-1] is Ellipsis else None
+        if inner is None and len(value) != len(arguments):
+            raise ConfigError(f"{file}: {place}: expected {len(arguments)} values, found {len(value)}")
+        kinds = [inner] * len(value) if inner is not None else list(arguments)
+        return tuple(_convert(k, v, file, f"{place}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{file}: {place}: expected one of {', '.join(map(str, arguments))}, found {_shown(value)}")
+    if origin is dict and isinstance(value, dict):
+        return value
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    expected = "a list" if origin is tuple else getattr(origin or kind, "__name__", kind)
+    raise ConfigError(f"{file}: {place}: expected {expected}, found {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.40} ({type(value).__name__})"

@@ -1,0 +1,70 @@
+"""Where and in what arithmetic the towers run."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from index.files import InputError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes CUDA where there is one.
+
+    Raises:
+        InputError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device: expected auto, cpu or cuda[:number], found {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {name!r} is not on this machine ({torch.cuda.device_count()} CUDA devices)")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu or cuda[:number], found {name!r}")
+    return device
+
+
+def choose_precision(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
+    """The arithmetic of that name; "auto" is bf16 where the hardware multiplies it natively, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        # Elsewhere a CPU emulates bf16, twenty times slower than fp32.
+        native = "avx512_bf16" in _cpu_flags()
+    return "bf16" if native else "fp32"
+
+
+def _cpu_flags() -> set[str]:
+    """What Linux says of the processor; nothing on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
+    """The towers' arithmetic: nothing for fp32, autocast for bf16 and fp16."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, AUTOCAST_DTYPES[precision])
+
+
+def memory_mib(device: torch.device) -> float:
+    """Memory in use, MiB: the peak of torch's allocator on a GPU, this process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return psutil.Process().memory_info().rss / 2**20

@@ -1,0 +1,113 @@
+"""Texts to embeddings: a list in memory, or a corpus of any size to the sharded store."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.files import sha256_file
+from index.passages import Passage
+from retriever.device import Precision, autocast
+from retriever.packing import pack
+from retriever.towers import Side, Towers
+
+# Passages read, tokenized and sorted by length at a time: enough for micro-batches of even length.
+WINDOW = 8192
+
+
+def corpus_source(path: Path) -> dict[str, str]:
+    """What identifies a corpus file to the store, so that a changed file is not taken for the one embedded."""
+    return {"path": str(path.resolve()), "sha256": sha256_file(path)}
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How texts pass through the towers."""
+
+    precision: Precision = "fp32"
+    """fp32, or bf16 / fp16 by autocast."""
+    micro_batch_tokens: int = 16384
+    """Most tokens at once, padding included."""
+
+
+def embed_texts(
+    towers: Towers,
+    texts: Sequence[str],
+    side: Side,
+    options: EncodeOptions,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Embeddings of texts, in their order, with the model's prompt for that side.
+
+    Args:
+        towers: in evaluation mode, on the device to use.
+        texts: without prompts.
+        side: "query" or "document".
+        options: arithmetic and micro-batch size; they change the vectors by rounding only.
+        progress: called with the number of texts done since the last call.
+
+    Returns:
+        float32 [texts, dimension].
+    """
+    prompt = towers.prompt(side)
+    tokenizer = towers.tokenizer(side)
+    tokens = tokenizer([prompt + text for text in texts] if prompt else texts)
+    device = next(towers.parameters()).device
+    embeddings = np.empty((len(texts), towers.dimension), dtype=np.float32)
+    with torch.inference_mode(), autocast(device, options.precision):
+        for rows in pack(tokens.lengths, options.micro_batch_tokens):
+            features = {name: tensor.to(device) for name, tensor in tokenizer.pad(tokens, rows).items()}
+            embeddings[rows] = towers(features, side).cpu().numpy()
+            if progress is not None:
+                progress(len(rows))
+    return embeddings
+
+
+def encode_passages(
+    towers: Towers,
+    passages: Iterable[Passage],
+    out: Path,
+    options: EncodeOptions,
+    *,
+    source: dict[str, str],
+    dtype: Literal["float32", "float16"] = "float32",
+    shard_rows: int = 65536,
+    progress: Callable[[int], None] | None = None,
+) -> EmbeddingStore:
+    """Embed passages into the store `out`, in their order, in constant memory.
+
+    A store that a killed run left is continued after its last whole shard; a complete one is left as it is.
+
+    Args:
+        towers: in evaluation mode, on the device to use.
+        passages: the corpus; read again from its start when a store is continued.
+        out: folder of the store.
+        options: arithmetic and micro-batch size.
+        source: says where the passages come from; a store of another source is refused.
+        dtype: "float32" or "float16", of the vectors on disk.
+        shard_rows: rows a shard.
+        progress: called with the number of passages done since the last call, those of an earlier run included.
+
+    Raises:
+        InputError: `out` holds something else, or the corpus is bad or empty.
+    """
+    with EmbeddingWriter(
+        out, dim=towers.dimension, dtype=dtype, model=towers.fingerprint(), source=source, shard_rows=shard_rows
+    ) as writer:
+        if not writer.complete:
+            stream = iter(passages)
+            done = sum(1 for _ in itertools.islice(stream, writer.rows))
+            if progress is not None and done:
+                progress(done)
+            while window := list(itertools.islice(stream, WINDOW)):
+                vectors = embed_texts(towers, [p.content for p in window], "document", options, progress)
+                writer.append(window, vectors)
+            writer.close()
+    return EmbeddingStore.open(out)

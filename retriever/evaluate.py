@@ -1,0 +1,111 @@
+"""Towers on BEIR folders: encode, search, score, report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.beir import BeirDataset, beir_file
+from eval.evaluate import evaluate_beir
+from eval.metrics import KS, Metrics, Run
+from eval.report import write_report
+from eval.runs import write_trec_run
+from index.files import InputError
+from retriever.encode import EncodeOptions, corpus_source, embed_texts, encode_passages
+from retriever.progress import Terminal
+from retriever.towers import Towers
+
+
+def evaluate_towers(
+    towers: Towers,
+    dataset: BeirDataset,
+    embeddings: Path,
+    options: EncodeOptions,
+    terminal: Terminal,
+    *,
+    k: int = 1000,
+    tick: Callable[[], None] | None = None,
+) -> tuple[Run, Metrics]:
+    """Embed a BEIR corpus to the store `embeddings` (continued or reused if it is there) and score the split.
+
+    Args:
+        towers: in evaluation mode, on the device to use.
+        k: passages a query in the run.
+        tick: called after every micro-batch; may raise to end the evaluation.
+    """
+
+    def ticking(advance: Callable[..., None]) -> Callable[[int], None]:
+        def progress(count: int) -> None:
+            advance(count)
+            if tick is not None:
+                tick()
+
+        return progress
+
+    def embed_queries(texts: Any) -> Any:
+        with terminal.bar(f"{dataset.name}: queries", len(texts), "queries") as advance:
+            return embed_texts(towers, texts, "query", options, ticking(advance))
+
+    device = next(towers.parameters()).device
+    corpus = beir_file(dataset.folder, "corpus.jsonl")
+    with terminal.bar(f"{dataset.name}: corpus", None, "passages") as advance:
+        store = encode_passages(
+            towers, dataset.passages(), embeddings, options, source=corpus_source(corpus), progress=ticking(advance)
+        )
+    with terminal.bar(f"{dataset.name}: search", store.rows, "passages") as advance:
+        return evaluate_beir(
+            dataset,
+            store=store,
+            embed_queries=embed_queries,
+            k=k,
+            ks=KS,
+            device=str(device),
+            progress=ticking(advance),
+        )
+
+
+def evaluate_to_report(
+    towers: Towers,
+    folders: list[Path],
+    out: Path,
+    options: EncodeOptions,
+    terminal: Terminal,
+    *,
+    split: str = "test",
+    k: int = 1000,
+    details: dict[str, Any],
+) -> dict[str, Metrics]:
+    """Evaluate on each BEIR folder and write into `out`, a folder for each data set.
+
+    OUT/NAME/embeddings/, OUT/NAME/run.trec, OUT/report.json, OUT/report.md and OUT/report.png.
+
+    Args:
+        details: what else the report should say about how the numbers came to be, the model among it.
+    """
+    datasets = [BeirDataset.open(folder, split) for folder in folders]
+    names = [dataset.name for dataset in datasets]
+    if len(set(names)) < len(names):
+        raise InputError(f"expected data folders of different names, found {', '.join(names)}")
+    for dataset in datasets:
+        # Before hours of encoding, not after.
+        dataset.check(passage.id for passage in dataset.passages())
+    results = {}
+    for dataset in datasets:
+        place = out / dataset.name
+        run, results[dataset.name] = evaluate_towers(towers, dataset, place / "embeddings", options, terminal, k=k)
+        write_trec_run(place / "run.trec", run, "retriever")
+    how = {
+        **details,
+        "model sha256": towers.fingerprint()["sha256"],
+        "split": split,
+        **asdict(options),
+        "search": f"exact, inner product, {k} passages a query",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+    }
+    write_report(out, results, title=f"{', '.join(names)} ({split})", details=how, head="data")
+    return results

@@ -1,0 +1,76 @@
+"""Gradient cache: the loss of a whole batch with the activations of one micro-batch in memory.
+
+Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983. The towers run
+twice: once without a graph for the embeddings, and, once the loss has given the gradient at each embedding, again
+micro-batch by micro-batch with a graph to carry that gradient to the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+MicroBatch = TypeVar("MicroBatch")
+
+
+class RandomState:
+    """The state of torch's random generators (CPU and the device's), so that dropout falls alike in both passes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run the body from this state; the generators then go on from where they were before."""
+        with torch.random.fork_rng(devices=[self.device] if self.cuda is not None else []):
+            torch.set_rng_state(self.cpu)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
+            yield
+
+
+def backward(
+    encode: Callable[[MicroBatch], Tensor],
+    micro_batches: Sequence[MicroBatch],
+    loss_of: Callable[[Sequence[Tensor]], Tensor],
+    device: torch.device,
+    *,
+    direct: bool = False,
+) -> Tensor:
+    """Compute the loss over all micro-batches and add its gradients to whatever `encode` and `loss_of` depend on.
+
+    The result is that of one backward through all micro-batches together, dropout included: each second forward runs
+    from the random state of its first.
+
+    Args:
+        encode: embeddings [n, D] of a micro-batch, with a graph.
+        micro_batches: what `encode` takes, one after another.
+        loss_of: scalar loss from the embeddings of every micro-batch, in order; what it returns is run backward.
+        device: whose random generator `encode` draws from, beside the CPU's.
+        direct: keep every micro-batch's graph from its first forward, where memory allows: no second forward.
+
+    Returns:
+        The loss, a detached scalar.
+    """
+    if direct:
+        loss = loss_of([encode(micro_batch) for micro_batch in micro_batches])
+        loss.backward()
+        return loss.detach()
+    states, embeddings = [], []
+    with torch.no_grad():
+        for micro_batch in micro_batches:
+            states.append(RandomState(device))
+            embeddings.append(encode(micro_batch))
+    leaves = [embedding.requires_grad_() for embedding in embeddings]
+    loss = loss_of(leaves)
+    loss.backward()
+    for micro_batch, state, leaf in zip(micro_batches, states, leaves, strict=True):
+        with state.restored():
+            encode(micro_batch).backward(leaf.grad)
+    return loss.detach()

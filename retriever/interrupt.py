@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM as a request: the work in hand is finished and saved, then the program ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(Exception):
+    """A signal asked the program to end; `str(error)` is the signal's name."""
+
+
+class StopRequest:
+    """While active, the first SIGINT or SIGTERM is noted and the second one acts as it would have without us."""
+
+    def __init__(self) -> None:
+        self._signal: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        # Only the main thread may set handlers; a trainer in another thread is its program's to end.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self._signal is not None:
+            raise Interrupted(self._signal)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """For DataLoader workers: Ctrl-C reaches the whole process group, but it is the trainer that ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

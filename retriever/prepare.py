@@ -1,0 +1,98 @@
+"""From the texts of a batch to micro-batches of token ids; runs in the data workers, without any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retriever.data.batches import TrainingBatch
+from retriever.packing import pack
+from retriever.tokens import TextTokenizer, TokenizedTexts
+from retriever.towers import Side, Towers
+
+
+@dataclass(frozen=True)
+class TextGroup:
+    """Texts of one tower, cut into micro-batches."""
+
+    side: Side
+    tokens: TokenizedTexts
+    micro_batches: list[np.ndarray]
+    """Row numbers of each, within this group."""
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """One step's texts as token ids: queries, then passages (positives, then hard negatives)."""
+
+    groups: list[TextGroup]
+    """One group of all texts for a shared tower, or the queries' and the passages'."""
+    queries: int
+    """M."""
+    query_ids: np.ndarray
+    """int64 [M]; a passage with the id of a query is no negative of it."""
+    passage_ids: np.ndarray
+    """int64 [N]."""
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, without padding."""
+        return sum(len(group.tokens.ids) for group in self.groups)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens that pass through the towers, padding included."""
+        return sum(
+            len(rows) * int(group.tokens.lengths[rows].max()) for group in self.groups for rows in group.micro_batches
+        )
+
+    @property
+    def has_duplicates(self) -> bool:
+        """Whether any passage answers a query that it is not the positive of, so that a mask is needed."""
+        return len(np.unique(self.passage_ids)) < len(self.passage_ids)
+
+    def arrange(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries [M, D] and passages [N, D] from the embeddings of all micro-batches, in order."""
+        first, order = 0, []
+        for group in self.groups:
+            order += [first + rows for rows in group.micro_batches]
+            first += len(group.tokens)
+        place = np.empty(first, dtype=np.int64)
+        place[np.concatenate(order)] = np.arange(first)
+        stacked = torch.cat(list(embeddings))
+        rows = torch.from_numpy(place).to(stacked.device)
+        return stacked[rows[: self.queries]], stacked[rows[self.queries :]]
+
+
+@dataclass(frozen=True)
+class BatchPreparer:
+    """Tokenizes a TrainingBatch and cuts it into micro-batches; picklable, for worker processes."""
+
+    query: TextTokenizer
+    passage: TextTokenizer
+    shared: bool
+    token_budget: int
+
+    @classmethod
+    def of(cls, towers: Towers, token_budget: int) -> BatchPreparer:
+        """The preparer for these towers' inputs."""
+        return cls(towers.tokenizer("query"), towers.tokenizer("document"), towers.shared, token_budget)
+
+    def __call__(self, batch: TrainingBatch) -> PreparedBatch:
+        if self.shared:
+            # Queries and passages of like length share a micro-batch.
+            groups = [self._group("document", self.passage, batch.queries + batch.passages)]
+        else:
+            groups = [
+                self._group("query", self.query, batch.queries),
+                self._group("document", self.passage, batch.passages),
+            ]
+        return PreparedBatch(groups, len(batch.queries), batch.query_ids, batch.passage_ids)
+
+    def _group(self, side: Side, tokenizer: TextTokenizer, texts: list[str]) -> TextGroup:
+        tokens = tokenizer(texts)
+        return TextGroup(side, tokens, pack(tokens.lengths, self.token_budget))

@@ -1,0 +1,71 @@
+"""What a person sees while a command works: bars with rate and time left, and lines; on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Terminal:
+    """Bars where standard error is a terminal, plain lines everywhere. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._bars: Any = None
+
+    def __enter__(self) -> Terminal:
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bars = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                refresh_per_second=4,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether bars are drawn."""
+        return self._bars is not None
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bars."""
+        if self._bars is not None:
+            self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def bar(self, what: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
+        """Yield `advance(count, note=None)`: so many more of `total` are done; the note replaces the shown rate."""
+        if self._bars is None:
+            yield lambda count, note=None: None
+            return
+        task = self._bars.add_task(what, total=total, completed=done, note="")
+
+        def advance(count: int, note: str | None = None) -> None:
+            self._bars.advance(task, count)
+            speed = next(t for t in self._bars.tasks if t.id == task).speed
+            if note is None and speed:
+                note = f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2f} {unit}/s"
+            if note is not None:
+                self._bars.update(task, note=note)
+
+        try:
+            yield advance
+        finally:
+            self._bars.remove_task(task)

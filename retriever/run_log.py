@@ -1,0 +1,62 @@
+"""What a run records: metrics.jsonl, TensorBoard events, and the lines a person reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from index.files import InputError, atomic_path
+from index.records import read_records
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Appends rows to RUN/metrics.jsonl (and TensorBoard). Rows after `step` are those of a run that died; they go."""
+
+    def __init__(self, run: Path, *, step: int, tensorboard: bool):
+        self.path = run / METRICS_FILE
+        kept = _rows_until(self.path, step) if self.path.exists() else []
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = _summary_writer(run / "tensorboard", step) if tensorboard else None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Record one row; it has a "step". Numbers become TensorBoard scalars of their key."""
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of at most that step; the last line may be torn if the run was killed while it was written."""
+    rows = []
+    try:
+        for record in read_records(path):
+            if record.fields.get("step", 0) <= step:
+                rows.append(record.fields)
+    except InputError:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if len(rows) < len(lines) - 1:
+            raise
+    return rows
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError('tensorboard: true needs TensorBoard: pip install "dense-retriever[tensorboard]"') from None
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -1,0 +1,63 @@
+"""Texts as token ids: tokenization and padding, apart from the weights so that worker processes carry only these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Token ids of many texts, end to end: text i is `ids[offsets[i]:offsets[i + 1]]`. int32 ids, int64 offsets."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens a text, int64 [texts]."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tower's tokenizer and its longest length."""
+
+    tokenizer: Any
+    max_length: int | None
+
+    def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Token ids of each text, special tokens included, cut to the longest length. No prompt is added."""
+        encoded = self.tokenizer(
+            list(texts),
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(ids) for ids in encoded], out=offsets[1:])
+        ids = np.fromiter((token for ids in encoded for token in ids), dtype=np.int32, count=int(offsets[-1]))
+        return TokenizedTexts(ids, offsets)
+
+    def pad(self, texts: TokenizedTexts, rows: np.ndarray) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the tokenizer's side; on the CPU."""
+        starts, lengths = texts.offsets[rows], texts.lengths[rows]
+        # A tokenizer without special tokens makes nothing of an empty text; it becomes one masked pad token.
+        longest = max(1, int(lengths.max()))
+        columns = np.broadcast_to(np.arange(longest), (len(rows), longest))
+        if self.tokenizer.padding_side == "left":
+            columns = columns - (longest - lengths[:, None])
+        mask = (columns >= 0) & (columns < lengths[:, None])
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        input_ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+        input_ids[mask] = texts.ids[(starts[:, None] + columns)[mask]]
+        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}

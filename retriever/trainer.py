@@ -1,0 +1,387 @@
+"""Training: batches through the towers, the loss and the optimizer, with evaluation and checkpoints on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eval.beir import BeirDataset
+from index.files import InputError, atomic_folder
+from losses import InfCLLoss
+from retriever import grad_cache
+from retriever.checkpoint import (
+    TrainState,
+    checkpoint_folder,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from retriever.config import DevConfig, LossConfig, TrainConfig, load_config, save_config
+from retriever.data.batches import BatchDataset, Prompts, batch_loader
+from retriever.data.schedule import BatchSchedule
+from retriever.data.table import ExampleTable, open_source
+from retriever.device import autocast, choose_device, choose_precision, memory_mib
+from retriever.encode import EncodeOptions
+from retriever.evaluate import evaluate_towers
+from retriever.interrupt import Interrupted, StopRequest
+from retriever.optim import build_optimizer, lr_factor
+from retriever.prepare import BatchPreparer, PreparedBatch, TextGroup
+from retriever.progress import Terminal
+from retriever.run_log import RunLog
+from retriever.towers import build_towers
+
+CONFIG_FILE = "config.yaml"
+DEV_METRIC = "ndcg@10"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Texts that pass through a tower at once: rows of one group."""
+
+    group: TextGroup
+    rows: np.ndarray
+
+
+class Trainer:
+    """One training run in its folder. `Trainer.start(config)` or `Trainer.resume(run)`, then `.train()`.
+
+    Random numbers of a step follow from the seed and the step alone, so a run that was stopped anywhere and resumed
+    equals one that was not (on the CPU with the same number of threads, bit for bit).
+    """
+
+    def __init__(self, config: TrainConfig, run: Path, terminal: Terminal):
+        self.run = run
+        self.terminal = terminal
+        self.device = choose_device(config.device)
+        # Resolved, so that what is written beside the results is what was done.
+        self.precision = choose_precision(config.precision, self.device)
+        self.config = config = dataclasses.replace(config, precision=self.precision)
+        torch.manual_seed(config.seed)
+        self.towers = build_towers(config.model).to(self.device)
+        if config.gradient_checkpointing:
+            self.towers.model.gradient_checkpointing_enable()
+        self.loss = build_loss(config.loss).to(self.device)
+        self.modules: dict[str, nn.Module] = {"towers": self.towers, "loss": self.loss}
+        self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.dev = _open_dev(config.dev)
+        self.batches, sources = self._open_data()
+        self.state = TrainState(sources=sources)
+
+    @classmethod
+    def start(cls, config: TrainConfig, terminal: Terminal) -> Trainer:
+        """Begin a run in the folder `config.out`.
+
+        Raises:
+            InputError: the folder holds a run already, or model or data cannot be used.
+        """
+        run = Path(config.out)
+        if (run / CONFIG_FILE).exists():
+            raise InputError(
+                f"{run}: holds a run already; go on with 'retriever train --resume {run}', or choose another --out"
+            )
+        trainer = cls(config, run, terminal)
+        save_config(trainer.config, run / CONFIG_FILE)
+        return trainer
+
+    @classmethod
+    def resume(cls, run: Path, terminal: Terminal) -> Trainer:
+        """Go on with a run from its newest checkpoint, or from its beginning where there is none.
+
+        Raises:
+            InputError: no such run, a damaged checkpoint, or data that has changed since.
+        """
+        if not (run / CONFIG_FILE).exists():
+            raise InputError(f"{run}: expected the folder of a run, with {CONFIG_FILE}")
+        trainer = cls(load_config(run / CONFIG_FILE), run, terminal)
+        newest = latest_checkpoint(run / "checkpoints")
+        if newest is not None:
+            sources = trainer.state.sources
+            trainer.state = load_checkpoint(newest, trainer.modules, trainer.optimizer)
+            if trainer.state.sources != sources:
+                raise InputError(f"{run}: the data changed since {newest.name}; a run goes on only with the same data")
+            if trainer.state.scaler is not None:
+                trainer.scaler.load_state_dict(trainer.state.scaler)
+        return trainer
+
+    def train(self) -> Path:
+        """Train to the last step; returns the model folder.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
+            InputError: the loss is no longer finite.
+        """
+        log = RunLog(self.run, step=self.state.step, tensorboard=self.config.tensorboard)
+        try:
+            with StopRequest() as stop:
+                try:
+                    self._train_steps(log, stop)
+                except Interrupted:
+                    self._save_checkpoint()
+                    raise
+        finally:
+            log.close()
+        return self.run / "model"
+
+    def _train_steps(self, log: RunLog, stop: StopRequest) -> None:
+        config, state, total = self.config, self.state, len(self.batches)
+        loader = batch_loader(self.batches, start=state.step, workers=config.data.workers)
+        meter = Meter(self.device)
+        self.towers.train()
+        with self.terminal.bar("train", total, "steps", done=state.step) as advance:
+            # A run that was stopped while it evaluated evaluates first.
+            self._evaluate_if_due(log, stop)
+            for batch in self._until_early_stop(loader):
+                loss, grad_norm = self._step(batch)
+                state.step += 1
+                meter.add(batch)
+                last = state.step == total
+                if last or stop.requested or self._due("log", "checkpoint", "dev"):
+                    row = self._row(loss, grad_norm, meter)
+                    log.write(row)
+                    advance(0, line := _described(row))
+                    if last or not self.terminal.is_live:
+                        left = meter.time_left(total - state.step)
+                        self.terminal.line(f"step {state.step}/{total}  {line}  left {left}")
+                advance(1)
+                self._evaluate_if_due(log, stop)
+                # After the evaluation, so that a checkpoint never lacks what its step has brought.
+                if self._due("checkpoint") and not last:
+                    self._save_checkpoint()
+                stop.check()
+            if self.dev is None:
+                self._save_model()
+            self._save_checkpoint()
+
+    def _until_early_stop(self, loader: Any) -> Iterator[PreparedBatch]:
+        patience = self.config.dev.patience
+        for batch in loader:
+            if patience is not None and self.state.evaluations_without_gain >= patience:
+                self.terminal.line(
+                    f"stopped early at step {self.state.step}: no better dev {DEV_METRIC} in {patience} evaluations"
+                )
+                return
+            yield batch
+
+    def _step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
+        """One optimizer step; returns the loss and the gradients' norm before clipping, as device scalars."""
+        config, step = self.config, self.state.step
+        torch.manual_seed(_step_seed(config.seed, step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.optim.lr * lr_factor(step, len(self.batches), config.optim)
+        micro_batches = [MicroBatch(group, rows) for group in batch.groups for rows in group.micro_batches]
+
+        def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
+            query, passage = batch.arrange(embeddings)
+            loss = self.loss(query, passage, **self._ids(batch))
+            return self.scaler.scale(loss)
+
+        scaled = grad_cache.backward(
+            self._encode,
+            micro_batches,
+            loss_of,
+            self.device,
+            direct=batch.padded_tokens <= config.micro_batch_tokens,
+        )
+        loss = scaled / self.scaler.get_scale() if self.scaler.is_enabled() else scaled
+        self.scaler.unscale_(self.optimizer)
+        limit = config.optim.max_grad_norm
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm
+
+    def _encode(self, micro_batch: MicroBatch) -> Tensor:
+        group = micro_batch.group
+        features = self.towers.tokenizer(group.side).pad(group.tokens, micro_batch.rows)
+        with autocast(self.device, self.precision):
+            return self.towers({k: v.to(self.device, non_blocking=True) for k, v in features.items()}, group.side)
+
+    def _ids(self, batch: PreparedBatch) -> dict[str, Tensor]:
+        if not self.config.loss.mask_duplicates or not batch.has_duplicates:
+            return {}
+        ids = {"query_ids": batch.query_ids, "passage_ids": batch.passage_ids}
+        return {name: torch.from_numpy(array).to(self.device) for name, array in ids.items()}
+
+    def _due(self, *events: str) -> bool:
+        every = {
+            "log": self.config.log_every,
+            "checkpoint": self.config.checkpoint_every,
+            "dev": self.config.dev.every,
+        }
+        return any(self.state.step % every[event] == 0 for event in events)
+
+    def _row(self, loss: Tensor, grad_norm: Tensor, meter: Meter) -> dict[str, Any]:
+        """The row of metrics.jsonl for this step; the only place where the host waits for the device."""
+        row = {
+            "step": self.state.step,
+            "loss": float(loss),
+            "grad_norm": float(grad_norm),
+            "logit_scale": self.loss.logit_scale.item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **meter.rates(),
+        }
+        if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or self.scaler.is_enabled()):
+            raise InputError(
+                f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}, logit_scale "
+                f"{row['logit_scale']:.2f}: no longer finite; the last checkpoint is from before. Lower optim.lr, "
+                f"lengthen optim.warmup_fraction, or train in fp32 or bf16"
+            )
+        return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+
+    def _save_checkpoint(self) -> None:
+        self.state.scaler = self.scaler.state_dict() or None
+        checkpoints = self.run / "checkpoints"
+        save_checkpoint(checkpoint_folder(checkpoints, self.state.step), self.modules, self.optimizer, self.state)
+        prune_checkpoints(checkpoints, self.config.keep_checkpoints)
+
+    def _save_model(self) -> None:
+        with atomic_folder(self.run / "model") as folder:
+            self.towers.save(folder)
+
+    def _evaluate_if_due(self, log: RunLog, stop: StopRequest) -> None:
+        state = self.state
+        due = self._due("dev") or state.step == len(self.batches)
+        if self.dev is None or not due or state.step in (0, state.dev_step):
+            return
+        self.towers.eval()
+        with tempfile.TemporaryDirectory(prefix=".dev-", dir=self.run) as folder:
+            options = EncodeOptions(self.precision, self.config.micro_batch_tokens)
+            _, metrics = evaluate_towers(
+                self.towers, self.dev, Path(folder) / "embeddings", options, self.terminal, k=100, tick=stop.check
+            )
+        self.towers.train()
+        state.dev_step = state.step
+        score = metrics.mean[DEV_METRIC]
+        log.write({"step": state.step, **{f"dev_{name}": value for name, value in metrics.mean.items()}})
+        better = state.best_score is None or score > state.best_score
+        self.terminal.line(
+            f"step {state.step}  dev nDCG@10 {score:.4f}"
+            + ("  best so far" if better else f"  (best {state.best_score:.4f} at step {state.best_step})")
+        )
+        if better:
+            state.best_score, state.best_step, state.evaluations_without_gain = score, state.step, 0
+            self._save_model()
+        else:
+            state.evaluations_without_gain += 1
+
+    def _open_data(self) -> tuple[BatchDataset[PreparedBatch], tuple[str, ...]]:
+        config = self.config
+        if not config.data.sources:
+            raise InputError("data.sources: expected at least one source of training pairs, found none")
+        cache = Path(config.data.cache) if config.data.cache else self.run / "cache"
+        tables: list[ExampleTable] = []
+        for source in config.data.sources:
+            with self.terminal.bar(f"read {source.path}", None, "rows") as advance:
+                table = open_source(source, cache, progress=advance)
+            self.terminal.line(f"{source.path}: {len(table):,} examples")
+            for notice in table.notices:
+                self.terminal.line(f"{source.path}: {notice}")
+            tables.append(table)
+        schedule = BatchSchedule(
+            [len(table) for table in tables],
+            batch_size=config.batch_size,
+            seed=config.seed,
+            weights=[source.weight for source in config.data.sources],
+            epochs=None if config.steps else config.epochs,
+            steps=config.steps,
+            names=[source.path for source in config.data.sources],
+        )
+        prompts = [
+            Prompts(
+                self.towers.prompt("query") if source.query_prompt is None else source.query_prompt,
+                self.towers.prompt("document") if source.passage_prompt is None else source.passage_prompt,
+            )
+            for source in config.data.sources
+        ]
+        preparer = BatchPreparer.of(self.towers, config.micro_batch_tokens)
+        batches = BatchDataset(tables, schedule, preparer, prompts=prompts, negatives_per_query=config.data.negatives)
+        return batches, tuple(table.path.stem for table in tables)
+
+
+class Meter:
+    """Pairs and tokens since the last reading, per second, and the time left."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.started = self.since = time.perf_counter()
+        self.pairs = self.tokens = self.steps = 0
+
+    def add(self, batch: PreparedBatch) -> None:
+        """Count a batch."""
+        self.steps += 1
+        self.pairs += batch.queries
+        self.tokens += batch.tokens
+
+    def rates(self) -> dict[str, float]:
+        """Readings since the last call: pairs/s, real tokens/s (padding not counted), memory in MiB."""
+        now = time.perf_counter()
+        seconds = now - self.since
+        rates = {
+            "pairs_per_second": round(self.pairs / seconds, 2),
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "memory_mib": round(memory_mib(self.device), 1),
+        }
+        self.since, self.pairs, self.tokens = now, 0, 0
+        return rates
+
+    def time_left(self, steps: int) -> str:
+        """Hours, minutes and seconds that so many steps will take at the rate so far."""
+        seconds = round((time.perf_counter() - self.started) / max(1, self.steps) * steps)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def build_loss(config: LossConfig) -> InfCLLoss:
+    """The loss module that a configuration names."""
+    return InfCLLoss(
+        logit_scale=config.logit_scale,
+        learnable=config.learn_logit_scale,
+        max_logit_scale=config.max_logit_scale,
+        symmetric=config.symmetric or config.name == "clip",
+        implementation="full" if config.name == "clip" else config.implementation,
+        precision=config.precision,
+        workspace_mib=config.workspace_mib,
+    )
+
+
+def _open_dev(config: DevConfig) -> BeirDataset | None:
+    if not config.path:
+        return None
+    dataset = BeirDataset.open(config.path, config.split)
+    # Now rather than after the first hundred steps.
+    dataset.check(passage.id for passage in dataset.passages())
+    if config.max_queries is None:
+        return dataset
+    kept = sorted(dataset.qrels)[: config.max_queries]
+    return dataclasses.replace(
+        dataset,
+        queries={query: dataset.queries[query] for query in kept},
+        qrels={query: dataset.qrels[query] for query in kept},
+    )
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """A seed for one step, unlike that of any other step or of a neighbouring seed."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _described(row: dict[str, Any]) -> str:
+    norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+    return (
+        f"loss {row['loss']:.4f}  grad {norm}  scale {row['logit_scale']:.1f}  lr {row['lr']:.1e}  "
+        f"{row['pairs_per_second']:,.0f} pairs/s  {row['tokens_per_second']:,.0f} tokens/s  "
+        f"{row['memory_mib']:,.0f} MiB"
+    )

@@ -1,0 +1,89 @@
+"""The gradient cache gives the gradients of one backward, dropout included."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from losses import InfCLLoss
+from retriever import grad_cache
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(0.4), nn.Linear(16, 5)).double().train()
+
+
+def gradients(direct: bool, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    tower, loss = network(), InfCLLoss(logit_scale=7.0, symmetric=True, implementation="full").double()
+    inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
+        both = nn.functional.normalize(torch.cat(list(embeddings)), dim=1)
+        return loss(both[:10], both[10:])
+
+    torch.manual_seed(3)
+    value = grad_cache.backward(tower, inputs.split(list(sizes)), loss_of, CPU, direct=direct)
+    named = [*tower.named_parameters(), *loss.named_parameters()]
+    return value, {name: parameter.grad for name, parameter in named}
+
+
+@pytest.mark.parametrize("sizes", [[24], [1, 23], [7, 7, 7, 3], [1] * 24])
+def test_cached_gradients_with_dropout_equal_the_direct_ones(sizes: list[int]) -> None:
+    value, cached = gradients(False, sizes)
+    expected, direct = gradients(True, sizes)
+    assert torch.equal(value, expected)
+    assert set(cached) == set(direct) and "log_logit_scale" in cached
+    for name in direct:
+        torch.testing.assert_close(cached[name], direct[name], rtol=1e-12, atol=1e-14)
+
+
+def test_dropout_differs_between_micro_batches() -> None:
+    # Else the equality above would hold for a cache that used one random state throughout.
+    dropout = nn.Dropout(0.5)
+    seen: list[Tensor] = []
+
+    def encode(inputs: Tensor) -> Tensor:
+        seen.append(dropout(inputs))
+        return seen[-1]
+
+    ones = torch.ones(3, 50, requires_grad=True)
+    grad_cache.backward(encode, ones.split(1), lambda embeddings: torch.cat(list(embeddings)).square().sum(), CPU)
+    first, second = seen[:3], seen[3:]
+    for before, again in zip(first, second, strict=True):
+        assert torch.equal(before, again)
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+
+
+def test_random_state_of_the_caller_goes_on_undisturbed() -> None:
+    torch.manual_seed(5)
+    state = grad_cache.RandomState(CPU)
+    expected = torch.rand(4)
+    with state.restored():
+        assert torch.equal(torch.rand(4), expected)
+    after = copy.deepcopy(torch.get_rng_state())
+    with state.restored():
+        torch.rand(100)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.gpu
+def test_cached_gradients_with_dropout_equal_the_direct_ones_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    results = []
+    for direct in (True, False):
+        tower = network().to(device)
+        inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
+        torch.manual_seed(3)
+        grad_cache.backward(
+            tower, inputs.split(5), lambda embeddings: torch.cat(list(embeddings)).sin().sum(), device, direct=direct
+        )
+        results.append([parameter.grad for parameter in tower.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)

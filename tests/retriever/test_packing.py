@@ -1,0 +1,66 @@
+"""Packing keeps every text once, within the budget, and embeddings find back to their rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retriever.config import ModelConfig
+from retriever.data.batches import TrainingBatch
+from retriever.packing import pack
+from retriever.prepare import BatchPreparer
+from retriever.towers import build_towers
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(1, 2000))
+def test_every_text_is_in_one_micro_batch_within_the_budget(lengths: list[int], budget: int) -> None:
+    array = np.array(lengths)
+    batches = pack(array, budget)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    for rows in batches:
+        assert len(rows) == 1 or len(rows) * array[rows].max() <= budget
+    # Longest first, and no micro-batch could have taken the next text too.
+    for rows, following in itertools.pairwise(batches):
+        assert array[rows].min() >= array[following].max()
+        assert (len(rows) + 1) * array[rows].max() > budget
+
+
+def batch_of(queries: list[str], positives: list[str], negatives: list[str]) -> TrainingBatch:
+    ids = np.arange(len(positives) + len(negatives))
+    return TrainingBatch(0, queries, positives, negatives, ids[: len(queries)], ids)
+
+
+def test_arranged_embeddings_belong_to_their_texts(tiny: ModelConfig) -> None:
+    queries = ["a", "a longer query of several words", "b c"]
+    positives = ["one two three four five six seven", "p", "p q"]
+    negatives = ["n", "hard negative " * 5]
+    batch = batch_of(queries, positives, negatives)
+    for shared in (True, False):
+        towers = build_towers(dataclasses.replace(tiny, shared=shared)).eval()
+        prepared = BatchPreparer.of(towers, token_budget=12)(batch)
+        assert sum(len(group.micro_batches) for group in prepared.groups) > 3
+        embeddings = []
+        for group in prepared.groups:
+            for rows in group.micro_batches:
+                embeddings.append(towers(towers.tokenizer(group.side).pad(group.tokens, rows), group.side))
+        query, passage = prepared.arrange(embeddings)
+        for text, row, side in [
+            *((t, query[i], "query") for i, t in enumerate(queries)),
+            *((t, passage[i], "document") for i, t in enumerate(positives + negatives)),
+        ]:
+            tokenizer = towers.tokenizer(side)
+            alone = towers(tokenizer.pad(tokenizer([text]), np.array([0])), side)[0]
+            torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_duplicates_are_known_by_equal_passage_ids(tiny: ModelConfig) -> None:
+    preparer = BatchPreparer.of(build_towers(tiny), 64)
+    distinct = preparer(batch_of(["a", "b"], ["p", "q"], []))
+    assert not distinct.has_duplicates
+    twin = TrainingBatch(0, ["a", "b"], ["p", "p"], [], np.array([0, 0]), np.array([0, 0]))
+    assert preparer(twin).has_duplicates
