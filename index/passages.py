@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from index.files import InputError
 from index.records import Record, read_records
+
+# White space, control characters, and halves of surrogate pairs (which are no characters and cannot be written).
+UNFIT_FOR_IDS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,13 @@ def checked_id(value: object, place: str) -> str:
     """The id as text. Ids stand one a line in files and between blanks in TREC runs, so neither may be in them.
 
     Raises:
-        InputError: `value` is no text or number, is empty, or holds white space or a control character.
+        InputError: `value` is no text or whole number, is empty, or holds white space, a control character or half
+            of a surrogate pair.
     """
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise InputError(f"{place}: expected an id of text or a whole number, found {value!r:.60}")
     text = str(value)
-    if not text or any(c.isspace() or unicodedata.category(c) == "Cc" for c in text):
+    if not text or UNFIT_FOR_IDS.search(text):
         raise InputError(f"{place}: expected an id without white space, found {text!r:.60}")
     return text
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from index.files import InputError
+from index.files import InputError, parse_json
 
+# What reading raises when the bytes are no UTF-8, or when a compressed file is cut short or damaged.
+UNREADABLE = (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error)
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
 
@@ -24,16 +26,16 @@ class Record:
 
 
 def open_text(path: Path, newline: str | None = None) -> IO[str]:
-    """Open a UTF-8 text file for reading, through gzip when its name ends in .gz.
+    """Open a UTF-8 text file for reading, through gzip when its name ends in .gz; a byte order mark is skipped.
 
     Raises:
         InputError: there is no such file.
     """
     try:
         if path.suffix == ".gz":
-            return gzip.open(path, "rt", encoding="utf-8", newline=newline)
-        return open(path, encoding="utf-8", newline=newline)
-    except (FileNotFoundError, IsADirectoryError):
+            return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+        return open(path, encoding="utf-8-sig", newline=newline)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise InputError(f"{path}: no such file") from None
 
 
@@ -61,14 +63,13 @@ def _json_lines(path: Path) -> Iterator[Record]:
             for number, line in enumerate(stream, start=1):
                 if not line.strip():
                     continue
-                fields = json.loads(line)
+                place = f"{path}:{number}"
+                fields = parse_json(line, place)
                 if not isinstance(fields, dict):
-                    raise InputError(f"{path}:{number}: expected a JSON object, found {type(fields).__name__}")
-                yield Record(f"{path}:{number}", fields)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: expected JSON, found: {error}") from None
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}:{number + 1}: cannot be read: {error}") from None
+                    raise InputError(f"{place}: expected a JSON object, found {type(fields).__name__}")
+                yield Record(place, fields)
+        except UNREADABLE as error:
+            raise _unreadable(path, number, error) from None
 
 
 def _separated(path: Path, delimiter: str) -> Iterator[Record]:
@@ -78,17 +79,34 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record]:
         csv.field_size_limit(2**31 - 1)
         rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
         try:
+            columns = list(rows.fieldnames or ())
+            for column in columns:
+                if columns.count(column) > 1:
+                    raise InputError(f"{path}:1: expected columns of different names, found {column!r} twice")
             for fields in rows:
                 place = f"{path}:{rows.line_num}"
                 if None in fields or None in fields.values():
-                    found = len(fields.get(None) or ()) + sum(value is not None for value in fields.values())
-                    found -= None in fields
-                    raise InputError(f"{place}: expected {len(rows.fieldnames or ())} columns, found {found}")
+                    found = len(fields.get(None) or ()) + sum(fields[column] is not None for column in columns)
+                    raise InputError(f"{place}: expected {len(columns)} columns, found {found}")
                 yield Record(place, dict(fields))
         except csv.Error as error:
-            raise InputError(f"{path}:{rows.line_num}: {error}") from None
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}:{rows.line_num + 1}: cannot be read: {error}") from None
+            # The row that failed begins after the last whole one.
+            raise InputError(f"{path}:{rows.line_num + 1}: expected a row of cells, found: {error}") from None
+        except UNREADABLE as error:
+            raise _unreadable(path, rows.line_num, error) from None
+
+
+def _unreadable(path: Path, lines_read: int, error: Exception) -> InputError:
+    if not isinstance(error, UnicodeDecodeError):
+        return InputError(f"{path}: cannot be read after line {lines_read}: {error}")
+    # The text was decoded some thousand bytes ahead of its lines: look for the line that the byte stands in.
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as wrong:
+                return InputError(f"{path}:{number}: expected UTF-8, found byte 0x{line[wrong.start]:02x}")
+    return InputError(f"{path}: expected UTF-8, found: {error}")
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -104,5 +122,21 @@ def _parquet(path: Path) -> Iterator[Record]:
                     yield Record(f"{path}: row {number}", fields)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: expected a Parquet file, found a folder") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def count_records(path: Path) -> int:
+    """About how many rows a file has, for progress: the lines of a text file, the exact number of a Parquet file."""
+    if path.name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(path).num_rows
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))

@@ -1,0 +1,1 @@
+"""Passages, embeddings and indexes on disk, and the search over them."""

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from index.files import InputError
+from index.passages import Passage, checked_id, parse_passage, read_passages
+from index.records import Record
+
+
+def test_content_is_title_and_text_stripped() -> None:
+    assert Passage("a", "Title", "text ").content == "Title text"
+    assert Passage("a", "", "text").content == "text"
+    assert Passage("a", "Title", "").content == "Title"
+
+
+@pytest.mark.parametrize("value", ["a", "ü-é", "😀", "a:b/c", "\u200b", "٣", 7, 0])
+def test_ids_of_any_visible_text_are_kept(value: object) -> None:
+    assert checked_id(value, "f:1") == str(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", " ", "a b", "a\tb", "a\n", "a\u00a0b", "a\u2028b", "a\x85b", "a\x00", "\x1b", "\x7f", "\ud83d"]
+    + [None, 1.5, True, ["a"], {}],
+)
+def test_ids_that_a_line_or_a_run_file_cannot_hold_are_refused(value: object) -> None:
+    with pytest.raises(InputError, match="^f:1: expected an id"):
+        checked_id(value, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "passage"),
+    [
+        ({"_id": "a", "title": "T", "text": "x", "other": 1}, Passage("a", "T", "x")),
+        ({"id": 3, "text": "x"}, Passage("3", "", "x")),
+        ({"_id": "a", "id": "b", "text": "x", "title": None}, Passage("a", "", "x")),
+        ({"_id": "a", "text": None}, Passage("a", "", "")),
+    ],
+)
+def test_a_row_gives_its_passage(fields: dict, passage: Passage) -> None:
+    assert parse_passage(Record("f:1", fields)) == passage
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "f:1: expected a column '_id' or 'id', found none"),
+        ({"text": "x"}, "f:1: expected a column '_id' or 'id', found text"),
+        ({"_id": "a", "title": "x"}, "f:1: expected a column 'text', found _id, title"),
+        ({"_id": "a", "text": 3}, "f:1: expected text in column 'text', found int"),
+        ({"_id": "a", "text": "x", "title": ["y"]}, "f:1: expected text in column 'title', found list"),
+    ],
+)
+def test_a_missing_or_wrong_column_is_named(fields: dict, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_passage(Record("f:1", fields))
+    assert str(caught.value) == message
+
+
+def test_a_file_is_streamed(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"_id": "a", "text": "x"}\n{"_id": "b c", "text": "y"}\n')
+    passages = read_passages(path)
+    assert next(passages) == Passage("a", "", "x")
+    with pytest.raises(InputError, match=r"corpus\.jsonl:2: expected an id without white space, found 'b c'"):
+        next(passages)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from index.files import InputError
+from index.records import read_records
+
+
+def rows(path: Path) -> list[dict]:
+    return [record.fields for record in read_records(path)]
+
+
+def written(path: Path, data: str | bytes) -> Path:
+    data = data.encode() if isinstance(data, str) else data
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_json_lines_are_read_with_their_places(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path / name, '{"a": 1}\n\n  \n{"a": "\u2028x\\n"}')
+    assert [(r.place, r.fields) for r in read_records(path)] == [
+        (f"{path}:1", {"a": 1}),
+        (f"{path}:4", {"a": "\u2028x\n"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"a": ', "expected JSON, found"),
+        ("[1]", "expected a JSON object, found list"),
+        ('"text"', "expected a JSON object, found str"),
+        ("[" * 50_000, "expected JSON, found"),
+        ('{"a": "\\ud83d"}', "half of a surrogate pair"),
+    ],
+)
+def test_a_broken_line_of_json_is_named(tmp_path: Path, line: str, found: str) -> None:
+    path = written(tmp_path / "a.jsonl", f'{{"a": 1}}\n\n{line}\n{{"a": 2}}\n')
+    with pytest.raises(InputError) as caught:
+        rows(path)
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert found in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_surrogate_pair_is_one_character(tmp_path: Path) -> None:
+    assert rows(written(tmp_path / "a.jsonl", '{"a": "\\ud83d\\ude00"}\n')) == [{"a": "😀"}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv.gz"])
+def test_bytes_that_are_no_utf8_are_found_in_their_line(tmp_path: Path, name: str) -> None:
+    line = b'{"a": 1}\n' if "jsonl" in name else b"a\n"
+    path = written(tmp_path / name, line * 3 + b"\xe9\n" + line * 3)
+    with pytest.raises(InputError) as caught:
+        rows(path)
+    assert str(caught.value) == f"{path}:4: expected UTF-8, found byte 0xe9"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path, name: str) -> None:
+    text = '{"a": "1"}\n' if name == "a.jsonl" else "a\n1\n"
+    assert rows(written(tmp_path / name, b"\xef\xbb\xbf" + text.encode())) == [{"a": "1"}]
+
+
+def test_quoted_cells_hold_delimiters_quotes_and_line_ends(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", 'q,p\r\n"one, ""two""\nthree",x\r\ny,z\r\n')
+    records = list(read_records(path))
+    assert [record.fields for record in records] == [{"q": 'one, "two"\nthree', "p": "x"}, {"q": "y", "p": "z"}]
+    assert records[1].place == f"{path}:4"
+
+
+def test_a_cell_may_hold_a_long_document(tmp_path: Path) -> None:
+    assert len(rows(written(tmp_path / "a.tsv", f"q\tp\n{'x' * 300_000}\ty\n"))[0]["q"]) == 300_000
+
+
+@pytest.mark.parametrize(("row", "found"), [("1", 1), ("1,2,3", 3), ("1,2,3,4", 4)])
+def test_a_row_of_another_width_is_named_with_both_widths(tmp_path: Path, row: str, found: int) -> None:
+    path = written(tmp_path / "a.csv", f"q,p\n1,2\n{row}\n")
+    with pytest.raises(InputError) as caught:
+        rows(path)
+    assert str(caught.value) == f"{path}:3: expected 2 columns, found {found}"
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", "q,p,q\n1,2,3\n")
+    with pytest.raises(InputError, match=r"a\.csv:1: .*'q' twice"):
+        rows(path)
+
+
+def test_an_open_quote_is_an_error_and_not_the_rest_of_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", 'q,p\n"1,2\n3,4\n')
+    with pytest.raises(InputError, match=r"a\.csv:2: expected a row of cells, found: "):
+        rows(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no gzip"])
+def test_a_damaged_gzip_file_is_refused_in_one_line(tmp_path: Path, name: str, damage: str) -> None:
+    line = '{{"a": "{0}"}}\n' if "jsonl" in name else '"{0}"\n'
+    path = written(tmp_path / name, "".join(line.format(n * 7919) for n in range(20_000)))
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    elif damage == "flipped":
+        data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    else:
+        data = bytearray(b"plain text\n")
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"{name}[: ]") as caught:
+        rows(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_rows_come_with_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "text": ["x", None]}), path)
+    assert [(r.place, r.fields) for r in read_records(path)] == [
+        (f"{path}: row 1", {"id": 1, "text": "x"}),
+        (f"{path}: row 2", {"id": 2, "text": None}),
+    ]
+
+
+def test_damaged_parquet_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [str(n) for n in range(20_000)]}), path)
+    data = bytearray(path.read_bytes())
+    data[200:5000] = bytes(4800)
+    for damaged in (bytes(data), bytes(data[:1000]), b"no parquet", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"a\.parquet: cannot be read as Parquet: ") as caught:
+            rows(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv.gz", "a.parquet"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}: no such file"):
+        rows(tmp_path / name)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.parquet"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match=name):
+            rows(tmp_path / name)
+
+
+def test_another_kind_of_file_is_refused_with_the_kinds_there_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.xlsx: expected a file ending in \.jsonl"):
+        rows(tmp_path / "a.xlsx")
+
+
+def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
+    assert rows(written(tmp_path / "a.jsonl", "")) == []
+    assert rows(written(tmp_path / "a.csv", "")) == []
+    assert rows(written(tmp_path / "b.csv", "q,p\n")) == []
