@@ -1,0 +1,163 @@
+"""manifest.json: what a folder holds, with the bytes and sha256 of every file in it, and of the manifest itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from index.files import InputError, atomic_path, read_json, sha256_file
+
+NAME = "manifest.json"
+VERSION = 1
+EMBEDDINGS = "embedding store"
+INDEX = "index"
+CHECKPOINT = "checkpoint"
+FORMATS = (EMBEDDINGS, INDEX, CHECKPOINT)
+
+Level = Literal["size", "hash"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file must be: its length in bytes and its sha256 in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """The entry of a file as it stands on disk."""
+        return cls(path.stat().st_size, sha256_file(path))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of `folder`: its format, the fields of that format, and its files by name."""
+
+    folder: Path
+    format: str
+    fields: dict[str, Any]
+    files: dict[str, FileEntry]
+
+    def field(self, name: str, kind: type[T]) -> T:
+        """The field `name`, which must be of type `kind`.
+
+        Raises:
+            InputError: the field is missing or of another type.
+        """
+        value = self.fields.get(name)
+        # To Python True is an int; in a file it is another type.
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InputError(f"{self.folder / NAME}: expected {kind.__name__} in '{name}', found {value!r:.60}")
+        return value
+
+    def count(self, name: str) -> int:
+        """The field `name`, which must be a whole number of 0 or more.
+
+        Raises:
+            InputError: the field is missing, of another type or negative.
+        """
+        value = self.field(name, int)
+        if value < 0:
+            raise InputError(f"{self.folder / NAME}: expected a number of 0 or more in '{name}', found {value}")
+        return value
+
+    def texts(self, name: str) -> dict[str, str]:
+        """The field `name`, which must be an object of texts.
+
+        Raises:
+            InputError: the field is missing or of another type.
+        """
+        value = self.field(name, dict)
+        if not all(isinstance(text, str) for text in value.values()):
+            raise InputError(f"{self.folder / NAME}: expected an object of texts in '{name}', found {value!r:.60}")
+        return value
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """Write `manifest.folder`/manifest.json atomically. The files it names must be whole on disk by then."""
+    with atomic_path(manifest.folder / NAME) as temporary:
+        temporary.write_text(_render(manifest), encoding="utf-8")
+
+
+def read_manifest(folder: Path, format: str | None = None) -> Manifest:
+    """Read and check `folder`/manifest.json; `format` is the one expected, None takes any.
+
+    Raises:
+        InputError: there is none, it is damaged, of another format or made by a newer version, or it names a file
+            outside `folder`.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise InputError(f"{folder}: expected an {format or 'embedding store or index'}, found no {NAME} there")
+    value = read_json(path)
+    if not isinstance(value, dict) or not isinstance(value.get("format"), str):
+        raise InputError(f"{path}: expected an object with a 'format', found {value!r:.60}")
+    found, version = value["format"], value.get("version")
+    if found not in FORMATS:
+        raise InputError(f"{path}: expected 'format' {' or '.join(map(repr, FORMATS))}, found {found!r:.60}")
+    if format not in (None, found):
+        raise InputError(f"{folder}: expected an {format}, found an {found}")
+    if version != VERSION or isinstance(version, bool):
+        raise InputError(f"{path}: expected version {VERSION} of the format, found {version!r:.60}")
+    fields = {name: field for name, field in value.items() if name not in ("format", "version", "files", "sha256")}
+    manifest = Manifest(folder, found, fields, _parse_files(path, value.get("files")))
+    # The manifest vouches for the other files, and its own sha256 for itself: it must be what we would write.
+    if not _is_rendered(manifest, path.read_bytes()):
+        raise InputError(f"{path}: damaged: its text does not have the sha256 that it states")
+    return manifest
+
+
+def verify_files(manifest: Manifest, level: Level) -> None:
+    """Check every file of the manifest: that it is there and of the right length, and at "hash" its every byte.
+
+    Raises:
+        InputError: a file is missing or damaged; the message names it.
+        ValueError: `level` is unknown.
+    """
+    if level not in ("size", "hash"):
+        raise ValueError(f"level: expected 'size' or 'hash', found {level!r}")
+    for name, expected in manifest.files.items():
+        path = manifest.folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: missing: expected a file of {expected.bytes} bytes")
+        if path.stat().st_size != expected.bytes:
+            raise InputError(f"{path}: damaged: expected {expected.bytes} bytes, found {path.stat().st_size}")
+        if level == "hash" and (found := sha256_file(path)) != expected.sha256:
+            raise InputError(f"{path}: damaged: expected sha256 {expected.sha256[:12]}…, found {found[:12]}…")
+
+
+def _parse_files(path: Path, value: object) -> dict[str, FileEntry]:
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected an object in 'files', found {value!r:.60}")
+    files = {}
+    for name, entry in value.items():
+        # A name that leads elsewhere would have us read, and vouch for, files that are none of this folder's.
+        if name in ("", ".", "..", NAME) or any(c in name for c in "/\\\0"):
+            raise InputError(f"{path}: expected names of files in this folder, found {name!r:.60}")
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("sha256")) is not str:
+            raise InputError(f"{path}: expected 'bytes' and 'sha256' for {name!r:.60}, found {entry!r:.60}")
+        files[name] = FileEntry(entry["bytes"], entry["sha256"])
+    return files
+
+
+def _is_rendered(manifest: Manifest, data: bytes) -> bool:
+    try:
+        return _render(manifest).encode() == data
+    except (ValueError, RecursionError):  # not a number, or nested deeper than we would ever write
+        return False
+
+
+def _render(manifest: Manifest) -> str:
+    files = {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in manifest.files.items()}
+    value = {"format": manifest.format, "version": VERSION, **manifest.fields, "files": files}
+    checksum = hashlib.sha256(_dump(value).encode()).hexdigest()
+    return _dump({**value, "sha256": checksum}) + "\n"
+
+
+def _dump(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
