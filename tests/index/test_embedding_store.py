@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from index_helpers import MODEL, listing, passages_of
+
+from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.files import InputError
+from index.manifest import EMBEDDINGS, Manifest, read_manifest, write_manifest
+from index.passages import Passage
+from index.verify import verify
+
+HEADER: dict[str, Any] = {"dim": 3, "model": MODEL, "source": {"file": "c.jsonl"}, "shard_rows": 4}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 13])
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_what_is_appended_comes_back(tmp_path: Path, rng, dtype: str, rows: int, batch: int) -> None:
+    vectors = rng.standard_normal((rows, 3))
+    passages = passages_of([f"d{row}" for row in range(rows)])
+    with EmbeddingWriter(tmp_path / "emb", **HEADER, dtype=dtype) as writer:
+        for start in range(0, rows, batch):
+            writer.append(passages[start : start + batch], vectors[start : start + batch])
+            assert writer.rows == min(rows, start + batch) // 4 * 4
+    store = EmbeddingStore.open(tmp_path / "emb", verify="hash")
+    assert (store.rows, store.dim, store.dtype, store.model) == (rows, 3, dtype, MODEL)
+    np.testing.assert_array_equal(store.vectors(), vectors.astype(dtype))
+    assert store.ids() == [f"d{row}" for row in range(rows)]
+    assert list(store.passages()) == passages
+    firsts = [first for first, _ in store.shards()]
+    assert firsts == list(range(0, rows, 4))
+    assert all(isinstance(shard, np.memmap) and not shard.flags.writeable for _, shard in store.shards())
+
+
+def test_the_bytes_do_not_depend_on_how_they_were_appended(tmp_path: Path, rng) -> None:
+    vectors, passages = rng.standard_normal((11, 3)), passages_of([f"d{n}" for n in range(11)])
+    for name, batch in (("one", 11), ("two", 3)):
+        with EmbeddingWriter(tmp_path / name, **HEADER) as writer:
+            for start in range(0, 11, batch):
+                writer.append(passages[start : start + batch], vectors[start : start + batch])
+    assert listing(tmp_path / "one") == listing(tmp_path / "two")
+
+
+def test_files_are_readable_without_us(tmp_path: Path, make_store: Callable, rng) -> None:
+    vectors = rng.standard_normal((9, 3)).astype(np.float32)
+    make_store(vectors)
+    np.testing.assert_array_equal(np.load(tmp_path / "emb" / "00001.npy"), vectors[7:])
+    assert (tmp_path / "emb" / "00001.ids").read_text() == "d7\nd8\n"
+    lines = (tmp_path / "emb" / "00000.jsonl").read_bytes().split(b"\n")
+    assert json.loads(lines[0]) == {"_id": "d0", "title": "title d0", "text": "text of d0\nsecond line \u2028 é"}
+
+
+def test_odd_ids_come_back(make_store: Callable) -> None:
+    ids = ["é", "e\u0301", "😀", "\u200b", "٣", "a/../b", '"quoted"', "\ufeffbom", "x" * 5000, "\ufffd", "-1"]
+    store = make_store(np.ones((len(ids), 2)), ids, shard_rows=2)
+    assert store.ids() == ids
+    assert [passage.id for passage in store.passages()] == ids
+
+
+@pytest.mark.parametrize("bad", ["a b", "", "a\u2028", "\ud83d"])
+def test_an_unfit_id_is_refused_with_its_row(tmp_path: Path, bad: str) -> None:
+    with (
+        pytest.raises(InputError, match="row 1: expected an id without white space"),
+        EmbeddingWriter(tmp_path / "emb", **HEADER) as writer,
+    ):
+        writer.append(passages_of(["ok", bad]), np.ones((2, 3)))
+
+
+def test_a_text_that_cannot_be_written_is_refused_with_its_id(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="row 0: expected Unicode text, found half of a surrogate pair in passage 'x'"),
+        EmbeddingWriter(tmp_path / "emb", **HEADER) as writer,
+    ):
+        writer.append([Passage("x", "", "\ud83d")], np.ones((1, 3)))
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 6), (4, 5), (5, 7), (0, 9)])
+def test_a_duplicate_id_is_refused_naming_both_rows(tmp_path: Path, first: int, second: int) -> None:
+    ids = [f"d{n}" for n in range(10)]
+    ids[second] = ids[first]
+    with (
+        pytest.raises(InputError, match=f"unique ids, found 'd{first}' in rows {first} and {second} "),
+        EmbeddingWriter(tmp_path / "emb", **HEADER) as writer,
+    ):
+        for start in range(0, 10, 5):
+            writer.append(passages_of(ids[start : start + 5]), np.ones((5, 3)))
+
+
+def test_a_refused_batch_leaves_no_trace(tmp_path: Path, rng) -> None:
+    vectors, passages = rng.standard_normal((6, 3)), passages_of([f"d{n}" for n in range(6)])
+    with EmbeddingWriter(tmp_path / "emb", **HEADER) as writer:
+        writer.append(passages[:3], vectors[:3])
+        with pytest.raises(InputError, match="unique ids"):
+            writer.append([passages[3], passages[0]], vectors[:2])
+        with pytest.raises(InputError, match="finite"):
+            writer.append(passages[3:5], np.full((2, 3), np.nan))
+        writer.append(passages[3:], vectors[3:])
+    assert EmbeddingStore.open(tmp_path / "emb").ids() == [passage.id for passage in passages]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_vector_that_is_not_finite_is_refused_with_its_passage(tmp_path: Path, value: float) -> None:
+    vectors = np.ones((3, 3), np.float32)
+    vectors[2, 1] = value
+    with (
+        pytest.raises(InputError, match="row 2, passage 'c': expected a finite vector, found NaN or infinity"),
+        EmbeddingWriter(tmp_path / "emb", **HEADER) as writer,
+    ):
+        writer.append(passages_of(["a", "b", "c"]), vectors)
+
+
+def test_a_number_too_large_for_float16_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="row 0, passage 'a': expected a finite vector, found one too large"),
+        EmbeddingWriter(tmp_path / "emb", **HEADER, dtype="float16") as writer,
+    ):
+        writer.append(passages_of(["a"]), np.full((1, 3), 1e5))
+
+
+def test_vectors_of_another_shape_are_refused(tmp_path: Path) -> None:
+    with EmbeddingWriter(tmp_path / "emb", **HEADER) as writer:
+        for shape in ((2, 4), (1, 3), (2, 3, 1)):
+            with pytest.raises(ValueError, match="vectors: expected shape"):
+                writer.append(passages_of(["a", "b"]), np.ones(shape))
+
+
+def test_a_run_that_raises_keeps_whole_shards_only_and_goes_on_from_there(tmp_path: Path, rng) -> None:
+    vectors, passages = rng.standard_normal((11, 3)), passages_of([f"d{n}" for n in range(11)])
+    folder = tmp_path / "emb"
+    with pytest.raises(KeyboardInterrupt), EmbeddingWriter(folder, **HEADER) as writer:
+        writer.append(passages[:7], vectors[:7])
+        raise KeyboardInterrupt
+    with pytest.raises(InputError, match="incomplete, 4 rows so far; run the same encode again"):
+        EmbeddingStore.open(folder)
+    with pytest.raises(InputError, match="incomplete"):
+        verify(folder)
+    with EmbeddingWriter(folder, **HEADER) as writer:
+        assert (writer.rows, writer.complete) == (4, False)
+        with pytest.raises(InputError, match="'d1' in rows 1 and 4 "):
+            writer.append(passages_of(["d1"]), np.ones((1, 3)))
+        writer.append(passages[4:], vectors[4:])
+    with EmbeddingWriter(tmp_path / "undisturbed", **HEADER) as writer:
+        writer.append(passages, vectors)
+    assert listing(folder) == listing(tmp_path / "undisturbed")
+
+
+def test_a_complete_store_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "emb"
+    with EmbeddingWriter(folder, **HEADER) as writer:
+        writer.append(passages_of(["a"]), np.ones((1, 3)))
+    before = listing(folder)
+    with EmbeddingWriter(folder, **HEADER) as writer:
+        assert (writer.rows, writer.complete) == (1, True)
+        with pytest.raises(ValueError, match="complete"):
+            writer.append(passages_of(["b"]), np.ones((1, 3)))
+    assert listing(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 4}, r"another dim \(3, now 4\)"),
+        ({"dtype": "float16"}, r"another dtype \('float32', now 'float16'\)"),
+        ({"model": {"sha256": "cd"}}, r"another model \(\{'sha256': 'abab.*now \{'sha256': 'cd'\}\)"),
+        ({"source": {"file": "d.jsonl"}}, r"another source \(\{'file': 'c.jsonl'\}, now \{'file': 'd.jsonl'\}\)"),
+        ({"shard_rows": 5}, r"another shard_rows \(4, now 5\)"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_store_of_another_header_is_not_continued(tmp_path: Path, change: dict, message: str, complete: bool) -> None:
+    folder = tmp_path / "emb"
+    writer = EmbeddingWriter(folder, **HEADER)
+    writer.append(passages_of(list("abcde")), np.ones((5, 3)))
+    if complete:
+        writer.close()
+    else:
+        writer.__exit__(RuntimeError, None, None)
+    before = listing(folder)
+    with pytest.raises(InputError, match=message + "; remove the folder or choose another --out") as caught:
+        EmbeddingWriter(folder, **{**HEADER, **change})
+    assert "\n" not in str(caught.value)
+    assert listing(folder) == before
+
+
+def test_files_of_others_are_neither_used_nor_touched(tmp_path: Path) -> None:
+    for name in ("00000.npy", "notes.txt"):
+        folder = tmp_path / name.partition(".")[2]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(InputError, match=f"expected an empty folder or an embedding store, found {name}"):
+            EmbeddingWriter(folder, **HEADER)
+        assert (folder / name).read_text() == "mine"
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_never_read(tmp_path: Path, rng) -> None:
+    folder = tmp_path / "emb"
+    folder.mkdir()
+    (folder / ".manifest.json.123.tmp").write_text("half")
+    vectors, passages = rng.standard_normal((6, 3)), passages_of([f"d{n}" for n in range(6)])
+    with pytest.raises(RuntimeError), EmbeddingWriter(folder, **HEADER) as writer:
+        writer.append(passages[:4], vectors[:4])
+        raise RuntimeError
+    (folder / "00001.npy").write_text("whole but never entered")
+    (folder / ".00001.ids.99.tmp").write_text("half")
+    with EmbeddingWriter(folder, **HEADER) as writer:
+        writer.append(passages[4:], vectors[4:])
+    assert sorted(os.listdir(folder)) == sorted(
+        ["manifest.json", *(f"0000{n}.{suffix}" for n in (0, 1) for suffix in ("npy", "ids", "jsonl"))]
+    )
+    np.testing.assert_array_equal(EmbeddingStore.open(folder, verify="hash").vectors(), vectors.astype(np.float32))
+
+
+def test_two_writers_do_not_share_a_folder(tmp_path: Path) -> None:
+    refused = pytest.raises(InputError, match="another process is writing here")
+    with EmbeddingWriter(tmp_path / "emb", **HEADER), refused:
+        EmbeddingWriter(tmp_path / "emb", **HEADER)
+    assert EmbeddingStore.open(tmp_path / "emb").rows == 0
+
+
+@pytest.mark.parametrize("limit", [100, 240, 600, 1000, 1300])
+def test_a_full_disk_leaves_only_whole_shards(tmp_path: Path, rng, limit: int) -> None:
+    """The system refuses to write any file beyond `limit` bytes: the manifest, the vectors or the passages fail."""
+    header = {**HEADER, "shard_rows": 10}
+    vectors, passages = rng.standard_normal((25, 3)), passages_of([f"d{n}" for n in range(25)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: '"), EmbeddingWriter(tmp_path / "emb", **header) as writer:
+            writer.append(passages, vectors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [name for name in os.listdir(tmp_path / "emb") if name.endswith(".tmp")]
+    with pytest.raises(InputError, match=r"incomplete|found no manifest\.json"):
+        EmbeddingStore.open(tmp_path / "emb")
+    with EmbeddingWriter(tmp_path / "emb", **header) as writer:
+        writer.append(passages[writer.rows :], vectors[writer.rows :])
+    with EmbeddingWriter(tmp_path / "undisturbed", **header) as writer:
+        writer.append(passages, vectors)
+    assert listing(tmp_path / "emb") == listing(tmp_path / "undisturbed")
+
+
+def test_any_flipped_byte_is_found_in_its_file(tmp_path: Path, make_store: Callable, rng) -> None:
+    folder = make_store(rng.standard_normal((9, 3))).folder
+    assert verify(folder).rows == 9
+    for name, data in listing(folder).items():
+        for place in {0, len(data) // 2, len(data) - 1, *rng.integers(len(data), size=20).tolist()}:
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(InputError, match=f"{name}: "):
+                verify(folder)
+        (folder / name).write_bytes(data)
+    assert verify(folder).files == 6
+
+
+def test_a_cut_or_missing_file_is_refused_on_opening_and_on_resuming(tmp_path: Path, make_store: Callable, rng) -> None:
+    store = make_store(rng.standard_normal((9, 3)))
+    header = {"dim": 3, "model": MODEL, "source": {"file": "corpus.jsonl"}, "shard_rows": 7}
+    for name, data in listing(store.folder).items():
+        if name == "manifest.json":
+            continue
+        (store.folder / name).write_bytes(data[:-1])
+        for reopen in (lambda: EmbeddingStore.open(store.folder), lambda: EmbeddingWriter(store.folder, **header)):
+            with pytest.raises(InputError, match=f"{name}: damaged: expected {len(data)} bytes, found {len(data) - 1}"):
+                reopen()
+        (store.folder / name).unlink()
+        with pytest.raises(InputError, match=f"{name}: missing"):
+            EmbeddingStore.open(store.folder)
+        (store.folder / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dim": 0},
+        {"dim": "3"},
+        {"dim": True},
+        {"rows": -1},
+        {"rows": 10**12},
+        {"rows": 0},
+        {"shard_rows": 0},
+        {"dtype": "object"},
+        {"dtype": 3},
+        {"model": {"sha256": 3}},
+        {"model": None},
+        {"source": []},
+        {"complete": 1},
+    ],
+    ids=str,
+)
+def test_a_forged_header_is_refused_in_one_line(make_store: Callable, rng, change: dict) -> None:
+    folder = make_store(rng.standard_normal((9, 3))).folder
+    old = read_manifest(folder)
+    write_manifest(Manifest(folder, EMBEDDINGS, {**old.fields, **change}, old.files))
+    with pytest.raises(InputError, match=r"manifest\.json: expected") as caught:
+        EmbeddingStore.open(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_arrays_other_than_described_are_refused(make_store: Callable, rng) -> None:
+    folder = make_store(rng.standard_normal((9, 3))).folder
+    old = read_manifest(folder)
+    for change, found in (({"dim": 4}, r"expected float32 \(7, 4\)"), ({"dtype": "float16"}, "expected float16")):
+        write_manifest(Manifest(folder, EMBEDDINGS, {**old.fields, **change}, old.files))
+        with pytest.raises(InputError, match=rf"00000\.npy: {found}"):
+            EmbeddingStore.open(folder).vectors()
+
+
+def test_a_pickle_is_never_loaded(make_store: Callable, rng) -> None:
+    folder = make_store(rng.standard_normal((3, 3))).folder
+    evil = np.array([{"a": 1}], dtype=object)
+    with open(folder / "00000.npy", "wb") as stream:
+        np.save(stream, evil, allow_pickle=True)
+    store = EmbeddingStore(read_manifest(folder))
+    with pytest.raises(InputError, match=r"00000\.npy: expected an array in npy format"):
+        store.vectors()
+
+
+def test_an_index_is_no_store(tmp_path: Path) -> None:
+    write_manifest(Manifest(tmp_path, "index", {}, {}))
+    for reopen in (lambda: EmbeddingStore.open(tmp_path), lambda: EmbeddingWriter(tmp_path, **HEADER)):
+        with pytest.raises(InputError, match="expected an embedding store, found an index"):
+            reopen()
+
+
+@pytest.mark.parametrize("change", [{"dim": 0}, {"shard_rows": 0}, {"dtype": "bfloat16"}], ids=str)
+def test_impossible_headers_are_refused(tmp_path: Path, change: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        EmbeddingWriter(tmp_path / "emb", **{**HEADER, **change})

@@ -1,0 +1,93 @@
+"""A writer that is killed, by the system and at any moment, is continued to the same bytes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from index_helpers import listing
+
+from index.embeddings import EmbeddingStore
+from index.files import InputError
+from index.verify import verify
+
+ENCODE = textwrap.dedent("""
+    import os, signal, sys, time
+    from pathlib import Path
+    import numpy as np
+    from index import files
+    from index.embeddings import EmbeddingWriter
+    from index.passages import Passage
+
+    folder, stop_before = Path(sys.argv[1]), int(sys.argv[2])
+    calls = 0
+
+    def counted(act):
+        # Dies just before the given one of all the steps that change the disk.
+        def step(*args, **kwargs):
+            global calls
+            calls += 1
+            if calls == stop_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return act(*args, **kwargs)
+        return step
+
+    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    header = {"dim": 4, "model": {"sha256": "ab"}, "source": {}, "shard_rows": 16}
+    with EmbeddingWriter(folder, **header) as writer:
+        print("started", flush=True)
+        for row in range(writer.rows, 90):
+            vector = np.random.default_rng(row).standard_normal((1, 4))
+            writer.append([Passage(f"d{row}", "", f"text {row}")], vector)
+    print(calls)
+""")
+
+
+def encode(folder: Path, stop_before: int = 0) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, "-c", ENCODE, str(folder), str(stop_before)]
+    return subprocess.run(arguments, check=False, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[dict[str, bytes], int]:
+    """The files of a run that nothing disturbed, and how many steps it took."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "emb"
+    done = encode(folder)
+    assert done.returncode == 0, done.stderr
+    return listing(folder), int(done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.13, 0.3, 0.31, 0.32, 0.33, 0.7, 0.98, 1.0])
+def test_killed_before_a_step_it_completes_to_the_same_bytes(tmp_path: Path, undisturbed, share: float) -> None:
+    whole, steps = undisturbed
+    folder = tmp_path / "emb"
+    # The last two steps only flush the folder after the last rename: by then the store is complete.
+    killed = encode(folder, stop_before=1 + round(share * (steps - 3)))
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(InputError, match=r"incomplete|found no manifest\.json"):
+        EmbeddingStore.open(folder)
+    again = encode(folder)
+    assert again.returncode == 0, again.stderr
+    assert listing(folder) == whole
+
+
+def test_killed_again_and_again_at_random_times_it_completes_to_the_same_bytes(tmp_path: Path, undisturbed) -> None:
+    whole = undisturbed[0]
+    folder = tmp_path / "emb"
+    for kill in range(4):
+        process = subprocess.Popen([sys.executable, "-c", ENCODE, str(folder), "0"], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.004 * kill)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    again = encode(folder)
+    assert again.returncode == 0, again.stderr
+    assert verify(folder).rows == 90
+    assert listing(folder) == whole
