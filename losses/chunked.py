@@ -240,5 +240,5 @@ def _add_to_softmax(shift: Tensor, total: Tensor, tile: Tensor, dim: int, out: T
 def _negative_log_share(score: Tensor, shift: Tensor, total: Tensor) -> Tensor:
     """−log(exp(score) / (exp(shift) · total)), never negative and exact where the share is near one."""
     margin = score - shift
-    ratio = (total / margin.exp()).clamp(min=1)
+    ratio = total / margin.exp()
     return torch.where(ratio < 1e30, ratio.log(), total.log() - margin)

@@ -86,7 +86,7 @@ def test_bf16_rounds_the_operands_and_nothing_else(implementation: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         followed = inf_cl_loss(query, passage, workspace_mib=2**-7, **options)
     found = torch.autograd.grad(followed, (query, passage))
-    assert asked.item() == followed.item() == pytest.approx(float(truth), abs=2e-6)
+    assert asked.item() == followed.item() == pytest.approx(truth.item(), abs=2e-6)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=2e-6, rtol=1e-5)
 
@@ -123,7 +123,7 @@ def test_module_equals_the_function_and_learns_its_scale() -> None:
     expected.backward()
     loss = module(query, passage)
     loss.backward()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     # d/d log s = s · d/ds
     assert float(module.log_logit_scale.grad) == pytest.approx(14.0 * float(scale.grad), rel=1e-5)
     assert list(module.state_dict()) == ["log_logit_scale"]
