@@ -150,11 +150,11 @@ def constant_shift(tiles: ScoreTiles) -> Tensor | None:
 
 def loss_value(statistics: Statistics, positive: Tensor) -> Tensor:
     """Mean negative log-probability of the positives: over rows, or over rows and the positives' columns alike."""
-    one = statistics
-    loss = _negative_log_share(one.positive_score, one.row_shift, one.row_sum).mean()
-    if one.column_shift is None or one.column_sum is None:
+    score = statistics.positive_score
+    loss = _negative_log_share(score, statistics.row_shift, statistics.row_sum).mean()
+    if statistics.column_shift is None or statistics.column_sum is None:
         return loss
-    columns = _negative_log_share(one.positive_score, one.column_shift[positive], one.column_sum[positive])
+    columns = _negative_log_share(score, statistics.column_shift[positive], statistics.column_sum[positive])
     return (loss + columns.mean()) / 2
 
 
@@ -171,7 +171,7 @@ def score_gradients(
     through_scores = through_mean * batch.logit_scale
     weights = _softmax_weights(statistics, batch.positive)
     query_gradient = torch.empty_like(batch.query) if query else None
-    query_sum = torch.empty(min(tiles.tile_rows, queries), width, dtype=tiles.dtype, device=tiles.device)
+    query_sum = torch.empty(tiles.tile_rows, width, dtype=tiles.dtype, device=tiles.device)
     passage_sum = torch.zeros(passages, width, dtype=tiles.dtype, device=tiles.device) if passage else None
     scale_sum = torch.zeros((), dtype=tiles.dtype, device=tiles.device)
     for rows in tiles.row_blocks():
