@@ -73,8 +73,8 @@ class Encode:
     """Passages a shard; at most so many are lost when a run is killed."""
     precision: Precision = "fp32"
     """Arithmetic of the tower; bf16 and fp16 by autocast."""
-    micro_batch_tokens: int = 16384
-    """Tokens at once, padding included."""
+    micro_batch_tokens: int | None = None
+    """Tokens at once, padding included; empty: 2048 on a CPU, 16384 on a GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
     json: bool = False
@@ -221,8 +221,8 @@ class EvaluateBeir:
     """Passages a query in the run."""
     precision: Precision = "fp32"
     """Arithmetic of the tower; bf16 and fp16 by autocast."""
-    micro_batch_tokens: int = 16384
-    """Tokens at once, padding included."""
+    micro_batch_tokens: int | None = None
+    """Tokens at once, padding included; empty: 2048 on a CPU, 16384 on a GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
     json: bool = False

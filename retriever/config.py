@@ -180,8 +180,9 @@ class TrainConfig:
     """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the towers; bf16 and fp16 by autocast over fp32 weights. auto: bf16 where the hardware has it."""
-    micro_batch_tokens: int = 16384
-    """Tokens, padding included, that pass through the towers at once; bounds the memory of activations."""
+    micro_batch_tokens: int | None = None
+    """Tokens, padding included, that pass through the towers at once; bounds the memory of activations.
+    Empty: 2048 on a CPU, where caches are small, and 16384 on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations inside the towers: less memory, about a third more time."""
     log_every: int = 10
@@ -194,11 +195,10 @@ class TrainConfig:
     """Also write TensorBoard event files to the run's folder."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, found {self.steps}")
+        for name in ("batch_size", "steps", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
         if not self.epochs > 0:
             raise ValueError(f"epochs: expected more than 0, found {self.epochs}")
 

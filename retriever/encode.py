@@ -14,7 +14,7 @@ import torch
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import sha256_file
 from index.passages import Passage
-from retriever.device import Precision, autocast
+from retriever.device import Precision, autocast, choose_micro_batch_tokens
 from retriever.packing import pack
 from retriever.towers import Side, Towers
 
@@ -33,8 +33,8 @@ class EncodeOptions:
 
     precision: Precision = "fp32"
     """fp32, or bf16 / fp16 by autocast."""
-    micro_batch_tokens: int = 16384
-    """Most tokens at once, padding included."""
+    micro_batch_tokens: int | None = None
+    """Most tokens at once, padding included; none leaves it to the device."""
 
 
 def embed_texts(
@@ -62,7 +62,7 @@ def embed_texts(
     device = next(towers.parameters()).device
     embeddings = np.empty((len(texts), towers.dimension), dtype=np.float32)
     with torch.inference_mode(), autocast(device, options.precision):
-        for rows in pack(tokens.lengths, options.micro_batch_tokens):
+        for rows in pack(tokens.lengths, choose_micro_batch_tokens(options.micro_batch_tokens, device)):
             features = {name: tensor.to(device) for name, tensor in tokenizer.pad(tokens, rows).items()}
             embeddings[rows] = towers(features, side).cpu().numpy()
             if progress is not None:

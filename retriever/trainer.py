@@ -31,7 +31,7 @@ from retriever.config import DevConfig, LossConfig, TrainConfig, load_config, sa
 from retriever.data.batches import BatchDataset, Prompts, batch_loader
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
-from retriever.device import autocast, choose_device, choose_precision, memory_mib
+from retriever.device import autocast, choose_device, choose_micro_batch_tokens, choose_precision, memory_mib
 from retriever.encode import EncodeOptions
 from retriever.evaluate import evaluate_towers
 from retriever.interrupt import Interrupted, StopRequest
@@ -66,7 +66,10 @@ class Trainer:
         self.device = choose_device(config.device)
         # Resolved, so that what is written beside the results is what was done.
         self.precision = choose_precision(config.precision, self.device)
-        self.config = config = dataclasses.replace(config, precision=self.precision)
+        self.token_budget = choose_micro_batch_tokens(config.micro_batch_tokens, self.device)
+        self.config = config = dataclasses.replace(
+            config, precision=self.precision, micro_batch_tokens=self.token_budget
+        )
         torch.manual_seed(config.seed)
         self.towers = build_towers(config.model).to(self.device)
         if config.gradient_checkpointing:
@@ -192,7 +195,7 @@ class Trainer:
             micro_batches,
             loss_of,
             self.device,
-            direct=batch.padded_tokens <= config.micro_batch_tokens,
+            direct=batch.padded_tokens <= self.token_budget,
         )
         loss = scaled / self.scaler.get_scale() if self.scaler.is_enabled() else scaled
         self.scaler.unscale_(self.optimizer)
@@ -259,7 +262,7 @@ class Trainer:
             return
         self.towers.eval()
         with tempfile.TemporaryDirectory(prefix=".dev-", dir=self.run) as folder:
-            options = EncodeOptions(self.precision, self.config.micro_batch_tokens)
+            options = EncodeOptions(self.precision, self.token_budget)
             _, metrics = evaluate_towers(
                 self.towers, self.dev, Path(folder) / "embeddings", options, self.terminal, k=100, tick=stop.check
             )
@@ -307,7 +310,7 @@ class Trainer:
             )
             for source in config.data.sources
         ]
-        preparer = BatchPreparer.of(self.towers, config.micro_batch_tokens)
+        preparer = BatchPreparer.of(self.towers, self.token_budget)
         batches = BatchDataset(tables, schedule, preparer, prompts=prompts, negatives_per_query=config.data.negatives)
         return batches, tuple(table.path.stem for table in tables)
 
