@@ -1,0 +1,273 @@
+"""A run trains, can be stopped anywhere, and ends with the same bits as one that was not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import retriever.trainer as trainer_module
+from index.files import InputError
+from retriever.checkpoint import load_checkpoint
+from retriever.config import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, load_config
+from retriever.data.sources import SourceConfig
+from retriever.interrupt import Interrupted
+from retriever.progress import Terminal
+from retriever.trainer import Trainer
+
+WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", "stone", "blue", "red", "small", "old"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BEIR folder: each query is its passage's words in another order."""
+    folder = tmp_path_factory.mktemp("data") / "words"
+    (folder / "qrels").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    passages = [" ".join(random.choice(WORDS, size=4)) for _ in range(60)]
+    with (folder / "corpus.jsonl").open("w") as corpus, (folder / "queries.jsonl").open("w") as queries:
+        for i, passage in enumerate(passages):
+            corpus.write(json.dumps({"_id": f"p{i}", "title": "", "text": passage}) + "\n")
+            shuffled = " ".join(random.permutation(passage.split()))
+            queries.write(json.dumps({"_id": f"q{i}", "text": shuffled}) + "\n")
+    for split, rows in (("train", range(48)), ("dev", range(48, 60))):
+        lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\tp{i}\t1" for i in rows)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def config(data: Path, tiny: ModelConfig, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        model=tiny,
+        data=DataConfig(sources=(SourceConfig(path=str(data)),), workers=0),
+        loss=LossConfig(learn_logit_scale=True, symmetric=True),
+        optim=OptimConfig(lr=1e-3),
+        dev=DevConfig(path=str(data), every=4),
+        batch_size=16,
+        epochs=4,
+        micro_batch_tokens=40,
+        log_every=1,
+        checkpoint_every=3,
+        precision="fp32",
+    )
+
+
+def train(config: TrainConfig) -> Path:
+    return Trainer.start(config, Terminal()).train()
+
+
+def results(run: Path) -> dict[str, Any]:
+    """Everything that a run leaves behind and that does not tell the time."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for key in ("pairs_per_second", "tokens_per_second", "memory_mib"):
+            row.pop(key, None)
+    folders = sorted((run / "checkpoints").iterdir())
+    names = ("towers", "loss", "optimizer")
+    tensors = {name: load_file(folders[-1] / f"{name}.safetensors") for name in names}
+    model = {p.name: p.read_bytes() for p in sorted((run / "model").rglob("*")) if p.is_file()}
+    return {"rows": rows, "checkpoints": [f.name for f in folders], "tensors": tensors, "model": model}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["rows"] == other["rows"]
+    assert one["checkpoints"] == other["checkpoints"]
+    assert one["model"] == other["model"]
+    for name, tensors in one["tensors"].items():
+        assert tensors.keys() == other["tensors"][name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, other["tensors"][name][key]), f"{name}/{key}"
+
+
+def test_training_learns_and_leaves_a_whole_run(config: TrainConfig) -> None:
+    model = train(dataclasses.replace(config, epochs=20, dev=dataclasses.replace(config.dev, every=20)))
+    run = Path(config.out)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 60 and np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    scores = [row["dev_ndcg@10"] for row in rows if "dev_ndcg@10" in row]
+    assert len(scores) == 3 and max(scores) > 0.5
+    assert (model / "modules.json").exists()
+    assert len(list((run / "checkpoints").iterdir())) == config.keep_checkpoints
+    again = load_config(run / "config.yaml")
+    assert again == dataclasses.replace(again) and again.micro_batch_tokens == 40
+    assert rows[-2]["logit_scale"] != rows[0]["logit_scale"]
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 7, 11])
+@pytest.mark.parametrize("how", ["signal", "kill"])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, how: str
+) -> None:
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+
+    class Killed(Exception):
+        pass
+
+    step = Trainer._step
+
+    def interrupted_step(trainer: Trainer, batch: Any) -> Any:
+        if trainer.state.step == stop_at:
+            if how == "kill":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupted_step)
+        with pytest.raises(Killed if how == "kill" else Interrupted):
+            train(config)
+    torch.rand(5)  # whatever the process drew meanwhile must not matter
+    resumed = Trainer.resume(Path(config.out), Terminal())
+    assert 0 < resumed.state.step <= stop_at + 1 or (how == "kill" and stop_at <= 3)
+    resumed.train()
+    assert_same(results(Path(config.out)), results(Path(whole.out)))
+
+
+def test_interrupted_evaluation_is_made_up_for(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+
+    real = trainer_module.evaluate_towers
+
+    def stopped(*arguments: Any, tick: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, tick=tick, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "evaluate_towers", stopped)
+        with pytest.raises(Interrupted, match="SIGINT"):
+            train(config)
+    resumed = Trainer.resume(Path(config.out), Terminal())
+    assert resumed.state.step == 4 and resumed.state.dev_step == -1
+    resumed.train()
+    assert_same(results(Path(config.out)), results(Path(whole.out)))
+
+
+def test_workers_do_not_change_the_run(config: TrainConfig, tmp_path: Path) -> None:
+    train(config)
+    other = dataclasses.replace(config, out=str(tmp_path / "other"))
+    other = dataclasses.replace(other, data=dataclasses.replace(config.data, workers=2))
+    train(other)
+    one, two = results(Path(config.out)), results(Path(other.out))
+    assert_same(one, two)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_checkpoint_restores_every_tensor_in_its_dtype(config: TrainConfig, optimizer: str) -> None:
+    config = dataclasses.replace(config, optim=OptimConfig(name=optimizer, lr=1e-3), steps=2)
+    trainer = Trainer.start(config, Terminal())
+    trainer.train()
+    fresh = Trainer(config, Path(config.out), Terminal())
+    load_checkpoint(Path(config.out) / "checkpoints" / "step-00000002", fresh.modules, fresh.optimizer)
+    with_state = 0
+    for one, other in zip(trainer.towers.parameters(), fresh.towers.parameters(), strict=True):
+        assert torch.equal(one, other)
+        before, after = trainer.optimizer.state[one], fresh.optimizer.state[other]
+        # The pooler that BERT has beside its token vectors gets no gradient, and so no state.
+        assert before.keys() == after.keys()
+        with_state += len(before) >= 3
+        for key, value in before.items():
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == after[key].dtype and torch.equal(value, after[key])
+            else:
+                assert value == after[key]
+    assert with_state > 30
+
+
+def test_micro_batches_do_not_change_a_step(config: TrainConfig, tmp_path: Path) -> None:
+    rows = []
+    for budget in (40, 100_000):
+        model = dataclasses.replace(config.model, dropout=0.0)
+        one = dataclasses.replace(
+            config, out=str(tmp_path / str(budget)), model=model, micro_batch_tokens=budget, dev=DevConfig()
+        )
+        train(one)
+        rows.append([json.loads(line)["loss"] for line in (Path(one.out) / "metrics.jsonl").read_text().splitlines()])
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4)
+
+
+def test_early_stop_keeps_the_best_model(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.3, 0.5, 0.4, 0.2, 0.9])
+    real = trainer_module.evaluate_towers
+
+    def scripted(*arguments: Any, **options: Any) -> Any:
+        run, metrics = real(*arguments, **options)
+        return run, dataclasses.replace(metrics, mean={**metrics.mean, "ndcg@10": next(scores)})
+
+    monkeypatch.setattr(trainer_module, "evaluate_towers", scripted)
+    dev = dataclasses.replace(config.dev, every=2, patience=2)
+    trainer = Trainer.start(dataclasses.replace(config, dev=dev, checkpoint_every=2, keep_checkpoints=9), Terminal())
+    trainer.train()
+    assert (trainer.state.step, trainer.state.best_step, trainer.state.best_score) == (8, 4, 0.5)
+    best = load_file(Path(config.out) / "checkpoints" / "step-00000004" / "towers.safetensors")
+    kept = load_file(Path(config.out) / "model" / "model.safetensors")
+    name = "embeddings.word_embeddings.weight"
+    (there,) = (tensor for key, tensor in best.items() if key.endswith(name))
+    assert torch.equal(kept[name], there)
+
+
+def test_runs_are_not_overwritten_and_changed_data_is_refused(config: TrainConfig, data: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    shutil.copytree(data, copied)
+    source = SourceConfig(path=str(copied))
+    config = dataclasses.replace(config, data=DataConfig(sources=(source,), workers=0), dev=DevConfig(), steps=2)
+    train(config)
+    with pytest.raises(InputError, match="holds a run already"):
+        train(config)
+    with (copied / "queries.jsonl").open("a") as queries:
+        queries.write(json.dumps({"_id": "new", "text": "new"}) + "\n")
+    with pytest.raises(InputError, match="the data changed"):
+        Trainer.resume(Path(config.out), Terminal())
+    with pytest.raises(InputError, match="expected the folder of a run"):
+        Trainer.resume(tmp_path / "nowhere", Terminal())
+
+
+def test_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
+    train(dataclasses.replace(config, steps=2, dev=DevConfig()))
+    file = Path(config.out) / "checkpoints" / "step-00000002" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=r"optimizer\.safetensors: damaged"):
+        Trainer.resume(Path(config.out), Terminal())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_explained(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, optim=OptimConfig(lr=1e30, max_grad_norm=None, warmup_fraction=0.0))
+    trainer = Trainer.start(dataclasses.replace(config, dev=DevConfig()), Terminal())
+    with pytest.raises(InputError, match=r"step \d+: loss nan.*Lower optim.lr"):
+        trainer.train()
+
+
+def test_saved_configuration_is_the_resolved_one(config: TrainConfig) -> None:
+    auto = dataclasses.replace(config, precision="auto", micro_batch_tokens=None, steps=1, dev=DevConfig())
+    Trainer.start(auto, Terminal())
+    tree = yaml.safe_load((Path(config.out) / "config.yaml").read_text())
+    assert tree["precision"] in ("fp32", "bf16") and tree["micro_batch_tokens"] >= 2048
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_learns_on_a_gpu_and_resumes(config: TrainConfig, precision: str) -> None:
+    config = dataclasses.replace(config, device="cuda", precision=precision, epochs=20, dev=DevConfig())
+    train(config)
+    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert Trainer.resume(Path(config.out), Terminal()).state.step == 60
