@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import os
+import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, Suppress, arg, subcommand
+from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg, subcommand
 
 from index.files import InputError
 from retriever.config import ConfigError, TrainConfig, load_config
@@ -20,13 +26,14 @@ from retriever.progress import Terminal
 DESCRIPTION = "Train dense retrieval models, embed and index a corpus, search it, measure how well it retrieves."
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Switch = Annotated[bool, FlagCreatePairsOff]
 
 
 @dataclass(frozen=True)
 class Train:
     """Train towers on pairs: `retriever train run.yaml [--any.field value]`, or `retriever train --resume RUN`."""
 
-    file: Positional[str | None] = None
+    file: Annotated[Positional[str | None], arg(metavar="[RUN.YAML]")] = None
     """YAML file with the configuration; flags override it."""
     config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
     resume: str | None = None
@@ -74,11 +81,14 @@ class Encode:
     precision: Precision = "fp32"
     """Arithmetic of the tower; bf16 and fp16 by autocast."""
     micro_batch_tokens: int | None = None
-    """Tokens at once, padding included; empty: 2048 on a CPU, 16384 on a GPU."""
+    """Tokens at once, padding included; empty: 4096 on a CPU, 16384 on a GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
-    json: bool = False
+    json: Switch = False
     """Print the summary as JSON."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "shard_rows", "micro_batch_tokens")
 
     def run(self, terminal: Terminal) -> int:
         from eval.beir import beir_file
@@ -119,7 +129,7 @@ class IndexBuild:
     """FAISS factory string (Flat, SQfp16, IVF1024,Flat, HNSW32, OPQ32,IVF1024,PQ32x4fs …); auto chooses by size."""
     seed: int = 0
     """Of the sample of vectors that the index is trained on."""
-    json: bool = False
+    json: Switch = False
     """Print the summary as JSON."""
 
     def run(self, terminal: Terminal) -> int:
@@ -144,7 +154,7 @@ class IndexVerify:
 
     folder: Positional[Path]
     """The index or the store."""
-    json: bool = False
+    json: Switch = False
     """Print the summary as JSON."""
 
     def run(self, terminal: Terminal) -> int:
@@ -170,8 +180,13 @@ class Search:
     """Passages a query."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
-    json: bool = False
+    json: Switch = False
     """Print one JSON object a query."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "k")
+        if self.query and self.queries:
+            raise ValueError("--queries: give queries as arguments or in a file, not both")
 
     def run(self, terminal: Terminal) -> int:
         from index.faiss_index import Index
@@ -179,10 +194,6 @@ class Search:
         from retriever.search import search
         from retriever.towers import load_towers
 
-        if self.k < 1:
-            raise ConfigError(f"--k: expected at least 1, found {self.k}")
-        if self.query and self.queries:
-            raise ConfigError("--queries: give queries as arguments or in a file, not both")
         index = Index.open(self.index)
         towers = load_towers(self.model, choose_device(self.device))
         for answer in search(towers, index, self._queries(), self.k):
@@ -222,11 +233,16 @@ class EvaluateBeir:
     precision: Precision = "fp32"
     """Arithmetic of the tower; bf16 and fp16 by autocast."""
     micro_batch_tokens: int | None = None
-    """Tokens at once, padding included; empty: 2048 on a CPU, 16384 on a GPU."""
+    """Tokens at once, padding included; empty: 4096 on a CPU, 16384 on a GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
-    json: bool = False
+    json: Switch = False
     """Print the means as JSON."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "k", "micro_batch_tokens")
+        if not self.data:
+            raise ValueError("--data: expected at least one BEIR folder, found none")
 
     def run(self, terminal: Terminal) -> int:
         from eval.report import comparison_table
@@ -283,22 +299,34 @@ class EvaluateGroup:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 done, 1 failed, 2 bad arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if threading.current_thread() is threading.main_thread():
+        # Ends as Ctrl-C does: temporary files go, and the terminal gets its cursor back.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command = _parse(arguments)
         with Terminal() as terminal:
-            return command.run(terminal)
+            code = command.run(terminal)
+        # Here rather than at the interpreter's end, where a full disk could no longer be reported.
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         return _fail(error, 2)
-    except (InputError, OSError) as error:
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough.
+        _drop_output()
+        return 1
+    except OSError as error:
+        _drop_output()
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error, 1)
+    except InputError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
 
 
 def _parse(arguments: list[str]) -> Any:
-    defaults = Train()
-    if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-        defaults = Train(file=arguments[1], config=load_config(Path(arguments[1])))
+    file = _config_file(arguments)
+    defaults = Train() if file is None else Train(file=file, config=load_config(Path(file)))
     commands = (
         Annotated[Train, subcommand("train", default=defaults)]
         | Annotated[Encode, subcommand("encode")]
@@ -306,11 +334,56 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Search, subcommand("search")]
         | Annotated[EvaluateGroup, subcommand("evaluate")]
     )
+    box = io.StringIO()
     try:
-        return tyro.cli(commands, prog="retriever", description=DESCRIPTION, args=arguments)
-    except ValueError as error:
-        # A dataclass's own check of its fields, after tyro's of their types.
-        raise ConfigError(str(error)) from None
+        with contextlib.redirect_stderr(box):
+            command: Any = tyro.cli(commands, prog="retriever", description=DESCRIPTION, args=arguments)
+    except SystemExit as end:
+        if end.code:
+            raise ConfigError(_one_line(box.getvalue())) from None
+        raise
+    if isinstance(command, Train) and command.file != file:
+        raise ConfigError(f"{command.file}: expected a configuration file, *.yaml, before any flag")
+    return command
+
+
+def _config_file(arguments: list[str]) -> str | None:
+    """The configuration of `train`, needed before the flags are parsed, because it gives their defaults."""
+    if arguments[:1] != ["train"]:
+        return None
+    names = (
+        name
+        for place, name in enumerate(arguments[1:])
+        if not name.startswith("-") and (place == 0 or name.endswith((".yaml", ".yml")))
+    )
+    return next(names, None)
+
+
+def _one_line(box: str) -> str:
+    """What is said in the box that tyro draws around an error: the error, and the first thing it proposes."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    rows = [row.strip("│ ") for row in text.splitlines() if not row.startswith(("╭", "╰"))]
+    sections = [" ".join(section.split()) for section in re.split(r"─{3,}", " ".join(rows))]
+    # The checks of our own dataclasses name the flag themselves.
+    message = re.sub(r"^Error parsing (\S+: (?=--|\S+: expected))?", "", sections[0])
+    message = re.sub(r"invalid literal for int\(\) with base 10:", "expected a whole number, found", message)
+    message = re.sub(r"could not convert string to float:", "expected a number, found", message)
+    if near := re.search(r"Perhaps you meant: .*?(--[\w.-]+)", sections[1]):
+        return f"{message}; did you mean {near[1]}?"
+    return f"{message}; {sections[1]}" if sections[1].startswith("Available") else message
+
+
+def _check_counts(command: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+
+
+def _drop_output() -> None:
+    """Forget what was not written yet, so that Python does not try, and fail, to write it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: object, code: int) -> int:

@@ -18,16 +18,20 @@ class Terminal:
         if sys.stderr.isatty():
             from rich import progress
             from rich.console import Console
+            from rich.table import Column
 
             self._bars = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
+                progress.TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                progress.BarColumn(bar_width=20),
                 progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[note]}"),
                 progress.TimeElapsedColumn(),
                 progress.TimeRemainingColumn(),
+                # Last, because it is the long one that a narrow terminal cuts.
+                progress.TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=Console(stderr=True),
                 refresh_per_second=4,
+                # One step of a large batch may take many minutes; rich forgets after thirty seconds.
+                speed_estimate_period=3600,
             )
             self._bars.start()
         return self
@@ -51,16 +55,19 @@ class Terminal:
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
-        """Yield `advance(count, note=None)`: so many more of `total` are done; the note replaces the shown rate."""
+        """Yield `advance(count, note=None)`: so many more of `total` are done; a note takes the place of the rate."""
         if self._bars is None:
             yield lambda count, note=None: None
             return
         task = self._bars.add_task(what, total=total, completed=done, note="")
+        noted = False
 
         def advance(count: int, note: str | None = None) -> None:
+            nonlocal noted
             self._bars.advance(task, count)
+            noted = noted or note is not None
             speed = next(t for t in self._bars.tasks if t.id == task).speed
-            if note is None and speed:
+            if not noted and speed:
                 note = f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2f} {unit}/s"
             if note is not None:
                 self._bars.update(task, note=note)

