@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from eval.metrics import KS, Metrics, Run
 from eval.report import write_report
 from eval.runs import write_trec_run
 from index.files import InputError
+from retriever.config import DevConfig
 from retriever.encode import EncodeOptions, corpus_source, embed_texts, encode_passages
 from retriever.progress import Terminal
 from retriever.towers import Towers
@@ -103,9 +104,26 @@ def evaluate_to_report(
         **details,
         "model sha256": towers.fingerprint()["sha256"],
         "split": split,
-        **asdict(options),
+        **dataclasses.asdict(options),
         "search": f"exact, inner product, {k} passages a query",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
     write_report(out, results, title=f"{', '.join(names)} ({split})", details=how, head="data")
     return results
+
+
+def open_dev(config: DevConfig) -> BeirDataset | None:
+    """The split that a training run is evaluated on, cut to its first queries if so configured; none without a path."""
+    if not config.path:
+        return None
+    dataset = BeirDataset.open(config.path, config.split)
+    # Now rather than after the first hundred steps.
+    dataset.check(passage.id for passage in dataset.passages())
+    if config.max_queries is None:
+        return dataset
+    kept = sorted(dataset.qrels)[: config.max_queries]
+    return dataclasses.replace(
+        dataset,
+        queries={query: dataset.queries[query] for query in kept},
+        qrels={query: dataset.qrels[query] for query in kept},
+    )

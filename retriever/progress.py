@@ -16,23 +16,7 @@ class Terminal:
 
     def __enter__(self) -> Terminal:
         if sys.stderr.isatty():
-            from rich import progress
-            from rich.console import Console
-            from rich.table import Column
-
-            self._bars = progress.Progress(
-                progress.TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-                progress.BarColumn(bar_width=20),
-                progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TimeRemainingColumn(),
-                # Last, because it is the long one that a narrow terminal cuts.
-                progress.TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-                console=Console(stderr=True),
-                refresh_per_second=4,
-                # One step of a large batch may take many minutes; rich forgets after thirty seconds.
-                speed_estimate_period=3600,
-            )
+            self._bars = _live_progress()
             self._bars.start()
         return self
 
@@ -76,3 +60,30 @@ class Terminal:
             yield advance
         finally:
             self._bars.remove_task(task)
+
+
+def _live_progress() -> Any:
+    from rich import progress
+    from rich.console import Console
+    from rich.table import Column
+    from rich.text import Text
+
+    class NoteColumn(progress.ProgressColumn):
+        """The only column that may shrink, so that a narrow terminal cuts the note and keeps the rest."""
+
+        def render(self, task: progress.Task) -> Text:
+            return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+    whole = Column(no_wrap=True)
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False, table_column=whole),
+        progress.BarColumn(bar_width=20, table_column=whole),
+        progress.MofNCompleteColumn(table_column=whole),
+        progress.TimeElapsedColumn(table_column=whole),
+        progress.TimeRemainingColumn(table_column=whole),
+        NoteColumn(),
+        console=Console(stderr=True),
+        refresh_per_second=4,
+        # One step of a large batch may take many minutes, and rich forgets after thirty seconds.
+        speed_estimate_period=3600,
+    )

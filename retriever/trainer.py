@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.beir import BeirDataset
 from index.files import InputError, atomic_folder
 from losses import InfCLLoss
 from retriever import grad_cache
@@ -27,16 +25,16 @@ from retriever.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from retriever.config import DevConfig, LossConfig, TrainConfig, load_config, save_config
-from retriever.data.batches import BatchDataset, Prompts, batch_loader
-from retriever.data.schedule import BatchSchedule
-from retriever.data.table import ExampleTable, open_source
-from retriever.device import autocast, choose_device, choose_micro_batch_tokens, choose_precision, memory_mib
+from retriever.config import LossConfig, TrainConfig, load_config, save_config
+from retriever.data.batches import batch_loader
+from retriever.device import autocast, choose_device, choose_micro_batch_tokens, choose_precision
 from retriever.encode import EncodeOptions
-from retriever.evaluate import evaluate_towers
+from retriever.evaluate import evaluate_towers, open_dev
 from retriever.interrupt import Interrupted, StopRequest
+from retriever.meter import Meter
+from retriever.open_data import open_batches, open_tables
 from retriever.optim import build_optimizer, lr_factor
-from retriever.prepare import BatchPreparer, PreparedBatch, TextGroup
+from retriever.prepare import PreparedBatch, TextGroup
 from retriever.progress import Terminal
 from retriever.run_log import RunLog
 from retriever.towers import build_towers
@@ -78,9 +76,11 @@ class Trainer:
         self.modules: dict[str, nn.Module] = {"towers": self.towers, "loss": self.loss}
         self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.dev = _open_dev(config.dev)
-        self.batches, sources = self._open_data()
-        self.state = TrainState(sources=sources)
+        self.dev = open_dev(config.dev)
+        cache = Path(config.data.cache) if config.data.cache else run / "cache"
+        tables = open_tables(config.data, cache, terminal)
+        self.batches = open_batches(config, tables, self.towers, self.token_budget)
+        self.state = TrainState(sources=tuple(table.path.stem for table in tables))
 
     @classmethod
     def start(cls, config: TrainConfig, terminal: Terminal) -> Trainer:
@@ -281,71 +281,6 @@ class Trainer:
         else:
             state.evaluations_without_gain += 1
 
-    def _open_data(self) -> tuple[BatchDataset[PreparedBatch], tuple[str, ...]]:
-        config = self.config
-        if not config.data.sources:
-            raise InputError("data.sources: expected at least one source of training pairs, found none")
-        cache = Path(config.data.cache) if config.data.cache else self.run / "cache"
-        tables: list[ExampleTable] = []
-        for source in config.data.sources:
-            with self.terminal.bar(f"read {source.path}", None, "rows") as advance:
-                table = open_source(source, cache, progress=advance)
-            self.terminal.line(f"{source.path}: {len(table):,} examples")
-            for notice in table.notices:
-                self.terminal.line(f"{source.path}: {notice}")
-            tables.append(table)
-        schedule = BatchSchedule(
-            [len(table) for table in tables],
-            batch_size=config.batch_size,
-            seed=config.seed,
-            weights=[source.weight for source in config.data.sources],
-            epochs=None if config.steps else config.epochs,
-            steps=config.steps,
-            names=[source.path for source in config.data.sources],
-        )
-        prompts = [
-            Prompts(
-                self.towers.prompt("query") if source.query_prompt is None else source.query_prompt,
-                self.towers.prompt("document") if source.passage_prompt is None else source.passage_prompt,
-            )
-            for source in config.data.sources
-        ]
-        preparer = BatchPreparer.of(self.towers, self.token_budget)
-        batches = BatchDataset(tables, schedule, preparer, prompts=prompts, negatives_per_query=config.data.negatives)
-        return batches, tuple(table.path.stem for table in tables)
-
-
-class Meter:
-    """Pairs and tokens since the last reading, per second, and the time left."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.started = self.since = time.perf_counter()
-        self.pairs = self.tokens = self.steps = 0
-
-    def add(self, batch: PreparedBatch) -> None:
-        """Count a batch."""
-        self.steps += 1
-        self.pairs += batch.queries
-        self.tokens += batch.tokens
-
-    def rates(self) -> dict[str, float]:
-        """Readings since the last call: pairs/s, real tokens/s (padding not counted), memory in MiB."""
-        now = time.perf_counter()
-        seconds = now - self.since
-        rates = {
-            "pairs_per_second": round(self.pairs / seconds, 2),
-            "tokens_per_second": round(self.tokens / seconds, 1),
-            "memory_mib": round(memory_mib(self.device), 1),
-        }
-        self.since, self.pairs, self.tokens = now, 0, 0
-        return rates
-
-    def time_left(self, steps: int) -> str:
-        """Hours, minutes and seconds that so many steps will take at the rate so far."""
-        seconds = round((time.perf_counter() - self.started) / max(1, self.steps) * steps)
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
 
 def build_loss(config: LossConfig) -> InfCLLoss:
     """The loss module that a configuration names."""
@@ -357,22 +292,6 @@ def build_loss(config: LossConfig) -> InfCLLoss:
         implementation="full" if config.name == "clip" else config.implementation,
         precision=config.precision,
         workspace_mib=config.workspace_mib,
-    )
-
-
-def _open_dev(config: DevConfig) -> BeirDataset | None:
-    if not config.path:
-        return None
-    dataset = BeirDataset.open(config.path, config.split)
-    # Now rather than after the first hundred steps.
-    dataset.check(passage.id for passage in dataset.passages())
-    if config.max_queries is None:
-        return dataset
-    kept = sorted(dataset.qrels)[: config.max_queries]
-    return dataclasses.replace(
-        dataset,
-        queries={query: dataset.queries[query] for query in kept},
-        qrels={query: dataset.qrels[query] for query in kept},
     )
 
 

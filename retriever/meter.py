@@ -1,0 +1,42 @@
+"""How fast a run goes: pairs and tokens a second, memory, and the time left."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from retriever.device import memory_mib
+from retriever.prepare import PreparedBatch
+
+
+class Meter:
+    """Pairs and tokens since the last reading, per second, and the time left."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.started = self.since = time.perf_counter()
+        self.pairs = self.tokens = self.steps = 0
+
+    def add(self, batch: PreparedBatch) -> None:
+        """Count a batch."""
+        self.steps += 1
+        self.pairs += batch.queries
+        self.tokens += batch.tokens
+
+    def rates(self) -> dict[str, float]:
+        """Readings since the last call: pairs/s, real tokens/s (padding not counted), memory in MiB."""
+        now = time.perf_counter()
+        seconds = now - self.since
+        rates = {
+            "pairs_per_second": round(self.pairs / seconds, 2),
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "memory_mib": round(memory_mib(self.device), 1),
+        }
+        self.since, self.pairs, self.tokens = now, 0, 0
+        return rates
+
+    def time_left(self, steps: int) -> str:
+        """Hours, minutes and seconds that so many steps will take at the rate so far."""
+        seconds = round((time.perf_counter() - self.started) / max(1, self.steps) * steps)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -1,0 +1,62 @@
+"""From a run's configuration to its batches: sources opened, planned and tokenized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from index.files import InputError
+from retriever.config import DataConfig, TrainConfig
+from retriever.data.batches import BatchDataset, Prompts
+from retriever.data.schedule import BatchSchedule
+from retriever.data.table import ExampleTable, open_source
+from retriever.prepare import BatchPreparer, PreparedBatch
+from retriever.progress import Terminal
+from retriever.towers import Towers
+
+
+def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[ExampleTable]:
+    """The examples of every source, memory-mapped; their sizes and counted warnings are shown.
+
+    Raises:
+        InputError: there is no source, or one is missing, broken or empty.
+    """
+    if not config.sources:
+        raise InputError("data.sources: expected at least one source of training pairs, found none")
+    tables = []
+    for source in config.sources:
+        with terminal.bar(f"read {source.path}", None, "rows") as advance:
+            table = open_source(source, cache, progress=advance)
+        terminal.line(f"{source.path}: {len(table):,} examples")
+        for notice in table.notices:
+            terminal.line(f"{source.path}: {notice}")
+        tables.append(table)
+    return tables
+
+
+def open_batches(
+    config: TrainConfig, tables: list[ExampleTable], towers: Towers, token_budget: int
+) -> BatchDataset[PreparedBatch]:
+    """Every batch of the run, in order; tokenized when it is taken.
+
+    Raises:
+        InputError: a source has fewer rows than a batch.
+    """
+    sources = config.data.sources
+    schedule = BatchSchedule(
+        [len(table) for table in tables],
+        batch_size=config.batch_size,
+        seed=config.seed,
+        weights=[source.weight for source in sources],
+        epochs=None if config.steps else config.epochs,
+        steps=config.steps,
+        names=[source.path for source in sources],
+    )
+    prompts = [
+        Prompts(
+            towers.prompt("query") if source.query_prompt is None else source.query_prompt,
+            towers.prompt("document") if source.passage_prompt is None else source.passage_prompt,
+        )
+        for source in sources
+    ]
+    preparer = BatchPreparer.of(towers, token_budget)
+    return BatchDataset(tables, schedule, preparer, prompts=prompts, negatives_per_query=config.data.negatives)
