@@ -93,15 +93,17 @@ def read_manifest(folder: Path, format: str | None = None) -> Manifest:
     """
     path = folder / NAME
     if not path.is_file():
-        raise InputError(f"{folder}: expected an {format or 'embedding store or index'}, found no {NAME} there")
+        raise InputError(
+            f"{folder}: expected {_a(format) if format else 'a folder that we wrote'}, found no {NAME} there"
+        )
     value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("format"), str):
         raise InputError(f"{path}: expected an object with a 'format', found {value!r:.60}")
     found, version = value["format"], value.get("version")
     if found not in FORMATS:
         raise InputError(f"{path}: expected 'format' {' or '.join(map(repr, FORMATS))}, found {found!r:.60}")
-    if format not in (None, found):
-        raise InputError(f"{folder}: expected an {format}, found an {found}")
+    if format is not None and format != found:
+        raise InputError(f"{folder}: expected {_a(format)}, found {_a(found)}")
     if version != VERSION or isinstance(version, bool):
         raise InputError(f"{path}: expected version {VERSION} of the format, found {version!r:.60}")
     fields = {name: field for name, field in value.items() if name not in ("format", "version", "files", "sha256")}
@@ -129,6 +131,10 @@ def verify_files(manifest: Manifest, level: Level) -> None:
             raise InputError(f"{path}: damaged: expected {expected.bytes} bytes, found {path.stat().st_size}")
         if level == "hash" and (found := sha256_file(path)) != expected.sha256:
             raise InputError(f"{path}: damaged: expected sha256 {expected.sha256[:12]}…, found {found[:12]}…")
+
+
+def _a(format: str) -> str:
+    return f"{'an' if format[0] in 'aeiou' else 'a'} {format}"
 
 
 def _parse_files(path: Path, value: object) -> dict[str, FileEntry]:

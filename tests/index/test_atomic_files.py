@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,22 @@ def test_a_body_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         raise RuntimeError("midway")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["report.json"]
+
+
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch) -> None:
+    steps: list[str] = []
+
+    def recorded(name: str, act: Callable) -> Callable:
+        def step(*args: object) -> object:
+            steps.append(name)
+            return act(*args)
+
+        return step
+
+    monkeypatch.setattr(os, "fsync", recorded("flush", os.fsync))
+    monkeypatch.setattr(os, "replace", recorded("rename", os.replace))
+    write_json(tmp_path / "a.json", 1)
+    assert steps == ["flush", "rename", "flush"]
 
 
 def test_a_body_that_raises_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_never_read(tmp_path: Path, rn
         writer.append(passages[:4], vectors[:4])
         raise RuntimeError
     (folder / "00001.npy").write_text("whole but never entered")
+    (folder / "00009.ids").write_text("of a longer run")
     (folder / ".00001.ids.99.tmp").write_text("half")
     with EmbeddingWriter(folder, **HEADER) as writer:
         writer.append(passages[4:], vectors[4:])

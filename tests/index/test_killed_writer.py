@@ -13,15 +13,15 @@ import pytest
 from index_helpers import listing
 
 from index.embeddings import EmbeddingStore
+from index.faiss_index import build
 from index.files import InputError
 from index.verify import verify
 
-ENCODE = textwrap.dedent("""
-    import os, signal, sys, time
+PRELUDE = """
+    import os, signal, sys
     from pathlib import Path
     import numpy as np
-    from index import files
-    from index.embeddings import EmbeddingWriter
+    from index.embeddings import EmbeddingStore, EmbeddingWriter
     from index.passages import Passage
 
     folder, stop_before = Path(sys.argv[1]), int(sys.argv[2])
@@ -37,7 +37,9 @@ ENCODE = textwrap.dedent("""
             return act(*args, **kwargs)
         return step
 
-    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    os.replace, os.rename, os.fsync = counted(os.replace), counted(os.rename), counted(os.fsync)
+"""
+ENCODE = textwrap.dedent(PRELUDE) + textwrap.dedent("""
     header = {"dim": 4, "model": {"sha256": "ab"}, "source": {}, "shard_rows": 16}
     with EmbeddingWriter(folder, **header) as writer:
         print("started", flush=True)
@@ -46,11 +48,21 @@ ENCODE = textwrap.dedent("""
             writer.append([Passage(f"d{row}", "", f"text {row}")], vector)
     print(calls)
 """)
+BUILD = textwrap.dedent(PRELUDE) + textwrap.dedent("""
+    from index.faiss_index import build
+
+    build(EmbeddingStore.open(Path(sys.argv[3])), folder, factory=sys.argv[4])
+    print(calls)
+""")
+
+
+def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
 def encode(folder: Path, stop_before: int = 0) -> subprocess.CompletedProcess:
-    arguments = [sys.executable, "-c", ENCODE, str(folder), str(stop_before)]
-    return subprocess.run(arguments, check=False, capture_output=True, text=True)
+    return run(ENCODE, folder, stop_before)
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +103,25 @@ def test_killed_again_and_again_at_random_times_it_completes_to_the_same_bytes(t
     assert again.returncode == 0, again.stderr
     assert verify(folder).rows == 90
     assert listing(folder) == whole
+
+
+def test_a_build_killed_before_a_late_step_leaves_a_whole_index_or_none(tmp_path: Path) -> None:
+    assert encode(tmp_path / "emb").returncode == 0
+    store, out = EmbeddingStore.open(tmp_path / "emb"), tmp_path / "index"
+    build(store, out, factory="SQ8")
+    old = listing(out)
+    done = run(BUILD, out, 0, store.folder, "Flat")
+    assert done.returncode == 0, done.stderr
+    new, steps = listing(out), int(done.stdout.split()[-1])
+    build(store, out, factory="SQ8")
+    # From the last step back: flush the neighbours, rename the new folder, rename the old one, flush a file.
+    for step in range(steps, steps - 4, -1):
+        assert run(BUILD, out, step, store.folder, "Flat").returncode == -signal.SIGKILL
+        if step == steps - 1:  # between the two renames that exchange the folders
+            assert not out.exists()
+        else:
+            assert listing(out) == (new if step == steps else old)
+        build(store, out, factory="Flat")
+        assert listing(out) == new
+        build(store, out, factory="SQ8")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["emb", "index"]

@@ -1,0 +1,43 @@
+"""Checking a whole embedding store or index, every byte of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from index.embeddings import EmbeddingStore
+from index.faiss_index import Index
+from index.files import InputError
+from index.manifest import EMBEDDINGS, INDEX, read_manifest, verify_files
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a folder holds that was found whole: its format, rows, dimensions, number of files, and their bytes."""
+
+    format: str
+    rows: int
+    dim: int
+    files: int
+    bytes: int
+
+
+def verify(folder: Path) -> Summary:
+    """Check every byte of the embedding store or index in `folder` against its manifest.
+
+    Raises:
+        InputError: a file is missing or damaged, the message names it; or the folder holds neither.
+    """
+    manifest = read_manifest(folder)
+    held: EmbeddingStore | Index
+    if manifest.format == EMBEDDINGS:
+        held = EmbeddingStore(manifest)
+    elif manifest.format == INDEX:
+        held = Index(manifest)
+    else:
+        raise InputError(f"{folder}: expected an embedding store or an index, found a {manifest.format}")
+    # Before opening: a damaged file is reported as such, and not by what its reader makes of it.
+    verify_files(manifest, "hash")
+    type(held).open(folder)
+    size = sum(entry.bytes for entry in manifest.files.values())
+    return Summary(manifest.format, held.rows, held.dim, len(manifest.files), size)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import sys
+
+import faiss
+import numpy as np
+import pytest
+
+from index.factory import bytes_per_vector, choose, explain, import_faiss
+from index.files import InputError
+
+
+@pytest.mark.parametrize(
+    ("rows", "factory"),
+    [(1, "Flat"), (199_999, "Flat"), (200_000, "IVF4096,Flat"), (5_000_000, "IVF16384_HNSW32,Flat")],
+)
+def test_size_chooses(rows: int, factory: str) -> None:
+    assert choose(rows, 384) == factory
+
+
+@pytest.mark.parametrize("rows", [200_000, 1_999_999, 2_000_000, 9_999_999, 10_000_000, 1_000_000_000])
+def test_every_choice_has_the_training_vectors_it_asks_for(rows: int) -> None:
+    index = faiss.index_factory(64, choose(rows, 64), faiss.METRIC_INNER_PRODUCT)
+    assert rows >= 39 * faiss.extract_index_ivf(index).nlist
+
+
+@pytest.mark.parametrize(
+    ("factory", "size"),
+    [
+        ("Flat", 3072),
+        ("SQfp16", 1536),
+        ("SQ8", 768),
+        ("OPQ64,PQ64", 64),
+        ("OPQ64,IVF256,PQ64", 64 + 8),
+        ("IVF256,Flat", 3072 + 8),
+        ("PQ64x4fs,RFlat", 32 + 3072),
+        ("PCA64,Flat", 256),
+    ],
+)
+def test_bytes_a_vector_are_those_of_the_code_and_the_id(factory: str, size: int) -> None:
+    assert bytes_per_vector(factory, 768) == size
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "HNSW16", "HNSW32", "NSG16"])
+def test_bytes_a_vector_are_what_the_file_grows_by(rng, factory: str) -> None:
+    def size(rows: int) -> int:
+        index = faiss.index_factory(16, factory, faiss.METRIC_INNER_PRODUCT)
+        vectors = rng.standard_normal((rows, 16)).astype(np.float32)
+        index.train(vectors)
+        index.add(vectors)
+        return len(faiss.serialize_index(index))
+
+    grown = (size(2000) - size(1000)) / 1000
+    assert bytes_per_vector(factory, 16) == pytest.approx(grown, rel=0.1)
+
+
+def test_the_explanation_is_one_line_with_the_cost() -> None:
+    line = explain("IVF4096,Flat", 1_000_000, 768)
+    assert line.startswith("IVF4096,Flat: ")
+    assert "3080 bytes a vector, 2,937 MiB for 1,000,000 passages" in line
+    assert "exact" in explain("Flat", 10, 8)
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["nonsense", "", "Flat,Flat", "IVF16", "PQ7", "LSH", "HNSW0", "IVF0,Flat", "IVF99999999999,Flat", "HNSW16,PQ8"],
+)
+def test_a_wrong_factory_is_refused_in_one_line_that_names_it(factory: str) -> None:
+    with pytest.raises(InputError, match="factory ") as caught:
+        bytes_per_vector(factory, 32)
+    assert repr(factory) in str(caught.value)
+    assert "\n" not in str(caught.value) and "/project/" not in str(caught.value)
+
+
+def test_a_missing_faiss_is_answered_with_the_command_that_installs_it(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InputError, match="pip install faiss-cpu"):
+        import_faiss()
