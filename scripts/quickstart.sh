@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Environment, install, then the main job on the bundled data: train, encode, index, search, evaluate.
+#
+#   scripts/quickstart.sh             verbs of WordNet, a few minutes on two CPU cores
+#   scripts/quickstart.sh --pos all   the whole of WordNet: every definition, every headword
+#
+# Everything it makes is in runs/quickstart.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+ensure_environment quickstart
+export HF_HUB_OFFLINE=1
+exec python scripts/quickstart.py "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Environment, install, style and types, then the tests that need no GPU. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+ensure_environment test
+# A model or data set that is not on the machine must fail a test, not download.
+export HF_HUB_OFFLINE=1
+python -m ruff check .
+python -m ruff format --check --quiet .
+python -m mypy --no-error-summary
+exec python -m pytest -q "$@"
