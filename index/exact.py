@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -231,10 +232,15 @@ def _largest(vectors: torch.Tensor, name: Callable[[int], str]) -> float:
 @contextlib.contextmanager
 def _full_precision(device: str | torch.device) -> Iterator[None]:
     """Plain float32 products, even where the caller trains with TF32 or autocast."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # These can be read and restored whether the caller set the precision here or by one of the older functions.
+    modules: Any = torch.backends  # torch makes some of these names at run time
+    backends = (modules.cuda.matmul, modules.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.inference_mode(), torch.autocast(torch.device(device).type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

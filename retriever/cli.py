@@ -8,9 +8,7 @@ import io
 import json
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg, subcommand
 
 from index.files import InputError
 from retriever.config import ConfigError, TrainConfig, load_config
+from retriever.interrupt import Interrupted, sigterm_interrupts
 from retriever.progress import Terminal
 
 DESCRIPTION = "Train dense retrieval models, embed and index a corpus, search it, measure how well it retrieves."
@@ -40,7 +39,6 @@ class Train:
     """Folder of a run to go on with, exactly where it stopped, with its own configuration."""
 
     def run(self, terminal: Terminal) -> int:
-        from retriever.interrupt import Interrupted
         from retriever.trainer import Trainer
 
         if self.resume is not None:
@@ -299,24 +297,20 @@ class EvaluateGroup:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 done, 1 failed, 2 bad arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if threading.current_thread() is threading.main_thread():
-        # Ends as Ctrl-C does: temporary files go, and the terminal gets its cursor back.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command = _parse(arguments)
-        with Terminal() as terminal:
+        with sigterm_interrupts(), Terminal() as terminal:
             code = command.run(terminal)
-        # Here rather than at the interpreter's end, where a full disk could no longer be reported.
+        # Here rather than at the interpreter's end, where a failure could no longer be answered.
         sys.stdout.flush()
         return code
     except ConfigError as error:
         return _fail(error, 2)
     except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough.
-        _drop_output()
+        # The reader of our output (head, less) has seen enough; what is left would fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        _drop_output()
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error, 1)
     except InputError as error:
         return _fail(error, 1)
@@ -378,12 +372,6 @@ def _check_counts(command: Any, *names: str) -> None:
         value = getattr(command, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
-
-
-def _drop_output() -> None:
-    """Forget what was not written yet, so that Python does not try, and fail, to write it at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: object, code: int) -> int:

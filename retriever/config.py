@@ -49,6 +49,11 @@ class ModelConfig:
     passage_prompt: str | None = None
     """Text before every passage, saved with the model; empty keeps the folder's."""
 
+    def __post_init__(self) -> None:
+        _check_least(self, "model.", 1, "projection", "max_length")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout: expected a number from 0 to below 1, found {self.dropout}")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -62,6 +67,9 @@ class DataConfig:
     """Processes that read and tokenize ahead; 0 for none. The order of the data does not depend on it."""
     cache: str | None = None
     """Folder for the memory-mapped copies of the sources; empty for one inside the run."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, "data.", 0, "negatives", "workers")
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,7 @@ class LossConfig:
                 f"loss.logit_scale: expected a number over 0 and at most max_logit_scale "
                 f"({self.max_logit_scale}), found {self.logit_scale}"
             )
-        if self.workspace_mib < 1:
-            raise ValueError(f"loss.workspace_mib: expected at least 1, found {self.workspace_mib}")
+        _check_least(self, "loss.", 1, "workspace_mib")
 
 
 @dataclass(frozen=True)
@@ -151,10 +158,7 @@ class DevConfig:
     """Evaluate on the first so many queries of the split, by id; the corpus is always whole."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "patience", "max_queries"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"dev.{name}: expected at least 1, found {value}")
+        _check_least(self, "dev.", 1, "every", "patience", "max_queries")
 
 
 @dataclass(frozen=True)
@@ -195,12 +199,18 @@ class TrainConfig:
     """Also write TensorBoard event files to the run's folder."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs: expected more than 0, found {self.epochs}")
+        counts = ("batch_size", "steps", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints")
+        _check_least(self, "", 1, *counts)
+        _check_least(self, "", 0, "seed")
+        if not _positive(self.epochs):
+            raise ValueError(f"epochs: expected a positive number, found {self.epochs}")
+
+
+def _check_least(config: object, where: str, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{where}{name}: expected at least {least}, found {value}")
 
 
 def _positive(value: float) -> bool:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import faiss
 import numpy as np
 import pytest
@@ -134,14 +136,25 @@ def test_products_that_overflow_are_refused() -> None:
         exact.search(large, [(0, large)], ["a", "b"], 1)
 
 
-def test_products_are_in_full_precision_whatever_is_set_outside(rng) -> None:
+def set_legacy() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+def set_by_backend() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+@pytest.mark.parametrize("set_low", [set_legacy, set_by_backend])
+def test_products_are_in_full_precision_whatever_is_set_outside(rng, set_low: Callable[[], None]) -> None:
     passages = rng.standard_normal((200, 64)).astype(np.float32)
     queries = rng.standard_normal((5, 64)).astype(np.float32)
     ids = [f"d{n}" for n in range(200)]
     expected = exact.search(queries, [(0, passages)], ids, 200)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
     inside: list[str] = []
+    set_low()
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             scores, rows = exact.search(
@@ -149,12 +162,15 @@ def test_products_are_in_full_precision_whatever_is_set_outside(rng) -> None:
                 [(0, passages)],
                 ids,
                 200,
-                progress=lambda _: inside.append(torch.get_float32_matmul_precision()),
+                progress=lambda _: inside.extend(backend.fp32_precision for backend in backends),
             )
-        assert inside == ["highest"]
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert inside == ["ieee", "ieee"]
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "bf16"]
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+        if set_low is set_legacy:
+            torch.set_float32_matmul_precision("highest")
     np.testing.assert_array_equal(scores, expected[0])
     np.testing.assert_array_equal(rows, expected[1])
 
