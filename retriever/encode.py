@@ -24,7 +24,7 @@ WINDOW = 8192
 
 def corpus_source(path: Path) -> dict[str, str]:
     """What identifies a corpus file to the store, so that a changed file is not taken for the one embedded."""
-    return {"path": str(path.resolve()), "sha256": sha256_file(path)}
+    return {"name": path.name, "sha256": sha256_file(path)}
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,11 @@ def encode_passages(
             done = sum(1 for _ in itertools.islice(stream, writer.rows))
             if progress is not None and done:
                 progress(done)
-            while window := list(itertools.islice(stream, WINDOW)):
+            row = writer.rows
+            # A window ends where its shard does: after an interruption the same windows, and so the same bits, follow.
+            while window := list(itertools.islice(stream, min(WINDOW, shard_rows - row % shard_rows))):
                 vectors = embed_texts(towers, [p.content for p in window], "document", options, progress)
                 writer.append(window, vectors)
+                row += len(window)
             writer.close()
     return EmbeddingStore.open(out)
