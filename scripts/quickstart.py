@@ -36,8 +36,6 @@ def main() -> None:
     shell("retriever", "evaluate", "beir", "--model", base, "--data", data, "--out", out / "before", "--k", "100")
     recipe = HERE / "recipes" / "quickstart.yaml"
     flags = ["--out", run, "--model.name", base, "--data.sources.0.path", data, "--dev.path", data]
-    if options.pos == "all":
-        flags += ["--steps", "None", "--epochs", "1"]
     shell("retriever", "train", recipe, *flags)
     model, embeddings = run / "model", out / "after" / data.name / "embeddings"
     shell("retriever", "encode", "--model", model, "--data", data, "--out", embeddings)
