@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error, 1)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
     except InputError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -336,6 +336,9 @@ def _parse(arguments: list[str]) -> Any:
         if end.code:
             raise ConfigError(_one_line(box.getvalue())) from None
         raise
+    except ValueError as error:
+        # A check of TrainConfig's own fields, which tyro lets through.
+        raise ConfigError(str(error)) from None
     if isinstance(command, Train) and command.file != file:
         raise ConfigError(f"{command.file}: expected a configuration file, *.yaml, before any flag")
     return command
@@ -356,15 +359,17 @@ def _config_file(arguments: list[str]) -> str | None:
 def _one_line(box: str) -> str:
     """What is said in the box that tyro draws around an error: the error, and the first thing it proposes."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    rows = [row.strip("│ ") for row in text.splitlines() if not row.startswith(("╭", "╰"))]
-    sections = [" ".join(section.split()) for section in re.split(r"─{3,}", " ".join(rows))]
+    # The first row is a title. Where the output is not UTF-8, rules are made of hyphens and there are no corners.
+    rows = " ".join(row.strip("╭╮│╰╯ ") for row in text.splitlines()[1:])
+    sections = [" ".join(section.split()) for section in re.split(r"[─-]{3,}", rows) if section.strip()]
     # The checks of our own dataclasses name the flag themselves.
     message = re.sub(r"^Error parsing (\S+: (?=--|\S+: expected))?", "", sections[0])
     message = re.sub(r"invalid literal for int\(\) with base 10:", "expected a whole number, found", message)
     message = re.sub(r"could not convert string to float:", "expected a number, found", message)
-    if near := re.search(r"Perhaps you meant: .*?(--[\w.-]+)", sections[1]):
+    proposal = sections[1]
+    if near := re.search(r"Perhaps you meant: .*?(--[\w.-]+)", proposal):
         return f"{message}; did you mean {near[1]}?"
-    return f"{message}; {sections[1]}" if sections[1].startswith("Available") else message
+    return f"{message}; {proposal}" if proposal.startswith("Available") else message
 
 
 def _check_counts(command: Any, *names: str) -> None:
@@ -390,13 +395,17 @@ def _answer(as_json: bool, values: dict[str, Any]) -> None:
 def _print_answer(answer: Any) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=answer.query, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("#", justify="right", style="dim")
     table.add_column("score", justify="right")
     table.add_column("id", style="cyan", overflow="fold")
     table.add_column("passage", overflow="ellipsis", no_wrap=not sys.stdout.isatty())
     for result in answer.results:
         text = " ".join(f"{result.title} {result.text}".split())
-        table.add_row(str(result.rank), f"{result.score:.4f}", result.id, text[:300])
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        # Text, because a passage may hold what rich would take for markup.
+        table.add_row(str(result.rank), f"{result.score:.4f}", Text(result.id), Text(text[:300]))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(answer.query, style="bold", markup=False, highlight=False)
+    console.print(table)
