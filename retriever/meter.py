@@ -36,6 +36,10 @@ class Meter:
         self.since, self.pairs, self.tokens = now, 0, 0
         return rates
 
+    def skip(self) -> None:
+        """Leave the time since the last reading out of the next one: it went into something else."""
+        self.since = time.perf_counter()
+
     def time_left(self, steps: int) -> str:
         """Hours, minutes and seconds that so many steps will take at the rate so far."""
         seconds = round((time.perf_counter() - self.started) / max(1, self.steps) * steps)

@@ -150,8 +150,11 @@ class Trainer:
                 state.step += 1
                 meter.add(batch)
                 last = state.step == total
-                if last or stop.requested or self._due("log", "checkpoint", "dev"):
+                row_due = last or self._due("log", "checkpoint", "dev")
+                if row_due or stop.requested:
+                    # Made in any case before a checkpoint, since it refuses a loss that is not finite.
                     row = self._row(loss, grad_norm, meter)
+                if row_due:
                     log.write(row)
                     advance(0, line := _described(row))
                     if last or not self.terminal.is_live:
@@ -162,6 +165,8 @@ class Trainer:
                 # After the evaluation, so that a checkpoint never lacks what its step has brought.
                 if self._due("checkpoint") and not last:
                     self._save_checkpoint()
+                if self._due("checkpoint", "dev"):
+                    meter.skip()
                 stop.check()
             if self.dev is None:
                 self._save_model()

@@ -111,6 +111,7 @@ def test_training_learns_and_leaves_a_whole_run(config: TrainConfig) -> None:
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, how: str
 ) -> None:
+    config = dataclasses.replace(config, log_every=2)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     train(whole)
 
@@ -260,6 +261,58 @@ def test_saved_configuration_is_the_resolved_one(config: TrainConfig) -> None:
     Trainer.start(auto, Terminal())
     tree = yaml.safe_load((Path(config.out) / "config.yaml").read_text())
     assert tree["precision"] in ("fp32", "bf16") and tree["micro_batch_tokens"] >= 2048
+
+
+def losses_of(config: TrainConfig) -> list[float]:
+    train(config)
+    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_gradient_checkpointing_and_two_precisions_change_rounding_only(config: TrainConfig, tmp_path: Path) -> None:
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0), dev=DevConfig(), steps=6)
+    expected = losses_of(dataclasses.replace(plain, out=str(tmp_path / "plain")))
+    checkpointed = dataclasses.replace(plain, out=str(tmp_path / "checkpointed"), gradient_checkpointing=True)
+    np.testing.assert_allclose(losses_of(checkpointed), expected, rtol=1e-5)
+    for precision in ("bf16", "fp16"):
+        rounded = losses_of(dataclasses.replace(plain, out=str(tmp_path / precision), precision=precision))
+        np.testing.assert_allclose(rounded, expected, rtol=0.05)
+        assert rounded != expected
+
+
+def test_two_towers_with_projection_learn_apart(config: TrainConfig) -> None:
+    model = dataclasses.replace(config.model, shared=False, projection=16)
+    trainer = Trainer.start(dataclasses.replace(config, model=model, steps=2, dev=DevConfig()), Terminal())
+    before = {name: parameter.detach().clone() for name, parameter in trainer.towers.named_parameters()}
+    trainer.train()
+    moved = {name for name, parameter in trainer.towers.named_parameters() if not torch.equal(parameter, before[name])}
+    for side in ("query", "document"):
+        assert any(f".{side}." in name and "word_embeddings" in name for name in moved)
+        assert any(f".{side}." in name and name.endswith("linear.weight") for name in moved)
+
+
+def test_hard_negatives_are_more_passages_of_the_same_loss(config: TrainConfig, tmp_path: Path) -> None:
+    path = tmp_path / "triples.jsonl"
+    rows = [{"query": f"{a} {b}", "positive": f"{b} {a}", "negatives": [f"{a} {a}"]} for a in WORDS for b in WORDS[:3]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = (SourceConfig(path=str(path)),)
+    losses = []
+    for negatives in (0, 1):
+        data = DataConfig(sources=sources, negatives=negatives, workers=0)
+        one = dataclasses.replace(config, out=str(tmp_path / f"n{negatives}"), data=data, steps=1, dev=DevConfig())
+        model = dataclasses.replace(config.model, dropout=0.0)
+        losses += losses_of(dataclasses.replace(one, model=model, loss=LossConfig()))
+    # The same weights and pairs; every negative adds a term to each row's sum.
+    assert losses[1] > losses[0] + 0.1
+
+
+def test_tensorboard_holds_the_rows_of_the_run(config: TrainConfig) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    losses = losses_of(dataclasses.replace(config, steps=3, tensorboard=True))
+    events = event_accumulator.EventAccumulator(str(Path(config.out) / "tensorboard"))
+    events.Reload()
+    np.testing.assert_allclose([event.value for event in events.Scalars("loss")], losses, rtol=1e-6)
+    assert [event.step for event in events.Scalars("dev_ndcg@10")] == [3]
 
 
 @pytest.mark.gpu
