@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from index.embeddings import EmbeddingStore, EmbeddingWriter
-from index.files import sha256_file
+from index.files import InputError, sha256_file
 from index.passages import Passage
 from retriever.device import Precision, autocast, choose_micro_batch_tokens
 from retriever.packing import pack
@@ -56,6 +56,9 @@ def embed_texts(
     Returns:
         float32 [texts, dimension].
     """
+    if not texts:
+        # Tokenizers fail on no texts at all.
+        return np.empty((0, towers.dimension), dtype=np.float32)
     prompt = towers.prompt(side)
     tokenizer = towers.tokenizer(side)
     tokens = tokenizer([prompt + text for text in texts] if prompt else texts)
@@ -112,5 +115,7 @@ def encode_passages(
                 vectors = embed_texts(towers, [p.content for p in window], "document", options, progress)
                 writer.append(window, vectors)
                 row += len(window)
+            if row == 0:
+                raise InputError(f"{source.get('name', 'corpus')}: expected passages, found none")
             writer.close()
     return EmbeddingStore.open(out)

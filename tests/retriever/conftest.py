@@ -1,0 +1,41 @@
+"""What the tests of the command line share: one tiny run, and what encode and index make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cli_helpers import command, write_beir, write_config, write_pairs
+
+from retriever.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders made by the commands train, encode and index build; tests read them and do not change them."""
+
+    pairs: Path
+    beir: Path
+    config: Path
+    run: Path
+    model: Path
+    embeddings: Path
+    index: Path
+
+
+@pytest.fixture(scope="session")
+def world(tiny: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The commands of a first-time user, up to a searchable index."""
+    folder = tmp_path_factory.mktemp("world")
+    pairs, beir = write_pairs(folder / "pairs.jsonl"), write_beir(folder / "words")
+    config = write_config(folder / "run.yaml", tiny, pairs)
+    run, embeddings, index = folder / "run", folder / "embeddings", folder / "index"
+    for arguments in (
+        ("train", config),
+        ("encode", "--model", run / "model", "--data", beir, "--out", embeddings),
+        ("index", "build", "--embeddings", embeddings, "--out", index),
+    ):
+        outcome = command(*arguments)
+        assert outcome.code == 0, outcome.err
+    return World(pairs, beir, config, run, run / "model", embeddings, index)

@@ -1,0 +1,232 @@
+"""The commands work from end to end, and what one says the next one says too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_helpers import MEANINGS, command, write_beir, write_config, write_lines
+
+from eval.runs import read_trec_run
+from index.embeddings import EmbeddingStore
+from retriever.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that finds the project as an installed one would."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def report(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    outcome = command("evaluate", "beir", "--model", world.model, "--data", world.beir, "--out", out)
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+def test_run_folder_holds_what_the_contract_names(world: Any) -> None:
+    assert {path.name for path in world.run.iterdir()} >= {"config.yaml", "metrics.jsonl", "checkpoints", "model"}
+    steps = [json.loads(line)["step"] for line in (world.run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [4, 8, 11]
+
+
+def test_sentence_transformers_gives_the_stored_vectors(world: Any) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    store = EmbeddingStore.open(world.embeddings)
+    texts = [f"{word} {meaning}" for word, meaning in MEANINGS.items()]
+    vectors = SentenceTransformer(str(world.model), device="cpu").encode_document(texts)
+    assert store.ids() == [f"d{i}" for i in range(20)]
+    np.testing.assert_allclose(store.vectors(), vectors, atol=1e-5)
+
+
+def test_search_finds_what_evaluate_finds(world: Any, report: Path) -> None:
+    queries = world.beir / "queries.jsonl"
+    outcome = command(
+        "search", "--model", world.model, "--index", world.index, "--queries", queries, "--k", 20, "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    answers = [json.loads(line) for line in outcome.out.splitlines()]
+    run = read_trec_run(report / "words" / "run.trec")
+    assert [answer["id"] for answer in answers] == list(run)
+    for answer in answers:
+        found = {result["id"]: result["score"] for result in answer["results"]}
+        assert found == pytest.approx(run[answer["id"]], abs=1e-5)
+        assert [result["rank"] for result in answer["results"]] == list(range(1, 21))
+        first = answer["results"][0]
+        assert first["text"] == MEANINGS[first["title"]]
+
+
+def test_beir_package_gives_our_numbers(world: Any, report: Path) -> None:
+    from beir.datasets.data_loader import GenericDataLoader
+    from beir.retrieval import models
+    from beir.retrieval.evaluation import EvaluateRetrieval
+    from beir.retrieval.search.dense import DenseRetrievalExactSearch
+
+    corpus, queries, qrels = GenericDataLoader(str(world.beir)).load("test")
+    search = DenseRetrievalExactSearch(models.SentenceBERT(str(world.model)), batch_size=32)
+    found = EvaluateRetrieval(search, score_function="dot", k_values=[10]).retrieve(corpus, queries)
+    ndcg, mean_precision, recall, precision = EvaluateRetrieval.evaluate(qrels, found, [10])
+    outcome = command("evaluate", "beir", "--model", world.model, "--data", world.beir, "--out", report, "--json")
+    ours = json.loads(outcome.out)["words"]
+    assert 0.2 < ours["ndcg@10"] < 0.999  # neither failing nor trivial
+    theirs = {**ndcg, **mean_precision, **recall, **precision}
+    for name, key in (("NDCG", "ndcg"), ("MAP", "map"), ("Recall", "recall"), ("P", "precision")):
+        assert ours[f"{key}@10"] == pytest.approx(theirs[f"{name}@10"], abs=5e-5)
+
+
+def test_evaluate_reuses_the_embeddings_it_finds(world: Any, report: Path) -> None:
+    shard = report / "words" / "embeddings" / "00000.npy"
+    before = shard.stat().st_mtime_ns
+    outcome = command("evaluate", "beir", "--model", world.model, "--data", world.beir, "--out", report)
+    assert outcome.code == 0 and shard.stat().st_mtime_ns == before
+    assert outcome.out.startswith("| data | nDCG@10 |") and "| words |" in outcome.out
+    saved = json.loads((report / "report.json").read_text())
+    assert "words" in json.dumps(saved) and (report / "report.md").exists()
+
+
+@pytest.mark.parametrize("how", ["arguments", "file", "stdin"])
+def test_queries_come_from_arguments_a_file_or_standard_input(world: Any, tmp_path: Path, how: str) -> None:
+    texts = ["define cat", "what is snow?"]
+    given: tuple[object, ...] = tuple(texts)
+    if how != "arguments":
+        given = ()
+    if how == "file":
+        given = ("--queries", write_lines(tmp_path / "q.jsonl", [{"id": i, "text": t} for i, t in enumerate(texts, 1)]))
+    stdin = "define cat\n\nwhat is snow?" if how == "stdin" else ""
+    place = ("search", "--model", world.model, "--index", world.index, "--k", 3)
+    answers = [json.loads(line) for line in command(*place, *given, "--json", stdin=stdin).out.splitlines()]
+    assert [(answer["id"], answer["query"], len(answer["results"])) for answer in answers] == [
+        ("1", "define cat", 3),
+        # A number is that of the line.
+        ("3" if how == "stdin" else "2", "what is snow?", 3),
+    ]
+    table = command(*place, *given, stdin=stdin).out
+    assert "define cat" in table and answers[1]["results"][2]["id"] in table
+
+
+def test_every_index_answers_as_flat_does_when_it_looks_everywhere(world: Any, tmp_path: Path) -> None:
+    answers = []
+    for factory in ("Flat", "IVF2,Flat", "HNSW8"):
+        built = command(
+            "index", "build", "--embeddings", world.embeddings, "--out", tmp_path / "i", "--factory", factory, "--json"
+        )
+        summary = json.loads(built.out)
+        assert summary == {"index": str(tmp_path / "i"), "factory": factory, "rows": 20, "dim": 32}
+        found = command("search", "--model", world.model, "--index", tmp_path / "i", "--k", 5, "--json", "define oak")
+        answers.append([result["id"] for result in json.loads(found.out)["results"]])
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_verify_accepts_whole_folders_and_names_the_file_with_a_flipped_byte(world: Any, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    assert command("index", "build", "--embeddings", world.embeddings, "--out", out).code == 0
+    whole = command("index", "verify", out, "--json")
+    assert whole.code == 0 and json.loads(whole.out)["rows"] == 20
+    for name in sorted(path.name for path in out.iterdir()):
+        path = out / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        broken = command("index", "verify", out)
+        assert broken.code == 1 and broken.err.startswith(f"retriever: {path}"), broken.err
+        path.write_bytes(content)
+    assert command("index", "verify", out).code == 0
+
+
+def test_flags_override_the_file_wherever_it_stands(world: Any, tmp_path: Path) -> None:
+    for number, arguments in enumerate([("--steps", 1, world.config), (world.config, "--steps", 1)]):
+        out = tmp_path / str(number)
+        outcome = command("train", *arguments, "--out", out, "--data.sources.0.weight", 2.5)
+        assert outcome.code == 0, outcome.err
+        saved = (out / "config.yaml").read_text()
+        assert "steps: 1\n" in saved and "weight: 2.5" in saved and "query: question" in saved
+
+
+def test_training_from_a_beir_folder_keeps_the_best_model(world: Any, tmp_path: Path, tiny: ModelConfig) -> None:
+    beir = write_beir(tmp_path / "words")
+    config = write_config(
+        tmp_path / "run.yaml",
+        tiny,
+        beir,
+        data={"sources": [{"path": str(beir)}], "workers": 0},
+        dev={"path": str(beir), "every": 2},
+        steps=3,
+    )
+    outcome = command("train", config)
+    assert outcome.code == 0, outcome.err
+    assert "step 2  dev nDCG@10" in outcome.err and "step 3  dev nDCG@10" in outcome.err
+    assert (tmp_path / "run" / "model" / "modules.json").exists()
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        result = python("-X", "importtime", "-m", "retriever", "--help")
+        seconds.append(time.perf_counter() - begin)
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert result.returncode == 0 and "train" in result.stdout
+    assert "retriever" in imported
+    assert not imported & {"torch", "transformers", "sentence_transformers", "faiss", "numpy", "datasets", "pyarrow"}
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["encode"], ["index", "build"], ["index", "verify"], ["search"]])
+def test_every_command_explains_itself(words: list[str]) -> None:
+    outcome = command(*words, "--help")
+    assert outcome.code == 0 and outcome.out.startswith("usage: retriever") and not outcome.err
+
+
+@pytest.mark.parametrize("package", ["losses", "index", "eval"])
+def test_shadowing_package_is_named(tmp_path: Path, package: str) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import retriever"
+    result = python("-c", code)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ") and str(tmp_path / package / "__init__.py") in last
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
+def test_signalled_run_saves_a_checkpoint_and_says_how_to_go_on(
+    world: Any, tmp_path: Path, number: signal.Signals, workers: int
+) -> None:
+    out = tmp_path / "run"
+    # More steps than can pass before the signal comes.
+    arguments = ["train", str(world.config), "--out", str(out), "--epochs", "400", "--log-every", "1"]
+    arguments += ["--data.workers", str(workers)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retriever", *arguments],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("step 3/"):
+            # To the whole group, as a terminal sends Ctrl-C; a service manager does the same with SIGTERM.
+            os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    assert process.wait(timeout=60) == 1, "".join(said)
+    assert said[-1].startswith(f"{number.name} at step "), "".join(said)
+    assert not any("Traceback" in line or "Warning" in line for line in said), "".join(said)
+    step = int(said[-1].split("step ")[1].split(":")[0])
+    assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert f"retriever train --resume {out}" in said[-1]

@@ -1,0 +1,197 @@
+"""A configuration reads back as it was written, and whatever cannot be meant is refused by name."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cli_helpers import command
+
+from retriever.cli import _parse
+from retriever.config import (
+    ConfigError,
+    DataConfig,
+    DevConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    load_config,
+    save_config,
+)
+from retriever.data.sources import SourceConfig
+
+FULL = TrainConfig(
+    out="runs/ä ö",
+    model=ModelConfig(
+        name="m",
+        architecture={"model_type": "bert", "hidden_size": 8},
+        pooling="cls",
+        dropout=0.5,
+        query_prompt="query: ",
+    ),
+    data=DataConfig(
+        sources=(SourceConfig(path="a.jsonl", query="q", weight=2.5), SourceConfig(path="b", format="beir")),
+        negatives=3,
+        cache="c",
+    ),
+    loss=LossConfig(name="clip", logit_scale=1 / 3, learn_logit_scale=True),
+    optim=OptimConfig(name="adafactor", lr=1e-5, betas=(0.9, 0.95), eps=1e-30, max_grad_norm=None),
+    dev=DevConfig(path="d", every=7, patience=2),
+    batch_size=7,
+    epochs=0.1,
+    steps=3,
+    precision="bf16",
+    micro_batch_tokens=100,
+    tensorboard=True,
+)
+
+
+def read(path: Path, text: str) -> TrainConfig:
+    path.write_text(text, encoding="utf-8")
+    return load_config(path)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), FULL])
+def test_saved_configuration_reads_back_equal(tmp_path: Path, config: TrainConfig) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(config, path)
+    assert load_config(path) == config
+    assert "!!python" not in path.read_text()
+
+
+def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert read(tmp_path / "c.yaml", "# nothing yet\n") == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("'0.25'", 0.25), ("2", 2.0), ("5e1", 50.0)],
+)
+def test_numbers_as_people_write_them_are_floats(tmp_path: Path, text: str, expected: float) -> None:
+    lr = read(tmp_path / "c.yaml", f"optim: {{lr: {text}}}").optim.lr
+    assert lr == expected and isinstance(lr, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize: 3", "batchsize: unknown key; did you mean 'batch_size'"),
+        ("model: {max_len: 3}", "model.max_len: unknown key; did you mean 'max_length'"),
+        (
+            "data: {sources: [{path: a, positives: b}]}",
+            "data.sources[0].positives: unknown key; did you mean 'positive'",
+        ),
+        ("zzz: 3", "zzz: unknown key; known: out, model, data"),
+        ("3: 3", "3: unknown key"),
+        ("steps: 1.5", "steps: expected int, found 1.5 (float)"),
+        ("steps: '5'", "steps: expected int, found '5' (str)"),
+        ("steps: true", "steps: expected int, found True (bool)"),
+        ("epochs: true", "epochs: expected float, found True (bool)"),
+        ("optim: {lr: fast}", "optim.lr: expected float, found 'fast' (str)"),
+        ("optim: {lr: [1]}", "optim.lr: expected float, found [1] (list)"),
+        ("tensorboard: 1", "tensorboard: expected bool, found 1 (int)"),
+        ("out: 3", "out: expected str, found 3 (int)"),
+        ("out: null", "out: expected str, found None (NoneType)"),
+        ("model: {architecture: bert}", "model.architecture: expected dict, found 'bert' (str)"),
+        ("model: null", "model: expected keys and values, found None (NoneType)"),
+        ("optim: {betas: [0.9, 0.99, 0.999]}", "optim.betas: expected 2 values, found 3"),
+        ("optim: {betas: [0.9, x]}", "optim.betas[1]: expected float, found 'x' (str)"),
+        ("optim: {betas: 0.9}", "optim.betas: expected a list, found 0.9 (float)"),
+        ("precision: fp8", "precision: expected one of auto, fp32, bf16, fp16, found 'fp8' (str)"),
+        ("data: {sources: [{query: a}]}", "path"),
+        ("data: {sources: [a.jsonl]}", "data.sources[0]: expected keys and values, found 'a.jsonl' (str)"),
+        ("data: {sources: [{path: a, weight: -1}]}", "weight: expected a positive number, found -1.0"),
+        ("data: {workers: -1}", "data.workers: expected at least 0, found -1"),
+        ("epochs: .inf", "epochs: expected a positive number, found inf"),
+        ("seed: -1", "seed: expected at least 0, found -1"),
+        ("keep_checkpoints: 0", "keep_checkpoints: expected at least 1, found 0"),
+        ("optim: {warmup_fraction: 2}", "optim.warmup_fraction: expected a fraction from 0 to 1, found 2.0"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    with pytest.raises(ConfigError) as error:
+        read(path, text)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_yaml_is_refused_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    with pytest.raises(ConfigError, match=r"c\.yaml:3: expected YAML"):
+        read(path, "out: a\nsteps: 3\n  seed: 4\n")
+    path.write_bytes(b"out: \xff\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: expected UTF-8"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "gone.yaml")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path)
+
+
+def test_yaml_cannot_run_code(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected YAML"):
+        read(tmp_path / "c.yaml", f"out: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']")
+    assert not (tmp_path / "made").exists()
+
+
+def test_flags_override_the_file_and_leave_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    save_config(FULL, path)
+    flags = ["--optim.lr", "1e-3", "--steps", "None", "--no-tensorboard", "--optim.betas", "0.8", "0.9"]
+    train = _parse(["train", str(path), *flags, "--data.sources.1.weight=4", "--model.pooling", "mean"])
+    expected = dataclasses.replace(
+        FULL,
+        model=dataclasses.replace(FULL.model, pooling="mean"),
+        data=dataclasses.replace(
+            FULL.data, sources=(FULL.data.sources[0], dataclasses.replace(FULL.data.sources[1], weight=4.0))
+        ),
+        optim=dataclasses.replace(FULL.optim, lr=1e-3, betas=(0.8, 0.9)),
+        steps=None,
+        tensorboard=False,
+    )
+    assert train.config == expected
+    assert _parse(["train", str(path)]).config == FULL
+    assert _parse(["train"]).config == TrainConfig()
+
+
+def test_help_shows_the_defaults_of_the_dataclasses_and_of_the_file(tmp_path: Path) -> None:
+    text = " ".join(command("train", "--help").out.replace("│", " ").split())
+    for flag, default in _flags(TrainConfig()):
+        # Up to the first default that is named after this flag.
+        entry = re.split(rf" {re.escape(flag)},? ", text, maxsplit=1)[1]
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else "''" if default == "" else default
+        assert entry[entry.index("(default: ") :].startswith(f"(default: {shown})"), flag
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"batch_size": 12345}))
+    assert "(default: 12345)" in command("train", path, "--help").out
+
+
+def _flags(config: Any, prefix: str = "--") -> list[tuple[str, Any]]:
+    """Flag and default of every field that has a flag."""
+    found: list[tuple[str, Any]] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flag = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            found += _flags(value, f"{flag}.")
+        elif field.name not in ("architecture", "sources"):
+            found.append((flag, value))
+    return found
+
+
+def test_every_field_is_explained() -> None:
+    for kind in (TrainConfig, *(t for t in typing.get_type_hints(TrainConfig).values() if dataclasses.is_dataclass(t))):
+        (body,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.value, ast.Constant):
+                assert isinstance(following, ast.Expr), f"{kind.__name__}.{ast.unparse(statement.target)}"

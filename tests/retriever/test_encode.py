@@ -1,0 +1,195 @@
+"""Embeddings stand in the order of their texts, and an interrupted store ends with the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import command, write_lines
+
+from index.embeddings import EmbeddingStore
+from index.files import InputError
+from index.passages import Passage, read_passages
+from retriever.config import ModelConfig
+from retriever.encode import EncodeOptions, corpus_source, embed_texts, encode_passages
+from retriever.towers import Towers, build_towers, load_towers
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("cat", "dog", "oak", "pine", "river", "piano", "bread", "cheese", "hammer", "eagle", "ship", "winter")
+
+
+@pytest.fixture(scope="module")
+def towers(tiny: ModelConfig) -> Towers:
+    torch.manual_seed(0)
+    return build_towers(tiny).eval()
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    random = np.random.default_rng(0)
+    return [" ".join(random.choice(WORDS, size=random.integers(1, 40))) for _ in range(97)] + ["", " "]
+
+
+@pytest.fixture(scope="module")
+def alone(towers: Towers, texts: list[str]) -> np.ndarray:
+    """The embedding of each text by itself, without padding."""
+    return np.concatenate([embed_texts(towers, [text], "document", EncodeOptions()) for text in texts])
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, texts: list[str]) -> Path:
+    return write_lines(tmp_path / "corpus.jsonl", [{"_id": f"d{i}", "text": t} for i, t in enumerate(texts)])
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 333, 100_000])
+def test_order_is_that_of_the_texts_whatever_the_micro_batch(
+    towers: Towers, texts: list[str], alone: np.ndarray, tokens: int
+) -> None:
+    done: list[int] = []
+    together = embed_texts(towers, texts, "document", EncodeOptions(micro_batch_tokens=tokens), done.append)
+    assert together.shape == (99, 32) and together.dtype == np.float32 and sum(done) == 99
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    # Unlike texts have unlike vectors: the order could not be another one.
+    assert np.abs(together[:10, None] - together[None, :10]).max(axis=2)[~np.eye(10, dtype=bool)].min() > 1e-3
+
+
+def test_no_texts_make_no_embeddings(towers: Towers) -> None:
+    assert embed_texts(towers, [], "query", EncodeOptions()).shape == (0, 32)
+
+
+def test_empty_corpus_is_refused_and_leaves_no_complete_store(towers: Towers, tmp_path: Path) -> None:
+    corpus = write_lines(tmp_path / "corpus.jsonl", [])
+    with pytest.raises(InputError, match=r"corpus\.jsonl: expected passages, found none"):
+        encode_passages(towers, read_passages(corpus), tmp_path / "e", EncodeOptions(), source=corpus_source(corpus))
+    with pytest.raises(InputError, match="incomplete"):
+        EmbeddingStore.open(tmp_path / "e")
+
+
+def test_prompt_stands_before_every_text_of_its_side(tiny: ModelConfig) -> None:
+    torch.manual_seed(0)
+    towers = build_towers(dataclasses.replace(tiny, query_prompt="cat: ")).eval()
+    options = EncodeOptions()
+    query = embed_texts(towers, ["a dog"], "query", options)
+    np.testing.assert_array_equal(query, embed_texts(towers, ["cat: a dog"], "document", options))
+    assert np.abs(query - embed_texts(towers, ["a dog"], "document", options)).max() > 1e-3
+
+
+def test_half_precision_is_near_and_stored_as_asked(towers: Towers, corpus: Path, tmp_path: Path) -> None:
+    source = corpus_source(corpus)
+    stores = [
+        encode_passages(
+            towers, read_passages(corpus), tmp_path / name, EncodeOptions(precision), source=source, dtype=dtype
+        )
+        for name, precision, dtype in (("a", "fp32", "float32"), ("b", "fp32", "float16"), ("c", "bf16", "float32"))
+    ]
+    assert [store.vectors().dtype for store in stores] == [np.float32, np.float16, np.float32]
+    np.testing.assert_allclose(stores[0].vectors(), stores[1].vectors(), atol=1e-3)
+    np.testing.assert_allclose(stores[0].vectors(), stores[2].vectors(), atol=0.05)
+
+
+@pytest.mark.parametrize("stop_at", [0, 15, 16, 50, 98])
+def test_interrupted_store_ends_with_the_bytes_of_an_undisturbed_one(
+    towers: Towers, corpus: Path, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Windows smaller than the corpus, and no multiple of the shards.
+    monkeypatch.setattr("retriever.encode.WINDOW", 10)
+    source, options = corpus_source(corpus), EncodeOptions(micro_batch_tokens=200)
+
+    def encode(out: Path, passages: object = None) -> EmbeddingStore:
+        rows = read_passages(corpus) if passages is None else passages
+        return encode_passages(towers, rows, out, options, source=source, shard_rows=16)  # type: ignore[arg-type]
+
+    def cut_short() -> object:
+        for number, passage in enumerate(read_passages(corpus)):
+            if number == stop_at:
+                raise KeyboardInterrupt
+            yield passage
+
+    whole = encode(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        encode(tmp_path / "cut", cut_short())
+    with pytest.raises(InputError, match="incomplete"):
+        EmbeddingStore.open(tmp_path / "cut")
+    store = encode(tmp_path / "cut")
+    assert stored(tmp_path / "cut") == stored(tmp_path / "whole")
+    assert store.ids() == [f"d{i}" for i in range(99)] and store.rows == whole.rows == 99
+    embedded = embed_texts(towers, [passage.content for passage in store.passages()], "document", options)
+    np.testing.assert_allclose(store.vectors(), embedded, atol=1e-5)
+
+
+def test_complete_store_is_left_as_it_is(towers: Towers, corpus: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "e", corpus_source(corpus)
+    encode_passages(towers, read_passages(corpus), out, EncodeOptions(), source=source)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    again: list[Passage] = []  # not even read
+    assert encode_passages(towers, again, out, EncodeOptions(), source=source).rows == 99
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_another_model_or_corpus_is_refused(towers: Towers, corpus: Path, tmp_path: Path, tiny: ModelConfig) -> None:
+    out, source = tmp_path / "e", corpus_source(corpus)
+    encode_passages(towers, read_passages(corpus), out, EncodeOptions(), source=source)
+    before = stored(out)
+    torch.manual_seed(1)
+    other = build_towers(tiny).eval()
+    with pytest.raises(InputError, match="begun with another model"):
+        encode_passages(other, read_passages(corpus), out, EncodeOptions(), source=source)
+    with corpus.open("a") as stream:
+        stream.write('{"_id": "new", "text": "new"}\n')
+    with pytest.raises(InputError, match="begun with another source"):
+        encode_passages(towers, read_passages(corpus), out, EncodeOptions(), source=corpus_source(corpus))
+    with pytest.raises(InputError, match="begun with another dtype"):
+        encode_passages(towers, read_passages(corpus), out, EncodeOptions(), source=source, dtype="float16")
+    assert stored(out) == before
+
+
+def test_process_killed_at_any_moment_leaves_a_store_that_goes_on(towers: Towers, tmp_path: Path) -> None:
+    """The real command and SIGKILL: what stands on disk is a multiple of a shard, and the end is the same bytes."""
+    model = tmp_path / "model"
+    model.mkdir()
+    towers.save(model)
+    random = np.random.default_rng(1)
+    corpus = write_lines(
+        tmp_path / "corpus.jsonl",
+        [{"_id": f"d{i}", "text": " ".join(random.choice(WORDS, size=30))} for i in range(6000)],
+    )
+    arguments = ["encode", "--model", str(model), "--data", str(corpus), "--shard-rows", "100"]
+    arguments += ["--micro-batch-tokens", "2000", "--device", "cpu"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retriever", *arguments, "--out", str(tmp_path / "cut")], env=env, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "cut" / "00001.npy").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    with pytest.raises(InputError, match=r"incomplete, [1-9]\d*00 rows so far"):
+        EmbeddingStore.open(tmp_path / "cut")
+    for name in ("cut", "whole"):
+        outcome = command(*arguments, "--out", tmp_path / name)
+        assert outcome.code == 0, outcome.err
+    assert stored(tmp_path / "cut") == stored(tmp_path / "whole")
+
+
+def test_loaded_model_gives_the_vectors_of_the_one_saved(towers: Towers, texts: list[str], tmp_path: Path) -> None:
+    towers.save(tmp_path)
+    loaded = load_towers(str(tmp_path))
+    assert loaded.fingerprint() == towers.fingerprint()
+    np.testing.assert_array_equal(
+        embed_texts(loaded, texts, "query", EncodeOptions()), embed_texts(towers, texts, "query", EncodeOptions())
+    )
