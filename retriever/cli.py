@@ -189,12 +189,15 @@ class Search:
     def run(self, terminal: Terminal) -> int:
         from index.faiss_index import Index
         from retriever.device import choose_device
-        from retriever.search import search
+        from retriever.search import BATCH, search
         from retriever.towers import load_towers
 
         index = Index.open(self.index)
         towers = load_towers(self.model, choose_device(self.device))
-        for answer in search(towers, index, self._queries(), self.k):
+        typed = not self.query and self.queries is None and sys.stdin.isatty()
+        if typed:
+            terminal.line("queries, one a line; Ctrl-D ends")
+        for answer in search(towers, index, self._queries(), self.k, batch=1 if typed else BATCH):
             if self.json:
                 print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
             else:

@@ -36,7 +36,9 @@ class Answer:
     results: list[Result]
 
 
-def search(towers: Towers, index: Index, queries: Iterable[tuple[str, str]], k: int) -> Iterator[Answer]:
+def search(
+    towers: Towers, index: Index, queries: Iterable[tuple[str, str]], k: int, batch: int = BATCH
+) -> Iterator[Answer]:
     """The best `k` passages of each (id, text) query, in order; fewer where the index finds fewer.
 
     Args:
@@ -44,15 +46,16 @@ def search(towers: Towers, index: Index, queries: Iterable[tuple[str, str]], k: 
         index: the index.
         queries: (id, text), without prompts; consumed in batches as answers are taken.
         k: passages a query.
+        batch: queries embedded and searched at a time; 1 answers each before the next is read.
 
     Raises:
         InputError: the index was made with another model.
     """
     index.check_model(towers.fingerprint())
     stream = iter(queries)
-    while batch := list(itertools.islice(stream, BATCH)):
-        vectors = embed_texts(towers, [text for _, text in batch], "query", EncodeOptions())
-        for (name, text), scores, rows in zip(batch, *index.search(vectors, k), strict=True):
+    while some := list(itertools.islice(stream, batch)):
+        vectors = embed_texts(towers, [text for _, text in some], "query", EncodeOptions())
+        for (name, text), scores, rows in zip(some, *index.search(vectors, k), strict=True):
             found = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row >= 0]
             yield Answer(name, text, [_result(index, *place, rank) for rank, place in enumerate(found, start=1)])
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from cli_helpers import MEANINGS, command, write_beir, write_config, write_lines
 
 from eval.runs import read_trec_run
 from index.embeddings import EmbeddingStore
+from index.faiss_index import Index
 from retriever.config import ModelConfig
+from retriever.search import search
+from retriever.towers import load_towers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,6 +119,19 @@ def test_queries_come_from_arguments_a_file_or_standard_input(world: Any, tmp_pa
     ]
     table = command(*place, *given, stdin=stdin).out
     assert "define cat" in table and answers[1]["results"][2]["id"] in table
+
+
+def test_typed_query_is_answered_before_the_next_is_read(world: Any) -> None:
+    read: list[str] = []
+
+    def typed() -> Iterator[tuple[str, str]]:
+        for name in "abc":
+            read.append(name)
+            yield name, f"what is a {name}?"
+
+    answers = search(load_towers(str(world.model)), Index.open(world.index), typed(), k=2, batch=1)
+    assert next(answers).id == "a" and read == ["a"]
+    assert [answer.id for answer in answers] == ["b", "c"]
 
 
 def test_every_index_answers_as_flat_does_when_it_looks_everywhere(world: Any, tmp_path: Path) -> None:

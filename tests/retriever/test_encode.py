@@ -155,6 +155,14 @@ def test_another_model_or_corpus_is_refused(towers: Towers, corpus: Path, tmp_pa
     assert stored(out) == before
 
 
+@pytest.mark.xfail(strict=True, reason="the fingerprint holds the tokenizer's last truncation and padding")
+def test_model_is_the_same_one_after_it_was_used(minilm: str) -> None:
+    towers = load_towers(minilm)
+    before = towers.fingerprint()
+    embed_texts(towers, ["a cat"], "query", EncodeOptions())
+    assert towers.fingerprint() == before
+
+
 def test_process_killed_at_any_moment_leaves_a_store_that_goes_on(towers: Towers, tmp_path: Path) -> None:
     """The real command and SIGKILL: what stands on disk is a multiple of a shard, and the end is the same bytes."""
     model = tmp_path / "model"
