@@ -43,7 +43,7 @@ def explain(factory: str, rows: int, dim: int) -> str:
         why = "compares with the passages of the nearest centroids, approximate"
     else:
         why = "as asked for"
-    return f"{factory}: {why}; {each} bytes a vector, {each * rows / 2**20:,.0f} MiB for {rows:,} passages"
+    return f"{factory}: {why}; {each} bytes a vector, {each * rows / 2**20:,.3g} MiB for {rows:,} passages"
 
 
 def make(factory: str, dim: int) -> Any:

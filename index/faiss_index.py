@@ -290,10 +290,10 @@ def _set_search_defaults(index: Any) -> None:
 
 
 def _write_faiss(index: Any, path: Path) -> None:
-    try:
-        import_faiss().write_index(index, str(path))
-    except RuntimeError as error:
-        raise OSError(f"{path}: cannot be written: {reason(error)}") from None
+    faiss = import_faiss()
+    # Through Python's file: faiss's own writer only prints that a full disk has cut its last bytes off.
+    with path.open("wb") as stream:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
 
 
 def _concatenate(parts: list[Path], whole: Path) -> None:

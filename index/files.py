@@ -172,6 +172,10 @@ def parse_json(text: str, place: str) -> Any:
         return value
     except UnicodeEncodeError:
         raise InputError(f"{place}: expected Unicode text, found half of a surrogate pair") from None
+    except json.JSONDecodeError as error:
+        # Its own line number counts within `text`; `place` knows the file's.
+        at = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
+        raise InputError(f"{place}: expected JSON, found: {error.msg} at {at}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: expected JSON, found: {error}") from None
 

@@ -93,9 +93,8 @@ def read_manifest(folder: Path, format: str | None = None) -> Manifest:
     """
     path = folder / NAME
     if not path.is_file():
-        raise InputError(
-            f"{folder}: expected {_a(format) if format else 'a folder that we wrote'}, found no {NAME} there"
-        )
+        expected = _a(format) if format else "an embedding store or an index"
+        raise InputError(f"{folder}: expected {expected}, found no {NAME} there")
     value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("format"), str):
         raise InputError(f"{path}: expected an object with a 'format', found {value!r:.60}")

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from index.files import InputError, atomic_folder, read_json, write_json
 from index.manifest import CHECKPOINT, FileEntry, Manifest, read_manifest, verify_files, write_manifest
+from retriever.weights import save_tensors
 
 
 @dataclass
@@ -42,9 +43,9 @@ def save_checkpoint(
     """Write modules, optimizer state and `state` to `folder`, atomically."""
     with atomic_folder(folder) as temporary:
         for name, module in modules.items():
-            _save_tensors(module.state_dict(), temporary / f"{name}.safetensors")
+            save_tensors(module.state_dict(), temporary / f"{name}.safetensors")
         tensors, numbers = _optimizer_state(optimizer)
-        _save_tensors(tensors, temporary / "optimizer.safetensors")
+        save_tensors(tensors, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", {"train": vars(state), "optimizer": numbers})
         files = {path.name: FileEntry.of(path) for path in sorted(temporary.iterdir())}
         write_manifest(Manifest(temporary, CHECKPOINT, {"step": state.step}, files))
@@ -89,11 +90,6 @@ def _all_checkpoints(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     return sorted(path for path in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    # Tied weights share memory, which safetensors refuses; a copy each is what load_state_dict expects.
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -28,8 +28,8 @@ def mine(
 ) -> tuple[int, int]:
     """Write one JSON line a query with its text, its positives, and its hardest negatives, best first.
 
-    Candidates are the `depth` passages that score best for the query, without its judged-relevant ones, itself, and those that
-    score above `max_share` of its best positive: many of these are unjudged positives (positive-aware mining,
+    Candidates are the `depth` passages that score best for the query, without its relevant ones, itself, and those
+    that score above `max_share` of its best positive: many of these are unjudged positives (positive-aware mining,
     NV-Retriever, arXiv 2407.15831). The file serves as a training source as it is.
 
     Args:

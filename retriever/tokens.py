@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,14 @@ class TextTokenizer:
         np.cumsum([len(ids) for ids in encoded], out=offsets[1:])
         ids = np.fromiter((token for ids in encoded for token in ids), dtype=np.int32, count=int(offsets[-1]))
         return TokenizedTexts(ids, offsets)
+
+    def settings(self) -> str:
+        """All that the token ids of a text depend on, as text; the same before and after use."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return str(sorted(self.tokenizer.get_vocab().items()))
+        # The last call's truncation and padding, which are no setting of the tokenizer.
+        return json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}, sort_keys=True)
 
     def pad(self, texts: TokenizedTexts, rows: np.ndarray) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the tokenizer's side; on the CPU."""

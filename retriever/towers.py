@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from index.files import InputError
 from retriever.config import ModelConfig
 from retriever.tokens import TextTokenizer
+from retriever.weights import writing_weights
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -72,16 +74,15 @@ class Towers(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         for side in ("query", "document"):
             texts = self.tokenizer(side)
-            backend = getattr(texts.tokenizer, "backend_tokenizer", None)
-            vocabulary = backend.to_str() if backend else str(sorted(texts.tokenizer.get_vocab().items()))
-            digest.update(f"{self.prompt(side)!r} {texts.max_length} {vocabulary}\n".encode())
+            digest.update(f"{self.prompt(side)!r} {texts.max_length} {texts.settings()}\n".encode())
         # The printed form holds every module with its settings: pooling mode, projection, normalisation.
         digest.update(repr(self.model).encode())
         return {"sha256": digest.hexdigest()}
 
     def save(self, folder: Path) -> None:
         """Write a sentence-transformers model folder (safetensors) into an existing folder."""
-        self.model.save(str(folder), create_model_card=False, safe_serialization=True)
+        with writing_weights(folder):
+            self.model.save(str(folder), create_model_card=False, safe_serialization=True)
 
     def _tower(self, side: Side) -> Any:
         """The sentence-transformers Transformer module (tokenizer, longest length) of a side."""
@@ -119,8 +120,14 @@ def build_towers(config: ModelConfig) -> Towers:
     return Towers(model).train()
 
 
+def _without_bars() -> None:
+    """Keep transformers from drawing progress bars, which would break up the one that the commands draw."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _load_model(path: str, pooling: str | None = None) -> SentenceTransformer:
-    import transformers
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -129,8 +136,7 @@ def _load_model(path: str, pooling: str | None = None) -> SentenceTransformer:
         _check_folder(folder)
     elif folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
         raise InputError(f"{path}: no such model folder")
-    # Its bars would break up the one that the commands draw.
-    transformers.utils.logging.disable_progress_bar()
+    _without_bars()
     # fp32 whatever the file holds: training in bf16 weights loses small updates, and encoding chooses by autocast.
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     try:
@@ -140,10 +146,11 @@ def _load_model(path: str, pooling: str | None = None) -> SentenceTransformer:
             model = SentenceTransformer(modules=[transformer, Pooling(width, pooling or "mean")], device="cpu")
         else:
             model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
         # The loaders of transformers raise all of these for folders that are incomplete or of another kind.
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path}: cannot be loaded as a text model: {reason[0]}") from error
+        what = "cannot be loaded as a text model" if folder.is_dir() else "no such folder, and no such model on the hub"
+        raise InputError(f"{path}: {what}: {reason[0]}") from error
     return model
 
 
@@ -171,6 +178,7 @@ def _write_new_encoder(config: ModelConfig, folder: Path) -> None:
 
     if not config.tokenizer:
         raise InputError("model.tokenizer: expected a path or hub name for a model from scratch")
+    _without_bars()
     fields = dict(config.architecture or {})
     kind = fields.pop("model_type", None)
     try:
@@ -179,7 +187,8 @@ def _write_new_encoder(config: ModelConfig, folder: Path) -> None:
         model = AutoModel.from_config(AutoConfig.for_model(kind, **fields))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"model.architecture: cannot be built: {str(error).splitlines()[0]}") from error
-    model.save_pretrained(folder)
+    with writing_weights(folder):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

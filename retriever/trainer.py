@@ -40,6 +40,7 @@ from retriever.run_log import RunLog
 from retriever.towers import build_towers
 
 CONFIG_FILE = "config.yaml"
+CACHE = "cache"
 DEV_METRIC = "ndcg@10"
 
 
@@ -77,7 +78,7 @@ class Trainer:
         self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.dev = open_dev(config.dev)
-        cache = Path(config.data.cache) if config.data.cache else run / "cache"
+        cache = Path(config.data.cache) if config.data.cache else run / CACHE
         tables = open_tables(config.data, cache, terminal)
         self.batches = open_batches(config, tables, self.towers, self.token_budget)
         self.state = TrainState(sources=tuple(table.path.stem for table in tables))
@@ -94,6 +95,10 @@ class Trainer:
             raise InputError(
                 f"{run}: holds a run already; go on with 'retriever train --resume {run}', or choose another --out"
             )
+        # The cache is what a start that failed leaves behind.
+        foreign = sorted(path.name for path in run.iterdir() if path.name != CACHE) if run.exists() else []
+        if foreign:
+            raise InputError(f"{run}: expected a new or empty folder for the run, found {foreign[0]} in it")
         trainer = cls(config, run, terminal)
         save_config(trainer.config, run / CONFIG_FILE)
         return trainer
@@ -308,7 +313,6 @@ def _step_seed(seed: int, step: int) -> int:
 def _described(row: dict[str, Any]) -> str:
     norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     return (
-        f"loss {row['loss']:.4f}  grad {norm}  scale {row['logit_scale']:.1f}  lr {row['lr']:.1e}  "
-        f"{row['pairs_per_second']:,.0f} pairs/s  {row['tokens_per_second']:,.0f} tokens/s  "
-        f"{row['memory_mib']:,.0f} MiB"
+        f"loss {row['loss']:.4f}  {row['pairs_per_second']:,.0f} pairs/s  {row['tokens_per_second']:,.0f} tokens/s  "
+        f"scale {row['logit_scale']:.1f}  {row['memory_mib']:,.0f} MiB  grad {norm}  lr {row['lr']:.1e}"
     )

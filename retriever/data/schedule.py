@@ -63,7 +63,7 @@ class BatchSchedule:
             assert epochs is not None
             steps = math.floor(epochs * sum(sizes) / batch_size)
         if steps < 1:
-            raise ValueError(f"epochs, steps: expected at least one batch, found {steps}")
+            raise InputError(f"epochs, steps: expected at least one batch of {batch_size} rows, found {steps}")
         self.batch_size = batch_size
         self.seed = seed
         self._sizes = list(sizes)

@@ -127,14 +127,14 @@ def read_examples(config: SourceConfig, notices: Notices) -> Iterator[Example]:
         records = _huggingface_records(config)
     else:
         records = read_records(Path(config.path))
-    negatives_found = False
+    negatives_found, record = False, None
     for record in records:
         columns = _negative_columns(config, record)
         negatives_found |= bool(columns)
         example = _parse(config, record, columns, notices)
         if example is not None:
             yield example
-    if not negatives_found and config.negatives != SourceConfig.negatives:
+    if record is not None and not negatives_found and config.negatives != SourceConfig.negatives:
         raise InputError(f"{config.path}: expected a column '{config.negatives}' for negatives, found none in any row")
 
 

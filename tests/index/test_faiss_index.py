@@ -284,7 +284,7 @@ def test_verify_refuses_what_is_neither(tmp_path: Path) -> None:
     write_manifest(Manifest(tmp_path, "checkpoint", {}, {}))
     with pytest.raises(InputError, match="expected an embedding store or an index, found a checkpoint"):
         verify(tmp_path)
-    with pytest.raises(InputError, match="expected a folder that we wrote, found no manifest"):
+    with pytest.raises(InputError, match="expected an embedding store or an index, found no manifest"):
         verify(tmp_path / "none")
 
 

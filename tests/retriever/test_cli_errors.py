@@ -273,7 +273,6 @@ def test_model_folders_that_are_none(world: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "e").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors reports a torn file by an error of its own")
 def test_model_with_torn_weights(world: Any, tmp_path: Path) -> None:
     torn = tmp_path / "torn"
     shutil.copytree(world.model, torn)
@@ -336,7 +335,6 @@ def test_folders_that_hold_something_else_are_left_alone(world: Any, tmp_path: P
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.xfail(strict=True, reason="a run is begun beside whatever its folder holds")
 def test_run_is_not_begun_among_other_files(world: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     (mine / "model").mkdir(parents=True)
@@ -381,7 +379,6 @@ def test_full_disk_while_encoding(world: Any, tmp_path: Path) -> None:
     assert command("index", "verify", out).code == 0
 
 
-@pytest.mark.xfail(strict=True, reason="faiss prints a failed close and goes on")
 def test_full_disk_while_indexing(world: Any, tmp_path: Path) -> None:
     out = tmp_path / "i"
     build = ("index", "build", "--embeddings", world.embeddings, "--out", out)
@@ -391,7 +388,6 @@ def test_full_disk_while_indexing(world: Any, tmp_path: Path) -> None:
     assert command(*build).code == 0
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors reports a full disk by an error of its own")
 @pytest.mark.parametrize("size", [1000, 20_000, 100_000])
 def test_full_disk_while_training(world: Any, tmp_path: Path, size: int) -> None:
     out = tmp_path / "run"

@@ -155,7 +155,6 @@ def test_another_model_or_corpus_is_refused(towers: Towers, corpus: Path, tmp_pa
     assert stored(out) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the fingerprint holds the tokenizer's last truncation and padding")
 def test_model_is_the_same_one_after_it_was_used(minilm: str) -> None:
     towers = load_towers(minilm)
     before = towers.fingerprint()

@@ -1,0 +1,28 @@
+"""Tensors on disk: safetensors files, and their errors as the system's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def writing_weights(place: Path) -> Iterator[None]:
+    """In the body, safetensors' own error for a full disk, a plain Exception, is raised as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{place}: cannot be written: {error}") from error
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors, from whatever device, to a safetensors file."""
+    # Tied weights share memory, which safetensors refuses; a copy each is what load_state_dict expects.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with writing_weights(path):
+        save_file(copies, path)
