@@ -62,7 +62,7 @@ def embed_texts(
     prompt = towers.prompt(side)
     tokenizer = towers.tokenizer(side)
     tokens = tokenizer([prompt + text for text in texts] if prompt else texts)
-    device = next(towers.parameters()).device
+    device = towers.device
     embeddings = np.empty((len(texts), towers.dimension), dtype=np.float32)
     with torch.inference_mode(), autocast(device, options.precision):
         for rows in pack(tokens.lengths, choose_micro_batch_tokens(options.micro_batch_tokens, device)):

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from eval.beir import BeirDataset, beir_file
+from eval.beir import BeirDataset
 from eval.evaluate import evaluate_beir
 from eval.metrics import KS, Metrics, Run
 from eval.report import write_report
 from eval.runs import write_trec_run
 from index.files import InputError
 from retriever.config import DevConfig
-from retriever.encode import EncodeOptions, corpus_source, embed_texts, encode_passages
+from retriever.encode import EncodeOptions
+from retriever.encode_beir import embed_corpus, embed_queries, ticking
 from retriever.progress import Terminal
 from retriever.towers import Towers
 
@@ -39,34 +40,16 @@ def evaluate_towers(
         k: passages a query in the run.
         tick: called after every micro-batch; may raise to end the evaluation.
     """
-
-    def ticking(advance: Callable[..., None]) -> Callable[[int], None]:
-        def progress(count: int) -> None:
-            advance(count)
-            if tick is not None:
-                tick()
-
-        return progress
-
-    def embed_queries(texts: Any) -> Any:
-        with terminal.bar(f"{dataset.name}: queries", len(texts), "queries") as advance:
-            return embed_texts(towers, texts, "query", options, ticking(advance))
-
-    device = next(towers.parameters()).device
-    corpus = beir_file(dataset.folder, "corpus.jsonl")
-    with terminal.bar(f"{dataset.name}: corpus", None, "passages") as advance:
-        store = encode_passages(
-            towers, dataset.passages(), embeddings, options, source=corpus_source(corpus), progress=ticking(advance)
-        )
+    store = embed_corpus(towers, dataset, embeddings, options, terminal, tick=tick)
     with terminal.bar(f"{dataset.name}: search", store.rows, "passages") as advance:
         return evaluate_beir(
             dataset,
             store=store,
-            embed_queries=embed_queries,
+            embed_queries=lambda texts: embed_queries(towers, texts, options, terminal, tick=tick),
             k=k,
             ks=KS,
-            device=str(device),
-            progress=ticking(advance),
+            device=str(towers.device),
+            progress=ticking(advance, tick),
         )
 
 

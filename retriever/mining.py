@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,42 @@ from eval.beir import BeirDataset
 from index import exact
 from index.embeddings import EmbeddingStore
 from index.files import atomic_path
+from retriever.encode import EncodeOptions
+from retriever.encode_beir import embed_corpus, embed_queries
+from retriever.progress import Terminal
+from retriever.towers import Towers
+
+
+def mine_with_towers(
+    towers: Towers,
+    dataset: BeirDataset,
+    out: Path,
+    options: EncodeOptions,
+    terminal: Terminal,
+    *,
+    embeddings: Path | None,
+    negatives: int,
+    depth: int,
+    max_share: float,
+) -> tuple[int, int]:
+    """Embed corpus and queries, then `mine`. `embeddings` is the corpus's store; none for a temporary one."""
+    # Before hours of encoding, not after.
+    dataset.check(passage.id for passage in dataset.passages())
+    with tempfile.TemporaryDirectory() as temporary:
+        store = embed_corpus(towers, dataset, embeddings or Path(temporary) / "embeddings", options, terminal)
+        queries = embed_queries(towers, list(dataset.queries.values()), options, terminal)
+        with terminal.bar("search", store.rows, "passages") as advance:
+            return mine(
+                dataset,
+                store=store,
+                queries=queries,
+                out=out,
+                negatives=negatives,
+                depth=depth,
+                max_share=max_share,
+                device=str(towers.device),
+                progress=advance,
+            )
 
 
 def mine(

@@ -37,7 +37,12 @@ class Answer:
 
 
 def search(
-    towers: Towers, index: Index, queries: Iterable[tuple[str, str]], k: int, batch: int = BATCH
+    towers: Towers,
+    index: Index,
+    queries: Iterable[tuple[str, str]],
+    k: int,
+    options: EncodeOptions,
+    batch: int = BATCH,
 ) -> Iterator[Answer]:
     """The best `k` passages of each (id, text) query, in order; fewer where the index finds fewer.
 
@@ -46,6 +51,7 @@ def search(
         index: the index.
         queries: (id, text), without prompts; consumed in batches as answers are taken.
         k: passages a query.
+        options: how queries pass through the tower.
         batch: queries embedded and searched at a time; 1 answers each before the next is read.
 
     Raises:
@@ -54,7 +60,7 @@ def search(
     index.check_model(towers.fingerprint())
     stream = iter(queries)
     while some := list(itertools.islice(stream, batch)):
-        vectors = embed_texts(towers, [text for _, text in some], "query", EncodeOptions())
+        vectors = embed_texts(towers, [text for _, text in some], "query", options)
         for (name, text), scores, rows in zip(some, *index.search(vectors, k), strict=True):
             found = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row >= 0]
             yield Answer(name, text, [_result(index, *place, rank) for rank, place in enumerate(found, start=1)])

@@ -43,6 +43,11 @@ class Towers(nn.Module):
         return type(self.model[0]).__name__ != "Router"
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
     def dimension(self) -> int:
         """Length of an embedding."""
         dimension = self.model.get_embedding_dimension()

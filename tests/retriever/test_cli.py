@@ -20,6 +20,7 @@ from eval.runs import read_trec_run
 from index.embeddings import EmbeddingStore
 from index.faiss_index import Index
 from retriever.config import ModelConfig
+from retriever.encode import EncodeOptions
 from retriever.search import search
 from retriever.towers import load_towers
 
@@ -129,7 +130,8 @@ def test_typed_query_is_answered_before_the_next_is_read(world: Any) -> None:
             read.append(name)
             yield name, f"what is a {name}?"
 
-    answers = search(load_towers(str(world.model)), Index.open(world.index), typed(), k=2, batch=1)
+    towers, index = load_towers(str(world.model)), Index.open(world.index)
+    answers = search(towers, index, typed(), k=2, options=EncodeOptions(), batch=1)
     assert next(answers).id == "a" and read == ["a"]
     assert [answer.id for answer in answers] == ["b", "c"]
 
@@ -247,3 +249,21 @@ def test_signalled_run_saves_a_checkpoint_and_says_how_to_go_on(
     step = int(said[-1].split("step ")[1].split(":")[0])
     assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
     assert f"retriever train --resume {out}" in said[-1]
+
+
+def test_mined_negatives_train_the_next_run(world: Any, tiny: ModelConfig, tmp_path: Path) -> None:
+    out = tmp_path / "hard.jsonl"
+    mine = ("mine", "--model", world.model, "--data", world.beir, "--out", out, "--max-share", "1", "--json")
+    # The embeddings made by `retriever encode` serve.
+    outcome = command(*mine, "--negatives", "3", "--embeddings", world.embeddings)
+    assert outcome.code == 0, outcome.err
+    answer = json.loads(outcome.out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert answer["queries"] == len(rows) > 10
+    assert max(len(row["negatives"]) for row in rows) == 3
+    assert all(not set(row["negatives"]) & set(row["positive"]) for row in rows)
+    config = write_config(tmp_path / "run.yaml", tiny, out)
+    run = tmp_path / "run"
+    columns = ("--data.sources.0.query", "query", "--data.sources.0.positive", "positive")
+    outcome = command("train", config, "--out", run, *columns, "--data.sources.0.negatives", "negatives")
+    assert outcome.code == 0, outcome.err

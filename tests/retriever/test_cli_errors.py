@@ -46,7 +46,7 @@ def trained_with(tmp_path: Path, tiny: ModelConfig, rows: list[object], **other:
 @pytest.mark.parametrize(
     ("arguments", "patterns"),
     [
-        ([], ["train, encode, index, search, evaluate"]),
+        ([], ["train, encode, index, search, mine, evaluate"]),
         (["trian"], ["trian", "train, encode"]),
         (["index"], ["build, verify"]),
         (["evaluate"], ["beir"]),
