@@ -61,9 +61,14 @@ class BeirDataset:
             raise InputError(f"{qrels_path}: expected ids of {queries_path.name}, found {_first_of(lost)}")
         return cls(folder.resolve().name, folder, split, {query: queries[query] for query in qrels}, qrels)
 
+    @property
+    def corpus_file(self) -> Path:
+        """corpus.jsonl or corpus.jsonl.gz."""
+        return beir_file(self.folder, "corpus.jsonl")
+
     def passages(self) -> Iterator[Passage]:
         """Stream the corpus."""
-        return read_passages(beir_file(self.folder, "corpus.jsonl"))
+        return read_passages(self.corpus_file)
 
     def check(self, corpus_ids: Iterable[str]) -> None:
         """Refuse qrels that judge passages the corpus lacks.

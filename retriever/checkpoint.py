@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from index.files import InputError, atomic_folder, read_json, write_json
+from index.files import InputError, atomic_folder, read_json, recover_folder, write_json
 from index.manifest import CHECKPOINT, FileEntry, Manifest, read_manifest, verify_files, write_manifest
 from retriever.weights import save_tensors
 
@@ -32,7 +32,9 @@ class TrainState:
     evaluations_without_gain: int = 0
     """Dev evaluations since the best one."""
     sources: tuple[str, ...] = ()
-    """Fingerprints of the data sources; a run goes on only with the same data."""
+    """sha256 of every data source's examples; a run goes on only with the same data."""
+    dev: str = ""
+    """Fingerprint of the dev set, for the same reason."""
     scaler: dict[str, float] | None = None
     """The loss scale of fp16 training and its counter."""
 
@@ -70,7 +72,9 @@ def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torc
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint of the highest step, or none."""
+    """The checkpoint of the highest step, or none. One that a killed run was about to replace is put back first."""
+    for name in {path.name.split(".")[1] for path in checkpoints.glob(".step-*.old")}:
+        recover_folder(checkpoints / name)
     found = _all_checkpoints(checkpoints)
     return found[-1] if found else None
 

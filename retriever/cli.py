@@ -69,6 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
     except InputError as error:
         return _fail(error, 1)
+    except MemoryError:
+        return _fail("out of memory", 1)
+    except RuntimeError as error:
+        # By name, because the command line does without torch: its error for a full GPU.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail("out of GPU memory: lower --micro-batch-tokens, or the batch", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
 
@@ -119,7 +126,7 @@ def _one_line(box: str) -> str:
     rows = " ".join(row.strip("╭╮│╰╯ ") for row in text.splitlines()[1:])
     sections = [" ".join(section.split()) for section in re.split(r"[─-]{3,}", rows) if section.strip()]
     # The checks of our own dataclasses name the flag themselves.
-    message = re.sub(r"^Error parsing (\S+: (?=--|\S+: expected))?", "", sections[0])
+    message = re.sub(r"^Error parsing (\S+: (?=--|\S+: expected))?(__tyro\S+: )?", "", sections[0])
     message = re.sub(r"invalid literal for int\(\) with base 10:", "expected a whole number, found", message)
     message = re.sub(r"could not convert string to float:", "expected a number, found", message)
     proposal = sections[1]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from index.files import InputError
 from retriever.config import ConfigError, TrainConfig
 from retriever.interrupt import Interrupted
 from retriever.progress import Terminal
@@ -109,25 +110,18 @@ class Encode(Embedding):
 
     def run(self, terminal: Terminal) -> int:
         from eval.beir import beir_file
-        from index.passages import read_passages
-        from index.records import count_records
-        from retriever.encode import corpus_source, encode_passages
+        from retriever.encode_files import embed_corpus
 
         corpus = beir_file(self.data, "corpus.jsonl") if self.data.is_dir() else self.data
-        source = corpus_source(corpus)
-        towers = self.towers()
-        total = count_records(corpus) if terminal.is_live else None
-        with terminal.bar(f"encode {corpus.name}", total, "passages") as advance:
-            store = encode_passages(
-                towers,
-                read_passages(corpus),
-                self.out,
-                self.options(),
-                source=source,
-                dtype=self.dtype,
-                shard_rows=self.shard_rows,
-                progress=advance,
-            )
+        store = embed_corpus(
+            self.towers(),
+            corpus,
+            self.out,
+            self.options(),
+            terminal,
+            dtype=self.dtype,
+            shard_rows=self.shard_rows,
+        )
         _answer(self.json, {"store": str(self.out), "rows": store.rows, "dim": store.dim, "dtype": store.dtype})
         return 0
 
@@ -155,7 +149,7 @@ class IndexBuild:
         store = EmbeddingStore.open(self.embeddings)
         factory = self.factory
         if factory == "auto":
-            factory = choose(store.rows, store.dim)
+            factory = choose(store.rows)
             terminal.line(explain(factory, store.rows, store.dim))
         with terminal.bar(f"index {factory}", store.rows, "vectors") as advance:
             faiss_index.build(store, self.out, factory=factory, seed=self.seed, progress=advance)
@@ -222,9 +216,13 @@ class Search(Embedding):
             yield from read_queries(self.queries).items()
             return
         texts: Sequence[str] | Iterator[str] = self.query or (line.rstrip("\n") for line in sys.stdin)
-        for number, text in enumerate(texts, start=1):
+        number = 0
+        for text in texts:
             if text.strip():
+                number += 1
                 yield str(number), text
+        if not number:
+            raise InputError("expected at least one query, found none")
 
 
 @dataclass(frozen=True, kw_only=True)

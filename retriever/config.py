@@ -96,6 +96,8 @@ class LossConfig:
     """A passage equal to a query's own positive is no negative of that query."""
 
     def __post_init__(self) -> None:
+        if not _positive(self.max_logit_scale):
+            raise ValueError(f"loss.max_logit_scale: expected a positive number, found {self.max_logit_scale}")
         if not 0 < self.logit_scale <= self.max_logit_scale:
             raise ValueError(
                 f"loss.logit_scale: expected a number over 0 and at most max_logit_scale "
@@ -236,6 +238,24 @@ def load_config(path: Path) -> TrainConfig:
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{place}: expected YAML, found: {getattr(error, 'problem', None) or error}") from None
     return _build(TrainConfig, {} if tree is None else tree, str(path), "")
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration with every local path absolute, so that a run resumes from wherever it is called."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).resolve()) if path and Path(path).exists() else path
+
+    sources = tuple(dataclasses.replace(source, path=absolute(source.path)) for source in config.data.sources)
+    cache, tokenizer = config.data.cache, config.model.tokenizer
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model, name=absolute(config.model.name), tokenizer=tokenizer and absolute(tokenizer)
+        ),
+        data=dataclasses.replace(config.data, sources=sources, cache=cache and str(Path(cache).resolve())),
+        dev=dataclasses.replace(config.dev, path=absolute(config.dev.path)),
+    )
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

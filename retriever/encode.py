@@ -93,7 +93,7 @@ def encode_passages(
         passages: the corpus; read again from its start when a store is continued.
         out: folder of the store.
         options: arithmetic and micro-batch size.
-        source: says where the passages come from; a store of another source is refused.
+        source: says where the passages come from; a store of another source or precision is refused.
         dtype: "float32" or "float16", of the vectors on disk.
         shard_rows: rows a shard.
         progress: called with the number of passages done since the last call, those of an earlier run included.
@@ -102,7 +102,13 @@ def encode_passages(
         InputError: `out` holds something else, or the corpus is bad or empty.
     """
     with EmbeddingWriter(
-        out, dim=towers.dimension, dtype=dtype, model=towers.fingerprint(), source=source, shard_rows=shard_rows
+        out,
+        dim=towers.dimension,
+        dtype=dtype,
+        model=towers.fingerprint(),
+        # Vectors of another arithmetic are others, and a report states which they were.
+        source={**source, "precision": options.precision},
+        shard_rows=shard_rows,
     ) as writer:
         if not writer.complete:
             stream = iter(passages)

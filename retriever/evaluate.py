@@ -18,7 +18,7 @@ from eval.runs import write_trec_run
 from index.files import InputError
 from retriever.config import DevConfig
 from retriever.encode import EncodeOptions
-from retriever.encode_beir import embed_corpus, embed_queries, ticking
+from retriever.encode_files import embed_corpus, embed_queries, ticking
 from retriever.progress import Terminal
 from retriever.towers import Towers
 
@@ -40,7 +40,7 @@ def evaluate_towers(
         k: passages a query in the run.
         tick: called after every micro-batch; may raise to end the evaluation.
     """
-    store = embed_corpus(towers, dataset, embeddings, options, terminal, tick=tick)
+    store = embed_corpus(towers, dataset.corpus_file, embeddings, options, terminal, tick=tick)
     with terminal.bar(f"{dataset.name}: search", store.rows, "passages") as advance:
         return evaluate_beir(
             dataset,

@@ -65,6 +65,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """For DataLoader workers: Ctrl-C reaches the whole process group, but it is the trainer that ends them."""
+    """For DataLoader workers: Ctrl-C and a batch system's SIGTERM reach the whole process group, but it is the trainer
+    that ends them; they end by themselves when it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

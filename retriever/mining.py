@@ -14,7 +14,7 @@ from index import exact
 from index.embeddings import EmbeddingStore
 from index.files import atomic_path
 from retriever.encode import EncodeOptions
-from retriever.encode_beir import embed_corpus, embed_queries
+from retriever.encode_files import embed_corpus, embed_queries
 from retriever.progress import Terminal
 from retriever.towers import Towers
 
@@ -35,7 +35,8 @@ def mine_with_towers(
     # Before hours of encoding, not after.
     dataset.check(passage.id for passage in dataset.passages())
     with tempfile.TemporaryDirectory() as temporary:
-        store = embed_corpus(towers, dataset, embeddings or Path(temporary) / "embeddings", options, terminal)
+        folder = embeddings or Path(temporary) / "embeddings"
+        store = embed_corpus(towers, dataset.corpus_file, folder, options, terminal)
         queries = embed_queries(towers, list(dataset.queries.values()), options, terminal)
         with terminal.bar("search", store.rows, "passages") as advance:
             return mine(

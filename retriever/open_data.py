@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from index.files import InputError
-from retriever.config import DataConfig, TrainConfig
+from retriever.config import ConfigError, DataConfig, TrainConfig
 from retriever.data.batches import BatchDataset, Prompts
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
@@ -18,10 +18,10 @@ def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[Exa
     """The examples of every source, memory-mapped; their sizes and counted warnings are shown.
 
     Raises:
-        InputError: there is no source, or one is missing, broken or empty.
+        InputError: there is no source, one is missing, broken or empty, or negatives are asked for and none has any.
     """
     if not config.sources:
-        raise InputError("data.sources: expected at least one source of training pairs, found none")
+        raise ConfigError("data.sources: expected at least one source of training pairs, found none")
     tables = []
     for source in config.sources:
         with terminal.bar(f"read {source.path}", None, "rows") as advance:
@@ -30,6 +30,8 @@ def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[Exa
         for notice in table.notices:
             terminal.line(f"{source.path}: {notice}")
         tables.append(table)
+    if config.negatives and not any(table.rows_with_negatives for table in tables):
+        raise InputError(f"data.negatives: {config.negatives} a query asked for, but no source has any")
     return tables
 
 

@@ -30,16 +30,15 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of the parameters that train: matrices with weight decay; biases, norms and logit_scale without.
+    """Two groups of the parameters that train: matrices with weight decay; biases, norms and the loss's scale without.
 
     A parameter that appears under several names, as the weights of a shared tower do, is taken once.
     """
     decayed: dict[nn.Parameter, None] = {}
     others: dict[nn.Parameter, None] = {}
-    for name, parameter in named:
+    for _, parameter in named:
         if parameter.requires_grad:
-            is_matrix = parameter.ndim > 1 and name.rpartition(".")[2] != "logit_scale"
-            (decayed if is_matrix else others)[parameter] = None
+            (decayed if parameter.ndim > 1 else others)[parameter] = None
     groups = [
         {"params": list(decayed), "weight_decay": weight_decay},
         {"params": list(others), "weight_decay": 0.0},

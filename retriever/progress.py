@@ -83,6 +83,8 @@ def _live_progress() -> Any:
         progress.TimeRemainingColumn(table_column=whole),
         NoteColumn(),
         console=Console(stderr=True),
+        # rich would take standard output for its own and print the commands' answers on standard error.
+        redirect_stdout=False,
         refresh_per_second=4,
         # One step of a large batch may take many minutes, and rich forgets after thirty seconds.
         speed_estimate_period=3600,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
-import tempfile
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from index.files import InputError, atomic_folder
+from eval.beir import BeirDataset
+from index.files import InputError, atomic_folder, locked_folder, recover_folder
 from losses import InfCLLoss
 from retriever import grad_cache
 from retriever.checkpoint import (
@@ -25,10 +28,10 @@ from retriever.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from retriever.config import LossConfig, TrainConfig, load_config, save_config
+from retriever.config import LossConfig, TrainConfig, load_config, save_config, with_absolute_paths
 from retriever.data.batches import batch_loader
 from retriever.device import autocast, choose_device, choose_micro_batch_tokens, choose_precision
-from retriever.encode import EncodeOptions
+from retriever.encode import EncodeOptions, corpus_source
 from retriever.evaluate import evaluate_towers, open_dev
 from retriever.interrupt import Interrupted, StopRequest
 from retriever.meter import Meter
@@ -81,7 +84,8 @@ class Trainer:
         cache = Path(config.data.cache) if config.data.cache else run / CACHE
         tables = open_tables(config.data, cache, terminal)
         self.batches = open_batches(config, tables, self.towers, self.token_budget)
-        self.state = TrainState(sources=tuple(table.path.stem for table in tables))
+        self.state = TrainState(sources=tuple(table.sha256 for table in tables), dev=_fingerprint(self.dev))
+        self._saved_step = -1
 
     @classmethod
     def start(cls, config: TrainConfig, terminal: Terminal) -> Trainer:
@@ -90,6 +94,7 @@ class Trainer:
         Raises:
             InputError: the folder holds a run already, or model or data cannot be used.
         """
+        config = with_absolute_paths(config)
         run = Path(config.out)
         if (run / CONFIG_FILE).exists():
             raise InputError(
@@ -113,15 +118,24 @@ class Trainer:
         if not (run / CONFIG_FILE).exists():
             raise InputError(f"{run}: expected the folder of a run, with {CONFIG_FILE}")
         trainer = cls(load_config(run / CONFIG_FILE), run, terminal)
-        newest = latest_checkpoint(run / "checkpoints")
-        if newest is not None:
-            sources = trainer.state.sources
-            trainer.state = load_checkpoint(newest, trainer.modules, trainer.optimizer)
-            if trainer.state.sources != sources:
-                raise InputError(f"{run}: the data changed since {newest.name}; a run goes on only with the same data")
-            if trainer.state.scaler is not None:
-                trainer.scaler.load_state_dict(trainer.state.scaler)
+        # Another process that trains here holds the lock, and its checkpoints come and go.
+        with locked_folder(run):
+            trainer._load_newest()
         return trainer
+
+    def _load_newest(self) -> None:
+        recover_folder(self.run / "model")
+        newest = latest_checkpoint(self.run / "checkpoints")
+        if newest is None:
+            self.terminal.line(f"{self.run}: no checkpoint yet; starting from the beginning")
+            return
+        fresh = self.state
+        self.state = load_checkpoint(newest, self.modules, self.optimizer)
+        self._saved_step = self.state.step
+        if (self.state.sources, self.state.dev) != (fresh.sources, fresh.dev):
+            raise InputError(f"{self.run}: the data changed since {newest.name}; a run goes on only with the same data")
+        if self.state.scaler is not None:
+            self.scaler.load_state_dict(self.state.scaler)
 
     def train(self) -> Path:
         """Train to the last step; returns the model folder.
@@ -130,16 +144,17 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
             InputError: the loss is no longer finite.
         """
-        log = RunLog(self.run, step=self.state.step, tensorboard=self.config.tensorboard)
-        try:
-            with StopRequest() as stop:
-                try:
-                    self._train_steps(log, stop)
-                except Interrupted:
-                    self._save_checkpoint()
-                    raise
-        finally:
-            log.close()
+        with locked_folder(self.run):
+            log = RunLog(self.run, step=self.state.step, tensorboard=self.config.tensorboard)
+            try:
+                with StopRequest() as stop:
+                    try:
+                        self._train_steps(log, stop)
+                    except Interrupted:
+                        self._save_checkpoint()
+                        raise
+            finally:
+                log.close()
         return self.run / "model"
 
     def _train_steps(self, log: RunLog, stop: StopRequest) -> None:
@@ -197,7 +212,9 @@ class Trainer:
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
             query, passage = batch.arrange(embeddings)
-            loss = self.loss(query, passage, **self._ids(batch))
+            # Inside, so that the loss's precision "auto" is the towers'.
+            with autocast(self.device, self.precision):
+                loss = self.loss(query, passage, **self._ids(batch))
             return self.scaler.scale(loss)
 
         scaled = grad_cache.backward(
@@ -221,10 +238,11 @@ class Trainer:
         group = micro_batch.group
         features = self.towers.tokenizer(group.side).pad(group.tokens, micro_batch.rows)
         with autocast(self.device, self.precision):
-            return self.towers({k: v.to(self.device, non_blocking=True) for k, v in features.items()}, group.side)
+            return self.towers({k: v.to(self.device) for k, v in features.items()}, group.side)
 
     def _ids(self, batch: PreparedBatch) -> dict[str, Tensor]:
-        if not self.config.loss.mask_duplicates or not batch.has_duplicates:
+        # The literature's CLIP loss counts every other passage of the batch as a negative.
+        if self.config.loss.name == "clip" or not self.config.loss.mask_duplicates or not batch.has_duplicates:
             return {}
         ids = {"query_ids": batch.query_ids, "passage_ids": batch.passage_ids}
         return {name: torch.from_numpy(array).to(self.device) for name, array in ids.items()}
@@ -247,7 +265,9 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             **meter.rates(),
         }
-        if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or self.scaler.is_enabled()):
+        # fp16 skips a step whose gradients overflow and halves its scale; below 1, the gradients are at fault.
+        skipping = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or skipping):
             raise InputError(
                 f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}, logit_scale "
                 f"{row['logit_scale']:.2f}: no longer finite; the last checkpoint is from before. Lower optim.lr, "
@@ -256,9 +276,11 @@ class Trainer:
         return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
 
     def _save_checkpoint(self) -> None:
-        self.state.scaler = self.scaler.state_dict() or None
         checkpoints = self.run / "checkpoints"
-        save_checkpoint(checkpoint_folder(checkpoints, self.state.step), self.modules, self.optimizer, self.state)
+        if self.state.step != self._saved_step:
+            self.state.scaler = self.scaler.state_dict() or None
+            save_checkpoint(checkpoint_folder(checkpoints, self.state.step), self.modules, self.optimizer, self.state)
+            self._saved_step = self.state.step
         prune_checkpoints(checkpoints, self.config.keep_checkpoints)
 
     def _save_model(self) -> None:
@@ -271,11 +293,16 @@ class Trainer:
         if self.dev is None or not due or state.step in (0, state.dev_step):
             return
         self.towers.eval()
-        with tempfile.TemporaryDirectory(prefix=".dev-", dir=self.run) as folder:
-            options = EncodeOptions(self.precision, self.token_budget)
+        # A fixed place, so that what a killed run left is found and cleared.
+        embeddings = self.run / ".dev"
+        shutil.rmtree(embeddings, ignore_errors=True)
+        options = EncodeOptions(self.precision, self.token_budget)
+        try:
             _, metrics = evaluate_towers(
-                self.towers, self.dev, Path(folder) / "embeddings", options, self.terminal, k=100, tick=stop.check
+                self.towers, self.dev, embeddings, options, self.terminal, k=100, tick=stop.check
             )
+        finally:
+            shutil.rmtree(embeddings, ignore_errors=True)
         self.towers.train()
         state.dev_step = state.step
         score = metrics.mean[DEV_METRIC]
@@ -303,6 +330,14 @@ def build_loss(config: LossConfig) -> InfCLLoss:
         precision=config.precision,
         workspace_mib=config.workspace_mib,
     )
+
+
+def _fingerprint(dev: BeirDataset | None) -> str:
+    """What the best score of a run was measured on."""
+    if dev is None:
+        return ""
+    judged = json.dumps([dev.queries, dev.qrels], sort_keys=True)
+    return f"{corpus_source(dev.corpus_file)['sha256']} {hashlib.sha256(judged.encode()).hexdigest()}"
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -28,23 +28,21 @@ def main() -> None:
     """Run every step; a step that fails ends the script with its exit code."""
     options = parse_arguments()
     out = options.out
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    make_anew(out)
     data, run, base = out / f"wordnet-{options.pos}", out / "run", str(get_model_path())
     started = time.perf_counter()
 
     shell(sys.executable, HERE / "make_wordnet.py", "subset", "--pos", options.pos, "--out", data)
-    shell("retriever", "evaluate", "beir", "--model", base, "--data", data, "--out", out / "before", "--k", "100")
+    retriever("evaluate", "beir", "--model", base, "--data", data, "--out", out / "before", "--k", "100")
     recipe = HERE / "recipes" / "quickstart.yaml"
     flags = ["--out", run, "--model.name", base, "--data.sources.0.path", data, "--dev.path", data]
-    shell("retriever", "train", recipe, *flags)
+    retriever("train", recipe, *flags)
     model, embeddings = run / "model", out / "after" / data.name / "embeddings"
-    shell("retriever", "encode", "--model", model, "--data", data, "--out", embeddings)
-    shell("retriever", "index", "build", "--embeddings", embeddings, "--out", out / "index")
-    shell("retriever", "search", "--model", model, "--index", out / "index", "--k", "5", QUERY)
+    retriever("encode", "--model", model, "--data", data, "--out", embeddings)
+    retriever("index", "build", "--embeddings", embeddings, "--out", out / "index")
+    retriever("search", "--model", model, "--index", out / "index", "--k", "5", QUERY)
     # The embeddings that were indexed are the ones evaluated.
-    shell("retriever", "evaluate", "beir", "--model", model, "--data", data, "--out", out / "after", "--k", "100")
+    retriever("evaluate", "beir", "--model", model, "--data", data, "--out", out / "after", "--k", "100")
 
     dataset = BeirDataset.open(data)
     rows = {
@@ -65,15 +63,35 @@ def parse_arguments() -> argparse.Namespace:
     """The command line of scripts/quickstart.sh."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     parser.add_argument("--pos", choices=("verb", "noun", "adjective", "adverb", "all"), default="verb")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "quickstart", help="made anew")
+    parser.add_argument(
+        "--out", type=Path, default=HERE.parent / "runs" / "quickstart", help="to fill; emptied if a quickstart made it"
+    )
     return parser.parse_args()
+
+
+def make_anew(folder: Path) -> None:
+    """An empty folder, in place of what an earlier quickstart made there; nothing else is removed."""
+    marker = folder / ".quickstart"
+    if folder.exists() and not marker.exists() and any(folder.iterdir()):
+        sys.exit(f"{folder}: expected a new or empty folder, or one that a quickstart made")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    marker.touch()
+
+
+def retriever(*words: object) -> None:
+    """Run a command of this environment, which need not be on the PATH."""
+    shell(sys.executable, "-m", "retriever", *words)
 
 
 def shell(*words: object) -> None:
     """Print a command and run it."""
     command = [str(word) for word in words]
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    done = subprocess.run(command, check=False)
+    print(f"\n$ {shlex.join(command)}".replace(f"{sys.executable} -m retriever", "retriever"), flush=True)
+    try:
+        done = subprocess.run(command, check=False)
+    except KeyboardInterrupt:
+        sys.exit(1)
     if done.returncode:
         sys.exit(done.returncode)
 

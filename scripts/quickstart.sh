@@ -4,10 +4,14 @@
 #   scripts/quickstart.sh             verbs of WordNet, a few minutes on two CPU cores
 #   scripts/quickstart.sh --pos all   the whole of WordNet: every definition, every headword
 #
-# Everything it makes is in runs/quickstart.
+# Everything it makes is in runs/quickstart, or in the folder given by --out.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
-cd "$(dirname "$0")/.."
+called_from=$PWD
+CDPATH="" cd -- "$(dirname -- "$0")/.."
+house=$PWD
 . scripts/environment.sh
 ensure_environment quickstart
 export HF_HUB_OFFLINE=1
-exec python scripts/quickstart.py "$@"
+cd "$called_from"
+exec python "$house/scripts/quickstart.py" "$@"

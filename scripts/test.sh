@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Environment, install, style and types, then the tests that need no GPU. Arguments go to pytest.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd -- "$(dirname -- "$0")/.."
 . scripts/environment.sh
 ensure_environment test
 # A model or data set that is not on the machine must fail a test, not download.

@@ -60,7 +60,7 @@ class Example:
 
 
 class Notices:
-    """Counts of what was passed over or mended while reading, with the first place of each."""
+    """Counts of what was passed over, mended or is odd in what is read, with the first place of each."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from index.files import InputError, atomic_path, read_json, write_json
+from index.files import InputError, atomic_path, read_json, sha256_file, write_json
 from retriever.data.sources import Example, Notices, SourceConfig, read_examples, resolve_format, source_files
 
-VERSION = 1
+VERSION = 2
 """Raised when the conversion changes, so that files of an older one are not taken for its result."""
 BATCH_ROWS = 4096
 BATCH_CHARACTERS = 2**24
@@ -24,10 +24,14 @@ class ExampleTable:
     Attributes:
         name: path of the source, for messages.
         notices: one line for each kind of row or text that was skipped or mended in the conversion.
+        sha256: of the converted rows: equal for equal examples in equal order, wherever their files lie.
+        rows_with_negatives: how many rows have a hard negative.
     """
 
     name: str
     notices: list[str]
+    sha256: str
+    rows_with_negatives: int
 
     def __init__(self, path: Path) -> None:
         """Open a converted file.
@@ -40,6 +44,7 @@ class ExampleTable:
         self.path = path
         about = read_json(path.with_suffix(".json"))
         self.name, self.notices = about["source"]["path"], about["notices"]
+        self.sha256, self.rows_with_negatives = about["sha256"], about["rows_with_negatives"]
         try:
             rows = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
         except (pyarrow.ArrowInvalid, OSError) as error:
@@ -81,14 +86,16 @@ def open_source(config: SourceConfig, cache: Path, *, progress: Callable[[int], 
     if not (path.exists() and path.with_suffix(".json").exists()):
         notices = Notices()
         with atomic_path(path) as temporary:
-            rows = _write_rows(temporary, read_examples(config, notices), progress)
+            rows, with_negatives = _write_rows(temporary, read_examples(config, notices), progress)
             if rows == 0:
                 raise InputError(
                     "; ".join([f"{config.path}: expected at least one example, found none", *notices.lines()])
                 )
             if _identity(config) != about:
                 raise InputError(f"{config.path}: changed while it was read")
-        write_json(path.with_suffix(".json"), {**about, "rows": rows, "notices": notices.lines()})
+            content = sha256_file(temporary)
+        found = {"rows": rows, "rows_with_negatives": with_negatives, "sha256": content}
+        write_json(path.with_suffix(".json"), {**about, **found, "notices": notices.lines()})
     return ExampleTable(path)
 
 
@@ -106,21 +113,23 @@ def _identity(config: SourceConfig) -> dict[str, Any]:
     return {"version": VERSION, "source": {**read, "format": resolve_format(config)}, "files": files}
 
 
-def _write_rows(path: Path, examples: Iterable[Example], progress: Callable[[int], None] | None) -> int:
+def _write_rows(path: Path, examples: Iterable[Example], progress: Callable[[int], None] | None) -> tuple[int, int]:
+    """Convert the examples; returns their number, and how many of them have negatives."""
     import pyarrow
 
     text = pyarrow.string()
     schema = pyarrow.schema([("query", text), ("positives", pyarrow.list_(text)), ("negatives", pyarrow.list_(text))])
-    rows = 0
+    rows = with_negatives = 0
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
         for group in _grouped(examples):
             columns = zip(*((e.query, e.positives, e.negatives) for e in group), strict=True)
             arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
             writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
             rows += len(group)
+            with_negatives += sum(bool(example.negatives) for example in group)
             if progress is not None:
                 progress(len(group))
-    return rows
+    return rows, with_negatives
 
 
 def _grouped(examples: Iterable[Example]) -> Iterator[list[Example]]:

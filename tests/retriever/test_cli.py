@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,7 +223,7 @@ def test_shadowing_package_is_named(tmp_path: Path, package: str) -> None:
     assert last.startswith("ImportError: ") and str(tmp_path / package / "__init__.py") in last
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 0)])
 def test_signalled_run_saves_a_checkpoint_and_says_how_to_go_on(
     world: Any, tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
@@ -241,14 +245,43 @@ def test_signalled_run_saves_a_checkpoint_and_says_how_to_go_on(
     for line in process.stderr:
         said.append(line)
         if line.startswith("step 3/"):
-            # To the whole group, as a terminal sends Ctrl-C; a service manager does the same with SIGTERM.
-            os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+            # To the whole group, as a terminal sends Ctrl-C; a batch system does the same with SIGTERM.
+            os.killpg(process.pid, number)
     assert process.wait(timeout=60) == 1, "".join(said)
     assert said[-1].startswith(f"{number.name} at step "), "".join(said)
     assert not any("Traceback" in line or "Warning" in line for line in said), "".join(said)
     step = int(said[-1].split("step ")[1].split(":")[0])
     assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
     assert f"retriever train --resume {out}" in said[-1]
+
+
+def test_answers_go_to_standard_output_while_bars_are_drawn(world: Any, tmp_path: Path) -> None:
+    terminal, errors = pty.openpty()
+    fcntl.ioctl(errors, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    code = (
+        "import sys; from retriever.cli import main; "
+        f"main(['encode', '--model', {str(world.model)!r}, '--data', {str(world.beir)!r}, '--out', 'e', '--json']); "
+        f"sys.exit(main(['search', '--model', {str(world.model)!r}, '--index', {str(world.index)!r}, '--json', 'oak']))"
+    )
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=out,
+            stderr=errors,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"},
+        )
+        os.close(errors)
+        screen = b""
+        while True:
+            try:
+                screen += os.read(terminal, 65536)
+            except OSError:  # the other end is closed
+                break
+        assert process.wait(timeout=60) == 0, screen
+    summary, answer = map(json.loads, (tmp_path / "out").read_text().splitlines())
+    assert summary["rows"] == 20 and len(answer["results"]) == 10
+    assert b"encode corpus.jsonl" in screen and b"20/20" in screen
 
 
 def test_mined_negatives_train_the_next_run(world: Any, tiny: ModelConfig, tmp_path: Path) -> None:

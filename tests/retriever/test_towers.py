@@ -79,17 +79,16 @@ def test_plain_hugging_face_folder_becomes_a_tower(minilm: str, tmp_path: Path) 
     np.testing.assert_allclose(ours(towers), ours(load_towers(minilm)), atol=1e-6)
 
 
-def test_left_padding_is_the_tokenizers_choice(tiny: ModelConfig) -> None:
+def test_padding_is_masked_and_on_the_right(tiny: ModelConfig) -> None:
     tokenizer = build_towers(tiny).tokenizer("query")
     tokens = tokenizer(TEXTS)
-    right = tokenizer.pad(tokens, np.array([0, 3]))
-    tokenizer.tokenizer.padding_side = "left"
-    left = tokenizer.pad(tokens, np.array([0, 3]))
-    for row in range(2):
-        kept = [padded["input_ids"][row][padded["attention_mask"][row].bool()] for padded in (right, left)]
-        assert torch.equal(*kept)
-    assert left["attention_mask"][:, -1].all() and right["attention_mask"][:, 0].all()
-    assert not torch.equal(left["input_ids"], right["input_ids"])
+    padded = tokenizer.pad(tokens, np.array([0, 3, 1]))
+    assert padded["attention_mask"].sum(1).tolist() == tokens.lengths[[0, 3, 1]].tolist()
+    assert padded["attention_mask"][:, 0].all() and (padded["attention_mask"].diff() <= 0).all()
+    pad = tokenizer.tokenizer.pad_token_id
+    assert (padded["input_ids"][padded["attention_mask"] == 0] == pad).all()
+    first = tokens.ids[tokens.offsets[0] : tokens.offsets[1]]
+    assert padded["input_ids"][0][padded["attention_mask"][0] == 1].tolist() == first.tolist()
 
 
 def test_fingerprint_changes_with_weights_and_prompts_only(tiny: ModelConfig, tmp_path: Path) -> None:

@@ -231,12 +231,100 @@ def test_runs_are_not_overwritten_and_changed_data_is_refused(config: TrainConfi
     train(config)
     with pytest.raises(InputError, match="holds a run already"):
         train(config)
-    with (copied / "queries.jsonl").open("a") as queries:
-        queries.write(json.dumps({"_id": "new", "text": "new"}) + "\n")
+    # The same rows are the same data, whenever they were written.
+    os.utime(copied / "queries.jsonl", (1, 1))
+    assert Trainer.resume(Path(config.out), Terminal()).state.step == 2
+    with (copied / "qrels" / "train.tsv").open("a") as qrels:
+        qrels.write("q0\tp1\t1\n")
     with pytest.raises(InputError, match="the data changed"):
         Trainer.resume(Path(config.out), Terminal())
     with pytest.raises(InputError, match="expected the folder of a run"):
         Trainer.resume(tmp_path / "nowhere", Terminal())
+
+
+def test_changed_dev_set_is_refused(config: TrainConfig, data: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    shutil.copytree(data, copied)
+    config = dataclasses.replace(config, dev=DevConfig(path=str(copied)), steps=1)
+    train(config)
+    with (copied / "corpus.jsonl").open("a") as corpus:
+        corpus.write(json.dumps({"_id": "new", "text": "new"}) + "\n")
+    with pytest.raises(InputError, match="the data changed"):
+        Trainer.resume(Path(config.out), Terminal())
+
+
+def test_a_run_has_one_trainer_at_a_time(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer.start(dataclasses.replace(config, steps=1, dev=DevConfig()), Terminal())
+    refused = []
+    step = trainer._step
+
+    def meanwhile(batch: Any) -> Any:
+        with pytest.raises(InputError, match="another process") as caught:
+            Trainer.resume(Path(config.out), Terminal())
+        refused.append(caught.value)
+        return step(batch)
+
+    monkeypatch.setattr(trainer, "_step", meanwhile)
+    trainer.train()
+    assert len(refused) == 1
+
+
+def test_a_run_resumes_from_another_folder(
+    config: TrainConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    sources = (SourceConfig(path=data.name),)
+    config = dataclasses.replace(config, data=DataConfig(sources=sources, workers=0), dev=DevConfig(), steps=1)
+    train(config)
+    monkeypatch.chdir(tmp_path)
+    assert Trainer.resume(Path(config.out), Terminal()).state.step == 1
+
+
+def forked(run: Any, count: Path, kill_at: int = 0) -> int:
+    """Fork; the child calls `run` and gets SIGKILL at its n-th change to the disk. Returns how it ended.
+
+    A child that comes to its end writes the number of its changes to the file `count`.
+    """
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    seen = 0
+    try:
+        for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir"):
+            real = getattr(os, name)
+
+            def counted(*arguments: Any, real: Any = real, **options: Any) -> Any:
+                nonlocal seen
+                seen += 1
+                if seen == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **options)
+
+            setattr(os, name, counted)
+        run()
+        count.write_text(str(seen))
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("part", [0.02, 0.2, 0.35, 0.45, 0.55, 0.7, 0.85, 0.99])
+def test_killed_run_goes_on_as_if_nothing_had_happened(config: TrainConfig, tmp_path: Path, part: float) -> None:
+    config = dataclasses.replace(config, keep_checkpoints=1, checkpoint_every=2, steps=6)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    count = tmp_path / "count"
+    assert forked(lambda: train(whole), count) == 0
+    kill_at = round(part * int(count.read_text()))
+    assert forked(lambda: train(config), count, kill_at) == signal.SIGKILL
+    run = Path(config.out)
+
+    def go_on() -> None:
+        started = (run / "config.yaml").exists()
+        Trainer.resume(run, Terminal()).train() if started else train(config)
+
+    assert forked(go_on, count) == 0
+    assert_same(results(run), results(Path(whole.out)))
+    assert not [path for path in run.rglob(".*") if path.name != ".gitattributes"]
 
 
 def test_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
@@ -254,6 +342,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_explained(config: TrainCo
     trainer = Trainer.start(dataclasses.replace(config, dev=DevConfig()), Terminal())
     with pytest.raises(InputError, match=r"step \d+: loss nan.*Lower optim.lr"):
         trainer.train()
+
+
+def test_fp16_gradients_that_always_overflow_end_the_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, precision="fp16", dev=DevConfig(), steps=40)
+    trainer = Trainer.start(config, Terminal())
+    for parameter in trainer.towers.parameters():
+        parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(InputError, match="no longer finite"):
+        trainer.train()
+    assert 10 < trainer.state.step < 40
 
 
 def test_saved_configuration_is_the_resolved_one(config: TrainConfig) -> None:

@@ -1,0 +1,82 @@
+"""Corpora and queries as vectors, with bars and counted warnings: what encoding, evaluation and mining begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from index.embeddings import EmbeddingStore
+from index.passages import Passage, read_passages
+from index.records import count_records
+from retriever.data.sources import HUGE_TEXT, Notices
+from retriever.encode import EncodeOptions, corpus_source, embed_texts, encode_passages
+from retriever.progress import Terminal
+from retriever.towers import Towers
+
+Tick = Callable[[], None] | None
+"""Called after every micro-batch; may raise to end the work."""
+
+
+def ticking(advance: Callable[[int], None], tick: Tick) -> Callable[[int], None]:
+    """A progress function that also ticks."""
+
+    def progress(count: int) -> None:
+        advance(count)
+        if tick is not None:
+            tick()
+
+    return progress
+
+
+def embed_corpus(
+    towers: Towers,
+    corpus: Path,
+    folder: Path,
+    options: EncodeOptions,
+    terminal: Terminal,
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+    shard_rows: int = 65536,
+    tick: Tick = None,
+) -> EmbeddingStore:
+    """The passages of a file in a store in `folder`, which is continued or used again if it is there.
+
+    Raises:
+        InputError: the file or a row of it is bad or there is none, or `folder` holds something else.
+    """
+    notices = Notices()
+    total = count_records(corpus) if terminal.is_live else None
+    with terminal.bar(f"encode {corpus.name}", total, "passages") as advance:
+        store = encode_passages(
+            towers,
+            _watched(read_passages(corpus), notices),
+            folder,
+            options,
+            source=corpus_source(corpus),
+            dtype=dtype,
+            shard_rows=shard_rows,
+            progress=ticking(advance, tick),
+        )
+    for notice in notices.lines():
+        terminal.line(f"{corpus.name}: {notice}")
+    return store
+
+
+def embed_queries(
+    towers: Towers, texts: Sequence[str], options: EncodeOptions, terminal: Terminal, *, tick: Tick = None
+) -> np.ndarray:
+    """Vectors of queries, float32 [texts, dimension]."""
+    with terminal.bar("encode queries", len(texts), "queries") as advance:
+        return embed_texts(towers, texts, "query", options, ticking(advance, tick))
+
+
+def _watched(passages: Iterator[Passage], notices: Notices) -> Iterator[Passage]:
+    for passage in passages:
+        if not passage.content:
+            notices.add("passages without any text", passage.id)
+        elif len(passage.content) > HUGE_TEXT:
+            notices.add("passages of more than 1 MiB, of which a model reads only the beginning", passage.id)
+        yield passage
