@@ -1,4 +1,4 @@
-"""Which kind of index to take, and what a vector costs in it."""
+"""Which kind of index to take, how it searches, and what a vector costs in it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FLAT_ROWS = 200_000
 QUANTISED_ROWS = 10_000_000
 
 
-def choose(rows: int, dim: int) -> str:
-    """The faiss factory string that `auto` stands for, by the number of passages alone.
+def choose(rows: int) -> str:
+    """The faiss factory string that `auto` stands for with so many passages.
 
     The numbers of centroids follow faiss's own guideline (github.com/facebookresearch/faiss/wiki, "Guidelines to
     choose an index"): each gets the 39 training vectors or more that its k-means asks for.
@@ -43,7 +43,9 @@ def explain(factory: str, rows: int, dim: int) -> str:
         why = "compares with the passages of the nearest centroids, approximate"
     else:
         why = "as asked for"
-    return f"{factory}: {why}; {each} bytes a vector, {each * rows / 2**20:,.3g} MiB for {rows:,} passages"
+    size = each * rows / 2**20
+    size_text = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+    return f"{factory}: {why}; {each} bytes a vector, {size_text} MiB for {rows:,} passages"
 
 
 def make(factory: str, dim: int) -> Any:
@@ -67,6 +69,25 @@ def make(factory: str, dim: int) -> Any:
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise InputError(f"factory {factory!r}: expected one that ranks by inner product, found another metric")
     return index
+
+
+def set_search_defaults(index: Any) -> None:
+    """Let a search look at enough of the index: with faiss's own defaults (1 list, no reserve) it finds far too little.
+
+    They are saved in the faiss file, so that plain faiss searches alike.
+    """
+    faiss = import_faiss()
+    part = faiss.downcast_index(index)
+    while isinstance(part, faiss.IndexPreTransform | faiss.IndexRefine):
+        if isinstance(part, faiss.IndexRefine):
+            part.k_factor = 4.0
+            part = faiss.downcast_index(part.base_index)
+        else:
+            part = faiss.downcast_index(part.index)
+    if isinstance(part, faiss.IndexIVF):
+        part.nprobe = min(part.nlist, max(16, part.nlist // 64))
+    elif isinstance(part, faiss.IndexHNSW):
+        part.hnsw.efSearch = 64
 
 
 def bytes_per_vector(factory: str, dim: int) -> int:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from index import factory as factories
-from index.embeddings import EmbeddingStore
 from index.factory import import_faiss, reason
 from index.files import InputError, atomic_folder, parse_json
 from index.manifest import INDEX, NAME, FileEntry, Level, Manifest, read_manifest, verify_files, write_manifest
 from index.passages import Passage, parse_passage
 from index.records import Record
 from index.shards import read_ids
+from index.store import EmbeddingStore
+from index.training import train
 
 FAISS_FILE = "index.faiss"
 IDS_FILE = "ids.txt"
@@ -26,8 +27,8 @@ FILES = (FAISS_FILE, IDS_FILE, PASSAGES_FILE, OFFSETS_FILE)
 
 # Rows converted to float32 and given to faiss at once.
 ROWS_AT_ONCE = 16384
-# faiss asks for at least 39 training vectors a centroid and uses no more than 256; a million is plenty between them.
-TRAINING_ROWS = 1_000_000
+# Beyond k, asked of a Flat index: ties across the cut are rarely longer.
+SPARE = 16
 
 
 def build(
@@ -41,33 +42,37 @@ def build(
     """Index the passages of `store` by inner product into the folder `out`, which is replaced when it is an index.
 
     Holds the index, the training vectors and one piece of a shard in memory. Training vectors are drawn at random
-    from all rows, 39 to 256 a centroid.
+    from all rows, 39 to 256 a centroid. Every byte of the store is checked first: the index gets sums of its own, and
+    they must not vouch for damage.
 
     Args:
         factory: a faiss factory string, or "auto" to choose by size.
-        seed: of the training sample and of k-means.
+        seed: of the training sample and of k-means, 0 to 2**31 - 1.
         progress: called with the number of rows each time some were added.
 
     Raises:
-        InputError: the store is empty or damaged, `factory` is wrong or needs more training vectors than there are,
-            `out` holds something that is no index, or faiss is missing.
+        InputError: the store is empty or damaged, `seed` is out of range, `factory` is wrong or needs more training
+            vectors than there are, `out` holds something that is no index, or faiss is missing.
         OSError: the disk is full.
     """
+    if not 0 <= seed < 2**31:
+        raise InputError(f"seed: expected a number from 0 to {2**31 - 1}, found {seed}")
     _check_replaceable(out)
     if not store.rows:
         raise InputError(f"{store.folder}: expected passages to index, found none")
     if factory == "auto":
-        factory = factories.choose(store.rows, store.dim)
+        factory = factories.choose(store.rows)
     index = factories.make(factory, store.dim)
+    verify_files(store.manifest, "hash")
     try:
-        trained_on = _train(index, store, factory, seed)
+        trained_on = train(index, store, factory, seed)
         for _, vectors in _pieces(store):
             index.add(vectors)
             if progress is not None:
                 progress(len(vectors))
     except RuntimeError as error:
         raise InputError(f"factory {factory!r}: cannot index {store.rows} vectors: {reason(error)}") from None
-    _set_search_defaults(index)
+    factories.set_search_defaults(index)
     with atomic_folder(out) as folder:
         _write_faiss(index, folder / FAISS_FILE)
         _concatenate(store.files("ids"), folder / IDS_FILE)
@@ -182,7 +187,12 @@ class Index:
                 )
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """What faiss finds nearest to `queries` [Q, D] float32.
+        """What faiss finds nearest to `queries` [Q, D] float32; equal scores rank by id, descending.
+
+        That is the order of `exact.search`, and so of evaluation. A Flat index keeps to it at the cut too: of the
+        passages tied for the last places, those of highest id are taken. Other indexes cut as faiss does, and only
+        what they return is put in order. The two round products differently, by about 1e-7, which can still make a
+        tie in one that is none in the other.
 
         Returns:
             scores [Q, min(k, N)] float32, descending, and rows [Q, min(k, N)] int64. An approximate index may find
@@ -199,25 +209,41 @@ class Index:
         finite = np.isfinite(queries).all(axis=1)
         if not finite.all():
             raise InputError(f"query {int(np.argmin(finite))}: expected a finite vector, found NaN or infinity")
-        scores, rows = self.faiss.search(np.ascontiguousarray(queries, np.float32), min(k, self.rows))
+        spare = SPARE if isinstance(self.faiss, import_faiss().IndexFlat) else 0
+        return self._search(np.ascontiguousarray(queries, np.float32), min(k, self.rows), spare)
+
+    def _search(self, queries: np.ndarray, k: int, spare: int) -> tuple[np.ndarray, np.ndarray]:
+        """The best `k` of the best `k + spare`; with a spare, more are asked for until no tie reaches the last."""
+        asked = min(k + spare, self.rows)
+        scores, rows = self.faiss.search(queries, asked)
         scores[rows < 0] = -np.inf
+        self._order_ties(scores, rows)
+        beyond = (scores[:, k - 1] == scores[:, -1]) & (k < asked < self.rows)
+        scores, rows = scores[:, :k].copy(), rows[:, :k].copy()
+        if beyond.any():
+            scores[beyond], rows[beyond] = self._search(queries[beyond], k, k + 2 * spare)
         return scores, rows
 
+    def _order_ties(self, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Put the `rows` [Q, n] of equal `scores` [Q, n], descending, in the order of their ids, descending."""
+        tied = ((scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0)).any(axis=1)
+        for query in np.flatnonzero(tied):
+            found = rows[query][rows[query] >= 0].tolist()
+            ids = [self.ids[row] for row in found]
+            ranked = sorted(zip(scores[query, : len(found)].tolist(), ids, found, strict=True), reverse=True)
+            rows[query, : len(found)] = [row for _, _, row in ranked]
+
     def ranked(self, queries: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
-        """For each of `queries` [Q, D], up to `k` pairs of id and score: best first, equal scores by id, descending.
+        """For each of `queries` [Q, D], up to `k` pairs of id and score, in the order of `search`.
 
         Raises:
             as `search`.
         """
         scores, rows = self.search(queries, k)
-        lists = []
-        for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True):
-            pairs = [(self.ids[row], score) for score, row in zip(some_scores, some_rows, strict=True) if row >= 0]
-            # By id first: the second sort keeps the order of what is equal to it.
-            pairs.sort(key=lambda pair: pair[0], reverse=True)
-            pairs.sort(key=lambda pair: pair[1], reverse=True)
-            lists.append(pairs)
-        return lists
+        return [
+            [(self.ids[row], score) for score, row in zip(some_scores, some_rows, strict=True) if row >= 0]
+            for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True)
+        ]
 
 
 def _check_replaceable(out: Path) -> None:
@@ -236,57 +262,6 @@ def _pieces(store: EmbeddingStore) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(vectors), ROWS_AT_ONCE):
             piece = np.ascontiguousarray(vectors[start : start + ROWS_AT_ONCE], np.float32)
             yield first + start, piece
-
-
-def _train(index: Any, store: EmbeddingStore, factory: str, seed: int) -> int:
-    """Train `index` on rows drawn at random; returns how many, 0 when it needs no training."""
-    if index.is_trained:
-        return 0
-    faiss = import_faiss()
-    ivf = faiss.try_extract_index_ivf(index)
-    centroids = 0
-    if ivf is not None:
-        centroids = ivf.nlist
-        ivf.cp.seed = seed
-    if store.rows < centroids:
-        raise InputError(
-            f"factory {factory!r}: expected at least {centroids} vectors to train {centroids} centroids "
-            f"({39 * centroids} to do it well), found {store.rows}; choose fewer, or 'Flat'"
-        )
-    wanted = min(max(TRAINING_ROWS, 39 * centroids), 256 * max(centroids, 256), store.rows)
-    index.train(_sample(store, wanted, seed))
-    return wanted
-
-
-def _sample(store: EmbeddingStore, count: int, seed: int) -> np.ndarray:
-    """`count` vectors [count, D] float32 of different rows drawn at random, in the order of the rows."""
-    rows = np.sort(np.random.default_rng(seed).choice(store.rows, count, replace=False, shuffle=False))
-    sample = np.empty((count, store.dim), np.float32)
-    taken = 0
-    for first, vectors in store.shards():
-        stop = int(np.searchsorted(rows, first + len(vectors)))
-        sample[taken:stop] = vectors[rows[taken:stop] - first]
-        taken = stop
-    return sample
-
-
-def _set_search_defaults(index: Any) -> None:
-    """Let a search look at enough of the index: with faiss's own defaults (1 list, no reserve) it finds far too little.
-
-    They are saved in the faiss file, so that plain faiss searches alike.
-    """
-    faiss = import_faiss()
-    part = faiss.downcast_index(index)
-    while isinstance(part, faiss.IndexPreTransform | faiss.IndexRefine):
-        if isinstance(part, faiss.IndexRefine):
-            part.k_factor = 4.0
-            part = faiss.downcast_index(part.base_index)
-        else:
-            part = faiss.downcast_index(part.index)
-    if isinstance(part, faiss.IndexIVF):
-        part.nprobe = min(part.nlist, max(16, part.nlist // 64))
-    elif isinstance(part, faiss.IndexHNSW):
-        part.hnsw.efSearch = 64
 
 
 def _write_faiss(index: Any, path: Path) -> None:

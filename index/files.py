@@ -9,9 +9,10 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,38 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing here") from None
-        except OSError as error:
-            # Some network disks know no locks; there, not to start two writers is left to the user.
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
+    with _opened(folder) as descriptor:
+        # Some network disks know no locks; there, not to start two writers is left to the user.
+        if _lock(descriptor) is False:
+            raise InputError(f"{folder}: another process is writing here")
         yield
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = _open(path)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    # Network disks lock a file only for those who may write it; a folder can only be read.
+    return os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock what was opened until it is closed: False when another process holds it, None when the disk has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        return None
+    return True
 
 
 @contextlib.contextmanager
@@ -68,12 +88,14 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `final`; on success it is flushed to disk and renamed to `final`.
+    """Yield a temporary file beside `final`, empty so far; on success it is flushed to disk and renamed to `final`.
 
-    When the body raises, the temporary file is removed and `final` is left as it was.
+    When the body raises, the temporary file is removed and `final` is left as it was. Files that a killed process
+    left behind are removed by the next call for the same `final`.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    _remove_abandoned(final)
+    temporary, descriptor = _new_temporary(final, partial(Path.touch, exist_ok=False))
     try:
         with _naming(final):
             yield temporary
@@ -83,24 +105,23 @@ def atomic_path(final: Path) -> Iterator[Path]:
         fsync_folder(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `final`; on success it takes the place of `final`, whatever stood there.
 
-    When the body raises, the temporary folder is removed and `final` is left as it was. Folders that a killed process
-    left behind are removed by the next call for the same `final`.
+    When the body raises, the temporary folder is removed and `final` is left as it was. What a killed process left
+    behind is mended by the next call for the same `final`, or by `recover_folder`.
     """
     # Without the links: the folder itself is replaced, and its neighbours lie on the same disk.
     final = final.resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(final)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
-    # mkdtemp is private to its maker; a model or checkpoint folder has the ordinary permissions.
-    temporary.chmod(0o777 & ~_umask())
+    recover_folder(final)
+    temporary, descriptor = _new_temporary(final, Path.mkdir)
     try:
-        with locked_folder(temporary), _naming(final):
+        with _naming(final):
             yield temporary
             for path in temporary.rglob("*"):
                 if path.is_file() or path.is_dir():
@@ -108,6 +129,25 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             _put_in_place(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def recover_folder(final: Path) -> None:
+    """Undo what a process that was killed within `atomic_folder(final)` left; nothing happens if there is nothing.
+
+    Killed while it exchanged the folders, it left the old one under another name and none under its own: the old one
+    is put back. Half-written folders, and old ones already replaced, are removed. Those of living processes stay.
+    """
+    final = final.resolve()
+    for retired in _siblings(final, "old"):
+        if _is_held(retired.with_suffix(".tmp")):
+            continue  # its owner lives, and is exchanging the two folders at this moment
+        if final.exists():
+            _remove(retired)
+        else:
+            os.rename(retired, final)
+            fsync_folder(final.parent)
+    _remove_abandoned(final)
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -124,18 +164,37 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     _remove(retired)
 
 
+def _new_temporary(final: Path, create: Callable[[Path], None]) -> tuple[Path, int]:
+    """A new file or folder beside `final`, made by `create`, and a descriptor that holds its lock until closed."""
+    while True:
+        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+        create(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = _open(temporary)
+            if _lock(descriptor) is not False and temporary.exists():
+                return temporary, descriptor
+            # Before it was locked, another process took it for abandoned.
+            os.close(descriptor)
+
+
 def _remove_abandoned(final: Path) -> None:
-    """Clear what killed processes left beside `final`: half-written folders, and an old folder not yet replaced."""
-    name = glob.escape(final.name)
-    for folder in final.parent.glob(f".{name}.????????.tmp"):
-        # A living process holds the lock of its folder.
-        with contextlib.suppress(InputError, FileNotFoundError), locked_folder(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-    for retired in final.parent.glob(f".{name}.????????.old"):
-        if final.exists():
-            _remove(retired)
-        else:
-            os.rename(retired, final)
+    """Remove what killed processes were writing beside `final`; a living one holds the lock of what it writes."""
+    for temporary in _siblings(final, "tmp"):
+        # One of another user's is not ours to remove, and one that is gone needs no removing.
+        with contextlib.suppress(FileNotFoundError, PermissionError), _opened(temporary) as descriptor:
+            # On a disk without locks nobody can know, so everything stays.
+            if _lock(descriptor):
+                _remove(temporary)
+
+
+def _is_held(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), _opened(path) as descriptor:
+        return _lock(descriptor) is False
+    return False
+
+
+def _siblings(final: Path, suffix: str) -> list[Path]:
+    return list(final.parent.glob(f".{glob.escape(final.name)}.????????.{suffix}"))
 
 
 def _remove(path: Path) -> None:
@@ -143,12 +202,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def sha256_file(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,48 @@ DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("
 SUFFIXES = ("npy", "ids", "jsonl")
 
 
-def write_vectors(path: Path, vectors: np.ndarray) -> FileEntry:
-    """Write `vectors` [n, D] atomically; returns what stands on disk."""
+class ShardBuffer:
+    """The rows of a shard until it is written; takes the memory of the rows it holds, however long a shard may be."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self._vectors: list[np.ndarray] = []
+        self._lines: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, ids: Sequence[str], vectors: np.ndarray, lines: Sequence[bytes]) -> None:
+        """Add n rows: ids, vectors [n, D] in C order (kept, not copied), and passages as `passage_line`s."""
+        self.ids += ids
+        self._vectors.append(vectors)
+        self._lines += lines
+
+    def write(self, folder: Path, number: int) -> dict[str, FileEntry]:
+        """Write the rows, one at least, as the shard `number` of the store in `folder`; returns what stands on disk."""
+        vectors, ids, passages = (f"{number:05d}.{suffix}" for suffix in SUFFIXES)
+        return {
+            vectors: _write_vectors(folder / vectors, self._vectors),
+            ids: _write_lines(folder / ids, (f"{id_}\n".encode() for id_ in self.ids)),
+            passages: _write_lines(folder / passages, self._lines),
+        }
+
+
+def _write_vectors(path: Path, pieces: Sequence[np.ndarray]) -> FileEntry:
+    """Write `pieces` [n, D], each in C order, as one array."""
+    shape = (sum(map(len, pieces)), pieces[0].shape[1])
+    header = {"descr": np.lib.format.dtype_to_descr(pieces[0].dtype), "fortran_order": False, "shape": shape}
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         # np.save writes past Python's streams and so loses the reason why a write failed; a full disk must say so.
-        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(vectors))
-        stream.write(vectors.data)
+        np.lib.format.write_array_header_1_0(stream, header)
+        for piece in pieces:
+            stream.write(piece.data)
+    return FileEntry.of(path)
+
+
+def _write_lines(path: Path, lines: Iterable[bytes]) -> FileEntry:
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        stream.writelines(lines)
     return FileEntry.of(path)
 
 
@@ -41,13 +77,6 @@ def read_vectors(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
     if vectors.dtype != DTYPES[dtype] or vectors.shape != shape:
         raise InputError(f"{path}: expected {dtype} {shape}, found {vectors.dtype} {vectors.shape}")
     return vectors
-
-
-def write_lines(path: Path, lines: Iterable[bytes]) -> FileEntry:
-    """Write `lines`, each with its line end, atomically; returns what stands on disk."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        stream.writelines(lines)
-    return FileEntry.of(path)
 
 
 def read_ids(path: Path, count: int) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from index.embeddings import EmbeddingStore
 from index.faiss_index import Index
 from index.files import InputError
 from index.manifest import EMBEDDINGS, INDEX, read_manifest, verify_files
+from index.store import EmbeddingStore
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from index.passages import Passage
 
@@ -15,3 +18,14 @@ def passages_of(ids: list[str]) -> list[Passage]:
 def listing(folder: Path) -> dict[str, bytes]:
     """Every file of `folder` with its bytes."""
     return {name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))}
+
+
+def flipped_bytes(folder: Path, rng: np.random.Generator, places: int = 20) -> Iterator[str]:
+    """Flip one bit at a time, at the ends, in the middle and anywhere in every file; yields the name of the file."""
+    for name, data in listing(folder).items():
+        for place in {0, len(data) // 2, len(data) - 1, *rng.integers(len(data), size=places).tolist()}:
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            (folder / name).write_bytes(damaged)
+            yield name
+        (folder / name).write_bytes(data)

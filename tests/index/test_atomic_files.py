@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from index.files import InputError, atomic_folder, atomic_path, locked_folder, read_json, write_json
+from index.files import InputError, atomic_folder, atomic_path, locked_folder, read_json, recover_folder, write_json
 
 
 def test_a_body_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -91,35 +93,119 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     assert (real / "weights").read_text() == "new"
 
 
-def test_a_killed_writer_of_a_folder_is_cleaned_up_after_and_a_living_one_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [atomic_path, atomic_folder])
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path, kind) -> None:
+    def write(temporary: Path, text: str) -> None:
+        (temporary / "weights" if kind is atomic_folder else temporary).write_text(text)
+
     target = tmp_path / "mo[d]el"
-    code = """
+    code = f"""
         import os, signal, sys
         from pathlib import Path
-        from index.files import atomic_folder
-        with atomic_folder(Path(sys.argv[1])) as temporary:
-            (temporary / "weights").write_text("half")
+        from index.files import {kind.__name__}
+        with {kind.__name__}(Path(sys.argv[1])) as temporary:
+            print(temporary.name, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(target)], check=False)
+    command = [sys.executable, "-c", textwrap.dedent(code), str(target)]
+    killed = subprocess.run(command, check=False, capture_output=True, text=True)
     assert killed.returncode == -9
-    left = os.listdir(tmp_path)
-    assert len(left) == 1 and left[0].endswith(".tmp")
-    with atomic_folder(target) as living:
-        with atomic_folder(target) as temporary:
-            (temporary / "weights").write_text("second")
-        assert living.is_dir()
-        assert left[0] not in os.listdir(tmp_path)
-    assert os.listdir(tmp_path) == ["mo[d]el"]
+    assert os.listdir(tmp_path) == [killed.stdout.strip()]
+    other = tmp_path / ".mo[d]el2.01234567.tmp"
+    other.write_text("of another name")
+    with kind(target) as living:
+        write(living, "first")
+        with kind(target) as temporary:
+            write(temporary, "second")
+        assert sorted(os.listdir(tmp_path)) == sorted([other.name, living.name, "mo[d]el"])
+    assert sorted(os.listdir(tmp_path)) == [other.name, "mo[d]el"]
 
 
-def test_an_old_folder_whose_replacement_was_killed_comes_back(tmp_path: Path) -> None:
-    retired = tmp_path / ".model.abcd1234.old"
+def test_on_a_disk_without_locks_files_are_written_and_nothing_is_taken_for_abandoned(
+    tmp_path: Path, monkeypatch
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    left = tmp_path / ".a.json.01234567.tmp"
+    left.write_text("perhaps of a living process of another machine")
+    write_json(tmp_path / "a.json", 1)
+    assert read_json(tmp_path / "a.json") == 1
+    assert left.exists()
+
+
+def test_a_temporary_taken_for_abandoned_before_it_was_locked_is_made_anew(tmp_path: Path, monkeypatch) -> None:
+    flock, seen = fcntl.flock, []
+
+    def robbed(descriptor: int, operation: int) -> None:
+        if not seen:
+            seen.extend(tmp_path.iterdir())
+            seen[0].unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", robbed)
+    with atomic_path(tmp_path / "a.txt") as temporary:
+        assert temporary.exists() and [temporary] != seen
+        temporary.write_text("x")
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_new_files_and_folders_have_the_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    (tmp_path / "folder").mkdir()
+    write_json(tmp_path / "a.json", 1)
+    with atomic_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
+def exchange_killed(target: Path) -> None:
+    """What a process killed between the two renames of an exchange leaves: no `target`, the old folder, the new."""
+    retired = target.with_name(f".{target.name}.abcd1234.old")
     retired.mkdir()
     (retired / "weights").write_text("old")
+    target.with_name(f".{target.name}.abcd1234.tmp").mkdir()
+
+
+def test_an_old_folder_whose_exchange_was_killed_comes_back(tmp_path: Path) -> None:
+    target = tmp_path / "mo[d]el"
+    exchange_killed(target)
+    for _ in range(2):
+        recover_folder(target)
+        assert (target / "weights").read_text() == "old"
+        assert os.listdir(tmp_path) == ["mo[d]el"]
+
+
+def test_the_next_write_brings_an_old_folder_back_too(tmp_path: Path) -> None:
+    exchange_killed(tmp_path / "model")
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model"):
         raise RuntimeError
     assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
+def test_an_old_folder_that_was_replaced_is_removed(tmp_path: Path) -> None:
+    exchange_killed(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("new")
+    recover_folder(tmp_path / "model")
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_an_exchange_under_way_is_left_to_its_living_process(tmp_path: Path) -> None:
+    exchange_killed(tmp_path / "model")
+    before = sorted(os.listdir(tmp_path))
+    with locked_folder(tmp_path / ".model.abcd1234.tmp"):
+        recover_folder(tmp_path / "model")
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_recovering_what_was_never_there_makes_nothing(tmp_path: Path) -> None:
+    recover_folder(tmp_path / "model")
+    recover_folder(tmp_path / "run" / "model")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:

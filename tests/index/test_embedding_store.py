@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from index_helpers import MODEL, listing, passages_of
+from index_helpers import MODEL, flipped_bytes, listing, passages_of
 
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
@@ -18,6 +18,17 @@ from index.passages import Passage
 from index.verify import verify
 
 HEADER: dict[str, Any] = {"dim": 3, "model": MODEL, "source": {"file": "c.jsonl"}, "shard_rows": 4}
+
+
+def five_rows(folder: Path, complete: bool) -> Path:
+    """A shard and a row; a run that did not complete keeps the shard."""
+    writer = EmbeddingWriter(folder, **HEADER)
+    writer.append(passages_of(list("abcde")), np.arange(15).reshape(5, 3))
+    if complete:
+        writer.close()
+    else:
+        writer.__exit__(RuntimeError, None, None)
+    return folder
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -177,13 +188,7 @@ def test_a_complete_store_is_left_as_it_is(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_store_of_another_header_is_not_continued(tmp_path: Path, change: dict, message: str, complete: bool) -> None:
-    folder = tmp_path / "emb"
-    writer = EmbeddingWriter(folder, **HEADER)
-    writer.append(passages_of(list("abcde")), np.ones((5, 3)))
-    if complete:
-        writer.close()
-    else:
-        writer.__exit__(RuntimeError, None, None)
+    folder = five_rows(tmp_path / "emb", complete)
     before = listing(folder)
     with pytest.raises(InputError, match=message + "; remove the folder or choose another --out") as caught:
         EmbeddingWriter(folder, **{**HEADER, **change})
@@ -204,14 +209,14 @@ def test_files_of_others_are_neither_used_nor_touched(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_run_are_removed_and_never_read(tmp_path: Path, rng) -> None:
     folder = tmp_path / "emb"
     folder.mkdir()
-    (folder / ".manifest.json.123.tmp").write_text("half")
+    (folder / ".manifest.json.01234567.tmp").write_text("half")
     vectors, passages = rng.standard_normal((6, 3)), passages_of([f"d{n}" for n in range(6)])
     with pytest.raises(RuntimeError), EmbeddingWriter(folder, **HEADER) as writer:
         writer.append(passages[:4], vectors[:4])
         raise RuntimeError
     (folder / "00001.npy").write_text("whole but never entered")
     (folder / "00009.ids").write_text("of a longer run")
-    (folder / ".00001.ids.99.tmp").write_text("half")
+    (folder / ".00001.ids.89abcdef.tmp").write_text("half")
     with EmbeddingWriter(folder, **HEADER) as writer:
         writer.append(passages[4:], vectors[4:])
     assert sorted(os.listdir(folder)) == sorted(
@@ -252,15 +257,37 @@ def test_a_full_disk_leaves_only_whole_shards(tmp_path: Path, rng, limit: int) -
 def test_any_flipped_byte_is_found_in_its_file(tmp_path: Path, make_store: Callable, rng) -> None:
     folder = make_store(rng.standard_normal((9, 3))).folder
     assert verify(folder).rows == 9
-    for name, data in listing(folder).items():
-        for place in {0, len(data) // 2, len(data) - 1, *rng.integers(len(data), size=20).tolist()}:
-            damaged = bytearray(data)
-            damaged[place] ^= 1 << int(rng.integers(8))
-            (folder / name).write_bytes(damaged)
-            with pytest.raises(InputError, match=f"{name}: "):
-                verify(folder)
-        (folder / name).write_bytes(data)
+    for name in flipped_bytes(folder, rng):
+        with pytest.raises(InputError, match=f"{name}: "):
+            verify(folder)
     assert verify(folder).files == 6
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_no_run_goes_on_from_a_flipped_byte(tmp_path: Path, rng, complete: bool) -> None:
+    folder = five_rows(tmp_path / "emb", complete)
+    for name in flipped_bytes(folder, rng, places=3):
+        with pytest.raises(InputError, match=f"{name}: "):
+            EmbeddingWriter(folder, **HEADER)
+    with EmbeddingWriter(folder, **HEADER) as writer:
+        assert (writer.rows, writer.complete) == (5 if complete else 4, complete)
+
+
+def test_memory_is_that_of_the_rows_there_are_and_not_of_a_whole_shard(tmp_path: Path) -> None:
+    with EmbeddingWriter(tmp_path / "emb", **{**HEADER, "shard_rows": 10**12}) as writer:
+        writer.append(passages_of(["a"]), np.ones((1, 3)))
+        writer.append(passages_of(["b"]), np.zeros((1, 3)))
+    store = EmbeddingStore.open(tmp_path / "emb")
+    np.testing.assert_array_equal(store.vectors(), np.array([[1, 1, 1], [0, 0, 0]], np.float32))
+
+
+def test_what_was_appended_is_the_callers_to_change(tmp_path: Path) -> None:
+    """And may lie in memory in any order."""
+    vectors = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    with EmbeddingWriter(tmp_path / "emb", **HEADER) as writer:
+        writer.append(passages_of(["a", "b"]), vectors)
+        vectors[:] = 9
+    np.testing.assert_array_equal(EmbeddingStore.open(tmp_path / "emb").vectors(), np.arange(6).reshape(2, 3))
 
 
 def test_a_cut_or_missing_file_is_refused_on_opening_and_on_resuming(tmp_path: Path, make_store: Callable, rng) -> None:

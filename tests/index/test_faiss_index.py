@@ -9,13 +9,14 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from index_helpers import MODEL, listing, passages_of
+from index_helpers import MODEL, flipped_bytes, listing, passages_of
 
 from index import exact
 from index.embeddings import EmbeddingStore
-from index.faiss_index import Index, _sample, build
+from index.faiss_index import Index, build
 from index.files import InputError
 from index.manifest import INDEX, Manifest, read_manifest, write_manifest
+from index.training import sample_vectors
 from index.verify import verify
 
 
@@ -121,8 +122,59 @@ def test_equal_scores_rank_by_id_descending(tmp_path: Path, make_store: Callable
     ids = ["b", "é", "a", "B", "10", "9"]
     vectors = np.array([[1, 0], [1, 0], [2, 0], [1, 0], [1, 0], [0, 1]], np.float32)
     build(make_store(vectors, ids), tmp_path / "index")
-    ranked = Index.open(tmp_path / "index").ranked(np.array([[1, 0]], np.float32), 6)[0]
-    assert ranked == [("a", 2.0), ("é", 1.0), ("b", 1.0), ("B", 1.0), ("10", 1.0), ("9", 0.0)]
+    index, query = Index.open(tmp_path / "index"), np.array([[1, 0]], np.float32)
+    assert index.ranked(query, 6)[0] == [("a", 2.0), ("é", 1.0), ("b", 1.0), ("B", 1.0), ("10", 1.0), ("9", 0.0)]
+    assert index.search(query, 6)[1].tolist() == [[2, 1, 0, 3, 4, 5]]
+    assert index.search(query, 3)[1].tolist() == [[2, 1, 0]]
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+@pytest.mark.parametrize("k", [1, 5, 40, 150, 300])
+def test_flat_ranks_ties_as_exact_search_at_the_cut_too(
+    tmp_path: Path, make_store: Callable, rng, levels: int, k: int
+) -> None:
+    """Small whole numbers, which nothing rounds: ties of a few passages, of many, and of all."""
+    store = make_store(
+        rng.integers(0, levels, (300, 3)), [f"d{n}" for n in rng.permutation(300)], name=f"emb{levels}", shard_rows=128
+    )
+    build(store, tmp_path / "index")
+    index = Index.open(tmp_path / "index")
+    for count in (3, 60):  # faiss multiplies few queries in one way and many in another
+        queries = rng.integers(-1, 3, (count, 3)).astype(np.float32)
+        expected_scores, expected = exact.search(queries, store.shards(), store.ids(), k)
+        scores, rows = index.search(queries, k)
+        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_array_equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize("factory", ["IVF4,Flat", "HNSW8", "SQ8"])
+def test_what_an_approximate_index_finds_has_its_ties_in_order(
+    tmp_path: Path, make_store: Callable, rng, factory: str
+) -> None:
+    build(make_store(rng.integers(0, 3, (200, 3)), shard_rows=128), tmp_path / "index", factory=factory)
+    index = Index.open(tmp_path / "index")
+    for pairs in index.ranked(rng.integers(-1, 3, (20, 3)).astype(np.float32), 50):
+        assert pairs == sorted(pairs, key=lambda pair: (pair[1], pair[0]), reverse=True)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF2,Flat"])
+def test_a_flipped_byte_of_the_store_never_enters_an_index(
+    tmp_path: Path, make_store: Callable, rng, factory: str
+) -> None:
+    store = make_store(clustered(rng, 30), shard_rows=20)
+    for name in flipped_bytes(store.folder, rng, places=2):
+        if name == "manifest.json":  # was read, and checked, when the store was opened
+            continue
+        with pytest.raises(InputError, match=f"{name}: damaged"):
+            build(store, tmp_path / "index", factory=factory)
+    assert os.listdir(tmp_path) == ["emb"]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+@pytest.mark.parametrize("factory", ["Flat", "IVF2,Flat"])
+def test_a_seed_out_of_range_is_named(tmp_path: Path, make_store: Callable, rng, seed: int, factory: str) -> None:
+    with pytest.raises(InputError, match=f"seed: expected a number from 0 to 2147483647, found {seed}"):
+        build(make_store(clustered(rng, 30)), tmp_path / "index", factory=factory, seed=seed)
 
 
 def test_the_training_sample_is_seeded_and_spread(tmp_path: Path, make_store: Callable, rng) -> None:
@@ -130,11 +182,11 @@ def test_the_training_sample_is_seeded_and_spread(tmp_path: Path, make_store: Ca
     vectors = clustered(rng, 3000)
     vectors[:1000] = vectors[0]
     store = make_store(vectors, shard_rows=700)
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2**31 - 1)):
         build(store, tmp_path / name, factory="IVF16,Flat", seed=seed)
     assert listing(tmp_path / "a") == listing(tmp_path / "b")
     assert listing(tmp_path / "a")["index.faiss"] != listing(tmp_path / "c")["index.faiss"]
-    sample = _sample(store, 300, seed=0)
+    sample = sample_vectors(store, 300, seed=0)
     rows = [int(np.flatnonzero((vectors == vector).all(axis=1))[0]) for vector in sample]
     assert 60 <= sum(row < 1000 for row in rows) <= 140
     assert max(rows) > 2900
@@ -237,16 +289,11 @@ def test_queries_of_another_shape_are_refused(flat) -> None:
 
 def test_any_flipped_byte_is_found_in_its_file(flat, rng) -> None:
     folder = flat[1]
-    for name, data in listing(folder).items():
-        for place in {0, len(data) // 2, len(data) - 1, *rng.integers(len(data), size=20).tolist()}:
-            damaged = bytearray(data)
-            damaged[place] ^= 1 << int(rng.integers(8))
-            (folder / name).write_bytes(damaged)
-            with pytest.raises(InputError, match=f"{name}: "):
-                verify(folder)
-            with pytest.raises(InputError, match=f"{name}: "):
-                Index.open(folder, verify="hash")
-        (folder / name).write_bytes(data)
+    for name in flipped_bytes(folder, rng):
+        with pytest.raises(InputError, match=f"{name}: "):
+            verify(folder)
+        with pytest.raises(InputError, match=f"{name}: "):
+            Index.open(folder, verify="hash")
     assert verify(folder).files == 4
 
 

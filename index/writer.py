@@ -1,0 +1,229 @@
+"""Writing embeddings to disk: fixed-size shards, each whole or absent, and a manifest that names the whole ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from index.files import InputError, locked_folder
+from index.manifest import EMBEDDINGS, NAME, Manifest, read_manifest, verify_files, write_manifest
+from index.passages import Passage
+from index.shards import DTYPES, ShardBuffer, passage_line
+from index.store import EmbeddingStore
+
+SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids|jsonl)")
+TEMPORARY_FILE = re.compile(r"\.(manifest\.json|\d{5,}\.(npy|ids|jsonl))\.[0-9a-f]{8}\.tmp")
+
+
+class EmbeddingWriter:
+    """Writes passages and their vectors to `folder`, shard by shard; a run that was killed goes on where it stopped.
+
+    On opening, `rows` says how many rows are already on disk: the caller skips as many passages and appends the rest.
+    Rows count only once their shard is whole; what stood in memory is embedded again. Used as a context manager,
+    leaving it normally closes the store, and leaving it by an exception keeps the whole shards and nothing else.
+    What is already on disk is read and checked, every byte, before anything is added to it or it is used again.
+    Memory: the rows of the shard begun, and the set of ids.
+
+    Args:
+        folder: the store; made when missing.
+        dim: D, the length of a vector.
+        dtype: "float32" or "float16", as stored.
+        model: what identifies the model (its sha256). Vectors of models that differ in it never mix.
+        source: what was embedded (file, checksum, prompt); any JSON object.
+        shard_rows: rows a shard.
+
+    Raises:
+        InputError: `folder` holds something else, a store of another header, a damaged one, or is being written by
+            another process.
+        ValueError: `dim`, `dtype` or `shard_rows` is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dim: int,
+        model: dict[str, str],
+        source: dict[str, Any],
+        dtype: Literal["float32", "float16"] = "float32",
+        shard_rows: int = 65536,
+    ) -> None:
+        if dim < 1 or shard_rows < 1:
+            raise ValueError(f"dim, shard_rows: expected numbers above 0, found {dim}, {shard_rows}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+        self.folder = folder
+        self.dim = dim
+        self.shard_rows = shard_rows
+        # As JSON gives it back (tuples become lists), so that it compares equal on resuming.
+        header = {"dim": dim, "dtype": dtype, "model": model, "source": source, "shard_rows": shard_rows}
+        self._header: dict[str, Any] = json.loads(json.dumps(header))
+        self._dtype = DTYPES[dtype]
+        self._held = contextlib.ExitStack()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(locked_folder(folder))
+        try:
+            self._manifest = self._resume() if (folder / NAME).exists() else self._begin()
+        except BaseException:
+            self._held.close()
+            raise
+        self._buffer = ShardBuffer()
+
+    @property
+    def rows(self) -> int:
+        """Rows whole on disk: a multiple of `shard_rows` until the store is complete."""
+        return self._manifest.count("rows")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store was closed, by this run or an earlier one."""
+        return self._manifest.field("complete", bool)
+
+    def append(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
+        """Add `passages` (n of them) with their `vectors` [n, D], any floating dtype.
+
+        Nothing of them is added when one of them is refused.
+
+        Raises:
+            InputError: an id is a duplicate or unfit, a vector holds NaN or infinity or does not fit the dtype, a
+                text cannot be written as UTF-8; the message names the id and the row.
+            ValueError: `vectors` has another shape, or the store is complete.
+            OSError: the disk is full.
+        """
+        if self.complete:
+            raise ValueError(f"{self.folder}: the store is complete, nothing can be appended")
+        if vectors.shape != (len(passages), self.dim):
+            raise ValueError(f"vectors: expected shape {(len(passages), self.dim)}, found {vectors.shape}")
+        first = self.rows + len(self._buffer)
+        stored = self._checked_vectors(passages, vectors, first)
+        lines = [passage_line(passage, f"{self.folder}: row {first + n}") for n, passage in enumerate(passages)]
+        ids = [passage.id for passage in passages]
+        self._enter_ids(ids, first)
+        for start, stop in self._pieces(len(passages)):
+            self._buffer.add(ids[start:stop], stored[start:stop], lines[start:stop])
+            if len(self._buffer) == self.shard_rows:
+                self._write_shard(complete=False)
+
+    def close(self) -> None:
+        """Write the last, shorter shard and mark the store complete. Closing a complete store does nothing."""
+        try:
+            if not self.complete:
+                self._write_shard(complete=True)
+        finally:
+            self._release()
+
+    def __enter__(self) -> EmbeddingWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        self._buffer = ShardBuffer()
+        self._held.close()
+
+    def _begin(self) -> Manifest:
+        # The manifest is the first file of a store, so without one a file of another name is not ours to touch.
+        for path in self.folder.iterdir():
+            if not TEMPORARY_FILE.fullmatch(path.name):
+                raise InputError(
+                    f"{self.folder}: expected an empty folder or an embedding store, found {path.name}; "
+                    "choose another --out"
+                )
+        manifest = Manifest(self.folder, EMBEDDINGS, {**self._header, "rows": 0, "complete": False}, {})
+        self._clean(manifest)
+        write_manifest(manifest)
+        self._ids: set[str] = set()
+        return manifest
+
+    def _resume(self) -> Manifest:
+        manifest = read_manifest(self.folder, EMBEDDINGS)
+        for name, ours in self._header.items():
+            theirs = manifest.fields.get(name)
+            if theirs != ours:
+                ours, theirs = _difference(ours, theirs)
+                raise InputError(
+                    f"{self.folder}: was begun with another {name} ({theirs}, now {ours}); "
+                    "remove the folder or choose another --out"
+                )
+        store = EmbeddingStore(manifest)
+        verify_files(manifest, "hash")
+        self._clean(manifest)
+        self._ids = set() if store.complete else set(store.ids())
+        return manifest
+
+    def _clean(self, manifest: Manifest) -> None:
+        """Remove what a killed run left: temporary files, and shard files that never entered the manifest."""
+        for path in self.folder.iterdir():
+            unlisted = SHARD_FILE.fullmatch(path.name) and path.name not in manifest.files
+            if unlisted or TEMPORARY_FILE.fullmatch(path.name):
+                path.unlink()
+
+    def _checked_vectors(self, passages: Sequence[Passage], vectors: np.ndarray, first: int) -> np.ndarray:
+        with np.errstate(over="ignore"):  # what does not fit float16 becomes infinite, and is refused as such
+            stored = vectors.astype(self._dtype, order="C")
+        finite = np.isfinite(stored).all(axis=1)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            found = "found one too large for float16" if np.isfinite(vectors[row]).all() else "found NaN or infinity"
+            place = f"{self.folder}: row {first + row}, passage {passages[row].id!r}"
+            raise InputError(f"{place}: expected a finite vector, {found}")
+        return stored
+
+    def _enter_ids(self, ids: list[str], first: int) -> None:
+        entered = 0
+        for id_ in ids:
+            if id_ in self._ids:
+                break
+            self._ids.add(id_)
+            entered += 1
+        else:
+            return
+        self._ids.difference_update(ids[:entered])
+        duplicate, row = ids[entered], first + entered
+        known = [*self._ids_on_disk(), *self._buffer.ids, *ids[:entered]]
+        raise InputError(
+            f"{self.folder}: expected unique ids, found {duplicate!r} in rows {known.index(duplicate)} and {row} "
+            "(counted from 0)"
+        )
+
+    def _ids_on_disk(self) -> list[str]:
+        return EmbeddingStore(self._manifest).ids()
+
+    def _pieces(self, count: int) -> Iterator[tuple[int, int]]:
+        """Cut `count` new rows at the shards' ends."""
+        start = 0
+        while start < count:
+            stop = min(count, start + self.shard_rows - len(self._buffer))
+            yield start, stop
+            start = stop
+
+    def _write_shard(self, *, complete: bool) -> None:
+        files = dict(self._manifest.files)
+        if len(self._buffer):
+            files |= self._buffer.write(self.folder, self.rows // self.shard_rows)
+        fields = {**self._header, "rows": self.rows + len(self._buffer), "complete": complete}
+        manifest = Manifest(self.folder, EMBEDDINGS, fields, files)
+        write_manifest(manifest)
+        self._manifest = manifest
+        self._buffer = ShardBuffer()
+
+
+def _difference(ours: Any, theirs: Any) -> tuple[str, str]:
+    """Two unequal header values for an error message: of objects, only their first unequal entry."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        name = next(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
+        ours, theirs = {name: ours.get(name)}, {name: theirs.get(name)}
+    return f"{ours!r:.100}", f"{theirs!r:.100}"
