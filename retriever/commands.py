@@ -216,12 +216,12 @@ class Search(Embedding):
             yield from read_queries(self.queries).items()
             return
         texts: Sequence[str] | Iterator[str] = self.query or (line.rstrip("\n") for line in sys.stdin)
-        number = 0
-        for text in texts:
+        found = False
+        for number, text in enumerate(texts, start=1):
             if text.strip():
-                number += 1
+                found = True
                 yield str(number), text
-        if not number:
+        if not found:
             raise InputError("expected at least one query, found none")
 
 

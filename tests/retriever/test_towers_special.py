@@ -187,7 +187,7 @@ def test_decoders_are_saved_whole_and_their_texts_do_not_touch(
     together, alone = ours(towers), ours(towers, budget=1)
     np.testing.assert_allclose(together, alone, atol=1e-5)
     theirs = SentenceTransformer(str(folder), device="cpu")
-    assert theirs.tokenizer.padding_side == "right" and theirs.tokenizer.pad_token == "[SEP]"
+    assert theirs.tokenizer.padding_side == "right" and theirs.tokenizer.pad_token is not None
     np.testing.assert_allclose(together, theirs.encode_document(TEXTS), atol=1e-5)
     np.testing.assert_allclose(together, theirs.encode_document(TEXTS, batch_size=1), atol=1e-5)
     loaded = load_towers(str(folder))
@@ -220,8 +220,10 @@ def test_chat_templates_are_left_out_of_training_and_refused_in_encoding(tiny: M
 
 
 def test_pad_token_is_one_that_the_tokenizer_has(tiny: ModelConfig, tmp_path: Path) -> None:
-    plain = build_towers(dataclasses.replace(tiny, tokenizer=without_pad_token(tiny, tmp_path / "unk")))
-    assert plain.tokenizer("query").tokenizer.pad_token == "[UNK]"
+    for settings, expected in (({}, "[UNK]"), ({"eos_token": "[SEP]"}, "[SEP]")):
+        tokenizer = without_pad_token(tiny, tmp_path / expected, **settings)
+        towers = build_towers(dataclasses.replace(tiny, tokenizer=tokenizer))
+        assert towers.tokenizer("query").tokenizer.pad_token == expected
     nothing = without_pad_token(tiny, tmp_path / "none", unk_token=None)
     with pytest.raises(InputError, match="no token to pad with"):
         build_towers(dataclasses.replace(tiny, tokenizer=nothing))
@@ -326,6 +328,7 @@ def test_vision_models_are_refused(tiny: ModelConfig, tmp_path: Path) -> None:
         ({"num_attention_heads": 5}, "multiple"),
         ({"model_type": "brt"}, "'brt'; near it: .*bert"),
         ({"model_type": None}, "no model_type"),
+        ({"vocab_size": 5}, "vocab_size: expected at least"),
     ],
 )
 def test_bad_architectures_are_faults_of_the_configuration(
@@ -365,6 +368,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_warns_of_nothing(tiny: M
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         towers.enable_gradient_checkpointing()
-    assert {towers._transformer(side).auto_model.encoder.gradient_checkpointing for side in SIDES} == {True}
+    for side in SIDES:
+        assert any(getattr(part, "gradient_checkpointing", False) for part in towers._transformer(side).modules())
     for one, other in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(one, other)
