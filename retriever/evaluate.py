@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from eval.report import write_report
 from eval.runs import write_trec_run
 from index.files import InputError
 from retriever.config import DevConfig
-from retriever.encode import EncodeOptions
+from retriever.encode import EncodeOptions, corpus_source
 from retriever.encode_files import embed_corpus, embed_queries, ticking
 from retriever.progress import Terminal
 from retriever.towers import Towers
@@ -110,3 +112,11 @@ def open_dev(config: DevConfig) -> BeirDataset | None:
         queries={query: dataset.queries[query] for query in kept},
         qrels={query: dataset.qrels[query] for query in kept},
     )
+
+
+def dev_fingerprint(dev: BeirDataset | None) -> str:
+    """What the best score of a run was measured on."""
+    if dev is None:
+        return ""
+    judged = json.dumps([dev.queries, dev.qrels], sort_keys=True)
+    return f"{corpus_source(dev.corpus_file)['sha256']} {hashlib.sha256(judged.encode()).hexdigest()}"

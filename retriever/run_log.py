@@ -40,6 +40,15 @@ class RunLog:
             self._board.close()
 
 
+def described(row: Mapping[str, Any]) -> str:
+    """A training row as a person reads it."""
+    norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+    return (
+        f"loss {row['loss']:.4f}  {row['pairs_per_second']:,.0f} pairs/s  {row['tokens_per_second']:,.0f} tokens/s  "
+        f"scale {row['logit_scale']:.1f}  {row['memory_mib']:,.0f} MiB  grad {norm}  lr {row['lr']:.1e}"
+    )
+
+
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     """The rows of at most that step; the last line may be torn if the run was killed while it was written."""
     rows = []

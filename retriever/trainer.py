@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.beir import BeirDataset
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
 from losses import InfCLLoss
 from retriever import grad_cache
@@ -31,15 +28,15 @@ from retriever.checkpoint import (
 from retriever.config import LossConfig, TrainConfig, load_config, save_config, with_absolute_paths
 from retriever.data.batches import batch_loader
 from retriever.device import autocast, choose_device, choose_micro_batch_tokens, choose_precision
-from retriever.encode import EncodeOptions, corpus_source
-from retriever.evaluate import evaluate_towers, open_dev
+from retriever.encode import EncodeOptions
+from retriever.evaluate import dev_fingerprint, evaluate_towers, open_dev
 from retriever.interrupt import Interrupted, StopRequest
 from retriever.meter import Meter
 from retriever.open_data import open_batches, open_tables
 from retriever.optim import build_optimizer, lr_factor
 from retriever.prepare import PreparedBatch, TextGroup
 from retriever.progress import Terminal
-from retriever.run_log import RunLog
+from retriever.run_log import RunLog, described
 from retriever.towers import build_towers
 
 CONFIG_FILE = "config.yaml"
@@ -84,7 +81,7 @@ class Trainer:
         cache = Path(config.data.cache) if config.data.cache else run / CACHE
         tables = open_tables(config.data, cache, terminal)
         self.batches = open_batches(config, tables, self.towers, self.token_budget)
-        self.state = TrainState(sources=tuple(table.sha256 for table in tables), dev=_fingerprint(self.dev))
+        self.state = TrainState(sources=tuple(table.sha256 for table in tables), dev=dev_fingerprint(self.dev))
         self._saved_step = -1
 
     @classmethod
@@ -176,7 +173,7 @@ class Trainer:
                     row = self._row(loss, grad_norm, meter)
                 if row_due:
                     log.write(row)
-                    advance(0, line := _described(row))
+                    advance(0, line := described(row))
                     if last or not self.terminal.is_live:
                         left = meter.time_left(total - state.step)
                         self.terminal.line(f"step {state.step}/{total}  {line}  left {left}")
@@ -332,22 +329,6 @@ def build_loss(config: LossConfig) -> InfCLLoss:
     )
 
 
-def _fingerprint(dev: BeirDataset | None) -> str:
-    """What the best score of a run was measured on."""
-    if dev is None:
-        return ""
-    judged = json.dumps([dev.queries, dev.qrels], sort_keys=True)
-    return f"{corpus_source(dev.corpus_file)['sha256']} {hashlib.sha256(judged.encode()).hexdigest()}"
-
-
 def _step_seed(seed: int, step: int) -> int:
     """A seed for one step, unlike that of any other step or of a neighbouring seed."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _described(row: dict[str, Any]) -> str:
-    norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-    return (
-        f"loss {row['loss']:.4f}  {row['pairs_per_second']:,.0f} pairs/s  {row['tokens_per_second']:,.0f} tokens/s  "
-        f"scale {row['logit_scale']:.1f}  {row['memory_mib']:,.0f} MiB  grad {norm}  lr {row['lr']:.1e}"
-    )
