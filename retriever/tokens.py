@@ -30,7 +30,7 @@ class TokenizedTexts:
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tower's tokenizer and its longest length."""
+    """A tower's tokenizer, which has a pad token, and its longest length."""
 
     tokenizer: Any
     max_length: int | None
@@ -51,22 +51,22 @@ class TextTokenizer:
 
     def settings(self) -> str:
         """All that the token ids of a text depend on, as text; the same before and after use."""
+        names = ("padding_side", "truncation_side", "pad_token")
+        settings: dict[str, Any] = {name: str(getattr(self.tokenizer, name)) for name in names}
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
-            return str(sorted(self.tokenizer.get_vocab().items()))
-        # The last call's truncation and padding, which are no setting of the tokenizer.
-        return json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}, sort_keys=True)
+            settings["vocabulary"] = self.tokenizer.get_vocab()
+        else:
+            # Without the last call's truncation and padding, which are no setting of the tokenizer.
+            settings["backend"] = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+        return json.dumps(settings, sort_keys=True)
 
     def pad(self, texts: TokenizedTexts, rows: np.ndarray) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the tokenizer's side; on the CPU."""
+        """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the right; on the CPU."""
         starts, lengths = texts.offsets[rows], texts.lengths[rows]
         # A tokenizer without special tokens makes nothing of an empty text; it becomes one masked pad token.
-        longest = max(1, int(lengths.max()))
-        columns = np.broadcast_to(np.arange(longest), (len(rows), longest))
-        if self.tokenizer.padding_side == "left":
-            columns = columns - (longest - lengths[:, None])
-        mask = (columns >= 0) & (columns < lengths[:, None])
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        input_ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+        columns = np.arange(max(1, int(lengths.max())))
+        mask = columns < lengths[:, None]
+        input_ids = np.full(mask.shape, self.tokenizer.pad_token_id, dtype=np.int64)
         input_ids[mask] = texts.ids[(starts[:, None] + columns)[mask]]
         return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}

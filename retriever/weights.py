@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors files, and their errors as the system's."""
+"""Tensors on disk: safetensors files, and the errors of writing them as the system's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def writing_weights(place: Path) -> Iterator[None]:
-    """In the body, safetensors' own error for a full disk, a plain Exception, is raised as the OSError that it is."""
+    """In the body, what safetensors and tokenizers raise for a full disk is raised as the OSError that it is."""
     try:
         yield
-    except SafetensorError as error:
+    except Exception as error:
+        # tokenizers raises a bare Exception that ends in "(os error 28)".
+        if not isinstance(error, SafetensorError) and "(os error " not in str(error):
+            raise
         raise OSError(f"{place}: cannot be written: {error}") from error
 
 
