@@ -72,7 +72,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.towers = build_towers(config.model).to(self.device)
         if config.gradient_checkpointing:
-            self.towers.model.gradient_checkpointing_enable()
+            self.towers.enable_gradient_checkpointing()
         self.loss = build_loss(config.loss).to(self.device)
         self.modules: dict[str, nn.Module] = {"towers": self.towers, "loss": self.loss}
         self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
