@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from run_helpers import assert_same, results
 from safetensors.torch import load_file
 
 import retriever.trainer as trainer_module
 from index.files import InputError
 from retriever.checkpoint import load_checkpoint
-from retriever.config import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, load_config
+from retriever.config import (
+    DataConfig,
+    DevConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    load_config,
+    save_config,
+)
 from retriever.data.sources import SourceConfig
 from retriever.interrupt import Interrupted
 from retriever.progress import Terminal
@@ -66,29 +78,6 @@ def config(data: Path, tiny: ModelConfig, tmp_path: Path) -> TrainConfig:
 
 def train(config: TrainConfig) -> Path:
     return Trainer.start(config, Terminal()).train()
-
-
-def results(run: Path) -> dict[str, Any]:
-    """Everything that a run leaves behind and that does not tell the time."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        for key in ("pairs_per_second", "tokens_per_second", "memory_mib"):
-            row.pop(key, None)
-    folders = sorted((run / "checkpoints").iterdir())
-    names = ("towers", "loss", "optimizer")
-    tensors = {name: load_file(folders[-1] / f"{name}.safetensors") for name in names}
-    model = {p.name: p.read_bytes() for p in sorted((run / "model").rglob("*")) if p.is_file()}
-    return {"rows": rows, "checkpoints": [f.name for f in folders], "tensors": tensors, "model": model}
-
-
-def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one["rows"] == other["rows"]
-    assert one["checkpoints"] == other["checkpoints"]
-    assert one["model"] == other["model"]
-    for name, tensors in one["tensors"].items():
-        assert tensors.keys() == other["tensors"][name].keys()
-        for key, tensor in tensors.items():
-            assert torch.equal(tensor, other["tensors"][name][key]), f"{name}/{key}"
 
 
 def test_training_learns_and_leaves_a_whole_run(config: TrainConfig) -> None:
@@ -280,51 +269,17 @@ def test_a_run_resumes_from_another_folder(
     assert Trainer.resume(Path(config.out), Terminal()).state.step == 1
 
 
-def forked(run: Any, count: Path, kill_at: int = 0) -> int:
-    """Fork; the child calls `run` and gets SIGKILL at its n-th change to the disk. Returns how it ended.
-
-    A child that comes to its end writes the number of its changes to the file `count`.
-    """
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    seen = 0
-    try:
-        for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir"):
-            real = getattr(os, name)
-
-            def counted(*arguments: Any, real: Any = real, **options: Any) -> Any:
-                nonlocal seen
-                seen += 1
-                if seen == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*arguments, **options)
-
-            setattr(os, name, counted)
-        run()
-        count.write_text(str(seen))
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
-@pytest.mark.parametrize("part", [0.02, 0.2, 0.35, 0.45, 0.55, 0.7, 0.85, 0.99])
-def test_killed_run_goes_on_as_if_nothing_had_happened(config: TrainConfig, tmp_path: Path, part: float) -> None:
-    config = dataclasses.replace(config, keep_checkpoints=1, checkpoint_every=2, steps=6)
-    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
-    count = tmp_path / "count"
-    assert forked(lambda: train(whole), count) == 0
-    kill_at = round(part * int(count.read_text()))
-    assert forked(lambda: train(config), count, kill_at) == signal.SIGKILL
-    run = Path(config.out)
-
-    def go_on() -> None:
-        started = (run / "config.yaml").exists()
-        Trainer.resume(run, Terminal()).train() if started else train(config)
-
-    assert forked(go_on, count) == 0
-    assert_same(results(run), results(Path(whole.out)))
-    assert not [path for path in run.rglob(".*") if path.name != ".gitattributes"]
+def test_killed_runs_go_on_as_if_nothing_had_happened(config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, out="", keep_checkpoints=1, checkpoint_every=2, steps=6)
+    save_config(config, tmp_path / "run.yaml")
+    # In a process of one thread: it forks, and a fork of several OpenMP threads does not live.
+    script = Path(__file__).with_name("killed_runs.py")
+    parts = ["0.02", "0.2", "0.35", "0.45", "0.55", "0.7", "0.85", "0.99"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    words = [sys.executable, str(script), str(tmp_path / "run.yaml"), *parts]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == parts
 
 
 def test_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:

@@ -1,0 +1,33 @@
+"""What a training run leaves behind, and whether two runs left the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+
+def results(run: Path) -> dict[str, Any]:
+    """Everything that a run leaves behind and that does not tell the time."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for key in ("pairs_per_second", "tokens_per_second", "memory_mib"):
+            row.pop(key, None)
+    folders = sorted((run / "checkpoints").iterdir())
+    names = ("towers", "loss", "optimizer")
+    tensors = {name: load_file(folders[-1] / f"{name}.safetensors") for name in names}
+    model = {p.name: p.read_bytes() for p in sorted((run / "model").rglob("*")) if p.is_file()}
+    return {"rows": rows, "checkpoints": [f.name for f in folders], "tensors": tensors, "model": model}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["rows"] == other["rows"]
+    assert one["checkpoints"] == other["checkpoints"]
+    assert one["model"] == other["model"]
+    for name, tensors in one["tensors"].items():
+        assert tensors.keys() == other["tensors"][name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, other["tensors"][name][key]), f"{name}/{key}"
