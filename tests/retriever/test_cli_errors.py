@@ -234,6 +234,7 @@ def test_broken_corpus_leaves_no_store_that_index_would_take(world: Any, tmp_pat
         ("c.csv", b"id,text\n1,a,b\n", [r"c\.csv:2: expected 2 columns, found 3"]),
         ("c.parquet", b"PAR1 not", [r"c\.parquet: cannot be read as Parquet"]),
     ],
+    ids=["gone", "txt", "jsonl", "gz", "csv", "parquet"],
 )
 def test_unreadable_corpus(world: Any, tmp_path: Path, name: str, content: bytes | None, patterns: list[str]) -> None:
     path = tmp_path / name
