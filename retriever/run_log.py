@@ -14,11 +14,14 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Appends rows to RUN/metrics.jsonl (and TensorBoard). Rows after `step` are those of a run that died; they go."""
+    """Appends rows to RUN/metrics.jsonl (and TensorBoard).
 
-    def __init__(self, run: Path, *, step: int, tensorboard: bool):
+    Rows after `step`, and evaluations after `dev_step`, are those of a run that died; they are made again, so they go.
+    """
+
+    def __init__(self, run: Path, *, step: int, dev_step: int, tensorboard: bool):
         self.path = run / METRICS_FILE
-        kept = _rows_until(self.path, step) if self.path.exists() else []
+        kept = _rows_until(self.path, step, dev_step) if self.path.exists() else []
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
@@ -49,12 +52,13 @@ def described(row: Mapping[str, Any]) -> str:
     )
 
 
-def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+def _rows_until(path: Path, step: int, dev_step: int) -> list[dict[str, Any]]:
     """The rows of at most that step; the last line may be torn if the run was killed while it was written."""
     rows = []
     try:
         for record in read_records(path):
-            if record.fields.get("step", 0) <= step:
+            is_evaluation = any(name.startswith("dev_") for name in record.fields)
+            if record.fields.get("step", 0) <= (dev_step if is_evaluation else step):
                 rows.append(record.fields)
     except InputError:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

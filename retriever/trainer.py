@@ -142,7 +142,12 @@ class Trainer:
             InputError: the loss is no longer finite.
         """
         with locked_folder(self.run):
-            log = RunLog(self.run, step=self.state.step, tensorboard=self.config.tensorboard)
+            log = RunLog(
+                self.run,
+                step=self.state.step,
+                dev_step=self.state.dev_step,
+                tensorboard=self.config.tensorboard,
+            )
             try:
                 with StopRequest() as stop:
                     try:
@@ -302,6 +307,8 @@ class Trainer:
             shutil.rmtree(embeddings, ignore_errors=True)
         self.towers.train()
         state.dev_step = state.step
+        # A checkpoint of this step, made when the evaluation was interrupted, does not know of it.
+        self._saved_step = -1
         score = metrics.mean[DEV_METRIC]
         log.write({"step": state.step, **{f"dev_{name}": value for name, value in metrics.mean.items()}})
         better = state.best_score is None or score > state.best_score

@@ -127,25 +127,35 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert_same(results(Path(config.out)), results(Path(whole.out)))
 
 
+@pytest.mark.parametrize("evaluation", [1, 3])
 def test_interrupted_evaluation_is_made_up_for(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: int
 ) -> None:
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     train(whole)
-
     real = trainer_module.evaluate_towers
+    begun = 0
 
     def stopped(*arguments: Any, tick: Any, **options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
+        nonlocal begun
+        begun += 1
+        if begun == evaluation:
+            os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, tick=tick, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "evaluate_towers", stopped)
         with pytest.raises(Interrupted, match="SIGINT"):
             train(config)
+    step = 4 * evaluation
     resumed = Trainer.resume(Path(config.out), Terminal())
-    assert resumed.state.step == 4 and resumed.state.dev_step == -1
+    assert resumed.state.step == step and resumed.state.dev_step == (-1 if step == 4 else step - 4)
     resumed.train()
+    assert_same(results(Path(config.out)), results(Path(whole.out)))
+    # The evaluation is known to have been made: going on with a finished run changes nothing.
+    again = Trainer.resume(Path(config.out), Terminal())
+    assert again.state == resumed.state and again.state.dev_step == 12
+    again.train()
     assert_same(results(Path(config.out)), results(Path(whole.out)))
 
 
