@@ -16,7 +16,12 @@ import tyro
 from tyro.conf import Suppress, arg, subcommand
 
 from index.files import InputError
-from retriever.commands import Encode, EvaluateBeir, IndexBuild, IndexVerify, Mine, Search, Train
+from retriever.commands.encode import Encode
+from retriever.commands.evaluate import EvaluateBeir
+from retriever.commands.index import IndexBuild, IndexVerify
+from retriever.commands.mine import Mine
+from retriever.commands.search import Search
+from retriever.commands.train import Train
 from retriever.config import ConfigError, load_config
 from retriever.interrupt import sigterm_interrupts
 from retriever.progress import Terminal

@@ -1,0 +1,63 @@
+"""What commands share: the flags of those that embed, checks, answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import FlagCreatePairsOff
+
+if TYPE_CHECKING:
+    from retriever.encode import EncodeOptions
+    from retriever.towers import Towers
+
+Switch = Annotated[bool, FlagCreatePairsOff]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """What every command that embeds texts must know."""
+
+    model: str
+    """Model folder or hub name."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the tower; bf16 and fp16 by autocast."""
+    micro_batch_tokens: int | None = None
+    """Tokens at once, padding included; empty: 4096 on a CPU, 16384 on a GPU."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
+    json: Switch = False
+    """Print the answer as JSON."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "micro_batch_tokens")
+
+    def towers(self) -> Towers:
+        """The model, in evaluation mode on the device."""
+        from retriever.device import choose_device
+        from retriever.towers import load_towers
+
+        return load_towers(self.model, choose_device(self.device))
+
+    def options(self) -> EncodeOptions:
+        """How texts pass through it."""
+        from retriever.encode import EncodeOptions
+
+        return EncodeOptions(self.precision, self.micro_batch_tokens)
+
+
+def check_counts(command: Any, *names: str) -> None:
+    """Refuse fields below 1 (ValueError, naming the flag)."""
+    for name in names:
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+
+
+def answer(as_json: bool, values: dict[str, Any]) -> None:
+    """Print a command's answer on one line, for a person or as JSON."""
+    if as_json:
+        print(json.dumps(values))
+    else:
+        print("  ".join(f"{key} {value}" for key, value in values.items()))

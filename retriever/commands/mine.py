@@ -1,0 +1,53 @@
+"""`retriever mine`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from retriever.commands.common import Embedding, answer, check_counts
+from retriever.progress import Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Embedding):
+    """Find hard negatives for the queries of a BEIR folder; the file written is a training source as it is."""
+
+    data: Path
+    """BEIR folder."""
+    out: Path
+    """JSON lines file with query, positive and negatives."""
+    embeddings: Path | None = None
+    """Folder of the corpus's embeddings, continued or used again if there; empty for a temporary one."""
+    split: str = "train"
+    """Which qrels."""
+    negatives: int = 7
+    """Most negatives a query."""
+    depth: int = 100
+    """Candidates a query: its best-scoring passages."""
+    max_share: float = 0.95
+    """A candidate above this share of the best positive's score is taken for an unjudged positive and dropped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "negatives", "depth")
+        if not 0 < self.max_share <= 1:
+            raise ValueError(f"--max-share: expected more than 0 and at most 1, found {self.max_share}")
+
+    def run(self, terminal: Terminal) -> int:
+        from eval.beir import BeirDataset
+        from retriever.mining import mine_with_towers
+
+        written, short = mine_with_towers(
+            self.towers(),
+            BeirDataset.open(self.data, self.split),
+            self.out,
+            self.options(),
+            terminal,
+            embeddings=self.embeddings,
+            negatives=self.negatives,
+            depth=self.depth,
+            max_share=self.max_share,
+        )
+        answer(self.json, {"out": str(self.out), "queries": written, "with_fewer_negatives": short})
+        return 0

@@ -1,0 +1,91 @@
+"""`retriever search`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from index.files import InputError
+from retriever.commands.common import Embedding, check_counts
+from retriever.progress import Terminal
+
+if TYPE_CHECKING:
+    from retriever.search import Answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Embedding):
+    """Find passages for queries: given as arguments, in a file, or one a line on standard input."""
+
+    query: Positional[tuple[str, ...]]
+    """The queries."""
+    index: Path
+    """Folder that `retriever index build` wrote."""
+    queries: Path | None = None
+    """A file of queries instead: .jsonl, .csv, .tsv or .parquet with _id (or id) and text."""
+    k: int = 10
+    """Passages a query."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "k")
+        if self.query and self.queries:
+            raise ValueError("--queries: give queries as arguments or in a file, not both")
+
+    def run(self, terminal: Terminal) -> int:
+        from index.faiss_index import Index
+        from retriever.search import BATCH, search
+
+        index = Index.open(self.index)
+        towers = self.towers()
+        typed = not self.query and self.queries is None and sys.stdin.isatty()
+        if typed:
+            terminal.line("queries, one a line; Ctrl-D ends")
+        for answer in search(towers, index, self._queries(), self.k, self.options(), batch=1 if typed else BATCH):
+            if self.json:
+                print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
+            else:
+                _print_answer(answer)
+        return 0
+
+    def _queries(self) -> Iterator[tuple[str, str]]:
+        """(id, text) of each query; those without an id are numbered."""
+        from eval.beir import read_queries
+
+        if self.queries:
+            yield from read_queries(self.queries).items()
+            return
+        texts: Sequence[str] | Iterator[str] = self.query or (line.rstrip("\n") for line in sys.stdin)
+        found = False
+        for number, text in enumerate(texts, start=1):
+            if text.strip():
+                found = True
+                yield str(number), text
+        if not found:
+            raise InputError("expected at least one query, found none")
+
+
+def _print_answer(answer: Answer) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("score", justify="right")
+    table.add_column("id", style="cyan", overflow="fold")
+    table.add_column("passage", overflow="ellipsis", no_wrap=not sys.stdout.isatty())
+    for result in answer.results:
+        text = " ".join(f"{result.title} {result.text}".split())
+        # Text, because a passage may hold what rich would take for markup.
+        table.add_row(str(result.rank), f"{result.score:.4f}", Text(result.id), Text(text[:300]))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(answer.query, style="bold", markup=False, highlight=False)
+    console.print(table)
