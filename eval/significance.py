@@ -79,7 +79,7 @@ def paired_test(
 
 
 def randomisation_test(difference: np.ndarray, *, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
-    """Two-sided p-value of the paired randomisation test (Fisher 1935; Cohen 1995): signs of differences are exchangeable.
+    """Two-sided p-value of the paired randomisation test (Fisher 1935): without an effect, each sign could be the other.
 
     The statistic is the absolute mean. With at most `permutations` sign patterns all of them are counted, and the
     p-value is exact; otherwise so many are drawn, and p = (hits + 1) / (draws + 1), which is never 0 and never too
@@ -106,6 +106,7 @@ def randomisation_test(difference: np.ndarray, *, permutations: int = PERMUTATIO
     total = 2**count if exact else permutations
     generator = np.random.default_rng(seed)
     hits = 0
+    flipped: np.ndarray
     for start in range(0, total, block):
         rows = min(block, total - start)
         if exact:
