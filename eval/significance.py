@@ -79,7 +79,7 @@ def paired_test(
 
 
 def randomisation_test(difference: np.ndarray, *, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
-    """Two-sided p-value of the paired randomisation test (Fisher 1935): without an effect, each sign could be the other.
+    """Two-sided p-value of the paired randomisation test (Fisher 1935): by chance alone, any sign could be the other.
 
     The statistic is the absolute mean. With at most `permutations` sign patterns all of them are counted, and the
     p-value is exact; otherwise so many are drawn, and p = (hits + 1) / (draws + 1), which is never 0 and never too
