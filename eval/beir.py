@@ -70,6 +70,11 @@ class BeirDataset:
         """Stream the corpus."""
         return read_passages(self.corpus_file)
 
+    @property
+    def judged(self) -> set[str]:
+        """Ids of all passages that the split judges."""
+        return {passage for grades in self.qrels.values() for passage in grades}
+
     def check(self, corpus_ids: Iterable[str]) -> None:
         """Refuse qrels that judge passages the corpus lacks.
 
@@ -77,8 +82,7 @@ class BeirDataset:
             InputError: names the first such passage and their number.
         """
         known = corpus_ids if isinstance(corpus_ids, set | frozenset | dict) else set(corpus_ids)
-        judged = {passage: None for grades in self.qrels.values() for passage in grades}
-        lost = [passage for passage in judged if passage not in known]
+        lost = sorted(passage for passage in self.judged if passage not in known)
         if lost:
             path = beir_file(self.folder, f"qrels/{self.split}.tsv")
             raise InputError(f"{path}: expected passage ids of the corpus, found {_first_of(lost)}")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eval.beir import BeirDataset
-from eval.metrics import KS, Metrics, Run, drop_identical_ids, evaluate_run
+from eval.metrics import KS, Metrics, evaluate_run
+from eval.ranking import RankedRun, rows_of
 from index.files import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def evaluate_beir(
     ks: Sequence[int] = KS,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
-) -> tuple[Run, Metrics]:
+) -> tuple[RankedRun, Metrics]:
     """Search `store` with every query of the split, by inner product in fp32, and score the ranking.
 
     A passage whose id is its query's own id is not returned, and every query still gets `k` passages (or the corpus).
@@ -51,20 +52,17 @@ def evaluate_beir(
     if k < 1:
         raise ValueError(f"k: expected at least 1, found {k}")
     ids = store.ids()
-    known = set(ids)
-    dataset.check(known)
+    row_of = rows_of(ids, dataset.judged | dataset.queries.keys())
+    dataset.check(row_of)
     queries = np.asarray(embed_queries(list(dataset.queries.values())), dtype=np.float32)
     if queries.shape != (len(dataset.queries), store.dim):
         raise InputError(
             f"{dataset.name}: expected query vectors {[len(dataset.queries), store.dim]} to go with the corpus's, "
             f"found {list(queries.shape)}"
         )
+    own = np.array([row_of.get(query, -1) for query in dataset.queries], dtype=np.int64)
     # One more, so that dropping a query's own passage still leaves k.
-    depth = k + 1 if any(query in known for query in dataset.queries) else k
+    depth = k + 1 if (own >= 0).any() else k
     scores, rows = search(queries, store.shards(), ids, depth, device=device, progress=progress)
-    found: Run = {
-        query: {ids[row]: score for row, score in zip(query_rows, query_scores, strict=True)}
-        for query, query_rows, query_scores in zip(dataset.queries, rows.tolist(), scores.tolist(), strict=True)
-    }
-    run = {query: dict(list(ranked.items())[:k]) for query, ranked in drop_identical_ids(found).items()}
+    run = RankedRun(list(dataset.queries), ids, rows, scores).without(own, k)
     return run, evaluate_run(dataset.qrels, run, [cut for cut in ks if cut <= k])

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gzip
 import math
+from array import array
+from collections.abc import Mapping
 from pathlib import Path
 
-from eval.metrics import Run, trec_order
+import numpy as np
+
+from eval.ranking import RankedRun
 from index.files import InputError, atomic_path
 from index.passages import checked_id
 from index.records import open_text
@@ -14,57 +18,92 @@ from index.records import open_text
 COLUMNS = "query Q0 passage rank score tag"
 
 
-def write_trec_run(path: Path, run: Run, tag: str) -> None:
+def write_trec_run(path: Path, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
     """Write a run atomically, each query's passages in trec_eval's order, ranks from 1.
 
-    Scores carry nine digits, which bring every float32 back exactly, so that the file scores as the run does.
+    Scores are written as float32, which is how trec_eval compares them, with the nine digits that bring every one back
+    exactly, so that the file scores as the run does.
 
     Raises:
         InputError: an id or the tag is empty or holds white space, or a score is not a number.
     """
     checked_id(tag, f"{path}: tag")
+    ranked = RankedRun.of(run)
+    for query in ranked.queries:
+        checked_id(query, f"{path}: query")
+    for row in np.unique(ranked.rows[ranked.rows >= 0]).tolist():
+        checked_id(ranked.passages[row], f"{path}: passage")
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-        for query, scores in run.items():
-            checked_id(query, f"{path}: query")
-            for rank, (passage, score) in enumerate(trec_order(scores), start=1):
-                checked_id(passage, f"{path}: passage of query {query}")
-                if math.isnan(score):
-                    raise InputError(f"{path}: expected a number for query {query}, passage {passage}, found NaN")
-                stream.write(f"{query} Q0 {passage} {rank} {score:.9g} {tag}\n")
+        for query, rows, scores in zip(ranked.queries, ranked.rows, ranked.scores, strict=True):
+            found = zip(rows[rows >= 0].tolist(), scores.tolist(), strict=False)
+            stream.writelines(
+                f"{query} Q0 {ranked.passages[row]} {rank} {score:.9g} {tag}\n"
+                for rank, (row, score) in enumerate(found, start=1)
+            )
 
 
-def read_trec_run(path: Path) -> Run:
+def read_trec_run(path: Path) -> RankedRun:
     """Read a TREC run file (.gz too). As in trec_eval the order comes from the scores; the rank column is not used.
 
     Raises:
         InputError: the file is missing or a line is broken: the wrong number of columns, a rank or score that is no
             number, or a passage that its query already has. The message names the line.
     """
-    run: Run = {}
+    lines = _Lines(path)
     with open_text(path) as stream:
         number = 0
         try:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    _add_line(run, line, f"{path}:{number}")
+                    lines.add(line, number)
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
             raise InputError(f"{path}:{number + 1}: cannot be read: {error}") from None
-    return run
+    return lines.run()
 
 
-def _add_line(run: Run, line: str, place: str) -> None:
-    columns = line.split()
-    if len(columns) != 6:
-        raise InputError(f"{place}: expected 6 columns ({COLUMNS}), found {len(columns)}")
-    query, _, passage, rank, score_text, _ = columns
-    try:
-        int(rank)
-        score = float(score_text)
-    except ValueError:
-        raise InputError(f"{place}: expected a whole rank and a score, found {rank!r:.30} {score_text!r:.30}") from None
-    if math.isnan(score):
-        raise InputError(f"{place}: expected a number as score, found NaN")
-    ranked = run.setdefault(query, {})
-    if passage in ranked:
-        raise InputError(f"{place}: expected each passage once a query, found {passage} again for query {query}")
-    ranked[passage] = score
+class _Lines:
+    """The lines of a run file as columns, 24 bytes a line; ids are kept once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._query_of: dict[str, int] = {}
+        self._row_of: dict[str, int] = {}
+        self._queries, self._rows, self._scores, self._numbers = array("i"), array("i"), array("d"), array("q")
+
+    def add(self, line: str, number: int) -> None:
+        columns = line.split()
+        place = f"{self._path}:{number}"
+        if len(columns) != 6:
+            raise InputError(f"{place}: expected 6 columns ({COLUMNS}), found {len(columns)}")
+        query, _, passage, rank, score_text, _ = columns
+        try:
+            int(rank)
+            score = float(score_text)
+        except ValueError:
+            found = f"{rank!r:.30} {score_text!r:.30}"
+            raise InputError(f"{place}: expected a whole rank and a score, found {found}") from None
+        if math.isnan(score):
+            raise InputError(f"{place}: expected a number as score, found NaN")
+        self._queries.append(self._query_of.setdefault(query, len(self._query_of)))
+        self._rows.append(self._row_of.setdefault(passage, len(self._row_of)))
+        self._scores.append(score)
+        self._numbers.append(number)
+
+    def run(self) -> RankedRun:
+        queries, rows = np.array(self._queries, dtype=np.int64), np.array(self._rows, dtype=np.int64)
+        scores = np.array(self._scores)
+        names, passages = list(self._query_of), list(self._row_of)
+        # By query, then passage, then line: the second line of a pair follows its first.
+        order = np.lexsort((rows, queries))
+        queries, rows, scores = queries[order], rows[order], scores[order]
+        twice = (queries[1:] == queries[:-1]) & (rows[1:] == rows[:-1])
+        if twice.any():
+            number, second = min((self._numbers[order[i + 1]], i + 1) for i in np.flatnonzero(twice).tolist())
+            found = f"found {passages[rows[second]]} again for query {names[queries[second]]}"
+            raise InputError(f"{self._path}:{number}: expected each passage once a query, {found}")
+        counts = np.bincount(queries, minlength=len(names))
+        places = np.arange(len(queries)) - np.repeat(counts.cumsum() - counts, counts)
+        table = np.full((len(names), int(counts.max(initial=0))), -1, np.int64)
+        values = np.full(table.shape, -np.inf)
+        table[queries, places], values[queries, places] = rows, scores
+        return RankedRun(names, passages, table, values)

@@ -14,7 +14,8 @@ import torch
 
 from eval.beir import BeirDataset
 from eval.evaluate import evaluate_beir
-from eval.metrics import KS, Metrics, Run
+from eval.metrics import KS, Metrics
+from eval.ranking import RankedRun
 from eval.report import write_report
 from eval.runs import write_trec_run
 from index.files import InputError
@@ -34,7 +35,7 @@ def evaluate_towers(
     *,
     k: int = 1000,
     tick: Callable[[], None] | None = None,
-) -> tuple[Run, Metrics]:
+) -> tuple[RankedRun, Metrics]:
     """Embed a BEIR corpus to the store `embeddings` (continued or reused if it is there) and score the split.
 
     Args:

@@ -1,4 +1,4 @@
-"""Metrics equal trec_eval's and, where it is right, the beir package's."""
+"""Metrics equal trec_eval's to the last bit and, where it is right, the beir package's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eval.metrics import Qrels, Run, drop_identical_ids, evaluate_run, trec_orde
 from index.files import InputError
 
 KS = (1, 3, 5, 10, 100)
-OUR_NAMES = {"ndcg": "ndcg_cut_", "map": "map_cut_", "recall": "recall_", "precision": "P_"}
+OUR_NAMES = {"ndcg": "ndcg_cut_", "map": "map_cut_", "recall": "recall_", "precision": "P_", "success": "success_"}
 
 
 def random_case(seed: int, *, ties: bool, queries: int = 12, passages: int = 60) -> tuple[Qrels, Run]:
@@ -44,13 +44,16 @@ def test_every_query_equals_trec_eval(seed: int, ties: bool) -> None:
     qrels, run = random_case(seed, ties=ties)
     ours = evaluate_run(qrels, run, KS)
     cuts = ",".join(map(str, KS))
-    names = {f"ndcg_cut.{cuts}", f"map_cut.{cuts}", f"recall.{cuts}", f"P.{cuts}"}
+    names = {f"ndcg_cut.{cuts}", f"map_cut.{cuts}", f"recall.{cuts}", f"P.{cuts}", f"success.{cuts}"}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, names).evaluate(run)
     for query, row in ours.per_query.items():
         for k in KS:
             for name, prefix in OUR_NAMES.items():
                 assert row[f"{name}@{k}"] == theirs[query][f"{prefix}{k}"]
             assert row[f"mrr@{k}"] == pytest.approx(reciprocal_rank(qrels[query], run[query], k), abs=1e-12)
+            relevant = sum(grade > 0 for grade in qrels[query].values())
+            found = theirs[query][f"recall_{k}"] * relevant
+            assert row[f"rcap@{k}"] == pytest.approx(found / max(1, min(relevant, k)), abs=1e-12)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -62,10 +65,39 @@ def test_means_equal_the_beir_package_when_every_query_is_answered(ties: bool) -
         key = {"P": "precision"}.get(name, name.lower())
         for k in KS:
             assert ours[f"{key}@{k}"] == pytest.approx(theirs[f"{name}@{k}"], abs=5.1e-6)
+    if not ties and all(any(grade > 0 for grade in grades.values()) for grades in qrels.values()):
+        theirs = EvaluateRetrieval.evaluate_custom(qrels, copy.deepcopy(run), list(KS), "r_cap")
+        for k in KS:
+            assert ours[f"rcap@{k}"] == pytest.approx(theirs[f"R_cap@{k}"], abs=5.1e-6)
     if not ties:
         theirs = EvaluateRetrieval.evaluate_custom(qrels, copy.deepcopy(run), list(KS), "mrr")
         for k in KS:
             assert ours[f"mrr@{k}"] == pytest.approx(theirs[f"MRR@{k}"], abs=5.1e-6)
+
+
+GRADES = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(-2, 5), min_size=1)
+QRELS = st.dictionaries(st.sampled_from(["q1", "q2", "q3"]), GRADES, min_size=1)
+SCORES = st.dictionaries(
+    st.sampled_from("abcdefghijé日"), st.sampled_from([0.0, -0.0, 1e-9, 1.0, 1.0 + 1e-9, 1e38, 1e39])
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    QRELS,
+    st.dictionaries(st.sampled_from(["q1", "q2", "q4"]), SCORES),
+)
+def test_ties_missing_queries_and_odd_grades_score_as_in_trec_eval(qrels: Qrels, run: Run) -> None:
+    ours = evaluate_run(qrels, run, KS)
+    cuts = ",".join(map(str, KS))
+    names = {f"{name}.{cuts}" for name in ("ndcg_cut", "map_cut", "recall", "P", "success")}
+    asked = {query: scores for query, scores in run.items() if scores and query in qrels}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, names).evaluate(asked)
+    for query in qrels:
+        for k in KS:
+            for name, prefix in OUR_NAMES.items():
+                assert ours.per_query[query][f"{name}@{k}"] == theirs.get(query, {}).get(f"{prefix}{k}", 0.0)
+    assert ours.missing == [query for query in qrels if query not in asked]
 
 
 def test_hand_computed() -> None:
@@ -139,6 +171,26 @@ def test_identical_ids_are_dropped_as_beir_does_and_the_run_is_left_alone() -> N
     assert evaluate_run(qrels, run, (1,), drop_identical=False).mean["ndcg@1"] == 0.0
     assert drop_identical_ids(run) == {"q": {"a": 1.0}}
     assert run == {"q": {"q": 2.0, "a": 1.0}}
+
+
+def test_a_query_that_is_its_own_passage_keeps_the_depth_of_the_cut() -> None:
+    qrels = {"q": {"a": 1}, "p": {"b": 1}}
+    run = {"q": {"q": 3.0, "b": 2.0, "a": 1.0}, "p": {"p": 2.0, "q": 1.0, "b": 0.5}}
+    assert evaluate_run(qrels, run, (2,)).mean["recall@2"] == 1.0
+    assert evaluate_run({"q": {"a": 1}}, {"q": {"q": 1.0}}).missing == ["q"]
+
+
+def test_capped_recall_and_success() -> None:
+    qrels = {"q": {"a": 1, "b": 2, "c": 1}}
+    row = evaluate_run(qrels, {"q": {"x": 3.0, "b": 2.0, "c": 1.0}}, (1, 2, 10)).per_query["q"]
+    assert [row[f"rcap@{k}"] for k in (1, 2, 10)] == [0.0, 0.5, pytest.approx(2 / 3)]
+    assert [row[f"success@{k}"] for k in (1, 2, 10)] == [0.0, 1.0, 1.0]
+
+
+def test_one_measure_of_all_queries_is_a_column() -> None:
+    qrels, run = random_case(3, ties=True)
+    found = evaluate_run(qrels, run, KS)
+    assert found.per_query.column("ndcg@10").tolist() == [row["ndcg@10"] for row in found.per_query.values()]
 
 
 def test_nan_is_refused_by_name() -> None:
