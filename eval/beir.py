@@ -1,4 +1,4 @@
-"""BEIR folders: corpus.jsonl, queries.jsonl and qrels/{split}.tsv, each plain or .gz."""
+"""BEIR folders: corpus.jsonl, queries.jsonl and qrels/{split}.tsv, each plain or .gz; and the hub's Parquet folders."""
 
 from __future__ import annotations
 
@@ -14,19 +14,44 @@ from index.passages import Passage, checked_id, read_passages
 from index.records import Record, open_text, read_records
 
 QUERY_HEADS = ("query-id", "queryid", "query", "qid", "topic")
+PASSAGE_HEADS = ("corpus-id", "corpusid", "doc-id", "docid", "document-id", "passage-id", "pid", "doc", "passage")
 GRADE_HEADS = ("score", "relevance", "rel", "label", "grade")
 
 
 def beir_file(folder: Path, name: str) -> Path:
-    """The file `name` of a BEIR folder, or `name`.gz where only that is there.
+    """The file `name` of a BEIR folder, or `name`.gz, or the Parquet file that stands for it on the hub.
+
+    The hub's layout, NanoBEIR's for example, is a folder for each of corpus, queries and qrels, with one Parquet file.
+    There a split of the qrels is known by the file's name, and the only file of a folder is taken whatever its name.
 
     Raises:
-        InputError: neither is there.
+        InputError: none of them is there, or several.
     """
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
-    raise InputError(f"{folder}: expected {name} or {name}.gz, found neither")
+    part, _, split = name.partition("/")
+    table = folder / f"{part.removesuffix('.jsonl')}.parquet"
+    if not split and table.is_file():
+        return table
+    files = sorted((folder / part.removesuffix(".jsonl")).glob("*.parquet"))
+    if len(files) > 1 and split:
+        wanted = split.removesuffix(".tsv")
+        files = [path for path in files if path.stem == wanted or path.name.startswith(f"{wanted}-")]
+    if len(files) > 1:
+        raise InputError(f"{files[0].parent}: expected one Parquet file, found {len(files)}; write them as one {name}")
+    if not files:
+        raise InputError(f"{folder}: expected {name} or {name}.gz, found neither")
+    return files[0]
+
+
+def is_beir_folder(path: Path) -> bool:
+    """Whether there is a corpus with queries."""
+    try:
+        return path.is_dir() and bool(beir_file(path, "corpus.jsonl") and beir_file(path, "queries.jsonl"))
+    except InputError:
+        # Of several Parquet files, too: what is wrong with the folder is said when it is opened.
+        return any((path / "corpus").glob("*.parquet"))
 
 
 @dataclass(frozen=True)
@@ -63,8 +88,13 @@ class BeirDataset:
 
     @property
     def corpus_file(self) -> Path:
-        """corpus.jsonl or corpus.jsonl.gz."""
+        """corpus.jsonl, corpus.jsonl.gz or a Parquet file."""
         return beir_file(self.folder, "corpus.jsonl")
+
+    @property
+    def qrels_file(self) -> Path:
+        """qrels/{split}.tsv, its .gz or a Parquet file."""
+        return beir_file(self.folder, f"qrels/{self.split}.tsv")
 
     def passages(self) -> Iterator[Passage]:
         """Stream the corpus."""
@@ -84,8 +114,7 @@ class BeirDataset:
         known = corpus_ids if isinstance(corpus_ids, set | frozenset | dict) else set(corpus_ids)
         lost = sorted(passage for passage in self.judged if passage not in known)
         if lost:
-            path = beir_file(self.folder, f"qrels/{self.split}.tsv")
-            raise InputError(f"{path}: expected passage ids of the corpus, found {_first_of(lost)}")
+            raise InputError(f"{self.qrels_file}: expected passage ids of the corpus, found {_first_of(lost)}")
 
 
 def _first_of(lost: list[str]) -> str:
@@ -100,14 +129,19 @@ def read_queries(path: Path) -> dict[str, str]:
     """
     queries: dict[str, str] = {}
     for record in read_records(path):
-        query, text = _parse_query(record)
+        query, text = parse_query(record)
         if query in queries:
             raise InputError(f"{record.place}: expected each query id once, found {query} again")
         queries[query] = text
     return queries
 
 
-def _parse_query(record: Record) -> tuple[str, str]:
+def parse_query(record: Record) -> tuple[str, str]:
+    """Id and text of a row.
+
+    Raises:
+        InputError: a column is missing, the id is unfit, or there is no text.
+    """
     fields = record.fields
     key = "_id" if "_id" in fields else "id"
     for column in (key, "text"):
@@ -124,36 +158,70 @@ def read_qrels(path: Path) -> Qrels:
     """Read qrels: BEIR's `query passage grade` or TREC's `query 0 passage grade`, between tabs or blanks.
 
     The first line is data unless it is literally a header (query-id, corpus-id, score). The same judgement twice is
-    one judgement; two different grades for one pair are refused. Grades are whole numbers.
+    one judgement; two different grades for one pair are refused. Grades are whole numbers. A Parquet file has the
+    columns query-id and corpus-id, and a score unless all are relevant (NanoBEIR).
 
     Raises:
         InputError: the file is missing or a line is broken; the message names the line.
     """
     qrels: Qrels = {}
+    for columns, place in judgement_lines(path):
+        add_judgement(qrels, columns, place)
+    return qrels
+
+
+def judgement_lines(path: Path) -> Iterator[tuple[list[str], str]]:
+    """(columns, place) of every line of a qrels file that is neither empty nor its header; all of one width.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or a line is of another width.
+    """
+    if path.suffix == ".parquet":
+        yield from _judgement_rows(path)
+        return
     width = 0
     with open_text(path) as stream:
         number = 0
         try:
             for number, line in enumerate(stream, start=1):
                 columns = line.split()
-                if not columns or (number == 1 and _is_header(columns)):
+                if not columns or (number == 1 and is_header(columns)):
                     continue
-                _add_judgement(qrels, columns, width, f"{path}:{number}")
+                if len(columns) not in (3, 4) or (width and len(columns) != width):
+                    wanted = width or "3 (query, passage, grade) or 4 (query, 0, passage, grade)"
+                    raise InputError(f"{path}:{number}: expected {wanted} columns, found {len(columns)}")
                 width = len(columns)
+                yield columns, f"{path}:{number}"
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
             raise InputError(f"{path}:{number + 1}: cannot be read: {error}") from None
-    return qrels
 
 
-def _is_header(columns: list[str]) -> bool:
-    heads = [column.casefold().replace("_", "-") for column in columns]
+def _judgement_rows(path: Path) -> Iterator[tuple[list[str], str]]:
+    for record in read_records(path):
+        for column in ("query-id", "corpus-id"):
+            if column not in record.fields:
+                raise InputError(f"{record.place}: expected a column '{column}', found {', '.join(record.fields)}")
+        query, passage = (checked_id(record.fields[column], record.place) for column in ("query-id", "corpus-id"))
+        yield [query, passage, str(record.fields.get("score", 1))], record.place
+
+
+def is_header(columns: list[str]) -> bool:
+    """Whether the columns of a line name a query's id first and a grade last."""
+    heads = head_names(columns)
     return heads[0] in QUERY_HEADS and heads[-1] in GRADE_HEADS
 
 
-def _add_judgement(qrels: Qrels, columns: list[str], width: int, place: str) -> None:
-    if len(columns) not in (3, 4) or (width and len(columns) != width):
-        wanted = width or "3 (query, passage, grade) or 4 (query, 0, passage, grade)"
-        raise InputError(f"{place}: expected {wanted} columns, found {len(columns)}")
+def head_names(columns: list[str]) -> list[str]:
+    """Columns as the names above are written."""
+    return [column.casefold().replace("_", "-") for column in columns]
+
+
+def add_judgement(qrels: Qrels, columns: list[str], place: str) -> None:
+    """Enter a line of 3 or 4 columns.
+
+    Raises:
+        InputError: the grade is no whole number, or the pair has another one.
+    """
     query, passage, grade_text = columns[0], columns[-2], columns[-1]
     if not re.fullmatch(r"[+-]?[0-9]+", grade_text):
         raise InputError(f"{place}: expected a whole number as grade, found {grade_text!r:.30}")

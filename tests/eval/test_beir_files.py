@@ -6,10 +6,12 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from beir.datasets.data_loader import GenericDataLoader
 
-from eval.beir import BeirDataset, read_qrels, read_queries
+from eval.beir import BeirDataset, is_beir_folder, read_qrels, read_queries
 from index.files import InputError
 
 HEADER = "query-id\tcorpus-id\tscore\n"
@@ -105,6 +107,41 @@ def test_reads_what_the_beir_package_reads(tmp_path: Path) -> None:
     data = BeirDataset.open(folder)
     assert (data.queries, data.qrels) == (queries, qrels)
     assert {p.id: {"title": p.title, "text": p.text} for p in data.passages()} == corpus
+
+
+def write_table(path: Path, columns: dict[str, list[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def test_a_folder_of_the_hub_is_read_as_it_was_downloaded(tmp_path: Path) -> None:
+    name = "train-00000-of-00001.parquet"
+    write_table(tmp_path / "corpus" / name, {"_id": ["d1", "d2"], "text": ["x1", "x2"]})
+    write_table(tmp_path / "queries" / name, {"_id": ["q1", "q2"], "text": ["ask 1", "ask 2"]})
+    write_table(tmp_path / "qrels" / name, {"query-id": ["q2", "q1", "q2"], "corpus-id": ["d1", "d2", "d2"]})
+    data = BeirDataset.open(tmp_path)
+    assert is_beir_folder(tmp_path) and data.qrels == {"q2": {"d1": 1, "d2": 1}, "q1": {"d2": 1}}
+    assert data.queries == {"q2": "ask 2", "q1": "ask 1"} and [p.content for p in data.passages()] == ["x1", "x2"]
+    for split, grades in (("test", [2, 0]), ("dev", [1, 1])):
+        columns = {"query-id": ["q1", "q1"], "corpus-id": ["d1", "d2"], "score": grades}
+        write_table(tmp_path / "qrels" / f"{split}-00000-of-00001.parquet", columns)
+    assert BeirDataset.open(tmp_path).qrels == {"q1": {"d1": 2, "d2": 0}}
+    write_table(tmp_path / "corpus" / "train-00001-of-00002.parquet", {"_id": ["d3"], "text": ["x3"]})
+    with pytest.raises(InputError, match=r"corpus: expected one Parquet file, found 2"):
+        list(BeirDataset.open(tmp_path).passages())
+
+
+def test_ids_and_texts_may_be_of_any_script(tmp_path: Path) -> None:
+    folder = tmp_path / "سوال"
+    write(
+        folder / "corpus.jsonl",
+        lines({"_id": "文書一", "title": "犬", "text": "飼い主に忠実"}, {"_id": "ق-٢", "text": "كلب"}),
+    )
+    write(folder / "queries.jsonl", lines({"_id": "प्रश्न१", "text": "कुत्ता"}))
+    write(folder / "qrels" / "test.tsv", HEADER + "प्रश्न१\t文書一\t2\nप्रश्न१\tق-٢\t1\n")
+    data = BeirDataset.open(folder)
+    data.check(passage.id for passage in data.passages())
+    assert data.qrels == {"प्रश्न१": {"文書一": 2, "ق-٢": 1}} and data.name == "سوال"
 
 
 def test_dangling_ids_are_counted_and_the_first_named(tmp_path: Path) -> None:

@@ -1,0 +1,189 @@
+"""The sets of the BEIR benchmark as data, where they lie on disk, and the rows of the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eval.beir import is_beir_folder
+from eval.metrics import Metrics, PerQuery
+from index.files import InputError
+
+FORUMS = (
+    "android",
+    "english",
+    "gaming",
+    "gis",
+    "mathematica",
+    "physics",
+    "programmers",
+    "stats",
+    "tex",
+    "unix",
+    "webmasters",
+    "wordpress",
+)
+
+
+@dataclass(frozen=True)
+class SetDefinition:
+    """A set as BEIR publishes it (https://github.com/beir-cellar/beir, table of available datasets)."""
+
+    name: str
+    """BEIR's name: of the zip file, and of the folder in it."""
+    title: str
+    queries: int
+    """Judged queries of the split that is reported."""
+    passages: int
+    """Of the corpus; of the sets that are not public, rounded as in BEIR's table."""
+    md5: str | None = None
+    """Of the public zip file; none where the licence of the texts lets BEIR publish only how to make the set."""
+    split: str = "test"
+    parts: tuple[str, ...] = ()
+    """Folders in the folder that are sets of their own; the row is the unweighted mean of theirs."""
+
+
+BEIR = (
+    SetDefinition("msmarco", "MS MARCO", 6980, 8841823, "444067daf65d982533ea17ebd59501e4", "dev"),
+    SetDefinition("trec-covid", "TREC-COVID", 50, 171332, "ce62140cb23feb9becf6270d0d1fe6d1"),
+    SetDefinition("nfcorpus", "NFCorpus", 323, 3633, "a89dba18a62ef92f7d323ec890a0d38d"),
+    SetDefinition("bioasq", "BioASQ", 500, 14910000),
+    SetDefinition("nq", "NQ", 3452, 2681468, "d4d3d2e48787a744b6f6e691ff534307"),
+    SetDefinition("hotpotqa", "HotpotQA", 7405, 5233329, "f412724f78b0d91183a0e86805e16114"),
+    SetDefinition("fiqa", "FiQA-2018", 648, 57638, "17918ed23cd04fb15047f73e6c3bd9d9"),
+    SetDefinition("signal1m", "Signal-1M (RT)", 97, 2860000),
+    SetDefinition("trec-news", "TREC-NEWS", 57, 595000),
+    SetDefinition("robust04", "Robust04", 249, 528000),
+    SetDefinition("arguana", "ArguAna", 1406, 8674, "8ad3e3c2a5867cdced806d6503f29b99"),
+    SetDefinition("webis-touche2020", "Touché-2020", 49, 382545, "46f650ba5a527fc69e0a6521c5a23563"),
+    SetDefinition("cqadupstack", "CQADupStack", 13145, 457199, "4e41456d7df8ee7760a7f866133bda78", parts=FORUMS),
+    SetDefinition("quora", "Quora", 10000, 522931, "18fb154900ba42a600f84b839c173167"),
+    SetDefinition("dbpedia-entity", "DBPedia", 400, 4635922, "c2a39eb420a3164af735795df012ac2c"),
+    SetDefinition("scidocs", "SCIDOCS", 1000, 25657, "38121350fc3a4d2f48850f6aff52e4a9"),
+    SetDefinition("fever", "FEVER", 6666, 5416568, "5a818580227bfb4b35bb6fa46d9b6c03"),
+    SetDefinition("climate-fever", "Climate-FEVER", 1535, 5416593, "8b66f0a9126c521bae2bde127b4dc99d"),
+    SetDefinition("scifact", "SciFact", 300, 5183, "5f7d1de60b170fc8027bb7898e2efca1"),
+)
+"""The 18 sets of BEIR (Thakur et al. 2021, arXiv:2104.08663) and MS MARCO, on which most models are trained."""
+
+BY_NAME = {definition.name: definition for definition in BEIR}
+WHOLE = "beir"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One BEIR folder to evaluate."""
+
+    name: str
+    """What its folder in the report is called: that of the set, "cqadupstack/android" for a part."""
+    folder: Path
+    split: str
+    row: str
+    """The row of the table that it counts for."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for: the folders that are here, and the sets that are not."""
+
+    tasks: list[Task]
+    absent: list[str]
+
+
+def plan(data: Sequence[str | Path], home: Path | None = None, split: str | None = None) -> Plan:
+    """Find the folders of what was asked for.
+
+    Args:
+        data: BEIR folders; folders of BEIR folders (each a row of its own, but the forums of CQADupStack one row
+            together); names of BEIR's sets, looked for in `home`; or "beir", all of them, here or not.
+        home: where sets lie under their names.
+        split: the qrels to take; by default the one that BEIR reports: dev of MS MARCO, test of all others.
+
+    Raises:
+        InputError: a folder or a named set is not there or holds no set, or two have the same name.
+    """
+    tasks: list[Task] = []
+    absent: list[str] = []
+    for entry in data:
+        folder = Path(entry)
+        if str(entry) == WHOLE and not folder.is_dir():
+            for definition in BEIR:
+                here = None if home is None else home / definition.name
+                if here is not None and here.is_dir():
+                    tasks += _tasks(here, split)
+                else:
+                    absent.append(definition.name)
+        elif str(entry) in BY_NAME and not folder.is_dir():
+            if home is None or not (home / str(entry)).is_dir():
+                where = "" if home is None else f" in {home}"
+                raise InputError(f"{entry}: no such folder, and the set of that name is not{where or ' here'}")
+            tasks += _tasks(home / str(entry), split)
+        elif not folder.is_dir():
+            raise InputError(f"{folder}: no such folder")
+        else:
+            tasks += _tasks(folder, split)
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise InputError(f"expected data folders of different names, found {', '.join(names)}")
+    return Plan(tasks, absent)
+
+
+def _tasks(folder: Path, split: str | None) -> list[Task]:
+    name = folder.resolve().name
+    definition = BY_NAME.get(name)
+    wanted = split or (definition.split if definition else "test")
+    inner = [] if is_beir_folder(folder) else [path for path in sorted(folder.iterdir()) if is_beir_folder(path)]
+    if not inner:
+        return [Task(name, folder, wanted, name)]
+    if definition is not None and definition.parts:
+        lost = [part for part in definition.parts if part not in {path.name for path in inner}]
+        if lost:
+            raise InputError(f"{folder}: expected the {len(definition.parts)} sets of {name}, found no {lost[0]}")
+        return [Task(f"{name}/{part}", folder / part, wanted, name) for part in definition.parts]
+    return [task for path in inner for task in _tasks(path, split)]
+
+
+def rows_of_tasks(tasks: Sequence[Task], found: Mapping[str, Metrics]) -> dict[str, Metrics]:
+    """The table's rows from the metrics of every task, by its name: parts of a row become their unweighted mean."""
+    parts: dict[str, dict[str, Metrics]] = {}
+    for task in tasks:
+        parts.setdefault(task.row, {})[task.name] = found[task.name]
+    return {row: mean_of(own) if len(own) > 1 else next(iter(own.values())) for row, own in parts.items()}
+
+
+def mean_of(parts: Mapping[str, Metrics]) -> Metrics:
+    """The unweighted mean of sets, whatever their numbers of queries, as BEIR has it for CQADupStack.
+
+    Its `per_query` holds the queries of all of them, named "part/query".
+    """
+    first = next(iter(parts.values()))
+    measures = [measure for measure in first.mean if all(measure in metrics.mean for metrics in parts.values())]
+    mean = {m: float(np.mean([metrics.mean[m] for metrics in parts.values()])) for m in measures}
+    queries = [f"{name}/{query}" for name, metrics in parts.items() for query in metrics.per_query]
+    values = [[row[measure] for measure in measures] for part in parts.values() for row in part.per_query.values()]
+    missing = [f"{name}/{query}" for name, metrics in parts.items() for query in metrics.missing]
+    return Metrics(mean, PerQuery(queries, measures, np.array(values).reshape(-1, len(measures))), missing)
+
+
+def suite_table(rows: Mapping[str, Metrics], absent: Sequence[str], measure: str = "ndcg@10") -> str:
+    """A Markdown table of every set asked for, in BEIR's order, with 'not here' where a set is missing.
+
+    The last line is the mean of the sets that are here without MS MARCO, as BEIR's paper averages.
+    """
+    known = [definition.name for definition in BEIR if definition.name in rows or definition.name in absent]
+    names = [*known, *(name for name in rows if name not in known)]
+    lines = [f"| set | queries | {measure} |", "|---|---:|---:|"]
+    for name in names:
+        title = BY_NAME[name].title if name in BY_NAME else name
+        if name in rows:
+            lines.append(f"| {title} | {len(rows[name].per_query):,} | {rows[name].mean[measure]:.4f} |")
+        else:
+            why = "not here" if BY_NAME[name].md5 else "not here (not public)"
+            lines.append(f"| {title} | {BY_NAME[name].queries:,} | {why} |")
+    counted = [rows[name].mean[measure] for name in names if name in rows and name != "msmarco"]
+    if len(counted) > 1:
+        lines.append(f"| mean of {len(counted)} sets | | {float(np.mean(counted)):.4f} |")
+    return "\n".join(lines) + "\n"
