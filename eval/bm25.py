@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from eval.metrics import Run
+from eval.ranking import RankedRun
 from index.files import InputError
 from index.passages import Passage
 
@@ -22,7 +22,7 @@ def bm25_run(
     b: float = B,
     stopwords: str | None = "en",
     progress: Callable[[int], None] | None = None,
-) -> Run:
+) -> RankedRun:
     """Rank passages by BM25 (Robertson and Zaragoza 2009; Lucene's variant, after Kamphuis et al. 2020).
 
     The defaults of k1 and b are Anserini's and BEIR's. A token is a word of two letters or more in lower case,
@@ -39,7 +39,7 @@ def bm25_run(
         progress: called with 1 after every query.
 
     Returns:
-        Query id -> passage id -> score; a query that matches nothing has no passages.
+        The run over the corpus's passages; a query that matches nothing has no passages.
 
     Raises:
         InputError: bm25s is not installed, or the corpus is empty.
@@ -61,21 +61,23 @@ def bm25_run(
     tokens = bm25s.tokenize(texts, stopwords=stopwords or [], show_progress=False)
     if not tokens.vocab:
         # Nothing but stop words: bm25s cannot index it, and no query matches.
-        return {query: {} for query in queries}
+        return RankedRun.of({query: {} for query in queries})
     scorer = bm25s.BM25(method="lucene", k1=k1, b=b)
     scorer.index(tokens, show_progress=False)
     asked = bm25s.tokenize(list(queries.values()), stopwords=stopwords or [], return_ids=False, show_progress=False)
 
     id_order = np.empty(len(ids), dtype=np.int64)
     id_order[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
-    run: Run = {}
-    for query, words in zip(queries, asked, strict=True):
+    places = np.full((len(queries), min(k, len(ids))), -1, dtype=np.int32)
+    scores = np.zeros(places.shape, dtype=np.float32)
+    for number, words in enumerate(asked):
         known = scorer.get_tokens_ids(words)
-        rows, scores = _top(scorer.get_scores_from_ids(known), id_order, k) if known else ((), ())
-        run[query] = {ids[row]: float(score) for row, score in zip(rows, scores, strict=True)}
+        if known:
+            found, values = _top(scorer.get_scores_from_ids(known), id_order, k)
+            places[number, : len(found)], scores[number, : len(found)] = found, values
         if progress is not None:
             progress(1)
-    return run
+    return RankedRun(list(queries), ids, places, scores)
 
 
 def _top(scores: np.ndarray, id_order: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,87 @@
+"""Fused runs are the formulas, for every query and passage that any run has."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import numpy as np
+import pytest
+
+from eval.fusion import fuse
+from eval.metrics import Run
+from eval.ranking import RankedRun, trec_order
+
+A: Run = {"q1": {"x": 9.0, "y": 7.0, "z": 1.0}, "q2": {"x": 1.0}}
+B: Run = {"q1": {"y": 0.5, "w": 0.25}, "q3": {"v": 2.0, "u": 2.0}}
+
+
+def test_reciprocal_ranks_by_hand() -> None:
+    fused = fuse([A, B], "rrf")
+    expected = {"y": 1 / 62 + 1 / 61, "x": 1 / 61, "w": 1 / 62, "z": 1 / 63}
+    assert fused["q1"] == pytest.approx(expected) and list(fused["q1"]) == ["y", "x", "w", "z"]
+    assert fused["q2"] == pytest.approx({"x": 1 / 61})
+    # Tied scores have ranks all the same: trec_eval's, by id descending.
+    assert list(fused["q3"].items()) == [("v", pytest.approx(1 / 61)), ("u", pytest.approx(1 / 62))]
+    assert list(fused) == ["q1", "q2", "q3"]
+
+
+def test_min_max_by_hand() -> None:
+    fused = fuse([A, B], "minmax", weights=[0.3, 0.7])
+    assert fused["q1"] == pytest.approx({"x": 0.3, "y": 0.3 * 6 / 8 + 0.7, "z": 0.0, "w": 0.0})
+    assert fused["q2"] == pytest.approx({"x": 0.3}) and fused["q3"] == pytest.approx({"u": 0.7, "v": 0.7})
+
+
+def test_z_scores_by_hand_with_the_lowest_for_absent_passages() -> None:
+    fused = fuse([A, B], "zscore")
+    mean, deviation = statistics.fmean([9, 7, 1]), statistics.pstdev([9, 7, 1])
+    z = {passage: (score - mean) / deviation for passage, score in A["q1"].items()}
+    expected = {"x": z["x"] - 1, "y": z["y"] + 1, "z": z["z"] - 1, "w": z["z"] - 1}
+    assert fused["q1"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_fusion_of_random_runs_equals_the_plain_sum() -> None:
+    generator = random.Random(1)
+    runs: list[Run] = [
+        {
+            f"q{q}": {f"d{d}": generator.random() for d in generator.sample(range(60), generator.randint(1, 25))}
+            for q in generator.sample(range(12), 10)
+        }
+        for _ in range(3)
+    ]
+    fused = fuse(runs, "rrf", weights=[1, 2, 0.5], rrf_k=10)
+    for query in {q for run in runs for q in run}:
+        expected: dict[str, float] = {}
+        for run, weight in zip(runs, (1, 2, 0.5), strict=True):
+            for rank, (passage, _) in enumerate(trec_order(run.get(query, {})), start=1):
+                expected[passage] = expected.get(passage, 0.0) + weight / (10 + rank)
+        assert fused[query] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_cut_run_is_the_top_of_the_whole_one() -> None:
+    generator = random.Random(3)
+    runs = [{"q": {f"d{d:02}": float(generator.randint(0, 3)) for d in range(40)}} for _ in range(2)]
+    whole = list(fuse(runs, "minmax")["q"].items())
+    for k in (1, 7, 39, 40):
+        assert list(fuse(runs, "minmax", k=k)["q"].items()) == whole[:k]
+
+
+def test_a_run_over_a_large_table_touches_what_it_names_only() -> None:
+    passages = [f"d{row}" for row in range(100_000)]
+    one = RankedRun(["q"], passages, np.array([[7, 99_999, -1]]), np.array([[2.0, 1.0, 0.0]]))
+    fused = fuse([one, {"q": {"d7": 1.0}, "empty": {}}])
+    assert fused["q"] == pytest.approx({"d7": 2 / 61, "d99999": 1 / 62}) and len(fused.passages) == 2
+    assert fused["empty"] == {}
+
+
+def test_bad_arguments_are_refused() -> None:
+    for arguments, message in (
+        ({"runs": [A]}, "at least two"),
+        ({"runs": [A, B], "method": "borda"}, "rrf, minmax, zscore"),
+        ({"runs": [A, B], "weights": [1.0]}, "weights: expected 2"),
+        ({"runs": [A, B], "weights": [0.0, 0.0]}, "not all 0"),
+        ({"runs": [A, B], "k": 0}, "k: expected at least 1"),
+        ({"runs": [{"q": {"d": float("inf")}}, B], "method": "minmax"}, "infinity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fuse(**arguments)  # type: ignore[arg-type]
