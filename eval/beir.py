@@ -64,13 +64,17 @@ class BeirDataset:
     queries: dict[str, str]
     """Query id -> text, of the split's judged queries only, in the order of the qrels."""
     qrels: Qrels
+    dangling: bool = False
+    """Whether qrels may judge passages and queries that are not there. Such passages are never found, and such queries
+    count as 0, as in trec_eval."""
 
     @classmethod
-    def open(cls, folder: Path | str, split: str = "test") -> BeirDataset:
+    def open(cls, folder: Path | str, split: str = "test", *, dangling: bool = False) -> BeirDataset:
         """Read the queries and qrels of a split.
 
         Raises:
-            InputError: a file is missing or broken, the qrels are empty, or a judged query has no text.
+            InputError: a file is missing or broken, the qrels are empty, or, unless `dangling`, a judged query has no
+                text.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -82,9 +86,10 @@ class BeirDataset:
         queries_path = beir_file(folder, "queries.jsonl")
         queries = read_queries(queries_path)
         lost = [query for query in qrels if query not in queries]
-        if lost:
+        if lost and (not dangling or len(lost) == len(qrels)):
             raise InputError(f"{qrels_path}: expected ids of {queries_path.name}, found {_first_of(lost)}")
-        return cls(folder.resolve().name, folder, split, {query: queries[query] for query in qrels}, qrels)
+        judged = {query: queries[query] for query in qrels if query in queries}
+        return cls(folder.resolve().name, folder, split, judged, qrels, dangling)
 
     @property
     def corpus_file(self) -> Path:
@@ -106,14 +111,14 @@ class BeirDataset:
         return {passage for grades in self.qrels.values() for passage in grades}
 
     def check(self, corpus_ids: Iterable[str]) -> None:
-        """Refuse qrels that judge passages the corpus lacks.
+        """Refuse qrels that judge passages the corpus lacks, unless `dangling`.
 
         Raises:
             InputError: names the first such passage and their number.
         """
         known = corpus_ids if isinstance(corpus_ids, set | frozenset | dict) else set(corpus_ids)
         lost = sorted(passage for passage in self.judged if passage not in known)
-        if lost:
+        if lost and not self.dangling:
             raise InputError(f"{self.qrels_file}: expected passage ids of the corpus, found {_first_of(lost)}")
 
 
@@ -164,45 +169,39 @@ def read_qrels(path: Path) -> Qrels:
     Raises:
         InputError: the file is missing or a line is broken; the message names the line.
     """
-    qrels: Qrels = {}
-    for columns, place in judgement_lines(path):
-        add_judgement(qrels, columns, place)
-    return qrels
+    judgements = Judgements()
+    for number, columns, place in judgement_lines(path):
+        if number > 1 or not is_header(columns):
+            judgements.add(columns, place)
+    return judgements.qrels
 
 
-def judgement_lines(path: Path) -> Iterator[tuple[list[str], str]]:
-    """(columns, place) of every line of a qrels file that is neither empty nor its header; all of one width.
+def judgement_lines(path: Path) -> Iterator[tuple[int, list[str], str]]:
+    """(number, columns, place) of every line of a qrels file that is not empty, its header included.
 
     Raises:
-        InputError: the file is missing, cannot be read, or a line is of another width.
+        InputError: the file is missing or cannot be read.
     """
     if path.suffix == ".parquet":
         yield from _judgement_rows(path)
         return
-    width = 0
     with open_text(path) as stream:
         number = 0
         try:
             for number, line in enumerate(stream, start=1):
-                columns = line.split()
-                if not columns or (number == 1 and is_header(columns)):
-                    continue
-                if len(columns) not in (3, 4) or (width and len(columns) != width):
-                    wanted = width or "3 (query, passage, grade) or 4 (query, 0, passage, grade)"
-                    raise InputError(f"{path}:{number}: expected {wanted} columns, found {len(columns)}")
-                width = len(columns)
-                yield columns, f"{path}:{number}"
+                if columns := line.split():
+                    yield number, columns, f"{path}:{number}"
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
             raise InputError(f"{path}:{number + 1}: cannot be read: {error}") from None
 
 
-def _judgement_rows(path: Path) -> Iterator[tuple[list[str], str]]:
-    for record in read_records(path):
+def _judgement_rows(path: Path) -> Iterator[tuple[int, list[str], str]]:
+    for number, record in enumerate(read_records(path), start=1):
         for column in ("query-id", "corpus-id"):
             if column not in record.fields:
                 raise InputError(f"{record.place}: expected a column '{column}', found {', '.join(record.fields)}")
         query, passage = (checked_id(record.fields[column], record.place) for column in ("query-id", "corpus-id"))
-        yield [query, passage, str(record.fields.get("score", 1))], record.place
+        yield number, [query, passage, str(record.fields.get("score", 1))], record.place
 
 
 def is_header(columns: list[str]) -> bool:
@@ -216,16 +215,28 @@ def head_names(columns: list[str]) -> list[str]:
     return [column.casefold().replace("_", "-") for column in columns]
 
 
-def add_judgement(qrels: Qrels, columns: list[str], place: str) -> None:
-    """Enter a line of 3 or 4 columns.
+class Judgements:
+    """The qrels of a file, line by line: 3 or 4 columns, as many in every line."""
 
-    Raises:
-        InputError: the grade is no whole number, or the pair has another one.
-    """
-    query, passage, grade_text = columns[0], columns[-2], columns[-1]
-    if not re.fullmatch(r"[+-]?[0-9]+", grade_text):
-        raise InputError(f"{place}: expected a whole number as grade, found {grade_text!r:.30}")
-    grade = int(grade_text)
-    if qrels.setdefault(query, {}).setdefault(passage, grade) != grade:
-        found = f"{qrels[query][passage]} and {grade}"
-        raise InputError(f"{place}: expected one grade for query {query}, passage {passage}, found {found}")
+    def __init__(self) -> None:
+        self.qrels: Qrels = {}
+        self._width = 0
+
+    def add(self, columns: list[str], place: str) -> None:
+        """Enter a line.
+
+        Raises:
+            InputError: it has another width, its grade is no whole number, or its pair has another grade.
+        """
+        if len(columns) not in (3, 4) or (self._width and len(columns) != self._width):
+            wanted = self._width or "3 (query, passage, grade) or 4 (query, 0, passage, grade)"
+            raise InputError(f"{place}: expected {wanted} columns, found {len(columns)}")
+        query, passage, grade_text = columns[0], columns[-2], columns[-1]
+        if not re.fullmatch(r"[+-]?[0-9]+", grade_text):
+            raise InputError(f"{place}: expected a whole number as grade, found {grade_text!r:.30}")
+        self._width = len(columns)
+        grade = int(grade_text)
+        known = self.qrels.setdefault(query, {}).setdefault(passage, grade)
+        if known != grade:
+            found = f"{known} and {grade}"
+            raise InputError(f"{place}: expected one grade for query {query}, passage {passage}, found {found}")

@@ -1,0 +1,308 @@
+"""What is wrong with a BEIR folder, found by reading it once, before a model spends hours on it."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from eval.beir import PASSAGE_HEADS, Judgements, beir_file, head_names, is_header, judgement_lines, parse_query
+from eval.metrics import Qrels
+from eval.suite import BY_NAME
+from index.files import InputError
+from index.passages import Passage, parse_passage
+from index.records import Record, read_records
+
+PLACES_NAMED = 3
+SAMPLE = 4096
+
+
+@dataclass
+class Finding:
+    """One kind of fault: how often, and where first."""
+
+    what: str
+    error: bool
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        more = f" (and {self.count - len(self.places):,} more)" if self.count > len(self.places) else ""
+        return f"{self.what}: {self.count:,}; {'; '.join(self.places)}{more}"
+
+
+@dataclass
+class Preflight:
+    """What a folder holds and what is wrong with it."""
+
+    name: str
+    split: str
+    passages: int = 0
+    queries: int = 0
+    """Judged ones of the split."""
+    judgements: int = 0
+    bytes: int = 0
+    """Of the corpus's texts, in UTF-8."""
+    findings: dict[str, Finding] = field(default_factory=dict)
+    query_sample: list[str] = field(default_factory=list)
+    passage_sample: list[str] = field(default_factory=list)
+    """Up to 4096 texts of each side, drawn by the hash of the id: the same ones on every run."""
+
+    def add(self, what: str, place: str, *, error: bool = False) -> None:
+        """Count a fault of the kind `what`."""
+        finding = self.findings.setdefault(what, Finding(what, error))
+        finding.count += 1
+        if len(finding.places) < PLACES_NAMED:
+            finding.places.append(place)
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What keeps the set from being evaluated."""
+        return [finding for finding in self.findings.values() if finding.error]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """What a reader of the numbers should know."""
+        return [finding for finding in self.findings.values() if not finding.error]
+
+    def refuse(self) -> None:
+        """Raise the first error, with the number of the others."""
+        if self.errors:
+            others = sum(finding.count for finding in self.errors) - 1
+            more = f" (and {others:,} more errors in {self.name})" if others else ""
+            raise InputError(f"{self.errors[0].places[0]}{more}")
+
+
+def preflight(folder: Path, split: str = "test", *, name: str | None = None, dangling: bool = False) -> Preflight:
+    """Read a BEIR folder and count its faults; memory: 40 bytes a passage.
+
+    Errors: files missing or broken, rows without id or text, duplicate ids, two grades for one pair, judged passages
+    or queries that are not there (warnings with `dangling`), header mistakes. Warnings: empty texts, texts that come
+    twice, queries without a relevant passage, queries of this split in another split too (by id, or by text whatever
+    its case and blanks), other numbers than BEIR publishes, a first line that the beir package would drop.
+
+    Args:
+        name: of the set, to compare with what BEIR publishes; the folder's unless given.
+    """
+    found = Preflight(name or folder.resolve().name, split)
+    try:
+        paths = [beir_file(folder, file) for file in (f"qrels/{split}.tsv", "queries.jsonl", "corpus.jsonl")]
+    except InputError as error:
+        found.add("missing files", str(error), error=True)
+        return found
+    qrels = _read_qrels(found, paths[0])
+    found.queries, found.judgements = len(qrels), sum(map(len, qrels.values()))
+    texts = _read_queries(found, paths[1], qrels, paths[0], dangling)
+    _read_corpus(found, paths[2], qrels, paths[0], dangling)
+    _compare_splits(found, folder, qrels, texts)
+    definition = BY_NAME.get(found.name)
+    if definition is not None and definition.split == split and definition.md5:
+        for what, ours, theirs in (
+            ("passages", found.passages, definition.passages),
+            ("judged queries", found.queries, definition.queries),
+        ):
+            if ours != theirs and not definition.parts:
+                found.add(f"other number of {what} than published", f"{folder}: expected {theirs:,}, found {ours:,}")
+    return found
+
+
+def _read_qrels(found: Preflight, path: Path) -> Qrels:
+    judgements = Judgements()
+    try:
+        for number, columns, place in judgement_lines(path):
+            if number == 1 and is_header(columns):
+                continue
+            if number == 1 and path.suffix != ".parquet":
+                if _mistaken_header(found, columns, place):
+                    continue
+                found.add("no header: the beir package would drop the first judgement", place)
+            elif is_header(columns) and path.suffix != ".parquet":
+                found.add("headers within the file", f"{place}: expected a judgement, found a header", error=True)
+                continue
+            try:
+                judgements.add(columns, place)
+            except InputError as error:
+                found.add("broken judgements", str(error), error=True)
+    except InputError as error:
+        found.add("files that cannot be read", str(error), error=True)
+    if not judgements.qrels:
+        found.add("no judgements", f"{path}: expected judgements, found none", error=True)
+    for query, grades in judgements.qrels.items():
+        if max(grades.values()) < 1:
+            found.add("queries without a relevant passage, which count as 0", query)
+    return judgements.qrels
+
+
+def _mistaken_header(found: Preflight, columns: list[str], place: str) -> bool:
+    """Whether a first line is a header with something wrong, which is counted."""
+    if head_names(columns)[0] in PASSAGE_HEADS:
+        what = f"expected the query's id in the first column, found {columns[0]!r:.40}"
+        found.add("header mistakes", f"{place}: {what}", error=True)
+        return True
+    if columns[-1].lstrip("+-").isdigit():
+        return False
+    what = f"expected a header (query-id, corpus-id, score) or a judgement, found {' '.join(columns)!r:.60}"
+    found.add("header mistakes", f"{place}: {what}", error=True)
+    return True
+
+
+def _read_queries(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, dangling: bool) -> dict[str, str]:
+    """Query id -> its text without case and blanks, of every query in the file."""
+    texts: dict[str, str] = {}
+    first: dict[str, str] = {}
+    sample = _Sample()
+    for record in _records(found, path):
+        try:
+            query, text = parse_query(record)
+        except InputError as error:
+            found.add("broken queries", str(error), error=True)
+            continue
+        if query in texts:
+            what = f"{record.place}: expected each query id once, found {query} again"
+            found.add("duplicate query ids", what, error=True)
+            continue
+        texts[query] = " ".join(text.casefold().split())
+        if query in qrels:
+            sample.add(query, text)
+            earlier = first.setdefault(texts[query], query)
+            if earlier != query:
+                found.add("judged queries with the text of another", f"{record.place} (as {earlier})")
+    lost = [query for query in qrels if query not in texts]
+    for query in lost:
+        what = f"{judged_in}: expected ids of {path.name}, found {query}, which is not there"
+        found.add("judged queries that are not there", what, error=not dangling or len(lost) == len(qrels))
+    if lost and len(lost) == len(qrels) and any(passage in texts for grades in qrels.values() for passage in grades):
+        what = f"{judged_in}: expected query, then passage, found passages in the first column"
+        found.add("columns in the wrong order", what, error=True)
+    found.query_sample = sample.texts()
+    return texts
+
+
+def _read_corpus(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, dangling: bool) -> None:
+    judged = {passage: False for grades in qrels.values() for passage in grades}
+    own = 0
+    ids, texts, numbers = bytearray(), bytearray(), array("q")
+    sample = _Sample()
+    for number, record in enumerate(_records(found, path)):
+        try:
+            passage = parse_passage(record)
+        except InputError as error:
+            found.add("broken passages", str(error), error=True)
+            continue
+        found.passages += 1
+        own += passage.id in qrels
+        if passage.id in judged:
+            judged[passage.id] = True
+        content = passage.content
+        found.bytes += len(content.encode(errors="replace"))
+        ids += _digest(passage.id)
+        # Empty ones are counted as such, not as repetitions of each other.
+        texts += _digest(content or f"\0{number}")
+        numbers.append(number)
+        if content:
+            sample.add(passage.id, content)
+        else:
+            found.add("passages without any text", f"{record.place} ({passage.id})")
+    if not found.passages and not found.errors:
+        found.add("no passages", f"{path}: expected passages, found none", error=True)
+    found.passage_sample = sample.texts()
+    _name_repeated(found, path, ids, texts, numbers)
+    for passage_id, here in judged.items():
+        if not here:
+            what = f"{judged_in}: expected passage ids of the corpus, found {passage_id}, which is not there"
+            found.add("judged passages that are not there", what, error=not dangling)
+    if own:
+        found.add("queries whose id is a passage's, which is left out of their ranking", f"{own:,} of {len(qrels):,}")
+
+
+def _name_repeated(found: Preflight, path: Path, ids: bytearray, texts: bytearray, numbers: array) -> None:
+    """Count ids and texts that an earlier passage has; only then is the corpus read again, for their lines."""
+    same_id, same_text = _repeated(ids), _repeated(texts)
+    same_text = {later: earlier for later, earlier in same_text.items() if later not in same_id}
+    if not same_id and not same_text:
+        return
+    wanted: dict[int, str] = {}
+    for repeated in (same_id, same_text):
+        for later in sorted(repeated)[:PLACES_NAMED]:
+            wanted |= {numbers[later]: "", numbers[repeated[later]]: ""}
+    named: dict[int, Passage] = {}
+    for number, record in enumerate(read_records(path)):
+        if number in wanted:
+            wanted[number], named[number] = record.place, parse_passage(record)
+            if len(named) == len(wanted):
+                break
+    for repeated, what, error in (
+        (same_id, "duplicate passage ids", True),
+        (same_text, "passages with the text of an earlier one", False),
+    ):
+        for later in sorted(repeated)[:PLACES_NAMED]:
+            here, there = wanted[numbers[later]], wanted[numbers[repeated[later]]]
+            id_ = named[numbers[later]].id
+            said = f"expected each passage id once, found {id_} again, first in {there}" if error else f"as {there}"
+            found.add(what, f"{here}: {said}", error=error)
+        if repeated:
+            found.findings[what].count = len(repeated)
+
+
+def _compare_splits(found: Preflight, folder: Path, qrels: Qrels, texts: dict[str, str]) -> None:
+    """Count queries of this split that another split has too: what was trained on must not be tested on."""
+    ours = {texts[query] for query in qrels if query in texts}
+    for other in ("train", "dev", "validation", "test"):
+        path = folder / "qrels" / f"{other}.tsv"
+        path = path if path.is_file() else path.with_name(f"{other}.tsv.gz")
+        if other == found.split or not path.is_file():
+            continue
+        theirs = dict.fromkeys(columns[0] for number, columns, _ in judgement_lines(path) if columns[0] in texts)
+        for query in theirs:
+            if query in qrels:
+                found.add(f"queries judged in {other} too", query)
+            elif texts[query] in ours:
+                found.add(f"queries with the text of one in {other}", query)
+
+
+def _records(found: Preflight, path: Path) -> Iterator[Record]:
+    """The rows of a file up to the first that cannot be read, which is counted."""
+    try:
+        yield from read_records(path)
+    except InputError as error:
+        found.add("files that cannot be read", str(error), error=True)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _repeated(digests: bytearray) -> dict[int, int]:
+    """Position -> the first position with the same digest, of every digest that came before."""
+    if not digests:
+        return {}
+    keys = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    same = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    # Runs of equal digests: the last place before a run of `same` begins is the first of its kind.
+    firsts = np.maximum.accumulate(np.where(np.concatenate(([True], ~same)), np.arange(len(order)), 0))[1:]
+    later = np.flatnonzero(same) + 1
+    return dict(zip(order[later].tolist(), order[firsts[later - 1]].tolist(), strict=True))
+
+
+class _Sample:
+    """Up to SAMPLE texts, drawn evenly by the hash of their ids in constant memory."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, str]] = []
+        self._limit = 2**64
+
+    def add(self, id_: str, text: str) -> None:
+        key = int.from_bytes(hashlib.blake2b(id_.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+        if key < self._limit:
+            self._kept.append((key, text))
+            while len(self._kept) > SAMPLE:
+                self._limit //= 2
+                self._kept = [(key, text) for key, text in self._kept if key < self._limit]
+
+    def texts(self) -> list[str]:
+        return [text for _, text in self._kept]
