@@ -1,4 +1,4 @@
-"""Score a model on a BEIR split: embed the queries, search the embedded corpus exactly, evaluate with trec_eval."""
+"""Score a model on a BEIR split: embed the queries, search the embedded corpus, evaluate as trec_eval does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eval.beir import BeirDataset
+from eval.long_documents import WINDOWS, best_of_windows, documents_of
 from eval.metrics import KS, Metrics, evaluate_run
 from eval.ranking import RankedRun, rows_of
 from index.files import InputError
@@ -15,12 +16,18 @@ from index.files import InputError
 if TYPE_CHECKING:
     from index.embeddings import EmbeddingStore
 
+Embed = Callable[[Sequence[str]], np.ndarray]
+"""Texts of M queries -> float array [M, D]."""
+
+Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+"""(queries [M, D] float32, k) -> scores [M, K] float32 and rows [M, K] int64, -1 for a place that stays empty."""
+
 
 def evaluate_beir(
     dataset: BeirDataset,
     *,
     store: EmbeddingStore,
-    embed_queries: Callable[[Sequence[str]], np.ndarray],
+    embed_queries: Embed,
     k: int = 1000,
     ks: Sequence[int] = KS,
     device: str = "cpu",
@@ -29,12 +36,13 @@ def evaluate_beir(
     """Search `store` with every query of the split, by inner product in fp32, and score the ranking.
 
     A passage whose id is its query's own id is not returned, and every query still gets `k` passages (or the corpus).
+    Where torch.distributed is initialised, all ranks call this with the same arguments and share the search; each gets
+    the result that one rank alone would get, bit by bit.
 
     Args:
         dataset: the split; it may have a single query.
-        store: the embedded corpus, N passages of D dimensions.
-        embed_queries: texts of M queries -> float array [M, D], in the same space and, where the model normalises,
-            of unit length.
+        store: the embedded corpus, N passages of D dimensions, or their windows (eval.long_documents).
+        embed_queries: in the same space and, where the model normalises, of unit length.
         k: passages a query, at least 1.
         ks: cut-offs; those above `k` are left out, since the run is not that deep.
         device: where the products are computed ("cpu", "cuda").
@@ -47,22 +55,84 @@ def evaluate_beir(
         InputError: the qrels judge a passage that the store lacks, or the vectors hold NaN or have another dimension.
         ValueError: `k` is below 1, or no cut-off is within it.
     """
-    from index.exact import search
-
     if k < 1:
         raise ValueError(f"k: expected at least 1, found {k}")
     ids = store.ids()
-    row_of = rows_of(ids, dataset.judged | dataset.queries.keys())
-    dataset.check(row_of)
+    find = exact_search(store, ids, device=device, progress=progress)
+    run = ranked_run(dataset, ids, find, lambda: query_vectors(dataset, embed_queries, store.dim), k, is_windows(store))
+    return run, score(dataset, run, k, ks)
+
+
+def is_windows(store: EmbeddingStore) -> bool:
+    """Whether the rows of the store are windows of documents."""
+    return WINDOWS in store.source
+
+
+def score(dataset: BeirDataset, run: RankedRun, k: int, ks: Sequence[int] = KS) -> Metrics:
+    """The metrics of a run of depth `k` at those cut-offs that are within it."""
+    return evaluate_run(dataset.qrels, run, [cut for cut in ks if cut <= k])
+
+
+def query_vectors(dataset: BeirDataset, embed_queries: Embed, dim: int) -> np.ndarray:
+    """The split's queries as float32 [M, D].
+
+    Raises:
+        InputError: they have another dimension than the corpus.
+    """
     queries = np.asarray(embed_queries(list(dataset.queries.values())), dtype=np.float32)
-    if queries.shape != (len(dataset.queries), store.dim):
+    if queries.shape != (len(dataset.queries), dim):
         raise InputError(
-            f"{dataset.name}: expected query vectors {[len(dataset.queries), store.dim]} to go with the corpus's, "
+            f"{dataset.name}: expected query vectors {[len(dataset.queries), dim]} to go with the corpus's, "
             f"found {list(queries.shape)}"
         )
+    return queries
+
+
+def exact_search(
+    store: EmbeddingStore,
+    ids: Sequence[str],
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+    block_rows: int = 16384,
+) -> Find:
+    """Exact search of a store, shared among the ranks where there are several."""
+    from torch import distributed
+
+    from index import exact
+
+    def find(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        ranks = distributed.is_available() and distributed.is_initialized()
+        search = exact.search_on_ranks if ranks else exact.search
+        return search(queries, store.shards(), ids, k, block_rows=block_rows, device=device, progress=progress)
+
+    return find
+
+
+def ranked_run(
+    dataset: BeirDataset,
+    ids: Sequence[str],
+    find: Find,
+    vectors: Callable[[], np.ndarray],
+    k: int,
+    windows: bool = False,
+) -> RankedRun:
+    """Rank the passages `ids` for the split's queries, `k` each, without passages that are their own query.
+
+    Args:
+        find: exact or approximate search over the rows of `ids`.
+        vectors: gives the queries [M, D]; asked after the qrels have been checked against `ids`.
+        windows: the rows are windows: a document scores as its best one does.
+
+    Raises:
+        InputError: the qrels judge a passage that `ids` lacks.
+    """
+    if windows:
+        ids, document_of_row = documents_of(ids)
+        find = best_of_windows(find, document_of_row)
+    row_of = rows_of(ids, dataset.judged | dataset.queries.keys())
+    dataset.check(row_of)
     own = np.array([row_of.get(query, -1) for query in dataset.queries], dtype=np.int64)
     # One more, so that dropping a query's own passage still leaves k.
-    depth = k + 1 if (own >= 0).any() else k
-    scores, rows = search(queries, store.shards(), ids, depth, device=device, progress=progress)
-    run = RankedRun(list(dataset.queries), ids, rows, scores).without(own, k)
-    return run, evaluate_run(dataset.qrels, run, [cut for cut in ks if cut <= k])
+    scores, rows = find(vectors(), k + 1 if (own >= 0).any() else k)
+    return RankedRun(list(dataset.queries), ids, rows, scores).without(own, k)

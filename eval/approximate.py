@@ -1,0 +1,45 @@
+"""What an approximate index loses against exact search of the same vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.metrics import Metrics
+from eval.ranking import RankedRun
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """An index beside exact search, on one set."""
+
+    index: str
+    """Its factory string."""
+    metrics: Metrics
+    overlap: float
+    """Share of the passages that exact search ranks first which the index returns as well, at `depth`; 0 to 1."""
+    depth: int
+
+    def loss(self, exact: Metrics, measure: str = "ndcg@10") -> float:
+        """By how much the index is worse; negative where it is better by chance."""
+        return exact.mean[measure] - self.metrics.mean[measure]
+
+
+def approximation(index: str, exact: RankedRun, found: RankedRun, metrics: Metrics, depth: int = 100) -> Approximation:
+    """Compare two runs of the same queries over the same passages, perhaps in another order."""
+    depth = min(depth, exact.rows.shape[1])
+    shares = [len(set(list(exact[q])[:depth]) & set(list(found[q])[:depth])) / depth for q in exact.queries]
+    return Approximation(index, metrics, float(np.mean(shares)), depth)
+
+
+def approximation_table(
+    exact: Mapping[str, Metrics], found: Mapping[str, Approximation], measure: str = "ndcg@10"
+) -> str:
+    """A Markdown table: exact and approximate values side by side, with the loss between them."""
+    lines = [f"| set | index | {measure}, exact | {measure}, index | loss | overlap |", "|---|---|---:|---:|---:|---:|"]
+    for name, other in found.items():
+        values = f"{exact[name].mean[measure]:.4f} | {other.metrics.mean[measure]:.4f} | {other.loss(exact[name]):+.4f}"
+        lines.append(f"| {name} | {other.index} | {values} | {other.overlap:.4f} at {other.depth} |")
+    return "\n".join(lines) + "\n"
