@@ -1,45 +1,107 @@
-"""Reports for people and programs: report.json, report.md and a bar plot, from named metrics."""
+"""Reports for people and programs: report.json, report.md with a plot, and one self-contained HTML page."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.metrics import Metrics
+from eval.compare import ChangedQuery, Pair
+from eval.markdown import comparison_table, markdown_of
+from eval.measures import HEADLINE, PLOTTED, measure_name
+from eval.metrics import Metrics, Qrels
+from eval.ranking import RankedRun
 from index.files import InputError, atomic_path, write_json
 
-HEADLINE = ("ndcg@10", "recall@100", "mrr@10", "map@100", "precision@10")
-PLOTTED = ("ndcg@10", "recall@100")
-NAMES = {"ndcg": "nDCG", "map": "MAP", "recall": "recall", "precision": "precision", "mrr": "MRR"}
+__all__ = [
+    "HEADLINE",
+    "Changes",
+    "Report",
+    "ReportSet",
+    "comparison_table",
+    "measure_name",
+    "write",
+    "write_report",
+]
 
 log = logging.getLogger(__name__)
 
 
-def measure_name(measure: str) -> str:
-    """How a measure is printed: "ndcg@10" -> "nDCG@10"."""
-    name, _, k = measure.partition("@")
-    return f"{NAMES.get(name, name)}@{k}"
+@dataclass(frozen=True)
+class Changes:
+    """Where two systems of a set differ most, largest change first."""
+
+    pair: Pair
+    better: list[ChangedQuery]
+    worse: list[ChangedQuery]
 
 
-def comparison_table(rows: Mapping[str, Metrics], measures: Sequence[str] = HEADLINE, head: str = "model") -> str:
-    """A Markdown table, a line per row, values with four digits; measures that no row has are left out.
+@dataclass(frozen=True)
+class ReportSet:
+    """One data set: what each system scored on it, and how they compare."""
 
-    Args:
-        rows: name -> metrics, in the order wanted ("BM25", "before training", "after training").
-        measures: the columns.
-        head: what a row is ("model", "dataset").
+    name: str
+    systems: Mapping[str, Metrics]
+    """System -> metrics, in the order wanted; not empty."""
+    pairs: list[Pair] = field(default_factory=list)
+    changes: list[Changes] = field(default_factory=list)
+    runs: Mapping[str, RankedRun] = field(default_factory=dict)
+    """System -> run, for the score distributions; those that are not there have none."""
+    qrels: Qrels = field(default_factory=dict)
+    """Needed with `runs`."""
+
+    @property
+    def queries(self) -> int:
+        """Judged queries."""
+        return len(next(iter(self.systems.values())).per_query)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured, on what, by what."""
+
+    title: str
+    sets: list[ReportSet]
+    details: Mapping[str, Any]
+    """What is needed to do it again: models and their hashes, configuration, versions, seeds."""
+    measure: str = "ndcg@10"
+    """What the overview shows and the systems are compared by."""
+    absent: list[str] = field(default_factory=list)
+    """Sets that were asked for and are not here."""
+
+    @property
+    def systems(self) -> list[str]:
+        """Every system of any set, in the order they come in."""
+        return list(dict.fromkeys(system for found in self.sets for system in found.systems))
+
+
+def write(folder: Path, report: Report) -> list[Path]:
+    """Write report.json, report.md, report.html and, where matplotlib is installed, report.png; each whole or absent.
+
+    Without matplotlib the page has no plots, and a log line says what to install.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: there is nothing to report.
     """
-    columns = [measure for measure in measures if any(measure in metrics.mean for metrics in rows.values())]
-    lines = [
-        f"| {head} | " + " | ".join(measure_name(measure) for measure in columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
-    for name, metrics in rows.items():
-        cells = [f"{metrics.mean[measure]:.4f}" if measure in metrics.mean else "–" for measure in columns]
-        lines.append(f"| {name.replace('|', '/')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    from eval import plots
+    from eval.html import html_of
+
+    if not report.sets or not all(found.systems for found in report.sets):
+        raise InputError(f"{folder}: expected at least one result to report, found none")
+    paths = [folder / "report.json", folder / "report.md", folder / "report.html"]
+    draw = plots.available()
+    plotted = draw and plot(folder / "report.png", report)
+    write_json(paths[0], json_of(report))
+    for path, text in ((paths[1], markdown_of(report, plotted)), (paths[2], html_of(report, draw))):
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [*paths, folder / "report.png"] if plotted else paths
 
 
 def write_report(
@@ -49,15 +111,17 @@ def write_report(
     title: str,
     details: Mapping[str, Any] | None = None,
     head: str = "model",
+    runs: Mapping[str, tuple[RankedRun, Qrels]] | None = None,
 ) -> list[Path]:
-    """Write report.json, report.md and, where matplotlib is installed, report.png; each is whole or absent.
+    """Write the report of several systems on one data set, or of one system on several.
 
     Args:
         folder: made if it is not there.
         rows: name -> metrics; not empty.
         title: what was evaluated, for example "wordnet, test split".
-        details: what is needed to do it again (model, data, versions): kept in the JSON and listed in the Markdown.
-        head: what a row is ("model", "dataset").
+        details: what is needed to do it again (model, data, versions).
+        head: what a row is: "model" for systems on one set, "data" for sets of the one system.
+        runs: by the names of the rows, for plots of how the scores are distributed.
 
     Returns:
         The files written.
@@ -65,78 +129,72 @@ def write_report(
     Raises:
         InputError: there are no rows.
     """
-    if not rows:
-        raise InputError(f"{folder}: expected at least one result to report, found none")
-    details = dict(details or {})
-    paths = [folder / "report.json", folder / "report.md"]
-    plotted = plot(folder / "report.png", rows, title)
-    write_json(paths[0], {"title": title, "details": details, "rows": {n: _as_json(m) for n, m in rows.items()}})
-    with atomic_path(paths[1]) as temporary:
-        temporary.write_text(_markdown(rows, title, details, head, plotted), encoding="utf-8")
-    return [*paths, folder / "report.png"] if plotted else paths
+    found, details = runs or {}, dict(details or {})
+    if head == "data":
+        system = Path(str(details.get("model", "model"))).name
+        sets = [
+            ReportSet(name, {system: metrics}, runs={system: found[name][0]}, qrels=found[name][1])
+            if name in found
+            else ReportSet(name, {system: metrics})
+            for name, metrics in rows.items()
+        ]
+    else:
+        qrels = next(iter(found.values()))[1] if found else {}
+        sets = [ReportSet(title, rows, runs={name: run for name, (run, _) in found.items()}, qrels=qrels)]
+    return write(folder, Report(title, sets, details) if rows else Report(title, [], details))
 
 
-def _as_json(metrics: Metrics) -> dict[str, Any]:
-    return {"queries": len(metrics.per_query), "missing_queries": metrics.missing, "mean": metrics.mean}
+def json_of(report: Report) -> dict[str, Any]:
+    """The report for programs; the values of single queries are in the run files and need not be kept twice."""
+    return {
+        "title": report.title,
+        "measure": report.measure,
+        "details": dict(report.details),
+        "sets": {
+            found.name: {
+                "queries": found.queries,
+                "systems": {
+                    name: {"mean": metrics.mean, "missing_queries": metrics.missing}
+                    for name, metrics in found.systems.items()
+                },
+                "comparisons": [_pair_json(pair) for pair in found.pairs],
+                "changes": [_changes_json(changes) for changes in found.changes],
+            }
+            for found in report.sets
+        },
+        "absent": list(report.absent),
+    }
 
 
-def _markdown(rows: Mapping[str, Metrics], title: str, details: Mapping[str, Any], head: str, plotted: bool) -> str:
-    parts = [f"# {title}\n", comparison_table(rows, head=head)]
-    for name, metrics in rows.items():
-        if metrics.missing:
-            named = ", ".join(metrics.missing[:3]) + (", …" if len(metrics.missing) > 3 else "")
-            total = len(metrics.per_query)
-            parts.append(
-                f"{name}: {len(metrics.missing):,} of {total:,} queries got no passage and count as 0: {named}\n"
-            )
-    if plotted:
-        parts.append("![nDCG@10 and recall@100](report.png)\n")
-    parts.append("## Every cut-off\n")
-    for name, metrics in rows.items():
-        parts += [f"### {name}\n", _cutoff_table(metrics)]
-    if details:
-        parts += ["## How\n", "".join(f"- {key}: {value}\n" for key, value in details.items())]
-    return "\n".join(parts)
+def _pair_json(pair: Pair) -> dict[str, Any]:
+    values = dataclasses.asdict(pair)
+    test = values.pop("test")
+    # JSON knows no infinity; the statistic has none where every query differs by the same amount.
+    test["t"] = test["t"] if abs(test["t"]) < float("inf") else None
+    return {**values, **test}
 
 
-def _cutoff_table(metrics: Metrics) -> str:
-    """Measures down, cut-offs across."""
-    names = list(dict.fromkeys(measure.partition("@")[0] for measure in metrics.mean))
-    ks = list(dict.fromkeys(measure.partition("@")[2] for measure in metrics.mean))
-    lines = ["| at k = | " + " | ".join(ks) + " |", "|---|" + "---:|" * len(ks)]
-    for name in names:
-        cells = " | ".join(f"{metrics.mean[f'{name}@{k}']:.4f}" for k in ks)
-        lines.append(f"| {NAMES.get(name, name)} | {cells} |")
-    return "\n".join(lines) + "\n"
+def _changes_json(changes: Changes) -> dict[str, Any]:
+    return {
+        "a": changes.pair.a,
+        "b": changes.pair.b,
+        "better": [dataclasses.asdict(query) for query in changes.better],
+        "worse": [dataclasses.asdict(query) for query in changes.worse],
+    }
 
 
-def plot(path: Path, rows: Mapping[str, Metrics], title: str) -> bool:
-    """Draw nDCG@10 and recall@100 as bars, a panel each, to a PNG file; False (and a log line) without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.warning('no plot: it needs matplotlib: pip install "dense-retriever[plot]"')
-        return False
-    measures = [measure for measure in PLOTTED if all(measure in metrics.mean for metrics in rows.values())]
+def plot(path: Path, report: Report) -> bool:
+    """Draw the headline measures as bars to a PNG file; False (and a log line) where not every system has one."""
+    from eval import plots
+
+    measures = [
+        measure
+        for measure in PLOTTED
+        if all(measure in metrics.mean for found in report.sets for metrics in found.systems.values())
+    ]
     if not measures:
         log.warning("no plot: the cut-offs include neither nDCG@10 nor recall@100")
         return False
-    names = list(rows)
-    figure = Figure(figsize=(4.2 * len(measures) + 1.2, 1.3 + 0.42 * len(names)), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-    for axes, measure, colour in zip(panels, measures, ("#2f6690", "#81a4cd"), strict=False):
-        bars = axes.barh(names, [metrics.mean[measure] for metrics in rows.values()], height=0.62, color=colour)
-        axes.bar_label(bars, fmt="%.3f", padding=4, fontsize=9, color="#333333")
-        axes.set_title(measure_name(measure), loc="left", fontsize=10, color="#333333")
-        axes.set_xlim(0, 1.12 * max(0.05, *(metrics.mean[measure] for metrics in rows.values())))
-        axes.tick_params(length=0, labelsize=9, colors="#333333")
-        axes.xaxis.set_visible(False)
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-        axes.spines["left"].set_color("#bbbbbb")
-    panels[0].invert_yaxis()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color="#222222")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with plots.style():
+        plots.to_png(plots.bars({found.name: found.systems for found in report.sets}, measures), path)
     return True

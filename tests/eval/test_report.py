@@ -9,15 +9,36 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import Metrics, evaluate_run
-from eval.report import comparison_table, write_report
+from eval.compare import ChangedQuery, ShownPassage, compare
+from eval.metrics import Metrics, Qrels, Run, evaluate_run
+from eval.ranking import RankedRun
+from eval.report import Changes, Report, ReportSet, comparison_table, write, write_report
 from index.files import InputError
+
+QRELS: Qrels = {"q1": {"a": 1}, "q2": {"b": 1}, "q3": {"a": 1}}
+BEFORE: Run = {"q1": {"b": 2.0, "a": 1.0}, "q2": {"b": 1.0}}
+AFTER: Run = {"q1": {"a": 1.0}, "q2": {"b": 1.0, "a": 0.5}, "q3": {"a": 1.0}}
+FILES = ["report.html", "report.json", "report.md", "report.png"]
 
 
 def rows() -> dict[str, Metrics]:
-    qrels = {"q1": {"a": 1}, "q2": {"b": 1}, "q3": {"a": 1}}
-    before = evaluate_run(qrels, {"q1": {"b": 2.0, "a": 1.0}, "q2": {"b": 1.0}})
-    return {"before": before, "after": evaluate_run(qrels, {q: {d: 1.0 for d in g} for q, g in qrels.items()})}
+    return {"before": evaluate_run(QRELS, BEFORE), "after": evaluate_run(QRELS, AFTER)}
+
+
+def whole_report() -> Report:
+    """Two sets and everything that a report may hold, with names that would break a careless page."""
+    systems = {"<b>before</b> $x$": rows()["before"], "after & co|": rows()["after"]}
+    runs = {name: RankedRun.of(run) for name, run in zip(systems, (BEFORE, AFTER), strict=True)}
+    pairs = compare(systems)
+    hostile = "<script>alert(1)</script> [x](javascript:y) \"quoted\" 'q' &amp; |\n# heading"
+    changed = ChangedQuery("q<1>", hostile, 0.6309, 1.0, [ShownPassage("p<i>", hostile, 1, None, 1)])
+    changes = [Changes(pairs[0], [changed], [])]
+    sets = [
+        ReportSet("one <&> \"'", systems, pairs, changes, runs, QRELS),
+        ReportSet("two", {"after & co|": rows()["after"]}),
+    ]
+    details = {"model sha256": "0" * 64, "systems": {"before": {"seed": 3, "list": [1, "</dd>"]}}}
+    return Report("toy <title>", sets, details, absent=["robust04"])
 
 
 def test_table_has_a_line_per_row() -> None:
@@ -37,16 +58,65 @@ def test_a_measure_that_one_row_lacks_is_a_dash() -> None:
 
 def test_report_files_agree(tmp_path: Path) -> None:
     written = write_report(tmp_path / "out", rows(), title="toy, test split", details={"model": "m"})
-    assert [path.name for path in written] == ["report.json", "report.md", "report.png"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.md", "report.png"]
-    report = json.loads(written[0].read_text())
-    assert report["rows"]["before"]["mean"] == rows()["before"].mean
-    assert (report["rows"]["before"]["queries"], report["rows"]["before"]["missing_queries"]) == (3, ["q3"])
-    text = written[1].read_text()
-    assert comparison_table(rows()) in text and "- model: m" in text
-    assert "| at k = | 1 | 3 | 5 | 10 | 100 | 1000 |" in text and text.count("| nDCG | 0.") == 1
-    assert "before: 1 of 3 queries got no passage and count as 0: q3" in text
-    assert written[2].read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in written) == FILES
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (found,) = report["sets"].values()
+    assert found["systems"]["before"] == {"mean": rows()["before"].mean, "missing_queries": ["q3"]}
+    assert found["queries"] == 3
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert comparison_table(rows(), head="system") in text and "- model: m" in text
+    assert "| at k = | 1 | 3 | 5 | 10 | 100 | 1000 |" in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    for line in (text, page):
+        assert "before: 1 of 3 queries got no passage and count as 0: q3" in line
+        assert "0.5436" in line and "0.6667" in line
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sets_as_rows_have_the_model_as_their_system(tmp_path: Path) -> None:
+    runs = {"one": (RankedRun.of(BEFORE), QRELS)}
+    sets = {"one": rows()["before"], "two": rows()["after"]}
+    write_report(tmp_path, sets, title="toy", details={"model": "models/minilm"}, head="data", runs=runs)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [list(found["systems"]) for found in report["sets"].values()] == [["minilm"], ["minilm"]]
+    assert "| mean of the sets |  | 0.7718 |" in (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "scores that minilm gives" in page and page.count("<svg") == 4
+
+
+def test_everything_that_comes_from_data_is_escaped(tmp_path: Path) -> None:
+    write(tmp_path, whole_report())
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "<b>before" not in page and "p<i>" not in page and "one <&>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    # In the plots a dollar sign is one, not a formula.
+    assert "$x$" in page
+    text = (tmp_path / "report.md").read_text()
+    assert "<script" not in text and "\n# heading" not in text and "[x](" not in text
+
+
+def test_a_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    write(tmp_path, whole_report())
+    page = (tmp_path / "report.html").read_text()
+    for loading in ("src=", "url(http", "@import", "<link", "<iframe", "<script", "javascript:y)<"):
+        assert loading not in page.replace('src="data:', ""), loading
+    assert "default-src 'none'" in page
+
+
+def test_the_same_report_is_the_same_page(tmp_path: Path) -> None:
+    write(tmp_path / "one", whole_report())
+    write(tmp_path / "two", whole_report())
+    for name in FILES[:3]:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_sets_that_are_not_here_have_a_row(tmp_path: Path) -> None:
+    write(tmp_path, whole_report())
+    assert "| robust04 |  | not here | not here |" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["absent"] == ["robust04"]
+    # A system that one set lacks has no mean that could be compared with the others'.
+    assert "| mean of the sets |  | – | 1.0000 |" in (tmp_path / "report.md").read_text()
 
 
 def test_without_matplotlib_there_is_a_hint_and_no_plot(
@@ -55,9 +125,10 @@ def test_without_matplotlib_there_is_a_hint_and_no_plot(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level(logging.WARNING):
         written = write_report(tmp_path, rows(), title="toy")
-    assert [path.name for path in written] == ["report.json", "report.md"]
-    assert 'pip install "dense-retriever[plot]"' in caplog.text
-    assert "report.png" not in written[1].read_text()
+    assert sorted(path.name for path in written) == FILES[:3]
+    assert caplog.text.count('pip install "dense-retriever[plot]"') == 1
+    assert "report.png" not in (tmp_path / "report.md").read_text()
+    assert "<svg" not in (tmp_path / "report.html").read_text()
 
 
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:

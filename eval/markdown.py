@@ -1,0 +1,166 @@
+"""A report as Markdown: tables that are readable as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from eval.compare import Pair
+from eval.measures import HEADLINE, NAMES, cutoffs, measure_name
+from eval.metrics import Metrics
+
+if TYPE_CHECKING:
+    from eval.report import Changes, Report, ReportSet
+
+
+def comparison_table(rows: Mapping[str, Metrics], measures: Sequence[str] = HEADLINE, head: str = "model") -> str:
+    """A Markdown table, a line per row, values with four digits; measures that no row has are left out.
+
+    Args:
+        rows: name -> metrics, in the order wanted ("BM25", "before training", "after training").
+        measures: the columns.
+        head: what a row is ("model", "dataset").
+    """
+    columns = [measure for measure in measures if any(measure in metrics.mean for metrics in rows.values())]
+    cells = [
+        [cell(name), *(f"{metrics.mean[m]:.4f}" if m in metrics.mean else "–" for m in columns)]
+        for name, metrics in rows.items()
+    ]
+    return table([head, *map(measure_name, columns)], cells)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns but the first are numbers."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def cell(text: str) -> str:
+    """Text of the data in a table's cell: one line, no bars, nothing that Markdown or HTML would take for its own."""
+    text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "/").replace("&", "&amp;").replace("<", "&lt;")
+    for sign in "*_`[]":
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+def overview_rows(report: Report) -> Iterator[tuple[str, str, list[float | None]]]:
+    """(set, its number of queries, a value for each system) of the table with a row per set, and their mean below."""
+    systems = report.systems
+    values: list[list[float | None]] = []
+    for found in report.sets:
+        means = [found.systems[name].mean if name in found.systems else {} for name in systems]
+        values.append([mean.get(report.measure) for mean in means])
+        yield found.name, f"{found.queries:,}", values[-1]
+    if len(report.sets) > 1:
+        yield "mean of the sets", "", [_mean(column) for column in zip(*values, strict=True)]
+
+
+def _mean(column: Sequence[float | None]) -> float | None:
+    known = [value for value in column if value is not None]
+    # A mean over fewer sets than the others' would be compared with them.
+    return math.fsum(known) / len(known) if len(known) == len(column) else None
+
+
+def p_text(p: float) -> str:
+    """A p-value as it is printed."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def markdown_of(report: Report, plotted: bool) -> str:
+    """The whole report; `plotted` says whether report.png lies beside it."""
+    head = ["set", "queries", *(f"{cell(system)}" for system in report.systems)]
+    rows = [
+        [cell(name), queries, *("–" if value is None else f"{value:.4f}" for value in values)]
+        for name, queries, values in overview_rows(report)
+    ]
+    rows += [[cell(name), "", *("not here" for _ in report.systems)] for name in report.absent]
+    parts = [f"# {cell(report.title)}\n", f"{measure_name(report.measure)} by set:\n", table(head, rows)]
+    if plotted:
+        parts.append("![nDCG@10 and recall@100](report.png)\n")
+    for found in report.sets:
+        parts += _set_parts(found)
+    if report.details:
+        parts += ["## How\n", "".join(f"- {key}: {detail(value)}\n" for key, value in report.details.items())]
+    return "\n".join(parts)
+
+
+def detail(value: Any) -> str:
+    """A value of the details on one line."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {detail(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(detail, value))
+    return str(value)
+
+
+def missing_lines(found: ReportSet) -> list[str]:
+    """What is said of systems that answered not every query."""
+    lines = []
+    for name, metrics in found.systems.items():
+        if metrics.missing:
+            named = ", ".join(metrics.missing[:3]) + (", …" if len(metrics.missing) > 3 else "")
+            total = len(metrics.per_query)
+            lines.append(
+                f"{name}: {len(metrics.missing):,} of {total:,} queries got no passage and count as 0: {named}"
+            )
+    return lines
+
+
+def _set_parts(found: ReportSet) -> list[str]:
+    parts = [f"## {cell(found.name)}\n", comparison_table(found.systems, head="system")]
+    parts += [line + "\n" for line in missing_lines(found)]
+    if found.pairs:
+        parts.append(f"By query, {measure_name(found.pairs[0].measure)}, the second against the first:\n")
+        parts.append(table(PAIR_HEAD, [[cell(text) for text in pair_cells(pair)] for pair in found.pairs]))
+    for changes in found.changes:
+        parts += _changes_parts(changes)
+    parts.append("### Every cut-off\n")
+    for name, metrics in found.systems.items():
+        parts += [f"{cell(name)}:\n", _cutoff_table(metrics)]
+    return parts
+
+
+PAIR_HEAD = ("pair", "difference", "95 % interval", "better", "worse", "same", "p, t-test", "p, randomised", "p, Holm")
+
+
+def pair_cells(pair: Pair) -> list[str]:
+    """A row of the table of comparisons."""
+    test = pair.test
+    return [
+        f"{pair.a} → {pair.b}",
+        f"{test.difference:+.4f}",
+        f"{test.low:+.4f} to {test.high:+.4f}",
+        *(f"{count:,}" for count in (test.wins, test.losses, test.ties)),
+        *(p_text(p) for p in (test.p_t, test.p_randomisation, pair.p_corrected)),
+    ]
+
+
+def _changes_parts(changes: Changes) -> Iterator[str]:
+    pair = changes.pair
+    for word, queries in (("better", changes.better), ("worse", changes.worse)):
+        if queries:
+            yield f"### {cell(pair.b)} is {word} than {cell(pair.a)}\n"
+        for query in queries:
+            yield (
+                f"**{cell(query.text)}** ({cell(query.id)}): {measure_name(pair.measure)} "
+                f"{query.value_a:.3f} → {query.value_b:.3f}\n"
+            )
+            yield "".join(
+                f"- {'**relevant** ' if (shown.grade or 0) > 0 else ''}{cell(shown.id)}, rank "
+                f"{shown.rank_a or '–'} → {shown.rank_b or '–'}: {cell(shown.text)}\n"
+                for shown in query.passages
+            )
+
+
+def _cutoff_table(metrics: Metrics) -> str:
+    """Measures down, cut-offs across."""
+    names, ks = cutoffs(metrics.mean)
+    rows = [
+        [
+            NAMES.get(name, name),
+            *(f"{metrics.mean[f'{name}@{k}']:.4f}" if f"{name}@{k}" in metrics.mean else "–" for k in ks),
+        ]
+        for name in names
+    ]
+    return table(["at k =", *ks], rows)

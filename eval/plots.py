@@ -1,0 +1,279 @@
+"""The plots of a report, by matplotlib: PNG files for Markdown, SVG that follows the page's colours for HTML."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eval.compare import Pair, values_of
+from eval.measures import measure_name
+from eval.metrics import Metrics, Qrels
+from eval.ranking import RankedRun
+from index.files import atomic_path
+
+log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# As they are on white paper. In SVG each becomes a CSS variable, so that a page can be dark; the hexadecimal
+# values are the keys, so they differ. The series are those of Okabe and Ito, who see without red or green.
+INK, MUTED, LINE = "#222223", "#5f6670", "#c4c9d0"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#a0529a", "#b07d00", "#3a8fc4")
+VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", **{colour: f"s{i}" for i, colour in enumerate(SERIES)}}
+MARKERS = "os^Dvp"
+WIDTH, HEIGHT = 4.4, 3.0
+# Above so many points a scatter is a picture within the SVG.
+VECTOR_POINTS = 1500
+
+
+def available() -> bool:
+    """Whether matplotlib is installed; if not, a log line says what to install."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        log.warning('no plots: they need matplotlib: pip install "dense-retriever[plot]"')
+        return False
+    return bool(matplotlib.figure)
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Our settings for the plots made within; names from data are text, never formulas."""
+    import matplotlib
+
+    settings: Any = {
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",
+        "font.size": 9.5,
+        "axes.titlesize": 10.5,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": LINE,
+        "axes.labelcolor": MUTED,
+        "axes.titlecolor": INK,
+        "text.color": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "grid.color": LINE,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Names in scripts that matplotlib's font lacks: the browser's font has them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def bars(sets: Mapping[str, Mapping[str, Metrics]], measures: Sequence[str]) -> Figure:
+    """A bar for each system, grouped by set, with its value; a panel for each measure."""
+    systems = list(dict.fromkeys(system for rows in sets.values() for system in rows))
+    count = sum(len(rows) for rows in sets.values()) + 0.6 * len(sets)
+    grouped = len(systems) > 1 < len(sets)
+    height = 0.75 + 0.27 * count + (0.2 * len(systems) if grouped else 0)
+    figure, panels = _figure(WIDTH * (1 if len(measures) == 1 else 0.45 + 0.55 * len(measures)), height, len(measures))
+    for axes, measure in zip(panels, measures, strict=True):
+        _bars(axes, sets, measure, systems)
+    for axes in panels[1:]:
+        axes.set_yticklabels([])
+    if grouped:
+        _legend_below(figure, panels[0])
+    return figure
+
+
+def _bars(axes: Axes, sets: Mapping[str, Mapping[str, Metrics]], measure: str, systems: list[str]) -> None:
+    shown = {name: {s: m for s, m in rows.items() if measure in m.mean} for name, rows in sets.items()}
+    shown = {name: rows for name, rows in shown.items() if rows}
+    named_by_system = len(shown) == 1 < len(systems)
+    named: set[str] = set()
+    heights, labels = [], []
+    y = 0.0
+    for name, rows in shown.items():
+        middle = y + (len(rows) - 1) / 2
+        for system, metrics in rows.items():
+            place = systems.index(system)
+            value = metrics.mean[measure]
+            label = None if system in named else _short(system)
+            named.add(system)
+            axes.barh(y, value, height=0.82, color=_colour(place), label=label)
+            axes.text(value, y, f" {value:.3f}", va="center", fontsize=9)
+            if named_by_system:
+                heights.append(y)
+                labels.append(_short(system))
+            y += 1
+        if not named_by_system:
+            heights.append(middle)
+            labels.append(_short(name))
+        y += 0.6
+    best = max((m.mean[measure] for rows in shown.values() for m in rows.values()), default=1.0)
+    axes.set_xlim(0, 1.16 * max(0.05, best))
+    axes.set_yticks(heights, labels)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.invert_yaxis()
+    axes.set_title(measure_name(measure))
+
+
+def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
+    """Recall at every cut-off that was computed, over a logarithmic k."""
+    figure, (axes,) = _figure()
+    for place, (name, metrics) in enumerate(rows.items()):
+        found = sorted((int(m.partition("@")[2]), v) for m, v in metrics.mean.items() if m.startswith("recall@"))
+        if found:
+            ks, values = zip(*found, strict=True)
+            axes.plot(ks, values, color=_colour(place), marker=MARKERS[place % 6], ms=4, lw=1.5, label=_short(name))
+    axes.set_xscale("log")
+    axes.set_ylim(0, 1)
+    axes.grid(True, axis="y")
+    axes.set_xlabel("k, passages a query")
+    axes.set_title("recall@k")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if len(rows) > 1:
+        _legend_below(figure, axes)
+    return figure
+
+
+def scatter(pair: Pair, a: Metrics, b: Metrics) -> Figure:
+    """Each query's value under b over that under a; equal points are one, the larger the more they are."""
+    figure, (axes,) = _figure(height=3.9)
+    points = np.stack([values_of(a, pair.measure), values_of(b, pair.measure)], axis=1).round(3)
+    distinct, counts = np.unique(points, axis=0, return_counts=True)
+    difference = distinct[:, 1] - distinct[:, 0]
+    axes.plot([0, 1], [0, 1], color=LINE, lw=1, zorder=1)
+    for chosen, colour, marker in ((difference > 0, 0, "^"), (difference < 0, 1, "v"), (difference == 0, None, "o")):
+        axes.scatter(
+            distinct[chosen, 0],
+            distinct[chosen, 1],
+            s=9 + 9 * np.sqrt(counts[chosen] - 1),
+            color=MUTED if colour is None else _colour(colour),
+            marker=marker,
+            alpha=0.55,
+            linewidths=0,
+            zorder=2,
+            rasterized=len(distinct) > VECTOR_POINTS,
+        )
+    test = pair.test
+    corner: Any = {"transform": axes.transAxes, "fontsize": 9, "clip_on": False}
+    axes.text(0.03, 0.955, f"▲ {test.wins:,} better", color=_colour(0), va="top", **corner)
+    axes.text(0.97, 0.045, f"▼ {test.losses:,} worse", color=_colour(1), ha="right", **corner)
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_aspect("equal")
+    axes.set_xlabel(f"{measure_name(pair.measure)} of {_short(pair.a)}")
+    axes.set_ylabel(f"{measure_name(pair.measure)} of {_short(pair.b)}")
+    return figure
+
+
+def score_distributions(name: str, run: RankedRun, qrels: Qrels) -> Figure | None:
+    """How a system scores relevant passages and others, among those it returned; None if it returned neither."""
+    relevant, other = split_scores(run, qrels)
+    scores = np.concatenate([relevant, other])
+    if not len(scores):
+        return None
+    figure, (axes,) = _figure()
+    low, high = np.quantile(scores, [0.0005, 0.9995])
+    edges = np.linspace(low, high if high > low else low + 1e-6, 41)
+    for values, colour, label in ((other, MUTED, "not relevant"), (relevant, _colour(0), "relevant")):
+        if len(values):
+            shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
+            axes.stairs(shares, edges, color=colour, fill=True, alpha=0.35)
+            axes.stairs(shares, edges, color=colour, lw=1.3, label=f"{label} ({len(values):,})")
+    axes.set_title(_short(name))
+    axes.set_xlabel("score")
+    axes.set_ylabel("share of passages")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _legend_below(figure, axes)
+    return figure
+
+
+def split_scores(run: RankedRun, qrels: Qrels) -> tuple[np.ndarray, np.ndarray]:
+    """The finite scores of the relevant passages that a run returned, and of all its others (unjudged ones too)."""
+    relevant = np.zeros(run.rows.shape, dtype=bool)
+    judged = np.zeros(len(run), dtype=bool)
+    row_of: dict[str, int] = {}
+    wanted = {passage for grades in qrels.values() for passage, grade in grades.items() if grade > 0}
+    for row in np.unique(run.rows[run.rows >= 0]).tolist():
+        if run.passages[row] in wanted:
+            row_of[run.passages[row]] = row
+    for place, query in enumerate(run.queries):
+        grades = qrels.get(query)
+        if grades is not None:
+            judged[place] = True
+            rows = [row_of[passage] for passage, grade in grades.items() if grade > 0 and passage in row_of]
+            relevant[place] = np.isin(run.rows[place], rows)
+    counted = (run.rows >= 0) & judged[:, None] & np.isfinite(run.scores)
+    return run.scores[counted & relevant], run.scores[counted & ~relevant]
+
+
+def to_svg(figure: Figure, label: str) -> str:
+    """An <svg> element for a page that defines --ink, --muted, --line and --s0 … --s5; `label` is read aloud."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    # Groups are numbered in every figure alike; two of a page must not share an id.
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font: [0-9.]+px [^;\"]*", lambda font: _page_font(font[0]), text)
+    text = re.sub("#[0-9a-f]{6}", lambda colour: _variable(colour[0]), text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{_attribute(label)}" ', 1)
+
+
+def to_png(figure: Figure, path: Path) -> None:
+    """Write a PNG file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
+
+
+def _page_font(font: str) -> str:
+    size = re.match(r"font: ([0-9.]+)px", font)
+    assert size is not None
+    return f"font-size: {size[1]}px"
+
+
+def _variable(colour: str) -> str:
+    return f"var(--{VARIABLES[colour]})" if colour in VARIABLES else colour
+
+
+def _attribute(text: str) -> str:
+    from html import escape
+
+    return escape(text, quote=True)
+
+
+def _figure(width: float = WIDTH, height: float = HEIGHT, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 1 if sum(map(len, labels)) > 44 else len(labels)
+    figure.legend(handles, labels, loc="outside lower left", ncols=max(1, columns), labelcolor=INK)
+
+
+def _colour(place: int) -> str:
+    return SERIES[place % len(SERIES)]
+
+
+def _short(name: str | None, length: int = 30) -> Any:
+    if name is None or len(name) <= length:
+        return name
+    return name[: length - 1] + "…"
