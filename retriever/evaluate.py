@@ -1,24 +1,17 @@
-"""Towers on BEIR folders: encode, search, score, report."""
+"""Towers on one BEIR split: encode, search, score; the dev set of a training run."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from eval.beir import BeirDataset
 from eval.evaluate import evaluate_beir
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
-from eval.report import write_report
-from eval.runs import write_trec_run
-from index.files import InputError
 from retriever.config import DevConfig
 from retriever.encode import EncodeOptions, corpus_source
 from retriever.encode_files import embed_corpus, embed_queries, ticking
@@ -54,48 +47,6 @@ def evaluate_towers(
             device=str(towers.device),
             progress=ticking(advance, tick),
         )
-
-
-def evaluate_to_report(
-    towers: Towers,
-    folders: list[Path],
-    out: Path,
-    options: EncodeOptions,
-    terminal: Terminal,
-    *,
-    split: str = "test",
-    k: int = 1000,
-    details: dict[str, Any],
-) -> dict[str, Metrics]:
-    """Evaluate on each BEIR folder and write into `out`, a folder for each data set.
-
-    OUT/NAME/embeddings/, OUT/NAME/run.trec, OUT/report.json, OUT/report.md and OUT/report.png.
-
-    Args:
-        details: what else the report should say about how the numbers came to be, the model among it.
-    """
-    datasets = [BeirDataset.open(folder, split) for folder in folders]
-    names = [dataset.name for dataset in datasets]
-    if len(set(names)) < len(names):
-        raise InputError(f"expected data folders of different names, found {', '.join(names)}")
-    for dataset in datasets:
-        # Before hours of encoding, not after.
-        dataset.check(passage.id for passage in dataset.passages())
-    results = {}
-    for dataset in datasets:
-        place = out / dataset.name
-        run, results[dataset.name] = evaluate_towers(towers, dataset, place / "embeddings", options, terminal, k=k)
-        write_trec_run(place / "run.trec", run, "retriever")
-    how = {
-        **details,
-        "model sha256": towers.fingerprint()["sha256"],
-        "split": split,
-        **dataclasses.asdict(options),
-        "search": f"exact, inner product, {k} passages a query",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-    }
-    write_report(out, results, title=f"{', '.join(names)} ({split})", details=how, head="data")
-    return results
 
 
 def open_dev(config: DevConfig) -> BeirDataset | None:

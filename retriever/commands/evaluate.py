@@ -5,47 +5,136 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from retriever.commands.common import Embedding, check_counts
+from retriever.commands.common import Embedding, Switch, check_counts
 from retriever.progress import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateBeir(Embedding):
-    """Score a model on BEIR folders: nDCG, MAP, recall, precision and MRR, with run files and a report."""
+    """Score a model on BEIR folders: nDCG, MAP, recall, precision, MRR, R-cap and success, with run files and a
+    report. The sets are checked first. Under torchrun all processes share the work."""
 
-    data: tuple[Path, ...]
-    """BEIR folders."""
+    data: tuple[str, ...]
+    """BEIR folders, folders of them, names of BEIR's sets (scifact …), or beir for all of them."""
     out: Path
     """Folder of the report; embeddings found there are used again."""
-    split: str = "test"
-    """Which qrels."""
+    split: str | None = None
+    """Which qrels; empty: test, and dev of MS MARCO."""
     k: int = 1000
     """Passages a query in the run."""
+    home: Path | None = None
+    """Where sets lie that --data names."""
+    download: Switch = False
+    """Fetch public sets that --data names into --home, checked against BEIR's sums."""
+    mirror: str | None = None
+    """Where to fetch from; empty: BEIR's own address."""
+    preflight: Switch = False
+    """Only check the sets: errors, warnings, lengths, an estimate of time, memory and disk."""
+    allow_dangling: Switch = False
+    """Go on where qrels judge passages (never found) or queries (score 0) that are not there."""
+    settings: Path | None = None
+    """YAML file with prompts and maximum lengths by set (query_prompt, passage_prompt, query_max_length,
+    passage_max_length), under the set's name or default."""
+    windows: Switch = False
+    """Score long documents by their best window, instead of cutting them at the model's maximum."""
+    overlap: int = 32
+    """Tokens that a window shares with the one before."""
+    factory: str | None = None
+    """Evaluate a FAISS index beside exact search, built by this factory string (auto, IVF1024,Flat …)."""
+    index: Path | None = None
+    """Evaluate this index beside exact search; it was built of the same corpus by the same model."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the vectors on disk."""
+    shard_rows: int = 65536
+    """Passages a shard; at most so many a process are lost when a run is killed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "k")
+        check_counts(self, "k", "shard_rows")
         if not self.data:
             raise ValueError("--data: expected at least one BEIR folder, found none")
+        if self.download and self.home is None:
+            raise ValueError("--download: expected --home, the folder to bring sets to")
+        if self.factory is not None and self.index is not None:
+            raise ValueError("--factory: give a factory string or an index, not both")
+        if self.overlap < 0:
+            raise ValueError(f"--overlap: expected 0 or more, found {self.overlap}")
 
     def run(self, terminal: Terminal) -> int:
-        from eval.report import comparison_table
-        from retriever.evaluate import evaluate_to_report
+        from retriever.check_sets import check_sets
+        from retriever.evaluate_suite import Suite, SuiteOptions
+        from retriever.ranks import SilentTerminal, joined_ranks, own_device
+        from retriever.set_settings import read_settings
 
-        results = evaluate_to_report(
-            self.towers(),
-            list(self.data),
-            self.out,
-            self.options(),
-            terminal,
-            split=self.split,
+        options = SuiteOptions(
             k=self.k,
-            details={"model": self.model},
+            windows=self.windows,
+            overlap=self.overlap,
+            factory=self.factory,
+            index=self.index,
+            settings=read_settings(self.settings) if self.settings else {},
+            dangling=self.allow_dangling,
+            dtype=self.dtype,
+            shard_rows=self.shard_rows,
         )
-        if self.json:
-            print(json.dumps({name: metrics.mean for name, metrics in results.items()}))
-        else:
-            print(comparison_table(results, head="data"), end="")
-            terminal.line(f"report: {self.out / 'report.md'}")
+        with joined_ranks() as ranks:
+            terminal = terminal if ranks.first else SilentTerminal()
+            plan = self._plan(ranks, terminal)
+            towers = self.towers()
+            towers.to(own_device(towers.device))
+            suite = Suite(towers, plan, self.out, self.options(), options, terminal, ranks)
+            checked = check_sets(
+                towers,
+                plan,
+                self.out,
+                self.options(),
+                options,
+                terminal,
+                thorough=self.preflight,
+                processes=ranks.size,
+            )
+            if self.preflight:
+                if self.json and ranks.first:
+                    print(json.dumps({"sets": checked, "absent": plan.absent}))
+                return 0
+            found = suite.run({"model": self.model}, checked)
+            if ranks.first:
+                self._print(found, terminal)
         return 0
+
+    def _plan(self, ranks: Any, terminal: Terminal) -> Any:
+        from eval.suite import plan
+
+        if self.download and ranks.first:
+            self._download(terminal)
+        ranks.wait()
+        return plan(self.data, self.home, self.split)
+
+    def _download(self, terminal: Terminal) -> None:
+        from eval.download import MIRROR, download
+        from eval.suite import BEIR, BY_NAME, WHOLE
+
+        assert self.home is not None
+        public = [definition.name for definition in BEIR if definition.md5]
+        asked = [name for entry in self.data for name in (public if entry == WHOLE else [entry])]
+        for name in asked:
+            if name in BY_NAME and not Path(name).is_dir() and not (self.home / name).is_dir():
+                with terminal.bar(f"download {name}", None, "bytes") as advance:
+                    download(name, self.home, mirror=self.mirror or MIRROR, progress=advance)
+
+    def _print(self, found: Any, terminal: Terminal) -> None:
+        from eval.approximate import approximation_table
+        from eval.report import comparison_table
+        from eval.suite import suite_table
+
+        if self.json:
+            print(json.dumps({name: metrics.mean for name, metrics in found.rows.items()}))
+            return
+        print(comparison_table(found.rows, head="data"), end="")
+        if found.approximations:
+            print("\n" + approximation_table(found.exact, found.approximations, found.measure), end="")
+        if found.absent or len(found.rows) > 1:
+            print("\n" + suite_table(found.rows, found.absent, found.measure), end="")
+        terminal.line(f"report: {self.out / 'report.md'}")

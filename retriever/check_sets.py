@@ -1,0 +1,134 @@
+"""What is wrong with the sets of an evaluation, and what it will take: said before the model embeds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
+from eval.preflight import Preflight, preflight
+from eval.suite import Plan, Task
+from index.files import InputError
+from retriever.encode import EncodeOptions, embed_texts
+from retriever.progress import Terminal
+from retriever.set_settings import towers_for
+from retriever.towers import SIDES, Side, Towers
+
+if TYPE_CHECKING:
+    from retriever.evaluate_suite import SuiteOptions
+
+# Corpora below this are done before a trial of the model's speed would be.
+WORTH_A_TRIAL = 2000
+TRIAL_SECONDS = 0.5
+
+
+def check_sets(
+    towers: Towers,
+    plan: Plan,
+    out: Path,
+    encode: EncodeOptions,
+    options: SuiteOptions,
+    terminal: Terminal,
+    *,
+    thorough: bool = False,
+    processes: int = 1,
+) -> dict[str, dict[str, Any]]:
+    """Read every set, print its findings, lengths and estimate.
+
+    Args:
+        thorough: print lengths and an estimate of small sets too.
+        processes: how many share the encoding.
+
+    Returns:
+        Set -> its numbers, findings and estimate, for JSON.
+
+    Raises:
+        InputError: a set has errors, or there is none.
+    """
+    if not plan.tasks:
+        raise InputError(f"expected at least one set that is here, found none of {', '.join(plan.absent)}")
+    found = []
+    for task in plan.tasks:
+        with terminal.bar(f"{task.name}: check", None, "passages"):
+            found.append(preflight(task.folder, task.split, name=task.name, dangling=options.dangling))
+    reports = {}
+    broken = any(of_set.errors for of_set in found)
+    for task, of_set in zip(plan.tasks, found, strict=True):
+        own = towers_for(towers, options.settings, task.name, task.row)
+        lengths: dict[str, Lengths] = {side: _lengths(own, side, of_set) for side in SIDES}
+        if not options.windows:
+            warn_of_lengths(of_set, lengths)
+        _print_findings(task, of_set, terminal)
+        reports[task.name] = _json(of_set, lengths)
+        if not broken and (thorough or of_set.passages >= WORTH_A_TRIAL):
+            expected = estimate(
+                of_set,
+                lengths,
+                dim=own.dimension,
+                k=options.k,
+                out=out.absolute(),
+                tokens_per_second=processes * _speed(own, of_set.passage_sample, lengths["document"], encode),
+                dtype_bytes=2 if options.dtype == "float16" else 4,
+                shard_rows=options.shard_rows,
+            )
+            reports[task.name]["estimate"] = dataclasses.asdict(expected)
+            _print_estimate(lengths, expected, out, terminal)
+    for of_set in found:
+        of_set.refuse()
+    return reports
+
+
+def _print_findings(task: Task, found: Preflight, terminal: Terminal) -> None:
+    counts = f"{found.passages:,} passages, {found.queries:,} queries, {found.judgements:,} judgements"
+    errors, warnings = (sum(finding.count for finding in kind) for kind in (found.errors, found.warnings))
+    terminal.line(f"{task.name} ({task.split}): {counts}; {errors:,} errors, {warnings:,} warnings")
+    for kind, findings in (("error", found.errors), ("warning", found.warnings)):
+        for finding in findings:
+            terminal.line(f"  {kind}: {finding}")
+
+
+def _print_estimate(lengths: dict[str, Lengths], expected: Estimate, out: Path, terminal: Terminal) -> None:
+    for side in SIDES:
+        terminal.line(f"  {side} lengths: {lengths[side]}")
+    terminal.line(f"  estimate: {expected}")
+    if expected.disk > expected.free:
+        terminal.line(f"  warning: not enough room on the disk of {out}")
+
+
+def _json(found: Preflight, lengths: dict[str, Lengths]) -> dict[str, Any]:
+    return {
+        "passages": found.passages,
+        "queries": found.queries,
+        "judgements": found.judgements,
+        "errors": {finding.what: finding.count for finding in found.errors},
+        "warnings": {finding.what: finding.count for finding in found.warnings},
+        "tokens": {side: lengths[side].histogram() for side in SIDES},
+    }
+
+
+def _lengths(towers: Towers, side: Side, found: Preflight) -> Lengths:
+    """Token counts of a sample of texts as the model would read them, but not cut."""
+    texts = found.query_sample if side == "query" else found.passage_sample
+    tokens = towers.tokenizer(side)
+    if not texts:
+        return Lengths(np.empty(0, np.int64), tokens.max_length)
+    prompt = towers.prompt(side)
+    whole = dataclasses.replace(tokens, max_length=None)
+    return Lengths(whole([prompt + text for text in texts]).lengths, tokens.max_length)
+
+
+def _speed(towers: Towers, texts: Sequence[str], lengths: Lengths, options: EncodeOptions) -> float:
+    """Tokens that the model reads in a second, tried on the first texts of a sample: as many as half a second takes."""
+    limit = lengths.limit or int(lengths.counts.max(initial=1))
+    count, seconds = 1, 0.0
+    while count < len(texts) and seconds < TRIAL_SECONDS:
+        count = min(len(texts), 4 * count)
+        began = time.perf_counter()
+        embed_texts(towers, texts[:count], "document", options)
+        seconds = time.perf_counter() - began
+    return float(lengths.counts[:count].clip(max=limit).sum()) / max(seconds, 1e-6)

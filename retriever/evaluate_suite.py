@@ -1,0 +1,249 @@
+"""A model on any number of sets: checked first, embedded once, searched exactly and by an index, reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from eval.approximate import Approximation, approximation
+from eval.beir import BeirDataset
+from eval.evaluate import exact_search, is_windows, query_vectors, ranked_run, score
+from eval.long_documents import WINDOWS
+from eval.metrics import Metrics, Qrels
+from eval.ranking import RankedRun
+from eval.report import write_report
+from eval.runs import write_trec_run
+from eval.suite import Plan, Task, rows_of_tasks
+from index.embeddings import EmbeddingStore
+from index.files import InputError, write_json
+from index.passages import read_passages
+from index.records import count_records
+from retriever.encode import EncodeOptions, corpus_source
+from retriever.encode_files import embed_queries
+from retriever.progress import Terminal
+from retriever.ranks import Ranks, encode_on_ranks
+from retriever.set_settings import SetSettings, towers_for
+from retriever.split_documents import split_documents
+from retriever.towers import Towers
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What is asked for beyond the model and the sets."""
+
+    k: int = 1000
+    """Passages a query in the run."""
+    windows: bool = False
+    """Score long documents by their best window, instead of cutting them."""
+    overlap: int = 32
+    """Tokens that windows share with the one before."""
+    factory: str | None = None
+    """Build this FAISS index of each corpus and evaluate it beside exact search."""
+    index: Path | None = None
+    """Evaluate this index, built of the same corpus by the same model, beside exact search."""
+    settings: Mapping[str, SetSettings] = field(default_factory=dict)
+    """Prompts and lengths by set."""
+    dangling: bool = False
+    """Go on where qrels judge passages or queries that are not there."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the vectors on disk."""
+    shard_rows: int = 65536
+    """Passages a shard of the store."""
+
+
+@dataclass
+class SetResult:
+    """What was found on one set."""
+
+    run: RankedRun
+    metrics: Metrics
+    qrels: Qrels
+    approximation: Approximation | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class SuiteResult:
+    """What was found on all of them, by the rows of the table."""
+
+    rows: dict[str, Metrics]
+    absent: list[str]
+    exact: dict[str, Metrics]
+    """By set: the rows, but each forum of CQADupStack for itself."""
+    approximations: dict[str, Approximation]
+    """By set, where an index was asked for."""
+
+    @property
+    def measure(self) -> str:
+        """nDCG@10, or at the deepest cut-off of a run that is not that deep."""
+        measures = next(iter(self.rows.values())).mean
+        return "ndcg@10" if "ndcg@10" in measures else [name for name in measures if name.startswith("ndcg@")][-1]
+
+
+class Suite:
+    """One model's evaluation on the sets of a plan, by all ranks together."""
+
+    def __init__(
+        self,
+        towers: Towers,
+        plan: Plan,
+        out: Path,
+        encode: EncodeOptions,
+        options: SuiteOptions,
+        terminal: Terminal,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._towers = towers
+        self._plan = plan
+        self._out = out
+        self._encode = encode
+        self._options = options
+        self._ranks = ranks or Ranks()
+        self._terminal = terminal
+        if options.index is not None and len(plan.tasks) != 1:
+            raise InputError(f"{options.index}: expected one set to go with one index, found {len(plan.tasks)}")
+
+    def run(self, details: Mapping[str, Any], checked: Mapping[str, Any]) -> SuiteResult:
+        """Evaluate every set and write the report.
+
+        OUT/SET/embeddings/ (or windows/), OUT/SET/run.trec, OUT/SET/index/ and OUT/SET/index.trec where an index was
+        asked for; OUT/evaluation.json; OUT/report.*.
+        """
+        results = {task.name: self._evaluate(task) for task in self._plan.tasks}
+        exact = {name: result.metrics for name, result in results.items()}
+        found = {name: result.approximation for name, result in results.items() if result.approximation}
+        whole = SuiteResult(rows_of_tasks(self._plan.tasks, exact), self._plan.absent, exact, found)
+        if self._ranks.first:
+            self._write(whole, results, details, checked)
+        self._ranks.wait()
+        return whole
+
+    def _evaluate(self, task: Task) -> SetResult:
+        towers, place = towers_for(self._towers, self._options.settings, task.name, task.row), self._out / task.name
+        dataset = BeirDataset.open(task.folder, task.split, dangling=self._options.dangling)
+        dataset = dataclasses.replace(dataset, name=task.name)
+        began = time.perf_counter()
+        store = self._embedded(towers, task, dataset.corpus_file, place)
+        encoded = time.perf_counter()
+        vectors = query_vectors(
+            dataset, lambda texts: embed_queries(towers, texts, self._encode, self._terminal), store.dim
+        )
+        asked = time.perf_counter()
+        ids, k = store.ids(), self._options.k
+        with self._terminal.bar(f"{task.name}: search", store.rows, "passages") as advance:
+            find = exact_search(store, ids, device=str(towers.device), progress=advance)
+            run = ranked_run(dataset, ids, find, lambda: vectors, k, is_windows(store))
+        searched = time.perf_counter()
+        result = SetResult(run, score(dataset, run, k), dataset.qrels)
+        result.seconds = {
+            "encode corpus": encoded - began,
+            "encode queries": asked - encoded,
+            "search": searched - asked,
+            "metrics": time.perf_counter() - searched,
+        }
+        if self._ranks.first:
+            write_trec_run(place / "run.trec", run, "retriever")
+            if self._options.factory is not None or self._options.index is not None:
+                result.approximation = self._by_index(task, dataset, store, towers, vectors, result)
+        self._ranks.wait()
+        return result
+
+    def _embedded(self, towers: Towers, task: Task, corpus: Path, place: Path) -> EmbeddingStore:
+        """The corpus's store: embedded, continued or used again."""
+        source, passages = corpus_source(corpus), read_passages(corpus)
+        if self._options.windows:
+            source[WINDOWS] = f"overlap {self._options.overlap}"
+            passages = split_documents(towers, passages, self._options.overlap)
+        total = count_records(corpus) if self._terminal.is_live and not self._options.windows else None
+        with self._terminal.bar(f"{task.name}: encode", total, "passages") as advance:
+            return encode_on_ranks(
+                self._ranks,
+                towers,
+                passages,
+                place / (WINDOWS if self._options.windows else "embeddings"),
+                self._encode,
+                source=source,
+                dtype=self._options.dtype,
+                shard_rows=self._options.shard_rows,
+                progress=advance,
+            )
+
+    def _by_index(
+        self, task: Task, dataset: BeirDataset, store: EmbeddingStore, towers: Towers, vectors: Any, exact: SetResult
+    ) -> Approximation:
+        """What an index of the same vectors finds."""
+        from index.faiss_index import Index
+
+        folder = self._options.index or self._built(task, store)
+        index = Index.open(folder)
+        index.check_model(towers.fingerprint())
+        began = time.perf_counter()
+        k = self._options.k
+        run = ranked_run(dataset, index.ids, index.search, lambda: vectors, k, is_windows(store))
+        exact.seconds["search by index"] = time.perf_counter() - began
+        write_trec_run(self._out / task.name / "index.trec", run, "retriever")
+        return approximation(index.factory, exact.run, run, score(dataset, run, k))
+
+    def _built(self, task: Task, store: EmbeddingStore) -> Path:
+        """The index of the store, built or used again."""
+        from index import faiss_index
+        from index.manifest import INDEX, NAME, read_manifest
+
+        folder, factory = self._out / task.name / "index", self._options.factory
+        assert factory is not None
+        if (folder / NAME).exists():
+            fields = read_manifest(folder, INDEX).fields
+            same = {"rows": store.rows, "dim": store.dim, "model": store.model, "source": store.source}
+            if all(fields.get(name) == value for name, value in same.items()) and fields.get("factory") == factory:
+                return folder
+        with self._terminal.bar(f"{task.name}: index {factory}", store.rows, "vectors") as advance:
+            faiss_index.build(store, folder, factory=factory, progress=advance)
+        return folder
+
+    def _write(
+        self,
+        whole: SuiteResult,
+        results: Mapping[str, SetResult],
+        details: Mapping[str, Any],
+        checked: Mapping[str, Any],
+    ) -> None:
+        how = {
+            **details,
+            "model sha256": self._towers.fingerprint()["sha256"],
+            "split": ", ".join(dict.fromkeys(task.split for task in self._plan.tasks)),
+            **dataclasses.asdict(self._encode),
+            "search": f"exact, inner product, {self._options.k} passages a query",
+            "long documents": "best window" if self._options.windows else "cut at the model's maximum",
+            "settings": {name: dataclasses.asdict(own) for name, own in self._options.settings.items()},
+            "processes": self._ranks.size,
+            "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        }
+        sets = {name: self._set_json(result, checked.get(name, {})) for name, result in results.items()}
+        write_json(self._out / "evaluation.json", {"details": how, "absent": whole.absent, "sets": sets})
+        title = f"{', '.join(whole.rows)} ({how['split']})"
+        write_report(self._out, whole.rows, title=title, details=how, head="data")
+
+    def _set_json(self, result: SetResult, checked: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "mean": result.metrics.mean,
+            "queries": len(result.metrics.per_query),
+            "missing_queries": result.metrics.missing,
+            "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
+            "preflight": dict(checked),
+        }
+        if other := result.approximation:
+            losses = {measure: other.loss(result.metrics, measure) for measure in result.metrics.mean}
+            found["index"] = {
+                "factory": other.index,
+                "mean": other.metrics.mean,
+                "loss": losses,
+                f"overlap@{other.depth}": other.overlap,
+            }
+        return found
