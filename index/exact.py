@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 
 from index.files import InputError
+from index.products import Block, Queries, full_precision, half_type
+from index.top_k import Best, as_table, merge
+from index.windows import Shards, Window, pieces
 
-# Scores of one block and some queries that are held at once: 64 MiB in float32.
-SCORES_AT_ONCE = 2**24
+__all__ = ["merge", "search", "search_on_ranks"]
+
+# Products of one block and some queries that are held at once: 64 MiB in float32, and 1 GiB on a GPU.
+PRODUCTS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
+# Queries whose lists are exchanged between ranks at a time.
+QUERIES_AT_ONCE = 4096
 
 
 def search(
     queries: np.ndarray,
-    shards: Iterable[tuple[int, np.ndarray]],
+    shards: Shards,
     ids: Sequence[str],
     k: int,
     *,
@@ -28,18 +34,23 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` passages of highest inner product for each query, exactly.
 
-    Passages rank by float32 score, descending, and among equal scores by id, descending in its UTF-8 bytes: the order
-    of trec_eval. That holds at the cut too: of the passages tied for the last places, those of highest id are taken.
-    Memory is constant: queries, results, one block of passages and 64 MiB of scores. The block size changes nothing
-    but the rounding of the products, of the order of 1e-7.
+    The score of a pair is the exact inner product of its float32 vectors, rounded to float64 and then to float32.
+    Passages rank by it, descending, and among equal scores by id, descending in its UTF-8 bytes: the order of
+    trec_eval, at the cut too. Block size, shards, device and precision of the products change no bit of the result:
+    products are made in half precision where the device is faster at it, and only choose which pairs are scored, with
+    a bound on their error; where too many pairs lie within it, float32 and in the end float64 take their place.
+
+    Memory is constant: queries, results, two windows of vectors (256 MiB each, 1 GiB on a GPU), the products of a
+    block (64 MiB, 1 GiB on a GPU) and the candidates.
 
     Args:
         queries: [Q, D], float32.
-        shards: (first row, vectors [n, D] of any floating dtype), in order and without gaps; read once.
-        ids: the ids of the N rows.
+        shards: (first row, vectors [n, D] of any floating dtype), in order and without gaps; read once. Tensors that
+            lie on the device are used where they are.
+        ids: the ids of the N rows, no two of them equal.
         k: how many to return, at least 1.
         block_rows: passages multiplied at once.
-        device: where the products are made; precision is full float32 there, whatever the global settings.
+        device: where the work is done, whatever the global settings of precision are.
         progress: called with the number of rows after each block.
 
     Returns:
@@ -50,197 +61,150 @@ def search(
             row, and the id of a passage.
         ValueError: shapes or row numbers do not fit together.
     """
+    whole = _checked(shards, queries, len(ids))
+    return _search(queries, whole, ids, k, block_rows, device, progress)
+
+
+def search_on_ranks(
+    queries: np.ndarray,
+    shards: Shards,
+    ids: Sequence[str],
+    k: int,
+    *,
+    group: distributed.ProcessGroup | None = None,
+    block_rows: int = 16384,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`search` by all ranks of a process group together; every rank gets the same result, that of `search`, bit by bit.
+
+    Rank r reads the shards r, r + W, r + 2W …, then the lists of all ranks are merged. Each rank calls it with the
+    same arguments but `device` and `progress`. Sends 12 bytes for each of the k passages of a query to every rank.
+
+    Raises:
+        as `search`, on the rank that found the fault; RuntimeError on the others, which then do not wait for it.
+    """
+    rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
+    whole = _checked(shards, queries, len(ids))
+    mine = (shard for number, shard in enumerate(whole) if number % ranks == rank)
+    wire = torch.device(device if distributed.get_backend(group) == "nccl" else "cpu")
+    failed = torch.zeros(1, device=wire)
+    try:
+        scores, rows = _search(queries, mine, ids, k, block_rows, device, progress)
+    except BaseException:
+        failed += 1
+        raise
+    finally:
+        distributed.all_reduce(failed, group=group)
+    if failed:
+        raise RuntimeError("exact search: another rank failed, and its message says why")
+    width = min(k, len(ids))
+    parts = []
+    for start in range(0, max(1, len(queries)), QUERIES_AT_ONCE):
+        some = slice(start, start + QUERIES_AT_ONCE)
+        lists = zip(
+            _gathered(_filled(scores[some], width, -np.inf), wire, group),
+            _gathered(_filled(rows[some], width, -1), wire, group),
+            strict=True,
+        )
+        parts.append(merge(list(lists), ids, k))
+    return np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts])
+
+
+def _search(
+    queries: np.ndarray,
+    shards: Shards,
+    ids: Sequence[str],
+    k: int,
+    block_rows: int,
+    device: str | torch.device,
+    progress: Callable[[int], None] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`search` over rows that may have gaps."""
     if k < 1 or block_rows < 1:
         raise ValueError(f"k, block_rows: expected numbers above 0, found {k}, {block_rows}")
     if queries.ndim != 2:
         raise ValueError(f"queries: expected shape [Q, D], found {queries.shape}")
-    order = _IdOrder(ids, device)
-    with _full_precision(device):
-        moved = _to_device(queries, device)
-        largest = _largest(moved, "query {}".format)
-        chunk = max(1, SCORES_AT_ONCE // min(block_rows, max(1, len(ids))))
-        parts = [_Best(part, k, order) for part in moved.split(chunk) if len(part)]
-        seen = 0
-        for first, block in _blocks(shards, block_rows):
-            if first != seen or first + len(block) > len(ids) or block.shape[1] != queries.shape[1]:
-                raise ValueError(
-                    f"shards: expected vectors of {queries.shape[1]} dimensions for rows from {seen} up to "
-                    f"{len(ids)}, found {block.shape} at row {first}"
-                )
-            passages = _to_device(block, device)
-            bound = _largest(passages, partial(_passage_name, ids, first))
-            if largest * bound * queries.shape[1] > torch.finfo(torch.float32).max:
-                raise InputError(f"rows {first} to {first + len(block) - 1}: inner products overflow float32")
+    place = _with_number(torch.device(device))
+    with full_precision(place):
+        half = half_type(place)
+        vectors = torch.from_numpy(np.array(queries, dtype=np.float32)).to(place)
+        largest = _largest(vectors)
+        at_once = max(1, PRODUCTS_AT_ONCE[place.type] // min(block_rows, max(1, len(ids))))
+        parts = [Best(Queries(part, half), k, ids) for part in vectors.split(at_once) if len(part)]
+        window: Window | None = None
+        for piece in pieces(shards, block_rows, len(ids), place):
+            if window is not None and window is not piece.window:
+                _settle(parts, window)
+            window = piece.window
+            block = Block(piece.vectors, piece.first, piece.start, ids, half)
+            # Half of what float32 holds, because products in half precision may exceed the exact ones a little.
+            if largest * block.largest * queries.shape[1] > torch.finfo(torch.float32).max / 2:
+                last = piece.first + piece.rows - 1
+                raise InputError(f"rows {piece.first} to {last}: inner products overflow float32")
+            window.enter(piece.start, piece.first, piece.rows, block.norm)
             for part in parts:
-                part.update(first, passages)
-            seen += len(block)
+                part.update(block, window)
             if progress is not None:
-                progress(len(block))
-        if seen != len(ids):
-            raise ValueError(f"shards: expected {len(ids)} rows, one for each id, found {seen}")
-        if not parts or not seen:
-            return np.empty((len(queries), min(k, seen)), np.float32), np.empty((len(queries), min(k, seen)), np.int64)
-        for part in parts:
-            part.sort()
-        scores = torch.cat([part.scores for part in parts]).cpu().numpy()
-        rows = torch.cat([part.rows for part in parts]).cpu().numpy()
-        return scores, rows
+                progress(piece.rows)
+        if window is not None:
+            _settle(parts, window)
+        tables = [as_table(part.query, part.score, part.row, part.count) for part in parts]
+    if not tables:
+        return np.empty((0, min(k, len(ids))), np.float32), np.empty((0, min(k, len(ids))), np.int64)
+    return np.concatenate([scores for scores, _ in tables]), np.concatenate([rows for _, rows in tables])
 
 
-class _IdOrder:
-    """The place of each row's id among all ids, highest id highest; sorted at the first tie, which may never come."""
-
-    def __init__(self, ids: Sequence[str], device: str | torch.device) -> None:
-        self._ids = ids
-        self._device = device
-        self._places: torch.Tensor | None = None
-
-    @property
-    def places(self) -> torch.Tensor:
-        """[N] int64."""
-        if self._places is None:
-            # Python compares text by code points, which is the order of its UTF-8 bytes.
-            ascending = np.array(sorted(range(len(self._ids)), key=self._ids.__getitem__), np.int64)
-            places = np.empty_like(ascending)
-            places[ascending] = np.arange(len(ascending))
-            self._places = torch.from_numpy(places).to(self._device)
-        return self._places
+def _settle(parts: list[Best], window: Window) -> None:
+    for part in parts:
+        part.settle(window)
+    window.release()
 
 
-class _Best:
-    """The best passages so far for some queries [Q, D].
-
-    `scores` and `rows` [Q, C] hold, for every query, at least its k best of all rows seen; `sort` leaves exactly those.
-    """
-
-    def __init__(self, queries: torch.Tensor, k: int, order: _IdOrder) -> None:
-        self._queries = queries
-        self._k = k
-        self._order = order
-        self.scores = queries.new_empty((len(queries), 0))
-        self.rows = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
-        # No passage that scores below its query's entry [Q, 1] can still be among the best.
-        self._floor = queries.new_full((len(queries), 1), -torch.inf)
-
-    def update(self, first: int, passages: torch.Tensor) -> None:
-        """Let `passages` [n, D], the rows from `first` on, compete."""
-        products = self._queries @ passages.T
-        # Usually few products reach the floor, and are picked out much faster than a block's own top k is found.
-        found = _picked(products, products >= self._floor, 2 * self._k)
-        if found is None:
-            found = _top(products, self._k, lambda: self._order.places[first : first + len(passages)])
-        scores, columns = found
-        self.scores = torch.cat([self.scores, scores], dim=1)
-        self.rows = torch.cat([self.rows, columns + first], dim=1)
-        if self.scores.shape[1] > 2 * self._k or bool(self._floor.isinf().any()):
-            self.sort()
-
-    def sort(self) -> None:
-        """Keep exactly the k best, best first."""
-        scores, order = self.scores.sort(dim=1, descending=True, stable=True)
-        scores = scores[:, : self._k + 1]
-        if (scores[:, 1:] == scores[:, :-1]).any():
-            by_id = self._order.places[self.rows].argsort(dim=1, descending=True)
-            order = by_id.gather(1, self.scores.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
-        order = order[:, : self._k]
-        self.scores, self.rows = self.scores.gather(1, order), self.rows.gather(1, order)
-        if self.scores.shape[1] == self._k:
-            self._floor = self.scores[:, -1:].clone()
-
-
-def _picked(products: torch.Tensor, chosen: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The `chosen` entries of `products` [Q, n] and their columns, both [Q, c], filled up with -inf and column 0.
-
-    None when a row has more than `most` of them.
-    """
-    if int(chosen.count_nonzero()) > len(products) * most:
-        return None
-    queries, columns = chosen.nonzero(as_tuple=True)
-    counts = torch.bincount(queries, minlength=len(products))
-    width = int(counts.max())
-    if width > most:
-        return None
-    # `queries` ascends: an entry's place in its row is its distance from the row's first.
-    places = torch.arange(len(queries), device=queries.device) - (counts.cumsum(0) - counts)[queries]
-    scores = products.new_full((len(products), width), -torch.inf)
-    scores[queries, places] = products[queries, columns]
-    picked = columns.new_zeros((len(products), width))
-    picked[queries, places] = columns
-    return scores, picked
-
-
-def _top(products: torch.Tensor, k: int, places: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top k of `products` [Q, n] and their columns, both [Q, min(k, n)]; ties at the cut go to the highest places.
-
-    `places` gives the [n] places of the columns' ids; it is asked only when there is a tie at a cut.
-    """
-    count = min(k, products.shape[1])
-    # One more than wanted shows whether equal scores lie on both sides of the cut.
-    scores, columns = products.topk(min(count + 1, products.shape[1]), dim=1)
-    if scores.shape[1] == count:
-        return scores, columns
-    tied = (scores[:, count - 1] == scores[:, count]).nonzero().flatten()
-    scores, columns = scores[:, :count], columns[:, :count]
-    # Few queries at a time: the places of their ids take twice the room of their scores.
-    for some in tied.split(max(1, len(products) // 8)):
-        columns[some] = _highest_ids_at_the_cut(products[some], scores[some], columns[some], places())
-    return scores, columns
-
-
-def _highest_ids_at_the_cut(
-    products: torch.Tensor, scores: torch.Tensor, columns: torch.Tensor, places: torch.Tensor
-) -> torch.Tensor:
-    """Columns [Q, k] of the top k of `products` [Q, n], where ties with the k-th score go to the highest `places` [n].
-
-    `scores`, `columns` [Q, k] are the top k with ties decided arbitrarily.
-    """
-    cut = scores[:, -1:]
-    tied = torch.where(products == cut, places, -1).topk(scores.shape[1], dim=1).indices
-    # Above the cut nothing changes; from there on come the tied ones, highest id first.
-    above = (scores > cut).sum(dim=1, keepdim=True)
-    position = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-    return torch.where(position < above, columns, tied.gather(1, (position - above).clamp_min(0)))
-
-
-def _passage_name(ids: Sequence[str], first: int, row: int) -> str:
-    return f"row {first + row}, passage {ids[first + row]!r}"
-
-
-def _blocks(shards: Iterable[tuple[int, np.ndarray]], block_rows: int) -> Iterator[tuple[int, np.ndarray]]:
+def _checked(shards: Shards, queries: np.ndarray, rows: int) -> Iterator[tuple[int, Any]]:
+    """The shards, which must follow each other and be as many rows as `rows`."""
+    seen = 0
     for first, vectors in shards:
-        for start in range(0, len(vectors), block_rows):
-            yield first + start, vectors[start : start + block_rows]
+        if first != seen or first + len(vectors) > rows or vectors.shape[1:] != queries.shape[1:]:
+            raise ValueError(
+                f"shards: expected vectors of {queries.shape[1]} dimensions for rows from {seen} up to {rows}, "
+                f"found {tuple(vectors.shape)} at row {first}"
+            )
+        yield first, vectors
+        seen += len(vectors)
+    if seen != rows:
+        raise ValueError(f"shards: expected {rows} rows, one for each id, found {seen}")
 
 
-def _to_device(vectors: np.ndarray, device: str | torch.device) -> torch.Tensor:
-    # Always a copy: a memory map is read-only, which torch cannot express, and is read from disk once this way.
-    return torch.from_numpy(np.array(vectors, dtype=np.float32)).to(device)
-
-
-def _largest(vectors: torch.Tensor, name: Callable[[int], str]) -> float:
-    """The largest magnitude in `vectors` [n, D], which must be finite."""
-    if not vectors.numel():
+def _largest(queries: torch.Tensor) -> float:
+    """The largest magnitude in `queries` [Q, D], which must be finite."""
+    if not queries.numel():
         return 0.0
-    smallest, largest = (float(value) for value in torch.aminmax(vectors))
+    smallest, largest = (float(value) for value in torch.aminmax(queries))
     magnitude = max(abs(smallest), abs(largest))
     if not np.isfinite(magnitude):
-        row = int(vectors.isfinite().all(dim=1).int().argmin())
-        raise InputError(f"{name(row)}: expected a finite vector, found NaN or infinity")
+        row = int(queries.isfinite().all(dim=1).int().argmin())
+        raise InputError(f"query {row}: expected a finite vector, found NaN or infinity")
     return magnitude
 
 
-@contextlib.contextmanager
-def _full_precision(device: str | torch.device) -> Iterator[None]:
-    """Plain float32 products, even where the caller trains with TF32 or autocast."""
-    # These can be read and restored whether the caller set the precision here or by one of the older functions.
-    modules: Any = torch.backends  # torch makes some of these names at run time
-    backends = (modules.cuda.matmul, modules.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.inference_mode(), torch.autocast(torch.device(device).type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+def _with_number(device: torch.device) -> torch.device:
+    """`cuda` as `cuda:0`, the name that tensors give."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _filled(table: np.ndarray, width: int, value: float) -> torch.Tensor:
+    whole = np.full((len(table), width), value, table.dtype)
+    whole[:, : table.shape[1]] = table
+    return torch.from_numpy(whole)
+
+
+def _gathered(
+    table: torch.Tensor, device: torch.device, group: distributed.ProcessGroup | None
+) -> Iterable[np.ndarray]:
+    table = table.to(device)
+    tables = [torch.empty_like(table) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(tables, table, group=group)
+    return [one.cpu().numpy() for one in tables]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import faiss
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index import exact
+from index import exact, windows
 from index.files import InputError
 
 IDS = ["d9", "d10", "é", "z", "😀", "\ufb01", "a", "A", "aa", "_", "٣", "-1", "10", "9", "0", "e\u0301", "zz", "Z"]
@@ -19,14 +20,29 @@ def shards_of(passages: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
     return [(start, passages[start : start + size]) for start in range(0, len(passages), size)]
 
 
-def oracle(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every product in float64; equal float32 scores by the bytes of the id, descending, as trec_eval sorts them."""
-    scores = (queries.astype(np.float64) @ passages.astype(np.float64).T).astype(np.float32)
-    rows = np.empty((len(queries), min(k, len(ids))), np.int64)
+def ranking(scores: np.ndarray, ids: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.empty((len(scores), min(k, len(ids))), np.int64)
     for query, row_scores in enumerate(scores.tolist()):
         order = sorted(range(len(ids)), key=lambda row: (row_scores[row], ids[row].encode()), reverse=True)
         rows[query] = order[:k]
     return np.take_along_axis(scores, rows, axis=1), rows
+
+
+def exact_oracle(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every score by a sum without rounding, for the ranking of `oracle`."""
+    products = queries.astype(np.float64)[:, None] * passages.astype(np.float64)
+    scores = np.array([[math.fsum(pair) for pair in row] for row in products.tolist()]).astype(np.float32) + 0
+    return ranking(scores, ids, k)
+
+
+def oracle(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every product in float64; equal float32 scores by the bytes of the id, descending, as trec_eval sorts them."""
+    return ranking((queries.astype(np.float64) @ passages.astype(np.float64).T).astype(np.float32), ids, k)
+
+
+def same_bits(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[0].view(np.int32), expected[0].view(np.int32))
 
 
 @settings(max_examples=150, deadline=None)
@@ -69,7 +85,7 @@ def test_every_path_through_the_blocks_ranks_the_same(rng, monkeypatch, order: s
     elif order == "one query's":
         passages[700:] = queries[3]
     ids = [f"d{n}" for n in rng.permutation(len(passages))]
-    monkeypatch.setattr(exact, "SCORES_AT_ONCE", 600)
+    monkeypatch.setitem(exact.PRODUCTS_AT_ONCE, "cpu", 600)
     scores, found = exact.search(queries, shards_of(passages, 411), ids, k, block_rows=128)
     expected_scores, expected = oracle(queries, passages, ids, k)
     np.testing.assert_array_equal(found, expected)
@@ -89,15 +105,118 @@ def test_real_numbers_rank_as_in_float64_and_as_faiss_flat(rng) -> None:
     np.testing.assert_array_equal(found, oracle(queries, passages, ids, 20)[1])
 
 
-@pytest.mark.parametrize("block_rows", [1, 17, 100, 1000, 5000])
-def test_block_size_does_not_change_the_ranking(rng, block_rows: int) -> None:
-    passages = rng.standard_normal((1000, 32)).astype(np.float32)
-    queries = rng.standard_normal((9, 32)).astype(np.float32)
-    ids = [f"d{n}" for n in range(1000)]
-    expected_scores, expected = exact.search(queries, [(0, passages)], ids, 30)
-    scores, found = exact.search(queries, [(0, passages)], ids, 30, block_rows=block_rows)
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_allclose(scores, expected_scores, rtol=1e-6, atol=1e-6)
+def test_results_have_the_same_bits_whatever_the_blocks_shards_windows_and_products(rng, monkeypatch) -> None:
+    passages = rng.standard_normal((1000, 37)).astype(np.float32)
+    queries = rng.standard_normal((9, 37)).astype(np.float32)
+    passages[500:] = passages[:500] * np.float32(1 + 2e-7)  # pairs that only the last bits tell apart
+    ids = [f"d{n}" for n in rng.permutation(1000)]
+    expected = exact_oracle(queries, passages, ids, 30)
+    for half in (None, torch.bfloat16, torch.float16):
+        monkeypatch.setattr(exact, "half_type", lambda device, half=half: half)
+        for block_rows, shard_rows, window in ((1, 1000, 2**20), (17, 90, 9000), (100, 7, 2**20), (5000, 333, 40000)):
+            monkeypatch.setitem(windows.WINDOW_BYTES, "cpu", window)
+            found = exact.search(queries, shards_of(passages, shard_rows), ids, 30, block_rows=block_rows)
+            same_bits(found, expected)
+
+
+@pytest.mark.parametrize(
+    "kind", ["collapsed", "far from zero", "cancelling", "sparse", "of every size", "tiny", "huge"]
+)
+@pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
+def test_vectors_that_products_cannot_tell_apart_rank_by_their_exact_scores(rng, monkeypatch, kind: str, half) -> None:
+    monkeypatch.setattr(exact, "half_type", lambda device: half)
+    noise = rng.standard_normal((2000, 24)).astype(np.float32)
+    queries = rng.standard_normal((5, 24)).astype(np.float32)
+    if kind == "collapsed":
+        passages = 1 + 1e-6 * noise
+    elif kind == "far from zero":
+        passages = noise + 1000
+    elif kind == "cancelling":
+        passages = np.concatenate([1e4 + noise, -1e4 - noise + 1e-3 * noise[::-1]], axis=1)
+        queries = np.concatenate([queries, queries], axis=1)
+    elif kind == "sparse":
+        passages = np.where(rng.random(noise.shape) < 0.1, np.round(noise), 0)
+        queries = np.where(rng.random(queries.shape) < 0.2, np.round(queries), 0)
+    elif kind == "of every size":
+        passages = noise * 10.0 ** rng.integers(-18, 15, (2000, 1))
+    elif kind == "tiny":
+        passages = noise * 1e-30
+    else:
+        passages = noise * 1e30
+    passages, queries = passages.astype(np.float32), queries.astype(np.float32)
+    ids = [f"d{n}" for n in rng.permutation(2000)]
+    for k in (1, 10, 300):
+        same_bits(
+            exact.search(queries, [(0, passages)], ids, k, block_rows=700), exact_oracle(queries, passages, ids, k)
+        )
+
+
+def test_scores_of_half_precision_vectors_are_exact(rng) -> None:
+    """Their sums are often just between two float32 numbers, where float64 sums in another order may fall."""
+    passages = rng.standard_normal((3000, 64)).astype(np.float16)
+    queries = rng.standard_normal((20, 64)).astype(np.float16).astype(np.float32)
+    ids = [f"d{n}" for n in range(3000)]
+    same_bits(exact.search(queries, [(0, passages)], ids, 50), exact_oracle(queries, passages, ids, 50))
+
+
+def test_a_score_is_the_exact_sum_rounded() -> None:
+    """Sums that no order of float64 additions gets right, and a zero without a sign."""
+    passages = np.array([[2**60, 1, -(2**60)], [2**60, -1, -(2**60)], [-1, 0, 1]], np.float32)
+    scores, rows = exact.search(np.ones((1, 3), np.float32), [(0, passages)], ["a", "b", "c"], 3)
+    assert (scores.tolist(), rows.tolist()) == ([[1.0, 0.0, -1.0]], [[0, 2, 1]])
+    assert not np.signbit(scores[0, 1])
+
+
+def test_many_queries_crowded_with_candidates_stay_within_memory(rng, monkeypatch) -> None:
+    """Candidates are scored before their window is full when there are too many of them."""
+    monkeypatch.setattr("index.top_k.CANDIDATES", 10)
+    passages = (1 + 1e-4 * rng.standard_normal((3000, 16))).astype(np.float32)
+    ids = [f"d{n}" for n in range(3000)]
+    found = exact.search(passages[:7], shards_of(passages, 500), ids, 3, block_rows=100)
+    same_bits(found, exact_oracle(passages[:7], passages, ids, 3))
+
+
+def test_shards_may_use_their_memory_again(rng) -> None:
+    passages = rng.standard_normal((50, 4)).astype(np.float32)
+    ids = [f"d{n}" for n in range(50)]
+
+    def shards():
+        room = np.empty((7, 4), np.float32)
+        for first, vectors in shards_of(passages, 7):
+            room[: len(vectors)] = vectors
+            yield first, room[: len(vectors)]
+            room[:] = np.nan
+
+    same_bits(exact.search(passages[:3], shards(), ids, 9), exact_oracle(passages[:3], passages, ids, 9))
+
+
+def test_tensors_are_searched_where_they_are(rng) -> None:
+    passages = rng.standard_normal((500, 8)).astype(np.float32)
+    ids = [f"d{n}" for n in range(500)]
+    shards = [(0, torch.from_numpy(passages[:300])), (300, passages[300:])]
+    same_bits(exact.search(passages[:3], shards, ids, 9, block_rows=64), exact_oracle(passages[:3], passages, ids, 9))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+def test_lists_of_parts_merge_to_the_list_of_the_whole(rng, pieces: int) -> None:
+    passages = rng.integers(-2, 3, (200, 5)).astype(np.float32)
+    queries = rng.integers(-2, 3, (6, 5)).astype(np.float32)
+    ids = [f"d{n}" for n in rng.permutation(200)]
+    parts = []
+    for some in np.array_split(np.arange(200), pieces):
+        scores, rows = exact.search(queries, [(0, passages[some])], [ids[n] for n in some], 70)
+        parts.append((scores, rows + some[0]))
+    same_bits(exact.merge(parts, ids, 70), exact_oracle(queries, passages, ids, 70))
+
+
+def test_places_left_over_do_not_count_in_a_merge() -> None:
+    left = (np.array([[2.0, 1.0], [5.0, -np.inf]], np.float32), np.array([[0, 1], [1, -1]]))
+    right = (np.array([[1.0], [-np.inf]], np.float32), np.array([[2], [-1]]))
+    scores, rows = exact.merge([left, right], ["a", "b", "c"], 3)
+    assert rows.tolist() == [[0, 2, 1], [1, -1, -1]]
+    assert scores.tolist() == [[2, 1, 1], [5, -np.inf, -np.inf]]
+    with pytest.raises(ValueError, match="parts, k: expected lists of the same queries"):
+        exact.merge([left, (right[0][:1], right[1][:1])], ["a", "b", "c"], 3)
 
 
 def test_fewer_passages_than_asked_for_are_all_there_are(rng) -> None:
@@ -199,15 +318,44 @@ def test_progress_counts_every_row(rng) -> None:
     passages = rng.standard_normal((10, 4)).astype(np.float32)
     seen: list[int] = []
     exact.search(passages[:1], shards_of(passages, 6), list("abcdefghij"), 2, block_rows=4, progress=seen.append)
-    assert seen == [4, 2, 4]
+    assert seen == [4, 4, 2]
 
 
 @pytest.mark.gpu
-def test_the_gpu_ranks_as_the_cpu(rng) -> None:
-    passages = rng.integers(-3, 4, (5000, 16)).astype(np.float32)
-    queries = rng.integers(-3, 4, (50, 16)).astype(np.float32)
+@pytest.mark.parametrize("kind", ["whole numbers", "real numbers", "normalised", "collapsed", "huge"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("window", [2**14, 2**30])
+def test_the_gpu_finds_the_same_bits_as_the_cpu(rng, monkeypatch, kind: str, dtype: type, window: int) -> None:
+    monkeypatch.setitem(windows.WINDOW_BYTES, "cuda", window)
+    passages = rng.standard_normal((5000, 48)).astype(np.float32)
+    queries = rng.standard_normal((50, 48)).astype(np.float32)
+    if kind == "whole numbers":
+        passages, queries = np.round(passages), np.round(queries)
+    elif kind == "normalised":
+        passages /= np.linalg.norm(passages, axis=1, keepdims=True)
+    elif kind == "collapsed":
+        passages = 1 + 1e-3 * passages
+    elif kind == "huge":
+        passages *= 1e4 if dtype == np.float16 else 1e20
+    passages = passages.astype(dtype)
     ids = [f"d{n}" for n in rng.permutation(5000)]
-    expected = exact.search(queries, [(0, passages)], ids, 100, block_rows=700)
-    scores, rows = exact.search(queries, [(0, passages)], ids, 100, block_rows=700, device="cuda")
-    np.testing.assert_array_equal(scores, expected[0])
-    np.testing.assert_array_equal(rows, expected[1])
+    shards = shards_of(passages, 1300)
+    expected = exact.search(queries, shards, ids, 100, block_rows=700)
+    same_bits(exact.search(queries, shards, ids, 100, block_rows=700, device="cuda"), expected)
+    there = [(first, torch.from_numpy(vectors).cuda()) for first, vectors in shards]
+    same_bits(exact.search(queries, there, ids, 100, device="cuda"), expected)
+
+
+@pytest.mark.gpu
+def test_a_fault_found_on_the_gpu_is_reported_and_the_next_search_works(rng) -> None:
+    passages = rng.standard_normal((40000, 32)).astype(np.float32)
+    ids = [f"d{n}" for n in range(40000)]
+    bad = passages.copy()
+    bad[30000, 3] = np.nan
+    with pytest.raises(InputError, match="row 30000, passage 'd30000': expected a finite vector"):
+        exact.search(passages[:5], shards_of(bad, 7000), ids, 10, device="cuda")
+    with pytest.raises(ValueError, match="shards: expected"):
+        exact.search(passages[:5], [(0, passages), (1, passages)], ids, 10, device="cuda")
+    shards = shards_of(passages, 7000)
+    expected = exact.search(passages[:5], shards, ids, 10)
+    same_bits(exact.search(passages[:5], shards, ids, 10, device="cuda"), expected)

@@ -1,0 +1,99 @@
+"""Exact search by several real processes, and the thread that brings vectors to a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from index import exact, windows
+
+HOUSE = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def run_ranks(ranks: int, folder: Path) -> list[dict[str, np.ndarray]]:
+    """What each of so many processes found."""
+    script = Path(__file__).with_name("exact_on_ranks.py")
+    environment = {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(ranks), folder / f"store{ranks}", folder],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    return [dict(np.load(folder / f"{ranks}-{rank}.npz")) for rank in range(ranks)]
+
+
+def test_one_two_and_four_ranks_find_the_same_bytes_with_any_block_size(rng, tmp_path: Path) -> None:
+    passages = rng.standard_normal((500, 16)).astype(np.float32)
+    passages[250:] = passages[:250]  # every score twice, for ties across shards
+    queries = rng.standard_normal((11, 16)).astype(np.float32)
+    ids = [f"d{n}" for n in rng.permutation(500)]
+    np.savez(tmp_path / "data.npz", queries=queries, passages=passages, ids=np.array(ids))
+    scores, rows = exact.search(queries, [(0, passages)], ids, 40)
+    for ranks in (1, 2, 4):
+        for number, found in enumerate(run_ranks(ranks, tmp_path)):
+            for block_rows in (7, 100, 16384):
+                assert found[f"scores{block_rows}"].tobytes() == scores.tobytes()
+                assert found[f"rows{block_rows}"].tobytes() == rows.tobytes()
+            # The last of 8 shards is the last rank's; nobody waits for it.
+            expected = "InputError: row 499" if number == ranks - 1 else "RuntimeError: exact search: another rank"
+            assert str(found["error"]).startswith(expected)
+
+
+def filled_ahead(shards: windows.Shards, block_rows: int, rows: int) -> Iterator[windows.Piece]:
+    stop = threading.Event()
+    copy = windows.HostCopy(CPU, stop)
+    return windows.ahead(lambda: windows._Filler(copy, block_rows, rows).fill(shards), stop, CPU)
+
+
+def test_windows_filled_ahead_bring_every_row_once_and_in_order(rng, monkeypatch) -> None:
+    monkeypatch.setitem(windows.WINDOW_BYTES, "cpu", 200)
+    vectors = rng.standard_normal((101, 3)).astype(np.float32)
+    seen, current = [], None
+    for piece in filled_ahead([(0, vectors[:40]), (40, vectors[40:])], 7, 101):
+        if current is not None and current is not piece.window:
+            current.release()
+        current = piece.window
+        assert piece.first == sum(map(len, seen))
+        seen.append(piece.vectors.clone().numpy())
+    np.testing.assert_array_equal(np.concatenate(seen), vectors)
+
+
+def test_a_fault_while_filling_ahead_is_raised_where_pieces_are_taken(rng) -> None:
+    def shards() -> Iterator[tuple[int, np.ndarray]]:
+        yield 0, np.ones((5, 3), np.float32)
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        list(filled_ahead(shards(), 2, 50))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("taken", [1, 2])
+def test_the_thread_ends_when_nobody_takes_its_pieces(monkeypatch, taken: int) -> None:
+    """Whether it waits for a place in the queue or for a window."""
+    monkeypatch.setitem(windows.WINDOW_BYTES, "cpu", 24)
+    stream = filled_ahead([(0, np.ones((100, 3), np.float32))], 1 if taken == 1 else 2, 100)
+    for _ in range(taken):
+        next(stream)
+    stream.close()
+    assert "vectors" not in [thread.name for thread in threading.enumerate()]
