@@ -1,0 +1,254 @@
+"""Exact search against the bare product with top-k, and on a CPU against faiss and beir, in one process.
+
+python scripts/bench_exact.py --device cuda --rows 1000000 --dim 768 --queries 10000 --k 100
+
+Every method's ranking is checked against float64 before its time is printed. Rows go to scripts/results/exact.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import machine
+
+from index import exact
+
+RESULTS = Path(__file__).resolve().parent / "results" / "exact.csv"
+BLOCK = 16384
+CHECKED = 50
+
+Found = tuple[np.ndarray, np.ndarray]
+
+
+def main() -> None:
+    """Measure one size and keep its rows."""
+    options = parse_arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    passages, queries = vectors(options)
+    ids = [f"d{row}" for row in range(options.rows)]
+    ways = gpu_ways(passages, queries, ids, options.k) if options.device == "cuda" else {}
+    if options.device == "cpu":
+        ways = cpu_ways(passages, queries, ids, options.k, torch.get_num_threads())
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(options.repeats + 1):
+        # In turns, so that a noisy neighbour disturbs all of them alike; the first turn warms up and is checked.
+        for name, way in ways.items():
+            synchronize()
+            started = time.perf_counter()
+            found = way()
+            synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+            else:
+                check(name, found, passages, queries, options.k)
+    write(options, {name: statistics.median(times) for name, times in seconds.items()})
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Sizes, and where."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--k", type=int, default=100)
+    parser.add_argument("--data", choices=("uniform", "clustered"), default="clustered", help="on the unit sphere")
+    parser.add_argument("--threads", type=int, default=0, help="of torch and faiss; 0 leaves them as they are")
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
+def vectors(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Passages [N, D] and queries [Q, D] of unit length; clustered ones lie around N / 200 centres, as topics do."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(max(1, options.rows // 200), options.dim, generator=generator)
+
+    def some(count: int) -> np.ndarray:
+        made = torch.empty(count, options.dim)
+        for part in made.split(65536):
+            part.normal_(generator=generator)
+            if options.data == "clustered":
+                part += centres[torch.randint(len(centres), (len(part),), generator=generator)]
+            part /= part.norm(dim=1, keepdim=True)
+        return made.numpy()
+
+    return some(options.rows), some(options.queries)
+
+
+def gpu_ways(passages: np.ndarray, queries: np.ndarray, ids: list[str], k: int) -> dict[str, Callable[[], Found]]:
+    """Ours and the bare product with top-k, from main memory and from the GPU's."""
+    there, asked = torch.from_numpy(passages).cuda(), torch.from_numpy(queries).cuda()
+
+    def ours(source: Any) -> Found:
+        return exact.search(queries, [(0, source)], ids, k, device="cuda")
+
+    def ours_in_float32(source: Any) -> Found:
+        with mock.patch.object(exact, "half_type", lambda device: None):
+            return ours(source)
+
+    return {
+        "bare float16, vectors on the GPU": lambda: bare(there, asked, k, half_product),
+        "bare float32, vectors on the GPU": lambda: bare(there, asked, k, product),
+        "bare float32, vectors in main memory": lambda: bare(torch.from_numpy(passages), asked, k, product),
+        "ours, vectors on the GPU": lambda: ours(there),
+        "ours, float32 products, vectors on the GPU": lambda: ours_in_float32(there),
+        "ours, vectors in main memory": lambda: ours(passages),
+        "ours, float32 products, vectors in main memory": lambda: ours_in_float32(passages),
+    }
+
+
+def cpu_ways(
+    passages: np.ndarray, queries: np.ndarray, ids: list[str], k: int, threads: int
+) -> dict[str, Callable[[], Found]]:
+    """Ours, the bare product with top-k, faiss and beir."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    flat = faiss.IndexFlatIP(passages.shape[1])
+    flat.add(passages)
+    there, asked = torch.from_numpy(passages), torch.from_numpy(queries)
+    search = beir_search(passages, queries, k)
+
+    def ours() -> Found:
+        return exact.search(queries, [(0, passages)], ids, k)
+
+    def ours_as_a_run() -> Found:
+        # What beir returns, and evaluation needs: a dictionary of scores for each query.
+        scores, rows = ours()
+        for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True):
+            dict(zip([ids[row] for row in some_rows], some_scores, strict=True))
+        return scores, rows
+
+    return {
+        "bare float32 product": lambda: bare(there, asked, k, product, top=False),
+        "bare float32 product and top-k": lambda: bare(there, asked, k, product),
+        "faiss IndexFlatIP": lambda: flat.search(queries, k),
+        "beir DenseRetrievalExactSearch": search,
+        "ours": ours,
+        "ours, as dictionaries like beir's": ours_as_a_run,
+    }
+
+
+def product(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+    """In float32, whatever the vectors are."""
+    return queries @ passages.T
+
+
+def half_product(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+    """In float16, summed and returned in float32."""
+    return torch.mm(queries.half(), passages.half().T, out_dtype=torch.float32)
+
+
+def bare(
+    passages: torch.Tensor,
+    queries: torch.Tensor,
+    k: int,
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    top: bool = True,
+) -> Found:
+    """What anyone would write: products by blocks, the top k of each, and of those kept; no promise about ties."""
+    best = queries.new_full((len(queries), k), -torch.inf)
+    rows = torch.full((len(queries), k), -1, device=queries.device)
+    for first in range(0, len(passages), BLOCK):
+        products = multiply(queries, passages[first : first + BLOCK].to(queries.device))
+        if top:
+            values, columns = products.topk(min(k, products.shape[1]), dim=1)
+            best, kept = torch.cat([best, values], dim=1).topk(k, dim=1)
+            rows = torch.cat([rows, columns + first], dim=1).gather(1, kept)
+    return best.cpu().numpy(), rows.cpu().numpy()
+
+
+def beir_search(passages: np.ndarray, queries: np.ndarray, k: int) -> Callable[[], Found]:
+    """beir's search, with a model that has its vectors ready."""
+    from beir.retrieval.search.dense import DenseRetrievalExactSearch
+
+    class Ready:
+        def encode_queries(self, texts: list[str], **_: object) -> torch.Tensor:
+            return torch.from_numpy(queries)
+
+        def encode_corpus(self, documents: list[dict[str, str]], **_: object) -> torch.Tensor:
+            first = int(documents[0]["text"])
+            return torch.from_numpy(passages[first : first + len(documents)])
+
+    # beir sorts the corpus by the length of its texts: equal lengths keep their order.
+    corpus = {f"d{row}": {"text": f"{row:09d}"} for row in range(len(passages))}
+    asked = {f"q{query}": "" for query in range(len(queries))}
+
+    def search() -> Found:
+        found = DenseRetrievalExactSearch(Ready()).search(corpus, asked, k, "dot")
+        ranked = [sorted(found[query].items(), key=lambda pair: -pair[1]) for query in asked]
+        scores = np.array([[score for _, score in pairs] for pairs in ranked], np.float32)
+        return scores, np.array([[int(name[1:]) for name, _ in pairs] for pairs in ranked])
+
+    return search
+
+
+def check(name: str, found: Found, passages: np.ndarray, queries: np.ndarray, k: int) -> None:
+    """Compare a sample with float64: ours must have its scores to the last bit, the others to 1e-3 and 99 % of rows."""
+    if name == "bare float32 product":
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sample = np.linspace(0, len(queries) - 1, min(CHECKED, len(queries))).astype(int)
+    asked = torch.from_numpy(queries[sample]).to(device, torch.float64)
+    parts = [
+        asked @ torch.from_numpy(passages[first : first + 65536]).to(device, torch.float64).T
+        for first in range(0, len(passages), 65536)
+    ]
+    best, rows = torch.cat(parts, dim=1).topk(k, dim=1)
+    expected, scores = best.float().cpu().numpy(), found[0][sample]
+    if name.startswith("ours"):
+        # Of a million float64 sums a few round to another float32 number than the exact sum does.
+        if not (scores == expected).mean() > 0.9999 or np.abs(scores - expected).max() > 2.0**-23:
+            sys.exit(f"{name}: expected the scores of float64, found others")
+    elif np.abs(scores - expected).max() > 1e-3:
+        sys.exit(f"{name}: expected scores within 1e-3 of float64's, found {np.abs(scores - expected).max()}")
+    same = np.mean([len(set(a) & set(b)) / k for a, b in zip(rows.tolist(), found[1][sample].tolist(), strict=True)])
+    print(f"{name}: {same:.4%} of the rows of float64 on {len(sample)} queries", file=sys.stderr)
+    if same < (0.9999 if name.startswith("ours") else 0.97):
+        sys.exit(f"{name}: expected the passages of float64, found {same:.2%} of them")
+
+
+def write(options: argparse.Namespace, medians: dict[str, float]) -> None:
+    """Print the table, and put its rows in the place of those of the same size and hardware."""
+    size = {name: str(getattr(options, name)) for name in ("device", "rows", "dim", "queries", "k", "data")}
+    size["threads"] = str(torch.get_num_threads()) if options.device == "cpu" else ""
+    here = machine()
+    base = next(seconds for name, seconds in medians.items() if "top-k" in name or "float32, vectors on" in name)
+    rows = []
+    for name, seconds in medians.items():
+        share = f"{seconds / base:.3f}"
+        rows.append({**size, "method": name, "seconds": f"{seconds:.4f}", "of_bare_float32": share, **here})
+        print(f"{seconds:9.3f} s  {float(share):6.2f} × bare float32 product and top-k   {name}")
+    kept = []
+    if RESULTS.exists():
+        with RESULTS.open(encoding="utf-8", newline="") as stream:
+            same = {**size, "hardware": here["hardware"]}
+            kept = [row for row in csv.DictReader(stream) if any(row[name] != same[name] for name in same)]
+    with RESULTS.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+
+
+def synchronize() -> None:
+    """Wait for the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
