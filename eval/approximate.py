@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eval.measures import measure_name
 from eval.metrics import Metrics
 from eval.ranking import RankedRun
 
@@ -38,7 +39,8 @@ def approximation_table(
     exact: Mapping[str, Metrics], found: Mapping[str, Approximation], measure: str = "ndcg@10"
 ) -> str:
     """A Markdown table: exact and approximate values side by side, with the loss between them."""
-    lines = [f"| set | index | {measure}, exact | {measure}, index | loss | overlap |", "|---|---|---:|---:|---:|---:|"]
+    shown = measure_name(measure)
+    lines = [f"| set | index | {shown}, exact | {shown}, index | loss | overlap |", "|---|---|---:|---:|---:|---:|"]
     for name, other in found.items():
         values = f"{exact[name].mean[measure]:.4f} | {other.metrics.mean[measure]:.4f} | {other.loss(exact[name]):+.4f}"
         lines.append(f"| {name} | {other.index} | {values} | {other.overlap:.4f} at {other.depth} |")

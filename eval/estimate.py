@@ -120,10 +120,11 @@ def estimate(
 def warn_of_lengths(found: Preflight, lengths: dict[str, Lengths]) -> None:
     """Count the texts of the sample that the model would cut as a warning of the set."""
     for side, of_side in lengths.items():
-        if of_side.cut:
+        if of_side.limit and of_side.cut:
             what = f"{side} texts longer than the model's maximum, of which it reads only the beginning"
             share = f"{of_side.cut:.1%} of a sample of {len(of_side.counts):,}"
             found.add(what, f"{share}, longest {int(of_side.counts.max()):,} of {of_side.limit:,} tokens")
+            found.findings[what].count = int((of_side.counts > of_side.limit).sum())
 
 
 def _span(seconds: float) -> str:

@@ -31,8 +31,7 @@ class Finding:
     places: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        more = f" (and {self.count - len(self.places):,} more)" if self.count > len(self.places) else ""
-        return f"{self.what}: {self.count:,}; {'; '.join(self.places)}{more}"
+        return f"{self.what}: {self.count:,}; first {'; '.join(self.places)}"
 
 
 @dataclass

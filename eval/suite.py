@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.beir import is_beir_folder
+from eval.measures import measure_name
 from eval.metrics import Metrics, PerQuery
 from index.files import InputError
 
@@ -175,7 +176,7 @@ def suite_table(rows: Mapping[str, Metrics], absent: Sequence[str], measure: str
     """
     known = [definition.name for definition in BEIR if definition.name in rows or definition.name in absent]
     names = [*known, *(name for name in rows if name not in known)]
-    lines = [f"| set | queries | {measure} |", "|---|---:|---:|"]
+    lines = [f"| set | queries | {measure_name(measure)} |", "|---|---:|---:|"]
     for name in names:
         title = BY_NAME[name].title if name in BY_NAME else name
         if name in rows:

@@ -18,7 +18,7 @@ from eval.evaluate import exact_search, is_windows, query_vectors, ranked_run, s
 from eval.long_documents import WINDOWS
 from eval.metrics import Metrics, Qrels
 from eval.ranking import RankedRun
-from eval.report import write_report
+from eval.report import Report, ReportSet, write
 from eval.runs import write_trec_run
 from eval.suite import Plan, Task, rows_of_tasks
 from index.embeddings import EmbeddingStore
@@ -225,10 +225,21 @@ class Suite:
             "processes": self._ranks.size,
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         }
-        sets = {name: self._set_json(result, checked.get(name, {})) for name, result in results.items()}
-        write_json(self._out / "evaluation.json", {"details": how, "absent": whole.absent, "sets": sets})
+        found = {name: self._set_json(result, checked.get(name, {})) for name, result in results.items()}
+        write_json(self._out / "evaluation.json", {"details": how, "absent": whole.absent, "sets": found})
         title = f"{', '.join(whole.rows)} ({how['split']})"
-        write_report(self._out, whole.rows, title=title, details=how, head="data")
+        system = Path(str(details["model"])).name
+        sets = [self._report_set(row, metrics, results.get(row), system) for row, metrics in whole.rows.items()]
+        write(self._out, Report(title, sets, how, whole.measure, whole.absent))
+
+    def _report_set(self, row: str, metrics: Metrics, result: SetResult | None, system: str) -> ReportSet:
+        """A row of the report; with its run, unless it is the mean of several sets."""
+        if result is None:
+            return ReportSet(row, {system: metrics})
+        systems = {system: metrics}
+        if result.approximation is not None:
+            systems[f"{system}, {result.approximation.index}"] = result.approximation.metrics
+        return ReportSet(row, systems, runs={system: result.run}, qrels=result.qrels)
 
     def _set_json(self, result: SetResult, checked: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {

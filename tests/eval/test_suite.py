@@ -56,7 +56,11 @@ def test_every_set_of_the_benchmark_gets_a_row_here_or_not(tmp_path: Path) -> No
     rows = rows_of_tasks(found.tasks, {task.name: scored(0.5, 4) for task in found.tasks})
     table = suite_table(rows, found.absent).splitlines()
     assert len(table) == 2 + 19 + 1
-    assert "| SciFact | 4 | 0.5000 |" in table and "| NQ | 3,452 | not here |" in table
+    assert (
+        "| set | queries | nDCG@10 |" in table
+        and "| SciFact | 4 | 0.5000 |" in table
+        and "| NQ | 3,452 | not here |" in table
+    )
     assert "| BioASQ | 500 | not here (not public) |" in table
     assert table[-1] == "| mean of 2 sets | | 0.5000 |"
 
