@@ -127,7 +127,7 @@ def most_changed(a: Metrics, b: Metrics, measure: str, count: int) -> tuple[list
 
 
 def passages_to_show(
-    query: str, qrels: Qrels, a: RankedRun, b: RankedRun, *, top: int = 3, relevant: int = 3
+    query: str, qrels: Qrels, a: RankedRun, b: RankedRun, *, top: int = 2, relevant: int = 2
 ) -> list[tuple[str, int | None, int | None]]:
     """(passage id, rank in a, rank in b) of the passages that explain a change: the first of both, and relevant ones.
 
@@ -172,7 +172,7 @@ def changed_queries(
     return found
 
 
-def texts_of(passages: Iterable[Passage], wanted: set[str], length: int = 400) -> dict[str, str]:
+def texts_of(passages: Iterable[Passage], wanted: set[str], length: int = 300) -> dict[str, str]:
     """The beginnings of the wanted passages' texts, in one pass over the corpus; no more than them is held."""
     return {
         passage.id: shorten(f"{passage.title} {passage.text}", length) for passage in passages if passage.id in wanted

@@ -102,18 +102,15 @@ def _plots(report: Report) -> dict[str, list[Plot]]:
 def _set_plots(found: ReportSet) -> Iterator[Plot]:
     from eval import plots
 
-    name = found.name
-    yield _plot(plots.recall_curves(found.systems), f"{name}: recall by cut-off")
-    for changes in found.changes or []:
+    yield _plot(plots.recall_curves(found.systems), "recall of each system by cut-off")
+    for changes in found.changes:
         pair = changes.pair
         drawn = plots.scatter(pair, found.systems[pair.a], found.systems[pair.b])
-        yield _plot(
-            drawn, f"{name}: each query under {pair.b} (up) and {pair.a} (across); larger points are more queries"
-        )
+        yield _plot(drawn, f"each query under {pair.b} (up) and {pair.a} (across); larger points are more queries")
     for system, run in found.runs.items():
         figure = plots.score_distributions(system, run, found.qrels)
         if figure is not None:
-            yield _plot(figure, f"{name}: scores that {system} gives to what it returned")
+            yield _plot(figure, f"scores that {system} gives to the passages it returned")
 
 
 def _plot(figure: Any, caption: str) -> Plot:

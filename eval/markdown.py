@@ -47,13 +47,21 @@ def cell(text: str) -> str:
 def overview_rows(report: Report) -> Iterator[tuple[str, str, list[float | None]]]:
     """(set, its number of queries, a value for each system) of the table with a row per set, and their mean below."""
     systems = report.systems
-    values: list[list[float | None]] = []
+    rows: dict[str, list[ReportSet]] = {}
     for found in report.sets:
-        means = [found.systems[name].mean if name in found.systems else {} for name in systems]
-        values.append([mean.get(report.measure) for mean in means])
-        yield found.name, f"{found.queries:,}", values[-1]
-    if len(report.sets) > 1:
+        rows.setdefault(found.row or found.name, []).append(found)
+    values = []
+    for name, parts in rows.items():
+        columns = zip(*([_value(report, part, system) for system in systems] for part in parts), strict=True)
+        values.append([_mean(column) for column in columns])
+        title = name if len(parts) == 1 else f"{name} (mean of {len(parts)})"
+        yield title, f"{sum(part.queries for part in parts):,}", values[-1]
+    if len(rows) > 1:
         yield "mean of the sets", "", [_mean(column) for column in zip(*values, strict=True)]
+
+
+def _value(report: Report, found: ReportSet, system: str) -> float | None:
+    return found.systems[system].mean.get(report.measure) if system in found.systems else None
 
 
 def _mean(column: Sequence[float | None]) -> float | None:
@@ -67,15 +75,36 @@ def p_text(p: float) -> str:
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def markdown_of(report: Report, plotted: bool) -> str:
-    """The whole report; `plotted` says whether report.png lies beside it."""
-    head = ["set", "queries", *(f"{cell(system)}" for system in report.systems)]
+def overview_table(report: Report) -> str:
+    """A row per set, a column per system, by the report's measure; sets that are not here at the end."""
+    head = ["set", "queries", *map(cell, report.systems)]
     rows = [
         [cell(name), queries, *("–" if value is None else f"{value:.4f}" for value in values)]
         for name, queries, values in overview_rows(report)
     ]
     rows += [[cell(name), "", *("not here" for _ in report.systems)] for name in report.absent]
-    parts = [f"# {cell(report.title)}\n", f"{measure_name(report.measure)} by set:\n", table(head, rows)]
+    return table(head, rows)
+
+
+def summary_of(report: Report) -> str:
+    """What a terminal shows: every set with its systems, and how they compare."""
+    parts = []
+    for found in report.sets:
+        parts.append(comparison_table(found.systems, head=cell(found.name)))
+        if found.pairs:
+            parts.append(_pair_table(found.pairs))
+    if len(report.sets) > 1:
+        parts.append(overview_table(report))
+    return "\n".join(parts)
+
+
+def _pair_table(pairs: Sequence[Pair]) -> str:
+    return table(PAIR_HEAD, [[cell(first), *rest] for first, *rest in map(pair_cells, pairs)])
+
+
+def markdown_of(report: Report, plotted: bool) -> str:
+    """The whole report; `plotted` says whether report.png lies beside it."""
+    parts = [f"# {cell(report.title)}\n", f"{measure_name(report.measure)} by set:\n", overview_table(report)]
     if plotted:
         parts.append("![nDCG@10 and recall@100](report.png)\n")
     for found in report.sets:
@@ -112,7 +141,7 @@ def _set_parts(found: ReportSet) -> list[str]:
     parts += [line + "\n" for line in missing_lines(found)]
     if found.pairs:
         parts.append(f"By query, {measure_name(found.pairs[0].measure)}, the second against the first:\n")
-        parts.append(table(PAIR_HEAD, [[cell(text) for text in pair_cells(pair)] for pair in found.pairs]))
+        parts.append(_pair_table(found.pairs))
     for changes in found.changes:
         parts += _changes_parts(changes)
     parts.append("### Every cut-off\n")
@@ -121,7 +150,7 @@ def _set_parts(found: ReportSet) -> list[str]:
     return parts
 
 
-PAIR_HEAD = ("pair", "difference", "95 % interval", "better", "worse", "same", "p, t-test", "p, randomised", "p, Holm")
+PAIR_HEAD = ("pair", "difference", "95 % interval", "better", "worse", "same", "p (t)", "p (random)", "p (Holm)")
 
 
 def pair_cells(pair: Pair) -> list[str]:

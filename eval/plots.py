@@ -31,7 +31,7 @@ INK, MUTED, LINE = "#222223", "#5f6670", "#c4c9d0"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#a0529a", "#b07d00", "#3a8fc4")
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", **{colour: f"s{i}" for i, colour in enumerate(SERIES)}}
 MARKERS = "os^Dvp"
-WIDTH, HEIGHT = 4.4, 3.0
+WIDTH, HEIGHT = 4.4, 3.3
 # Above so many points a scatter is a picture within the SVG.
 VECTOR_POINTS = 1500
 
@@ -108,7 +108,7 @@ def _bars(axes: Axes, sets: Mapping[str, Mapping[str, Metrics]], measure: str, s
             label = None if system in named else _short(system)
             named.add(system)
             axes.barh(y, value, height=0.82, color=_colour(place), label=label)
-            axes.text(value, y, f" {value:.3f}", va="center", fontsize=9)
+            axes.annotate(f"{value:.3f}", (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
             if named_by_system:
                 heights.append(y)
                 labels.append(_short(system))
@@ -136,7 +136,7 @@ def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
             ks, values = zip(*found, strict=True)
             axes.plot(ks, values, color=_colour(place), marker=MARKERS[place % 6], ms=4, lw=1.5, label=_short(name))
     axes.set_xscale("log")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.02)
     axes.grid(True, axis="y")
     axes.set_xlabel("k, passages a query")
     axes.set_title("recall@k")
@@ -184,7 +184,8 @@ def score_distributions(name: str, run: RankedRun, qrels: Qrels) -> Figure | Non
     if not len(scores):
         return None
     figure, (axes,) = _figure()
-    low, high = np.quantile(scores, [0.0005, 0.9995])
+    # A few of the others may lie far below all the rest.
+    low, high = min(np.quantile(scores, 0.0005), relevant.min(initial=np.inf)), scores.max()
     edges = np.linspace(low, high if high > low else low + 1e-6, 41)
     for values, colour, label in ((other, MUTED, "not relevant"), (relevant, _colour(0), "relevant")):
         if len(values):

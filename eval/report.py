@@ -52,6 +52,8 @@ class ReportSet:
     """System -> run, for the score distributions; those that are not there have none."""
     qrels: Qrels = field(default_factory=dict)
     """Needed with `runs`."""
+    row: str = ""
+    """Sets with the same row share one in the overview, their unweighted mean (the forums of CQADupStack)."""
 
     @property
     def queries(self) -> int:

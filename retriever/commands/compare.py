@@ -1,0 +1,104 @@
+"""`retriever evaluate compare` and `retriever evaluate run`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from retriever.commands.common import Switch, check_counts
+from retriever.progress import Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCompare:
+    """Compare runs query by query, on one or more BEIR folders: who is better, by more than chance, and on which
+    queries. Writes one report as HTML, Markdown and JSON."""
+
+    systems: Positional[tuple[str, ...]]
+    """Reports of `retriever evaluate beir` (folders) or TREC run files, each as PATH or NAME=PATH."""
+    data: tuple[str, ...]
+    """BEIR folders, folders of them, names of BEIR's sets (scifact …), or beir for all of them."""
+    out: Path
+    """Folder of the report."""
+    home: Path | None = None
+    """Where sets lie that --data names."""
+    split: str | None = None
+    """Which qrels; empty: test, and dev of MS MARCO."""
+    title: str = ""
+    """Of the report; empty: the names of the sets."""
+    bm25: Switch = False
+    """Add BM25 over the same corpus."""
+    fuse: tuple[str, ...] = ()
+    """Add hybrids: names joined by +, as in MiniLM+BM25."""
+    method: Literal["rrf", "minmax", "zscore"] = "rrf"
+    """How hybrids are fused: by reciprocal ranks, or by scores brought to 0 … 1 or to mean 0 and deviation 1."""
+    weights: tuple[float, ...] = ()
+    """Of a hybrid's parts; empty: equal."""
+    measure: str = "ndcg@10"
+    """What systems are compared by: ndcg, map, recall, precision, mrr, rcap or success @ 1 … 1000."""
+    baseline: str | None = None
+    """Test the others against this system only; empty: every pair."""
+    k: int = 1000
+    """Passages a query that count; fewer where a run has fewer."""
+    permutations: int = 100_000
+    """Sign patterns of the randomisation test; all there are, where they are fewer."""
+    seed: int = 0
+    """Of the randomisation test."""
+    changed: int = 4
+    """Queries to show that a system does better than the first, and as many that it does worse."""
+    json: Switch = False
+    """Print the answer as JSON."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "k", "permutations")
+        if not self.data:
+            raise ValueError("--data: expected at least one BEIR folder, found none")
+        if not self.systems and not self.bm25:
+            raise ValueError("expected at least one report or run file, or --bm25, found none")
+        if self.changed < 0 or self.seed < 0:
+            raise ValueError("--changed, --seed: expected 0 or more")
+        for names in self.fuse:
+            parts = names.split("+")
+            if len(parts) < 2 or not all(parts):
+                raise ValueError(f"--fuse: expected names joined by +, found {names!r}")
+            if self.weights and len(self.weights) != len(parts):
+                raise ValueError(f"--weights: expected {len(parts)} for {names}, found {len(self.weights)}")
+        if self.weights and (min(self.weights) < 0 or not any(self.weights)):
+            raise ValueError("--weights: expected numbers of 0 or more, not all 0")
+
+    def run(self, terminal: Terminal) -> int:
+        from eval.markdown import summary_of
+        from eval.report import json_of
+        from retriever.compare import Fusion, Request, compare_to_report, named_systems
+
+        request = Request(
+            systems=named_systems(self.systems),
+            data=self.data,
+            home=self.home,
+            split=self.split,
+            title=self.title,
+            bm25=self.bm25,
+            fusions=[Fusion(tuple(names.split("+")), self.method, self.weights) for names in self.fuse],
+            measure=self.measure,
+            baseline=self.baseline,
+            k=self.k,
+            permutations=self.permutations,
+            seed=self.seed,
+            changed=self.changed,
+        )
+        report = compare_to_report(request, self.out, terminal)
+        if self.json:
+            print(json.dumps(json_of(report), ensure_ascii=False))
+        else:
+            print(summary_of(report), end="")
+            terminal.line(f"report: {self.out / 'report.html'}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRun(EvaluateCompare):
+    """Score TREC run files of any program on a BEIR folder; several are compared as by `retriever evaluate compare`."""

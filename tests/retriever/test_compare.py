@@ -1,0 +1,149 @@
+"""`retriever evaluate compare` and `run`: from run files and reports to one table, tests and a report."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from cli_helpers import command, write_lines
+
+from eval.beir import BeirDataset
+from eval.bm25 import bm25_run
+from eval.fusion import fuse
+from eval.metrics import Run, evaluate_run
+from eval.runs import read_trec_run, write_trec_run
+
+WORDS = [
+    f"{first}{second}" for first in ("amber", "cedar", "ember", "fjord") for second in ("", "ess", "in", "o", "um")
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two BEIR folders of 20 queries, and the runs of a poor and of a good system on each."""
+    place = tmp_path_factory.mktemp("compare")
+    for number, name in enumerate(("rocks", "woods")):
+        folder = place / name
+        write_lines(folder / "corpus.jsonl", [{"_id": f"d-{w}", "title": "", "text": f"about {w} <b>"} for w in WORDS])
+        write_lines(folder / "queries.jsonl", [{"_id": f"q-{w}", "text": f"what is {w}?"} for w in WORDS])
+        (folder / "qrels").mkdir()
+        rows = "".join(f"q-{w}\td-{w}\t1\n" for w in WORDS)
+        (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+        for system, quality in (("poor", 0.2), ("good", 0.9)):
+            write_trec_run(place / system / name / "run.trec", made_run(quality, number), system)
+    return place
+
+
+def made_run(quality: float, seed: int) -> Run:
+    generator = random.Random(f"{quality} {seed}")
+    run: Run = {}
+    for word in WORDS:
+        others = generator.sample([w for w in WORDS if w != word], 11)
+        scores = {f"d-{other}": 1 - rank / 20 for rank, other in enumerate(others)}
+        run[f"q-{word}"] = {**scores, f"d-{word}": 2.0 if generator.random() < quality else 0.51}
+    return run
+
+
+def test_reports_bm25_and_hybrids_are_scored_tested_and_reported(place: Path) -> None:
+    out = place / "out"
+    done = command(
+        *("evaluate", "compare", place / "poor", f"the good={place / 'good'}", "--bm25", "--fuse", "poor+BM25"),
+        *("--data", place / "rocks", place / "woods", "--out", out, "--permutations", "2000", "--changed", "2"),
+    )
+    assert done.code == 0, done.err
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["sets"]) == ["rocks", "woods"]
+    for name, found in report["sets"].items():
+        data = BeirDataset.open(place / name)
+        poor = read_trec_run(place / "poor" / name / "run.trec")
+        bm25 = bm25_run(data.passages(), data.queries, 12)
+        expected = {"poor": poor, "BM25": bm25, "poor+BM25 (rrf)": fuse([poor, bm25], k=12)}
+        assert list(found["systems"]) == ["poor", "the good", "BM25", "poor+BM25 (rrf)"]
+        for system, run in expected.items():
+            mean = evaluate_run(data.qrels, run).mean
+            assert found["systems"][system]["mean"]["ndcg@10"] == pytest.approx(mean["ndcg@10"], abs=1e-12), system
+        assert len(found["comparisons"]) == 6 and len(found["changes"]) == 3
+        first = found["comparisons"][0]
+        assert (first["a"], first["b"]) == ("poor", "the good") and first["p_corrected"] < 0.05
+        shown = found["changes"][0]["better"][0]
+        assert len(found["changes"][0]["better"]) == 2 and shown["text"].startswith("what is")
+        assert any(passage["grade"] == 1 and passage["rank_b"] == 1 for passage in shown["passages"])
+    assert read_trec_run(out / "rocks" / "poor+BM25_rrf.trec")["q-amber"]
+    details = report["details"]
+    assert details["the good"]["from"] == str(place / "good") and len(details["poor"]["run rocks sha256"]) == 64
+    assert "seed 0" in details["tests"] and "k1 0.9" in details["BM25"] and "numpy" in details["versions"]
+    assert "| poor → the good |" in done.out and "mean of the sets" in done.out
+    page = (out / "report.html").read_text()
+    assert "about amber &lt;b&gt;" in page and "<b> " not in page
+
+
+def test_one_run_file_of_another_program_is_scored(place: Path) -> None:
+    run = place / "poor" / "rocks" / "run.trec"
+    done = command("evaluate", "run", f"poor={run}", "--data", place / "rocks", "--out", place / "single", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["sets"]["rocks"]
+    qrels = BeirDataset.open(place / "rocks").qrels
+    assert found["systems"]["poor"]["mean"]["map@10"] == evaluate_run(qrels, read_trec_run(run)).mean["map@10"]
+    assert found["comparisons"] == [] and found["changes"] == []
+
+
+def test_the_same_comparison_gives_the_same_bytes(place: Path) -> None:
+    words = ["evaluate", "compare", place / "poor", place / "good", "--data", place / "woods", "--permutations", "500"]
+    for name in ("one", "two"):
+        assert command(*words, "--out", place / name).code == 0
+    for file in ("report.json", "report.md", "report.html"):
+        assert (place / "one" / file).read_bytes() == (place / "two" / file).read_bytes(), file
+
+
+def test_a_baseline_leaves_fewer_tests_and_is_named(place: Path) -> None:
+    words = ["evaluate", "compare", place / "poor", place / "good", "--bm25", "--data", place / "rocks", "--json"]
+    done = command(*words, "--baseline", "BM25", "--out", place / "based", "--measure", "mrr@10")
+    found = json.loads(done.out)
+    pairs = [(pair["a"], pair["b"], pair["measure"]) for pair in found["sets"]["rocks"]["comparisons"]]
+    assert pairs == [("BM25", "poor", "mrr@10"), ("BM25", "good", "mrr@10")]
+    assert "the pairs with BM25" in found["details"]["tests"]
+
+
+def test_cut_offs_beyond_the_shallowest_run_are_left_out(place: Path, tmp_path: Path) -> None:
+    shallow = {query: dict(list(found.items())[:3]) for query, found in made_run(0.5, 3).items()}
+    write_trec_run(tmp_path / "shallow.trec", shallow, "x")
+    words = ["evaluate", "compare", tmp_path / "shallow.trec", place / "good", "--data", place / "rocks", "--json"]
+    found = json.loads(command(*words, "--out", tmp_path / "out").out)
+    assert found["details"]["data rocks"]["passages a query"] == 3
+    measures = found["sets"]["rocks"]["systems"]["good"]["mean"]
+    assert "recall@10" in measures and "recall@20" not in measures
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["{p}/none"], 1, "none: no such file or folder"),
+        (["{p}/poor", "{p}/poor"], 1, "expected a name of its own for each system"),
+        (["BM25={p}/poor"], 1, "expected a name of its own for each system"),
+        (["{p}/rocks"], 1, "expected rocks/run.trec"),
+        (["{p}/poor/rocks/run.trec", "--data", "{p}/rocks", "{p}/woods"], 1, "expected one data folder for a run file"),
+        (["{p}/poor", "--fuse", "poor+BM25"], 1, "--fuse: expected names among poor, found BM25"),
+        (["{p}/poor", "--fuse", "poor"], 2, "--fuse: expected names joined by +"),
+        (["{p}/poor", "{p}/good", "--fuse", "poor+good", "--weights", "1"], 2, "--weights: expected 2"),
+        (["{p}/poor", "{p}/good", "--baseline", "best"], 1, "--baseline: expected one of poor, good, found best"),
+        (["{p}/poor", "{p}/good", "--measure", "ndcg@7"], 1, "--measure: expected one of ndcg, map"),
+        (["{p}/poor", "{p}/good", "--measure", "ndcg@50"], 1, "shallowest run has 12 passages a query"),
+        (["{p}/poor", "--permutations", "0"], 2, "--permutations: expected at least 1"),
+        ([], 2, "expected at least one report or run file"),
+    ],
+    ids=lambda value: None if isinstance(value, int) else "-".join(value)[-24:] if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(words: list[str], code: int, message: str, place: Path, tmp_path: Path) -> None:
+    arguments = [word.replace("{p}", str(place)) for word in words]
+    data = [] if "--data" in words else ["--data", place / "rocks"]
+    done = command("evaluate", "compare", *arguments, *data, "--out", tmp_path / "out")
+    assert (done.code, message in done.err, done.err.count("\n")) == (code, True, 1), done.err
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_run_of_other_queries_is_refused(place: Path, tmp_path: Path) -> None:
+    write_trec_run(tmp_path / "other.trec", {"x1": {"d-amber": 1.0}}, "x")
+    done = command("evaluate", "run", tmp_path / "other.trec", "--data", place / "rocks", "--out", tmp_path / "out")
+    assert done.code == 1 and "expected queries of" in done.err and "found x1" in done.err
