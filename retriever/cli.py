@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Suppress, arg, subcommand
+from tyro.conf import arg, subcommand
 
 from index.files import InputError
+from retriever.commands.compare import EvaluateCompare, EvaluateRun
 from retriever.commands.encode import Encode
 from retriever.commands.evaluate import EvaluateBeir
 from retriever.commands.index import IndexBuild, IndexVerify
@@ -29,8 +30,11 @@ from retriever.progress import Terminal
 DESCRIPTION = "Train dense retrieval models, embed and index a corpus, search it, measure how well it retrieves."
 
 IndexCommand = Annotated[IndexBuild, subcommand("build")] | Annotated[IndexVerify, subcommand("verify")]
-# tyro makes subcommands only of two types or more.
-EvaluateCommand = Annotated[EvaluateBeir, subcommand("beir")] | Annotated[None, Suppress]
+EvaluateCommand = (
+    Annotated[EvaluateBeir, subcommand("beir")]
+    | Annotated[EvaluateRun, subcommand("run")]
+    | Annotated[EvaluateCompare, subcommand("compare")]
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,11 @@ class IndexGroup:
 
 @dataclass(frozen=True)
 class EvaluateGroup:
-    """Measure how well a model retrieves."""
+    """Measure how well models and other programs retrieve."""
 
     command: Annotated[EvaluateCommand, arg(name="")]
 
     def run(self, terminal: Terminal) -> int:
-        assert self.command is not None
         return self.command.run(terminal)
 
 
