@@ -8,37 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from report_helpers import BEFORE, QRELS, rows, whole_report
 
-from eval.compare import ChangedQuery, ShownPassage, compare
-from eval.metrics import Metrics, Qrels, Run, evaluate_run
+from eval.metrics import Metrics
 from eval.ranking import RankedRun
-from eval.report import Changes, Report, ReportSet, comparison_table, write, write_report
+from eval.report import comparison_table, write, write_report
 from index.files import InputError
 
-QRELS: Qrels = {"q1": {"a": 1}, "q2": {"b": 1}, "q3": {"a": 1}}
-BEFORE: Run = {"q1": {"b": 2.0, "a": 1.0}, "q2": {"b": 1.0}}
-AFTER: Run = {"q1": {"a": 1.0}, "q2": {"b": 1.0, "a": 0.5}, "q3": {"a": 1.0}}
 FILES = ["report.html", "report.json", "report.md", "report.png"]
-
-
-def rows() -> dict[str, Metrics]:
-    return {"before": evaluate_run(QRELS, BEFORE), "after": evaluate_run(QRELS, AFTER)}
-
-
-def whole_report() -> Report:
-    """Two sets and everything that a report may hold, with names that would break a careless page."""
-    systems = {"<b>before</b> $x$": rows()["before"], "after & co|": rows()["after"]}
-    runs = {name: RankedRun.of(run) for name, run in zip(systems, (BEFORE, AFTER), strict=True)}
-    pairs = compare(systems)
-    hostile = "<script>alert(1)</script> [x](javascript:y) \"quoted\" 'q' &amp; |\n# heading"
-    changed = ChangedQuery("q<1>", hostile, 0.6309, 1.0, [ShownPassage("p<i>", hostile, 1, None, 1)])
-    changes = [Changes(pairs[0], [changed], [])]
-    sets = [
-        ReportSet("one <&> \"'", systems, pairs, changes, runs, QRELS),
-        ReportSet("two", {"after & co|": rows()["after"]}),
-    ]
-    details = {"model sha256": "0" * 64, "systems": {"before": {"seed": 3, "list": [1, "</dd>"]}}}
-    return Report("toy <title>", sets, details, absent=["robust04"])
 
 
 def test_table_has_a_line_per_row() -> None:
