@@ -1,0 +1,84 @@
+"""Runs as `suite_on_ranks.py MODEL DATA OUT`: one evaluation by 1, 2 and 4 processes, and killed ones gone on with.
+
+Every process is a fork of this one, which has loaded the libraries; it runs the command line as torchrun would.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from killed_runs import forked
+
+from retriever import evaluate_suite
+from retriever.cli import main as command_line
+from retriever.towers import load_towers
+
+# The report has no part in this, and takes longer than all the rest.
+evaluate_suite.write = lambda folder, report: []
+
+
+def evaluation(model: str, data: str, out: Path) -> Callable[[], object]:
+    """The command, in small shards."""
+    words = ["evaluate", "beir", "--model", model, "--data", data, "--out", str(out), "--shard-rows", "3", "--k", "7"]
+
+    def run() -> None:
+        assert command_line(words) == 0
+
+    return run
+
+
+def on_ranks(size: int, run: Callable[[], object]) -> None:
+    """Let `size` processes run it together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if not child:
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "RANK": rank}
+            os.environ.update({name: str(value) for name, value in shared.items()})
+            try:
+                run()
+                sys.stdout.flush()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
+
+
+def kept(out: Path) -> dict[str, bytes]:
+    """The files that must not depend on how the work was shared."""
+    names = ("*.trec", "*/embeddings/*")
+    return {str(path.relative_to(out)): path.read_bytes() for name in names for path in sorted(out.rglob(name))}
+
+
+def main(model: str, data: str, folder: Path) -> None:
+    """Compare all of them."""
+    load_towers(model)  # before the forks, which then share the libraries
+    whole = folder / "whole"
+    assert forked(evaluation(model, data, whole)) == 0
+    changes, wanted = int(Path("count").read_text()), kept(whole)
+    assert len(wanted) == 1 + 1 + 3 * 7
+    for size in (2, 4):
+        on_ranks(size, evaluation(model, data, folder / str(size)))
+        assert kept(folder / str(size)) == wanted, size
+        print(size, flush=True)
+    for part in (0.2, 0.7):
+        out = folder / "killed"
+        shutil.rmtree(out, ignore_errors=True)
+        assert forked(evaluation(model, data, out), round(part * changes)) == signal.SIGKILL
+        on_ranks(2, evaluation(model, data, out))
+        assert kept(out) == wanted, part
+        print(part, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,221 @@
+"""Evaluation from end to end: many sets, checked first, exact beside approximate, windows, settings, processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from cli_helpers import MEANINGS, command, write_beir, write_lines
+
+from eval.beir import BeirDataset
+from eval.runs import read_trec_run
+from eval.suite import FORUMS
+from index.embeddings import EmbeddingStore
+from index.files import InputError
+from retriever.encode import EncodeOptions, embed_texts
+from retriever.set_settings import AdjustedTowers, SetSettings, read_settings
+from retriever.split_documents import split_documents
+from retriever.towers import Towers, load_towers
+
+
+@pytest.fixture(scope="module")
+def towers(world: Any) -> Towers:
+    return load_towers(str(world.model))
+
+
+def evaluate(world: Any, out: Path, *arguments: object) -> dict[str, Any]:
+    """Run the command; what evaluation.json says."""
+    outcome = command("evaluate", "beir", "--model", world.model, "--out", out, *arguments)
+    assert outcome.code == 0, outcome.err
+    return {"out": outcome.out, "err": outcome.err, **json.loads((out / "evaluation.json").read_text())}
+
+
+def test_rankings_are_the_same_bytes_on_1_2_and_4_processes_and_after_kills(world: Any, tmp_path: Path) -> None:
+    # In a process of one thread: it forks, and a fork of several OpenMP threads does not live.
+    script = Path(__file__).with_name("suite_on_ranks.py")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    words = [sys.executable, str(script), str(world.model), str(world.beir), str(tmp_path)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line for line in done.stdout.splitlines() if len(line) < 4] == ["2", "4", "0.2", "0.7"]
+
+
+def test_several_sets_and_the_forums_as_one_row(world: Any, tmp_path: Path) -> None:
+    write_beir(tmp_path / "data" / "words")
+    for place, forum in enumerate(FORUMS):
+        folder = write_beir(tmp_path / "data" / "cqadupstack" / forum)
+        if place % 2:
+            (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    data = ["--data", tmp_path / "data" / "words", tmp_path / "data" / "cqadupstack"]
+    found = evaluate(world, tmp_path / "out", *data, "--k", 10)
+    means = [found["sets"][f"cqadupstack/{forum}"]["mean"]["ndcg@10"] for forum in FORUMS]
+    assert means[0] != means[1]
+    assert f"| CQADupStack | 126 | {np.mean(means):.4f} |" in found["out"]
+    assert len(found["sets"]) == 13 and "| mean of 2 sets |" in found["out"]
+    outcome = command(
+        "evaluate", "beir", "--model", world.model, "--data", "beir", "--out", tmp_path / "o", "--preflight"
+    )
+    assert outcome.code == 1 and "expected at least one set that is here, found none of msmarco" in outcome.err
+    (tmp_path / "data" / "words").rename(tmp_path / "data" / "scifact")
+    all_of_them = evaluate(world, tmp_path / "all", "--data", "beir", "--home", tmp_path / "data", "--k", 10)
+    assert all_of_them["out"].count("not here") == 17 and len(all_of_them["absent"]) == 17
+
+
+def test_preflight_alone_embeds_nothing_and_says_what_it_would_take(world: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["evaluate", "beir", "--model", world.model, "--data", world.beir, "--out", out, "--preflight"]
+    outcome = command(*words)
+    assert outcome.code == 0 and not out.exists() and not outcome.out
+    assert "words (test): 20 passages, 20 queries, 27 judgements; 0 errors, 40 warnings" in outcome.err
+    assert "queries judged in train too: 20" in outcome.err and "of encoding" in outcome.err
+    found = json.loads(command(*words, "--json").out)["sets"]["words"]
+    assert sum(found["tokens"]["document"].values()) == 20 and found["estimate"]["disk"] > 20 * 32 * 4
+
+
+def test_every_error_is_named_before_the_model_embeds_anything(world: Any, tmp_path: Path) -> None:
+    good, bad = write_beir(tmp_path / "good"), write_beir(tmp_path / "bad")
+    with (bad / "corpus.jsonl").open("a") as stream:
+        stream.write('{"_id": "d1", "text": "again"}\n{"_id": "d 2", "text": "x"}\n')
+    out = tmp_path / "out"
+    outcome = command("evaluate", "beir", "--model", world.model, "--data", good, bad, "--out", out)
+    assert outcome.code == 1 and not out.exists()
+    assert "corpus.jsonl:21: expected each passage id once" in outcome.err
+    assert outcome.err.splitlines()[-1].endswith("(and 1 more errors in bad)")
+
+
+def test_dangling_judgements_can_be_allowed(world: Any, tmp_path: Path) -> None:
+    data = write_beir(tmp_path / "words")
+    with (data / "qrels" / "test.tsv").open("a") as stream:
+        stream.write("q1\tgone\t1\nghost\td1\t1\n")
+    assert command("evaluate", "beir", "--model", world.model, "--data", data, "--out", tmp_path / "o").code == 1
+    found = evaluate(world, tmp_path / "o", "--data", data, "--allow-dangling")["sets"]["words"]
+    assert found["missing_queries"] == ["ghost"] and found["queries"] == 21
+
+
+def test_an_index_is_scored_beside_exact_search_with_its_loss(world: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = evaluate(world, out, "--data", world.beir, "--factory", "Flat")
+    assert found["sets"]["words"]["index"]["loss"]["ndcg@10"] == pytest.approx(0, abs=1e-9)
+    assert "| words | Flat | " in found["out"] and "+0.0000 | 1.0000 at 20 |" in found["out"]
+    built = (out / "words" / "index" / "index.faiss").stat().st_mtime_ns
+    stored = (out / "words" / "embeddings" / "00000.npy").stat().st_mtime_ns
+    lossy = evaluate(world, out, "--data", world.beir, "--index", world.index)["sets"]["words"]
+    assert lossy["index"]["overlap@20"] == 1.0
+    evaluate(world, out, "--data", world.beir, "--factory", "Flat")
+    assert (out / "words" / "index" / "index.faiss").stat().st_mtime_ns == built
+    assert (out / "words" / "embeddings" / "00000.npy").stat().st_mtime_ns == stored
+    found = evaluate(world, out, "--data", world.beir, "--factory", "PQ4x4")["sets"]["words"]
+    loss = found["mean"]["ndcg@10"] - found["index"]["mean"]["ndcg@10"]
+    assert found["index"]["loss"]["ndcg@10"] == pytest.approx(loss, abs=1e-12) and abs(loss) > 1e-6
+    outcome = command("evaluate", "beir", "--model", world.model, "--data", world.beir, "--out", out, "--index", out)
+    assert outcome.code == 1 and "manifest.json" in outcome.err
+
+
+def long_documents(folder: Path) -> Path:
+    """Documents whose last words are what the queries ask for, far beyond what the model reads."""
+    words = list(MEANINGS)
+    filler = "nothing of interest stands here " * 4
+    rows = [{"_id": f"d{i}", "title": w, "text": f"{filler} {w} {MEANINGS[w]}"} for i, w in enumerate(words)]
+    rows[3]["text"] = "short"
+    write_lines(folder / "corpus.jsonl", list(rows))
+    write_lines(folder / "queries.jsonl", [{"_id": f"q{i}", "text": MEANINGS[w]} for i, w in enumerate(words)])
+    judged = "".join(f"q{i}\td{i}\t1\n" for i in range(20))
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    return folder
+
+
+def test_windows_read_the_end_of_long_documents(world: Any, towers: Towers, tmp_path: Path) -> None:
+    data = long_documents(tmp_path / "long")
+    cut = evaluate(world, tmp_path / "out", "--data", data, "--k", 20)["sets"]["long"]
+    whole = evaluate(world, tmp_path / "out", "--data", data, "--k", 20, "--windows", "--overlap", 20)["sets"]["long"]
+    # Letters are the tokens of this model, so that a window is a few words.
+    assert whole["mean"]["ndcg@10"] > cut["mean"]["ndcg@10"] + 0.1
+    store = EmbeddingStore.open(tmp_path / "out" / "long" / "windows")
+    run = read_trec_run(tmp_path / "out" / "long" / "run.trec")
+    vectors, ids = store.vectors(), [id_.rpartition("\u241f")[0] for id_ in store.ids()]
+    asked = embed_texts(towers, [MEANINGS["cat"]], "query", EncodeOptions())[0]
+    best = {d: max(float(v @ asked) for v, i in zip(vectors, ids, strict=True) if i == d) for d in set(ids)}
+    assert run["q0"] == pytest.approx(best, abs=1e-6) and len(best) == 20 < store.rows
+
+
+def test_windows_cover_every_token_and_overlap(towers: Towers, tmp_path: Path) -> None:
+    passages = list(BeirDataset.open(long_documents(tmp_path / "long")).passages())
+    limit = towers.tokenizer("document").max_length
+    for passage in passages:
+        own = list(split_documents(towers, [passage], overlap=8))
+        assert all(len(towers.tokenizer("document")([w.content]).ids) <= limit for w in own)
+        assert all(window.title == passage.title for window in own)
+        rest = passage.text
+        for window in own:
+            start = rest.index(window.text)
+            assert start <= max(0, len(passage.text) - 8)
+            rest = rest[start:]
+        assert rest == own[-1].text
+    short = next(split_documents(towers, [passages[3]], overlap=0))
+    assert (short.id, short.text) == ("d3\u241f0", "short")
+    with pytest.raises(InputError, match="expected an overlap from 0 to"):
+        next(split_documents(towers, passages, overlap=40))
+
+
+def test_prompts_and_lengths_by_set(world: Any, towers: Towers, tmp_path: Path) -> None:
+    settings = {
+        "default": {"query_prompt": "ask: ", "passage_max_length": 12},
+        "other": {"passage_prompt": "text: ", "query_max_length": 9},
+    }
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    data = [write_beir(tmp_path / "words"), write_beir(tmp_path / "other")]
+    evaluate(world, tmp_path / "out", "--data", *data, "--settings", path)
+    texts = [passage.content for passage in BeirDataset.open(data[0]).passages()]
+    for name, prompt, length in (("words", "", 12), ("other", "text: ", 64)):
+        store = EmbeddingStore.open(tmp_path / "out" / name / "embeddings")
+        tokens = towers.tokenizer("document").tokenizer([prompt + t for t in texts], truncation=True, max_length=length)
+        own = AdjustedTowers(towers, SetSettings(**settings["default" if name == "words" else name]))
+        assert [len(ids) for ids in tokens["input_ids"]] == own.tokenizer("document")(
+            [prompt + text for text in texts]
+        ).lengths.tolist()
+        wanted = embed_texts(own, texts, "document", EncodeOptions())
+        np.testing.assert_allclose(store.vectors(), wanted, atol=1e-6)
+        assert store.model != towers.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("words: {query_promt: x}", r"words: expected query_prompt.* did you mean query_prompt\?"),
+        ("words: {query_max_length: long}", "query_max_length: expected a number above 0, found 'long'"),
+        ("words: {passage_prompt: 3}", "passage_prompt: expected text, found 3"),
+        ("- words", "expected names of sets"),
+        ("{", "expected YAML"),
+    ],
+)
+def test_bad_settings_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_settings(tmp_path / "s.yaml")
+
+
+def test_a_length_above_the_models_is_refused(towers: Towers) -> None:
+    with pytest.raises(InputError, match="query length: expected at most 64"):
+        AdjustedTowers(towers, SetSettings(query_max_length=65))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--download"], "--download: expected --home"),
+        (["--factory", "Flat", "--index", "i"], "--factory: give a factory string or an index"),
+        (["--overlap", "-1"], "--overlap: expected 0 or more"),
+    ],
+)
+def test_bad_flags_are_one_line(arguments: list[str], message: str) -> None:
+    outcome = command("evaluate", "beir", "--model", "m", "--data", "d", "--out", "o", *arguments)
+    assert outcome.code == 2 and message in outcome.err
