@@ -15,37 +15,101 @@ FLAT_ROWS = 200_000
 QUANTISED_ROWS = 10_000_000
 
 
-def choose(rows: int) -> str:
+def choose(rows: int, dim: int, memory_mib: float | None = None, *, even_norms: bool = True) -> str:
     """The faiss factory string that `auto` stands for with so many passages.
 
-    The numbers of centroids follow faiss's own guideline (github.com/facebookresearch/faiss/wiki, "Guidelines to
-    choose an index"): each gets the 39 training vectors or more that its k-means asks for.
+    By size: all are compared below 200,000, and the nearest lists above. The numbers of centroids follow faiss's own
+    guideline (github.com/facebookresearch/faiss/wiki, "Guidelines to choose an index"): each gets the 39 training
+    vectors or more that its k-means asks for. By memory: the finest code that fits, of float32 (below 10 million),
+    float16, one byte a number, and 4-bit PQ of two, four and eight numbers a code. By metric: where lengths differ,
+    the longest vectors are near to queries that their list is far from, and a graph finds them with less work.
+
+    Args:
+        rows: passages.
+        dim: of their vectors.
+        memory_mib: most that the index may take in memory, in MiB.
+        even_norms: whether the vectors are about equally long, so that their inner products are about cosines.
+
+    Raises:
+        InputError: none fits.
     """
+    lists = _lists(rows)
+    codes = ["Flat", "SQfp16", "SQ8", *_product_codes(dim)]
+    if rows >= QUANTISED_ROWS and memory_mib is None:
+        codes = ["SQ8"]
+    choices = [f"{lists},{code}" if lists else code for code in codes]
+    if lists and not even_norms and rows < QUANTISED_ROWS:
+        choices = ["HNSW32", "HNSW32_SQfp16", "HNSW32_SQ8", *choices]
+    for factory in choices:
+        if memory_mib is None or memory(factory, rows, dim) <= memory_mib * 2**20:
+            return factory
+    least = memory(factory, rows, dim) / 2**20
+    raise InputError(
+        f"--memory-budget-mib: expected at least {least:,.1f} for {rows:,} passages of {dim} dimensions ({factory}), "
+        f"found {memory_mib:g}; build it in parts, or with --on-disk"
+    )
+
+
+def _lists(rows: int) -> str:
     if rows < FLAT_ROWS:
-        return "Flat"
+        return ""
     if rows < 2_000_000:
-        return "IVF4096,Flat"
-    if rows < QUANTISED_ROWS:
-        return "IVF16384_HNSW32,Flat"
-    return "IVF65536_HNSW32,SQ8"
+        return "IVF4096"
+    return "IVF16384_HNSW32" if rows < QUANTISED_ROWS else "IVF65536_HNSW32"
 
 
-def explain(factory: str, rows: int, dim: int) -> str:
+def _product_codes(dim: int) -> list[str]:
+    """4-bit PQ of fewer and fewer codes; their number must divide the dimensions, and faiss wants two or more."""
+    wanted = [dim // numbers for numbers in (2, 4, 8)]
+    counts = [max((m for m in range(2, most + 1) if dim % m == 0), default=0) for most in wanted]
+    return [f"PQ{count}x4fs" for count in dict.fromkeys(counts) if count]
+
+
+def explain(factory: str, rows: int, dim: int, memory_mib: float | None = None) -> str:
     """One line that says what `factory` means for `rows` vectors of `dim` dimensions, and how much memory they take.
 
     Raises:
         InputError: `factory` is no faiss factory string, or does not fit `dim`.
     """
     each = bytes_per_vector(factory, dim)
-    if factory == "Flat":
-        why = "compares with every passage, exact"
-    elif factory.startswith("IVF"):
-        why = "compares with the passages of the nearest centroids, approximate"
-    else:
-        why = "as asked for"
-    size = each * rows / 2**20
+    budget = "" if memory_mib is None else f", within {memory_mib:,g} MiB"
+    size = memory(factory, rows, dim) / 2**20
     size_text = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
-    return f"{factory}: {why}; {each} bytes a vector, {size_text} MiB for {rows:,} passages"
+    return f"{factory}: {_why(factory)}; {each} bytes a vector, {size_text} MiB for {rows:,} passages{budget}"
+
+
+def _why(factory: str) -> str:
+    if factory == "Flat":
+        return "compares with every passage, exact"
+    if "IVF" in factory:
+        return "compares with the passages of the nearest centroids, approximate"
+    if re.search(r"HNSW|NSG", factory):
+        return "walks a graph of near passages, approximate"
+    return "compares with the codes of every passage, approximate"
+
+
+def memory(factory: str, rows: int, dim: int) -> int:
+    """Bytes that an index of `rows` vectors takes in memory: theirs, and those of its centroids and their graph.
+
+    Raises:
+        InputError: `factory` is no faiss factory string, or does not fit `dim`.
+    """
+    faiss = import_faiss()
+    whole = make(factory, dim)
+    ivf = faiss.try_extract_index_ivf(whole)
+    centroids = 0 if ivf is None else ivf.nlist * _bytes_each(ivf.quantizer)
+    return rows * bytes_per_vector(factory, dim) + centroids
+
+
+def has_even_norms(vectors: Any) -> bool:
+    """Whether `vectors` [n, D], a sample of a store, are about equally long: the middle 90 % within a fifth.
+
+    Beyond that, lists were measured to lose recall: index/README.md has the figures.
+    """
+    import numpy as np
+
+    short, long = np.percentile(np.linalg.norm(vectors, axis=1), [5, 95])
+    return bool(long <= 1.2 * short)
 
 
 def make(factory: str, dim: int) -> Any:
@@ -69,25 +133,6 @@ def make(factory: str, dim: int) -> Any:
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise InputError(f"factory {factory!r}: expected one that ranks by inner product, found another metric")
     return index
-
-
-def set_search_defaults(index: Any) -> None:
-    """Let a search look at enough of the index: with faiss's own defaults (1 list, no reserve) it finds far too little.
-
-    They are saved in the faiss file, so that plain faiss searches alike.
-    """
-    faiss = import_faiss()
-    part = faiss.downcast_index(index)
-    while isinstance(part, faiss.IndexPreTransform | faiss.IndexRefine):
-        if isinstance(part, faiss.IndexRefine):
-            part.k_factor = 4.0
-            part = faiss.downcast_index(part.base_index)
-        else:
-            part = faiss.downcast_index(part.index)
-    if isinstance(part, faiss.IndexIVF):
-        part.nprobe = min(part.nlist, max(16, part.nlist // 64))
-    elif isinstance(part, faiss.IndexHNSW):
-        part.hnsw.efSearch = 64
 
 
 def bytes_per_vector(factory: str, dim: int) -> int:

@@ -19,7 +19,7 @@ from index.files import InputError
 from retriever.commands.compare import EvaluateCompare, EvaluateRun
 from retriever.commands.encode import Encode
 from retriever.commands.evaluate import EvaluateBeir
-from retriever.commands.index import IndexBuild, IndexVerify
+from retriever.commands.index import IndexAdd, IndexBuild, IndexDelete, IndexMerge, IndexTune, IndexVerify
 from retriever.commands.mine import Mine
 from retriever.commands.search import Search
 from retriever.commands.train import Train
@@ -29,7 +29,14 @@ from retriever.progress import Terminal
 
 DESCRIPTION = "Train dense retrieval models, embed and index a corpus, search it, measure how well it retrieves."
 
-IndexCommand = Annotated[IndexBuild, subcommand("build")] | Annotated[IndexVerify, subcommand("verify")]
+IndexCommand = (
+    Annotated[IndexBuild, subcommand("build")]
+    | Annotated[IndexVerify, subcommand("verify")]
+    | Annotated[IndexTune, subcommand("tune")]
+    | Annotated[IndexMerge, subcommand("merge")]
+    | Annotated[IndexAdd, subcommand("add")]
+    | Annotated[IndexDelete, subcommand("delete")]
+)
 EvaluateCommand = (
     Annotated[EvaluateBeir, subcommand("beir")]
     | Annotated[EvaluateRun, subcommand("run")]
@@ -39,7 +46,7 @@ EvaluateCommand = (
 
 @dataclass(frozen=True)
 class IndexGroup:
-    """Build and verify indexes."""
+    """Build, tune, merge, change and verify indexes."""
 
     command: Annotated[IndexCommand, arg(name="")]
 

@@ -3,17 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from retriever.commands.common import Switch, answer
+from index.files import InputError
+from retriever.commands.common import Switch, answer, check_counts
 from retriever.progress import Terminal
 
+if TYPE_CHECKING:
+    import numpy as np
 
-@dataclass(frozen=True)
-class IndexBuild:
+    from index.store import EmbeddingStore
+    from index.tuning import Target, Tuning
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallTarget:
+    """What an index is tuned by: a recall, and the queries to measure it with."""
+
+    k: int = 10
+    """Passages a query that the recall is about."""
+    queries: Path | None = None
+    """A file of real queries to measure by (.jsonl, .csv, .tsv, .parquet), with --model; passages are taken without."""
+    model: str | None = None
+    """Model folder or hub name that embeds --queries."""
+    held_out: int = 2000
+    """How many passages to measure by where there are no queries; they are kept out of the training sample."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "k", "held_out")
+        if (self.queries is None) != (self.model is None):
+            raise ValueError("--queries: expected together with --model, the one that embedded the passages")
+
+    def target(self, recall: float, store: EmbeddingStore, terminal: Terminal) -> Target:
+        """The recall to reach, with the queries embedded."""
+        from index.tuning import Target
+
+        queries = None if self.queries is None else self._embedded(self.queries, store, terminal)
+        return Target(recall, self.k, queries, self.held_out)
+
+    def _embedded(self, path: Path, store: EmbeddingStore, terminal: Terminal) -> np.ndarray:
+        from eval.beir import read_queries
+        from retriever.device import choose_device
+        from retriever.encode import EncodeOptions, embed_texts
+        from retriever.towers import load_towers
+
+        assert self.model is not None
+        texts = list(read_queries(path).values())
+        towers = load_towers(self.model, choose_device("auto"))
+        towers.eval()
+        if (found := towers.fingerprint()) != store.model:
+            raise InputError(f"{self.model}: expected the model of {store.folder} ({store.model}), found {found}")
+        with terminal.bar(f"encode {path.name}", len(texts), "queries") as advance:
+            return embed_texts(towers, texts, "query", EncodeOptions(), advance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexBuild(RecallTarget):
     """Build a FAISS index of an embedding store."""
 
     embeddings: Path
@@ -21,25 +71,174 @@ class IndexBuild:
     out: Path
     """Folder of the index."""
     factory: str = "auto"
-    """FAISS factory string (Flat, SQfp16, IVF1024,Flat, HNSW32, OPQ32,IVF1024,PQ32x4fs …); auto chooses by size."""
+    """FAISS factory string (Flat, SQfp16, IVF1024,Flat, HNSW32, OPQ32,IVF1024,PQ32x4fs …); auto chooses by size,
+    memory budget, and whether the vectors are equally long."""
+    memory_budget_mib: float | None = None
+    """Most memory that auto may give the index, in MiB; with --on-disk, most of it that is held while building."""
+    target_recall: float | None = None
+    """Find the cheapest search settings that reach this recall; the exit code is 1 where none does."""
+    part: str = "1/1"
+    """Build only this part of the embeddings, as in 2/8: the others are built elsewhere and merged."""
+    train_from: Path | None = None
+    """An index whose training to take over, so that the two can be merged."""
+    on_disk: Switch = False
+    """Leave the inverted lists on disk, for indexes larger than memory."""
+    gpu: Switch = False
+    """Cluster on all GPUs (needs faiss-gpu)."""
     seed: int = 0
     """Of the sample of vectors that the index is trained on."""
     json: Switch = False
     """Print the summary as JSON."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.part):
+            raise ValueError(f"--part: expected a part and their number, as in 2/8, found {self.part!r}")
+        if self.memory_budget_mib is not None and not self.memory_budget_mib > 0:
+            raise ValueError(f"--memory-budget-mib: expected more than 0, found {self.memory_budget_mib}")
+        if self.target_recall is not None and not 0 < self.target_recall <= 1:
+            raise ValueError(f"--target-recall: expected more than 0 and at most 1, found {self.target_recall}")
+        if self.target_recall is None and self.queries is not None:
+            raise ValueError("--queries: expected --target-recall beside it")
+        if self.train_from is not None and self.factory != "auto":
+            raise ValueError("--factory: leave it out with --train-from, which gives the factory")
+
     def run(self, terminal: Terminal) -> int:
-        from index import faiss_index
+        from index.building import Plan, build, choose_for
         from index.embeddings import EmbeddingStore
-        from index.factory import choose, explain
+        from index.factory import explain
+        from index.opened import Index
+        from index.parts import Part
 
         store = EmbeddingStore.open(self.embeddings)
-        factory = self.factory
-        if factory == "auto":
-            factory = choose(store.rows)
-            terminal.line(explain(factory, store.rows, store.dim))
-        with terminal.bar(f"index {factory}", store.rows, "vectors") as advance:
-            faiss_index.build(store, self.out, factory=factory, seed=self.seed, progress=advance)
-        answer(self.json, {"index": str(self.out), "factory": factory, "rows": store.rows, "dim": store.dim})
+        number, count = map(int, self.part.split("/"))
+        rows = Part(store, number, count).rows
+        if self.train_from is not None:
+            factory = Index.open(self.train_from, mmap=True).factory
+        elif self.factory == "auto":
+            factory = choose_for(store, self.memory_budget_mib)
+        else:
+            factory = self.factory
+        terminal.line(explain(factory, rows, store.dim, self.memory_budget_mib))
+        target = None if self.target_recall is None else self.target(self.target_recall, store, terminal)
+        plan = Plan(
+            factory,
+            self.seed,
+            self.memory_budget_mib,
+            target,
+            (number, count),
+            self.train_from,
+            self.on_disk,
+            self.gpu,
+        )
+        with terminal.bar(f"index {factory}", rows, "vectors") as advance:
+            tuning = build(
+                store, self.out, plan, progress=advance, note=lambda text: advance(0, text) if rows else None
+            )
+        summary = {"index": str(self.out), "factory": factory, "rows": rows, "dim": store.dim}
+        return _finish(self.json, summary, tuning, terminal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexTune(RecallTarget):
+    """Find an index's cheapest search settings that reach a recall."""
+
+    index: Positional[Path]
+    """The index; it is replaced by one with other settings and the same codes."""
+    embeddings: Path
+    """Folder of the vectors that it was built of."""
+    target_recall: float = 0.95
+    """Recall to reach; the exit code is 1 where no setting does."""
+    json: Switch = False
+    """Print the summary as JSON."""
+
+    def run(self, terminal: Terminal) -> int:
+        from index.changing import retune
+        from index.embeddings import EmbeddingStore
+
+        store = EmbeddingStore.open(self.embeddings)
+        target = self.target(self.target_recall, store, terminal)
+        with terminal.bar("tune", None, "settings") as advance:
+            tuning = retune(self.index, store, target, note=lambda text: advance(1, text))
+        return _finish(self.json, {"index": str(self.index), "rows": store.rows}, tuning, terminal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexMerge:
+    """Merge indexes that were trained alike (index build --train-from), parts of one store in their order."""
+
+    indexes: Positional[tuple[Path, ...]]
+    """Two or more."""
+    out: Path
+    """Folder of the merged index."""
+    on_disk: Switch = False
+    """Merge from file to file and leave the inverted lists on disk: takes next to no memory."""
+    json: Switch = False
+    """Print the summary as JSON."""
+
+    def run(self, terminal: Terminal) -> int:
+        from index.merge import merge
+
+        with terminal.bar("merge", None, "vectors") as advance:
+            rows = merge(self.indexes, self.out, on_disk=self.on_disk, progress=advance)
+        answer(self.json, {"index": str(self.out), "rows": rows})
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexAdd:
+    """Add the passages of an embedding store to an index."""
+
+    index: Positional[Path]
+    """The index."""
+    embeddings: Path
+    """Folder of the new passages' vectors, of the same model."""
+    out: Path | None = None
+    """Folder of the new index; empty to replace the old one."""
+    json: Switch = False
+    """Print the summary as JSON."""
+
+    def run(self, terminal: Terminal) -> int:
+        from index.changing import add_passages
+        from index.embeddings import EmbeddingStore
+
+        store = EmbeddingStore.open(self.embeddings)
+        with terminal.bar("add", store.rows, "vectors") as advance:
+            added = add_passages(self.index, store, self.out, progress=advance)
+        answer(self.json, {"index": str(self.out or self.index), "added": added})
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexDelete:
+    """Delete passages from an index by their ids."""
+
+    index: Positional[Path]
+    """The index."""
+    ids: tuple[str, ...] = ()
+    """Ids of the passages."""
+    ids_file: Path | None = None
+    """A file of ids instead, one a line."""
+    out: Path | None = None
+    """Folder of the new index; empty to replace the old one."""
+    json: Switch = False
+    """Print the summary as JSON."""
+
+    def __post_init__(self) -> None:
+        if bool(self.ids) == bool(self.ids_file):
+            raise ValueError("--ids: expected ids here or in --ids-file, one of the two")
+
+    def run(self, terminal: Terminal) -> int:
+        from index.changing import delete_passages
+        from index.records import open_text
+
+        ids = list(self.ids)
+        if self.ids_file is not None:
+            with open_text(self.ids_file) as stream:
+                ids = [line.strip() for line in stream if line.strip()]
+        deleted = delete_passages(self.index, ids, self.out)
+        summary = {"index": str(self.out or self.index), "deleted": deleted, "not_there": len(set(ids)) - deleted}
+        answer(self.json, summary)
         return 0
 
 
@@ -57,3 +256,14 @@ class IndexVerify:
 
         answer(self.json, dataclasses.asdict(verify(self.folder)))
         return 0
+
+
+def _finish(as_json: bool, summary: dict[str, Any], tuning: Tuning | None, terminal: Terminal) -> int:
+    """Answer, with what tuning found; a promise that could not be kept is a failure, though the index stands."""
+    if tuning is None:
+        answer(as_json, summary)
+        return 0
+    terminal.line(tuning.line())
+    chosen = tuning.chosen
+    answer(as_json, {**summary, "target_met": tuning.met, "recall": round(chosen.recall, 4), **chosen.settings.known()})
+    return 0 if tuning.met else 1

@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
-from index.factory import bytes_per_vector, choose, explain, import_faiss
+from index.factory import bytes_per_vector, choose, explain, has_even_norms, import_faiss, memory
 from index.files import InputError
 
 
@@ -15,12 +15,48 @@ from index.files import InputError
     [(1, "Flat"), (199_999, "Flat"), (200_000, "IVF4096,Flat"), (5_000_000, "IVF16384_HNSW32,Flat")],
 )
 def test_size_chooses(rows: int, factory: str) -> None:
-    assert choose(rows) == factory
+    assert choose(rows, 64) == factory
+
+
+@pytest.mark.parametrize(
+    ("rows", "mib", "factory"),
+    [
+        (100_000, 300, "Flat"),
+        (100_000, 292, "SQfp16"),
+        (100_000, 100, "SQ8"),
+        (100_000, 20, "PQ384x4fs"),
+        (1_000_000, 3000, "IVF4096,Flat"),
+        (1_000_000, 1000, "IVF4096,SQ8"),
+        (10_000_000, 40_000, "IVF65536_HNSW32,Flat"),
+        (10_000_000, 3_000, "IVF65536_HNSW32,PQ384x4fs"),
+    ],
+)
+def test_a_memory_budget_takes_the_finest_code_that_fits(rows: int, mib: float, factory: str) -> None:
+    assert choose(rows, 768, mib) == factory
+    assert memory(factory, rows, 768) <= mib * 2**20
+    assert f"within {mib:,g} MiB" in explain(factory, rows, 768, mib)
+
+
+def test_a_budget_too_small_for_anything_says_what_is_needed() -> None:
+    with pytest.raises(InputError, match=r"--memory-budget-mib: expected at least 65\.4 for 1,000,000 .* found 10"):
+        choose(1_000_000, 768, 10)
+    for dim in (1, 2, 3, 7, 13):
+        assert choose(1000, dim, 1) == "Flat"
+
+
+def test_vectors_of_uneven_length_are_given_a_graph(rng) -> None:
+    vectors = rng.standard_normal((5000, 64))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert has_even_norms(vectors)
+    assert not has_even_norms(vectors * np.exp(0.3 * rng.standard_normal((5000, 1))))
+    assert choose(1_000_000, 64, even_norms=False) == "HNSW32"
+    assert choose(1_000_000, 64, 300, even_norms=False).startswith("IVF4096,")
+    assert choose(1000, 64, even_norms=False) == "Flat"
 
 
 @pytest.mark.parametrize("rows", [200_000, 1_999_999, 2_000_000, 9_999_999, 10_000_000, 1_000_000_000])
 def test_every_choice_has_the_training_vectors_it_asks_for(rows: int) -> None:
-    index = faiss.index_factory(64, choose(rows), faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(64, choose(rows, 64), faiss.METRIC_INNER_PRODUCT)
     assert rows >= 39 * faiss.extract_index_ivf(index).nlist
 
 
@@ -57,7 +93,7 @@ def test_bytes_a_vector_are_what_the_file_grows_by(rng, factory: str) -> None:
 def test_the_explanation_is_one_line_with_the_cost() -> None:
     line = explain("IVF4096,Flat", 1_000_000, 768)
     assert line.startswith("IVF4096,Flat: ")
-    assert "3080 bytes a vector, 2,937 MiB for 1,000,000 passages" in line
+    assert "3080 bytes a vector, 2,949 MiB for 1,000,000 passages" in line
     assert "exact" in explain("Flat", 10, 8)
     assert ", 0.000305 MiB for 10 passages" in explain("Flat", 10, 8)
     assert "\n" not in line

@@ -1,0 +1,182 @@
+"""Building a FAISS index of an embedding store, or of a part of it, in the memory of the index and one shard."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from index import curve, lists_on_disk
+from index import factory as factories
+from index.factory import reason
+from index.files import InputError, atomic_folder
+from index.layout import CURVE_FILE, FAISS_FILE, check_replaceable, finish, write_faiss, write_passages
+from index.opened import Index
+from index.parts import Part
+from index.settings import set_search_defaults
+from index.store import EmbeddingStore
+from index.training import fingerprint, sample_vectors, train
+from index.tuning import Target, Tuning, find_truth, tune
+
+# Vectors whose lengths are looked at.
+NORMS = 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an index is built; what is left out is what most want."""
+
+    factory: str = "Flat"
+    """A faiss factory string, or "auto" to choose by size and memory."""
+    seed: int = 0
+    """Of the training sample and of k-means, 0 to 2**31 - 1."""
+    memory_mib: float | None = None
+    """Most that "auto" may take for the index, and that `on_disk` may hold at once."""
+    target: Target | None = None
+    """A recall to reach at the least cost."""
+    part: tuple[int, int] = (1, 1)
+    """Which part of the store, from 1, and of how many."""
+    train_from: Path | None = None
+    """An index whose training is taken over, so that the two can be merged."""
+    on_disk: bool = False
+    """Leave the inverted lists in a file of their own."""
+    gpu: bool = False
+    """Cluster on the GPUs that faiss finds."""
+
+
+def build(
+    store: EmbeddingStore,
+    out: Path,
+    plan: Plan | None = None,
+    *,
+    factory: str | None = None,
+    seed: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Tuning | None:
+    """Index the passages of `store` by inner product into the folder `out`, which is replaced when it is an index.
+
+    Holds the index, the training vectors before it is filled, and one piece of a shard in memory. Training vectors are
+    drawn at random from all rows, 39 to 256 a centroid. Every byte of the store is checked first: the index gets sums
+    of its own, and they must not vouch for damage.
+
+    Args:
+        store: what to index.
+        out: folder of the index.
+        plan: how.
+        factory, seed: short for a plan of these alone.
+        progress: called with the number of rows each time some were added.
+        note: called with a line each time a search setting was measured.
+
+    Returns:
+        What tuning found, where the plan has a target.
+
+    Raises:
+        InputError: the store is empty or damaged, `seed` is out of range, `factory` is wrong, needs more training
+            vectors than there are or more memory than allowed, `out` holds something that is no index, or faiss is
+            missing.
+        OSError: the disk is full.
+    """
+    plan = plan or Plan(factory or "Flat", seed or 0)
+    if not 0 <= plan.seed < 2**31:
+        raise InputError(f"seed: expected a number from 0 to {2**31 - 1}, found {plan.seed}")
+    check_replaceable(out)
+    part = Part(store, *plan.part)
+    if plan.target is not None and part.count > 1:
+        raise InputError("--target-recall: expected a whole index; merge the parts, then `retriever index tune`")
+    held_out = plan.target.held_out_rows(store.rows, plan.seed) if plan.target else np.empty(0, np.int64)
+    index, origin = _trained(part, plan, held_out)
+    fields = {
+        **origin,
+        "metric": "inner_product",
+        "rows": part.rows,
+        "dim": store.dim,
+        "model": store.model,
+        "source": store.source,
+        "sources": [source_of(part)],
+    }
+    tuning = None
+    with atomic_folder(out) as folder:
+        try:
+            if plan.on_disk:
+                lists_on_disk.fill(index, part, folder, out, plan.memory_mib, progress)
+            else:
+                add(index, part, progress)
+        except RuntimeError as error:
+            raise _cannot(origin["factory"], part.rows, error) from None
+        if plan.target is not None:
+            truth = find_truth(store, plan.target, held_out)
+            tuning = tune(index, truth, plan.target, note)
+        write_passages(part.files("ids"), part.files("jsonl"), part.rows, folder)
+        write_faiss(index, folder / FAISS_FILE)
+        finish(folder, {**fields, **tuned(tuning, folder, origin["factory"], part.rows)})
+    return tuning
+
+
+def choose_for(store: EmbeddingStore, memory_mib: float | None) -> str:
+    """What `factory.choose` takes for the vectors of `store`, of which some thousand are looked at.
+
+    Raises:
+        InputError: as `factory.choose`.
+    """
+    sample = sample_vectors(store, min(store.rows, NORMS), 0)
+    even = factories.has_even_norms(sample)
+    return factories.choose(store.rows, store.dim, memory_mib, even_norms=even)
+
+
+def add(index: Any, part: Part, progress: Callable[[int], None] | None) -> None:
+    """Add the vectors of `part`, in order."""
+    for vectors in part.pieces():
+        index.add(vectors)
+        if progress is not None:
+            progress(len(vectors))
+
+
+def source_of(part: Part) -> dict[str, Any]:
+    """What identifies the passages of `part`: the sums of its files of ids and vectors, and how many there are."""
+    files = part.store.manifest.files
+    sums = [files[path.name].sha256 for path in (*part.files("ids"), *part.files("npy"))]
+    return {"rows": part.rows, "sha256": hashlib.sha256("\n".join(sums).encode()).hexdigest()}
+
+
+def tuned(tuning: Tuning | None, folder: Path, factory: str, rows: int) -> dict[str, Any]:
+    """The manifest's field of what was measured, beside its plot; nothing where nothing was."""
+    if tuning is None:
+        return {}
+    curve.draw(tuning, f"{factory}, {rows:,} passages", folder / CURVE_FILE)
+    size = (folder / FAISS_FILE).stat().st_size
+    return {"tuning": {**tuning.as_json(), "rows": rows, "index_bytes": size}}
+
+
+def _trained(part: Part, plan: Plan, held_out: np.ndarray) -> tuple[Any, dict[str, Any]]:
+    """An empty trained index, and the manifest's fields that say how it came to be."""
+    store = part.store
+    if plan.train_from is not None:
+        trained = Index.open(plan.train_from)
+        if trained.dim != store.dim:
+            raise InputError(f"{plan.train_from}: expected {store.dim} dimensions, found {trained.dim}")
+        trained.check_model(store.model)
+        part.check()
+        index = trained.faiss
+        index.reset()
+        set_search_defaults(index)
+        origin = {name: trained.manifest.fields.get(name) for name in ("factory", "seed", "trained_on", "trained")}
+        return index, origin
+    factory = plan.factory if plan.factory != "auto" else choose_for(store, plan.memory_mib)
+    index = factories.make(factory, store.dim)
+    # Trained on the whole store, the whole of it is read; a part of it otherwise.
+    (part if index.is_trained else Part(store)).check()
+    try:
+        trained_on = train(index, store, factory, plan.seed, without=held_out, gpu=plan.gpu)
+    except RuntimeError as error:
+        raise _cannot(factory, part.rows, error) from None
+    set_search_defaults(index)
+    return index, {"factory": factory, "seed": plan.seed, "trained_on": trained_on, "trained": fingerprint(index)}
+
+
+def _cannot(factory: str, rows: int, error: Exception) -> InputError:
+    return InputError(f"factory {factory!r}: cannot index {rows} vectors: {reason(error)}")

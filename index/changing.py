@@ -1,0 +1,189 @@
+"""Changing an index that is there: adding passages, deleting some, tuning it anew. Each writes a whole new folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from index.building import add, source_of, tuned
+from index.factory import import_faiss, reason
+from index.files import InputError, atomic_folder
+from index.ids import duplicate_id
+from index.layout import (
+    CURVE_FILE,
+    FAISS_FILE,
+    IDS_FILE,
+    LISTS_FILE,
+    PASSAGES_FILE,
+    check_replaceable,
+    copy_rows,
+    finish,
+    write_faiss,
+    write_passages,
+)
+from index.manifest import verify_files
+from index.opened import Index
+from index.parts import Part
+from index.settings import parts
+from index.store import EmbeddingStore
+from index.tuning import Target, Tuning, find_truth, tune
+
+
+def add_passages(
+    folder: Path, store: EmbeddingStore, out: Path | None = None, *, progress: Callable[[int], None] | None = None
+) -> int:
+    """Add the passages of `store` to the index in `folder`; returns how many came in.
+
+    They get the rows after those that are there, encoded as the index was trained. A store that is in the index
+    already adds nothing: a run that was killed may be run again, whether or not it had come to its end.
+
+    Args:
+        folder: the index.
+        store: vectors of the same model.
+        out: folder of the new index; none replaces the old one.
+        progress: called with the number of rows each time some were added.
+
+    Raises:
+        InputError: an id is in the index already, the models or dimensions differ, one of the two is damaged, or the
+            index keeps its lists on disk.
+    """
+    index = _opened(folder, out, "adding")
+    index.check_model(store.model)
+    if store.dim != index.dim:
+        raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
+    part = Part(store)
+    source, sources = source_of(part), index.manifest.field("sources", list)
+    if source in sources:
+        if out is None or out.resolve() == folder.resolve():
+            return 0
+        raise InputError(f"{folder}: holds the passages of {store.folder} already")
+    part.check()
+    if (found := duplicate_id([folder / IDS_FILE, *part.files("ids")])) is not None:
+        raise InputError(f"{store.folder}: expected ids that are not yet in {folder}, found {found!r}")
+    try:
+        add(index.faiss, part, progress)
+    except RuntimeError as error:
+        raise InputError(f"{folder}: cannot add {part.rows} vectors: {reason(error)}") from None
+    with atomic_folder(out or folder) as new:
+        ids, passages = [folder / IDS_FILE, *part.files("ids")], [folder / PASSAGES_FILE, *part.files("jsonl")]
+        rows = index.rows + part.rows
+        write_passages(ids, passages, rows, new)
+        write_faiss(index.faiss, new / FAISS_FILE)
+        _carry_curve(index, new)
+        finish(new, {**index.manifest.fields, "rows": rows, "sources": [*sources, source]})
+    return part.rows
+
+
+def delete_passages(folder: Path, ids: Sequence[str], out: Path | None = None) -> int:
+    """Take the passages of `ids` out of the index in `folder`; returns how many were in it.
+
+    Those left keep their order and close up, so that row n is still line n. Ids that are not in the index count for
+    nothing: a run that was killed may be run again.
+
+    Args:
+        folder: the index.
+        ids: of the passages to delete.
+        out: folder of the new index; none replaces the old one.
+
+    Raises:
+        InputError: its kind cannot delete, nothing would be left, or it is damaged.
+    """
+    index = _opened(folder, out, "deleting")
+    wanted = set(ids)
+    keep = np.fromiter((id_ not in wanted for id_ in index.ids), bool, index.rows)
+    deleted = int((~keep).sum())
+    if deleted == index.rows:
+        raise InputError(f"{folder}: expected passages to be left, found that all {deleted} would be deleted")
+    if not deleted and (out is None or out.resolve() == folder.resolve()):
+        return 0
+    if deleted:
+        _delete_rows(index.faiss, keep, folder)
+    with atomic_folder(out or folder) as new:
+        write_passages([folder / IDS_FILE], [folder / PASSAGES_FILE], index.rows, new, keep)
+        write_faiss(index.faiss, new / FAISS_FILE)
+        _carry_curve(index, new)
+        # Without a source's every passage the index no longer holds that source: adding it again must be possible.
+        sources = [] if deleted else index.manifest.field("sources", list)
+        finish(new, {**index.manifest.fields, "rows": index.rows - deleted, "sources": sources})
+    return deleted
+
+
+def retune(
+    folder: Path, store: EmbeddingStore, target: Target, *, seed: int = 0, note: Callable[[str], None] | None = None
+) -> Tuning:
+    """Tune the index in `folder` to a recall target, measured against the vectors in `store`; it keeps its codes.
+
+    Raises:
+        InputError: `store` does not hold the vectors of the index's rows.
+    """
+    index = _opened(folder, None, "tuning", on_disk=True)
+    if index.rows != store.rows or index.dim != store.dim or index.model != store.model:
+        raise InputError(
+            f"{store.folder}: expected the {index.rows} vectors of {folder}, found {store.rows}, or another model's"
+        )
+    held_out = target.held_out_rows(store.rows, seed)
+    tuning = tune(index.faiss, find_truth(store, target, held_out), target, note)
+    with atomic_folder(folder) as new:
+        copy_rows(folder, new)
+        if LISTS_FILE in index.manifest.files:
+            (new / LISTS_FILE).hardlink_to(folder / LISTS_FILE)
+        write_faiss(index.faiss, new / FAISS_FILE)
+        finish(new, {**index.manifest.fields, **tuned(tuning, new, index.factory, index.rows)})
+    return tuning
+
+
+def _opened(folder: Path, out: Path | None, what: str, *, on_disk: bool = False) -> Index:
+    """The index, its every byte checked: the new one gets sums of its own, and they must not vouch for damage."""
+    if out is not None:
+        check_replaceable(out)
+    index = Index.open(folder)
+    verify_files(index.manifest, "hash")
+    if LISTS_FILE in index.manifest.files and not on_disk:
+        raise InputError(
+            f"{folder}: {what} needs lists in memory, found lists on disk; build what is new with --train-from "
+            "and merge with --on-disk"
+        )
+    return index
+
+
+def _carry_curve(index: Index, new: Path) -> None:
+    if CURVE_FILE in index.manifest.files:
+        (new / CURVE_FILE).write_bytes((index.folder / CURVE_FILE).read_bytes())
+
+
+def _delete_rows(index: Any, keep: np.ndarray, folder: Path) -> None:
+    """Remove the rows that are not kept, of `keep` [N] bool, and number the others anew."""
+    faiss = import_faiss()
+    selector = faiss.IDSelectorBatch(np.flatnonzero(~keep))
+    left = int(keep.sum())
+    layers = list(parts(index))
+    codes = layers[-1:] + [faiss.downcast_index(x.refine_index) for x in layers if isinstance(x, faiss.IndexRefine)]
+    for each in codes:
+        if not isinstance(each, faiss.IndexIVF | faiss.IndexFlatCodes | faiss.IndexFastScan):
+            raise InputError(
+                f"{folder}: {type(each).__name__} cannot delete; Flat, SQ…, PQ… and IVF… can, with or without "
+                "a refinement"
+            )
+    for each in codes:
+        try:
+            each.remove_ids(selector)
+        except RuntimeError as error:
+            raise InputError(f"{folder}: {type(each).__name__} cannot delete: {reason(error)}") from None
+        if isinstance(each, faiss.IndexIVF):
+            _renumber(each, np.cumsum(keep) - 1)
+    for layer in layers:
+        layer.ntotal = left
+
+
+def _renumber(ivf: Any, new: np.ndarray) -> None:
+    """Give every entry of the lists its row's `new` number; faiss closes up flat codes and leaves lists as they are."""
+    faiss = import_faiss()
+    for number in range(ivf.nlist):
+        size = ivf.invlists.list_size(number)
+        if size:
+            # A view of faiss's own memory: what is written here is what it finds.
+            ids = faiss.rev_swig_ptr(ivf.invlists.get_ids(number), size)
+            ids[:] = new[ids]

@@ -1,0 +1,106 @@
+"""The files of an index folder, and writing them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from index.factory import import_faiss
+from index.files import InputError
+from index.manifest import INDEX, FileEntry, Manifest, read_manifest, write_manifest
+
+FAISS_FILE = "index.faiss"
+IDS_FILE = "ids.txt"
+PASSAGES_FILE = "passages.jsonl"
+OFFSETS_FILE = "passages.offsets.npy"
+FILES = (FAISS_FILE, IDS_FILE, PASSAGES_FILE, OFFSETS_FILE)
+
+LISTS_FILE = "lists.ivfdata"
+"""The inverted lists of an index whose lists stay on disk."""
+CURVE_FILE = "recall.png"
+"""The plot of what tuning measured."""
+OPTIONAL_FILES = (LISTS_FILE, CURVE_FILE)
+
+
+def check_replaceable(out: Path) -> None:
+    """Only an index or an empty folder may be replaced: a slip in `out` must not cost anyone their files.
+
+    Raises:
+        InputError: `out` is something else.
+    """
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        try:
+            read_manifest(out, INDEX)
+        except InputError as error:
+            raise InputError(f"{error}; remove it or choose another --out") from None
+
+
+def finish(folder: Path, fields: dict[str, Any]) -> None:
+    """Write the manifest of an index whose other files stand in `folder`."""
+    files = {name: FileEntry.of(folder / name) for name in (*FILES, *OPTIONAL_FILES) if (folder / name).exists()}
+    write_manifest(Manifest(folder, INDEX, fields, files))
+
+
+def write_faiss(index: Any, path: Path) -> None:
+    """Write what `faiss.read_index` reads."""
+    faiss = import_faiss()
+    # Through Python's file: faiss's own writer only prints that a full disk has cut its last bytes off.
+    with path.open("wb") as stream:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+
+
+def write_passages(
+    ids: Sequence[Path], passages: Sequence[Path], rows: int, folder: Path, keep: np.ndarray | None = None
+) -> None:
+    """Write the passages, one a line, the byte at which each line begins, and their ids.
+
+    Args:
+        ids: files of ids, one a line, in the order of the rows.
+        passages: files of passages, one a line, in the same order.
+        rows: how many lines they have in all.
+        folder: of the index.
+        keep: [rows] bool, which to write; all when there is none.
+
+    Raises:
+        InputError: the files have not as many lines.
+    """
+    keep = np.ones(rows, bool) if keep is None else keep
+    with open(folder / IDS_FILE, "wb") as out:
+        out.writelines(line for _, line in _kept(ids, keep, "ids"))
+    offsets = np.empty(int(keep.sum()), np.uint64)
+    position = 0
+    with open(folder / PASSAGES_FILE, "wb") as out:
+        for row, line in _kept(passages, keep, "passages"):
+            offsets[row] = position
+            out.write(line)
+            position += len(line)
+    with open(folder / OFFSETS_FILE, "wb") as out:
+        np.save(out, offsets, allow_pickle=False)
+
+
+def _kept(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[tuple[int, bytes]]:
+    """(new row, line) of every line that is kept."""
+    row = new = 0
+    for path in files:
+        with open(path, "rb") as stream:
+            for line in stream:
+                if row == len(keep):
+                    raise InputError(f"{path}: expected {len(keep)} {what} in all, found more")
+                if keep[row]:
+                    yield new, line
+                    new += 1
+                row += 1
+    if row != len(keep):
+        raise InputError(f"{files[-1] if files else 'index'}: expected {len(keep)} {what} in all, found {row}")
+
+
+def copy_rows(source: Path, folder: Path) -> None:
+    """Give `folder` the ids and passages of the index in `source`."""
+    for name in (IDS_FILE, PASSAGES_FILE, OFFSETS_FILE):
+        shutil.copyfile(source / name, folder / name)

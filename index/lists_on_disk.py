@@ -1,0 +1,115 @@
+"""Inverted lists that stay on disk: indexes larger than memory, filled group by group and merged by faiss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from index.factory import import_faiss
+from index.files import InputError
+from index.layout import LISTS_FILE, write_faiss
+from index.parts import Part
+from index.quiet import quiet
+from index.settings import parts
+
+# Codes and ids held at once where no memory budget says otherwise.
+BYTES_AT_ONCE = 2**30
+
+
+def check_kind(index: Any, what: str) -> None:
+    """Refuse an index that faiss cannot keep so.
+
+    Raises:
+        InputError: it has no inverted lists, or of a layout that faiss knows in memory alone.
+    """
+    faiss = import_faiss()
+    for part in parts(index):
+        if isinstance(part, faiss.IndexRefine):
+            break
+        if isinstance(part, faiss.IndexIVF) and not isinstance(part, faiss.IndexIVFFastScan):
+            return
+    raise InputError(f"{what}: expected IVF…,Flat, IVF…,SQ… or IVF…,PQ…, whose lists can stay on disk")
+
+
+def fill(
+    index: Any,
+    part: Part,
+    folder: Path,
+    final: Path,
+    memory_mib: float | None,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Put the vectors of `part` into lists in `folder`, holding as many codes at once as the memory budget allows.
+
+    Args:
+        index: trained and empty; afterwards its lists are those on disk.
+        part: what to add.
+        folder: where the index is being written.
+        final: where it will stand: plain faiss looks for the lists there.
+        memory_mib: most to hold; 1 GiB when there is none.
+        progress: called with the number of rows each time some were added.
+    """
+    faiss = import_faiss()
+    check_kind(index, "--on-disk")
+    each = faiss.extract_index_ivf(index).code_size + 8
+    most = max(1, int((memory_mib * 2**20 if memory_mib else BYTES_AT_ONCE) // each))
+    groups: list[Path] = []
+
+    def write_group() -> None:
+        groups.append(folder / f"group-{len(groups)}")
+        write_faiss(index, groups[-1])
+        index.reset()
+
+    for vectors in part.pieces():
+        if index.ntotal and index.ntotal + len(vectors) > most:
+            write_group()
+        index.add(vectors)
+        if progress is not None:
+            progress(len(vectors))
+    write_group()
+    merge(index, groups, folder, final)
+    for path in groups:
+        path.unlink()
+
+
+def merge(index: Any, files: Sequence[Path], folder: Path, final: Path) -> None:
+    """Merge the inverted lists of faiss `files`, one after the other, into lists in `folder`; rows are numbered on.
+
+    Memory: the trained index alone; the files are mapped.
+    """
+    faiss = import_faiss()
+    from faiss.contrib.ondisk import merge_ondisk
+
+    threads = faiss.omp_get_max_threads()
+    # One thread writes the lists in their order, and so the same file every time; the disk is what takes the time.
+    faiss.omp_set_num_threads(1)
+    try:
+        with quiet():
+            merge_ondisk(index, [str(path) for path in files], str(folder / LISTS_FILE))
+    finally:
+        faiss.omp_set_num_threads(threads)
+    lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists)
+    _number_on(lists, files)
+    # The folder is still to be renamed. Ours looks beside index.faiss; plain faiss looks where the file says.
+    lists.filename = str(final.resolve() / LISTS_FILE)
+
+
+def _number_on(lists: Any, files: Sequence[Path]) -> None:
+    """Add to every entry's row the rows of the files before its own.
+
+    faiss's own `shift_ids` (1.15.1) adds the sum of the later files' sizes instead, which is right for two of one size.
+    """
+    faiss = import_faiss()
+    # Kept while their lists are asked for their lengths: the lists belong to them.
+    indexes = [faiss.read_index(str(path), faiss.IO_FLAG_MMAP) for path in files]
+    sources = [faiss.extract_index_ivf(index).invlists for index in indexes]
+    for number in range(lists.nlist):
+        if not (size := lists.list_size(number)):
+            continue
+        rows = faiss.rev_swig_ptr(lists.get_ids(number), size)
+        start = first = 0
+        for index, source in zip(indexes, sources, strict=True):
+            stop = start + source.list_size(number)
+            rows[start:stop] += first
+            start, first = stop, first + index.ntotal

@@ -1,0 +1,78 @@
+"""A part of an embedding store, for indexes that several machines build together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from index.files import InputError
+from index.manifest import Manifest, verify_files
+from index.store import EmbeddingStore
+
+# Rows converted to float32 and given to faiss at once.
+ROWS_AT_ONCE = 16384
+
+
+@dataclass(frozen=True)
+class Part:
+    """The `number`-th of `count` parts of a store, from 1: whole shards, in order. 1 of 1 is the store.
+
+    Raises:
+        InputError: there is no such part, or it would be empty.
+    """
+
+    store: EmbeddingStore
+    number: int = 1
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise InputError(f"part {self.number}/{self.count}: expected a number from 1 to {self.count}")
+        if not self.store.rows:
+            raise InputError(f"{self.store.folder}: expected passages to index, found none")
+        if not self.rows:
+            shards = len(self.store.files("npy"))
+            raise InputError(
+                f"{self.store.folder}: expected at most {shards} parts, as many as it has shards, found {self.count}"
+            )
+
+    @property
+    def first(self) -> int:
+        """Its first row in the store."""
+        return min(self._shards.start * self.store.shard_rows, self.store.rows)
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return min(self._shards.stop * self.store.shard_rows, self.store.rows) - self.first
+
+    @property
+    def _shards(self) -> range:
+        shards = len(self.store.files("npy"))
+        return range(shards * (self.number - 1) // self.count, shards * self.number // self.count)
+
+    def files(self, suffix: Literal["npy", "ids", "jsonl"]) -> list[Path]:
+        """The files of its shards."""
+        return self.store.files(suffix)[self._shards.start : self._shards.stop]
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """Its vectors [n, D] float32, some thousand at a time."""
+        for number, (_, vectors) in enumerate(self.store.shards()):
+            if number in self._shards:
+                for start in range(0, len(vectors), ROWS_AT_ONCE):
+                    yield np.ascontiguousarray(vectors[start : start + ROWS_AT_ONCE], np.float32)
+
+    def check(self) -> None:
+        """Check every byte of its files.
+
+        Raises:
+            InputError: a file is missing or damaged; the message names it.
+        """
+        manifest = self.store.manifest
+        names = {path.name for suffix in ("npy", "ids", "jsonl") for path in self.files(suffix)}
+        files = {name: entry for name, entry in manifest.files.items() if name in names}
+        verify_files(Manifest(manifest.folder, manifest.format, manifest.fields, files), "hash")

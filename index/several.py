@@ -1,0 +1,119 @@
+"""Searching several indexes as if they were one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from index.files import InputError
+from index.manifest import Level
+from index.opened import Index
+from index.passages import Passage
+
+
+class Indexes:
+    """Several indexes of passages, searched together: the rows of the first come first, then those of the second.
+
+    Searches, ranks and gives passages as one `Index` does. Made by `open`.
+    """
+
+    def __init__(self, indexes: Sequence[Index]) -> None:
+        self.indexes = list(indexes)
+        first = self.indexes[0]
+        self.folder = first.folder
+        self.dim = first.dim
+        self.model = first.model
+        self.factory = " + ".join(dict.fromkeys(index.factory for index in self.indexes))
+        self._starts = np.cumsum([0, *(index.rows for index in self.indexes)])
+        self.rows = int(self._starts[-1])
+        for index in self.indexes[1:]:
+            index.check_model(first.model)
+            if index.dim != first.dim:
+                raise InputError(f"{index.folder}: expected vectors of {first.dim} dimensions, found {index.dim}")
+
+    @classmethod
+    def open(cls, folders: Sequence[Path], *, verify: Level = "size", mmap: bool = False) -> Indexes:
+        """Open the indexes in `folders`, one at least, as `Index.open` does.
+
+        Raises:
+            InputError: a folder holds no index, a damaged one, or one of another model or dimension.
+        """
+        if not folders:
+            raise InputError("expected an index or more to search, found none")
+        return cls([Index.open(folder, verify=verify, mmap=mmap) for folder in folders])
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of every row."""
+        return [id_ for index in self.indexes for id_ in index.ids]
+
+    def passage(self, row: int) -> Passage:
+        """The passage of `row`, 0 to N - 1.
+
+        Raises:
+            IndexError: there is no such row.
+            InputError: the line on disk is no passage.
+        """
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row {row} of indexes of {self.rows}")
+        index, within = self._place(row)
+        return index.passage(within)
+
+    def check_model(self, model: dict[str, str]) -> None:
+        """Refuse to search with vectors of another model than the one that embedded the passages.
+
+        Raises:
+            InputError: the two differ.
+        """
+        for index in self.indexes:
+            index.check_model(model)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The best `k` of what every index finds, by score and then by id, both descending.
+
+        Of exact indexes the merge is exact, ties at the cut included: each index gives the k of highest score and id
+        that it holds, and the k of all are among them.
+
+        Returns:
+            scores [Q, min(k, N)] float32 and rows [Q, min(k, N)] int64, as `Index.search` gives them.
+
+        Raises:
+            as `Index.search`.
+        """
+        found = [index.search(queries, k) for index in self.indexes]
+        scores = np.concatenate([some for some, _ in found], axis=1)
+        shifted = [np.where(rows < 0, -1, rows + self._starts[n]) for n, (_, rows) in enumerate(found)]
+        rows = np.concatenate(shifted, axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")
+        scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        tied = ((scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0)).any(axis=1)
+        for query in np.flatnonzero(tied):
+            there = rows[query] >= 0
+            found_rows = rows[query, there].tolist()
+            ids = [self._id(row) for row in found_rows]
+            ranked = sorted(zip(scores[query, there].tolist(), ids, found_rows, strict=True), reverse=True)
+            rows[query, there] = [row for _, _, row in ranked]
+        count = min(k, self.rows)
+        return scores[:, :count], rows[:, :count]
+
+    def ranked(self, queries: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
+        """For each of `queries` [Q, D], up to `k` pairs of id and score, in the order of `search`.
+
+        Raises:
+            as `search`.
+        """
+        scores, rows = self.search(queries, k)
+        return [
+            [(self._id(row), score) for score, row in zip(some_scores, some_rows, strict=True) if row >= 0]
+            for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True)
+        ]
+
+    def _id(self, row: int) -> str:
+        index, within = self._place(row)
+        return index.ids[within]
+
+    def _place(self, row: int) -> tuple[Index, int]:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.indexes[number], int(row - self._starts[number])

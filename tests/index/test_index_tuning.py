@@ -1,0 +1,161 @@
+"""A recall target is met on other queries than those it was measured on, at no more cost than it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from index.building import Plan, build
+from index.files import InputError
+from index.manifest import read_manifest
+from index.opened import Index
+from index.settings import Settings, core
+from index.training import sample_rows
+from index.tuning import Target, Truth, find_truth, measure, recall_of_each, tune
+from index.verify import verify
+
+DIM = 32
+
+
+def spread(rows: int, seed: int) -> np.ndarray:
+    """Unit vectors around 200 centres, of which neighbouring ones overlap."""
+    centres = np.random.default_rng(0).standard_normal((200, DIM))
+    rng = np.random.default_rng(seed)
+    vectors = centres[rng.integers(200, size=rows)] + 0.9 * rng.standard_normal((rows, DIM))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def store(make_store: Callable):
+    return make_store(spread(8000, seed=1), shard_rows=3000)
+
+
+NONE = np.empty(0, np.int64)
+
+
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "HNSW16", "IVF64,PQ16x4fs,RFlat", "PQ16x4fs,Refine(SQ8)", "Flat"])
+def test_the_recall_of_other_queries_is_what_was_promised(tmp_path: Path, store, factory: str) -> None:
+    target = Target(0.9, 10, spread(1500, seed=2))
+    tuning = build(store, tmp_path / "index", Plan(factory, target=target))
+    assert tuning is not None and tuning.met and tuning.chosen.at_least >= 0.9
+    truth = find_truth(store, Target(0.9, 10, spread(1500, seed=3)), NONE)
+    found = Index.open(tmp_path / "index").search(truth.queries, 10)[1]
+    assert recall_of_each(found, truth).mean() >= 0.89
+
+
+@pytest.mark.parametrize(("factory", "name"), [("IVF64,Flat", "nprobe"), ("HNSW16", "ef_search")])
+def test_no_smaller_setting_meets_the_target(store, factory: str, name: str) -> None:
+    index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(store.vectors())
+    index.add(store.vectors())
+    target = Target(0.9, 10, spread(1000, seed=2))
+    truth = find_truth(store, target, NONE)
+    chosen = tune(index, truth, target).chosen
+    value = chosen.settings.known()[name]
+    assert Settings.of(index) == chosen.settings
+    assert measure(index, truth, Settings(**{name: int(value * 0.97) - 1})).at_least < 0.9
+
+
+def test_of_the_pairs_of_a_refining_index_none_of_a_fine_grid_is_much_cheaper(store) -> None:
+    """By codes compared and vectors looked at again, which no other work on the machine can change."""
+    index = faiss.index_factory(DIM, "IVF64,PQ8np,RFlat", faiss.METRIC_INNER_PRODUCT)
+    index.train(store.vectors())
+    index.add(store.vectors())
+    target = Target(0.9, 10, spread(1000, seed=2))
+    truth = find_truth(store, target, NONE)
+    tuning = tune(index, truth, target)
+    pairs = [point for point in tuning.curve if point.at_least >= 0.9]
+    # On the frontier: whatever needs fewer lists needs more to be looked at again, and the other way round.
+    chosen = tuning.chosen.settings
+    for point in pairs:
+        lists, again = point.settings.nprobe, point.settings.k_factor
+        assert lists > 0.95 * chosen.nprobe or again > chosen.k_factor
+    for nprobe in range(2, chosen.nprobe, 3):
+        assert measure(index, truth, Settings(nprobe=nprobe, k_factor=chosen.k_factor)).at_least < 0.905
+
+
+def test_a_target_out_of_reach_is_said_to_be(tmp_path: Path, store) -> None:
+    tuning = build(store, tmp_path / "index", Plan("IVF64,PQ4x4fs", target=Target(0.95)))
+    assert tuning is not None and not tuning.met
+    assert "NOT met" in tuning.line() and "\n" not in tuning.line()
+    kept = read_manifest(tmp_path / "index").field("tuning", dict)
+    assert kept["met"] is False and kept["chosen"]["recall"] == max(point["recall"] for point in kept["curve"])
+
+
+def test_the_curve_stays_with_the_index(tmp_path: Path, store) -> None:
+    out = tmp_path / "index"
+    tuning = build(store, out, Plan("IVF64,SQ8", target=Target(0.9, 5)))
+    assert tuning is not None
+    kept = read_manifest(out).field("tuning", dict)
+    assert (kept["target_recall"], kept["k"], kept["queries"], kept["rows"]) == (0.9, 5, 2000, 8000)
+    assert kept["index_bytes"] == (out / "index.faiss").stat().st_size
+    assert kept["chosen"] in kept["curve"] and len(kept["curve"]) >= 5
+    times = [point["microseconds"] for point in kept["curve"]]
+    assert times == sorted(times)
+    assert (out / "recall.png").read_bytes()[:4] == b"\x89PNG"
+    assert verify(out).files == 5
+    assert core(faiss.read_index(str(out / "index.faiss"))).nprobe == kept["chosen"]["nprobe"]
+
+
+def test_a_passage_is_not_its_own_neighbour(store) -> None:
+    target = Target(0.9, 3)
+    held_out = target.held_out_rows(store.rows, 0)
+    truth = find_truth(store, target, held_out)
+    assert truth.own is not None
+    assert not (truth.rows == truth.own[:, None]).any()
+    vectors = store.vectors()
+    products = vectors[held_out] @ vectors.T
+    products[np.arange(len(held_out)), held_out] = -np.inf
+    assert (truth.rows[:, 0] == products.argmax(axis=1)).mean() > 0.999
+    flat = faiss.IndexFlatIP(DIM)
+    flat.add(vectors)
+    assert measure(flat, truth, Settings()).recall == 1
+
+
+def test_what_is_measured_by_is_not_trained_on() -> None:
+    barred = Target(0.9, 10).held_out_rows(10_000, seed=3)
+    assert len(np.unique(barred)) == 2000
+    for count in (10, 5000, 8000):
+        rows = sample_rows(10_000, count, 3, barred)
+        assert len(np.unique(rows)) == count and not np.isin(rows, barred).any()
+
+
+def test_ties_with_the_last_place_count_as_found() -> None:
+    truth = Truth(np.zeros((2, 1), np.float32), None, np.array([[1, 2, 3, 4], [5, 6, -1, -1]]), 2)
+    assert recall_of_each(np.array([[4, 2], [5, -1]]), truth).tolist() == [1.0, 0.5]
+    assert recall_of_each(np.array([[-1, -1], [9, 6]]), truth).tolist() == [0.0, 0.5]
+
+
+def test_equal_vectors_are_tied_in_the_truth(make_store: Callable) -> None:
+    vectors = np.repeat(spread(50, 1), 3, axis=0)
+    truth = find_truth(make_store(vectors), Target(0.9, 1, spread(40, 2)), NONE)
+    assert ((truth.rows >= 0).sum(axis=1) == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recall": 0.0}, "--target-recall: expected more than 0"),
+        ({"recall": 1.5}, "--target-recall: expected more than 0 and at most 1, found 1.5"),
+        ({"k": 0}, "--k: expected at least 1"),
+        ({"queries": np.ones((29, DIM), np.float32)}, "--queries: expected at least 30 to measure by, found 29"),
+    ],
+)
+def test_a_target_that_cannot_be_measured_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Target(**{"recall": 0.9, **change})
+
+
+def test_queries_of_another_dimension_are_refused(tmp_path: Path, store) -> None:
+    plan = Plan("Flat", target=Target(0.9, 10, np.ones((30, DIM + 1), np.float32)))
+    with pytest.raises(InputError, match=f"expected vectors of {DIM} dimensions, found {DIM + 1}"):
+        build(store, tmp_path / "index", plan)
+
+
+def test_too_few_passages_to_measure_by_are_refused(tmp_path: Path, make_store: Callable) -> None:
+    with pytest.raises(InputError, match="expected more than 30 passages, found 20"):
+        build(make_store(spread(20, 1)), tmp_path / "index", Plan("Flat", target=Target(0.9)))
