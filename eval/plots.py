@@ -136,6 +136,7 @@ def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
             ks, values = zip(*found, strict=True)
             axes.plot(ks, values, color=_colour(place), marker=MARKERS[place % 6], ms=4, lw=1.5, label=_short(name))
     axes.set_xscale("log")
+    axes.minorticks_off()
     axes.set_ylim(0, 1.02)
     axes.grid(True, axis="y")
     axes.set_xlabel("k, passages a query")
@@ -166,9 +167,8 @@ def scatter(pair: Pair, a: Metrics, b: Metrics) -> Figure:
             rasterized=len(distinct) > VECTOR_POINTS,
         )
     test = pair.test
-    corner: Any = {"transform": axes.transAxes, "fontsize": 9, "clip_on": False}
-    axes.text(0.03, 0.955, f"▲ {test.wins:,} better", color=_colour(0), va="top", **corner)
-    axes.text(0.97, 0.045, f"▼ {test.losses:,} worse", color=_colour(1), ha="right", **corner)
+    axes.set_title(f"▲ {test.wins:,} better", color=_colour(0), fontsize=9.5)
+    axes.set_title(f"▼ {test.losses:,} worse", color=_colour(1), fontsize=9.5, loc="right")
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
     axes.set_aspect("equal")
