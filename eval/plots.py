@@ -228,7 +228,9 @@ def to_svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     # Groups are numbered in every figure alike; two of a page must not share an id.
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"font: [0-9.]+px [^;\"]*", lambda font: _page_font(font[0]), text)
+    # The page's own font, in the plot's size.
+    text = re.sub(r"font: ([0-9.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub("#[0-9a-f]{6}", lambda colour: _variable(colour[0]), text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{_attribute(label)}" ', 1)
 
@@ -237,12 +239,6 @@ def to_png(figure: Figure, path: Path) -> None:
     """Write a PNG file, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=160)
-
-
-def _page_font(font: str) -> str:
-    size = re.match(r"font: ([0-9.]+)px", font)
-    assert size is not None
-    return f"font-size: {size[1]}px"
 
 
 def _variable(colour: str) -> str:

@@ -11,22 +11,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from eval.beir import BeirDataset, beir_file
-from eval.bm25 import K1, B, bm25_run
 from eval.compare import Pair, changed_queries, compare, most_changed, passages_to_show, texts_of
 from eval.fusion import RRF_K, fuse
 from eval.metrics import KS, MEASURES, Metrics, evaluate_run
-from eval.ranking import RankedRun, rows_of
+from eval.ranking import RankedRun
 from eval.report import Changes, Report, ReportSet, write
 from eval.runs import read_trec_run, write_trec_run
 from eval.significance import PERMUTATIONS
 from eval.suite import plan
 from index.files import InputError, read_json, sha256_file
+from retriever.bm25_runs import BM25, bm25_details, kept_bm25_run, without_own
 from retriever.progress import Terminal
 
-BM25 = "BM25"
 # Between the usual cut-offs, for the curves.
 CUTS = tuple(sorted({*KS, 2, 20, 50, 200, 500}))
 
@@ -165,15 +162,12 @@ def _set(
         found_depth = f"the shallowest run has {depth} passages a query"
         raise InputError(f"--measure: expected a cut-off of at most {cuts[-1]}, found {request.measure}: {found_depth}")
     if request.bm25:
-        with terminal.bar(f"{dataset.name}: {BM25}", len(dataset.queries), "queries") as advance:
-            # One more than is kept, for a passage that is its own query.
-            found = bm25_run(dataset.passages(), dataset.queries, depth + 1, progress=advance)
-        runs[BM25] = _without_own(found, depth)
+        runs[BM25] = kept_bm25_run(dataset, out / dataset.name, depth, terminal)
     for fusion in request.fusions:
         parts = [runs[part] for part in fusion.parts]
         runs[fusion.name] = fuse(parts, fusion.method, weights=fusion.weights or None, k=depth)
-    for name in runs.keys() - request.systems.keys():
-        write_trec_run(out / dataset.name / f"{_file_name(name)}.trec", runs[name], _file_name(name))
+        file = _file_name(fusion.name)
+        write_trec_run(out / dataset.name / f"{file}.trec", runs[fusion.name], file)
     terminal.line(f"{dataset.name}: {len(runs)} runs, {len(dataset.qrels):,} queries, {depth:,} passages a query")
     systems = {name: evaluate_run(dataset.qrels, run, cuts) for name, run in runs.items()}
     pairs = compare(
@@ -190,12 +184,7 @@ def _judged_run(path: Path, dataset: BeirDataset) -> RankedRun:
         first = next(iter(run.queries), "none at all")
         raise InputError(f"{path}: expected queries of {dataset.folder}, split {dataset.split}, found {first}")
     queries = [run.queries[place] for place in places]
-    return _without_own(RankedRun(queries, run.passages, run.rows[places], run.scores[places]), None)
-
-
-def _without_own(run: RankedRun, k: int | None) -> RankedRun:
-    row_of = rows_of(run.passages, set(run.queries))
-    return run.without(np.array([row_of.get(query, -1) for query in run.queries], dtype=np.int64), k)
+    return without_own(RankedRun(queries, run.passages, run.rows[places], run.scores[places]), None)
 
 
 def _file_name(name: str) -> str:
@@ -239,7 +228,7 @@ def _details(
         runs = {f"run {data.name} sha256": sha256_file(files[name, data.name]) for data in datasets}
         details[name] = {"from": str(path), **_details_of_report(path), **runs}
     if request.bm25:
-        details[BM25] = f"Lucene's formula, k1 {K1}, b {B}, English stop words, no stemming; bm25s {_version('bm25s')}"
+        details[BM25] = bm25_details()
     for fusion in request.fusions:
         details[fusion.name] = f"{fusion.method}, k {RRF_K}" if fusion.method == "rrf" else fusion.method
     for data in datasets:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from cli_helpers import command, write_lines
@@ -73,7 +75,7 @@ def test_reports_bm25_and_hybrids_are_scored_tested_and_reported(place: Path) ->
     assert read_trec_run(out / "rocks" / "poor+BM25_rrf.trec")["q-amber"]
     details = report["details"]
     assert details["the good"]["from"] == str(place / "good") and len(details["poor"]["run rocks sha256"]) == 64
-    assert "seed 0" in details["tests"] and "k1 0.9" in details["BM25"] and "numpy" in details["versions"]
+    assert "seed 0" in details["tests"] and details["BM25"]["k1"] == 0.9 and "numpy" in details["versions"]
     assert "| poor → the good |" in done.out and "mean of the sets" in done.out
     page = (out / "report.html").read_text()
     assert "about amber &lt;b&gt;" in page and "<b> " not in page
@@ -95,6 +97,22 @@ def test_the_same_comparison_gives_the_same_bytes(place: Path) -> None:
         assert command(*words, "--out", place / name).code == 0
     for file in ("report.json", "report.md", "report.html"):
         assert (place / "one" / file).read_bytes() == (place / "two" / file).read_bytes(), file
+
+
+def test_bm25_is_used_again_until_the_data_or_the_file_changes(place: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "set", tmp_path / "out"
+    shutil.copytree(place / "rocks", folder)
+    words = ["evaluate", "run", "--bm25", "--data", folder, "--out", out, "--json"]
+    with mock.patch("retriever.bm25_runs.bm25_run", wraps=bm25_run) as computed:
+        first = command(*words)
+        assert (first.code, command(*words).out, computed.call_count) == (0, first.out, 1)
+        kept = out / "set" / "BM25.trec"
+        whole = kept.read_bytes()
+        kept.write_bytes(whole.replace(b" 1 ", b" 2 ", 1))
+        assert (command(*words).out, computed.call_count, kept.read_bytes()) == (first.out, 2, whole)
+        with (folder / "corpus.jsonl").open("a") as stream:
+            stream.write('{"_id": "new", "title": "", "text": "amber"}\n')
+        assert (command(*words).out != first.out, computed.call_count) == (True, 3)
 
 
 def test_a_baseline_leaves_fewer_tests_and_is_named(place: Path) -> None:

@@ -1,0 +1,66 @@
+"""Plots show the numbers they are given, in colours that the page may change."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from report_helpers import large_set, rows, whole_report
+
+from eval import plots
+from eval.metrics import Qrels
+from eval.ranking import RankedRun
+
+
+def test_scores_are_parted_by_relevance_over_judged_queries() -> None:
+    qrels: Qrels = {"q1": {"a": 2, "b": 0, "lost": 1}, "q2": {"b": 1}}
+    run = RankedRun.of({"q1": {"a": 5.0, "b": 4.0, "c": float("-inf")}, "q2": {"a": 3.0, "b": 2.0}, "q9": {"a": 9.0}})
+    relevant, others = plots.split_scores(run, qrels)
+    assert (sorted(relevant.tolist()), sorted(others.tolist())) == ([2.0, 5.0], [3.0, 4.0])
+
+
+def test_a_run_without_scores_has_no_distribution() -> None:
+    with plots.style():
+        assert plots.score_distributions("empty", RankedRun.of({"q": {}}), {"q": {"a": 1}}) is None
+        constant = RankedRun.of({"q": {"a": 1.0, "b": 1.0}})
+        assert plots.score_distributions("constant", constant, {"q": {"a": 1}}) is not None
+
+
+def test_bars_carry_their_values_and_names() -> None:
+    with plots.style():
+        svg = plots.to_svg(plots.bars({"one": rows(), "two": rows()}, ["ndcg@10"]), "bars")
+        single = plots.to_svg(plots.bars({"one": rows()}, ["ndcg@10", "recall@100"]), "bars")
+    texts = re.findall(r">([^<>]+)</text>", svg)
+    assert texts.count("0.544") == 2 and texts.count("1.000") == 2
+    assert {"one", "two", "before", "after", "nDCG@10"} <= set(texts)
+    assert {"before", "after", "nDCG@10", "recall@100", "0.667"} <= set(re.findall(r">([^<>]+)</text>", single))
+
+
+def test_scatter_counts_wins_and_losses() -> None:
+    found = large_set(60)
+    pair = found.pairs[0]
+    with plots.style():
+        svg = plots.to_svg(plots.scatter(pair, found.systems[pair.a], found.systems[pair.b]), "scatter")
+    assert f"▲ {pair.test.wins} better" in svg and f"▼ {pair.test.losses} worse" in svg
+
+
+def test_svg_takes_its_colours_and_fonts_from_the_page_and_has_unique_ids() -> None:
+    one = whole_report().sets[0]
+    with plots.style():
+        svgs = [
+            plots.to_svg(plots.recall_curves(one.systems), 'a "label" <&>'),
+            plots.to_svg(plots.bars({"x": one.systems}, ["ndcg@10"]), "bars"),
+        ]
+    for svg in svgs:
+        assert "var(--s0)" in svg and "var(--ink)" in svg and "DejaVu" not in svg
+        left = set(re.findall("#[0-9a-f]{6}", svg)) - {"#000000", "#ffffff"}
+        assert not left, left
+        assert "<metadata" not in svg and not re.findall(r'<g id="', svg)
+    assert 'aria-label="a &quot;label&quot; &lt;&amp;&gt;"' in svgs[0]
+
+
+@pytest.mark.parametrize("name", ["$x_1$", "a_very_long_name_that_goes_on_and_on_and_on", "日本語"])
+def test_names_are_shown_as_they_are_or_cut(name: str) -> None:
+    with plots.style():
+        svg = plots.to_svg(plots.recall_curves({name: rows()["before"], "other": rows()["after"]}), "x")
+    assert (name if len(name) <= 30 else name[:29] + "…") in svg
