@@ -10,6 +10,8 @@ from eval.ranking import RankedRun
 
 METHODS = ("rrf", "minmax", "zscore")
 RRF_K = 60
+# Some arrays of all their places are held at once.
+QUERIES_AT_ONCE = 1024
 
 
 def fuse(
@@ -58,25 +60,29 @@ def fuse(
     ranked = [RankedRun.of(run) for run in runs]
     queries = list(dict.fromkeys(query for run in ranked for query in run.queries))
     table, rows_in = _common_rows(ranked)
-    fused_rows = np.full((len(queries), k), -1, dtype=np.int64)
+    id_rank = np.empty(len(table), dtype=np.int64)
+    id_rank[sorted(range(len(table)), key=table.__getitem__)] = np.arange(len(table))
+    width = max(1, min(k, sum(run.rows.shape[1] for run in ranked)))
+    fused_rows = np.full((len(queries), width), -1, dtype=np.int64)
     fused_scores = np.full(fused_rows.shape, -np.inf)
-    for number, query in enumerate(queries):
-        found, given, absent = [], [], 0.0
-        for run, rows, share in zip(ranked, rows_in, shares, strict=True):
-            place = run.place(query)
-            count = 0 if place is None else int((run.rows[place] >= 0).sum())
-            if not count:
+    places = [np.array([-1 if (at := run.place(query)) is None else at for query in queries]) for run in ranked]
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        part = slice(start, start + QUERIES_AT_ONCE)
+        found, given, absent = [], [], np.zeros(len(queries[part]))
+        for run, rows, place, share in zip(ranked, rows_in, places, shares, strict=True):
+            own_rows = np.where(place[part, None] >= 0, rows[place[part]], -1) if len(run) else rows[:0]
+            if not own_rows.size:
                 continue
-            values, lowest = _values(run.scores[place, :count].astype(np.float64), method, rrf_k)
-            found.append(rows[place, :count])
+            values, lowest = _values(own_rows >= 0, run.scores[place[part]].astype(np.float64), method, rrf_k)
+            found.append(own_rows)
             # Every passage starts from what those absent get, so a passage's own value stands above that.
-            given.append(share * (values - lowest))
+            given.append(share * (values - lowest[:, None]))
             absent += share * lowest
         if found:
-            best_rows, best_scores = _best(np.concatenate(found), np.concatenate(given), absent, table, k)
-            fused_rows[number, : len(best_rows)], fused_scores[number, : len(best_rows)] = best_rows, best_scores
-    width = max(1, int((fused_rows >= 0).sum(axis=1).max(initial=0)))
-    return RankedRun(queries, table, fused_rows[:, :width], fused_scores[:, :width])
+            best = _best(np.hstack(found), np.hstack(given), absent, id_rank, width)
+            fused_rows[part], fused_scores[part] = best
+    deepest = max(1, int((fused_rows >= 0).sum(axis=1).max(initial=0)))
+    return RankedRun(queries, table, fused_rows[:, :deepest], fused_scores[:, :deepest])
 
 
 def _common_rows(runs: Sequence[RankedRun]) -> tuple[list[str], list[np.ndarray]]:
@@ -91,29 +97,46 @@ def _common_rows(runs: Sequence[RankedRun]) -> tuple[list[str], list[np.ndarray]
     return list(row_of), translated
 
 
-def _values(scores: np.ndarray, method: str, rrf_k: int) -> tuple[np.ndarray, float]:
-    """What a run gives to the passages it ranked, best first [n], and to those it did not."""
+def _values(ranked: np.ndarray, scores: np.ndarray, method: str, rrf_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a run gives to the places [n, K] that are `ranked`, best first, and to passages that it did not rank [n]."""
     if method == "rrf":
-        return 1.0 / (rrf_k + np.arange(1, len(scores) + 1)), 0.0
-    if not np.isfinite(scores).all():
+        values = np.broadcast_to(1.0 / (rrf_k + np.arange(1, scores.shape[1] + 1)), scores.shape)
+        return values, np.zeros(len(scores))
+    if not np.isfinite(scores[ranked]).all():
         raise ValueError("runs: expected finite scores to fuse, found infinity")
-    spread = np.ptp(scores) if method == "minmax" else scores.std()
-    if not np.ptp(scores):
-        return (np.ones_like(scores) if method == "minmax" else np.zeros_like(scores)), 0.0
-    values = (scores - (scores.min() if method == "minmax" else scores.mean())) / spread
-    return values, 0.0 if method == "minmax" else float(values.min())
+    count = np.maximum(1, ranked.sum(axis=1, keepdims=True))
+    low = np.where(ranked, scores, np.inf).min(axis=1, keepdims=True)
+    high = np.where(ranked, scores, -np.inf).max(axis=1, keepdims=True)
+    equal = ~(high > low)
+    if method == "minmax":
+        above = np.where(ranked & ~equal, scores - low, 1.0)
+        return above / np.where(equal, 1.0, high - low), np.zeros(len(scores))
+    mean = np.where(ranked, scores, 0.0).sum(axis=1, keepdims=True) / count
+    away = np.where(ranked, scores - mean, 0.0)
+    values = np.where(equal, 0.0, away / np.where(equal, 1.0, np.sqrt((away**2).sum(axis=1, keepdims=True) / count)))
+    return values, np.where(ranked, values, np.inf).min(axis=1, where=ranked, initial=0.0)
 
 
 def _best(
-    rows: np.ndarray, given: np.ndarray, absent: float, table: Sequence[str], k: int
+    rows: np.ndarray, given: np.ndarray, absent: np.ndarray, id_rank: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of the distinct rows and their summed scores; ties at the cut go by id, descending."""
-    distinct, inverse = np.unique(rows, return_inverse=True)
-    # As the run keeps and compares them.
-    scores = (absent + np.bincount(inverse, weights=given)).astype(np.float32)
-    if len(distinct) > k:
-        cut = np.partition(scores, -k)[-k]
-        kept = np.flatnonzero(scores >= cut)
-        order = sorted(kept.tolist(), key=lambda place: (scores[place], table[int(distinct[place])]), reverse=True)[:k]
-        distinct, scores = distinct[order], scores[order]
-    return distinct, scores
+    """The k best distinct rows of each query and their summed scores, [n, k] each; ties go by id, descending.
+
+    Args:
+        rows: [n, K] of the common table; -1 for none.
+        given: [n, K], what they add to `absent` [n].
+        id_rank: of each row of the table, its id's place in ascending order.
+    """
+    queries, columns = np.nonzero(rows >= 0)
+    keys, inverse = np.unique(queries * np.int64(len(id_rank)) + rows[queries, columns], return_inverse=True)
+    query, row = keys // len(id_rank), keys % len(id_rank)
+    # float32, as the run keeps and compares them.
+    sums = (absent[query] + np.bincount(inverse, weights=given[queries, columns])).astype(np.float32)
+    order = np.lexsort((-id_rank[row], -sums, query))
+    counts = np.bincount(query, minlength=len(rows))
+    place = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
+    order, place = order[place < k], place[place < k]
+    best_rows = np.full((len(rows), k), -1, dtype=np.int64)
+    best_scores = np.full(best_rows.shape, -np.inf)
+    best_rows[query[order], place], best_scores[query[order], place] = row[order], sums[order]
+    return best_rows, best_scores

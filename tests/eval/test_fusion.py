@@ -8,7 +8,8 @@ import statistics
 import numpy as np
 import pytest
 
-from eval.fusion import fuse
+from eval import fusion
+from eval.fusion import METHODS, fuse
 from eval.metrics import Run
 from eval.ranking import RankedRun, trec_order
 
@@ -49,9 +50,19 @@ def test_fusion_of_random_runs_equals_the_plain_sum() -> None:
         }
         for _ in range(3)
     ]
+    scored = fuse(runs, "zscore", weights=[1, 2, 0.5])
+    for query in {q for run in runs for q in run}:
+        expected = dict.fromkeys((p for run in runs for p in run.get(query, {})), 0.0)
+        for run, weight in zip(runs, (1, 2, 0.5), strict=True):
+            values = list(run.get(query, {}).values())
+            spread = statistics.pstdev(values) if len(set(values)) > 1 else 1.0
+            z = {p: (score - statistics.fmean(values)) / spread for p, score in run.get(query, {}).items()}
+            for passage in expected:
+                expected[passage] += weight * z.get(passage, min(z.values(), default=0.0))
+        assert scored[query] == pytest.approx(expected, abs=1e-5)
     fused = fuse(runs, "rrf", weights=[1, 2, 0.5], rrf_k=10)
     for query in {q for run in runs for q in run}:
-        expected: dict[str, float] = {}
+        expected = {}
         for run, weight in zip(runs, (1, 2, 0.5), strict=True):
             for rank, (passage, _) in enumerate(trec_order(run.get(query, {})), start=1):
                 expected[passage] = expected.get(passage, 0.0) + weight / (10 + rank)
@@ -64,6 +75,16 @@ def test_a_cut_run_is_the_top_of_the_whole_one() -> None:
     whole = list(fuse(runs, "minmax")["q"].items())
     for k in (1, 7, 39, 40):
         assert list(fuse(runs, "minmax", k=k)["q"].items()) == whole[:k]
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [{f"q{q}": {f"d{d}": (q * d * run) % 7 / 7 for d in range(q, 9)} for q in range(8)} for run in (1, 2)]
+    whole = {method: fuse(runs, method) for method in METHODS}
+    monkeypatch.setattr(fusion, "QUERIES_AT_ONCE", 3)
+    for method, one in whole.items():
+        assert {query: list(found.items()) for query, found in fuse(runs, method).items()} == {
+            query: list(found.items()) for query, found in one.items()
+        }
 
 
 def test_a_run_over_a_large_table_touches_what_it_names_only() -> None:
