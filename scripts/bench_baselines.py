@@ -52,9 +52,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME=MODEL",
         help="models; the others are tested against the first",
     )
-    parser.add_argument(
-        "--out", type=Path, default=HERE.parent / "runs" / "baselines", help="to fill; continued if there"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/baselines"), help="to fill; continued if there")
     return parser.parse_args()
 
 
