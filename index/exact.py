@@ -16,8 +16,9 @@ from index.windows import Shards, Window, pieces
 
 __all__ = ["merge", "search", "search_on_ranks"]
 
-# Products of one block and some queries that are held at once: 64 MiB in float32, and 1 GiB on a GPU.
-PRODUCTS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
+# Products of one block and some queries that are held at once: 16 MiB in float32, and 1 GiB on a GPU. Memory of more
+# than 32 MiB would be asked of the system anew for every block, at the price of a quarter of the time.
+PRODUCTS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
 # Queries whose lists are exchanged between ranks at a time.
 QUERIES_AT_ONCE = 4096
 
@@ -41,7 +42,7 @@ def search(
     a bound on their error; where too many pairs lie within it, float32 and in the end float64 take their place.
 
     Memory is constant: queries, results, two windows of vectors (256 MiB each, 1 GiB on a GPU), the products of a
-    block (64 MiB, 1 GiB on a GPU) and the candidates.
+    block (16 MiB, 1 GiB on a GPU) and the candidates.
 
     Args:
         queries: [Q, D], float32.

@@ -22,6 +22,7 @@ from retriever.commands.evaluate import EvaluateBeir
 from retriever.commands.index import IndexAdd, IndexBuild, IndexDelete, IndexMerge, IndexTune, IndexVerify
 from retriever.commands.mine import Mine
 from retriever.commands.search import Search
+from retriever.commands.serve import Serve
 from retriever.commands.train import Train
 from retriever.config import ConfigError, load_config
 from retriever.interrupt import sigterm_interrupts
@@ -103,6 +104,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Encode, subcommand("encode")]
         | Annotated[IndexGroup, subcommand("index")]
         | Annotated[Search, subcommand("search")]
+        | Annotated[Serve, subcommand("serve")]
         | Annotated[Mine, subcommand("mine")]
         | Annotated[EvaluateGroup, subcommand("evaluate")]
     )

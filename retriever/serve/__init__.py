@@ -1,0 +1,1 @@
+"""Search as a service: one thread owns model and index, concurrent queries share its batches, a page shows answers."""

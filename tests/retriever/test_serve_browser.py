@@ -1,0 +1,135 @@
+"""The page in a real headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_helpers import command, write_lines
+from serve_helpers import Server, serving
+
+# The browser is driven as the tests of the report drive it.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "eval"))
+from chromium import Chromium, find_chromium
+
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs chromium (Debian: apt-get install chromium)")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+PASSAGES = {
+    "eiffel": ("Eiffel Tower", "A wrought-iron lattice tower in Paris, 330 metres tall."),
+    "amazon": ("Amazon", "A tropical rainforest that covers most of the Amazon basin."),
+    "violin": ("", "The violin is a small string instrument played with a bow."),
+    "markup": ("<script>document.title = 'run'</script>", "<img src=x onerror=\"document.title='run'\"> & more"),
+}
+
+
+class Page(Chromium):
+    """The service's page in a browser."""
+
+    def visit(self, address: str) -> None:
+        """Load an address."""
+        self.events.clear()
+        self.call("Page.navigate", url=address)
+        self._loaded()
+
+    def ask(self, query: str) -> list[str]:
+        """Type a query in place of the one before and press Enter; the texts of the passages shown."""
+        self.evaluate("document.getElementById('query').select()")
+        self.events.clear()
+        self.call("Input.insertText", text=query)
+        enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text="\r", **enter)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **enter)
+        self._loaded()
+        return self.texts("li")
+
+    def texts(self, selector: str) -> list[str]:
+        """What a reader sees of the elements that a selector finds."""
+        found = self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map(one => one.innerText)")
+        return [" ".join(text.split()) for text in found]
+
+    def style(self, selector: str, name: str) -> str:
+        """A computed style."""
+        return str(
+            self.evaluate(f"getComputedStyle(document.querySelector({json.dumps(selector)}))[{json.dumps(name)}]")
+        )
+
+    def _loaded(self) -> None:
+        deadline = time.monotonic() + 60
+        while not self.said("Page.loadEventFired"):
+            assert time.monotonic() < deadline, "the page did not load"
+            time.sleep(0.05)
+            # Any command brings the events that have come.
+            self.call("Page.getFrameTree")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with Page(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def address(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("served")
+    rows: list[object] = [{"_id": name, "title": title, "text": text} for name, (title, text) in PASSAGES.items()]
+    corpus = write_lines(folder / "corpus.jsonl", rows)
+    for arguments in (
+        ("encode", "--model", minilm, "--data", corpus, "--out", folder / "embeddings"),
+        ("index", "build", "--embeddings", folder / "embeddings", "--out", folder / "index"),
+    ):
+        outcome = command(*arguments)
+        assert outcome.code == 0, outcome.err
+    server: Server
+    with serving(minilm, folder / "index") as server:
+        yield f"http://127.0.0.1:{server.port}/"
+
+
+def complaints(browser: Page) -> list[Any]:
+    """What the browser logged, and whatever failed to load."""
+    return browser.said("Log.entryAdded") + browser.said("Network.loadingFailed")
+
+
+def test_a_typed_query_shows_the_right_passage_with_its_score(browser: Page, address: str, tmp_path: Path) -> None:
+    browser.visit(address)
+    assert browser.texts("main") == ["4 passages, found by meaning rather than by word."]
+    first = browser.ask("how high is the monument of Paris?")[0]
+    assert first.startswith("Eiffel Tower A wrought-iron")
+    assert browser.evaluate("document.getElementById('query').value") == "how high is the monument of Paris?"
+    scores = [float(score) for score in browser.texts(".score")]
+    assert len(scores) == 4 and 0.3 < scores[0] < 1 and scores == sorted(scores, reverse=True)
+    assert " of 4 passages in " in browser.texts(".note")[0]
+    assert "violin" in browser.ask("instrument with strings")[0]
+    assert complaints(browser) == []
+    browser.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_markup_in_queries_and_passages_stays_text(browser: Page, address: str) -> None:
+    browser.visit(address)
+    query = "\"><script>document.title='run'</script>"
+    shown = browser.ask(query)
+    assert any("onerror" in text for text in shown)
+    assert browser.evaluate("document.title").startswith(query[:20])
+    assert browser.evaluate("document.querySelectorAll('script, main img').length") == 0
+    assert complaints(browser) == []
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_fits_its_window_and_follows_dark_mode(browser: Page, address: str, width: int) -> None:
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, height=740, deviceScaleFactor=1, mobile=width < 500)
+    papers = []
+    for scheme in ("light", "dark"):
+        browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        browser.visit(f"{address}?q={'unbroken' * 40}")
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        papers.append(browser.style("body", "backgroundColor"))
+        # The policy lets the style sheet in.
+        assert browser.style("li", "borderTopLeftRadius") != "0px"
+    assert len(set(papers)) == 2
