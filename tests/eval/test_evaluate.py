@@ -11,7 +11,8 @@ import pytest
 from beir.retrieval.evaluation import EvaluateRetrieval
 
 from eval.beir import BeirDataset
-from eval.evaluate import evaluate_beir
+from eval.evaluate import evaluate_beir, exact_search, ranked_run
+from eval.runs import write_trec_run
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 
@@ -89,6 +90,23 @@ def test_cut_offs_deeper_than_the_run_are_left_out(tmp_path: Path) -> None:
     dataset, store = make(tmp_path, ["a", "b", "c"], {"q": {"b": 1}}, corpus)
     _, metrics = evaluate_beir(dataset, store=store, embed_queries=embedder(corpus[:1]), k=2)
     assert [name for name in metrics.mean if name.startswith("ndcg")] == ["ndcg@1"]
+
+
+def test_rankings_are_the_same_bytes_for_any_block_size(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    corpus, queries = unit(generator, 60), unit(generator, 11)
+    corpus[40:] = corpus[:20]  # ties, decided by id
+    qrels = {f"q{i}": {f"d{i}": 1} for i in range(11)}
+    dataset, store = make(tmp_path, [f"d{i}" for i in range(60)], qrels, corpus)
+    ids = store.ids()
+    runs = [
+        ranked_run(dataset, ids, exact_search(store, ids, block_rows=rows), lambda: queries, 30)
+        for rows in (1, 13, 16384)
+    ]
+    assert len({(run.rows.tobytes(), run.scores.tobytes()) for run in runs}) == 1
+    for n, run in enumerate(runs):
+        write_trec_run(tmp_path / f"{n}.trec", run, "t")
+    assert len({(tmp_path / f"{n}.trec").read_bytes() for n in range(3)}) == 1
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
