@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from eval.ranking import RankedRun
+from index.files import InputError
 
 METHODS = ("rrf", "minmax", "zscore")
 RRF_K = 60
@@ -44,8 +45,8 @@ def fuse(
         The queries of all runs, those of the first run first.
 
     Raises:
-        ValueError: an unknown method, fewer than two runs, wrong weights, an infinite score under a score method, or
-            `k` or `rrf_k` below 1.
+        InputError: an infinite score under a method that adds scores.
+        ValueError: an unknown method, fewer than two runs, wrong weights, or `k` or `rrf_k` below 1.
     """
     shares = [1.0] * len(runs) if weights is None else [float(weight) for weight in weights]
     if method not in METHODS:
@@ -103,7 +104,7 @@ def _values(ranked: np.ndarray, scores: np.ndarray, method: str, rrf_k: int) -> 
         values = np.broadcast_to(1.0 / (rrf_k + np.arange(1, scores.shape[1] + 1)), scores.shape)
         return values, np.zeros(len(scores))
     if not np.isfinite(scores[ranked]).all():
-        raise ValueError("runs: expected finite scores to fuse, found infinity")
+        raise InputError("runs: expected finite scores to fuse, found infinity")
     count = np.maximum(1, ranked.sum(axis=1, keepdims=True))
     low = np.where(ranked, scores, np.inf).min(axis=1, keepdims=True)
     high = np.where(ranked, scores, -np.inf).max(axis=1, keepdims=True)

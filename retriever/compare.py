@@ -111,6 +111,10 @@ def compare_to_report(request: Request, out: Path, terminal: Terminal) -> Report
         if lost:
             raise InputError(f"--fuse: expected names among {', '.join(known)}, found {lost[0]}")
     everything = [*known, *(fusion.name for fusion in request.fusions)]
+    if len(set(everything)) < len(everything):
+        raise InputError(f"--fuse: expected each hybrid once, found {', '.join(everything[len(known) :])}")
+    if out.resolve() in {path.resolve() for path in request.systems.values()}:
+        raise InputError(f"--out: expected a folder of its own, found {out}, the report of a system")
     if request.baseline is not None and request.baseline not in everything:
         raise InputError(f"--baseline: expected one of {', '.join(everything)}, found {request.baseline}")
     # Before any of them is read, because the large ones take a while.
@@ -157,6 +161,10 @@ def _set(
     runs = {name: _judged_run(files[name, dataset.name], dataset) for name in request.systems}
     # A cut-off that not every run reaches would favour the deep ones.
     depth = min([request.k, *(run.rows.shape[1] for run in runs.values())])
+    runs = {
+        name: RankedRun(run.queries, run.passages, run.rows[:, :depth], run.scores[:, :depth])
+        for name, run in runs.items()
+    }
     cuts = [k for k in CUTS if k <= max(depth, 10)]
     if int(request.measure.partition("@")[2]) > cuts[-1]:
         found_depth = f"the shallowest run has {depth} passages a query"

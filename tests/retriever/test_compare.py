@@ -143,6 +143,8 @@ def test_cut_offs_beyond_the_shallowest_run_are_left_out(place: Path, tmp_path: 
         (["{p}/rocks"], 1, "expected rocks/run.trec"),
         (["{p}/poor/rocks/run.trec", "--data", "{p}/rocks", "{p}/woods"], 1, "expected one data folder for a run file"),
         (["{p}/poor", "--fuse", "poor+BM25"], 1, "--fuse: expected names among poor, found BM25"),
+        (["{p}/poor", "--bm25", "--fuse", "poor+BM25", "poor+BM25"], 1, "--fuse: expected each hybrid once"),
+        (["{p}/poor", "--out", "{p}/poor"], 1, "--out: expected a folder of its own"),
         (["{p}/poor", "--fuse", "poor"], 2, "--fuse: expected names joined by +"),
         (["{p}/poor", "{p}/good", "--fuse", "poor+good", "--weights", "1"], 2, "--weights: expected 2"),
         (["{p}/poor", "{p}/good", "--baseline", "best"], 1, "--baseline: expected one of poor, good, found best"),
@@ -156,7 +158,8 @@ def test_cut_offs_beyond_the_shallowest_run_are_left_out(place: Path, tmp_path: 
 def test_mistakes_are_one_line(words: list[str], code: int, message: str, place: Path, tmp_path: Path) -> None:
     arguments = [word.replace("{p}", str(place)) for word in words]
     data = [] if "--data" in words else ["--data", place / "rocks"]
-    done = command("evaluate", "compare", *arguments, *data, "--out", tmp_path / "out")
+    out = [] if "--out" in words else ["--out", tmp_path / "out"]
+    done = command("evaluate", "compare", *arguments, *data, *out)
     assert (done.code, message in done.err, done.err.count("\n")) == (code, True, 1), done.err
     assert not (tmp_path / "out" / "report.json").exists()
 
