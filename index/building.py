@@ -12,12 +12,12 @@ import numpy as np
 
 from index import curve, lists_on_disk
 from index import factory as factories
-from index.factory import reason
+from index.factory import import_faiss, reason
 from index.files import InputError, atomic_folder
 from index.layout import CURVE_FILE, FAISS_FILE, check_replaceable, finish, write_faiss, write_passages
 from index.opened import Index
 from index.parts import Part
-from index.settings import set_search_defaults
+from index.settings import flat_codes, set_search_defaults
 from index.store import EmbeddingStore
 from index.training import fingerprint, sample_vectors, train
 from index.tuning import Target, Tuning, find_truth, tune
@@ -105,6 +105,7 @@ def build(
             if plan.on_disk:
                 lists_on_disk.fill(index, part, folder, out, plan.memory_mib, progress)
             else:
+                reserve(index, part.rows)
                 add(index, part, progress)
         except RuntimeError as error:
             raise _cannot(origin["factory"], part.rows, error) from None
@@ -126,6 +127,15 @@ def choose_for(store: EmbeddingStore, memory_mib: float | None) -> str:
     sample = sample_vectors(store, min(store.rows, NORMS), 0)
     even = factories.has_even_norms(sample)
     return factories.choose(store.rows, store.dim, memory_mib, even_norms=even)
+
+
+def reserve(index: Any, rows: int) -> None:
+    """Take the memory of flat codes at once: a vector that grows by doubling holds twice and a half of what it needs."""
+    faiss = import_faiss()
+    for each in flat_codes(index):
+        if isinstance(each, faiss.IndexFlatCodes) and hasattr(each.codes, "owned_data") and not each.ntotal:
+            each.codes.resize(rows * each.code_size)
+            each.codes.clear()
 
 
 def add(index: Any, part: Part, progress: Callable[[int], None] | None) -> None:

@@ -27,7 +27,7 @@ from index.layout import (
 from index.manifest import verify_files
 from index.opened import Index
 from index.parts import Part
-from index.settings import parts
+from index.settings import flat_codes, parts
 from index.store import EmbeddingStore
 from index.tuning import Target, Tuning, find_truth, tune
 
@@ -160,7 +160,7 @@ def _delete_rows(index: Any, keep: np.ndarray, folder: Path) -> None:
     selector = faiss.IDSelectorBatch(np.flatnonzero(~keep))
     left = int(keep.sum())
     layers = list(parts(index))
-    codes = layers[-1:] + [faiss.downcast_index(x.refine_index) for x in layers if isinstance(x, faiss.IndexRefine)]
+    codes = [layers[-1], *flat_codes(index)[1:]]
     for each in codes:
         if not isinstance(each, faiss.IndexIVF | faiss.IndexFlatCodes | faiss.IndexFastScan):
             raise InputError(

@@ -69,6 +69,16 @@ def core(index: Any) -> Any:
     return last
 
 
+def flat_codes(index: Any) -> list[Any]:
+    """The parts of `index` that hold a code for every row: its core, or a graph's storage, and all refinements."""
+    faiss = import_faiss()
+    layers = list(parts(index))
+    inner = layers[-1]
+    held = [inner.storage] if isinstance(inner, faiss.IndexHNSW) else [inner]
+    held += [layer.refine_index for layer in layers if isinstance(layer, faiss.IndexRefine)]
+    return [faiss.downcast_index(each) for each in held]
+
+
 def set_search_defaults(index: Any) -> None:
     """Let a search look at enough of the index: with faiss's own defaults (1 list, no reserve) it finds far too little.
 

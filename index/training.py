@@ -12,12 +12,11 @@ from index.files import InputError
 from index.settings import core
 from index.store import EmbeddingStore
 
-# faiss asks for at least 39 training vectors a centroid and uses no more than 256. From 64 on, more of them cost time
-# and gain no recall that could be measured; codes are trained on this many in any case.
+# faiss asks for at least 39 training vectors a centroid and uses no more than 256. More of them take time, and memory
+# beside the index; a code of one byte counts as 256 centroids.
 PER_CENTROID = 64
 LEAST = 39
-MOST = 256
-CODE_ROWS = 65_536
+CODE_CENTROIDS = 256
 
 
 def train(index: Any, store: EmbeddingStore, factory: str, seed: int, *, without: np.ndarray, gpu: bool = False) -> int:
@@ -48,9 +47,9 @@ def train(index: Any, store: EmbeddingStore, factory: str, seed: int, *, without
             f"factory {factory!r}: expected at least {centroids} vectors to train {centroids} centroids "
             f"({LEAST * centroids} to do it well), found {store.rows}; choose fewer, or 'Flat'"
         )
-    wanted = min(max(PER_CENTROID * centroids, CODE_ROWS), MOST * max(centroids, 256), store.rows)
-    # Of a small store all are needed, and a few that are measured by later change the centroids little.
-    if store.rows - len(without) < max(LEAST * centroids, min(store.rows, CODE_ROWS // 2)):
+    wanted = min(PER_CENTROID * max(centroids, CODE_CENTROIDS), store.rows)
+    # A small store has none to spare, and of those that it is measured by later each changes the centroids little.
+    if store.rows - len(without) < LEAST * max(centroids, CODE_CENTROIDS):
         without = without[:0]
     sample = sample_vectors(store, min(wanted, store.rows - len(without)), seed, without)
     index.train(sample)

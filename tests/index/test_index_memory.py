@@ -1,0 +1,78 @@
+"""Building holds the index and a piece of a shard, however large the store is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from index_helpers import passages_of
+
+from index.embeddings import EmbeddingWriter
+from index.factory import memory
+
+ROWS, DIM = 60_000, 256
+MIB = 2**20
+# Peak of anonymous memory, which the mapped files of the store are no part of.
+BUILD = """
+import sys, threading, time
+from pathlib import Path
+import faiss
+from index.building import Plan, build
+from index.embeddings import EmbeddingStore
+
+def held():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+before, peak, ended = held(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not ended.wait(0.002):
+        peak = max(peak, held())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+budget = float(sys.argv[4]) or None
+plan = Plan(sys.argv[3], on_disk=bool(budget), memory_mib=budget)
+build(EmbeddingStore.open(Path(sys.argv[1])), Path(sys.argv[2]), plan)
+ended.set()
+watcher.join()
+print(peak - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """59 MiB of vectors in shards of 6 MiB."""
+    folder = tmp_path_factory.mktemp("memory") / "emb"
+    rng = np.random.default_rng(0)
+    with EmbeddingWriter(folder, dim=DIM, model={"sha256": "ab"}, source={}, shard_rows=6000) as writer:
+        for row in range(0, ROWS, 6000):
+            ids = [f"d{number}" for number in range(row, row + 6000)]
+            writer.append(passages_of(ids), rng.standard_normal((6000, DIM), np.float32))
+    return folder
+
+
+def peak(store: Path, out: Path, factory: str, budget: float = 0) -> float:
+    words = [sys.executable, "-c", BUILD, str(store), str(out), factory, str(budget)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize(("factory", "copies"), [("Flat", 1), ("SQfp16", 1), ("IVF64,SQ8", 1.5)])
+def test_a_build_holds_the_index_and_a_piece_of_a_shard(
+    tmp_path: Path, store: Path, factory: str, copies: float
+) -> None:
+    """The lists of an inverted file grow by doubling, and are half empty at worst."""
+    sample = 2 * 16384 * DIM * 4 if "SQ8" in factory else 0  # faiss copies what it trains on, and this is before
+    shard = 6000 * DIM * 4
+    limit = max(sample, copies * memory(factory, ROWS, DIM)) + 2 * shard + 8 * MIB
+    assert peak(store, tmp_path / "index", factory) < limit
+    assert factory == "Flat" or limit < ROWS * DIM * 4
+
+
+def test_lists_on_disk_are_built_in_less_than_their_size(tmp_path: Path, store: Path) -> None:
+    assert peak(store, tmp_path / "index", "IVF16,Flat", budget=10) < memory("IVF16,Flat", ROWS, DIM) * 0.7

@@ -1,0 +1,130 @@
+"""Killed at random moments while an index is written, merged or changed: nothing torn is accepted, and again is whole.
+
+KILLS says how many times in all; the default is what a test run has time for.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from index_helpers import listing, passages_of
+
+from index.building import Plan, build
+from index.changing import add_passages, delete_passages
+from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.files import InputError, recover_folder
+from index.merge import merge
+from index.verify import verify
+
+KILLS = int(os.environ.get("KILLS", "15"))
+ROWS = 12_000
+WORKS = ("write", "build", "build on disk", "merge", "add", "delete")
+
+# Imports once, and forks for every work: most of a kill would hit the imports otherwise.
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["faiss", "index.building", "index.changing", "index.merge", "index.embeddings"])
+
+
+def write_store(folder: Path, first: int, last: int) -> None:
+    """The rows from `first` to `last` of vectors that are the same every time."""
+    with EmbeddingWriter(folder, dim=16, model={"sha256": "ab"}, source={}, shard_rows=1000) as writer:
+        for row in range(first + writer.rows, last, 250):
+            vectors = np.random.default_rng(row).standard_normal((250, 16), np.float32)
+            writer.append(passages_of([f"d{number}" for number in range(row, row + 250)]), vectors)
+
+
+def work(what: str, made: Path, out: Path, started: object = None) -> None:
+    """Do one thing, on what stands in `made`, to `out`."""
+    if started is not None:
+        started.set()  # type: ignore[attr-defined]
+    store = made / "store"
+    if what == "write":
+        write_store(out, 0, ROWS)
+    elif what.startswith("build"):
+        build(EmbeddingStore.open(store), out, Plan("IVF64,SQ8", on_disk=what == "build on disk", memory_mib=0.05))
+    elif what == "merge":
+        merge([made / "part1", made / "part2"], out)
+    elif what == "add":
+        add_passages(out, EmbeddingStore.open(made / "more"))
+    else:
+        delete_passages(out, [f"d{row}" for row in range(0, ROWS, 3)])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    write_store(folder / "store", 0, ROWS)
+    write_store(folder / "more", ROWS, ROWS + 4000)
+    store = EmbeddingStore.open(folder / "store")
+    build(store, folder / "part1", Plan("IVF64,SQ8", part=(1, 2)))
+    build(store, folder / "part2", Plan(part=(2, 2), train_from=folder / "part1"))
+    build(store, folder / "old", Plan("IVF64,Flat"))
+    return folder
+
+
+def run(what: str, made: Path, out: Path, kill_after: float | None = None) -> float:
+    """Do it in another process, which dies after so many seconds; returns how long it took from its start."""
+    started = SPAWN.Event()
+    process = SPAWN.Process(target=work, args=(what, made, out, started))
+    process.start()
+    started.wait(60)
+    begun = time.perf_counter()
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.kill()
+    process.join(120)
+    if kill_after is None:
+        assert process.exitcode == 0
+    return time.perf_counter() - begun
+
+
+@pytest.mark.parametrize("place", range(len(WORKS)), ids=WORKS)
+def test_killed_at_random_moments(tmp_path: Path, made: Path, place: int, record: Callable) -> None:
+    what, out = WORKS[place], tmp_path / "out"
+    begins_with_old = what in ("add", "delete", "merge")
+
+    def begin() -> None:
+        recover_folder(out)
+        shutil.rmtree(out, ignore_errors=True)
+        if begins_with_old:
+            shutil.copytree(made / "old", out)
+
+    begin()
+    old = listing(out) if begins_with_old else None
+    seconds = run(what, made, out)
+    whole = listing(out)
+    rng = np.random.default_rng(place)
+    for _ in range(len(range(place, KILLS, len(WORKS)))):
+        begin()
+        run(what, made, out, kill_after=rng.uniform(0, seconds))
+        try:
+            verify(out)
+            EmbeddingStore.open(out) if what == "write" else None
+            state = "new" if listing(out) == whole else "old"
+            assert listing(out) in (old, whole)
+        except InputError as error:
+            assert "incomplete" in str(error) or "found no manifest.json there" in str(error)
+            state = "none"
+        record(what, state)
+        run(what, made, out)
+        assert listing(out) == whole
+        assert os.listdir(tmp_path) == ["out"], "what the killed process left is gone"
+
+
+@pytest.fixture(scope="module")
+def record():
+    """Counts what the kills left; printed at the end (pytest -s)."""
+    counts: dict[tuple[str, str], int] = {}
+
+    def add(what: str, state: str) -> None:
+        counts[what, state] = counts.get((what, state), 0) + 1
+
+    yield add
+    print("".join(f"\n{what}: {state} {count}" for (what, state), count in sorted(counts.items())))

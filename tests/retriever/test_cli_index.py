@@ -1,0 +1,119 @@
+"""`retriever index …` from end to end: tuned, in parts, merged, added to, deleted from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_helpers import MEANINGS, command, write_beir
+
+from index.manifest import read_manifest
+
+
+@pytest.fixture
+def queries(tmp_path: Path) -> Path:
+    path = tmp_path / "queries.jsonl"
+    texts = [text for meaning in MEANINGS.values() for text in (meaning, f"what is {meaning}")]
+    lines = (json.dumps({"_id": f"q{number}", "text": text}) for number, text in enumerate(texts))
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def test_a_target_is_met_with_real_queries_and_said_to_be(world: Any, tmp_path: Path, queries: Path) -> None:
+    out = tmp_path / "index"
+    place = ("--embeddings", world.embeddings, "--out", out, "--queries", queries, "--model", world.model)
+    done = command("index", "build", *place, "--factory", "IVF4,Flat", "--target-recall", 0.9, "--k", 3, "--json")
+    assert done.code == 0, done.err
+    summary = json.loads(done.out)
+    assert summary["target_met"] is True and summary["recall"] >= 0.9 and 1 <= summary["nprobe"] <= 4
+    assert "bytes a vector" in done.err and "recall target 0.9 met by nprobe" in done.err
+    assert read_manifest(out).field("tuning", dict)["queries_from"] == "queries"
+    place = (out, "--embeddings", world.embeddings, "--queries", queries, "--model", world.model, "--k", 3)
+    done = command("index", "tune", *place, "--target-recall", 0.999, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["recall"] == 1
+    assert command("index", "verify", out).code == 0
+
+
+def test_a_target_that_cannot_be_met_fails_and_leaves_the_index(world: Any, tmp_path: Path, queries: Path) -> None:
+    out = tmp_path / "index"
+    place = ("--embeddings", world.embeddings, "--out", out, "--queries", queries, "--model", world.model)
+    done = command("index", "build", *place, "--factory", "PQ2x4fs", "--target-recall", 1, "--k", 3, "--json")
+    assert done.code == 1
+    assert json.loads(done.out)["target_met"] is False
+    assert "recall target 1 NOT met" in done.err
+    assert command("index", "verify", out).code == 0
+
+
+def test_parts_built_apart_are_merged_to_what_one_build_makes(world: Any, tmp_path: Path) -> None:
+    beir = write_beir(tmp_path / "words")
+    emb = tmp_path / "emb"
+    encoded = command("encode", "--model", world.model, "--data", beir, "--out", emb, "--shard-rows", 7)
+    assert encoded.code == 0, encoded.err
+    first, second, merged, whole = (tmp_path / name for name in ("first", "second", "merged", "whole"))
+    build = ("index", "build", "--embeddings", emb, "--out")
+    assert command(*build, first, "--factory", "IVF2,SQ8", "--part", "1/2").code == 0
+    done = command(*build, second, "--part", "2/2", "--train-from", first)
+    assert done.code == 0, done.err
+    done = command("index", "merge", first, second, "--out", merged, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == {"index": str(merged), "rows": 20}
+    assert command(*build, whole, "--factory", "IVF2,SQ8").code == 0
+    assert (merged / "index.faiss").read_bytes() == (whole / "index.faiss").read_bytes()
+    on_disk = command("index", "merge", first, second, "--out", tmp_path / "disk", "--on-disk", "--json")
+    assert on_disk.code == 0 and json.loads(on_disk.out)["rows"] == 20
+    results = [
+        command("search", "--model", world.model, "--index", index, "--k", 5, "--json", "a large tree").out
+        for index in (merged, whole, tmp_path / "disk")
+    ]
+    assert results[0] == results[1] == results[2] != ""
+
+
+def test_deleted_passages_are_not_found_and_come_back_when_added(world: Any, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    assert command("index", "build", "--embeddings", world.embeddings, "--out", out).code == 0
+    search = ("search", "--model", world.model, "--index", out, "--k", 20, "--json", "large tree that bears acorns")
+    ids = [result["id"] for result in json.loads(command(*search).out)["results"]]
+    (tmp_path / "ids.txt").write_text(f"{ids[0]}\nunknown\n")
+    done = command("index", "delete", out, "--ids-file", tmp_path / "ids.txt", "--json")
+    assert json.loads(done.out) == {"index": str(out), "deleted": 1, "not_there": 1}
+    assert [result["id"] for result in json.loads(command(*search).out)["results"]] == ids[1:]
+    refused = command("index", "add", out, "--embeddings", world.embeddings)
+    assert refused.code == 1 and "expected ids that are not yet in" in refused.err
+    done = command("index", "delete", out, "--ids", *ids[1:-1], "--json")
+    assert json.loads(done.out)["deleted"] == 18
+    assert [result["id"] for result in json.loads(command(*search).out)["results"]] == ids[-1:]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--part", "0/2"), "--part: expected a part and their number, as in 2/8, found '0/2'"),
+        (("--part", "3"), "--part: expected a part"),
+        (("--target-recall", "1.2"), "--target-recall: expected more than 0 and at most 1, found 1.2"),
+        (("--memory-budget-mib", "-1"), "--memory-budget-mib: expected more than 0, found -1.0"),
+        (("--queries", "q.jsonl"), "--queries: expected together with --model"),
+        (("--train-from", "i", "--factory", "Flat"), "--factory: leave it out with --train-from"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_answered_in_one_line(words: tuple[str, ...], message: str) -> None:
+    done = command("index", "build", "--embeddings", "e", "--out", "o", *words)
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1
+
+
+def test_a_gpu_is_refused_where_faiss_knows_none(world: Any, tmp_path: Path) -> None:
+    import faiss
+
+    if hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("this faiss has GPU support")
+    done = command("index", "build", "--embeddings", world.embeddings, "--out", tmp_path / "i", "--gpu")
+    assert done.code == 1 and "pip install faiss-gpu" in done.err
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_budget_that_nothing_fits_says_what_is_needed(world: Any, tmp_path: Path) -> None:
+    place = ("--embeddings", world.embeddings, "--out", tmp_path / "i", "--memory-budget-mib", "0.00001")
+    done = command("index", "build", *place)
+    assert done.code == 1 and "--memory-budget-mib: expected at least" in done.err
