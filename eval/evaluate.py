@@ -130,9 +130,12 @@ def ranked_run(
     if windows:
         ids, document_of_row = documents_of(ids)
         find = best_of_windows(find, document_of_row)
-    row_of = rows_of(ids, dataset.judged | dataset.queries.keys())
+    sought = dataset.judged | dataset.qrels.keys()
+    row_of = rows_of(ids, sought)
     dataset.check(row_of)
     own = np.array([row_of.get(query, -1) for query in dataset.queries], dtype=np.int64)
     # One more, so that dropping a query's own passage still leaves k.
     scores, rows = find(vectors(), k + 1 if (own >= 0).any() else k)
-    return RankedRun(list(dataset.queries), ids, rows, scores).without(own, k)
+    run = RankedRun(list(dataset.queries), ids, rows, scores)
+    run.remember(sought, row_of)
+    return run.without(own, k)

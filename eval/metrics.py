@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.ranking import RankedRun, Run, rows_of, trec_order
+from eval.ranking import RankedRun, Run, trec_order
 from index.files import InputError
 
 __all__ = ["KS", "MEASURES", "Metrics", "PerQuery", "Qrels", "Run", "drop_identical_ids", "evaluate_run", "trec_order"]
@@ -99,7 +99,7 @@ def evaluate_run(
     if not qrels:
         raise InputError("qrels: expected at least one judged query, found none")
     ranked = RankedRun.of(run)
-    judged = _Judgements(qrels, ranked.passages)
+    judged = _Judgements(qrels, ranked)
     cuts = sorted(set(ks))
     names = [f"{measure}@{k}" for measure in MEASURES for k in cuts]
     values = np.zeros((len(qrels), len(names)))
@@ -124,9 +124,9 @@ def evaluate_run(
 class _Judgements:
     """The qrels as arrays over the rows of a run's passages."""
 
-    def __init__(self, qrels: Qrels, passages: Sequence[str]) -> None:
+    def __init__(self, qrels: Qrels, run: RankedRun) -> None:
         wanted = {passage for grades in qrels.values() for passage in grades}
-        row_of = rows_of(passages, wanted | qrels.keys())
+        row_of = run.rows_of(wanted | qrels.keys())
         self.own_rows = np.array([row_of.get(query, -1) for query in qrels], dtype=np.int64)
         """[Q]: the row of the passage that has the query's own id; -1 without one."""
         positive = [
@@ -135,7 +135,7 @@ class _Judgements:
         self._positive = positive
         self.counts = np.array(list(map(len, positive)), dtype=np.int64)
         """[Q]: relevant passages, those that the run lacks included."""
-        self._width = max(1, len(passages))
+        self._width = max(1, len(run.passages))
         found = [
             (query * self._width + row_of[passage], grade)
             for query, grades in enumerate(qrels.values())

@@ -38,6 +38,8 @@ class RankedRun(Mapping[str, dict[str, float]]):
             raise ValueError(f"rows: expected rows of {len(passages)} passages, found {int(rows.max())}")
         self.queries = list(queries)
         self.passages = passages
+        self._sought: frozenset[str] = frozenset()
+        self._found: dict[str, int] = {}
         with np.errstate(over="ignore"):  # as in trec_eval, what float32 cannot hold is infinite
             self.scores: np.ndarray = np.where(rows >= 0, scores, -np.inf).astype(np.float32)
         self.rows: np.ndarray = rows.astype(np.int32 if len(passages) < 2**31 else np.int64)
@@ -81,13 +83,28 @@ class RankedRun(Mapping[str, dict[str, float]]):
     def __len__(self) -> int:
         return len(self.queries)
 
+    def rows_of(self, wanted: set[str] | frozenset[str]) -> dict[str, int]:
+        """The rows of `passages` that hold those of the `wanted` ids that are there, perhaps with others."""
+        if not wanted <= self._sought:
+            self.remember(wanted, rows_of(self.passages, wanted))
+        return self._found
+
+    def remember(self, sought: set[str] | frozenset[str], found: dict[str, int]) -> None:
+        """Keep what `rows_of(passages, sought)` has found, because it looks at every passage."""
+        self._sought, self._found = frozenset(sought), found
+
     def without(self, own: np.ndarray, k: int | None = None) -> RankedRun:
         """The run without passage `own[q]` for query q (int [Q], -1 for none), cut to `k` places a query."""
         dropped = (self.rows == own[:, None]) & (own[:, None] >= 0)
-        # Stable: what is left moves up and keeps its order.
-        order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
-        rows = np.where(np.take_along_axis(dropped, order, 1), -1, np.take_along_axis(self.rows, order, 1))
-        return RankedRun(self.queries, self.passages, rows, np.take_along_axis(self.scores, order, 1))
+        rows, scores = self.rows, self.scores
+        if dropped.any():
+            # Stable: what is left moves up and keeps its order.
+            order = np.argsort(dropped, axis=1, kind="stable")
+            rows = np.where(np.take_along_axis(dropped, order, 1), -1, np.take_along_axis(rows, order, 1))
+            scores = np.take_along_axis(scores, order, 1)
+        run = RankedRun(self.queries, self.passages, rows[:, :k], scores[:, :k])
+        run.remember(self._sought, self._found)
+        return run
 
     def _refuse_nan(self) -> None:
         wrong = np.argwhere(np.isnan(self.scores))
@@ -132,6 +149,6 @@ def trec_order(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     return [(passage, scores[passage]) for _, passage in sorted(zip(rounded, ids, strict=True), reverse=True)]
 
 
-def rows_of(passages: Sequence[str], wanted: set[str]) -> dict[str, int]:
+def rows_of(passages: Sequence[str], wanted: set[str] | frozenset[str]) -> dict[str, int]:
     """The rows of those `wanted` that are among `passages`: one look at each, and no table of them all."""
     return {passage: row for row, passage in enumerate(passages) if passage in wanted}
