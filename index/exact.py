@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -134,20 +135,22 @@ def _search(
         at_once = max(1, PRODUCTS_AT_ONCE[place.type] // min(block_rows, max(1, len(ids))))
         parts = [Best(Queries(part, half), k, ids) for part in vectors.split(at_once) if len(part)]
         window: Window | None = None
-        for piece in pieces(shards, block_rows, len(ids), place):
-            if window is not None and window is not piece.window:
-                _settle(parts, window)
-            window = piece.window
-            block = Block(piece.vectors, piece.first, piece.start, ids, half)
-            # Half of what float32 holds, because products in half precision may exceed the exact ones a little.
-            if largest * block.largest * queries.shape[1] > torch.finfo(torch.float32).max / 2:
-                last = piece.first + piece.rows - 1
-                raise InputError(f"rows {piece.first} to {last}: inner products overflow float32")
-            window.enter(piece.start, piece.first, piece.rows, block.norm)
-            for part in parts:
-                part.update(block, window)
-            if progress is not None:
-                progress(piece.rows)
+        # Closed at a fault too, so that nothing goes on reading.
+        with contextlib.closing(pieces(shards, block_rows, len(ids), place)) as stream:
+            for piece in stream:
+                if window is not None and window is not piece.window:
+                    _settle(parts, window)
+                window = piece.window
+                block = Block(piece.vectors, piece.first, piece.start, ids, half)
+                # Half of what float32 holds, because products in half precision may exceed the exact ones a little.
+                if largest * block.largest * queries.shape[1] > torch.finfo(torch.float32).max / 2:
+                    last = piece.first + piece.rows - 1
+                    raise InputError(f"rows {piece.first} to {last}: inner products overflow float32")
+                window.enter(piece.start, piece.first, piece.rows, block.norm)
+                for part in parts:
+                    part.update(block, window)
+                if progress is not None:
+                    progress(piece.rows)
         if window is not None:
             _settle(parts, window)
         tables = [as_table(part.query, part.score, part.row, part.count) for part in parts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,7 @@ class Piece:
         return self.window.vectors[self.start : self.start + self.rows]
 
 
-def pieces(shards: Shards, block_rows: int, most_rows: int, device: torch.device) -> Iterator[Piece]:
+def pieces(shards: Shards, block_rows: int, most_rows: int, device: torch.device) -> Generator[Piece, None, None]:
     """Cut shards into pieces of at most `block_rows` rows, copied into windows on the device.
 
     Who takes a piece of another window than before has to release the one before. Tensors that lie on the device
@@ -232,6 +232,8 @@ class _Filler:
         return self._windows[-1]
 
     def _resident(self, first: int, vectors: torch.Tensor) -> Iterator[Piece]:
+        if vectors.dtype == torch.float64:
+            vectors = vectors.float()
         window = Window(vectors)
         for start in range(0, len(vectors), self._block_rows):
             yield Piece(window, start, first + start, min(self._block_rows, len(vectors) - start))

@@ -43,19 +43,19 @@ def main() -> None:
     ways = gpu_ways(passages, queries, ids, options.k) if options.device == "cuda" else {}
     if options.device == "cpu":
         ways = cpu_ways(passages, queries, ids, options.k, torch.get_num_threads())
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(options.repeats + 1):
         # In turns, so that a noisy neighbour disturbs all of them alike; the first turn warms up and is checked.
         for name, way in ways.items():
             synchronize()
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             found = way()
             synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append((time.perf_counter() - started, time.process_time() - worked))
             else:
                 check(name, found, passages, queries, options.k)
-    write(options, {name: statistics.median(times) for name, times in seconds.items()})
+    write(options, {name: tuple(map(statistics.median, zip(*times, strict=True))) for name, times in seconds.items()})
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -222,17 +222,22 @@ def check(name: str, found: Found, passages: np.ndarray, queries: np.ndarray, k:
         sys.exit(f"{name}: expected the passages of float64, found {same:.2%} of them")
 
 
-def write(options: argparse.Namespace, medians: dict[str, float]) -> None:
-    """Print the table, and put its rows in the place of those of the same size and hardware."""
+def write(options: argparse.Namespace, medians: dict[str, tuple[float, ...]]) -> None:
+    """Print the table, and put its rows in the place of those of the same size and hardware.
+
+    Beside the time on the clock stand the seconds that processors worked, which other programs disturb less.
+    """
     size = {name: str(getattr(options, name)) for name in ("device", "rows", "dim", "queries", "k", "data")}
     size["threads"] = str(torch.get_num_threads()) if options.device == "cpu" else ""
     here = machine()
-    base = next(seconds for name, seconds in medians.items() if "top-k" in name or "float32, vectors on" in name)
+    base = next(both for name, both in medians.items() if "top-k" in name or "float32, vectors on" in name)
     rows = []
-    for name, seconds in medians.items():
-        share = f"{seconds / base:.3f}"
-        rows.append({**size, "method": name, "seconds": f"{seconds:.4f}", "of_bare_float32": share, **here})
-        print(f"{seconds:9.3f} s  {float(share):6.2f} × bare float32 product and top-k   {name}")
+    for name, (seconds, worked) in medians.items():
+        shares = f"{seconds / base[0]:.3f}", f"{worked / base[1]:.3f}"
+        times = {"seconds": f"{seconds:.4f}", "processor_seconds": f"{worked:.4f}"}
+        ratios = {"of_bare_float32": shares[0], "processor_of_bare_float32": shares[1]}
+        rows.append({**size, "method": name, **times, **ratios, **here})
+        print(f"{seconds:8.3f} s ({shares[0]} of bare float32)  {worked:8.3f} processor s ({shares[1]})  {name}")
     kept = []
     if RESULTS.exists():
         with RESULTS.open(encoding="utf-8", newline="") as stream:
