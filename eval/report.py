@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ __all__ = [
     "comparison_table",
     "measure_name",
     "write",
-    "write_report",
 ]
 
 log = logging.getLogger(__name__)
@@ -104,48 +103,6 @@ def write(folder: Path, report: Report) -> list[Path]:
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return [*paths, folder / "report.png"] if plotted else paths
-
-
-def write_report(
-    folder: Path,
-    rows: Mapping[str, Metrics],
-    *,
-    title: str,
-    details: Mapping[str, Any] | None = None,
-    head: str = "model",
-    runs: Mapping[str, tuple[RankedRun, Qrels]] | None = None,
-    absent: Sequence[str] = (),
-) -> list[Path]:
-    """Write the report of several systems on one data set, or of one system on several.
-
-    Args:
-        folder: made if it is not there.
-        rows: name -> metrics; not empty.
-        title: what was evaluated, for example "wordnet, test split".
-        details: what is needed to do it again (model, data, versions).
-        head: what a row is: "model" for systems on one set, "data" for sets of the one system.
-        runs: by the names of the rows, for plots of how the scores are distributed.
-        absent: sets that were asked for and are not here.
-
-    Returns:
-        The files written.
-
-    Raises:
-        InputError: there are no rows.
-    """
-    found, details = runs or {}, dict(details or {})
-    if head == "data":
-        system = Path(str(details.get("model", "model"))).name
-        sets = [
-            ReportSet(name, {system: metrics}, runs={system: found[name][0]}, qrels=found[name][1])
-            if name in found
-            else ReportSet(name, {system: metrics})
-            for name, metrics in rows.items()
-        ]
-    else:
-        qrels = next(iter(found.values()))[1] if found else {}
-        sets = [ReportSet(title, rows, runs={name: run for name, (run, _) in found.items()}, qrels=qrels)]
-    return write(folder, Report(title, sets if rows else [], details, absent=list(absent)))
 
 
 def json_of(report: Report) -> dict[str, Any]:

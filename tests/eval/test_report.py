@@ -12,7 +12,7 @@ from report_helpers import BEFORE, QRELS, rows, whole_report
 
 from eval.metrics import Metrics
 from eval.ranking import RankedRun
-from eval.report import comparison_table, write, write_report
+from eval.report import Report, ReportSet, comparison_table, write
 from index.files import InputError
 
 FILES = ["report.html", "report.json", "report.md", "report.png"]
@@ -34,7 +34,7 @@ def test_a_measure_that_one_row_lacks_is_a_dash() -> None:
 
 
 def test_report_files_agree(tmp_path: Path) -> None:
-    written = write_report(tmp_path / "out", rows(), title="toy, test split", details={"model": "m"})
+    written = write(tmp_path / "out", Report("toy, test split", [ReportSet("toy", rows())], {"model": "m"}))
     assert sorted(path.name for path in written) == FILES
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -51,15 +51,18 @@ def test_report_files_agree(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_sets_as_rows_have_the_model_as_their_system(tmp_path: Path) -> None:
-    runs = {"one": (RankedRun.of(BEFORE), QRELS)}
-    sets = {"one": rows()["before"], "two": rows()["after"]}
-    write_report(tmp_path, sets, title="toy", details={"model": "models/minilm"}, head="data", runs=runs)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert [list(found["systems"]) for found in report["sets"].values()] == [["minilm"], ["minilm"]]
-    assert "| mean of the sets |  | 0.7718 |" in (tmp_path / "report.md").read_text()
+def test_sets_have_a_row_each_and_parts_of_one_set_share_theirs(tmp_path: Path) -> None:
+    runs = {"minilm": RankedRun.of(BEFORE)}
+    sets = [
+        ReportSet("one", {"minilm": rows()["before"]}, runs=runs, qrels=QRELS),
+        ReportSet("forums/a", {"minilm": rows()["before"]}, row="forums"),
+        ReportSet("forums/b", {"minilm": rows()["after"]}, row="forums"),
+    ]
+    write(tmp_path, Report("toy", sets, {}))
+    text = (tmp_path / "report.md").read_text()
+    assert "| one | 3 | 0.5436 |\n| forums (mean of 2) | 6 | 0.7718 |\n| mean of the sets |  | 0.6577 |" in text
     page = (tmp_path / "report.html").read_text()
-    assert "scores that minilm gives" in page and page.count("<svg") == 4
+    assert "scores that minilm gives" in page and page.count("<svg") == 5
 
 
 def test_everything_that_comes_from_data_is_escaped(tmp_path: Path) -> None:
@@ -101,7 +104,7 @@ def test_without_matplotlib_there_is_a_hint_and_no_plot(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level(logging.WARNING):
-        written = write_report(tmp_path, rows(), title="toy")
+        written = write(tmp_path, Report("toy", [ReportSet("toy", rows())], {}))
     assert sorted(path.name for path in written) == FILES[:3]
     assert caplog.text.count('pip install "dense-retriever[plot]"') == 1
     assert "report.png" not in (tmp_path / "report.md").read_text()
@@ -110,4 +113,4 @@ def test_without_matplotlib_there_is_a_hint_and_no_plot(
 
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one result"):
-        write_report(tmp_path, {}, title="toy")
+        write(tmp_path, Report("toy", [], {}))
