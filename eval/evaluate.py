@@ -36,9 +36,6 @@ def evaluate_beir(
     """Search `store` with every query of the split, by inner product in fp32, and score the ranking.
 
     A passage whose id is its query's own id is not returned, and every query still gets `k` passages (or the corpus).
-    Where torch.distributed is initialised, all ranks call this with the same arguments and share the search; each gets
-    the result that one rank alone would get, bit by bit.
-
     Args:
         dataset: the split; it may have a single query.
         store: the embedded corpus, N passages of D dimensions, or their windows (eval.long_documents).
@@ -95,15 +92,19 @@ def exact_search(
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     block_rows: int = 16384,
+    on_ranks: bool = False,
 ) -> Find:
-    """Exact search of a store, shared among the ranks where there are several."""
-    from torch import distributed
+    """Exact search of a store.
 
+    Args:
+        on_ranks: all ranks of torch.distributed search together, called with the same arguments; each gets the result
+            that one process alone would get, bit by bit.
+    """
     from index import exact
 
+    search = exact.search_on_ranks if on_ranks else exact.search
+
     def find(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        ranks = distributed.is_available() and distributed.is_initialized()
-        search = exact.search_on_ranks if ranks else exact.search
         return search(queries, store.shards(), ids, k, block_rows=block_rows, device=device, progress=progress)
 
     return find

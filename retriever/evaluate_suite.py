@@ -138,7 +138,8 @@ class Suite:
         asked = time.perf_counter()
         ids, k = store.ids(), self._options.k
         with self._terminal.bar(f"{task.name}: search", store.rows, "passages") as advance:
-            find = exact_search(store, ids, device=str(towers.device), progress=advance)
+            device, several = str(towers.device), self._ranks.size > 1
+            find = exact_search(store, ids, device=device, progress=advance, on_ranks=several)
             run = ranked_run(dataset, ids, find, lambda: vectors, k, is_windows(store))
         searched = time.perf_counter()
         result = SetResult(run, score(dataset, run, k), dataset.qrels)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,7 @@ from cli_helpers import MEANINGS, command, write_beir, write_lines
 
 from eval.beir import BeirDataset
 from eval.runs import read_trec_run
-from eval.suite import FORUMS
+from eval.suite import BY_NAME, FORUMS
 from index.embeddings import EmbeddingStore
 from index.files import InputError
 from retriever.encode import EncodeOptions, embed_texts
@@ -66,6 +72,23 @@ def test_several_sets_and_the_forums_as_one_row(world: Any, tmp_path: Path) -> N
     (tmp_path / "data" / "words").rename(tmp_path / "data" / "scifact")
     all_of_them = evaluate(world, tmp_path / "all", "--data", "beir", "--home", tmp_path / "data", "--k", 10)
     assert all_of_them["out"].count("not here") == 17 and len(all_of_them["absent"]) == 17
+
+
+def test_a_set_is_fetched_by_name_and_evaluated(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = tmp_path / "served"
+    write_beir(served / "scifact")
+    shutil.make_archive(str(served / "scifact"), "zip", served, "scifact")
+    md5 = hashlib.md5((served / "scifact.zip").read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setitem(BY_NAME, "scifact", dataclasses.replace(BY_NAME["scifact"], md5=md5))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(served))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        mirror = f"http://127.0.0.1:{server.server_port}"
+        words = ["--data", "scifact", "--home", tmp_path / "home", "--download", "--mirror", mirror]
+        found = evaluate(world, tmp_path / "out", *words)
+        server.shutdown()
+    assert found["sets"]["scifact"]["queries"] == 20 and (tmp_path / "home" / "scifact").is_dir()
+    assert "other number of passages than published: 1" in found["err"]
 
 
 def test_preflight_alone_embeds_nothing_and_says_what_it_would_take(world: Any, tmp_path: Path) -> None:

@@ -1,0 +1,293 @@
+"""Search and metrics of an evaluation, after encoding: ours beside the beir package's, and ours alone at large sizes.
+
+python scripts/bench_eval.py                                                           100,000 x 1,000 beside beir
+python scripts/bench_eval.py --device cuda --rows 1000000 --queries 10000 --k 100      ours alone, checked
+python scripts/bench_eval.py --memory --rows 10000000 --dim 32 --queries 1000 --k 100  peak memory, stage by stage
+
+Values are compared before any time is printed. Rows go to scripts/results/eval.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import machine
+
+from eval.beir import BeirDataset
+from eval.evaluate import exact_search, ranked_run, score
+from eval.metrics import Metrics
+from eval.preflight import preflight
+from eval.ranking import RankedRun
+from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.passages import Passage, read_passages
+
+RESULTS = Path(__file__).resolve().parent / "results" / "eval.csv"
+MIB = 2**20
+ROWS_AT_ONCE = 65536
+RELEVANT = 3
+KS = (1, 3, 5, 10, 100, 1000)
+
+
+def main() -> None:
+    """Measure one size and keep its rows."""
+    options = parse_arguments()
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        measure = memory if options.memory else speed
+        rows = measure(options, Path(temporary))
+    write(options, rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Sizes, and where."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--k", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves them as they are")
+    parser.add_argument("--memory", action="store_true", help="peak memory of every stage, in place of times")
+    parser.add_argument("--folder", type=Path, help="for the generated corpus; the system's own by default")
+    return parser.parse_args()
+
+
+def speed(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Seconds of search and metrics, ours and, on a CPU, beir's, in turns."""
+    data, queries = generate(options, folder)
+    dataset = BeirDataset.open(data)
+    store = embed(options, data, folder / "store")
+    ways: dict[str, Callable[[], tuple[dict[str, float], dict[str, float]]]] = {
+        "ours": lambda: ours(options, dataset, store, queries)
+    }
+    if options.device == "cpu":
+        ways["beir"] = lambda: theirs(options, dataset, store, queries)
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    means: dict[str, dict[str, float]] = {}
+    for _ in range(options.repeats + 1):
+        # In turns, so that a noisy neighbour disturbs both alike; the first turn warms up.
+        for name, way in ways.items():
+            seconds, means[name] = way()
+            times[name].append(seconds)
+    if "beir" in means:
+        for measure, value in means["beir"].items():
+            # The package rounds to five digits.
+            assert abs(means["ours"][measure] - value) < 5.1e-6, (measure, means["ours"][measure], value)
+    else:
+        check_by_trec_eval(options, dataset, store, queries, means["ours"])
+    rows = []
+    for name, turns in times.items():
+        first, later = sum(turns[0].values()), turns[1:] or turns
+        stages = {stage: statistics.median(turn[stage] for turn in later) for stage in turns[0]}
+        total = statistics.median(sum(turn.values()) for turn in later)
+        values = {"what": name, "total_s": total, "first_total_s": first, "ndcg@10": means[name]["ndcg@10"]}
+        rows.append({**values, **{f"{stage}_s": seconds for stage, seconds in stages.items()}})
+    if len(rows) == 2:
+        print(f"beir takes {rows[1]['total_s'] / rows[0]['total_s']:.2f} times as long, with the same values")
+    return rows
+
+
+def generate(options: argparse.Namespace, folder: Path) -> tuple[Path, np.ndarray]:
+    """A BEIR folder with made-up texts, and its queries [Q, D]: each is near RELEVANT passages, which are judged."""
+    data = folder / "generated"
+    (data / "qrels").mkdir(parents=True)
+    with open(data / "corpus.jsonl", "w", encoding="utf-8") as stream:
+        for row in range(options.rows):
+            stream.write(json.dumps({"_id": f"d{row}", "title": "", "text": f"passage number {row}"}) + "\n")
+    generator = np.random.default_rng(1)
+    judged = generator.integers(0, options.rows, (options.queries, RELEVANT))
+    with open(data / "queries.jsonl", "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"_id": f"q{n}", "text": f"query {n}"}) + "\n" for n in range(options.queries))
+    with open(data / "qrels" / "test.tsv", "w", encoding="utf-8") as stream:
+        stream.write("query-id\tcorpus-id\tscore\n")
+        for query, rows in enumerate(judged.tolist()):
+            stream.writelines(f"q{query}\td{row}\t{1 + row % 3}\n" for row in sorted(set(rows)))
+    wanted = np.unique(judged)
+    near = np.empty((len(wanted), options.dim), np.float32)
+    for first, some in vectors(options):
+        here = (wanted >= first) & (wanted < first + len(some))
+        near[here] = some[wanted[here] - first]
+    queries = near[np.searchsorted(wanted, judged)].mean(axis=1)
+    queries += 0.6 / options.dim**0.5 * generator.normal(size=queries.shape)
+    return data, (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+
+
+def vectors(options: argparse.Namespace) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, unit vectors [n, D]) of the corpus, the same ones every time."""
+    for first in range(0, options.rows, ROWS_AT_ONCE):
+        generator = np.random.default_rng((0, first))
+        some = generator.standard_normal((min(ROWS_AT_ONCE, options.rows - first), options.dim), dtype=np.float32)
+        yield first, some / np.linalg.norm(some, axis=1, keepdims=True)
+
+
+def embed(options: argparse.Namespace, data: Path, folder: Path) -> EmbeddingStore:
+    """The corpus in a store, as if a model had embedded it."""
+    passages: Iterator[Passage] = read_passages(data / "corpus.jsonl")
+    with EmbeddingWriter(folder, dim=options.dim, model={"sha256": "none"}, source={"name": "generated"}) as writer:
+        for _, some in vectors(options):
+            writer.append([next(passages) for _ in range(len(some))], some)
+    return EmbeddingStore.open(folder)
+
+
+def run_of(options: argparse.Namespace, dataset: BeirDataset, store: EmbeddingStore, queries: np.ndarray) -> RankedRun:
+    """What `retriever evaluate beir` does after encoding, up to the run."""
+    ids = store.ids()
+    return ranked_run(dataset, ids, exact_search(store, ids, device=options.device), lambda: queries, options.k)
+
+
+def ours(
+    options: argparse.Namespace, dataset: BeirDataset, store: EmbeddingStore, queries: np.ndarray
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds by stage, and the means."""
+    began = time.perf_counter()
+    run = run_of(options, dataset, store, queries)
+    searched = time.perf_counter()
+    metrics: Metrics = score(dataset, run, options.k, KS)
+    return {"search": searched - began, "metrics": time.perf_counter() - searched}, metrics.mean
+
+
+class Embedded:
+    """A model for the beir package that has embedded everything already: corpus vectors by id, queries in order."""
+
+    def __init__(self, vectors: np.ndarray, queries: np.ndarray) -> None:
+        import torch
+
+        self._vectors, self._queries = torch.from_numpy(vectors), torch.from_numpy(queries)
+
+    def encode_queries(self, queries: list[str], **options: Any) -> Any:
+        return self._queries
+
+    def encode_corpus(self, corpus: list[dict[str, str]], **options: Any) -> Any:
+        return self._vectors[[int(passage["text"].rpartition(" ")[2]) for passage in corpus]]
+
+
+def theirs(
+    options: argparse.Namespace, dataset: BeirDataset, store: EmbeddingStore, queries: np.ndarray
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The same by beir's exact search and its evaluation; what it needs in memory is there before the clock starts."""
+    from beir.retrieval.evaluation import EvaluateRetrieval
+    from beir.retrieval.search.dense import DenseRetrievalExactSearch
+
+    corpus = {passage.id: {"title": passage.title, "text": passage.text} for passage in store.passages()}
+    search = DenseRetrievalExactSearch(Embedded(store.vectors(), queries), show_progress_bar=False)
+    cuts = [k for k in KS if k <= options.k]
+    began = time.perf_counter()
+    found = search.search(corpus, dataset.queries, options.k, "dot")
+    searched = time.perf_counter()
+    measured = EvaluateRetrieval.evaluate(dataset.qrels, found, cuts)
+    seconds = {"search": searched - began, "metrics": time.perf_counter() - searched}
+    names = {"NDCG": "ndcg", "MAP": "map", "Recall": "recall", "P": "precision"}
+    values = {name: value for measures in measured for name, value in measures.items()}
+    return seconds, {f"{names[name.partition('@')[0]]}@{name.partition('@')[2]}": v for name, v in values.items()}
+
+
+def check_by_trec_eval(
+    options: argparse.Namespace,
+    dataset: BeirDataset,
+    store: EmbeddingStore,
+    queries: np.ndarray,
+    mean: dict[str, float],
+) -> None:
+    """Every mean against trec_eval's, of the same run."""
+    import pytrec_eval
+
+    run = {query: dict(found) for query, found in run_of(options, dataset, store, queries).items()}
+    cuts = [k for k in KS if k <= options.k]
+    names = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "success": "success"}
+    asked = {f"{theirs}.{','.join(map(str, cuts))}" for theirs in names.values()}
+    found = pytrec_eval.RelevanceEvaluator(dataset.qrels, asked).evaluate(run)
+    for measure, theirs in names.items():
+        for k in cuts:
+            value = sum(row[f"{theirs}_{k}"] for row in found.values()) / len(dataset.qrels)
+            assert abs(mean[f"{measure}@{k}"] - value) < 1e-9, (measure, k)
+
+
+def memory(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Peak memory of every stage, beside what is mapped from files."""
+    data, queries = generate(options, folder)
+    rows = []
+
+    def stage(name: str, work: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        with peak() as reached:
+            value = work()
+        rows.append({"what": name, "total_s": time.perf_counter() - began, "peak_mib": reached[0] / MIB})
+        print(f"{name}: {reached[0] / MIB:,.0f} MiB, {rows[-1]['total_s']:.0f} s", flush=True)
+        return value
+
+    found = stage("preflight", lambda: preflight(data))
+    assert found.passages == options.rows and not found.errors, found.errors
+    store = stage("store", lambda: embed(options, data, folder / "store"))
+    dataset = BeirDataset.open(data)
+    _, mean = stage("search and metrics", lambda: ours(options, dataset, store, queries))
+    rows[-1]["ndcg@10"] = mean["ndcg@10"]
+    return rows
+
+
+@contextlib.contextmanager
+def peak() -> Iterator[list[int]]:
+    """Yields a list whose only entry becomes the largest anonymous memory of this process, in bytes, while inside."""
+    reached, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            reached[0] = max(reached[0], anonymous_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield reached
+    finally:
+        done.set()
+        thread.join()
+        reached[0] = max(reached[0], anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs, as Linux counts it."""
+    lines = Path(f"/proc/{os.getpid()}/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Print a table and append the rows to the CSV file."""
+    columns = ("search_s", "metrics_s", "total_s", "first_total_s", "peak_mib", "ndcg@10")
+    where = {name: getattr(options, name) for name in ("device", "rows", "dim", "queries", "k", "threads")}
+    where["load"] = round(os.getloadavg()[0], 1)
+    for row in rows:
+        shown = (f"{name} {row[name]:.4f}" for name in columns if name in row)
+        print(f"{row['what']:20}", "  ".join(shown))
+    begun = RESULTS.exists()
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8", newline="") as stream:
+        measured = machine()
+        writer = csv.writer(stream, lineterminator="\n")
+        if not begun:
+            writer.writerow(["what", *where, *columns, *measured])
+        for row in rows:
+            values = [f"{row[name]:.6g}" if name in row else "" for name in columns]
+            writer.writerow([row["what"], *where.values(), *values, *measured.values()])
+
+
+if __name__ == "__main__":
+    main()
