@@ -56,6 +56,7 @@ entry says what the thing is; the rest says more about the same thing (how it is
   not relevant. Scores are lower bounds, and they compare systems rather than say how good one is.
 - Nobody typed these queries; they are what a description of the thing looks like.
 - Some rests wander off: anecdotes with little of the first sentence in them.
+- Sentences are told apart by rule; {unclosed} queries end within a quotation or parenthesis.
 - Other entries name a masked headword in their cross-references ("See also …").
 - The text is on the web: a pretrained model may have seen it.
 
@@ -183,6 +184,7 @@ def readme_of(tables: dict[str, str]) -> str:
         mask=MASK,
         leaked=leaked,
         verbatim=sum(" ".join(words(query)) in everything for query in queries),
+        unclosed=sum(query.count("“") != query.count("”") or query.count("(") != query.count(")") for query in queries),
         least_query=LEAST_QUERY,
         least_passage=LEAST_PASSAGE,
         **checksums(tables, SOURCES),
