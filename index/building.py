@@ -17,10 +17,11 @@ from index.files import InputError, atomic_folder
 from index.layout import CURVE_FILE, FAISS_FILE, check_replaceable, finish, write_faiss, write_passages
 from index.opened import Index
 from index.parts import Part
+from index.recall import Target, find_truth
 from index.settings import flat_codes, set_search_defaults
 from index.store import EmbeddingStore
 from index.training import fingerprint, sample_vectors, train
-from index.tuning import Target, Tuning, find_truth, tune
+from index.tuning import Tuning, tune
 
 # Vectors whose lengths are looked at.
 NORMS = 4096
@@ -130,7 +131,7 @@ def choose_for(store: EmbeddingStore, memory_mib: float | None) -> str:
 
 
 def reserve(index: Any, rows: int) -> None:
-    """Take the memory of flat codes at once: a vector that grows by doubling holds twice and a half of what it needs."""
+    """Take the memory of flat codes at once: growing by doubling holds up to three times as much."""
     faiss = import_faiss()
     for each in flat_codes(index):
         if isinstance(each, faiss.IndexFlatCodes) and hasattr(each.codes, "owned_data") and not each.ntotal:

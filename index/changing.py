@@ -27,9 +27,10 @@ from index.layout import (
 from index.manifest import verify_files
 from index.opened import Index
 from index.parts import Part
+from index.recall import Target, find_truth
 from index.settings import flat_codes, parts
 from index.store import EmbeddingStore
-from index.tuning import Target, Tuning, find_truth, tune
+from index.tuning import Tuning, tune
 
 
 def add_passages(

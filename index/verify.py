@@ -38,6 +38,10 @@ def verify(folder: Path) -> Summary:
         raise InputError(f"{folder}: expected an embedding store or an index, found a {manifest.format}")
     # Before opening: a damaged file is reported as such, and not by what its reader makes of it.
     verify_files(manifest, "hash")
-    type(held).open(folder)
+    if isinstance(held, Index):
+        # Mapped: an index that is larger than memory must be verifiable too.
+        Index.open(folder, mmap=True)
+    else:
+        EmbeddingStore.open(folder)
     size = sum(entry.bytes for entry in manifest.files.values())
     return Summary(manifest.format, held.rows, held.dim, len(manifest.files), size)

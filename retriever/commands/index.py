@@ -17,8 +17,9 @@ from retriever.progress import Terminal
 if TYPE_CHECKING:
     import numpy as np
 
+    from index.recall import Target
     from index.store import EmbeddingStore
-    from index.tuning import Target, Tuning
+    from index.tuning import Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class RecallTarget:
 
     def target(self, recall: float, store: EmbeddingStore, terminal: Terminal) -> Target:
         """The recall to reach, with the queries embedded."""
-        from index.tuning import Target
+        from index.recall import Target
 
         queries = None if self.queries is None else self._embedded(self.queries, store, terminal)
         return Target(recall, self.k, queries, self.held_out)

@@ -9,7 +9,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from index_helpers import listing, passages_of
+from index_helpers import flipped_bytes, listing, passages_of
 
 from index.building import Plan, build
 from index.changing import add_passages, delete_passages, retune
@@ -18,8 +18,8 @@ from index.files import InputError
 from index.ids import duplicate_id
 from index.merge import merge
 from index.opened import Index
+from index.recall import Target
 from index.several import Indexes
-from index.tuning import Target
 from index.verify import verify
 
 CAN_CHANGE = ["Flat", "SQfp16", "SQ8", "PQ8x4fs", "IVF8,Flat", "IVF8,SQ8", "OPQ8,IVF8,PQ8x4fs,RFlat", "PCA8,SQ8"]
@@ -248,3 +248,15 @@ def test_more_parts_than_shards_are_refused(tmp_path: Path, store: EmbeddingStor
         build(store, tmp_path / "index", Plan("Flat", part=(1, 7)))
     with pytest.raises(InputError, match="part 3/2: expected a number from 1 to 2"):
         build(store, tmp_path / "index", Plan("Flat", part=(3, 2)))
+
+
+def test_any_flipped_byte_of_a_tuned_index_with_lists_on_disk_is_found_in_its_file(
+    tmp_path: Path, store: EmbeddingStore, rng: np.random.Generator
+) -> None:
+    out = tmp_path / "index"
+    build(store, out, Plan("IVF8,SQ8", on_disk=True, target=Target(0.9, 5)))
+    assert {"lists.ivfdata", "recall.png"} < set(os.listdir(out))
+    for name in flipped_bytes(out, rng, places=8):
+        with pytest.raises(InputError, match=f"{name}: "):
+            verify(out)
+    assert verify(out).files == 6

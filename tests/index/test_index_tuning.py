@@ -13,9 +13,10 @@ from index.building import Plan, build
 from index.files import InputError
 from index.manifest import read_manifest
 from index.opened import Index
+from index.recall import Target, Truth, find_truth, recall_of_each
 from index.settings import Settings, core
 from index.training import sample_rows
-from index.tuning import Target, Truth, find_truth, measure, recall_of_each, tune
+from index.tuning import measure, tune
 from index.verify import verify
 
 DIM = 32

@@ -1,0 +1,117 @@
+"""Recall@k measured against exact search, with an interval for the mean.
+
+Recall@k of a query is the share of its k exact nearest passages that are found; a passage tied with the k-th counts as
+one of them. A setting meets the target when the lower end of a one-sided 95 % interval for the mean recall (Student's
+t over the queries) reaches it, so that other queries of the same kind may be expected to meet it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from index import exact
+from index.files import InputError
+from index.row_names import RowNames
+from index.store import EmbeddingStore
+from index.training import read_rows, sample_rows
+
+CONFIDENCE = 0.95
+# Fewer tell too little about the mean for an interval by Student's t.
+LEAST_QUERIES = 30
+# Exact neighbours beyond k that are looked at for ties with the k-th.
+SPARE = 16
+# Inner products of float32 differ by about this share between one way of summing and another.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise to keep: recall@k of at least `recall`."""
+
+    recall: float
+    k: int = 10
+    queries: np.ndarray | None = None
+    """Vectors [Q, D] float32 of real queries; none takes passages, whose own rows then do not count."""
+    held_out: int = 2000
+    """How many passages, where there are no queries."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.recall <= 1:
+            raise InputError(f"--target-recall: expected more than 0 and at most 1, found {self.recall}")
+        if self.k < 1:
+            raise InputError(f"--k: expected at least 1, found {self.k}")
+        if self.queries is not None and len(self.queries) < LEAST_QUERIES:
+            raise InputError(f"--queries: expected at least {LEAST_QUERIES} to measure by, found {len(self.queries)}")
+
+    def held_out_rows(self, rows: int, seed: int) -> np.ndarray:
+        """The rows of a store that serve as queries: none where there are real ones."""
+        if self.queries is not None:
+            return np.empty(0, np.int64)
+        if rows < LEAST_QUERIES + 1:
+            raise InputError(f"--target-recall: expected more than {LEAST_QUERIES} passages, found {rows}")
+        # Another seed than the training sample's: its first rows would be these.
+        return sample_rows(rows, min(self.held_out, rows // 2 + 1), seed ^ 0x5EED)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Queries and what exact search finds for them."""
+
+    queries: np.ndarray
+    """[Q, D] float32."""
+    own: np.ndarray | None
+    """[Q] the queries' own rows, which do not count; none for real queries."""
+    rows: np.ndarray
+    """[Q, n] the k nearest and those tied with the k-th; -1 where there are no more."""
+    k: int
+
+
+def find_truth(store: EmbeddingStore, target: Target, held_out: np.ndarray) -> Truth:
+    """Search the store exactly, for the target's queries or for the vectors of its rows `held_out`.
+
+    Raises:
+        InputError: the queries have another dimension than the store.
+    """
+    own = None
+    if target.queries is not None:
+        queries = np.ascontiguousarray(target.queries, np.float32)
+        if queries.shape[1] != store.dim:
+            raise InputError(f"--queries: expected vectors of {store.dim} dimensions, found {queries.shape[1]}")
+    else:
+        own, queries = held_out, read_rows(store, held_out)
+    scores, rows = exact.search(queries, store.shards(), RowNames(store.rows), target.k + SPARE + 1)
+    if own is not None:
+        scores, rows = without_own(scores, rows, own)
+    last = scores[:, min(target.k, scores.shape[1]) - 1, None]
+    rows = np.where(scores >= last - ROUNDING * np.abs(last), rows, -1)
+    return Truth(queries, own, rows, min(target.k, rows.shape[1]))
+
+
+def recall_of_each(found: np.ndarray, truth: Truth) -> np.ndarray:
+    """The recall [Q] float64 of the rows found [Q, k], -1 for none."""
+    hits = np.empty(len(found), np.int64)
+    # So many at once that their comparisons take 16 MiB.
+    some = max(1, 2**24 // (found.shape[1] * truth.rows.shape[1]))
+    for start in range(0, len(found), some):
+        ours, theirs = found[start : start + some, :, None], truth.rows[start : start + some, None, :]
+        hits[start : start + some] = ((ours == theirs) & (ours >= 0)).any(axis=2).sum(axis=1)
+    return np.minimum(hits, truth.k) / truth.k
+
+
+def without_own(scores: np.ndarray, rows: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Leave `own` [Q] out of each query's `rows` [Q, n]; where it is not among them, the last goes."""
+    width = rows.shape[1]
+    own_place = rows == own[:, None]
+    own_place[~own_place.any(axis=1), width - 1] = True
+    kept = ~own_place
+    return scores[kept].reshape(-1, width - 1), rows[kept].reshape(-1, width - 1)
+
+
+def lower_end(recalls: np.ndarray) -> float:
+    """The lower end of the one-sided interval for the mean of `recalls` [Q] (Student's t)."""
+    from scipy import stats
+
+    error = recalls.std(ddof=1) / np.sqrt(len(recalls))
+    return float(recalls.mean() - stats.t.ppf(CONFIDENCE, len(recalls) - 1) * error)

@@ -1,0 +1,107 @@
+"""Our build and search against faiss driven by hand: same factory, sample, threads and settings, in turns."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import faiss
+import numpy as np
+from index_sets import read_set
+
+from index.building import Plan, add, build, reserve
+from index.factory import make
+from index.layout import write_faiss
+from index.opened import Index
+from index.parts import Part
+from index.settings import set_search_defaults
+from index.store import EmbeddingStore
+from index.training import sample_vectors, train
+
+CASES = {
+    "clustered-100k": ("SQ8", "IVF1024,Flat", "HNSW16"),
+    "clustered-1m": ("IVF1024,SQ8",),
+}
+BUILDS = 5
+SEARCHES = 9
+QUERIES = 1_000
+K = 10
+
+
+def rows(sets: Path, only: str | None) -> Iterator[dict[str, Any]]:
+    """Medians of ours and of faiss, and the median of the ratios of neighbouring runs."""
+    for name, factories in CASES.items():
+        if only in (None, name):
+            store, queries = read_set(sets / name)
+            queries = queries[:QUERIES]
+            for factory in factories:
+                with tempfile.TemporaryDirectory(dir=sets) as temporary:
+                    yield {"set": name, **_compare(store, queries, factory, Path(temporary))}
+
+
+def _compare(store: EmbeddingStore, queries: np.ndarray, factory: str, folder: Path) -> dict[str, Any]:
+    ours_at, theirs_at = folder / "index", folder / "plain.faiss"
+    trained_on = _trained_on(store, ours_at, factory)
+
+    def by_hand() -> None:
+        _by_hand(store, theirs_at, factory, trained_on)
+
+    alone_times = _in_turns(lambda: _index_alone(store, folder / "alone.faiss", factory), by_hand, BUILDS)
+    build_times = _in_turns(lambda: build(store, ours_at, Plan(factory)), by_hand, BUILDS)
+    ours, theirs = Index.open(ours_at), faiss.read_index(str(theirs_at))
+    if "HNSW" not in factory:  # two threads that build a graph never build the same one twice
+        np.testing.assert_array_equal(ours.search(queries, K)[1][:, 0], theirs.search(queries, K)[1][:, 0])
+    search_times = _in_turns(lambda: ours.search(queries, K), lambda: theirs.search(queries, K), SEARCHES)
+    # One and the same index, so that what differs is what ours does besides.
+    same_times = _in_turns(lambda: ours.search(queries, K), lambda: ours.faiss.search(queries, K), SEARCHES)
+    row: dict[str, Any] = {"factory": factory, "threads": faiss.omp_get_max_threads()}
+    timed = {"index": alone_times, "build": build_times, "search": search_times, "search_same": same_times}
+    for what, (us, them) in timed.items():
+        row[f"{what}_ours_s"] = round(median(us), 4)
+        row[f"{what}_faiss_s"] = round(median(them), 4)
+        row[f"{what}_ratio"] = round(median(a / b for a, b in zip(us, them, strict=True)), 3)
+        row[f"{what}_ratio_of_least"] = round(min(us) / min(them), 3)
+    return row
+
+
+def _trained_on(store: EmbeddingStore, out: Path, factory: str) -> int:
+    build(store, out, Plan(factory))
+    return Index.open(out).manifest.count("trained_on")
+
+
+def _index_alone(store: EmbeddingStore, path: Path, factory: str) -> None:
+    """What `build` does with faiss, without its checks of the store, the passages, and the sums of what it writes."""
+    index = make(factory, store.dim)
+    train(index, store, factory, 0, without=np.empty(0, np.int64))
+    reserve(index, store.rows)
+    add(index, Part(store), None)
+    set_search_defaults(index)
+    write_faiss(index, path)
+
+
+def _by_hand(store: EmbeddingStore, path: Path, factory: str, trained_on: int) -> None:
+    """What a careful user of faiss writes: train on a sample, add shard by shard, save the file."""
+    index = faiss.index_factory(store.dim, factory, faiss.METRIC_INNER_PRODUCT)
+    if (ivf := faiss.try_extract_index_ivf(index)) is not None:
+        ivf.cp.seed = 0
+    if trained_on:
+        index.train(sample_vectors(store, trained_on, 0))
+    for _, vectors in store.shards():
+        index.add(np.ascontiguousarray(vectors, np.float32))
+    set_search_defaults(index)
+    faiss.write_index(index, str(path))
+
+
+def _in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of each round, who goes first changing every time; one round goes before and is not counted."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        for place in (0, 1) if number % 2 else (1, 0):
+            started = time.perf_counter()
+            (ours, theirs)[place]()
+            times[place].append(time.perf_counter() - started)
+    return times[0][1:], times[1][1:]

@@ -1,0 +1,102 @@
+"""The tables of index/README.md, made from what scripts/bench_index.py measured."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+Rows = list[dict[str, str]]
+
+
+def fill(results: Path, readme: Path) -> None:
+    """Write every table between `<!-- NAME -->` and `<!-- /NAME -->` anew; those without results stay as they are."""
+    text = readme.read_text(encoding="utf-8")
+    tables: dict[str, Callable[[Rows], list[str]]] = {"sizes": _sizes, "targets": _targets, "overhead": _overhead}
+    for name, table in tables.items():
+        path = results / f"index_{name}.csv"
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as stream:
+                lines = table(list(csv.DictReader(stream)))
+            start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+            before, _, rest = text.partition(start)
+            text = f"{before}{start}" + "\n".join(lines) + f"\n{end}" + rest.partition(end)[2]
+    readme.write_text(text, encoding="utf-8")
+
+
+def _sizes(rows: Rows) -> list[str]:
+    measured = sorted((row for row in rows if row["kind"] == "measured"), key=lambda row: int(row["rows"]))
+    computed = [row for row in rows if row["kind"] == "computed"]
+    lines = [
+        f"Measured on {_where(measured)} that others used at the same time, so times are upper ends: tuned to "
+        "recall@10 0.95 on half of the queries, recall on the other half (scripts/bench_index.py sizes).",
+        "",
+        "| set | factory | index MiB | peak MiB of the process | build s | setting | recall | µs a query |",
+        "|---|---|---:|---:|---:|---|---:|---:|",
+    ]
+    for row in measured:
+        missed = "" if row["met"] == "True" else " (target missed)"
+        lines.append(
+            f"| {row['set']}, {int(row['rows']):,} × {row['dim']} | `{row['factory']}` | "
+            f"{float(row['index_mib']):,.0f} | {int(row['peak_mib']):,} | "
+            f"{float(row['build_s']):,.0f} | {row['settings']} | "
+            f"{float(row['recall_other_queries']):.3f}{missed} | {float(row['us_per_query']):,.0f} |"
+        )
+    lines += [
+        "",
+        "Computed, not measured: what larger ones take in memory, or on disk with `--on-disk`.",
+        "",
+        "| vectors | factory | bytes a vector | index GiB |",
+        "|---|---|---:|---:|",
+    ]
+    for row in computed:
+        gib = float(row["index_mib"]) / 1024
+        lines.append(f"| {row['set']} | `{row['factory']}` | {float(row['bytes_per_vector']):.0f} | {gib:,.0f} |")
+    return [*lines, "", "![memory and time](../scripts/results/index_sizes.png)"]
+
+
+def _targets(rows: Rows) -> list[str]:
+    lines = [
+        f"Target 0.95 at k = 10, measured on 4,000 other queries ({_where(rows)}; scripts/bench_index.py targets). The "
+        "last two columns: how much cheaper, in time, the cheapest setting of a fine grid is that has on those queries "
+        "the recall of ours, or 0.95.",
+        "",
+        "| set | factory | tuned on | setting | recall, tuned on | recall, others | cheaper at this recall | at 0.95 |",
+        "|---|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cheaper = [_percent(row.get(f"cheaper_{at}", "")) for at in ("at_this_recall", "at_the_target")]
+        lines.append(
+            f"| {row['set']} | `{row['factory']}` | {row['queries']} {row['tuned_on']} | {row['settings']} | "
+            f"{float(row['recall_measured']):.4f} | {float(row['recall_other_queries']):.4f} | {' | '.join(cheaper)} |"
+        )
+    return lines
+
+
+def _overhead(rows: Rows) -> list[str]:
+    lines = [
+        f"Ours against faiss driven by hand, in turns in one process ({_where(rows)}; scripts/bench_index.py overhead): "
+        "the median of the ratios of neighbouring runs, and in brackets the ratio of the fastest. `index`: training, "
+        "adding and writing alone. `build`: with every byte of the store checked, passages copied, and everything "
+        "written summed and flushed. `search`: both on the same index.",
+        "",
+        "| set | factory | faiss build s | index | build | faiss search s | search |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        index, build, search = (
+            f"{row[f'{what}_ratio']} ({row[f'{what}_ratio_of_least']})" for what in ("index", "build", "search_same")
+        )
+        lines.append(
+            f"| {row['set']} | `{row['factory']}` | {row['build_faiss_s']} | {index} | {build} | "
+            f"{row['search_same_faiss_s']} | {search} |"
+        )
+    return lines
+
+
+def _percent(share: str) -> str:
+    return f"{max(0.0, float(share)):.0%}" if share else ""
+
+
+def _where(rows: Rows) -> str:
+    return f"{rows[0]['hardware']}, faiss {rows[0]['faiss']}"
