@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import signal
 import socket
 import subprocess
@@ -110,6 +111,19 @@ def test_a_body_without_a_stated_length_is_cut_off_at_the_limit(server: Server) 
         connection.sendall(b"POST /search HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         connection.sendall(b"bb8\r\n" + b" " * 3000 + b"\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_answers_do_not_wait_for_acknowledgements(server: Server) -> None:
+    """A header and a body sent one by one take 40 ms on a connection that holds small packets back."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    took = []
+    for _ in range(20):
+        started = time.perf_counter()
+        connection.request("GET", "/healthz")
+        connection.getresponse().read()
+        took.append(time.perf_counter() - started)
+    connection.close()
+    assert min(took[5:]) < 0.03
 
 
 def test_health_says_what_is_served(server: Server) -> None:
