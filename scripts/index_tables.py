@@ -75,10 +75,10 @@ def _targets(rows: Rows) -> list[str]:
 
 def _overhead(rows: Rows) -> list[str]:
     lines = [
-        f"Ours against faiss driven by hand, in turns in one process ({_where(rows)}; scripts/bench_index.py overhead): "
-        "the median of the ratios of neighbouring runs, and in brackets the ratio of the fastest. `index`: training, "
-        "adding and writing alone. `build`: with every byte of the store checked, passages copied, and everything "
-        "written summed and flushed. `search`: both on the same index.",
+        f"Ours against faiss driven by hand, in turns in one process ({_where(rows)}; scripts/bench_index.py "
+        "overhead): the median of the ratios of neighbouring runs, and in brackets the ratio of the fastest. "
+        "`index`: training, adding and writing alone. `build`: with every byte of the store checked, passages "
+        "copied, and everything written summed and flushed. `search`: both on the same index.",
         "",
         "| set | factory | faiss build s | index | build | faiss search s | search |",
         "|---|---|---:|---:|---:|---:|---:|",
