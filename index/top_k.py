@@ -76,7 +76,7 @@ class Best:
         found = self._queries.multiply(block, which, in_half)
         floor = self._floor if which is None else self._floor[which]
         if found.products.shape[1] >= self._k and bool(floor.isinf().any()):
-            kth = found.products.topk(self._k, dim=1).values[:, -1:]
+            kth = _at_most_kth(found.products, self._k)
             floor = torch.maximum(floor, found.lower(kth, found.absolute))
             if which is None:
                 self._floor = floor
@@ -192,6 +192,18 @@ def merge(parts: Sequence[tuple[np.ndarray, np.ndarray]], ids: Sequence[str], k:
     query = torch.arange(len(row))[:, None].expand_as(row)
     found = row >= 0
     return as_table(*ranked(query[found], score[found], row[found], k, ids), len(row))
+
+
+def _at_most_kth(products: torch.Tensor, k: int) -> torch.Tensor:
+    """A number [Q, 1] for each row of `products` [Q, n] that at least k of its entries reach; usually k and a few.
+
+    The k-th highest of the maxima of groups of columns: k groups have an entry that high. Finding it costs a small
+    part of what the k-th highest entry would.
+    """
+    width = products.shape[1] // (4 * k)
+    if width > 1:
+        products = products[:, : products.shape[1] // width * width].unflatten(1, (-1, width)).amax(dim=2)
+    return products.topk(k, dim=1).values[:, -1:]
 
 
 def _at_least(products: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
