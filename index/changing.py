@@ -10,7 +10,7 @@ import numpy as np
 
 from index.building import add, source_of, tuned
 from index.factory import import_faiss, reason
-from index.files import InputError, atomic_folder
+from index.files import InputError, atomic_folder, recover_folder
 from index.ids import duplicate_id
 from index.layout import (
     CURVE_FILE,
@@ -138,6 +138,8 @@ def retune(
 
 def _opened(folder: Path, out: Path | None, what: str, *, on_disk: bool = False) -> Index:
     """The index, its every byte checked: the new one gets sums of its own, and they must not vouch for damage."""
+    # A run that was killed while it exchanged the folders may have left none under the name, or the old one beside it.
+    recover_folder(folder)
     if out is not None:
         check_replaceable(out)
     index = Index.open(folder)

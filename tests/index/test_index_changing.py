@@ -260,3 +260,19 @@ def test_any_flipped_byte_of_a_tuned_index_with_lists_on_disk_is_found_in_its_fi
         with pytest.raises(InputError, match=f"{name}: "):
             verify(out)
     assert verify(out).files == 6
+
+
+@pytest.mark.parametrize("before_exchange", [True, False])
+def test_what_was_killed_while_it_exchanged_the_folders_is_put_right_first(
+    tmp_path: Path, make_store: Callable, vectors: np.ndarray, before_exchange: bool
+) -> None:
+    """The two states between the renames, for either of which a run of the same again must do."""
+    build(make_store(vectors[:300]), tmp_path / "index")
+    more = make_store(vectors[300:], [f"n{row}" for row in range(300)], name="more")
+    add_passages(tmp_path / "index", more, tmp_path / "new")
+    (tmp_path / "index").rename(tmp_path / ".index.0123abcd.old")
+    if not before_exchange:
+        (tmp_path / "new").rename(tmp_path / "index")
+    assert add_passages(tmp_path / "index", more) == (300 if before_exchange else 0)
+    assert verify(tmp_path / "index").rows == 600
+    assert not list(tmp_path.glob(".index.*"))
