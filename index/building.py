@@ -21,7 +21,7 @@ from index.recall import Target, find_truth
 from index.settings import flat_codes, set_search_defaults
 from index.store import EmbeddingStore
 from index.training import fingerprint, sample_vectors, train
-from index.tuning import Tuning, tune
+from index.tuning import Tuning, check_measurable, tune
 
 # Vectors whose lengths are looked at.
 NORMS = 4096
@@ -91,6 +91,8 @@ def build(
         raise InputError("--target-recall: expected a whole index; merge the parts, then `retriever index tune`")
     held_out = plan.target.held_out_rows(store.rows, plan.seed) if plan.target else np.empty(0, np.int64)
     index, origin = _trained(part, plan, held_out)
+    if plan.target is not None:
+        check_measurable(index, plan.target)
     fields = {
         **origin,
         "metric": "inner_product",

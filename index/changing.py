@@ -30,7 +30,7 @@ from index.parts import Part
 from index.recall import Target, find_truth
 from index.settings import flat_codes, parts
 from index.store import EmbeddingStore
-from index.tuning import Tuning, tune
+from index.tuning import Tuning, check_measurable, tune
 
 
 def add_passages(
@@ -125,6 +125,7 @@ def retune(
         raise InputError(
             f"{store.folder}: expected the {index.rows} vectors of {folder}, found {store.rows}, or another model's"
         )
+    check_measurable(index.faiss, target)
     held_out = target.held_out_rows(store.rows, seed)
     tuning = tune(index.faiss, find_truth(store, target, held_out), target, note)
     with atomic_folder(folder) as new:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from index.building import Plan, build
+from index.changing import retune
 from index.files import InputError
 from index.manifest import read_manifest
 from index.opened import Index
@@ -160,3 +161,11 @@ def test_queries_of_another_dimension_are_refused(tmp_path: Path, store) -> None
 def test_too_few_passages_to_measure_by_are_refused(tmp_path: Path, make_store: Callable) -> None:
     with pytest.raises(InputError, match="expected more than 30 passages, found 20"):
         build(make_store(spread(20, 1)), tmp_path / "index", Plan("Flat", target=Target(0.9)))
+
+
+def test_a_graph_is_not_measured_by_the_passages_in_it(tmp_path: Path, store) -> None:
+    with pytest.raises(InputError, match="expected --queries to measure a graph by"):
+        build(store, tmp_path / "index", Plan("HNSW8", target=Target(0.9)))
+    build(store, tmp_path / "index", Plan("HNSW8"))
+    with pytest.raises(InputError, match="expected --queries to measure a graph by"):
+        retune(tmp_path / "index", store, Target(0.9))
