@@ -32,6 +32,7 @@ from index_sets import read_set
 from machine import machine
 
 from index.building import Plan, build
+from index.changing import retune
 from index.factory import choose, memory
 from index.opened import Index
 from index.recall import Target, Truth, find_truth, recall_of_each
@@ -66,7 +67,7 @@ def main() -> None:
         for row in index_targets.rows(options.sets, options.only):
             write_rows("index_targets.csv", [{**row, **measured_on()}], ("set", "factory", "tuned_on"))
     elif options.what == "overhead":
-        for row in index_overhead.rows(options.sets, options.only):
+        for row in index_overhead.rows(options.sets, options.only, options.factory):
             write_rows("index_overhead.csv", [{**row, **measured_on()}], ("set", "factory"))
     else:
         index_plots.draw(RESULTS)
@@ -99,7 +100,6 @@ def one_size(folder: Path, factory: str) -> dict[str, Any]:
         build(store, out, Plan(factory))
         built = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        from index.changing import retune
 
         started = time.perf_counter()
         tuning = retune(out, store, Target(TARGET, K, queries[:half]))

@@ -22,23 +22,20 @@ from index.settings import set_search_defaults
 from index.store import EmbeddingStore
 from index.training import sample_vectors, train
 
-CASES = {
-    "clustered-100k": ("SQ8", "IVF1024,Flat", "HNSW16"),
-    "clustered-1m": ("IVF1024,SQ8",),
-}
+CASES = {"clustered-10k": ("HNSW16",), "clustered-100k": ("SQ8", "IVF1024,Flat", "IVF1024,SQ8")}
 BUILDS = 5
 SEARCHES = 9
 QUERIES = 1_000
 K = 10
 
 
-def rows(sets: Path, only: str | None) -> Iterator[dict[str, Any]]:
+def rows(sets: Path, only: str | None, only_factory: str | None) -> Iterator[dict[str, Any]]:
     """Medians of ours and of faiss, and the median of the ratios of neighbouring runs."""
     for name, factories in CASES.items():
         if only in (None, name):
             store, queries = read_set(sets / name)
             queries = queries[:QUERIES]
-            for factory in factories:
+            for factory in (only_factory,) if only_factory else factories:
                 with tempfile.TemporaryDirectory(dir=sets) as temporary:
                     yield {"set": name, **_compare(store, queries, factory, Path(temporary))}
 
