@@ -21,15 +21,17 @@ def draw(results: Path) -> None:
         met = [row for row in some if row["met"] == "True"]
         color = f"C{number}"
         for axes, points, x, y in (
-            (left, met, "bytes_per_vector", "us_per_query"),
+            (left, met, "bytes_per_vector", "core_us_per_query"),
             (right, some, "rows", "build_s"),
         ):
             places = [(float(row[x]), float(row[y])) for row in points]
             axes.scatter(*zip(*places, strict=True), color=color, label=name)
             for row, place in zip(points, places, strict=True):
                 axes.annotate(row["factory"], place, fontsize=6, xytext=(3, 3), textcoords="offset points")
-    left.set(xscale="log", yscale="log", xlabel="bytes a vector", ylabel="µs a query", title="at recall@10 0.95")
-    right.set(xscale="log", yscale="log", xlabel="vectors", ylabel="seconds to build", title="building, 2 cores")
+    left.set(
+        xscale="log", yscale="log", xlabel="bytes a vector", ylabel="µs of one core a query", title="at recall@10 0.95"
+    )
+    right.set(xscale="log", yscale="log", xlabel="vectors", ylabel="seconds to build", title="building")
     right.legend(fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -31,7 +31,7 @@ def _sizes(rows: Rows) -> list[str]:
         f"Measured on {_where(measured)} that others used at the same time, so times are upper ends: tuned to "
         "recall@10 0.95 on half of the queries, recall on the other half (scripts/bench_index.py sizes).",
         "",
-        "| set | factory | index MiB | peak MiB of the process | build s | setting | recall | µs a query |",
+        "| set | factory | index MiB | peak MiB of the process | build s | setting | recall | µs of one core a query |",
         "|---|---|---:|---:|---:|---|---:|---:|",
     ]
     for row in measured:
@@ -40,7 +40,7 @@ def _sizes(rows: Rows) -> list[str]:
             f"| {row['set']}, {int(row['rows']):,} × {row['dim']} | `{row['factory']}` | "
             f"{float(row['index_mib']):,.0f} | {int(row['peak_mib']):,} | "
             f"{float(row['build_s']):,.0f} | {row['settings']} | "
-            f"{float(row['recall_other_queries']):.3f}{missed} | {float(row['us_per_query']):,.0f} |"
+            f"{float(row['recall_other_queries']):.3f}{missed} | {float(row['core_us_per_query']):,.0f} |"
         )
     lines += [
         "",
