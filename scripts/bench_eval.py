@@ -4,7 +4,8 @@ python scripts/bench_eval.py                                                    
 python scripts/bench_eval.py --device cuda --rows 1000000 --queries 10000 --k 100      ours alone, checked
 python scripts/bench_eval.py --memory --rows 10000000 --dim 32 --queries 1000 --k 100  peak memory, stage by stage
 
-Values are compared before any time is printed. Rows go to scripts/results/eval.csv.
+Values are compared before any time is printed. Rows go to scripts/results/eval.csv. On a machine that others use as
+well, set OMP_WAIT_POLICY=passive.
 """
 
 from __future__ import annotations
@@ -273,6 +274,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print a table and append the rows to the CSV file."""
     columns = ("search_s", "metrics_s", "total_s", "first_total_s", "peak_mib", "ndcg@10")
     where = {name: getattr(options, name) for name in ("device", "rows", "dim", "queries", "k", "threads")}
+    # Threads that wait by spinning lose most of their time where others use the cores too.
+    where["omp_wait"] = os.environ.get("OMP_WAIT_POLICY", "")
     where["load"] = round(os.getloadavg()[0], 1)
     for row in rows:
         shown = (f"{name} {row[name]:.4f}" for name in columns if name in row)
