@@ -202,7 +202,8 @@ class Suite:
         if (folder / NAME).exists():
             fields = read_manifest(folder, INDEX).fields
             same = {"rows": store.rows, "dim": store.dim, "model": store.model, "source": store.source}
-            if all(fields.get(name) == value for name, value in same.items()) and fields.get("factory") == factory:
+            chosen = factory in ("auto", fields.get("factory"))
+            if chosen and all(fields.get(name) == value for name, value in same.items()):
                 return folder
         with self._terminal.bar(f"{task.name}: index {factory}", store.rows, "vectors") as advance:
             faiss_index.build(store, folder, factory=factory, progress=advance)

@@ -37,6 +37,15 @@ def test_equals_the_maximum_over_all_windows(seed: int, ties: bool) -> None:
             assert list(run[str(place)].items()) == [(name, pytest.approx(value)) for value, name in wanted]
 
 
+def test_ties_beyond_the_windows_first_asked_for_count_too() -> None:
+    # In the order of the windows' ids, b comes first and bzb, the highest document, third.
+    documents, of_row = documents_of([window_id(name, 0) for name in ("b", "bz", "bza", "bzb")])
+    ids, vectors = [window_id(name, 0) for name in documents], np.ones((4, 1), np.float32)
+    find = best_of_windows(lambda q, k: search(q, [(0, vectors)], ids, k), of_row)
+    scores, rows = find(vectors[:1], 1)
+    assert list(RankedRun(["q"], documents, rows, scores).without(np.array([-1]), 1)["q"]) == ["bzb"]
+
+
 def test_an_approximate_search_may_return_fewer() -> None:
     found = np.array([[3.0, 2.0, -np.inf]], np.float32), np.array([[4, 5, -1]])
     scores, rows = best_of_windows(lambda queries, k: found, np.array([0, 0, 1, 1, 2, 2]))(np.zeros((1, 1)), 2)
