@@ -24,6 +24,8 @@ from index.settings import Settings, core, parts
 K_FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
 # A setting is found to this share of itself, and times closer than this count as equal.
 RESOLUTION = 0.02
+# Two doublings in a row that gain less have found all that the codes can tell apart.
+LEAST_GAIN = 0.001
 ROUNDS = 4
 TIMED = 1000
 
@@ -225,12 +227,14 @@ class _Search:
 
     def least(self, k_factor: float | None, low: int, high: int) -> Point | None:
         """The least value from `low` to `high` that meets the target; None when none does."""
-        failed, value, recall, gain = low - 1, max(1, low), 0.0, np.inf
+        failed, value, recall, gain = low - 1, max(1, low), -1.0, np.inf
         while not self.meets(point := self.at(value, k_factor)):
             before, gain, recall = gain, point.recall - recall, point.recall
-            # Doublings gain less and less: when this one's gain at each of those left is too little, so are they.
+            # From about half of the recall on, each doubling gains less than the one before: when this one's gain, at
+            # each of those left, is too little, so are they. Below that gains may rise, and only their end tells.
             doublings = np.ceil(np.log2(high / value)) if high > value else 0
-            if value >= high or (gain < before and recall + gain * doublings < self._recall):
+            too_little = recall >= 0.5 and gain < before and recall + gain * doublings < self._recall
+            if value >= high or too_little or max(gain, before) < LEAST_GAIN:
                 return None
             failed, value = value, min(2 * value, high)
         met = value

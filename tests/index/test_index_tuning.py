@@ -169,3 +169,15 @@ def test_a_graph_is_not_measured_by_the_passages_in_it(tmp_path: Path, store) ->
     build(store, tmp_path / "index", Plan("HNSW8"))
     with pytest.raises(InputError, match="expected --queries to measure a graph by"):
         retune(tmp_path / "index", store, Target(0.9))
+
+
+@pytest.mark.parametrize("recall", [0.5, 0.9, 0.99, 1.0])
+def test_any_recall_is_reached_where_every_list_can_be_visited(make_store: Callable, rng, recall: float) -> None:
+    """Without clusters a few lists find little, and more and more with every doubling at first."""
+    vectors = rng.standard_normal((7000, 48)).astype(np.float32)
+    index = faiss.index_factory(48, "IVF512,Flat", faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors[:6500])
+    index.add(vectors[:6500])
+    target = Target(recall, 10, vectors[6500:])
+    tuning = tune(index, find_truth(make_store(vectors[:6500], shard_rows=7000), target, NONE), target)
+    assert tuning.met, tuning.line()
