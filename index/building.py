@@ -18,7 +18,7 @@ from index.layout import CURVE_FILE, FAISS_FILE, check_replaceable, finish, writ
 from index.opened import Index
 from index.parts import Part
 from index.recall import Target, find_truth
-from index.settings import flat_codes, set_search_defaults
+from index.settings import flat_codes, prepare_to_add, set_search_defaults
 from index.store import EmbeddingStore
 from index.training import fingerprint, sample_vectors, train
 from index.tuning import Tuning, check_measurable, tune
@@ -103,6 +103,7 @@ def build(
         "sources": [source_of(part)],
     }
     tuning = None
+    prepare_to_add(index)
     with atomic_folder(out) as folder:
         try:
             if plan.on_disk:
@@ -112,6 +113,7 @@ def build(
                 add(index, part, progress)
         except RuntimeError as error:
             raise _cannot(origin["factory"], part.rows, error) from None
+        set_search_defaults(index)
         if plan.target is not None:
             truth = find_truth(store, plan.target, held_out)
             tuning = tune(index, truth, plan.target, note)

@@ -28,7 +28,7 @@ from index.manifest import verify_files
 from index.opened import Index
 from index.parts import Part
 from index.recall import Target, find_truth
-from index.settings import flat_codes, parts
+from index.settings import Settings, flat_codes, parts, prepare_to_add
 from index.store import EmbeddingStore
 from index.tuning import Tuning, check_measurable, tune
 
@@ -64,10 +64,13 @@ def add_passages(
     part.check()
     if (found := duplicate_id([folder / IDS_FILE, *part.files("ids")])) is not None:
         raise InputError(f"{store.folder}: expected ids that are not yet in {folder}, found {found!r}")
+    settings = Settings.of(index.faiss)
+    prepare_to_add(index.faiss)
     try:
         add(index.faiss, part, progress)
     except RuntimeError as error:
         raise InputError(f"{folder}: cannot add {part.rows} vectors: {reason(error)}") from None
+    settings.apply(index.faiss)
     with atomic_folder(out or folder) as new:
         ids, passages = [folder / IDS_FILE, *part.files("ids")], [folder / PASSAGES_FILE, *part.files("jsonl")]
         rows = index.rows + part.rows

@@ -8,6 +8,9 @@ from typing import Any
 
 from index.factory import import_faiss
 
+LEAST_CENTROID_EFFORT = 128
+ADDING_CENTROID_EFFORT = 32
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -42,6 +45,7 @@ class Settings:
                 part.k_factor = self.k_factor
             elif isinstance(part, faiss.IndexIVF) and self.nprobe is not None:
                 part.nprobe = self.nprobe
+                _set_centroid_effort(part, max(LEAST_CENTROID_EFFORT, self.nprobe))
             elif isinstance(part, faiss.IndexHNSW) and self.ef_search is not None:
                 part.hnsw.efSearch = self.ef_search
 
@@ -51,6 +55,26 @@ class Settings:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value:g}" for name, value in self.known().items()) or "no settings"
+
+
+def prepare_to_add(index: Any) -> None:
+    """Let a graph of centroids look a little further than faiss's 16 for the one list that a vector goes to."""
+    faiss = import_faiss()
+    inner = core(index)
+    if isinstance(inner, faiss.IndexIVF):
+        _set_centroid_effort(inner, ADDING_CENTROID_EFFORT)
+
+
+def _set_centroid_effort(ivf: Any, effort: int) -> None:
+    """Set the efSearch of the graph that finds an inverted file's centroids, where it has one.
+
+    faiss leaves it at 16 whatever nprobe is: of 512 lists asked for, half were not the nearest (16,384 centroids of 128
+    dimensions), and no nprobe reached a recall of 0.8. With as much effort as lists, 0.998 of them are.
+    """
+    faiss = import_faiss()
+    quantizer = faiss.downcast_index(ivf.quantizer)
+    if isinstance(quantizer, faiss.IndexHNSW):
+        quantizer.hnsw.efSearch = effort
 
 
 def parts(index: Any) -> Iterator[Any]:
