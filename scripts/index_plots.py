@@ -10,6 +10,7 @@ def draw(results: Path) -> None:
     """Write index_sizes.png: memory and time of every measured size at the recall target."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     with (results / "index_sizes.csv").open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["kind"] == "measured"]
@@ -32,6 +33,7 @@ def draw(results: Path) -> None:
         xscale="log", yscale="log", xlabel="bytes a vector", ylabel="µs of one core a query", title="at recall@10 0.95"
     )
     right.set(xscale="log", yscale="log", xlabel="vectors", ylabel="seconds to build", title="building")
+    left.xaxis.set_minor_formatter(NullFormatter())
     right.legend(fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3)
