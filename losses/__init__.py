@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from losses.inf_cl import InfCLLoss, inf_cl_loss
 from losses.literature import clip_loss
+from losses.sigmoid import SigmoidLoss, sigmoid_loss
 
-__all__ = ["InfCLLoss", "clip_loss", "inf_cl_loss"]
+__all__ = ["InfCLLoss", "SigmoidLoss", "clip_loss", "inf_cl_loss", "sigmoid_loss"]

@@ -16,7 +16,9 @@ _HOME = Path(__file__).resolve().parent.parent
 
 _PUBLIC = {
     "InfCLLoss": "losses",
+    "SigmoidLoss": "losses",
     "inf_cl_loss": "losses",
+    "sigmoid_loss": "losses",
     "EmbeddingStore": "index.embeddings",
     "Index": "index.faiss_index",
     "BeirDataset": "eval.beir",

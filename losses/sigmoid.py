@@ -1,0 +1,186 @@
+"""Sigmoid loss over in-batch and hard negatives: the public function and module, and its oracle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from losses.batch import FLOAT_DTYPES, ContrastiveBatch, accumulator, all_finite, checked_batch
+from losses.inf_cl import Implementation, _ClampFromAbove
+from losses.oracle import _through_rounding
+from losses.precision import Precision, plain_arithmetic, resolve_precision
+from losses.sigmoid_chunked import tiled_sigmoid_loss
+
+
+def sigmoid_loss(
+    query: Tensor,
+    passage: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    positive: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    passage_ids: Tensor | None = None,
+    group: Any = None,
+    precision: Precision = "auto",
+    implementation: Implementation = "auto",
+    workspace_mib: float = 256,
+) -> Tensor:
+    """Sigmoid loss (SigLIP: Zhai et al., arXiv 2303.15343) in memory linear in the batch.
+
+    With x = logit_scale · Q Kᵀ + logit_bias [M, N] and p(i) the positive of query i, each pair is a decision of its
+    own: the loss is −1/M Σ_ij log σ(z_ij x_ij), with z = 1 where j = p(i) and −1 elsewhere.
+
+    Args:
+        query: [M, D] embeddings; float32, bfloat16, float16 (or float64, computed in float64).
+        passage: [N, D] embeddings of the same dtype on the same device. Rows that are nobody's positive are hard
+            negatives of every query.
+        logit_scale, logit_bias: numbers or 0-dim floating-point tensors, which then get their gradients. The paper
+            begins with 10 and −10: nearly all pairs are negatives, and the bias says so from the first step.
+        positive: [M] integers, the row of each query's positive in `passage`; by default 0 … M−1. Queries may share
+            a positive.
+        query_ids, passage_ids: [M] and [N] integers. Pair (i, j) is left out when passage_ids[j] == query_ids[i] and
+            j != positive[i]. query_ids defaults to passage_ids[positive].
+        group: only None: the loss of this process's batch.
+        precision: of the products' operands, as for `inf_cl_loss`; sums are float32 always.
+        implementation: "full" (whole matrix, plain autograd: the oracle), "chunked" (tiles in PyTorch), or "auto":
+            chunked.
+        workspace_mib: MiB that tiles and their temporaries may take beside inputs and gradients.
+
+    Returns:
+        0-dim loss, float32 (float64 for float64 embeddings); not finite when an embedding is not. Except with "full"
+        it is differentiable once, and its gradients are computed with it, where any is asked for: they are held
+        until backward, which multiplies them by the upstream gradient.
+
+    Raises:
+        ValueError: an argument does not fit; the message begins with its name. Values of CUDA tensors are not looked
+            at, because that would wait for the device.
+    """
+    if group is not None:
+        raise ValueError("group must be None: this version computes the loss of one process, without a ring over ranks")
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation must be one of {', '.join(get_args(Implementation))}, found {implementation!r}"
+        )
+    if not 0 < workspace_mib < math.inf:
+        raise ValueError(f"workspace_mib must be a positive number of MiB, found {workspace_mib}")
+    # A pair counts for its query and its passage alike, and tiles of a symmetric loss have the second buffer it needs.
+    batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric=True)
+    bias = _checked_logit_bias(logit_bias, query)
+    precision = resolve_precision(precision, query)
+    if implementation == "full":
+        return full_matrix_sigmoid_loss(batch, bias, precision)
+    return tiled_sigmoid_loss(batch, bias, precision, int(workspace_mib * 2**20))
+
+
+def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision) -> Tensor:
+    """The definition, over the whole matrix of pairs in float32 (float64 for float64 embeddings), by plain autograd.
+
+    "tf32" is permission to round and is not used here; "bf16" rounds Q and K, and their gradient passes the rounding
+    unrounded. Memory is several times M·N.
+    """
+    with plain_arithmetic("fp32", batch.query.device):
+        query, passage = (_through_rounding(side, precision) for side in (batch.query, batch.passage))
+        scores = batch.logit_scale * (query @ passage.T) + logit_bias
+        own = torch.zeros_like(scores, dtype=torch.bool)
+        own[torch.arange(len(own), device=own.device), batch.positive] = True
+        losses = -nn.functional.logsigmoid(torch.where(own, scores, -scores))
+        if batch.query_ids is not None and batch.passage_ids is not None:
+            masked = (batch.query_ids[:, None] == batch.passage_ids) & ~own
+            losses = losses.masked_fill(masked, 0)
+        return torch.where(all_finite(batch.query, batch.passage), losses.sum() / len(losses), torch.nan)
+
+
+def _checked_logit_bias(logit_bias: float | Tensor, query: Tensor) -> Tensor:
+    dtype = accumulator(query.dtype)
+    if isinstance(logit_bias, Tensor):
+        if logit_bias.dim() != 0 or logit_bias.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                "logit_bias must be a number or a 0-dim floating-point tensor, "
+                f"found shape {list(logit_bias.shape)} of {logit_bias.dtype}"
+            )
+        if logit_bias.device != query.device:
+            raise ValueError(f"logit_bias is on {logit_bias.device}, query is on {query.device}")
+        if logit_bias.device.type == "cpu" and not math.isfinite(logit_bias.item()):
+            raise ValueError(f"logit_bias must be finite, found {logit_bias.item()}")
+        return logit_bias.to(dtype)
+    if isinstance(logit_bias, bool) or not isinstance(logit_bias, int | float):
+        raise ValueError(f"logit_bias must be a number or a 0-dim tensor, found {type(logit_bias).__name__}")
+    if not math.isfinite(logit_bias):
+        raise ValueError(f"logit_bias must be finite, found {logit_bias}")
+    return torch.full((), logit_bias, dtype=dtype, device=query.device)
+
+
+class SigmoidLoss(nn.Module):
+    """`sigmoid_loss` with a learnable, clamped logit_scale and a learnable logit_bias, begun as in SigLIP.
+
+    The parameters are `log_logit_scale` and `logit_bias`, both 0-dim; the first is clamped as in `InfCLLoss`. Keep both
+    out of weight decay.
+    """
+
+    def __init__(
+        self,
+        *,
+        logit_scale: float = 10.0,
+        logit_bias: float = -10.0,
+        learnable: bool = True,
+        max_logit_scale: float = 100.0,
+        group: Any = None,
+        precision: Precision = "auto",
+        implementation: Implementation = "auto",
+        workspace_mib: float = 256,
+    ) -> None:
+        super().__init__()
+        if not 0 < max_logit_scale < math.inf:
+            raise ValueError(f"max_logit_scale must be positive and finite, found {max_logit_scale}")
+        if not 0 < logit_scale <= max_logit_scale:
+            raise ValueError(f"logit_scale must be in (0, {max_logit_scale}], found {logit_scale}")
+        if not math.isfinite(logit_bias):
+            raise ValueError(f"logit_bias must be finite, found {logit_bias}")
+        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=learnable)
+        self.logit_bias = nn.Parameter(torch.tensor(float(logit_bias)), requires_grad=learnable)
+        self.max_logit_scale = max_logit_scale
+        self.group = group
+        self.precision = precision
+        self.implementation = implementation
+        self.workspace_mib = workspace_mib
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """0-dim: exp(log_logit_scale), at most max_logit_scale."""
+        # In float32 even when the module was cast to bf16, whose steps are 1/32 near log 100.
+        log_scale = self.log_logit_scale.float()
+        return _ClampFromAbove.apply(log_scale, math.log(self.max_logit_scale)).exp()
+
+    def forward(
+        self,
+        query: Tensor,
+        passage: Tensor,
+        *,
+        positive: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        passage_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `sigmoid_loss`, which see for shapes and errors."""
+        return sigmoid_loss(
+            query,
+            passage,
+            logit_scale=self.logit_scale,
+            logit_bias=self.logit_bias,
+            positive=positive,
+            query_ids=query_ids,
+            passage_ids=passage_ids,
+            group=self.group,
+            precision=self.precision,
+            implementation=self.implementation,
+            workspace_mib=self.workspace_mib,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"learnable={self.log_logit_scale.requires_grad}, max_logit_scale={self.max_logit_scale}, "
+            f"precision={self.precision}, implementation={self.implementation}"
+        )
