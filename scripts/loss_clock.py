@@ -18,7 +18,7 @@ Returned = TypeVar("Returned")
 MIB = 2**20
 SHORT_MS = 5.0
 MOST_SAMPLES = 25
-ROOMY_MIB = 8192
+ROOMY_MIB = 12288
 
 
 @dataclass(frozen=True)
