@@ -226,7 +226,7 @@ class Bench:
             "dim": str(dim),
             "milliseconds": number(outcome.milliseconds, "{:.4g}"),
             "samples": str(outcome.samples),
-            "tflops": number(tflops, "{:.1f}"),
+            "tflops": number(tflops, "{:.4g}"),
             "of_product": "",
             "times_ours": "",
             "extra_mib": number(outcome.extra_mib, "{:.1f}"),
