@@ -17,7 +17,7 @@ class ContrastiveBatch:
     """Queries, passages, and which passage is whose positive.
 
     query [M, D], passage [N, D]: same dtype and device. logit_scale: 0-dim, in `accumulator(query.dtype)`.
-    positive [M] int64. query_ids [M] and passage_ids [N] int64, or both None.
+    positive [M] int64, `diagonal` where it is 0 … M−1. query_ids [M] and passage_ids [N] int64, or both None.
     """
 
     query: Tensor
@@ -27,6 +27,7 @@ class ContrastiveBatch:
     query_ids: Tensor | None
     passage_ids: Tensor | None
     symmetric: bool
+    diagonal: bool = False
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -56,17 +57,18 @@ def checked_batch(
     """
     _check_embeddings(query, passage)
     scale = _checked_logit_scale(logit_scale, query)
+    diagonal = positive is None
     positive = _checked_positive(positive, query, passage)
     if passage_ids is None:
         if query_ids is not None:
             raise ValueError("query_ids needs passage_ids: ids of queries are compared with ids of passages")
-        return ContrastiveBatch(query, passage, scale, positive, None, None, symmetric)
+        return ContrastiveBatch(query, passage, scale, positive, None, None, symmetric, diagonal)
     passage_ids = _checked_indices("passage_ids", passage_ids, passage.shape[0], query.device)
     if query_ids is None:
         query_ids = passage_ids[positive]
     else:
         query_ids = _checked_indices("query_ids", query_ids, query.shape[0], query.device)
-    return ContrastiveBatch(query, passage, scale, positive, query_ids, passage_ids, symmetric)
+    return ContrastiveBatch(query, passage, scale, positive, query_ids, passage_ids, symmetric, diagonal)
 
 
 def _check_embeddings(query: Tensor, passage: Tensor) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,10 +12,13 @@ from torch import Tensor, nn
 
 from losses.batch import checked_batch
 from losses.chunked import tiled_loss
+from losses.dense import dense_loss, fits_dense
+from losses.fused import fused_loss
+from losses.kernels.launch import why_not_fused
 from losses.oracle import full_matrix_loss
 from losses.precision import Precision, resolve_precision
 
-Implementation = Literal["auto", "full", "chunked"]
+Implementation = Literal["auto", "full", "dense", "chunked", "triton"]
 
 
 def inf_cl_loss(
@@ -53,9 +58,13 @@ def inf_cl_loss(
         precision: of the products' operands; sums are float32 always. "fp32"; "tf32" allows CUDA's tf32 products
             here, whatever the global setting; "bf16" rounds operands to bfloat16; "auto" follows the embeddings'
             dtype and autocast.
-        implementation: "full" (whole matrix, plain autograd: the oracle), "chunked" (tiles), or "auto", which takes
-            the tiles at every size: they are faster from about 1000 × 1000 scores on, and within a millisecond below.
-        workspace_mib: MiB that tiles and their temporaries may take beside inputs and gradients.
+        implementation: "full" (whole matrix, plain autograd: the oracle); "dense" (whole matrix, value and gradients at
+            once); "chunked" (tiles in PyTorch); "triton" (kernels for GPUs of compute capability 9.0 on; elsewhere
+            "chunked", with one warning that says why). "auto" takes chunked on a CPU, where tiles beat the whole matrix
+            from about 1000 × 1000 scores on; on a GPU dense while the matrix fits the workspace, then triton in bf16
+            and tf32 where it runs, and chunked in fp32, which tensor cores do not multiply.
+        workspace_mib: MiB that tiles and their temporaries may take beside inputs and gradients. "triton" in bf16 turns
+            what it is given beyond 256 into speed: it keeps exponentials that backward would compute again.
 
     Returns:
         0-dim loss, float32 (float64 for float64 embeddings); differentiable once when chunked. Non-finite when an
@@ -77,7 +86,21 @@ def inf_cl_loss(
     precision = resolve_precision(precision, query)
     if implementation == "full":
         return full_matrix_loss(batch, precision)
-    return tiled_loss(batch, precision, int(workspace_mib * 2**20))
+    workspace_bytes = int(workspace_mib * 2**20)
+    if implementation == "dense" or (implementation == "auto" and query.is_cuda and fits_dense(batch, workspace_bytes)):
+        return dense_loss(batch, precision)
+    if implementation == "triton" or (implementation == "auto" and query.is_cuda and precision != "fp32"):
+        reason = why_not_fused(query)
+        if reason is None:
+            return fused_loss(batch, precision, workspace_bytes)
+        if implementation == "triton":
+            _warn_once(f"implementation 'triton' steps down to 'chunked': {reason}")
+    return tiled_loss(batch, precision, workspace_bytes)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 class InfCLLoss(nn.Module):

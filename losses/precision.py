@@ -87,9 +87,18 @@ class BlockProducts:
             return torch.mm(query, passage.T, out_dtype=torch.float32, out=out)
         return torch.mm(query, passage.T, out=out)
 
-    def add_product(self, target: Tensor, factor: Tensor, block: Tensor) -> None:
-        """target [a, D] += factor [a, b] · block [b, D], in place."""
-        if self.native_bf16:
-            torch.addmm(target, factor, block, out_dtype=torch.float32, out=target)
-        else:
-            target.addmm_(factor, block)
+    def add_product(self, target: Tensor, factor: Tensor, block: Tensor, *, first: bool = False) -> None:
+        """target [a, D] += factor [a, b] · block [b, D], in place; with `first`, target is overwritten."""
+        add_product(target, factor, block, first=first)
+
+
+def add_product(target: Tensor, factor: Tensor, block: Tensor, *, first: bool = False) -> None:
+    """target [a, D] += factor [a, b] · block [b, D] in place; with `first`, target is overwritten."""
+    beta = 0 if first else 1
+    if target.device.type == "cpu":
+        # The CPU has no product of half precision that accumulates in float32.
+        factor, block = factor.to(target.dtype), block.to(target.dtype)
+    if factor.dtype == target.dtype:
+        target.addmm_(factor, block, beta=beta)
+    else:
+        torch.addmm(target, factor, block, beta=beta, out_dtype=target.dtype, out=target)

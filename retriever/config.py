@@ -86,7 +86,7 @@ class LossConfig:
     """Train the scale with the towers, in the log domain."""
     max_logit_scale: float = 100.0
     """Upper clamp of the scale."""
-    implementation: Literal["auto", "full", "chunked"] = "auto"
+    implementation: Literal["auto", "full", "dense", "chunked", "triton"] = "auto"
     """How inf_cl is computed; auto chooses by device and size."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Operands of the loss's matrix products; accumulation is fp32."""

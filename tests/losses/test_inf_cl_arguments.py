@@ -52,7 +52,7 @@ QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
         ("precision must be one of auto, fp32, tf32, bf16", {"precision": "fp8"}),
         ("precision 'bf16' does not apply to float64", {"query": QUERY.double(), "passage": PASSAGE.double(),
                                                          "precision": "bf16"}),
-        ("implementation must be one of auto, full, chunked", {"implementation": "triton"}),
+        ("implementation must be one of auto, full, dense, chunked, triton", {"implementation": "tiled"}),
         ("workspace_mib must be a positive number of MiB, found 0", {"workspace_mib": 0}),
         ("workspace_mib must be a positive number of MiB, found nan", {"workspace_mib": math.nan}),
     ],

@@ -1,0 +1,478 @@
+"""InfoNCE by Triton kernels on one GPU: forward and backward over blocks of scores, as operators PyTorch knows.
+
+Forward visits each tile of S once (kernels/statistics.py). Backward writes dS, a block at a time, in half precision
+into the workspace (kernels/gradients.py) and the vendor's products add it to float32 accumulators of dQ and dK. Nothing
+waits for the device: which arithmetic is safe is decided there (kernels/tile.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from losses.batch import ContrastiveBatch
+from losses.precision import Precision, add_product, plain_arithmetic
+
+
+def fused_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: int) -> Tensor:
+    """Scalar InfoNCE of the batch, differentiable once in query, passage and logit_scale.
+
+    Beside inputs and gradients it holds `workspace_bytes` (32 KiB at least), vectors of M and N numbers, copies of the
+    embeddings where precision or alignment ask for them, and float32 accumulators of gradients narrower than that: of
+    one block of queries, and of all passages. Where `workspace_bytes` exceeds what blocks of dS can use, bf16 forward
+    keeps exponentials in it until backward.
+    """
+    return _FusedLoss.apply(
+        batch.query,
+        batch.passage,
+        batch.logit_scale,
+        batch.positive,
+        batch.query_ids,
+        batch.passage_ids,
+        batch.symmetric,
+        batch.diagonal,
+        precision,
+        workspace_bytes,
+    )
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        query, passage, logit_scale, positive, query_ids, passage_ids, *options = arguments
+        keep = any(ctx.needs_input_grad[:3])
+        # A call of an operator costs more than the kernels of a small batch: it is for torch.compile alone.
+        compute: Callable[..., Any] = inf_cl_forward_op if torch.compiler.is_compiling() else inf_cl_forward
+        loss, state, kept = compute(*arguments, keep)
+        ctx.save_for_backward(query, passage, logit_scale, positive, query_ids, passage_ids, state, kept)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fused loss is differentiable once: implementation='full' has second derivatives")
+        *inputs, state, kept = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        compute: Callable[..., Any] = inf_cl_backward_op if torch.compiler.is_compiling() else inf_cl_backward
+        gradients = compute(*inputs, *ctx.options, state, kept, upstream, *wanted)
+        found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+        return (*found, *[None] * 7)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What forward leaves for backward, all in one float32 tensor, so that one launch clears it."""
+
+    bounds: Tensor
+    score: Tensor
+    row_sum: Tensor
+    row_shift: Tensor
+    column_sum: Tensor
+    column_shift: Tensor
+
+    @staticmethod
+    def size(queries: int, passages: int) -> int:
+        return 4 + 3 * queries + 2 * passages
+
+    @classmethod
+    def of(cls, flat: Tensor, queries: int, passages: int) -> _State:
+        return cls(*flat.split([4, queries, queries, queries, passages, passages]))
+
+
+def inf_cl_forward(
+    query: Tensor,
+    passage: Tensor,
+    logit_scale: Tensor,
+    positive: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    symmetric: bool,
+    diagonal: bool,
+    precision: str,
+    workspace_bytes: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, state, kept exponentials) of a batch."""
+    import triton
+
+    from losses.kernels.blocks import forward_blocks
+    from losses.kernels.bounds import measure_bounds
+    from losses.kernels.statistics import MERGE_LINES, MERGE_TILES, loss_kernel, merge_sums_kernel, tile_sums_kernel
+
+    run = _Run(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
+    queries, passages = query.shape[0], passage.shape[0]
+    flat = torch.zeros(_State.size(queries, passages), device=query.device)
+    state = _State.of(flat, queries, passages)
+    kept = run.query.new_empty(run.blocks.kept_rows, run.kept_width)
+    measure_bounds(run.query, run.passage, positive, logit_scale, state.bounds)
+
+    shape = run.shape("sums")
+    guarded = replace(shape, persistent=1)
+    launches = list(
+        forward_blocks(queries, passages, run.blocks.kept_rows, workspace_bytes, shape.block_m, shape.block_n)
+    )
+    room = max(
+        _cells(rows) * triton.cdiv(_cells(columns), shape.block_n)
+        + _cells(columns) * triton.cdiv(_cells(rows), shape.block_m)
+        for rows, columns, _ in launches
+    )
+    sums, maxima = flat.new_empty(2, room)
+    for rows, columns, keeping in launches:
+        height, width = _cells(rows), _cells(columns)
+        row_tiles, column_tiles = triton.cdiv(height, shape.block_m), triton.cdiv(width, shape.block_n)
+        column_place = height * column_tiles
+        block = kept[rows, columns] if keeping else run.query
+        # Of the two launches the device takes the one that the batch's bounds allow; the other ends at once.
+        for safe in (True, False):
+            # A persistent program sets memory apart for what it stores: beside kept tiles only one would fit.
+            launched = replace(shape, persistent=int(not keeping and shape.persistent)) if safe else guarded
+            tile_sums_kernel[launched.grid(height, width, run.processors)](
+                run.described(run.query[rows], shape.block_m, shape.block_k),
+                run.described(run.passage[columns], shape.block_n, shape.block_k),
+                run.described(block, shape.block_m, shape.block_n if keeping else shape.block_k),
+                state.bounds,
+                logit_scale,
+                positive,
+                run.query_ids,
+                run.passage_ids,
+                state.score,
+                sums,
+                maxima,
+                sums[column_place:],
+                maxima[column_place:],
+                height,
+                width,
+                rows.start,
+                columns.start,
+                D=run.width,
+                PRODUCT=run.product,
+                SAFE=safe,
+                SYMMETRIC=symmetric,
+                DIAGONAL=diagonal,
+                HAS_IDS=run.has_ids,
+                KEEP=keeping,
+                **launched.meta(),
+            )
+        lines = max(height, width) if symmetric else height
+        merge_sums_kernel[(triton.cdiv(lines, MERGE_LINES), 2 if symmetric else 1)](
+            state.bounds,
+            logit_scale,
+            state.row_sum[rows],
+            state.row_shift[rows],
+            sums,
+            maxima,
+            height,
+            column_tiles,
+            state.column_sum[columns],
+            state.column_shift[columns],
+            sums[column_place:],
+            maxima[column_place:],
+            width,
+            row_tiles,
+            LINES=MERGE_LINES,
+            TILES=MERGE_TILES,
+        )
+    line_block = 1024 if query.is_cuda else 64
+    shares = flat.new_empty(triton.cdiv(queries, line_block))
+    loss_kernel[(len(shares),)](
+        state.bounds,
+        positive,
+        state.score,
+        state.row_sum,
+        state.row_shift,
+        state.column_sum,
+        state.column_shift,
+        shares,
+        queries,
+        SYMMETRIC=symmetric,
+        DIAGONAL=diagonal,
+        BLOCK=line_block,
+    )
+    return shares.sum(), flat, kept
+
+
+inf_cl_forward_op = torch.library.custom_op("dense_retriever::inf_cl_forward", inf_cl_forward, mutates_args=())
+
+
+@inf_cl_forward_op.register_fake
+def _(
+    query: Tensor,
+    passage: Tensor,
+    logit_scale: Tensor,
+    positive: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    symmetric: bool,
+    diagonal: bool,
+    precision: str,
+    workspace_bytes: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = _Run(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep, plan_only=True)
+    state = query.new_empty(_State.size(query.shape[0], passage.shape[0]), dtype=torch.float32)
+    kept = query.new_empty(run.blocks.kept_rows, run.kept_width, dtype=run.dtype)
+    return state.new_empty(()), state, kept
+
+
+def inf_cl_backward(
+    query: Tensor,
+    passage: Tensor,
+    logit_scale: Tensor,
+    positive: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    symmetric: bool,
+    diagonal: bool,
+    precision: str,
+    workspace_bytes: int,
+    saved: Tensor,
+    kept: Tensor,
+    upstream: Tensor,
+    want_query: bool,
+    want_passage: bool,
+    want_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, passage and logit_scale; empty those that nobody wants."""
+    import triton
+
+    from losses.kernels.blocks import spans
+    from losses.kernels.gradients import score_gradient_kernel, weights_kernel
+
+    keep = kept.shape[0] > 0
+    run = _Run(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
+    queries, passages = query.shape[0], passage.shape[0]
+    state = _State.of(saved, queries, passages)
+    owners = None
+    if symmetric and not diagonal:
+        owners = saved.new_zeros(passages).index_add_(0, positive, saved.new_ones(queries))
+    unit = _unit(run.dtype, owners, saved)
+    row_weight, column_weight = torch.empty_like(state.row_sum), torch.empty_like(state.column_sum)
+    weights_kernel[(triton.cdiv(max(queries, passages), 1024),)](
+        unit,
+        unit if owners is None else owners,
+        state.row_sum,
+        state.column_sum,
+        row_weight,
+        column_weight,
+        queries,
+        passages,
+        SYMMETRIC=symmetric,
+        DIAGONAL=diagonal,
+        BLOCK=1024,
+    )
+
+    shape = run.shape("gradient")
+    guarded = replace(shape, persistent=1)
+    blocks = run.blocks
+    workspace = run.query.new_empty(blocks.rows * _padded_to_16_bytes(blocks.columns, run.dtype))
+    finish = _Finish(run, logit_scale, unit, upstream, queries)
+    query_gradient = _gradient_of(query, want_query)
+    need_query = want_query or want_scale
+    query_sum = saved.new_empty(blocks.rows if need_query else 0, run.width)
+    passage_sum = saved.new_empty(passages if want_passage else 0, run.width)
+    shares: list[Tensor] = []
+    with plain_arithmetic(cast(Precision, precision), query.device):
+        for rows in spans(0, queries, blocks.rows):
+            height = _cells(rows)
+            block_sum = query_sum[:height]
+            for columns in spans(0, passages, blocks.columns):
+                width = _cells(columns)
+                keeping = rows.start < blocks.kept_rows
+                stride = _padded_to_16_bytes(width, run.dtype)
+                gradient = workspace[: height * stride].view(height, stride)[:, :width]
+                for safe in (True, False):
+                    launched = shape if safe else guarded
+                    described = kept[rows, columns] if keeping and safe else gradient
+                    score_gradient_kernel[launched.grid(height, width, run.processors)](
+                        run.described(run.query[rows], shape.block_m, shape.block_k),
+                        run.described(run.passage[columns], shape.block_n, shape.block_k),
+                        run.described(described, shape.block_m, shape.block_n),
+                        run.described(gradient, shape.block_m, shape.block_n),
+                        state.bounds,
+                        logit_scale,
+                        unit,
+                        positive,
+                        run.query_ids,
+                        run.passage_ids,
+                        state.score,
+                        row_weight,
+                        state.row_shift,
+                        column_weight,
+                        state.column_shift,
+                        height,
+                        width,
+                        rows.start,
+                        columns.start,
+                        D=run.width,
+                        PRODUCT=run.product,
+                        SAFE=safe,
+                        SYMMETRIC=symmetric,
+                        DIAGONAL=diagonal,
+                        HAS_IDS=run.has_ids,
+                        KEPT=keeping and safe,
+                        **launched.meta(),
+                    )
+                if need_query:
+                    add_product(block_sum, gradient, run.passage[columns], first=columns.start == 0)
+                if want_passage:
+                    add_product(passage_sum[columns], gradient.T, run.query[rows], first=rows.start == 0)
+            if need_query:
+                out = query_gradient[rows] if want_query else block_sum
+                shares.append(finish(block_sum, run.query[rows], out, want_scale))
+        del query_sum, workspace
+        passage_gradient = passage_sum
+        if want_passage and (passage.dtype != torch.float32 or run.width != passage.shape[1]):
+            passage_gradient = _gradient_of(passage, True)
+        if want_passage:
+            finish(passage_sum, passage_sum, passage_gradient, False)
+        scale_gradient = torch.cat(shares).sum() if want_scale else saved.new_empty(0)
+    return query_gradient, passage_gradient, scale_gradient
+
+
+inf_cl_backward_op = torch.library.custom_op("dense_retriever::inf_cl_backward", inf_cl_backward, mutates_args=())
+
+
+@inf_cl_backward_op.register_fake
+def _(
+    query: Tensor,
+    passage: Tensor,
+    logit_scale: Tensor,
+    positive: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    symmetric: bool,
+    diagonal: bool,
+    precision: str,
+    workspace_bytes: int,
+    saved: Tensor,
+    kept: Tensor,
+    upstream: Tensor,
+    want_query: bool,
+    want_passage: bool,
+    want_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = saved.new_empty(()) if want_scale else saved.new_empty(0)
+    return _gradient_of(query, want_query), _gradient_of(passage, want_passage), scale
+
+
+def _gradient_of(embeddings: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(embeddings, memory_format=torch.contiguous_format) if wanted else embeddings.new_empty(0)
+
+
+class _Run:
+    """A batch as the kernels read it, and the blocks it is cut into."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        passage: Tensor,
+        query_ids: Tensor | None,
+        passage_ids: Tensor | None,
+        precision: str,
+        workspace_bytes: int,
+        keep: bool,
+        plan_only: bool = False,
+    ) -> None:
+        from losses.kernels.blocks import choose_blocks
+        from losses.kernels.launch import operand, operand_dtype, processors, product_of, ranked_ids
+
+        known = cast(Precision, precision)
+        self.device = query.device
+        self.processors = processors(query.device)
+        self.dtype = operand_dtype(query.dtype, known)
+        self.width = _padded_to_16_bytes(query.shape[1], self.dtype)
+        self.product = product_of(known, self.dtype)
+        # Exponentials reach exp(60), beyond float16; kept ones are rounded, which only bf16 gradients are anyway.
+        self.blocks = choose_blocks(
+            query.shape[0],
+            passage.shape[0],
+            self.width,
+            self.dtype.itemsize,
+            workspace_bytes,
+            self.processors,
+            keep and precision == "bf16",
+        )
+        self.kept_width = _padded_to_16_bytes(passage.shape[0], self.dtype)
+        if plan_only:
+            return
+        self.query, self.passage = operand(query, known), operand(passage, known)
+        self.has_ids = query_ids is not None and passage_ids is not None
+        # Kernels without ids never read these pointers.
+        self.query_ids = self.passage_ids = self.query
+        if query_ids is not None and passage_ids is not None:
+            self.query_ids, self.passage_ids = ranked_ids(query_ids, passage_ids)
+
+    def shape(self, kernel: str) -> Any:
+        from losses.kernels.shapes import tile_shape
+
+        return tile_shape(kernel, self.width, self.dtype, self.product, self.device)
+
+    def described(self, matrix: Tensor, rows: int, columns: int) -> Any:
+        """Descriptor of [rows, columns] blocks of a matrix: beyond it zeros are read and nothing is written."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """Scales finished sums into gradients; returns the shares of logit_scale's gradient if asked to."""
+
+    run: _Run
+    logit_scale: Tensor
+    unit: Tensor
+    upstream: Tensor
+    queries: int
+
+    def __call__(self, sums: Tensor, embeddings: Tensor, out: Tensor, scale: bool) -> Tensor:
+        import triton
+
+        from losses.kernels.gradients import finish_kernel
+
+        rows = 8 if sums.is_cuda else 64
+        shares = sums.new_empty(triton.cdiv(len(sums), rows))
+        finish_kernel[(len(shares),)](
+            sums,
+            embeddings,
+            out,
+            self.logit_scale,
+            self.unit,
+            self.upstream,
+            shares,
+            self.queries,
+            len(sums),
+            D=out.shape[1],
+            WIDTH=self.run.width,
+            BLOCK_ROWS=rows,
+            BLOCK_D=256,
+            SCALE=scale,
+        )
+        return shares
+
+
+def _unit(dtype: torch.dtype, owners: Tensor | None, like: Tensor) -> Tensor:
+    """The power of two that dS is multiplied with. float16 needs one: most probabilities are below its 6e-8.
+
+    |M · dS| is at most 1, or half the number of queries that share a positive; 2^15 is float16's room above 1.
+    """
+    if dtype != torch.float16:
+        return like.new_ones(())
+    if owners is None:
+        return like.new_full((), 2.0**15)
+    return torch.exp2(15 - owners.max().clamp(min=1).log2().ceil())
+
+
+def _padded_to_16_bytes(count: int, dtype: torch.dtype) -> int:
+    from losses.kernels.blocks import padded
+
+    return padded(count, 16 // dtype.itemsize)
+
+
+def _cells(lines: slice) -> int:
+    return lines.stop - lines.start

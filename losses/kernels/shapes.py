@@ -1,0 +1,123 @@
+"""Tile shapes: which BLOCK_M, BLOCK_N, BLOCK_K, warps and stages a kernel is launched with.
+
+The table beside this file, shapes.json, holds what was fastest on the devices it names; `python -m losses.autotune`
+measures a device and writes such a file. DENSE_RETRIEVER_SHAPES names a file that goes before the table. Nothing is
+tuned during training.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("shapes.json")
+VARIABLE = "DENSE_RETRIEVER_SHAPES"
+KERNELS = ("sums", "gradient", "sigmoid")
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Launch parameters of a tile kernel; the interpreter, which has neither, ignores warps and stages."""
+
+    block_m: int
+    """Queries a tile; a power of two."""
+    block_n: int
+    """Passages a tile; a power of two."""
+    block_k: int
+    """Dimensions a step of the product; a power of two."""
+    warps: int
+    stages: int
+    """Steps of the product whose operands are loaded ahead."""
+    group: int
+    """Rows of tiles that are visited together."""
+    persistent: int = 0
+    """1: as many programs as fit the device, each with many tiles, whose loads go on across tiles; 0: one a tile."""
+
+    def grid(self, rows: int, columns: int, processors: int) -> tuple[int]:
+        """Programs for the tiles of a block of scores."""
+        tiles = -(-rows // self.block_m) * -(-columns // self.block_n)
+        resident = processors * (2 if self.block_m * self.block_n <= 128 * 128 else 1)
+        return (min(tiles, resident) if self.persistent else tiles,)
+
+    def meta(self) -> dict[str, Any]:
+        """The kernel's keyword arguments."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP": self.group,
+            "PERSISTENT": self.persistent,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+HALF = TileShape(128, 128, 64, warps=4, stages=3, group=8)
+SINGLE = TileShape(128, 128, 32, warps=8, stages=3, group=8)
+INTERPRETED = TileShape(32, 16, 32, warps=1, stages=1, group=2)
+# The sums leave no room in shared memory taken by a store, so that two persistent programs fit a multiprocessor.
+PERSISTENT_KERNEL = "sums"
+
+
+def tile_shape(kernel: str, dim: int, dtype: torch.dtype, product: str, device: torch.device) -> TileShape:
+    """The shape for a kernel ("sums", "gradient", "sigmoid") on operands of `dim` dimensions and `dtype`."""
+    if device.type != "cuda":
+        return replace(INTERPRETED, persistent=int(kernel == PERSISTENT_KERNEL))
+    name = torch.cuda.get_device_name(device)
+    found = _lookup(name, kernel, dim, str(dtype).removeprefix("torch."), product, os.environ.get(VARIABLE))
+    plain = HALF if dtype.itemsize == 2 else SINGLE
+    return found or replace(plain, persistent=int(kernel == PERSISTENT_KERNEL))
+
+
+def precision_name(dtype: str, product: str) -> str:
+    """How a table calls the operands: their dtype, and for float32 how they are multiplied."""
+    return product if dtype == "float32" else dtype
+
+
+def write_shapes(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table; each row holds device, kernel, precision, dim and the fields of a TileShape."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def table_row(device: str, kernel: str, precision: str, dim: int, shape: TileShape) -> dict[str, Any]:
+    return {"device": device, "kernel": kernel, "precision": precision, "dim": dim, **asdict(shape)}
+
+
+@functools.cache
+def _lookup(device: str, kernel: str, dim: int, dtype: str, product: str, override: str | None) -> TileShape | None:
+    """The row of this device, kernel and precision with the nearest number of dimensions; none without a row."""
+    precision = precision_name(dtype, product)
+    for path in ([Path(override)] if override else []) + [TABLE]:
+        rows = [
+            row
+            for row in read_shapes(path)
+            if row["device"] == device and row["kernel"] == kernel and row["precision"] == precision
+        ]
+        if rows:
+            row = min(rows, key=lambda row: (abs(row["dim"] - dim), row["dim"]))
+            return TileShape(**{name: row[name] for name in TileShape.__dataclass_fields__})
+    return None
+
+
+@functools.cache
+def read_shapes(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table. Raises ValueError, naming the file, where it holds anything else."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows:
+            if row["kernel"] not in KERNELS or not {"device", "precision"} <= row.keys():
+                raise ValueError(f"expected kernel to be one of {', '.join(KERNELS)}, found {row['kernel']!r}")
+            for name in ("dim", *TileShape.__dataclass_fields__):
+                if not isinstance(row[name], int) or row[name] < (0 if name == "persistent" else 1):
+                    raise ValueError(f"expected {name} to be a whole number over 0, found {row[name]!r}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected a table of tile shapes: {error}") from error
+    return rows

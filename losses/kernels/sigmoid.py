@@ -1,0 +1,114 @@
+"""Sigmoid loss and its derivative in one visit of each tile, with one exponential a pair and no logarithm.
+
+    x = logit_scale · q_i · k_j + logit_bias, negated at the positive; u = exp(−|x|)
+    loss = softplus(x) = max(x, 0) + log(1 + u)        M · dS_ij = ± σ(x) = ± (x ≥ 0 ? 1 : u) / (1 + u)
+
+log(1 + u) is u times a polynomial, which keeps terms far below a rounding of one, and next to the products costs less
+than the exponential unit's logarithm. Each tile writes the sums of its losses and derivatives to places of its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from losses.kernels.tile import LOG2_E, positives_inside, tile_place, tile_products, without_masked
+
+
+@triton.jit
+def sigmoid_kernel(
+    query, passage, gradient, scale_ptr, bias_ptr, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, rows, columns,
+    first_row, first_column,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr, PRODUCT: tl.constexpr, DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr,
+    GRADIENT: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """A block of UNIT · M · dS where GRADIENT asks for it; sums [tiles, 2], of losses over log 2 and of M · dS."""
+    scale, bias = tl.load(scale_ptr) * LOG2_E, tl.load(bias_ptr) * LOG2_E
+    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    tiles = row_tiles * column_tiles
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            m, n = tile_place(tile, row_tiles, column_tiles, GROUP)
+            products = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
+            _store_tile(
+                products, gradient, scale, bias, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, rows, columns,
+                first_row, first_column, m, n, tile, BLOCK_M, BLOCK_N, DIAGONAL, HAS_IDS, GRADIENT, UNIT,
+            )  # fmt: skip
+    else:
+        tile = tl.program_id(0)
+        m, n = tile_place(tile, row_tiles, column_tiles, GROUP)
+        products = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
+        _store_tile(
+            products, gradient, scale, bias, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, rows, columns,
+            first_row, first_column, m, n, tile, BLOCK_M, BLOCK_N, DIAGONAL, HAS_IDS, GRADIENT, UNIT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_tile(
+    products, gradient, scale, bias, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, rows, columns, first_row,
+    first_column, m, n, tile,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr,
+    GRADIENT: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    row, column = m * BLOCK_M, n * BLOCK_N
+    row_index, column_index = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    row_valid, column_valid = row_index < rows, column_index < columns
+    place, crosses = positives_inside(
+        positive_ptr, first_row, first_column, rows, row, row_index, column, BLOCK_M, BLOCK_N, DIAGONAL
+    )
+    # Exponents of 2: pairs that do not count are minus infinity, whose loss and derivative are zero.
+    exponents = products * scale + bias
+    if HAS_IDS:
+        exponents = without_masked(
+            exponents, query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid,
+            column_valid, place,
+        )  # fmt: skip
+    if crosses:
+        exponents = tl.where(place[:, None] == column_index[None, :], -exponents, exponents)
+    if (row + BLOCK_M > rows) | (column + BLOCK_N > columns):
+        exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
+    above = tl.exp2(-tl.abs(exponents))
+    losses = above * _log_of_one_more(above, gradient.dtype == tl.float32) + tl.maximum(exponents, 0.0)
+    tl.store(sum_ptr + 2 * tile, tl.sum(tl.sum(losses, 1), 0))
+    if GRADIENT:
+        share = _one_over_one_more(above, gradient.dtype == tl.float32)
+        values = tl.where(exponents >= 0.0, share, above * share)
+        if crosses:
+            values = tl.where(place[:, None] == column_index[None, :], -values, values)
+        tl.store(sum_ptr + 2 * tile + 1, tl.sum(tl.sum(values, 1), 0))
+        gradient.store([row, column], (values * UNIT).to(gradient.dtype))
+
+
+@triton.jit
+def _log_of_one_more(u, EXACT: tl.constexpr):
+    """log2(1 + u) / u for u in [0, 1]: minimax in relative error, 1e-5 or, EXACT, 4e-8; exact towards zero."""
+    if EXACT:
+        p = 0.00773980322 * u - 0.0433757605
+        p = p * u + 0.114267976
+        p = p * u - 0.198425412
+        p = p * u + 0.276328824
+        p = p * u - 0.358613067
+        p = p * u + 0.480725069
+        p = p * u - 0.721342442
+    else:
+        p = -0.0356843766 * u + 0.14945253
+        p = p * u - 0.306434447
+        p = p * u + 0.470644736
+        p = p * u - 0.720683119
+    return p * u + LOG2_E
+
+
+@triton.jit
+def _one_over_one_more(u, EXACT: tl.constexpr):
+    """1 / (1 + u) for u in [0, 1]: the quotient where EXACT, otherwise minimax to 6e-5, far below a half's rounding."""
+    if EXACT:
+        share = 1.0 / (1.0 + u)
+    else:
+        share = -0.109112548 * u + 0.43077678
+        share = share * u - 0.783540334
+        share = share * u + 0.959154753
+        share = share * u - 0.997308182
+        share = share * u + 1.0
+    return share

@@ -1,0 +1,280 @@
+"""The kernels' own properties: blocks, kept exponentials, determinism, operators. On a CPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from losses import inf_cl_loss
+from losses.kernels import shapes
+from losses.kernels.blocks import choose_blocks, forward_blocks
+from losses.kernels.launch import interpreted, ranked_ids, why_not_fused
+
+pytest.importorskip("triton")
+needs_interpreter = pytest.mark.skipif(not interpreted(), reason="a GPU is here: its own tests run the kernels")
+DEVICES = [
+    pytest.param("cpu", marks=needs_interpreter),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+MIB = 2**20
+
+
+def embeddings(queries: int, passages: int, dims: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """float64 unit vectors; each of the first passages resembles its query a little."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(queries, dims, dtype=torch.float64, generator=generator)
+    passage = torch.randn(passages, dims, dtype=torch.float64, generator=generator)
+    passage[:queries] += 0.1 * query[:passages]
+    return normalize(query, dim=1).to(device), normalize(passage, dim=1).to(device)
+
+
+def step(query: Tensor, passage: Tensor, logit_scale: float, **options: Any) -> tuple[Tensor, ...]:
+    """Loss and gradients of query, passage and logit_scale."""
+    query, passage = (side.detach().requires_grad_() for side in (query, passage))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale = torch.tensor(logit_scale, dtype=dtype, device=query.device, requires_grad=True)
+    loss = inf_cl_loss(query, passage, logit_scale=scale, **options)
+    return loss.detach(), *torch.autograd.grad(loss, (query, passage, scale))
+
+
+def errors(query: Tensor, passage: Tensor, logit_scale: float, dtype: torch.dtype, **options: Any) -> list[float]:
+    """Relative errors of loss and gradients against float64 on the numbers that `dtype` holds."""
+    query, passage = query.to(dtype), passage.to(dtype)
+    same = {name: value for name, value in options.items() if name not in ("precision", "workspace_mib")}
+    truth = step(query.double(), passage.double(), logit_scale, implementation="full", **same)
+    found = step(query, passage, logit_scale, implementation="triton", **options)
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("workspace_mib", [0.1, 64.0])  # recomputed, kept
+@pytest.mark.parametrize("logit_scale", [20.0, 500.0])  # one shift, running maxima
+def test_kept_exponentials_give_the_gradients_of_recomputed_ones(
+    logit_scale: float, workspace_mib: float, device: str
+) -> None:
+    query, passage = embeddings(131, 157, 40, device)
+    ids = torch.arange(157, device=device) % 50
+    loss, *gradients = errors(
+        query, passage, logit_scale, torch.bfloat16, symmetric=True, passage_ids=ids, workspace_mib=workspace_mib
+    )
+    assert loss <= 1e-4
+    # bf16 gradients alone err by 2^-9; the dS blocks and kept exponentials add theirs.
+    assert max(gradients) <= 5e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_results_are_the_same_from_run_to_run(device: str) -> None:
+    query, passage = (side.float() for side in embeddings(97, 130, 24, device))
+    positive = torch.randint(130, (97,), generator=torch.Generator().manual_seed(1)).to(device)
+    options: dict[str, Any] = {
+        "symmetric": True,
+        "positive": positive,
+        "implementation": "triton",
+        "workspace_mib": 0.1,
+    }
+    first = step(query, passage, 30.0, **options)
+    for _ in range(3):
+        for again, before in zip(step(query, passage, 30.0, **options), first, strict=True):
+            assert torch.equal(again, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_columns_cut_by_the_workspace_meet_every_passage(device: str) -> None:
+    query, passage = (side.float() for side in embeddings(300, 700, 8, device))
+    whole = step(query, passage, 10.0, symmetric=True, implementation="triton", workspace_mib=64)
+    cut = step(query, passage, 10.0, symmetric=True, implementation="triton", workspace_mib=0.05)
+    for one, other in zip(whole, cut, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@needs_interpreter
+def test_nothing_unwritten_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Memory that was never written holds anything; NaN shows where it is read.
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def poisoned(*args: Any, original: Any = original, **options: Any) -> Tensor:
+            made = original(*args, **options)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        monkeypatch.setattr(torch, name, poisoned)
+    new_empty = Tensor.new_empty
+
+    def poisoned_method(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        made = new_empty(self, *size, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned_method)
+    query, passage = (side.float() for side in embeddings(37, 53, 9, "cpu"))
+    for logit_scale in (10.0, 1e4):
+        found = step(query, passage, logit_scale, symmetric=True, implementation="triton", workspace_mib=0.05)
+        assert all(each.isfinite().all() for each in found)
+
+
+@needs_interpreter
+@pytest.mark.filterwarnings("ignore")
+def test_operators_under_torch_compile_give_the_same() -> None:
+    query, passage = (side.float().requires_grad_() for side in embeddings(19, 23, 8, "cpu"))
+
+    def loss(query: Tensor, passage: Tensor) -> Tensor:
+        return inf_cl_loss(query, passage, logit_scale=7.0, symmetric=True, implementation="triton") * 2
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    plain = torch.autograd.grad(loss(query, passage), (query, passage))
+    found = torch.autograd.grad(compiled(query, passage), (query, passage))
+    for one, other in zip(plain, found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_blocks_cover_the_matrix_within_the_workspace() -> None:
+    for queries, passages in ((1, 1), (129, 70), (65536, 65536), (1 << 20, 1 << 20), (3, 100_000)):
+        for mib in (1, 64, 256, 9500):
+            blocks = choose_blocks(queries, passages, 768, 2, mib * MIB, 132, True)
+            assert 1 <= blocks.rows <= queries and 1 <= blocks.columns <= passages
+            assert blocks.rows * blocks.columns * 2 <= max(mib * MIB, 2**15)
+            assert blocks.kept_rows in (0, queries) or blocks.kept_rows % blocks.rows == 0
+            assert blocks.kept_rows * passages * 2 <= mib * MIB
+            entries = 0
+            for rows, columns, kept in forward_blocks(queries, passages, blocks.kept_rows, mib * MIB, 128, 128):
+                entries += (rows.stop - rows.start) * (columns.stop - columns.start)
+                assert kept == (rows.start < blocks.kept_rows)
+            assert entries == queries * passages
+
+
+def test_more_workspace_keeps_more() -> None:
+    kept = [choose_blocks(65536, 65536, 768, 2, mib * MIB, 132, True).kept_rows for mib in (256, 2048, 4096, 9500)]
+    assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 65536
+
+
+def test_ranked_ids_are_equal_where_ids_are() -> None:
+    passage_ids = torch.tensor([2**62, -5, 2**62, 7, 2**62 + 1])
+    query_ids = torch.tensor([7, 8, 2**62])
+    of_query, of_passage = ranked_ids(query_ids, passage_ids)
+    assert torch.equal(of_query[:, None] == of_passage, query_ids[:, None] == passage_ids)
+    assert of_query[1] == -1
+
+
+def test_where_kernels_cannot_run_the_tiles_do_and_one_warning_says_why() -> None:
+    query, passage = embeddings(5, 5, 4, "cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            found = inf_cl_loss(query, passage, logit_scale=3.0, implementation="triton")
+    torch.testing.assert_close(found, inf_cl_loss(query, passage, logit_scale=3.0, implementation="full"))
+    assert "float64" in str(why_not_fused(query))
+    assert sum("steps down to 'chunked'" in str(warning.message) for warning in caught) <= 1
+
+
+def test_a_damaged_table_of_shapes_is_refused_by_name(tmp_path: Path) -> None:
+    row = shapes.table_row("GPU", "sums", "bfloat16", 768, shapes.HALF)
+    good = tmp_path / "good.json"
+    shapes.write_shapes(good, [row])
+    assert shapes.read_shapes(good) == [row]
+    for number, broken in enumerate(({**row, "warps": "4"}, {**row, "kernel": "x"}, {"device": "GPU"})):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps([broken]), encoding="utf-8")
+        with pytest.raises(ValueError, match=path.name):
+            shapes.read_shapes(path)
+
+
+def test_the_committed_table_of_shapes_is_whole() -> None:
+    assert shapes.read_shapes(shapes.TABLE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "gradient", "value"),
+    [
+        (torch.bfloat16, "bf16", 4e-3, 1e-4),
+        (torch.float16, "auto", 1e-3, 1e-5),
+        (torch.float32, "tf32", 5e-4, 1e-4),
+        (torch.float32, "fp32", 5e-6, 1e-6),
+    ],
+)
+def test_errors_on_the_gpu(dtype: torch.dtype, precision: Any, gradient: float, value: float, symmetric: bool) -> None:
+    for queries, passages, dims in ((1, 1, 1), (257, 263, 65), (1024, 1536, 768), (515, 515, 1152)):
+        query, passage = embeddings(queries, passages, dims, "cuda")
+        if precision in ("tf32",):
+            bits = query.float().view(torch.int32), passage.float().view(torch.int32)
+            query, passage = ((each + 0x1000 & ~0x1FFF).view(torch.float32).double() for each in bits)
+        loss, *gradients = errors(query, passage, 50.0, dtype, precision=precision, symmetric=symmetric)
+        if passages > 1:
+            assert loss <= value
+            assert max(gradients[:2]) <= gradient
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [64, 128, 384, 512, 640, 768, 1024, 1152, 4096])
+def test_every_number_of_dimensions_on_the_gpu(dims: int) -> None:
+    loss, query, passage, _ = errors(*embeddings(700, 900, dims, "cuda"), 50.0, torch.bfloat16, symmetric=True)
+    assert loss <= 1e-4 and max(query, passage) <= 4e-3
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_the_step_on_new_numbers() -> None:
+    query, passage = (side.bfloat16().requires_grad_() for side in embeddings(512, 512, 64, "cuda"))
+    scale = torch.tensor(30.0, device="cuda", requires_grad=True)
+
+    def run() -> tuple[Tensor, ...]:
+        loss = inf_cl_loss(query, passage, logit_scale=scale, symmetric=True, implementation="triton")
+        return loss.detach(), *torch.autograd.grad(loss, (query, passage, scale))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    fresh = embeddings(512, 512, 64, "cuda", seed=5)
+    with torch.no_grad():
+        query.copy_(fresh[0])
+        passage.copy_(fresh[1])
+    graph.replay()
+    for one, other in zip(captured, run(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device() -> None:
+    query, passage = (side.bfloat16() for side in embeddings(600, 600, 64, "cuda"))
+    options: dict[str, Any] = {"symmetric": True, "passage_ids": torch.arange(600, device="cuda") // 2}
+    scale = torch.tensor(30.0, device="cuda", requires_grad=True)
+    for implementation in ("triton", "dense"):
+        for _ in range(2):
+            leaves = [side.detach().requires_grad_() for side in (query, passage)]
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                loss = inf_cl_loss(*leaves, logit_scale=scale, implementation=implementation, **options)
+                torch.autograd.grad(loss, (*leaves, scale))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_rows_beyond_32_bits_of_elements() -> None:
+    # 3,000,000 rows of 768 numbers: the last begin past 2^31 elements.
+    rows, dims = 3_000_000, 768
+    passage = torch.zeros(rows, dims, dtype=torch.bfloat16, device="cuda")
+    query, own = (side.bfloat16() for side in embeddings(8, 8, dims, "cuda"))
+    passage[-8:] = own
+    positive = torch.arange(rows - 8, rows, device="cuda")
+    query.requires_grad_()
+    found = inf_cl_loss(query, passage, logit_scale=50.0, positive=positive, implementation="triton")
+    scores = 50.0 * query.detach().double() @ own.double().T
+    total = scores.exp().sum(1) + (rows - 8)
+    expected = (total.log() - scores.diagonal()).mean()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found, query)
+    share = scores.exp() / total[:, None]
+    wanted = 50.0 / 8 * (share - torch.eye(8, device="cuda")) @ own.double()
+    assert float((gradient.double() - wanted).norm() / wanted.norm()) <= 4e-3
