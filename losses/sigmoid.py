@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from losses.batch import FLOAT_DTYPES, ContrastiveBatch, accumulator, all_finite, checked_batch
-from losses.inf_cl import Implementation, _ClampFromAbove
+from losses.fused_sigmoid import fused_sigmoid_loss
+from losses.inf_cl import _ClampFromAbove, _warn_once
+from losses.kernels.launch import why_not_fused
 from losses.oracle import _through_rounding
 from losses.precision import Precision, plain_arithmetic, resolve_precision
 from losses.sigmoid_chunked import tiled_sigmoid_loss
+
+Implementation = Literal["auto", "full", "chunked", "triton"]
 
 
 def sigmoid_loss(
@@ -46,8 +50,9 @@ def sigmoid_loss(
             j != positive[i]. query_ids defaults to passage_ids[positive].
         group: only None: the loss of this process's batch.
         precision: of the products' operands, as for `inf_cl_loss`; sums are float32 always.
-        implementation: "full" (whole matrix, plain autograd: the oracle), "chunked" (tiles in PyTorch), or "auto":
-            chunked.
+        implementation: "full" (whole matrix, plain autograd: the oracle), "chunked" (tiles in PyTorch), "triton" (a
+            kernel for GPUs of compute capability 9.0 on; elsewhere "chunked", with one warning that says why), or
+            "auto": on a GPU triton in bf16 and tf32 where it runs, otherwise chunked.
         workspace_mib: MiB that tiles and their temporaries may take beside inputs and gradients.
 
     Returns:
@@ -73,6 +78,12 @@ def sigmoid_loss(
     precision = resolve_precision(precision, query)
     if implementation == "full":
         return full_matrix_sigmoid_loss(batch, bias, precision)
+    if implementation == "triton" or (implementation == "auto" and query.is_cuda and precision != "fp32"):
+        reason = why_not_fused(query)
+        if reason is None:
+            return fused_sigmoid_loss(batch, bias, precision, int(workspace_mib * 2**20))
+        if implementation == "triton":
+            _warn_once(f"implementation 'triton' steps down to 'chunked': {reason}")
     return tiled_sigmoid_loss(batch, bias, precision, int(workspace_mib * 2**20))
 
 
