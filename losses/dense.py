@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.batch import ContrastiveBatch, all_finite
+from losses.batch import ContrastiveBatch
 from losses.precision import BlockProducts, Precision, plain_arithmetic
 
-# The scores, the probabilities of one direction beside them, and a mask or their half-precision copy.
-BYTES_PER_SCORE = 12
+# Scores, the softmaxes of two directions, and a mask or a copy in half precision.
+BYTES_PER_SCORE = 16
 
 
 def fits_dense(batch: ContrastiveBatch, workspace_bytes: int) -> bool:
@@ -53,7 +53,9 @@ class _DenseLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the dense loss is differentiable once: implementation='full' has second derivatives")
         *leaves, query, passage, scale = ctx.saved_tensors
-        factors = (upstream * leaves[2], upstream * leaves[2], upstream)
+        through_mean = upstream / len(leaves[0])
+        through_scores = through_mean * leaves[2]
+        factors = (through_scores, through_scores, through_mean)
         found = (
             gradient.mul(factor).to(leaf.dtype) if wanted else None
             for gradient, factor, leaf, wanted in zip(
@@ -64,40 +66,36 @@ class _DenseLoss(torch.autograd.Function):
 
 
 def _value_and_gradients(batch: ContrastiveBatch, precision: Precision, gradients: bool) -> tuple[Tensor, ...]:
-    """The loss and, if asked for, Σ dS K, Σ dSᵀ Q (without logit_scale) and the gradient of logit_scale."""
+    """The loss and, if asked for, the sums M · dS K [M, D], M · dSᵀ Q [N, D] and M · Σ dS ∘ (Q Kᵀ)."""
     products = BlockProducts(precision, batch.query.device)
     query, passage = products.operand(batch.query), products.operand(batch.passage)
-    queries, passages = len(query), len(passage)
-    scores = torch.empty(queries, passages, dtype=batch.logit_scale.dtype, device=query.device)
+    scores = torch.empty(len(query), len(passage), dtype=batch.logit_scale.dtype, device=query.device)
     products.scores(query, passage, scores).mul_(batch.logit_scale)
+    # A negative of minus infinity everywhere would vanish from the softmaxes: any number that is not finite gives NaN.
+    zero = scores.sum().mul_(0)
     place = batch.positive[:, None]
-    score = scores.gather(1, place)[:, 0]
     if batch.query_ids is not None and batch.passage_ids is not None:
         masked = (batch.query_ids[:, None] == batch.passage_ids).scatter_(1, place, False)
         scores.masked_fill_(masked, -torch.inf)
-    row_shift = scores.logsumexp(1)
-    loss = row_shift.mean() - score.mean()
-    column_shift = None
+    factor = scores.log_softmax(1)
+    share = factor.gather(1, place)
     if batch.symmetric:
-        column_shift = scores.logsumexp(0)
-        loss = (loss + column_shift[batch.positive].mean() - score.mean()) / 2
-        if not batch.diagonal or queries != passages:
-            owners = torch.zeros_like(column_shift).index_add_(0, batch.positive, torch.ones_like(score))
-            # As often as a column is owned; never where it is not, and may hold nothing but masks.
-            column_shift = torch.where(owners > 0, column_shift - owners.log(), torch.inf)
-    loss = torch.where(all_finite(query, passage), loss, torch.nan)
+        # torch's own log_softmax over the first dimension took five times as long.
+        of_columns = scores.sub_(scores.logsumexp(0))
+        share = (share + of_columns.gather(1, place)).mul_(0.5)
+    loss = zero - share.mean()
     if not gradients:
-        return loss, *(scores.new_empty(0),) * 3
-    share = 1 / queries
-    if column_shift is None:
-        factor = scores.sub_(row_shift[:, None]).exp_()
-    else:
-        other = scores - column_shift
-        factor = scores.sub_(row_shift[:, None]).exp_().add_(other.exp_()).mul_(0.5)
-        del other
-    factor.scatter_add_(1, place, -torch.ones_like(place, dtype=factor.dtype))
-    factor = products.factor(factor.mul_(share))
-    query_sum, passage_sum = (torch.empty_like(side, dtype=scores.dtype) for side in (query, passage))
+        return loss, *(loss.new_empty(0),) * 3
+    factor.exp_()
+    if batch.symmetric:
+        of_columns.exp_()
+        if not batch.diagonal or len(query) != len(passage):
+            owners = of_columns.new_zeros(len(passage)).index_add_(0, batch.positive, of_columns.new_ones(len(query)))
+            # As often as a column is owned; never where it is not, and may hold nothing but masks.
+            of_columns = torch.where(owners > 0, of_columns.mul_(owners), 0)
+        factor.add_(of_columns).mul_(0.5)
+    factor = products.factor(factor.scatter_(1, place, -1.0, reduce="add"))
+    query_sum, passage_sum = (torch.empty_like(side, dtype=loss.dtype) for side in (query, passage))
     products.add_product(query_sum, factor, passage, first=True)
     products.add_product(passage_sum, factor.T, query, first=True)
-    return loss, query_sum, passage_sum, (query_sum * query).sum()
+    return loss, query_sum, passage_sum, torch.dot(query_sum.view(-1), query.to(loss.dtype).view(-1))

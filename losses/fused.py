@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from losses.batch import ContrastiveBatch
+from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, unit_of
 from losses.precision import Precision, add_product, plain_arithmetic
 
 
@@ -105,33 +106,31 @@ def inf_cl_forward(
     from losses.kernels.bounds import measure_bounds
     from losses.kernels.statistics import MERGE_LINES, MERGE_TILES, loss_kernel, merge_sums_kernel, tile_sums_kernel
 
-    run = _Run(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
+    run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
     queries, passages = query.shape[0], passage.shape[0]
     flat = torch.zeros(_State.size(queries, passages), device=query.device)
     state = _State.of(flat, queries, passages)
     kept = run.query.new_empty(run.blocks.kept_rows, run.kept_width)
     measure_bounds(run.query, run.passage, positive, logit_scale, state.bounds)
 
-    shape = run.shape("sums")
-    guarded = replace(shape, persistent=1)
-    launches = list(
-        forward_blocks(queries, passages, run.blocks.kept_rows, workspace_bytes, shape.block_m, shape.block_n)
-    )
+    # A kernel that also keeps tiles needs shared memory for their store, and other shapes suit it.
+    plain, keeper = run.shape("sums"), run.shape("kept_sums")
+    least_m, least_n = min(plain.block_m, keeper.block_m), min(plain.block_n, keeper.block_n)
+    launches = list(forward_blocks(queries, passages, run.blocks.kept_rows, workspace_bytes, least_m, least_n))
     room = max(
-        _cells(rows) * triton.cdiv(_cells(columns), shape.block_n)
-        + _cells(columns) * triton.cdiv(_cells(rows), shape.block_m)
+        cells(rows) * triton.cdiv(cells(columns), least_n) + cells(columns) * triton.cdiv(cells(rows), least_m)
         for rows, columns, _ in launches
     )
     sums, maxima = flat.new_empty(2, room)
     for rows, columns, keeping in launches:
-        height, width = _cells(rows), _cells(columns)
+        height, width = cells(rows), cells(columns)
+        shape = keeper if keeping else plain
         row_tiles, column_tiles = triton.cdiv(height, shape.block_m), triton.cdiv(width, shape.block_n)
         column_place = height * column_tiles
         block = kept[rows, columns] if keeping else run.query
         # Of the two launches the device takes the one that the batch's bounds allow; the other ends at once.
         for safe in (True, False):
-            # A persistent program sets memory apart for what it stores: beside kept tiles only one would fit.
-            launched = replace(shape, persistent=int(not keeping and shape.persistent)) if safe else guarded
+            launched = shape if safe else replace(shape, persistent=1)
             tile_sums_kernel[launched.grid(height, width, run.processors)](
                 run.described(run.query[rows], shape.block_m, shape.block_k),
                 run.described(run.passage[columns], shape.block_n, shape.block_k),
@@ -214,7 +213,7 @@ def _(
     workspace_bytes: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _Run(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep, plan_only=True)
+    run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep, plan_only=True)
     state = query.new_empty(_State.size(query.shape[0], passage.shape[0]), dtype=torch.float32)
     kept = query.new_empty(run.blocks.kept_rows, run.kept_width, dtype=run.dtype)
     return state.new_empty(()), state, kept
@@ -245,13 +244,13 @@ def inf_cl_backward(
     from losses.kernels.gradients import score_gradient_kernel, weights_kernel
 
     keep = kept.shape[0] > 0
-    run = _Run(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
+    run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
     queries, passages = query.shape[0], passage.shape[0]
     state = _State.of(saved, queries, passages)
     owners = None
     if symmetric and not diagonal:
         owners = saved.new_zeros(passages).index_add_(0, positive, saved.new_ones(queries))
-    unit = _unit(run.dtype, owners, saved)
+    unit = unit_of(run.dtype, owners, saved)
     row_weight, column_weight = torch.empty_like(state.row_sum), torch.empty_like(state.column_sum)
     weights_kernel[(triton.cdiv(max(queries, passages), 1024),)](
         unit,
@@ -270,8 +269,8 @@ def inf_cl_backward(
     shape = run.shape("gradient")
     guarded = replace(shape, persistent=1)
     blocks = run.blocks
-    workspace = run.query.new_empty(blocks.rows * _padded_to_16_bytes(blocks.columns, run.dtype))
-    finish = _Finish(run, logit_scale, unit, upstream, queries)
+    workspace = run.query.new_empty(blocks.rows * padded_to_16_bytes(blocks.columns, run.dtype))
+    finish = Finish(run, logit_scale, unit, upstream, queries)
     query_gradient = _gradient_of(query, want_query)
     need_query = want_query or want_scale
     query_sum = saved.new_empty(blocks.rows if need_query else 0, run.width)
@@ -279,12 +278,12 @@ def inf_cl_backward(
     shares: list[Tensor] = []
     with plain_arithmetic(cast(Precision, precision), query.device):
         for rows in spans(0, queries, blocks.rows):
-            height = _cells(rows)
+            height = cells(rows)
             block_sum = query_sum[:height]
             for columns in spans(0, passages, blocks.columns):
-                width = _cells(columns)
+                width = cells(columns)
                 keeping = rows.start < blocks.kept_rows
-                stride = _padded_to_16_bytes(width, run.dtype)
+                stride = padded_to_16_bytes(width, run.dtype)
                 gradient = workspace[: height * stride].view(height, stride)[:, :width]
                 for safe in (True, False):
                     launched = shape if safe else guarded
@@ -363,116 +362,3 @@ def _(
 
 def _gradient_of(embeddings: Tensor, wanted: bool) -> Tensor:
     return torch.empty_like(embeddings, memory_format=torch.contiguous_format) if wanted else embeddings.new_empty(0)
-
-
-class _Run:
-    """A batch as the kernels read it, and the blocks it is cut into."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        passage: Tensor,
-        query_ids: Tensor | None,
-        passage_ids: Tensor | None,
-        precision: str,
-        workspace_bytes: int,
-        keep: bool,
-        plan_only: bool = False,
-    ) -> None:
-        from losses.kernels.blocks import choose_blocks
-        from losses.kernels.launch import operand, operand_dtype, processors, product_of, ranked_ids
-
-        known = cast(Precision, precision)
-        self.device = query.device
-        self.processors = processors(query.device)
-        self.dtype = operand_dtype(query.dtype, known)
-        self.width = _padded_to_16_bytes(query.shape[1], self.dtype)
-        self.product = product_of(known, self.dtype)
-        # Exponentials reach exp(60), beyond float16; kept ones are rounded, which only bf16 gradients are anyway.
-        self.blocks = choose_blocks(
-            query.shape[0],
-            passage.shape[0],
-            self.width,
-            self.dtype.itemsize,
-            workspace_bytes,
-            self.processors,
-            keep and precision == "bf16",
-        )
-        self.kept_width = _padded_to_16_bytes(passage.shape[0], self.dtype)
-        if plan_only:
-            return
-        self.query, self.passage = operand(query, known), operand(passage, known)
-        self.has_ids = query_ids is not None and passage_ids is not None
-        # Kernels without ids never read these pointers.
-        self.query_ids = self.passage_ids = self.query
-        if query_ids is not None and passage_ids is not None:
-            self.query_ids, self.passage_ids = ranked_ids(query_ids, passage_ids)
-
-    def shape(self, kernel: str) -> Any:
-        from losses.kernels.shapes import tile_shape
-
-        return tile_shape(kernel, self.width, self.dtype, self.product, self.device)
-
-    def described(self, matrix: Tensor, rows: int, columns: int) -> Any:
-        """Descriptor of [rows, columns] blocks of a matrix: beyond it zeros are read and nothing is written."""
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
-
-
-@dataclass(frozen=True)
-class _Finish:
-    """Scales finished sums into gradients; returns the shares of logit_scale's gradient if asked to."""
-
-    run: _Run
-    logit_scale: Tensor
-    unit: Tensor
-    upstream: Tensor
-    queries: int
-
-    def __call__(self, sums: Tensor, embeddings: Tensor, out: Tensor, scale: bool) -> Tensor:
-        import triton
-
-        from losses.kernels.gradients import finish_kernel
-
-        rows = 8 if sums.is_cuda else 64
-        shares = sums.new_empty(triton.cdiv(len(sums), rows))
-        finish_kernel[(len(shares),)](
-            sums,
-            embeddings,
-            out,
-            self.logit_scale,
-            self.unit,
-            self.upstream,
-            shares,
-            self.queries,
-            len(sums),
-            D=out.shape[1],
-            WIDTH=self.run.width,
-            BLOCK_ROWS=rows,
-            BLOCK_D=256,
-            SCALE=scale,
-        )
-        return shares
-
-
-def _unit(dtype: torch.dtype, owners: Tensor | None, like: Tensor) -> Tensor:
-    """The power of two that dS is multiplied with. float16 needs one: most probabilities are below its 6e-8.
-
-    |M · dS| is at most 1, or half the number of queries that share a positive; 2^15 is float16's room above 1.
-    """
-    if dtype != torch.float16:
-        return like.new_ones(())
-    if owners is None:
-        return like.new_full((), 2.0**15)
-    return torch.exp2(15 - owners.max().clamp(min=1).log2().ceil())
-
-
-def _padded_to_16_bytes(count: int, dtype: torch.dtype) -> int:
-    from losses.kernels.blocks import padded
-
-    return padded(count, 16 // dtype.itemsize)
-
-
-def _cells(lines: slice) -> int:
-    return lines.stop - lines.start

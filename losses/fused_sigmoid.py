@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from losses.batch import ContrastiveBatch
-from losses.fused import _cells, _Finish, _padded_to_16_bytes, _Run
+from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes
 from losses.precision import Precision, add_product, plain_arithmetic
 from losses.sigmoid_chunked import held_dtype, times_upstream
 
@@ -76,7 +76,7 @@ def sigmoid_values(
 
     want_query, want_passage, want_scale, want_bias = wanted
     need_query = want_query or want_scale
-    run = _Run(query, passage, query_ids, passage_ids, precision, workspace_bytes, False)
+    run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, False)
     queries, passages = query.shape[0], passage.shape[0]
     bounds = torch.zeros(4, device=query.device)
     measure_bounds(run.query, run.passage, positive, logit_scale, bounds)
@@ -88,8 +88,8 @@ def sigmoid_values(
     row_sums = bounds.new_empty(-(-queries // blocks.rows), 2, dtype=torch.float64)
     # |M · dS| is at most 1 and mostly below float16's smallest number, whose room above 1 is 2^15.
     unit = 2.0**15 if run.dtype == torch.float16 else 1.0
-    finish = _Finish(run, logit_scale, bounds.new_full((), unit), bounds.new_ones(()), queries)
-    workspace = run.query.new_empty(blocks.rows * _padded_to_16_bytes(blocks.columns, run.dtype) if any(wanted) else 0)
+    finish = Finish(run, logit_scale, bounds.new_full((), unit), bounds.new_ones(()), queries)
+    workspace = run.query.new_empty(blocks.rows * padded_to_16_bytes(blocks.columns, run.dtype) if any(wanted) else 0)
     query_gradient, passage_gradient = _held(query, want_query), _held(passage, want_passage)
     query_sum = bounds.new_empty(blocks.rows if need_query else 0, run.width)
     in_place = want_passage and passage_gradient.dtype == torch.float32 and run.width == passage.shape[1]
@@ -97,11 +97,11 @@ def sigmoid_values(
     shares: list[Tensor] = []
     with plain_arithmetic(cast(Precision, precision), query.device):
         for i, rows in enumerate(spans(0, queries, blocks.rows)):
-            height = _cells(rows)
+            height = cells(rows)
             block_sum, done = query_sum[:height], 0
             for j, columns in enumerate(spans(0, passages, blocks.columns)):
-                width = _cells(columns)
-                stride = _padded_to_16_bytes(width, run.dtype)
+                width = cells(columns)
+                stride = padded_to_16_bytes(width, run.dtype)
                 gradient = workspace[: height * stride].view(height, stride)[:, :width] if any(wanted) else run.query
                 sigmoid_kernel[shape.grid(height, width, run.processors)](
                     run.described(run.query[rows], shape.block_m, shape.block_k),
@@ -167,7 +167,7 @@ def _(
 
 
 def _tiles(shape: Any, height: int, columns: slice) -> int:
-    return -(-height // shape.block_m) * -(-_cells(columns) // shape.block_n)
+    return -(-height // shape.block_m) * -(-cells(columns) // shape.block_n)
 
 
 def _held(embeddings: Tensor, wanted: bool) -> Tensor:

@@ -55,14 +55,15 @@ def inf_cl_loss(
             share one row as positive compete with each other in its column; give each its own row, with equal ids, to
             keep them apart.
         group: only None: the loss of this process's batch.
-        precision: of the products' operands; sums are float32 always. "fp32"; "tf32" allows CUDA's tf32 products
+        precision: of the products' operands; sums are float32 always. "fp32" (by three tf32 products of split operands
+            in triton's scores); "tf32" allows CUDA's tf32 products
             here, whatever the global setting; "bf16" rounds operands to bfloat16; "auto" follows the embeddings'
             dtype and autocast.
         implementation: "full" (whole matrix, plain autograd: the oracle); "dense" (whole matrix, value and gradients at
             once); "chunked" (tiles in PyTorch); "triton" (kernels for GPUs of compute capability 9.0 on; elsewhere
             "chunked", with one warning that says why). "auto" takes chunked on a CPU, where tiles beat the whole matrix
-            from about 1000 × 1000 scores on; on a GPU dense while the matrix fits the workspace, then triton in bf16
-            and tf32 where it runs, and chunked in fp32, which tensor cores do not multiply.
+            from about 1000 × 1000 scores on; on a GPU dense while the matrix fits the workspace, then triton where it
+            runs, otherwise chunked.
         workspace_mib: MiB that tiles and their temporaries may take beside inputs and gradients. "triton" in bf16 turns
             what it is given beyond 256 into speed: it keeps exponentials that backward would compute again.
 
@@ -89,7 +90,7 @@ def inf_cl_loss(
     workspace_bytes = int(workspace_mib * 2**20)
     if implementation == "dense" or (implementation == "auto" and query.is_cuda and fits_dense(batch, workspace_bytes)):
         return dense_loss(batch, precision)
-    if implementation == "triton" or (implementation == "auto" and query.is_cuda and precision != "fp32"):
+    if implementation == "triton" or (implementation == "auto" and query.is_cuda):
         reason = why_not_fused(query)
         if reason is None:
             return fused_loss(batch, precision, workspace_bytes)

@@ -78,7 +78,7 @@ def sigmoid_loss(
     precision = resolve_precision(precision, query)
     if implementation == "full":
         return full_matrix_sigmoid_loss(batch, bias, precision)
-    if implementation == "triton" or (implementation == "auto" and query.is_cuda and precision != "fp32"):
+    if implementation == "triton" or (implementation == "auto" and query.is_cuda):
         reason = why_not_fused(query)
         if reason is None:
             return fused_sigmoid_loss(batch, bias, precision, int(workspace_mib * 2**20))

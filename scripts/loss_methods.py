@@ -16,7 +16,7 @@ from losses.kernels.launch import why_not_fused
 from losses.precision import Precision, plain_arithmetic
 from losses.sigmoid import sigmoid_loss
 
-Implementation = Literal["full", "chunked", "triton"]
+Implementation = Literal["auto", "full", "chunked", "triton"]
 ROW_CHUNK = 2048
 
 
@@ -254,6 +254,7 @@ def methods(workspace_mib: float, open_mib: float) -> list[Method]:
     wide = torch.float32
     return [
         Method("ours, triton bf16", own("triton", "bf16"), tolerance=BF16, largest=2**20, patient=True),
+        Method("ours, auto bf16", own("auto", "bf16"), tolerance=BF16, largest=2**13),
         open_workspace(open_mib),
         Method("ours, triton tf32", own("triton", "tf32"), operands=wide, tolerance=TF32),
         Method("ours, triton fp32", own("triton", "fp32"), operands=wide, tolerance=FP32),

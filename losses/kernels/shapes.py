@@ -18,7 +18,7 @@ import torch
 
 TABLE = Path(__file__).with_name("shapes.json")
 VARIABLE = "DENSE_RETRIEVER_SHAPES"
-KERNELS = ("sums", "gradient", "sigmoid")
+KERNELS = ("sums", "kept_sums", "gradient", "sigmoid")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ PERSISTENT_KERNEL = "sums"
 
 
 def tile_shape(kernel: str, dim: int, dtype: torch.dtype, product: str, device: torch.device) -> TileShape:
-    """The shape for a kernel ("sums", "gradient", "sigmoid") on operands of `dim` dimensions and `dtype`."""
+    """The shape for a kernel (one of KERNELS) on operands of `dim` dimensions and `dtype`."""
     if device.type != "cuda":
         return replace(INTERPRETED, persistent=int(kernel == PERSISTENT_KERNEL))
     name = torch.cuda.get_device_name(device)
