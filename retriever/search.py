@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from index.faiss_index import Index
+from index.several import Indexes
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.towers import Towers
 
@@ -38,7 +39,7 @@ class Answer:
 
 def search(
     towers: Towers,
-    index: Index,
+    index: Index | Indexes,
     queries: Iterable[tuple[str, str]],
     k: int,
     options: EncodeOptions,
@@ -48,7 +49,7 @@ def search(
 
     Args:
         towers: in evaluation mode: the model that embedded the index's passages.
-        index: the index.
+        index: the index, or several searched as one.
         queries: (id, text), without prompts; consumed in batches as answers are taken.
         k: passages a query.
         options: how queries pass through the tower.
@@ -66,6 +67,6 @@ def search(
             yield Answer(name, text, [_result(index, *place, rank) for rank, place in enumerate(found, start=1)])
 
 
-def _result(index: Index, score: float, row: int, rank: int) -> Result:
+def _result(index: Index | Indexes, score: float, row: int, rank: int) -> Result:
     passage = index.passage(row)
     return Result(rank, score, passage.id, passage.title, passage.text)

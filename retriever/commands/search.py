@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from index.files import InputError
 from retriever.commands.common import Embedding, check_counts
@@ -26,8 +26,8 @@ class Search(Embedding):
 
     query: Positional[tuple[str, ...]]
     """The queries."""
-    index: Path
-    """Folder that `retriever index build` wrote."""
+    index: UseAppendAction[tuple[Path, ...]]
+    """Folder that `retriever index build` wrote; given several times, the folders are searched as one."""
     queries: Path | None = None
     """A file of queries instead: .jsonl, .csv, .tsv or .parquet with _id (or id) and text."""
     k: int = 10
@@ -36,14 +36,17 @@ class Search(Embedding):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "k")
+        if not self.index:
+            raise ValueError("--index: expected at least one folder, found none")
         if self.query and self.queries:
             raise ValueError("--queries: give queries as arguments or in a file, not both")
 
     def run(self, terminal: Terminal) -> int:
         from index.faiss_index import Index
+        from index.several import Indexes
         from retriever.search import BATCH, search
 
-        index = Index.open(self.index)
+        index = Index.open(self.index[0]) if len(self.index) == 1 else Indexes.open(self.index)
         towers = self.towers()
         typed = not self.query and self.queries is None and sys.stdin.isatty()
         if typed:
