@@ -16,7 +16,8 @@ from eval.compare import Pair, changed_queries, compare, most_changed, passages_
 from eval.fusion import RRF_K, fuse
 from eval.metrics import KS, MEASURES, Metrics, evaluate_run
 from eval.ranking import RankedRun
-from eval.report import Changes, Report, ReportSet, write
+from eval.report import Changes, Report, ReportSet
+from eval.report_files import write
 from eval.runs import read_trec_run, write_trec_run
 from eval.significance import PERMUTATIONS
 from eval.suite import plan

@@ -18,7 +18,8 @@ from eval.evaluate import exact_search, is_windows, query_vectors, ranked_run, s
 from eval.long_documents import WINDOWS
 from eval.metrics import Metrics, Qrels
 from eval.ranking import RankedRun
-from eval.report import Report, ReportSet, write
+from eval.report import Report, ReportSet
+from eval.report_files import write
 from eval.runs import write_trec_run
 from eval.suite import Plan, Task, rows_of_tasks
 from index.embeddings import EmbeddingStore

@@ -72,7 +72,7 @@ class EvaluateCompare:
 
     def run(self, terminal: Terminal) -> int:
         from eval.markdown import summary_of
-        from eval.report import json_of
+        from eval.report_files import json_of
         from retriever.compare import Fusion, Request, compare_to_report, named_systems
 
         request = Request(

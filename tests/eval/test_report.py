@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from report_helpers import BEFORE, QRELS, rows, whole_report
 
+from eval.markdown import comparison_table
 from eval.metrics import Metrics
 from eval.ranking import RankedRun
-from eval.report import Report, ReportSet, comparison_table, write
+from eval.report import Report, ReportSet
+from eval.report_files import write
 from index.files import InputError
 
 FILES = ["report.html", "report.json", "report.md", "report.png"]
