@@ -19,7 +19,8 @@ loss_plots = load("loss_plots")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, results: Path, *words: str) -> list[dict[str, str]]:
-    """The rows of a small run on the CPU."""
+    """The rows of a small run on the CPU, where Triton's interpreter would take seconds a row."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(sys, "argv", ["bench_loss.py", "--device", "cpu", "--quick", "--results", str(results), *words])
     try:
         bench_loss.main()
