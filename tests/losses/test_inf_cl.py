@@ -65,9 +65,11 @@ def assert_as_close_as_full_matrix(
         found = value_and_gradients(
             query, passage, logit_scale, dtype, implementation=implementation, **{"workspace_mib": TINY_MIB} | options
         )
+        # Dense rounds its logarithms once more, the kernels their exponents of 2.
+        roundings = 2 if implementation == "chunked" else 4
         for name, oracle in truth.items():
             allowed = 3 * float((plain[name] - oracle).norm())
-            allowed += 4 * torch.finfo(torch.float32).eps * (1 + largest_score) * term[name]
+            allowed += roundings * torch.finfo(torch.float32).eps * (1 + largest_score) * term[name]
             assert float((found[name] - oracle).norm()) <= allowed, (implementation, name)
 
 
