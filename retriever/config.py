@@ -185,10 +185,12 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the towers; bf16 and fp16 by autocast over fp32 weights. auto: bf16 where the hardware has it."""
+    """Arithmetic of the towers, over fp32 weights and optimizer. auto: bf16 where the hardware has it, else fp32."""
     micro_batch_tokens: int | None = None
     """Tokens, padding included, that pass through the towers at once; bounds the memory of activations.
-    Empty: 4096 on a CPU, 16384 on a GPU."""
+    Empty: 4096 on a CPU, what free memory allows on a GPU."""
+    compile: bool = False
+    """Compile the towers' layers by torch.compile: some seconds at the start, then faster steps on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations inside the towers: less memory, about a third more time."""
     log_every: int = 10

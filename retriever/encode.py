@@ -14,7 +14,9 @@ import torch
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
 from index.passages import Passage
-from retriever.device import Precision, autocast, choose_micro_batch_tokens
+from retriever.device import Precision
+from retriever.graph_memory import encode_tokens
+from retriever.half_weights import arithmetic
 from retriever.packing import pack
 from retriever.towers import Side, Towers
 
@@ -62,12 +64,11 @@ def embed_texts(
     prompt = towers.prompt(side)
     tokenizer = towers.tokenizer(side)
     tokens = tokenizer([prompt + text for text in texts] if prompt else texts)
-    device = towers.device
+    budget = options.micro_batch_tokens or encode_tokens(towers.device)
     embeddings = np.empty((len(texts), towers.dimension), dtype=np.float32)
-    with torch.inference_mode(), autocast(device, options.precision):
-        for rows in pack(tokens.lengths, choose_micro_batch_tokens(options.micro_batch_tokens, device)):
-            features = {name: tensor.to(device) for name, tensor in tokenizer.pad(tokens, rows).items()}
-            embeddings[rows] = towers(features, side).cpu().numpy()
+    with arithmetic(towers, options.precision), torch.inference_mode():
+        for rows in pack(tokens.lengths, budget, padded=not towers.padding_free):
+            embeddings[rows] = towers.embed(tokens, rows, side).cpu().numpy()
             if progress is not None:
                 progress(len(rows))
     return embeddings

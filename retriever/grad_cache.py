@@ -1,8 +1,9 @@
-"""Gradient cache: the loss of a whole batch with the activations of one micro-batch in memory.
+"""Gradient cache: the loss of a whole batch with few micro-batches' activations in memory.
 
 Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983. The towers run
 twice: once without a graph for the embeddings, and, once the loss has given the gradient at each embedding, again
-micro-batch by micro-batch with a graph to carry that gradient to the weights.
+micro-batch by micro-batch with a graph to carry that gradient to the weights. Here as many micro-batches as memory
+allows keep the graph of their first run, and run once.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def backward(
     loss_of: Callable[[Sequence[Tensor]], Tensor],
     device: torch.device,
     *,
-    direct: bool = False,
+    keep: int = 0,
 ) -> Tensor:
     """Compute the loss over all micro-batches and add its gradients to whatever `encode` and `loss_of` depend on.
 
@@ -53,24 +54,25 @@ def backward(
         micro_batches: what `encode` takes, one after another.
         loss_of: scalar loss from the embeddings of every micro-batch, in order; what it returns is run backward.
         device: whose random generator `encode` draws from, beside the CPU's.
-        direct: keep every micro-batch's graph from its first forward, where memory allows: no second forward.
+        keep: how many micro-batches, the last ones, keep the graph of their first forward.
 
     Returns:
         The loss, a detached scalar.
     """
-    if direct:
-        loss = loss_of([encode(micro_batch) for micro_batch in micro_batches])
-        loss.backward()
-        return loss.detach()
+    again = max(0, len(micro_batches) - keep)
     states, embeddings = [], []
     with torch.no_grad():
-        for micro_batch in micro_batches:
+        for micro_batch in micro_batches[:again]:
             states.append(RandomState(device))
             embeddings.append(encode(micro_batch))
-    leaves = [embedding.requires_grad_() for embedding in embeddings]
+    graphs = [encode(micro_batch) for micro_batch in micro_batches[again:]]
+    leaves = [embedding.detach().requires_grad_() for embedding in embeddings + graphs]
     loss = loss_of(leaves)
     loss.backward()
-    for micro_batch, state, leaf in zip(micro_batches, states, leaves, strict=True):
+    # Kept graphs first, newest first: each gives its memory back before another is built.
+    for leaf in reversed(leaves[again:]):
+        graphs.pop().backward(leaf.grad)
+    for micro_batch, state, leaf in zip(micro_batches[:again], states, leaves[:again], strict=True):
         with state.restored():
             encode(micro_batch).backward(leaf.grad)
     return loss.detach()

@@ -125,12 +125,16 @@ def position_limit(transformer: Any) -> int | None:
     positions = getattr(transformer.auto_model.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
-    # RoBERTa and its kin count positions from the one after padding_idx.
-    for module in transformer.auto_model.modules():
+    return positions - first_position(transformer.auto_model)
+
+
+def first_position(encoder: nn.Module) -> int:
+    """The position of a text's first token: RoBERTa and its kin count from the one after padding_idx."""
+    for module in encoder.modules():
         padding = getattr(module, "padding_idx", None)
         if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
-            return positions - padding - 1
-    return positions
+            return padding + 1
+    return 0
 
 
 def ends_in_normalize(modules: Sequence[Any]) -> bool:

@@ -10,15 +10,17 @@ _SHORTEST = 0.8
 _LEAST = 1 / 16
 
 
-def pack(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Divide texts into micro-batches of at most `token_budget` tokens, padding included.
+def pack(lengths: np.ndarray, token_budget: int, *, padded: bool = True) -> list[np.ndarray]:
+    """Divide texts into micro-batches of at most `token_budget` tokens.
 
     Texts are sorted by length, longest first (the first micro-batch then meets the highest memory, at once), and cut
     greedily; a text longer than the budget makes a micro-batch of its own.
 
     Args:
         lengths: int64 [texts], tokens of each text.
-        token_budget: most tokens a micro-batch: its longest text times its number of texts.
+        token_budget: most tokens a micro-batch.
+        padded: texts are padded to the longest of their micro-batch, and padding counts: a micro-batch then also ends
+            where its texts get shorter. If not, texts are laid end to end.
 
     Returns:
         Row numbers of each micro-batch; every row stands in exactly one.
@@ -26,12 +28,16 @@ def pack(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     # The sort is stable, so the micro-batches of a batch are the same on every machine.
     order = np.argsort(-lengths, kind="stable")
     falling = lengths[order]
+    ends = np.cumsum(falling)
     batches = []
     start = 0
     while start < len(order):
         longest = max(1, int(falling[start]))
-        like = int(np.searchsorted(-falling, -_SHORTEST * longest, side="right")) - start
-        size = max(1, min(token_budget // longest, max(like, int(_LEAST * token_budget) // longest)))
-        batches.append(order[start : start + size])
-        start += size
+        if padded:
+            like = int(np.searchsorted(-falling, -_SHORTEST * longest, side="right")) - start
+            size = min(token_budget // longest, max(like, int(_LEAST * token_budget) // longest))
+        else:
+            size = int(np.searchsorted(ends, ends[start] - falling[start] + token_budget, side="right")) - start
+        batches.append(order[start : start + max(1, size)])
+        start += max(1, size)
     return batches

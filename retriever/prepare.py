@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from retriever.data.batches import TrainingBatch
+from retriever.device import to_device
 from retriever.packing import pack
 from retriever.tokens import TextTokenizer, TokenizedTexts
 from retriever.towers import Side, Towers
@@ -37,6 +38,8 @@ class PreparedBatch:
     """int64 [M]; a passage with the id of a query is no negative of it."""
     passage_ids: np.ndarray
     """int64 [N]."""
+    padded: bool = True
+    """Whether the texts of a micro-batch are padded to its longest, or laid end to end."""
 
     @property
     def tokens(self) -> int:
@@ -44,11 +47,14 @@ class PreparedBatch:
         return sum(len(group.tokens.ids) for group in self.groups)
 
     @property
-    def padded_tokens(self) -> int:
-        """Tokens that pass through the towers, padding included."""
-        return sum(
-            len(rows) * int(group.tokens.lengths[rows].max()) for group in self.groups for rows in group.micro_batches
-        )
+    def micro_batch_tokens(self) -> list[int]:
+        """Tokens of each micro-batch as they pass through a tower: padding included, where there is any."""
+        return [
+            len(rows) * int(lengths.max()) if self.padded else int(lengths.sum())
+            for group in self.groups
+            for rows in group.micro_batches
+            for lengths in [group.tokens.lengths[rows]]
+        ]
 
     @property
     def has_duplicates(self) -> bool:
@@ -64,7 +70,7 @@ class PreparedBatch:
         place = np.empty(first, dtype=np.int64)
         place[np.concatenate(order)] = np.arange(first)
         stacked = torch.cat(list(embeddings))
-        rows = torch.from_numpy(place).to(stacked.device)
+        rows = to_device(torch.from_numpy(place), stacked.device)
         return stacked[rows[: self.queries]], stacked[rows[self.queries :]]
 
 
@@ -76,11 +82,13 @@ class BatchPreparer:
     passage: TextTokenizer
     shared: bool
     token_budget: int
+    padded: bool
 
     @classmethod
     def of(cls, towers: Towers, token_budget: int) -> BatchPreparer:
         """The preparer for these towers' inputs."""
-        return cls(towers.tokenizer("query"), towers.tokenizer("document"), towers.shared, token_budget)
+        query, passage = towers.tokenizer("query"), towers.tokenizer("document")
+        return cls(query, passage, towers.shared, token_budget, not towers.padding_free)
 
     def __call__(self, batch: TrainingBatch) -> PreparedBatch:
         if self.shared:
@@ -91,8 +99,8 @@ class BatchPreparer:
                 self._group("query", self.query, batch.queries),
                 self._group("document", self.passage, batch.passages),
             ]
-        return PreparedBatch(groups, len(batch.queries), batch.query_ids, batch.passage_ids)
+        return PreparedBatch(groups, len(batch.queries), batch.query_ids, batch.passage_ids, self.padded)
 
     def _group(self, side: Side, tokenizer: TextTokenizer, texts: list[str]) -> TextGroup:
         tokens = tokenizer(texts)
-        return TextGroup(side, tokens, pack(tokens.lengths, self.token_budget))
+        return TextGroup(side, tokens, pack(tokens.lengths, self.token_budget, padded=self.padded))

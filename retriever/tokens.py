@@ -61,6 +61,18 @@ class TextTokenizer:
             settings["backend"] = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
         return json.dumps(settings, sort_keys=True)
 
+    def lay_end_to_end(self, texts: TokenizedTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 [tokens] of some texts, one after another, and their lengths int64 [rows].
+
+        An empty text of a tokenizer without special tokens becomes one pad token.
+        """
+        starts, lengths = texts.offsets[rows], texts.lengths[rows]
+        places = np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+        ids = texts.ids[places]
+        if lengths.all():
+            return ids, lengths
+        return np.insert(ids, np.cumsum(lengths)[lengths == 0], self.tokenizer.pad_token_id), np.maximum(lengths, 1)
+
     def pad(self, texts: TokenizedTexts, rows: np.ndarray) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the right; on the CPU."""
         starts, lengths = texts.offsets[rows], texts.lengths[rows]

@@ -9,22 +9,26 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from index.files import InputError
 from retriever.config import ConfigError, ModelConfig
+from retriever.device import to_device
 from retriever.model_folder import (
     UNLIMITED,
     Side,
     ends_in_normalize,
+    first_position,
     load_model,
     position_limit,
     read_plain_texts,
     text_towers,
     write_new_encoder,
 )
-from retriever.tokens import TextTokenizer
+from retriever.padding_free.attention import Spans
+from retriever.tokens import TextTokenizer, TokenizedTexts
 from retriever.weights import writing_weights
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ class Towers(nn.Module):
     def __init__(self, model: SentenceTransformer):
         super().__init__()
         self.model = model
+        self.padding_free = False
         self._transformers = text_towers(model)
         for side in SIDES:
             if "message" in self._transformer(side).modality_config:
@@ -70,6 +75,11 @@ class Towers(nn.Module):
         assert dimension is not None
         return dimension
 
+    @property
+    def encoders(self) -> list[Any]:
+        """The Hugging Face model of each tower."""
+        return [transformer.auto_model for transformer in dict.fromkeys(self._transformers.values())]
+
     def prompt(self, side: Side) -> str:
         """The text that the model puts before every query or passage; empty for none."""
         # The first name that is there, even if empty, as in sentence-transformers' encode_query and encode_document.
@@ -82,14 +92,30 @@ class Towers(nn.Module):
         longest = transformer.max_seq_length
         return TextTokenizer(transformer.tokenizer, longest if longest and longest < UNLIMITED else None)
 
+    def drop_padding(self) -> bool:
+        """From now on lay the texts of a micro-batch end to end, each attending to itself alone (padding_free/).
+
+        Returns:
+            Whether every tower can; if one cannot, nothing changes.
+        """
+        from retriever.padding_free.families import drop_padding
+
+        self.padding_free = self.padding_free or drop_padding(self.model)
+        return self.padding_free
+
+    def compile_layers(self) -> None:
+        """Compile the encoders' layers by torch.compile, for micro-batches of any size."""
+        for encoder in self.encoders:
+            for layer in max((m for m in encoder.modules() if isinstance(m, nn.ModuleList)), key=len):
+                layer.compile(dynamic=True)
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them.
 
         Raises:
             ConfigError: the model cannot.
         """
-        for transformer in {self._transformer(side) for side in SIDES}:
-            encoder = transformer.auto_model
+        for encoder in self.encoders:
             # The newer name where there is one: the older warns, and leaves with transformers 6.
             newer = getattr(encoder, "activation_checkpointing_enable", None)
             try:
@@ -97,11 +123,26 @@ class Towers(nn.Module):
             except ValueError as error:
                 raise ConfigError(f"gradient_checkpointing: {error}") from error
 
-    def forward(self, features: dict[str, Tensor], side: Side) -> Tensor:
-        """Embeddings [batch, dimension] in fp32 (in the weights' dtype outside autocast)."""
+    def forward(self, features: dict[str, Any], side: Side) -> Tensor:
+        """Embeddings [batch, dimension] in fp32 (in the weights' dtype outside autocast) of what `embed` makes."""
         # A copy: sentence-transformers' modules write their results into the dictionary they are given.
         output = self.model(dict(features), task=side)["sentence_embedding"]
         return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+    def embed(self, texts: TokenizedTexts, rows: np.ndarray, side: Side) -> Tensor:
+        """Embeddings [rows, dimension] of those texts, as one micro-batch."""
+        tokenizer = self.tokenizer(side)
+        if not self.padding_free:
+            features = tokenizer.pad(texts, rows)
+            return self({name: to_device(tensor, self.device) for name, tensor in features.items()}, side)
+        input_ids, lengths = tokenizer.lay_end_to_end(texts, rows)
+        spans = Spans.of(lengths).to(self.device)
+        place = torch.arange(len(input_ids), device=self.device) - spans.first
+        features = {
+            "input_ids": to_device(torch.from_numpy(input_ids), self.device).long()[None],
+            "position_ids": (place + first_position(self._transformer(side).auto_model))[None],
+        }
+        return self({**features, "spans": spans}, side)
 
     def fingerprint(self) -> dict[str, str]:
         """What identifies the vectors: a sha256 over weights, configurations, tokenizers, modules, lengths, prompts."""
@@ -156,7 +197,10 @@ def load_towers(path: str, device: torch.device | str = "cpu") -> Towers:
         from sentence_transformers.sentence_transformer.modules import Normalize
 
         model.append(Normalize())
-    return Towers(model).to(device).eval()
+    towers = Towers(model).to(device).eval()
+    if towers.device.type == "cuda":
+        towers.drop_padding()
+    return towers
 
 
 def build_towers(config: ModelConfig) -> Towers:

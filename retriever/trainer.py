@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
 from losses import InfCLLoss
-from retriever import grad_cache
 from retriever.checkpoint import (
     TrainState,
     checkpoint_folder,
@@ -27,29 +24,23 @@ from retriever.checkpoint import (
 )
 from retriever.config import LossConfig, TrainConfig, load_config, save_config, with_absolute_paths
 from retriever.data.batches import batch_loader
-from retriever.device import autocast, choose_device, choose_micro_batch_tokens, choose_precision
+from retriever.device import choose_device, choose_precision
 from retriever.encode import EncodeOptions
 from retriever.evaluate import dev_fingerprint, evaluate_towers, open_dev
+from retriever.graph_memory import GraphMemory
 from retriever.interrupt import Interrupted, StopRequest
 from retriever.meter import Meter
 from retriever.open_data import open_batches, open_tables
-from retriever.optim import build_optimizer, lr_factor
-from retriever.prepare import PreparedBatch, TextGroup
+from retriever.optim import build_optimizer
+from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
 from retriever.run_log import RunLog, described
+from retriever.step import TrainStep
 from retriever.towers import build_towers
 
 CONFIG_FILE = "config.yaml"
 CACHE = "cache"
 DEV_METRIC = "ndcg@10"
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Texts that pass through a tower at once: rows of one group."""
-
-    group: TextGroup
-    rows: np.ndarray
 
 
 class Trainer:
@@ -65,22 +56,35 @@ class Trainer:
         self.device = choose_device(config.device)
         # Resolved, so that what is written beside the results is what was done.
         self.precision = choose_precision(config.precision, self.device)
-        self.token_budget = choose_micro_batch_tokens(config.micro_batch_tokens, self.device)
-        self.config = config = dataclasses.replace(
-            config, precision=self.precision, micro_batch_tokens=self.token_budget
-        )
         torch.manual_seed(config.seed)
         self.towers = build_towers(config.model).to(self.device)
         if config.gradient_checkpointing:
             self.towers.enable_gradient_checkpointing()
+        if self.device.type == "cuda" and not self.towers.drop_padding():
+            terminal.line("this family of models is not known without padding: texts are sorted by length and padded")
+        if config.compile:
+            self.towers.compile_layers()
         self.loss = build_loss(config.loss).to(self.device)
+        graphs = GraphMemory.plan(
+            self.towers,
+            self.precision,
+            texts=config.batch_size * (2 + config.data.negatives),
+            workspace_mib=config.loss.workspace_mib,
+            micro_batch_tokens=config.micro_batch_tokens,
+        )
+        self.config = config = dataclasses.replace(
+            config, precision=self.precision, micro_batch_tokens=graphs.micro_batch_tokens
+        )
         self.modules: dict[str, nn.Module] = {"towers": self.towers, "loss": self.loss}
         self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.dev = open_dev(config.dev)
         cache = Path(config.data.cache) if config.data.cache else run / CACHE
         tables = open_tables(config.data, cache, terminal)
-        self.batches = open_batches(config, tables, self.towers, self.token_budget)
+        self.batches = open_batches(config, tables, self.towers, graphs.micro_batch_tokens)
+        self._step = TrainStep(
+            config, self.precision, self.towers, self.loss, self.optimizer, self.scaler, graphs, len(self.batches)
+        )
         self.state = TrainState(sources=tuple(table.sha256 for table in tables), dev=dev_fingerprint(self.dev))
         self._saved_step = -1
 
@@ -168,7 +172,7 @@ class Trainer:
             # A run that was stopped while it evaluated evaluates first.
             self._evaluate_if_due(log, stop)
             for batch in self._until_early_stop(loader):
-                loss, grad_norm = self._step(batch)
+                loss, grad_norm = self._step(batch, state.step)
                 state.step += 1
                 meter.add(batch)
                 last = state.step == total
@@ -203,51 +207,6 @@ class Trainer:
                 )
                 return
             yield batch
-
-    def _step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns the loss and the gradients' norm before clipping, as device scalars."""
-        config, step = self.config, self.state.step
-        torch.manual_seed(_step_seed(config.seed, step))
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.optim.lr * lr_factor(step, len(self.batches), config.optim)
-        micro_batches = [MicroBatch(group, rows) for group in batch.groups for rows in group.micro_batches]
-
-        def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
-            query, passage = batch.arrange(embeddings)
-            # Inside, so that the loss's precision "auto" is the towers'.
-            with autocast(self.device, self.precision):
-                loss = self.loss(query, passage, **self._ids(batch))
-            return self.scaler.scale(loss)
-
-        scaled = grad_cache.backward(
-            self._encode,
-            micro_batches,
-            loss_of,
-            self.device,
-            direct=batch.padded_tokens <= self.token_budget,
-        )
-        loss = scaled / self.scaler.get_scale() if self.scaler.is_enabled() else scaled
-        self.scaler.unscale_(self.optimizer)
-        limit = config.optim.max_grad_norm
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, grad_norm
-
-    def _encode(self, micro_batch: MicroBatch) -> Tensor:
-        group = micro_batch.group
-        features = self.towers.tokenizer(group.side).pad(group.tokens, micro_batch.rows)
-        with autocast(self.device, self.precision):
-            return self.towers({k: v.to(self.device) for k, v in features.items()}, group.side)
-
-    def _ids(self, batch: PreparedBatch) -> dict[str, Tensor]:
-        # The literature's CLIP loss counts every other passage of the batch as a negative.
-        if self.config.loss.name == "clip" or not self.config.loss.mask_duplicates or not batch.has_duplicates:
-            return {}
-        ids = {"query_ids": batch.query_ids, "passage_ids": batch.passage_ids}
-        return {name: torch.from_numpy(array).to(self.device) for name, array in ids.items()}
 
     def _due(self, *events: str) -> bool:
         every = {
@@ -298,7 +257,7 @@ class Trainer:
         # A fixed place, so that what a killed run left is found and cleared.
         embeddings = self.run / ".dev"
         shutil.rmtree(embeddings, ignore_errors=True)
-        options = EncodeOptions(self.precision, self.token_budget)
+        options = EncodeOptions(self.precision, self.config.micro_batch_tokens)
         try:
             _, metrics = evaluate_towers(
                 self.towers, self.dev, embeddings, options, self.terminal, k=100, tick=stop.check
@@ -334,8 +293,3 @@ def build_loss(config: LossConfig) -> InfCLLoss:
         precision=config.precision,
         workspace_mib=config.workspace_mib,
     )
-
-
-def _step_seed(seed: int, step: int) -> int:
-    """A seed for one step, unlike that of any other step or of a neighbouring seed."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -20,7 +20,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(0.4), nn.Linear(16, 5)).double().train()
 
 
-def gradients(direct: bool, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(keep: int | None, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
     tower, loss = network(), InfCLLoss(logit_scale=7.0, symmetric=True, implementation="full").double()
     inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
@@ -29,15 +29,21 @@ def gradients(direct: bool, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Ten
         return loss(both[:10], both[10:])
 
     torch.manual_seed(3)
-    value = grad_cache.backward(tower, inputs.split(list(sizes)), loss_of, CPU, direct=direct)
+    micro_batches = inputs.split(list(sizes))
+    if keep is None:
+        value = loss_of([tower(micro_batch) for micro_batch in micro_batches])
+        value.backward()
+    else:
+        value = grad_cache.backward(tower, micro_batches, loss_of, CPU, keep=keep)
     named = [*tower.named_parameters(), *loss.named_parameters()]
-    return value, {name: parameter.grad for name, parameter in named}
+    return value.detach(), {name: parameter.grad for name, parameter in named}
 
 
+@pytest.mark.parametrize("keep", [0, 1, 3])
 @pytest.mark.parametrize("sizes", [[24], [1, 23], [7, 7, 7, 3], [1] * 24])
-def test_cached_gradients_with_dropout_equal_the_direct_ones(sizes: list[int]) -> None:
-    value, cached = gradients(False, sizes)
-    expected, direct = gradients(True, sizes)
+def test_cached_gradients_with_dropout_equal_the_direct_ones(sizes: list[int], keep: int) -> None:
+    value, cached = gradients(keep, sizes)
+    expected, direct = gradients(None, sizes)
     assert torch.equal(value, expected)
     assert set(cached) == set(direct) and "log_logit_scale" in cached
     for name in direct:
@@ -77,13 +83,14 @@ def test_random_state_of_the_caller_goes_on_undisturbed() -> None:
 def test_cached_gradients_with_dropout_equal_the_direct_ones_on_a_gpu() -> None:
     device = torch.device("cuda")
     results = []
-    for direct in (True, False):
+    for keep in (0, 2, 5):
         tower = network().to(device)
         inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
         torch.manual_seed(3)
         grad_cache.backward(
-            tower, inputs.split(5), lambda embeddings: torch.cat(list(embeddings)).sin().sum(), device, direct=direct
+            tower, inputs.split(5), lambda embeddings: torch.cat(list(embeddings)).sin().sum(), device, keep=keep
         )
         results.append([parameter.grad for parameter in tower.parameters()])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    for again, some_kept, direct in zip(*results, strict=True):
+        torch.testing.assert_close(again, direct, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(some_kept, direct, rtol=1e-12, atol=1e-14)

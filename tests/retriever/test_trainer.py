@@ -35,6 +35,7 @@ from retriever.config import (
 from retriever.data.sources import SourceConfig
 from retriever.interrupt import Interrupted
 from retriever.progress import Terminal
+from retriever.step import TrainStep
 from retriever.trainer import Trainer
 
 WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", "stone", "blue", "red", "small", "old"]
@@ -107,17 +108,17 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     class Killed(Exception):
         pass
 
-    step = Trainer._step
+    step = TrainStep.__call__
 
-    def interrupted_step(trainer: Trainer, batch: Any) -> Any:
-        if trainer.state.step == stop_at:
+    def interrupted_step(train_step: TrainStep, batch: Any, number: int) -> Any:
+        if number == stop_at:
             if how == "kill":
                 raise Killed
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(trainer, batch)
+        return step(train_step, batch, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", interrupted_step)
+        patch.setattr(TrainStep, "__call__", interrupted_step)
         with pytest.raises(Killed if how == "kill" else Interrupted):
             train(config)
     torch.rand(5)  # whatever the process drew meanwhile must not matter
@@ -257,11 +258,11 @@ def test_a_run_has_one_trainer_at_a_time(config: TrainConfig, monkeypatch: pytes
     refused = []
     step = trainer._step
 
-    def meanwhile(batch: Any) -> Any:
+    def meanwhile(batch: Any, number: int) -> Any:
         with pytest.raises(InputError, match="another process") as caught:
             Trainer.resume(Path(config.out), Terminal())
         refused.append(caught.value)
-        return step(batch)
+        return step(batch, number)
 
     monkeypatch.setattr(trainer, "_step", meanwhile)
     trainer.train()

@@ -1,0 +1,96 @@
+"""How much passes through the towers at once, and how many graphs of it may wait for the loss: from free memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from retriever.device import Precision
+from retriever.half_weights import arithmetic
+from retriever.tokens import TokenizedTexts
+from retriever.towers import Towers
+
+# On a CPU memory is not counted: a small batch keeps its graph, of a large one every micro-batch runs twice.
+# Measured with MiniLM on two cores: 1536 to 6144 tokens are equally fast.
+CPU_TOKENS = 4096
+# On a GPU, as many as memory has room for, within these: fewer starve it, more gain nothing (scripts/bench_train.py).
+LEAST_TOKENS, MOST_TOKENS = 4096, 131072
+
+_PROBE_TOKENS, _PROBE_LENGTH = 8192, 128
+# What a graph in its backward needs beside itself, and how much of the GPU is never planned for: the allocator's gaps.
+_BACKWARD, _SLACK = 0.25, 0.08
+# Gradients, optimizer moments and the half-precision copy, bytes a parameter, at most.
+_PARAMETER_BYTES = 14
+
+
+@dataclass(frozen=True)
+class GraphMemory:
+    """The memory that graphs of the towers take, and how much of it there is."""
+
+    micro_batch_tokens: int
+    """Most tokens of a micro-batch."""
+    graph_tokens: int
+    """Tokens whose graphs fit beside everything else, over all micro-batches."""
+
+    @classmethod
+    def plan(
+        cls,
+        towers: Towers,
+        precision: Precision,
+        *,
+        texts: int,
+        workspace_mib: int,
+        micro_batch_tokens: int | None,
+    ) -> GraphMemory:
+        """Measure a small micro-batch on a GPU and divide what is free; on a CPU take fixed sizes.
+
+        Args:
+            towers: in training mode, on their device.
+            precision: of the towers.
+            texts: queries and passages of a batch, whose embeddings and gradients wait too.
+            workspace_mib: of the loss.
+            micro_batch_tokens: tokens of a micro-batch if they are given.
+        """
+        device = towers.device
+        if device.type != "cuda":
+            tokens = micro_batch_tokens or CPU_TOKENS
+            return cls(tokens, tokens)
+        token_bytes = graph_bytes(towers, precision)
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        parameters = sum(p.numel() for p in towers.parameters() if p.requires_grad)
+        # Embeddings as leaves, in order for the loss, in its precision, and their gradients.
+        embeddings = texts * towers.dimension * 20
+        room = free - _SLACK * total - parameters * _PARAMETER_BYTES - embeddings - workspace_mib * 2**20
+        most = max(room, 0) / token_bytes
+        fitting = int(np.clip(most / (2 * (1 + _BACKWARD)), LEAST_TOKENS, MOST_TOKENS))
+        tokens = micro_batch_tokens or fitting // 1024 * 1024
+        return cls(tokens, max(0, int(most - _BACKWARD * tokens)))
+
+    def keep(self, sizes: list[int]) -> int:
+        """How many micro-batches of so many tokens, the last ones, may keep their graphs until the loss is known."""
+        if sum(sizes) <= self.graph_tokens:
+            return len(sizes)
+        # One of those that run again has its graph beside the loss's results, but no longer beside the kept ones.
+        return int(np.searchsorted(np.cumsum(sizes[::-1]), self.graph_tokens, side="right"))
+
+
+def encode_tokens(device: torch.device) -> int:
+    """Tokens that pass through a tower at once where no graph is kept, if nothing else is asked for."""
+    return CPU_TOKENS if device.type != "cuda" else 65536
+
+
+def graph_bytes(towers: Towers, precision: Precision) -> float:
+    """Bytes that one token's graph holds from its forward to its backward; measured, on a GPU."""
+    device = towers.device
+    length = min(_PROBE_LENGTH, towers.tokenizer("document").max_length or _PROBE_LENGTH)
+    texts = _PROBE_TOKENS // length
+    tokens = TokenizedTexts(np.zeros(texts * length, dtype=np.int32), np.arange(texts + 1) * length)
+    with torch.random.fork_rng(devices=[device]), arithmetic(towers, precision):
+        before = torch.cuda.memory_allocated(device)
+        embeddings = towers.embed(tokens, np.arange(texts), "document")
+        held = torch.cuda.memory_allocated(device) - before
+        del embeddings
+    return held / len(tokens.ids)

@@ -1,0 +1,70 @@
+"""The towers' arithmetic: fp32, autocast, or weights that are themselves of half precision while they are used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retriever.device import Precision, autocast
+from retriever.towers import Towers
+
+
+@contextlib.contextmanager
+def arithmetic(towers: Towers, precision: Precision) -> Iterator[None]:
+    """Within, the towers compute in `precision`, forward and backward.
+
+    On a GPU, bf16 means bf16 weights and activations: autocast casts the weights anew for every micro-batch and keeps
+    the residual stream in fp32, at 1.2 times the memory and time (BERT-base on one H200). What follows the encoder
+    (pooling, projection, normalisation) stays in fp32. Elsewhere, and in fp16, it means autocast.
+    """
+    device = towers.device
+    if precision == "bf16" and device.type == "cuda":
+        with half_weights(towers.encoders, torch.bfloat16):
+            yield
+    else:
+        with autocast(device, precision):
+            yield
+
+
+@contextlib.contextmanager
+def half_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Within, the encoders' fp32 weights are of `dtype`; afterwards they are what they were, with fp32 gradients.
+
+    As mixed-precision training keeps fp32 master weights (Micikevicius et al., arXiv 1710.03740). The gradients of
+    several backward passes are summed in fp32, each as soon as it is complete. Encoders return their last hidden state
+    in fp32.
+    """
+    encoders = list(encoders)
+    parameters = [p for encoder in encoders for p in encoder.parameters() if p.dtype == torch.float32]
+    masters = [parameter.data for parameter in parameters]
+    sums: dict[Tensor, Tensor | None] = {}
+    handles: list[Any] = [encoder.register_forward_hook(_in_full_precision) for encoder in encoders]
+    for parameter in parameters:
+        sums[parameter], parameter.grad = parameter.grad, None
+        parameter.data = parameter.data.to(dtype)
+        if parameter.requires_grad:
+            handles.append(parameter.register_post_accumulate_grad_hook(lambda p: _fold(p, sums)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, master in zip(parameters, masters, strict=True):
+            parameter.grad = None
+            parameter.data = master
+            parameter.grad = sums[parameter]
+
+
+def _fold(parameter: Tensor, sums: dict[Tensor, Tensor | None]) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    so_far = sums[parameter]
+    sums[parameter] = gradient.float() if so_far is None else so_far.add_(gradient)
+
+
+def _in_full_precision(encoder: nn.Module, inputs: Any, output: Any) -> None:
+    output.last_hidden_state = output.last_hidden_state.float()

@@ -1,0 +1,100 @@
+"""Which Hugging Face models read texts laid end to end, and how they are made to.
+
+transformers lets a model's attention be replaced by name (its AttentionInterface); what stands before and after it
+works token by token. A family is known here when the tests hold its outputs against those of the padded path.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from retriever.model_folder import text_towers
+from retriever.padding_free import mpnet
+from retriever.padding_free.attention import Spans, spans_attention
+from retriever.padding_free.pooling import MODES, pool_features
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "modernbert")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+_ATTENTION = "text_spans"
+
+
+def drop_padding(model: SentenceTransformer) -> bool:
+    """Have a sentence-transformers model take `input_ids` and `position_ids` [1, tokens] of texts laid end to end.
+
+    With them go the `spans` that say where each text begins and ends. From then on the model takes texts in no other
+    way. Its weights, and what is saved of it, stay as they are.
+
+    Returns:
+        Whether its encoders and its pooling are known; if not, nothing is changed.
+    """
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    encoders = [transformer.auto_model for transformer in set(text_towers(model).values())]
+    poolings: list[Any] = [module for module in model.modules() if isinstance(module, Pooling)]
+    if not all(_reads_spans(encoder) for encoder in encoders) or not all(_pools_spans(each) for each in poolings):
+        return False
+    if len(poolings) != len(encoders):
+        return False
+    for encoder in encoders:
+        _read_spans(encoder)
+    for pooling in poolings:
+        pooling.forward = types.MethodType(pool_features, pooling)
+    return True
+
+
+def _reads_spans(encoder: Any) -> bool:
+    config = encoder.config
+    return config.model_type in (*ENCODERS, *DECODERS, "mpnet") and not getattr(config, "is_decoder", False)
+
+
+def _pools_spans(pooling: Any) -> bool:
+    modes = pooling.pooling_mode
+    return modes in MODES or (not isinstance(modes, str) and len(modes) == 1 and modes[0] in MODES)
+
+
+def _read_spans(encoder: Any) -> None:
+    if encoder.config.model_type == "mpnet":
+        mpnet.read_spans(encoder)
+        return
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    encoder.set_attn_implementation(_ATTENTION)
+
+
+# The compiler leaves it as it is: layers are compiled up to here and from here on.
+@torch.compiler.disable
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    spans: Spans,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: [1, heads, tokens, width] in, [1, tokens, heads, width] out."""
+    out = spans_attention(
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
+        spans,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        causal=getattr(module, "is_causal", False) if is_causal is None else is_causal,
+        # transformers counts the token itself among those of the window.
+        window=None if sliding_window is None else sliding_window - 1,
+    )
+    return out.unsqueeze(0), None

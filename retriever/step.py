@@ -1,0 +1,92 @@
+"""One optimizer step: a prepared batch through towers, loss and gradient cache into the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from losses import InfCLLoss
+from retriever import grad_cache
+from retriever.config import TrainConfig
+from retriever.device import Precision, autocast, to_device
+from retriever.graph_memory import GraphMemory
+from retriever.half_weights import arithmetic
+from retriever.optim import lr_factor
+from retriever.prepare import PreparedBatch, TextGroup
+from retriever.towers import Towers
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Texts that pass through a tower at once: rows of one group."""
+
+    group: TextGroup
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What a step works on; called with a batch, it makes one. Nothing in it waits for the device."""
+
+    config: TrainConfig
+    precision: Precision
+    """Of the towers."""
+    towers: Towers
+    loss: InfCLLoss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    graphs: GraphMemory
+    steps: int
+    """Of the whole run, for the learning rate."""
+
+    def __call__(self, batch: PreparedBatch, step: int) -> tuple[Tensor, Tensor]:
+        """Step number `step`, from 0; returns the loss and the gradients' norm before clipping, as device scalars."""
+        config, device = self.config, self.towers.device
+        torch.manual_seed(_step_seed(config.seed, step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.optim.lr * lr_factor(step, self.steps, config.optim)
+        micro_batches = [MicroBatch(group, rows) for group in batch.groups for rows in group.micro_batches]
+
+        def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
+            query, passage = batch.arrange(embeddings)
+            # Inside, so that the loss's precision "auto" is the towers'.
+            with autocast(device, self.precision):
+                loss = self.loss(query, passage, **self._ids(batch, device))
+            return self.scaler.scale(loss)
+
+        with arithmetic(self.towers, self.precision):
+            scaled = grad_cache.backward(
+                lambda micro: self.towers.embed(micro.group.tokens, micro.rows, micro.group.side),
+                micro_batches,
+                loss_of,
+                device,
+                keep=self.graphs.keep(batch.micro_batch_tokens),
+            )
+        loss = scaled / self.scaler.get_scale() if self.scaler.is_enabled() else scaled
+        self.scaler.unscale_(self.optimizer)
+        limit = config.optim.max_grad_norm
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm
+
+    def _ids(self, batch: PreparedBatch, device: torch.device) -> dict[str, Tensor]:
+        # The literature's CLIP loss counts every other passage of the batch as a negative.
+        loss = self.config.loss
+        if loss.name == "clip" or not loss.mask_duplicates or not batch.has_duplicates:
+            return {}
+        ids: dict[str, Any] = {"query_ids": batch.query_ids, "passage_ids": batch.passage_ids}
+        return {name: to_device(torch.from_numpy(array), device) for name, array in ids.items()}
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """A seed for one step, unlike that of any other step or of a neighbouring seed."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,124 @@
+"""Towers without padding give the embeddings and gradients of the padded path, for every family that is known."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from retriever.config import ModelConfig
+from retriever.padding_free import families
+from retriever.towers import Towers, build_towers
+
+TEXTS = ["a", "a longer text of several words, that goes on and on", "b c", "", "words " * 20, "x y z"]
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "bert": SMALL,
+    "roberta": SMALL,
+    "xlm-roberta": SMALL,
+    "camembert": SMALL,
+    "mpnet": SMALL,
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "modernbert": {**SMALL, "local_attention": 16, "global_attn_every_n_layers": 2},
+    "llama": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": 20},
+    "qwen2": GROUPED,
+    "qwen3": {**GROUPED, "head_dim": 16},
+}
+
+
+def towers_of(kind: str, tiny: ModelConfig, **settings: Any) -> Towers:
+    torch.manual_seed(0)
+    config = ModelConfig(architecture={"model_type": kind, **ARCHITECTURES[kind]}, tokenizer=tiny.tokenizer, **settings)
+    return build_towers(config)
+
+
+def outcome(towers: Towers) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    towers.zero_grad()
+    tokens = towers.tokenizer("query")(TEXTS)
+    embeddings = towers.embed(tokens, np.array([4, 0, 3, 1, 5, 2]), "query")
+    # Its columns weighted alike would make the gradient of a mean pooled before a norm vanish.
+    (embeddings * torch.linspace(-1, 1, embeddings.shape[1], device=embeddings.device)).square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in towers.named_parameters() if p.grad is not None}
+    return embeddings.detach(), gradients
+
+
+def test_all_known_families_are_tested() -> None:
+    assert {*families.ENCODERS, *families.DECODERS, "mpnet"} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_outputs_and_gradients_equal_those_of_the_padded_path(
+    kind: str, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    towers = towers_of(
+        kind, tiny, dropout=0.0, pooling="lasttoken" if kind in families.DECODERS else "mean", projection=8
+    )
+    padded, padded_gradients = outcome(towers)
+    fingerprint = towers.fingerprint()
+    assert towers.drop_padding()
+    embeddings, gradients = outcome(towers)
+    torch.testing.assert_close(embeddings, padded, rtol=0, atol=1e-6)
+    # A padded path makes gradients, of zeros, for what nothing depends on, and the other none.
+    for name in padded_gradients:
+        expected = padded_gradients[name]
+        found = gradients.get(name, torch.zeros_like(expected))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
+    assert towers.fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def test_two_towers_without_padding_are_saved_as_they_were(
+    pooling: Any, tiny: ModelConfig, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    towers = towers_of("bert", tiny, pooling=pooling, shared=False).eval()
+    assert towers.drop_padding()
+    tokens = towers.tokenizer("query")(TEXTS)
+    with torch.no_grad():
+        found = {side: towers.embed(tokens, np.arange(len(TEXTS)), side).numpy() for side in ("query", "document")}
+    towers.save(tmp_path)
+    model = SentenceTransformer(str(tmp_path), device="cpu")
+    np.testing.assert_allclose(model.encode_query(TEXTS), found["query"], atol=1e-6)
+    np.testing.assert_allclose(model.encode_document(TEXTS), found["document"], atol=1e-6)
+
+
+def test_an_unknown_family_and_an_unknown_pooling_stay_padded(tiny: ModelConfig) -> None:
+    settings = {"model_type": "electra", "embedding_size": 16, **SMALL}
+    towers = build_towers(ModelConfig(architecture=settings, tokenizer=tiny.tokenizer))
+    attention = towers.encoders[0].config._attn_implementation
+    assert not towers.drop_padding() and not towers.padding_free
+    assert towers.encoders[0].config._attn_implementation == attention
+
+    towers = towers_of("bert", tiny)
+    towers.model[1].pooling_mode = "max"
+    assert not towers.drop_padding()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_outputs_equal_those_of_the_padded_path_to_rounding_on_a_gpu(kind: str, tiny: ModelConfig) -> None:
+    from retriever.half_weights import arithmetic
+
+    towers = towers_of(kind, tiny, dropout=0.0, pooling="lasttoken" if kind in families.DECODERS else "mean").cuda()
+    with torch.no_grad():
+        tokens = towers.tokenizer("query")(TEXTS)
+        everything = np.arange(len(TEXTS))
+        exact = towers.embed(tokens, everything, "query")
+        with torch.autocast("cuda", torch.bfloat16):
+            padded = towers.embed(tokens, everything, "query")
+        bare = copy.deepcopy(towers)
+        assert bare.drop_padding()
+        torch.testing.assert_close(bare.embed(tokens, everything, "query"), exact, rtol=0, atol=1e-5)
+        with arithmetic(bare, "bf16"):
+            found = bare.embed(tokens, everything, "query")
+    # Three times the error of the padded path in bf16, and a few roundings.
+    assert float((found - exact).abs().max()) < 3 * float((padded - exact).abs().max()) + 0.01
