@@ -5,7 +5,7 @@ python scripts/bench_eval.py --device cuda --rows 1000000 --queries 10000 --k 10
 python scripts/bench_eval.py --memory --rows 10000000 --dim 32 --queries 1000 --k 100  peak memory, stage by stage
 
 Values are compared before any time is printed. Rows go to scripts/results/eval.csv. On a machine that others use as
-well, set OMP_WAIT_POLICY=passive.
+well, set OMP_WAIT_POLICY=passive. Needs torch and numpy, and what it is compared with: beir, or on a GPU pytrec_eval.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import importlib.util
 import json
 import os
 import statistics
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,9 +50,8 @@ KS = (1, 3, 5, 10, 100, 1000)
 def main() -> None:
     """Measure one size and keep its rows."""
     options = parse_arguments()
+    check_installed(options)
     if options.threads:
-        import torch
-
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         measure = memory if options.memory else speed
@@ -71,6 +72,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="peak memory of every stage, in place of times")
     parser.add_argument("--folder", type=Path, help="for the generated corpus; the system's own by default")
     return parser.parse_args()
+
+
+def check_installed(options: argparse.Namespace) -> None:
+    """Say what is missing before anything is generated."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: expected a GPU that torch can use, found none")
+    peer, package = ("pytrec_eval", "pytrec_eval-terrier") if options.device == "cuda" else ("beir", "beir")
+    if not options.memory and importlib.util.find_spec(peer) is None:
+        sys.exit(f"{peer} is not installed, and the values are compared with its: pip install {package}")
 
 
 def speed(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -171,8 +181,6 @@ class Embedded:
     """A model for the beir package that has embedded everything already: corpus vectors by id, queries in order."""
 
     def __init__(self, vectors: np.ndarray, queries: np.ndarray) -> None:
-        import torch
-
         self._vectors, self._queries = torch.from_numpy(vectors), torch.from_numpy(queries)
 
     def encode_queries(self, queries: list[str], **options: Any) -> Any:

@@ -3,12 +3,14 @@
 python scripts/bench_exact.py --device cuda --rows 1000000 --dim 768 --queries 10000 --k 100
 
 Every method's ranking is checked against float64 before its time is printed. Rows go to scripts/results/exact.csv.
+Needs torch and numpy; on a CPU faiss and beir too.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import statistics
 import sys
 import time
@@ -36,6 +38,7 @@ Found = tuple[np.ndarray, np.ndarray]
 def main() -> None:
     """Measure one size and keep its rows."""
     options = parse_arguments()
+    check_installed(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     passages, queries = vectors(options)
@@ -70,6 +73,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch and faiss; 0 leaves them as they are")
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
+
+
+def check_installed(device: str) -> None:
+    """Say what is missing before anything is generated."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: expected a GPU that torch can use, found none")
+    packages = {"faiss": "faiss-cpu", "beir": "beir"} if device == "cpu" else {}
+    missing = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"not installed, and compared with: pip install {' '.join(missing)}")
 
 
 def vectors(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:

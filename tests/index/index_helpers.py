@@ -29,3 +29,14 @@ def flipped_bytes(folder: Path, rng: np.random.Generator, places: int = 20) -> I
             (folder / name).write_bytes(damaged)
             yield name
         (folder / name).write_bytes(data)
+
+
+def shards_of(passages: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
+    """`passages` [N, D] cut into shards of `size` rows, as exact search reads them."""
+    return [(start, passages[start : start + size]) for start in range(0, len(passages), size)]
+
+
+def same_bits(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:
+    """Scores and rows alike to the last bit: -0.0 is not 0.0."""
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[0].view(np.int32), expected[0].view(np.int32))

@@ -9,15 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from index_helpers import same_bits, shards_of
 
 from index import exact, windows
 from index.files import InputError
 
 IDS = ["d9", "d10", "é", "z", "😀", "\ufb01", "a", "A", "aa", "_", "٣", "-1", "10", "9", "0", "e\u0301", "zz", "Z"]
-
-
-def shards_of(passages: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
-    return [(start, passages[start : start + size]) for start in range(0, len(passages), size)]
 
 
 def ranking(scores: np.ndarray, ids: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,11 +35,6 @@ def exact_oracle(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: i
 def oracle(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
     """Every product in float64; equal float32 scores by the bytes of the id, descending, as trec_eval sorts them."""
     return ranking((queries.astype(np.float64) @ passages.astype(np.float64).T).astype(np.float32), ids, k)
-
-
-def same_bits(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:
-    np.testing.assert_array_equal(found[1], expected[1])
-    np.testing.assert_array_equal(found[0].view(np.int32), expected[0].view(np.int32))
 
 
 @settings(max_examples=150, deadline=None)
@@ -319,43 +311,3 @@ def test_progress_counts_every_row(rng) -> None:
     seen: list[int] = []
     exact.search(passages[:1], shards_of(passages, 6), list("abcdefghij"), 2, block_rows=4, progress=seen.append)
     assert seen == [4, 4, 2]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["whole numbers", "real numbers", "normalised", "collapsed", "huge"])
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("window", [2**14, 2**30])
-def test_the_gpu_finds_the_same_bits_as_the_cpu(rng, monkeypatch, kind: str, dtype: type, window: int) -> None:
-    monkeypatch.setitem(windows.WINDOW_BYTES, "cuda", window)
-    passages = rng.standard_normal((5000, 48)).astype(np.float32)
-    queries = rng.standard_normal((50, 48)).astype(np.float32)
-    if kind == "whole numbers":
-        passages, queries = np.round(passages), np.round(queries)
-    elif kind == "normalised":
-        passages /= np.linalg.norm(passages, axis=1, keepdims=True)
-    elif kind == "collapsed":
-        passages = 1 + 1e-3 * passages
-    elif kind == "huge":
-        passages *= 1e4 if dtype == np.float16 else 1e20
-    passages = passages.astype(dtype)
-    ids = [f"d{n}" for n in rng.permutation(5000)]
-    shards = shards_of(passages, 1300)
-    expected = exact.search(queries, shards, ids, 100, block_rows=700)
-    same_bits(exact.search(queries, shards, ids, 100, block_rows=700, device="cuda"), expected)
-    there = [(first, torch.from_numpy(vectors).cuda()) for first, vectors in shards]
-    same_bits(exact.search(queries, there, ids, 100, device="cuda"), expected)
-
-
-@pytest.mark.gpu
-def test_a_fault_found_on_the_gpu_is_reported_and_the_next_search_works(rng) -> None:
-    passages = rng.standard_normal((40000, 32)).astype(np.float32)
-    ids = [f"d{n}" for n in range(40000)]
-    bad = passages.copy()
-    bad[30000, 3] = np.nan
-    with pytest.raises(InputError, match="row 30000, passage 'd30000': expected a finite vector"):
-        exact.search(passages[:5], shards_of(bad, 7000), ids, 10, device="cuda")
-    with pytest.raises(ValueError, match="shards: expected"):
-        exact.search(passages[:5], [(0, passages), (1, passages)], ids, 10, device="cuda")
-    shards = shards_of(passages, 7000)
-    expected = exact.search(passages[:5], shards, ids, 10)
-    same_bits(exact.search(passages[:5], shards, ids, 10, device="cuda"), expected)
