@@ -1,0 +1,1 @@
+"""Image-text models judged without training on the task: classification by prompts, retrieval in both directions."""

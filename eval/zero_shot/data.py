@@ -1,0 +1,145 @@
+"""Image sets to be judged on: what a sample is, and which layout a path holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from index.files import InputError
+from index.records import open_text
+
+Task = Literal["classification", "multilabel", "retrieval"]
+
+CLASS_NAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+DATASET_TYPE = "dataset_type.txt"
+OWN_TEMPLATES = Path(__file__).resolve().parent.parent / "templates" / "prompts.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageAt:
+    """Where the bytes of an image lie: a file, or a part of a tar."""
+
+    path: Path
+    name: str
+    """What it is called in the set: the path within a folder, or that within a tar after the tar's."""
+    offset: int = 0
+    size: int | None = None
+    """Bytes from `offset`; none: all that follow."""
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            InputError: the file is not there.
+        """
+        try:
+            with open(self.path, "rb") as stream:
+                stream.seek(self.offset)
+                return stream.read(-1 if self.size is None else self.size)
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: no such file") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image with what is known of it."""
+
+    image: ImageAt
+    labels: tuple[int, ...] = ()
+    """Numbers of its classes: one, or any number where the task is multilabel."""
+    captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ZeroShotSet:
+    """A set of images with classes or captions."""
+
+    name: str
+    path: Path
+    layout: Literal["folder", "webdataset", "table"]
+    task: Task
+    samples: list[Sample]
+    """Every image, in the order of the set."""
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    """Prompts for a class, with {c} or {} for its name; those of the project where the set has none."""
+    own_templates: bool = False
+    """Whether the prompts came with the set."""
+
+    def sha256(self, progress: Callable[[int], None] | None = None) -> str:
+        """Of all that a score depends on: images, labels, captions, classes and prompts."""
+        digest = hashlib.sha256(json.dumps([self.task, self.classes, self.templates]).encode())
+        for sample in self.samples:
+            known = json.dumps([sample.image.name, sample.labels, sample.captions])
+            digest.update(f"{known}{hashlib.sha256(sample.image.read()).hexdigest()}".encode())
+            if progress is not None:
+                progress(1)
+        return digest.hexdigest()
+
+
+def open_set(path: Path, split: str = "test") -> ZeroShotSet:
+    """Find out which layout `path` holds, and read what describes the set.
+
+    A file is a table of images; a folder with tars, or with nshards.txt, is a webdataset; any other holds a folder of
+    images for each class. In a folder, the one named after the split is taken where there is one.
+
+    Raises:
+        InputError: it holds none of them, or what it says of itself is wrong.
+    """
+    from eval.zero_shot.layouts import open_image_folder, open_webdataset
+    from eval.zero_shot.tables import open_table
+
+    if path.is_file():
+        found = open_table(path)
+    elif not path.is_dir():
+        raise InputError(f"{path}: no such file or folder")
+    else:
+        base = path / split if (path / split).is_dir() else path
+        packed = (base / "nshards.txt").is_file() or any(base.glob("*.tar"))
+        found = open_webdataset(path, base) if packed else open_image_folder(path, base)
+    if not found.samples or (found.task == "retrieval" and not any(sample.captions for sample in found.samples)):
+        raise InputError(f"{path}: expected images{' with captions' if found.samples else ''}, found none")
+    return found
+
+
+def read_lines(path: Path) -> tuple[str, ...]:
+    """The lines of a text file, without white space around them, up to the last that holds any.
+
+    Raises:
+        InputError: it is missing, no UTF-8, empty, or a line within it is.
+    """
+    with open_text(path) as stream:
+        try:
+            lines = [line.strip() for line in stream.read().rstrip().splitlines()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: expected UTF-8, found: {error}") from None
+    if not any(lines):
+        raise InputError(f"{path}: expected a line or more, found none")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            raise InputError(f"{path}:{number}: expected text, found an empty line")
+    return tuple(lines)
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Prompts, one a line, each with {c} or {} where the name of the class stands.
+
+    Raises:
+        InputError: as `read_lines`, or a line has no place for the name.
+    """
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        if "{c}" not in line and "{}" not in line:
+            raise InputError(f"{path}:{number}: expected a prompt with {{c}} in it, found {line!r:.60}")
+    return lines
+
+
+def templates_of(folder: Path) -> tuple[tuple[str, ...], bool]:
+    """The prompts that lie beside a set, or those of the project; and whether they are the set's."""
+    own = folder / TEMPLATES
+    return (read_templates(own), True) if own.is_file() else (read_templates(OWN_TEMPLATES), False)

@@ -1,0 +1,193 @@
+"""Sets in folders: a folder of images for each class, and webdataset tars in the layout of CLIP_benchmark."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from eval.zero_shot.data import (
+    CLASS_NAMES,
+    DATASET_TYPE,
+    ImageAt,
+    Sample,
+    Task,
+    ZeroShotSet,
+    read_lines,
+    templates_of,
+)
+from index.files import InputError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PACKED_IMAGES = ("jpg", "jpeg", "png", "webp")
+# Larger members that are no images are no labels or captions either.
+MOST_BYTES = 2**24
+
+TASKS: dict[str, tuple[Task, str]] = {
+    "classification": ("classification", "cls"),
+    "multilabel": ("multilabel", "npy"),
+    "retrieval": ("retrieval", "txt"),
+}
+
+
+def open_image_folder(path: Path, base: Path) -> ZeroShotSet:
+    """BASE/CLASS/….jpg: the classes are the folders, sorted by name; classnames.txt may name them otherwise.
+
+    Raises:
+        InputError: there are no such folders, one has no image, or classnames.txt has another number of lines.
+    """
+    folders = sorted(entry for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files = [_images_in(folder) for folder in folders]
+    if not folders:
+        raise InputError(f"{base}: expected .tar files, or a folder of images for each class, found neither")
+    for folder, found in zip(folders, files, strict=True):
+        if not found:
+            raise InputError(f"{folder}: expected images ({', '.join(IMAGES)}), found none")
+    classes = tuple(folder.name.replace("_", " ") for folder in folders)
+    if (names := _beside(path, base, CLASS_NAMES)) is not None:
+        classes = read_lines(names)
+        if len(classes) != len(folders):
+            raise InputError(f"{names}: expected a line for each of {len(folders)} folders, found {len(classes)}")
+
+    samples = [
+        Sample(ImageAt(file, file.relative_to(base).as_posix()), labels=(label,))
+        for label, found in enumerate(files)
+        for file in found
+    ]
+    templates, own = templates_of(path)
+    return ZeroShotSet(_name(path), path, "folder", "classification", samples, classes, templates, own)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
+
+
+def open_webdataset(path: Path, base: Path) -> ZeroShotSet:
+    """PATH/SPLIT/{0,1,…}.tar of KEY.jpg|png|webp with KEY.cls, KEY.npy or KEY.txt, as CLIP_benchmark reads it.
+
+    dataset_type.txt says which: classification (KEY.cls is the number of a line in classnames.txt, from 0; also where
+    there is no such file), multilabel (KEY.npy is a vector of 0 and 1) or retrieval (KEY.txt has a caption a line).
+
+    Raises:
+        InputError: a file that describes the set is missing or wrong, or a tar is not there.
+    """
+    kind = "classification"
+    if (described := _beside(path, base, DATASET_TYPE)) is not None:
+        (kind,) = read_lines(described)[:1]
+        if kind.lower() not in TASKS:
+            raise InputError(f"{described}:1: expected {', '.join(TASKS)}, found {kind!r:.60}")
+    task, label = TASKS[kind.lower()]
+    shards = _shards(base)
+    if task == "retrieval":
+        samples = [Sample(at, captions=_captions(text, place)) for at, text, place in _members(shards, base, label)]
+        return ZeroShotSet(_name(path), path, "webdataset", task, samples)
+    names = _beside(path, base, CLASS_NAMES)
+    if names is None:
+        raise InputError(f"{path / CLASS_NAMES}: no such file; expected the name of a class on each line")
+    classes = read_lines(names)
+    read: Callable[[bytes, str, int], tuple[int, ...]] = _class if task == "classification" else _multi_hot
+    members = _members(shards, base, label)
+    samples = [Sample(image, labels=read(text, place, len(classes))) for image, text, place in members]
+    templates, own = templates_of(path)
+    return ZeroShotSet(_name(path), path, "webdataset", task, samples, classes, templates, own)
+
+
+def _shards(base: Path) -> list[Path]:
+    listed = base / "nshards.txt"
+    if not listed.is_file():
+        return sorted(base.glob("*.tar"), key=lambda path: [int(p) if p.isdigit() else p for p in _pieces(path.name)])
+    text = read_lines(listed)[0]
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 10**6):
+        raise InputError(f"{listed}:1: expected the number of tars, found {text!r:.60}")
+    shards = [base / f"{number}.tar" for number in range(int(text))]
+    for shard in shards:
+        if not shard.is_file():
+            raise InputError(f"{shard}: no such file; expected {text} tars, as {listed.name} says")
+    return shards
+
+
+def _pieces(name: str) -> list[str]:
+    return re.split(r"(\d+)", name)
+
+
+def _members(shards: list[Path], base: Path, label: str) -> Iterator[tuple[ImageAt, bytes, str]]:
+    """(image, content of the member with the extension `label`, place for errors) of each sample."""
+    for shard in shards:
+        name = shard.relative_to(base).as_posix()
+        for key, members in _groups(shard):
+            place = f"{shard}: {key}"
+            image = next((members[kind] for kind in PACKED_IMAGES if kind in members), None)
+            if image is None or label not in members:
+                wanted = f".{label}" if image is not None else "|".join(PACKED_IMAGES)
+                found = ", ".join(f".{kind}" for kind in members)
+                raise InputError(f"{place}: expected a member {wanted}, found {found}")
+            entry = members[label]
+            if entry.size > MOST_BYTES:
+                raise InputError(f"{place}.{label}: expected at most {MOST_BYTES} bytes, found {entry.size}")
+            text = ImageAt(shard, "", entry.offset_data, entry.size).read()
+            yield ImageAt(shard, f"{name}/{image.name}", image.offset_data, image.size), text, f"{place}.{label}"
+
+
+def _groups(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Neighbouring members of the same name up to the first point after the last slash, by their extensions."""
+    group: dict[str, tarfile.TarInfo] = {}
+    last = ""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    continue
+                folder, slash, file = member.name.rpartition("/")
+                stem, point, kind = file.partition(".")
+                if not point or not stem:
+                    continue
+                key = f"{folder}{slash}{stem}"
+                if key != last and group:
+                    yield last, group
+                    group = {}
+                last = key
+                group[kind.lower()] = member
+                # tarfile remembers every member that it has passed.
+                tar.members = []  # type: ignore[attr-defined]
+    except (tarfile.TarError, EOFError) as error:
+        raise InputError(f"{shard}: cannot be read as tar: {error}") from None
+    if group:
+        yield last, group
+
+
+def _class(content: bytes, place: str, classes: int) -> tuple[int, ...]:
+    text = content.decode("ascii", "replace").strip()
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < classes):
+        raise InputError(f"{place}: expected a number from 0 to {classes - 1}, found {text!r:.60}")
+    return (int(text),)
+
+
+def _multi_hot(content: bytes, place: str, classes: int) -> tuple[int, ...]:
+    try:
+        values = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{place}: expected an array in npy format, found: {error}") from None
+    if values.shape != (classes,) or not np.isin(values, (0, 1)).all():
+        raise InputError(f"{place}: expected {classes} values of 0 or 1, found {values.dtype} {values.shape}")
+    return tuple(np.flatnonzero(values).tolist())
+
+
+def _captions(content: bytes, place: str) -> tuple[str, ...]:
+    try:
+        lines = content.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: expected UTF-8, found: {error}") from None
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _beside(path: Path, base: Path, name: str) -> Path | None:
+    """A file that describes the set, in its folder or in that of the split."""
+    return next((folder / name for folder in (path, base) if (folder / name).is_file()), None)
+
+
+def _name(path: Path) -> str:
+    return path.resolve().name

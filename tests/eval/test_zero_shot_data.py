@@ -1,0 +1,205 @@
+"""Image sets are read alike from every layout, and what is wrong in one is said with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from zero_shot_sets import (
+    COLOURS,
+    embed_images,
+    embed_texts,
+    picture,
+    write_folder,
+    write_table,
+    write_tar,
+    write_webdataset,
+)
+
+from eval.zero_shot.classification import Classification
+from eval.zero_shot.data import ZeroShotSet, open_set
+from eval.zero_shot.evaluate import Evaluated, embed_set, score
+from eval.zero_shot.retrieval import Retrieval
+from index.files import InputError
+
+
+def evaluated(dataset: ZeroShotSet, store: Path, embed=embed_images) -> Evaluated:
+    images = embed_set(dataset, embed, store, dim=3, model={"sha256": "m"}, source={"data": dataset.sha256()})
+    return score(dataset, images, embed_texts, sha256=dataset.sha256())
+
+
+def test_three_layouts_of_the_same_images_score_alike(tmp_path: Path) -> None:
+    folder, packed = write_folder(tmp_path / "folder"), write_webdataset(tmp_path / "packed")
+    names = sorted(COLOURS)
+    rows = [{"image": f"folder/{name}/{n}.png", "label": name} for name in names for n in range(3)]
+    table = write_table(tmp_path / "table.jsonl", rows)
+    for number, path in enumerate((folder, packed, table)):
+        dataset = open_set(path)
+        assert sorted(dataset.classes) == names
+        result = evaluated(dataset, tmp_path / f"store{number}").result
+        assert isinstance(result, Classification)
+        assert result.measures["acc1"] == 1.0
+        assert [row.images for row in result.per_class] == [3, 3, 3, 3]
+
+
+def test_a_split_folder_and_names_beside_it_are_found(tmp_path: Path) -> None:
+    write_folder(tmp_path / "set" / "test")
+    (tmp_path / "set" / "classnames.txt").write_text("blue one\ngreen one\ngrey one\nred one\n")
+    (tmp_path / "set" / "zeroshot_classification_templates.txt").write_text("the {c}\n")
+    dataset = open_set(tmp_path / "set")
+    assert dataset.classes[0] == "blue one"
+    assert (dataset.templates, dataset.own_templates) == (("the {c}",), True)
+    assert dataset.samples[0].image.name == "blue/0.png"
+
+
+def test_a_set_without_prompts_gets_those_of_the_project(tmp_path: Path) -> None:
+    dataset = open_set(write_folder(tmp_path / "set"))
+    assert not dataset.own_templates
+    assert len(dataset.templates) > 1
+    assert all("{c}" in template for template in dataset.templates)
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "retrieval"])
+def test_webdatasets_of_other_types(kind: str, tmp_path: Path) -> None:
+    result = evaluated(open_set(write_webdataset(tmp_path / "set", kind)), tmp_path / "store").result
+    if kind == "multilabel":
+        assert isinstance(result, Classification)
+        assert result.measures == {"mean_average_precision": 1.0}
+    else:
+        assert isinstance(result, Retrieval)
+        assert len(result.image_ranks) == 24
+        assert result.measures["image_retrieval_recall@5"] == 1.0
+
+
+def test_rows_of_one_image_are_one_image_with_all_captions(tmp_path: Path) -> None:
+    write_folder(tmp_path / "set")
+    rows = [
+        {"image": "set/red/0.png", "captions": ["red", "a red thing"]},
+        {"image": "set/blue/0.png", "captions": "blue"},
+        {"image": "set/red/0.png", "captions": ["so red"]},
+    ]
+    dataset = open_set(write_table(tmp_path / "captions.jsonl", rows))
+    assert dataset.task == "retrieval"
+    assert [sample.captions for sample in dataset.samples] == [("red", "a red thing", "so red"), ("blue",)]
+
+
+def test_lists_of_labels_make_the_task_multilabel(tmp_path: Path) -> None:
+    write_folder(tmp_path / "set")
+    rows = [{"image": "set/red/0.png", "labels": ["red", "warm"]}, {"image": "set/blue/0.png", "labels": []}]
+    dataset = open_set(write_table(tmp_path / "set.jsonl", rows))
+    assert dataset.task == "multilabel"
+    assert [sample.labels for sample in dataset.samples] == [(0, 1), ()]
+
+
+def test_broken_images_are_named_and_left_out(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set")
+    (folder / "red" / "1.png").write_bytes(picture((1, 2, 3))[:40])
+    (folder / "blue" / "x.jpg").write_bytes(b"no picture")
+    found = evaluated(open_set(folder), tmp_path / "store")
+    assert list(found.images.broken) == ["blue/x.jpg", "red/1.png"]
+    assert len(found.images.samples) == len(found.images.vectors) == 11
+    assert isinstance(found.result, Classification)
+    assert found.result.measures["acc1"] == 1.0
+
+
+def test_a_set_of_broken_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "set" / "red").mkdir(parents=True)
+    (tmp_path / "set" / "red" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"found none that can be read; the first, red/a\.png"):
+        evaluated(open_set(tmp_path / "set"), tmp_path / "store")
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.zero_shot.evaluate.SHARD_ROWS", 4)
+    monkeypatch.setattr("eval.zero_shot.evaluate.IMAGES_AT_ONCE", 2)
+    folder = write_folder(tmp_path / "set")
+    (folder / "blue" / "1.png").write_bytes(b"no picture")
+    dataset = open_set(folder)
+    seen: list[str] = []
+
+    def embed(images, most: int = 10**9):
+        if len(seen) + len(images) > most:
+            raise KeyboardInterrupt
+        seen.extend(image.name for image in images)
+        return embed_images(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(dataset, tmp_path / "store", lambda images: embed(images, most=6))
+    seen.clear()
+    resumed = evaluated(dataset, tmp_path / "store", embed)
+    assert seen == [sample.image.name for sample in dataset.samples[4:]]
+    whole = evaluated(dataset, tmp_path / "whole")
+    assert np.array_equal(resumed.images.vectors, whole.images.vectors)
+    assert resumed.images.broken == whole.images.broken
+    seen.clear()
+    evaluated(dataset, tmp_path / "store", embed)
+    assert seen == []
+
+
+def test_another_image_under_the_same_name_is_another_set(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set")
+    before = open_set(folder).sha256()
+    assert open_set(folder).sha256() == before
+    (folder / "red" / "0.png").write_bytes(picture((1, 2, 3)))
+    assert open_set(folder).sha256() != before
+
+
+def broken_sets(root: Path) -> dict[str, tuple[Path, str]]:
+    """What is wrong -> (the set, what the error says)."""
+    cases: dict[str, tuple[Path, str]] = {"nothing there": (root / "none", r"none: no such file or folder")}
+    (root / "empty").mkdir()
+    cases["empty folder"] = (root / "empty", r"empty: expected \.tar files, or a folder of images for each class")
+    (root / "bare" / "cat").mkdir(parents=True)
+    cases["class without images"] = (root / "bare", r"cat: expected images \(\.jpg")
+
+    wrong = write_folder(root / "names")
+    (wrong / "classnames.txt").write_text("one\ntwo\n")
+    cases["class names"] = (wrong, r"classnames\.txt: expected a line for each of 4 folders, found 2")
+    prompts = write_folder(root / "prompts")
+    (prompts / "zeroshot_classification_templates.txt").write_text("a {c}\na cat\n")
+    cases["prompt"] = (prompts, r"templates\.txt:2: expected a prompt with \{c\} in it, found 'a cat'")
+
+    def packed(name: str, members: dict[str, bytes | str] | None = None, **files: str) -> Path:
+        folder = write_webdataset(root / name)
+        if members is not None:
+            write_tar(folder / "test" / "0.tar", members)
+        for file, text in files.items():
+            (folder / file.replace("__", "/")).with_suffix(".txt").write_text(text)
+        return folder
+
+    image = picture((1, 2, 3))
+    cases["label"] = (packed("label", {"a.png": image, "a.cls": "9"}), r"0\.tar: a\.cls: expected a number from 0 to 3")
+    cases["no label"] = (packed("lost", {"a.png": image, "a.json": "{}"}), r"a: expected a member \.cls, found \.png, ")
+    cases["no image"] = (packed("blind", {"a.gif": image, "a.cls": "1"}), r"expected a member jpg\|jpeg\|png\|webp")
+    cases["shards"] = (packed("shards", test__nshards="3"), r"2\.tar: no such file; expected 3 tars")
+    cases["count"] = (packed("count", test__nshards="two"), r"nshards\.txt:1: expected the number of tars, found 'two'")
+    cases["type"] = (packed("type", dataset_type="poetry"), r"dataset_type\.txt:1: expected classification, multi")
+    cases["gap"] = (packed("gap", classnames="a\n\nb\n"), r"classnames\.txt:2: expected text, found an empty line")
+    cut = packed("cut")
+    (cut / "test" / "1.tar").write_bytes((cut / "test" / "1.tar").read_bytes()[:700])
+    cases["cut short"] = (cut, r"1\.tar: cannot be read as tar")
+    vector = write_webdataset(root / "vector", "multilabel")
+    write_tar(vector / "test" / "1.tar", {"a.png": image, "a.npy": b"no array"})
+    cases["no array"] = (vector, r"1\.tar: a\.npy: expected an array in npy format")
+
+    def table(name: str, *lines: object) -> Path:
+        path = root / f"{name}.jsonl"
+        path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+        return path
+
+    good = {"image": "names/red/0.png", "label": "red"}
+    cases["no json"] = (table("t1", good, "{"), r"t1\.jsonl:2: expected JSON")
+    cases["no column"] = (table("t2", {"image": "a.png"}), r"t2\.jsonl:1: expected a column 'label' or")
+    cases["no file"] = (table("t3", good, {"image": "gone.png", "label": "red"}), r"t3\.jsonl:2: .*found no file")
+    cases["wrong type"] = (table("t4", {**good, "label": 1.5}), r"t4\.jsonl:1: expected text or a list of texts")
+    cases["empty table"] = (table("t5"), r"t5\.jsonl: expected images, found none")
+    return cases
+
+
+def test_what_is_wrong_is_said_in_one_line_with_its_place(tmp_path: Path) -> None:
+    for what, (path, message) in broken_sets(tmp_path).items():
+        with pytest.raises(InputError, match=message) as caught:
+            open_set(path)
+        assert "\n" not in str(caught.value), what
