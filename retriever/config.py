@@ -16,6 +16,7 @@ from tyro.conf import Suppress
 
 from index.files import InputError, atomic_path
 from retriever.data.sources import SourceConfig
+from retriever.images.config import ImageConfig, ImageSource
 
 
 class ConfigError(InputError):
@@ -48,6 +49,7 @@ class ModelConfig:
     """Text before every query, saved with the model; empty keeps the folder's."""
     passage_prompt: str | None = None
     """Text before every passage, saved with the model; empty keeps the folder's."""
+    image: ImageConfig = field(default_factory=ImageConfig)
 
     def __post_init__(self) -> None:
         _check_least(self, "model.", 1, "projection", "max_length")
@@ -61,6 +63,8 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = ()
     """The sources; each batch is drawn from one of them, chosen by weight."""
+    images: tuple[ImageSource, ...] = ()
+    """Sources of pictures with captions instead, for a model with an image tower."""
     negatives: int = 0
     """Hard negatives a query, from the sources' `negatives` columns."""
     workers: int = 1

@@ -25,7 +25,7 @@ UNLIMITED = 2**31
 
 # The loaders of transformers raise all of these for folders that are incomplete or of another kind, and for
 # configurations that no model can have.
-_FAULTS = (
+LOAD_FAULTS = (
     OSError,
     ValueError,
     LookupError,
@@ -67,7 +67,7 @@ def load_model(path: str, pooling: str | None = None) -> SentenceTransformer:
         _check_folder(folder)
     elif folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
         raise InputError(f"{path}: no such model folder")
-    _without_bars()
+    without_bars()
     # fp32 whatever the file holds: training in bf16 weights loses small updates, and encoding chooses by autocast.
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     try:
@@ -78,11 +78,11 @@ def load_model(path: str, pooling: str | None = None) -> SentenceTransformer:
             model = SentenceTransformer(modules=[transformer, Pooling(width, pooling or "mean")], device="cpu")
         else:
             model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs)
-    except (*_FAULTS, StrictDataclassError) as error:
+    except (*LOAD_FAULTS, StrictDataclassError) as error:
         what = "cannot be loaded as a text model" if folder.is_dir() else "no such folder, and no such model on the hub"
-        raise InputError(f"{path}: {what}: {_one_line(error)}") from error
+        raise InputError(f"{path}: {what}: {one_line(error)}") from error
     for transformer in set(text_towers(model, path).values()):
-        _settle_tokenizer(transformer, path)
+        settle_tokenizer(transformer, path)
     _cut_by_module(model)
     return model
 
@@ -167,11 +167,13 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
     if kind not in kinds:
         near = ", ".join(difflib.get_close_matches(str(kind), kinds)) or "bert, roberta, modernbert"
         raise ConfigError(f"model.architecture: cannot be built: no model_type {kind!r}; near it: {near}")
-    _without_bars()
+    without_bars()
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    except _FAULTS as error:
-        raise InputError(f"model.tokenizer: {config.tokenizer}: cannot be loaded: {_one_line(error)}") from error
+    except LOAD_FAULTS as error:
+        raise InputError(f"model.tokenizer: {config.tokenizer}: cannot be loaded: {one_line(error)}") from error
+    # A tokenizer out of a model of pictures and texts would be loaded with an image processor, which is not here.
+    tokenizer._processor_class = tokenizer.init_kwargs["processor_class"] = None
     # Some families lay a tokenizer of their own, with tokens of its own, over the one that stands beside them.
     with writing_weights(folder):
         AutoConfig.for_model(kind).save_pretrained(folder)
@@ -186,8 +188,8 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
         if settings.vocab_size < len(tokenizer):
             raise ConfigError(f"vocab_size: expected at least the tokenizer's {len(tokenizer)}")
         model = AutoModel.from_config(settings)
-    except (*_FAULTS, StrictDataclassError) as error:
-        raise ConfigError(f"model.architecture: cannot be built: {_one_line(error)}") from error
+    except (*LOAD_FAULTS, StrictDataclassError) as error:
+        raise ConfigError(f"model.architecture: cannot be built: {one_line(error)}") from error
     with writing_weights(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -201,7 +203,7 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: the model folder has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}")
 
 
-def _settle_tokenizer(transformer: Any, path: str) -> None:
+def settle_tokenizer(transformer: Any, path: str) -> None:
     """Give the tokenizer what embeddings that do not depend on their neighbours need; saved with the model."""
     tokenizer = transformer.tokenizer
     # Absolute positions (GPT-2) count the padding on the left; with it on the right, every family agrees.
@@ -230,13 +232,13 @@ def _cut_by_module(model: SentenceTransformer) -> None:
         model.append(Dense(width, kept, bias=False, activation_function=nn.Identity(), init_weight=cut))
 
 
-def _without_bars() -> None:
+def without_bars() -> None:
     """Keep transformers from drawing progress bars, which would break up the one that the commands draw."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message of an error of transformers, which likes many lines, as one of at most 300 letters."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -82,3 +82,15 @@ class TextTokenizer:
         input_ids = np.full(mask.shape, self.tokenizer.pad_token_id, dtype=np.int64)
         input_ids[mask] = texts.ids[(starts[:, None] + columns)[mask]]
         return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+
+@dataclass(frozen=True)
+class FixedLengthTokenizer(TextTokenizer):
+    """For towers that were trained on texts padded to their longest length and read the padding like text (SigLIP)."""
+
+    def pad(self, texts: TokenizedTexts, rows: np.ndarray) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` (all ones), int64 [rows, max_length]."""
+        ids = super().pad(texts, rows)["input_ids"]
+        assert self.max_length is not None
+        ids = torch.nn.functional.pad(ids, (0, self.max_length - ids.shape[1]), value=self.tokenizer.pad_token_id)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,0 +1,1 @@
+"""Images beside texts: transforms, image towers, and pairs of an image and its captions."""

@@ -1,0 +1,278 @@
+"""The image tower and the text tower: pictures and texts in, embeddings of one space out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from retriever.config import ConfigError, ModelConfig
+from retriever.device import autocast, choose_micro_batch_tokens
+from retriever.encode import EncodeOptions, embed_texts
+from retriever.images.folder import (
+    image_processor,
+    is_image_text_folder,
+    join_encoders,
+    load_image_text_model,
+    reads_fixed_length,
+    routes,
+)
+from retriever.images.patch_dropout import PatchDropout
+from retriever.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, ImageTransform, open_image
+from retriever.model_folder import Side
+from retriever.tokens import FixedLengthTokenizer, TextTokenizer
+from retriever.towers import Towers, _without_provenance
+from retriever.weights import writing_weights
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Picture = Image.Image | Path | str
+Progress = Callable[[int], None] | None
+
+
+class _TextTower(Towers):
+    """The text half of a model, as towers of texts that both sides share."""
+
+    def tokenizer(self, side: Side) -> TextTokenizer:
+        transformer = self._transformer(side)
+        plain = super().tokenizer(side)
+        if reads_fixed_length(transformer):
+            return FixedLengthTokenizer(plain.tokenizer, plain.max_length)
+        return plain
+
+
+class ImageTextTowers(nn.Module):
+    """A tower for pictures and one for texts, held and saved as one sentence-transformers model.
+
+    Called with a side like `Towers`, it embeds texts; `image_features` and `image_head` embed pictures.
+    """
+
+    def __init__(self, model: SentenceTransformer):
+        from sentence_transformers import SentenceTransformer
+
+        super().__init__()
+        self.model = model
+        text, image = routes(model)
+        self.transform = ImageTransform.of_processor(image_processor(image[0]))
+        # Held apart from the modules of this one: the two share every weight.
+        self._views = (
+            _TextTower(
+                SentenceTransformer(
+                    modules=text,
+                    device="cpu",
+                    prompts={name: prompt or "" for name, prompt in model.prompts.items()},
+                    similarity_fn_name="cosine",
+                )
+            ),
+        )
+        self._image = tuple(image)
+        # Projection and normalisation; what stands before them is the encoder, which a run may lock.
+        self._image_trunk = next(i for i, m in enumerate(image) if type(m).__name__ in ("Dense", "Normalize"))
+
+    @property
+    def texts(self) -> Towers:
+        """The text tower alone; it shares its weights with this model."""
+        return self._views[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dimension(self) -> int:
+        """Length of an embedding."""
+        return self.texts.dimension
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that a picture is to the image tower: its patches and the class token, where there is one."""
+        patch = _vision_settings(self._image[0].auto_model.config).patch_size
+        return (self.transform.size[0] // patch) * (self.transform.size[1] // patch) + 1
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """What the image encoder makes of uint8 pixels [batch, 3, height, width], before its projection."""
+        features: dict[str, Any] = {"pixel_values": self.transform.normalised(pixels), "modality": "image"}
+        for module in self._image[: self._image_trunk]:
+            features = module(features)
+        return features["sentence_embedding"]
+
+    def image_head(self, features: Tensor) -> Tensor:
+        """Embeddings [batch, dimension] of unit length, fp32, from what `image_features` gave."""
+        state: dict[str, Any] = {"sentence_embedding": features, "modality": "image"}
+        for module in self._image[self._image_trunk :]:
+            state = module(state)
+        return state["sentence_embedding"].float()
+
+    def forward(self, features: dict[str, Tensor], side: Side = "document") -> Tensor:
+        """Embeddings [batch, dimension] of unit length: of pictures, where there are `pixels`, of texts otherwise."""
+        if "pixels" in features:
+            return self.image_head(self.image_features(features["pixels"]))
+        return self.texts(features, side)
+
+    def embed_images(self, images: Sequence[Picture], options: EncodeOptions, progress: Progress = None) -> np.ndarray:
+        """Embeddings of pictures, in their order: float32 [images, dimension], of unit length.
+
+        Args:
+            images: files, or pictures that Pillow has opened; decoded as they are needed.
+            options: arithmetic, and how many tokens (patches here) pass through at once.
+            progress: called with the number of pictures done since the last call.
+
+        Raises:
+            InputError: a file is missing, broken or too large; the message names it.
+        """
+        at_once = max(1, choose_micro_batch_tokens(options.micro_batch_tokens, self.device) // self.image_tokens)
+        embeddings = np.empty((len(images), self.dimension), dtype=np.float32)
+        done = 0
+        with torch.inference_mode(), autocast(self.device, options.precision):
+            for pixels in self._decoded(images, at_once):
+                vectors = self({"pixels": pixels.to(self.device)})
+                embeddings[done : done + len(vectors)] = vectors.cpu().numpy()
+                done += len(vectors)
+                if progress is not None:
+                    progress(len(vectors))
+        return embeddings
+
+    def embed_texts(self, texts: Sequence[str], options: EncodeOptions, progress: Progress = None) -> np.ndarray:
+        """Embeddings of texts, in their order: float32 [texts, dimension], of unit length."""
+        return embed_texts(self.texts, texts, "document", options, progress)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies the vectors: a sha256 over weights, configurations, tokenizer, transform and modules."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        tokenizer = self.texts.tokenizer("document")
+        digest.update(f"{self.texts.prompt('document')!r} {tokenizer.max_length} {tokenizer.settings()}\n".encode())
+        digest.update(json.dumps(asdict(self.transform), sort_keys=True).encode())
+        first_of_texts: Any = self.texts.model[0]
+        for transformer in (self._image[0], first_of_texts):
+            settings = _without_provenance(transformer.auto_model.config.to_dict())
+            digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        digest.update(repr(self.model).encode())
+        return {"sha256": digest.hexdigest()}
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Raises:
+            ConfigError: an encoder cannot.
+        """
+        self.texts.enable_gradient_checkpointing()
+        encoder = self._image[0].auto_model
+        newer = getattr(encoder, "activation_checkpointing_enable", None)
+        try:
+            (newer or encoder.gradient_checkpointing_enable)()
+        except ValueError as error:
+            raise ConfigError(f"gradient_checkpointing: {error}") from error
+
+    def set_statistics(self, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
+        """Normalise pixels by another mean and deviation, which the saved model then names."""
+        self.transform = self.transform.with_statistics(statistics)
+        processor = image_processor(self._image[0])
+        processor.image_mean, processor.image_std = map(list, statistics)
+
+    def lock(self, which: Literal["image", "text"]) -> None:
+        """Take the weights of one encoder, not of its projection, out of training.
+
+        Raises:
+            ConfigError: nothing would be left to train on the other side.
+        """
+        for module in self._encoder(which):
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> ImageTextTowers:
+        """Training mode, but for locked encoders: no dropout in what does not learn."""
+        super().train(mode)
+        for module in self.modules():
+            own = list(module.parameters(recurse=True))
+            if mode and own and not any(parameter.requires_grad for parameter in own):
+                module.eval()
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write a sentence-transformers model folder (safetensors) into an existing folder."""
+        with writing_weights(folder):
+            self.model.save(str(folder), create_model_card=False, safe_serialization=True)
+
+    def _encoder(self, which: Literal["image", "text"]) -> list[nn.Module]:
+        encoder = self._image[0].auto_model
+        if self._image[0] is not self.texts.model[0]:
+            return [self._image[0] if which == "image" else next(iter(self.texts.model))]
+        names = ("vision_model", "visual_projection") if which == "image" else ("text_model", "text_projection")
+        return [getattr(encoder, name) for name in names if hasattr(encoder, name)]
+
+    def _decoded(self, images: Sequence[Picture], at_once: int) -> Iterator[Tensor]:
+        """uint8 [n, 3, height, width] of each group of pictures; the next is decoded while one is embedded."""
+
+        def pixels(number: int) -> Tensor:
+            return self.transform.pixels(open_image(images[number], f"picture {number}"))
+
+        groups = [range(start, min(start + at_once, len(images))) for start in range(0, len(images), at_once)]
+        # Pillow lets other threads run while it decodes and resizes.
+        with ThreadPoolExecutor(len(psutil.Process().cpu_affinity() or [0])) as pool:
+            ahead = [pool.submit(pixels, number) for group in groups[:1] for number in group]
+            for place, _ in enumerate(groups):
+                now = ahead
+                ahead = [pool.submit(pixels, number) for group in groups[place + 1 : place + 2] for number in group]
+                try:
+                    yield torch.stack([work.result() for work in now])
+                finally:
+                    if any(work.done() and work.exception() for work in now):
+                        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def load_image_text_towers(path_or_name: str, device: torch.device | str = "cpu") -> ImageTextTowers:
+    """Load a folder or hub name with both towers for encoding, in evaluation mode and fp32.
+
+    A run's model folder, any sentence-transformers folder of this kind, or a CLIP, SigLIP or SigLIP 2 checkpoint of
+    transformers; the embeddings of these are transformers' own, scaled to unit length.
+
+    Raises:
+        InputError: there is no such model, or it does not embed pictures and texts.
+    """
+    return ImageTextTowers(load_image_text_model(path_or_name)).to(device).eval()
+
+
+def build_image_text_towers(config: ModelConfig) -> ImageTextTowers:
+    """Make the towers of a training run, on the CPU, in training mode and fp32.
+
+    Raises:
+        ConfigError: the configuration cannot be met.
+        InputError: an encoder cannot be loaded.
+    """
+    image = config.image
+    if config.name and config.architecture:
+        raise ConfigError("model: expected a text tower by model.name or by model.architecture, found both")
+    if config.name or config.architecture:
+        model = join_encoders(config)
+    elif is_image_text_folder(image.name):
+        model = load_image_text_model(image.name)
+    else:
+        raise ConfigError(
+            f"model: expected a text tower (model.name or model.architecture) beside the image tower {image.name}"
+        )
+    towers = ImageTextTowers(model)
+    if image.statistics != "processor":
+        towers.set_statistics(CLIP_STATISTICS if image.statistics == "clip" else IMAGENET_STATISTICS)
+    if image.lock != "none":
+        towers.lock(image.lock)
+    if image.patch_dropout:
+        PatchDropout(image.patch_dropout).attach(towers._image[0].auto_model)
+    return towers.train()
+
+
+def _vision_settings(config: Any) -> Any:
+    return getattr(config, "vision_config", config)

@@ -1,0 +1,120 @@
+"""Pictures drawn on the spot, and small models of pictures and texts with random weights."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+COLOURS = ("red", "green", "blue", "orange", "purple", "black", "gold", "cyan")
+SHAPES = ("circle", "square", "cross", "stripe")
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def draw(colour: str, shape: str, size: tuple[int, int] = (48, 40), shift: int = 0) -> Image.Image:
+    """A shape of one colour on white."""
+    picture = Image.new("RGB", size, "white")
+    pen, (width, height) = ImageDraw.Draw(picture), size
+    box = (8 + shift, 8, width - 8 + shift, height - 8)
+    if shape == "circle":
+        pen.ellipse(box, fill=colour)
+    elif shape == "square":
+        pen.rectangle(box, fill=colour)
+    elif shape == "cross":
+        pen.line(box, fill=colour, width=6)
+        pen.line((box[0], box[3], box[2], box[1]), fill=colour, width=6)
+    else:
+        pen.rectangle((0, height // 2 - 5 + shift, width, height // 2 + 5 + shift), fill=colour)
+    return picture
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture in which every pixel matters."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def pictures() -> list[Image.Image]:
+    """Of several shapes, smaller and larger than a tower's square."""
+    return [noise(60, 40), noise(40, 60, 1), noise(32, 32, 2), noise(90, 21, 3)]
+
+
+def letter_tokenizer() -> Any:
+    """A tokenizer of single letters, with CLIP's kind of special tokens."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = string.ascii_lowercase + string.digits
+    special = ["<pad>", "<unk>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *letters, *(f"##{letter}" for letter in letters)])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="<s>", sep_token="</s>", model_max_length=16, **names
+    )
+
+
+def save_checkpoint(kind: str, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """A whole CLIP or SigLIP checkpoint as transformers saves it; returns model, processor, and how it pads texts."""
+    import transformers
+
+    tokenizer = letter_tokenizer()
+    ids = {"eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0}
+    text = {**SMALL, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    padding: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 16}
+    if kind == "clip":
+        settings = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+        model = transformers.CLIPModel(settings)
+        crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+        processor = transformers.CLIPProcessor(transformers.CLIPImageProcessor(**crop), tokenizer)
+    elif kind == "siglip":
+        settings = transformers.SiglipConfig(text_config={**text, "projection_size": 32}, vision_config=vision)
+        model = transformers.SiglipModel(settings)
+        images = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+        processor = transformers.SiglipProcessor(images, tokenizer)
+        padding = {"padding": "max_length", "truncation": True, "max_length": 16, "return_attention_mask": False}
+    else:
+        vision = {**SMALL, "patch_size": 8, "num_patches": 16}
+        settings = transformers.Siglip2Config(text_config={**text, "projection_size": 32}, vision_config=vision)
+        model = transformers.Siglip2Model(settings)
+        images = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+        processor = transformers.Siglip2Processor(images, tokenizer)
+        padding = {"padding": "max_length", "truncation": True, "max_length": 16, "return_attention_mask": False}
+    with torch.no_grad():
+        # Larger than transformers begins with, so that embeddings differ from one another.
+        chance = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=chance))
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor, padding
+
+
+def save_vision_encoder(kind: str, folder: Path) -> Path:
+    """A ViT or DINOv2 with random weights, and its image processor."""
+    import transformers
+
+    if kind == "vit":
+        transformers.ViTModel(transformers.ViTConfig(**SMALL, image_size=32, patch_size=8)).save_pretrained(folder)
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    else:
+        settings = {key: value for key, value in SMALL.items() if key != "intermediate_size"}
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**settings, image_size=32, patch_size=8))
+        model.save_pretrained(folder)
+        crop = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+        transformers.BitImageProcessor(**crop).save_pretrained(folder)
+    return folder
+
+
+def differing_texts() -> list[str]:
+    """Short, empty, and longer than a tower reads."""
+    return ["a cat", "two dogs run", "", "a very long caption about nothing at all"]

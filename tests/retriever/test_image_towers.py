@@ -1,0 +1,181 @@
+"""Image and text towers give the embeddings of transformers and of the folder that they are saved to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_helpers import (
+    SMALL,
+    differing_texts,
+    letter_tokenizer,
+    noise,
+    pictures,
+    save_checkpoint,
+    save_vision_encoder,
+)
+
+from index.files import InputError
+from retriever.config import ConfigError, ModelConfig
+from retriever.encode import EncodeOptions
+from retriever.images.config import ImageConfig
+from retriever.images.folder import is_image_text_folder
+from retriever.images.towers import ImageTextTowers, build_image_text_towers, load_image_text_towers
+
+BERT = {"model_type": "bert", **SMALL, "max_position_embeddings": 16}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letter_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def pair(tokenizer: str, name: str, projection: int | None = 20, **image: Any) -> ModelConfig:
+    return ModelConfig(
+        architecture=BERT, tokenizer=tokenizer, projection=projection, image=ImageConfig(name=name, **image)
+    )
+
+
+def saved(towers: ImageTextTowers, folder: Path) -> Path:
+    folder.mkdir()
+    towers.save(folder)
+    return folder
+
+
+def embeddings(towers: ImageTextTowers) -> tuple[np.ndarray, np.ndarray]:
+    # One token at a time is one picture or text at a time.
+    images = towers.embed_images(pictures(), EncodeOptions(micro_batch_tokens=40))
+    return images, towers.embed_texts(differing_texts(), EncodeOptions())
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_whole_checkpoints_give_the_embeddings_of_transformers(kind: str, tmp_path: Path) -> None:
+    model, processor, padding = save_checkpoint(kind, tmp_path / kind)
+    towers = load_image_text_towers(str(tmp_path / kind))
+    images, texts = embeddings(towers)
+    with torch.no_grad():
+        pixels = processor(images=pictures(), return_tensors="pt")
+        ids = processor.tokenizer(differing_texts(), return_tensors="pt", return_token_type_ids=False, **padding)
+        theirs = [model.get_image_features(**pixels).pooler_output, model.get_text_features(**ids).pooler_output]
+    for ours, other in zip((images, texts), theirs, strict=True):
+        expected = torch.nn.functional.normalize(other, dim=-1).numpy()
+        assert ours.dtype == np.float32 and np.ptp(expected, axis=0).mean() > 0.02
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "dinov2", "tiny", "half of clip", "half of siglip"])
+def test_sentence_transformers_encodes_a_saved_folder_alike(kind: str, tmp_path: Path, tokenizer: str) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "encoder"
+    if "clip" in kind or "siglip" in kind:
+        save_checkpoint(kind.removeprefix("half of "), folder)
+    if kind in ("clip", "siglip"):
+        towers = load_image_text_towers(str(folder))
+    else:
+        if kind in ("vit", "dinov2"):
+            save_vision_encoder(kind, folder)
+        towers = build_image_text_towers(pair(tokenizer, "tiny" if kind == "tiny" else str(folder))).eval()
+    images, texts = embeddings(towers)
+    path = saved(towers, tmp_path / "model")
+    assert is_image_text_folder(str(path))
+    model = SentenceTransformer(str(path), device="cpu")
+    np.testing.assert_allclose(model.encode(pictures()), images, atol=1e-5)
+    np.testing.assert_allclose(model.encode(differing_texts()), texts, atol=1e-5)
+    again = load_image_text_towers(str(path))
+    assert again.fingerprint() == towers.fingerprint() and again.dimension == images.shape[1]
+    for one, other in zip(embeddings(again), (images, texts), strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-6)
+
+
+def test_without_a_projection_the_image_towers_width_is_the_common_space(tokenizer: str) -> None:
+    towers = build_image_text_towers(pair(tokenizer, "tiny", projection=None))
+    assert towers.dimension == 128
+    assert [type(m).__name__ for m in towers._image] == ["Transformer", "Normalize"]
+
+
+def test_files_and_pictures_embed_alike_whatever_stands_beside_them(tmp_path: Path, tokenizer: str) -> None:
+    towers = build_image_text_towers(pair(tokenizer, "tiny")).eval()
+    paths = []
+    for number, image in enumerate(pictures()):
+        image.save(tmp_path / f"{number}.png")
+        paths.append(tmp_path / f"{number}.png")
+    counts: list[int] = []
+    together = towers.embed_images(paths, EncodeOptions(), counts.append)
+    alone = np.concatenate([towers.embed_images([image], EncodeOptions()) for image in pictures()])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    assert sum(counts) == 4 and towers.embed_images([], EncodeOptions()).shape == (0, 20)
+    (tmp_path / "2.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"2\.png: expected a picture"):
+        towers.embed_images(paths, EncodeOptions(micro_batch_tokens=1))
+
+
+def test_locked_towers_keep_their_weights_and_stay_in_evaluation(tokenizer: str) -> None:
+    for which in ("image", "text"):
+        towers = build_image_text_towers(pair(tokenizer, "tiny", lock=which))
+        image, text = towers._image[0], next(iter(towers.texts.model))
+        locked, free = (image, text) if which == "image" else (text, image)
+        assert not any(p.requires_grad for p in locked.parameters()) and not locked.training
+        assert all(p.requires_grad for p in free.parameters()) and free.training
+        heads = [m for m in (*towers._image, *towers.texts.model) if type(m).__name__ == "Dense"]
+        assert len(heads) == 2 and all(m.linear.weight.requires_grad for m in heads)
+
+
+def test_a_whole_checkpoint_locks_one_half(tmp_path: Path) -> None:
+    save_checkpoint("clip", tmp_path / "clip")
+    towers = build_image_text_towers(ModelConfig(image=ImageConfig(name=str(tmp_path / "clip"), lock="image")))
+    learning = [name for name, p in towers.named_parameters() if p.requires_grad]
+    assert learning and not any("vision_model" in name or "visual_projection" in name for name in learning)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "vit", "dinov2"])
+def test_patch_dropout_leaves_patches_out_in_training_only(kind: str, tmp_path: Path, tokenizer: str) -> None:
+    name = kind if kind == "tiny" else str(save_vision_encoder(kind, tmp_path / kind))
+    towers = build_image_text_towers(pair(tokenizer, name, patch_dropout=0.75))
+    encoder = towers._image[0].auto_model
+    lengths: list[int] = []
+    layer = next(m for n, m in encoder.named_modules() if n.endswith(("layers.0", "layer.0")))
+    layer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    pixels = torch.stack([towers.transform.pixels(noise(70, 70, seed)) for seed in range(3)])
+    torch.manual_seed(0)
+    one, again = towers({"pixels": pixels}), towers({"pixels": pixels})
+    torch.manual_seed(0)
+    repeated = towers({"pixels": pixels})
+    towers.eval()
+    towers({"pixels": pixels})
+    patches = 64 if kind == "tiny" else 16
+    assert lengths == [patches // 4 + 1] * 3 + [patches + 1]
+    assert torch.equal(one, repeated) and not torch.allclose(one, again, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tokenizer: str) -> None:
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        towers = build_image_text_towers(pair(tokenizer, "tiny"))
+        if on:
+            towers.enable_gradient_checkpointing()
+        pixels = torch.stack([towers.transform.pixels(image) for image in pictures()])
+        towers({"pixels": pixels})[:, 0].sum().backward()
+        gradients.append(towers._image[0].auto_model.embeddings.patch_embedding.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_cannot_be_two_towers_is_refused_in_one_line(tmp_path: Path, tokenizer: str, minilm: str) -> None:
+    with pytest.raises(InputError, match="embeds no images"):
+        load_image_text_towers(minilm)
+    with pytest.raises(InputError, match="no such model folder"):
+        load_image_text_towers(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="expected a text tower"):
+        build_image_text_towers(ModelConfig(image=ImageConfig(name="tiny")))
+    with pytest.raises(ConfigError, match="multiple of tiny's patches of 8 pixels, found 30"):
+        build_image_text_towers(pair(tokenizer, "tiny", size=30))
+    with pytest.raises(InputError, match="expected a vision encoder, found BertModel"):
+        build_image_text_towers(pair(tokenizer, minilm))
+    assert not is_image_text_folder(minilm) and not is_image_text_folder(str(tmp_path))
