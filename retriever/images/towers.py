@@ -17,8 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from retriever.config import ConfigError, ModelConfig
-from retriever.device import autocast, choose_micro_batch_tokens
+from retriever.device import to_device
 from retriever.encode import EncodeOptions, embed_texts
+from retriever.graph_memory import encode_tokens
+from retriever.half_weights import arithmetic
 from retriever.images.folder import (
     image_processor,
     is_image_text_folder,
@@ -32,7 +34,6 @@ from retriever.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, Im
 from retriever.model_folder import Side
 from retriever.tokens import FixedLengthTokenizer, TextTokenizer
 from retriever.towers import Towers, _without_provenance
-from retriever.weights import writing_weights
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,59 +42,43 @@ Picture = Image.Image | Path | str
 Progress = Callable[[int], None] | None
 
 
-class _TextTower(Towers):
-    """The text half of a model, as towers of texts that both sides share."""
+class ImageTextTowers(Towers):
+    """A tower for pictures beside the one for texts, held and saved as one sentence-transformers model.
 
-    def tokenizer(self, side: Side) -> TextTokenizer:
-        transformer = self._transformer(side)
-        plain = super().tokenizer(side)
-        if reads_fixed_length(transformer):
-            return FixedLengthTokenizer(plain.tokenizer, plain.max_length)
-        return plain
-
-
-class ImageTextTowers(nn.Module):
-    """A tower for pictures and one for texts, held and saved as one sentence-transformers model.
-
-    Called with a side like `Towers`, it embeds texts; `image_features` and `image_head` embed pictures.
+    As `Towers` it embeds texts, alike on both sides; `image_features` and `image_head` embed pictures.
     """
 
     def __init__(self, model: SentenceTransformer):
         from sentence_transformers import SentenceTransformer
 
-        super().__init__()
-        self.model = model
         text, image = routes(model)
-        self.transform = ImageTransform.of_processor(image_processor(image[0]))
-        # Held apart from the modules of this one: the two share every weight.
-        self._views = (
-            _TextTower(
-                SentenceTransformer(
-                    modules=text,
-                    device="cpu",
-                    prompts={name: prompt or "" for name, prompt in model.prompts.items()},
-                    similarity_fn_name="cosine",
-                )
-            ),
-        )
+        prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
+        text_model = SentenceTransformer(modules=text, device="cpu", prompts=prompts, similarity_fn_name="cosine")
+        super().__init__(text_model)
+        self.model = model
+        # Held apart from the modules of this one: it shares every weight with `model`.
+        self._text_model = (text_model,)
         self._image = tuple(image)
         # Projection and normalisation; what stands before them is the encoder, which a run may lock.
         self._image_trunk = next(i for i, m in enumerate(image) if type(m).__name__ in ("Dense", "Normalize"))
+        self.transform = ImageTransform.of_processor(image_processor(image[0]))
 
     @property
-    def texts(self) -> Towers:
-        """The text tower alone; it shares its weights with this model."""
-        return self._views[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+    def shared(self) -> bool:
+        """Whether one tower serves the texts of both sides: always."""
+        return True
 
     @property
     def dimension(self) -> int:
         """Length of an embedding."""
-        return self.texts.dimension
+        dimension = self._text_model[0].get_embedding_dimension()
+        assert dimension is not None
+        return dimension
+
+    @property
+    def encoders(self) -> list[Any]:
+        """The Hugging Face model of each tower, or the one that holds both."""
+        return list(dict.fromkeys([self._image[0].auto_model, *super().encoders]))
 
     @property
     def image_tokens(self) -> int:
@@ -103,10 +88,13 @@ class ImageTextTowers(nn.Module):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """What the image encoder makes of uint8 pixels [batch, 3, height, width], before its projection."""
-        features: dict[str, Any] = {"pixel_values": self.transform.normalised(pixels), "modality": "image"}
+        encoder = self._image[0].auto_model
+        # Not every encoder casts its input to the dtype of its weights.
+        values = self.transform.normalised(pixels).to(next(encoder.parameters()).dtype)
+        features: dict[str, Any] = {"pixel_values": values, "modality": "image"}
         for module in self._image[: self._image_trunk]:
             features = module(features)
-        return features["sentence_embedding"]
+        return features["sentence_embedding"].float()
 
     def image_head(self, features: Tensor) -> Tensor:
         """Embeddings [batch, dimension] of unit length, fp32, from what `image_features` gave."""
@@ -115,11 +103,26 @@ class ImageTextTowers(nn.Module):
             state = module(state)
         return state["sentence_embedding"].float()
 
-    def forward(self, features: dict[str, Tensor], side: Side = "document") -> Tensor:
+    def tokenizer(self, side: Side) -> TextTokenizer:
+        """What makes token ids of texts."""
+        plain = super().tokenizer(side)
+        if reads_fixed_length(self._transformer(side)):
+            return FixedLengthTokenizer(plain.tokenizer, plain.max_length)
+        return plain
+
+    def drop_padding(self) -> bool:
+        """From now on lay the texts of a micro-batch end to end; False if the text tower cannot."""
+        from retriever.padding_free.families import drop_padding
+
+        self.padding_free = self.padding_free or drop_padding(self._text_model[0])
+        return self.padding_free
+
+    def forward(self, features: dict[str, Any], side: Side = "document") -> Tensor:
         """Embeddings [batch, dimension] of unit length: of pictures, where there are `pixels`, of texts otherwise."""
         if "pixels" in features:
             return self.image_head(self.image_features(features["pixels"]))
-        return self.texts(features, side)
+        output = self._text_model[0](dict(features), task=side)["sentence_embedding"]
+        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
     def embed_images(self, images: Sequence[Picture], options: EncodeOptions, progress: Progress = None) -> np.ndarray:
         """Embeddings of pictures, in their order: float32 [images, dimension], of unit length.
@@ -132,12 +135,12 @@ class ImageTextTowers(nn.Module):
         Raises:
             InputError: a file is missing, broken or too large; the message names it.
         """
-        at_once = max(1, choose_micro_batch_tokens(options.micro_batch_tokens, self.device) // self.image_tokens)
+        at_once = max(1, (options.micro_batch_tokens or encode_tokens(self.device)) // self.image_tokens)
         embeddings = np.empty((len(images), self.dimension), dtype=np.float32)
         done = 0
-        with torch.inference_mode(), autocast(self.device, options.precision):
+        with arithmetic(self, options.precision), torch.inference_mode():
             for pixels in self._decoded(images, at_once):
-                vectors = self({"pixels": pixels.to(self.device)})
+                vectors = self({"pixels": to_device(pixels, self.device)})
                 embeddings[done : done + len(vectors)] = vectors.cpu().numpy()
                 done += len(vectors)
                 if progress is not None:
@@ -146,37 +149,13 @@ class ImageTextTowers(nn.Module):
 
     def embed_texts(self, texts: Sequence[str], options: EncodeOptions, progress: Progress = None) -> np.ndarray:
         """Embeddings of texts, in their order: float32 [texts, dimension], of unit length."""
-        return embed_texts(self.texts, texts, "document", options, progress)
+        return embed_texts(self, texts, "document", options, progress)
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the vectors: a sha256 over weights, configurations, tokenizer, transform and modules."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        tokenizer = self.texts.tokenizer("document")
-        digest.update(f"{self.texts.prompt('document')!r} {tokenizer.max_length} {tokenizer.settings()}\n".encode())
-        digest.update(json.dumps(asdict(self.transform), sort_keys=True).encode())
-        first_of_texts: Any = self.texts.model[0]
-        for transformer in (self._image[0], first_of_texts):
-            settings = _without_provenance(transformer.auto_model.config.to_dict())
-            digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        digest.update(repr(self.model).encode())
-        return {"sha256": digest.hexdigest()}
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them.
-
-        Raises:
-            ConfigError: an encoder cannot.
-        """
-        self.texts.enable_gradient_checkpointing()
-        encoder = self._image[0].auto_model
-        newer = getattr(encoder, "activation_checkpointing_enable", None)
-        try:
-            (newer or encoder.gradient_checkpointing_enable)()
-        except ValueError as error:
-            raise ConfigError(f"gradient_checkpointing: {error}") from error
+        """What identifies the vectors, of pictures too: a sha256 as of `Towers`, over the image transform beside it."""
+        settings = _without_provenance(self._image[0].auto_model.config.to_dict())
+        parts = [super().fingerprint(), asdict(self.transform), settings]
+        return {"sha256": hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()}
 
     def set_statistics(self, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
         """Normalise pixels by another mean and deviation, which the saved model then names."""
@@ -185,11 +164,7 @@ class ImageTextTowers(nn.Module):
         processor.image_mean, processor.image_std = map(list, statistics)
 
     def lock(self, which: Literal["image", "text"]) -> None:
-        """Take the weights of one encoder, not of its projection, out of training.
-
-        Raises:
-            ConfigError: nothing would be left to train on the other side.
-        """
+        """Take the weights of one encoder, not of its projection, out of training."""
         for module in self._encoder(which):
             module.requires_grad_(False)
 
@@ -202,15 +177,11 @@ class ImageTextTowers(nn.Module):
                 module.eval()
         return self
 
-    def save(self, folder: Path) -> None:
-        """Write a sentence-transformers model folder (safetensors) into an existing folder."""
-        with writing_weights(folder):
-            self.model.save(str(folder), create_model_card=False, safe_serialization=True)
-
     def _encoder(self, which: Literal["image", "text"]) -> list[nn.Module]:
         encoder = self._image[0].auto_model
-        if self._image[0] is not self.texts.model[0]:
-            return [self._image[0] if which == "image" else next(iter(self.texts.model))]
+        texts = self._transformer("document")
+        if self._image[0] is not texts:
+            return [self._image[0] if which == "image" else texts]
         names = ("vision_model", "visual_projection") if which == "image" else ("text_model", "text_projection")
         return [getattr(encoder, name) for name in names if hasattr(encoder, name)]
 
@@ -227,11 +198,7 @@ class ImageTextTowers(nn.Module):
             for place, _ in enumerate(groups):
                 now = ahead
                 ahead = [pool.submit(pixels, number) for group in groups[place + 1 : place + 2] for number in group]
-                try:
-                    yield torch.stack([work.result() for work in now])
-                finally:
-                    if any(work.done() and work.exception() for work in now):
-                        pool.shutdown(wait=False, cancel_futures=True)
+                yield torch.stack([work.result() for work in now])
 
 
 def load_image_text_towers(path_or_name: str, device: torch.device | str = "cpu") -> ImageTextTowers:

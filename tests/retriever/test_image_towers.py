@@ -119,11 +119,11 @@ def test_files_and_pictures_embed_alike_whatever_stands_beside_them(tmp_path: Pa
 def test_locked_towers_keep_their_weights_and_stay_in_evaluation(tokenizer: str) -> None:
     for which in ("image", "text"):
         towers = build_image_text_towers(pair(tokenizer, "tiny", lock=which))
-        image, text = towers._image[0], next(iter(towers.texts.model))
+        image, text = towers._image[0], towers._transformer("document")
         locked, free = (image, text) if which == "image" else (text, image)
         assert not any(p.requires_grad for p in locked.parameters()) and not locked.training
         assert all(p.requires_grad for p in free.parameters()) and free.training
-        heads = [m for m in (*towers._image, *towers.texts.model) if type(m).__name__ == "Dense"]
+        heads = [m for m in (*towers._image, *towers._text_model[0]) if type(m).__name__ == "Dense"]
         assert len(heads) == 2 and all(m.linear.weight.requires_grad for m in heads)
 
 
