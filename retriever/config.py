@@ -252,25 +252,40 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str) -> str:
         return str(Path(path).resolve()) if path and Path(path).exists() else path
 
+    def absolute_shards(path: str) -> str:
+        # A brace range is the name of no file.
+        return str(Path(path).absolute()) if path.endswith(".tar") else absolute(path)
+
     sources = tuple(dataclasses.replace(source, path=absolute(source.path)) for source in config.data.sources)
-    cache, tokenizer = config.data.cache, config.model.tokenizer
+    images = tuple(dataclasses.replace(source, path=absolute_shards(source.path)) for source in config.data.images)
+    cache, tokenizer, tower = config.data.cache, config.model.tokenizer, config.model.image
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
-            config.model, name=absolute(config.model.name), tokenizer=tokenizer and absolute(tokenizer)
+            config.model,
+            name=absolute(config.model.name),
+            tokenizer=tokenizer and absolute(tokenizer),
+            image=dataclasses.replace(tower, name=tower.name if tower.is_new else absolute(tower.name)),
         ),
-        data=dataclasses.replace(config.data, sources=sources, cache=cache and str(Path(cache).resolve())),
+        data=dataclasses.replace(
+            config.data, sources=sources, images=images, cache=cache and str(Path(cache).resolve())
+        ),
         dev=dataclasses.replace(config.dev, path=absolute(config.dev.path)),
     )
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration, atomically, as YAML that `load_config` reads back to an equal one."""
-    tree = dataclasses.asdict(config)
-    tree["data"]["sources"] = list(tree["data"]["sources"])
-    tree["optim"] = {key: list(value) if isinstance(value, tuple) else value for key, value in tree["optim"].items()}
+    tree = _with_lists(dataclasses.asdict(config))
     with atomic_path(path) as temporary:
         temporary.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _with_lists(tree: Any) -> Any:
+    """The tree with lists for tuples, which YAML does not have."""
+    if isinstance(tree, dict):
+        return {key: _with_lists(value) for key, value in tree.items()}
+    return [_with_lists(value) for value in tree] if isinstance(tree, tuple | list) else tree
 
 
 def _build(kind: Any, tree: Any, file: str, where: str) -> Any:

@@ -5,18 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from retriever.config import ConfigError
+from retriever.images.config import ARCHITECTURES
 from retriever.weights import writing_weights
-
-# Patch size, default side of a picture, width, layers, heads (Dosovitskiy et al., arXiv 2010.11929, table 1; S from
-# Touvron et al., arXiv 2012.12877). "tiny" is for machines without a GPU: 64 patches, 0.8 million parameters.
-ARCHITECTURES = {
-    "tiny": (8, 64, 128, 4, 4),
-    "ViT-S/16": (16, 224, 384, 12, 6),
-    "ViT-B/32": (32, 224, 768, 12, 12),
-    "ViT-B/16": (16, 224, 768, 12, 12),
-    "ViT-L/16": (16, 224, 1024, 24, 16),
-    "ViT-L/14": (14, 224, 1024, 24, 16),
-}
 
 
 def write_new_vision_encoder(name: str, side: int | None, folder: Path) -> None:

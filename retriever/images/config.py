@@ -6,6 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+# Patch size, default side of a picture, width, layers, heads (Dosovitskiy et al., arXiv 2010.11929, table 1; S from
+# Touvron et al., arXiv 2012.12877). "tiny" is for machines without a GPU: 64 patches, 0.8 million parameters.
+ARCHITECTURES = {
+    "tiny": (8, 64, 128, 4, 4),
+    "ViT-S/16": (16, 224, 384, 12, 6),
+    "ViT-B/32": (32, 224, 768, 12, 12),
+    "ViT-B/16": (16, 224, 768, 12, 12),
+    "ViT-L/16": (16, 224, 1024, 24, 16),
+    "ViT-L/14": (14, 224, 1024, 24, 16),
+}
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -28,6 +39,11 @@ class ImageConfig:
     """Train on random crops (RandomResizedCrop); off: on the crop at the centre that evaluation uses."""
     flip: bool = False
     """Mirror half of the pictures in training."""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the tower begins with random weights."""
+        return self.name in ARCHITECTURES
 
     def __post_init__(self) -> None:
         if not 0 <= self.patch_dropout < 1:

@@ -19,7 +19,7 @@ from torch import nn
 
 from index.files import InputError
 from retriever.config import ConfigError, ModelConfig
-from retriever.images.architectures import ARCHITECTURES, write_new_vision_encoder
+from retriever.images.architectures import write_new_vision_encoder
 from retriever.model_folder import (
     LOAD_FAULTS,
     ends_in_normalize,
@@ -133,7 +133,7 @@ def load_vision_modules(config: ModelConfig) -> list[Any]:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     name = config.image.name
-    if name in ARCHITECTURES:
+    if config.image.is_new:
         with tempfile.TemporaryDirectory() as folder, _loading(name, "as a vision encoder"):
             write_new_vision_encoder(name, config.image.size, Path(folder))
             return [_vision_transformer(folder)]

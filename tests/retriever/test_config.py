@@ -27,6 +27,7 @@ from retriever.config import (
     save_config,
 )
 from retriever.data.sources import SourceConfig
+from retriever.images.config import ImageConfig, ImageSource
 
 FULL = TrainConfig(
     out="runs/ä ö",
@@ -36,9 +37,11 @@ FULL = TrainConfig(
         pooling="cls",
         dropout=0.5,
         query_prompt="query: ",
+        image=ImageConfig(name="tiny", lock="text", patch_dropout=0.5),
     ),
     data=DataConfig(
         sources=(SourceConfig(path="a.jsonl", query="q", weight=2.5), SourceConfig(path="b", format="beir")),
+        images=(ImageSource(path="shard-{0..3}.tar", caption=("txt", "json:alt"), weight=2.0),),
         negatives=3,
         cache="c",
     ),
@@ -183,7 +186,7 @@ def _flags(config: Any, prefix: str = "--") -> list[tuple[str, Any]]:
         flag = prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             found += _flags(value, f"{flag}.")
-        elif field.name not in ("architecture", "sources"):
+        elif field.name not in ("architecture", "sources", "images"):
             found.append((flag, value))
     return found
 
