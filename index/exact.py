@@ -11,15 +11,17 @@ import torch
 from torch import distributed
 
 from index.files import InputError
-from index.products import Block, Queries, full_precision, half_type
+from index.products import SLICE_ROWS, Block, Queries, full_precision, half_type
 from index.top_k import Best, as_table, merge
 from index.windows import Shards, Window, pieces
 
 __all__ = ["merge", "search", "search_on_ranks"]
 
-# Products of one block and some queries that are held at once: 16 MiB in float32, and 1 GiB on a GPU. Memory of more
-# than 32 MiB would be asked of the system anew for every block, at the price of a quarter of the time.
-PRODUCTS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
+# Products that are held at once, of some queries and a block or, on a processor, a slice of one: 8 MiB in float32, and
+# 1 GiB on a GPU.
+PRODUCTS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+# Results that are looked for at once: their candidates are several times as many, in several lists.
+RESULTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**62}
 # Queries whose lists are exchanged between ranks at a time.
 QUERIES_AT_ONCE = 4096
 
@@ -43,7 +45,7 @@ def search(
     a bound on their error; where too many pairs lie within it, float32 and in the end float64 take their place.
 
     Memory is constant: queries, results, two windows of vectors (256 MiB each, 1 GiB on a GPU), the products of a
-    block (16 MiB, 1 GiB on a GPU) and the candidates.
+    block (8 MiB, 1 GiB on a GPU) and the candidates.
 
     Args:
         queries: [Q, D], float32.
@@ -132,7 +134,8 @@ def _search(
         half = half_type(place)
         vectors = torch.from_numpy(np.array(queries, dtype=np.float32)).to(place)
         largest = _largest(vectors)
-        at_once = max(1, PRODUCTS_AT_ONCE[place.type] // min(block_rows, max(1, len(ids))))
+        rows_at_once = min(block_rows, SLICE_ROWS.get(place.type, block_rows), max(1, len(ids)))
+        at_once = max(1, min(PRODUCTS_AT_ONCE[place.type] // rows_at_once, RESULTS_AT_ONCE[place.type] // k))
         parts = [Best(Queries(part, half), k, ids) for part in vectors.split(at_once) if len(part)]
         window: Window | None = None
         # Closed at a fault too, so that nothing goes on reading.
@@ -141,7 +144,7 @@ def _search(
                 if window is not None and window is not piece.window:
                     _settle(parts, window)
                 window = piece.window
-                block = Block(piece.vectors, piece.first, piece.start, ids, half)
+                block = Block.measured(piece.vectors, piece.first, piece.start, ids, half)
                 # Half of what float32 holds, because products in half precision may exceed the exact ones a little.
                 if largest * block.largest * queries.shape[1] > torch.finfo(torch.float32).max / 2:
                     last = piece.first + piece.rows - 1

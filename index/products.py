@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,10 @@ ROUND_HALF_SUM = 2.0**-22
 ROUND_BFLOAT16 = 2.0**-8
 # What numbers too small for float32, or flushed to zero, may take from a product, for each dimension and unit of norm.
 FLUSHED = 2.0**-120
+# Numbers that are looked at together: on a processor, what its cache holds.
+MEASURED_AT_ONCE = {"cpu": 2**19, "cuda": 2**62}
+# Rows of a block that a processor multiplies at once: the product is compared while its cache still holds it.
+SLICE_ROWS = {"cpu": 2048}
 
 
 def half_type(device: torch.device) -> torch.dtype | None:
@@ -96,21 +100,71 @@ class Queries:
         return sum_errors(self.norms, largest_norm, self.vectors.shape[1])
 
 
+@dataclass(frozen=True)
 class Block:
-    """Passages [n, D] multiplied at once, the rows from `first` on, checked to be finite.
+    """Passages [n, D] that were measured together. Made by `measured`."""
 
-    Raises:
-        InputError: a passage holds NaN or infinity; the message names its row and id.
-    """
+    vectors: torch.Tensor
+    half: torch.Tensor | None
+    """The same in half precision, where that is faster and holds them."""
+    first: int
+    """The row of the first one."""
+    start: int
+    """Where the block begins in its window."""
+    ids: Sequence[str]
+    """Of all rows."""
+    norm: float
+    """At least the largest norm."""
+    lost: float
+    """At least the largest norm of what rounding to half precision took."""
+    largest: float
+    """The largest magnitude of a number."""
 
-    def __init__(self, vectors: torch.Tensor, first: int, start: int, ids: Sequence[str], half: torch.dtype | None):
-        self.vectors = vectors
-        self.first = first
-        self.start = start
-        """Where the block begins in its window."""
-        self._ids = ids
-        self.half = None if half is None else vectors.to(half)
-        self.norm, self.lost, self.largest = self._measure()
+    @classmethod
+    def measured(
+        cls, vectors: torch.Tensor, first: int, start: int, ids: Sequence[str], half: torch.dtype | None
+    ) -> Block:
+        """A block of `vectors` [n, D], checked to be finite.
+
+        Raises:
+            InputError: a passage holds NaN or infinity; the message names its row and id.
+        """
+        is_half = vectors.dtype == half
+        rounded = vectors if is_half else None if half is None else torch.empty_like(vectors, dtype=half)
+        low = high = norm = lost = 0.0
+        step = max(1, MEASURED_AT_ONCE[vectors.device.type] // max(1, vectors.shape[1]))
+        for begin in range(0, len(vectors) if vectors.numel() else 0, step):
+            some = vectors[begin : begin + step]
+            smallest, largest = torch.aminmax(some)
+            measures = [smallest.float(), largest.float(), _largest_norm(some)]
+            if rounded is not None and not is_half:
+                measures.append(_largest_norm(some - rounded[begin : begin + step].copy_(some)))
+            least, most, length, *taken = torch.stack(measures).tolist()
+            if not max(abs(least), abs(most)) < float("inf"):
+                row = first + begin + int(some.isfinite().all(dim=1).int().argmin())
+                raise InputError(f"row {row}, passage {ids[row]!r}: expected a finite vector, found NaN or infinity")
+            low, high, norm, lost = min(low, least), max(high, most), max(norm, length), max(lost, *taken, 0.0)
+        magnitude, dimension = max(abs(low), abs(high)), vectors.shape[1]
+        # The norms themselves were summed in float32, in which the squares of small numbers vanish.
+        norm = min(_widened(norm, dimension), magnitude * dimension**0.5)
+        lost = 0.0 if rounded is None or is_half else _widened(lost, dimension)
+        return cls(vectors, rounded if lost < float("inf") else None, first, start, ids, norm, lost, magnitude)
+
+    def slices(self) -> list[Block]:
+        """The block in pieces whose products stay in a processor's cache; whole on a GPU."""
+        step = SLICE_ROWS.get(self.vectors.device.type, len(self.vectors))
+        if len(self.vectors) <= step:
+            return [self]
+        return [
+            replace(
+                self,
+                vectors=self.vectors[begin : begin + step],
+                half=None if self.half is None else self.half[begin : begin + step],
+                first=self.first + begin,
+                start=self.start + begin,
+            )
+            for begin in range(0, len(self.vectors), step)
+        ]
 
     @cached_property
     def full(self) -> torch.Tensor:
@@ -120,34 +174,12 @@ class Block:
     @cached_property
     def places(self) -> torch.Tensor:
         """[n] int64: the place of each row's id among those of the block, the highest id highest."""
-        names = self._ids[self.first : self.first + len(self.vectors)]
+        names = self.ids[self.first : self.first + len(self.vectors)]
         # Python compares text by code points, which is the order of its UTF-8 bytes.
         ascending = torch.tensor(sorted(range(len(names)), key=names.__getitem__))
         places = torch.empty_like(ascending)
         places[ascending] = torch.arange(len(names))
         return places.to(self.vectors.device)
-
-    def _measure(self) -> tuple[float, float, float]:
-        """Bounds on the largest norm, on the largest norm of what rounding to half took, and the largest number."""
-        if not self.vectors.numel():
-            return 0.0, 0.0, 0.0
-        smallest, largest = torch.aminmax(self.vectors)
-        measures = [smallest.float(), largest.float(), _largest_norm(self.vectors)]
-        if self.half is not None and self.half.dtype != self.vectors.dtype:
-            measures.append(_largest_norm(self.vectors - self.half))
-        low, high, norm, *lost = torch.stack(measures).tolist()
-        magnitude = max(abs(low), abs(high))
-        if not magnitude < float("inf"):
-            row = int(self.vectors.isfinite().all(dim=1).int().argmin())
-            name = f"row {self.first + row}, passage {self._ids[self.first + row]!r}"
-            raise InputError(f"{name}: expected a finite vector, found NaN or infinity")
-        dimension = self.vectors.shape[1]
-        # The norms themselves were summed in float32, in which the squares of small numbers vanish.
-        norm = min(_widened(norm, dimension), magnitude * dimension**0.5)
-        taken = _widened(lost[0], dimension) if lost else 0.0
-        if not taken < float("inf"):
-            self.half = None
-        return norm, taken, magnitude
 
 
 def _largest_norm(vectors: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ sum in float64 is close enough to tell the float32 number; the pairs where it is
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 
@@ -29,23 +30,65 @@ def pair_scores(
         passages: floating [N, D], finite.
         errors: float64 [Q], from `sum_errors`.
     """
-    dimension, device = queries.shape[1], queries.device
     exact_queries = queries.double()
-    sums = torch.empty(len(query_of), dtype=torch.float64, device=device)
-    step = min(len(query_of), max(1, AT_ONCE[device.type] // max(1, dimension)))
+    sum_of = _gathered_sums if queries.is_cuda else _sampled_sums
+    scores, unsure = _rounded(sum_of(exact_queries, passages, query_of, passage_of), errors[query_of])
+    for places in unsure.nonzero().flatten().split(_rows_at_once(queries)):
+        scores[places] = _exact_sums(exact_queries[query_of[places]] * passages[passage_of[places]])
+    return scores
+
+
+def _gathered_sums(
+    queries: torch.Tensor, passages: torch.Tensor, query_of: torch.Tensor, passage_of: torch.Tensor
+) -> torch.Tensor:
+    """Inner products [P] float64 of pairs, their vectors side by side: what a GPU is quick at."""
+    sums = torch.empty(len(query_of), dtype=torch.float64, device=queries.device)
+    step = min(len(query_of), _rows_at_once(queries))
     # Filled again and again: memory asked for anew costs as much time as the products.
-    products = torch.empty((step, dimension), dtype=torch.float64, device=device)
-    gathered = torch.empty((step, dimension), dtype=passages.dtype, device=device)
+    products = queries.new_empty((step, queries.shape[1]))
+    gathered = passages.new_empty((step, queries.shape[1]))
     for start in range(0, len(query_of), max(1, step)):
         some = slice(start, min(start + step, len(query_of)))
         count = some.stop - start
-        torch.index_select(exact_queries, 0, query_of[some], out=products[:count])
+        torch.index_select(queries, 0, query_of[some], out=products[:count])
         torch.index_select(passages, 0, passage_of[some], out=gathered[:count])
         torch.sum(products[:count].mul_(gathered[:count]), dim=1, out=sums[some])
-    scores, unsure = _rounded(sums, errors[query_of])
-    for places in unsure.nonzero().flatten().split(max(1, step)):
-        scores[places] = _exact_sums(exact_queries[query_of[places]] * passages[passage_of[places]])
-    return scores
+    return sums
+
+
+def _sampled_sums(
+    queries: torch.Tensor, passages: torch.Tensor, query_of: torch.Tensor, passage_of: torch.Tensor
+) -> torch.Tensor:
+    """The same on a processor: passage by passage, so that each is read once and the queries stay in its cache.
+
+    A product of two matrices of which only some entries are wanted; 3 to 8 times as fast as to gather both sides.
+    """
+    sums = torch.zeros(len(query_of), dtype=torch.float64)
+    if not queries.shape[1] or not len(query_of):
+        return sums
+    # Sorted with their places in the low half: twice as fast as a sort that returns places.
+    keys = (passage_of << 32) + torch.arange(len(query_of))
+    keys.numpy().sort()
+    order, columns = keys & 0xFFFFFFFF, queries.T
+    rows, counts = torch.unique_consecutive(keys >> 32, return_counts=True)
+    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    step = _rows_at_once(queries)
+    for first in range(0, len(rows), step):
+        some = rows[first : first + step]
+        bounds = ends[first : first + len(some) + 1]
+        places = order[bounds[0] : bounds[-1]]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            wanted = torch.sparse_csr_tensor(
+                bounds - bounds[0],
+                query_of[places],
+                sums.new_zeros(len(places)),
+                (len(some), len(queries)),
+                check_invariants=False,
+            )
+            found = torch.sparse.sampled_addmm(wanted, passages[some].double(), columns, beta=0.0)
+        sums[places] = found.values()
+    return sums
 
 
 def block_scores(queries: torch.Tensor, passages: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
@@ -53,7 +96,7 @@ def block_scores(queries: torch.Tensor, passages: torch.Tensor, errors: torch.Te
     right = passages.double()
     scores, unsure = _rounded(queries.double() @ right.T, errors[:, None])
     query_of, passage_of = unsure.nonzero(as_tuple=True)
-    step = max(1, AT_ONCE[queries.device.type] // max(1, queries.shape[1]))
+    step = _rows_at_once(queries)
     for some, others in zip(query_of.split(step), passage_of.split(step), strict=True):
         scores[some, others] = _exact_sums(queries[some].double() * right[others])
     return scores
@@ -70,6 +113,10 @@ def sum_errors(norms: torch.Tensor, largest_norm: float, dimension: int) -> torc
         largest_norm: of any passage.
     """
     return 2 * (dimension + 2) * ROUND64 * largest_norm * norms
+
+
+def _rows_at_once(queries: torch.Tensor) -> int:
+    return max(1, AT_ONCE[queries.device.type] // max(1, queries.shape[1]))
 
 
 def _rounded(sums: torch.Tensor, errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,21 +42,39 @@ class Best:
 
     def update(self, block: Block, window: Window) -> None:
         """Let the passages of a block of `window` compete."""
-        which: torch.Tensor | None = None
+        if len(block.vectors) >= self._k and bool(self._floor.isinf().any()):
+            # The floor of a whole block is higher than that of its first slice, and leaves fewer candidates.
+            at_once = -(-self.count // len(block.slices()))
+            for which in torch.arange(self.count, device=self._floor.device).split(at_once):
+                self._update(block, which if at_once < self.count else None, window)
+        else:
+            for part in block.slices():
+                self._update(part, None, window)
+        if self._waiting > self._kept + self.count * self._k:
+            self._raise_floor()
+            if self._waiting > self.count * 8 * self._k + CANDIDATES:
+                self.settle(window)
+
+    def _found_floor(self, found: Approximation, which: torch.Tensor | None) -> torch.Tensor:
+        """Raise the floor of the queries `which` to the k-th product of each, less its error; returns it [M, 1]."""
+        kth = found.lower(_at_most_kth(found.products, self._k), found.absolute)
+        if which is None:
+            self._floor = kth = torch.maximum(self._floor, kth)
+        else:
+            self._floor[which] = kth = torch.maximum(self._floor[which], kth)
+        return kth
+
+    def _update(self, block: Block, which: torch.Tensor | None, window: Window) -> None:
+        """Let the passages of a block compete for the queries `which` (none: all)."""
         # Where a product's error leaves too many candidates for a query, a better one is made.
         for in_half in (True, False):
             if in_half and (block.half is None or self._queries.half is None):
                 continue
             which = self._choose(block, which, in_half)
             if which is None:
-                break
-        else:
-            assert which is not None
-            self._score_all(block, which, window)
-        if self._waiting > self._kept + self.count * self._k:
-            self._raise_floor()
-            if self._waiting > self.count * 8 * self._k + CANDIDATES:
-                self.settle(window)
+                return
+        assert which is not None
+        self._score_all(block, which, window)
 
     def settle(self, window: Window) -> None:
         """Score the candidates, whose vectors lie in `window`, and keep the best of them and of those kept before."""
@@ -76,14 +94,9 @@ class Best:
         found = self._queries.multiply(block, which, in_half)
         floor = self._floor if which is None else self._floor[which]
         if found.products.shape[1] >= self._k and bool(floor.isinf().any()):
-            kth = _at_most_kth(found.products, self._k)
-            floor = torch.maximum(floor, found.lower(kth, found.absolute))
-            if which is None:
-                self._floor = floor
-            else:
-                self._floor[which] = floor
+            floor = self._found_floor(found, which)
         query, column, product = _at_least(found.products, found.least(floor))
-        most = 4 * self._k + found.products.shape[1] // 32
+        most = self._k + found.products.shape[1] // 16
         too_many = None
         # Most often there are too few in all for any query to have too many.
         if len(query) > most:
@@ -125,7 +138,7 @@ class Best:
         self._added = []
         query, lower, upper, place = (torch.cat(part) for part in zip(*parts, strict=True))
         self._lift(torch.cat([self.query, query]), torch.cat([self.score, lower]))
-        keep = upper >= self._floor[:, 0][query]
+        keep = _places(upper >= self._floor[:, 0][query])
         self._candidates = (query[keep], lower[keep], upper[keep], place[keep])
         self._waiting = self._kept = len(self._candidates[0])
 
@@ -135,9 +148,8 @@ class Best:
         ends = counts.cumsum(0)
         full = (counts >= self._k).nonzero().flatten()
         if len(full):
-            order = _order(query, value)
-            kth = value[order[(ends - counts)[full] + self._k - 1]]
-            self._floor[full, 0] = torch.maximum(self._floor[full, 0], kth)
+            keys = _sorted(_keys(query, value))[(ends - counts)[full] + self._k - 1]
+            self._floor[full, 0] = torch.maximum(self._floor[full, 0], _value_of(keys, full))
 
 
 def ranked(
@@ -149,14 +161,14 @@ def ranked(
         query, score, row: parallel lists [P]: int64, float32 without NaN, int64; no pair of query and row twice.
         ids: of the rows; only the ids of rows that tie are looked at.
     """
-    order = _order(query, score)
+    order = _order(_keys(query, score))
     query, score, row = query[order], score[order], row[order]
     rank = _ranks(query)
     if len(query) > 1:
         tied = (query[1:] == query[:-1]) & (score[1:] == score[:-1])
         if bool(tied.any()):
             row = _order_ties(tied, rank, row, k, ids)
-    keep = rank < k
+    keep = _places(rank < k)
     return query[keep], score[keep], row[keep]
 
 
@@ -203,29 +215,53 @@ def _at_most_kth(products: torch.Tensor, k: int) -> torch.Tensor:
     width = products.shape[1] // (4 * k)
     if width > 1:
         products = products[:, : products.shape[1] // width * width].unflatten(1, (-1, width)).amax(dim=2)
+    if products.device.type == "cpu":
+        return torch.from_numpy(np.partition(products.numpy(), -k, axis=1)[:, -k, None])
     return products.topk(k, dim=1).values[:, -1:]
+
+
+def _places(mask: torch.Tensor) -> torch.Tensor:
+    """The places, in the flattened `mask`, of what is true: to index by them is quicker than to index by the mask."""
+    # Several times as fast as torch's own on a processor.
+    return (
+        torch.from_numpy(np.flatnonzero(mask.numpy()))
+        if mask.device.type == "cpu"
+        else mask.flatten().nonzero().flatten()
+    )
 
 
 def _at_least(products: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row, column and value of the entries of `products` [Q, n] that are not below `least` [Q, 1]."""
     if products.device.type == "cpu":
-        # Several times as fast as torch's own.
-        flat = torch.from_numpy(np.flatnonzero(products.numpy() >= least.numpy()))
+        flat = _places(torch.from_numpy(products.numpy() >= least.numpy()))
     else:
-        flat = (products >= least).flatten().nonzero().flatten()
+        flat = _places(products >= least)
     query = flat.div(products.shape[1], rounding_mode="floor")
     return query, flat - query * products.shape[1], products.flatten()[flat]
 
 
-def _order(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The order that sorts by query and, within a query, by value, descending."""
+def _keys(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Whole numbers that sort by query and, within a query, by value, descending."""
     # As whole numbers the bits of floats >= 0 are in order; those of negative ones are, with all but the sign turned.
     bits = (value + 0.0).view(torch.int32).long()
-    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    keys = (query << 32) - ascending
-    if keys.device.type == "cpu":
-        return torch.from_numpy(np.argsort(keys.numpy()))
-    return keys.argsort()
+    return (query << 32) - torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _value_of(keys: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The values that `_keys` was given with these queries."""
+    ascending = (query << 32) - keys
+    return torch.where(ascending < 0, ascending ^ 0x7FFFFFFF, ascending).int().view(torch.float32)
+
+
+def _sorted(keys: torch.Tensor) -> torch.Tensor:
+    """`keys`, ascending."""
+    # On a processor numpy sorts several times as fast as torch.
+    return torch.from_numpy(np.sort(keys.numpy())) if keys.device.type == "cpu" else keys.sort().values
+
+
+def _order(keys: torch.Tensor) -> torch.Tensor:
+    """The places of `keys`, ascending."""
+    return torch.from_numpy(np.argsort(keys.numpy())) if keys.device.type == "cpu" else keys.argsort()
 
 
 def _ranks(query: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,11 @@ class HostCopy:
         self.device = device
         self._stop = stop
 
+    def room(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a window."""
+        # numpy asks for large pages: to touch the small ones for the first time takes longer than to copy into them.
+        return torch.from_numpy(np.empty(shape, np.float16 if dtype == torch.float16 else np.float32))
+
     def copy(self, target: torch.Tensor, source: np.ndarray) -> None:
         """Begin to copy `source` [n, D] into `target` [n, D]; `source` may be changed afterwards."""
         np.copyto(target.numpy(), source, casting="same_kind")
@@ -128,6 +133,9 @@ class CudaCopy(HostCopy):
             self._stages = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(STAGES)]
             self._copied = [torch.cuda.Event() for _ in range(STAGES)]
         self._turn = 0
+
+    def room(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def copy(self, target: torch.Tensor, source: np.ndarray) -> None:
         bytes_a_row = max(1, target.shape[1] * target.element_size())
@@ -224,10 +232,8 @@ class _Filler:
             self._windows.reverse()
             self._copy.reopen(self._windows[-1])
         else:
-            device = self._copy.device
-            rows = max(self._block_rows, WINDOW_BYTES[device.type] // max(1, dimension * dtype.itemsize))
-            space = torch.empty((min(rows, self._most_rows), dimension), dtype=dtype, device=device)
-            self._windows.append(Window(space))
+            rows = max(self._block_rows, WINDOW_BYTES[self._copy.device.type] // max(1, dimension * dtype.itemsize))
+            self._windows.append(Window(self._copy.room((min(rows, self._most_rows), dimension), dtype)))
             self._copy.open(self._windows[-1])
         return self._windows[-1]
 

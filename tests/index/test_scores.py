@@ -1,0 +1,60 @@
+"""Scores of pairs, by each way of summing, against sums without rounding."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from index_helpers import same_bits
+
+from index import exact, products, scores
+
+
+@pytest.mark.parametrize("way", [scores._gathered_sums, scores._sampled_sums])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("pairs", [0, 1, 5000])
+def test_sums_of_pairs_are_those_of_the_vectors(rng, monkeypatch, way, dtype: torch.dtype, pairs: int) -> None:
+    """In any order of pairs, some passages often and others never, more of them than fit one step."""
+    monkeypatch.setitem(scores.AT_ONCE, "cpu", 7 * 33)
+    queries = torch.from_numpy(rng.standard_normal((20, 33)))
+    passages = torch.from_numpy(rng.standard_normal((300, 33))).to(dtype)
+    chosen = torch.from_numpy(rng.permutation(20 * 290)[:pairs])
+    query, passage = chosen % 20, chosen // 20
+    found = way(queries, passages, query, passage)
+    expected = [math.fsum(row) for row in (queries[query] * passages[passage].double()).tolist()]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-13)
+    assert found.dtype == torch.float64
+
+
+def test_sums_of_vectors_without_dimensions_are_zero() -> None:
+    nothing, place = torch.zeros(2, 0, dtype=torch.float64), torch.tensor([0, 1])
+    assert scores._sampled_sums(nothing, nothing.float(), place, place).tolist() == [0.0, 0.0]
+
+
+def test_scoring_warns_of_nothing(rng) -> None:
+    passages = rng.standard_normal((50, 8)).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exact.search(passages[:3], [(0, passages)], [f"d{row}" for row in range(50)], 5)
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("order", ["random", "ascending", "equal"])
+def test_slices_of_a_block_change_no_bit(rng, monkeypatch, half: torch.dtype | None, order: str) -> None:
+    monkeypatch.setattr(exact, "half_type", lambda device: half)
+    passages = rng.standard_normal((700, 24)).astype(np.float32)
+    queries = rng.standard_normal((13, 24)).astype(np.float32)
+    if order == "ascending":
+        passages = passages[np.argsort(passages @ queries[0])]
+    elif order == "equal":
+        passages[:] = passages[0]
+    ids = [f"d{row}" for row in rng.permutation(700)]
+    for k in (1, 40, 650):
+        expected = exact.search(queries, [(0, passages)], ids, k)
+        for rows in (1, 37, 300):
+            monkeypatch.setitem(products.SLICE_ROWS, "cpu", rows)
+            same_bits(exact.search(queries, [(0, passages)], ids, k, block_rows=512), expected)
+        monkeypatch.setitem(products.SLICE_ROWS, "cpu", 2048)
