@@ -238,10 +238,10 @@ def to_svg(figure: Figure, label: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{_attribute(label)}" ', 1)
 
 
-def to_png(figure: Figure, path: Path) -> None:
+def to_png(figure: Figure, path: Path, dpi: int = 160) -> None:
     """Write a PNG file, whole or not at all."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def _variable(colour: str) -> str:

@@ -24,6 +24,7 @@ from retriever.commands.mine import Mine
 from retriever.commands.search import Search
 from retriever.commands.serve import Serve
 from retriever.commands.train import Train
+from retriever.commands.zero_shot import EvaluateZeroShot
 from retriever.config import ConfigError, load_config
 from retriever.interrupt import sigterm_interrupts
 from retriever.progress import Terminal
@@ -40,6 +41,7 @@ IndexCommand = (
 )
 EvaluateCommand = (
     Annotated[EvaluateBeir, subcommand("beir")]
+    | Annotated[EvaluateZeroShot, subcommand("zero-shot")]
     | Annotated[EvaluateRun, subcommand("run")]
     | Annotated[EvaluateCompare, subcommand("compare")]
 )

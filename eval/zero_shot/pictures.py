@@ -1,0 +1,154 @@
+"""What a zero-shot report shows: which classes are taken for which, and the images nearest to a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eval.plots import INK, LINE, MUTED, SERIES
+from eval.zero_shot.classification import Classification
+from eval.zero_shot.data import ImageAt
+from eval.zero_shot.evaluate import Evaluated
+from eval.zero_shot.scores import blocks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+OpenImage = Callable[[bytes, str], "Image"]
+"""(bytes of a file, name for errors) -> the image in RGB."""
+
+WHOLE, PART = 40, 30
+ROWS, COLUMNS = 12, 8
+TILE = 80
+RIGHT, WRONG = SERIES[2], SERIES[1]
+
+
+def confusion(result: Classification) -> Figure:
+    """The shares of each class's images that are taken for which class; of many classes those with most errors."""
+    names = [_short(row.name) for row in result.per_class]
+    counts = np.bincount(result.labels, minlength=len(names))
+    errors = np.bincount(result.labels[result.labels != result.predicted], minlength=len(names))
+    rows = np.flatnonzero(counts > 0)
+    there = len(rows)
+    if there > WHOLE:
+        rows = np.sort(np.argsort(-errors, kind="stable")[:PART])
+    named = np.isin(result.labels, rows)
+    columns = np.unique(np.concatenate([rows, result.predicted[named]]))
+    if len(columns) > WHOLE:
+        frequent = np.argsort(-np.bincount(result.predicted[named], minlength=len(names)), kind="stable")
+        columns = np.sort(frequent[:PART])
+    # One more column, for the classes that have none.
+    place = np.full(len(names), len(columns))
+    place[columns] = np.arange(len(columns))
+    matrix = np.zeros((len(rows), len(columns) + 1))
+    np.add.at(matrix, (np.searchsorted(rows, result.labels[named]), place[result.predicted[named]]), 1)
+    matrix /= counts[rows, None]
+    across = [*(names[column] for column in columns), "all others"][: matrix.shape[1] - (not matrix[:, -1].any())]
+
+    figure = _figure(3.4 + 0.19 * len(across), 2.2 + 0.19 * len(rows))
+    axes = figure.subplots()
+    image = axes.imshow(matrix[:, : len(across)], cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(across)), across, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(rows)), [names[row] for row in rows], fontsize=7)
+    axes.tick_params(length=0)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("class")
+    some = "" if len(rows) == there else f", the {len(rows)} of {there} classes with most errors"
+    axes.set_title(f"share of a class's images{some}")
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, format=lambda value, _: f"{value:.0%}")
+    bar.outline.set_visible(False)
+    return figure
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text and the images nearest to it."""
+
+    text: str
+    wanted: ImageAt | None
+    """The image that the text belongs to; none where it is a class."""
+    images: list[tuple[ImageAt, bool]]
+    """Nearest first, and whether each is right."""
+
+
+def nearest(found: Evaluated, rows: int = ROWS, columns: int = COLUMNS) -> list[Row]:
+    """Some classes or captions, evenly spread over those there are, with the images nearest to each."""
+    samples = found.images.samples
+    if isinstance(found.result, Classification):
+        there = [number for number, row in enumerate(found.result.per_class) if row.images]
+        texts = list(found.dataset.classes)
+    else:
+        # The first caption of each image.
+        there = np.unique(found.owners, return_index=True)[1].tolist()
+        texts = found.captions
+    chosen = [there[n] for n in np.unique(np.linspace(0, len(there) - 1, min(rows, len(there))).round().astype(int))]
+    result: list[Row] = []
+    for part, scores in blocks(found.texts[chosen], found.images.vectors):
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :columns]
+        for text, best in zip(chosen[part], order.tolist(), strict=True):
+            if isinstance(found.result, Classification):
+                result.append(Row(texts[text], None, [(samples[n].image, text in samples[n].labels) for n in best]))
+            else:
+                own = found.owners[text]
+                result.append(Row(texts[text], samples[own].image, [(samples[n].image, n == own) for n in best]))
+    return result
+
+
+def sheet(rows: Sequence[Row], open_image: OpenImage) -> Figure:
+    """A line for each text: what was wanted, where that is one image, and what was found, right ones framed."""
+    wanted = any(row.wanted is not None for row in rows)
+    columns = max(len(row.images) for row in rows)
+    first = 1.25 if wanted else 0.0
+    width, height = first + columns, len(rows)
+    figure = _figure(0.62 * width + 2.9, 0.62 * height + 0.3)
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        axes.text(-0.12, y + 0.5, _wrapped(row.text), ha="right", va="center", fontsize=8, color=INK)
+        if row.wanted is not None:
+            _tile(axes, row.wanted, 0, y, LINE, open_image)
+        for x, (image, right) in enumerate(row.images):
+            _tile(axes, image, first + x, y, RIGHT if right else None, open_image)
+    if wanted:
+        axes.text(0.5, -0.08, "wanted", ha="center", va="bottom", fontsize=8, color=MUTED)
+    axes.text(first + 0.04, -0.08, "nearest first", ha="left", va="bottom", fontsize=8, color=MUTED)
+    axes.set_xlim(-0.05, width)
+    axes.set_ylim(height, -0.3)
+    axes.set_aspect("equal")
+    axes.axis("off")
+    return figure
+
+
+def _tile(axes: Any, at: ImageAt, x: float, y: float, frame: str | None, open_image: OpenImage) -> None:
+    from matplotlib.patches import Rectangle
+    from PIL import Image, ImageOps
+
+    image = ImageOps.contain(open_image(at.read(), at.name), (TILE, TILE))
+    tile = Image.new("RGB", (TILE, TILE), "white")
+    tile.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2))
+    axes.imshow(np.asarray(tile), extent=(x + 0.06, x + 0.94, y + 0.94, y + 0.06), interpolation="lanczos", zorder=1)
+    if frame is not None:
+        thick = 1.0 if frame == LINE else 2.2
+        axes.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, fill=False, color=frame, lw=thick, zorder=2))
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(" ".join(text.split()), 30, max_lines=3, placeholder=" …"))
+
+
+def _short(name: str, length: int = 28) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

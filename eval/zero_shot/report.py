@@ -1,0 +1,182 @@
+"""What a zero-shot report says of each set, as rows for tables; and as JSON for programs and Markdown for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from eval.html import detail_rows
+from eval.markdown import cell, table
+from eval.zero_shot.classification import Classification
+from eval.zero_shot.evaluate import Evaluated
+
+SHOWN_BROKEN = 20
+SHOWN_CONFUSIONS = 10
+
+
+@dataclass(frozen=True)
+class ZeroShotReport:
+    """What was measured, on what, by what."""
+
+    title: str
+    sets: list[Evaluated]
+    details: Mapping[str, Any]
+    """What is needed to do it again: the model and its hash, versions, seeds, arithmetic."""
+
+
+@dataclass(frozen=True)
+class MeasureRow:
+    """A measure as the tables print it."""
+
+    name: str
+    value: str
+    chance: str
+    times: str
+    """How many times chance; of a rank, which falls, how many times below it."""
+
+
+def measure_rows(found: Evaluated) -> list[MeasureRow]:
+    """Every measure of a set beside its chance level."""
+    rows = []
+    for name, value in found.result.measures.items():
+        chance, is_rank = found.result.chance[name], name.endswith("rank")
+        better, worse = (chance, value) if is_rank else (value, chance)
+        text = "{:,.1f}" if is_rank else "{:.4f}"
+        rows.append(MeasureRow(title_of(name), text.format(value), text.format(chance), f"{better / worse:.1f}"))
+    return rows
+
+
+def title_of(measure: str) -> str:
+    """A measure's name in words: image_retrieval_recall@5 -> "image retrieval recall@5"."""
+    return measure.replace("_", " ")
+
+
+def class_rows(result: Classification) -> list[tuple[str, str, str]]:
+    """(class, images, recall or average precision), best first, those without an image last."""
+    ordered = sorted(result.per_class, key=lambda row: (row.value is None, -(row.value or 0.0), row.name))
+    return [(row.name, f"{row.images:,}", "–" if row.value is None else f"{row.value:.4f}") for row in ordered]
+
+
+def confusions(result: Classification) -> list[tuple[str, str, int]]:
+    """(class, class predicted instead, images) of every error that was made, most frequent first."""
+    wrong = result.labels != result.predicted
+    pairs = Counter(zip(result.labels[wrong].tolist(), result.predicted[wrong].tolist(), strict=True))
+    names = [row.name for row in result.per_class]
+    ordered = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [(names[label], names[predicted], count) for (label, predicted), count in ordered]
+
+
+def value_of_class(result: Classification) -> str:
+    """What the table by class holds."""
+    return "recall" if len(result.labels) else "average precision"
+
+
+def notes(found: Evaluated) -> Iterator[str]:
+    """What the numbers of a set stand for, in sentences."""
+    dataset, result = found.dataset, found.result
+    images = len(found.images.samples)
+    if isinstance(result, Classification):
+        own = "the set's own" if dataset.own_templates else "the project's own"
+        yield (
+            f"{images:,} images, {len(dataset.classes):,} classes, {len(dataset.templates)} prompts a class ({own}). "
+            "Chance: a random order."
+        )
+        absent = [row.name for row in result.per_class if not row.images]
+        if absent:
+            counted = "are left out of the mean" if len(result.labels) else "count as 0"
+            yield f"{len(absent)} classes have no image and {counted}: {listed(absent)}."
+        if len(result.labels):
+            if len(dataset.classes) < 5:
+                yield "acc5 is undefined under five classes."
+            largest = np.bincount(result.labels).max() / images
+            yield f"Always naming the most frequent class would have acc1 {largest:.4f}."
+    else:
+        silent = images - len(result.text_ranks)
+        yield (
+            f"{images:,} images, {len(found.captions):,} captions. Image retrieval: captions are the queries; text "
+            "retrieval: images are, and any of their captions counts. Chance: a random order."
+        )
+        if silent:
+            yield f"{silent:,} images have no caption: they are ranked, and ask for nothing."
+    if found.images.broken:
+        broken = [f"{name} ({why})" for name, why in found.images.broken.items()]
+        yield f"{len(broken):,} images cannot be read and are left out: {listed(broken)}."
+
+
+def listed(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = len(names) - SHOWN_BROKEN
+    return ", ".join(names[:SHOWN_BROKEN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def json_of(report: ZeroShotReport) -> dict[str, Any]:
+    """The report for programs."""
+    return {
+        "title": report.title,
+        "details": dict(report.details),
+        "sets": {found.dataset.name: _set_json(found) for found in report.sets},
+    }
+
+
+def _set_json(found: Evaluated) -> dict[str, Any]:
+    dataset, result = found.dataset, found.result
+    about: dict[str, Any] = {
+        "path": str(dataset.path),
+        "layout": dataset.layout,
+        "task": dataset.task,
+        "sha256": found.sha256,
+        "images": len(found.images.samples),
+        "broken": found.images.broken,
+        "measures": result.measures,
+        "chance": result.chance,
+        "seconds": {name: round(seconds, 3) for name, seconds in found.seconds.items()},
+    }
+    if isinstance(result, Classification):
+        about["templates"] = list(dataset.templates)
+        about["classes"] = [asdict(row) for row in result.per_class]
+        if len(result.labels):
+            about["confusions"] = [list(row) for row in confusions(result)[:1000]]
+    else:
+        about["captions"] = len(found.captions)
+    return about
+
+
+def markdown_of(report: ZeroShotReport, pictures: Mapping[str, list[tuple[str, str]]]) -> str:
+    """The report for people, as text.
+
+    Args:
+        report: the report.
+        pictures: set -> (path from the report, what it shows) of its plots and sheets.
+    """
+    parts = [f"# {cell(report.title)}\n"]
+    for found in report.sets:
+        name = found.dataset.name
+        parts += [f"## {cell(name)}\n", summary_table(found)]
+        parts += [f"{cell(note)}\n" for note in notes(found)]
+        parts += [f"![{caption}]({quote(path)})\n" for path, caption in pictures.get(name, [])]
+        if isinstance(found.result, Classification):
+            parts += _class_parts(found.result)
+    parts.append("## How\n")
+    parts.append("".join(f"- {cell(name)}: {cell(value)}\n" for name, value in detail_rows(report.details)))
+    return "\n".join(parts)
+
+
+def summary_table(found: Evaluated) -> str:
+    """The measures of a set as a Markdown table."""
+    rows = [[row.name, row.value, row.chance, row.times] for row in measure_rows(found)]
+    return table([cell(found.dataset.name), "value", "chance", "times chance"], rows)
+
+
+def _class_parts(result: Classification) -> Iterator[str]:
+    if errors := confusions(result)[:SHOWN_CONFUSIONS]:
+        yield "### Most frequent errors\n"
+        rows = [[f"{cell(label)} as {cell(predicted)}", f"{count:,}"] for label, predicted, count in errors]
+        yield table(["class", "images"], rows)
+    yield "### By class\n"
+    head = ["class", "images", value_of_class(result)]
+    yield table(head, [[cell(name), images, value] for name, images, value in class_rows(result)])

@@ -1,0 +1,102 @@
+"""A zero-shot report on disk: JSON, Markdown, one HTML page, and pictures as PNG."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from eval import plots
+from eval.html import detail_rows
+from eval.zero_shot import pictures
+from eval.zero_shot.classification import Classification
+from eval.zero_shot.evaluate import Evaluated
+from eval.zero_shot.pictures import OpenImage
+from eval.zero_shot.report import (
+    SHOWN_CONFUSIONS,
+    ZeroShotReport,
+    class_rows,
+    confusions,
+    json_of,
+    markdown_of,
+    measure_rows,
+    notes,
+    value_of_class,
+)
+from index.files import atomic_path, write_json
+
+# Photographs, of which a page may hold several sheets.
+SHEET_DPI = 110
+
+Drawn = dict[str, list[tuple[str, str]]]
+"""Set -> (path from the report, what it shows) of its pictures."""
+
+
+def write(folder: Path, report: ZeroShotReport, open_image: OpenImage) -> list[Path]:
+    """Write report.json, report.md, report.html and, where matplotlib is installed, SET/*.png; each whole or absent.
+
+    Args:
+        folder: of the report.
+        report: what it says.
+        open_image: decodes the images that are shown.
+
+    Returns:
+        The files written.
+    """
+    drawn: Drawn = {}
+    if plots.available():
+        with plots.style():
+            drawn = {found.dataset.name: list(_draw(folder, found, open_image)) for found in report.sets}
+    paths = [folder / "report.json", folder / "report.md", folder / "report.html"]
+    write_json(paths[0], json_of(report))
+    for path, text in ((paths[1], markdown_of(report, drawn)), (paths[2], html_of(folder, report, drawn))):
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [*paths, *(folder / path for some in drawn.values() for path, _ in some)]
+
+
+def _draw(folder: Path, found: Evaluated, open_image: OpenImage) -> Iterator[tuple[str, str]]:
+    name = found.dataset.name
+    plots.to_png(pictures.sheet(pictures.nearest(found), open_image), folder / name / "nearest.png", SHEET_DPI)
+    what = "classes" if isinstance(found.result, Classification) else "captions"
+    yield f"{name}/nearest.png", f"the images nearest to some {what}; right ones are framed"
+    if isinstance(found.result, Classification) and len(found.result.labels):
+        plots.to_png(pictures.confusion(found.result), folder / name / "confusion.png")
+        yield f"{name}/confusion.png", "what the images of each class are taken for"
+
+
+def html_of(folder: Path, report: ZeroShotReport, drawn: Drawn) -> str:
+    """The page; the pictures stand in it."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("eval"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sets = [_shown(folder, found, drawn.get(found.dataset.name, [])) for found in report.sets]
+    page = environment.get_template("zero_shot.html")
+    return page.render(title=report.title, sets=sets, details=list(detail_rows(report.details)))
+
+
+def _shown(folder: Path, found: Evaluated, drawn: list[tuple[str, str]]) -> dict[str, Any]:
+    result = found.result
+    shown: dict[str, Any] = {
+        "name": found.dataset.name,
+        "rows": measure_rows(found),
+        "notes": list(notes(found)),
+        "pictures": [(_data_address(folder / path), caption) for path, caption in drawn],
+        "errors": [],
+        "classes": [],
+    }
+    if isinstance(result, Classification):
+        shown["errors"], shown["classes"] = confusions(result)[:SHOWN_CONFUSIONS], class_rows(result)
+        shown["value"] = value_of_class(result)
+    return shown
+
+
+def _data_address(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,0 +1,120 @@
+"""A zero-shot report says the numbers, their chance levels and what was left out, and shows the nearest images."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from zero_shot_sets import COLOURS, embed_images, embed_texts, picture, write_folder, write_webdataset
+
+from eval import plots
+from eval.zero_shot import pictures
+from eval.zero_shot.classification import classify
+from eval.zero_shot.data import open_set
+from eval.zero_shot.evaluate import Evaluated, embed_set, score
+from eval.zero_shot.report import ZeroShotReport, confusions
+from eval.zero_shot.report_files import write
+
+
+def opened(content: bytes, name: str) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def evaluated(path: Path, store: Path) -> Evaluated:
+    dataset = open_set(path)
+    images = embed_set(dataset, embed_images, store, dim=3, model={"sha256": "m"}, source={})
+    return score(dataset, images, embed_texts, sha256="d")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Evaluated]]:
+    root = tmp_path_factory.mktemp("zero-shot")
+    folder = write_folder(root / "<colours>")
+    (folder / "blue" / "a_broken|one.jpg").write_bytes(b"no picture")
+    # A picture in the wrong folder, so that there is an error to show.
+    (folder / "red" / "9.png").write_bytes(picture(COLOURS["green"]))
+    packed = [write_webdataset(root / kind, kind) for kind in ("retrieval", "multilabel")]
+    sets = [evaluated(path, root / f"store{n}") for n, path in enumerate([folder, *packed])]
+    out = root / "report"
+    report = ZeroShotReport("Zero-shot: <colours>", sets, {"model": "none & <nothing>", "seed": 0})
+    files = write(out, report, opened)
+    assert all(path.is_file() for path in files)
+    return out, sets
+
+
+def test_json_holds_measures_chance_classes_and_what_was_left_out(written: tuple[Path, list[Evaluated]]) -> None:
+    sets = json.loads((written[0] / "report.json").read_text())["sets"]
+    colours = sets["<colours>"]
+    assert colours["measures"] == {"acc1": 12 / 13, "mean_per_class_recall": (3 + 0.75) / 4}
+    assert colours["chance"] == {"acc1": 0.25, "mean_per_class_recall": 0.25}
+    assert colours["broken"] == {"blue/a_broken|one.jpg": "no picture"}
+    assert colours["confusions"] == [["red", "green", 1]]
+    assert {row["name"]: row["value"] for row in colours["classes"]}["red"] == 0.75
+    assert sets["retrieval"]["captions"] == 24
+    assert sets["multilabel"]["measures"] == {"mean_average_precision": 1.0}
+
+
+def test_markdown_and_page_say_the_same(written: tuple[Path, list[Evaluated]]) -> None:
+    text, page = ((written[0] / name).read_text() for name in ("report.md", "report.html"))
+    for said in ("0.9231", "0.2500", "acc5 is undefined under five classes", "1 images cannot be read"):
+        assert said in text
+        assert said in page
+    assert "image retrieval median rank" in text
+    assert "| red as green | 1 |" in text
+    assert "![" in text and "nearest.png" in text
+
+
+def test_what_comes_from_data_is_escaped_and_nothing_is_loaded(written: tuple[Path, list[Evaluated]]) -> None:
+    page = (written[0] / "report.html").read_text()
+    assert "<colours>" not in page and "&lt;colours&gt;" in page
+    assert "none &amp; &lt;nothing&gt;" in page
+    assert "default-src 'none'" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count('src="data:image/png;base64,') == 4
+    text = (written[0] / "report.md").read_text()
+    assert "<colours>" not in text and "(%3Ccolours%3E/nearest.png)" in text
+
+
+def test_the_sheet_shows_the_nearest_images_and_frames_the_right_ones(
+    written: tuple[Path, list[Evaluated]],
+) -> None:
+    colours, retrieval, _ = written[1]
+    rows = pictures.nearest(colours, columns=5)
+    assert [row.text for row in rows] == ["blue", "green", "grey", "red"]
+    green = rows[1]
+    assert {image.name for image, _ in green.images[:4]} == {"green/0.png", "green/1.png", "green/2.png", "red/9.png"}
+    assert {image.name: right for image, right in green.images}["red/9.png"] is False
+    captions = pictures.nearest(retrieval, rows=3)
+    assert [row.text for row in captions] == [retrieval.captions[n] for n in (0, 12, 22)]
+    assert all(sum(right for _, right in row.images) <= 1 and row.wanted is not None for row in captions)
+
+
+def test_the_sheet_holds_the_images_colours(written: tuple[Path, list[Evaluated]]) -> None:
+    sheet = np.asarray(Image.open(written[0] / "<colours>" / "nearest.png").convert("RGB")).reshape(-1, 3)
+    for colour in COLOURS.values():
+        assert (np.abs(sheet.astype(int) - colour).max(axis=1) <= 3).sum() > 200
+
+
+@pytest.mark.parametrize("classes", [3, 40, 70])
+def test_the_confusion_of_any_number_of_classes_is_drawn_whole_or_by_its_errors(classes: int) -> None:
+    labels = np.arange(4 * classes) % classes
+    chance = np.random.default_rng(0)
+    vectors = np.eye(classes)
+    images = vectors[labels] + chance.random((len(labels), classes))
+    result = classify(images, vectors, labels.tolist(), [f"class {n}" for n in range(classes)])
+    with plots.style():
+        axes = pictures.confusion(result).axes[0]
+    drawn = axes.images[0].get_array()
+    assert len(drawn) == (classes if classes <= 40 else 30)
+    # Every image of a class that is shown is somewhere in its row.
+    assert np.allclose(drawn.sum(axis=1), 1)
+
+
+def test_errors_are_counted_most_frequent_first() -> None:
+    vectors = np.eye(3)
+    result = classify(vectors[[0, 1, 1, 2, 2, 2]], vectors, [0, 0, 0, 0, 1, 2], ["a", "b", "c"])
+    assert confusions(result) == [("a", "b", 2), ("a", "c", 1), ("b", "c", 1)]
