@@ -11,10 +11,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# Files summed at the same time.
+SUMS_AT_ONCE = 4
 
 
 class InputError(ValueError):
@@ -208,6 +212,18 @@ def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes, read in constant memory."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_files(paths: Sequence[Path]) -> Generator[str, None, None]:
+    """`sha256_file` of each path, in order; several are read at once, for one core sums slower than a disk reads."""
+    if len(paths) < 2:
+        yield from map(sha256_file, paths)
+        return
+    with ThreadPoolExecutor(min(len(paths), SUMS_AT_ONCE, os.cpu_count() or 1)) as pool:
+        try:
+            yield from pool.map(sha256_file, paths)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def parse_json(text: str, place: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from index.factory import import_faiss
 from index.files import InputError
-from index.manifest import INDEX, FileEntry, Manifest, read_manifest, write_manifest
+from index.manifest import INDEX, Manifest, entries, read_manifest, write_manifest
 
 FAISS_FILE = "index.faiss"
 IDS_FILE = "ids.txt"
@@ -24,6 +24,10 @@ LISTS_FILE = "lists.ivfdata"
 CURVE_FILE = "recall.png"
 """The plot of what tuning measured."""
 OPTIONAL_FILES = (LISTS_FILE, CURVE_FILE)
+
+
+# Bytes of ids or passages looked at together.
+BLOCK_BYTES = 2**24
 
 
 def check_replaceable(out: Path) -> None:
@@ -43,8 +47,8 @@ def check_replaceable(out: Path) -> None:
 
 def finish(folder: Path, fields: dict[str, Any]) -> None:
     """Write the manifest of an index whose other files stand in `folder`."""
-    files = {name: FileEntry.of(folder / name) for name in (*FILES, *OPTIONAL_FILES) if (folder / name).exists()}
-    write_manifest(Manifest(folder, INDEX, fields, files))
+    names = [name for name in (*FILES, *OPTIONAL_FILES) if (folder / name).exists()]
+    write_manifest(Manifest(folder, INDEX, fields, entries(folder, names)))
 
 
 def write_faiss(index: Any, path: Path) -> None:
@@ -72,30 +76,41 @@ def write_passages(
     """
     keep = np.ones(rows, bool) if keep is None else keep
     with open(folder / IDS_FILE, "wb") as out:
-        out.writelines(line for _, line in _kept(ids, keep, "ids"))
+        for lines, _ in _kept(ids, keep, "ids"):
+            out.write(lines.data)
     offsets = np.empty(int(keep.sum()), np.uint64)
-    position = 0
+    row = position = 0
     with open(folder / PASSAGES_FILE, "wb") as out:
-        for row, line in _kept(passages, keep, "passages"):
-            offsets[row] = position
-            out.write(line)
-            position += len(line)
+        for lines, lengths in _kept(passages, keep, "passages"):
+            out.write(lines.data)
+            offsets[row : row + len(lengths)] = position + np.cumsum(lengths) - lengths
+            row, position = row + len(lengths), position + len(lines)
     with open(folder / OFFSETS_FILE, "wb") as out:
         np.save(out, offsets, allow_pickle=False)
 
 
-def _kept(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[tuple[int, bytes]]:
-    """(new row, line) of every line that is kept."""
-    row = new = 0
+def _kept(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(bytes of some lines that are kept, uint8; how many bytes each line has), one block of a file after the other."""
+    row = 0
     for path in files:
+        rest = b""
         with open(path, "rb") as stream:
-            for line in stream:
-                if row == len(keep):
+            while block := stream.read(BLOCK_BYTES):
+                block = rest + block
+                whole = block.rfind(b"\n") + 1
+                rest = block[whole:]
+                lines = np.frombuffer(block, np.uint8, whole)
+                lengths = np.diff(np.flatnonzero(lines == ord("\n")) + 1, prepend=0)
+                chosen = keep[row : row + len(lengths)]
+                row += len(lengths)
+                if row > len(keep):
                     raise InputError(f"{path}: expected {len(keep)} {what} in all, found more")
-                if keep[row]:
-                    yield new, line
-                    new += 1
-                row += 1
+                if chosen.all():
+                    yield lines, lengths
+                else:
+                    yield lines[np.repeat(chosen, lengths)], lengths[chosen]
+        if rest:
+            raise InputError(f"{path}: expected {what}, one a line, found a last line without an end")
     if row != len(keep):
         raise InputError(f"{files[-1] if files else 'index'}: expected {len(keep)} {what} in all, found {row}")
 

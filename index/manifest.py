@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from index.files import InputError, atomic_path, read_json, sha256_file
+from index.files import InputError, atomic_path, read_json, sha256_file, sha256_files
 
 NAME = "manifest.json"
 VERSION = 1
@@ -32,6 +34,13 @@ class FileEntry:
     def of(cls, path: Path) -> FileEntry:
         """The entry of a file as it stands on disk."""
         return cls(path.stat().st_size, sha256_file(path))
+
+
+def entries(folder: Path, names: Sequence[str]) -> dict[str, FileEntry]:
+    """The entries of files of `folder` as they stand on disk."""
+    paths = [folder / name for name in names]
+    sums = sha256_files(paths)
+    return {path.name: FileEntry(path.stat().st_size, sum_) for path, sum_ in zip(paths, sums, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,12 @@ def verify_files(manifest: Manifest, level: Level) -> None:
             raise InputError(f"{path}: missing: expected a file of {expected.bytes} bytes")
         if path.stat().st_size != expected.bytes:
             raise InputError(f"{path}: damaged: expected {expected.bytes} bytes, found {path.stat().st_size}")
-        if level == "hash" and (found := sha256_file(path)) != expected.sha256:
-            raise InputError(f"{path}: damaged: expected sha256 {expected.sha256[:12]}…, found {found[:12]}…")
+    if level == "hash":
+        paths = [manifest.folder / name for name in manifest.files]
+        with contextlib.closing(sha256_files(paths)) as sums:
+            for path, expected, found in zip(paths, manifest.files.values(), sums, strict=True):
+                if found != expected.sha256:
+                    raise InputError(f"{path}: damaged: expected sha256 {expected.sha256[:12]}…, found {found[:12]}…")
 
 
 def _a(format: str) -> str:
