@@ -11,12 +11,12 @@ import numpy as np
 
 from index.factory import import_faiss, reason
 from index.files import InputError, parse_json
+from index.ids import Ids
 from index.layout import FAISS_FILE, FILES, IDS_FILE, LISTS_FILE, OFFSETS_FILE, OPTIONAL_FILES, PASSAGES_FILE
 from index.manifest import INDEX, NAME, Level, Manifest, read_manifest, verify_files
 from index.passages import Passage, parse_passage
 from index.quiet import quiet
 from index.records import Record
-from index.shards import read_ids
 
 # Beyond k, asked of a Flat index: ties across the cut are rarely longer.
 SPARE = 16
@@ -73,9 +73,9 @@ class Index:
         return read_faiss(self.folder / FAISS_FILE, mmap=self._mmap)
 
     @cached_property
-    def ids(self) -> list[str]:
-        """The id of every row; read at the first use."""
-        return read_ids(self.folder / IDS_FILE, self.rows)
+    def ids(self) -> Ids:
+        """The id of every row, left on disk."""
+        return Ids([(self.folder / IDS_FILE, self.rows)])
 
     @cached_property
     def _offsets(self) -> np.ndarray:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from index.files import InputError
+from index.ids import Ids
+from index.layout import IDS_FILE
 from index.manifest import Level
 from index.opened import Index
 from index.passages import Passage
@@ -44,10 +47,10 @@ class Indexes:
             raise InputError("expected an index or more to search, found none")
         return cls([Index.open(folder, verify=verify, mmap=mmap) for folder in folders])
 
-    @property
-    def ids(self) -> list[str]:
-        """The id of every row."""
-        return [id_ for index in self.indexes for id_ in index.ids]
+    @cached_property
+    def ids(self) -> Ids:
+        """The id of every row, left on disk."""
+        return Ids([(index.folder / IDS_FILE, index.rows) for index in self.indexes])
 
     def passage(self, row: int) -> Passage:
         """The passage of `row`, 0 to N - 1.
@@ -92,7 +95,7 @@ class Indexes:
         for query in np.flatnonzero(tied):
             there = rows[query] >= 0
             found_rows = rows[query, there].tolist()
-            ids = [self._id(row) for row in found_rows]
+            ids = [self.ids[row] for row in found_rows]
             ranked = sorted(zip(scores[query, there].tolist(), ids, found_rows, strict=True), reverse=True)
             rows[query, there] = [row for _, _, row in ranked]
         count = min(k, self.rows)
@@ -106,13 +109,9 @@ class Indexes:
         """
         scores, rows = self.search(queries, k)
         return [
-            [(self._id(row), score) for score, row in zip(some_scores, some_rows, strict=True) if row >= 0]
+            [(self.ids[row], score) for score, row in zip(some_scores, some_rows, strict=True) if row >= 0]
             for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True)
         ]
-
-    def _id(self, row: int) -> str:
-        index, within = self._place(row)
-        return index.ids[within]
 
     def _place(self, row: int) -> tuple[Index, int]:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1

@@ -79,23 +79,6 @@ def read_vectors(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
     return vectors
 
 
-def read_ids(path: Path, count: int) -> list[str]:
-    """The ids of a file that has one a line.
-
-    Raises:
-        InputError: there are not `count` of them, or the file is no UTF-8.
-    """
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8, found: {error}") from None
-    # Not splitlines: it would cut at more signs than the one that ends a line here.
-    ids = text.split("\n")
-    if ids.pop() != "" or len(ids) != count:
-        raise InputError(f"{path}: expected {count} ids, one a line, found {len(ids)}")
-    return ids
-
-
 def passage_line(passage: Passage, place: str) -> bytes:
     """The passage as a line of JSON.
 

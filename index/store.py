@@ -9,9 +9,10 @@ from typing import Literal
 import numpy as np
 
 from index.files import InputError
+from index.ids import Ids
 from index.manifest import EMBEDDINGS, NAME, Level, Manifest, read_manifest, verify_files
 from index.passages import Passage, read_passages
-from index.shards import DTYPES, SUFFIXES, read_ids, read_vectors
+from index.shards import DTYPES, SUFFIXES, read_vectors
 
 
 class EmbeddingStore:
@@ -73,16 +74,14 @@ class EmbeddingStore:
             whole[first : first + len(vectors)] = vectors
         return whole
 
-    def ids(self) -> list[str]:
-        """All ids, by row.
+    def ids(self) -> Ids:
+        """All ids, by row, left on disk.
 
         Raises:
             InputError: a shard has not as many ids as rows.
         """
-        ids: list[str] = []
-        for number, path in enumerate(self.files("ids")):
-            ids += read_ids(path, min(self.shard_rows, self.rows - number * self.shard_rows))
-        return ids
+        files = enumerate(self.files("ids"))
+        return Ids([(path, min(self.shard_rows, self.rows - number * self.shard_rows)) for number, path in files])
 
     def passages(self) -> Iterator[Passage]:
         """All passages, by row, streamed."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from index.files import InputError, locked_folder
+from index.ids import Ids
 from index.manifest import EMBEDDINGS, NAME, Manifest, read_manifest, verify_files, write_manifest
 from index.passages import Passage
 from index.shards import DTYPES, ShardBuffer, passage_line
@@ -199,7 +200,7 @@ class EmbeddingWriter:
             "(counted from 0)"
         )
 
-    def _ids_on_disk(self) -> list[str]:
+    def _ids_on_disk(self) -> Ids:
         return EmbeddingStore(self._manifest).ids()
 
     def _pieces(self, count: int) -> Iterator[tuple[int, int]]:

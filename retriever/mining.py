@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.beir import BeirDataset
+from eval.ranking import rows_of
 from index import exact
 from index.embeddings import EmbeddingStore
 from index.files import atomic_path
@@ -88,7 +89,7 @@ def mine(
         InputError: the qrels judge a passage that the store lacks.
     """
     ids = store.ids()
-    row_of = {passage: row for row, passage in enumerate(ids)}
+    row_of = rows_of(ids, dataset.judged | dataset.queries.keys())
     dataset.check(row_of)
     relevant = [[row_of[p] for p, grade in dataset.qrels[query].items() if grade > 0] for query in dataset.queries]
     scores, rows = exact.search(queries, store.shards(), ids, depth, device=device, progress=progress)

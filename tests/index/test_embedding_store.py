@@ -44,7 +44,7 @@ def test_what_is_appended_comes_back(tmp_path: Path, rng, dtype: str, rows: int,
     store = EmbeddingStore.open(tmp_path / "emb", verify="hash")
     assert (store.rows, store.dim, store.dtype, store.model) == (rows, 3, dtype, MODEL)
     np.testing.assert_array_equal(store.vectors(), vectors.astype(dtype))
-    assert store.ids() == [f"d{row}" for row in range(rows)]
+    assert list(store.ids()) == [f"d{row}" for row in range(rows)]
     assert list(store.passages()) == passages
     firsts = [first for first, _ in store.shards()]
     assert firsts == list(range(0, rows, 4))
@@ -72,7 +72,7 @@ def test_files_are_readable_without_us(tmp_path: Path, make_store: Callable, rng
 def test_odd_ids_come_back(make_store: Callable) -> None:
     ids = ["é", "e\u0301", "😀", "\u200b", "٣", "a/../b", '"quoted"', "\ufeffbom", "x" * 5000, "\ufffd", "-1"]
     store = make_store(np.ones((len(ids), 2)), ids, shard_rows=2)
-    assert store.ids() == ids
+    assert list(store.ids()) == ids
     assert [passage.id for passage in store.passages()] == ids
 
 
@@ -114,7 +114,7 @@ def test_a_refused_batch_leaves_no_trace(tmp_path: Path, rng) -> None:
         with pytest.raises(InputError, match="finite"):
             writer.append(passages[3:5], np.full((2, 3), np.nan))
         writer.append(passages[3:], vectors[3:])
-    assert EmbeddingStore.open(tmp_path / "emb").ids() == [passage.id for passage in passages]
+    assert list(EmbeddingStore.open(tmp_path / "emb").ids()) == [passage.id for passage in passages]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

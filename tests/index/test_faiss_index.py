@@ -42,7 +42,7 @@ def test_flat_ranks_as_exact_search(flat, rng) -> None:
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
     assert (index.rows, index.dim, index.factory, index.model) == (50, 16, "Flat", MODEL)
-    assert index.ids == store.ids()
+    assert list(index.ids) == list(store.ids())
 
 
 def test_the_passage_of_a_row_is_the_one_embedded(flat) -> None:

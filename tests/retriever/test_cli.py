@@ -57,7 +57,7 @@ def test_sentence_transformers_gives_the_stored_vectors(world: Any) -> None:
     store = EmbeddingStore.open(world.embeddings)
     texts = [f"{word} {meaning}" for word, meaning in MEANINGS.items()]
     vectors = SentenceTransformer(str(world.model), device="cpu").encode_document(texts)
-    assert store.ids() == [f"d{i}" for i in range(20)]
+    assert list(store.ids()) == [f"d{i}" for i in range(20)]
     np.testing.assert_allclose(store.vectors(), vectors, atol=1e-5)
 
 

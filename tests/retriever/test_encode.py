@@ -124,7 +124,7 @@ def test_interrupted_store_ends_with_the_bytes_of_an_undisturbed_one(
         EmbeddingStore.open(tmp_path / "cut")
     store = encode(tmp_path / "cut")
     assert stored(tmp_path / "cut") == stored(tmp_path / "whole")
-    assert store.ids() == [f"d{i}" for i in range(99)] and store.rows == whole.rows == 99
+    assert list(store.ids()) == [f"d{i}" for i in range(99)] and store.rows == whole.rows == 99
     embedded = embed_texts(towers, [passage.content for passage in store.passages()], "document", options)
     np.testing.assert_allclose(store.vectors(), embedded, atol=1e-5)
 
