@@ -6,25 +6,20 @@ import dataclasses
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
-import psutil
 import torch
-from torch import Tensor
 
 from eval.zero_shot.data import ImageAt, ZeroShotSet, open_set, read_templates
 from eval.zero_shot.evaluate import Evaluated, embed_set, score
 from eval.zero_shot.report import ZeroShotReport
 from eval.zero_shot.report_files import write
 from index.files import InputError
-from retriever.device import to_device
 from retriever.encode import EncodeOptions
-from retriever.graph_memory import encode_tokens
-from retriever.half_weights import arithmetic
+from retriever.images.encode import Decoder, embed_pixels
 from retriever.images.towers import ImageTextTowers
 from retriever.images.transforms import open_image
 from retriever.progress import Terminal
@@ -90,7 +85,7 @@ def _evaluated(
     with terminal.bar(f"{dataset.name}: read", len(dataset.samples), "images") as advance:
         sha256 = dataset.sha256(advance)
     started = time.perf_counter()
-    with terminal.bar(f"{dataset.name}: embed", len(dataset.samples), "images") as advance, _Decoder(towers) as decoder:
+    with terminal.bar(f"{dataset.name}: embed", len(dataset.samples), "images") as advance, Decoder(towers) as decoder:
         images = embed_set(
             dataset,
             lambda some: embed_readable(towers, decoder, some, options),
@@ -118,42 +113,13 @@ def _evaluated(
     return dataclasses.replace(found, seconds={"images": seconds, **found.seconds})
 
 
-class _Decoder:
-    """Threads that make pixels of images; Pillow lets them run beside each other. Use as a context manager."""
-
-    def __init__(self, towers: ImageTextTowers) -> None:
-        self._transform = towers.transform
-        self._pool = ThreadPoolExecutor(len(psutil.Process().cpu_affinity() or [0]))
-
-    def __enter__(self) -> _Decoder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def __call__(self, images: Sequence[ImageAt]) -> list[Tensor | str]:
-        """uint8 [3, height, width] of each image, or why it cannot be read."""
-        return list(self._pool.map(self._pixels, images))
-
-    def _pixels(self, image: ImageAt) -> Tensor | str:
-        try:
-            return self._transform.pixels(open_image(image.read(), image.name))
-        except InputError as error:
-            return str(error).removeprefix(f"{image.name}: ")
-
-
 def embed_readable(
-    towers: ImageTextTowers, decoder: _Decoder, images: Sequence[ImageAt], options: EncodeOptions
+    towers: ImageTextTowers, decoder: Decoder, images: Sequence[ImageAt], options: EncodeOptions
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Embeddings of images, float32 [images, dimension], and why which of them cannot be read."""
-    decoded = decoder(images)
+    decoded = decoder([(image.read(), image.name) for image in images])
     broken = {row: found for row, found in enumerate(decoded) if isinstance(found, str)}
-    rows = [row for row in range(len(images)) if row not in broken]
-    pixels = [found for found in decoded if not isinstance(found, str)]
     vectors = np.zeros((len(images), towers.dimension), dtype=np.float32)
-    at_once = max(1, (options.micro_batch_tokens or encode_tokens(towers.device)) // towers.image_tokens)
-    with arithmetic(towers, options.precision), torch.inference_mode():
-        for start in range(0, len(rows), at_once):
-            some = to_device(torch.stack(pixels[start : start + at_once]), towers.device)
-            vectors[rows[start : start + at_once]] = towers({"pixels": some}).cpu().numpy()
+    rows = [row for row in range(len(images)) if row not in broken]
+    vectors[rows] = embed_pixels(towers, [found for found in decoded if not isinstance(found, str)], options)
     return vectors, broken

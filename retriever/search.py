@@ -1,14 +1,19 @@
-"""Queries to passages through an index."""
+"""Queries, texts or pictures, to passages or pictures through an index."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from index.faiss_index import Index
+from index.files import InputError
 from index.several import Indexes
 from retriever.encode import EncodeOptions, embed_texts
+from retriever.images.towers import ImageTextTowers
 from retriever.towers import Towers
 
 # Queries embedded and searched at a time.
@@ -40,7 +45,7 @@ class Answer:
 def search(
     towers: Towers,
     index: Index | Indexes,
-    queries: Iterable[tuple[str, str]],
+    queries: Iterable[tuple[str, str | Path]],
     k: int,
     options: EncodeOptions,
     batch: int = BATCH,
@@ -50,21 +55,39 @@ def search(
     Args:
         towers: in evaluation mode: the model that embedded the index's passages.
         index: the index, or several searched as one.
-        queries: (id, text), without prompts; consumed in batches as answers are taken.
+        queries: (id, text), without prompts, or (id, file of a picture); consumed in batches as answers are taken.
         k: passages a query.
         options: how queries pass through the tower.
         batch: queries embedded and searched at a time; 1 answers each before the next is read.
 
     Raises:
-        InputError: the index was made with another model.
+        InputError: the index was made with another model, or a picture cannot be read or is none that the model embeds.
     """
     index.check_model(towers.fingerprint())
     stream = iter(queries)
     while some := list(itertools.islice(stream, batch)):
-        vectors = embed_texts(towers, [text for _, text in some], "query", options)
-        for (name, text), scores, rows in zip(some, *index.search(vectors, k), strict=True):
+        vectors = embed_queries(towers, [query for _, query in some], options)
+        for (name, query), scores, rows in zip(some, *index.search(vectors, k), strict=True):
             found = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row >= 0]
-            yield Answer(name, text, [_result(index, *place, rank) for rank, place in enumerate(found, start=1)])
+            yield Answer(name, str(query), [_result(index, *place, rank) for rank, place in enumerate(found, start=1)])
+
+
+def embed_queries(towers: Towers, queries: Sequence[str | Path], options: EncodeOptions) -> np.ndarray:
+    """Vectors, float32 [queries, dimension], of texts and of files of pictures, in their order.
+
+    Raises:
+        InputError: a file cannot be read, or the model embeds no pictures.
+    """
+    files = [row for row, query in enumerate(queries) if isinstance(query, Path)]
+    pictures = [query for query in queries if isinstance(query, Path)]
+    if pictures and not isinstance(towers, ImageTextTowers):
+        raise InputError(f"{pictures[0]}: expected a model of pictures and texts, found one of texts alone")
+    texts = [row for row, query in enumerate(queries) if not isinstance(query, Path)]
+    vectors = np.empty((len(queries), towers.dimension), dtype=np.float32)
+    vectors[texts] = embed_texts(towers, [str(queries[row]) for row in texts], "query", options)
+    if isinstance(towers, ImageTextTowers):
+        vectors[files] = towers.embed_images(pictures, options)
+    return vectors
 
 
 def _result(index: Index | Indexes, score: float, row: int, rank: int) -> Result:

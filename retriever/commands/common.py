@@ -10,6 +10,7 @@ from tyro.conf import FlagCreatePairsOff
 
 if TYPE_CHECKING:
     from retriever.encode import EncodeOptions
+    from retriever.images.towers import ImageTextTowers
     from retriever.towers import Towers
 
 Switch = Annotated[bool, FlagCreatePairsOff]
@@ -17,7 +18,7 @@ Switch = Annotated[bool, FlagCreatePairsOff]
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """What every command that embeds texts must know."""
+    """What every command that embeds must know."""
 
     model: str
     """Model folder or hub name."""
@@ -36,9 +37,23 @@ class Embedding:
     def towers(self) -> Towers:
         """The model, in evaluation mode on the device."""
         from retriever.device import choose_device
+        from retriever.images.folder import is_image_text_folder
+        from retriever.images.towers import load_image_text_towers
         from retriever.towers import load_towers
 
-        return load_towers(self.model, choose_device(self.device))
+        load = load_image_text_towers if is_image_text_folder(self.model) else load_towers
+        return load(self.model, choose_device(self.device))
+
+    def picture_towers(self) -> ImageTextTowers:
+        """The model, which must embed pictures too.
+
+        Raises:
+            InputError: it embeds texts alone.
+        """
+        from retriever.device import choose_device
+        from retriever.images.towers import load_image_text_towers
+
+        return load_image_text_towers(self.model, choose_device(self.device))
 
     def options(self) -> EncodeOptions:
         """How texts pass through it."""

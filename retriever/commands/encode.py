@@ -4,43 +4,57 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from retriever.commands.common import Embedding, answer, check_counts
 from retriever.progress import Terminal
 
+if TYPE_CHECKING:
+    from index.embeddings import EmbeddingStore
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encode(Embedding):
-    """Embed a corpus into a sharded, checksummed store; run again after an interruption, it goes on."""
+    """Embed a corpus, or a folder of pictures, into a sharded, checksummed store; run again after an interruption, it
+    goes on."""
 
     data: Path
     """A BEIR folder (its corpus), or a .jsonl, .csv, .tsv (each also .gz) or .parquet file with columns _id (or id),
-    text and, if you like, title."""
+    text and, if you like, title. Any other folder, with a model of pictures and texts: the pictures in it."""
     out: Path
     """Folder of the store."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the vectors on disk."""
     shard_rows: int = 65536
-    """Passages a shard; at most so many are lost when a run is killed."""
+    """Passages or pictures a shard; at most so many are lost when a run is killed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "shard_rows")
 
     def run(self, terminal: Terminal) -> int:
+        store = self._pictures(terminal) if self._is_pictures() else self._corpus(terminal)
+        answer(self.json, {"store": str(self.out), "rows": store.rows, "dim": store.dim, "dtype": store.dtype})
+        return 0
+
+    def _is_pictures(self) -> bool:
+        from eval.beir import is_beir_folder
+        from retriever.images.folder import is_image_text_folder
+
+        return self.data.is_dir() and not is_beir_folder(self.data) and is_image_text_folder(self.model)
+
+    def _pictures(self, terminal: Terminal) -> EmbeddingStore:
+        from retriever.images.encode import encode_pictures, picture_files
+
+        # Before the model, which takes longer to load.
+        picture_files(self.data)
+        how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows}
+        return encode_pictures(self.picture_towers(), self.data, self.out, self.options(), terminal, **how)
+
+    def _corpus(self, terminal: Terminal) -> EmbeddingStore:
         from eval.beir import beir_file
         from retriever.encode_files import embed_corpus
 
         corpus = beir_file(self.data, "corpus.jsonl") if self.data.is_dir() else self.data
-        store = embed_corpus(
-            self.towers(),
-            corpus,
-            self.out,
-            self.options(),
-            terminal,
-            dtype=self.dtype,
-            shard_rows=self.shard_rows,
-        )
-        answer(self.json, {"store": str(self.out), "rows": store.rows, "dim": store.dim, "dtype": store.dtype})
-        return 0
+        how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows}
+        return embed_corpus(self.towers(), corpus, self.out, self.options(), terminal, **how)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Embedding):
-    """Find passages for queries: given as arguments, in a file, or one a line on standard input."""
+    """Find passages or pictures for queries: texts given as arguments, in a file, or one a line on standard input; or
+    pictures."""
 
     query: Positional[tuple[str, ...]]
     """The queries."""
@@ -30,6 +31,8 @@ class Search(Embedding):
     """Folder that `retriever index build` wrote; given several times, the folders are searched as one."""
     queries: Path | None = None
     """A file of queries instead: .jsonl, .csv, .tsv or .parquet with _id (or id) and text."""
+    image: UseAppendAction[tuple[Path, ...]] = ()
+    """A picture as the query; given several times, each is one. The model embeds pictures and texts."""
     k: int = 10
     """Passages a query."""
 
@@ -40,6 +43,8 @@ class Search(Embedding):
             raise ValueError("--index: expected at least one folder, found none")
         if self.query and self.queries:
             raise ValueError("--queries: give queries as arguments or in a file, not both")
+        if self.image and (self.query or self.queries):
+            raise ValueError("--image: give pictures or texts as queries, not both")
 
     def run(self, terminal: Terminal) -> int:
         from index.faiss_index import Index
@@ -48,7 +53,7 @@ class Search(Embedding):
 
         index = Index.open(self.index[0]) if len(self.index) == 1 else Indexes.open(self.index)
         towers = self.towers()
-        typed = not self.query and self.queries is None and sys.stdin.isatty()
+        typed = not self.query and not self.image and self.queries is None and sys.stdin.isatty()
         if typed:
             terminal.line("queries, one a line; Ctrl-D ends")
         for answer in search(towers, index, self._queries(), self.k, self.options(), batch=1 if typed else BATCH):
@@ -58,12 +63,15 @@ class Search(Embedding):
                 _print_answer(answer)
         return 0
 
-    def _queries(self) -> Iterator[tuple[str, str]]:
-        """(id, text) of each query; those without an id are numbered."""
+    def _queries(self) -> Iterator[tuple[str, str | Path]]:
+        """(id, text) of each query, or (id, file) of each picture; those without an id are numbered."""
         from eval.beir import read_queries
 
         if self.queries:
             yield from read_queries(self.queries).items()
+            return
+        if self.image:
+            yield from ((str(number), file) for number, file in enumerate(self.image, start=1))
             return
         texts: Sequence[str] | Iterator[str] = self.query or (line.rstrip("\n") for line in sys.stdin)
         found = False

@@ -19,6 +19,8 @@ class Serve(Embedding):
 
     index: tuple[Path, ...]
     """Folders that `retriever index build` wrote; several are searched as one."""
+    pictures: Path | None = None
+    """The folder whose pictures were indexed: the page shows those that were found."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in, for whom nothing is asked but queries."""
     port: int = 8000
@@ -61,11 +63,13 @@ class Serve(Embedding):
         from index.several import Indexes
         from retriever.serve.app import make_app
         from retriever.serve.batching import Batching, Engine, warm_up
+        from retriever.serve.pictures import Pictures
         from retriever.serve.requests import Limits
 
         limits = Limits(self.max_body_bytes, self.max_query_chars, self.max_queries, self.max_k)
         batching = Batching(self.batch, self.batch_ms / 1000, max(self.max_waiting, self.max_queries))
         index = Index.open(self.index[0]) if len(self.index) == 1 else Indexes.open(self.index)
+        pictures = None if self.pictures is None else Pictures(self.pictures, index)
         # Listening before the model is loaded makes a port in use known at once.
         with (
             _listening(self.host, self.port) as listener,
@@ -73,7 +77,7 @@ class Serve(Embedding):
         ):
             warm_up(engine)
             config = uvicorn.Config(
-                make_app(engine, limits, terminal.line),
+                make_app(engine, limits, terminal.line, pictures),
                 log_config=None,
                 access_log=False,
                 server_header=False,

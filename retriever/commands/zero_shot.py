@@ -33,13 +33,11 @@ class EvaluateZeroShot(Embedding):
 
     def run(self, terminal: Terminal) -> int:
         from eval.zero_shot.report import json_of, summary_table
-        from retriever.device import choose_device
         from retriever.evaluate_zero_shot import evaluate_zero_shot, open_sets
-        from retriever.images.towers import load_image_text_towers
 
         # Before the model, because reading it takes longer than to see that a folder is wrong.
         sets = open_sets(self.data, self.split, self.templates)
-        towers = load_image_text_towers(self.model, choose_device(self.device))
+        towers = self.picture_towers()
         report = evaluate_zero_shot(towers, sets, self.out, self.options(), terminal, details={"model": self.model})
         if self.json:
             print(json.dumps(json_of(report), ensure_ascii=False))

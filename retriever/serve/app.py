@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from retriever.search import Answer
 from retriever.serve import page
 from retriever.serve.batching import Busy, Closed, Engine
+from retriever.serve.pictures import Pictures
 from retriever.serve.requests import Limits, Refused, Wanted, from_address, from_json, read_body
 
 DEFAULT_K = 10
@@ -42,8 +43,11 @@ class JSON(Response):
 class Service:
     """The routes, around the engine that answers."""
 
-    def __init__(self, engine: Engine, limits: Limits, line: Callable[[str], None]) -> None:
+    def __init__(
+        self, engine: Engine, limits: Limits, line: Callable[[str], None], images: page.Images = page.no_image
+    ) -> None:
         self._engine = engine
+        self._images = images
         self._limits = limits
         self._line = line
         self._default_k = min(DEFAULT_K, limits.k)
@@ -76,6 +80,7 @@ class Service:
             query=query[: self._limits.query],
             passages=self._engine.index.rows,
             most_characters=self._limits.query,
+            images=self._images,
             **shown,
         )
         return HTMLResponse(text, status, {"content-security-policy": page.content_security_policy()})
@@ -132,15 +137,18 @@ class AccessLog:
             self._line(f"{now} {client} {what} {status} {size} bytes {_milliseconds(started):.1f} ms")
 
 
-def make_app(engine: Engine, limits: Limits, line: Callable[[str], None]) -> ASGIApp:
-    """The service as an ASGI application; `line` takes its log."""
-    service = Service(engine, limits, line)
+def make_app(engine: Engine, limits: Limits, line: Callable[[str], None], pictures: Pictures | None = None) -> ASGIApp:
+    """The service as an ASGI application; `line` takes its log, and the page shows `pictures` where it has them."""
+    service = Service(engine, limits, line, page.no_image if pictures is None else pictures.address)
+    routes = [
+        Route("/", service.show, methods=["GET"]),
+        Route("/search", service.search, methods=["GET", "POST"]),
+        Route("/healthz", service.health, methods=["GET"]),
+    ]
+    if pictures is not None:
+        routes.append(Route("/picture", pictures.show, methods=["GET"]))
     app = Starlette(
-        routes=[
-            Route("/", service.show, methods=["GET"]),
-            Route("/search", service.search, methods=["GET", "POST"]),
-            Route("/healthz", service.health, methods=["GET"]),
-        ],
+        routes=routes,
         exception_handlers={Refused: _refused, HTTPException: _http_error},
     )
     return AccessLog(app, line)
