@@ -49,34 +49,47 @@ def checked_batch(
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
     symmetric: bool,
+    *,
+    shard: bool = False,
 ) -> ContrastiveBatch:
     """Fill in the defaults and raise a ValueError that names the first argument that does not fit.
+
+    A `shard` of a batch over ranks may be empty; its `positive` are rows of a pool whose size is not known here, so
+    that they are not checked and query_ids not taken from them.
 
     Values (a positive in range, a finite logit_scale) are checked for CPU tensors and Python numbers; looking at the
     values of a CUDA tensor would wait for the device, so there only shape, dtype and device are checked.
     """
-    _check_embeddings(query, passage)
+    _check_embeddings(query, passage, least=0 if shard else 1)
     scale = _checked_logit_scale(logit_scale, query)
     diagonal = positive is None
-    positive = _checked_positive(positive, query, passage)
+    positive = _checked_positive(positive, query, passage, in_range=not shard)
     if passage_ids is None:
         if query_ids is not None:
             raise ValueError("query_ids needs passage_ids: ids of queries are compared with ids of passages")
         return ContrastiveBatch(query, passage, scale, positive, None, None, symmetric, diagonal)
     passage_ids = _checked_indices("passage_ids", passage_ids, passage.shape[0], query.device)
     if query_ids is None:
-        query_ids = passage_ids[positive]
+        query_ids = None if shard else passage_ids[positive]
     else:
         query_ids = _checked_indices("query_ids", query_ids, query.shape[0], query.device)
     return ContrastiveBatch(query, passage, scale, positive, query_ids, passage_ids, symmetric, diagonal)
 
 
-def _check_embeddings(query: Tensor, passage: Tensor) -> None:
+def checked_workspace(workspace_mib: float) -> int:
+    """In bytes."""
+    if not 0 < workspace_mib < math.inf:
+        raise ValueError(f"workspace_mib must be a positive number of MiB, found {workspace_mib}")
+    return int(workspace_mib * 2**20)
+
+
+def _check_embeddings(query: Tensor, passage: Tensor, least: int) -> None:
     for name, tensor in (("query", query), ("passage", passage)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, found {type(tensor).__name__}")
-        if tensor.dim() != 2 or 0 in tensor.shape:
-            raise ValueError(f"{name} must be a non-empty matrix [rows, dimensions], found shape {list(tensor.shape)}")
+        if tensor.dim() != 2 or len(tensor) < least or tensor.shape[1] == 0:
+            size = "non-empty " if least else ""
+            raise ValueError(f"{name} must be a {size}matrix [rows, dimensions], found shape {list(tensor.shape)}")
         if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, found {tensor.dtype}")
     if passage.shape[1] != query.shape[1]:
@@ -107,14 +120,14 @@ def _checked_logit_scale(logit_scale: float | Tensor, query: Tensor) -> Tensor:
     return logit_scale.to(dtype)
 
 
-def _checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor) -> Tensor:
+def _checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in_range: bool) -> Tensor:
     queries, passages = query.shape[0], passage.shape[0]
     if positive is None:
         if passages < queries:
             raise ValueError(f"passage has {passages} rows, fewer than the {queries} queries: give positive")
         return torch.arange(queries, device=query.device)
     positive = _checked_indices("positive", positive, queries, query.device)
-    if positive.device.type == "cpu":
+    if in_range and positive.device.type == "cpu":
         low, high = (int(extreme) for extreme in positive.aminmax())
         if low < 0 or high >= passages:
             raise ValueError(f"positive must index the {passages} passages, found {low if low < 0 else high}")

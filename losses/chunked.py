@@ -97,7 +97,9 @@ class Statistics:
 def score_statistics(tiles: ScoreTiles) -> Statistics:
     """Visit each tile of S once; row sums and, for a symmetric loss, column sums come from the same visit."""
     batch = tiles.batch
-    constant = constant_shift(tiles) if batch.symmetric and tiles.device.type == "cpu" else None
+    constant = None
+    if batch.symmetric and tiles.device.type == "cpu":
+        constant = constant_shift(score_bounds(tiles), batch.logit_scale)
 
     def vector(lines: int, value: float) -> Tensor:
         return torch.full((lines,), value, dtype=tiles.dtype, device=tiles.device)
@@ -108,6 +110,16 @@ def score_statistics(tiles: ScoreTiles) -> Statistics:
     queries, passages = batch.query.shape[0], batch.passage.shape[0]
     positive_score, row_shift, row_sum = vector(queries, 0), shift(queries), vector(queries, 0)
     column_shift, column_sum = (shift(passages), vector(passages, 0)) if batch.symmetric else (None, None)
+    statistics = Statistics(positive_score, row_shift, row_sum, column_shift, column_sum, constant)
+    add_statistics(tiles, statistics)
+    return statistics
+
+
+def add_statistics(tiles: ScoreTiles, statistics: Statistics) -> None:
+    """Bring a visit of all tiles into statistics, in place: of a batch, or of one block of its passages."""
+    row_shift, row_sum = statistics.row_shift, statistics.row_sum
+    column_shift, column_sum = statistics.column_shift, statistics.column_sum
+    positive_score, constant = statistics.positive_score, statistics.constant
     for rows in tiles.row_blocks():
         query = tiles.query_block(rows)
         for columns in tiles.column_blocks():
@@ -122,28 +134,38 @@ def score_statistics(tiles: ScoreTiles) -> Statistics:
             _add_to_softmax(row_shift[rows], row_sum[rows], tile, 1, out=tiles.scratch(rows, columns))
             if column_shift is not None and column_sum is not None:
                 _add_to_softmax(column_shift[columns], column_sum[columns], tile, 0, out=tile)
-    return Statistics(positive_score, row_shift, row_sum, column_shift, column_sum, constant)
 
 
-def constant_shift(tiles: ScoreTiles) -> Tensor | None:
+def score_bounds(tiles: ScoreTiles, *, all_positives_here: bool = True) -> Tensor:
+    """[4]: max ‖q‖, max ‖k‖, minus the lowest positive's score, and 1 where a number is not finite, otherwise 0.
+
+    Over several batches the largest of each counts: a side without rows leaves minus infinity, and a positive that is
+    not in `tiles` infinity.
+    """
+    batch = tiles.batch
+    unknown = torch.full((), -torch.inf, dtype=tiles.dtype, device=tiles.device)
+    lengths, lowest = ([unknown], [unknown]), [unknown if all_positives_here else -unknown]
+    for rows in tiles.row_blocks():
+        query = tiles.query_block(rows)
+        lengths[0].append(query.norm(dim=1).max().to(tiles.dtype))
+        if all_positives_here:
+            own = tiles.products.operand(batch.passage[batch.positive[rows]])
+            lowest.append(-(query * own).sum(1).mul_(batch.logit_scale).min().to(tiles.dtype))
+    for columns in tiles.column_blocks():
+        lengths[1].append(tiles.passage_block(columns).norm(dim=1).max().to(tiles.dtype))
+    finite = all_finite(*(side for side in (batch.query, batch.passage) if side.numel()), unknown.new_zeros(1))
+    highest = [torch.stack(some).max() for some in (*lengths, lowest)]
+    return torch.stack([*highest, (~finite).to(tiles.dtype)])
+
+
+def constant_shift(bounds: Tensor, logit_scale: Tensor) -> Tensor | None:
     """One c for which exp(S_ij − c) neither overflows nor loses a row or a column that counts, or None.
 
     No score exceeds max‖q‖ · max‖k‖ · |logit_scale|, and no denominator that the loss reads is below exp of its
     positive's score: where these two bounds are close enough, exp(S − c) fits. Looking at them makes a GPU's host wait.
     """
-    batch, highest = tiles.batch, []
-    for blocks, block_of in ((tiles.row_blocks(), tiles.query_block), (tiles.column_blocks(), tiles.passage_block)):
-        norms = [block_of(lines).norm(dim=1).max() for lines in blocks]
-        highest.append(torch.stack(norms).max())
-    lowest = [
-        (tiles.query_block(rows) * tiles.products.operand(batch.passage[batch.positive[rows]]))
-        .sum(1)
-        .mul_(batch.logit_scale)
-        .min()
-        for rows in tiles.row_blocks()
-    ]
-    bound = highest[0] * highest[1] * batch.logit_scale.abs()
-    if bound - torch.stack(lowest).min() <= 2 * WIDEST_EXPONENT:
+    bound = bounds[0] * bounds[1] * logit_scale.abs()
+    if bound + torch.minimum(bounds[2], bound) <= 2 * WIDEST_EXPONENT:
         return (bound - WIDEST_EXPONENT).clamp(min=0)
     return None
 
@@ -151,10 +173,10 @@ def constant_shift(tiles: ScoreTiles) -> Tensor | None:
 def loss_value(statistics: Statistics, positive: Tensor) -> Tensor:
     """Mean negative log-probability of the positives: over rows, or over rows and the positives' columns alike."""
     score = statistics.positive_score
-    loss = _negative_log_share(score, statistics.row_shift, statistics.row_sum).mean()
+    loss = negative_log_share(score, statistics.row_shift, statistics.row_sum).mean()
     if statistics.column_shift is None or statistics.column_sum is None:
         return loss
-    columns = _negative_log_share(score, statistics.column_shift[positive], statistics.column_sum[positive])
+    columns = negative_log_share(score, statistics.column_shift[positive], statistics.column_sum[positive])
     return (loss + columns.mean()) / 2
 
 
@@ -169,7 +191,7 @@ def score_gradients(
     queries, passages = batch.query.shape[0], batch.passage.shape[0]
     through_mean = upstream.to(tiles.dtype) / queries
     through_scores = through_mean * batch.logit_scale
-    weights = _softmax_weights(statistics, batch.positive)
+    weights = softmax_weights(statistics, batch.positive)
     query_gradient = torch.empty_like(batch.query) if query else None
     query_sum = torch.empty(tiles.tile_rows, width, dtype=tiles.dtype, device=tiles.device)
     passage_sum = torch.zeros(passages, width, dtype=tiles.dtype, device=tiles.device) if passage else None
@@ -177,15 +199,8 @@ def score_gradients(
     for rows in tiles.row_blocks():
         query_block = tiles.query_block(rows)
         block_sum = query_sum[: rows.stop - rows.start].zero_()
-        for columns in tiles.column_blocks():
-            passage_block = tiles.passage_block(columns)
-            tile = tiles.scores(rows, columns, query_block, passage_block)
-            _to_score_gradient(tile, tiles, statistics, weights, rows, columns)
-            factor = tiles.products.factor(tile)
-            if query or logit_scale:
-                tiles.products.add_product(block_sum, factor, passage_block)
-            if passage_sum is not None:
-                tiles.products.add_product(passage_sum[columns], factor.T, query_block)
+        wanted_sum = block_sum if query or logit_scale else None
+        add_row_gradients(tiles, statistics, weights, rows, query_block, wanted_sum, passage_sum)
         if logit_scale:
             # Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K): a pass over M·D numbers in place of M·N.
             scale_sum += (block_sum * query_block).sum()
@@ -193,6 +208,27 @@ def score_gradients(
             query_gradient[rows] = block_sum.mul_(through_scores)
     passage_gradient = passage_sum.mul_(through_scores).to(batch.passage.dtype) if passage_sum is not None else None
     return query_gradient, passage_gradient, scale_sum * through_mean if logit_scale else None
+
+
+def add_row_gradients(
+    tiles: ScoreTiles,
+    statistics: Statistics,
+    weights: tuple[Tensor, Tensor | None],
+    rows: slice,
+    query_block: Tensor,
+    query_sum: Tensor | None,
+    passage_sum: Tensor | None,
+) -> None:
+    """Add M · dS K of these rows to query_sum [rows, D], and their M · dSᵀ Q to passage_sum [N, D]; None: not asked."""
+    for columns in tiles.column_blocks():
+        passage_block = tiles.passage_block(columns)
+        tile = tiles.scores(rows, columns, query_block, passage_block)
+        _to_score_gradient(tile, tiles, statistics, weights, rows, columns)
+        factor = tiles.products.factor(tile)
+        if query_sum is not None:
+            tiles.products.add_product(query_sum, factor, passage_block)
+        if passage_sum is not None:
+            tiles.products.add_product(passage_sum[columns], factor.T, query_block)
 
 
 def _to_score_gradient(
@@ -219,7 +255,7 @@ def _to_score_gradient(
     tile.scatter_(1, place, tile.gather(1, place) - inside.to(tile.dtype))
 
 
-def _softmax_weights(statistics: Statistics, positive: Tensor) -> tuple[Tensor, Tensor | None]:
+def softmax_weights(statistics: Statistics, positive: Tensor) -> tuple[Tensor, Tensor | None]:
     """What multiplies exp(S − shift) in M · dS: for a row its share of the loss over its sum; for a column, counted
     once for each query whose positive it is, the same; zero for a column that is nobody's positive."""
     if statistics.column_sum is None:
@@ -237,7 +273,7 @@ def _add_to_softmax(shift: Tensor, total: Tensor, tile: Tensor, dim: int, out: T
     shift.copy_(new_shift)
 
 
-def _negative_log_share(score: Tensor, shift: Tensor, total: Tensor) -> Tensor:
+def negative_log_share(score: Tensor, shift: Tensor, total: Tensor) -> Tensor:
     """−log(exp(score) / (exp(shift) · total)), never negative and exact where the share is near one."""
     margin = score - shift
     ratio = total / margin.exp()

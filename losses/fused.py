@@ -67,8 +67,11 @@ class _FusedLoss(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _State:
-    """What forward leaves for backward, all in one float32 tensor, so that one launch clears it."""
+class State:
+    """What forward leaves for backward: bounds [4], of queries [M], of passages [N]; in exponents of 2, float32.
+
+    All in one tensor, so that one launch clears it.
+    """
 
     bounds: Tensor
     score: Tensor
@@ -82,37 +85,30 @@ class _State:
         return 4 + 3 * queries + 2 * passages
 
     @classmethod
-    def of(cls, flat: Tensor, queries: int, passages: int) -> _State:
+    def of(cls, flat: Tensor, queries: int, passages: int) -> State:
         return cls(*flat.split([4, queries, queries, queries, passages, passages]))
 
 
-def inf_cl_forward(
-    query: Tensor,
-    passage: Tensor,
+def add_sums(
+    run: BlockRun,
+    state: State,
     logit_scale: Tensor,
     positive: Tensor,
-    query_ids: Tensor | None,
-    passage_ids: Tensor | None,
     symmetric: bool,
     diagonal: bool,
-    precision: str,
     workspace_bytes: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, state, kept exponentials) of a batch."""
+    kept: Tensor | None = None,
+) -> None:
+    """Bring a visit of all tiles into the sums of `state`: of a batch, or of one block of its passages.
+
+    Places in `positive` outside the run's passages belong to other blocks. `kept` takes the exponentials of its rows.
+    """
     import triton
 
     from losses.kernels.blocks import forward_blocks
-    from losses.kernels.bounds import measure_bounds
-    from losses.kernels.statistics import MERGE_LINES, MERGE_TILES, loss_kernel, merge_sums_kernel, tile_sums_kernel
+    from losses.kernels.statistics import MERGE_LINES, MERGE_TILES, merge_sums_kernel, tile_sums_kernel
 
-    run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
-    queries, passages = query.shape[0], passage.shape[0]
-    flat = torch.zeros(_State.size(queries, passages), device=query.device)
-    state = _State.of(flat, queries, passages)
-    kept = run.query.new_empty(run.blocks.kept_rows, run.kept_width)
-    measure_bounds(run.query, run.passage, positive, logit_scale, state.bounds)
-
+    queries, passages = len(run.query), len(run.passage)
     # A kernel that also keeps tiles needs shared memory for their store, and other shapes suit it.
     plain, keeper = run.shape("sums"), run.shape("kept_sums")
     least_m, least_n = min(plain.block_m, keeper.block_m), min(plain.block_n, keeper.block_n)
@@ -121,13 +117,13 @@ def inf_cl_forward(
         cells(rows) * triton.cdiv(cells(columns), least_n) + cells(columns) * triton.cdiv(cells(rows), least_m)
         for rows, columns, _ in launches
     )
-    sums, maxima = flat.new_empty(2, room)
+    sums, maxima = state.bounds.new_empty(2, room)
     for rows, columns, keeping in launches:
         height, width = cells(rows), cells(columns)
         shape = keeper if keeping else plain
         row_tiles, column_tiles = triton.cdiv(height, shape.block_m), triton.cdiv(width, shape.block_n)
         column_place = height * column_tiles
-        block = kept[rows, columns] if keeping else run.query
+        block = kept[rows, columns] if keeping and kept is not None else run.query
         # Of the two launches the device takes the one that the batch's bounds allow; the other ends at once.
         for safe in (True, False):
             launched = shape if safe else replace(shape, persistent=1)
@@ -177,6 +173,35 @@ def inf_cl_forward(
             LINES=MERGE_LINES,
             TILES=MERGE_TILES,
         )
+
+
+def inf_cl_forward(
+    query: Tensor,
+    passage: Tensor,
+    logit_scale: Tensor,
+    positive: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    symmetric: bool,
+    diagonal: bool,
+    precision: str,
+    workspace_bytes: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, state, kept exponentials) of a batch."""
+    import triton
+
+    from losses.kernels.bounds import measure_bounds
+    from losses.kernels.statistics import loss_kernel
+
+    run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
+    queries, passages = query.shape[0], passage.shape[0]
+    flat = torch.zeros(State.size(queries, passages), device=query.device)
+    state = State.of(flat, queries, passages)
+    kept = run.query.new_empty(run.blocks.kept_rows, run.kept_width)
+    measure_bounds(run.query, run.passage, positive, logit_scale, state.bounds)
+
+    add_sums(run, state, logit_scale, positive, symmetric, diagonal, workspace_bytes, kept)
     line_block = 1024 if query.is_cuda else 64
     shares = flat.new_empty(triton.cdiv(queries, line_block))
     loss_kernel[(len(shares),)](
@@ -214,9 +239,69 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep, plan_only=True)
-    state = query.new_empty(_State.size(query.shape[0], passage.shape[0]), dtype=torch.float32)
+    state = query.new_empty(State.size(query.shape[0], passage.shape[0]), dtype=torch.float32)
     kept = query.new_empty(run.blocks.kept_rows, run.kept_width, dtype=run.dtype)
     return state.new_empty(()), state, kept
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What turns exponentials into unit · M · dS: row [M], column [N], and `unit`, which stands for 1 at positives."""
+
+    unit: Tensor
+    row: Tensor
+    column: Tensor
+    symmetric: bool
+    diagonal: bool
+
+
+def score_gradient(
+    run: BlockRun,
+    state: State,
+    weights: Weights,
+    logit_scale: Tensor,
+    positive: Tensor,
+    rows: slice,
+    columns: slice,
+    gradient: Tensor,
+    kept: Tensor | None = None,
+) -> None:
+    """Write unit · M · dS [rows, columns] into `gradient`, from recomputed or, where they fit, kept exponentials."""
+    from losses.kernels.gradients import score_gradient_kernel
+
+    shape = run.shape("gradient")
+    for safe in (True, False):
+        launched = shape if safe else replace(shape, persistent=1)
+        described = kept if kept is not None and safe else gradient
+        score_gradient_kernel[launched.grid(cells(rows), cells(columns), run.processors)](
+            run.described(run.query[rows], shape.block_m, shape.block_k),
+            run.described(run.passage[columns], shape.block_n, shape.block_k),
+            run.described(described, shape.block_m, shape.block_n),
+            run.described(gradient, shape.block_m, shape.block_n),
+            state.bounds,
+            logit_scale,
+            weights.unit,
+            positive,
+            run.query_ids,
+            run.passage_ids,
+            state.score,
+            weights.row,
+            state.row_shift,
+            weights.column,
+            state.column_shift,
+            cells(rows),
+            cells(columns),
+            rows.start,
+            columns.start,
+            D=run.width,
+            PRODUCT=run.product,
+            SAFE=safe,
+            SYMMETRIC=weights.symmetric,
+            DIAGONAL=weights.diagonal,
+            HAS_IDS=run.has_ids,
+            KEPT=kept is not None and safe,
+            **launched.meta(),
+        )
 
 
 def inf_cl_backward(
@@ -241,12 +326,12 @@ def inf_cl_backward(
     import triton
 
     from losses.kernels.blocks import spans
-    from losses.kernels.gradients import score_gradient_kernel, weights_kernel
+    from losses.kernels.gradients import weights_kernel
 
     keep = kept.shape[0] > 0
     run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
     queries, passages = query.shape[0], passage.shape[0]
-    state = _State.of(saved, queries, passages)
+    state = State.of(saved, queries, passages)
     owners = None
     if symmetric and not diagonal:
         owners = saved.new_zeros(passages).index_add_(0, positive, saved.new_ones(queries))
@@ -266,8 +351,7 @@ def inf_cl_backward(
         BLOCK=1024,
     )
 
-    shape = run.shape("gradient")
-    guarded = replace(shape, persistent=1)
+    weights = Weights(unit, row_weight, column_weight, symmetric, diagonal)
     blocks = run.blocks
     workspace = run.query.new_empty(blocks.rows * padded_to_16_bytes(blocks.columns, run.dtype))
     finish = Finish(run, logit_scale, unit, upstream, queries)
@@ -285,38 +369,8 @@ def inf_cl_backward(
                 keeping = rows.start < blocks.kept_rows
                 stride = padded_to_16_bytes(width, run.dtype)
                 gradient = workspace[: height * stride].view(height, stride)[:, :width]
-                for safe in (True, False):
-                    launched = shape if safe else guarded
-                    described = kept[rows, columns] if keeping and safe else gradient
-                    score_gradient_kernel[launched.grid(height, width, run.processors)](
-                        run.described(run.query[rows], shape.block_m, shape.block_k),
-                        run.described(run.passage[columns], shape.block_n, shape.block_k),
-                        run.described(described, shape.block_m, shape.block_n),
-                        run.described(gradient, shape.block_m, shape.block_n),
-                        state.bounds,
-                        logit_scale,
-                        unit,
-                        positive,
-                        run.query_ids,
-                        run.passage_ids,
-                        state.score,
-                        row_weight,
-                        state.row_shift,
-                        column_weight,
-                        state.column_shift,
-                        height,
-                        width,
-                        rows.start,
-                        columns.start,
-                        D=run.width,
-                        PRODUCT=run.product,
-                        SAFE=safe,
-                        SYMMETRIC=symmetric,
-                        DIAGONAL=diagonal,
-                        HAS_IDS=run.has_ids,
-                        KEPT=keeping and safe,
-                        **launched.meta(),
-                    )
+                exponentials = kept[rows, columns] if keeping else None
+                score_gradient(run, state, weights, logit_scale, positive, rows, columns, gradient, exponentials)
                 if need_query:
                     add_product(block_sum, gradient, run.passage[columns], first=columns.start == 0)
                 if want_passage:

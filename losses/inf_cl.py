@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from losses.batch import checked_batch
+from losses.batch import checked_batch, checked_workspace
 from losses.chunked import tiled_loss
 from losses.dense import dense_loss, fits_dense
 from losses.fused import fused_loss
-from losses.kernels.launch import why_not_fused
+from losses.kernels.launch import warn_of_step_down, why_not_fused
 from losses.oracle import full_matrix_loss
+from losses.over_ranks import Exchange, loss_over_ranks, ranked_batch
 from losses.precision import Precision, resolve_precision
 
 Implementation = Literal["auto", "full", "dense", "chunked", "triton"]
@@ -33,6 +32,7 @@ def inf_cl_loss(
     group: Any = None,
     precision: Precision = "auto",
     implementation: Implementation = "auto",
+    exchange: Exchange = "auto",
     workspace_mib: float = 256,
 ) -> Tensor:
     """InfoNCE (van den Oord et al., arXiv 1807.03748) in memory linear in the batch (Inf-CL, arXiv 2410.17243).
@@ -54,7 +54,15 @@ def inf_cl_loss(
             query_ids defaults to passage_ids[positive]. An entry (i', positive[i']) is never masked, so queries that
             share one row as positive compete with each other in its column; give each its own row, with equal ids, to
             keep them apart.
-        group: only None: the loss of this process's batch.
+        group: None for the loss of this process's batch, or a torch.distributed process group whose ranks each hold a
+            shard of one batch: M_r queries and N_r passages, different on each rank or none (then [0, D], and
+            requires_grad as elsewhere). The pool has the shards in the order of ranks; `positive` [M_r] are rows of the
+            pool, by default the own shard's rows in order; all passages are negatives of all queries, and ids are
+            compared across ranks (query_ids by default those of the positives, wherever they lie). The value, the mean
+            over all ranks' queries, is the same on every rank. Gradients, logit_scale's too, are W times this rank's
+            share: averaged over ranks, as DDP does, they are those of the whole batch. Every rank calls forward and
+            backward. Memory is O((M + N)·D / W); ring.py counts what is sent. Arguments are compared on the host: give
+            a group on GPUs a gloo backend too ("cpu:gloo,cuda:nccl"), or the host waits for the device there.
         precision: of the products' operands; sums are float32 always. "fp32" (by three tf32 products of split operands
             in triton's scores); "tf32" allows CUDA's tf32 products
             here, whatever the global setting; "bf16" rounds operands to bfloat16; "auto" follows the embeddings'
@@ -63,7 +71,10 @@ def inf_cl_loss(
             once); "chunked" (tiles in PyTorch); "triton" (kernels for GPUs of compute capability 9.0 on; elsewhere
             "chunked", with one warning that says why). "auto" takes chunked on a CPU, where tiles beat the whole matrix
             from about 1000 × 1000 scores on; on a GPU dense while the matrix fits the workspace, then triton where it
-            runs, otherwise chunked.
+            runs, otherwise chunked. With a group, "auto" is triton or chunked.
+        exchange: with a group, how passages travel: "ring" (a block at a time, beside the tiles of the one before),
+            "gather" (all at once, one block of tiles), or "auto": gather where the pool and its gradient's sum fit the
+            workspace, otherwise ring.
         workspace_mib: MiB that tiles and their temporaries may take beside inputs and gradients. "triton" in bf16 turns
             what it is given beyond 256 into speed: it keeps exponentials that backward would compute again.
 
@@ -73,21 +84,34 @@ def inf_cl_loss(
 
     Raises:
         ValueError: an argument does not fit; the message begins with its name. Values of CUDA tensors (positive out
-            of range, a non-finite logit_scale) are not looked at, because that would wait for the device.
+            of range, a non-finite logit_scale) are not looked at, because that would wait for the device. With a
+            group every rank raises, whichever has the bad argument.
     """
     if group is not None:
-        raise ValueError("group must be None: this version computes the loss of one process, without a ring over ranks")
+        ranked = ranked_batch(
+            group,
+            query,
+            passage,
+            logit_scale,
+            positive,
+            query_ids,
+            passage_ids,
+            symmetric=symmetric,
+            precision=precision,
+            implementation=implementation,
+            exchange=exchange,
+            workspace_mib=workspace_mib,
+        )
+        return loss_over_ranks(ranked)
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation must be one of {', '.join(get_args(Implementation))}, found {implementation!r}"
         )
-    if not 0 < workspace_mib < math.inf:
-        raise ValueError(f"workspace_mib must be a positive number of MiB, found {workspace_mib}")
+    workspace_bytes = checked_workspace(workspace_mib)
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric)
     precision = resolve_precision(precision, query)
     if implementation == "full":
         return full_matrix_loss(batch, precision)
-    workspace_bytes = int(workspace_mib * 2**20)
     if implementation == "dense" or (implementation == "auto" and query.is_cuda and fits_dense(batch, workspace_bytes)):
         return dense_loss(batch, precision)
     if implementation == "triton" or (implementation == "auto" and query.is_cuda):
@@ -95,13 +119,8 @@ def inf_cl_loss(
         if reason is None:
             return fused_loss(batch, precision, workspace_bytes)
         if implementation == "triton":
-            _warn_once(f"implementation 'triton' steps down to 'chunked': {reason}")
+            warn_of_step_down(reason)
     return tiled_loss(batch, precision, workspace_bytes)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
 
 
 class InfCLLoss(nn.Module):
@@ -123,6 +142,7 @@ class InfCLLoss(nn.Module):
         group: Any = None,
         precision: Precision = "auto",
         implementation: Implementation = "auto",
+        exchange: Exchange = "auto",
         workspace_mib: float = 256,
     ) -> None:
         super().__init__()
@@ -136,6 +156,7 @@ class InfCLLoss(nn.Module):
         self.group = group
         self.precision = precision
         self.implementation = implementation
+        self.exchange: Exchange = exchange
         self.workspace_mib = workspace_mib
 
     @property
@@ -166,6 +187,7 @@ class InfCLLoss(nn.Module):
             group=self.group,
             precision=self.precision,
             implementation=self.implementation,
+            exchange=self.exchange,
             workspace_mib=self.workspace_mib,
         )
 

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from losses.batch import FLOAT_DTYPES, ContrastiveBatch, accumulator, all_finite, checked_batch
+from losses.batch import FLOAT_DTYPES, ContrastiveBatch, accumulator, all_finite, checked_batch, checked_workspace
 from losses.fused_sigmoid import fused_sigmoid_loss
-from losses.inf_cl import _ClampFromAbove, _warn_once
-from losses.kernels.launch import why_not_fused
+from losses.inf_cl import _ClampFromAbove
+from losses.kernels.launch import warn_of_step_down, why_not_fused
 from losses.oracle import _through_rounding
 from losses.precision import Precision, plain_arithmetic, resolve_precision
 from losses.sigmoid_chunked import tiled_sigmoid_loss
@@ -70,8 +70,7 @@ def sigmoid_loss(
         raise ValueError(
             f"implementation must be one of {', '.join(get_args(Implementation))}, found {implementation!r}"
         )
-    if not 0 < workspace_mib < math.inf:
-        raise ValueError(f"workspace_mib must be a positive number of MiB, found {workspace_mib}")
+    workspace_bytes = checked_workspace(workspace_mib)
     # A pair counts for its query and its passage alike, and tiles of a symmetric loss have the second buffer it needs.
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric=True)
     bias = _checked_logit_bias(logit_bias, query)
@@ -81,10 +80,10 @@ def sigmoid_loss(
     if implementation == "triton" or (implementation == "auto" and query.is_cuda):
         reason = why_not_fused(query)
         if reason is None:
-            return fused_sigmoid_loss(batch, bias, precision, int(workspace_mib * 2**20))
+            return fused_sigmoid_loss(batch, bias, precision, workspace_bytes)
         if implementation == "triton":
-            _warn_once(f"implementation 'triton' steps down to 'chunked': {reason}")
-    return tiled_sigmoid_loss(batch, bias, precision, int(workspace_mib * 2**20))
+            warn_of_step_down(reason)
+    return tiled_sigmoid_loss(batch, bias, precision, workspace_bytes)
 
 
 def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision) -> Tensor:

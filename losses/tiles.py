@@ -45,9 +45,11 @@ class ScoreTiles:
             return max(1, min(room, most_entries // lines))
 
         square = (math.sqrt(per_line**2 + per_entry * workspace_bytes) - per_line) / per_entry
-        rows = min(batch.query.shape[0], max(1, min(int(square), math.isqrt(most_entries))))
-        columns = min(batch.passage.shape[0], beside(rows))
-        return min(batch.query.shape[0], beside(columns)), columns
+        # Of several ranks one may hold no rows.
+        queries, passages = (max(1, len(side)) for side in (batch.query, batch.passage))
+        rows = min(queries, max(1, min(int(square), math.isqrt(most_entries))))
+        columns = min(passages, beside(rows))
+        return min(queries, beside(columns)), columns
 
     def row_blocks(self) -> Iterator[slice]:
         return _blocks(self.batch.query.shape[0], self.tile_rows)

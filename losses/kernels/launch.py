@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -24,6 +25,12 @@ def why_not_fused(query: Tensor) -> str | None:
     if query.dtype == torch.float64:
         return "the embeddings are float64, which it has no products for"
     return _why_not_on(query.device, interpreted())
+
+
+@functools.cache
+def warn_of_step_down(reason: str) -> None:
+    """Say once why the kernels that were asked for do not run."""
+    warnings.warn(f"implementation 'triton' steps down to 'chunked': {reason}", stacklevel=3)
 
 
 @functools.cache

@@ -48,7 +48,7 @@ QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
         ("passage_ids is on meta", {"passage_ids": torch.arange(5, device="meta")}),
         ("query_ids must have shape [3], found [5]", {"query_ids": torch.arange(5), "passage_ids": torch.arange(5)}),
         ("query_ids needs passage_ids", {"query_ids": torch.arange(3)}),
-        ("group must be None", {"group": object()}),
+        ("group must be a torch.distributed process group", {"group": object()}),
         ("precision must be one of auto, fp32, tf32, bf16", {"precision": "fp8"}),
         ("precision 'bf16' does not apply to float64", {"query": QUERY.double(), "passage": PASSAGE.double(),
                                                          "precision": "bf16"}),

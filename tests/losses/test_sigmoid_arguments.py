@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from losses import SigmoidLoss, inf_cl, sigmoid_loss
+from losses import SigmoidLoss, sigmoid_loss
+from losses.kernels import launch
 
 QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
 
@@ -76,7 +77,7 @@ def test_a_clamped_scale_stays_at_the_clamp_and_comes_back() -> None:
 
 def test_triton_steps_down_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    inf_cl._warn_once.cache_clear()
+    launch.warn_of_step_down.cache_clear()
     options: dict[str, Any] = {"logit_scale": 10.0, "logit_bias": -10.0}
     with pytest.warns(UserWarning, match="'triton' steps down to 'chunked': the embeddings are on cpu"):
         loss = sigmoid_loss(QUERY, PASSAGE, implementation="triton", **options)

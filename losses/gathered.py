@@ -1,0 +1,58 @@
+"""InfoNCE over ranks with the whole pool of passages on each: one block of tiles, for pools that fit the workspace.
+
+Each rank sends, in collectives whose bytes on the wire are for n passages a rank those of a ring of W − 1 hops: forward
+n (width·e + 8 ids) per hop, and the columns' sums of the pool, 4a W n, reduced to all; backward n · width · a per hop.
+Held beside inputs and gradients: the pool, and the sum of its gradient, W·n·width·(e + a) bytes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from losses.block_tiles import BlockTiles, LineWeights, PassageBlock
+from losses.column_sums import ColumnSums, Visited
+from losses.link import Link
+from losses.shards import Shards
+
+
+def gathered_forward(
+    tiles: BlockTiles, own: PassageBlock, positive: Tensor, symmetric: bool, shards: Shards, link: Link
+) -> Visited:
+    """Meet the whole pool at once. The columns of all passages are complete on every rank."""
+    ids = None if own.ids is None else link.gather_rows(own.ids, shards.passages)
+    pool = PassageBlock(link.gather_rows(own.passage, shards.passages), ids, 0)
+    visited = Visited.begun(tiles, own)
+    columns = visited.meet(tiles, pool, positive)
+    if symmetric:
+        table, local_shift = columns.table, columns.table[0].clone()
+        link.reduce_max(table[0])
+        # Where nobody has a maximum the sum is zero, and any finite difference will do.
+        lower = (local_shift - table[0]).nan_to_num_(0, 0, -float("inf"))
+        table[1] *= (lower * tiles.natural).exp()
+        link.reduce_sum(table[1:])
+        columns = ColumnSums(table)
+    return visited.now_at(pool, columns)
+
+
+def gathered_backward(
+    tiles: BlockTiles,
+    own: PassageBlock,
+    visited: Visited,
+    weights: LineWeights,
+    query_sum: Tensor | None,
+    want_passage: bool,
+    shards: Shards,
+    link: Link,
+) -> Tensor | None:
+    """As `ring_backward`; `weights` are those of the whole pool."""
+    pool = visited.block
+    here = visited.score.new_zeros(len(pool.passage), tiles.width) if want_passage else None
+    shift = visited.columns.softmax.shift
+    if len(visited.score):
+        tiles.add_gradients(pool, visited.score, visited.rows.shift, shift, weights, query_sum, here)
+    return None if here is None else link.scatter_sums(here, shards.passages)
+
+
+def own_columns(columns: ColumnSums, shards: Shards) -> ColumnSums:
+    """This rank's passages among the pool's."""
+    return ColumnSums(columns.table[:, shards.first_passage :][:, : shards.passages[shards.rank]])

@@ -1,0 +1,216 @@
+"""The loss of a batch whose rows lie on the ranks of a process group: agreement, choice of exchange, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from losses.batch import ContrastiveBatch, checked_batch, checked_workspace
+from losses.block_run import padded_to_16_bytes
+from losses.block_tiles import BlockTiles, FusedBlocks, LineWeights, PassageBlock, TiledBlocks
+from losses.column_sums import ColumnSums, Visited
+from losses.gathered import gathered_backward, gathered_forward, own_columns
+from losses.kernels.launch import warn_of_step_down, why_not_fused
+from losses.link import Link, link_of
+from losses.precision import Precision, plain_arithmetic, resolve_precision
+from losses.ring import ring_backward, ring_forward
+from losses.shards import Shards, agreed
+
+Exchange = Literal["auto", "ring", "gather"]
+IMPLEMENTATIONS = ("auto", "chunked", "triton")
+SCALE_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class RankedBatch:
+    """This rank's shard of a batch, `positive` being rows of the pool, and how it is to be computed."""
+
+    batch: ContrastiveBatch
+    shards: Shards
+    link: Link
+    precision: Precision
+    workspace_bytes: int
+    fused: bool
+    exchange: Literal["ring", "gather"]
+
+    def tiles(self) -> BlockTiles:
+        made = FusedBlocks if self.fused else TiledBlocks
+        return made(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
+
+    def own_block(self, tiles: BlockTiles) -> PassageBlock:
+        return PassageBlock(tiles.operand(self.batch.passage), self.batch.passage_ids, self.shards.first_passage)
+
+
+def ranked_batch(
+    group: Any,
+    query: Tensor,
+    passage: Tensor,
+    logit_scale: float | Tensor,
+    positive: Tensor | None,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    *,
+    symmetric: bool,
+    precision: Precision,
+    implementation: str,
+    exchange: Exchange,
+    workspace_mib: float,
+    checks: Callable[[], dict[str, Any]] = dict,
+) -> RankedBatch:
+    """Check this rank's arguments and agree with the others on them; `checks` gives more that must be the same on all.
+
+    Raises:
+        ValueError: on all ranks, if an argument does not fit on any.
+    """
+    link = link_of(group)
+    resolved: list[Precision] = []
+
+    def checked() -> ContrastiveBatch:
+        if implementation not in IMPLEMENTATIONS:
+            known = ", ".join(IMPLEMENTATIONS)
+            raise ValueError(f"implementation must be one of {known} with a group, found {implementation!r}")
+        if exchange not in get_args(Exchange):
+            raise ValueError(f"exchange must be one of {', '.join(get_args(Exchange))}, found {exchange!r}")
+        checked_workspace(workspace_mib)
+        batch = checked_batch(
+            query, passage, logit_scale, positive, query_ids, passage_ids, symmetric=symmetric, shard=True
+        )
+        resolved.append(resolve_precision(precision, query))
+        same.update(
+            dimensions=query.shape[1],
+            dtype=query.dtype,
+            device=query.device.type,
+            requires_grad=[
+                torch.is_grad_enabled() and leaf.requires_grad for leaf in (query, passage, batch.logit_scale)
+            ],
+            query_ids="given" if query_ids is not None else "not given",
+            passage_ids="given" if passage_ids is not None else "not given",
+            precision=resolved[-1],
+            kernels=_by_kernels(query, implementation),
+            extra=checks(),
+        )
+        return batch
+
+    same: dict[str, Any] = {"symmetric": symmetric, "exchange": exchange, "workspace_mib": workspace_mib}
+    batch, shards = agreed(link, checked, positive, same)
+    if positive is None:
+        batch = replace(batch, positive=batch.positive + shards.first_passage)
+    ids = batch.passage_ids
+    if ids is not None and batch.query_ids is None:
+        of_positives = link.gather_rows(ids, shards.passages)[batch.positive] if shards.placed else ids[: len(query)]
+        batch = replace(batch, query_ids=of_positives)
+    workspace_bytes = checked_workspace(workspace_mib)
+    fused = bool(same["kernels"])
+    width = padded_to_16_bytes(query.shape[1], query.dtype) if fused else query.shape[1]
+    # Beside the pool in the products' precision stands the sum of its gradient.
+    fits = shards.pool * width * (query.element_size() + 4) <= workspace_bytes
+    chosen: Literal["ring", "gather"] = "gather" if exchange == "gather" or (exchange == "auto" and fits) else "ring"
+    return RankedBatch(batch, shards, link, resolved[0], workspace_bytes, fused, chosen)
+
+
+def _by_kernels(query: Tensor, implementation: str) -> bool:
+    if implementation == "chunked" or (implementation == "auto" and not query.is_cuda):
+        return False
+    reason = why_not_fused(query)
+    if reason is not None and implementation == "triton":
+        warn_of_step_down(reason)
+    return reason is None
+
+
+def loss_over_ranks(ranked: RankedBatch) -> Tensor:
+    """Scalar InfoNCE of all ranks' rows, the same bits on every rank; differentiable once.
+
+    Gradients are W times this rank's share, so that their mean over ranks is the gradient of the whole batch's loss.
+    Backward exchanges too: every rank calls it, with the same upstream gradient.
+    """
+    batch = ranked.batch
+    return _LossOverRanks.apply(batch.query, batch.passage, batch.logit_scale, ranked)
+
+
+class _LossOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, ranked: RankedBatch) -> Tensor:
+        with plain_arithmetic(ranked.precision, query.device):
+            tiles = ranked.tiles()
+            own = ranked.own_block(tiles)
+            batch, shards, link = ranked.batch, ranked.shards, ranked.link
+            bounds = tiles.bounds(own, positives_here=not shards.placed)
+            link.reduce_max(bounds)
+            tiles.settle(bounds)
+            meet = ring_forward if ranked.exchange == "ring" else gathered_forward
+            visited = meet(tiles, own, batch.positive, batch.symmetric, shards, link)
+            columns = visited.columns
+            here = own_columns(columns, shards) if ranked.exchange == "gather" else columns
+            loss = visited.row_loss(tiles.natural)
+            if batch.symmetric:
+                loss = (loss + here.loss(tiles.natural)) / 2
+            # One order of adding on all ranks: the same bits everywhere.
+            shares = link.gather_rows(loss[None], [1] * link.size)
+            loss = (shares.sum() / shards.all_queries).to(batch.logit_scale.dtype)
+            # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
+            loss = torch.where(bounds[3] > 0, torch.nan, loss)
+            ctx.unit = tiles.unit(_most_owners(columns, tiles, link) if batch.symmetric else None)
+        ctx.save_for_backward(query, passage, logit_scale)
+        ctx.ranked, ctx.tiles, ctx.own, ctx.visited = ranked, tiles, own, visited
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+        if torch.is_grad_enabled():
+            raise RuntimeError("the loss over ranks is differentiable once")
+        query, passage, logit_scale = ctx.saved_tensors
+        want_query, want_passage, want_scale = ctx.needs_input_grad[:3]
+        ranked: RankedBatch = ctx.ranked
+        tiles: BlockTiles = ctx.tiles
+        visited: Visited = ctx.visited
+        with plain_arithmetic(ranked.precision, query.device):
+            through_mean = upstream.to(tiles.dtype) * ranked.link.size / (ranked.shards.all_queries * ctx.unit)
+            through_scores = through_mean * logit_scale.detach()
+            query_sum = None
+            if want_query or want_scale:
+                query_sum = visited.score.new_zeros(len(query), tiles.width)
+            travel = ring_backward if ranked.exchange == "ring" else gathered_backward
+            weights = _line_weights(visited, ctx.unit, ranked.batch.symmetric)
+            passage_sum = travel(tiles, ctx.own, visited, weights, query_sum, want_passage, ranked.shards, ranked.link)
+            scale_gradient = _scale_gradient(query_sum, tiles.query, through_mean) if want_scale else None
+            query_gradient = _gradient(query_sum, through_scores, query) if want_query else None
+            passage_gradient = _gradient(passage_sum, through_scores, passage) if want_passage else None
+        return query_gradient, passage_gradient, scale_gradient, None
+
+
+def _line_weights(visited: Visited, unit: Tensor, symmetric: bool) -> LineWeights:
+    """A line's share of the loss over its sum; of a column once for each query that owns it."""
+    if not symmetric:
+        return LineWeights(unit / visited.rows.total, None, unit)
+    total, owners = visited.columns.softmax.total, visited.columns.owners
+    column = torch.where(owners > 0, unit * owners / (2 * total), 0)
+    return LineWeights(unit / (2 * visited.rows.total), column, unit)
+
+
+def _most_owners(columns: ColumnSums, tiles: BlockTiles, link: Link) -> Tensor | None:
+    """1-dim: on any rank, by how many queries a passage is owned at most; only half precision asks."""
+    if tiles.query.dtype != torch.float16:
+        return None
+    most = torch.cat([columns.owners, columns.owners.new_ones(1)]).max()[None]
+    link.reduce_max(most)
+    return most
+
+
+def _scale_gradient(query_sum: Tensor | None, query: Tensor, factor: Tensor) -> Tensor:
+    """Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K), a few rows at a time: the products are as large as the sums."""
+    assert query_sum is not None
+    shares = [
+        (some * rows.to(some.dtype)).sum()
+        for some, rows in zip(query_sum.split(SCALE_ROWS), query.split(SCALE_ROWS), strict=True)
+    ]
+    return torch.stack(shares).sum() * factor if shares else factor * 0
+
+
+def _gradient(sums: Tensor | None, factor: Tensor, embeddings: Tensor) -> Tensor:
+    assert sums is not None
+    return sums.mul_(factor)[:, : embeddings.shape[1]].to(embeddings.dtype)

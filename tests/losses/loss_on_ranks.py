@@ -1,0 +1,207 @@
+"""One rank of several: each case of the loss over a gloo group against one process. Run by test_loss_on_ranks.py."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from losses import InfCLLoss, inf_cl_loss
+
+DIMENSIONS = 13
+
+
+def whole_batch(queries: int, passages: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sides = (torch.randn(rows, DIMENSIONS, dtype=torch.float64, generator=generator) for rows in (queries, passages))
+    query, passage = (normalize(side, dim=1) for side in sides)
+    return query, passage
+
+
+def own(rows: Tensor | None, counts: list[int], rank: int) -> Tensor | None:
+    return None if rows is None else rows.split(counts)[rank]
+
+
+def value_and_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [each.double() for each in (loss.detach(), *torch.autograd.grad(0.7 * loss, leaves))]
+
+
+def errors(
+    group: Any, counts: list[int], more: list[int], dtype: torch.dtype, *, placed: bool, ids: bool, **options: Any
+) -> list[float]:
+    """Relative errors of value, averaged gradients of both sides, and logit_scale's, against float64 in one process."""
+    rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+    passages = [queries + extra for queries, extra in zip(counts, more, strict=True)]
+    query, passage = (side.to(dtype) for side in whole_batch(sum(counts), sum(passages)))
+    firsts = [0, *itertools.accumulate(passages)]
+    positive = torch.cat([torch.arange(count) + first for count, first in zip(counts, firsts, strict=False)])
+    if placed:
+        positive = torch.randperm(sum(passages), generator=torch.Generator().manual_seed(1))[: sum(counts)]
+    passage_ids = torch.arange(sum(passages)) % 11 if ids else None
+    logit_scale = options.pop("logit_scale")
+    leaves = [*(side.double().requires_grad_() for side in (query, passage)), torch.tensor(logit_scale).double()]
+    leaves[2].requires_grad_()
+    truth = inf_cl_loss(
+        leaves[0], leaves[1], logit_scale=leaves[2], positive=positive, passage_ids=passage_ids,
+        symmetric=options["symmetric"], implementation="full",
+    )  # fmt: skip
+    expected = value_and_gradients(truth, *leaves)
+
+    shard = [query.split(counts)[rank].requires_grad_(), passage.split(passages)[rank].requires_grad_()]
+    scale = torch.tensor(logit_scale, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    loss = inf_cl_loss(
+        shard[0], shard[1], logit_scale=scale, group=group, positive=own(positive, counts, rank) if placed else None,
+        passage_ids=own(passage_ids, passages, rank), **options,
+    )  # fmt: skip
+    values = [torch.empty_like(loss) for _ in range(size)]
+    distributed.all_gather(values, loss.detach(), group=group)
+    assert all(torch.equal(value, loss) for value in values), "the value differs between ranks"
+    value, *found = value_and_gradients(loss, *shard, scale)
+    distributed.all_reduce(found[2], group=group)
+    mine = [value, found[0] / size, found[1] / size, found[2] / size]
+    theirs = [expected[0], expected[1].split(counts)[rank], expected[2].split(passages)[rank], expected[3]]
+    whole = [expected[0], expected[1], expected[2], expected[3]]
+    return [float((a - b).norm() / c.norm()) for a, b, c in zip(mine, theirs, whole, strict=True)]
+
+
+SHARDS = {
+    1: ([7], [2]),
+    2: ([5, 9], [3, 0]),
+    3: ([7, 0, 11], [0, 0, 4]),
+    4: ([6, 1, 0, 8], [2, 0, 5, 0]),
+}
+ALLOWED = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 6e-3}
+
+
+def check_values(size: int) -> None:
+    counts, more = SHARDS[size]
+    for dtype, exchange, symmetric, ids, placed, logit_scale in itertools.product(
+        (torch.float64, torch.float32), ("ring", "gather"), (False, True), (False, True), (False, True), (20.0, 500.0)
+    ):
+        options: dict[str, Any] = {"symmetric": symmetric, "exchange": exchange, "logit_scale": logit_scale}
+        found = errors(
+            distributed.group.WORLD, counts, more, dtype, placed=placed, ids=ids, workspace_mib=2**-8, **options
+        )
+        assert max(found) <= ALLOWED[dtype], (dtype, options, ids, placed, found)
+
+
+def check_narrow_embeddings(size: int) -> None:
+    counts, more = SHARDS[size]
+    for exchange in ("ring", "gather"):
+        found = errors(
+            distributed.group.WORLD, counts, more, torch.bfloat16, placed=True, ids=True, symmetric=True,
+            exchange=exchange, logit_scale=20.0,
+        )  # fmt: skip
+        assert max(found) <= ALLOWED[torch.bfloat16], (exchange, found)
+
+
+def check_kernels(size: int) -> None:
+    counts, more = SHARDS[size]
+    for exchange, logit_scale in itertools.product(("ring", "gather"), (20.0, 500.0)):
+        found = errors(
+            distributed.group.WORLD, counts, more, torch.float32, placed=False, ids=True, symmetric=True,
+            implementation="triton", exchange=exchange, logit_scale=logit_scale,
+        )  # fmt: skip
+        assert max(found) <= ALLOWED[torch.float32], (exchange, logit_scale, found)
+
+
+def check_two_groups_at_once(size: int) -> None:
+    pairs = [[0, 2], [1, 3]]
+    groups = [distributed.new_group(pair) for pair in pairs]
+    mine = groups[distributed.get_rank() % 2]
+    for exchange in ("ring", "gather"):
+        counts = [3, 4] if distributed.get_rank() % 2 else [9, 1]
+        found = errors(
+            mine, counts, [1, 0], torch.float64, placed=False, ids=False, symmetric=True, exchange=exchange,
+            logit_scale=20.0,
+        )  # fmt: skip
+        assert max(found) <= ALLOWED[torch.float64], found
+
+
+def check_errors_reach_all(size: int) -> None:
+    rank, group = distributed.get_rank(), distributed.group.WORLD
+    query, passage = whole_batch(4, 4)
+
+    def refused(message: str, **arguments: Any) -> None:
+        given = {"query": query, "passage": passage, "logit_scale": 3.0} | arguments
+        try:
+            inf_cl_loss(given.pop("query"), given.pop("passage"), group=group, **given)
+        except ValueError as error:
+            assert message in str(error), (message, str(error))
+        else:
+            raise AssertionError(f"not refused: {message}")
+
+    last = rank == size - 1
+    refused("query must be", query=query[0] if last else query)
+    refused("query must be a tensor, found str", query="no tensor" if last else query)
+    refused("workspace_mib", workspace_mib=-1 if last else 1)
+    refused("implementation", implementation="full" if last else "auto")
+    refused(f"positive must index the pool's {4 * size}", positive=torch.full((4,), 4 * size) if last else None)
+    refused("symmetric differs", symmetric=last)
+    refused("logit_scale differs", logit_scale=2.0 if last else 3.0)
+    refused("requires_grad differs", query=query.clone().requires_grad_(last))
+    refused("query is empty on all ranks", query=query[:0])
+    refused("passage_ids differs", passage_ids=torch.arange(4) if last else None)
+    # The group is whole afterwards.
+    inf_cl_loss(query, passage, logit_scale=3.0, group=group)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.tower = nn.Linear(DIMENSIONS, 7, bias=False)
+        with torch.no_grad():
+            self.tower.weight.copy_(torch.randn(7, DIMENSIONS, generator=generator))
+        self.criterion = InfCLLoss(logit_scale=10.0, symmetric=True)
+
+    def forward(self, query: Tensor, passage: Tensor) -> Tensor:
+        return self.criterion(normalize(self.tower(query), dim=1), normalize(self.tower(passage), dim=1))
+
+
+def check_parameters_under_ddp(size: int) -> None:
+    counts = SHARDS[size][0]
+    rank = distributed.get_rank()
+    alone, pair = Pair(), Pair()
+    pair.criterion.group = distributed.group.WORLD
+    together = DistributedDataParallel(pair)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.5) for module in (alone, pair)]
+    for step in range(4):
+        query, passage = (side.float() for side in whole_batch(sum(counts), sum(counts), step))
+        passage = query + 0.3 * passage
+        shard = [side.split(counts)[rank] for side in (query, passage)]
+        for module, inputs, optimizer in zip((alone, together), ((query, passage), shard), optimizers, strict=True):
+            optimizer.zero_grad()
+            module(*inputs).backward()
+            optimizer.step()
+        for (name, a), b in zip(alone.named_parameters(), pair.parameters(), strict=True):
+            assert torch.allclose(a, b, rtol=2e-6, atol=2e-6), (name, step, (a - b).abs().max())
+
+
+def main(size: int) -> None:
+    distributed.init_process_group("gloo")
+    check_values(size)
+    check_narrow_embeddings(size)
+    check_errors_reach_all(size)
+    check_parameters_under_ddp(size)
+    if size == 3:
+        check_kernels(size)
+    if size == 4:
+        check_two_groups_at_once(size)
+    distributed.barrier()
+    # gloo ends its threads with the last reference to the group, and DDP holds one in a circle.
+    gc.collect()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    main(int(sys.argv[1]))

@@ -1,0 +1,64 @@
+"""A ring of eight ranks, a thread each: the loss and gradients of the whole batch, for exactly the bytes in ring.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from simulated import SimulatedLink, on_simulated_ranks
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from losses import inf_cl_loss
+
+RANKS, ROWS, DIMENSIONS = 8, 6, 5
+
+
+def bytes_of_the_ring(element: int, symmetric: bool, ids: bool) -> int:
+    """As the docstring of losses/ring.py has it; tiles in PyTorch do not pad the width."""
+    block = DIMENSIONS * element + 8 * ids
+    accumulator = max(4, element)
+    forward = (RANKS - 1) * ROWS * (block + 4 * accumulator * symmetric)
+    home = (RANKS - 1) * ROWS * (DIMENSIONS * accumulator + 2 * accumulator * symmetric)
+    return forward + (RANKS - 2) * ROWS * block + home
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eight_ranks_equal_one_process_for_the_bytes_of_the_formula(
+    dtype: torch.dtype, ids: bool, symmetric: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sides = (torch.randn(RANKS * ROWS, DIMENSIONS, dtype=dtype, generator=generator) for _ in range(2))
+    query, passage = (normalize(side, dim=1) for side in sides)
+    passage_ids = torch.arange(RANKS * ROWS) % 17 if ids else None
+    accumulated = torch.promote_types(dtype, torch.float32)
+
+    def one_rank(link: SimulatedLink) -> tuple[list[Tensor], int]:
+        leaves = [side.split(ROWS)[link.rank].clone().requires_grad_() for side in (query, passage)]
+        scale = torch.tensor(20.0, dtype=accumulated, requires_grad=True)
+        own_ids = None if passage_ids is None else passage_ids.split(ROWS)[link.rank]
+        loss = inf_cl_loss(
+            *leaves, logit_scale=scale, passage_ids=own_ids, symmetric=symmetric, group=link, exchange="ring"
+        )
+        gradients = torch.autograd.grad(loss, [*leaves, scale])
+        return [loss.detach(), *(gradient / RANKS for gradient in gradients)], sum(link.sent)
+
+    results = on_simulated_ranks(RANKS, one_rank)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    assert {sent for _, sent in results} == {bytes_of_the_ring(query.element_size(), symmetric, ids)}
+
+    leaves = [side.double().requires_grad_() for side in (query, passage)]
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    truth = inf_cl_loss(*leaves, logit_scale=scale, passage_ids=passage_ids, symmetric=symmetric, implementation="full")
+    expected = [truth.detach(), *torch.autograd.grad(truth, [*leaves, scale])]
+    values = [values for values, _ in results]
+    found = [
+        values[0][0], torch.cat([value[1] for value in values]), torch.cat([value[2] for value in values]),
+        torch.stack([value[3] for value in values]).sum(0),
+    ]  # fmt: skip
+    allowed = 1e-12 if dtype == torch.float64 else 5e-6
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() - theirs).norm() <= allowed * theirs.norm()
