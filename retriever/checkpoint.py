@@ -26,7 +26,7 @@ class TrainState:
     dev_step: int = -1
     """Step of the last dev evaluation."""
     best_score: float | None = None
-    """Best dev nDCG@10; the model folder holds that model."""
+    """Best dev nDCG@10 (of pictures: recall@1, acc1); the model folder holds that model."""
     best_step: int = 0
     """Step of the best dev evaluation."""
     evaluations_without_gain: int = 0

@@ -80,8 +80,9 @@ class DataConfig:
 class LossConfig:
     """The contrastive loss."""
 
-    name: Literal["inf_cl", "clip"] = "inf_cl"
-    """inf_cl: tiled, memory linear in the batch. clip: the full matrix, symmetric; the baseline of the literature."""
+    name: Literal["inf_cl", "sigmoid", "clip"] = "inf_cl"
+    """inf_cl: tiled, memory linear in the batch. sigmoid: SigLIP's, a decision for each pair, as lean; its paper begins
+    with logit_scale 10 and learns it. clip: the full matrix, symmetric; the baseline of the literature."""
     symmetric: bool = False
     """Also classify each passage's query among all queries."""
     logit_scale: float = 20.0
@@ -90,8 +91,10 @@ class LossConfig:
     """Train the scale with the towers, in the log domain."""
     max_logit_scale: float = 100.0
     """Upper clamp of the scale."""
+    logit_bias: float = -10.0
+    """Of the sigmoid loss: what is added to every logit at first; trained where the scale is."""
     implementation: Literal["auto", "full", "dense", "chunked", "triton"] = "auto"
-    """How inf_cl is computed; auto chooses by device and size."""
+    """How inf_cl and sigmoid are computed; auto chooses by device and size (dense: inf_cl alone)."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Operands of the loss's matrix products; accumulation is fp32."""
     workspace_mib: int = 256
@@ -107,6 +110,10 @@ class LossConfig:
                 f"loss.logit_scale: expected a number over 0 and at most max_logit_scale "
                 f"({self.max_logit_scale}), found {self.logit_scale}"
             )
+        if not math.isfinite(self.logit_bias):
+            raise ValueError(f"loss.logit_bias: expected a number, found {self.logit_bias}")
+        if self.name == "sigmoid" and self.implementation == "dense":
+            raise ValueError("loss.implementation: expected auto, full, chunked or triton for the sigmoid loss")
         _check_least(self, "loss.", 1, "workspace_mib")
 
 
@@ -153,13 +160,14 @@ class DevConfig:
     """Evaluation while training; the model that does best on it is the one kept."""
 
     path: str = ""
-    """BEIR folder; empty for no evaluation, and the last model is kept."""
+    """BEIR folder, or a set of pictures as `retriever evaluate zero-shot` reads them for a model with an image tower;
+    empty for no evaluation, and the last model is kept."""
     split: str = "dev"
-    """Which qrels of the folder."""
+    """Which qrels of the folder, or which folder in a set of pictures."""
     every: int = 500
     """Steps between evaluations; one follows the last step in any case."""
     patience: int | None = None
-    """Stop after this many evaluations in a row without a better nDCG@10; empty for never."""
+    """Stop after this many evaluations in a row without a better nDCG@10 (or recall@1, acc1); empty for never."""
     max_queries: int | None = None
     """Evaluate on the first so many queries of the split, by id; the corpus is always whole."""
 

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from index.files import InputError
 from retriever.config import ConfigError, DataConfig, TrainConfig
 from retriever.data.batches import BatchDataset, Prompts
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
+from retriever.device import Precision
 from retriever.prepare import BatchPreparer, PreparedBatch
 from retriever.progress import Terminal
 from retriever.towers import Towers
+
+
+def open_training(
+    config: TrainConfig, towers: Towers, cache: Path, *, precision: Precision, token_budget: int, terminal: Terminal
+) -> tuple[Any, tuple[str, ...]]:
+    """The batches of a run, of texts or of pictures and captions, and what identifies each source.
+
+    They have a length, the number of steps, and a `loader(start=, workers=)` of PreparedBatch.
+
+    Raises:
+        InputError: a source is missing or broken, or does not fit the model.
+    """
+    if config.model.image.name:
+        from retriever.images.open_data import open_image_batches
+        from retriever.images.towers import ImageTextTowers
+
+        assert isinstance(towers, ImageTextTowers)
+        return open_image_batches(
+            config, towers, cache, precision=precision, token_budget=token_budget, terminal=terminal
+        )
+    if config.data.images:
+        raise ConfigError("data.images: pictures need an image tower: set model.image.name")
+    tables = open_tables(config.data, cache, terminal)
+    return open_batches(config, tables, towers, token_budget), tuple(table.sha256 for table in tables)
 
 
 def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[ExampleTable]:

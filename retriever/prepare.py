@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,12 +26,41 @@ class TextGroup:
     micro_batches: list[np.ndarray]
     """Row numbers of each, within this group."""
 
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 [texts]."""
+        return self.tokens.lengths
+
+    def embed(self, towers: Towers, rows: np.ndarray) -> Tensor:
+        """Embeddings [rows, dimension] of one micro-batch."""
+        return towers.embed(self.tokens, rows, self.side)
+
+
+class Group(Protocol):
+    """What passes through one tower: texts, or the pictures of images/batches.py."""
+
+    @property
+    def micro_batches(self) -> list[np.ndarray]:
+        """Row numbers of each, within the group."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, int64."""
+
+    def embed(self, towers: Any, rows: np.ndarray) -> Tensor:
+        """Embeddings [rows, dimension] of one micro-batch."""
+
 
 @dataclass(frozen=True)
 class PreparedBatch:
     """One step's texts as token ids: queries, then passages (positives, then hard negatives)."""
 
-    groups: list[TextGroup]
+    groups: Sequence[Group]
     """One group of all texts for a shared tower, or the queries' and the passages'."""
     queries: int
     """M."""
@@ -44,7 +74,7 @@ class PreparedBatch:
     @property
     def tokens(self) -> int:
         """Real tokens, without padding."""
-        return sum(len(group.tokens.ids) for group in self.groups)
+        return sum(int(group.lengths.sum()) for group in self.groups)
 
     @property
     def micro_batch_tokens(self) -> list[int]:
@@ -53,7 +83,7 @@ class PreparedBatch:
             len(rows) * int(lengths.max()) if self.padded else int(lengths.sum())
             for group in self.groups
             for rows in group.micro_batches
-            for lengths in [group.tokens.lengths[rows]]
+            for lengths in [group.lengths[rows]]
         ]
 
     @property
@@ -66,7 +96,7 @@ class PreparedBatch:
         first, order = 0, []
         for group in self.groups:
             order += [first + rows for rows in group.micro_batches]
-            first += len(group.tokens)
+            first += len(group)
         place = np.empty(first, dtype=np.int64)
         place[np.concatenate(order)] = np.arange(first)
         stacked = torch.cat(list(embeddings))

@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from losses import InfCLLoss
+from losses import InfCLLoss, SigmoidLoss
 from retriever import grad_cache
 from retriever.config import TrainConfig
 from retriever.device import Precision, autocast, to_device
 from retriever.graph_memory import GraphMemory
 from retriever.half_weights import arithmetic
 from retriever.optim import lr_factor
-from retriever.prepare import PreparedBatch, TextGroup
+from retriever.prepare import Group, PreparedBatch
 from retriever.towers import Towers
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Texts that pass through a tower at once: rows of one group."""
+    """What passes through a tower at once: rows of one group."""
 
-    group: TextGroup
+    group: Group
     rows: np.ndarray
 
 
@@ -38,7 +38,7 @@ class TrainStep:
     precision: Precision
     """Of the towers."""
     towers: Towers
-    loss: InfCLLoss
+    loss: InfCLLoss | SigmoidLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     graphs: GraphMemory
@@ -62,7 +62,7 @@ class TrainStep:
 
         with arithmetic(self.towers, self.precision):
             scaled = grad_cache.backward(
-                lambda micro: self.towers.embed(micro.group.tokens, micro.rows, micro.group.side),
+                lambda micro: micro.group.embed(self.towers, micro.rows),
                 micro_batches,
                 loss_of,
                 device,

@@ -73,6 +73,13 @@ class TextTokenizer:
             return ids, lengths
         return np.insert(ids, np.cumsum(lengths)[lengths == 0], self.tokenizer.pad_token_id), np.maximum(lengths, 1)
 
+    def forget_calls(self) -> None:
+        """Take back what calls leave in the tokenizer; what is saved of it then does not depend on them."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+
     def pad(self, texts: TokenizedTexts, rows: np.ndarray) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the right; on the CPU."""
         starts, lengths = texts.offsets[rows], texts.lengths[rows]

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +220,17 @@ def build_towers(config: ModelConfig) -> Towers:
     else:
         model = load_model(config.name, pooling=config.pooling)
     model = _adapt(model, config)
-    for transformer in set(text_towers(model).values()):
+    set_text_options(model, set(text_towers(model).values()), config)
+    return Towers(model).train()
+
+
+def set_text_options(model: SentenceTransformer, transformers: Iterable[Any], config: ModelConfig) -> None:
+    """Give a model, and the transformers in it that read texts, the lengths, dropout and prompts of a configuration.
+
+    Raises:
+        ConfigError: texts cannot be that long.
+    """
+    for transformer in transformers:
         read_plain_texts(transformer)
         if config.max_length is not None:
             _set_max_length(transformer, config.max_length)
@@ -228,7 +239,6 @@ def build_towers(config: ModelConfig) -> Towers:
     for name, prompt in (("query", config.query_prompt), ("document", config.passage_prompt)):
         if prompt is not None:
             model.prompts[name] = prompt
-    return Towers(model).train()
 
 
 def _adapt(model: SentenceTransformer, config: ModelConfig) -> SentenceTransformer:

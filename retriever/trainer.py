@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eval.beir import BeirDataset
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
-from losses import InfCLLoss
+from losses import InfCLLoss, SigmoidLoss
 from retriever.checkpoint import (
     TrainState,
     checkpoint_folder,
@@ -23,14 +24,13 @@ from retriever.checkpoint import (
     save_checkpoint,
 )
 from retriever.config import LossConfig, TrainConfig, load_config, save_config, with_absolute_paths
-from retriever.data.batches import batch_loader
 from retriever.device import choose_device, choose_precision
 from retriever.encode import EncodeOptions
 from retriever.evaluate import dev_fingerprint, evaluate_towers, open_dev
 from retriever.graph_memory import GraphMemory
 from retriever.interrupt import Interrupted, StopRequest
 from retriever.meter import Meter
-from retriever.open_data import open_batches, open_tables
+from retriever.open_data import open_training
 from retriever.optim import build_optimizer
 from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
@@ -40,7 +40,6 @@ from retriever.towers import build_towers
 
 CONFIG_FILE = "config.yaml"
 CACHE = "cache"
-DEV_METRIC = "ndcg@10"
 
 
 class Trainer:
@@ -57,7 +56,7 @@ class Trainer:
         # Resolved, so that what is written beside the results is what was done.
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
-        self.towers = build_towers(config.model).to(self.device)
+        self.towers = _build_towers(config).to(self.device)
         if config.gradient_checkpointing:
             self.towers.enable_gradient_checkpointing()
         if self.device.type == "cuda" and not self.towers.drop_padding():
@@ -78,14 +77,23 @@ class Trainer:
         self.modules: dict[str, nn.Module] = {"towers": self.towers, "loss": self.loss}
         self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.dev = open_dev(config.dev)
+        self.dev = _open_dev(config)
         cache = Path(config.data.cache) if config.data.cache else run / CACHE
-        tables = open_tables(config.data, cache, terminal)
-        self.batches = open_batches(config, tables, self.towers, graphs.micro_batch_tokens)
+        self.batches, sources = open_training(
+            config,
+            self.towers,
+            cache,
+            precision=self.precision,
+            token_budget=graphs.micro_batch_tokens,
+            terminal=terminal,
+        )
         self._step = TrainStep(
             config, self.precision, self.towers, self.loss, self.optimizer, self.scaler, graphs, len(self.batches)
         )
-        self.state = TrainState(sources=tuple(table.sha256 for table in tables), dev=dev_fingerprint(self.dev))
+        dev = (
+            dev_fingerprint(self.dev) if self.dev is None or isinstance(self.dev, BeirDataset) else self.dev.fingerprint
+        )
+        self.state = TrainState(sources=sources, dev=dev)
         self._saved_step = -1
 
     @classmethod
@@ -165,7 +173,7 @@ class Trainer:
 
     def _train_steps(self, log: RunLog, stop: StopRequest) -> None:
         config, state, total = self.config, self.state, len(self.batches)
-        loader = batch_loader(self.batches, start=state.step, workers=config.data.workers)
+        loader = self.batches.loader(start=state.step, workers=config.data.workers)
         meter = Meter(self.device)
         self.towers.train()
         with self.terminal.bar("train", total, "steps", done=state.step) as advance:
@@ -198,13 +206,17 @@ class Trainer:
                 self._save_model()
             self._save_checkpoint()
 
+    @property
+    def dev_metric(self) -> str:
+        """What the kept model is best in."""
+        return "nDCG@10" if self.dev is None or isinstance(self.dev, BeirDataset) else self.dev.metric
+
     def _until_early_stop(self, loader: Any) -> Iterator[PreparedBatch]:
         patience = self.config.dev.patience
         for batch in loader:
             if patience is not None and self.state.evaluations_without_gain >= patience:
-                self.terminal.line(
-                    f"stopped early at step {self.state.step}: no better dev {DEV_METRIC} in {patience} evaluations"
-                )
+                step, metric = self.state.step, self.dev_metric
+                self.terminal.line(f"stopped early at step {step}: no better dev {metric} in {patience} evaluations")
                 return
             yield batch
 
@@ -259,20 +271,24 @@ class Trainer:
         shutil.rmtree(embeddings, ignore_errors=True)
         options = EncodeOptions(self.precision, self.config.micro_batch_tokens)
         try:
-            _, metrics = evaluate_towers(
-                self.towers, self.dev, embeddings, options, self.terminal, k=100, tick=stop.check
-            )
+            if isinstance(self.dev, BeirDataset):
+                _, metrics = evaluate_towers(
+                    self.towers, self.dev, embeddings, options, self.terminal, k=100, tick=stop.check
+                )
+                measures = metrics.mean
+            else:
+                measures = self.dev.evaluate(self.towers, options, self.terminal, tick=stop.check)
         finally:
             shutil.rmtree(embeddings, ignore_errors=True)
         self.towers.train()
         state.dev_step = state.step
         # A checkpoint of this step, made when the evaluation was interrupted, does not know of it.
         self._saved_step = -1
-        score = metrics.mean[DEV_METRIC]
-        log.write({"step": state.step, **{f"dev_{name}": value for name, value in metrics.mean.items()}})
+        score = measures[self.dev_metric.lower()]
+        log.write({"step": state.step, **{f"dev_{name}": value for name, value in measures.items()}})
         better = state.best_score is None or score > state.best_score
         self.terminal.line(
-            f"step {state.step}  dev nDCG@10 {score:.4f}"
+            f"step {state.step}  dev {self.dev_metric} {score:.4f}"
             + ("  best so far" if better else f"  (best {state.best_score:.4f} at step {state.best_step})")
         )
         if better:
@@ -282,8 +298,38 @@ class Trainer:
             state.evaluations_without_gain += 1
 
 
-def build_loss(config: LossConfig) -> InfCLLoss:
+def _build_towers(config: TrainConfig) -> Any:
+    """Towers of texts, or of pictures and texts."""
+    if not config.model.image.name:
+        return build_towers(config.model)
+    from retriever.images.towers import build_image_text_towers
+
+    return build_image_text_towers(config.model)
+
+
+def _open_dev(config: TrainConfig) -> Any:
+    """A BeirDataset, an ImageDev, or none."""
+    if not config.model.image.name or not config.dev.path:
+        return open_dev(config.dev)
+    from retriever.images.dev import ImageDev
+
+    return ImageDev.open(config.dev)
+
+
+def build_loss(config: LossConfig) -> InfCLLoss | SigmoidLoss:
     """The loss module that a configuration names."""
+    if config.name == "sigmoid":
+        # The configuration refuses "dense", which the sigmoid loss does not have.
+        chosen: Any = config.implementation
+        return SigmoidLoss(
+            logit_scale=config.logit_scale,
+            logit_bias=config.logit_bias,
+            learnable=config.learn_logit_scale,
+            max_logit_scale=config.max_logit_scale,
+            implementation=chosen,
+            precision=config.precision,
+            workspace_mib=config.workspace_mib,
+        )
     return InfCLLoss(
         logit_scale=config.logit_scale,
         learnable=config.learn_logit_scale,

@@ -41,6 +41,6 @@ class Train:
             )
             return 1
         best = trainer.state.best_score
-        kept = "" if best is None else f" (step {trainer.state.best_step}, dev nDCG@10 {best:.4f})"
+        kept = "" if best is None else f" (step {trainer.state.best_step}, dev {trainer.dev_metric} {best:.4f})"
         terminal.line(f"model: {model}{kept}")
         return 0

@@ -123,6 +123,10 @@ class BatchDataset(Dataset[T], Generic[T]):
     def __getitem__(self, step: int) -> T:
         return self._prepare(self.batch(step))
 
+    def loader(self, *, start: int = 0, workers: int = 0) -> DataLoader[T]:
+        """`batch_loader` from step `start` to the last."""
+        return batch_loader(self, start=start, workers=workers)
+
     def batch(self, step: int) -> TrainingBatch:
         """The batch of a step, 0 <= step < len(self)."""
         source, rows = self._schedule.rows(step)

@@ -222,7 +222,7 @@ def _beir_records(config: SourceConfig) -> Iterator[Record]:
 
 
 def _huggingface_records(config: SourceConfig) -> Iterator[Record]:
-    dataset = _load_huggingface(config)
+    dataset = load_huggingface(config.path, config.split, streaming=True)
     columns = dataset.column_names
     if columns is not None and {config.query, config.positive} <= set(columns):
         record = Record(config.path, dict.fromkeys(columns))
@@ -235,27 +235,28 @@ def _huggingface_records(config: SourceConfig) -> Iterator[Record]:
             yield Record(f"{config.path}: row {number}", dict(zip(batch, cells, strict=True)))
 
 
-def _load_huggingface(config: SourceConfig) -> Any:
+def load_huggingface(path: str, split: str, *, streaming: bool) -> Any:
+    """One split of a dataset: a folder that `save_to_disk` wrote or `load_dataset` reads, or a hub name.
+
+    Raises:
+        InputError: it cannot be read, has no such split, or the package datasets is missing.
+    """
     try:
         import datasets
     except ModuleNotFoundError:
-        raise InputError(
-            f'{config.path}: reading it needs the package datasets: pip install "dense-retriever[hub]"'
-        ) from None
-    path = Path(config.path)
+        raise InputError(f'{path}: reading it needs the package datasets: pip install "dense-retriever[hub]"') from None
+    folder = Path(path)
     try:
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            saved = datasets.load_from_disk(str(path))
-            return saved[config.split] if isinstance(saved, datasets.DatasetDict) else saved
-        if path.exists():
-            return datasets.load_dataset(str(path), split=config.split, streaming=True)
-        name, _, revision = config.path.partition("@")
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            saved = datasets.load_from_disk(path)
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        if folder.exists():
+            return datasets.load_dataset(path, split=split, streaming=streaming)
+        name, _, revision = path.partition("@")
         name, _, subset = name.partition(":")
-        return datasets.load_dataset(
-            name, subset or None, split=config.split, revision=revision or None, streaming=True
-        )
+        return datasets.load_dataset(name, subset or None, split=split, revision=revision or None, streaming=streaming)
     except KeyError:
-        raise InputError(f"{path}: expected a split '{config.split}', found {', '.join(saved)}") from None
+        raise InputError(f"{path}: expected a split '{split}', found {', '.join(saved)}") from None
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: cannot be read as a Hugging Face dataset: {reason}") from None

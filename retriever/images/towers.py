@@ -33,7 +33,7 @@ from retriever.images.patch_dropout import PatchDropout
 from retriever.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, ImageTransform, open_image
 from retriever.model_folder import Side
 from retriever.tokens import FixedLengthTokenizer, TextTokenizer
-from retriever.towers import Towers, _without_provenance
+from retriever.towers import Towers, _without_provenance, set_text_options
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -103,6 +103,16 @@ class ImageTextTowers(Towers):
             state = module(state)
         return state["sentence_embedding"].float()
 
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Embeddings [batch, dimension] of pixels on the host, or of features that `image_features` gave."""
+        moved = to_device(pixels, self.device)
+        return self({"pixels": moved}) if pixels.dtype == torch.uint8 else self.image_head(moved.float())
+
+    @property
+    def image_width(self) -> int:
+        """Length of what `image_features` gives."""
+        return int(self._image[self._image_trunk - 1].get_embedding_dimension())
+
     def tokenizer(self, side: Side) -> TextTokenizer:
         """What makes token ids of texts."""
         plain = super().tokenizer(side)
@@ -157,6 +167,17 @@ class ImageTextTowers(Towers):
         parts = [super().fingerprint(), asdict(self.transform), settings]
         return {"sha256": hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()}
 
+    def image_fingerprint(self) -> str:
+        """What identifies the features of pictures: a sha256 over the image encoder's weights and the transform."""
+        digest = hashlib.sha256(json.dumps(asdict(self.transform), sort_keys=True).encode())
+        for number, module in enumerate(self._image[: self._image_trunk]):
+            settings = _without_provenance(module.auto_model.config.to_dict()) if hasattr(module, "auto_model") else {}
+            digest.update(json.dumps([repr(module), settings], sort_keys=True, default=str).encode())
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def set_statistics(self, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
         """Normalise pixels by another mean and deviation, which the saved model then names."""
         self.transform = self.transform.with_statistics(statistics)
@@ -176,6 +197,11 @@ class ImageTextTowers(Towers):
             if mode and own and not any(parameter.requires_grad for parameter in own):
                 module.eval()
         return self
+
+    def save(self, folder: Path) -> None:
+        """Write a sentence-transformers model folder (safetensors) into an existing folder."""
+        self.tokenizer("document").forget_calls()
+        super().save(folder)
 
     def _encoder(self, which: Literal["image", "text"]) -> list[nn.Module]:
         encoder = self._image[0].auto_model
@@ -231,6 +257,7 @@ def build_image_text_towers(config: ModelConfig) -> ImageTextTowers:
         raise ConfigError(
             f"model: expected a text tower (model.name or model.architecture) beside the image tower {image.name}"
         )
+    set_text_options(model, [routes(model)[0][0]], config)
     towers = ImageTextTowers(model)
     if image.statistics != "processor":
         towers.set_statistics(CLIP_STATISTICS if image.statistics == "clip" else IMAGENET_STATISTICS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import string
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +121,45 @@ def save_vision_encoder(kind: str, folder: Path) -> Path:
 def differing_texts() -> list[str]:
     """Short, empty, and longer than a tower reads."""
     return ["a cat", "two dogs run", "", "a very long caption about nothing at all"]
+
+
+def captioned() -> list[tuple[Image.Image, str]]:
+    """Every shape in every colour, with its caption."""
+    return [(draw(colour, shape), f"{colour} {shape}") for colour in COLOURS for shape in SHAPES]
+
+
+def picture_bytes(image: Image.Image, kind: str = "PNG") -> bytes:
+    """The picture as a file's content."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A tar of these members, in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_shards(folder: Path, shards: int = 2) -> str:
+    """All captioned pictures as webdataset tars, with txt and json; returns the pattern that names them."""
+    pairs = captioned()
+    for shard in range(shards):
+        members: list[tuple[str, bytes]] = []
+        for number in range(shard, len(pairs), shards):
+            image, caption = pairs[number]
+            about = {"caption": caption, "captions": [caption, f"a {caption}"]}
+            kind = ("png", "jpg", "webp")[number % 3]
+            content = picture_bytes(image, {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[kind])
+            members += [
+                (f"{number:05}.{kind}", content),
+                (f"{number:05}.txt", caption.encode()),
+                (f"{number:05}.json", json.dumps(about).encode()),
+            ]
+        write_tar(folder / f"{shard:03}.tar", members)
+    return str(folder / f"{{000..{shards - 1:03}}}.tar")

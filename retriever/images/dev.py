@@ -1,0 +1,105 @@
+"""Zero-shot evaluation while a model of pictures and texts trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from eval.zero_shot.data import Sample, ZeroShotSet, open_set
+from eval.zero_shot.evaluate import Embedded, score
+from index.files import InputError
+from retriever.config import ConfigError, DevConfig
+from retriever.encode import EncodeOptions
+from retriever.encode_files import ticking
+from retriever.images.towers import ImageTextTowers
+from retriever.images.transforms import open_image
+from retriever.progress import Terminal
+
+_METRICS = {"retrieval": "recall@1", "classification": "acc1", "multilabel": "mean_average_precision"}
+
+# Pictures that are decoded before they are embedded.
+_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class ImageDev:
+    """The set of pictures that a run is evaluated on."""
+
+    dataset: ZeroShotSet
+
+    @classmethod
+    def open(cls, config: DevConfig) -> ImageDev:
+        """Read what describes the set.
+
+        Raises:
+            InputError: there is no such set.
+        """
+        if config.max_queries is not None:
+            raise ConfigError("dev.max_queries: expected none for a set of pictures, which is evaluated whole")
+        return cls(open_set(Path(config.path), config.split))
+
+    @property
+    def metric(self) -> str:
+        """What a model is chosen by; recall@1 is the mean of both directions."""
+        return _METRICS[self.dataset.task]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the scores of a run are measured on."""
+        return self.dataset.sha256()
+
+    def evaluate(
+        self,
+        towers: ImageTextTowers,
+        options: EncodeOptions,
+        terminal: Terminal,
+        *,
+        tick: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
+        """The measures of the set, `metric` among them.
+
+        Args:
+            towers: in evaluation mode, on the device to use.
+            tick: called after every micro-batch; may raise to end the evaluation.
+
+        Raises:
+            InputError: no picture can be read.
+        """
+        images = self._embedded(towers, options, terminal, tick)
+        found = score(
+            self.dataset,
+            images,
+            lambda texts: towers.embed_texts(texts, options, ticking(lambda count: None, tick)),
+            sha256=self.fingerprint,
+        )
+        measures = dict(found.result.measures)
+        if self.dataset.task == "retrieval":
+            both = [measures[f"{way}_retrieval_recall@1"] for way in ("image", "text")]
+            measures["recall@1"] = float(np.mean(both))
+        return measures
+
+    def _embedded(
+        self, towers: ImageTextTowers, options: EncodeOptions, terminal: Terminal, tick: Callable[[], None] | None
+    ) -> Embedded:
+        dataset = self.dataset
+        samples: list[Sample] = []
+        vectors: list[np.ndarray] = []
+        broken: dict[str, str] = {}
+        with terminal.bar(f"{dataset.name}: pictures", len(dataset.samples), "pictures") as advance:
+            for start in range(0, len(dataset.samples), _WINDOW):
+                images = []
+                for sample in dataset.samples[start : start + _WINDOW]:
+                    try:
+                        images.append(open_image(sample.image.read(), sample.image.name))
+                        samples.append(sample)
+                    except InputError as error:
+                        broken[sample.image.name] = str(error)
+                vectors.append(towers.embed_images(images, options, ticking(advance, tick)))
+        if not samples:
+            first = next(iter(broken.values()))
+            raise InputError(f"{dataset.path}: expected pictures, found none that can be read: {first}")
+        return Embedded(samples, np.concatenate(vectors), broken)

@@ -1,0 +1,82 @@
+"""From a run's configuration to its batches of pictures and captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from retriever.config import ConfigError, TrainConfig
+from retriever.data.schedule import BatchSchedule
+from retriever.device import Precision
+from retriever.images.batches import ImageBatches, PairReader
+from retriever.images.features import FeatureStore, compute_features
+from retriever.images.sources import PairSource, open_pairs
+from retriever.images.towers import ImageTextTowers
+from retriever.progress import Terminal
+
+
+def open_image_batches(
+    config: TrainConfig,
+    towers: ImageTextTowers,
+    cache: Path,
+    *,
+    precision: Precision,
+    token_budget: int,
+    terminal: Terminal,
+) -> tuple[ImageBatches, tuple[str, ...]]:
+    """Every batch of a run on pictures, in order, and what identifies its sources.
+
+    With a locked image tower the features of all pictures are computed first, unless the cache holds them.
+
+    Raises:
+        ConfigError: there is no source.
+        InputError: a source is missing, broken, empty, or has fewer pairs than a batch.
+    """
+    if not config.data.images or config.data.sources:
+        raise ConfigError("data: expected data.images, and no data.sources, for a model with an image tower")
+    image, workers = config.model.image, config.data.workers
+    sources: list[PairSource] = []
+    for source in config.data.images:
+        with terminal.bar(f"index {source.path}", None, "parts") as advance:
+            sources.append(open_pairs(source, cache, workers=workers, progress=advance))
+        terminal.line(f"{source.path}: {len(sources[-1]):,} pairs")
+        for notice in sources[-1].notices:
+            terminal.line(f"{source.path}: {notice}")
+    features: list[FeatureStore | None] = [None] * len(sources)
+    if image.lock == "image":
+        at_once = max(1, token_budget // towers.image_tokens)
+        for number, pairs in enumerate(sources):
+            with terminal.bar(f"features of {pairs.name}", len(pairs), "pictures") as advance:
+                features[number] = compute_features(
+                    towers, pairs, cache / "features", precision, at_once=at_once, workers=workers, progress=advance
+                )
+    schedule = BatchSchedule(
+        [len(pairs) for pairs in sources],
+        batch_size=config.batch_size,
+        seed=config.seed,
+        weights=[source.weight for source in config.data.images],
+        epochs=None if config.steps else config.epochs,
+        steps=config.steps,
+        names=[source.path for source in config.data.images],
+    )
+    readers = [
+        PairReader(
+            source=pairs,
+            transform=dataclasses.replace(towers.transform, flip=image.flip),
+            augment=image.augment,
+            tokenizer=towers.tokenizer("document"),
+            prompt=towers.prompt("document"),
+            max_broken=source.max_broken,
+            features=store,
+        )
+        for pairs, source, store in zip(sources, config.data.images, features, strict=True)
+    ]
+    batches = ImageBatches(
+        readers,
+        schedule,
+        image_tokens=towers.image_tokens,
+        token_budget=token_budget,
+        padded=not towers.padding_free,
+        say=terminal.line,
+    )
+    return batches, tuple(pairs.sha256 for pairs in sources)

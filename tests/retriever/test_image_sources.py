@@ -1,0 +1,179 @@
+"""Pairs come from tars, tables and datasets alike; what is missing or broken is counted and named."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from image_helpers import captioned, draw, picture_bytes, write_shards, write_tar
+
+import retriever.images.shards as shards_module
+from index.files import InputError
+from retriever.images.config import ImageSource
+from retriever.images.shards import expand_braces, index_shards
+from retriever.images.sources import BrokenPairError, PairSource, open_pairs
+
+
+def opened(source: ImageSource, tmp_path: Path, workers: int = 0) -> PairSource:
+    return open_pairs(source, tmp_path / "cache", workers=workers)
+
+
+def test_braces_count_list_and_multiply() -> None:
+    assert expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
+    assert expand_braces("{x,y}/{1..2}") == ["x/1", "x/2", "y/1", "y/2"]
+    assert expand_braces("plain.tar") == ["plain.tar"]
+    with pytest.raises(InputError, match=r"expected a range that rises, found \{3\.\.1\}"):
+        expand_braces("{3..1}.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tars_give_every_pair_once(workers: int, tmp_path: Path) -> None:
+    pairs = opened(ImageSource(write_shards(tmp_path / "set", 3)), tmp_path, workers)
+    expected = {caption for _, caption in captioned()}
+    found = [pairs.read(row) for row in range(len(pairs))]
+    assert {pair.captions for pair in found} == {(caption,) for caption in expected} and len(found) == len(expected)
+    assert len({pair.key for pair in found}) == len(found)
+    assert all(pair.open().size == (48, 40) for pair in found)
+    assert pairs.read(0, False).picture == b"" and not pairs.notices
+    # A folder of tars is the same source, and a copy, made as for a worker, reads the same.
+    folder = opened(ImageSource(str(tmp_path / "set")), tmp_path)
+    again = copy.copy(folder)
+    assert folder.sha256 == pairs.sha256 and again.read(5) == pairs.read(5)
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        (("json:caption",), ("red circle",)),
+        (("json:captions",), ("red circle", "a red circle")),
+        (("txt", "json:captions"), ("red circle", "a red circle")),
+    ],
+)
+def test_captions_come_from_where_the_configuration_says(
+    captions: tuple[str, ...], expected: tuple[str, ...], tmp_path: Path
+) -> None:
+    pairs = opened(ImageSource(write_shards(tmp_path / "set"), caption=captions), tmp_path)
+    assert pairs.read(0).captions == expected
+
+
+def test_samples_without_picture_or_caption_are_left_out_and_counted(tmp_path: Path) -> None:
+    png = picture_bytes(draw("red", "circle"))
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("one.png", png),
+            ("one.txt", b"first\nsecond\n"),
+            ("two.png", png),
+            ("three.txt", b"no picture"),
+            ("four.png", png),
+            ("four.txt", b""),
+            ("x/one.PNG", png),
+            ("x/one.txt", b"in a folder"),
+            ("five.png", png),
+            ("five.txt", b" \n"),
+            ("six.png", b"broken"),
+            ("six.txt", b"six"),
+            ("seven.png", png),
+            ("seven.txt", b"\xff\xfe"),
+            ("__meta__", b"x"),
+        ],
+    )
+    pairs = opened(ImageSource(str(path)), tmp_path)
+    assert len(pairs) == 5
+    assert pairs.notices == [
+        f"samples left out for want of a caption: 2 (first at {path}: two)",
+        f"samples left out for want of a picture: 1 (first at {path}: three)",
+    ]
+    assert [pairs.read(row).captions for row in (0, 1)] == [("first", "second"), ("in a folder",)]
+    with pytest.raises(BrokenPairError, match=r"a\.tar: picture at byte \d+: expected a caption, found none"):
+        pairs.read(2)
+    with pytest.raises(BrokenPairError, match=r"a\.tar: picture at byte \d+: expected a picture"):
+        pairs.read(3).open()
+    with pytest.raises(BrokenPairError, match=r"expected UTF-8 in \.txt"):
+        pairs.read(4)
+
+
+def test_an_index_is_made_once_and_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = write_shards(tmp_path / "set", 3)
+    scanned: list[str] = []
+    scan = shards_module._scan
+
+    def watched(shard: Path) -> object:
+        if len(scanned) == 2:
+            raise KeyboardInterrupt
+        scanned.append(shard.name)
+        return scan(shard)
+
+    monkeypatch.setattr(shards_module, "_scan", watched)
+    with pytest.raises(KeyboardInterrupt):
+        index_shards(pattern, tmp_path / "cache")
+    scanned.pop()
+    index_shards(pattern, tmp_path / "cache")
+    assert scanned == ["000.tar", "002.tar"]
+    index_shards(pattern, tmp_path / "cache")
+    assert scanned == ["000.tar", "002.tar"]
+    # A shard that changes is read anew.
+    write_tar(tmp_path / "set" / "001.tar", [("a.png", b"x"), ("a.txt", b"y")])
+    scanned.clear()
+    index_shards(pattern, tmp_path / "cache")
+    assert scanned == ["001.tar"]
+
+
+def test_bad_tars_are_one_line(tmp_path: Path) -> None:
+    whole = Path(write_shards(tmp_path / "set", 1).replace("{000..000}", "000"))
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole.read_bytes()[:700])
+    for path, message in [
+        (cut, r"cut\.tar: expected an uncompressed tar, found one that cannot be read"),
+        (write_tar(tmp_path / "empty.tar", [("readme", b"x")]), r"expected samples of KEY\.jpg"),
+        (tmp_path / "set" / "{000..001}.tar", r"001\.tar: no such file \(of "),
+    ]:
+        with pytest.raises(InputError, match=message):
+            opened(ImageSource(str(path)), tmp_path)
+    with pytest.raises(InputError, match=r"expected txt or json:KEY, found 'cls'"):
+        opened(ImageSource(str(whole), caption=("cls",)), tmp_path)
+    pairs = opened(ImageSource(str(whole)), tmp_path)
+    whole.write_bytes(whole.read_bytes()[:4000])
+    with pytest.raises(InputError, match=r"000\.tar: expected \d+ bytes at \d+, found") as caught:
+        pairs.read(len(pairs) - 1)
+    assert not isinstance(caught.value, BrokenPairError)
+
+
+def test_a_table_names_pictures_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    draw("red", "circle").save(tmp_path / "pictures" / "1.png")
+    rows = [
+        {"image": "pictures/1.png", "caption": ["red circle", "circle"]},
+        {"image": "pictures/none.png", "caption": "x"},
+        {"image": "pictures/1.png", "caption": ""},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = opened(ImageSource(str(tmp_path / "pairs.jsonl")), tmp_path)
+    assert len(pairs) == 2 and "empty positive: 1" in pairs.notices[0]
+    first = copy.copy(pairs).read(0)
+    assert first.captions == ("red circle", "circle") and first.open().size == (48, 40)
+    with pytest.raises(BrokenPairError, match=r"none\.png: cannot be read: No such file"):
+        pairs.read(1)
+    (tmp_path / "pairs.csv").write_text("file,words\npictures/1.png,a circle\n")
+    other = opened(ImageSource(str(tmp_path / "pairs.csv"), image="file", caption=("words",)), tmp_path)
+    assert other.read(0).captions == ("a circle",) and other.read(0).picture == first.picture
+
+
+def test_a_hugging_face_dataset_with_an_image_column(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [draw("red", "circle"), draw("blue", "cross")]
+    columns = {"image": images, "caption": ["red circle", "blue cross"], "n": [1, 2]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "caption": datasets.Value("string"), "n": datasets.Value("int64")}
+    )
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "set")
+    source = ImageSource(str(tmp_path / "set"))
+    pairs = opened(source, tmp_path)
+    assert [pairs.read(row).captions for row in range(2)] == [("red circle",), ("blue cross",)]
+    assert pairs.read(1).open().tobytes() == images[1].tobytes()
+    assert opened(source, tmp_path).sha256 == pairs.sha256
+    with pytest.raises(InputError, match="expected a column 'alt', found image, caption, n"):
+        opened(dataclasses.replace(source, caption=("alt",)), tmp_path)

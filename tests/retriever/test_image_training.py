@@ -1,0 +1,237 @@
+"""A run on pictures and captions learns, resumes bit for bit, and leaves a model that loads by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_helpers import SMALL, captioned, draw, letter_tokenizer, picture_bytes, write_shards, write_tar
+from run_helpers import assert_same, results
+
+from index.files import InputError
+from retriever import grad_cache
+from retriever.config import (
+    ConfigError,
+    DataConfig,
+    DevConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from retriever.encode import EncodeOptions
+from retriever.images.batches import ImageGroup
+from retriever.images.config import ImageConfig, ImageSource
+from retriever.images.towers import build_image_text_towers, load_image_text_towers
+from retriever.interrupt import Interrupted
+from retriever.progress import Terminal
+from retriever.step import MicroBatch, TrainStep
+from retriever.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 32 pairs, the same as a dev set, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_shards(folder / "set")
+    letter_tokenizer().save_pretrained(folder / "tokenizer")
+    members: list[tuple[str, bytes]] = []
+    for number, (image, caption) in enumerate(captioned()):
+        members += [(f"{number}.png", picture_bytes(image)), (f"{number}.txt", caption.encode())]
+    write_tar(folder / "dev" / "test" / "0.tar", members)
+    (folder / "dev" / "dataset_type.txt").write_text("retrieval\n")
+    return folder
+
+
+@pytest.fixture
+def config(place: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        model=ModelConfig(
+            architecture={"model_type": "bert", **SMALL, "max_position_embeddings": 16},
+            tokenizer=str(place / "tokenizer"),
+            projection=16,
+            image=ImageConfig(name="tiny", size=32),
+        ),
+        data=DataConfig(
+            images=(ImageSource(str(place / "set" / "{000..001}.tar"), caption=("json:captions",)),), workers=0
+        ),
+        loss=LossConfig(learn_logit_scale=True, symmetric=True),
+        optim=OptimConfig(lr=1e-3),
+        batch_size=16,
+        epochs=4,
+        micro_batch_tokens=100,
+        log_every=1,
+        checkpoint_every=3,
+        precision="fp32",
+    )
+
+
+def train(config: TrainConfig) -> Path:
+    return Trainer.start(config, Terminal()).train()
+
+
+def losses(config: TrainConfig) -> list[float]:
+    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("loss", ["inf_cl", "sigmoid"])
+def test_training_learns_and_keeps_the_model_that_retrieves_best(loss: str, config: TrainConfig, place: Path) -> None:
+    config = dataclasses.replace(
+        config,
+        epochs=80,
+        batch_size=32,
+        optim=OptimConfig(lr=5e-4),
+        micro_batch_tokens=None,
+        model=dataclasses.replace(
+            config.model, dropout=0.0, image=dataclasses.replace(config.model.image, augment=False)
+        ),
+        loss=dataclasses.replace(config.loss, name=loss, logit_scale=10.0, logit_bias=-4.0),
+        dev=DevConfig(path=str(place / "dev"), split="test", every=40),
+    )
+    model = train(config)
+    found = losses(config)
+    assert np.mean(found[-3:]) < 0.75 * np.mean(found[:3])
+    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    scores = [row["dev_recall@1"] for row in rows if "dev_recall@1" in row]
+    # By chance 1/32.
+    assert len(scores) == 2 and max(scores) > 0.3
+    towers = load_image_text_towers(str(model))
+    pictures, captions = zip(*captioned(), strict=True)
+    similarity = towers.embed_images(pictures, EncodeOptions()) @ towers.embed_texts(captions, EncodeOptions()).T
+    assert (similarity.argmax(axis=1) == np.arange(len(captions))).mean() > 0.3
+
+
+@pytest.mark.parametrize(("stop_at", "how"), [(4, "signal"), (7, "kill")])
+@pytest.mark.parametrize("image", [{}, {"patch_dropout": 0.5, "flip": True}, {"lock": "image"}], ids=str)
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_at: int,
+    how: str,
+    image: dict[str, Any],
+) -> None:
+    tower = dataclasses.replace(config.model.image, **image)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, image=tower))
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    # Another number of workers must not matter either.
+    train(dataclasses.replace(whole, data=dataclasses.replace(config.data, workers=2 if stop_at == 4 else 0)))
+
+    class Killed(Exception):
+        pass
+
+    step = TrainStep.__call__
+
+    def interrupted(self: TrainStep, batch: Any, number: int) -> Any:
+        if number == stop_at:
+            if how == "kill":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", interrupted)
+        with pytest.raises(Killed if how == "kill" else Interrupted):
+            train(config)
+    torch.rand(5)
+    Trainer.resume(Path(config.out), Terminal()).train()
+    assert_same(results(Path(config.out)), results(Path(whole.out)))
+
+
+def test_gradient_cache_gives_the_gradients_of_the_whole_batch(config: TrainConfig) -> None:
+    model = dataclasses.replace(config.model, dropout=0.0)
+    trainer = Trainer.start(dataclasses.replace(config, model=model, micro_batch_tokens=17), Terminal())
+    batch = next(iter(trainer.batches.loader()))
+    images = batch.groups[0]
+    assert isinstance(images, ImageGroup) and images.pixels.dtype == torch.uint8 and len(images.micro_batches) == 16
+    micro_batches = [MicroBatch(group, rows) for group in batch.groups for rows in group.micro_batches]
+    gradients = []
+    for keep in (0, 5, len(micro_batches)):
+        trainer.towers.zero_grad()
+        grad_cache.backward(
+            lambda micro: micro.group.embed(trainer.towers, micro.rows),
+            micro_batches,
+            lambda embeddings: trainer.loss(*batch.arrange(embeddings)),
+            torch.device("cpu"),
+            keep=keep,
+        )
+        gradients.append({name: p.grad for name, p in trainer.towers.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) > 50
+    for name, gradient in gradients[0].items():
+        for other in gradients[1:]:
+            torch.testing.assert_close(gradient, other[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_locked_image_tower_keeps_its_weights_and_trains_as_if_its_features_were_computed_each_time(
+    config: TrainConfig, place: Path
+) -> None:
+    locked = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, image=ImageConfig(name="tiny", size=32, lock="image"))
+    )
+    torch.manual_seed(config.seed)
+    before = build_image_text_towers(locked.model).image_fingerprint()
+    trainer = Trainer.start(locked, Terminal())
+    assert trainer.towers.image_fingerprint() == before
+    batch = next(iter(trainer.batches.loader()))
+    assert batch.groups[0].pixels.dtype == torch.float16 and batch.groups[0].pixels.shape == (16, 128)
+    rows = trainer.batches._schedule.rows(0)[1]
+    source = trainer.batches._readers[0].source
+    pixels = torch.stack([trainer.towers.transform.pixels(source.read(row).open()) for row in rows])
+    with torch.no_grad():
+        direct = trainer.towers.eval()({"pixels": pixels})
+        cached = batch.groups[0].embed(trainer.towers, np.arange(16))
+    torch.testing.assert_close(cached, direct, atol=2e-3, rtol=0)
+    trainer.train()
+    assert trainer.towers.image_fingerprint() == before
+    stores = list((Path(locked.out) / "cache" / "features").glob("*.npy"))
+    assert len(stores) == 1
+    modified = stores[0].stat().st_mtime_ns
+    Trainer.resume(Path(locked.out), Terminal())
+    assert stores[0].stat().st_mtime_ns == modified
+
+
+def test_broken_pairs_are_left_out_counted_and_stop_the_run_beyond_a_limit(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members: list[tuple[str, bytes]] = []
+    for number in range(160):
+        content = picture_bytes(draw("red", "circle")) if number < 40 else b"broken"
+        members += [(f"{number}.png", content), (f"{number}.txt", f"text {number}".encode())]
+    source = ImageSource(str(write_tar(tmp_path / "broken.tar", members)), max_broken=0.9)
+    for lock in ("none", "image"):
+        allowed = dataclasses.replace(
+            config,
+            out=str(tmp_path / lock),
+            data=dataclasses.replace(config.data, images=(source,)),
+            model=dataclasses.replace(config.model, image=dataclasses.replace(config.model.image, lock=lock)),
+            batch_size=32,
+            epochs=1,
+        )
+        train(allowed)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "pair left out" in line]
+        assert len(losses(allowed)) == 5
+        assert len(lines) == 10 + 3 and "number 64 of" in lines[-1] and "broken.tar: picture at byte" in lines[0]
+    strict = dataclasses.replace(
+        allowed,
+        out=str(tmp_path / "strict"),
+        data=dataclasses.replace(allowed.data, images=(ImageSource(source.path),)),
+    )
+    with pytest.raises(InputError, match=r"broken\.tar: \d+ of 1\d\d pairs are broken, more than max_broken \(0\.01\)"):
+        train(strict)
+
+
+def test_data_and_model_must_fit_together(config: TrainConfig, place: Path) -> None:
+    texts = dataclasses.replace(config, model=dataclasses.replace(config.model, image=ImageConfig()))
+    with pytest.raises(ConfigError, match=r"data\.images: pictures need an image tower"):
+        Trainer.start(texts, Terminal())
+    with pytest.raises(ConfigError, match=r"expected data\.images"):
+        Trainer.start(dataclasses.replace(config, data=DataConfig()), Terminal())
