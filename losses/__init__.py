@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from losses.inf_cl import InfCLLoss, inf_cl_loss
 from losses.literature import clip_loss
+from losses.literature_ranks import disco_clip_loss, gathered_clip_loss, local_rows_loss, ring_clip_loss
 from losses.sigmoid import SigmoidLoss, sigmoid_loss
 
-__all__ = ["InfCLLoss", "SigmoidLoss", "clip_loss", "inf_cl_loss", "sigmoid_loss"]
+__all__ = [
+    "InfCLLoss",
+    "SigmoidLoss",
+    "clip_loss",
+    "disco_clip_loss",
+    "gathered_clip_loss",
+    "inf_cl_loss",
+    "local_rows_loss",
+    "ring_clip_loss",
+    "sigmoid_loss",
+]

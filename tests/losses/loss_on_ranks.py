@@ -13,7 +13,14 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from losses import InfCLLoss, inf_cl_loss
+from losses import (
+    InfCLLoss,
+    disco_clip_loss,
+    gathered_clip_loss,
+    inf_cl_loss,
+    local_rows_loss,
+    ring_clip_loss,
+)
 
 DIMENSIONS = 13
 
@@ -100,6 +107,25 @@ def check_narrow_embeddings(size: int) -> None:
             exchange=exchange, logit_scale=20.0,
         )  # fmt: skip
         assert max(found) <= ALLOWED[torch.bfloat16], (exchange, found)
+
+
+def check_literature(size: int) -> None:
+    counts, rank = SHARDS[size][0], distributed.get_rank()
+    for dtype in (torch.float64, torch.float32):
+        query, passage = (side.to(dtype) for side in whole_batch(sum(counts), sum(counts)))
+        wide = [side.double().requires_grad_() for side in (query, passage)]
+        wide.append(torch.tensor(20.0, dtype=torch.float64, requires_grad=True))
+        truth = inf_cl_loss(*wide[:2], logit_scale=wide[2], symmetric=True, implementation="full")
+        expected = value_and_gradients(truth, *wide)
+        for loss_of in (gathered_clip_loss, local_rows_loss, disco_clip_loss, ring_clip_loss):
+            shard = [side.split(counts)[rank].clone().requires_grad_() for side in (query, passage)]
+            scale = torch.tensor(20.0, dtype=dtype, requires_grad=True)
+            loss = loss_of(*shard, logit_scale=scale, group=distributed.group.WORLD)
+            value, *found = value_and_gradients(loss, *shard, scale)
+            distributed.all_reduce(found[2])
+            theirs = [expected[0], *(side.split(counts)[rank] for side in expected[1:3]), expected[3]]
+            for ours, true, whole in zip([value, *(each / size for each in found)], theirs, expected, strict=True):
+                assert float((ours - true).norm() / whole.norm()) <= ALLOWED[dtype], (loss_of.__name__, dtype)
 
 
 def check_kernels(size: int) -> None:
@@ -189,6 +215,7 @@ def main(size: int) -> None:
     distributed.init_process_group("gloo")
     check_values(size)
     check_narrow_embeddings(size)
+    check_literature(size)
     check_errors_reach_all(size)
     check_parameters_under_ddp(size)
     if size == 3:
