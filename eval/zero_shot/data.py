@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ Task = Literal["classification", "multilabel", "retrieval"]
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 DATASET_TYPE = "dataset_type.txt"
+SPLITS = ("train", "val", "valid", "validation", "dev", "test")
 OWN_TEMPLATES = Path(__file__).resolve().parent.parent / "templates" / "prompts.txt"
 
 
@@ -100,11 +101,24 @@ def open_set(path: Path, split: str = "test") -> ZeroShotSet:
         raise InputError(f"{path}: no such file or folder")
     else:
         base = path / split if (path / split).is_dir() else path
-        packed = (base / "nshards.txt").is_file() or any(base.glob("*.tar"))
-        found = open_webdataset(path, base) if packed else open_image_folder(path, base)
+        if base == path and (others := _splits_in(path)):
+            raise InputError(f"{path}: expected a folder for the split {split!r}, found {', '.join(others)}")
+        found = open_webdataset(path, base) if _is_packed(base) else open_image_folder(path, base)
     if not found.samples or (found.task == "retrieval" and not any(sample.captions for sample in found.samples)):
         raise InputError(f"{path}: expected images{' with captions' if found.samples else ''}, found none")
     return found
+
+
+def _splits_in(folder: Path) -> list[str]:
+    """The splits that a folder holds, which are no classes: all its folders have the names of some, or hold tars."""
+    inner = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if _is_packed(folder) or not all(entry.name in SPLITS or _is_packed(entry) for entry in inner):
+        return []
+    return [entry.name for entry in inner]
+
+
+def _is_packed(folder: Path) -> bool:
+    return (folder / "nshards.txt").is_file() or any(folder.glob("*.tar"))
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
@@ -139,7 +153,16 @@ def read_templates(path: Path) -> tuple[str, ...]:
     return lines
 
 
-def templates_of(folder: Path) -> tuple[tuple[str, ...], bool]:
-    """The prompts that lie beside a set, or those of the project; and whether they are the set's."""
-    own = folder / TEMPLATES
-    return (read_templates(own), True) if own.is_file() else (read_templates(OWN_TEMPLATES), False)
+def templates_of(*folders: Path) -> tuple[tuple[str, ...], bool]:
+    """The prompts that lie in the first of some folders that has any, or the project's; and whether they are the set's.
+
+    Raises:
+        InputError: as `read_templates`.
+    """
+    own = first_file(folders, TEMPLATES)
+    return (read_templates(OWN_TEMPLATES), False) if own is None else (read_templates(own), True)
+
+
+def first_file(folders: Iterable[Path], name: str) -> Path | None:
+    """The file of this name in the first of some folders that has one."""
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)

@@ -83,7 +83,6 @@ def embed_set(
         InputError: `folder` holds something else, or no image can be read.
     """
     header = {"set": dataset.name, **source}
-    header = {"set": dataset.name, **source}
     with EmbeddingWriter(folder, dim=dim, model=model, source=header, shard_rows=SHARD_ROWS) as writer:
         if progress is not None and writer.rows:
             progress(writer.rows)

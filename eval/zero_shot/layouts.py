@@ -17,6 +17,7 @@ from eval.zero_shot.data import (
     Sample,
     Task,
     ZeroShotSet,
+    first_file,
     read_lines,
     templates_of,
 )
@@ -41,7 +42,7 @@ def open_image_folder(path: Path, base: Path) -> ZeroShotSet:
         InputError: there are no such folders, one has no image, or classnames.txt has another number of lines.
     """
     folders = sorted(entry for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = [_images_in(folder) for folder in folders]
+    files = [images_in(folder) for folder in folders]
     if not folders:
         raise InputError(f"{base}: expected .tar files, or a folder of images for each class, found neither")
     for folder, found in zip(folders, files, strict=True):
@@ -58,12 +59,24 @@ def open_image_folder(path: Path, base: Path) -> ZeroShotSet:
         for label, found in enumerate(files)
         for file in found
     ]
-    templates, own = templates_of(path)
+    templates, own = templates_of(path, base)
     return ZeroShotSet(_name(path), path, "folder", "classification", samples, classes, templates, own)
 
 
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
+def images_in(folder: Path) -> list[Path]:
+    """The files in a folder, and in those below it, whose ending is that of an image; sorted.
+
+    Raises:
+        InputError: the name of one is no UTF-8, so that no id and no report could say it.
+    """
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
+    for file in found:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:
+            shown = str(file).encode("utf-8", "backslashreplace").decode()
+            raise InputError(f"{shown}: expected a name in UTF-8, found other bytes; rename the file") from None
+    return found
 
 
 def open_webdataset(path: Path, base: Path) -> ZeroShotSet:
@@ -92,7 +105,7 @@ def open_webdataset(path: Path, base: Path) -> ZeroShotSet:
     read: Callable[[bytes, str, int], tuple[int, ...]] = _class if task == "classification" else _multi_hot
     members = _members(shards, base, label)
     samples = [Sample(image, labels=read(text, place, len(classes))) for image, text, place in members]
-    templates, own = templates_of(path)
+    templates, own = templates_of(path, base)
     return ZeroShotSet(_name(path), path, "webdataset", task, samples, classes, templates, own)
 
 
@@ -168,8 +181,9 @@ def _class(content: bytes, place: str, classes: int) -> tuple[int, ...]:
 
 def _multi_hot(content: bytes, place: str, classes: int) -> tuple[int, ...]:
     try:
-        values = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        # Not np.load, which would also take an archive of arrays.
+        values = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError) as error:
         raise InputError(f"{place}: expected an array in npy format, found: {error}") from None
     if values.shape != (classes,) or not np.isin(values, (0, 1)).all():
         raise InputError(f"{place}: expected {classes} values of 0 or 1, found {values.dtype} {values.shape}")
@@ -186,7 +200,7 @@ def _captions(content: bytes, place: str) -> tuple[str, ...]:
 
 def _beside(path: Path, base: Path, name: str) -> Path | None:
     """A file that describes the set, in its folder or in that of the split."""
-    return next((folder / name for folder in (path, base) if (folder / name).is_file()), None)
+    return first_file((path, base), name)
 
 
 def _name(path: Path) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from index.files import InputError
 from retriever.commands.common import Embedding, answer, check_counts
 from retriever.progress import Terminal
 
@@ -52,9 +53,14 @@ class Encode(Embedding):
         return encode_pictures(self.picture_towers(), self.data, self.out, self.options(), terminal, **how)
 
     def _corpus(self, terminal: Terminal) -> EmbeddingStore:
-        from eval.beir import beir_file
+        from eval.beir import beir_file, is_beir_folder
+        from eval.zero_shot.layouts import images_in
         from retriever.encode_files import embed_corpus
 
+        if self.data.is_dir() and not is_beir_folder(self.data) and images_in(self.data):
+            raise InputError(
+                f"{self.data}: expected a corpus for {self.model}, which embeds texts alone, found a folder of pictures"
+            )
         corpus = beir_file(self.data, "corpus.jsonl") if self.data.is_dir() else self.data
         how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows}
         return embed_corpus(self.towers(), corpus, self.out, self.options(), terminal, **how)

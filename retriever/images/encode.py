@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from eval.zero_shot.layouts import IMAGES, images_in
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
 from index.passages import Passage
@@ -25,7 +26,6 @@ from retriever.images.towers import ImageTextTowers
 from retriever.images.transforms import open_image
 from retriever.progress import Terminal
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # Pictures decoded together, ahead of the tower.
 AT_ONCE = 256
 SHOWN = 3
@@ -71,11 +71,11 @@ def picture_files(folder: Path) -> list[Path]:
     """The pictures in a folder and in those below it, sorted.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or the name of one is no UTF-8.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = images_in(folder)
     if not found:
-        raise InputError(f"{folder}: expected pictures ({', '.join(SUFFIXES)}), found none")
+        raise InputError(f"{folder}: expected pictures ({', '.join(IMAGES)}), found none")
     return found
 
 
@@ -99,12 +99,14 @@ def encode_pictures(
     """
     files = picture_files(folder)
     names = [file.relative_to(folder).as_posix() for file in files]
+    with terminal.bar(f"read {folder.name}", len(files), "pictures") as advance:
+        sha256 = _sha256(files, names, advance)
     with EmbeddingWriter(
         out,
         dim=towers.dimension,
         dtype=dtype,
         model=towers.fingerprint(),
-        source={"name": folder.resolve().name, "sha256": _sha256(files, names), "precision": options.precision},
+        source={"name": folder.resolve().name, "sha256": sha256, "precision": options.precision},
         shard_rows=shard_rows,
     ) as writer:
         if not writer.complete:
@@ -147,8 +149,9 @@ def _readable(
         yield good, pixels
 
 
-def _sha256(files: Sequence[Path], names: Sequence[str]) -> str:
+def _sha256(files: Sequence[Path], names: Sequence[str], progress: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
     for file, name in zip(files, names, strict=True):
         digest.update(f"{name} {sha256_file(file)}\n".encode())
+        progress(1)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from index.files import InputError
@@ -64,6 +64,9 @@ def open_image(source: Image.Image | Path | str | bytes, place: str = "image") -
         raise
     except FileNotFoundError:
         raise InputError(f"{place}: no such file") from None
+    except UnidentifiedImageError:
+        # Pillow would name an object at an address.
+        raise InputError(f"{place}: expected a picture, found bytes of no format that Pillow reads") from None
     except _BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{place}: expected a picture, found one that cannot be read: {reason:.200}") from None
@@ -78,10 +81,20 @@ def _rgb(image: Image.Image, place: str) -> Image.Image:
         image.load()
         return ImageOps.exif_transpose(image)
     turned = ImageOps.exif_transpose(image)
+    if turned.mode in ("I", "F") or turned.mode.startswith("I;16"):
+        return _of_deep_grey(turned, place)
     if turned.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in turned.info:
         white = Image.new("RGBA", turned.size, "white")
         return Image.alpha_composite(white, turned.convert("RGBA")).convert("RGB")
     return turned.convert("RGB")
+
+
+def _of_deep_grey(image: Image.Image, place: str) -> Image.Image:
+    # Pillow cuts values over 255 off, which makes 16 bits of grey white.
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise InputError(f"{place}: expected a picture of at most 16 bits a channel, found one of mode {image.mode}")
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,10 @@ def test_a_split_folder_and_names_beside_it_are_found(tmp_path: Path) -> None:
     assert dataset.classes[0] == "blue one"
     assert (dataset.templates, dataset.own_templates) == (("the {c}",), True)
     assert dataset.samples[0].image.name == "blue/0.png"
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        (tmp_path / "set" / name).rename(tmp_path / "set" / "test" / name)
+    within = open_set(tmp_path / "set")
+    assert (within.classes, within.templates) == (dataset.classes, dataset.templates)
 
 
 def test_a_set_without_prompts_gets_those_of_the_project(tmp_path: Path) -> None:
@@ -183,6 +189,19 @@ def broken_sets(root: Path) -> dict[str, tuple[Path, str]]:
     vector = write_webdataset(root / "vector", "multilabel")
     write_tar(vector / "test" / "1.tar", {"a.png": image, "a.npy": b"no array"})
     cases["no array"] = (vector, r"1\.tar: a\.npy: expected an array in npy format")
+    archive = io.BytesIO()
+    np.savez(archive, np.zeros(4))
+    several = write_webdataset(root / "several", "multilabel")
+    write_tar(several / "test" / "1.tar", {"a.png": image, "a.npy": archive.getvalue()})
+    cases["an archive of arrays"] = (several, r"1\.tar: a\.npy: expected an array in npy format")
+    other = write_webdataset(root / "other")
+    (other / "test").rename(other / "val")
+    cases["another split, packed"] = (other, r"other: expected a folder for the split 'test', found val")
+    write_folder(root / "splits" / "train"), write_folder(root / "splits" / "val")
+    cases["other splits"] = (root / "splits", r"splits: expected a folder for the split 'test', found train, val")
+    named = os.fsencode(write_folder(root / "bytes") / "red") + b"/\xff.png"
+    Path(os.fsdecode(named)).write_bytes(image)
+    cases["name in other bytes"] = (root / "bytes", r"red/\\udcff\.png: expected a name in UTF-8")
 
     def table(name: str, *lines: object) -> Path:
         path = root / f"{name}.jsonl"

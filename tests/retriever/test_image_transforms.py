@@ -74,6 +74,16 @@ def test_pictures_of_every_mode_become_rgb(mode: str, tmp_path: Path) -> None:
     assert image.mode == "RGB" and image.size == source.size
 
 
+def test_sixteen_bits_of_grey_keep_their_shades_and_unknown_ranges_are_refused(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    image = open_image(saved(Image.fromarray(ramp), tmp_path / "a.png"))
+    assert np.array_equal(np.asarray(image)[..., 1], ramp // 256)
+    for number, values in enumerate((np.ones((2, 2), np.float32), np.full((2, 2), 70000, np.int32))):
+        path = saved(Image.fromarray(values), tmp_path / f"{number}.tif")
+        with pytest.raises(InputError, match=rf"{number}\.tif: expected a picture of at most 16 bits"):
+            open_image(path)
+
+
 def test_what_is_transparent_becomes_white_and_exif_turns(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert open_image(saved(clear, tmp_path / "a.png")).getpixel((0, 0)) == (255, 255, 255)

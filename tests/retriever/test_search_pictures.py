@@ -112,6 +112,8 @@ def test_mistakes_about_pictures_are_said_in_one_line(world: Path, minilm: str, 
     (tmp_path / "empty").mkdir()
     words = ["encode", *model, "--data", tmp_path / "empty", "--out", tmp_path / "out"]
     assert_refused(command(*words), 1, r"empty: expected pictures \(\.jpg")
+    words = ["encode", "--model", minilm, "--data", world / "drawn", "--out", tmp_path / "out"]
+    assert_refused(command(*words), 1, "drawn: expected a corpus for .*, which embeds texts alone, found a folder of p")
     words = ["serve", *model, *index, "--port", 0, "--pictures"]
     assert_refused(command(*words, tmp_path / "gone"), 1, "gone: no such folder")
     assert_refused(command(*words, tmp_path / "empty"), 1, "expected the folder whose pictures were indexed")
