@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -53,6 +54,24 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Arriving:
+    """A tensor on its way to the host: copied behind what the device has still to do, while the caller goes on."""
+
+    def __init__(self, tensor: Tensor):
+        self._copy, self._event = tensor, None
+        if tensor.device.type == "cuda":
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def array(self) -> np.ndarray:
+        """The values, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy.numpy()
 
 
 def _cpu_flags() -> set[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,14 +15,18 @@ import torch
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
 from index.passages import Passage
-from retriever.device import Precision
+from retriever.ahead import ahead
+from retriever.device import Arriving, Precision, to_device
 from retriever.graph_memory import encode_tokens
 from retriever.half_weights import arithmetic
 from retriever.packing import pack
+from retriever.tokens import TokenizedTexts
 from retriever.towers import Side, Towers
 
 # Passages read, tokenized and sorted by length at a time: enough for micro-batches of even length.
 WINDOW = 8192
+
+Window = TypeVar("Window")
 
 
 def corpus_source(path: Path) -> dict[str, str]:
@@ -61,17 +66,55 @@ def embed_texts(
     if not texts:
         # Tokenizers fail on no texts at all.
         return np.empty((0, towers.dimension), dtype=np.float32)
+    tokens = _tokenized(towers, texts, side)
+    ((_, embeddings),) = embed_windows(towers, [(texts, tokens)], side, options, progress)
+    return embeddings
+
+
+def _tokenized(towers: Towers, texts: Sequence[str], side: Side) -> TokenizedTexts:
     prompt = towers.prompt(side)
-    tokenizer = towers.tokenizer(side)
-    tokens = tokenizer([prompt + text for text in texts] if prompt else texts)
+    return towers.tokenizer(side)([prompt + text for text in texts] if prompt else texts)
+
+
+def embed_windows(
+    towers: Towers,
+    windows: Iterable[tuple[Window, TokenizedTexts]],
+    side: Side,
+    options: EncodeOptions,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Window, np.ndarray]]:
+    """Each window with the embeddings of its texts, float32 [texts, dimension].
+
+    A window is handed out when the next one is on its way through the towers, so that a GPU does not wait for what is
+    done with it.
+    """
+    before: tuple[Window, Arriving] | None = None
+    with arithmetic(towers, options.precision):
+        for window, tokens in windows:
+            embeddings = _embed_tokens(towers, tokens, side, options, progress)
+            if before is not None:
+                yield before[0], before[1].array()
+            before = window, embeddings
+        if before is not None:
+            yield before[0], before[1].array()
+
+
+def _embed_tokens(
+    towers: Towers,
+    tokens: TokenizedTexts,
+    side: Side,
+    options: EncodeOptions,
+    progress: Callable[[int], None] | None,
+) -> Arriving:
     budget = options.micro_batch_tokens or encode_tokens(towers.device)
-    embeddings = np.empty((len(texts), towers.dimension), dtype=np.float32)
-    with arithmetic(towers, options.precision), torch.inference_mode():
-        for rows in pack(tokens.lengths, budget, padded=not towers.padding_free):
-            embeddings[rows] = towers.embed(tokens, rows, side).cpu().numpy()
+    order = pack(tokens.lengths, budget, padded=not towers.padding_free)
+    with torch.inference_mode():
+        embeddings = torch.empty(len(tokens), towers.dimension, device=towers.device)
+        for rows in order:
+            embeddings[to_device(torch.from_numpy(rows), towers.device)] = towers.embed(tokens, rows, side).float()
             if progress is not None:
                 progress(len(rows))
-    return embeddings
+        return Arriving(embeddings)
 
 
 def encode_passages(
@@ -117,12 +160,21 @@ def encode_passages(
             if progress is not None and done:
                 progress(done)
             row = writer.rows
-            # A window ends where its shard does: after an interruption the same windows, and so the same bits, follow.
-            while window := list(itertools.islice(stream, min(WINDOW, shard_rows - row % shard_rows))):
-                vectors = embed_texts(towers, [p.content for p in window], "document", options, progress)
-                writer.append(window, vectors)
-                row += len(window)
+            with contextlib.closing(ahead(_windows(towers, stream, row, shard_rows))) as windows:
+                for window, vectors in embed_windows(towers, windows, "document", options, progress):
+                    writer.append(window, vectors)
+                    row += len(window)
             if row == 0:
                 raise InputError(f"{source.get('name', 'corpus')}: expected passages, found none")
             writer.close()
     return EmbeddingStore.open(out)
+
+
+def _windows(
+    towers: Towers, stream: Iterator[Passage], row: int, shard_rows: int
+) -> Iterator[tuple[list[Passage], TokenizedTexts]]:
+    """Passages from the row `row` on, some thousand at a time, with their tokens."""
+    # A window ends where its shard does: after an interruption the same windows, and so the same bits, follow.
+    while window := list(itertools.islice(stream, min(WINDOW, shard_rows - row % shard_rows))):
+        yield window, _tokenized(towers, [passage.content for passage in window], "document")
+        row += len(window)

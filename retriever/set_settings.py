@@ -77,6 +77,7 @@ class AdjustedTowers(Towers):
         # Not Towers' own: the modules are shared, and have been checked.
         nn.Module.__init__(self)
         self.model = towers.model
+        self.padding_free = towers.padding_free
         self._transformers = towers._transformers
         self._settings = settings
         self._given = towers

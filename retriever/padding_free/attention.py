@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,57 +83,84 @@ def spans_attention(
             window_size_right=0 if causal else reach,
         )[0]
     # A scalar on the device, so that the host does not wait; drawn only where used.
-    seed = torch.randint(2**31 - 1, (1,), device=query.device) if dropout else query.new_zeros(1, dtype=torch.int64)
+    seed = torch.randint(2**31 - 1, (1,), device=query.device) if dropout else spans.offsets[:1].long()
+    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
+    tensors = (query, key, value, spans.first, spans.end, seed)
     settings = (float(scale), float(dropout), bool(causal), -1 if window is None else window)
-    return _SpansAttention.apply(query, key, value, spans.first, spans.end, seed, settings)
+    # An operator costs the host more a call, and only the compiler needs one.
+    if torch.compiler.is_compiling():
+        return spans_forward(*tensors, *settings)[0]
+    return _SpansAttention.apply(*tensors, *settings)
 
 
 class _SpansAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        query, key, value, first, end, seed, settings = arguments
-        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-        out, lse = _forward(query, key, value, first, end, seed, settings)
-        ctx.save_for_backward(query, key, value, first, end, seed, out, lse)
-        ctx.settings = settings
+        out, lse = _forward(*arguments)
+        _keep(ctx, arguments, (out, lse))
         return out
 
     @staticmethod
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(out_grad.contiguous(), ctx.saved_tensors, ctx.settings), *[None] * 4)
+        return (*_backward(out_grad.contiguous(), *ctx.saved_tensors, *ctx.settings), *[None] * 7)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.settings = inputs[6:]
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, end: Tensor, seed: Tensor, settings: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    end: Tensor,
+    seed: Tensor,
+    scale: float,
+    dropout: float,
+    causal: bool,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     from retriever.padding_free.kernels import forward_kernel
 
     tokens, heads, _ = query.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty(heads, tokens, dtype=torch.float32)
-    scale, dropout, *_ = settings
-    fixed, shape = _fixed(query, key, settings), _shape(query, "forward")
+    out, lse = _forward_shapes(query)
+    shape = _shape(query, "forward")
     forward_kernel[(-(-tokens // shape["BLOCK_M"]), heads)](
         *(query, key, value, out, lse, first, end, seed, tokens),
         *_strides(query, key, value),
         *(scale, dropout),
-        **fixed,
+        **_fixed(query, key, dropout, causal, window),
         **shape,
     )
     return out, lse
 
 
-def _backward(out_grad: Tensor, saved: Sequence[Tensor], settings: Any) -> list[Tensor]:
+def _backward(
+    out_grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    end: Tensor,
+    seed: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout: float,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     from retriever.padding_free.kernels import backward_key_kernel, backward_query_kernel
 
-    query, key, value, first, end, seed, out, lse = saved
     tokens, heads, _ = query.shape
-    gradients = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
+    query_grad, key_grad, value_grad = _backward_shapes(query, key, value)
     delta = torch.empty_like(lse)
-    strides, (scale, dropout, *_), fixed = _strides(query, key, value), settings, _fixed(query, key, settings)
+    strides, fixed = _strides(query, key, value), _fixed(query, key, dropout, causal, window)
     shape = _shape(query, "backward_query")
     backward_query_kernel[(-(-tokens // shape["BLOCK_M"]), heads)](
-        *(query, key, value, out, out_grad, lse, delta, gradients[0], first, end, seed, tokens),
+        *(query, key, value, out, out_grad, lse, delta, query_grad, first, end, seed, tokens),
         *strides,
         *(scale, dropout),
         **fixed,
@@ -142,22 +168,48 @@ def _backward(out_grad: Tensor, saved: Sequence[Tensor], settings: Any) -> list[
     )
     shape = _shape(query, "backward_key")
     backward_key_kernel[(-(-tokens // shape["BLOCK_N"]), key.shape[1])](
-        *(query, key, value, out_grad, lse, delta, gradients[1], gradients[2], first, end, seed, tokens),
+        *(query, key, value, out_grad, lse, delta, key_grad, value_grad, first, end, seed, tokens),
         *strides,
         *(scale, dropout),
         **fixed,
         **shape,
     )
-    return gradients
+    return query_grad, key_grad, value_grad
+
+
+def _forward_shapes(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+    return torch.empty_like(query, memory_format=torch.contiguous_format), lse
+
+
+def _backward_shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query_grad, key_grad, value_grad = (
+        torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)
+    )
+    return query_grad, key_grad, value_grad
+
+
+spans_forward = torch.library.custom_op("retriever::spans_forward", _forward, mutates_args=())
+spans_forward.register_fake(_forward_shapes)
+spans_backward = torch.library.custom_op("retriever::spans_backward", _backward, mutates_args=())
+spans_backward.register_fake(lambda out_grad, query, key, value, *_: _backward_shapes(query, key, value))
+
+
+def _backward_by_operator(ctx: Any, out_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*spans_backward(out_grad.contiguous(), *ctx.saved_tensors, *ctx.settings), *[None] * 7)
+
+
+spans_forward.register_autograd(
+    _backward_by_operator, setup_context=lambda ctx, inputs, output: _keep(ctx, inputs, output)
+)
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
-def _fixed(query: Tensor, key: Tensor, settings: Any) -> dict[str, Any]:
+def _fixed(query: Tensor, key: Tensor, dropout: float, causal: bool, window: int) -> dict[str, Any]:
     """What the kernels are compiled for."""
-    _, dropout, causal, window = settings
     width = query.shape[2]
     return {
         "HEADS": query.shape[1],
@@ -171,8 +223,8 @@ def _fixed(query: Tensor, key: Tensor, settings: Any) -> dict[str, Any]:
     }
 
 
-# Rows and columns of a tile, and warps. Measured on one H200 with BERT-base's 12 heads of 64; see scripts/results.
-_SHAPES = {"forward": (64, 64, 4), "backward_query": (64, 64, 4), "backward_key": (64, 64, 4)}
+# Rows and columns of a tile, and warps: measured on one H200 with BERT-base's heads, texts of 10 to 250 tokens.
+_SHAPES = {"forward": (64, 32, 4), "backward_query": (64, 32, 4), "backward_key": (64, 32, 2)}
 
 
 def _shape(query: Tensor, kernel: str) -> dict[str, int]:

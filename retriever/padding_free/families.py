@@ -9,7 +9,6 @@ from __future__ import annotations
 import types
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from retriever.model_folder import text_towers
@@ -69,8 +68,6 @@ def _read_spans(encoder: Any) -> None:
     encoder.set_attn_implementation(_ATTENTION)
 
 
-# The compiler leaves it as it is: layers are compiled up to here and from here on.
-@torch.compiler.disable
 def _attention(
     module: nn.Module,
     query: Tensor,

@@ -44,7 +44,8 @@ def errors(case: tuple, dtype: torch.dtype) -> list[float]:
     exact = [each.detach().double().requires_grad_() for each in inputs]
     out = attention._text_by_text(*exact, spans, settings["scale"], 0.0, causal, window)
     expected = results(out, exact)
-    return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)]
+    # A text of one token has no gradient in query and key.
+    return [float((f.double() - e).norm() / max(e.norm(), 1)) for f, e in zip(found, expected, strict=True)]
 
 
 @pytest.mark.parametrize("case", CASES)

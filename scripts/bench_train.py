@@ -1,0 +1,253 @@
+"""Training steps: ours, data loading included, beside sentence-transformers' cached loss, its own batches in memory.
+
+    python scripts/bench_train.py --device cuda --tokenizer FOLDER --batch 16384 65536    BERT-base, random weights
+    python scripts/bench_train.py --device cpu --model FOLDER --batch 512                 MiniLM, say
+
+Both train the same model on the same texts with AdamW. Theirs is measured at each of --their-tokens, and the best is
+the one compared. Model FLOP utilisation is three forwards' worth of matrix products for each real token (no credit for
+padding or for a second forward), over the rate of an 8192-cubed product measured in the same run. Rows go to
+scripts/results/train.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import machine
+from sized_texts import PASSAGE, QUERY, SizedTexts
+
+from retriever.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.data.sources import SourceConfig
+from retriever.device import Precision, autocast
+from retriever.progress import Terminal
+from retriever.towers import build_towers
+from retriever.trainer import Trainer
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MIB = 2**20
+LR = 1e-5
+
+
+def main() -> None:
+    """Measure every batch size, ours and theirs, and keep the rows."""
+    options = parse_arguments()
+    device = torch.device(options.device)
+    model = model_config(options)
+    ceiling = product_rate(device)
+    about = {**machine(), "commit": options.commit or machine()["commit"], "product_tflops": round(ceiling, 1)}
+    print(f"{about['hardware']}: matrix product {ceiling:.1f} TFLOP/s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for batch in options.batch:
+        for compiled in (False, True) if options.compile else (False,):
+            rows.append(report(ours(model, batch, compiled, options), ceiling, about))
+        theirs = [sentence_transformers(model, batch, tokens, options) for tokens in options.their_tokens]
+        rows += [report(row, ceiling, about) for row in theirs]
+        if theirs:
+            best = max(row["tokens_per_second"] for row in theirs)
+            most = max(row["tokens_per_second"] for row in rows if row["batch"] == batch)
+            print(f"batch {batch}: {most / best:.2f} times sentence-transformers", flush=True)
+    write(options.results / "train.csv", rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--device", default="cuda", help="cpu or cuda")
+    parser.add_argument("--model", default="", help="folder of a model; BERT-base with random weights if not given")
+    parser.add_argument("--tokenizer", help="folder of a BERT tokenizer, for BERT-base")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16384, 65536], help="pairs a step")
+    parser.add_argument("--steps", type=int, default=8, help="ours; the first two are not counted")
+    parser.add_argument("--their-steps", type=int, default=2, help="theirs, after one that is not counted")
+    parser.add_argument("--their-tokens", type=int, nargs="*", default=[16384, 65536], help="their micro-batches")
+    parser.add_argument("--workers", type=int, default=8, help="processes that tokenize")
+    parser.add_argument("--compile", action="store_true", help="measure ours with torch.compile as well")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for train.csv")
+    parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
+    return parser.parse_args()
+
+
+def model_config(options: argparse.Namespace) -> ModelConfig:
+    """The towers of both."""
+    if options.model:
+        return ModelConfig(name=options.model, max_length=252)
+    return ModelConfig(architecture={"model_type": "bert"}, tokenizer=options.tokenizer, pooling="mean", max_length=252)
+
+
+def ours(model: ModelConfig, batch: int, compiled: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """`retriever train`, its own measurements taken from metrics.jsonl."""
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Path(folder) / "pairs.jsonl"
+        tokenizer = build_towers(model).tokenizer("query").tokenizer
+        SizedTexts(tokenizer).write_pairs(pairs, batch * min(options.steps, 4))
+        config = TrainConfig(
+            out=f"{folder}/run",
+            model=model,
+            data=DataConfig(sources=(SourceConfig(path=str(pairs)),), workers=options.workers),
+            loss=LossConfig(logit_scale=20.0),
+            optim=OptimConfig(lr=LR, schedule="constant", warmup_fraction=0.0),
+            batch_size=batch,
+            steps=options.steps,
+            device=options.device,
+            compile=compiled,
+            log_every=2,
+            checkpoint_every=10**6,
+        )
+        reset_peak()
+        with quiet():
+            trainer = Trainer.start(config, Terminal())
+            trainer.train()
+        lines = (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines][1:]
+        kept = trainer._step.graphs
+    middle = {key: statistics.median(row[key] for row in rows) for key in ("tokens_per_second", "pairs_per_second")}
+    note = f"micro-batches of {kept.micro_batch_tokens} tokens, {kept.graph_tokens} tokens' graphs kept"
+    method = "ours, compiled" if compiled else "ours"
+    return {
+        "method": method,
+        "batch": batch,
+        **middle,
+        "peak_mib": peak_mib(),
+        "flops": flops(trainer.towers),
+        "note": note,
+    }
+
+
+def sentence_transformers(model: ModelConfig, batch: int, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Its cached loss with micro-batches of `tokens` tokens; batches are tokenized before the clock starts."""
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+    towers = build_towers(model).to(options.device)
+    network = towers.model
+    # Autocast on a CPU makes theirs slower.
+    precision: Precision = "bf16" if towers.device.type == "cuda" else "fp32"
+    loss = CachedMultipleNegativesRankingLoss(network, mini_batch_size=2048, mini_batch_num_tokens=tokens)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, fused=True)
+    texts = SizedTexts(towers.tokenizer("query").tokenizer)
+    seconds, counted = [], []
+    reset_peak()
+    for number in range(options.their_steps + 1):
+        columns = [list(texts.make(kind, batch)) for kind in (QUERY, PASSAGE)]
+        features = [network.preprocess(column) for column in columns]
+        real = sum(int(each["attention_mask"].sum()) for each in features)
+        features = [{k: v.to(options.device) if hasattr(v, "to") else v for k, v in f.items()} for f in features]
+        wait(towers.device)
+        start = time.perf_counter()
+        with autocast(towers.device, precision):
+            value = loss(features, torch.empty(0))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        wait(towers.device)
+        if number:
+            seconds.append(time.perf_counter() - start)
+            counted.append(real)
+    rates = [real / second for real, second in zip(counted, seconds, strict=True)]
+    return {
+        "method": f"sentence-transformers, {tokens} tokens",
+        "batch": batch,
+        "tokens_per_second": statistics.median(rates),
+        "pairs_per_second": batch / statistics.median(seconds),
+        "peak_mib": peak_mib(),
+        "flops": flops(towers),
+        "note": f"{precision}, cached loss",
+    }
+
+
+def flops(towers: Any) -> float:
+    """Operations of one forward, a token: four projections and two layers of the MLP, and attention over 100 tokens."""
+    settings = towers.encoders[0].config
+    width, inner = settings.hidden_size, settings.intermediate_size
+    return settings.num_hidden_layers * (8 * width**2 + 4 * width * inner + 4 * 100 * width)
+
+
+def report(row: dict[str, Any], ceiling: float, about: dict[str, Any]) -> dict[str, Any]:
+    """Print a row and round it for the table."""
+    used = 3 * row.pop("flops") * row["tokens_per_second"] / 1e12 / ceiling
+    note = row.pop("note")
+    row = {
+        **row,
+        "tokens_per_second": round(row["tokens_per_second"]),
+        "pairs_per_second": round(row["pairs_per_second"], 1),
+        "peak_mib": round(row["peak_mib"]),
+        "flop_utilisation": round(used, 3),
+        "note": note,
+        **about,
+    }
+    print(
+        f"{row['method']:36} batch {row['batch']:7,}  {row['tokens_per_second']:10,} tokens/s  "
+        f"{row['pairs_per_second']:9,.1f} pairs/s  {row['flop_utilisation']:.1%}  {row['peak_mib']:,} MiB  {note}",
+        flush=True,
+    )
+    return row
+
+
+def product_rate(device: torch.device) -> float:
+    """TFLOP/s of a square product, of bf16 on a GPU and of fp32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(12):
+        wait(device)
+        start = time.perf_counter()
+        one @ other
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[2:]) / 1e12
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak() -> None:
+    """Forget the memory of what ran before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_mib() -> float:
+    """Most memory that torch's allocator gave out since `reset_peak`; not known on a CPU."""
+    return torch.cuda.max_memory_allocated() / MIB if torch.cuda.is_available() else 0.0
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the trainer's own lines."""
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        yield
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace the rows of the same hardware; keep those of others."""
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as stream:
+            kept = [row for row in csv.DictReader(stream) if row["hardware"] != rows[0]["hardware"]]
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        table = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows([*kept, *rows])
+
+
+if __name__ == "__main__":
+    main()
