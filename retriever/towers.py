@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,18 @@ class Towers(nn.Module):
             "position_ids": (place + first_position(self._transformer(side).auto_model))[None],
         }
         return self({**features, "spans": spans}, side)
+
+    def probes(self, tokens: int, length: int) -> list[tuple[int, Callable[[], Tensor]]]:
+        """What shows the memory that graphs hold: micro-batches of about so many tokens, with their numbers of tokens.
+
+        Args:
+            tokens: of a micro-batch.
+            length: tokens of each text, if texts may be that long.
+        """
+        length = min(length, self.tokenizer("document").max_length or length)
+        texts = max(1, tokens // length)
+        made = TokenizedTexts(np.zeros(texts * length, dtype=np.int32), np.arange(texts + 1) * length)
+        return [(texts * length, lambda: self.embed(made, np.arange(texts), "document"))]
 
     def fingerprint(self) -> dict[str, str]:
         """What identifies the vectors: a sha256 over weights, configurations, tokenizers, modules, lengths, prompts."""

@@ -74,7 +74,8 @@ def open_image_batches(
     batches = ImageBatches(
         readers,
         schedule,
-        image_tokens=towers.image_tokens,
+        # Features of a locked tower pass through its projection alone.
+        image_tokens=1 if image.lock == "image" else towers.image_tokens,
         token_budget=token_budget,
         padded=not towers.padding_free,
         say=terminal.line,

@@ -108,6 +108,15 @@ class ImageTextTowers(Towers):
         moved = to_device(pixels, self.device)
         return self({"pixels": moved}) if pixels.dtype == torch.uint8 else self.image_head(moved.float())
 
+    def probes(self, tokens: int, length: int) -> list[tuple[int, Callable[[], Tensor]]]:
+        """As of `Towers`, and one of pictures."""
+        pictures = max(1, tokens // self.image_tokens)
+        pixels = torch.zeros(pictures, 3, *self.transform.size, dtype=torch.uint8)
+        return [
+            *super().probes(tokens, length),
+            (pictures * self.image_tokens, lambda: self.embed_pixels(pixels)),
+        ]
+
     @property
     def image_width(self) -> int:
         """Length of what `image_features` gives."""

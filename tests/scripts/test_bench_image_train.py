@@ -1,0 +1,29 @@
+"""The benchmark of training on pictures measures each of its parts and writes what it measured."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
+    words = [sys.executable, str(SCRIPTS / "bench_image_train.py"), "--device", "cpu", "--quick", "--commit", "abc"]
+    subprocess.run([*words, "--results", str(tmp_path)], check=True, capture_output=True, text=True)
+    with (tmp_path / "image_train.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["part"] for row in rows] == [
+        "step",
+        "loss and its gradients",
+        "towers: forward, backward, forward",
+        "LiT step on features",
+        "LiT step that encodes its pictures",
+        "LiT step on features",
+    ]
+    assert all(float(row["seconds"]) > 0 and row["commit"] == "abc" and "synthetic" in row["data"] for row in rows)
+    whole, loss, towers, locked, anew, _ = rows
+    assert float(loss["of_step"]) < 1 and float(towers["step_over_this"]) > 0
+    assert float(anew["times_features"]) > 1 and float(locked["seconds"]) < float(whole["seconds"])
