@@ -14,6 +14,7 @@ from index import curve, lists_on_disk
 from index import factory as factories
 from index.factory import import_faiss, reason
 from index.files import InputError, atomic_folder
+from index.graphs import add_held_out, is_graph, takes_rows_later, truth_without
 from index.layout import CURVE_FILE, FAISS_FILE, check_replaceable, finish, write_faiss, write_passages
 from index.opened import Index
 from index.parts import Part
@@ -21,7 +22,7 @@ from index.recall import Target, find_truth
 from index.settings import flat_codes, prepare_to_add, set_search_defaults
 from index.store import EmbeddingStore
 from index.training import fingerprint, sample_vectors, train
-from index.tuning import Tuning, check_measurable, tune
+from index.tuning import Tuning, tune
 
 # Vectors whose lengths are looked at.
 NORMS = 4096
@@ -91,8 +92,12 @@ def build(
         raise InputError("--target-recall: expected a whole index; merge the parts, then `retriever index tune`")
     held_out = plan.target.held_out_rows(store.rows, plan.seed) if plan.target else np.empty(0, np.int64)
     index, origin = _trained(part, plan, held_out)
-    if plan.target is not None:
-        check_measurable(index, plan.target)
+    # In a graph, those it is measured by must not be yet.
+    added_last = held_out if is_graph(index) else held_out[:0]
+    if len(added_last) and not takes_rows_later(index):
+        raise InputError(
+            f"factory {origin['factory']!r}: expected --queries to measure it by, for rows cannot come in later"
+        )
     fields = {
         **origin,
         "metric": "inner_product",
@@ -110,13 +115,17 @@ def build(
                 lists_on_disk.fill(index, part, folder, out, plan.memory_mib, progress)
             else:
                 reserve(index, part.rows)
-                add(index, part, progress)
+                add(index, part, progress, without=added_last)
         except RuntimeError as error:
             raise _cannot(origin["factory"], part.rows, error) from None
         set_search_defaults(index)
         if plan.target is not None:
-            truth = find_truth(store, plan.target, held_out)
-            tuning = tune(index, truth, plan.target, note)
+            find = truth_without if len(added_last) else find_truth
+            tuning = tune(index, find(store, plan.target, held_out), plan.target, note)
+        if len(added_last):
+            add_held_out(index, store, added_last)
+            if progress is not None:
+                progress(len(added_last))
         write_passages(part.files("ids"), part.files("jsonl"), part.rows, folder)
         write_faiss(index, folder / FAISS_FILE)
         finish(folder, {**fields, **tuned(tuning, folder, origin["factory"], part.rows)})
@@ -143,9 +152,9 @@ def reserve(index: Any, rows: int) -> None:
             each.codes.clear()
 
 
-def add(index: Any, part: Part, progress: Callable[[int], None] | None) -> None:
-    """Add the vectors of `part`, in order."""
-    for vectors in part.pieces():
+def add(index: Any, part: Part, progress: Callable[[int], None] | None, *, without: np.ndarray | None = None) -> None:
+    """Add the vectors of `part`, in order, but those of the store's rows `without`."""
+    for vectors in part.pieces(without):
         index.add(vectors)
         if progress is not None:
             progress(len(vectors))

@@ -11,6 +11,7 @@ import numpy as np
 from index.building import add, source_of, tuned
 from index.factory import import_faiss, reason
 from index.files import InputError, atomic_folder, recover_folder
+from index.graphs import is_graph
 from index.ids import duplicate_id
 from index.layout import (
     CURVE_FILE,
@@ -30,7 +31,7 @@ from index.parts import Part
 from index.recall import Target, find_truth
 from index.settings import Settings, flat_codes, parts, prepare_to_add
 from index.store import EmbeddingStore
-from index.tuning import Tuning, check_measurable, tune
+from index.tuning import Tuning, tune
 
 
 def add_passages(
@@ -128,7 +129,11 @@ def retune(
         raise InputError(
             f"{store.folder}: expected the {index.rows} vectors of {folder}, found {store.rows}, or another model's"
         )
-    check_measurable(index.faiss, target)
+    if target.queries is None and is_graph(index.faiss):
+        raise InputError(
+            f"{folder}: expected --queries to measure a graph by, for a passage in it finds its own neighbours far "
+            "more easily than a query does; `retriever index build --target-recall` holds passages out of it"
+        )
     held_out = target.held_out_rows(store.rows, seed)
     tuning = tune(index.faiss, find_truth(store, target, held_out), target, note)
     with atomic_folder(folder) as new:

@@ -60,13 +60,17 @@ class Part:
         """The files of its shards."""
         return self.store.files(suffix)[self._shards.start : self._shards.stop]
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """Its vectors [n, D] float32, at most 64 MiB at a time."""
+    def pieces(self, without: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """Its vectors [n, D] float32, at most 64 MiB at a time; those of the store's rows `without` are left out."""
         step = max(1, PIECE_BYTES // (4 * self.store.dim))
-        for number, (_, vectors) in enumerate(self.store.shards()):
+        for number, (first, vectors) in enumerate(self.store.shards()):
             if number in self._shards:
                 for start in range(0, len(vectors), step):
-                    yield np.ascontiguousarray(vectors[start : start + step], np.float32)
+                    piece = np.ascontiguousarray(vectors[start : start + step], np.float32)
+                    if without is not None:
+                        rows = without - (first + start)
+                        piece = np.delete(piece, rows[(rows >= 0) & (rows < len(piece))], axis=0)
+                    yield piece
 
     def check(self) -> None:
         """Check every byte of its files.

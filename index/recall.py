@@ -7,6 +7,7 @@ t over the queries) reaches it, so that other queries of the same kind may be ex
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,7 @@ class Target:
     recall: float
     k: int = 10
     queries: np.ndarray | None = None
-    """Vectors [Q, D] float32 of real queries; none takes passages, whose own rows then do not count."""
+    """Vectors [Q, D] float32 of real queries; none takes passages, whose own rows do not count."""
     held_out: int = 2000
     """How many passages, where there are no queries."""
 
@@ -62,7 +63,7 @@ class Truth:
     queries: np.ndarray
     """[Q, D] float32."""
     own: np.ndarray | None
-    """[Q] the queries' own rows, which do not count; none for real queries."""
+    """[Q] the queries' own rows, which do not count; none where they are not in the index."""
     rows: np.ndarray
     """[Q, n] the k nearest and those tied with the k-th; -1 where there are no more."""
     k: int
@@ -81,12 +82,30 @@ def find_truth(store: EmbeddingStore, target: Target, held_out: np.ndarray) -> T
             raise InputError(f"--queries: expected vectors of {store.dim} dimensions, found {queries.shape[1]}")
     else:
         own, queries = held_out, read_rows(store, held_out)
-    scores, rows = exact.search(queries, store.shards(), RowNames(store.rows), target.k + SPARE + 1)
+    return truth_of(queries, (vectors for _, vectors in store.shards()), store.rows, target.k, own)
+
+
+def truth_of(
+    queries: np.ndarray, vectors: Iterable[np.ndarray], count: int, k: int, own: np.ndarray | None = None
+) -> Truth:
+    """What exact search finds for `queries` [Q, D] among `count` rows, which come as arrays `vectors` in their order.
+
+    Args:
+        own: [Q] the queries' own rows; none where they have none.
+    """
+    scores, rows = exact.search(queries, _numbered(vectors), RowNames(count), k + SPARE + 1)
     if own is not None:
         scores, rows = without_own(scores, rows, own)
-    last = scores[:, min(target.k, scores.shape[1]) - 1, None]
+    last = scores[:, min(k, scores.shape[1]) - 1, None]
     rows = np.where(scores >= last - ROUNDING * np.abs(last), rows, -1)
-    return Truth(queries, own, rows, min(target.k, rows.shape[1]))
+    return Truth(queries, own, rows, min(k, rows.shape[1]))
+
+
+def _numbered(vectors: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    row = 0
+    for some in vectors:
+        yield row, some
+        row += len(some)
 
 
 def recall_of_each(found: np.ndarray, truth: Truth) -> np.ndarray:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from index.factory import import_faiss
-from index.files import InputError
 from index.recall import CONFIDENCE, Target, Truth, lower_end, recall_of_each, without_own
 from index.settings import Settings, core, parts
 
@@ -128,23 +127,6 @@ def tune(index: Any, truth: Truth, target: Target, progress: Callable[[str], Non
     chosen.settings.apply(index)
     curve = sorted(points, key=lambda point: point.microseconds)
     return Tuning(target, chosen, curve, len(truth.queries), import_faiss().omp_get_max_threads())
-
-
-def check_measurable(index: Any, target: Target) -> None:
-    """Refuse to measure a graph by passages that are in it: its own links lead such a query to its neighbours.
-
-    (100,000 × 128, HNSW32: efSearch 6 found 0.96 for passages and 0.76 for other queries.)
-
-    Raises:
-        InputError: the target has no queries, and `index` is a graph.
-    """
-    faiss = import_faiss()
-    inner = core(index)
-    if target.queries is None and isinstance(inner, faiss.IndexHNSW | faiss.IndexNSG | faiss.IndexNNDescent):
-        raise InputError(
-            "--target-recall: expected --queries to measure a graph by (HNSW, NSG), for a passage in it finds its own "
-            "neighbours far more easily than a query does"
-        )
 
 
 def measure(index: Any, truth: Truth, settings: Settings) -> Point:

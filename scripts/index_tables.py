@@ -80,7 +80,8 @@ def _targets(rows: Rows) -> list[str]:
 def _overhead(rows: Rows) -> list[str]:
     lines = [
         f"Ours against faiss driven by hand, in turns in one process ({_where(rows)}; scripts/bench_index.py "
-        "overhead): the median of the ratios of neighbouring runs, and in brackets the ratio of the fastest. "
+        "overhead): the median of the ratios of neighbouring runs by the clock, and in brackets by processor time, "
+        "which others on the machine disturb less. "
         "`index`: training, adding and writing alone. `build`: with every byte of the store checked, passages "
         "copied, and everything written summed and flushed. `search`: both on the same index.",
         "",
@@ -89,7 +90,7 @@ def _overhead(rows: Rows) -> list[str]:
     ]
     for row in rows:
         index, build, search = (
-            f"{row[f'{what}_ratio']} ({row[f'{what}_ratio_of_least']})" for what in ("index", "build", "search_same")
+            f"{row[f'{what}_ratio']} ({row[f'{what}_processor_ratio']})" for what in ("index", "build", "search_same")
         )
         lines.append(
             f"| {row['set']} | `{row['factory']}` | {row['build_faiss_s']} | {index} | {build} | "

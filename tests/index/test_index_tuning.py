@@ -163,12 +163,25 @@ def test_too_few_passages_to_measure_by_are_refused(tmp_path: Path, make_store: 
         build(make_store(spread(20, 1)), tmp_path / "index", Plan("Flat", target=Target(0.9)))
 
 
+@pytest.mark.parametrize("factory", ["HNSW16", "HNSW16_SQ8,RFlat"])
+def test_a_graph_is_measured_by_passages_that_come_into_it_later(tmp_path: Path, store, factory: str) -> None:
+    tuning = build(store, tmp_path / "index", Plan(factory, target=Target(0.9, 10)))
+    assert tuning is not None and tuning.met and tuning.queries == 2000
+    index = Index.open(tmp_path / "index")
+    truth = find_truth(store, Target(0.9, 10, spread(1500, seed=3)), NONE)
+    assert recall_of_each(index.search(truth.queries, 10)[1], truth).mean() >= 0.89
+    # Every passage is there, under its own row.
+    Settings(ef_search=200, k_factor=4.0).apply(index.faiss)
+    assert (index.search(store.vectors(), 1)[1][:, 0] == np.arange(store.rows)).mean() > 0.999
+    assert index.ids[:3] == store.ids()[:3] and index.faiss.ntotal == store.rows
+
+
 def test_a_graph_is_not_measured_by_the_passages_in_it(tmp_path: Path, store) -> None:
-    with pytest.raises(InputError, match="expected --queries to measure a graph by"):
-        build(store, tmp_path / "index", Plan("HNSW8", target=Target(0.9)))
     build(store, tmp_path / "index", Plan("HNSW8"))
     with pytest.raises(InputError, match="expected --queries to measure a graph by"):
         retune(tmp_path / "index", store, Target(0.9))
+    with pytest.raises(InputError, match="factory 'NSG8': expected --queries to measure it by"):
+        build(store, tmp_path / "other", Plan("NSG8", target=Target(0.9)))
 
 
 @pytest.mark.parametrize("recall", [0.5, 0.9, 0.99, 1.0])
