@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eval.compare import Pair
 from eval.measures import HEADLINE, NAMES, cutoffs, measure_name
 from eval.metrics import Metrics
+from eval.suite import lines_of_means
 
 if TYPE_CHECKING:
     from eval.report import Changes, Report, ReportSet
@@ -50,14 +51,14 @@ def overview_rows(report: Report) -> Iterator[tuple[str, str, list[float | None]
     rows: dict[str, list[ReportSet]] = {}
     for found in report.sets:
         rows.setdefault(found.row or found.name, []).append(found)
-    values = []
+    values: dict[str, list[float | None]] = {}
     for name, parts in rows.items():
         columns = zip(*([_value(report, part, system) for system in systems] for part in parts), strict=True)
-        values.append([_mean(column) for column in columns])
+        values[name] = [_mean(column) for column in columns]
         title = name if len(parts) == 1 else f"{name} (mean of {len(parts)})"
-        yield title, f"{sum(part.queries for part in parts):,}", values[-1]
-    if len(rows) > 1:
-        yield "mean of the sets", "", [_mean(column) for column in zip(*values, strict=True)]
+        yield title, f"{sum(part.queries for part in parts):,}", values[name]
+    for title, counted in lines_of_means(list(rows)):
+        yield title, "", [_mean(column) for column in zip(*(values[name] for name in counted), strict=True)]
 
 
 def _value(report: Report, found: ReportSet, system: str) -> float | None:

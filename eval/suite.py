@@ -172,7 +172,7 @@ def mean_of(parts: Mapping[str, Metrics]) -> Metrics:
 def suite_table(rows: Mapping[str, Metrics], absent: Sequence[str], measure: str = "ndcg@10") -> str:
     """A Markdown table of every set asked for, in BEIR's order, with 'not here' where a set is missing.
 
-    The last line is the mean of the sets that are here without MS MARCO, as BEIR's paper averages.
+    Below stand the means of the sets that are here, of `lines_of_means`.
     """
     known = [definition.name for definition in BEIR if definition.name in rows or definition.name in absent]
     names = [*known, *(name for name in rows if name not in known)]
@@ -184,7 +184,20 @@ def suite_table(rows: Mapping[str, Metrics], absent: Sequence[str], measure: str
         else:
             why = "not here" if BY_NAME[name].md5 else "not here (not public)"
             lines.append(f"| {title} | {BY_NAME[name].queries:,} | {why} |")
-    counted = [rows[name].mean[measure] for name in names if name in rows and name != "msmarco"]
-    if len(counted) > 1:
-        lines.append(f"| mean of {len(counted)} sets | | {float(np.mean(counted)):.4f} |")
+    for title, counted in lines_of_means([name for name in names if name in rows]):
+        mean = float(np.mean([rows[name].mean[measure] for name in counted]))
+        lines.append(f"| {title} | | {mean:.4f} |")
     return "\n".join(lines) + "\n"
+
+
+def lines_of_means(rows: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(title, sets counted) of the means below a table of the sets `rows`.
+
+    BEIR's paper leaves MS MARCO out, because models are trained on it; MTEB counts its dev split as one set more. Where
+    it is among the sets both means are given.
+    """
+    without = [name for name in rows if name != "msmarco"]
+    lines = [(f"mean of {len(without)} sets", without)]
+    if len(without) < len(rows):
+        lines.append((f"mean of {len(rows)} sets, MS MARCO among them", list(rows)))
+    return [(title, counted) for title, counted in lines if len(counted) > 1]

@@ -62,7 +62,7 @@ def test_sets_have_a_row_each_and_parts_of_one_set_share_theirs(tmp_path: Path) 
     ]
     write(tmp_path, Report("toy", sets, {}))
     text = (tmp_path / "report.md").read_text()
-    assert "| one | 3 | 0.5436 |\n| forums (mean of 2) | 6 | 0.7718 |\n| mean of the sets |  | 0.6577 |" in text
+    assert "| one | 3 | 0.5436 |\n| forums (mean of 2) | 6 | 0.7718 |\n| mean of 2 sets |  | 0.6577 |" in text
     page = (tmp_path / "report.html").read_text()
     assert "scores that minilm gives" in page and page.count("<svg") == 5
 
@@ -98,7 +98,7 @@ def test_sets_that_are_not_here_have_a_row(tmp_path: Path) -> None:
     assert "| robust04 |  | not here | not here |" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["absent"] == ["robust04"]
     # A system that one set lacks has no mean that could be compared with the others'.
-    assert "| mean of the sets |  | – | 1.0000 |" in (tmp_path / "report.md").read_text()
+    assert "| mean of 2 sets |  | – | 1.0000 |" in (tmp_path / "report.md").read_text()
 
 
 def test_without_matplotlib_there_is_a_hint_and_no_plot(

@@ -76,7 +76,7 @@ def test_reports_bm25_and_hybrids_are_scored_tested_and_reported(place: Path) ->
     details = report["details"]
     assert details["the good"]["from"] == str(place / "good") and len(details["poor"]["run rocks sha256"]) == 64
     assert "seed 0" in details["tests"] and details["BM25"]["k1"] == 0.9 and "numpy" in details["versions"]
-    assert "| poor → the good |" in done.out and "mean of the sets" in done.out
+    assert "| poor → the good |" in done.out and "mean of 2 sets" in done.out
     page = (out / "report.html").read_text()
     assert "about amber &lt;b&gt;" in page and "<b> " not in page
 
