@@ -23,9 +23,9 @@ from index.store import EmbeddingStore
 from index.training import sample_vectors, train
 
 CASES = {"clustered-10k": ("HNSW16",), "clustered-100k": ("SQ8", "IVF1024,Flat", "IVF1024,SQ8")}
-# Each of the two is run until it has taken so many seconds, and at least so many times.
+# Rounds go on until one of them has taken so many seconds by the clock, and there are at least so many.
 SECONDS = 10.0
-LEAST_ROUNDS = 7
+LEAST_ROUNDS = 5
 QUERIES = 1_000
 K = 10
 
@@ -48,25 +48,24 @@ def _compare(store: EmbeddingStore, queries: np.ndarray, factory: str, folder: P
     ours_at, theirs_at = folder / "index", folder / "plain.faiss"
     trained_on = _trained_on(store, ours_at, factory)
 
-    def by_hand() -> None:
-        _by_hand(store, theirs_at, factory, trained_on)
-
-    alone_times = _in_turns(lambda: _index_alone(store, folder / "alone.faiss", factory), by_hand)
-    build_times = _in_turns(lambda: build(store, ours_at, Plan(factory)), by_hand)
+    builds = _in_turns(
+        faiss=lambda: _by_hand(store, theirs_at, factory, trained_on),
+        index=lambda: _index_alone(store, folder / "alone.faiss", factory),
+        build=lambda: build(store, ours_at, Plan(factory)),
+    )
     ours, theirs = Index.open(ours_at), faiss.read_index(str(theirs_at))
     if "HNSW" not in factory:  # two threads that build a graph never build the same one twice
         np.testing.assert_array_equal(ours.search(queries, K)[1][:, 0], theirs.search(queries, K)[1][:, 0])
-    search_times = _in_turns(lambda: ours.search(queries, K), lambda: theirs.search(queries, K))
     # One and the same index, so that what differs is what ours does besides.
-    same_times = _in_turns(lambda: ours.search(queries, K), lambda: ours.faiss.search(queries, K))
-    row: dict[str, Any] = {"factory": factory, "threads": faiss.omp_get_max_threads()}
-    timed = {"index": alone_times, "build": build_times, "search": search_times, "search_same": same_times}
-    for what, (us, them) in timed.items():
-        row[f"{what}_rounds"] = len(us)
-        row[f"{what}_ours_s"] = round(median(clock for clock, _ in us), 4)
-        row[f"{what}_faiss_s"] = round(median(clock for clock, _ in them), 4)
-        row[f"{what}_ratio"] = round(median(a / b for (a, _), (b, _) in zip(us, them, strict=True)), 3)
-        row[f"{what}_processor_ratio"] = round(median(a / b for (_, a), (_, b) in zip(us, them, strict=True)), 3)
+    searches = _in_turns(faiss=lambda: ours.faiss.search(queries, K), search=lambda: ours.search(queries, K))
+    row: dict[str, Any] = {"factory": factory, "threads": faiss.omp_get_max_threads(), "rounds": len(builds["faiss"])}
+    row["build_faiss_s"] = round(median(clock for clock, _ in builds["faiss"]), 4)
+    row["search_faiss_s"] = round(median(clock for clock, _ in searches["faiss"]), 4)
+    for times in (builds, searches):
+        for what in list(times)[1:]:
+            pairs = list(zip(times[what], times["faiss"], strict=True))
+            row[f"{what}_ratio"] = round(median(us / them for (us, _), (them, _) in pairs), 3)
+            row[f"{what}_processor_ratio"] = round(median(us / them for (_, us), (_, them) in pairs), 3)
     return row
 
 
@@ -98,18 +97,17 @@ def _by_hand(store: EmbeddingStore, path: Path, factory: str, trained_on: int) -
     faiss.write_index(index, str(path))
 
 
-Times = list[tuple[float, float]]
-"""Of every round, seconds by the clock and of the processors, which other work on the machine disturbs less."""
+def _in_turns(**ways: Callable[[], Any]) -> dict[str, list[tuple[float, float]]]:
+    """Of every round of each, seconds by the clock and of the processors, which others on the machine disturb less.
 
-
-def _in_turns(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[Times, Times]:
-    """The times of both, who goes first changing every round; one round goes before and is not counted."""
-    times: tuple[Times, Times] = ([], [])
-    number = 0
-    while number <= LEAST_ROUNDS or sum(clock for clock, _ in times[1]) < SECONDS:
-        for place in (0, 1) if number % 2 else (1, 0):
+    Each round begins with another one. The first is not counted.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    names = list(ways)
+    while len(times[names[0]]) <= LEAST_ROUNDS or sum(clock for clock, _ in times[names[0]]) < SECONDS:
+        for name in names:
             started, worked = time.perf_counter(), time.process_time()
-            (ours, theirs)[place]()
-            times[place].append((time.perf_counter() - started, time.process_time() - worked))
-        number += 1
-    return times[0][1:], times[1][1:]
+            ways[name]()
+            times[name].append((time.perf_counter() - started, time.process_time() - worked))
+        names.append(names.pop(0))
+    return {name: found[1:] for name, found in times.items()}

@@ -90,11 +90,11 @@ def _overhead(rows: Rows) -> list[str]:
     ]
     for row in rows:
         index, build, search = (
-            f"{row[f'{what}_ratio']} ({row[f'{what}_processor_ratio']})" for what in ("index", "build", "search_same")
+            f"{row[f'{what}_ratio']} ({row[f'{what}_processor_ratio']})" for what in ("index", "build", "search")
         )
         lines.append(
             f"| {row['set']} | `{row['factory']}` | {row['build_faiss_s']} | {index} | {build} | "
-            f"{row['search_same_faiss_s']} | {search} |"
+            f"{row['search_faiss_s']} | {search} |"
         )
     return lines
 
