@@ -32,6 +32,7 @@ def evaluate_beir(
     ks: Sequence[int] = KS,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
+    on_ranks: bool = False,
 ) -> tuple[RankedRun, Metrics]:
     """Search `store` with every query of the split, by inner product in fp32, and score the ranking.
 
@@ -44,6 +45,7 @@ def evaluate_beir(
         ks: cut-offs; those above `k` are left out, since the run is not that deep.
         device: where the products are computed ("cpu", "cuda").
         progress: called with the rows of the corpus searched since the last call.
+        on_ranks: as in `exact_search`.
 
     Returns:
         The run, each query's passages best first, and its metrics.
@@ -55,7 +57,7 @@ def evaluate_beir(
     if k < 1:
         raise ValueError(f"k: expected at least 1, found {k}")
     ids = store.ids()
-    find = exact_search(store, ids, device=device, progress=progress)
+    find = exact_search(store, ids, device=device, progress=progress, on_ranks=on_ranks)
     run = ranked_run(dataset, ids, find, lambda: query_vectors(dataset, embed_queries, store.dim), k, is_windows(store))
     return run, score(dataset, run, k, ks)
 

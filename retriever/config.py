@@ -18,6 +18,9 @@ from index.files import InputError, atomic_path
 from retriever.data.sources import SourceConfig
 from retriever.images.config import ImageConfig, ImageSource
 
+CONFIG_FILE = "config.yaml"
+"""In the folder of a run: how it was configured."""
+
 
 class ConfigError(InputError):
     """A configuration that cannot be meant; the command line answers with exit code 2."""

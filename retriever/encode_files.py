@@ -12,8 +12,9 @@ from index.embeddings import EmbeddingStore
 from index.passages import Passage, read_passages
 from index.records import count_records
 from retriever.data.sources import HUGE_TEXT, Notices
-from retriever.encode import EncodeOptions, corpus_source, embed_texts, encode_passages
+from retriever.encode import EncodeOptions, corpus_source, embed_texts
 from retriever.progress import Terminal
+from retriever.ranks import Ranks, encode_on_ranks
 from retriever.towers import Towers
 
 Tick = Callable[[], None] | None
@@ -41,8 +42,9 @@ def embed_corpus(
     dtype: Literal["float32", "float16"] = "float32",
     shard_rows: int = 65536,
     tick: Tick = None,
+    ranks: Ranks | None = None,
 ) -> EmbeddingStore:
-    """The passages of a file in a store in `folder`, which is continued or used again if it is there.
+    """The passages of a file in a store in `folder`, which is continued or used again if it is there; by all ranks.
 
     Raises:
         InputError: the file or a row of it is bad or there is none, or `folder` holds something else.
@@ -50,7 +52,8 @@ def embed_corpus(
     notices = Notices()
     total = count_records(corpus) if terminal.is_live else None
     with terminal.bar(f"encode {corpus.name}", total, "passages") as advance:
-        store = encode_passages(
+        store = encode_on_ranks(
+            ranks or Ranks(),
             towers,
             _watched(read_passages(corpus), notices),
             folder,

@@ -13,9 +13,10 @@ from eval.evaluate import evaluate_beir
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
 from retriever.config import DevConfig
-from retriever.encode import EncodeOptions, corpus_source
+from retriever.encode import WINDOW, EncodeOptions, corpus_source
 from retriever.encode_files import embed_corpus, embed_queries, ticking
 from retriever.progress import Terminal
+from retriever.ranks import Ranks
 from retriever.towers import Towers
 
 
@@ -28,6 +29,7 @@ def evaluate_towers(
     *,
     k: int = 1000,
     tick: Callable[[], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[RankedRun, Metrics]:
     """Embed a BEIR corpus to the store `embeddings` (continued or reused if it is there) and score the split.
 
@@ -35,8 +37,20 @@ def evaluate_towers(
         towers: in evaluation mode, on the device to use.
         k: passages a query in the run.
         tick: called after every micro-batch; may raise to end the evaluation.
+        ranks: share the work, called with the same arguments; the result is that of one process.
     """
-    store = embed_corpus(towers, dataset.corpus_file, embeddings, options, terminal, tick=tick)
+    several = ranks is not None and ranks.size > 1
+    store = embed_corpus(
+        towers,
+        dataset.corpus_file,
+        embeddings,
+        options,
+        terminal,
+        # A window is the least that one rank embeds; to it windows of one process are the same.
+        shard_rows=WINDOW if several else 65536,
+        tick=tick,
+        ranks=ranks,
+    )
     with terminal.bar(f"{dataset.name}: search", store.rows, "passages") as advance:
         return evaluate_beir(
             dataset,
@@ -46,6 +60,7 @@ def evaluate_towers(
             ks=KS,
             device=str(towers.device),
             progress=ticking(advance, tick),
+            on_ranks=several,
         )
 
 

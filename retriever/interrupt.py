@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -15,10 +15,16 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM is noted and the second one acts as it would have without us."""
+    """While active, the first SIGINT or SIGTERM is noted and the second one acts as it would have without us.
 
-    def __init__(self) -> None:
+    Several processes that work in step must stop at the same one: with `together`, which says whether any process has
+    what this one has, a signal counts from their next `agree` on.
+    """
+
+    def __init__(self, together: Callable[[bool], bool] | None = None) -> None:
         self._signal: str | None = None
+        self._together = together
+        self._agreed = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -34,12 +40,17 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether a signal has come."""
-        return self._signal is not None
+        return self._signal is not None if self._together is None else self._agreed
+
+    def agree(self) -> None:
+        """Ask the other processes for signals; every one calls it."""
+        if self._together is not None:
+            self._agreed = self._together(self._signal is not None)
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
-        if self._signal is not None:
-            raise Interrupted(self._signal)
+        if self.requested:
+            raise Interrupted(self._signal or "signal to another process")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name

@@ -8,13 +8,15 @@ import torch
 
 from retriever.device import memory_mib
 from retriever.prepare import PreparedBatch
+from retriever.ranks import Ranks
 
 
 class Meter:
     """Pairs and tokens since the last reading, per second, and the time left."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, ranks: Ranks | None = None):
         self.device = device
+        self.ranks = ranks or Ranks()
         self.started = self.since = time.perf_counter()
         self.pairs = self.tokens = self.steps = 0
 
@@ -25,13 +27,15 @@ class Meter:
         self.tokens += batch.tokens
 
     def rates(self) -> dict[str, float]:
-        """Readings since the last call: pairs/s, real tokens/s (padding not counted), memory in MiB."""
+        """Readings since the last call: pairs/s and real tokens/s (padding not counted) of all ranks together, and
+        the memory, in MiB, of the rank that has most in use. Every rank calls it."""
         now = time.perf_counter()
         seconds = now - self.since
+        pairs, tokens = self.ranks.totals(self.pairs, self.tokens)
         rates = {
-            "pairs_per_second": round(self.pairs / seconds, 2),
-            "tokens_per_second": round(self.tokens / seconds, 1),
-            "memory_mib": round(memory_mib(self.device), 1),
+            "pairs_per_second": round(pairs / seconds, 2),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "memory_mib": round(self.ranks.most(memory_mib(self.device)), 1),
         }
         self.since, self.pairs, self.tokens = now, 0, 0
         return rates

@@ -13,7 +13,7 @@ from torch import nn
 
 from index.files import InputError
 from retriever.config import ConfigError, ModelConfig
-from retriever.weights import writing_weights
+from retriever.weights import save_encoder, writing_weights
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -190,8 +190,8 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
         model = AutoModel.from_config(settings)
     except (*LOAD_FAULTS, StrictDataclassError) as error:
         raise ConfigError(f"model.architecture: cannot be built: {one_line(error)}") from error
+    save_encoder(model, folder)
     with writing_weights(folder):
-        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 

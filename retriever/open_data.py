@@ -8,7 +8,7 @@ from typing import Any
 from index.files import InputError
 from retriever.config import ConfigError, DataConfig, TrainConfig
 from retriever.data.batches import BatchDataset, Prompts
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedule import BatchSchedule, Share
 from retriever.data.table import ExampleTable, open_source
 from retriever.device import Precision
 from retriever.prepare import BatchPreparer, PreparedBatch
@@ -17,11 +17,19 @@ from retriever.towers import Towers
 
 
 def open_training(
-    config: TrainConfig, towers: Towers, cache: Path, *, precision: Precision, token_budget: int, terminal: Terminal
+    config: TrainConfig,
+    towers: Towers,
+    cache: Path,
+    *,
+    precision: Precision,
+    token_budget: int,
+    terminal: Terminal,
+    share: Share | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """The batches of a run, of texts or of pictures and captions, and what identifies each source.
 
-    They have a length, the number of steps, and a `loader(start=, workers=)` of PreparedBatch.
+    They have a length, the number of steps, and a `loader(start=, workers=)` of PreparedBatch: of each batch the
+    `share` of one process, or the whole.
 
     Raises:
         InputError: a source is missing or broken, or does not fit the model.
@@ -32,12 +40,12 @@ def open_training(
 
         assert isinstance(towers, ImageTextTowers)
         return open_image_batches(
-            config, towers, cache, precision=precision, token_budget=token_budget, terminal=terminal
+            config, towers, cache, precision=precision, token_budget=token_budget, terminal=terminal, share=share
         )
     if config.data.images:
         raise ConfigError("data.images: pictures need an image tower: set model.image.name")
     tables = open_tables(config.data, cache, terminal)
-    return open_batches(config, tables, towers, token_budget), tuple(table.sha256 for table in tables)
+    return open_batches(config, tables, towers, token_budget, share), tuple(table.sha256 for table in tables)
 
 
 def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[ExampleTable]:
@@ -62,7 +70,7 @@ def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[Exa
 
 
 def open_batches(
-    config: TrainConfig, tables: list[ExampleTable], towers: Towers, token_budget: int
+    config: TrainConfig, tables: list[ExampleTable], towers: Towers, token_budget: int, share: Share | None = None
 ) -> BatchDataset[PreparedBatch]:
     """Every batch of the run, in order; tokenized when it is taken.
 
@@ -87,4 +95,6 @@ def open_batches(
         for source in sources
     ]
     preparer = BatchPreparer.of(towers, token_budget)
-    return BatchDataset(tables, schedule, preparer, prompts=prompts, negatives_per_query=config.data.negatives)
+    return BatchDataset(
+        tables, schedule, preparer, prompts=prompts, negatives_per_query=config.data.negatives, share=share
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retriever.data.batches import TrainingBatch
+from retriever.data.batches import PairDigests, TrainingBatch
 from retriever.device import to_device
 from retriever.packing import pack
 from retriever.tokens import TextTokenizer, TokenizedTexts
@@ -70,6 +70,10 @@ class PreparedBatch:
     """int64 [N]."""
     padded: bool = True
     """Whether the texts of a micro-batch are padded to its longest, or laid end to end."""
+    digests: PairDigests | None = None
+    """Of one rank's share, whose ids know nothing of the other ranks' texts."""
+    duplicates: bool | None = None
+    """What `has_duplicates` is, where the shares of all ranks have been compared."""
 
     @property
     def tokens(self) -> int:
@@ -89,6 +93,8 @@ class PreparedBatch:
     @property
     def has_duplicates(self) -> bool:
         """Whether any passage answers a query that it is not the positive of, so that a mask is needed."""
+        if self.duplicates is not None:
+            return self.duplicates
         return len(np.unique(self.passage_ids)) < len(self.passage_ids)
 
     def arrange(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -129,7 +135,7 @@ class BatchPreparer:
                 self._group("query", self.query, batch.queries),
                 self._group("document", self.passage, batch.passages),
             ]
-        return PreparedBatch(groups, len(batch.queries), batch.query_ids, batch.passage_ids, self.padded)
+        return PreparedBatch(groups, len(batch.queries), batch.query_ids, batch.passage_ids, self.padded, batch.digests)
 
     def _group(self, side: Side, tokenizer: TextTokenizer, texts: list[str]) -> TextGroup:
         tokens = tokenizer(texts)

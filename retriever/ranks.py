@@ -1,15 +1,16 @@
-"""Several processes evaluate together (torchrun): who takes part, and one store that all of them embed."""
+"""Several processes train or evaluate together (torchrun): who takes part, what they tell each other, shared stores."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from torch import distributed
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 from index.passages import Passage
+from retriever.data.schedule import Share
 from retriever.encode import WINDOW, EncodeOptions, embed_texts, encode_passages
+from retriever.first_error import first_error_shown
 from retriever.progress import Terminal
 from retriever.towers import Towers
 
@@ -38,10 +41,72 @@ class Ranks:
         """Whether this is the process that writes and answers."""
         return self.rank == 0
 
+    @property
+    def group(self) -> Any:
+        """The process group of all, for a loss over them; none for one process alone."""
+        return distributed.group.WORLD if self.size > 1 else None
+
+    @property
+    def share(self) -> Share:
+        """This process's part of a batch."""
+        return Share(self.rank, self.size)
+
     def wait(self) -> None:
         """Until all have come here."""
         if self.size > 1:
             distributed.barrier()
+
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """The first rank passes through the body, then all others: what it writes to the disk, they find there."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def any(self, here: bool) -> bool:
+        """Whether it holds on any rank."""
+        return self.most(float(here)) > 0
+
+    def most(self, here: float) -> float:
+        """The largest of all ranks' numbers."""
+        return self._reduced([here], distributed.ReduceOp.MAX)[0]
+
+    def totals(self, *here: float) -> list[float]:
+        """The sums over ranks."""
+        return self._reduced(list(here), distributed.ReduceOp.SUM)
+
+    def told(self, here: Any) -> Any:
+        """What the first rank has, on all of them: numbers, texts, lists and dictionaries of them."""
+        if self.size == 1:
+            return here
+        content = json.dumps(here).encode() if self.first else b""
+        length = int(self.totals(len(content))[0])
+        buffer = torch.empty(length, dtype=torch.uint8)
+        if self.first:
+            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        distributed.broadcast(buffer, 0)
+        return json.loads(buffer.numpy().tobytes())
+
+    def gathered(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The rows [n] of every rank, whose numbers may differ, in order."""
+        if self.size == 1:
+            return [rows]
+        counts = [int(count) for count in self.totals(*np.eye(self.size)[self.rank] * len(rows))]
+        padded = np.zeros(max(counts), dtype=rows.dtype)
+        padded[: len(rows)] = rows
+        found = [torch.empty(max(counts), dtype=torch.from_numpy(padded).dtype) for _ in counts]
+        distributed.all_gather(found, torch.from_numpy(padded))
+        return [part.numpy()[:count] for part, count in zip(found, counts, strict=True)]
+
+    def _reduced(self, numbers: list[float], how: Any) -> list[float]:
+        if self.size == 1:
+            return numbers
+        # In main memory, where nobody waits for a device.
+        exchanged = torch.tensor(numbers, dtype=torch.float64)
+        distributed.all_reduce(exchanged, how)
+        return exchanged.tolist()
 
 
 class SilentTerminal(Terminal):
@@ -51,18 +116,33 @@ class SilentTerminal(Terminal):
         """Say nothing."""
 
 
+def process_count() -> int:
+    """How many processes this torchrun started, on all machines; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """The processes of this torchrun as one group (gloo: what is exchanged lies in main memory); alone without one."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+def joined_ranks(*, on_devices: bool = False) -> Iterator[Ranks]:
+    """The processes of this torchrun as one group; alone without one.
+
+    What lies in main memory is exchanged by gloo; with `on_devices` what lies on GPUs by NCCL. The first error of any
+    ends all (first_error.py).
+    """
+    if process_count() == 1:
         yield Ranks()
         return
-    distributed.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield Ranks(distributed.get_rank(), size)
-    finally:
+    store, rank, size = next(iter(distributed.rendezvous("env://")))
+    backend = "cpu:gloo,cuda:nccl" if on_devices else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    with first_error_shown(store, rank):
+        yield Ranks(rank, size)
+        # After an error others may never come to this.
         distributed.destroy_process_group()
+
+
+def uses_gpus(device: str) -> bool:
+    """Whether a process that is asked for that device, "auto" perhaps, will compute on a GPU."""
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -43,6 +43,19 @@ class RunLog:
             self._board.close()
 
 
+class NoLog(RunLog):
+    """For all ranks but the first: one of them records."""
+
+    def __init__(self) -> None:
+        """Open nothing."""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Record nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
 def described(row: Mapping[str, Any]) -> str:
     """A training row as a person reads it."""
     norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"

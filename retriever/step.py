@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from retriever.graph_memory import GraphMemory
 from retriever.half_weights import arithmetic
 from retriever.optim import lr_factor
 from retriever.prepare import Group, PreparedBatch
+from retriever.ranks import Ranks
+from retriever.reduce import average_gradients
 from retriever.towers import Towers
 
 
@@ -44,11 +46,13 @@ class TrainStep:
     graphs: GraphMemory
     steps: int
     """Of the whole run, for the learning rate."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Who takes part; each has its share of the batch."""
 
     def __call__(self, batch: PreparedBatch, step: int) -> tuple[Tensor, Tensor]:
         """Step number `step`, from 0; returns the loss and the gradients' norm before clipping, as device scalars."""
         config, device = self.config, self.towers.device
-        torch.manual_seed(_step_seed(config.seed, step))
+        torch.manual_seed(_step_seed(config.seed, step, self.ranks.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.lr * lr_factor(step, self.steps, config.optim)
         micro_batches = [MicroBatch(group, rows) for group in batch.groups for rows in group.micro_batches]
@@ -69,9 +73,10 @@ class TrainStep:
                 keep=self.graphs.keep(batch.micro_batch_tokens),
             )
         loss = scaled / self.scaler.get_scale() if self.scaler.is_enabled() else scaled
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        average_gradients(parameters, self.ranks)
         self.scaler.unscale_(self.optimizer)
         limit = config.optim.max_grad_norm
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -87,6 +92,7 @@ class TrainStep:
         return {name: to_device(torch.from_numpy(array), device) for name, array in ids.items()}
 
 
-def _step_seed(seed: int, step: int) -> int:
-    """A seed for one step, unlike that of any other step or of a neighbouring seed."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for one step, unlike that of any other step or rank, or of a neighbouring seed."""
+    words = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))

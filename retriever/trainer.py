@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from eval.beir import BeirDataset
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
-from losses import InfCLLoss, SigmoidLoss
+from retriever.build_loss import build_loss, check_ranks
 from retriever.checkpoint import (
     TrainState,
     checkpoint_folder,
@@ -23,7 +24,7 @@ from retriever.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from retriever.config import LossConfig, TrainConfig, load_config, save_config, with_absolute_paths
+from retriever.config import CONFIG_FILE, TrainConfig, load_config, save_config, with_absolute_paths
 from retriever.device import choose_device, choose_precision
 from retriever.encode import EncodeOptions
 from retriever.evaluate import dev_fingerprint, evaluate_towers, open_dev
@@ -32,13 +33,14 @@ from retriever.interrupt import Interrupted, StopRequest
 from retriever.meter import Meter
 from retriever.open_data import open_training
 from retriever.optim import build_optimizer
+from retriever.pool_ids import with_pool_ids
 from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
-from retriever.run_log import RunLog, described
+from retriever.ranks import Ranks, own_device
+from retriever.run_log import NoLog, RunLog, described
 from retriever.step import TrainStep
 from retriever.towers import build_towers
 
-CONFIG_FILE = "config.yaml"
 CACHE = "cache"
 
 
@@ -47,12 +49,19 @@ class Trainer:
 
     Random numbers of a step follow from the seed and the step alone, so a run that was stopped anywhere and resumed
     equals one that was not (on the CPU with the same number of threads, bit for bit).
+
+    Of several `ranks` every one makes a trainer of the same configuration and calls the same methods. Each has its
+    share of every batch; the first alone writes to the folder, which all of them see.
     """
 
-    def __init__(self, config: TrainConfig, run: Path, terminal: Terminal):
+    def __init__(self, config: TrainConfig, run: Path, terminal: Terminal, ranks: Ranks | None = None):
         self.run = run
         self.terminal = terminal
-        self.device = choose_device(config.device)
+        self.ranks = ranks = ranks or Ranks()
+        check_ranks(config, ranks)
+        self.device = own_device(choose_device(config.device))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         # Resolved, so that what is written beside the results is what was done.
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
@@ -63,11 +72,11 @@ class Trainer:
             terminal.line("this family of models is not known without padding: texts are sorted by length and padded")
         if config.compile:
             self.towers.compile_layers()
-        self.loss = build_loss(config.loss).to(self.device)
+        self.loss = build_loss(config.loss, ranks).to(self.device)
         graphs = GraphMemory.plan(
             self.towers,
             self.precision,
-            texts=config.batch_size * (2 + config.data.negatives),
+            texts=-(-config.batch_size // ranks.size) * (2 + config.data.negatives),
             workspace_mib=config.loss.workspace_mib,
             micro_batch_tokens=config.micro_batch_tokens,
         )
@@ -79,16 +88,26 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.dev = _open_dev(config)
         cache = Path(config.data.cache) if config.data.cache else run / CACHE
-        self.batches, sources = open_training(
-            config,
-            self.towers,
-            cache,
-            precision=self.precision,
-            token_budget=graphs.micro_batch_tokens,
-            terminal=terminal,
-        )
+        with ranks.first_before_others():
+            self.batches, sources = open_training(
+                config,
+                self.towers,
+                cache,
+                precision=self.precision,
+                token_budget=graphs.micro_batch_tokens,
+                terminal=terminal,
+                share=ranks.share,
+            )
         self._step = TrainStep(
-            config, self.precision, self.towers, self.loss, self.optimizer, self.scaler, graphs, len(self.batches)
+            config,
+            self.precision,
+            self.towers,
+            self.loss,
+            self.optimizer,
+            self.scaler,
+            graphs,
+            len(self.batches),
+            ranks,
         )
         dev = (
             dev_fingerprint(self.dev) if self.dev is None or isinstance(self.dev, BeirDataset) else self.dev.fingerprint
@@ -97,7 +116,7 @@ class Trainer:
         self._saved_step = -1
 
     @classmethod
-    def start(cls, config: TrainConfig, terminal: Terminal) -> Trainer:
+    def start(cls, config: TrainConfig, terminal: Terminal, ranks: Ranks | None = None) -> Trainer:
         """Begin a run in the folder `config.out`.
 
         Raises:
@@ -113,12 +132,13 @@ class Trainer:
         foreign = sorted(path.name for path in run.iterdir() if path.name != CACHE) if run.exists() else []
         if foreign:
             raise InputError(f"{run}: expected a new or empty folder for the run, found {foreign[0]} in it")
-        trainer = cls(config, run, terminal)
-        save_config(trainer.config, run / CONFIG_FILE)
+        trainer = cls(config, run, terminal, ranks)
+        if trainer.ranks.first:
+            save_config(trainer.config, run / CONFIG_FILE)
         return trainer
 
     @classmethod
-    def resume(cls, run: Path, terminal: Terminal) -> Trainer:
+    def resume(cls, run: Path, terminal: Terminal, ranks: Ranks | None = None) -> Trainer:
         """Go on with a run from its newest checkpoint, or from its beginning where there is none.
 
         Raises:
@@ -126,14 +146,20 @@ class Trainer:
         """
         if not (run / CONFIG_FILE).exists():
             raise InputError(f"{run}: expected the folder of a run, with {CONFIG_FILE}")
-        trainer = cls(load_config(run / CONFIG_FILE), run, terminal)
+        trainer = cls(load_config(run / CONFIG_FILE), run, terminal, ranks)
         # Another process that trains here holds the lock, and its checkpoints come and go.
-        with locked_folder(run):
+        with trainer._locked(), trainer.ranks.first_before_others():
             trainer._load_newest()
+        trainer.ranks.wait()
         return trainer
 
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        """The run's folder for this job alone."""
+        return locked_folder(self.run) if self.ranks.first else contextlib.nullcontext()
+
     def _load_newest(self) -> None:
-        recover_folder(self.run / "model")
+        if self.ranks.first:
+            recover_folder(self.run / "model")
         newest = latest_checkpoint(self.run / "checkpoints")
         if newest is None:
             self.terminal.line(f"{self.run}: no checkpoint yet; starting from the beginning")
@@ -153,15 +179,10 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
             InputError: the loss is no longer finite.
         """
-        with locked_folder(self.run):
-            log = RunLog(
-                self.run,
-                step=self.state.step,
-                dev_step=self.state.dev_step,
-                tensorboard=self.config.tensorboard,
-            )
+        with self._locked():
+            log = self._open_log()
             try:
-                with StopRequest() as stop:
+                with StopRequest(self.ranks.any if self.ranks.size > 1 else None) as stop:
                     try:
                         self._train_steps(log, stop)
                     except Interrupted:
@@ -171,18 +192,25 @@ class Trainer:
                 log.close()
         return self.run / "model"
 
+    def _open_log(self) -> RunLog:
+        state = self.state
+        if not self.ranks.first:
+            return NoLog()
+        return RunLog(self.run, step=state.step, dev_step=state.dev_step, tensorboard=self.config.tensorboard)
+
     def _train_steps(self, log: RunLog, stop: StopRequest) -> None:
         config, state, total = self.config, self.state, len(self.batches)
         loader = self.batches.loader(start=state.step, workers=config.data.workers)
-        meter = Meter(self.device)
+        meter = Meter(self.device, self.ranks)
         self.towers.train()
         with self.terminal.bar("train", total, "steps", done=state.step) as advance:
             # A run that was stopped while it evaluated evaluates first.
             self._evaluate_if_due(log, stop)
             for batch in self._until_early_stop(loader):
-                loss, grad_norm = self._step(batch, state.step)
+                loss, grad_norm = self._step(with_pool_ids(batch, self.ranks), state.step)
                 state.step += 1
                 meter.add(batch)
+                stop.agree()
                 last = state.step == total
                 row_due = last or self._due("log", "checkpoint", "dev")
                 if row_due or stop.requested:
@@ -252,11 +280,17 @@ class Trainer:
         checkpoints = self.run / "checkpoints"
         if self.state.step != self._saved_step:
             self.state.scaler = self.scaler.state_dict() or None
-            save_checkpoint(checkpoint_folder(checkpoints, self.state.step), self.modules, self.optimizer, self.state)
+            if self.ranks.first:
+                folder = checkpoint_folder(checkpoints, self.state.step)
+                save_checkpoint(folder, self.modules, self.optimizer, self.state)
             self._saved_step = self.state.step
-        prune_checkpoints(checkpoints, self.config.keep_checkpoints)
+        if self.ranks.first:
+            prune_checkpoints(checkpoints, self.config.keep_checkpoints)
+        self.ranks.wait()
 
     def _save_model(self) -> None:
+        if not self.ranks.first:
+            return
         with atomic_folder(self.run / "model") as folder:
             self.towers.save(folder)
 
@@ -266,20 +300,7 @@ class Trainer:
         if self.dev is None or not due or state.step in (0, state.dev_step):
             return
         self.towers.eval()
-        # A fixed place, so that what a killed run left is found and cleared.
-        embeddings = self.run / ".dev"
-        shutil.rmtree(embeddings, ignore_errors=True)
-        options = EncodeOptions(self.precision, self.config.micro_batch_tokens)
-        try:
-            if isinstance(self.dev, BeirDataset):
-                _, metrics = evaluate_towers(
-                    self.towers, self.dev, embeddings, options, self.terminal, k=100, tick=stop.check
-                )
-                measures = metrics.mean
-            else:
-                measures = self.dev.evaluate(self.towers, options, self.terminal, tick=stop.check)
-        finally:
-            shutil.rmtree(embeddings, ignore_errors=True)
+        measures = self._dev_measures(stop)
         self.towers.train()
         state.dev_step = state.step
         # A checkpoint of this step, made when the evaluation was interrupted, does not know of it.
@@ -296,6 +317,29 @@ class Trainer:
             self._save_model()
         else:
             state.evaluations_without_gain += 1
+
+    def _dev_measures(self, stop: StopRequest) -> dict[str, float]:
+        # A fixed place, so that what a killed run left is found and cleared.
+        embeddings = self.run / ".dev"
+        if self.ranks.first:
+            shutil.rmtree(embeddings, ignore_errors=True)
+        self.ranks.wait()
+        options = EncodeOptions(self.precision, self.config.micro_batch_tokens)
+        # Of several ranks none may leave the work that they share.
+        tick = stop.check if self.ranks.size == 1 else None
+        measures: dict[str, float] = {}
+        try:
+            if isinstance(self.dev, BeirDataset):
+                _, metrics = evaluate_towers(
+                    self.towers, self.dev, embeddings, options, self.terminal, k=100, tick=tick, ranks=self.ranks
+                )
+                measures = metrics.mean
+            elif self.ranks.first:
+                measures = self.dev.evaluate(self.towers, options, self.terminal, tick=tick)
+            return self.ranks.told(measures)
+        finally:
+            if self.ranks.first:
+                shutil.rmtree(embeddings, ignore_errors=True)
 
 
 def _build_towers(config: TrainConfig) -> Any:
@@ -314,28 +358,3 @@ def _open_dev(config: TrainConfig) -> Any:
     from retriever.images.dev import ImageDev
 
     return ImageDev.open(config.dev)
-
-
-def build_loss(config: LossConfig) -> InfCLLoss | SigmoidLoss:
-    """The loss module that a configuration names."""
-    if config.name == "sigmoid":
-        # The configuration refuses "dense", which the sigmoid loss does not have.
-        chosen: Any = config.implementation
-        return SigmoidLoss(
-            logit_scale=config.logit_scale,
-            logit_bias=config.logit_bias,
-            learnable=config.learn_logit_scale,
-            max_logit_scale=config.max_logit_scale,
-            implementation=chosen,
-            precision=config.precision,
-            workspace_mib=config.workspace_mib,
-        )
-    return InfCLLoss(
-        logit_scale=config.logit_scale,
-        learnable=config.learn_logit_scale,
-        max_logit_scale=config.max_logit_scale,
-        symmetric=config.symmetric or config.name == "clip",
-        implementation="full" if config.name == "clip" else config.implementation,
-        precision=config.precision,
-        workspace_mib=config.workspace_mib,
-    )

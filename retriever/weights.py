@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -29,3 +30,17 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with writing_weights(path):
         save_file(copies, path)
+
+
+def save_encoder(model: Any, folder: Path) -> None:
+    """Write a Hugging Face model to a folder, on whichever of several processes calls it.
+
+    By itself `save_pretrained` writes on the first process alone, where a process group has been made.
+    """
+    # Newer versions of transformers ask this method.
+    vars(model)["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+    try:
+        with writing_weights(folder):
+            model.save_pretrained(folder)
+    finally:
+        del vars(model)["should_save_on_this_rank"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from retriever.config import ConfigError, TrainConfig
+from retriever.config import CONFIG_FILE, ConfigError, TrainConfig, load_config, with_absolute_paths
 from retriever.interrupt import Interrupted
 from retriever.progress import Terminal
+
+if TYPE_CHECKING:
+    from retriever.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,23 @@ class Train:
     """Folder of a run to go on with, exactly where it stopped, with its own configuration."""
 
     def run(self, terminal: Terminal) -> int:
+        from retriever.ranks import SilentTerminal, joined_ranks, uses_gpus
+
+        with joined_ranks(on_devices=uses_gpus(self.config.device)) as ranks:
+            return self._train(terminal if ranks.first else SilentTerminal(), ranks)
+
+    def _train(self, terminal: Terminal, ranks: Ranks) -> int:
         from retriever.trainer import Trainer
 
         if self.resume is not None:
             if self.file is not None or self.config != TrainConfig():
                 raise ConfigError("--resume: a run goes on with its own configuration; give no file and no other flag")
-            trainer = Trainer.resume(Path(self.resume), terminal)
+            trainer = Trainer.resume(Path(self.resume), terminal, ranks)
+        elif is_restarted(self.config):
+            terminal.line(f"{self.config.out}: restarted by torchrun; going on with the run")
+            trainer = Trainer.resume(Path(self.config.out), terminal, ranks)
         else:
-            trainer = Trainer.start(self.config, terminal)
+            trainer = Trainer.start(self.config, terminal, ranks)
         try:
             model = trainer.train()
         except Interrupted as signal:
@@ -44,3 +57,16 @@ class Train:
         kept = "" if best is None else f" (step {trainer.state.best_step}, dev {trainer.dev_metric} {best:.4f})"
         terminal.line(f"model: {model}{kept}")
         return 0
+
+
+def is_restarted(config: TrainConfig) -> bool:
+    """Whether torchrun has started this process again, after one of its job failed that had begun this very run."""
+    written = Path(config.out) / CONFIG_FILE
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not written.exists():
+        return False
+    # The trainer wrote these two as it chose them.
+    begun = load_config(written)
+    asked = with_absolute_paths(config)
+    tokens = asked.micro_batch_tokens or begun.micro_batch_tokens
+    precision = begun.precision if asked.precision == "auto" else asked.precision
+    return begun == replace(asked, precision=precision, micro_batch_tokens=tokens)

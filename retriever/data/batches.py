@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import random
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedule import BatchSchedule, Share
 from retriever.data.table import ExampleTable
 from retriever.interrupt import leave_signals_to_the_parent
 
@@ -30,8 +32,31 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class PairDigests:
+    """What tells the texts of one rank's pairs from others: 64 bits of a hash, int64. Two of a million texts share
+    theirs once in 37 million batches, and then one passage less is a negative of one query."""
+
+    queries: npt.NDArray[np.int64]
+    """[M]"""
+    positives: npt.NDArray[np.int64]
+    """[M]"""
+    negatives: npt.NDArray[np.int64]
+    """[N - M]"""
+
+    @classmethod
+    def of(cls, queries: Sequence[str], positives: Sequence[str], negatives: Sequence[str]) -> PairDigests:
+        """Digests of texts without prompts."""
+        return cls(*(_digests(texts) for texts in (queries, positives, negatives)))
+
+
+def _digests(texts: Iterable[str]) -> npt.NDArray[np.int64]:
+    content = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(content, dtype="<i8").astype(np.int64)
+
+
+@dataclass(frozen=True)
 class TrainingBatch:
-    """The texts of one step, prompts included.
+    """The texts of one step, prompts included; of several ranks, one rank's share of them.
 
     The passages of the loss are the positives, in the order of the queries, then all negatives; every negative is
     one for every query.
@@ -49,6 +74,8 @@ class TrainingBatch:
     """[M]; a passage with the id of a query is no negative of it."""
     passage_ids: npt.NDArray[np.int64]
     """[N]"""
+    digests: PairDigests | None = None
+    """Of a share, whose ids know nothing of the other ranks' texts."""
 
     @property
     def passages(self) -> list[str]:
@@ -57,7 +84,7 @@ class TrainingBatch:
 
 
 def false_negative_ids(
-    queries: Sequence[str], positives: Sequence[str], negatives: Sequence[str]
+    queries: Sequence[Hashable], positives: Sequence[Hashable], negatives: Sequence[Hashable]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Ids int64 ([M], [N]) by which no passage is a negative of a query that another pair of the batch gives it to.
 
@@ -69,6 +96,8 @@ def false_negative_ids(
     comes with another query text too, all these positives are taken out of both queries. No pair of the batch is left
     among the negatives; a few true negatives may be left out. For the same reason a query's positives that were not
     drawn for this batch make no edge: on WordNet at a batch of 65,536 they would chain 11,000 words into one class.
+
+    Whatever is equal for equal texts may stand for a text.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -82,9 +111,9 @@ def false_negative_ids(
     return component[query_nodes], component[first_passage + passage_nodes]
 
 
-def _numbered(texts: Sequence[str]) -> npt.NDArray[np.int64]:
+def _numbered(texts: Sequence[Hashable]) -> npt.NDArray[np.int64]:
     """Equal texts get equal numbers, counted from 0."""
-    numbers: dict[str, int] = {}
+    numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
 
 
@@ -99,9 +128,11 @@ class BatchDataset(Dataset[T], Generic[T]):
         *,
         prompts: Sequence[Prompts] | None = None,
         negatives_per_query: int = 0,
+        share: Share | None = None,
     ) -> None:
         """Batches over `tables`, in the order of `schedule`; which of several positives and negatives a row shows is
-        drawn from the schedule's seed and the step. `prompts`: one for each table.
+        drawn from the schedule's seed, the step and the row's place. `prompts`: one for each table. `share`: of each
+        batch the part of one process, none for the whole; only its rows are read.
 
         Raises:
             ValueError: `negatives_per_query` is negative, or tables and prompts differ in number.
@@ -115,6 +146,7 @@ class BatchDataset(Dataset[T], Generic[T]):
         self._prepare = prepare
         self._prompts = list(prompts or [Prompts()] * len(tables))
         self._negatives_per_query = negatives_per_query
+        self._share = share or Share()
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -131,15 +163,18 @@ class BatchDataset(Dataset[T], Generic[T]):
         """The batch of a step, 0 <= step < len(self)."""
         source, rows = self._schedule.rows(step)
         chance = np.random.default_rng([self._schedule.seed, _CHOICE, step])
+        # One number a row, drawn for all rows, so that each process draws what one alone would.
+        of_positives, of_negatives = chance.random(len(rows)), chance.integers(2**63, size=len(rows))
         queries: list[str] = []
         positives: list[str] = []
         negatives: list[str] = []
-        for row in rows.tolist():
-            example = self._tables[source][row]
+        for place in self._share.of(len(rows)):
+            example = self._tables[source][int(rows[place])]
             queries.append(example.query)
-            positives.append(example.positives[chance.integers(len(example.positives))])
-            chosen = chance.permutation(len(example.negatives))[: self._negatives_per_query]
-            negatives.extend(example.negatives[index] for index in chosen)
+            positives.append(example.positives[int(of_positives[place] * len(example.positives))])
+            if count := min(self._negatives_per_query, len(example.negatives)):
+                negatives.extend(random.Random(int(of_negatives[place])).sample(example.negatives, count))
+        digests = PairDigests.of(queries, positives, negatives) if self._share.size > 1 else None
         query_ids, passage_ids = false_negative_ids(queries, positives, negatives)
         prompts = self._prompts[source]
         return TrainingBatch(
@@ -149,6 +184,7 @@ class BatchDataset(Dataset[T], Generic[T]):
             [prompts.passage + text for text in negatives],
             query_ids,
             passage_ids,
+            digests,
         )
 
 

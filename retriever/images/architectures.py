@@ -6,7 +6,7 @@ from pathlib import Path
 
 from retriever.config import ConfigError
 from retriever.images.config import ARCHITECTURES
-from retriever.weights import writing_weights
+from retriever.weights import save_encoder, writing_weights
 
 
 def write_new_vision_encoder(name: str, side: int | None, folder: Path) -> None:
@@ -38,6 +38,6 @@ def write_new_vision_encoder(name: str, side: int | None, folder: Path) -> None:
         hidden_act="gelu",
     )
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    save_encoder(CLIPVisionModel(settings), folder)
     with writing_weights(folder):
-        CLIPVisionModel(settings).save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from index.files import InputError
-from retriever.data.batches import false_negative_ids
-from retriever.data.schedule import BatchSchedule
+from retriever.data.batches import PairDigests, false_negative_ids
+from retriever.data.schedule import BatchSchedule, Share
 from retriever.images.features import FeatureStore
 from retriever.images.sources import BrokenPairError, PairSource
 from retriever.images.transforms import ImageTransform
@@ -112,13 +112,14 @@ class PairReader:
 class _Chunks(Dataset[PairChunk]):
     """Chunk by chunk, the batches of all steps; in whichever process asks for them."""
 
-    def __init__(self, readers: Sequence[PairReader], schedule: BatchSchedule) -> None:
+    def __init__(self, readers: Sequence[PairReader], schedule: BatchSchedule, share: Share) -> None:
         self.readers, self.schedule = list(readers), schedule
+        self.places = share.of(schedule.batch_size)
 
     @property
     def a_batch(self) -> int:
         """Chunks of one batch."""
-        return -(-self.schedule.batch_size // CHUNK)
+        return -(-len(self.places) // CHUNK)
 
     def __len__(self) -> int:
         return len(self.schedule) * self.a_batch
@@ -126,7 +127,7 @@ class _Chunks(Dataset[PairChunk]):
     def __getitem__(self, number: int) -> PairChunk:
         step, chunk = divmod(number, self.a_batch)
         source, rows = self.schedule.rows(step)
-        mine = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(rows)))
+        mine = self.places[chunk * CHUNK : (chunk + 1) * CHUNK]
         seeds = [[self.schedule.seed, _PAIR, step, place] for place in mine]
         return self.readers[source](rows[mine.start : mine.stop].tolist(), seeds)
 
@@ -146,10 +147,13 @@ class ImageBatches:
         token_budget: int,
         padded: bool,
         say: Callable[[str], None],
+        share: Share | None = None,
     ) -> None:
-        """Batches over the readers' sources, in the order of `schedule`; `say` prints what is left out."""
+        """Batches over the readers' sources, in the order of `schedule`; `say` prints what is left out. `share`: of
+        each batch the part of one process, none for the whole; only its pairs are read."""
         self._readers = list(readers)
-        self._chunks = _Chunks(readers, schedule)
+        self._share = share or Share()
+        self._chunks = _Chunks(readers, schedule, self._share)
         self._schedule = schedule
         self._image_tokens = image_tokens
         self._token_budget = token_budget
@@ -194,7 +198,8 @@ class ImageBatches:
 
     def _assemble(self, stream: Iterator[PairChunk], step: int, left: threading.Event) -> PreparedBatch:
         """The next batch of the stream, which is that of `step`."""
-        source, rows = self._schedule.rows(step)
+        source, _ = self._schedule.rows(step)
+        rows = self._chunks.places
         pixels, filled = torch.empty(0), 0
         chunks: list[PairChunk] = []
         for _ in range(self._chunks.a_batch):
@@ -220,7 +225,8 @@ class ImageBatches:
             ImageGroup(pixels[:filled], self._image_tokens, places),
             TextGroup("document", tokens, pack(tokens.lengths, self._token_budget, padded=self._padded)),
         ]
-        return PreparedBatch(groups, filled, query_ids, passage_ids, self._padded)
+        digests = PairDigests.of(keys, captions, []) if self._share.size > 1 else None
+        return PreparedBatch(groups, filled, query_ids, passage_ids, self._padded, digests)
 
     def _count(self, source: int, rows: int, broken: list[str]) -> None:
         reader = self._readers[source]

@@ -29,7 +29,7 @@ from retriever.model_folder import (
     without_bars,
     write_new_encoder,
 )
-from retriever.weights import writing_weights
+from retriever.weights import save_encoder, writing_weights
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -218,8 +218,8 @@ def _write_vision_half(path: str, folder: str) -> None:
     from transformers import AutoImageProcessor, AutoModel
 
     whole = AutoModel.from_pretrained(path, dtype=torch.float32)
+    save_encoder(whole.vision_model, Path(folder))
     with writing_weights(Path(folder)):
-        whole.vision_model.save_pretrained(folder)
         AutoImageProcessor.from_pretrained(path).save_pretrained(folder)
 
 

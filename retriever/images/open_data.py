@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from retriever.config import ConfigError, TrainConfig
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedule import BatchSchedule, Share
 from retriever.device import Precision
 from retriever.images.batches import ImageBatches, PairReader
 from retriever.images.features import FeatureStore, compute_features
@@ -23,6 +23,7 @@ def open_image_batches(
     precision: Precision,
     token_budget: int,
     terminal: Terminal,
+    share: Share | None = None,
 ) -> tuple[ImageBatches, tuple[str, ...]]:
     """Every batch of a run on pictures, in order, and what identifies its sources.
 
@@ -79,5 +80,6 @@ def open_image_batches(
         token_budget=token_budget,
         padded=not towers.padding_free,
         say=terminal.line,
+        share=share,
     )
     return batches, tuple(pairs.sha256 for pairs in sources)

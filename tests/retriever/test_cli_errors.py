@@ -105,7 +105,7 @@ def test_bad_arguments_end_with_2_and_one_line(arguments: list[str], patterns: l
         ("optim: 3", ["run.yaml: optim: expected keys and values, found 3"]),
         ("optim: {betas: [0.9]}", [r"optim\.betas: expected 2 values, found 1"]),
         ("data: {sources: a.jsonl}", [r"data\.sources: expected a list, found 'a.jsonl'"]),
-        ("loss: {name: clop}", [r"loss\.name: expected one of inf_cl, clip, found 'clop'"]),
+        ("loss: {name: clop}", [r"loss\.name: expected one of inf_cl, sigmoid, clip, found 'clop'"]),
         ("loss: {logit_scale: 500}", [r"run.yaml: loss\.logit_scale: .* found 500"]),
         ("a: [1\nb: 2", [r"run.yaml:2: expected YAML"]),
         ("- a\n- b", ["run.yaml: the file: expected keys and values"]),

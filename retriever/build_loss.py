@@ -1,0 +1,50 @@
+"""The loss of a training run, and what several processes can compute of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from losses import InfCLLoss, SigmoidLoss
+from retriever.config import ConfigError, LossConfig, TrainConfig
+from retriever.ranks import Ranks
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse what several ranks cannot do (ConfigError, naming the field)."""
+    if ranks.size == 1:
+        return
+    if config.batch_size < ranks.size:
+        raise ConfigError(f"batch_size: expected at least {ranks.size}, one query a process, found {config.batch_size}")
+    if config.loss.name != "inf_cl":
+        raise ConfigError(f"loss.name: expected inf_cl with {ranks.size} processes, found {config.loss.name}")
+    if config.loss.implementation in ("full", "dense"):
+        raise ConfigError(
+            f"loss.implementation: expected auto, chunked or triton with {ranks.size} processes, "
+            f"found {config.loss.implementation}"
+        )
+
+
+def build_loss(config: LossConfig, ranks: Ranks) -> InfCLLoss | SigmoidLoss:
+    """The loss module that a configuration names, over all ranks."""
+    if config.name == "sigmoid":
+        # The configuration refuses "dense", which the sigmoid loss does not have.
+        chosen: Any = config.implementation
+        return SigmoidLoss(
+            logit_scale=config.logit_scale,
+            logit_bias=config.logit_bias,
+            learnable=config.learn_logit_scale,
+            max_logit_scale=config.max_logit_scale,
+            implementation=chosen,
+            precision=config.precision,
+            workspace_mib=config.workspace_mib,
+        )
+    return InfCLLoss(
+        logit_scale=config.logit_scale,
+        learnable=config.learn_logit_scale,
+        max_logit_scale=config.max_logit_scale,
+        group=ranks.group,
+        symmetric=config.symmetric or config.name == "clip",
+        implementation="full" if config.name == "clip" else config.implementation,
+        precision=config.precision,
+        workspace_mib=config.workspace_mib,
+    )

@@ -1,0 +1,79 @@
+"""When one rank of several fails: its error is the one that is shown, and the others end by themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from torch import distributed
+
+from index.files import InputError
+
+_KEY = "first error"
+# Between two looks at what other ranks report, and until one that ends because of another's error does so: torchrun
+# ends all processes as soon as one has, and the first error must be on the screen by then.
+_SECONDS, _PAUSE = 1.0, 2.0
+
+
+class LostRankError(InputError):
+    """A rank is gone without a word: killed, or its machine is. No fault of the program, so one line is enough."""
+
+
+@contextlib.contextmanager
+def first_error_shown(store: Any, rank: int) -> Iterator[None]:
+    """Within, the first error of any rank passes through on that rank; the others exit with code 1 and say nothing.
+
+    A rank that is caught in a transfer with one that failed is ended from a thread, within seconds.
+
+    Args:
+        store: of the process group.
+
+    Raises:
+        LostRankError: another rank has gone, and no rank has reported an error.
+    """
+    # torchrun's store outlives an attempt that failed.
+    store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    done = threading.Event()
+    watch = threading.Thread(target=_watch, args=(store.clone(), rank, done), daemon=True)
+    watch.start()
+    try:
+        yield
+    except Exception as error:
+        done.set()
+        if not _claim(store, rank):
+            time.sleep(_PAUSE)
+            raise SystemExit(1) from None
+        if isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_of_transfer(error)):
+            first = (str(error).splitlines() or [""])[0]
+            raise LostRankError(f"another process of this job is gone, killed perhaps: {first}") from error
+        raise
+    finally:
+        done.set()
+        watch.join()
+
+
+def _claim(store: Any, rank: int) -> bool:
+    """Whether no rank has failed before. The store may be gone with the process that kept it."""
+    try:
+        return store.add(_KEY, 1) == 1
+    except (RuntimeError, distributed.DistError):
+        return True
+
+
+def _watch(store: Any, rank: int, done: threading.Event) -> None:
+    while not done.wait(_SECONDS):
+        try:
+            failed = store.check([_KEY])
+        except (RuntimeError, distributed.DistError):
+            # The process that kept the store is gone, and whoever exchanges with it will notice.
+            return
+        if failed and not done.wait(_PAUSE + _SECONDS):
+            os._exit(1)
+
+
+def _is_of_transfer(error: RuntimeError) -> bool:
+    return any(word in str(error) for word in ("gloo", "NCCL", "Connection", "recv", "Broken pipe"))

@@ -1,0 +1,35 @@
+"""Gradients over ranks: averaged once a step, however many micro-batches have added to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from retriever.ranks import Ranks
+
+# Smaller gradients travel together: a transfer costs as much time as some hundred KiB.
+_TOGETHER = 1 << 20
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+    """Replace each gradient by its mean over ranks, the same bits on all. The same ones have a gradient everywhere.
+
+    Large gradients are exchanged in place, small ones as one vector, all at the same time.
+    """
+    if ranks.size == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    small = [gradient for gradient in gradients if gradient.numel() < _TOGETHER]
+    large = [gradient for gradient in gradients if gradient.numel() >= _TOGETHER]
+    vectors = [parameters_to_vector(small)] if small else []
+    works = [torch.distributed.all_reduce(each, group=ranks.group, async_op=True) for each in large + vectors]
+    for work in works:
+        work.wait()
+    for each in large + vectors:
+        each.div_(ranks.size)
+    for vector in vectors:
+        vector_to_parameters(vector, small)

@@ -1,0 +1,115 @@
+"""Training by several processes equals training by one, and when one of them fails the job ends and can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_helpers import write_beir, write_lines
+from run_helpers import results
+
+from retriever.config import (
+    DataConfig,
+    DevConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    save_config,
+)
+from retriever.data.sources import SourceConfig
+
+HERE = Path(__file__).parent
+WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", "stone", "blue", "red", "small", "old"]
+
+
+@pytest.fixture
+def config(tiny: ModelConfig, tmp_path: Path) -> Path:
+    """12 steps on pairs with one to three positives, hard negatives, and queries and passages that come twice."""
+    random = np.random.default_rng(0)
+
+    def text() -> str:
+        return " ".join(random.choice(WORDS, size=3))
+
+    rows: list[object] = [
+        {"query": text(), "positive": [text() for _ in range(1 + i % 3)], "negatives": [text() for _ in range(i % 4)]}
+        for i in range(40)
+    ]
+    rows += [{**row, "negatives": []} for row in rows[:8] if isinstance(row, dict)]
+    config = TrainConfig(
+        model=dataclasses.replace(tiny, dropout=0.0),
+        data=DataConfig(
+            sources=(SourceConfig(path=str(write_lines(tmp_path / "pairs.jsonl", rows))),), workers=0, negatives=2
+        ),
+        loss=LossConfig(learn_logit_scale=True, symmetric=True),
+        # Adam divides by the size of a gradient, and some are zero but for rounding.
+        optim=OptimConfig(lr=1e-3, eps=1e-3),
+        dev=DevConfig(path=str(write_beir(tmp_path / "words")), every=5),
+        batch_size=16,
+        steps=12,
+        micro_batch_tokens=60,
+        log_every=1,
+        checkpoint_every=4,
+        keep_checkpoints=3,
+        precision="fp32",
+        device="cpu",
+    )
+    save_config(config, path := tmp_path / "run.yaml")
+    return path
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def torchrun(size: int, *words: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
+        f"--max-restarts={restarts}", *map(str, words),
+    ]  # fmt: skip
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_any_number_of_processes_trains_the_same(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(HERE / "train_on_ranks.py"), str(config)]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["2", "3", "4", "changed"]
+
+
+def test_a_killed_process_ends_the_job_which_then_goes_on(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    began = time.monotonic()
+    done = torchrun(2, HERE / "failing_rank.py", "killed", "train", config, "--out", run)
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert "another process of this job is gone" in done.stderr, done.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004"]
+    done = torchrun(3, "-m", "retriever", "train", "--resume", run)
+    assert done.returncode == 0, done.stderr
+    steps = [row["step"] for row in results(run)["rows"] if "loss" in row]
+    assert steps == list(range(1, 13))
+
+
+def test_an_error_of_one_process_is_the_one_that_is_shown(config: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = torchrun(3, HERE / "failing_rank.py", "error", "train", config, "--out", tmp_path / "run")
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    said = [line for line in done.stderr.splitlines() if line.startswith("retriever:")]
+    assert said == ["retriever: words.jsonl: line 7: the disk says no"], done.stderr
+
+
+def test_a_job_that_torchrun_restarts_goes_on(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = torchrun(2, HERE / "failing_rank.py", "killed", "train", config, "--out", run, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "restarted by torchrun; going on with the run" in done.stderr
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))

@@ -1,0 +1,49 @@
+"""What the ring's benchmark says of transfers follows from the kernels it was given; both benchmarks run."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from builders import load
+
+ring_plots = load("ring_plots")
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def kernel(name: str, start: float, end: float) -> SimpleNamespace:
+    """As the profiler has it, in microseconds."""
+    return SimpleNamespace(name=name, device_type="DeviceType.CUDA", time_range=SimpleNamespace(start=start, end=end))
+
+
+def test_transfers_are_hidden_where_another_kernel_runs() -> None:
+    spans = ring_plots.kernel_spans(
+        [
+            kernel("ncclDevKernel_SendRecv", 1000, 3000),
+            kernel("tile_sums_kernel", 1500, 2000),
+            kernel("nvjet_tst_128x256", 1800, 2500),
+            SimpleNamespace(name="aten::mm", device_type="DeviceType.CPU", time_range=SimpleNamespace(start=0, end=9)),
+        ]
+    )
+    assert ring_plots.hidden_share(spans) == pytest.approx((0.5, 2.0, 2.0))
+
+
+def test_both_benchmarks_write_their_rows(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ring = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPTS / "bench_ring.py")]
+    for command in (ring, [str(SCRIPTS / "bench_largest_batch.py")]):
+        words = [sys.executable, *command, "--device", "cpu", "--quick", "--results", str(tmp_path)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+    with (tmp_path / "ring.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["status"] for row in rows} == {"measured"}
+    assert len([row for row in rows if row["part"] == "ablation"]) == 7
+    with (tmp_path / "largest_batch.csv").open(newline="") as stream:
+        assert {row["status"] for row in csv.DictReader(stream)} == {"trained"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"ring.png", "largest_batch.png"}
