@@ -1,0 +1,113 @@
+"""One rank of several on GPUs: the kernels' loss over ranks against float64. Run by test_loss_on_gpus.py.
+
+With a GPU for each rank NCCL carries the tensors; where ranks share one, the host does, by gloo.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed
+from torch.nn.functional import normalize
+
+from losses import inf_cl_loss
+from losses.link import GroupLink
+
+DIMENSIONS = 200
+SHARDS = {
+    1: ([300], [77]),
+    2: ([300, 571], [0, 129]),
+    3: ([257, 0, 401], [0, 0, 130]),
+    4: ([257, 1, 0, 401], [2, 0, 131, 0]),
+}
+ALLOWED = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 1e-2}
+
+
+class HostLink(GroupLink):
+    """Tensors of a GPU that several ranks share, carried by the host."""
+
+    def start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]) -> Callable[[], None]:
+        arrived = [tensor.cpu() for tensor in incoming]
+        wait_here = super().start([tensor.cpu() for tensor in outgoing], arrived, step)
+
+        def wait() -> None:
+            wait_here()
+            for tensor, host in zip(incoming, arrived, strict=True):
+                tensor.copy_(host)
+
+        return wait
+
+    def reduce_max(self, tensor: Tensor) -> None:
+        super().reduce_max(host := tensor.cpu())
+        tensor.copy_(host)
+
+    def reduce_sum(self, tensor: Tensor) -> None:
+        super().reduce_sum(host := tensor.cpu())
+        tensor.copy_(host)
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        return super().gather_rows(rows.cpu(), counts).to(rows.device)
+
+    def scatter_sums(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        return super().scatter_sums(rows.cpu(), counts).to(rows.device)
+
+
+def relative_errors(group: Any, size: int, dtype: torch.dtype, placed: bool, ids: bool, **options: Any) -> list[float]:
+    """Of value, averaged gradients of this rank's sides, and logit_scale's."""
+    rank, (counts, more) = distributed.get_rank(), SHARDS[size]
+    passages = [queries + extra for queries, extra in zip(counts, more, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    sides = (torch.randn(rows, DIMENSIONS, generator=generator) for rows in (sum(counts), sum(passages)))
+    query, passage = (normalize(side, dim=1).to(dtype) for side in sides)
+    firsts = [0, *itertools.accumulate(passages)]
+    positive = torch.cat([torch.arange(count) + first for count, first in zip(counts, firsts, strict=False)])
+    if placed:
+        positive = torch.randperm(sum(passages), generator=generator)[: sum(counts)]
+    passage_ids = torch.arange(sum(passages)) % 97 if ids else None
+    logit_scale = options.pop("logit_scale")
+
+    wide = [each.double().requires_grad_() for each in (query, passage, torch.tensor(logit_scale))]
+    truth = inf_cl_loss(
+        *wide[:2], logit_scale=wide[2], positive=positive, passage_ids=passage_ids, implementation="full",
+        symmetric=options["symmetric"],
+    )  # fmt: skip
+    expected = [truth.detach(), *torch.autograd.grad(truth, wide)]
+
+    leaves = [query.split(counts)[rank], passage.split(passages)[rank], torch.tensor(logit_scale)]
+    leaves = [leaf.cuda().requires_grad_() for leaf in leaves]
+    loss = inf_cl_loss(
+        *leaves[:2], logit_scale=leaves[2], group=group,
+        positive=positive.split(counts)[rank].cuda() if placed else None,
+        passage_ids=None if passage_ids is None else passage_ids.split(passages)[rank].cuda(), **options,
+    )  # fmt: skip
+    query_gradient, passage_gradient, scale = (g.double().cpu() / size for g in torch.autograd.grad(loss, leaves))
+    distributed.all_reduce(scale)
+    found = [loss.detach().double().cpu(), query_gradient, passage_gradient, scale]
+    own = [expected[0], expected[1].split(counts)[rank], expected[2].split(passages)[rank], expected[3]]
+    return [float((a - b).norm() / c.norm()) for a, b, c in zip(found, own, expected, strict=True)]
+
+
+def main(size: int) -> None:
+    own_gpus = torch.cuda.device_count() >= size
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if own_gpus else 0)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpus else "gloo")
+    group: Any = distributed.group.WORLD if own_gpus else HostLink(distributed.group.WORLD)
+    for dtype, exchange, symmetric, ids, placed, logit_scale in itertools.product(
+        ALLOWED, ("ring", "gather"), (False, True), (False, True), (False, True), (20.0, 300.0)
+    ):
+        case: dict[str, Any] = {"exchange": exchange, "symmetric": symmetric, "logit_scale": logit_scale}
+        found = relative_errors(group, size, dtype, placed, ids, implementation="triton", workspace_mib=1, **case)
+        # A score's rounding grows with the scale.
+        allowed = ALLOWED[dtype] * max(1, logit_scale / 60)
+        assert max(found) <= allowed, (dtype, case, ids, placed, found)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
