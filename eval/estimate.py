@@ -12,8 +12,12 @@ import numpy as np
 from eval.preflight import Preflight
 
 MIB = 2**20
-# Of a Python text of some ten letters and its place in a list and in a set.
+# Of a Python text of some ten letters and its place in a set, while passages are embedded: none may come twice.
 BYTES_AN_ID = 150
+# While passages are searched: where ids lie on disk; two windows of vectors; candidates, and products of a block.
+BYTES_A_ROW = 2
+WINDOWS_BYTES = 2 * 256 * MIB
+SEARCH_BYTES = 96 * MIB
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Estimate:
     seconds: float | None
     """For encoding; none without a measured speed."""
     memory: int
-    """Bytes, beside the model and the memory-mapped vectors."""
+    """Bytes at the most, beside the model and the memory-mapped vectors: of encoding or of searching."""
     disk: int
     """Bytes of the store and the run file."""
     free: int
@@ -107,8 +111,11 @@ def estimate(
     shard = min(shard_rows, found.passages)
     text = found.bytes / max(1, found.passages)
     places = found.queries * (min(k, found.passages) + 1)
+    encoding = found.passages * BYTES_AN_ID + shard * (dim * 4 + 2 * text)
     # The run twice while a query's own passage is dropped from it, and search results as int64 and float32.
-    memory = found.passages * BYTES_AN_ID + shard * (dim * 4 + 2 * text) + places * 28 + found.queries * dim * 8
+    results = places * 28 + found.queries * dim * 8
+    windows = min(found.passages * dim * dtype_bytes, WINDOWS_BYTES)
+    memory = max(encoding, found.passages * BYTES_A_ROW + windows + SEARCH_BYTES + results)
     disk = found.passages * (dim * dtype_bytes + 32) + found.bytes * 1.1 + places * 40
     place = out
     while not place.exists():

@@ -279,25 +279,33 @@ def anonymous_bytes() -> int:
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table and append the rows to the CSV file."""
+    """Print a table, and put its rows in the place of those of the same size and hardware."""
     columns = ("search_s", "metrics_s", "total_s", "first_total_s", "peak_mib", "ndcg@10")
-    where = {name: getattr(options, name) for name in ("device", "rows", "dim", "queries", "k", "threads")}
+    size = {name: str(getattr(options, name)) for name in ("device", "rows", "dim", "queries", "k", "threads")}
     # Threads that wait by spinning lose most of their time where others use the cores too.
-    where["omp_wait"] = os.environ.get("OMP_WAIT_POLICY", "")
-    where["load"] = round(os.getloadavg()[0], 1)
+    load = {"omp_wait": os.environ.get("OMP_WAIT_POLICY", ""), "load": f"{os.getloadavg()[0]:.1f}"}
+    measured = machine()
+    found = []
     for row in rows:
         shown = (f"{name} {row[name]:.4f}" for name in columns if name in row)
         print(f"{row['what']:20}", "  ".join(shown))
-    begun = RESULTS.exists()
+        values = {name: f"{row[name]:.6g}" if name in row else "" for name in columns}
+        found.append({"what": row["what"], **size, **load, **values, **measured})
+    kept = []
+    if RESULTS.exists():
+        same = {**size, "hardware": measured["hardware"]}
+        whats = {row["what"] for row in found}
+        with RESULTS.open(encoding="utf-8", newline="") as stream:
+            kept = [
+                row
+                for row in csv.DictReader(stream)
+                if row["what"] not in whats or any(row[name] != same[name] for name in same)
+            ]
     RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8", newline="") as stream:
-        measured = machine()
-        writer = csv.writer(stream, lineterminator="\n")
-        if not begun:
-            writer.writerow(["what", *where, *columns, *measured])
-        for row in rows:
-            values = [f"{row[name]:.6g}" if name in row else "" for name in columns]
-            writer.writerow([row["what"], *where.values(), *values, *measured.values()])
+    with RESULTS.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, found[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *found])
 
 
 if __name__ == "__main__":

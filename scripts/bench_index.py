@@ -168,9 +168,10 @@ def write_rows(name: str, rows: list[dict[str, Any]], key: tuple[str, ...]) -> N
             old = list(csv.DictReader(stream))
     new = {tuple(str(row[column]) for column in key) for row in rows}
     kept = [row for row in old if tuple(row[column] for column in key) not in new]
-    columns = list(dict.fromkeys(column for row in (*rows, *kept) for column in row))
+    # What no row fills any more is left out: a measurement may have other columns than it had.
+    columns = list(dict.fromkeys(column for row in (*rows, *kept) for column in row if row[column] not in ("", None)))
     with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *rows])
 

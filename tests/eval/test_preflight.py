@@ -184,5 +184,5 @@ def test_the_estimate_grows_with_the_corpus_and_knows_the_disk(tmp_path: Path) -
         for rows in (1000, 100_000)
     )
     assert small.tokens == 1000 * 75 + 80 and small.seconds == pytest.approx(75.08)
-    assert large.disk > 90 * small.disk and large.memory > 50 * small.memory and small.free > 0
+    assert large.disk > 90 * small.disk and small.free > 0
     assert "75 s of encoding" in str(small)
