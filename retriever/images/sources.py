@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from index.files import InputError
+from index.files import InputError, parse_json
 from retriever.data.sources import SourceConfig, load_huggingface
 from retriever.data.table import ExampleTable, open_source
 from retriever.images.config import ImageSource
@@ -126,11 +126,17 @@ class TarPairs:
             return []
         try:
             text = content.decode()
-            found = text.splitlines() if part == "txt" else json.loads(text).get(key)
-        except (ValueError, AttributeError):
-            raise BrokenPairError(
-                f"{place}: expected UTF-8{' of a JSON object' * (part == 'json')} in .{part}"
-            ) from None
+        except UnicodeDecodeError:
+            raise BrokenPairError(f"{place}: expected UTF-8 in .{part}") from None
+        if part == "txt":
+            return text.splitlines()
+        try:
+            about = parse_json(text, place)
+        except InputError as error:
+            raise BrokenPairError(str(error)) from None
+        if not isinstance(about, dict):
+            raise BrokenPairError(f"{place}: expected a JSON object in .json, found {text!r:.60}")
+        found = about.get(key)
         return found if isinstance(found, list) else [found]
 
 

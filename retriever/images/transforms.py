@@ -25,6 +25,9 @@ IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MAX_PIXELS = 89_478_485
 """A picture of more pixels is refused before it is decoded: Pillow's own limit, a quarter of a GiB as RGB."""
 
+MAX_ASPECT = 64
+"""A picture that is longer than so many times its other side is cut to that at its centre."""
+
 CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (0.75, 1.33)
 
@@ -97,6 +100,16 @@ def _of_deep_grey(image: Image.Image, place: str) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    # Resized whole, a line of 65,535 pixels would fill the memory; the crop at the centre shows none of its ends.
+    width, height = image.size
+    side = MAX_ASPECT * min(width, height)
+    if max(width, height) <= side:
+        return image
+    left, top = max(0, (width - side) // 2), max(0, (height - side) // 2)
+    return image.crop((left, top, min(width, left + side), min(height, top + side)))
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """How a picture becomes the pixels that a tower reads; picklable, for worker processes.
@@ -146,8 +159,10 @@ class ImageTransform:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """uint8 [3, height, width] for evaluation, of an RGB picture."""
-        width, height = image.size
         target = min(self.size) if self.resize is None else self.resize
+        if isinstance(target, int):
+            image = _without_far_ends(image)
+        width, height = image.size
         if isinstance(target, int):
             # The longer side is rounded down, as torchvision and transformers have it.
             shorter = min(width, height)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,29 @@ def test_samples_without_picture_or_caption_are_left_out_and_counted(tmp_path: P
         pairs.read(3).open()
     with pytest.raises(BrokenPairError, match=r"expected UTF-8 in \.txt"):
         pairs.read(4)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        (b'{"caption": "half \\ud83d"}', "expected Unicode text, found half of a surrogate pair"),
+        (b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "expected JSON, found: maximum recursion depth"),
+        (b'["caption"]', "expected a JSON object in .json"),
+        (b'{"caption": 5}', "expected a caption, found none"),
+        (b'{"caption": ', "expected JSON, found"),
+        (b"\xff", "expected UTF-8 in .json"),
+    ],
+    ids=["half a character", "deep", "a list", "a number", "no JSON", "no UTF-8"],
+)
+def test_captions_that_cannot_be_used_break_their_pair_alone(about: bytes, message: str, tmp_path: Path) -> None:
+    png = picture_bytes(draw("red", "circle"))
+    good = '{"caption": "è 🙂"}'.encode()
+    members = [("a.png", png), ("a.json", about), ("ünï/日本.png", png), ("ünï/日本.json", good)]
+    pairs = opened(ImageSource(str(write_tar(tmp_path / "a.tar", members))), tmp_path)
+    with pytest.raises(BrokenPairError, match=re.escape(message)) as caught:
+        pairs.read(0)
+    assert "\n" not in str(caught.value)
+    assert pairs.read(1).captions == ("è 🙂",)
 
 
 def test_an_index_is_made_once_and_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

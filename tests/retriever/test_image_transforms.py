@@ -84,6 +84,21 @@ def test_sixteen_bits_of_grey_keep_their_shades_and_unknown_ranges_are_refused(t
             open_image(path)
 
 
+@pytest.mark.parametrize("size", [(65535, 1), (1, 65535), (4000, 3)])
+def test_very_long_pictures_show_their_centre_without_filling_the_memory(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.new("RGB", size, "red")
+    centre = tuple(side // 2 for side in size)
+    image.paste("blue", (max(0, centre[0] - 40), max(0, centre[1] - 40), centre[0] + 40, centre[1] + 40))
+    made: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, *options: made.append(to) or resize(self, to, *options))
+    pixels = ImageTransform((224, 224)).pixels(image)
+    assert pixels.shape == (3, 224, 224) and (pixels[2] == 255).all() and not pixels[0].any()
+    assert max(made[0]) <= 224 * transforms.MAX_ASPECT
+
+
 def test_what_is_transparent_becomes_white_and_exif_turns(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert open_image(saved(clear, tmp_path / "a.png")).getpixel((0, 0)) == (255, 255, 255)

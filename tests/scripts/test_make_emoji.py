@@ -94,6 +94,14 @@ def test_every_set_opens_and_holds_what_it_says(unpacked: Path) -> None:
                 assert dataset.classes[sample.labels[0]] == one.class_name
 
 
+def test_every_drawing_has_its_name_in_the_corpus(unpacked: Path) -> None:
+    rows = [json.loads(line) for line in (unpacked / "names.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["_id"] for row in rows] == [one.key for one in emoji_sets.read_emoji(BUNDLED)]
+    for artist in emoji_sets.ARTISTS:
+        assert {row["_id"] for row in rows} == {file.stem for file in (unpacked / "pictures" / artist).iterdir()}
+    assert {"_id": "1f41f-fish", "text": "fish: animal, dinner, fishes, fishing, pisces, zodiac"} in rows
+
+
 def test_unpacking_again_gives_the_same_bytes(unpacked: Path, tmp_path: Path) -> None:
     assert make_emoji.main(["unpack", "--out", str(tmp_path / "again")]) == 0
     for name in ("train/00000.tar", "held-out/test/0.tar", "held-out-subgroups/test/0.tar"):

