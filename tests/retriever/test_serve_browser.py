@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import Chromium, find_chromium
 from cli_helpers import command, write_lines
 from serve_helpers import Server, serving
-
-# The browser is driven as the tests of the report drive it.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "eval"))
-from chromium import Chromium, find_chromium
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs chromium (Debian: apt-get install chromium)")
 pytest.importorskip("starlette")

@@ -44,7 +44,8 @@ class Chromium:
         )
         os.close(to_browser)
         os.close(from_browser)
-        self._number, self._rest, self.events = 0, b"", []  # type: ignore[var-annotated]
+        self._number, self._rest = 0, b""
+        self.events: list[dict[str, Any]] = []
         self._session: str | None = None
 
     def __enter__(self) -> Chromium:
