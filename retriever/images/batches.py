@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,26 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from index.files import InputError
 from retriever.data.batches import PairDigests, false_negative_ids
 from retriever.data.schedule import BatchSchedule, Share
-from retriever.images.features import FeatureStore
-from retriever.images.sources import BrokenPairError, PairSource
-from retriever.images.transforms import ImageTransform
-from retriever.interrupt import leave_signals_to_the_parent
+from retriever.images.chunks import Chunks, PairChunk, PairReader
 from retriever.packing import pack
 from retriever.prepare import PreparedBatch, TextGroup
-from retriever.tokens import TextTokenizer, TokenizedTexts
+from retriever.tokens import TokenizedTexts
 
 if TYPE_CHECKING:
     from retriever.images.towers import ImageTextTowers
-
-# Pairs that a worker hands over at once: some MiB of pixels, so that many workers share one large batch.
-CHUNK = 128
-# Beside the keys in data/schedule.py and data/batches.py: crops, and which caption a row shows.
-_PAIR = 4
 
 
 @dataclass(frozen=True)
@@ -57,81 +48,6 @@ class ImageGroup:
         return towers.embed_pixels(self.pixels[int(rows[0]) : int(rows[-1]) + 1])
 
 
-@dataclass(frozen=True)
-class PairChunk:
-    """What a worker made of some rows of a batch: the pairs that could be read."""
-
-    pictures: Tensor
-    """As `ImageGroup.pixels`."""
-    tokens: TokenizedTexts
-    keys: list[str]
-    captions: list[str]
-    broken: list[str]
-    """One line for each pair that is left out."""
-
-
-@dataclass(frozen=True)
-class PairReader:
-    """Reads pairs of one source and makes them ready; picklable."""
-
-    source: PairSource
-    transform: ImageTransform
-    augment: bool
-    tokenizer: TextTokenizer
-    prompt: str
-    max_broken: float
-    """Share of the pairs read that may be left out."""
-    features: FeatureStore | None = None
-    """Of a locked tower, instead of pixels."""
-
-    def __call__(self, rows: Sequence[int], seeds: Sequence[list[int]]) -> PairChunk:
-        """The pairs of these rows; a seed decides on the crop and on the caption."""
-        pictures: list[Tensor] = []
-        keys, captions, broken = [], [], []
-        for row, seed in zip(rows, seeds, strict=True):
-            chance = np.random.default_rng(seed)
-            try:
-                pair = self.source.read(row, self.features is None)
-                if self.features is not None:
-                    pictures.append(self.features.read(row, pair.place))
-                elif self.augment:
-                    pictures.append(self.transform.augmented(pair.open(), chance))
-                else:
-                    pictures.append(self.transform.pixels(pair.open()))
-            except BrokenPairError as error:
-                broken.append(str(error))
-                continue
-            keys.append(pair.key)
-            captions.append(pair.captions[chance.integers(len(pair.captions))])
-        texts = [self.prompt + caption for caption in captions]
-        # Tokenizers fail on no texts at all.
-        tokens = self.tokenizer(texts) if texts else TokenizedTexts(np.empty(0, np.int32), np.zeros(1, np.int64))
-        return PairChunk(torch.stack(pictures) if pictures else torch.empty(0), tokens, keys, captions, broken)
-
-
-class _Chunks(Dataset[PairChunk]):
-    """Chunk by chunk, the batches of all steps; in whichever process asks for them."""
-
-    def __init__(self, readers: Sequence[PairReader], schedule: BatchSchedule, share: Share) -> None:
-        self.readers, self.schedule = list(readers), schedule
-        self.places = share.of(schedule.batch_size)
-
-    @property
-    def a_batch(self) -> int:
-        """Chunks of one batch."""
-        return -(-len(self.places) // CHUNK)
-
-    def __len__(self) -> int:
-        return len(self.schedule) * self.a_batch
-
-    def __getitem__(self, number: int) -> PairChunk:
-        step, chunk = divmod(number, self.a_batch)
-        source, rows = self.schedule.rows(step)
-        mine = self.places[chunk * CHUNK : (chunk + 1) * CHUNK]
-        seeds = [[self.schedule.seed, _PAIR, step, place] for place in mine]
-        return self.readers[source](rows[mine.start : mine.stop].tolist(), seeds)
-
-
 class ImageBatches:
     """Every batch of a run on pictures, in order: a function of seed and step, whatever the number of workers.
 
@@ -153,7 +69,7 @@ class ImageBatches:
         each batch the part of one process, none for the whole; only its pairs are read."""
         self._readers = list(readers)
         self._share = share or Share()
-        self._chunks = _Chunks(readers, schedule, self._share)
+        self._chunks = Chunks(readers, schedule, self._share)
         self._schedule = schedule
         self._image_tokens = image_tokens
         self._token_budget = token_budget
@@ -166,7 +82,7 @@ class ImageBatches:
         """Number of steps."""
         return len(self._schedule)
 
-    def loader(self, *, start: int = 0, workers: int = 0) -> Iterator[PreparedBatch]:
+    def loader(self, *, start: int = 0, workers: int = 0) -> Generator[PreparedBatch, None, None]:
         """The batches from step `start`, each decoded while the one before it is used.
 
         Two batches of pixels are in the host's memory at a time.
@@ -174,17 +90,8 @@ class ImageBatches:
         Raises:
             InputError: more pairs of a source are broken than it allows.
         """
-        chunks = DataLoader(
-            self._chunks,
-            batch_size=None,
-            sampler=range(start * self._chunks.a_batch, len(self._chunks)),
-            num_workers=workers,
-            collate_fn=_unchanged,
-            generator=torch.Generator(),
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=leave_signals_to_the_parent if workers else None,
-        )
-        stream, left = iter(chunks), threading.Event()
+        stream = self._chunks.loaded(start * self._chunks.a_batch, workers)
+        left = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             try:
                 ahead = pool.submit(self._assemble, stream, start, left)
@@ -195,8 +102,11 @@ class ImageBatches:
                     yield batch
             finally:
                 left.set()
+                pool.submit(stream.close)
 
-    def _assemble(self, stream: Iterator[PairChunk], step: int, left: threading.Event) -> PreparedBatch:
+    def _assemble(
+        self, stream: Generator[tuple[PairChunk, Tensor], None, None], step: int, left: threading.Event
+    ) -> PreparedBatch:
         """The next batch of the stream, which is that of `step`."""
         source, _ = self._schedule.rows(step)
         rows = self._chunks.places
@@ -205,12 +115,12 @@ class ImageBatches:
         for _ in range(self._chunks.a_batch):
             if left.is_set():
                 break
-            chunk = next(stream)
+            chunk, pictures = next(stream)
             chunks.append(chunk)
             if len(chunk.keys):
                 if not filled:
-                    pixels = torch.empty(len(rows), *chunk.pictures.shape[1:], dtype=chunk.pictures.dtype)
-                pixels[filled : filled + len(chunk.keys)] = chunk.pictures
+                    pixels = self._readers[source].memory(len(rows))
+                pixels[filled : filled + len(chunk.keys)] = pictures
                 filled += len(chunk.keys)
         self._count(source, len(rows), [line for chunk in chunks for line in chunk.broken])
         if not filled:
@@ -249,7 +159,3 @@ def _joined(parts: list[TokenizedTexts]) -> TokenizedTexts:
     lengths = np.concatenate([part.lengths for part in parts])
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     return TokenizedTexts(np.concatenate([part.ids for part in parts]), offsets)
-
-
-def _unchanged(chunk: Any) -> Any:
-    return chunk

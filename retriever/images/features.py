@@ -37,6 +37,11 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def width(self) -> int:
+        """Length of each."""
+        return int(self._rows.shape[1])
+
     def read(self, row: int, place: str) -> Tensor:
         """float16 [width].
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from retriever.config import ConfigError, TrainConfig
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.device import Precision
-from retriever.images.batches import ImageBatches, PairReader
+from retriever.images.batches import ImageBatches
+from retriever.images.chunks import PairReader
 from retriever.images.features import FeatureStore, compute_features
 from retriever.images.sources import PairSource, open_pairs
 from retriever.images.towers import ImageTextTowers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -27,7 +28,9 @@ from retriever.config import (
     TrainConfig,
 )
 from retriever.encode import EncodeOptions
+from retriever.images import chunks
 from retriever.images.batches import ImageGroup
+from retriever.images.chunks import PairReader
 from retriever.images.config import ImageConfig, ImageSource
 from retriever.images.towers import build_image_text_towers, load_image_text_towers
 from retriever.interrupt import Interrupted
@@ -199,6 +202,25 @@ def test_locked_image_tower_keeps_its_weights_and_trains_as_if_its_features_were
     assert stores[0].stat().st_mtime_ns == modified
 
 
+@pytest.mark.parametrize("lock", ["none", "image"])
+def test_batches_are_the_same_for_any_number_of_workers(
+    config: TrainConfig, lock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Many more chunks than the memory has room for that workers share.
+    monkeypatch.setattr(chunks, "CHUNK", 3)
+    image = dataclasses.replace(config.model.image, lock=lock)
+    batches = Trainer.start(
+        dataclasses.replace(config, model=dataclasses.replace(config.model, image=image)), Terminal()
+    ).batches
+    # All kept until the end: none may lie in memory that is used again.
+    alone, shared = list(batches.loader(start=1)), list(batches.loader(start=1, workers=3))
+    assert len(alone) == len(shared) == 7
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one.groups[0].pixels, other.groups[0].pixels)
+        assert one.groups[1].tokens.ids.tolist() == other.groups[1].tokens.ids.tolist()
+    assert len({tuple(batch.groups[0].pixels.flatten().tolist()) for batch in alone}) == 7
+
+
 def test_broken_pairs_are_left_out_counted_and_stop_the_run_beyond_a_limit(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +249,29 @@ def test_broken_pairs_are_left_out_counted_and_stop_the_run_beyond_a_limit(
     )
     with pytest.raises(InputError, match=r"broken\.tar: \d+ of 1\d\d pairs are broken, more than max_broken \(0\.01\)"):
         train(strict)
+
+
+def test_what_fails_in_a_worker_ends_the_run_in_one_line_and_leaves_no_process(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = write_shards(tmp_path / "cut", 1)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, images=(ImageSource(pattern),), workers=1),
+        micro_batch_tokens=None,
+    )
+    trainer = Trainer.start(config, Terminal())
+    before = multiprocessing.active_children()
+    with pytest.raises(RecursionError) as caught, monkeypatch.context() as patch:
+        patch.setattr(PairReader, "__call__", lambda *_: (_ for _ in ()).throw(RecursionError("deep")))
+        trainer.train()
+    # While the traceback still holds whatever was at work.
+    assert caught.tb is not None and multiprocessing.active_children() == before
+    path = tmp_path / "cut" / "000.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match=r"^\S*000\.tar: expected \d+ bytes at \d+, found \d+$"):
+        trainer.train()
+    assert multiprocessing.active_children() == before
 
 
 def test_data_and_model_must_fit_together(config: TrainConfig, place: Path) -> None:

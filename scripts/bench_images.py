@@ -1,0 +1,205 @@
+"""How fast pictures come out of webdataset tars, beside what the decoder alone does on the same cores.
+
+    python scripts/bench_images.py
+    python scripts/bench_images.py --data 'cc3m-{00000..00003}.tar' --workers 16
+
+Without --data the pictures are SYNTHETIC: smooth random fields with noise, as JPEG of the size that web collections are
+kept in. Rounds of each method alternate in one process; all read and decode the same pictures, from the page cache:
+- Pillow: JPEG bytes that lie in memory become RGB, in as many processes; nothing else;
+- decoder: and a random part of each is cut out, resized and copied to a tensor, as training needs;
+- pipeline: `retriever train`'s own: tars read by offset, captions drawn and tokenized, batches put together.
+Rows go to images.csv in scripts/results or where --results says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import machine
+
+from index.files import atomic_path
+from retriever.data.schedule import BatchSchedule
+from retriever.images.batches import ImageBatches
+from retriever.images.chunks import PairReader
+from retriever.images.config import ImageSource
+from retriever.images.sources import PairSource, open_pairs
+from retriever.images.transforms import ImageTransform, open_image
+from retriever.tokens import TextTokenizer
+
+TRANSFORM = ImageTransform(size=(224, 224), resize=224)
+WORDS = ["a", "photo", "of", "the", "small", "red", "house", "by", "river", "with", "two", "trees", "and", "sky"]
+
+
+def main() -> None:
+    """Measure every method in every round."""
+    options = parse_arguments()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.data or write_tars(Path(folder) / "set", options)
+        source = ImageSource(path)
+        pairs = open_pairs(source, Path(folder) / "cache", workers=options.workers)
+        count = min(options.pictures, len(pairs)) // options.batch * options.batch
+        if not count:
+            sys.exit(f"{path}: expected at least a batch of {options.batch} pairs, found {len(pairs)}")
+        methods: dict[str, Callable[[], float]] = {
+            "Pillow": lambda: decoder(pairs, count, options.workers, decode),
+            "decoder": lambda: decoder(pairs, count, options.workers, decode_and_crop),
+            "pipeline": lambda: pipeline(pairs, count, options),
+        }
+        found: dict[str, list[float]] = {name: [] for name in methods}
+        for number in range(options.rounds):
+            for name in sorted(methods, reverse=bool(number % 2)):
+                found[name].append(count / methods[name]())
+            print("  ".join(f"{name} {rates[-1]:,.0f}/s" for name, rates in found.items()), flush=True)
+        size = np.mean([len(pairs.read(row).picture) for row in range(0, count, 16)])
+    write(found, count, size, options)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="", help="webdataset tars, with braces; synthetic ones if not given")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that decode")
+    parser.add_argument("--pictures", type=int, default=3072, help="pictures a round")
+    parser.add_argument("--batch", type=int, default=1024, help="pairs of a batch")
+    parser.add_argument("--sides", type=int, nargs=2, default=(512, 384), help="of synthetic pictures, in pixels")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
+    return parser.parse_args()
+
+
+def write_tars(folder: Path, options: argparse.Namespace) -> str:
+    """Pictures with captions in two tars; what names them."""
+    folder.mkdir()
+    chance = np.random.default_rng(0)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number in range(options.pictures // 2):
+                words = chance.choice(WORDS, size=chance.integers(5, 20))
+                for kind, content in (("jpg", picture(options.sides, chance)), ("txt", " ".join(words).encode())):
+                    member = tarfile.TarInfo(f"{number:06}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return str(folder / "{0..1}.tar")
+
+
+def picture(sides: tuple[int, int], chance: np.random.Generator) -> bytes:
+    """A JPEG of quality 95, as img2dataset keeps them."""
+    few = Image.fromarray(chance.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    coarse = few.resize(sides, Image.Resampling.BICUBIC)
+    noise = chance.normal(0, 4, (sides[1], sides[0], 1))
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def decoder(pairs: PairSource, count: int, workers: int, work: Callable[[list[bytes]], None]) -> float:
+    """Seconds in which processes do `work` on all pictures, from when each of them holds its share."""
+    context = get_context("fork")
+    ready, go = context.Barrier(workers + 1), context.Barrier(workers + 1)
+
+    def one(number: int) -> None:
+        torch.set_num_threads(1)
+        share = [pairs.read(row).picture for row in range(number, count, workers)]
+        ready.wait()
+        go.wait()
+        work(share)
+
+    processes = [context.Process(target=one, args=(number,)) for number in range(workers)]
+    for process in processes:
+        process.start()
+    ready.wait()
+    start = time.perf_counter()
+    go.wait()
+    for process in processes:
+        process.join()
+    return time.perf_counter() - start
+
+
+def decode(share: list[bytes]) -> None:
+    """Pillow alone."""
+    for content in share:
+        Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def decode_and_crop(share: list[bytes]) -> None:
+    """And a random part of each as a tensor."""
+    chance = np.random.default_rng(0)
+    for content in share:
+        TRANSFORM.augmented(open_image(content), chance)
+
+
+def pipeline(pairs: PairSource, count: int, options: argparse.Namespace) -> float:
+    """Seconds from the first request to the last batch; workers start before."""
+    schedule = BatchSchedule([count], batch_size=options.batch, seed=0, steps=count // options.batch + 1)
+    reader = PairReader(pairs, TRANSFORM, True, word_tokenizer(), "", 0.01)
+    batches = ImageBatches(
+        [reader], schedule, image_tokens=197, token_budget=131072, padded=False, say=lambda line: print(line)
+    )
+    stream = batches.loader(workers=options.workers)
+    next(stream)
+    start = time.perf_counter()
+    seen = sum(batch.queries for batch in stream)
+    seconds = time.perf_counter() - start
+    return seconds * count / seen
+
+
+def word_tokenizer() -> TextTokenizer:
+    """Whole words, so that its cost is that of any fast tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "<unk>", *WORDS])}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"), 77)
+
+
+def write(found: dict[str, list[float]], count: int, size: Any, options: argparse.Namespace) -> None:
+    """A row for each method."""
+    ratios = {
+        name: statistics.median(own / bare for own, bare in zip(rates, found["decoder"], strict=True))
+        for name, rates in found.items()
+    }
+    rows = [
+        {
+            "method": name,
+            "pictures_per_second": f"{statistics.median(rates):.0f}",
+            "of_decoder": f"{ratios[name]:.3f}",
+            "rounds": options.rounds,
+            "pictures": count,
+            "workers": options.workers,
+            "data": "given" if options.data else "synthetic JPEG, {} x {}, quality 95".format(*options.sides),
+            "mean_bytes": f"{size:.0f}",
+            "pillow": Image.__version__,
+            **machine(),
+        }
+        for name, rates in found.items()
+    ]
+    for row in rows:
+        print(f"{row['method']:18} {row['pictures_per_second']:>6}/s  {row['of_decoder']} of the decoder alone")
+    with atomic_path(options.results / "images.csv") as path, path.open("w", encoding="utf-8", newline="") as stream:
+        table = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
