@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from retriever.step_profile import phase
+
 MicroBatch = TypeVar("MicroBatch")
 
 
@@ -61,18 +63,23 @@ def backward(
     """
     again = max(0, len(micro_batches) - keep)
     states, embeddings = [], []
-    with torch.no_grad():
+    with torch.no_grad(), phase("forward without graph"):
         for micro_batch in micro_batches[:again]:
             states.append(RandomState(device))
             embeddings.append(encode(micro_batch))
-    graphs = [encode(micro_batch) for micro_batch in micro_batches[again:]]
-    leaves = [embedding.detach().requires_grad_() for embedding in embeddings + graphs]
-    loss = loss_of(leaves)
-    loss.backward()
+    with phase("forward, graph kept"):
+        graphs = [encode(micro_batch) for micro_batch in micro_batches[again:]]
+    with phase("loss"):
+        leaves = [embedding.detach().requires_grad_() for embedding in embeddings + graphs]
+        loss = loss_of(leaves)
+        loss.backward()
     # Kept graphs first, newest first: each gives its memory back before another is built.
-    for leaf in reversed(leaves[again:]):
-        graphs.pop().backward(leaf.grad)
+    with phase("backward"):
+        for leaf in reversed(leaves[again:]):
+            graphs.pop().backward(leaf.grad)
     for micro_batch, state, leaf in zip(micro_batches[:again], states, leaves[:again], strict=True):
-        with state.restored():
-            encode(micro_batch).backward(leaf.grad)
+        with phase("second forward"), state.restored():
+            embedding = encode(micro_batch)
+        with phase("backward"):
+            embedding.backward(leaf.grad)
     return loss.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,8 +65,7 @@ class GraphMemory:
         embeddings = texts * towers.dimension * 20
         room = free - _SLACK * total - parameters * _PARAMETER_BYTES - embeddings - workspace_mib * 2**20
         most = max(room, 0) / token_bytes
-        fitting = int(np.clip(most / (2 * (1 + _BACKWARD)), LEAST_TOKENS, MOST_TOKENS))
-        tokens = micro_batch_tokens or fitting // 1024 * 1024
+        tokens = micro_batch_tokens or fitting_tokens(most)
         return cls(tokens, max(0, int(most - _BACKWARD * tokens)))
 
     def keep(self, sizes: list[int]) -> int:
@@ -74,6 +74,16 @@ class GraphMemory:
             return len(sizes)
         # One of those that run again has its graph beside the loss's results, but no longer beside the kept ones.
         return int(np.searchsorted(np.cumsum(sizes[::-1]), self.graph_tokens, side="right"))
+
+
+def fitting_tokens(most: float) -> int:
+    """Tokens of a micro-batch, so that whole ones, two at least, fill memory for `most` tokens' graphs.
+
+    Beside the graphs that are kept lies what the backward of one needs.
+    """
+    count = max(2, math.ceil(most / MOST_TOKENS - _BACKWARD))
+    tokens = int(np.clip(most / (count + _BACKWARD), LEAST_TOKENS, MOST_TOKENS))
+    return tokens // 1024 * 1024
 
 
 def encode_tokens(device: torch.device) -> int:

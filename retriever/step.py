@@ -21,6 +21,7 @@ from retriever.optim import lr_factor
 from retriever.prepare import Group, PreparedBatch
 from retriever.ranks import Ranks
 from retriever.reduce import average_gradients
+from retriever.step_profile import phase
 from retriever.towers import Towers
 
 
@@ -74,13 +75,15 @@ class TrainStep:
             )
         loss = scaled / self.scaler.get_scale() if self.scaler.is_enabled() else scaled
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        average_gradients(parameters, self.ranks)
-        self.scaler.unscale_(self.optimizer)
-        limit = config.optim.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        with phase("average over ranks"):
+            average_gradients(parameters, self.ranks)
+        with phase("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            limit = config.optim.max_grad_norm
+            grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
 
     def _ids(self, batch: PreparedBatch, device: torch.device) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eval.beir import BeirDataset
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
+from retriever import step_profile
 from retriever.build_loss import build_loss, check_ranks
 from retriever.checkpoint import (
     TrainState,
@@ -172,19 +173,25 @@ class Trainer:
         if self.state.scaler is not None:
             self.scaler.load_state_dict(self.state.scaler)
 
-    def train(self) -> Path:
+    def train(self, *, profile: bool = False) -> Path:
         """Train to the last step; returns the model folder.
+
+        Args:
+            profile: show where the time of some of the next steps goes, and write their trace into the run's folder.
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
-            InputError: the loss is no longer finite.
+            InputError: the loss is no longer finite, or too few steps are left for a profile.
         """
+        left = len(self.batches) - self.state.step
+        if profile and left < (least := step_profile.WARM_UP + step_profile.STEPS):
+            raise InputError(f"--profile: expected a run of at least {least} more steps, found {left}")
         with self._locked():
             log = self._open_log()
             try:
                 with StopRequest(self.ranks.any if self.ranks.size > 1 else None) as stop:
                     try:
-                        self._train_steps(log, stop)
+                        self._train_steps(log, stop, profile)
                     except Interrupted:
                         self._save_checkpoint()
                         raise
@@ -198,9 +205,11 @@ class Trainer:
             return NoLog()
         return RunLog(self.run, step=state.step, dev_step=state.dev_step, tensorboard=self.config.tensorboard)
 
-    def _train_steps(self, log: RunLog, stop: StopRequest) -> None:
+    def _train_steps(self, log: RunLog, stop: StopRequest, profile: bool) -> None:
         config, state, total = self.config, self.state, len(self.batches)
-        loader = self.batches.loader(start=state.step, workers=config.data.workers)
+        loader: Iterable[Any] = self.batches.loader(start=state.step, workers=config.data.workers)
+        if profile and self.ranks.first:
+            loader = step_profile.StepProfile(self.device, self.run).watch(loader, self.terminal.line)
         meter = Meter(self.device, self.ranks)
         self.towers.train()
         with self.terminal.bar("train", total, "steps", done=state.step) as advance:

@@ -26,6 +26,8 @@ class Train:
     config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
     resume: str | None = None
     """Folder of a run to go on with, exactly where it stopped, with its own configuration."""
+    profile: bool = False
+    """Show where the time of three early steps goes, and write a trace of them into the run's folder."""
 
     def run(self, terminal: Terminal) -> int:
         from retriever.ranks import SilentTerminal, joined_ranks, uses_gpus
@@ -46,7 +48,7 @@ class Train:
         else:
             trainer = Trainer.start(self.config, terminal, ranks)
         try:
-            model = trainer.train()
+            model = trainer.train(profile=self.profile)
         except Interrupted as signal:
             terminal.line(
                 f"{signal} at step {trainer.state.step}: checkpoint saved; "
