@@ -91,7 +91,7 @@ def compute_features(
 ) -> FeatureStore:
     """The features of all pictures of a source, in the folder `cache`; computed unless they are there already.
 
-    They are known by the encoder's weights, the transform, the precision and the source's contents. A computation that
+    They are known by the encoder's weights, the transform, the precision and the source's pictures. A computation that
     was killed goes on where it had come to.
 
     Args:
@@ -100,7 +100,7 @@ def compute_features(
         workers: processes that decode.
         progress: called with the number of pictures done since the last call, those of an earlier run included.
     """
-    known = [towers.image_fingerprint(), precision, source.sha256]
+    known = [towers.image_fingerprint(), precision, source.pictures_sha256()]
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:24]
     path, about = cache / f"{key}.npy", cache / f"{key}.json"
     cache.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ class PairSource(Protocol):
             BrokenPairError: it lacks its picture or a caption.
         """
 
+    def pictures_sha256(self) -> str:
+        """What identifies the pictures, for what is computed of them once and kept."""
+
 
 def open_pairs(
     source: ImageSource, cache: Path, *, workers: int = 0, progress: Callable[[int], None] | None = None
@@ -119,6 +123,10 @@ class TarPairs:
         captions = [text for caption in self.captions for text in self._texts(row, caption, place)]
         return RawPair(content, _checked(captions, place), f"{self.sha256} {row}", place)
 
+    def pictures_sha256(self) -> str:
+        """That of the tars."""
+        return self.sha256
+
     def _texts(self, row: int, caption: str, place: str) -> list[Any]:
         part, _, key = caption.partition(":")
         content = self.samples.read(row, part)
@@ -167,9 +175,22 @@ class FilePairs:
         path = self.folder / example.query
         try:
             content = path.read_bytes() if picture else b""
-        except OSError as error:
-            raise BrokenPairError(f"{path}: cannot be read: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            # ValueError: a NUL in the name.
+            raise BrokenPairError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         return RawPair(content, _checked(list(example.positives), str(path)), example.query, str(path))
+
+    def pictures_sha256(self) -> str:
+        """Of the table, and of size and time of every file: a picture may be replaced under its name."""
+        digest = hashlib.sha256(self.sha256.encode())
+        for row in range(len(self)):
+            try:
+                stat = os.stat(self.folder / self.table[row].query)
+            except (OSError, ValueError):
+                digest.update(b"none\n")
+            else:
+                digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
 
 class HuggingFacePairs:
@@ -208,6 +229,10 @@ class HuggingFacePairs:
         found = [cells[column] for column in self.captions]
         texts = [text for cell in found for text in (cell if isinstance(cell, list) else [cell])]
         return RawPair(content, _checked(texts, place), f"{self.sha256} {row}", place)
+
+    def pictures_sha256(self) -> str:
+        """That of the dataset."""
+        return self.sha256
 
     def _bytes(self, picture: dict[str, Any], place: str) -> bytes:
         content = picture.get("bytes")
