@@ -61,7 +61,7 @@ class Trainer:
         self.ranks = ranks = ranks or Ranks()
         check_ranks(config, ranks)
         self.device = own_device(choose_device(config.device))
-        if self.device.type == "cuda":
+        if self.device.index is not None:
             torch.cuda.set_device(self.device)
         # Resolved, so that what is written beside the results is what was done.
         self.precision = choose_precision(config.precision, self.device)
