@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from eval.evaluate import Find
 from eval.measures import measure_name
 from eval.metrics import Metrics
 from eval.ranking import RankedRun
+
+# As many as keep faiss's threads busy, between two steps of a progress bar.
+QUERIES_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,20 @@ def approximation(index: str, exact: RankedRun, found: RankedRun, metrics: Metri
     depth = min(depth, exact.rows.shape[1])
     shares = [len(set(list(exact[q])[:depth]) & set(list(found[q])[:depth])) / depth for q in exact.queries]
     return Approximation(index, metrics, float(np.mean(shares)), depth)
+
+
+def search_by_parts(find: Find, progress: Callable[[int], None]) -> Find:
+    """`find` for some queries after the other, with `progress` called with their number."""
+
+    def find_by_parts(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        found = []
+        for start in range(0, max(1, len(queries)), QUERIES_AT_ONCE):
+            some = queries[start : start + QUERIES_AT_ONCE]
+            found.append(find(some, k))
+            progress(len(some))
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
+
+    return find_by_parts
 
 
 def approximation_table(

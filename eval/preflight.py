@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from eval.beir import PASSAGE_HEADS, Judgements, beir_file, head_names, is_header, judgement_lines, parse_query
+from eval.digests import Sample, digest, repetitions
 from eval.metrics import Qrels
 from eval.suite import BY_NAME
 from index.files import InputError
@@ -18,7 +16,8 @@ from index.passages import Passage, parse_passage
 from index.records import Record, read_records
 
 PLACES_NAMED = 3
-SAMPLE = 4096
+# Passages from one call of `progress` to the next.
+READ_AT_ONCE = 10_000
 
 
 @dataclass
@@ -76,7 +75,14 @@ class Preflight:
             raise InputError(f"{self.errors[0].places[0]}{more}")
 
 
-def preflight(folder: Path, split: str = "test", *, name: str | None = None, dangling: bool = False) -> Preflight:
+def preflight(
+    folder: Path,
+    split: str = "test",
+    *,
+    name: str | None = None,
+    dangling: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Preflight:
     """Read a BEIR folder and count its faults; memory: about 100 bytes a passage.
 
     Errors: files missing or broken, rows without id or text, duplicate ids, two grades for one pair, judged passages
@@ -86,6 +92,7 @@ def preflight(folder: Path, split: str = "test", *, name: str | None = None, dan
 
     Args:
         name: of the set, to compare with what BEIR publishes; the folder's unless given.
+        progress: called with the passages read since the last call.
     """
     found = Preflight(name or folder.resolve().name, split)
     try:
@@ -96,7 +103,7 @@ def preflight(folder: Path, split: str = "test", *, name: str | None = None, dan
     qrels = _read_qrels(found, paths[0])
     found.queries, found.judgements = len(qrels), sum(map(len, qrels.values()))
     texts = _read_queries(found, paths[1], qrels, paths[0], dangling)
-    _read_corpus(found, paths[2], qrels, paths[0], dangling)
+    _read_corpus(found, paths[2], qrels, paths[0], dangling, progress)
     _compare_splits(found, folder, qrels, texts)
     definition = BY_NAME.get(found.name)
     if definition is not None and definition.split == split and definition.md5:
@@ -153,7 +160,7 @@ def _read_queries(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, d
     """Query id -> its text without case and blanks, of every query in the file."""
     texts: dict[str, str] = {}
     first: dict[str, str] = {}
-    sample = _Sample()
+    sample = Sample()
     for record in _records(found, path):
         try:
             query, text = parse_query(record)
@@ -181,12 +188,21 @@ def _read_queries(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, d
     return texts
 
 
-def _read_corpus(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, dangling: bool) -> None:
+def _read_corpus(
+    found: Preflight,
+    path: Path,
+    qrels: Qrels,
+    judged_in: Path,
+    dangling: bool,
+    progress: Callable[[int], None] | None,
+) -> None:
     judged = {passage: False for grades in qrels.values() for passage in grades}
     own = 0
     ids, texts, numbers = bytearray(), bytearray(), array("q")
-    sample = _Sample()
+    sample = Sample()
     for number, record in enumerate(_records(found, path)):
+        if progress is not None and number % READ_AT_ONCE == READ_AT_ONCE - 1:
+            progress(READ_AT_ONCE)
         try:
             passage = parse_passage(record)
         except InputError as error:
@@ -198,9 +214,9 @@ def _read_corpus(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, da
             judged[passage.id] = True
         content = passage.content
         found.bytes += len(content.encode(errors="replace"))
-        ids += _digest(passage.id)
+        ids += digest(passage.id)
         # Empty ones are counted as such, not as repetitions of each other.
-        texts += _digest(content or f"\0{number}")
+        texts += digest(content or f"\0{number}")
         numbers.append(number)
         if content:
             sample.add(passage.id, content)
@@ -220,7 +236,7 @@ def _read_corpus(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, da
 
 def _name_repeated(found: Preflight, path: Path, ids: bytearray, texts: bytearray, numbers: array) -> None:
     """Count ids and texts that an earlier passage has; only then is the corpus read again, for their lines."""
-    same_id, same_text = _repeated(ids), _repeated(texts)
+    same_id, same_text = repetitions(ids), repetitions(texts)
     same_text = {later: earlier for later, earlier in same_text.items() if later not in same_id}
     if not same_id and not same_text:
         return
@@ -269,39 +285,3 @@ def _records(found: Preflight, path: Path) -> Iterator[Record]:
         yield from read_records(path)
     except InputError as error:
         found.add("files that cannot be read", str(error), error=True)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
-
-
-def _repeated(digests: bytearray) -> dict[int, int]:
-    """Position -> the first position with the same digest, of every digest that came before."""
-    if not digests:
-        return {}
-    keys = np.frombuffer(digests, np.uint64).reshape(-1, 2)
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    same = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
-    # Runs of equal digests: the last place before a run of `same` begins is the first of its kind.
-    firsts = np.maximum.accumulate(np.where(np.concatenate(([True], ~same)), np.arange(len(order)), 0))[1:]
-    later = np.flatnonzero(same) + 1
-    return dict(zip(order[later].tolist(), order[firsts[later - 1]].tolist(), strict=True))
-
-
-class _Sample:
-    """Up to SAMPLE texts, drawn evenly by the hash of their ids in constant memory."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[int, str]] = []
-        self._limit = 2**64
-
-    def add(self, id_: str, text: str) -> None:
-        key = int.from_bytes(hashlib.blake2b(id_.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
-        if key < self._limit:
-            self._kept.append((key, text))
-            while len(self._kept) > SAMPLE:
-                self._limit //= 2
-                self._kept = [(key, text) for key, text in self._kept if key < self._limit]
-
-    def texts(self) -> list[str]:
-        return [text for _, text in self._kept]

@@ -15,7 +15,7 @@ from index import factory as factories
 from index.factory import import_faiss, reason
 from index.files import InputError, atomic_folder
 from index.graphs import add_held_out, is_graph, takes_rows_later, truth_without
-from index.layout import CURVE_FILE, FAISS_FILE, check_replaceable, finish, write_faiss, write_passages
+from index.layout import CURVE_FILE, FAISS_FILE, LISTS_FILE, check_replaceable, finish, write_faiss, write_passages
 from index.opened import Index
 from index.parts import Part
 from index.recall import Target, find_truth
@@ -171,8 +171,8 @@ def tuned(tuning: Tuning | None, folder: Path, factory: str, rows: int) -> dict[
     """The manifest's field of what was measured, beside its plot; nothing where nothing was."""
     if tuning is None:
         return {}
-    curve.draw(tuning, f"{factory}, {rows:,} passages", folder / CURVE_FILE)
-    size = (folder / FAISS_FILE).stat().st_size
+    size = sum(path.stat().st_size for path in (folder / FAISS_FILE, folder / LISTS_FILE) if path.exists())
+    curve.draw(tuning, f"{factory}, {rows:,} passages, {size / 2**20:,.1f} MiB", folder / CURVE_FILE)
     return {"tuning": {**tuning.as_json(), "rows": rows, "index_bytes": size}}
 
 

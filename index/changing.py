@@ -25,7 +25,6 @@ from index.layout import (
     write_faiss,
     write_passages,
 )
-from index.manifest import verify_files
 from index.opened import Index
 from index.parts import Part
 from index.recall import Target, find_truth
@@ -151,8 +150,7 @@ def _opened(folder: Path, out: Path | None, what: str, *, on_disk: bool = False)
     recover_folder(folder)
     if out is not None:
         check_replaceable(out)
-    index = Index.open(folder)
-    verify_files(index.manifest, "hash")
+    index = Index.open(folder, verify="hash")
     if LISTS_FILE in index.manifest.files and not on_disk:
         raise InputError(
             f"{folder}: {what} needs lists in memory, found lists on disk; build what is new with --train-from "

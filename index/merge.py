@@ -20,7 +20,6 @@ from index.layout import (
     write_faiss,
     write_passages,
 )
-from index.manifest import verify_files
 from index.opened import Index, read_faiss
 from index.settings import parts, set_search_defaults
 
@@ -48,9 +47,7 @@ def merge(
     if len(folders) < 2:
         raise InputError(f"merge: expected two indexes or more, found {len(folders)}")
     check_replaceable(out)
-    indexes = [Index.open(folder, mmap=True) for folder in folders]
-    for index in indexes:
-        verify_files(index.manifest, "hash")
+    indexes = [Index.open(folder, verify="hash", mmap=True) for folder in folders]
     _check_alike(indexes)
     if (found := duplicate_id([folder / IDS_FILE for folder in folders])) is not None:
         raise InputError(f"merge: expected every id in one index alone, found {found!r} twice")

@@ -35,13 +35,15 @@ class Indexes:
             index.check_model(first.model)
             if index.dim != first.dim:
                 raise InputError(f"{index.folder}: expected vectors of {first.dim} dimensions, found {index.dim}")
+        self._refuse_overlap()
 
     @classmethod
     def open(cls, folders: Sequence[Path], *, verify: Level = "size", mmap: bool = False) -> Indexes:
         """Open the indexes in `folders`, one at least, as `Index.open` does.
 
         Raises:
-            InputError: a folder holds no index, a damaged one, or one of another model or dimension.
+            InputError: a folder holds no index, a damaged one, one of another model or dimension, or one that was
+                built of the same passages as another.
         """
         if not folders:
             raise InputError("expected an index or more to search, found none")
@@ -112,6 +114,16 @@ class Indexes:
             [(self.ids[row], score) for score, row in zip(some_scores, some_rows, strict=True) if row >= 0]
             for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True)
         ]
+
+    def _refuse_overlap(self) -> None:
+        """No two may hold the same passages, which would be found twice."""
+        holder: dict[str, Index] = {}
+        for index in self.indexes:
+            for source in index.manifest.field("sources", list):
+                other = holder.setdefault(str(source), index)
+                if other is not index:
+                    found = "found the same"
+                    raise InputError(f"{index.folder}: expected other passages than those of {other.folder}, {found}")
 
     def _place(self, row: int) -> tuple[Index, int]:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.beir import beir_file
 from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
 from eval.preflight import Preflight, preflight
 from eval.suite import Plan, Task
 from index.files import InputError
+from index.records import count_records
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.progress import Terminal
 from retriever.set_settings import towers_for
@@ -54,8 +57,9 @@ def check_sets(
         raise InputError(f"expected at least one set that is here, found none of {', '.join(plan.absent)}")
     found = []
     for task in plan.tasks:
-        with terminal.bar(f"{task.name}: check", None, "passages"):
-            found.append(preflight(task.folder, task.split, name=task.name, dangling=options.dangling))
+        with terminal.bar(f"{task.name}: check", _passages(task) if terminal.is_live else None, "passages") as advance:
+            of_set = preflight(task.folder, task.split, name=task.name, dangling=options.dangling, progress=advance)
+        found.append(of_set)
     reports = {}
     broken = any(of_set.errors for of_set in found)
     for task, of_set in zip(plan.tasks, found, strict=True):
@@ -81,6 +85,14 @@ def check_sets(
     for of_set in found:
         of_set.refuse()
     return reports
+
+
+def _passages(task: Task) -> int | None:
+    """About how many there are; none where the corpus is missing, which the check will say."""
+    try:
+        return count_records(beir_file(task.folder, "corpus.jsonl"))
+    except (InputError, OSError):
+        return None
 
 
 def _print_findings(task: Task, found: Preflight, terminal: Terminal) -> None:
@@ -129,12 +141,14 @@ def _speed(towers: Towers, texts: Sequence[str], lengths: Lengths, options: Enco
     More and more at once: few go slower through a model than many, so the last and largest trial alone counts.
     """
     limit = lengths.limit or int(lengths.counts.max(initial=1))
-    count, speed, left = 2, 0.0, TRIAL_SECONDS
-    while left > 0:
+    embed_texts(towers, texts[:2], "document", options)  # the first call is slower than any other
+    count, left = min(2, len(texts)), TRIAL_SECONDS
+    while True:
         began = time.perf_counter()
         embed_texts(towers, texts[:count], "document", options)
         seconds = max(time.perf_counter() - began, 1e-6)
-        speed = float(lengths.counts[:count].clip(max=limit).sum()) / seconds
         left -= seconds
-        count = min(len(texts), 2 * count)
-    return speed
+        more = min(4.0, left / seconds)
+        if more <= 1 or count == len(texts):
+            return float(lengths.counts[:count].clip(max=limit).sum()) / seconds
+        count = min(len(texts), math.ceil(more * count))

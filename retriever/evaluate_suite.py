@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from eval.approximate import Approximation, approximation
+from eval.approximate import Approximation, approximation, search_by_parts
 from eval.beir import BeirDataset
 from eval.evaluate import exact_search, is_windows, query_vectors, ranked_run, score
 from eval.long_documents import WINDOWS
@@ -188,7 +188,9 @@ class Suite:
         index.check_model(towers.fingerprint())
         began = time.perf_counter()
         k = self._options.k
-        run = ranked_run(dataset, index.ids, index.search, lambda: vectors, k, is_windows(store))
+        with self._terminal.bar(f"{task.name}: search by index", len(vectors), "queries") as advance:
+            find = search_by_parts(index.search, advance)
+            run = ranked_run(dataset, index.ids, find, lambda: vectors, k, is_windows(store))
         exact.seconds["search by index"] = time.perf_counter() - began
         write_trec_run(self._out / task.name / "index.trec", run, "retriever")
         return approximation(index.factory, exact.run, run, score(dataset, run, k))

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from beir.retrieval.evaluation import EvaluateRetrieval
 
+from eval import approximate
+from eval.approximate import search_by_parts
 from eval.beir import BeirDataset
 from eval.evaluate import evaluate_beir, exact_search, ranked_run
 from eval.runs import write_trec_run
@@ -121,3 +123,17 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         evaluate_beir(dataset, store=store, embed_queries=embedder(corpus[:1] * np.nan))
     with pytest.raises(ValueError, match="k: expected at least 1"):
         evaluate_beir(dataset, store=store, embed_queries=embedder(corpus[:1]), k=0)
+
+
+@pytest.mark.parametrize("questions", [0, 1, 7, 8])
+def test_a_search_by_parts_finds_what_one_search_does(monkeypatch: pytest.MonkeyPatch, questions: int) -> None:
+    monkeypatch.setattr(approximate, "QUERIES_AT_ONCE", 4)
+    told: list[int] = []
+
+    def find(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return queries[:, :k], np.broadcast_to(np.arange(k), (len(queries), k))
+
+    queries = unit(np.random.default_rng(0), questions)
+    for found, whole in zip(search_by_parts(find, told.append)(queries, 3), find(queries, 3), strict=True):
+        np.testing.assert_array_equal(found, whole)
+    assert sum(told) == questions

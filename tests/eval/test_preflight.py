@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eval import preflight as checking
 from eval.beir import BeirDataset
+from eval.digests import SAMPLE
 from eval.estimate import Lengths, estimate, warn_of_lengths
 from eval.evaluate import evaluate_beir
-from eval.preflight import SAMPLE, Preflight, preflight
+from eval.preflight import Preflight, preflight
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 
@@ -158,6 +160,13 @@ def test_the_sample_is_bounded_and_the_same_on_every_run(tmp_path: Path) -> None
     folder = write(tmp_path / "s", passages(3 * SAMPLE), questions(1), test=HEADER + "q0\td1\t1\n")
     sample = preflight(folder).passage_sample
     assert SAMPLE // 4 < len(sample) <= SAMPLE and sample == preflight(folder).passage_sample
+
+
+def test_progress_is_told_of_the_passages_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "READ_AT_ONCE", 4)
+    told: list[int] = []
+    preflight(write(tmp_path / "s", passages(11), questions(1), test=HEADER + "q0\td1\t1\n"), progress=told.append)
+    assert told == [4, 4]
 
 
 def test_lengths_are_counted_against_the_maximum() -> None:

@@ -194,6 +194,8 @@ def test_several_flat_indexes_are_searched_as_one_ties_at_the_cut_included(
     assert [several.passage(row) for row in (0, 199, 200, 599)] == [one.passage(row) for row in (0, 199, 200, 599)]
     with pytest.raises(IndexError):
         several.passage(600)
+    with pytest.raises(InputError, match=r"expected other passages than those of .*, found the same"):
+        Indexes.open([*parts, parts[1]])
 
 
 def test_indexes_that_do_not_fit_are_not_merged(tmp_path: Path, make_store: Callable, vectors: np.ndarray) -> None:

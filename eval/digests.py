@@ -1,0 +1,46 @@
+"""Texts known by their digests: which of them come twice, and a sample that is the same on every run."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+SAMPLE = 4096
+
+
+def digest(text: str) -> bytes:
+    """16 bytes that stand for a text."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def repetitions(digests: bytearray) -> dict[int, int]:
+    """Position -> the first position with the same digest, of every digest that came before."""
+    if not digests:
+        return {}
+    keys = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    same = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    # Runs of equal digests: the last place before a run of `same` begins is the first of its kind.
+    firsts = np.maximum.accumulate(np.where(np.concatenate(([True], ~same)), np.arange(len(order)), 0))[1:]
+    later = np.flatnonzero(same) + 1
+    return dict(zip(order[later].tolist(), order[firsts[later - 1]].tolist(), strict=True))
+
+
+class Sample:
+    """Up to SAMPLE texts, drawn evenly by the hash of their ids in constant memory."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, str]] = []
+        self._limit = 2**64
+
+    def add(self, id_: str, text: str) -> None:
+        key = int.from_bytes(hashlib.blake2b(id_.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+        if key < self._limit:
+            self._kept.append((key, text))
+            while len(self._kept) > SAMPLE:
+                self._limit //= 2
+                self._kept = [(key, text) for key, text in self._kept if key < self._limit]
+
+    def texts(self) -> list[str]:
+        return [text for _, text in self._kept]
