@@ -8,6 +8,8 @@ kept in. Rounds of each method alternate in one process; all read and decode the
 - Pillow: JPEG bytes that lie in memory become RGB, in as many processes; nothing else;
 - decoder: and a random part of each is cut out, resized and copied to a tensor, as training needs;
 - pipeline: `retriever train`'s own: tars read by offset, captions drawn and tokenized, batches put together.
+Beside the rates stands the processor time of a picture, over all processes: what else a machine does slows the rates,
+and by chance, but hardly that.
 Rows go to images.csv in scripts/results or where --results says.
 """
 
@@ -17,6 +19,7 @@ import argparse
 import csv
 import io
 import os
+import resource
 import statistics
 import sys
 import tarfile
@@ -25,7 +28,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +51,14 @@ TRANSFORM = ImageTransform(size=(224, 224), resize=224)
 WORDS = ["a", "photo", "of", "the", "small", "red", "house", "by", "river", "with", "two", "trees", "and", "sky"]
 
 
+class Spent(NamedTuple):
+    """Seconds of a picture."""
+
+    wall: float
+    busy: float
+    """Of processors, over all processes."""
+
+
 def main() -> None:
     """Measure every method in every round."""
     options = parse_arguments()
@@ -59,16 +70,22 @@ def main() -> None:
         count = min(options.pictures, len(pairs)) // options.batch * options.batch
         if not count:
             sys.exit(f"{path}: expected at least a batch of {options.batch} pairs, found {len(pairs)}")
-        methods: dict[str, Callable[[], float]] = {
+        methods: dict[str, Callable[[], Spent]] = {
             "Pillow": lambda: decoder(pairs, count, options.workers, decode),
             "decoder": lambda: decoder(pairs, count, options.workers, decode_and_crop),
             "pipeline": lambda: pipeline(pairs, count, options),
         }
-        found: dict[str, list[float]] = {name: [] for name in methods}
-        for number in range(options.rounds):
+        found: dict[str, list[Spent]] = {name: [] for name in methods}
+        for number in range(options.rounds + 1):
             for name in sorted(methods, reverse=bool(number % 2)):
-                found[name].append(count / methods[name]())
-            print("  ".join(f"{name} {rates[-1]:,.0f}/s" for name, rates in found.items()), flush=True)
+                spent = methods[name]()
+                # The first round warms up.
+                if number:
+                    found[name].append(spent)
+            if number:
+                last = {name: spent[-1] for name, spent in found.items()}
+                shown = (f"{name} {1 / spent.wall:,.0f}/s {1000 * spent.busy:.2f} ms" for name, spent in last.items())
+                print("  ".join(shown), flush=True)
         size = np.mean([len(pairs.read(row).picture) for row in range(0, count, 16)])
     write(found, count, size, options)
 
@@ -78,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="webdataset tars, with braces; synthetic ones if not given")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that decode")
-    parser.add_argument("--pictures", type=int, default=3072, help="pictures a round")
+    parser.add_argument("--pictures", type=int, default=2048, help="pictures a round")
     parser.add_argument("--batch", type=int, default=1024, help="pairs of a batch")
     parser.add_argument("--sides", type=int, nargs=2, default=(512, 384), help="of synthetic pictures, in pixels")
     parser.add_argument("--rounds", type=int, default=5)
@@ -111,17 +128,20 @@ def picture(sides: tuple[int, int], chance: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def decoder(pairs: PairSource, count: int, workers: int, work: Callable[[list[bytes]], None]) -> float:
-    """Seconds in which processes do `work` on all pictures, from when each of them holds its share."""
+def decoder(pairs: PairSource, count: int, workers: int, work: Callable[[list[bytes]], None]) -> Spent:
+    """What processes take to do `work` on all pictures, from when each of them holds its share."""
     context = get_context("fork")
     ready, go = context.Barrier(workers + 1), context.Barrier(workers + 1)
+    taken = context.Array("d", workers)
 
     def one(number: int) -> None:
         torch.set_num_threads(1)
         share = [pairs.read(row).picture for row in range(number, count, workers)]
         ready.wait()
         go.wait()
+        before = time.process_time()
         work(share)
+        taken[number] = time.process_time() - before
 
     processes = [context.Process(target=one, args=(number,)) for number in range(workers)]
     for process in processes:
@@ -131,7 +151,7 @@ def decoder(pairs: PairSource, count: int, workers: int, work: Callable[[list[by
     go.wait()
     for process in processes:
         process.join()
-    return time.perf_counter() - start
+    return Spent((time.perf_counter() - start) / count, sum(taken) / count)
 
 
 def decode(share: list[bytes]) -> None:
@@ -147,19 +167,25 @@ def decode_and_crop(share: list[bytes]) -> None:
         TRANSFORM.augmented(open_image(content), chance)
 
 
-def pipeline(pairs: PairSource, count: int, options: argparse.Namespace) -> float:
-    """Seconds from the first request to the last batch; workers start before."""
+def busy() -> float:
+    """Seconds of processors that this process and those it has waited for have taken."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def pipeline(pairs: PairSource, count: int, options: argparse.Namespace) -> Spent:
+    """From the first batch to the last; the processor time also of the first, and of the workers' start and end."""
     schedule = BatchSchedule([count], batch_size=options.batch, seed=0, steps=count // options.batch + 1)
     reader = PairReader(pairs, TRANSFORM, True, word_tokenizer(), "", 0.01)
     batches = ImageBatches(
         [reader], schedule, image_tokens=197, token_budget=131072, padded=False, say=lambda line: print(line)
     )
+    before = busy()
     stream = batches.loader(workers=options.workers)
-    next(stream)
+    first = next(stream).queries
     start = time.perf_counter()
     seen = sum(batch.queries for batch in stream)
-    seconds = time.perf_counter() - start
-    return seconds * count / seen
+    return Spent((time.perf_counter() - start) / seen, (busy() - before) / (first + seen))
 
 
 def word_tokenizer() -> TextTokenizer:
@@ -172,29 +198,32 @@ def word_tokenizer() -> TextTokenizer:
     return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"), 77)
 
 
-def write(found: dict[str, list[float]], count: int, size: Any, options: argparse.Namespace) -> None:
+def write(found: dict[str, list[Spent]], count: int, size: Any, options: argparse.Namespace) -> None:
     """A row for each method."""
-    ratios = {
-        name: statistics.median(own / bare for own, bare in zip(rates, found["decoder"], strict=True))
-        for name, rates in found.items()
-    }
-    rows = [
-        {
-            "method": name,
-            "pictures_per_second": f"{statistics.median(rates):.0f}",
-            "of_decoder": f"{ratios[name]:.3f}",
-            "rounds": options.rounds,
-            "pictures": count,
-            "workers": options.workers,
-            "data": "given" if options.data else "synthetic JPEG, {} x {}, quality 95".format(*options.sides),
-            "mean_bytes": f"{size:.0f}",
-            "pillow": Image.__version__,
-            **machine(),
-        }
-        for name, rates in found.items()
-    ]
+    rows = []
+    for name, spent in found.items():
+        both = list(zip(found["decoder"], spent, strict=True))
+        rows.append(
+            {
+                "method": name,
+                "pictures_per_second": f"{statistics.median(1 / one.wall for one in spent):.0f}",
+                "of_decoder": f"{statistics.median(bare.wall / one.wall for bare, one in both):.3f}",
+                "processor_ms": f"{1000 * statistics.median(one.busy for one in spent):.3f}",
+                "of_decoder_by_processor_time": f"{statistics.median(bare.busy / one.busy for bare, one in both):.3f}",
+                "rounds": options.rounds,
+                "pictures": count,
+                "workers": options.workers,
+                "data": "given" if options.data else "synthetic JPEG, {} x {}, quality 95".format(*options.sides),
+                "mean_bytes": f"{size:.0f}",
+                "pillow": Image.__version__,
+                **machine(),
+            }
+        )
     for row in rows:
-        print(f"{row['method']:18} {row['pictures_per_second']:>6}/s  {row['of_decoder']} of the decoder alone")
+        print(
+            f"{row['method']:9} {row['pictures_per_second']:>6}/s, {row['of_decoder']} of the decoder; "
+            f"{row['processor_ms']} ms of a processor, {row['of_decoder_by_processor_time']}"
+        )
     with atomic_path(options.results / "images.csv") as path, path.open("w", encoding="utf-8", newline="") as stream:
         table = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         table.writeheader()

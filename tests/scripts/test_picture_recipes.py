@@ -1,0 +1,73 @@
+"""The recipes for pictures and captions say what was published, and a run on them starts and steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retriever.config import TrainConfig, load_config
+from retriever.images.config import ImageConfig
+from retriever.images.shards import expand_braces
+from retriever.optim import lr_factor
+from retriever.progress import Terminal
+from retriever.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "retriever"))
+
+from image_helpers import SMALL, letter_tokenizer, save_vision_encoder, write_shards
+
+FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "recipes"
+PAIRS = {"cc3m": (3_318_333, 332, 16384), "cc12m": (12_423_374, 1243, 32768), "laion400m": (413_871_335, 41408, 262144)}
+RECIPES = ["cc3m_vit-b32", "cc12m_vit-b32", "laion400m_vit-b32", "laion400m_lit-b16", "laion400m_lit-l16"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_the_published_one(name: str) -> None:
+    config = load_config(FOLDER / f"{name}.yaml")
+    pairs, shards, batch = PAIRS[name.partition("_")[0]]
+    (source,) = config.data.images
+    assert len(expand_braces(source.path)) == shards and config.batch_size == batch
+    optim, loss, image = config.optim, config.loss, config.model.image
+    assert (optim.name, optim.schedule, optim.max_grad_norm) == ("adafactor", "cosine", 1.0)
+    locked = "_lit-" in name
+    expected = (1e-3, (0.9, 0.95), 1e-4) if locked else (5e-4, (0.9, 0.98), 0.5)
+    assert (optim.lr, optim.betas, optim.weight_decay) == expected
+    assert image.lock == ("image" if locked else "none") and image.augment and not image.flip
+    assert loss.name == "inf_cl" and loss.symmetric and loss.learn_logit_scale
+    # The learning rate is highest after half an epoch.
+    steps = config.epochs * pairs // batch
+    factors = [lr_factor(step, int(steps), optim) for step in range(int(steps))]
+    assert config.epochs == 8 and abs(int(np.argmax(factors)) + 1 - 0.5 * pairs / batch) <= 1
+
+
+@pytest.mark.parametrize("name", ["cc3m_vit-b32", "laion400m_lit-b16"])
+def test_a_recipe_trains(name: str, tmp_path: Path) -> None:
+    config = load_config(FOLDER / f"{name}.yaml")
+    letter_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    lock = config.model.image.lock
+    encoder = "tiny" if lock == "none" else str(save_vision_encoder("vit", tmp_path / "encoder"))
+    small: TrainConfig = dataclasses.replace(
+        config,
+        out=str(tmp_path / "run"),
+        model=dataclasses.replace(
+            config.model,
+            architecture={**(config.model.architecture or {}), **SMALL},
+            tokenizer=str(tmp_path / "tokenizer"),
+            max_length=16,
+            image=ImageConfig(name=encoder, lock=lock),
+        ),
+        data=dataclasses.replace(
+            config.data,
+            images=(dataclasses.replace(config.data.images[0], path=write_shards(tmp_path / "set")),),
+            workers=0,
+        ),
+        batch_size=16,
+        steps=2,
+        precision="fp32",
+    )
+    trainer = Trainer.start(small, Terminal())
+    assert (trainer.train() / "modules.json").exists() and trainer.state.step == 2
