@@ -52,7 +52,7 @@ def backward(
     from the random state of its first.
 
     Args:
-        encode: embeddings [n, D] of a micro-batch, with a graph.
+        encode: embeddings [n, D] of a micro-batch, with a graph where any weight of it is trained.
         micro_batches: what `encode` takes, one after another.
         loss_of: scalar loss from the embeddings of every micro-batch, in order; what it returns is run backward.
         device: whose random generator `encode` draws from, beside the CPU's.
@@ -76,10 +76,16 @@ def backward(
     # Kept graphs first, newest first: each gives its memory back before another is built.
     with phase("backward"):
         for leaf in reversed(leaves[again:]):
-            graphs.pop().backward(leaf.grad)
+            _carry(leaf.grad, graphs.pop())
     for micro_batch, state, leaf in zip(micro_batches[:again], states, leaves[:again], strict=True):
         with phase("second forward"), state.restored():
             embedding = encode(micro_batch)
         with phase("backward"):
-            embedding.backward(leaf.grad)
+            _carry(leaf.grad, embedding)
     return loss.detach()
+
+
+def _carry(gradient: Tensor | None, embedding: Tensor) -> None:
+    # A locked tower without a projection has no weights to carry it to.
+    if embedding.requires_grad:
+        embedding.backward(gradient)

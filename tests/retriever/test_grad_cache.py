@@ -50,6 +50,24 @@ def test_cached_gradients_with_dropout_equal_the_direct_ones(sizes: list[int], k
         torch.testing.assert_close(cached[name], direct[name], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("keep", [0, 1, 4])
+def test_micro_batches_of_a_tower_without_trained_weights_are_no_obstacle(keep: int) -> None:
+    tower = nn.Linear(6, 5).double()
+    inputs = torch.randn(4, 3, 6, dtype=torch.float64).unbind()
+
+    def encode(number: int) -> Tensor:
+        return tower(inputs[number]) if number % 2 else inputs[number][:, :5]
+
+    def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(embeddings)).prod(dim=0).square().sum()
+
+    grad_cache.backward(encode, range(4), loss_of, CPU, keep=keep)
+    found = [tower.weight.grad, tower.bias.grad]
+    expected = torch.autograd.grad(loss_of([encode(number) for number in range(4)]), tower.parameters())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_dropout_differs_between_micro_batches() -> None:
     # Else the equality above would hold for a cache that used one random state throughout.
     dropout = nn.Dropout(0.5)

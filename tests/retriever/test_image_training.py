@@ -174,12 +174,13 @@ def test_gradient_cache_gives_the_gradients_of_the_whole_batch(config: TrainConf
             torch.testing.assert_close(gradient, other[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+# Without a projection, as in LiT, nothing of the image tower is trained.
+@pytest.mark.parametrize("projection", [16, None])
 def test_locked_image_tower_keeps_its_weights_and_trains_as_if_its_features_were_computed_each_time(
-    config: TrainConfig, place: Path
+    projection: int | None, config: TrainConfig, place: Path
 ) -> None:
-    locked = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, image=ImageConfig(name="tiny", size=32, lock="image"))
-    )
+    image = ImageConfig(name="tiny", size=32, lock="image")
+    locked = dataclasses.replace(config, model=dataclasses.replace(config.model, image=image, projection=projection))
     torch.manual_seed(config.seed)
     before = build_image_text_towers(locked.model).image_fingerprint()
     trainer = Trainer.start(locked, Terminal())
