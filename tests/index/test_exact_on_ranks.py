@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,51 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact_on_ranks import check_ranks
 
-from index import exact, windows
+from index import windows
 
-HOUSE = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def run_ranks(ranks: int, folder: Path) -> list[dict[str, np.ndarray]]:
-    """What each of so many processes found."""
-    script = Path(__file__).with_name("exact_on_ranks.py")
-    environment = {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(ranks), folder / f"store{ranks}", folder],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-    return [dict(np.load(folder / f"{ranks}-{rank}.npz")) for rank in range(ranks)]
-
-
 def test_one_two_and_four_ranks_find_the_same_bytes_with_any_block_size(rng, tmp_path: Path) -> None:
-    passages = rng.standard_normal((500, 16)).astype(np.float32)
-    passages[250:] = passages[:250]  # every score twice, for ties across shards
-    queries = rng.standard_normal((11, 16)).astype(np.float32)
-    ids = [f"d{n}" for n in rng.permutation(500)]
-    np.savez(tmp_path / "data.npz", queries=queries, passages=passages, ids=np.array(ids))
-    scores, rows = exact.search(queries, [(0, passages)], ids, 40)
-    for ranks in (1, 2, 4):
-        for number, found in enumerate(run_ranks(ranks, tmp_path)):
-            for block_rows in (7, 100, 16384):
-                assert found[f"scores{block_rows}"].tobytes() == scores.tobytes()
-                assert found[f"rows{block_rows}"].tobytes() == rows.tobytes()
-            # The last of 8 shards is the last rank's; nobody waits for it.
-            expected = "InputError: row 499" if number == ranks - 1 else "RuntimeError: exact search: another rank"
-            assert str(found["error"]).startswith(expected)
+    check_ranks(rng, tmp_path, (1, 2, 4), "cpu")
 
 
 def filled_ahead(shards: windows.Shards, block_rows: int, rows: int) -> Iterator[windows.Piece]:
