@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor
 
 from index.files import InputError
+from retriever.staging import Staging
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+# From here on a copy takes longer than the events that let it run beside kernels.
+STAGED_BYTES = 1 << 20
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,10 +55,18 @@ def choose_precision(name: Literal["auto"] | Precision, device: torch.device) ->
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on the device (itself on the CPU), for which neither the host nor the device waits."""
+    """A copy of a CPU tensor on the device (itself on the CPU), for which neither the host nor the device waits; a
+    large one is copied beside what the device computes."""
     if device.type != "cuda":
         return tensor.to(device)
+    if tensor.nbytes >= STAGED_BYTES:
+        return _staging(device).bring(tensor)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@functools.cache
+def _staging(device: torch.device) -> Staging:
+    return Staging(device)
 
 
 class Arriving:

@@ -109,6 +109,19 @@ class Ranks:
         return exchanged.tolist()
 
 
+@dataclass(frozen=True)
+class PlannedRanks(Ranks):
+    """The first of so many processes, the others of which are not there: to plan a run, not to make one."""
+
+    @property
+    def group(self) -> Any:
+        """None: nobody to exchange with."""
+        return None
+
+    def wait(self) -> None:
+        """For nobody."""
+
+
 class SilentTerminal(Terminal):
     """For all ranks but the first: one of them speaks."""
 

@@ -34,6 +34,7 @@ from retriever.interrupt import Interrupted, StopRequest
 from retriever.meter import Meter
 from retriever.open_data import open_training
 from retriever.optim import build_optimizer
+from retriever.plan import Plan, plan_step
 from retriever.pool_ids import with_pool_ids
 from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
@@ -172,6 +173,23 @@ class Trainer:
             raise InputError(f"{self.run}: the data changed since {newest.name}; a run goes on only with the same data")
         if self.state.scaler is not None:
             self.scaler.load_state_dict(self.state.scaler)
+
+    def plan(self) -> Plan:
+        """What a step will need on this process; nothing is trained."""
+        config, workers = self.config, self.config.data.workers
+        batch = next(iter(self.batches.loader(start=0)))
+        return plan_step(
+            config,
+            self.towers,
+            self.loss,
+            self.optimizer,
+            self._step.graphs,
+            batch,
+            precision=self.precision,
+            ranks=self.ranks.size,
+            # The one at hand, and two of each worker; the workers' own are theirs on the host.
+            batches_waiting=1 + 2 * workers,
+        )
 
     def train(self, *, profile: bool = False) -> Path:
         """Train to the last step; returns the model folder.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from retriever.commands.common import Switch, check_counts
 from retriever.config import CONFIG_FILE, ConfigError, TrainConfig, load_config, with_absolute_paths
 from retriever.interrupt import Interrupted
 from retriever.progress import Terminal
@@ -26,14 +27,37 @@ class Train:
     config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
     resume: str | None = None
     """Folder of a run to go on with, exactly where it stopped, with its own configuration."""
-    profile: bool = False
+    profile: Switch = False
     """Show where the time of three early steps goes, and write a trace of them into the run's folder."""
+    dry_run: Switch = False
+    """Say what each process will need (data, towers, loss, optimizer), and train nothing."""
+    processes: int | None = None
+    """With --dry-run: plan for so many processes, without starting them."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "processes")
+        if self.processes is not None and not self.dry_run:
+            raise ValueError("--processes: goes with --dry-run; torchrun starts the processes of a run")
 
     def run(self, terminal: Terminal) -> int:
         from retriever.ranks import SilentTerminal, joined_ranks, uses_gpus
 
+        if self.dry_run:
+            return self._plan(terminal)
         with joined_ranks(on_devices=uses_gpus(self.config.device)) as ranks:
             return self._train(terminal if ranks.first else SilentTerminal(), ranks)
+
+    def _plan(self, terminal: Terminal) -> int:
+        from retriever.ranks import PlannedRanks
+        from retriever.trainer import Trainer
+
+        config = self.config if self.resume is None else load_config(Path(self.resume) / CONFIG_FILE)
+        config = with_absolute_paths(config)
+        plan = Trainer(config, Path(config.out), terminal, PlannedRanks(size=self.processes or 1)).plan()
+        print("\n".join(plan.lines()))
+        if not plan.fits:
+            terminal.line("this does not fit: fewer --micro-batch-tokens, a smaller --batch-size, or more processes")
+        return 0 if plan.fits else 1
 
     def _train(self, terminal: Terminal, ranks: Ranks) -> int:
         from retriever.trainer import Trainer

@@ -1,0 +1,212 @@
+"""What a step of training will need on each process, before any is made: `retriever train --dry-run`.
+
+Weights, gradients and optimizer are counted, the graph of a micro-batch is measured by running one forward, and what
+else a step allocates is counted from its shapes. A step's peak is the largest of three moments: the loss, when all
+embeddings and their gradients are there; the backward of the kept graphs, newest first; and the backward of a
+micro-batch that runs again, beside all gradients. A checkpoint is written from copies on the host, which may be the
+fourth on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from losses.tiles import CPU_TILE_ENTRIES
+from retriever.config import TrainConfig
+from retriever.device import Precision
+from retriever.graph_memory import GraphMemory
+from retriever.half_weights import arithmetic
+from retriever.prepare import PreparedBatch
+from retriever.towers import Towers
+
+MIB = 2**20
+# Of each number of an embedding while the loss is computed: as a leaf, in order, in the products' precision, its
+# gradient in order, and on its way to the leaf; afterwards the leaf and its gradient.
+_AT_LOSS, _AFTER_LOSS = 20, 8
+# What a backward pass holds beside its graph, as part of it.
+_BACKWARD = 0.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on one process, by what they are for. Of the device, if that is a GPU; otherwise all is on the host."""
+
+    resident: dict[str, float]
+    """There from the first step to the last."""
+    step: dict[str, float]
+    """There for a part of each step."""
+    peak: float
+    """The most at any moment."""
+    room: float
+    """What the device has for this process, or the machine in all."""
+    host: dict[str, float]
+    """On the host, where `resident` and `step` are on a GPU."""
+    notes: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the room."""
+        return self.peak <= self.room
+
+    def lines(self) -> list[str]:
+        """For a person to read."""
+        rows = [*self.resident.items(), *self.step.items(), ("peak", self.peak), ("of", self.room)]
+        shown = [f"  {name:<44}{size / MIB:>12,.0f} MiB" for name, size in rows]
+        host = [f"  {name + ' (host)':<44}{size / MIB:>12,.0f} MiB" for name, size in self.host.items()]
+        return [*self.notes, *shown, *host]
+
+
+def plan_step(
+    config: TrainConfig,
+    towers: Towers,
+    loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    graphs: GraphMemory,
+    batch: PreparedBatch,
+    *,
+    precision: Precision,
+    ranks: int,
+    batches_waiting: int,
+) -> Plan:
+    """Plan the steps of a run by its first batch.
+
+    Args:
+        batch: this process's share of it.
+        ranks: processes that compute the loss together.
+        batches_waiting: batches that are held ready.
+    """
+    device = towers.device
+    on_gpu = device.type == "cuda"
+    # Before anything runs: what a forward has used stays with the process.
+    used = 0.0 if on_gpu else float(psutil.Process().memory_info().rss)
+    rows, width = sum(len(group) for group in batch.groups), towers.dimension
+    passages = rows - batch.queries
+    sizes = batch.micro_batch_tokens
+    kept = graphs.keep(sizes)
+    places = [(group, rows_) for group in batch.groups for rows_ in group.micro_batches]
+    largest = int(np.argmax(sizes))
+    group, some = places[largest]
+    graph = held_bytes(towers, precision, lambda: group.embed(towers, some))
+    a_token = graph / max(1, sizes[largest])
+    kept_graphs = a_token * sum(sizes[len(sizes) - kept :])
+    once_more = graph if kept < len(sizes) else 0.0
+
+    trained = [parameter for g in optimizer.param_groups for parameter in g["params"]]
+    gradients = float(sum(parameter.nbytes for parameter in trained))
+    resident = {
+        "weights": float(sum(t.nbytes for module in (towers, loss) for t in (*module.parameters(), *module.buffers()))),
+        f"optimizer ({config.optim.name})": float(sum(_moments(p, config.optim.name) for p in trained)),
+    }
+    # safetensors makes bytes of copies, and the larger of the two files is the optimizer's.
+    checkpoint = 2 * max(resident.values())
+    if not on_gpu:
+        resident["program, libraries, open data"] = max(0.0, used - resident["weights"])
+    half = 0.0
+    if on_gpu and precision == "bf16":
+        half = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
+    workspace = _workspace(config, batch.queries, passages, width, on_gpu)
+    exchanged = _exchanged(passages, width, ranks, config)
+    step = {
+        "weights in bf16": half,
+        "gradients": gradients,
+        f"graphs kept until the loss ({kept} of {len(sizes)} micro-batches)": kept_graphs,
+        "graph of one micro-batch, and its backward": (1 + _BACKWARD) * graph,
+        "embeddings and their gradients": float(_AT_LOSS * rows * width),
+        "workspace of the loss": workspace,
+        "passages on their way between processes": exchanged,
+    }
+    # A gradient is made whole before it is added to what earlier micro-batches gave.
+    adding = float(max(parameter.nbytes for parameter in trained)) if len(sizes) > 1 else 0.0
+    moments = [
+        kept_graphs + _AT_LOSS * rows * width + workspace + exchanged,
+        gradients + adding + kept_graphs + _BACKWARD * graph + _AFTER_LOSS * rows * width,
+        gradients + adding + (1 + _BACKWARD) * once_more + _AFTER_LOSS * rows * width,
+    ]
+    data = float(batches_waiting * batch_bytes(batch))
+    if not on_gpu:
+        resident["batches held ready"] = data
+        step["a checkpoint while it is written"] = checkpoint
+        moments.append(checkpoint)
+    return Plan(
+        {name: size for name, size in resident.items() if size},
+        {name: size for name, size in step.items() if size},
+        sum(resident.values()) + half + max(moments),
+        float(torch.cuda.mem_get_info(device)[1]) if on_gpu else float(psutil.virtual_memory().total),
+        {"batches held ready": data, "a checkpoint while it is written": checkpoint} if on_gpu else {},
+        [
+            f"each of {ranks} processes, {device.type}, {precision}: {batch.queries:,} queries and {passages:,} "
+            f"passages a step, {batch.tokens:,} tokens in {len(sizes)} micro-batches of at most {max(sizes):,}"
+        ],
+    )
+
+
+def held_bytes(towers: Towers, precision: Precision, forward: Callable[[], Tensor]) -> float:
+    """Bytes that the graph of a forward holds until its backward."""
+    device = towers.device
+    if device.type == "cuda":
+        with torch.random.fork_rng(devices=[device]), arithmetic(towers, precision):
+            before = torch.cuda.memory_allocated(device)
+            output = forward()
+            held = torch.cuda.memory_allocated(device) - before
+            del output
+        return float(held)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*towers.parameters(), *towers.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=[]), arithmetic(towers, precision), hooks:
+        output = forward()
+    del output
+    return float(sum(storages.values()))
+
+
+def batch_bytes(batch: PreparedBatch) -> int:
+    """What a batch holds on the host: token ids or pixels, and ids."""
+    found = batch.query_ids.nbytes + batch.passage_ids.nbytes
+    for group in batch.groups:
+        content: Any = group
+        held = [content.pixels] if hasattr(content, "pixels") else [content.tokens.ids, content.tokens.offsets]
+        found += sum(array.nbytes for array in held)
+    return int(found)
+
+
+def _moments(parameter: Tensor, name: str) -> float:
+    """Bytes of an optimizer's state of one parameter, as optim.py has it."""
+    if name == "adamw":
+        return 2.0 * parameter.nbytes
+    first, rest = parameter.shape[0] if parameter.ndim else 1, parameter.numel()
+    rows, columns = first, rest // max(1, first)
+    factored = parameter.ndim > 1 and min(rows, columns) >= 32
+    return 2.0 * rest + 4.0 * ((rows + columns) if factored else rest)
+
+
+def _workspace(config: TrainConfig, queries: int, passages: int, width: int, on_gpu: bool) -> float:
+    """What tiles of the score matrix take; a matrix that exists whole takes several times itself."""
+    scores, given = float(queries) * passages, float(config.loss.workspace_mib * MIB)
+    if config.loss.name == "clip" or config.loss.implementation in ("full", "dense"):
+        return 20 * scores
+    if on_gpu:
+        return min(given, 16 * scores)
+    return min(given, 13 * min(scores, CPU_TILE_ENTRIES) + 24.0 * width * CPU_TILE_ENTRIES**0.5)
+
+
+def _exchanged(passages: int, width: int, ranks: int, config: TrainConfig) -> float:
+    """Blocks of the ring: two on their way and three sums (losses/ring.py); or the pool, within the workspace."""
+    if ranks == 1:
+        return 0.0
+    ring = passages * width * (2 * 4 + 3 * 4)
+    pool = ranks * passages * width * 8
+    return float(pool if pool <= config.loss.workspace_mib * MIB else ring)

@@ -1,0 +1,94 @@
+"""What --dry-run says a run needs is what it then needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import command, write_lines
+
+from retriever.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, save_config
+from retriever.data.sources import SourceConfig
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def config(tiny: ModelConfig, tmp_path: Path) -> TrainConfig:
+    """Towers of 50 million parameters, most of them embeddings, so that a step is short."""
+    assert tiny.architecture is not None
+    random = np.random.default_rng(0)
+    rows: list[object] = [
+        {"query": "".join(random.choice(list("abcdef"), 20)), "positive": "".join(random.choice(list("abcdef"), 50))}
+        for _ in range(64)
+    ]
+    wide = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 200_000}
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        model=dataclasses.replace(tiny, architecture=tiny.architecture | wide),
+        data=DataConfig(sources=(SourceConfig(path=str(write_lines(tmp_path / "pairs.jsonl", rows))),), workers=0),
+        loss=LossConfig(symmetric=True),
+        batch_size=64,
+        steps=2,
+        micro_batch_tokens=2048,
+        checkpoint_every=100,
+        precision="auto" if torch.cuda.is_available() else "fp32",
+    )
+
+
+def planned(config: Path, *more: str) -> float:
+    outcome = command("train", config, "--dry-run", *more)
+    assert outcome.code == 0, outcome.err
+    found = re.search(r"peak +([\d,]+) MiB", outcome.out)
+    assert found is not None, outcome.out
+    return float(found[1].replace(",", ""))
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def assert_planned(config: TrainConfig, tmp_path: Path) -> None:
+    save_config(config, file := tmp_path / "run.yaml")
+    # A process of its own: what others have used stays with this one.
+    words = [sys.executable, "-m", "retriever", "train", str(file), "--dry-run"]
+    dry = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert dry.returncode == 0, dry.stderr
+    found = re.search(r"peak +([\d,]+) MiB", dry.stdout)
+    assert found is not None
+    words = [sys.executable, str(HERE / "peak_of_training.py"), str(file)]
+    real = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)
+    assert real.returncode == 0, real.stderr
+    assert float(found[1].replace(",", "")) * 2**20 == pytest.approx(float(real.stdout), rel=0.15)
+
+
+def test_the_planned_peak_is_the_measured_one(config: TrainConfig, tmp_path: Path) -> None:
+    assert_planned(config, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_the_planned_peak_is_the_measured_one_on_a_gpu(config: TrainConfig, tmp_path: Path, optimizer: str) -> None:
+    optim = OptimConfig(name="adafactor" if optimizer == "adafactor" else "adamw")
+    assert_planned(dataclasses.replace(config, optim=optim, micro_batch_tokens=None), tmp_path)
+
+
+def test_planning_leaves_no_run_and_more_processes_need_less(config: TrainConfig, tmp_path: Path) -> None:
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, max_length=16))
+    save_config(small, file := tmp_path / "run.yaml")
+    assert planned(file, "--processes", "8") <= planned(file)
+    assert not (Path(config.out) / "config.yaml").exists()
+
+
+def test_processes_are_for_planning_alone(tmp_path: Path) -> None:
+    outcome = command("train", "--processes", "8")
+    assert outcome.code == 2 and "--processes" in outcome.err

@@ -1,0 +1,25 @@
+"""What is brought to a GPU through staging buffers is what was on the host, however fast the host goes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retriever.staging import Staging
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def test_tensors_arrive_whole_while_the_device_is_busy_and_the_buffers_stay_two() -> None:
+    staging, busy = Staging(torch.device("cuda")), torch.randn(4096, 4096, device="cuda")
+    sent = [torch.randint(0, 256, (3 + number % 5, 1 << 18), dtype=torch.uint8) for number in range(40)]
+    held, arrived = torch.cuda.memory_allocated(), []
+    for tensor in sent:
+        busy @ busy
+        arrived.append(staging.bring(tensor).sum(dtype=torch.int64))
+        # The host may use its own again at once.
+        expected = tensor.clone()
+        tensor.zero_()
+        tensor.copy_(expected)
+    assert [int(total) for total in arrived] == [int(tensor.sum(dtype=torch.int64)) for tensor in sent]
+    assert torch.cuda.memory_allocated() - held <= 2 * max(tensor.nbytes for tensor in sent) + (1 << 20)
