@@ -9,17 +9,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL
 import torch
 
-from eval.zero_shot.data import ImageAt, ZeroShotSet, open_set, read_templates
+from eval.zero_shot.data import ZeroShotSet, open_set, read_templates
 from eval.zero_shot.evaluate import Evaluated, embed_set, score
 from eval.zero_shot.report import ZeroShotReport
 from eval.zero_shot.report_files import write
 from index.files import InputError
 from retriever.encode import EncodeOptions
-from retriever.images.encode import Decoder, embed_pixels
+from retriever.images.encode import Decoder, embed_readable
 from retriever.images.towers import ImageTextTowers
 from retriever.images.transforms import open_image
 from retriever.progress import Terminal
@@ -111,15 +110,3 @@ def _evaluated(
             sha256=sha256,
         )
     return dataclasses.replace(found, seconds={"images": seconds, **found.seconds})
-
-
-def embed_readable(
-    towers: ImageTextTowers, decoder: Decoder, images: Sequence[ImageAt], options: EncodeOptions
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Embeddings of images, float32 [images, dimension], and why which of them cannot be read."""
-    decoded = decoder([(image.read(), image.name) for image in images])
-    broken = {row: found for row, found in enumerate(decoded) if isinstance(found, str)}
-    vectors = np.zeros((len(images), towers.dimension), dtype=np.float32)
-    rows = [row for row in range(len(images)) if row not in broken]
-    vectors[rows] = embed_pixels(towers, [found for found in decoded if not isinstance(found, str)], options)
-    return vectors, broken

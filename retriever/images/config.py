@@ -66,8 +66,8 @@ class ImageSource:
     image: str = "image"
     """Column with the picture, or with its path, relative to the file's folder."""
     caption: tuple[str, ...] = ()
-    """Where captions stand: columns, or in tars txt, or json:KEY. Several, or a list in one of them: one is drawn each
-    time the pair comes. Empty: txt in tars, caption in a json or column."""
+    """Where captions stand: in tars txt or json:KEY, in a Hugging Face dataset columns, in a file one column. Several,
+    or a list in one of them: one is drawn each time the pair comes. Empty: txt in tars, caption in a json or column."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     weight: float | None = None

@@ -15,14 +15,11 @@ from index.files import InputError
 from retriever.config import ConfigError, DevConfig
 from retriever.encode import EncodeOptions
 from retriever.encode_files import ticking
+from retriever.images.encode import AT_ONCE, Decoder, embed_readable
 from retriever.images.towers import ImageTextTowers
-from retriever.images.transforms import open_image
 from retriever.progress import Terminal
 
 _METRICS = {"retrieval": "recall@1", "classification": "acc1", "multilabel": "mean_average_precision"}
-
-# Pictures that are decoded before they are embedded.
-_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -89,17 +86,17 @@ class ImageDev:
         samples: list[Sample] = []
         vectors: list[np.ndarray] = []
         broken: dict[str, str] = {}
-        with terminal.bar(f"{dataset.name}: pictures", len(dataset.samples), "pictures") as advance:
-            for start in range(0, len(dataset.samples), _WINDOW):
-                images = []
-                for sample in dataset.samples[start : start + _WINDOW]:
-                    try:
-                        images.append(open_image(sample.image.read(), sample.image.name))
-                        samples.append(sample)
-                    except InputError as error:
-                        broken[sample.image.name] = str(error)
-                vectors.append(towers.embed_images(images, options, ticking(advance, tick)))
+        bar = terminal.bar(f"{dataset.name}: pictures", len(dataset.samples), "pictures")
+        with bar as advance, Decoder(towers) as decoder:
+            progress = ticking(advance, tick)
+            for start in range(0, len(dataset.samples), AT_ONCE):
+                some = dataset.samples[start : start + AT_ONCE]
+                found, why = embed_readable(towers, decoder, [sample.image for sample in some], options, progress)
+                broken.update((some[row].image.name, reason) for row, reason in why.items())
+                rows = [row for row in range(len(some)) if row not in why]
+                samples += [some[row] for row in rows]
+                vectors.append(found[rows])
         if not samples:
-            first = next(iter(broken.values()))
-            raise InputError(f"{dataset.path}: expected pictures, found none that can be read: {first}")
+            name, reason = next(iter(broken.items()))
+            raise InputError(f"{dataset.path}: expected pictures, found none that can be read; {name}: {reason}")
         return Embedded(samples, np.concatenate(vectors), broken)

@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from eval.zero_shot.data import ImageAt
 from eval.zero_shot.layouts import IMAGES, images_in
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
@@ -56,7 +57,31 @@ class Decoder:
             return str(error).removeprefix(f"{source if isinstance(source, Path) else name}: ")
 
 
-def embed_pixels(towers: ImageTextTowers, pixels: Sequence[Tensor], options: EncodeOptions) -> np.ndarray:
+def embed_readable(
+    towers: ImageTextTowers,
+    decoder: Decoder,
+    images: Sequence[ImageAt],
+    options: EncodeOptions,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Embeddings of images, float32 [images, dimension], and why which of them cannot be read."""
+    decoded = decoder([(image.read(), image.name) for image in images])
+    broken = {row: found for row, found in enumerate(decoded) if isinstance(found, str)}
+    if broken and progress is not None:
+        progress(len(broken))
+    vectors = np.zeros((len(images), towers.dimension), dtype=np.float32)
+    rows = [row for row in range(len(images)) if row not in broken]
+    pixels = [found for found in decoded if not isinstance(found, str)]
+    vectors[rows] = embed_pixels(towers, pixels, options, progress)
+    return vectors, broken
+
+
+def embed_pixels(
+    towers: ImageTextTowers,
+    pixels: Sequence[Tensor],
+    options: EncodeOptions,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
     """Embeddings, float32 [pictures, dimension], of pixels as a `Decoder` gives them."""
     at_once = max(1, (options.micro_batch_tokens or encode_tokens(towers.device)) // towers.image_tokens)
     vectors = np.empty((len(pixels), towers.dimension), dtype=np.float32)
@@ -64,6 +89,8 @@ def embed_pixels(towers: ImageTextTowers, pixels: Sequence[Tensor], options: Enc
         for start in range(0, len(pixels), at_once):
             some = to_device(torch.stack(list(pixels[start : start + at_once])), towers.device)
             vectors[start : start + len(some)] = towers({"pixels": some}).cpu().numpy()
+            if progress is not None:
+                progress(len(some))
     return vectors
 
 

@@ -1,0 +1,71 @@
+"""What a run on pictures is chosen by is what `retriever evaluate zero-shot` reports of the same set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_helpers import command
+from image_helpers import COLOURS, SHAPES, draw, save_checkpoint
+
+from index.files import InputError
+from retriever.config import ConfigError, DevConfig
+from retriever.encode import EncodeOptions
+from retriever.images.dev import ImageDev
+from retriever.images.towers import ImageTextTowers, load_image_text_towers
+from retriever.progress import Terminal
+
+OPTIONS = EncodeOptions(micro_batch_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip") / "model"
+    save_checkpoint("clip", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def towers(model: Path) -> ImageTextTowers:
+    return load_image_text_towers(str(model))
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """A folder of pictures by colour, one of which is broken."""
+    for colour in COLOURS[:3]:
+        (tmp_path / "set" / "test" / colour).mkdir(parents=True)
+        for shape in SHAPES:
+            draw(colour, shape).save(tmp_path / "set" / "test" / colour / f"{shape}.png")
+    (tmp_path / "set" / "test" / COLOURS[0] / "a.png").write_bytes(b"no picture")
+    return tmp_path / "set"
+
+
+def test_measures_are_those_of_the_command(model: Path, towers: ImageTextTowers, colours: Path, tmp_path: Path) -> None:
+    ticks: list[int] = []
+    dev = ImageDev.open(DevConfig(path=str(colours), split="test"))
+    measures = dev.evaluate(towers, OPTIONS, Terminal(), tick=lambda: ticks.append(1))
+    words = ["--model", model, "--data", colours, "--out", tmp_path / "report", "--micro-batch-tokens", 16, "--json"]
+    found = json.loads(command("evaluate", "zero-shot", *words).out)["sets"]["set"]
+    assert dev.metric in measures and measures == pytest.approx(found["measures"])
+    # Twelve pictures, one or few at a time: a signal does not wait for all of them.
+    assert len(ticks) > 6
+
+
+def test_a_request_to_stop_ends_the_evaluation(towers: ImageTextTowers, colours: Path) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ImageDev.open(DevConfig(path=str(colours), split="test")).evaluate(towers, OPTIONS, Terminal(), tick=stop)
+
+
+def test_sets_that_cannot_be_judged_on_are_refused(towers: ImageTextTowers, colours: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dev\.max_queries: expected none"):
+        ImageDev.open(DevConfig(path=str(colours), split="test", max_queries=5))
+    for file in colours.rglob("*.png"):
+        file.write_bytes(b"no picture")
+    dev = ImageDev.open(DevConfig(path=str(colours), split="test"))
+    with pytest.raises(InputError, match=r"set: expected pictures, found none that can be read; .*\.png: expected a p"):
+        dev.evaluate(towers, OPTIONS, Terminal())
