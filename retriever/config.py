@@ -204,6 +204,8 @@ class TrainConfig:
     micro_batch_tokens: int | None = None
     """Tokens, padding included, that pass through the towers at once; bounds the memory of activations.
     Empty: 4096 on a CPU, what free memory allows on a GPU."""
+    offload_embeddings: bool = False
+    """Embeddings and gradients wait on the host before and after the loss: larger batches on a GPU, slower steps."""
     compile: bool = False
     """Compile the towers' layers by torch.compile: some seconds at the start, then faster steps on a GPU."""
     gradient_checkpointing: bool = False

@@ -64,6 +64,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy of a GPU's tensor in pinned memory, whole once the current stream has come to it; of a CPU's, itself."""
+    if tensor.device.type != "cuda":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 @functools.cache
 def _staging(device: torch.device) -> Staging:
     return Staging(device)

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from retriever.device import to_device, to_host
 from retriever.step_profile import phase
 
 MicroBatch = TypeVar("MicroBatch")
@@ -45,6 +46,7 @@ def backward(
     device: torch.device,
     *,
     keep: int = 0,
+    on_host: bool = False,
 ) -> Tensor:
     """Compute the loss over all micro-batches and add its gradients to whatever `encode` and `loss_of` depend on.
 
@@ -57,6 +59,8 @@ def backward(
         loss_of: scalar loss from the embeddings of every micro-batch, in order; what it returns is run backward.
         device: whose random generator `encode` draws from, beside the CPU's.
         keep: how many micro-batches, the last ones, keep the graph of their first forward.
+        on_host: embeddings wait on the host for the loss, which is given them there, and their gradients for the
+            second passes.
 
     Returns:
         The loss, a detached scalar.
@@ -66,26 +70,36 @@ def backward(
     with torch.no_grad(), phase("forward without graph"):
         for micro_batch in micro_batches[:again]:
             states.append(RandomState(device))
-            embeddings.append(encode(micro_batch))
+            embedding = encode(micro_batch)
+            embeddings.append(to_host(embedding) if on_host else embedding)
     with phase("forward, graph kept"):
         graphs = [encode(micro_batch) for micro_batch in micro_batches[again:]]
     with phase("loss"):
-        leaves = [embedding.detach().requires_grad_() for embedding in embeddings + graphs]
+        first = [graph.detach() for graph in graphs]
+        leaves = [
+            each.requires_grad_() for each in embeddings + ([to_host(each) for each in first] if on_host else first)
+        ]
+        if on_host and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         loss = loss_of(leaves)
         loss.backward()
     # Kept graphs first, newest first: each gives its memory back before another is built.
     with phase("backward"):
         for leaf in reversed(leaves[again:]):
-            _carry(leaf.grad, graphs.pop())
+            _carry(leaf, graphs.pop())
     for micro_batch, state, leaf in zip(micro_batches[:again], states, leaves[:again], strict=True):
         with phase("second forward"), state.restored():
             embedding = encode(micro_batch)
         with phase("backward"):
-            _carry(leaf.grad, embedding)
+            _carry(leaf, embedding)
     return loss.detach()
 
 
-def _carry(gradient: Tensor | None, embedding: Tensor) -> None:
+def _carry(leaf: Tensor, embedding: Tensor) -> None:
     # A locked tower without a projection has no weights to carry it to.
     if embedding.requires_grad:
-        embedding.backward(gradient)
+        assert leaf.grad is not None
+        embedding.backward(
+            leaf.grad if leaf.grad.device == embedding.device else to_device(leaf.grad, embedding.device)
+        )
+        leaf.grad = None

@@ -18,6 +18,10 @@ CPU_TOKENS = 4096
 # On a GPU, as many as memory has room for, within these: fewer starve it, more gain nothing (scripts/bench_train.py).
 LEAST_TOKENS, MOST_TOKENS = 4096, 131072
 
+# Bytes for each number of an embedding while the loss is computed: as a leaf, in order, in the products' precision,
+# sums of its gradient, and this on its way to the leaf. What waits on the host is there in order, and as sums.
+AT_LOSS, AT_LOSS_OFFLOADED = 20, 14
+
 _PROBE_TOKENS, _PROBE_LENGTH = 8192, 128
 # What a graph in its backward needs beside itself, and how much of the GPU is never planned for: the allocator's gaps.
 _BACKWARD, _SLACK = 0.25, 0.08
@@ -43,6 +47,7 @@ class GraphMemory:
         texts: int,
         workspace_mib: int,
         micro_batch_tokens: int | None,
+        offload_embeddings: bool = False,
     ) -> GraphMemory:
         """Measure a small micro-batch on a GPU and divide what is free; on a CPU take fixed sizes.
 
@@ -52,6 +57,7 @@ class GraphMemory:
             texts: queries and passages of a batch, whose embeddings and gradients wait too.
             workspace_mib: of the loss.
             micro_batch_tokens: tokens of a micro-batch if they are given.
+            offload_embeddings: embeddings are on the device only while the loss is computed.
         """
         device = towers.device
         if device.type != "cuda":
@@ -61,8 +67,7 @@ class GraphMemory:
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         parameters = sum(p.numel() for p in towers.parameters() if p.requires_grad)
-        # Embeddings as leaves, in order for the loss, in its precision, and their gradients.
-        embeddings = texts * towers.dimension * 20
+        embeddings = texts * towers.dimension * (AT_LOSS_OFFLOADED if offload_embeddings else AT_LOSS)
         room = free - _SLACK * total - parameters * _PARAMETER_BYTES - embeddings - workspace_mib * 2**20
         most = max(room, 0) / token_bytes
         tokens = micro_batch_tokens or fitting_tokens(most)

@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from losses.tiles import CPU_TILE_ENTRIES
 from retriever.config import TrainConfig
 from retriever.device import Precision
-from retriever.graph_memory import GraphMemory
+from retriever.graph_memory import AT_LOSS, AT_LOSS_OFFLOADED, GraphMemory
 from retriever.half_weights import arithmetic
 from retriever.prepare import PreparedBatch
 from retriever.towers import Towers
 
 MIB = 2**20
-# Of each number of an embedding while the loss is computed: as a leaf, in order, in the products' precision, its
-# gradient in order, and on its way to the leaf; afterwards the leaf and its gradient.
-_AT_LOSS, _AFTER_LOSS = 20, 8
+# Of each number of an embedding after the loss: the leaf and its gradient.
+_AFTER_LOSS = 8
 # What a backward pass holds beside its graph, as part of it.
 _BACKWARD = 0.25
 
@@ -111,6 +110,8 @@ def plan_step(
     half = 0.0
     if on_gpu and precision == "bf16":
         half = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
+    offloaded = on_gpu and config.offload_embeddings
+    at_loss, after_loss = (AT_LOSS_OFFLOADED, 0) if offloaded else (AT_LOSS, _AFTER_LOSS)
     workspace = _workspace(config, batch.queries, passages, width, on_gpu)
     exchanged = _exchanged(passages, width, ranks, config)
     step = {
@@ -118,16 +119,16 @@ def plan_step(
         "gradients": gradients,
         f"graphs kept until the loss ({kept} of {len(sizes)} micro-batches)": kept_graphs,
         "graph of one micro-batch, and its backward": (1 + _BACKWARD) * graph,
-        "embeddings and their gradients": float(_AT_LOSS * rows * width),
+        "embeddings and their gradients": float(at_loss * rows * width),
         "workspace of the loss": workspace,
         "passages on their way between processes": exchanged,
     }
     # A gradient is made whole before it is added to what earlier micro-batches gave.
     adding = float(max(parameter.nbytes for parameter in trained)) if len(sizes) > 1 else 0.0
     moments = [
-        kept_graphs + _AT_LOSS * rows * width + workspace + exchanged,
-        gradients + adding + kept_graphs + _BACKWARD * graph + _AFTER_LOSS * rows * width,
-        gradients + adding + (1 + _BACKWARD) * once_more + _AFTER_LOSS * rows * width,
+        kept_graphs + at_loss * rows * width + workspace + exchanged,
+        gradients + adding + kept_graphs + _BACKWARD * graph + after_loss * rows * width,
+        gradients + adding + (1 + _BACKWARD) * once_more + after_loss * rows * width,
     ]
     data = float(batches_waiting * batch_bytes(batch))
     if not on_gpu:

@@ -59,7 +59,7 @@ class TrainStep:
         micro_batches = [MicroBatch(group, rows) for group in batch.groups for rows in group.micro_batches]
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
-            query, passage = batch.arrange(embeddings)
+            query, passage = (side.to(device) for side in batch.arrange(embeddings))
             # Inside, so that the loss's precision "auto" is the towers'.
             with autocast(device, self.precision):
                 loss = self.loss(query, passage, **self._ids(batch, device))
@@ -72,6 +72,7 @@ class TrainStep:
                 loss_of,
                 device,
                 keep=self.graphs.keep(batch.micro_batch_tokens),
+                on_host=config.offload_embeddings,
             )
         loss = scaled / self.scaler.get_scale() if self.scaler.is_enabled() else scaled
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -81,6 +81,7 @@ class Trainer:
             texts=-(-config.batch_size // ranks.size) * (2 + config.data.negatives),
             workspace_mib=config.loss.workspace_mib,
             micro_batch_tokens=config.micro_batch_tokens,
+            offload_embeddings=config.offload_embeddings,
         )
         self.config = config = dataclasses.replace(
             config, precision=self.precision, micro_batch_tokens=graphs.micro_batch_tokens

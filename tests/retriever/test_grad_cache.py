@@ -20,7 +20,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(0.4), nn.Linear(16, 5)).double().train()
 
 
-def gradients(keep: int | None, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(keep: int | None, sizes: Sequence[int], on_host: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     tower, loss = network(), InfCLLoss(logit_scale=7.0, symmetric=True, implementation="full").double()
     inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
@@ -34,15 +34,16 @@ def gradients(keep: int | None, sizes: Sequence[int]) -> tuple[Tensor, dict[str,
         value = loss_of([tower(micro_batch) for micro_batch in micro_batches])
         value.backward()
     else:
-        value = grad_cache.backward(tower, micro_batches, loss_of, CPU, keep=keep)
+        value = grad_cache.backward(tower, micro_batches, loss_of, CPU, keep=keep, on_host=on_host)
     named = [*tower.named_parameters(), *loss.named_parameters()]
     return value.detach(), {name: parameter.grad for name, parameter in named}
 
 
+@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("keep", [0, 1, 3])
 @pytest.mark.parametrize("sizes", [[24], [1, 23], [7, 7, 7, 3], [1] * 24])
-def test_cached_gradients_with_dropout_equal_the_direct_ones(sizes: list[int], keep: int) -> None:
-    value, cached = gradients(keep, sizes)
+def test_cached_gradients_with_dropout_equal_the_direct_ones(sizes: list[int], keep: int, on_host: bool) -> None:
+    value, cached = gradients(keep, sizes, on_host)
     expected, direct = gradients(None, sizes)
     assert torch.equal(value, expected)
     assert set(cached) == set(direct) and "log_logit_scale" in cached
