@@ -19,18 +19,19 @@ import argparse
 import csv
 import io
 import os
-import resource
 import statistics
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -47,6 +48,8 @@ from retriever.images.sources import PairSource, open_pairs
 from retriever.images.transforms import ImageTransform, open_image
 from retriever.tokens import TextTokenizer
 
+# Batches before the clock starts.
+WARM = 6
 TRANSFORM = ImageTransform(size=(224, 224), resize=224)
 WORDS = ["a", "photo", "of", "the", "small", "red", "house", "by", "river", "with", "two", "trees", "and", "sky"]
 
@@ -96,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="", help="webdataset tars, with braces; synthetic ones if not given")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that decode")
     parser.add_argument("--pictures", type=int, default=2048, help="pictures a round")
-    parser.add_argument("--batch", type=int, default=1024, help="pairs of a batch")
+    parser.add_argument("--batch", type=int, default=256, help="pairs of a batch")
     parser.add_argument("--sides", type=int, nargs=2, default=(512, 384), help="of synthetic pictures, in pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
@@ -168,24 +171,28 @@ def decode_and_crop(share: list[bytes]) -> None:
 
 
 def busy() -> float:
-    """Seconds of processors that this process and those it has waited for have taken."""
-    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    """Seconds of processors that this process and its living children have taken."""
+    own = psutil.Process()
+    times = [process.cpu_times() for process in (own, *own.children())]
+    return sum(spent.user + spent.system for spent in times)
 
 
 def pipeline(pairs: PairSource, count: int, options: argparse.Namespace) -> Spent:
-    """From the first batch to the last; the processor time also of the first, and of the workers' start and end."""
-    schedule = BatchSchedule([count], batch_size=options.batch, seed=0, steps=count // options.batch + 1)
+    """From batch to batch in the middle of a run, whose workers are as far ahead at the end as at the beginning."""
+    measured = count // options.batch
+    schedule = BatchSchedule([len(pairs)], batch_size=options.batch, seed=0, steps=2 * measured + 100)
     reader = PairReader(pairs, TRANSFORM, True, word_tokenizer(), "", 0.01)
     batches = ImageBatches(
         [reader], schedule, image_tokens=197, token_budget=131072, padded=False, say=lambda line: print(line)
     )
-    before = busy()
     stream = batches.loader(workers=options.workers)
-    first = next(stream).queries
-    start = time.perf_counter()
-    seen = sum(batch.queries for batch in stream)
-    return Spent((time.perf_counter() - start) / seen, (busy() - before) / (first + seen))
+    for _ in islice(stream, WARM):
+        pass
+    start, before = time.perf_counter(), busy()
+    seen = sum(batch.queries for batch in islice(stream, measured))
+    spent = Spent((time.perf_counter() - start) / seen, (busy() - before) / seen)
+    stream.close()
+    return spent
 
 
 def word_tokenizer() -> TextTokenizer:

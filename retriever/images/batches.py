@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class ImageGroup:
     """The pictures of a batch, on the host; micro-batches of them visit the device one after another."""
 
     pixels: Tensor
-    """uint8 [n, 3, height, width]; or, of a locked tower, what its encoder made of them: float16 [n, width]."""
+    """uint8 [n, 3, height, width]; or, of a locked tower, what its encoder made of them: float16 [n, width]. Once this
+    group is gone, other batches use the memory."""
     tokens_each: int
     """Tokens that a picture is to the tower."""
     micro_batches: list[np.ndarray]
@@ -77,6 +79,7 @@ class ImageBatches:
         self._say = say
         self._read = [0] * len(self._readers)
         self._broken = [0] * len(self._readers)
+        self._free: list[Tensor] = []
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -85,7 +88,7 @@ class ImageBatches:
     def loader(self, *, start: int = 0, workers: int = 0) -> Generator[PreparedBatch, None, None]:
         """The batches from step `start`, each decoded while the one before it is used.
 
-        Two batches of pixels are in the host's memory at a time.
+        Two batches of pixels are in the host's memory at a time, or three while one is handed over.
 
         Raises:
             InputError: more pairs of a source are broken than it allows.
@@ -119,7 +122,7 @@ class ImageBatches:
             chunks.append(chunk)
             if len(chunk.keys):
                 if not filled:
-                    pixels = self._readers[source].memory(len(rows))
+                    pixels = self._free.pop() if self._free else self._readers[source].memory(len(rows))
                 pixels[filled : filled + len(chunk.keys)] = pictures
                 filled += len(chunk.keys)
         self._count(source, len(rows), [line for chunk in chunks for line in chunk.broken])
@@ -131,8 +134,11 @@ class ImageBatches:
         query_ids, passage_ids = false_negative_ids(keys, captions, [])
         at_once = max(1, self._token_budget // self._image_tokens)
         places = [np.arange(first, min(first + at_once, filled)) for first in range(0, filled, at_once)]
+        images = ImageGroup(pixels[:filled], self._image_tokens, places)
+        # Fresh memory costs as much as filling it.
+        weakref.finalize(images, self._free.append, pixels).atexit = False
         groups: list[Any] = [
-            ImageGroup(pixels[:filled], self._image_tokens, places),
+            images,
             TextGroup("document", tokens, pack(tokens.lengths, self._token_budget, padded=self._padded)),
         ]
         digests = PairDigests.of(keys, captions, []) if self._share.size > 1 else None

@@ -203,6 +203,40 @@ def test_locked_image_tower_keeps_its_weights_and_trains_as_if_its_features_were
     assert stores[0].stat().st_mtime_ns == modified
 
 
+def test_locked_text_tower_keeps_its_weights_while_the_rest_learns(config: TrainConfig) -> None:
+    image = dataclasses.replace(config.model.image, lock="text")
+    locked = dataclasses.replace(config, model=dataclasses.replace(config.model, image=image), steps=3)
+    trainer = Trainer.start(locked, Terminal())
+    before = {name: tensor.clone() for name, tensor in trainer.towers.state_dict().items()}
+    trainer.train()
+    changed = {name for name, tensor in trainer.towers.state_dict().items() if not torch.equal(tensor, before[name])}
+    texts = {name for name in before if ".text.0." in name}
+    assert texts and not texts & changed
+    assert any(".text.2." in name for name in changed), "its projection learns"
+    assert any(".image.0." in name for name in changed) and any(".image.1." in name for name in changed)
+
+
+def test_gradient_checkpointing_gives_the_same_run(config: TrainConfig, tmp_path: Path) -> None:
+    image = dataclasses.replace(config.model.image, patch_dropout=0.5)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, image=image), steps=3)
+    passes: dict[bool, list[int]] = {}
+    for recomputes in (False, True):
+        run = dataclasses.replace(config, out=str(tmp_path / str(recomputes)), gradient_checkpointing=recomputes)
+        trainer = Trainer.start(run, Terminal())
+        seen = passes[recomputes] = []
+        for encoder in trainer.towers.encoders:
+            layers = max((m for m in encoder.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+            linear = next(part for part in layers[0].modules() if isinstance(part, torch.nn.Linear))
+            linear.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        trainer.train()
+    assert len(passes[True]) > len(passes[False])
+    np.testing.assert_allclose(
+        losses(dataclasses.replace(config, out=str(tmp_path / "True"))),
+        losses(dataclasses.replace(config, out=str(tmp_path / "False"))),
+        rtol=1e-5,
+    )
+
+
 @pytest.mark.parametrize("lock", ["none", "image"])
 def test_batches_are_the_same_for_any_number_of_workers(
     config: TrainConfig, lock: Any, monkeypatch: pytest.MonkeyPatch
@@ -220,6 +254,9 @@ def test_batches_are_the_same_for_any_number_of_workers(
         assert torch.equal(one.groups[0].pixels, other.groups[0].pixels)
         assert one.groups[1].tokens.ids.tolist() == other.groups[1].tokens.ids.tolist()
     assert len({tuple(batch.groups[0].pixels.flatten().tolist()) for batch in alone}) == 7
+    # And none that is used again shows anything else.
+    for one, pixels in zip(alone, (batch.groups[0].pixels.clone() for batch in batches.loader(start=1)), strict=True):
+        assert torch.equal(one.groups[0].pixels, pixels)
 
 
 def test_broken_pairs_are_left_out_counted_and_stop_the_run_beyond_a_limit(
