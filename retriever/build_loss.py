@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from losses import InfCLLoss, SigmoidLoss
+from torch import Tensor
+
+from losses import InfCLLoss, SigmoidLoss, gathered_clip_loss
 from retriever.config import ConfigError, LossConfig, TrainConfig
 from retriever.ranks import Ranks
+
+
+class ClipOverRanks(InfCLLoss):
+    """CLIP's loss with the whole matrix on every rank; the baseline of the literature."""
+
+    def forward(
+        self,
+        query: Tensor,
+        passage: Tensor,
+        *,
+        positive: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        passage_ids: Tensor | None = None,
+    ) -> Tensor:
+        """As its paper has it: row i with row i, and no ids."""
+        return gathered_clip_loss(query, passage, logit_scale=self.logit_scale, group=self.group)
 
 
 def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
@@ -15,8 +33,10 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
         return
     if config.batch_size < ranks.size:
         raise ConfigError(f"batch_size: expected at least {ranks.size}, one query a process, found {config.batch_size}")
-    if config.loss.name != "inf_cl":
-        raise ConfigError(f"loss.name: expected inf_cl with {ranks.size} processes, found {config.loss.name}")
+    if config.loss.name == "sigmoid":
+        raise ConfigError(f"loss.name: expected inf_cl or clip with {ranks.size} processes, found sigmoid")
+    if config.loss.name == "clip" and config.data.negatives:
+        raise ConfigError(f"data.negatives: expected none for clip with {ranks.size} processes")
     if config.loss.implementation in ("full", "dense"):
         raise ConfigError(
             f"loss.implementation: expected auto, chunked or triton with {ranks.size} processes, "
@@ -38,7 +58,8 @@ def build_loss(config: LossConfig, ranks: Ranks) -> InfCLLoss | SigmoidLoss:
             precision=config.precision,
             workspace_mib=config.workspace_mib,
         )
-    return InfCLLoss(
+    made = ClipOverRanks if config.name == "clip" and ranks.group is not None else InfCLLoss
+    return made(
         logit_scale=config.logit_scale,
         learnable=config.learn_logit_scale,
         max_logit_scale=config.max_logit_scale,

@@ -24,7 +24,7 @@ class LostRankError(InputError):
 
 
 @contextlib.contextmanager
-def first_error_shown(store: Any, rank: int) -> Iterator[None]:
+def first_error_shown(store: Any) -> Iterator[None]:
     """Within, the first error of any rank passes through on that rank; the others exit with code 1 and say nothing.
 
     A rank that is caught in a transfer with one that failed is ended from a thread, within seconds.
@@ -38,14 +38,20 @@ def first_error_shown(store: Any, rank: int) -> Iterator[None]:
     # torchrun's store outlives an attempt that failed.
     store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(store.clone(), rank, done), daemon=True)
+    watch = threading.Thread(target=_watch, args=(store.clone(), done), daemon=True)
     watch.start()
     try:
         yield
+    except KeyboardInterrupt:
+        # torchrun's SIGTERM, if another failed.
+        if _reported(store):
+            raise SystemExit(1) from None
+        raise
     except Exception as error:
         done.set()
-        if not _claim(store, rank):
-            time.sleep(_PAUSE)
+        if not _claim(store):
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(_PAUSE)
             raise SystemExit(1) from None
         if isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_of_transfer(error)):
             first = (str(error).splitlines() or [""])[0]
@@ -56,7 +62,7 @@ def first_error_shown(store: Any, rank: int) -> Iterator[None]:
         watch.join()
 
 
-def _claim(store: Any, rank: int) -> bool:
+def _claim(store: Any) -> bool:
     """Whether no rank has failed before. The store may be gone with the process that kept it."""
     try:
         return store.add(_KEY, 1) == 1
@@ -64,14 +70,17 @@ def _claim(store: Any, rank: int) -> bool:
         return True
 
 
-def _watch(store: Any, rank: int, done: threading.Event) -> None:
+def _reported(store: Any) -> bool:
+    """Whether a rank has failed. If the process that kept the store is gone, whoever exchanges with it will notice."""
+    try:
+        return store.check([_KEY])
+    except (RuntimeError, distributed.DistError):
+        return False
+
+
+def _watch(store: Any, done: threading.Event) -> None:
     while not done.wait(_SECONDS):
-        try:
-            failed = store.check([_KEY])
-        except (RuntimeError, distributed.DistError):
-            # The process that kept the store is gone, and whoever exchanges with it will notice.
-            return
-        if failed and not done.wait(_PAUSE + _SECONDS):
+        if _reported(store) and not done.wait(_PAUSE + _SECONDS):
             os._exit(1)
 
 

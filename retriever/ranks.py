@@ -147,7 +147,7 @@ def joined_ranks(*, on_devices: bool = False) -> Iterator[Ranks]:
     store, rank, size = next(iter(distributed.rendezvous("env://")))
     backend = "cpu:gloo,cuda:nccl" if on_devices else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    with first_error_shown(store, rank):
+    with first_error_shown(store):
         yield Ranks(rank, size)
         # After an error others may never come to this.
         distributed.destroy_process_group()

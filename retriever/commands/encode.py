@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from index.files import InputError
 from retriever.commands.common import Embedding, answer, check_counts
+from retriever.config import ConfigError
 from retriever.progress import Terminal
 
 if TYPE_CHECKING:
     from index.embeddings import EmbeddingStore
+    from retriever.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encode(Embedding):
     """Embed a corpus, or a folder of pictures, into a sharded, checksummed store; run again after an interruption, it
-    goes on."""
+    goes on. Under torchrun the processes share a corpus, shard by shard."""
 
     data: Path
     """A BEIR folder (its corpus), or a .jsonl, .csv, .tsv (each also .gz) or .parquet file with columns _id (or id),
@@ -34,8 +36,18 @@ class Encode(Embedding):
         check_counts(self, "shard_rows")
 
     def run(self, terminal: Terminal) -> int:
-        store = self._pictures(terminal) if self._is_pictures() else self._corpus(terminal)
-        answer(self.json, {"store": str(self.out), "rows": store.rows, "dim": store.dim, "dtype": store.dtype})
+        from retriever.ranks import SilentTerminal, joined_ranks
+
+        with joined_ranks() as ranks:
+            terminal = terminal if ranks.first else SilentTerminal()
+            if not self._is_pictures():
+                store = self._corpus(terminal, ranks)
+            elif ranks.size > 1:
+                raise ConfigError("--data: pictures are embedded by one process; start it without torchrun")
+            else:
+                store = self._pictures(terminal)
+            if ranks.first:
+                answer(self.json, {"store": str(self.out), "rows": store.rows, "dim": store.dim, "dtype": store.dtype})
         return 0
 
     def _is_pictures(self) -> bool:
@@ -52,10 +64,11 @@ class Encode(Embedding):
         how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows}
         return encode_pictures(self.picture_towers(), self.data, self.out, self.options(), terminal, **how)
 
-    def _corpus(self, terminal: Terminal) -> EmbeddingStore:
+    def _corpus(self, terminal: Terminal, ranks: Ranks) -> EmbeddingStore:
         from eval.beir import beir_file, is_beir_folder
         from eval.zero_shot.layouts import images_in
         from retriever.encode_files import embed_corpus
+        from retriever.ranks import own_device
 
         if self.data.is_dir() and not is_beir_folder(self.data) and images_in(self.data):
             raise InputError(
@@ -63,4 +76,6 @@ class Encode(Embedding):
             )
         corpus = beir_file(self.data, "corpus.jsonl") if self.data.is_dir() else self.data
         how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows}
-        return embed_corpus(self.towers(), corpus, self.out, self.options(), terminal, **how)
+        towers = self.towers()
+        towers.to(own_device(towers.device))
+        return embed_corpus(towers, corpus, self.out, self.options(), terminal, ranks=ranks, **how)

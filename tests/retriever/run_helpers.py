@@ -23,6 +23,20 @@ def results(run: Path) -> dict[str, Any]:
     return {"rows": rows, "checkpoints": [f.name for f in folders], "tensors": tensors, "model": model}
 
 
+def assert_near(one: dict[str, Any], other: dict[str, Any], allowed: float = 2e-5) -> None:
+    """Equal but for the order in which float32 sums are added."""
+    assert one["checkpoints"] == other["checkpoints"]
+    assert one["model"].keys() == other["model"].keys()
+    for mine, theirs in zip(one["rows"], other["rows"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert abs(value - theirs[key]) <= allowed * max(1, abs(value)), (mine["step"], key, value, theirs[key])
+    for name, tensors in one["tensors"].items():
+        for key, tensor in tensors.items():
+            error = float((tensor - other["tensors"][name][key]).abs().max())
+            assert error <= allowed * max(1, float(tensor.abs().max())), (name, key, error)
+
+
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["rows"] == other["rows"]
     assert one["checkpoints"] == other["checkpoints"]

@@ -33,6 +33,16 @@ def evaluation(model: str, data: str, out: Path) -> Callable[[], object]:
     return run
 
 
+def encoding(model: str, data: str, out: Path) -> Callable[[], object]:
+    """Another command that several share."""
+    words = ["encode", "--model", model, "--data", data, "--out", str(out), "--shard-rows", "3"]
+
+    def run() -> None:
+        assert command_line(words) == 0
+
+    return run
+
+
 def on_ranks(size: int, run: Callable[[], object]) -> None:
     """Let `size` processes run it together."""
     with socket.socket() as free:
@@ -71,6 +81,12 @@ def main(model: str, data: str, folder: Path) -> None:
         on_ranks(size, evaluation(model, data, folder / str(size)))
         assert kept(folder / str(size)) == wanted, size
         print(size, flush=True)
+    for size in (1, 3):
+        on_ranks(size, encoding(model, data, folder / f"encoded{size}"))
+    first, second = (
+        {path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in ("encoded1", "encoded3")
+    )
+    assert first == second and len(first) > 5
     for part in (0.2, 0.7):
         out = folder / "killed"
         shutil.rmtree(out, ignore_errors=True)

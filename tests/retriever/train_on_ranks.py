@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run_helpers import results
+from run_helpers import assert_near, results
 from suite_on_ranks import on_ranks
 
 import retriever.trainer  # noqa: F401 - before the forks, which then share the libraries
 from retriever.cli import main as command_line
 
 
-def trained(config: str, out: Path) -> Any:
+def trained(config: str, out: Path, *more: str) -> Any:
     def run() -> None:
         torch.set_num_threads(1)
-        assert command_line(["train", config, "--out", str(out)]) == 0
+        assert command_line(["train", config, "--out", str(out), *more]) == 0
 
     return run
 
@@ -33,20 +33,6 @@ def resumed(out: Path) -> Any:
         assert command_line(["train", "--resume", str(out)]) == 0
 
     return run
-
-
-def assert_near(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Equal but for the order in which float32 sums are added."""
-    assert one["checkpoints"] == other["checkpoints"]
-    assert one["model"].keys() == other["model"].keys()
-    for mine, theirs in zip(one["rows"], other["rows"], strict=True):
-        assert mine.keys() == theirs.keys()
-        for key, value in mine.items():
-            assert abs(value - theirs[key]) <= 2e-5 * max(1, abs(value)), (mine["step"], key, value, theirs[key])
-    for name, tensors in one["tensors"].items():
-        for key, tensor in tensors.items():
-            error = float((tensor - other["tensors"][name][key]).abs().max())
-            assert error <= 2e-5 * max(1, float(tensor.abs().max())), (name, key, error)
 
 
 def main(config: str) -> None:
@@ -65,6 +51,11 @@ def main(config: str) -> None:
     on_ranks(2, resumed(changed))
     assert_near(results(changed), wanted)
     print("changed", flush=True)
+    clip = ("--loss.name", "clip", "--data.negatives", "0", "--steps", "4", "--dev.path", "")
+    for size in (1, 3):
+        on_ranks(size, trained(config, out / f"clip{size}", *clip))
+    assert_near(results(out / "clip3"), results(out / "clip1"))
+    print("clip", flush=True)
 
 
 if __name__ == "__main__":
