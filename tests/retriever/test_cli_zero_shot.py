@@ -88,6 +88,14 @@ def test_broken_pictures_are_named_and_left_out(clip: Any, sets: tuple[Path, Pat
     assert (found["images"], list(found["broken"])) == (6, ["red/bad.jpg"])
 
 
+def test_several_processes_are_refused(
+    clip: Any, sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["evaluate", "zero-shot", "--model", clip[2], "--data", sets[0], "--out", tmp_path / "r"]
+    assert_refused(command(*words), 2, "works in one process; start it without torchrun")
+
+
 def test_mistakes_are_said_in_one_line(clip: Any, sets: tuple[Path, Path], tmp_path: Path, minilm: str) -> None:
     def refused(*words: object, code: int = 1, pattern: str) -> None:
         assert_refused(command("evaluate", "zero-shot", *words, "--out", tmp_path / "r"), code, pattern)
