@@ -6,7 +6,7 @@
 Without --data the pictures are SYNTHETIC: smooth random fields with noise, as JPEG of the size that web collections are
 kept in. Rounds of each method alternate in one process; all read and decode the same pictures, from the page cache:
 - Pillow: JPEG bytes that lie in memory become RGB, in as many processes; nothing else;
-- decoder: and a random part of each is cut out, resized and copied to a tensor, as training needs;
+- decoder: and a random part of each is cut out, resized and copied to a tensor, by Pillow and torch alone;
 - pipeline: `retriever train`'s own: tars read by offset, captions drawn and tokenized, batches put together.
 Beside the rates stands the processor time of a picture, over all processes: what else a machine does slows the rates,
 and by chance, but hardly that.
@@ -45,7 +45,7 @@ from retriever.images.batches import ImageBatches
 from retriever.images.chunks import PairReader
 from retriever.images.config import ImageSource
 from retriever.images.sources import PairSource, open_pairs
-from retriever.images.transforms import ImageTransform, open_image
+from retriever.images.transforms import ImageTransform, random_crop
 from retriever.tokens import TextTokenizer
 
 # Batches before the clock starts.
@@ -167,7 +167,9 @@ def decode_and_crop(share: list[bytes]) -> None:
     """And a random part of each as a tensor."""
     chance = np.random.default_rng(0)
     for content in share:
-        TRANSFORM.augmented(open_image(content), chance)
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        part = image.crop(random_crop(*image.size, chance)).resize(TRANSFORM.size, Image.Resampling.BICUBIC)
+        torch.from_numpy(np.array(part)).permute(2, 0, 1).contiguous()
 
 
 def busy() -> float:

@@ -62,7 +62,7 @@ def open_image(source: Image.Image | Path | str | bytes, place: str = "image") -
         if isinstance(source, Image.Image):
             return _rgb(source, place)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _rgb(image, place)
+            return _rgb(image, place, own=True)
     except InputError:
         raise
     except FileNotFoundError:
@@ -75,14 +75,17 @@ def open_image(source: Image.Image | Path | str | bytes, place: str = "image") -
         raise InputError(f"{place}: expected a picture, found one that cannot be read: {reason:.200}") from None
 
 
-def _rgb(image: Image.Image, place: str) -> Image.Image:
+def _rgb(image: Image.Image, place: str, *, own: bool = False) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(f"{place}: expected a picture of at most {MAX_PIXELS:,} pixels, found {width} x {height}")
     if image.mode == "RGB":
-        # The orientation is known from the header; a picture without one is not copied.
+        if not own:
+            return ImageOps.exif_transpose(image)
+        # In place, so that what need not be turned is not copied, at a tenth of what decoding costs.
         image.load()
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     turned = ImageOps.exif_transpose(image)
     if turned.mode in ("I", "F") or turned.mode.startswith("I;16"):
         return _of_deep_grey(turned, place)
