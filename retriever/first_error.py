@@ -35,8 +35,6 @@ def first_error_shown(store: Any) -> Iterator[None]:
     Raises:
         LostRankError: another rank has gone, and no rank has reported an error.
     """
-    # torchrun's store outlives an attempt that failed.
-    store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     done = threading.Event()
     watch = threading.Thread(target=_watch, args=(store.clone(), done), daemon=True)
     watch.start()

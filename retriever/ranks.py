@@ -145,6 +145,8 @@ def joined_ranks(*, on_devices: bool = False) -> Iterator[Ranks]:
         yield Ranks()
         return
     store, rank, size = next(iter(distributed.rendezvous("env://")))
+    # torchrun's store outlives an attempt that failed, with the addresses of its processes in it.
+    store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if on_devices else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     with first_error_shown(store):
