@@ -25,11 +25,12 @@ def open_training(
     token_budget: int,
     terminal: Terminal,
     share: Share | None = None,
+    planned: bool = False,
 ) -> tuple[Any, tuple[str, ...]]:
     """The batches of a run, of texts or of pictures and captions, and what identifies each source.
 
     They have a length, the number of steps, and a `loader(start=, workers=)` of PreparedBatch: of each batch the
-    `share` of one process, or the whole.
+    `share` of one process, or the whole. Of a run that is only `planned` nothing long is computed.
 
     Raises:
         InputError: a source is missing or broken, or does not fit the model.
@@ -40,7 +41,14 @@ def open_training(
 
         assert isinstance(towers, ImageTextTowers)
         return open_image_batches(
-            config, towers, cache, precision=precision, token_budget=token_budget, terminal=terminal, share=share
+            config,
+            towers,
+            cache,
+            precision=precision,
+            token_budget=token_budget,
+            terminal=terminal,
+            share=share,
+            planned=planned,
         )
     if config.data.images:
         raise ConfigError("data.images: pictures need an image tower: set model.image.name")

@@ -38,7 +38,7 @@ from retriever.plan import Plan, plan_step
 from retriever.pool_ids import with_pool_ids
 from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
-from retriever.ranks import Ranks, own_device
+from retriever.ranks import PlannedRanks, Ranks, own_device
 from retriever.run_log import NoLog, RunLog, described
 from retriever.step import TrainStep
 from retriever.towers import build_towers
@@ -100,6 +100,7 @@ class Trainer:
                 token_budget=graphs.micro_batch_tokens,
                 terminal=terminal,
                 share=ranks.share,
+                planned=isinstance(ranks, PlannedRanks),
             )
         self._step = TrainStep(
             config,

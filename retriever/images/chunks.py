@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from index.files import InputError
 from retriever.data.schedule import BatchSchedule, Share
-from retriever.images.features import FeatureStore
+from retriever.images.features import FeatureStore, PlannedFeatures
 from retriever.images.sources import BrokenPairError, PairSource
 from retriever.images.transforms import ImageTransform
 from retriever.interrupt import leave_signals_to_the_parent
@@ -56,7 +56,7 @@ class PairReader:
     prompt: str
     max_broken: float
     """Share of the pairs read that may be left out."""
-    features: FeatureStore | None = None
+    features: FeatureStore | PlannedFeatures | None = None
     """Of a locked tower, instead of pixels."""
 
     def memory(self, *rows: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,17 @@ class FeatureStore:
 
     def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path]]:
         return FeatureStore, (self.path,)
+
+
+@dataclass(frozen=True)
+class PlannedFeatures:
+    """In place of a FeatureStore while a run is only planned, not made: zeros, for which no picture is encoded."""
+
+    width: int
+
+    def read(self, row: int, place: str) -> Tensor:
+        """float16 [width]."""
+        return torch.zeros(self.width, dtype=torch.float16)
 
 
 class _Pictures(Dataset[Tensor]):

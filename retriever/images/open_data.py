@@ -10,7 +10,7 @@ from retriever.data.schedule import BatchSchedule, Share
 from retriever.device import Precision
 from retriever.images.batches import ImageBatches
 from retriever.images.chunks import PairReader
-from retriever.images.features import FeatureStore, compute_features
+from retriever.images.features import FeatureStore, PlannedFeatures, compute_features
 from retriever.images.sources import PairSource, open_pairs
 from retriever.images.towers import ImageTextTowers
 from retriever.progress import Terminal
@@ -25,10 +25,12 @@ def open_image_batches(
     token_budget: int,
     terminal: Terminal,
     share: Share | None = None,
+    planned: bool = False,
 ) -> tuple[ImageBatches, tuple[str, ...]]:
     """Every batch of a run on pictures, in order, and what identifies its sources.
 
-    With a locked image tower the features of all pictures are computed first, unless the cache holds them.
+    With a locked image tower the features of all pictures are computed first, unless the cache holds them or the run
+    is only `planned`.
 
     Raises:
         ConfigError: there is no source.
@@ -44,8 +46,10 @@ def open_image_batches(
         terminal.line(f"{source.path}: {len(sources[-1]):,} pairs")
         for notice in sources[-1].notices:
             terminal.line(f"{source.path}: {notice}")
-    features: list[FeatureStore | None] = [None] * len(sources)
-    if image.lock == "image":
+    features: list[FeatureStore | PlannedFeatures | None] = [None] * len(sources)
+    if image.lock == "image" and planned:
+        features = [PlannedFeatures(towers.image_width) for _ in sources]
+    elif image.lock == "image":
         at_once = max(1, token_budget // towers.image_tokens)
         for number, pairs in enumerate(sources):
             with terminal.bar(f"features of {pairs.name}", len(pairs), "pictures") as advance:

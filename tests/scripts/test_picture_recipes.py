@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retriever.config import TrainConfig, load_config
+from retriever.config import TrainConfig, load_config, save_config
 from retriever.images.config import ImageConfig
 from retriever.images.shards import expand_braces
 from retriever.optim import lr_factor
@@ -18,6 +18,7 @@ from retriever.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "retriever"))
 
+from cli_helpers import command
 from image_helpers import SMALL, letter_tokenizer, save_vision_encoder, write_shards
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "recipes"
@@ -45,7 +46,7 @@ def test_a_recipe_is_the_published_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cc3m_vit-b32", "laion400m_lit-b16"])
-def test_a_recipe_trains(name: str, tmp_path: Path) -> None:
+def test_a_recipe_is_planned_and_trains(name: str, tmp_path: Path) -> None:
     config = load_config(FOLDER / f"{name}.yaml")
     letter_tokenizer().save_pretrained(tmp_path / "tokenizer")
     lock = config.model.image.lock
@@ -69,5 +70,10 @@ def test_a_recipe_trains(name: str, tmp_path: Path) -> None:
         steps=2,
         precision="fp32",
     )
+    save_config(small, tmp_path / "small.yaml")
+    outcome = command("train", tmp_path / "small.yaml", "--dry-run", "--processes", 8)
+    assert outcome.code == 0 and "peak" in outcome.out, outcome.err
+    # A plan encodes no pictures.
+    assert not list((tmp_path / "run" / "cache").glob("features/*"))
     trainer = Trainer.start(small, Terminal())
     assert (trainer.train() / "modules.json").exists() and trainer.state.step == 2
