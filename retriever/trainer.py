@@ -190,7 +190,7 @@ class Trainer:
             precision=self.precision,
             ranks=self.ranks.size,
             # The one at hand, and two of each worker; the workers' own are theirs on the host.
-            batches_waiting=1 + 2 * workers,
+            batches_waiting=self.batches.waiting(workers),
         )
 
     def train(self, *, profile: bool = False) -> Path:

@@ -48,6 +48,7 @@ from retriever.images.config import ImageConfig
 from retriever.images.towers import ImageTextTowers, build_image_text_towers
 from retriever.optim import build_optimizer
 from retriever.packing import pack
+from retriever.plan import plan_step
 from retriever.prepare import PreparedBatch, TextGroup
 from retriever.step import MicroBatch, TrainStep
 from retriever.tokens import TokenizedTexts
@@ -98,7 +99,7 @@ class Run:
     step: TrainStep
     batch: PreparedBatch
     planned_mib: float
-    """Most that the plan lets the allocator reach."""
+    """Peak that `retriever train --dry-run` would tell."""
 
     @property
     def towers(self) -> Any:
@@ -201,8 +202,11 @@ class Bench:
         optimizer = build_optimizer(modules.named_parameters(), config.optim)
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         step = TrainStep(config, self.precision, towers, loss, optimizer, scaler, graphs, 100)
-        planned = 0.92 * torch.cuda.mem_get_info()[1] / MIB if self.device.type == "cuda" else 0.0
-        run = Run(step, make_batch(towers, size, graphs.micro_batch_tokens, features=lock), planned)
+        batch = make_batch(towers, size, graphs.micro_batch_tokens, features=lock)
+        plan = plan_step(
+            config, towers, loss, optimizer, graphs, batch, precision=self.precision, ranks=1, batches_waiting=1
+        )
+        run = Run(step, batch, plan.peak / MIB)
         # Kernels are chosen, and memory is taken, on a small batch first.
         TrainStep(config, self.precision, towers, loss, optimizer, scaler, graphs, 100)(
             make_batch(towers, min(size, 4096), graphs.micro_batch_tokens, features=lock), 0

@@ -159,6 +159,10 @@ class BatchDataset(Dataset[T], Generic[T]):
         """`batch_loader` from step `start` to the last."""
         return batch_loader(self, start=start, workers=workers)
 
+    def waiting(self, workers: int) -> int:
+        """Batches that are in memory at once."""
+        return 1 + 2 * workers
+
     def batch(self, step: int) -> TrainingBatch:
         """The batch of a step, 0 <= step < len(self)."""
         source, rows = self._schedule.rows(step)

@@ -107,6 +107,10 @@ class ImageBatches:
                 left.set()
                 pool.submit(stream.close)
 
+    def waiting(self, workers: int) -> int:
+        """Batches that are in memory at once, whatever the number of workers, which hold a few chunks each."""
+        return 3
+
     def _assemble(
         self, stream: Generator[tuple[PairChunk, Tensor], None, None], step: int, left: threading.Event
     ) -> PreparedBatch:
