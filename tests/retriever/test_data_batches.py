@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,10 +14,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever.data.batches import BatchDataset, Prompts, TrainingBatch, batch_loader, false_negative_ids
-from retriever.data.schedule import BatchSchedule
+from retriever.data.batches import (
+    BatchDataset,
+    PairDigests,
+    Prompts,
+    TrainingBatch,
+    batch_loader,
+    false_negative_ids,
+)
+from retriever.data.schedule import BatchSchedule, Share
 from retriever.data.sources import SourceConfig
 from retriever.data.table import ExampleTable, open_source
+from retriever.pool_ids import with_pool_ids
+from retriever.prepare import PreparedBatch
+from retriever.ranks import Ranks
 
 
 def as_given(batch: TrainingBatch) -> TrainingBatch:
@@ -38,12 +49,14 @@ def table(folder: Path, name: str, rows: int) -> ExampleTable:
 
 
 def dataset(
-    folder: Path, *, seed: int = 0, epochs: int = 2, negatives_per_query: int = 2
+    folder: Path, *, seed: int = 0, epochs: int = 2, negatives_per_query: int = 2, share: Share | None = None
 ) -> BatchDataset[TrainingBatch]:
     tables = [table(folder, "a", 50), table(folder, "b", 23)]
     schedule = BatchSchedule([len(t) for t in tables], batch_size=8, seed=seed, epochs=epochs)
     prompts = [Prompts("query: ", "passage: "), Prompts()]
-    return BatchDataset(tables, schedule, as_given, prompts=prompts, negatives_per_query=negatives_per_query)
+    return BatchDataset(
+        tables, schedule, as_given, prompts=prompts, negatives_per_query=negatives_per_query, share=share
+    )
 
 
 def assert_equal(found: list[TrainingBatch], expected: list[TrainingBatch]) -> None:
@@ -119,6 +132,56 @@ def test_another_seed_gives_other_batches(tmp_path: Path) -> None:
 
 def test_no_negatives_unless_asked_for(tmp_path: Path) -> None:
     assert dataset(tmp_path, negatives_per_query=0).batch(0).negatives == []
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_the_shares_of_all_processes_make_the_batch_of_one(tmp_path: Path, size: int) -> None:
+    whole = dataset(tmp_path)
+    shares = [dataset(tmp_path, share=Share(rank, size)) for rank in range(size)]
+    for step in range(len(whole)):
+        parts, batch = [share.batch(step) for share in shares], whole.batch(step)
+        for kind in ("queries", "positives", "negatives"):
+            assert [text for part in parts for text in getattr(part, kind)] == getattr(batch, kind)
+        assert max(len(part.queries) for part in parts) - min(len(part.queries) for part in parts) <= 1
+
+
+class TogetherRanks(Ranks):
+    """A rank whose others have already said what they have."""
+
+    said: ClassVar[list[PairDigests]] = []
+
+    def gathered(self, rows: np.ndarray) -> list[np.ndarray]:
+        mine = self.said[self.rank]
+        (kind,) = (name for name in ("queries", "positives", "negatives") if getattr(mine, name) is rows)
+        return [getattr(digests, kind) for digests in self.said]
+
+
+@given(st.data())
+def test_ids_over_processes_mask_what_ids_of_the_whole_batch_mask(data: st.DataObject) -> None:
+    shared_texts = st.sampled_from("abcdefghijklmnop")
+    pairs = st.lists(st.tuples(shared_texts, shared_texts), min_size=1, max_size=4)
+    shards = data.draw(st.lists(st.tuples(pairs, st.lists(shared_texts, max_size=3)), min_size=2, max_size=4))
+    TogetherRanks.said = [PairDigests.of([q for q, _ in some], [p for _, p in some], more) for some, more in shards]
+    none = np.empty(0, dtype=np.int64)
+    found = [
+        with_pool_ids(
+            PreparedBatch([], len(digests.queries), none, none, digests=digests), TogetherRanks(rank, len(shards))
+        )
+        for rank, digests in enumerate(TogetherRanks.said)
+    ]
+    queries, positives = zip(*(pair for some, _ in shards for pair in some), strict=True)
+    negatives = [text for _, more in shards for text in more]
+    query_ids, passage_ids = false_negative_ids(queries, positives, negatives)
+    assert {batch.has_duplicates for batch in found} == {len(np.unique(passage_ids)) < len(passage_ids)}
+    if not found[0].has_duplicates:
+        return
+    counts = [len(some) for some, _ in shards]
+    ours_positive = [batch.passage_ids[:count] for batch, count in zip(found, counts, strict=True)]
+    ours_negative = [batch.passage_ids[count:] for batch, count in zip(found, counts, strict=True)]
+    ours = np.concatenate([batch.query_ids for batch in found])[:, None] == np.concatenate(
+        [*ours_positive, *ours_negative]
+    )
+    np.testing.assert_array_equal(ours, query_ids[:, None] == passage_ids)
 
 
 def test_ids_tell_the_cases_apart() -> None:
