@@ -58,12 +58,34 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        _close(descriptor)
+
+
+# What `_open` gave and `_close` has not yet taken.
+_descriptors: set[int] = set()
 
 
 def _open(path: Path) -> int:
     # Network disks lock a file only for those who may write it; a folder can only be read.
-    return os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    _descriptors.add(descriptor)
+    return descriptor
+
+
+def _close(descriptor: int) -> None:
+    _descriptors.discard(descriptor)
+    os.close(descriptor)
+
+
+def _leave_locks_to_the_parent() -> None:
+    # A lock lasts until every process that has its descriptor is gone: workers would keep a killed parent's.
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for descriptor in _descriptors:
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 def _lock(descriptor: int) -> bool | None:
@@ -109,7 +131,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
         fsync_folder(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
-        os.close(descriptor)
+        _close(descriptor)
 
 
 @contextlib.contextmanager
@@ -133,7 +155,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             _put_in_place(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        os.close(descriptor)
+        _close(descriptor)
 
 
 def recover_folder(final: Path) -> None:
@@ -178,7 +200,7 @@ def _new_temporary(final: Path, create: Callable[[Path], None]) -> tuple[Path, i
             if _lock(descriptor) is not False and temporary.exists():
                 return temporary, descriptor
             # Before it was locked, another process took it for abandoned.
-            os.close(descriptor)
+            _close(descriptor)
 
 
 def _remove_abandoned(final: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 # A micro-batch ends where its texts get shorter than this part of its longest (10 % padding on average) …
@@ -13,8 +15,9 @@ _LEAST = 1 / 16
 def pack(lengths: np.ndarray, token_budget: int, *, padded: bool = True) -> list[np.ndarray]:
     """Divide texts into micro-batches of at most `token_budget` tokens.
 
-    Texts are sorted by length, longest first (the first micro-batch then meets the highest memory, at once), and cut
-    greedily; a text longer than the budget makes a micro-batch of its own.
+    Texts are sorted by length, longest first, and cut greedily; a text longer than the budget makes a micro-batch of
+    its own. Padded ones are cut from the longest (the first micro-batch then meets the highest memory, at once), others
+    from the shortest: all but the first are full, and the last ones, whose graphs are kept, fill the memory for them.
 
     Args:
         lengths: int64 [texts], tokens of each text.
@@ -28,16 +31,23 @@ def pack(lengths: np.ndarray, token_budget: int, *, padded: bool = True) -> list
     # The sort is stable, so the micro-batches of a batch are the same on every machine.
     order = np.argsort(-lengths, kind="stable")
     falling = lengths[order]
-    ends = np.cumsum(falling)
-    batches = []
-    start = 0
-    while start < len(order):
+    cuts = _cuts_of_padded(falling, token_budget) if padded else _cuts_end_to_end(falling, token_budget)
+    return [order[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def _cuts_of_padded(falling: np.ndarray, token_budget: int) -> list[int]:
+    cuts = [0]
+    while (start := cuts[-1]) < len(falling):
         longest = max(1, int(falling[start]))
-        if padded:
-            like = int(np.searchsorted(-falling, -_SHORTEST * longest, side="right")) - start
-            size = min(token_budget // longest, max(like, int(_LEAST * token_budget) // longest))
-        else:
-            size = int(np.searchsorted(ends, ends[start] - falling[start] + token_budget, side="right")) - start
-        batches.append(order[start : start + max(1, size)])
-        start += max(1, size)
-    return batches
+        like = int(np.searchsorted(-falling, -_SHORTEST * longest, side="right")) - start
+        size = min(token_budget // longest, max(like, int(_LEAST * token_budget) // longest))
+        cuts.append(start + max(1, size))
+    return cuts
+
+
+def _cuts_end_to_end(falling: np.ndarray, token_budget: int) -> list[int]:
+    before = np.concatenate([[0], np.cumsum(falling)])
+    cuts = [len(falling)]
+    while (end := cuts[-1]) > 0:
+        cuts.append(min(end - 1, int(np.searchsorted(before, before[end] - token_budget))))
+    return cuts[::-1]

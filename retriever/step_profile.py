@@ -128,11 +128,11 @@ class StepProfile:
         # What ran on the device itself, kernels on a GPU; phases are no operators.
         rows = [row for row in self._profiler.key_averages() if row.device_type == kind and not row.is_user_annotation]
         spent = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1000 for row in rows}
-        counts = {row.key: row.count for row in rows}
+        calls = {row.key: round(row.count / STEPS) for row in rows}
         total = sum(spent.values())
         lines = [f"{'kernel' if cuda else 'operator':60} {'ms a step':>10} {'share':>7} {'calls':>7}"]
         for name in sorted(spent, key=lambda name: -spent[name])[:_OPERATORS]:
-            lines.append(f"{name[:60]:60} {spent[name] / STEPS:10.2f} {spent[name] / total:7.1%} {counts[name]:7}")
+            lines.append(f"{name[:60]:60} {spent[name] / STEPS:10.2f} {spent[name] / total:7.1%} {calls[name]:7}")
         return lines
 
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -225,6 +226,33 @@ def test_a_folder_is_held_by_one_writer(tmp_path: Path) -> None:
         locked_folder(tmp_path).__enter__()
     with locked_folder(tmp_path):
         assert tmp_path.is_dir()
+
+
+def test_a_child_that_outlives_its_killed_parent_does_not_keep_the_folder(tmp_path: Path) -> None:
+    script = """
+        import os, sys, time
+        from pathlib import Path
+        from index.files import locked_folder
+        with locked_folder(Path(sys.argv[1])):
+            if os.fork() == 0:
+                print("ready", flush=True)
+                time.sleep(60)
+                os._exit(0)
+            time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert parent.stdout is not None and parent.stdout.readline() == b"ready\n"
+        with pytest.raises(InputError, match="another process"), locked_folder(tmp_path):
+            pass
+        parent.kill()
+        parent.wait()
+        with locked_folder(tmp_path):
+            pass
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.stdout.close()
 
 
 def test_json_comes_back_as_written(tmp_path: Path) -> None:

@@ -31,6 +31,18 @@ def test_every_text_is_in_one_micro_batch_within_the_budget(lengths: list[int], 
         assert (len(rows) + 1) * longest > budget or array[following].max() < 0.8 * longest
 
 
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=200), st.integers(1, 2000))
+def test_micro_batches_end_to_end_are_full_but_for_the_first(lengths: list[int], budget: int) -> None:
+    array = np.array(lengths)
+    batches = pack(array, budget, padded=False)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    assert all(len(rows) == 1 or array[rows].sum() <= budget for rows in batches)
+    for rows, following in itertools.pairwise(batches):
+        assert array[rows].min() >= array[following].max()
+        # It begins where one text more would not fit.
+        assert array[following].sum() + array[rows].min() > budget
+
+
 def batch_of(queries: list[str], positives: list[str], negatives: list[str]) -> TrainingBatch:
     ids = np.arange(len(positives) + len(negatives))
     return TrainingBatch(0, queries, positives, negatives, ids[: len(queries)], ids)

@@ -6,9 +6,9 @@ import gzip
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from cli_helpers import command
-from conftest import World
 from run_helpers import assert_same, results
 
 from retriever.step_profile import STEPS, TRACE
@@ -16,7 +16,7 @@ from retriever.step_profile import STEPS, TRACE
 PHASES = ("wait for a batch", "forward without graph", "second forward", "loss", "backward", "optimizer", "between")
 
 
-def test_profile_shows_where_a_step_goes_and_changes_nothing(world: World, tmp_path: Path) -> None:
+def test_profile_shows_where_a_step_goes_and_changes_nothing(world: Any, tmp_path: Path) -> None:
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
     settings = ("--micro-batch-tokens", "64", "--steps", "8")
     assert command("train", world.config, "--out", plain, *settings).code == 0
@@ -36,6 +36,6 @@ def test_profile_shows_where_a_step_goes_and_changes_nothing(world: World, tmp_p
     assert sum(event.get("name") == "optimizer" for event in events) == STEPS
 
 
-def test_profile_of_too_short_a_run_is_refused(world: World, tmp_path: Path) -> None:
+def test_profile_of_too_short_a_run_is_refused(world: Any, tmp_path: Path) -> None:
     outcome = command("train", world.config, "--out", tmp_path / "run", "--steps", "3", "--profile")
     assert outcome.code == 1 and "at least 6 more steps, found 3" in outcome.err
