@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -39,25 +40,32 @@ def first_error_shown(store: Any) -> Iterator[None]:
     watch = threading.Thread(target=_watch, args=(store.clone(), done), daemon=True)
     watch.start()
     try:
-        yield
-    except KeyboardInterrupt:
-        # torchrun's SIGTERM, if another failed.
-        if _reported(store):
-            raise SystemExit(1) from None
-        raise
-    except Exception as error:
-        done.set()
-        if not _claim(store):
-            with contextlib.suppress(KeyboardInterrupt):
+        try:
+            yield
+        except Exception as error:
+            done.set()
+            if not _claim(store):
                 time.sleep(_PAUSE)
-            raise SystemExit(1) from None
-        if isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_of_transfer(error)):
-            first = (str(error).splitlines() or [""])[0]
-            raise LostRankError(f"another process of this job is gone, killed perhaps: {first}") from error
+                raise _silent_end() from None
+            if isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_of_transfer(error)):
+                first = (str(error).splitlines() or [""])[0]
+                raise LostRankError(f"another process of this job is gone, killed perhaps: {first}") from error
+            raise
+        finally:
+            done.set()
+            watch.join()
+    except KeyboardInterrupt:
+        # torchrun's SIGTERM, if another failed; it may come while this rank deals with its own error.
+        if _reported(store):
+            raise _silent_end() from None
         raise
-    finally:
-        done.set()
-        watch.join()
+
+
+def _silent_end() -> SystemExit:
+    """What ends a rank because of another's error; from here on torchrun's SIGTERM changes nothing."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return SystemExit(1)
 
 
 def _claim(store: Any) -> bool:
