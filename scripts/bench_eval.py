@@ -4,8 +4,10 @@ python scripts/bench_eval.py                                                    
 python scripts/bench_eval.py --device cuda --rows 1000000 --queries 10000 --k 100      ours alone, checked
 python scripts/bench_eval.py --memory --rows 10000000 --dim 32 --queries 1000 --k 100  peak memory, stage by stage
 
-Values are compared before any time is printed. Rows go to scripts/results/eval.csv. On a machine that others use as
-well, set OMP_WAIT_POLICY=passive. Needs torch and numpy, and what it is compared with: beir, or on a GPU pytrec_eval.
+Values are compared before any time is printed: with beir's, or on a GPU the means with trec_eval's and the ranking of
+some queries with float64's. Rows go to eval.csv, in scripts/results or where --results says. On a machine that others
+use as well, set OMP_WAIT_POLICY=passive. Needs torch and numpy, and what it is compared with: beir, or on a GPU
+pytrec_eval.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_exact import best_in_float64, check
 from machine import machine
 
 from eval.beir import BeirDataset
@@ -38,9 +41,9 @@ from eval.metrics import Metrics
 from eval.preflight import preflight
 from eval.ranking import RankedRun
 from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.files import atomic_path
 from index.passages import Passage, read_passages
 
-RESULTS = Path(__file__).resolve().parent / "results" / "eval.csv"
 MIB = 2**20
 ROWS_AT_ONCE = 65536
 RELEVANT = 3
@@ -71,6 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves them as they are")
     parser.add_argument("--memory", action="store_true", help="peak memory of every stage, in place of times")
     parser.add_argument("--folder", type=Path, help="for the generated corpus; the system's own by default")
+    parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--commit", help="of the code, where there is no checkout to ask")
     return parser.parse_args()
 
 
@@ -105,7 +110,9 @@ def speed(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             # The package rounds to five digits.
             assert abs(means["ours"][measure] - value) < 5.1e-6, (measure, means["ours"][measure], value)
     else:
-        check_by_trec_eval(options, dataset, store, queries, means["ours"])
+        run = run_of(options, dataset, store, queries)
+        check_by_float64(options, store, queries, run)
+        check_by_trec_eval(options, dataset, run, means["ours"])
     rows = []
     for name, turns in times.items():
         first, later = sum(turns[0].values()), turns[1:] or turns
@@ -210,21 +217,22 @@ def theirs(
     return seconds, {f"{names[name.partition('@')[0]]}@{name.partition('@')[2]}": v for name, v in values.items()}
 
 
+def check_by_float64(options: argparse.Namespace, store: EmbeddingStore, queries: np.ndarray, run: RankedRun) -> None:
+    """Scores and passages of some queries against those of products in float64."""
+    vectors, asked = (torch.from_numpy(some).to(options.device) for some in (store.vectors(), queries))
+    check("ours", (run.scores, run.rows), best_in_float64(vectors, asked, options.k), options.k)
+
+
 def check_by_trec_eval(
-    options: argparse.Namespace,
-    dataset: BeirDataset,
-    store: EmbeddingStore,
-    queries: np.ndarray,
-    mean: dict[str, float],
+    options: argparse.Namespace, dataset: BeirDataset, run: RankedRun, mean: dict[str, float]
 ) -> None:
     """Every mean against trec_eval's, of the same run."""
     import pytrec_eval
 
-    run = {query: dict(found) for query, found in run_of(options, dataset, store, queries).items()}
     cuts = [k for k in KS if k <= options.k]
     names = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "success": "success"}
     asked = {f"{theirs}.{','.join(map(str, cuts))}" for theirs in names.values()}
-    found = pytrec_eval.RelevanceEvaluator(dataset.qrels, asked).evaluate(run)
+    found = pytrec_eval.RelevanceEvaluator(dataset.qrels, asked).evaluate(dict(run.items()))
     for measure, theirs in names.items():
         for k in cuts:
             value = sum(row[f"{theirs}_{k}"] for row in found.values()) / len(dataset.qrels)
@@ -284,7 +292,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     size = {name: str(getattr(options, name)) for name in ("device", "rows", "dim", "queries", "k", "threads")}
     # Threads that wait by spinning lose most of their time where others use the cores too.
     load = {"omp_wait": os.environ.get("OMP_WAIT_POLICY", ""), "load": f"{os.getloadavg()[0]:.1f}"}
-    measured = machine()
+    measured = machine() | ({"commit": options.commit} if options.commit else {})
     found = []
     for row in rows:
         shown = (f"{name} {row[name]:.4f}" for name in columns if name in row)
@@ -292,17 +300,17 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         values = {name: f"{row[name]:.6g}" if name in row else "" for name in columns}
         found.append({"what": row["what"], **size, **load, **values, **measured})
     kept = []
-    if RESULTS.exists():
+    results = options.results / "eval.csv"
+    if results.exists():
         same = {**size, "hardware": measured["hardware"]}
         whats = {row["what"] for row in found}
-        with RESULTS.open(encoding="utf-8", newline="") as stream:
+        with results.open(encoding="utf-8", newline="") as stream:
             kept = [
                 row
                 for row in csv.DictReader(stream)
                 if row["what"] not in whats or any(row[name] != same[name] for name in same)
             ]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_path(results) as path, path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, found[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *found])
