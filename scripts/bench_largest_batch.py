@@ -6,7 +6,8 @@ python scripts/bench_largest_batch.py --device cpu --quick
 Two towers of BERT-base's size with random weights, AdamW, bf16; texts of --tokens tokens. A batch is doubled until it
 runs out of memory, then the last gap is halved --halvings times; ours stops at --goal. Token ids wait on the host and
 micro-batches of them visit the GPU. Rows go to largest_batch.csv, memory against the batch to largest_batch.png, in
-scripts/results or where --results says.
+scripts/results or where --results says. A step that would probably end after --budget seconds is not begun, and has a
+row that says so; the ways are tried in the order of what their figures are worth.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ from retriever.towers import Towers, build_towers
 
 MIB = 2**20
 VOCABULARY = 30522
+# Of a step's time beside that of a smaller one: the loss's is a small part, but grows with the square.
+GROWTH = 1.3
 SIZES = {"bert-base": (768, 12, 12), "tiny": (32, 2, 2)}
 
 
@@ -70,13 +73,13 @@ class Way:
 
 
 WAYS = [
+    Way("ours", lambda: InfCLLoss(symmetric=True), lambda planned: planned, endless=True),
     Way(
         "no gradient cache, whole matrix",
         WholeMatrix,
         lambda planned: GraphMemory(planned.micro_batch_tokens, 2**62),
     ),
     Way("gradient cache, whole matrix", WholeMatrix, lambda planned: GraphMemory(planned.micro_batch_tokens, 0)),
-    Way("ours", lambda: InfCLLoss(symmetric=True), lambda planned: planned, endless=True),
     Way(
         "ours, embeddings on the host",
         lambda: InfCLLoss(symmetric=True),
@@ -89,9 +92,9 @@ WAYS = [
 
 def main() -> None:
     """Try every way."""
-    options = arguments()
     began = time.monotonic()
-    bench = Bench(options)
+    options = arguments()
+    bench = Bench(options, began + options.budget)
     for way in WAYS:
         if not options.ways or any(part in way.name for part in options.ways):
             bench.search(way)
@@ -107,6 +110,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--goal", type=int, default=2**20, help="pairs at which ours stops")
     parser.add_argument("--ways", nargs="*", help="those with one of these in their name")
     parser.add_argument("--halvings", type=int, default=2, help="of the gap between what fits and what does not")
+    parser.add_argument("--budget", type=float, default=240, help="seconds in all; what is left then is left out")
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
     parser.add_argument("--quick", action="store_true", help="tiny towers and batches, to see that everything runs")
@@ -116,8 +120,8 @@ def arguments() -> argparse.Namespace:
 class Bench:
     """Rows in the making."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    def __init__(self, options: argparse.Namespace, deadline: float) -> None:
+        self.options, self.deadline = options, deadline
         self.device = torch.device(options.device)
         self.goal = 256 if options.quick else options.goal
         self.here = machine() | ({"commit": options.commit} if options.commit else {})
@@ -129,11 +133,14 @@ class Bench:
 
     def search(self, way: Way) -> None:
         """Double, then halve the gap; ours goes to the goal in fewer steps."""
-        size, fits, fails = 64 if self.options.quick else 4096, 0, 0
+        size, fits, fails, seconds = 64 if self.options.quick else 4096, 0, 0, 0.0
         # What kernels compile at their first run is no part of a step's time.
         self.attempt(way, size, counted=False)
         while size <= self.goal:
-            if not self.attempt(way, size):
+            if not self.time_for(way, size, GROWTH * seconds * size / max(1, fits)):
+                break
+            problem, seconds = self.attempt(way, size)
+            if problem:
                 fails = size
                 break
             fits = size
@@ -142,15 +149,22 @@ class Bench:
             size = min(size * (16 if way.endless else 2), self.goal)
         for _ in range(self.options.halvings if fails and fits else 0):
             middle = (fits + fails) // 2
-            if self.attempt(way, middle):
-                fits = middle
-            else:
-                fails = middle
-        beyond = f", not {fails:,}" if fails else ": the goal"
+            if not self.time_for(way, middle, GROWTH * seconds * 2):
+                break
+            problem, _ = self.attempt(way, middle)
+            fits, fails = (fits, middle) if problem else (middle, fails)
+        beyond = f", not {fails:,}" if fails else ": the goal" if fits == self.goal else ", no time for more"
         print(f"{way.name}: {fits:,} pairs{beyond}", flush=True)
 
-    def attempt(self, way: Way, pairs: int, counted: bool = True) -> bool:
-        """Whether an optimizer step fits; a row."""
+    def time_for(self, way: Way, pairs: int, seconds: float) -> bool:
+        """Whether a step of so many seconds ends in time; a row if not."""
+        if time.monotonic() + seconds <= self.deadline:
+            return True
+        self.add_row(way, pairs, "no time left")
+        return False
+
+    def attempt(self, way: Way, pairs: int, counted: bool = True) -> tuple[str, float]:
+        """Why an optimizer step does not fit, or nothing, and its seconds; a row."""
         self.reset()
         problem, seconds, loss = "", 0.0, float("nan")
         try:
@@ -163,9 +177,15 @@ class Bench:
         except torch.OutOfMemoryError:
             problem = "out of memory"
         step = batch = None
-        peak = torch.cuda.max_memory_allocated() / MIB if self.device.type == "cuda" else 0.0
         if not problem and not np.isfinite(loss):
             raise SystemExit(f"{way.name} at {pairs}: the loss is {loss}")
+        if counted:
+            self.add_row(way, pairs, problem, seconds, loss)
+        return problem, seconds
+
+    def add_row(self, way: Way, pairs: int, problem: str, seconds: float = 0.0, loss: float = 0.0) -> None:
+        """A row of a step that was made, or could not be, with the memory that it took."""
+        peak = torch.cuda.max_memory_allocated() / MIB if self.device.type == "cuda" else 0.0
         row = {
             "method": way.name,
             "pairs": pairs,
@@ -177,14 +197,12 @@ class Bench:
             "status": problem or "trained",
             **self.here,
         }
-        if counted:
-            self.rows.append(row)
-            self.write()
-            print(
-                f"{way.name:<34}{pairs:>10,} pairs  {row['seconds'] or problem:>14} s {row['peak_mib']:>8} MiB",
-                flush=True,
-            )
-        return not problem
+        self.rows.append(row)
+        self.write()
+        print(
+            f"{way.name:<34}{pairs:>10,} pairs  {row['seconds'] or problem:>14} s {row['peak_mib']:>8} MiB",
+            flush=True,
+        )
 
     def prepared(self, way: Way, pairs: int) -> tuple[TrainStep, PreparedBatch]:
         """A step that has not been made, on random texts."""
@@ -282,7 +300,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         fitted = sorted(
             (row["pairs"], float(row["peak_mib"]) / 1024) for row in rows if row["method"] == name and row["loss"]
         )
-        failed = [row["pairs"] for row in rows if row["method"] == name and not row["loss"]]
+        failed = [row["pairs"] for row in rows if row["method"] == name and row["status"] == "out of memory"]
         if fitted:
             axes.plot(*zip(*fitted, strict=True), "o-", color=f"C{number}", label=name)
         axes.plot(failed, [0] * len(failed), "x", color=f"C{number}", clip_on=False)
@@ -290,7 +308,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         f"{rows[0]['hardware']}, {rows[0]['parameters'] / 1e6:.0f} M parameters (x: out of memory)", fontsize=9
     )
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None}, bbox_inches="tight")
 
 

@@ -5,14 +5,16 @@ torchrun --nproc-per-node 2 scripts/bench_ring.py --device cpu --quick
 
 Part "speed": one rank alone with the whole batch, then all ranks by the ring and by gathering. Part "ablation": memory
 and time of each way at one size. Every way is checked against float64 first. Part "profile" (GPUs): how much of the
-ring's transfers runs beside its tiles, with ring_profile.png. Rows go to ring.csv and the ablation to ring.png, in
-scripts/results or where --results says. Embeddings are fp32, products bf16 by autocast, the loss symmetric.
+ring's transfers runs beside its tiles, with ring_profile.png. Rows go to ring.csv as they come and the ablation to
+ring.png, in scripts/results or where --results says; what --budget seconds do not suffice for has a row that says so.
+Embeddings are fp32, products bf16 by autocast, the loss symmetric.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import os
 import statistics
 import sys
@@ -45,17 +47,21 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "ours: auto": partial(inf_cl_loss, symmetric=True),
 }
 OURS = tuple(name for name in METHODS if name.startswith("ours"))
+# A rank that waits so long for another waits in vain: one of them has run out of memory alone.
+PATIENCE = datetime.timedelta(seconds=120)
+ROW_SECONDS, FEWEST_SAMPLES = 4.0, 3
 
 
 def main() -> None:
     """Measure what was asked for on every rank; the first one writes."""
+    began = time.monotonic()
     options = arguments()
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
     if options.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         torch.set_num_threads(1)
-    bench = Bench(options)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo", timeout=PATIENCE)
+    bench = Bench(options, began + options.budget)
     bench.checks()
     for size in options.sizes:
         bench.speed(size)
@@ -74,7 +80,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", help="pairs, of the speed-up")
     parser.add_argument("--ablation-size", type=int, help="pairs, of the comparison")
     parser.add_argument("--dim", type=int)
-    parser.add_argument("--samples", type=int, help="calls that the median is taken of")
+    parser.add_argument("--samples", type=int, help="calls that the median is taken of, fewer of long ones")
+    parser.add_argument("--budget", type=float, default=150, help="seconds after which no further row is begun")
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--commit", help="of the code, where there is no checkout to ask")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
@@ -90,8 +97,8 @@ def arguments() -> argparse.Namespace:
 class Bench:
     """Rows in the making."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    def __init__(self, options: argparse.Namespace, deadline: float) -> None:
+        self.options, self.deadline = options, deadline
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.cuda = options.device == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
@@ -101,14 +108,14 @@ class Bench:
         self.profiled: dict[str, Any] = {}
 
     def pairs(self, pairs: int, whole: bool = False) -> list[Tensor]:
-        """This rank's queries and passages and the logit_scale, or the whole batch's; the same on every device."""
-        generator = torch.Generator().manual_seed(0)
+        """This rank's queries and passages and the logit_scale, or the whole batch's; one batch for all ranks."""
+        generator = torch.Generator(self.device).manual_seed(0)
         shares = [pairs * r // self.size for r in range(self.size + 1)]
         leaves = []
-        query = torch.randn(pairs, self.options.dim, generator=generator)
-        for side in (query, query + torch.randn(pairs, self.options.dim, generator=generator)):
+        query, noise = (torch.randn(pairs, self.options.dim, generator=generator, device=self.device) for _ in range(2))
+        for side in (query, query + noise):
             rows = side if whole else side[shares[self.rank] : shares[self.rank + 1]]
-            leaves.append(torch.nn.functional.normalize(rows.to(self.device), dim=1).requires_grad_())
+            leaves.append(torch.nn.functional.normalize(rows, dim=1).requires_grad_())
         return [*leaves, torch.tensor(50.0, device=self.device, requires_grad=True)]
 
     def step(self, method: Callable[..., Tensor], leaves: list[Tensor], **options: Any) -> list[Tensor]:
@@ -148,7 +155,9 @@ class Bench:
         """A row: median milliseconds of the slowest rank, and the most memory that any has beside the embeddings."""
         single = name == "one rank alone"
         problem, found = "", None
-        if single and self.rank:
+        if self.no_time_left():
+            problem = "no time left"
+        elif single and self.rank:
             found = (0.0, 0.0)
         else:
             try:
@@ -169,10 +178,11 @@ class Bench:
             "times_one_rank": f"{alone / milliseconds:.3f}" if alone and not failed else "",
             "extra_mib": "" if failed or not self.cuda else f"{extra:.1f}",
             "error": f"{self.errors[name]:.1e}" if name in self.errors else "",
-            "status": "out of memory" if failed else "measured",
+            "status": (problem or "out of memory") if failed else "measured",
             **self.here,
         }
         self.rows.append(row)
+        self.write()
         if not self.rank:
             print(
                 f"{part:<9}{pairs:>8} {name:<28}{row['milliseconds'] or row['status']:>14} ms "
@@ -186,31 +196,38 @@ class Bench:
         leaves = self.pairs(pairs, whole=single)
         method = partial(inf_cl_loss, symmetric=True) if single else METHODS[name]
         options = {} if single else {"group": distributed.group.WORLD}
-        for _ in range(2):
-            self.step(method, leaves, **options)
-        if self.cuda:
-            torch.cuda.synchronize()
-            held = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        samples = []
-        for _ in range(self.options.samples):
+
+        def sample() -> float:
             if not single:
-                distributed.barrier(device_ids=[self.device.index] if self.cuda else None)
+                self.barrier()
             self.wait()
             began = time.perf_counter()
             self.step(method, leaves, **options)
             self.wait()
-            samples.append(1000 * (time.perf_counter() - began))
+            return time.perf_counter() - began
+
+        sample()
+        if self.cuda:
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = sample()
+        seconds = seconds if single else self.most(seconds)
+        samples = min(self.options.samples, max(FEWEST_SAMPLES, int(ROW_SECONDS / seconds)))
+        median = statistics.median(sample() for _ in range(samples))
         extra = (torch.cuda.max_memory_allocated() - held) / MIB if self.cuda else 0.0
-        return statistics.median(samples), extra
+        return 1000 * median, extra
 
     def profile(self, pairs: int) -> None:
         """One step of the ring under the profiler: how much of its transfers lies beside other kernels."""
         from torch.profiler import ProfilerActivity, profile
 
+        if self.no_time_left():
+            return
         leaves, method = self.pairs(pairs), METHODS["ours: ring + tiles"]
         for _ in range(2):
             self.step(method, leaves, group=distributed.group.WORLD)
+        # Else a transfer's time is that of waiting for a rank that begins later.
+        self.barrier()
         self.wait()
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
             self.step(method, leaves, group=distributed.group.WORLD)
@@ -234,16 +251,30 @@ class Bench:
 
     def finish(self) -> None:
         """Table and plots."""
+        self.write()
         if self.rank:
             return
         folder = self.options.results
-        with atomic_path(folder / "ring.csv") as path, path.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, self.rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
         draw_ablation([row for row in self.rows if row["part"] == "ablation"], folder / "ring.png")
         if self.profiled:
             draw_profile(self.profiled["spans"], self.profiled["title"], folder / "ring_profile.png")
+
+    def write(self) -> None:
+        """The table so far."""
+        if self.rank:
+            return
+        table = self.options.results / "ring.csv"
+        with atomic_path(table) as path, path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, self.rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def no_time_left(self) -> bool:
+        """Whether the budget is spent on any rank."""
+        return self.most(time.monotonic() - self.deadline) > 0
+
+    def barrier(self) -> None:
+        distributed.barrier(device_ids=[self.device.index] if self.cuda else None)
 
     def wait(self) -> None:
         if self.cuda:

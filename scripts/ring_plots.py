@@ -14,7 +14,8 @@ def kernel_spans(events: Iterable[Any]) -> Spans:
     """Begin and end of every kernel, ms from the first one, by kind."""
     spans: Spans = {TRANSFER: [], PRODUCT: [], TILES: [], OTHER: []}
     for event in events:
-        if "CUDA" not in str(event.device_type):
+        # NCCL's calls are marked on the GPU's lane too, beside the kernels that they start.
+        if "CUDA" not in str(event.device_type) or event.is_user_annotation:
             continue
         name = event.name.lower()
         if "nccl" in name:

@@ -18,7 +18,8 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 def kernel(name: str, start: float, end: float) -> SimpleNamespace:
     """As the profiler has it, in microseconds."""
-    return SimpleNamespace(name=name, device_type="DeviceType.CUDA", time_range=SimpleNamespace(start=start, end=end))
+    times = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(name=name, device_type="DeviceType.CUDA", time_range=times, is_user_annotation=False)
 
 
 def test_transfers_are_hidden_where_another_kernel_runs() -> None:
@@ -27,7 +28,8 @@ def test_transfers_are_hidden_where_another_kernel_runs() -> None:
             kernel("ncclDevKernel_SendRecv", 1000, 3000),
             kernel("tile_sums_kernel", 1500, 2000),
             kernel("nvjet_tst_128x256", 1800, 2500),
-            SimpleNamespace(name="aten::mm", device_type="DeviceType.CPU", time_range=SimpleNamespace(start=0, end=9)),
+            SimpleNamespace(name="aten::mm", device_type="DeviceType.CPU"),
+            SimpleNamespace(name="nccl:send 0->1", device_type="DeviceType.CUDA", is_user_annotation=True),
         ]
     )
     assert ring_plots.hidden_share(spans) == pytest.approx((0.5, 2.0, 2.0))
@@ -47,3 +49,15 @@ def test_both_benchmarks_write_their_rows(tmp_path: Path) -> None:
     with (tmp_path / "largest_batch.csv").open(newline="") as stream:
         assert {row["status"] for row in csv.DictReader(stream)} == {"trained"}
     assert {path.name for path in tmp_path.glob("*.png")} == {"ring.png", "largest_batch.png"}
+
+
+def test_what_the_budget_does_not_suffice_for_has_a_row_that_says_so(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ring = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPTS / "bench_ring.py")]
+    for command in (ring, [str(SCRIPTS / "bench_largest_batch.py")]):
+        words = [sys.executable, *command, "--device=cpu", "--quick", "--budget=0", "--results", str(tmp_path)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("ring.csv", "largest_batch.csv"):
+        with (tmp_path / name).open(newline="") as stream:
+            assert {row["status"] for row in csv.DictReader(stream)} == {"no time left"}
