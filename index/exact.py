@@ -132,7 +132,7 @@ def _search(
     place = _with_number(torch.device(device))
     with full_precision(place):
         half = half_type(place)
-        vectors = torch.from_numpy(np.array(queries, dtype=np.float32)).to(place)
+        vectors = torch.tensor(np.ascontiguousarray(queries, dtype=np.float32), device=place)
         largest = _largest(vectors)
         rows_at_once = min(block_rows, SLICE_ROWS.get(place.type, block_rows), max(1, len(ids)))
         at_once = max(1, min(PRODUCTS_AT_ONCE[place.type] // rows_at_once, RESULTS_AT_ONCE[place.type] // k))

@@ -39,10 +39,16 @@ class Best:
         self._waiting = self._kept = 0
         # No passage that scores below its query's entry [Q, 1] can still be among the best.
         self._floor = queries.vectors.new_full((self.count, 1), -torch.inf)
+        self._bounded = False
+
+    def _unbounded(self) -> bool:
+        """Whether some query has no floor yet; once all have one they keep it, and a GPU is no more waited for."""
+        self._bounded = self._bounded or not bool(self._floor.isinf().any())
+        return not self._bounded
 
     def update(self, block: Block, window: Window) -> None:
         """Let the passages of a block of `window` compete."""
-        if len(block.vectors) >= self._k and bool(self._floor.isinf().any()):
+        if len(block.vectors) >= self._k and self._unbounded():
             # The floor of a whole block is higher than that of its first slice, and leaves fewer candidates.
             at_once = -(-self.count // len(block.slices()))
             for which in torch.arange(self.count, device=self._floor.device).split(at_once):
@@ -93,18 +99,20 @@ class Best:
         """Add the candidates for the queries `which` (none: all); returns those with too many, which get none."""
         found = self._queries.multiply(block, which, in_half)
         floor = self._floor if which is None else self._floor[which]
-        if found.products.shape[1] >= self._k and bool(floor.isinf().any()):
+        if found.products.shape[1] >= self._k and self._unbounded():
             floor = self._found_floor(found, which)
         query, column, product = _at_least(found.products, found.least(floor))
         most = self._k + found.products.shape[1] // 16
         too_many = None
-        # Most often there are too few in all for any query to have too many.
-        if len(query) > most:
-            crowded = torch.bincount(query, minlength=len(floor)) > most
-            if bool(crowded.any()):
-                too_many = crowded.nonzero().flatten()
-                keep = ~crowded[query]
-                query, column, product = query[keep], column[keep], product[keep]
+        # `query` ascends: one that has too many comes again that many places on.
+        beyond = query[most:]
+        again = beyond == query[: len(beyond)]
+        if bool(again.any()):
+            crowded = torch.zeros(len(floor), dtype=torch.bool, device=query.device)
+            crowded[beyond[again]] = True
+            too_many = crowded.nonzero().flatten()
+            keep = ~crowded[query]
+            query, column, product = query[keep], column[keep], product[keep]
         self._add(found, query, column + block.start, product, which)
         return too_many if too_many is None or which is None else which[too_many]
 

@@ -49,3 +49,17 @@ def test_a_fault_found_on_the_gpu_is_reported_and_the_next_search_works(rng) -> 
     shards = shards_of(passages, 7000)
     expected = exact.search(passages[:5], shards, ids, 10)
     same_bits(exact.search(passages[:5], shards, ids, 10, device="cuda"), expected)
+
+
+def test_the_gpu_gives_the_same_bits_where_tf32_is_asked_for_by_the_older_function(rng) -> None:
+    passages, queries = rng.standard_normal((3000, 64)).astype(np.float32), rng.standard_normal((20, 64))
+    ids = [f"d{n}" for n in range(3000)]
+    expected = exact.search(queries, [(0, passages)], ids, 50)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = exact.search(queries, [(0, passages)], ids, 50, device="cuda")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = before
+    same_bits(found, expected)
