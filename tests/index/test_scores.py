@@ -58,3 +58,19 @@ def test_slices_of_a_block_change_no_bit(rng, monkeypatch, half: torch.dtype | N
             monkeypatch.setitem(products.SLICE_ROWS, "cpu", rows)
             same_bits(exact.search(queries, [(0, passages)], ids, k, block_rows=512), expected)
         monkeypatch.setitem(products.SLICE_ROWS, "cpu", 2048)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_processor_multiplies_in_bfloat16_only_where_it_is_quicker_at_it(monkeypatch, faster: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(products, "_multiplies_faster", lambda half: faster)
+    assert products.half_type(torch.device("cpu")) == (torch.bfloat16 if faster else None)
+
+
+@pytest.mark.parametrize(("half_seconds", "faster"), [(1.0, True), (3.0, False)])
+def test_the_quicker_precision_is_found_by_trying(monkeypatch, half_seconds: float, faster: bool) -> None:
+    clock = iter(np.cumsum([0.0] + 6 * [2.0, 0.0, half_seconds, 0.0]).tolist())
+    monkeypatch.setattr(products.time, "perf_counter", lambda: next(clock))
+    threads = torch.get_num_threads()
+    assert products._multiplies_faster.__wrapped__(torch.bfloat16) is faster
+    assert torch.get_num_threads() == threads
