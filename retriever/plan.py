@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,13 +90,9 @@ def plan_step(
     passages = rows - batch.queries
     sizes = batch.micro_batch_tokens
     kept = graphs.keep(sizes)
-    places = [(group, rows_) for group in batch.groups for rows_ in group.micro_batches]
-    largest = int(np.argmax(sizes))
-    group, some = places[largest]
-    graph = held_bytes(towers, precision, lambda: group.embed(towers, some))
-    a_token = graph / max(1, sizes[largest])
-    kept_graphs = a_token * sum(sizes[len(sizes) - kept :])
-    once_more = graph if kept < len(sizes) else 0.0
+    held = _graphs(towers, precision, batch)
+    passing, waiting = held[: len(sizes) - kept], held[len(sizes) - kept :]
+    kept_graphs, once_more = sum(waiting), max(passing, default=0.0)
 
     trained = [parameter for g in optimizer.param_groups for parameter in g["params"]]
     gradients = float(sum(parameter.nbytes for parameter in trained))
@@ -118,7 +115,7 @@ def plan_step(
         "weights in bf16": half,
         "gradients": gradients,
         f"graphs kept until the loss ({kept} of {len(sizes)} micro-batches)": kept_graphs,
-        "graph of one micro-batch, and its backward": (1 + _BACKWARD) * graph,
+        "graph of one micro-batch, and its backward": (1 + _BACKWARD) * max(held),
         "embeddings and their gradients": float(at_loss * rows * width),
         "workspace of the loss": workspace,
         "passages on their way between processes": exchanged,
@@ -127,7 +124,7 @@ def plan_step(
     adding = float(max(parameter.nbytes for parameter in trained)) if len(sizes) > 1 else 0.0
     moments = [
         kept_graphs + at_loss * rows * width + workspace + exchanged,
-        gradients + adding + kept_graphs + _BACKWARD * graph + after_loss * rows * width,
+        gradients + adding + kept_graphs + _BACKWARD * max(waiting, default=0.0) + after_loss * rows * width,
         gradients + adding + (1 + _BACKWARD) * once_more + after_loss * rows * width,
     ]
     data = float(batches_waiting * batch_bytes(batch))
@@ -146,6 +143,19 @@ def plan_step(
             f"passages a step, {batch.tokens:,} tokens in {len(sizes)} micro-batches of at most {max(sizes):,}"
         ],
     )
+
+
+def _graphs(towers: Towers, precision: Precision, batch: PreparedBatch) -> list[float]:
+    """Bytes that the graph of each micro-batch holds: measured of the largest of each group, since a token of a picture
+    holds more than one of a text and features of a locked tower next to nothing; of the others by their tokens."""
+    sizes, found = batch.micro_batch_tokens, list[float]()
+    for group in batch.groups:
+        own = sizes[len(found) : len(found) + len(group.micro_batches)]
+        if own:
+            largest = int(np.argmax(own))
+            held = held_bytes(towers, precision, partial(group.embed, towers, group.micro_batches[largest]))
+            found += [held * size / max(1, own[largest]) for size in own]
+    return found
 
 
 def held_bytes(towers: Towers, precision: Precision, forward: Callable[[], Tensor]) -> float:

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from index.files import InputError
+from retriever.device import to_device
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Mean and standard deviation of red, green and blue, of values from 0 to 1 (Radford et al., arXiv 2103.00020)."""
@@ -190,9 +191,11 @@ class ImageTransform:
     def normalised(self, pixels: Tensor) -> Tensor:
         """float32 [..., 3, height, width] from bytes, on whichever device they are."""
         # (x / 255 - mean) / std, without a copy of the batch for each step of it.
-        scale = torch.tensor([1 / (255 * std) for std in self.std], device=pixels.device)[:, None, None]
-        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=pixels.device)
-        return torch.addcmul(shift[:, None, None], pixels.float(), scale)
+        scale = [1 / (255 * std) for std in self.std]
+        shift = [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
+        # Made on the host: a tensor of numbers made on a GPU has the host wait for all that the GPU has still to do.
+        of_scale, of_shift = (to_device(torch.tensor(each)[:, None, None], pixels.device) for each in (scale, shift))
+        return torch.addcmul(of_shift, pixels.float(), of_scale)
 
     def with_statistics(self, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> ImageTransform:
         """The same with another mean and standard deviation."""

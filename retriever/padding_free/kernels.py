@@ -17,6 +17,9 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# Triton compiles a kernel once more where a number divides by 16. Of `tokens`, which one micro-batch in 16 does, that
+# would stop a run for some seconds at its first such step and gain nothing.
+
 
 @triton.jit
 def kept(rows, columns, seed, head, dropout):
@@ -61,7 +64,7 @@ def store_head_tile(ptr, rows, head, tile, tokens, HEADS: tl.constexpr, D: tl.co
     tl.store(ptr + places, tile.to(ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & (dims < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -130,7 +133,7 @@ def forward_kernel(
     tl.store(lse_ptr + head.to(tl.int64) * tokens + rows, biggest + tl.log2(total), mask=rows < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def backward_query_kernel(
     q_ptr,
     k_ptr,
@@ -197,7 +200,7 @@ def backward_query_kernel(
     store_head_tile(q_grad_ptr, rows, head, q_grad * scale, tokens, HEADS, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def backward_key_kernel(
     q_ptr,
     k_ptr,

@@ -12,7 +12,9 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
     words = [sys.executable, str(SCRIPTS / "bench_image_train.py"), "--device", "cpu", "--quick", "--commit", "abc"]
-    subprocess.run([*words, "--results", str(tmp_path)], check=True, capture_output=True, text=True)
+    words += ["--results", str(tmp_path)]
+    subprocess.run(words, check=True, capture_output=True, text=True)
+    subprocess.run([*words, "--parts", "whole", "--keep-rows"], check=True, capture_output=True, text=True)
     with (tmp_path / "image_train.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["part"] for row in rows] == [
@@ -21,9 +23,12 @@ def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
         "towers: forward, backward, forward",
         "LiT step on features",
         "LiT step that encodes its pictures",
-        "LiT step on features",
+        "LiT step on features, data offload",
+        "step, data offload",
     ]
     assert all(float(row["seconds"]) > 0 and row["commit"] == "abc" and "synthetic" in row["data"] for row in rows)
-    whole, loss, towers, locked, anew, _ = rows
+    assert [row["pairs"] for row in rows] == ["32"] * 5 + ["64"] * 2
+    assert all(float(row["planned_mib"]) > 0 for row in rows if "step" in row["part"] and "encodes" not in row["part"])
+    whole, loss, towers, locked, anew, *_ = rows
     assert float(loss["of_step"]) < 1 and float(towers["step_over_this"]) > 0
     assert float(anew["times_features"]) > 1 and float(locked["seconds"]) < float(whole["seconds"])
