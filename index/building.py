@@ -12,6 +12,7 @@ import numpy as np
 
 from index import curve, lists_on_disk
 from index import factory as factories
+from index.beside import Beside
 from index.factory import import_faiss, reason
 from index.files import InputError, atomic_folder
 from index.graphs import add_held_out, is_graph, takes_rows_later, truth_without
@@ -63,8 +64,8 @@ def build(
     """Index the passages of `store` by inner product into the folder `out`, which is replaced when it is an index.
 
     Holds the index, the training vectors before it is filled, and one piece of a shard in memory. Training vectors are
-    drawn at random from all rows, 39 to 256 a centroid. Every byte of the store is checked first: the index gets sums
-    of its own, and they must not vouch for damage.
+    drawn at random from all rows, 39 to 256 a centroid. Every byte of the store is checked, beside the other work: the
+    index gets sums of its own, and they must not vouch for damage.
 
     Args:
         store: what to index.
@@ -91,43 +92,51 @@ def build(
     if plan.target is not None and part.count > 1:
         raise InputError("--target-recall: expected a whole index; merge the parts, then `retriever index tune`")
     held_out = plan.target.held_out_rows(store.rows, plan.seed) if plan.target else np.empty(0, np.int64)
-    index, origin = _trained(part, plan, held_out)
-    # In a graph, those it is measured by must not be yet.
-    added_last = held_out if is_graph(index) else held_out[:0]
-    if len(added_last) and not takes_rows_later(index):
-        raise InputError(
-            f"factory {origin['factory']!r}: expected --queries to measure it by, for rows cannot come in later"
-        )
-    fields = {
-        **origin,
-        "metric": "inner_product",
-        "rows": part.rows,
-        "dim": store.dim,
-        "model": store.model,
-        "source": store.source,
-        "sources": [source_of(part)],
-    }
-    tuning = None
-    prepare_to_add(index)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out) as folder, Beside() as beside:
+        index, origin = _trained(part, plan, held_out, beside)
+        # In a graph, those it is measured by must not be yet.
+        added_last = held_out if is_graph(index) else held_out[:0]
+        if len(added_last) and not takes_rows_later(index):
+            raise InputError(
+                f"factory {origin['factory']!r}: expected --queries to measure it by, for rows cannot come in later"
+            )
+        beside.begin(write_passages, part.files("ids"), part.files("jsonl"), part.rows, folder)
+
+        def added(rows: int) -> None:
+            # What is found to be damaged is not added to for hours.
+            beside.look()
+            if progress is not None:
+                progress(rows)
+
+        prepare_to_add(index)
         try:
             if plan.on_disk:
-                lists_on_disk.fill(index, part, folder, out, plan.memory_mib, progress)
+                lists_on_disk.fill(index, part, folder, out, plan.memory_mib, added)
             else:
                 reserve(index, part.rows)
-                add(index, part, progress, without=added_last)
+                add(index, part, added, without=added_last)
         except RuntimeError as error:
             raise _cannot(origin["factory"], part.rows, error) from None
+        # Nothing is measured beside other work.
+        beside.wait()
         set_search_defaults(index)
+        tuning = None
         if plan.target is not None:
             find = truth_without if len(added_last) else find_truth
             tuning = tune(index, find(store, plan.target, held_out), plan.target, note)
         if len(added_last):
             add_held_out(index, store, added_last)
-            if progress is not None:
-                progress(len(added_last))
-        write_passages(part.files("ids"), part.files("jsonl"), part.rows, folder)
+            added(len(added_last))
         write_faiss(index, folder / FAISS_FILE)
+        fields = {
+            **origin,
+            "metric": "inner_product",
+            "rows": part.rows,
+            "dim": store.dim,
+            "model": store.model,
+            "source": store.source,
+            "sources": [source_of(part)],
+        }
         finish(folder, {**fields, **tuned(tuning, folder, origin["factory"], part.rows)})
     return tuning
 
@@ -176,7 +185,7 @@ def tuned(tuning: Tuning | None, folder: Path, factory: str, rows: int) -> dict[
     return {"tuning": {**tuning.as_json(), "rows": rows, "index_bytes": size}}
 
 
-def _trained(part: Part, plan: Plan, held_out: np.ndarray) -> tuple[Any, dict[str, Any]]:
+def _trained(part: Part, plan: Plan, held_out: np.ndarray, beside: Beside) -> tuple[Any, dict[str, Any]]:
     """An empty trained index, and the manifest's fields that say how it came to be."""
     store = part.store
     if plan.train_from is not None:
@@ -184,7 +193,7 @@ def _trained(part: Part, plan: Plan, held_out: np.ndarray) -> tuple[Any, dict[st
         if trained.dim != store.dim:
             raise InputError(f"{plan.train_from}: expected {store.dim} dimensions, found {trained.dim}")
         trained.check_model(store.model)
-        part.check()
+        part.check_beside(beside)
         index = trained.faiss
         index.reset()
         set_search_defaults(index)
@@ -193,7 +202,7 @@ def _trained(part: Part, plan: Plan, held_out: np.ndarray) -> tuple[Any, dict[st
     factory = plan.factory if plan.factory != "auto" else choose_for(store, plan.memory_mib)
     index = factories.make(factory, store.dim)
     # Trained on the whole store, the whole of it is read; a part of it otherwise.
-    (part if index.is_trained else Part(store)).check()
+    (part if index.is_trained else Part(store)).check_beside(beside)
     try:
         trained_on = train(index, store, factory, plan.seed, without=held_out, gpu=plan.gpu)
     except RuntimeError as error:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from index.beside import Beside
 from index.files import InputError
-from index.manifest import Manifest, verify_files
+from index.manifest import verify_files
 from index.store import EmbeddingStore
 
 # Vectors converted to float32 and given to faiss at once. Each call wakes faiss's threads anew: with 8 MiB, filling an
@@ -67,7 +68,7 @@ class Part:
             if number in self._shards:
                 for start in range(0, len(vectors), step):
                     piece = np.ascontiguousarray(vectors[start : start + step], np.float32)
-                    if without is not None:
+                    if without is not None and len(without):
                         rows = without - (first + start)
                         piece = np.delete(piece, rows[(rows >= 0) & (rows < len(piece))], axis=0)
                     yield piece
@@ -79,6 +80,14 @@ class Part:
             InputError: a file is missing or damaged; the message names it.
         """
         manifest = self.store.manifest
-        names = {path.name for suffix in ("npy", "ids", "jsonl") for path in self.files(suffix)}
-        files = {name: entry for name, entry in manifest.files.items() if name in names}
-        verify_files(Manifest(manifest.folder, manifest.format, manifest.fields, files), "hash")
+        verify_files(replace(manifest, files={name: manifest.files[name] for name in self._names}), "hash")
+
+    def check_beside(self, beside: Beside) -> None:
+        """The same beside other work, file by file."""
+        manifest = self.store.manifest
+        for name in self._names:
+            beside.begin(verify_files, replace(manifest, files={name: manifest.files[name]}), "hash")
+
+    @property
+    def _names(self) -> list[str]:
+        return [path.name for path in (*self.files("npy"), *self.files("ids"), *self.files("jsonl"))]

@@ -1,0 +1,54 @@
+"""Work beside other work: all of it is done, and the error that tells most is the one raised."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from index.beside import Beside
+from index.files import InputError
+
+
+def fail(after: threading.Event | None = None) -> None:
+    if after is not None:
+        after.wait(10)
+    raise InputError("vectors: damaged")
+
+
+def test_the_block_ends_when_its_tasks_have() -> None:
+    done: list[int] = []
+    with Beside() as beside:
+        for number in range(5):
+            beside.begin(lambda number=number: (time.sleep(0.02), done.append(number)))
+    assert sorted(done) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("faiss: NaN"), InputError("a line without an end")])
+def test_what_a_task_finds_is_told_in_place_of_what_follows_from_it(error: Exception) -> None:
+    failed = threading.Event()
+    with pytest.raises(InputError, match="vectors: damaged"), Beside() as beside:
+        beside.begin(fail, failed)
+        failed.set()
+        raise error
+
+
+def test_a_failure_is_seen_while_the_block_goes_on() -> None:
+    with pytest.raises(InputError, match="damaged"), Beside() as beside:
+        beside.begin(fail)
+        for _ in range(1000):
+            time.sleep(0.01)
+            beside.look()
+    with pytest.raises(InputError, match="damaged"), Beside() as beside:
+        beside.begin(fail)
+        beside.wait()
+
+
+def test_whoever_interrupts_does_not_wait_for_tasks_not_begun() -> None:
+    begun: list[int] = []
+    with pytest.raises(KeyboardInterrupt), Beside() as beside:
+        for number in range(1000):
+            beside.begin(lambda number=number: (begun.append(number), time.sleep(0.01)))
+        raise KeyboardInterrupt
+    assert len(begun) < 1000
