@@ -170,7 +170,8 @@ class Bench:
         name, size = self.options.tower, self.options.batch
         run = self.run(name, size, lock=False)
         # First, so that a step meets no kernel that has still to be compiled for this size.
-        loss = statistics.median(self.timed(self.loss_alone(run)).seconds for _ in range(6)[1:])
+        alone = self.loss_alone(run)
+        loss = statistics.median([self.timed(alone).seconds for _ in range(6)][1:])
         steps: list[Timed] = []
         towers: list[Timed] = []
         for number in range(self.options.rounds):
@@ -186,9 +187,9 @@ class Bench:
             on_device = replace(run, batch=on(run.batch, self.device))
             towers.append(self.timed(on_device.alone))
             del on_device
-            alone = statistics.median(each.seconds for each in towers)
+            bare = statistics.median(each.seconds for each in towers)
             ratio = statistics.median(s.seconds / t.seconds for s, t in zip(steps, towers, strict=True))
-            self.row("towers: forward, backward, forward", name, size, alone, step_over_this=ratio)
+            self.row("towers: forward, backward, forward", name, size, bare, step_over_this=ratio)
 
     def locked(self) -> None:
         """A step on features, beside encoding every picture in it."""
