@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from retriever.images.chunks import PairReader
 from retriever.images.config import ImageConfig, ImageSource
 from retriever.images.towers import build_image_text_towers, load_image_text_towers
 from retriever.interrupt import Interrupted
+from retriever.plan import held_bytes, plan_step
+from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
 from retriever.step import MicroBatch, TrainStep
 from retriever.trainer import Trainer
@@ -148,6 +151,62 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     torch.rand(5)
     Trainer.resume(Path(config.out), Terminal()).train()
     assert_same(results(Path(config.out)), results(Path(whole.out)))
+
+
+def test_memory_is_planned_by_what_each_tower_holds(config: TrainConfig) -> None:
+    image = dataclasses.replace(config.model.image, lock="image")
+    model = dataclasses.replace(config.model, image=image)
+    trainer = Trainer.start(dataclasses.replace(config, model=model, micro_batch_tokens=None), Terminal())
+    _, texts = next(iter(trainer.batches.loader())).groups
+    # One micro-batch of more features than texts have tokens, which needs less memory all the same.
+    features = ImageGroup(torch.randn(1000, 128).half(), 1, [np.arange(1000)])
+    ids = np.arange(1000)
+    batch = PreparedBatch([features, texts], 1000, ids, ids[: len(texts)], padded=True)
+    planned = plan_step(
+        *(trainer.config, trainer.towers, trainer.loss, trainer.optimizer, trainer._step.graphs, batch),
+        precision="fp32",
+        ranks=1,
+        batches_waiting=1,
+    )
+    held = [
+        sum(
+            held_bytes(trainer.towers, "fp32", partial(group.embed, trainer.towers, rows))
+            for rows in group.micro_batches
+        )
+        for group in batch.groups
+    ]
+    assert held[1] > 0.3 * held[0] > 0
+    kept = next(size for name, size in planned.step.items() if name.startswith("graphs kept"))
+    assert kept == pytest.approx(sum(held), rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("image", [{}, {"patch_dropout": 0.5}, {"lock": "image"}], ids=str)
+def test_a_step_on_pictures_has_the_host_wait_for_nothing(config: TrainConfig, image: dict[str, Any]) -> None:
+    model = dataclasses.replace(config.model, image=dataclasses.replace(config.model.image, **image))
+    trainer = Trainer.start(
+        dataclasses.replace(config, model=model, device="cuda", precision="bf16", micro_batch_tokens=200), Terminal()
+    )
+    batch = next(iter(trainer.batches.loader()))
+    for step in range(2):
+        trainer._step(batch, step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = trainer._step(batch, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lock", ["none", "image", "text"])
+def test_training_on_pictures_learns_on_a_gpu(config: TrainConfig, lock: str) -> None:
+    image = dataclasses.replace(config.model.image, lock=lock, augment=False)
+    model = dataclasses.replace(config.model, dropout=0.0, image=image)
+    config = dataclasses.replace(config, model=model, device="cuda", precision="bf16", epochs=40)
+    train(config)
+    found = losses(config)
+    assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
 
 
 def test_gradient_cache_gives_the_gradients_of_the_whole_batch(config: TrainConfig) -> None:
