@@ -18,7 +18,7 @@ from index.files import InputError, sha256_file
 from index.passages import Passage
 from retriever.ahead import ahead
 from retriever.device import Arriving, Precision, to_device
-from retriever.graph_memory import encode_tokens
+from retriever.graph_memory import LEAST_TOKENS, EncodeMemory
 from retriever.half_weights import arithmetic
 from retriever.packing import pack
 from retriever.token_workers import token_workers, tokenized
@@ -45,7 +45,7 @@ class EncodeOptions:
     precision: Precision = "fp32"
     """fp32, or bf16 / fp16 by autocast."""
     micro_batch_tokens: int | None = None
-    """Most tokens at once, padding included; none leaves it to the device."""
+    """Most tokens at once, padding included; none leaves it to the device and its free memory."""
     workers: int | None = None
     """Processes that tokenize a corpus; none leaves it to the device."""
 
@@ -95,9 +95,13 @@ def embed_windows(
     done with it.
     """
     before: tuple[Window, Arriving] | None = None
+    budget = options.micro_batch_tokens
     with arithmetic(towers, options.precision):
         for window, tokens in windows:
-            embeddings = _embed_tokens(towers, tokens, side, options, progress)
+            # A few queries fit in any case, and do not wait for a measurement.
+            if budget is None and len(tokens.ids) > LEAST_TOKENS:
+                budget = EncodeMemory.plan(towers, texts=len(tokens)).micro_batch_tokens
+            embeddings = _embed_tokens(towers, tokens, side, budget or LEAST_TOKENS, progress)
             if before is not None:
                 yield before[0], before[1].array()
             before = window, embeddings
@@ -109,10 +113,9 @@ def _embed_tokens(
     towers: Towers,
     tokens: TokenizedTexts,
     side: Side,
-    options: EncodeOptions,
+    budget: int,
     progress: Callable[[int], None] | None,
 ) -> Arriving:
-    budget = options.micro_batch_tokens or encode_tokens(towers.device)
     order = pack(tokens.lengths, budget, padded=not towers.padding_free)
     with torch.inference_mode():
         embeddings = torch.empty(len(tokens), towers.dimension, device=towers.device)

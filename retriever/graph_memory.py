@@ -10,6 +10,7 @@ import torch
 
 from retriever.device import Precision
 from retriever.half_weights import arithmetic
+from retriever.sharding import own_part
 from retriever.towers import Towers
 
 # On a CPU memory is not counted: a small batch keeps its graph, of a large one every micro-batch runs twice.
@@ -23,6 +24,8 @@ LEAST_TOKENS, MOST_TOKENS = 4096, 131072
 AT_LOSS, AT_LOSS_OFFLOADED = 20, 14
 
 _PROBE_TOKENS, _PROBE_LENGTH = 8192, 128
+# Where attention takes memory for each pair of tokens, long texts take most; encoding is measured with such.
+_LONG_PROBE = 512
 # What a graph in its backward needs beside itself, and how much of the GPU is never planned for: the allocator's gaps.
 _BACKWARD, _SLACK = 0.25, 0.08
 # Gradients, optimizer moments and the half-precision copy, bytes a parameter, at most.
@@ -64,9 +67,8 @@ class GraphMemory:
             tokens = micro_batch_tokens or CPU_TOKENS
             return cls(tokens, tokens)
         token_bytes = graph_bytes(towers, precision)
-        free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        parameters = sum(p.numel() for p in towers.parameters() if p.requires_grad)
+        free, total = _free_bytes(device)
+        parameters = sum(own_part(p).numel() for p in towers.parameters() if p.requires_grad)
         embeddings = texts * towers.dimension * (AT_LOSS_OFFLOADED if offload_embeddings else AT_LOSS)
         room = free - _SLACK * total - parameters * _PARAMETER_BYTES - embeddings - workspace_mib * 2**20
         most = max(room, 0) / token_bytes
@@ -92,8 +94,40 @@ def fitting_tokens(most: float) -> int:
 
 
 def encode_tokens(device: torch.device) -> int:
-    """Tokens that pass through a tower at once where no graph is kept, if nothing else is asked for."""
+    """Tokens that pass through a tower at once where no graph is kept, if nothing else is asked for and they fit."""
     return CPU_TOKENS if device.type != "cuda" else 65536
+
+
+@dataclass(frozen=True)
+class EncodeMemory:
+    """How much passes through a tower at once where no graph is kept, and the memory that this takes."""
+
+    micro_batch_tokens: int
+    """Most tokens of a micro-batch."""
+    peak: float
+    """Bytes of torch's allocator on a GPU at the height of it, weights included; 0 on a CPU."""
+
+    @classmethod
+    def plan(cls, towers: Towers, *, texts: int, micro_batch_tokens: int | None = None) -> EncodeMemory:
+        """Measure small micro-batches on a GPU and divide what is free; on a CPU take a fixed size.
+
+        On a GPU torch's record of the most memory used begins anew.
+
+        Args:
+            towers: in evaluation mode, on their device, within their `arithmetic`.
+            texts: whose embeddings are on the device at once.
+            micro_batch_tokens: tokens of a micro-batch if they are given.
+        """
+        device = towers.device
+        if device.type != "cuda":
+            return cls(micro_batch_tokens or CPU_TOKENS, 0.0)
+        token_bytes = _forward_bytes(towers)
+        free, total = _free_bytes(device)
+        # One window's leave while the next one's come.
+        embeddings = 2 * 4 * texts * towers.dimension
+        most = int((free - _SLACK * total - embeddings) / token_bytes)
+        tokens = micro_batch_tokens or min(max(most, LEAST_TOKENS), encode_tokens(device))
+        return cls(tokens, torch.cuda.memory_allocated(device) + embeddings + tokens * token_bytes)
 
 
 def graph_bytes(towers: Towers, precision: Precision) -> float:
@@ -107,3 +141,23 @@ def graph_bytes(towers: Towers, precision: Precision) -> float:
             most = max(most, (torch.cuda.memory_allocated(device) - before) / tokens)
             del embeddings
     return most
+
+
+def _forward_bytes(towers: Towers) -> float:
+    """Bytes a token that a forward without graph takes at its height, in the tower where it takes most."""
+    device, most = towers.device, 0.0
+    with torch.inference_mode():
+        for tokens, embed in towers.probes(_PROBE_TOKENS, _LONG_PROBE):
+            # The first forward also allocates what stays: workspaces of the matrix products.
+            embed()
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            embed()
+            most = max(most, (torch.cuda.max_memory_allocated(device) - before) / tokens)
+    return most
+
+
+def _free_bytes(device: torch.device) -> tuple[int, int]:
+    """What torch's allocator may still give out on a GPU, and the GPU's whole memory."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total

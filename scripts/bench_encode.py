@@ -5,14 +5,16 @@
     python scripts/bench_encode.py --device cpu --memory --passages 10000000            memory over a long corpus
 
 Ours reads JSON lines, tokenizes, embeds and writes the checksummed store; theirs embeds a list in memory, at each of
---their-batches, and the best is the one compared. Embeddings of both are compared before a time is printed. Rows go to
-scripts/results/encode.csv.
+--their-batches, and the best is the one compared. Our embeddings are held to theirs before our times are printed.
+Beside the measured peak of GPU memory stands the planned one (retriever/graph_memory.py). Each row goes to
+scripts/results/encode.csv as soon as it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import tempfile
 import time
@@ -24,15 +26,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_train import RESULTS, flops, model_config, peak_mib, product_rate, reset_peak, wait, write
+from bench_train import MIB, RESULTS, Budget, flops, model_config, peak_mib, product_rate, reset_peak, wait, write
 from machine import machine
 from sized_texts import PASSAGE, SizedTexts
 
 from index.passages import read_passages
 from retriever.device import choose_precision
-from retriever.encode import EncodeOptions, embed_windows, encode_passages
-from retriever.padding_free.families import drop_padding
+from retriever.encode import WINDOW, EncodeOptions, embed_windows, encode_passages
+from retriever.graph_memory import EncodeMemory
+from retriever.half_weights import arithmetic
+from retriever.tokens import TokenizedTexts
 from retriever.towers import Towers, build_towers
+
+# Of the time that is left, for a measurement; the rest goes into files and into tokenizing to count.
+FROM_TOKENS, FROM_FILE = 0.2, 0.25
 
 TINY = {
     "model_type": "bert",
@@ -62,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--passages", type=int, default=400_000, help="ours")
     parser.add_argument("--their-passages", type=int, default=20_000, help="theirs")
     parser.add_argument("--their-batches", type=int, nargs="+", default=[64, 256, 1024], help="texts a batch")
+    parser.add_argument("--budget", type=float, help="seconds for all of it, kept to by fewer passages (default: none)")
     parser.add_argument("--memory", action="store_true", help="only show the host's memory while a corpus goes through")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for encode.csv")
     parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
@@ -69,56 +77,75 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def speed(options: argparse.Namespace, folder: Path) -> None:
+    """Theirs at each batch size, then ours from tokens and from the file; each row is kept as soon as it is there."""
+    budget = Budget(options.budget)
     device = torch.device(options.device)
     towers = build_towers(model_config(options)).to(device).eval()
     texts = SizedTexts(towers.tokenizer("document").tokenizer)
     sample = list(texts.make(PASSAGE, options.their_passages))
-    real = int(towers.tokenizer("document")(sample).lengths.sum())
+    tokens = towers.tokenizer("document")(sample)
     ceiling = product_rate(device)
-    rows = []
+    about = {**machine(), "commit": options.commit or machine()["commit"], "product_tflops": round(ceiling, 1)}
+    table: list[dict[str, Any]] = []
+    best = 0.0
+
+    def keep(method: str, passages: int, real: int, seconds: float, planned: float = 0.0) -> None:
+        rate = real / seconds
+        row = {
+            "method": method,
+            "passages": passages,
+            "tokens": real,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(rate),
+            "passages_per_second": round(passages / seconds),
+            "times_theirs": round(rate / best, 2) if best else "",
+            "flop_utilisation": round(flops(towers) * rate / 1e12 / ceiling, 3),
+            "peak_mib": round(peak_mib()),
+            "planned_mib": round(planned / MIB) if planned else "",
+            **about,
+        }
+        table.append(row)
+        write(options.results / "encode.csv", table)
+        print(
+            f"{method:36} {rate:12,.0f} tokens/s {row['passages_per_second']:9,} passages/s "
+            f"{row['times_theirs']:>6} x theirs  {row['flop_utilisation']:.1%}  {row['peak_mib']:,} MiB"
+            + (f" ({row['planned_mib']:,} planned)" if planned else ""),
+            flush=True,
+        )
+
     expected = None
     if device.type == "cuda":
         towers.model.bfloat16()
     for batch in options.their_batches:
+        reset_peak()
         seconds, expected = sentence_transformers(towers, sample, batch)
-        rows.append(
-            {
-                "method": f"sentence-transformers, batch {batch}",
-                "passages": len(sample),
-                "tokens": real,
-                "seconds": seconds,
-            }
-        )
+        keep(f"sentence-transformers, batch {batch}", len(sample), len(tokens.ids), seconds)
+    best = max((row["tokens_per_second"] for row in table), default=0.0)
     towers.model.float()
     if device.type == "cuda":
-        assert drop_padding(towers.model)
-        towers.padding_free = True
+        assert towers.drop_padding()
     settings = EncodeOptions(precision=choose_precision("auto", device))
-    rows += ours(towers, texts, sample, expected, settings, options.passages, folder)
-    best = max(row["tokens"] / row["seconds"] for row in rows[: len(options.their_batches)])
-    about = {**machine(), "commit": options.commit or machine()["commit"], "product_tflops": round(ceiling, 1)}
-    table = []
-    for row in rows:
-        rate = row["tokens"] / row["seconds"]
-        used = flops(towers) * rate / 1e12 / ceiling
-        table.append(
-            {
-                **row,
-                "seconds": round(row["seconds"], 3),
-                "tokens_per_second": round(rate),
-                "passages_per_second": round(row["passages"] / row["seconds"]),
-                "times_theirs": round(rate / best, 2),
-                "flop_utilisation": round(used, 3),
-                **about,
-            }
-        )
-        passages = row["passages"] / row["seconds"]
-        print(
-            f"{row['method']:36} {rate:12,.0f} tokens/s {passages:9,.0f} passages/s "
-            f"{rate / best:6.2f} x theirs {used:.1%}",
-            flush=True,
-        )
-    write(options.results / "encode.csv", table)
+    compare(towers, tokens, expected, settings)
+    with arithmetic(towers, settings.precision):
+        planned = EncodeMemory.plan(towers, texts=len(sample)).peak
+    name = f"ours, {settings.precision}"
+
+    # As many passages as there is time for, by the time that the sample takes.
+    seconds = from_tokens(towers, tokens, 1, settings)
+    repeats = budget.repeats(FROM_TOKENS, seconds, least=1, most=max(1, options.passages // len(sample)))
+    reset_peak()
+    seconds = from_tokens(towers, tokens, repeats, settings)
+    keep(f"{name}, from tokens", repeats * len(sample), repeats * len(tokens.ids), seconds, planned)
+
+    count = len(sample) * budget.repeats(
+        FROM_FILE, seconds / repeats, least=1, most=max(1, options.passages // len(sample))
+    )
+    with arithmetic(towers, settings.precision):
+        planned = EncodeMemory.plan(towers, texts=WINDOW).peak
+    reset_peak()
+    real, seconds = from_file(towers, texts, count, settings, folder)
+    keep(f"{name}, file to store", count, real, seconds, planned)
+    print(f"{budget.spent():.0f} s in all", flush=True)
 
 
 def sentence_transformers(towers: Towers, sample: list[str], batch: int) -> tuple[float, np.ndarray]:
@@ -134,48 +161,39 @@ def sentence_transformers(towers: Towers, sample: list[str], batch: int) -> tupl
     return time.perf_counter() - start, embeddings.astype(np.float32)
 
 
-def ours(
-    towers: Towers,
-    texts: SizedTexts,
-    sample: list[str],
-    expected: Any,
-    settings: EncodeOptions,
-    count: int,
-    folder: Path,
-) -> list[dict[str, Any]]:
-    """From the file to the store, and from tokens to memory; kernels are built before the clock starts."""
-    tokenizer = towers.tokenizer("document")
-    tokens = tokenizer(sample)
+def compare(towers: Towers, tokens: TokenizedTexts, expected: Any, settings: EncodeOptions) -> None:
+    """Hold our embeddings to theirs; builds the kernels besides."""
     ((_, found),) = embed_windows(towers, [(None, tokens)], "document", settings)
-    worst = float(
-        (1 - (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)).max()
-    )
+    if expected is None:
+        return
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    worst = float((1 - (found * expected).sum(1) / lengths).max())
     print(f"largest distance of an embedding from theirs: {worst:.1e} (1 - cosine)", flush=True)
     assert worst < 0.02, worst
-    reset_peak()
+
+
+def from_tokens(towers: Towers, tokens: TokenizedTexts, repeats: int, settings: EncodeOptions) -> float:
+    """Seconds from tokens in memory to embeddings in memory."""
     start = time.perf_counter()
-    repeats = max(1, count // len(sample))
     for _ in embed_windows(towers, ((None, tokens) for _ in range(repeats)), "document", settings):
         pass
-    seconds = time.perf_counter() - start
-    name = f"ours, {settings.precision}"
-    from_tokens = {
-        "method": f"{name}, from tokens",
-        "passages": repeats * len(sample),
-        "tokens": repeats * len(tokens.ids),
-        "seconds": seconds,
-    }
+    return time.perf_counter() - start
 
-    corpus = folder / "corpus.jsonl"
+
+def from_file(
+    towers: Towers, texts: SizedTexts, count: int, settings: EncodeOptions, folder: Path
+) -> tuple[int, float]:
+    """Tokens of a corpus file of so many passages, and the seconds from it to the checksummed store."""
+    corpus, tokenizer = folder / "corpus.jsonl", towers.tokenizer("document")
     texts.write_corpus(corpus, count)
-    real = int(tokenizer([passage.content for passage in read_passages(corpus)]).lengths.sum())
+    passages, real = read_passages(corpus), 0
+    while window := [passage.content for passage in itertools.islice(passages, WINDOW)]:
+        real += len(tokenizer(window).ids)
     start = time.perf_counter()
     encode_passages(
         towers, read_passages(corpus), folder / "store", settings, source={"name": "bench"}, dtype="float16"
     )
-    seconds = time.perf_counter() - start
-    print(f"peak of our encoding {peak_mib():,.0f} MiB of GPU memory", flush=True)
-    return [from_tokens, {"method": f"{name}, file to store", "passages": count, "tokens": real, "seconds": seconds}]
+    return real, time.perf_counter() - start
 
 
 def memory(options: argparse.Namespace, folder: Path) -> None:

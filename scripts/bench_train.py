@@ -4,9 +4,11 @@
     python scripts/bench_train.py --device cpu --model FOLDER --batch 512                 MiniLM, say
 
 Both train the same model on the same texts with AdamW. Theirs is measured at each of --their-tokens, and the best is
-the one compared. Model FLOP utilisation is three forwards' worth of matrix products for each real token (no credit for
-padding or for a second forward), over the rate of an 8192-cubed product measured in the same run. Rows go to
-scripts/results/train.csv.
+the one compared; where --budget is short, larger batches are measured at the best of the smaller ones alone, and with
+fewer steps. Model FLOP utilisation is three forwards' worth of matrix products for each real token (no credit for
+padding or for a second forward), over the rate of an 8192-cubed product measured in the same run. Beside the measured
+peak of GPU memory stands the one that `retriever train --dry-run` foretells. Each row goes to
+scripts/results/train.csv as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import contextlib
 import csv
 import gc
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +45,70 @@ from retriever.trainer import Trainer
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
 LR = 1e-5
+# Of the time that is left, for the steps of one batch size; the rest goes into texts, loading and saving.
+OUR_SHARE, THEIR_SHARE = 0.25, 0.7
 
 
 def main() -> None:
     """Measure every batch size, ours and theirs, and keep the rows."""
     options = parse_arguments()
+    budget = Budget(options.budget)
     device = torch.device(options.device)
     model = model_config(options)
+    tokenizer = build_towers(model).tokenizer("query").tokenizer
     ceiling = product_rate(device)
     about = {**machine(), "commit": options.commit or machine()["commit"], "product_tflops": round(ceiling, 1)}
     print(f"{about['hardware']}: matrix product {ceiling:.1f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
-    for batch in options.batch:
+
+    def keep(row: dict[str, Any]) -> dict[str, Any]:
+        rows.append(report(row, ceiling, about))
+        write(options.results / "train.csv", rows)
+        return rows[-1]
+
+    settings = list(options.their_tokens)
+    # Seconds a pair of the smaller batches, by which the larger ones are cut to the budget.
+    our_pace = their_pace = 0.0
+    for batch in sorted(options.batch):
         for compiled in (False, True) if options.compile else (False,):
-            rows.append(report(ours(model, batch, compiled, options), ceiling, about))
-        theirs = [sentence_transformers(model, batch, tokens, options) for tokens in options.their_tokens]
-        rows += [report(row, ceiling, about) for row in theirs]
-        if theirs:
-            best = max(row["tokens_per_second"] for row in theirs)
-            most = max(row["tokens_per_second"] for row in rows if row["batch"] == batch)
-            print(f"batch {batch}: {most / best:.2f} times sentence-transformers", flush=True)
-    write(options.results / "train.csv", rows)
+            steps = budget.repeats(OUR_SHARE, our_pace * batch, least=4, most=options.steps)
+            our_pace = 1 / keep(ours(model, tokenizer, batch, steps, compiled, options))["pairs_per_second"]
+        if not settings:
+            continue
+        repeats = budget.repeats(THEIR_SHARE, their_pace * batch, least=1, most=len(settings) * options.their_steps)
+        settings = settings[:repeats]
+        theirs = [
+            keep(sentence_transformers(model, tokenizer, batch, tokens, repeats // len(settings), options))
+            for tokens in settings
+        ]
+        rates = [row["pairs_per_second"] for row in theirs]
+        settings = [tokens for _, tokens in sorted(zip(rates, settings, strict=True), reverse=True)]
+        their_pace = 1 / max(rates)
+        most = max(row["pairs_per_second"] for row in rows if row["batch"] == batch)
+        print(f"batch {batch}: {most / max(rates):.2f} times sentence-transformers", flush=True)
+    print(f"{budget.spent():.0f} s in all", flush=True)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds for a whole benchmark, from its making on; without end if none."""
+
+    seconds: float | None
+    start: float = field(default_factory=time.perf_counter)
+
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.start
+
+    def left(self) -> float:
+        """Seconds; 0 once all are spent."""
+        return math.inf if self.seconds is None else max(0.0, self.seconds - self.spent())
+
+    def repeats(self, share: float, seconds: float, *, least: int, most: int) -> int:
+        """How many repeats of so many `seconds` go into a share of what is left; `most` where that is not known."""
+        if not seconds or self.seconds is None:
+            return most
+        return min(most, max(least, int(share * self.left() / seconds)))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,9 +119,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="folder of a BERT tokenizer, for BERT-base")
     parser.add_argument("--batch", type=int, nargs="+", default=[16384, 65536], help="pairs a step")
     parser.add_argument("--steps", type=int, default=8, help="ours; the first two are not counted")
-    parser.add_argument("--their-steps", type=int, default=2, help="theirs, after one that is not counted")
+    parser.add_argument("--their-steps", type=int, default=2, help="theirs, after a small one that is not counted")
     parser.add_argument("--their-tokens", type=int, nargs="*", default=[16384, 65536], help="their micro-batches")
     parser.add_argument("--workers", type=int, default=8, help="processes that tokenize")
+    parser.add_argument("--budget", type=float, help="seconds for all of it, kept to by fewer steps (not given: none)")
     parser.add_argument("--compile", action="store_true", help="measure ours with torch.compile as well")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for train.csv")
     parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
@@ -88,12 +136,13 @@ def model_config(options: argparse.Namespace) -> ModelConfig:
     return ModelConfig(architecture={"model_type": "bert"}, tokenizer=options.tokenizer, pooling="mean", max_length=252)
 
 
-def ours(model: ModelConfig, batch: int, compiled: bool, options: argparse.Namespace) -> dict[str, Any]:
+def ours(
+    model: ModelConfig, tokenizer: Any, batch: int, steps: int, compiled: bool, options: argparse.Namespace
+) -> dict[str, Any]:
     """`retriever train`, its own measurements taken from metrics.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs.jsonl"
-        tokenizer = build_towers(model).tokenizer("query").tokenizer
-        SizedTexts(tokenizer).write_pairs(pairs, batch * min(options.steps, 4))
+        SizedTexts(tokenizer).write_pairs(pairs, batch * min(steps, 4))
         config = TrainConfig(
             out=f"{folder}/run",
             model=model,
@@ -101,7 +150,7 @@ def ours(model: ModelConfig, batch: int, compiled: bool, options: argparse.Names
             loss=LossConfig(logit_scale=20.0),
             optim=OptimConfig(lr=LR, schedule="constant", warmup_fraction=0.0),
             batch_size=batch,
-            steps=options.steps,
+            steps=steps,
             device=options.device,
             compile=compiled,
             log_every=2,
@@ -110,6 +159,7 @@ def ours(model: ModelConfig, batch: int, compiled: bool, options: argparse.Names
         reset_peak()
         with quiet():
             trainer = Trainer.start(config, Terminal())
+            plan = trainer.plan()
             trainer.train()
         lines = (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines][1:]
@@ -122,12 +172,16 @@ def ours(model: ModelConfig, batch: int, compiled: bool, options: argparse.Names
         "batch": batch,
         **middle,
         "peak_mib": peak_mib(),
+        # On a CPU the plan is of the whole process, whose peak torch does not count.
+        "planned_mib": plan.peak / MIB if trainer.device.type == "cuda" else 0.0,
         "flops": flops(trainer.towers),
         "note": note,
     }
 
 
-def sentence_transformers(model: ModelConfig, batch: int, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+def sentence_transformers(
+    model: ModelConfig, tokenizer: Any, batch: int, tokens: int, steps: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Its cached loss with micro-batches of `tokens` tokens; batches are tokenized before the clock starts."""
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
@@ -137,11 +191,12 @@ def sentence_transformers(model: ModelConfig, batch: int, tokens: int, options: 
     precision: Precision = "bf16" if towers.device.type == "cuda" else "fp32"
     loss = CachedMultipleNegativesRankingLoss(network, mini_batch_size=2048, mini_batch_num_tokens=tokens)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, fused=True)
-    texts = SizedTexts(towers.tokenizer("query").tokenizer)
+    texts = SizedTexts(tokenizer)
     seconds, counted = [], []
     reset_peak()
-    for number in range(options.their_steps + 1):
-        columns = [list(texts.make(kind, batch)) for kind in (QUERY, PASSAGE)]
+    # The first step, which builds what later ones use, is a small one and is not counted.
+    for number, size in enumerate([max(1, batch // 8)] + steps * [batch]):
+        columns = [list(texts.make(kind, size)) for kind in (QUERY, PASSAGE)]
         features = [network.preprocess(column) for column in columns]
         real = sum(int(each["attention_mask"].sum()) for each in features)
         features = [{k: v.to(options.device) if hasattr(v, "to") else v for k, v in f.items()} for f in features]
@@ -185,13 +240,16 @@ def report(row: dict[str, Any], ceiling: float, about: dict[str, Any]) -> dict[s
         "tokens_per_second": round(row["tokens_per_second"]),
         "pairs_per_second": round(row["pairs_per_second"], 1),
         "peak_mib": round(row["peak_mib"]),
+        "planned_mib": round(row["planned_mib"]) if row.get("planned_mib") else "",
         "flop_utilisation": round(used, 3),
         "note": note,
         **about,
     }
     print(
         f"{row['method']:36} batch {row['batch']:7,}  {row['tokens_per_second']:10,} tokens/s  "
-        f"{row['pairs_per_second']:9,.1f} pairs/s  {row['flop_utilisation']:.1%}  {row['peak_mib']:,} MiB  {note}",
+        f"{row['pairs_per_second']:9,.1f} pairs/s  {row['flop_utilisation']:.1%}  {row['peak_mib']:,} MiB"
+        + (f" ({row['planned_mib']:,} planned)" if row["planned_mib"] else "")
+        + f"  {note}",
         flush=True,
     )
     return row
