@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from losses.inf_cl import inf_cl_loss
-from losses.kernels.shapes import VARIABLE, TileShape, table_row, write_shapes
+from losses.kernels.shapes import KERNELS, VARIABLE, TileShape, table_row, write_shapes
 from losses.precision import Precision
 from losses.sigmoid import sigmoid_loss
 
@@ -30,11 +30,13 @@ CANDIDATES = {
         TileShape(128, 128, 64, warps=4, stages=3, group=8),
         TileShape(128, 128, 64, warps=4, stages=3, group=16),
         TileShape(128, 128, 64, warps=4, stages=3, group=8, persistent=1),
+        TileShape(128, 128, 64, warps=4, stages=3, group=16, persistent=1),
         TileShape(128, 128, 64, warps=8, stages=3, group=8),
-        TileShape(128, 128, 64, warps=8, stages=3, group=8, persistent=1),
         TileShape(128, 256, 64, warps=8, stages=3, group=8, persistent=1),
-        TileShape(256, 128, 64, warps=8, stages=3, group=8, persistent=1),
+        TileShape(128, 256, 64, warps=8, stages=3, group=16, persistent=1),
+        TileShape(128, 256, 64, warps=8, stages=4, group=8, persistent=1),
         TileShape(128, 256, 64, warps=8, stages=4, group=8),
+        TileShape(256, 128, 64, warps=8, stages=3, group=8, persistent=1),
     ),
     4: (
         TileShape(128, 128, 32, warps=4, stages=3, group=8),
@@ -79,11 +81,24 @@ class Trial:
 
         query, passage = embeddings(), embeddings()
 
+        # What keeps all exponentials, and what keeps none.
+        workspace_mib = rows**2 / 2**19 + 256 if self.kernel == "kept_sums" else 256
+
         def run() -> None:
             if self.kernel == "sigmoid":
-                sigmoid_loss(query, passage, logit_scale=10.0, logit_bias=-10.0, precision=precision)
+                sigmoid_loss(
+                    query, passage, logit_scale=10.0, logit_bias=-10.0, precision=precision, implementation="triton"
+                )
                 return
-            loss = inf_cl_loss(query, passage, logit_scale=50.0, symmetric=True, precision=precision)
+            loss = inf_cl_loss(
+                query,
+                passage,
+                logit_scale=50.0,
+                symmetric=True,
+                precision=precision,
+                implementation="triton",
+                workspace_mib=workspace_mib,
+            )
             if self.kernel == "gradient":
                 torch.autograd.grad(loss, (query, passage))
 
@@ -99,10 +114,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("losses.autotune: expected a CUDA GPU, found none", file=sys.stderr)
         return 1
-    kernels = ("sums", "gradient", "sigmoid")
     trials = [
         Trial(kernel, precision, dim, shape)
-        for kernel, precision, dim in itertools.product(kernels, PRECISIONS, arguments.dims)
+        for kernel, precision, dim in itertools.product(KERNELS, PRECISIONS, arguments.dims)
+        # Exponentials are kept in bf16 alone.
+        if kernel != "kept_sums" or precision == "bfloat16"
         for shape in CANDIDATES[PRECISIONS[precision][0].itemsize]
     ]
     with tempfile.TemporaryDirectory() as name:

@@ -1,7 +1,7 @@
-"""InfoNCE of a batch so small that launching kernels costs more than running them: the whole matrix, few operations.
+"""InfoNCE of small batches on a GPU: the whole score matrix, in as few launches as its three products allow.
 
-Value and gradients are computed together, in forward, from one score matrix in float32; backward only multiplies by the
-upstream gradient. For batches whose matrix, with its temporaries, fits the workspace.
+Below some thousands of pairs a step takes as long as its launches: forward is a product and two kernels, backward a
+kernel and two products (kernels/dense.py).
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor
 from losses.batch import ContrastiveBatch
 from losses.precision import BlockProducts, Precision, plain_arithmetic
 
-# Scores, the softmaxes of two directions, and a mask or a copy in half precision.
-BYTES_PER_SCORE = 16
+# Of the products, which wait for backward, and of dS.
+BYTES_PER_SCORE = 8
 
 
 def fits_dense(batch: ContrastiveBatch, workspace_bytes: int) -> bool:
+    """Whether the matrix stays within the workspace."""
     return batch.query.shape[0] * batch.passage.shape[0] * BYTES_PER_SCORE <= workspace_bytes
 
 
@@ -40,62 +41,121 @@ def dense_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
 class _DenseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
+        import triton
+
+        from losses.kernels.dense import (
+            COLUMN_LINES,
+            COLUMN_STEP,
+            ROW_LINES,
+            ROW_STEP,
+            line_sums_kernel,
+            mean_loss_kernel,
+        )
+
         *tensors, precision = arguments
         batch = ContrastiveBatch(*tensors)
+        rows, columns = len(batch.query), len(batch.passage)
         with plain_arithmetic(precision, batch.query.device):
-            loss, *gradients = _value_and_gradients(batch, precision, any(ctx.needs_input_grad[:3]))
-        ctx.save_for_backward(batch.query, batch.passage, batch.logit_scale, *gradients)
+            products = _scores(batch.query, batch.passage, precision)
+        # Rows' sums and shifts, then columns'.
+        lines = products.new_empty(2 * (rows + columns))
+        sums = lines.split([rows, rows, columns, columns])
+        programs = max(triton.cdiv(rows, ROW_LINES), triton.cdiv(columns, COLUMN_LINES) if batch.symmetric else 0)
+        line_sums_kernel[(programs, 2 if batch.symmetric else 1)](
+            products,
+            batch.logit_scale,
+            batch.positive,
+            batch.query_ids,
+            batch.passage_ids,
+            *sums,
+            rows,
+            columns,
+            HAS_IDS=batch.query_ids is not None,
+            ROW_LINES=ROW_LINES,
+            ROW_STEP=ROW_STEP,
+            COLUMN_LINES=COLUMN_LINES,
+            COLUMN_STEP=COLUMN_STEP,
+        )
+        loss = products.new_empty(())
+        mean_loss_kernel[(1,)](
+            products,
+            batch.logit_scale,
+            batch.positive,
+            *sums,
+            loss,
+            rows,
+            columns,
+            SYMMETRIC=batch.symmetric,
+            BLOCK=1024,
+        )
+        ctx.save_for_backward(*tensors[:6], products, lines)
+        ctx.options = tensors[6:], precision
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        import triton
+
+        from losses.kernels.dense import TILE_M, TILE_N, dense_gradient_kernel
+
         # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
         if torch.is_grad_enabled():
             raise RuntimeError("the dense loss is differentiable once: implementation='full' has second derivatives")
-        *leaves, query, passage, scale = ctx.saved_tensors
-        through_mean = upstream / len(leaves[0])
-        through_scores = through_mean * leaves[2]
-        factors = (through_scores, through_scores, through_mean)
-        found = (
-            gradient.mul(factor).to(leaf.dtype) if wanted else None
-            for gradient, factor, leaf, wanted in zip(
-                (query, passage, scale), factors, leaves, ctx.needs_input_grad[:3], strict=True
-            )
+        *tensors, products, lines = ctx.saved_tensors
+        options, precision = ctx.options
+        batch = ContrastiveBatch(*tensors, *options)
+        rows, columns = products.shape
+        owners = None
+        if batch.symmetric and not batch.diagonal:
+            owners = lines.new_zeros(columns).index_add_(0, batch.positive, lines.new_ones(rows))
+        grid = (triton.cdiv(rows, TILE_M), triton.cdiv(columns, TILE_N))
+        shares = lines.new_empty(grid)
+        query, passage = (_operand(side, precision) for side in (batch.query, batch.passage))
+        gradient = torch.empty_like(products, dtype=query.dtype)
+        dense_gradient_kernel[grid](
+            products,
+            batch.logit_scale,
+            upstream,
+            batch.positive,
+            owners,
+            batch.query_ids,
+            batch.passage_ids,
+            *lines.split([rows, rows, columns, columns]),
+            gradient,
+            shares,
+            rows,
+            columns,
+            SYMMETRIC=batch.symmetric,
+            DIAGONAL=batch.diagonal,
+            HAS_IDS=batch.query_ids is not None,
+            TILE_M=TILE_M,
+            TILE_N=TILE_N,
         )
-        return (*found, *[None] * 6)
+        of_query, of_passage, of_scale = ctx.needs_input_grad[:3]
+        with plain_arithmetic(precision, products.device):
+            return (
+                _product(gradient, passage, batch.query.dtype) if of_query else None,
+                _product(gradient.T, query, batch.passage.dtype) if of_passage else None,
+                shares.sum() if of_scale else None,
+                *[None] * 6,
+            )
 
 
-def _value_and_gradients(batch: ContrastiveBatch, precision: Precision, gradients: bool) -> tuple[Tensor, ...]:
-    """The loss and, if asked for, the sums M · dS K [M, D], M · dSᵀ Q [N, D] and M · Σ dS ∘ (Q Kᵀ)."""
-    products = BlockProducts(precision, batch.query.device)
-    query, passage = products.operand(batch.query), products.operand(batch.passage)
-    scores = torch.empty(len(query), len(passage), dtype=batch.logit_scale.dtype, device=query.device)
-    products.scores(query, passage, scores).mul_(batch.logit_scale)
-    # A negative of minus infinity everywhere would vanish from the softmaxes: any number that is not finite gives NaN.
-    zero = scores.sum().mul_(0)
-    place = batch.positive[:, None]
-    if batch.query_ids is not None and batch.passage_ids is not None:
-        masked = (batch.query_ids[:, None] == batch.passage_ids).scatter_(1, place, False)
-        scores.masked_fill_(masked, -torch.inf)
-    factor = scores.log_softmax(1)
-    share = factor.gather(1, place)
-    if batch.symmetric:
-        # torch's own log_softmax over the first dimension took five times as long.
-        of_columns = scores.sub_(scores.logsumexp(0))
-        share = (share + of_columns.gather(1, place)).mul_(0.5)
-    loss = zero - share.mean()
-    if not gradients:
-        return loss, *(loss.new_empty(0),) * 3
-    factor.exp_()
-    if batch.symmetric:
-        of_columns.exp_()
-        if not batch.diagonal or len(query) != len(passage):
-            owners = of_columns.new_zeros(len(passage)).index_add_(0, batch.positive, of_columns.new_ones(len(query)))
-            # As often as a column is owned; never where it is not, and may hold nothing but masks.
-            of_columns = torch.where(owners > 0, of_columns.mul_(owners), 0)
-        factor.add_(of_columns).mul_(0.5)
-    factor = products.factor(factor.scatter_(1, place, -1.0, reduce="add"))
-    query_sum, passage_sum = (torch.empty_like(side, dtype=loss.dtype) for side in (query, passage))
-    products.add_product(query_sum, factor, passage, first=True)
-    products.add_product(passage_sum, factor.T, query, first=True)
-    return loss, query_sum, passage_sum, torch.dot(query_sum.view(-1), query.to(loss.dtype).view(-1))
+def _operand(side: Tensor, precision: Precision) -> Tensor:
+    return BlockProducts(precision, side.device).operand(side)
+
+
+def _scores(query: Tensor, passage: Tensor, precision: Precision) -> Tensor:
+    """Q Kᵀ [M, N] float32."""
+    products = BlockProducts(precision, query.device)
+    scores = torch.empty(len(query), len(passage), dtype=torch.float32, device=query.device)
+    return products.scores(products.operand(query), products.operand(passage), scores)
+
+
+def _product(factor: Tensor, block: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor · block in `dtype`; sums are float32, and rounded once."""
+    if factor.dtype == dtype:
+        return factor @ block
+    if factor.dtype == torch.float32:
+        return (factor @ block).to(dtype)
+    return torch.mm(factor, block, out_dtype=torch.float32).to(dtype)

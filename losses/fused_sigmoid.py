@@ -79,7 +79,9 @@ def sigmoid_values(
     run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, False)
     queries, passages = query.shape[0], passage.shape[0]
     bounds = torch.zeros(4, device=query.device)
-    measure_bounds(run.query, run.passage, positive, logit_scale, bounds)
+    # Of positives only their finiteness is asked here, and over ranks they may lie in another block.
+    place = positive if diagonal else positive.clamp(0, passages - 1)
+    measure_bounds(run.query, run.passage, place, logit_scale, bounds)
 
     shape, blocks = run.shape("sigmoid"), run.blocks
     most_tiles = sum(_tiles(shape, blocks.rows, columns) for columns in spans(0, passages, blocks.columns))

@@ -12,7 +12,7 @@ from losses.batch import checked_batch, checked_workspace
 from losses.chunked import tiled_loss
 from losses.dense import dense_loss, fits_dense
 from losses.fused import fused_loss
-from losses.kernels.launch import warn_of_step_down, why_not_fused
+from losses.kernels.launch import warn_of_step_down, why_not_dense, why_not_fused
 from losses.oracle import full_matrix_loss
 from losses.over_ranks import Exchange, loss_over_ranks, ranked_batch
 from losses.precision import Precision, resolve_precision
@@ -67,11 +67,12 @@ def inf_cl_loss(
             in triton's scores); "tf32" allows CUDA's tf32 products
             here, whatever the global setting; "bf16" rounds operands to bfloat16; "auto" follows the embeddings'
             dtype and autocast.
-        implementation: "full" (whole matrix, plain autograd: the oracle); "dense" (whole matrix, value and gradients at
-            once); "chunked" (tiles in PyTorch); "triton" (kernels for GPUs of compute capability 9.0 on; elsewhere
-            "chunked", with one warning that says why). "auto" takes chunked on a CPU, where tiles beat the whole matrix
-            from about 1000 × 1000 scores on; on a GPU dense while the matrix fits the workspace, then triton where it
-            runs, otherwise chunked. With a group, "auto" is triton or chunked.
+        implementation: "full" (whole matrix, plain autograd: the oracle); "dense" (whole matrix, few launches: Triton
+            kernels for GPUs of compute capability 8.0 on); "chunked" (tiles in PyTorch); "triton" (tiles by kernels for
+            GPUs of 9.0 on). Where kernels cannot run, "chunked" stands in, with one warning that says why. "auto" takes
+            chunked on a CPU, where tiles beat the whole matrix from about 1000 × 1000 scores on; on a GPU dense while
+            the matrix fits the workspace, then triton where it runs, otherwise chunked. With a group, or under
+            torch.compile, "auto" does not take dense.
         exchange: with a group, how passages travel: "ring" (a block at a time, beside the tiles of the one before),
             "gather" (all at once, one block of tiles), or "auto": gather where the pool and its gradient's sum fit the
             workspace, otherwise ring.
@@ -112,14 +113,20 @@ def inf_cl_loss(
     precision = resolve_precision(precision, query)
     if implementation == "full":
         return full_matrix_loss(batch, precision)
-    if implementation == "dense" or (implementation == "auto" and query.is_cuda and fits_dense(batch, workspace_bytes)):
-        return dense_loss(batch, precision)
+    # torch.compile is given the operators of the tiles, which it takes whole.
+    small = implementation == "auto" and fits_dense(batch, workspace_bytes) and not torch.compiler.is_compiling()
+    if implementation == "dense" or (small and query.is_cuda):
+        reason = why_not_dense(query)
+        if reason is None:
+            return dense_loss(batch, precision)
+        if implementation == "dense":
+            warn_of_step_down(implementation, reason)
     if implementation == "triton" or (implementation == "auto" and query.is_cuda):
         reason = why_not_fused(query)
         if reason is None:
             return fused_loss(batch, precision, workspace_bytes)
         if implementation == "triton":
-            warn_of_step_down(reason)
+            warn_of_step_down(implementation, reason)
     return tiled_loss(batch, precision, workspace_bytes)
 
 

@@ -91,7 +91,7 @@ def ranked_batch(
             passage_ids="given" if passage_ids is not None else "not given",
             precision=resolved[-1],
             kernels=_by_kernels(query, implementation),
-            extra=checks(),
+            **checks(),
         )
         return batch
 
@@ -117,7 +117,7 @@ def _by_kernels(query: Tensor, implementation: str) -> bool:
         return False
     reason = why_not_fused(query)
     if reason is not None and implementation == "triton":
-        warn_of_step_down(reason)
+        warn_of_step_down("triton", reason)
     return reason is None
 
 

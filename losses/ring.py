@@ -41,7 +41,7 @@ def ring_forward(
         incoming: list[Tensor] = []
         following = block
         if step < link.size - 1:
-            following = _room_for(block, (link.rank - step - 1) % link.size, shards)
+            following = room_for(block, (link.rank - step - 1) % link.size, shards)
             outgoing, incoming = block.tensors(), following.tensors()
         before = columns
         if symmetric and step:
@@ -79,7 +79,7 @@ def ring_backward(
         incoming: list[Tensor] = []
         following, arriving, sums = own, factors, None
         if step < link.size - 2:
-            following = _room_for(block, (link.rank + step + 2) % link.size, shards)
+            following = room_for(block, (link.rank + step + 2) % link.size, shards)
             outgoing, incoming = block.tensors(), following.tensors()
         if step < link.size - 1 and factors is not None:
             arriving = factors.new_empty(2, shards.passages[(link.rank + step + 2) % link.size])
@@ -99,7 +99,7 @@ def ring_backward(
     return passage_sum
 
 
-def _room_for(block: PassageBlock, rank: int, shards: Shards) -> PassageBlock:
+def room_for(block: PassageBlock, rank: int, shards: Shards) -> PassageBlock:
     """Where a rank's passages will arrive."""
     rows = shards.passages[rank]
     ids = None if block.ids is None else block.ids.new_empty(rows)

@@ -13,8 +13,10 @@ from losses.fused_sigmoid import fused_sigmoid_loss
 from losses.inf_cl import _ClampFromAbove
 from losses.kernels.launch import warn_of_step_down, why_not_fused
 from losses.oracle import _through_rounding
+from losses.over_ranks import ranked_batch
 from losses.precision import Precision, plain_arithmetic, resolve_precision
 from losses.sigmoid_chunked import tiled_sigmoid_loss
+from losses.sigmoid_ring import sigmoid_loss_over_ranks
 
 Implementation = Literal["auto", "full", "chunked", "triton"]
 
@@ -48,7 +50,9 @@ def sigmoid_loss(
             a positive.
         query_ids, passage_ids: [M] and [N] integers. Pair (i, j) is left out when passage_ids[j] == query_ids[i] and
             j != positive[i]. query_ids defaults to passage_ids[positive].
-        group: only None: the loss of this process's batch.
+        group: None, or a process group whose ranks each hold a shard of one batch, as in `inf_cl_loss`: the value is
+            that of the whole batch, the same on every rank, and gradients averaged over ranks are those of the whole
+            batch. sigmoid_ring.py counts what is sent, all of it in forward.
         precision: of the products' operands, as for `inf_cl_loss`; sums are float32 always.
         implementation: "full" (whole matrix, plain autograd: the oracle), "chunked" (tiles in PyTorch), "triton" (a
             kernel for GPUs of compute capability 9.0 on; elsewhere "chunked", with one warning that says why), or
@@ -65,7 +69,22 @@ def sigmoid_loss(
             at, because that would wait for the device.
     """
     if group is not None:
-        raise ValueError("group must be None: this version computes the loss of one process, without a ring over ranks")
+        ranked = ranked_batch(
+            group,
+            query,
+            passage,
+            logit_scale,
+            positive,
+            query_ids,
+            passage_ids,
+            symmetric=True,
+            precision=precision,
+            implementation=implementation,
+            exchange="ring",
+            workspace_mib=workspace_mib,
+            checks=lambda: _described(_checked_logit_bias(logit_bias, query)),
+        )
+        return sigmoid_loss_over_ranks(ranked, _checked_logit_bias(logit_bias, query))
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation must be one of {', '.join(get_args(Implementation))}, found {implementation!r}"
@@ -82,8 +101,15 @@ def sigmoid_loss(
         if reason is None:
             return fused_sigmoid_loss(batch, bias, precision, workspace_bytes)
         if implementation == "triton":
-            warn_of_step_down(reason)
+            warn_of_step_down("triton", reason)
     return tiled_sigmoid_loss(batch, bias, precision, workspace_bytes)
+
+
+def _described(logit_bias: Tensor) -> dict[str, Any]:
+    """What must be the same of it on all ranks; to look at a GPU's number would wait for it."""
+    number = logit_bias.item() if logit_bias.device.type == "cpu" else "on a device"
+    learned = torch.is_grad_enabled() and logit_bias.requires_grad
+    return {"logit_bias": number, "requires_grad of logit_bias": learned}
 
 
 def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision) -> Tensor:

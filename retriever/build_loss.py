@@ -33,8 +33,6 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
         return
     if config.batch_size < ranks.size:
         raise ConfigError(f"batch_size: expected at least {ranks.size}, one query a process, found {config.batch_size}")
-    if config.loss.name == "sigmoid":
-        raise ConfigError(f"loss.name: expected inf_cl or clip with {ranks.size} processes, found sigmoid")
     if config.loss.name == "clip" and config.data.negatives:
         raise ConfigError(f"data.negatives: expected none for clip with {ranks.size} processes")
     if config.loss.implementation in ("full", "dense"):
@@ -54,6 +52,7 @@ def build_loss(config: LossConfig, ranks: Ranks) -> InfCLLoss | SigmoidLoss:
             logit_bias=config.logit_bias,
             learnable=config.learn_logit_scale,
             max_logit_scale=config.max_logit_scale,
+            group=ranks.group,
             implementation=chosen,
             precision=config.precision,
             workspace_mib=config.workspace_mib,

@@ -12,7 +12,8 @@ from torch import Tensor
 from losses.kernels.blocks import padded
 from losses.precision import Precision
 
-OLDEST_CAPABILITY = (9, 0)
+# Tiles arrive by tensor-memory descriptors; the whole matrix is read by plain pointers.
+OLDEST_FUSED, OLDEST_DENSE = (9, 0), (8, 0)
 
 
 def interpreted() -> bool:
@@ -21,20 +22,29 @@ def interpreted() -> bool:
 
 
 def why_not_fused(query: Tensor) -> str | None:
-    """What keeps the kernels from these embeddings, in a few words; None where they run."""
+    """What keeps the tiles' kernels from these embeddings, in a few words; None where they run."""
+    return _why_not(query, OLDEST_FUSED)
+
+
+def why_not_dense(query: Tensor) -> str | None:
+    """The same of the kernels of the whole matrix."""
+    return _why_not(query, OLDEST_DENSE)
+
+
+def _why_not(query: Tensor, oldest: tuple[int, int]) -> str | None:
     if query.dtype == torch.float64:
         return "the embeddings are float64, which it has no products for"
-    return _why_not_on(query.device, interpreted())
+    return _why_not_on(query.device, interpreted(), oldest)
 
 
 @functools.cache
-def warn_of_step_down(reason: str) -> None:
+def warn_of_step_down(implementation: str, reason: str) -> None:
     """Say once why the kernels that were asked for do not run."""
-    warnings.warn(f"implementation 'triton' steps down to 'chunked': {reason}", stacklevel=3)
+    warnings.warn(f"implementation {implementation!r} steps down to 'chunked': {reason}", stacklevel=3)
 
 
 @functools.cache
-def _why_not_on(device: torch.device, interpreted: bool) -> str | None:
+def _why_not_on(device: torch.device, interpreted: bool, oldest: tuple[int, int]) -> str | None:
     try:
         import triton.tools.tensor_descriptor  # noqa: F401
     except ImportError:
@@ -46,9 +56,9 @@ def _why_not_on(device: torch.device, interpreted: bool) -> str | None:
     if torch.version.hip is not None:
         return "the device is of ROCm, and its kernels run on CUDA"
     capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        oldest, found = (".".join(map(str, version)) for version in (OLDEST_CAPABILITY, capability))
-        return f"it needs a GPU of compute capability {oldest} or newer, found {found}"
+    if capability < oldest:
+        needed, found = (".".join(map(str, version)) for version in (oldest, capability))
+        return f"it needs a GPU of compute capability {needed} or newer, found {found}"
     return None
 
 

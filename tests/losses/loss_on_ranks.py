@@ -20,6 +20,7 @@ from losses import (
     inf_cl_loss,
     local_rows_loss,
     ring_clip_loss,
+    sigmoid_loss,
 )
 
 DIMENSIONS = 13
@@ -128,6 +129,39 @@ def check_literature(size: int) -> None:
                 assert float((ours - true).norm() / whole.norm()) <= ALLOWED[dtype], (loss_of.__name__, dtype)
 
 
+def check_sigmoid(size: int) -> None:
+    counts, more = SHARDS[size]
+    rank, passages = distributed.get_rank(), [a + b for a, b in zip(counts, more, strict=True)]
+    allowed = ALLOWED | {torch.bfloat16: 8e-3}
+    for dtype, implementation in itertools.product(ALLOWED, ("chunked", "triton")):
+        if implementation == "triton" and dtype != torch.float32:
+            continue
+        query, passage = (side.to(dtype) for side in whole_batch(sum(counts), sum(passages)))
+        ids = torch.arange(sum(passages)) % 11
+        wide = [side.double().requires_grad_() for side in (query, passage)]
+        wide += [torch.tensor(number, dtype=torch.float64, requires_grad=True) for number in (10.0, -4.0)]
+        firsts = [0, *itertools.accumulate(passages)]
+        positive = torch.cat([torch.arange(count) + first for count, first in zip(counts, firsts, strict=False)])
+        truth = sigmoid_loss(
+            *wide[:2], logit_scale=wide[2], logit_bias=wide[3], positive=positive, passage_ids=ids,
+            implementation="full",
+        )  # fmt: skip
+        expected = value_and_gradients(truth, *wide)
+        shard = [side.split(sizes)[rank].clone() for side, sizes in ((query, counts), (passage, passages))]
+        shard += [number.detach().to(torch.promote_types(dtype, torch.float32)) for number in wide[2:]]
+        leaves = [leaf.requires_grad_() for leaf in shard]
+        loss = sigmoid_loss(
+            *leaves[:2], logit_scale=leaves[2], logit_bias=leaves[3], passage_ids=own(ids, passages, rank),
+            group=distributed.group.WORLD, implementation=implementation, workspace_mib=2**-6,
+        )  # fmt: skip
+        value, *found = value_and_gradients(loss, *leaves)
+        for number in found[2:]:
+            distributed.all_reduce(number)
+        theirs = [expected[0], expected[1].split(counts)[rank], expected[2].split(passages)[rank], *expected[3:]]
+        for ours, true, whole in zip([value, *(each / size for each in found)], theirs, expected, strict=True):
+            assert float((ours - true).norm() / whole.norm()) <= allowed[dtype], (dtype, implementation)
+
+
 def check_kernels(size: int) -> None:
     counts, more = SHARDS[size]
     for exchange, logit_scale in itertools.product(("ring", "gather"), (20.0, 500.0)):
@@ -216,6 +250,7 @@ def main(size: int) -> None:
     check_values(size)
     check_narrow_embeddings(size)
     check_literature(size)
+    check_sigmoid(size)
     check_errors_reach_all(size)
     check_parameters_under_ddp(size)
     if size == 3:

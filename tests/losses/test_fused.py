@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -44,12 +45,19 @@ def step(query: Tensor, passage: Tensor, logit_scale: float, **options: Any) -> 
     return loss.detach(), *torch.autograd.grad(loss, (query, passage, scale))
 
 
-def errors(query: Tensor, passage: Tensor, logit_scale: float, dtype: torch.dtype, **options: Any) -> list[float]:
+def errors(
+    query: Tensor,
+    passage: Tensor,
+    logit_scale: float,
+    dtype: torch.dtype,
+    implementation: str = "triton",
+    **options: Any,
+) -> list[float]:
     """Relative errors of loss and gradients against float64 on the numbers that `dtype` holds."""
     query, passage = query.to(dtype), passage.to(dtype)
     same = {name: value for name, value in options.items() if name not in ("precision", "workspace_mib")}
     truth = step(query.double(), passage.double(), logit_scale, implementation="full", **same)
-    found = step(query, passage, logit_scale, implementation="triton", **options)
+    found = step(query, passage, logit_scale, implementation=implementation, **options)
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
 
 
@@ -113,8 +121,8 @@ def test_nothing_unwritten_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned_method)
     query, passage = (side.float() for side in embeddings(37, 53, 9, "cpu"))
-    for logit_scale in (10.0, 1e4):
-        found = step(query, passage, logit_scale, symmetric=True, implementation="triton", workspace_mib=0.05)
+    for logit_scale, implementation in itertools.product((10.0, 1e4), ("triton", "dense")):
+        found = step(query, passage, logit_scale, symmetric=True, implementation=implementation, workspace_mib=0.05)
         assert all(each.isfinite().all() for each in found)
 
 
@@ -199,13 +207,16 @@ def test_the_committed_table_of_shapes_is_whole() -> None:
         (torch.float32, "fp32", 5e-6, 1e-6),
     ],
 )
-def test_errors_on_the_gpu(dtype: torch.dtype, precision: Any, gradient: float, value: float, symmetric: bool) -> None:
+@pytest.mark.parametrize("implementation", ["triton", "dense"])
+def test_errors_on_the_gpu(
+    dtype: torch.dtype, precision: Any, gradient: float, value: float, symmetric: bool, implementation: str
+) -> None:
     for queries, passages, dims in ((1, 1, 1), (257, 263, 65), (1024, 1536, 768), (515, 515, 1152)):
         query, passage = embeddings(queries, passages, dims, "cuda")
         if precision in ("tf32",):
             bits = query.float().view(torch.int32), passage.float().view(torch.int32)
             query, passage = ((each + 0x1000 & ~0x1FFF).view(torch.float32).double() for each in bits)
-        loss, *gradients = errors(query, passage, 50.0, dtype, precision=precision, symmetric=symmetric)
+        loss, *gradients = errors(query, passage, 50.0, dtype, implementation, precision=precision, symmetric=symmetric)
         if passages > 1:
             assert loss <= value
             assert max(gradients[:2]) <= gradient
@@ -219,12 +230,13 @@ def test_every_number_of_dimensions_on_the_gpu(dims: int) -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_replays_the_step_on_new_numbers() -> None:
+@pytest.mark.parametrize("implementation", ["triton", "dense"])
+def test_a_captured_graph_replays_the_step_on_new_numbers(implementation: Any) -> None:
     query, passage = (side.bfloat16().requires_grad_() for side in embeddings(512, 512, 64, "cuda"))
     scale = torch.tensor(30.0, device="cuda", requires_grad=True)
 
     def run() -> tuple[Tensor, ...]:
-        loss = inf_cl_loss(query, passage, logit_scale=scale, symmetric=True, implementation="triton")
+        loss = inf_cl_loss(query, passage, logit_scale=scale, symmetric=True, implementation=implementation)
         return loss.detach(), *torch.autograd.grad(loss, (query, passage, scale))
 
     side = torch.cuda.Stream()

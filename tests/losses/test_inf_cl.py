@@ -17,7 +17,7 @@ from losses import inf_cl_loss
 from losses.kernels.launch import interpreted
 
 # Without a GPU Triton's interpreter runs the kernels; where one is, tests/losses/test_fused.py runs them on it.
-IMPLEMENTATIONS = ("chunked", "dense", "triton") if interpreted() else ("chunked", "dense")
+IMPLEMENTATIONS = ("chunked", "dense", "triton") if interpreted() else ("chunked",)
 TINY_MIB = 2**-7  # 8 KiB: many tiles, the last ones partial
 
 
@@ -167,9 +167,9 @@ def brute_force(query: Tensor, passage: Tensor, positive: list[int], ids: tuple[
     return total / (2 * len(query))
 
 
-@pytest.mark.parametrize("implementation", ["full", "chunked", "dense"])
+@pytest.mark.parametrize("implementation", ["full", *IMPLEMENTATIONS])
 def test_meaning_of_ids_and_shared_positives(implementation: Any) -> None:
-    query, passage = embeddings(6, 8, 4)
+    query, passage = (side.float() for side in embeddings(6, 8, 4))
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         positive = torch.randint(8, (6,), generator=generator)
@@ -178,8 +178,9 @@ def test_meaning_of_ids_and_shared_positives(implementation: Any) -> None:
             query, passage, logit_scale=3.0, positive=positive, symmetric=True, query_ids=query_ids,
             passage_ids=passage_ids, implementation=implementation,
         )  # fmt: skip
-        expected = brute_force(query, passage, positive.tolist(), (query_ids.tolist(), passage_ids.tolist()))
-        torch.testing.assert_close(found, expected)
+        wide = query.double(), passage.double()
+        expected = brute_force(*wide, positive.tolist(), (query_ids.tolist(), passage_ids.tolist()))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_owners_of_one_row_compete_in_its_column_but_owners_of_equal_rows_do_not() -> None:
@@ -213,7 +214,7 @@ def test_a_tiny_logit_scale_keeps_the_last_bits_of_the_loss() -> None:
         assert float(found) == pytest.approx(float(truth), abs=3 * 2**-24)
 
 
-@settings(max_examples=60, deadline=2000, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     queries=st.integers(1, 40),
     more=st.integers(0, 40),

@@ -8,7 +8,7 @@ from simulated import SimulatedLink, on_simulated_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from losses import inf_cl_loss
+from losses import inf_cl_loss, sigmoid_loss
 
 RANKS, ROWS, DIMENSIONS = 8, 6, 5
 
@@ -62,3 +62,42 @@ def test_eight_ranks_equal_one_process_for_the_bytes_of_the_formula(
     allowed = 1e-12 if dtype == torch.float64 else 5e-6
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.double() - theirs).norm() <= allowed * theirs.norm()
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("ids", [False, True])
+def test_the_sigmoid_loss_goes_round_once_for_the_bytes_of_its_formula(ids: bool, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sides = (torch.randn(size * ROWS, DIMENSIONS, generator=generator) for _ in range(2))
+    query, passage = (normalize(side, dim=1) for side in sides)
+    positive = torch.randperm(size * ROWS, generator=generator)
+    passage_ids = torch.arange(size * ROWS) % 17 if ids else None
+    numbers = (torch.tensor(10.0), torch.tensor(-3.0))
+
+    def one_rank(link: SimulatedLink) -> tuple[list[Tensor], int]:
+        leaves = [side.split(ROWS)[link.rank].clone().requires_grad_() for side in (query, passage)]
+        leaves += [number.clone().requires_grad_() for number in numbers]
+        own_ids = None if passage_ids is None else passage_ids.split(ROWS)[link.rank]
+        loss = sigmoid_loss(
+            *leaves[:2], logit_scale=leaves[2], logit_bias=leaves[3], positive=positive.split(ROWS)[link.rank],
+            passage_ids=own_ids, group=link,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(loss, leaves)
+        return [loss.detach(), *(gradient / size for gradient in gradients)], sum(link.sent)
+
+    results = on_simulated_ranks(size, one_rank)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    assert {sent for _, sent in results} == {(size - 1) * ROWS * (DIMENSIONS * 4 + 8 * ids + DIMENSIONS * 4)}
+
+    leaves = [each.double().requires_grad_() for each in (query, passage, *numbers)]
+    truth = sigmoid_loss(
+        *leaves[:2], logit_scale=leaves[2], logit_bias=leaves[3], positive=positive, passage_ids=passage_ids,
+        implementation="full",
+    )  # fmt: skip
+    values = [values for values, _ in results]
+    found = [values[0][0], *(torch.cat([value[place] for value in values]) for place in (1, 2))]
+    found += [torch.stack([value[place] for value in values]).sum(0) for place in (3, 4)]
+    for ours, theirs in zip(found, [truth.detach(), *torch.autograd.grad(truth, leaves)], strict=True):
+        assert (ours.double() - theirs).norm() <= 5e-6 * theirs.norm()

@@ -31,7 +31,7 @@ QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
         ("logit_bias is on meta", {"logit_bias": torch.ones((), device="meta")}),
         ("positive must index the 5 passages, found 5", {"positive": torch.tensor([0, 5, 2])}),
         ("passage_ids must have shape [5], found [3]", {"passage_ids": torch.arange(3)}),
-        ("group must be None", {"group": object()}),
+        ("group must be a torch.distributed process group or None", {"group": object()}),
         ("precision must be one of auto, fp32, tf32, bf16", {"precision": "fp8"}),
         ("implementation must be one of auto, full, chunked, triton", {"implementation": "fastest"}),
         ("workspace_mib must be a positive number of MiB, found 0", {"workspace_mib": 0}),

@@ -56,6 +56,11 @@ def main(config: str) -> None:
         on_ranks(size, trained(config, out / f"clip{size}", *clip))
     assert_near(results(out / "clip3"), results(out / "clip1"))
     print("clip", flush=True)
+    sigmoid = ("--loss.name", "sigmoid", "--loss.logit-scale", "10", "--steps", "4", "--dev.path", "")
+    for size in (1, 3):
+        on_ranks(size, trained(config, out / f"sigmoid{size}", *sigmoid))
+    assert_near(results(out / "sigmoid3"), results(out / "sigmoid1"))
+    print("sigmoid", flush=True)
 
 
 if __name__ == "__main__":
