@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from index.files import InputError, atomic_folder, read_json, recover_folder, write_json
 from index.manifest import CHECKPOINT, FileEntry, Manifest, read_manifest, verify_files, write_manifest
+from retriever.sharding import divided_like, gathered
 from retriever.weights import save_tensors
 
 
@@ -40,21 +41,28 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: TrainState
+    folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: TrainState, *, writes: bool
 ) -> None:
-    """Write modules, optimizer state and `state` to `folder`, atomically."""
+    """Write modules, optimizer state and `state` to `folder`, atomically.
+
+    All processes of a job call it, and one `writes`: whole tensors, which the others help to gather.
+    """
+    tensors, numbers = _optimizer_state(optimizer)
+    parts = {**{name: module.state_dict() for name, module in modules.items()}, "optimizer": tensors}
+    if not writes:
+        for part in parts.values():
+            gathered(part, keep=False)
+        return
     with atomic_folder(folder) as temporary:
-        for name, module in modules.items():
-            save_tensors(module.state_dict(), temporary / f"{name}.safetensors")
-        tensors, numbers = _optimizer_state(optimizer)
-        save_tensors(tensors, temporary / "optimizer.safetensors")
+        for name, part in parts.items():
+            save_tensors(gathered(part, keep=True), temporary / f"{name}.safetensors")
         write_json(temporary / "state.json", {"train": vars(state), "optimizer": numbers})
         files = {path.name: FileEntry.of(path) for path in sorted(temporary.iterdir())}
         write_manifest(Manifest(temporary, CHECKPOINT, {"step": state.step}, files))
 
 
 def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put a checkpoint's tensors into the modules and the optimizer, on the devices they are on.
+    """Put a checkpoint's tensors into the modules and the optimizer, on the devices they are on, divided as these are.
 
     Raises:
         InputError: the checkpoint is torn, or was made with another model or optimizer.
@@ -62,7 +70,8 @@ def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torc
     verify_files(read_manifest(folder, CHECKPOINT), "hash")
     for name, module in modules.items():
         try:
-            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            saved_tensors, present = load_file(folder / f"{name}.safetensors"), module.state_dict()
+            module.load_state_dict({k: divided_like(v, present.get(k, v)) for k, v in saved_tensors.items()})
         except (RuntimeError, FileNotFoundError) as error:
             raise InputError(f"{folder}: does not fit this run's {name}: {str(error).splitlines()[0]}") from None
     saved = read_json(folder / "state.json")
@@ -109,8 +118,10 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, entries: dict[str, Any]) -> None:
     state: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in entries.items():
-        parameter, _, name = key.partition("/")
-        state.setdefault(int(parameter), {})[name] = value
+        number, _, name = key.partition("/")
+        divided = divided_like(value, parameters[int(number)]) if isinstance(value, Tensor) else value
+        state.setdefault(int(number), {})[name] = divided
     # The settings of the groups (rates, decay) are the configuration's.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -206,6 +206,9 @@ class TrainConfig:
     Empty: 4096 on a CPU, what free memory allows on a GPU."""
     offload_embeddings: bool = False
     """Embeddings and gradients wait on the host before and after the loss: larger batches on a GPU, slower steps."""
+    shard_towers: bool = False
+    """Divide weights, gradients and optimizer of the towers' encoders among the processes (FSDP2), for towers that do
+    not fit one GPU; slower than whole ones, which is what one process has in any case."""
     compile: bool = False
     """Compile the towers' layers by torch.compile: some seconds at the start, then faster steps on a GPU."""
     gradient_checkpointing: bool = False
@@ -225,6 +228,8 @@ class TrainConfig:
         _check_least(self, "", 0, "seed")
         if not _positive(self.epochs):
             raise ValueError(f"epochs: expected a positive number, found {self.epochs}")
+        if self.shard_towers and self.precision == "fp16":
+            raise ValueError("precision: expected auto, bf16 or fp32 with shard_towers, found fp16")
 
 
 def _check_least(config: object, where: str, least: int, *names: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retriever.device import Precision, autocast
+from retriever.sharding import is_sharded
 from retriever.towers import Towers
 
 
@@ -23,7 +24,9 @@ def arithmetic(towers: Towers, precision: Precision) -> Iterator[None]:
     """
     device = towers.device
     if precision == "bf16" and device.type == "cuda":
-        with half_weights(towers.encoders, torch.bfloat16):
+        # The weights of divided towers are gathered in bf16.
+        encoders = [] if is_sharded(towers) else towers.encoders
+        with half_weights(encoders, torch.bfloat16), full_outputs(towers.transformers):
             yield
     else:
         with autocast(device, precision):
@@ -31,18 +34,29 @@ def arithmetic(towers: Towers, precision: Precision) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def full_outputs(transformers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, what these modules of sentence-transformers give to the next is fp32."""
+    # A hook of the encoder inside would not be called: sentence-transformers calls its forward method by name.
+    handles = [transformer.register_forward_hook(_in_full_precision) for transformer in transformers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def half_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
     """Within, the encoders' fp32 weights are of `dtype`; afterwards they are what they were, with fp32 gradients.
 
     As mixed-precision training keeps fp32 master weights (Micikevicius et al., arXiv 1710.03740). The gradients of
-    several backward passes are summed in fp32, each as soon as it is complete. Encoders return their last hidden state
-    in fp32.
+    several backward passes are summed in fp32, each as soon as it is complete.
     """
     encoders = list(encoders)
     parameters = [p for encoder in encoders for p in encoder.parameters() if p.dtype == torch.float32]
     masters = [parameter.data for parameter in parameters]
     sums: dict[Tensor, Tensor | None] = {}
-    handles: list[Any] = [encoder.register_forward_hook(_in_full_precision) for encoder in encoders]
+    handles: list[Any] = []
     for parameter in parameters:
         sums[parameter], parameter.grad = parameter.grad, None
         parameter.data = parameter.data.to(dtype)
@@ -66,5 +80,7 @@ def _fold(parameter: Tensor, sums: dict[Tensor, Tensor | None]) -> None:
     sums[parameter] = gradient.float() if so_far is None else so_far.add_(gradient)
 
 
-def _in_full_precision(encoder: nn.Module, inputs: Any, output: Any) -> None:
-    output.last_hidden_state = output.last_hidden_state.float()
+def _in_full_precision(transformer: nn.Module, inputs: Any, output: dict[str, Any]) -> None:
+    for name in ("token_embeddings", "sentence_embedding"):
+        if name in output:
+            output[name] = output[name].float()

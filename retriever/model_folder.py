@@ -128,6 +128,11 @@ def position_limit(transformer: Any) -> int | None:
     return positions - first_position(transformer.auto_model)
 
 
+def layers_of(encoder: nn.Module) -> nn.ModuleList:
+    """The transformer layers of a Hugging Face model."""
+    return max((m for m in encoder.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
 def first_position(encoder: nn.Module) -> int:
     """The position of a text's first token: RoBERTa and its kin count from the one after padding_idx."""
     for module in encoder.modules():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from retriever.config import OptimConfig
@@ -40,10 +41,13 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
         if parameter.requires_grad:
             (decayed if parameter.ndim > 1 else others)[parameter] = None
     groups = [
-        {"params": list(decayed), "weight_decay": weight_decay},
-        {"params": list(others), "weight_decay": 0.0},
+        {"params": list(some), "weight_decay": decay}
+        for parameters, decay in ((decayed, weight_decay), (others, 0.0))
+        # torch updates a group at once, and those that are divided among processes apart (sharding.py); in the order
+        # of all, so that a checkpoint does not depend on it.
+        for _, some in itertools.groupby(parameters, key=lambda parameter: isinstance(parameter, DTensor))
     ]
-    return [group for group in groups if group["params"]]
+    return groups
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimizer:
@@ -135,8 +139,8 @@ class Adafactor(Optimizer):
         torch would cast it to the parameter's: a bf16 parameter would round its float32 second moments.
         """
         super().load_state_dict(state_dict)
-        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        numbers = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 is_tensor = isinstance(value, Tensor)

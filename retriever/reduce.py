@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from retriever.ranks import Ranks
@@ -18,11 +19,12 @@ _TOGETHER = 1 << 20
 def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     """Replace each gradient by its mean over ranks, the same bits on all. The same ones have a gradient everywhere.
 
-    Large gradients are exchanged in place, small ones as one vector, all at the same time.
+    Large gradients are exchanged in place, small ones as one vector, all at the same time. Those of divided towers
+    (sharding.py) are means already.
     """
     if ranks.size == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     small = [gradient for gradient in gradients if gradient.numel() < _TOGETHER]
     large = [gradient for gradient in gradients if gradient.numel() >= _TOGETHER]
     vectors = [parameters_to_vector(small)] if small else []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from losses import InfCLLoss, SigmoidLoss
 from retriever import grad_cache
@@ -21,6 +20,7 @@ from retriever.optim import lr_factor
 from retriever.prepare import Group, PreparedBatch
 from retriever.ranks import Ranks
 from retriever.reduce import average_gradients
+from retriever.sharding import clip_gradients, is_sharded
 from retriever.step_profile import phase
 from retriever.towers import Towers
 
@@ -31,6 +31,13 @@ class MicroBatch:
 
     group: Group
     rows: np.ndarray
+    """None of them where a rank takes part in another's micro-batch: divided towers are gathered by all."""
+
+    def embed(self, towers: Towers) -> Tensor:
+        """Embeddings [rows, dimension]."""
+        if len(self.rows):
+            return self.group.embed(towers, self.rows)
+        return self.group.embed(towers, np.argmin(self.group.lengths, keepdims=True))[:0]
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class TrainStep:
         torch.manual_seed(_step_seed(config.seed, step, self.ranks.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.lr * lr_factor(step, self.steps, config.optim)
-        micro_batches = [MicroBatch(group, rows) for group in batch.groups for rows in group.micro_batches]
+        micro_batches, keep = self._micro_batches(batch)
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
             query, passage = (side.to(device) for side in batch.arrange(embeddings))
@@ -67,11 +74,11 @@ class TrainStep:
 
         with arithmetic(self.towers, self.precision):
             scaled = grad_cache.backward(
-                lambda micro: micro.group.embed(self.towers, micro.rows),
+                lambda micro: micro.embed(self.towers),
                 micro_batches,
                 loss_of,
                 device,
-                keep=self.graphs.keep(batch.micro_batch_tokens),
+                keep=keep,
                 on_host=config.offload_embeddings,
             )
         loss = scaled / self.scaler.get_scale() if self.scaler.is_enabled() else scaled
@@ -80,12 +87,25 @@ class TrainStep:
             average_gradients(parameters, self.ranks)
         with phase("optimizer"):
             self.scaler.unscale_(self.optimizer)
-            limit = config.optim.max_grad_norm
-            grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+            grad_norm = clip_gradients(parameters, config.optim.max_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
+
+    def _micro_batches(self, batch: PreparedBatch) -> tuple[list[MicroBatch], int]:
+        """What passes through the towers, and how much of it, the last, keeps its graph; of divided towers as many
+        and the same ones on all ranks."""
+        sizes, lists = batch.micro_batch_tokens, [group.micro_batches for group in batch.groups]
+        keep = self.graphs.keep(sizes)
+        if is_sharded(self.towers):
+            counts = [int(self.ranks.most(len(rows))) for rows in lists]
+            lists = [
+                rows + [np.empty(0, dtype=np.int64)] * (count - len(rows))
+                for rows, count in zip(lists, counts, strict=True)
+            ]
+            keep = -int(self.ranks.most(-(sum(counts) if keep == len(sizes) else keep)))
+        return [MicroBatch(group, rows) for group, some in zip(batch.groups, lists, strict=True) for rows in some], keep
 
     def _ids(self, batch: PreparedBatch, device: torch.device) -> dict[str, Tensor]:
         # The literature's CLIP loss counts every other passage of the batch as a negative.

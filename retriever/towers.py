@@ -22,6 +22,7 @@ from retriever.model_folder import (
     Side,
     ends_in_normalize,
     first_position,
+    layers_of,
     load_model,
     position_limit,
     read_plain_texts,
@@ -29,6 +30,7 @@ from retriever.model_folder import (
     write_new_encoder,
 )
 from retriever.padding_free.attention import Spans
+from retriever.sharding import whole
 from retriever.tokens import TextTokenizer, TokenizedTexts
 from retriever.weights import writing_weights
 
@@ -77,9 +79,14 @@ class Towers(nn.Module):
         return dimension
 
     @property
+    def transformers(self) -> list[Any]:
+        """The sentence-transformers Transformer module of each tower."""
+        return list(dict.fromkeys(self._transformers.values()))
+
+    @property
     def encoders(self) -> list[Any]:
-        """The Hugging Face model of each tower."""
-        return [transformer.auto_model for transformer in dict.fromkeys(self._transformers.values())]
+        """The Hugging Face model of each tower, or the one that holds both."""
+        return list(dict.fromkeys(transformer.auto_model for transformer in self.transformers))
 
     def prompt(self, side: Side) -> str:
         """The text that the model puts before every query or passage; empty for none."""
@@ -107,7 +114,7 @@ class Towers(nn.Module):
     def compile_layers(self) -> None:
         """Compile the encoders' layers by torch.compile, for micro-batches of any size."""
         for encoder in self.encoders:
-            for layer in max((m for m in encoder.modules() if isinstance(m, nn.ModuleList)), key=len):
+            for layer in layers_of(encoder):
                 layer.compile(dynamic=True)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -162,7 +169,8 @@ class Towers(nn.Module):
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            content: Any = whole(tensor.detach()).cpu().contiguous()
+            digest.update(content.view(-1).view(torch.uint8).numpy())
         for side in SIDES:
             texts = self.tokenizer(side)
             digest.update(f"{self.prompt(side)!r} {texts.max_length} {texts.settings()}\n".encode())

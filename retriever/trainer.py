@@ -40,6 +40,7 @@ from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
 from retriever.ranks import PlannedRanks, Ranks, own_device
 from retriever.run_log import NoLog, RunLog, described
+from retriever.sharding import gathered, shard_encoders
 from retriever.step import TrainStep
 from retriever.towers import build_towers
 
@@ -67,13 +68,18 @@ class Trainer:
         # Resolved, so that what is written beside the results is what was done.
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
-        self.towers = _build_towers(config).to(self.device)
+        self.towers = _build_towers(config)
         if config.gradient_checkpointing:
             self.towers.enable_gradient_checkpointing()
         if self.device.type == "cuda" and not self.towers.drop_padding():
             terminal.line("this family of models is not known without padding: texts are sorted by length and padded")
         if config.compile:
             self.towers.compile_layers()
+        self._sharded = config.shard_towers and ranks.group is not None
+        if self._sharded:
+            # From the host, since no device has room for all.
+            shard_encoders(self.towers, self.precision, self.device, ranks.size)
+        self.towers.to(self.device)
         self.loss = build_loss(config.loss, ranks).to(self.device)
         graphs = GraphMemory.plan(
             self.towers,
@@ -309,19 +315,24 @@ class Trainer:
         checkpoints = self.run / "checkpoints"
         if self.state.step != self._saved_step:
             self.state.scaler = self.scaler.state_dict() or None
-            if self.ranks.first:
-                folder = checkpoint_folder(checkpoints, self.state.step)
-                save_checkpoint(folder, self.modules, self.optimizer, self.state)
+            folder = checkpoint_folder(checkpoints, self.state.step)
+            save_checkpoint(folder, self.modules, self.optimizer, self.state, writes=self.ranks.first)
             self._saved_step = self.state.step
         if self.ranks.first:
             prune_checkpoints(checkpoints, self.config.keep_checkpoints)
         self.ranks.wait()
 
     def _save_model(self) -> None:
+        towers = self.towers
+        if self._sharded:
+            weights = gathered(towers.state_dict(), keep=self.ranks.first)
         if not self.ranks.first:
             return
+        if self._sharded:
+            towers = _build_towers(self.config)
+            towers.load_state_dict(weights)
         with atomic_folder(self.run / "model") as folder:
-            self.towers.save(folder)
+            towers.save(folder)
 
     def _evaluate_if_due(self, log: RunLog, stop: StopRequest) -> None:
         state = self.state
@@ -348,11 +359,14 @@ class Trainer:
             state.evaluations_without_gain += 1
 
     def _dev_measures(self, stop: StopRequest) -> dict[str, float]:
-        # A fixed place, so that what a killed run left is found and cleared.
-        embeddings = self.run / ".dev"
+        # Divided towers are gathered by all at the same time, so that each rank does the whole of it.
+        ranks, alone = (Ranks(), str(self.ranks.rank)) if self._sharded else (self.ranks, "")
+        # Fixed places, so that what a killed run left is found and cleared.
         if self.ranks.first:
-            shutil.rmtree(embeddings, ignore_errors=True)
+            for left in self.run.glob(".dev*"):
+                shutil.rmtree(left, ignore_errors=True)
         self.ranks.wait()
+        embeddings = self.run / f".dev{alone}"
         options = EncodeOptions(self.precision, self.config.micro_batch_tokens)
         # Of several ranks none may leave the work that they share.
         tick = stop.check if self.ranks.size == 1 else None
@@ -360,14 +374,14 @@ class Trainer:
         try:
             if isinstance(self.dev, BeirDataset):
                 _, metrics = evaluate_towers(
-                    self.towers, self.dev, embeddings, options, self.terminal, k=100, tick=tick, ranks=self.ranks
+                    self.towers, self.dev, embeddings, options, self.terminal, k=100, tick=tick, ranks=ranks
                 )
                 measures = metrics.mean
-            elif self.ranks.first:
+            elif ranks.first:
                 measures = self.dev.evaluate(self.towers, options, self.terminal, tick=tick)
             return self.ranks.told(measures)
         finally:
-            if self.ranks.first:
+            if ranks.first:
                 shutil.rmtree(embeddings, ignore_errors=True)
 
 

@@ -76,9 +76,9 @@ class ImageTextTowers(Towers):
         return dimension
 
     @property
-    def encoders(self) -> list[Any]:
-        """The Hugging Face model of each tower, or the one that holds both."""
-        return list(dict.fromkeys([self._image[0].auto_model, *super().encoders]))
+    def transformers(self) -> list[Any]:
+        """The sentence-transformers Transformer module of each tower."""
+        return list(dict.fromkeys([self._image[0], *super().transformers]))
 
     @property
     def image_tokens(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from retriever.half_weights import half_weights
+from retriever.config import ModelConfig
+from retriever.half_weights import full_outputs, half_weights
+from retriever.towers import build_towers
 
 
 class Encoder(nn.Module):
@@ -16,8 +16,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.linear = nn.Linear(8, 8)
 
-    def forward(self, inputs: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=self.linear(inputs.to(self.linear.weight.dtype)))
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(inputs.to(self.linear.weight.dtype))
 
 
 def test_weights_return_bit_for_bit_and_gradients_are_fp32_sums() -> None:
@@ -28,9 +28,7 @@ def test_weights_return_bit_for_bit_and_gradients_are_fp32_sums() -> None:
     with half_weights([encoder], torch.bfloat16):
         assert encoder.linear.weight.dtype == torch.bfloat16
         for piece in pieces:
-            out = encoder(piece).last_hidden_state
-            assert out.dtype == torch.float32
-            out.sum().backward()
+            encoder(piece).float().sum().backward()
         assert encoder.linear.weight.grad is None
     for name, parameter in encoder.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad.dtype == torch.float32
@@ -44,7 +42,16 @@ def test_gradients_from_before_are_added_to_and_an_error_leaves_the_weights_whol
     encoder = Encoder()
     encoder.linear.bias.grad = torch.full((8,), 0.5)
     with pytest.raises(RuntimeError, match="stop"), half_weights([encoder], torch.bfloat16):
-        encoder(torch.ones(2, 8)).last_hidden_state.sum().backward()
+        encoder(torch.ones(2, 8)).sum().backward()
         raise RuntimeError("stop")
     assert encoder.linear.weight.dtype == torch.float32
     torch.testing.assert_close(encoder.linear.bias.grad, torch.full((8,), 2.5))
+
+
+def test_what_follows_the_encoder_is_in_full_precision(tiny: ModelConfig) -> None:
+    towers = build_towers(tiny)
+    ((_, embed),) = towers.probes(64, 16)
+    with half_weights(towers.encoders, torch.bfloat16), full_outputs(towers.transformers):
+        embeddings = embed()
+    # Normalised in bf16 they would be off by a thousandth.
+    torch.testing.assert_close(embeddings.double().norm(dim=1), torch.ones(len(embeddings)).double(), rtol=0, atol=1e-6)

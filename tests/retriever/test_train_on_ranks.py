@@ -88,9 +88,9 @@ def test_any_number_of_processes_trains_the_same(config: Path, tmp_path: Path) -
 
 def test_towers_divided_among_processes_train_as_whole_ones(config: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(HERE / "sharded_on_ranks.py"), str(config)]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines() == ["2", "3", "3 then 2", "2 then 1"]
+    assert done.stdout.split() == ["3", "2", "1"]
 
 
 def test_a_killed_process_ends_the_job_which_then_goes_on(config: Path, tmp_path: Path) -> None:

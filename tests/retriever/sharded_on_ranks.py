@@ -1,0 +1,74 @@
+"""Runs as `sharded_on_ranks.py CONFIG`: a run of whole towers; one of towers divided among 3, which 2 and 1 go on with.
+
+Every process is a fork of this one, which has loaded the libraries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from run_helpers import assert_near, results
+from safetensors.torch import load_file
+from suite_on_ranks import on_ranks
+
+from retriever.config import TrainConfig, load_config
+from retriever.progress import Terminal
+from retriever.ranks import SilentTerminal, joined_ranks
+from retriever.sharding import own_part
+from retriever.trainer import Trainer
+
+
+def trained(config: TrainConfig, out: Path, *, resume: bool = False) -> Callable[[], None]:
+    """A run to its end; where it is of several processes each holds about its part of the weights and moments."""
+    begun = dataclasses.replace(config, out=str(out))
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        with joined_ranks() as ranks:
+            terminal = Terminal() if ranks.first else SilentTerminal()
+            trainer = Trainer.resume(out, terminal, ranks) if resume else Trainer.start(begun, terminal, ranks)
+            trainer.train()
+            held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+            moments = [t for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+            for tensors in (held, moments):
+                whole, here = (sum(tensor.numel() for tensor in some) for some in (tensors, map(own_part, tensors)))
+                assert here <= 1.1 * whole / ranks.size, (here, whole)
+
+    return run
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    """Model folders of the same files, their weights equal but for rounding."""
+    names = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (one, other)]
+    assert names[0] == names[1]
+    for file in one.rglob("*.safetensors"):
+        mine, theirs = load_file(file), load_file(other / file.relative_to(one))
+        assert mine.keys() == theirs.keys()
+        for name, tensor in mine.items():
+            assert float((tensor - theirs[name]).abs().max()) < 2e-5, (file, name)
+
+
+def main(config_file: str) -> None:
+    """Compare all of them."""
+    out, config = Path("runs"), load_config(Path(config_file))
+    # Two towers, whose micro-batches must meet those of the same tower.
+    config = dataclasses.replace(config, shard_towers=True, model=dataclasses.replace(config.model, shared=False))
+    on_ranks(1, trained(config, out / "1"))
+    run = out / "divided"
+    for size in (3, 2, 1):
+        on_ranks(size, trained(config, run, resume=run.exists()))
+        assert_near(results(run), results(out / "1"))
+        assert_same_model(run / "model", out / "1" / "model")
+        print(size, flush=True)
+        # The next ones go on from its first checkpoint.
+        for folder in sorted((run / "checkpoints").iterdir())[1:]:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
