@@ -27,7 +27,7 @@ class Approximation:
     """Share of the passages that exact search ranks first which the index returns as well, at `depth`; 0 to 1."""
     depth: int
 
-    def loss(self, exact: Metrics, measure: str = "ndcg@10") -> float:
+    def loss(self, exact: Metrics, measure: str) -> float:
         """By how much the index is worse; negative where it is better by chance."""
         return exact.mean[measure] - self.metrics.mean[measure]
 
@@ -53,13 +53,11 @@ def search_by_parts(find: Find, progress: Callable[[int], None]) -> Find:
     return find_by_parts
 
 
-def approximation_table(
-    exact: Mapping[str, Metrics], found: Mapping[str, Approximation], measure: str = "ndcg@10"
-) -> str:
+def approximation_table(exact: Mapping[str, Metrics], found: Mapping[str, Approximation], measure: str) -> str:
     """A Markdown table: exact and approximate values side by side, with the loss between them."""
     shown = measure_name(measure)
     lines = [f"| set | index | {shown}, exact | {shown}, index | loss | overlap |", "|---|---|---:|---:|---:|---:|"]
     for name, other in found.items():
-        values = f"{exact[name].mean[measure]:.4f} | {other.metrics.mean[measure]:.4f} | {other.loss(exact[name]):+.4f}"
+        values = f"{exact[name].mean[measure]:.4f} | {other.metrics.mean[measure]:.4f} | {other.loss(exact[name], measure):+.4f}"
         lines.append(f"| {name} | {other.index} | {values} | {other.overlap:.4f} at {other.depth} |")
     return "\n".join(lines) + "\n"

@@ -160,7 +160,10 @@ def changed_queries(
     measure: str,
     texts: Mapping[str, str],
 ) -> list[ChangedQuery]:
-    """What is shown of the `wanted` queries; `texts` holds those of `passages_to_show`."""
+    """What is shown of the `wanted` queries; `texts` holds those of `passages_to_show`.
+
+    A run of another program may answer a query that is judged but has no text here.
+    """
     found = []
     for query in wanted:
         passages = [
@@ -168,7 +171,7 @@ def changed_queries(
             for passage, rank_a, rank_b in passages_to_show(query, qrels, *runs)
         ]
         value_a, value_b = (found_by.per_query[query][measure] for found_by in metrics)
-        found.append(ChangedQuery(query, queries[query], value_a, value_b, passages))
+        found.append(ChangedQuery(query, queries.get(query, ""), value_a, value_b, passages))
     return found
 
 

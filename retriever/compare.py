@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from eval.suite import plan
 from index.files import InputError, read_json, sha256_file
 from retriever.bm25_runs import BM25, bm25_details, kept_bm25_run, without_own
 from retriever.progress import Terminal
+from retriever.versions import versions
 
 # Between the usual cut-offs, for the curves.
 CUTS = tuple(sorted({*KS, 2, 20, 50, 200, 500}))
@@ -58,6 +57,8 @@ class Request:
     split: str | None = None
     """None: test, and dev of MS MARCO."""
     title: str = ""
+    dangling: bool = False
+    """Go on where qrels judge queries that are not there; they count as 0."""
     bm25: bool = False
     fusions: Sequence[Fusion] = ()
     measure: str = "ndcg@10"
@@ -103,7 +104,10 @@ def compare_to_report(request: Request, out: Path, terminal: Terminal) -> Report
         cuts = ", ".join(map(str, CUTS))
         raise InputError(f"--measure: expected one of {', '.join(MEASURES)} @ {cuts}, found {request.measure}")
     here = plan(request.data, request.home, request.split)
-    datasets = [dataclasses.replace(BeirDataset.open(task.folder, task.split), name=task.name) for task in here.tasks]
+    datasets = [
+        dataclasses.replace(BeirDataset.open(task.folder, task.split, dangling=request.dangling), name=task.name)
+        for task in here.tasks
+    ]
     if not datasets:
         raise InputError(f"--data: expected at least one set that is here, found none of {', '.join(here.absent)}")
     known = [*request.systems, *([BM25] if request.bm25 else [])]
@@ -251,8 +255,7 @@ def _details(
         f"paired by query, two-sided; randomisation with {request.permutations:,} sign patterns, seed {request.seed}; "
         f"Holm over {'all pairs' if request.baseline is None else f'the pairs with {request.baseline}'} of a set"
     )
-    packages = ("dense-retriever", "numpy", "scipy")
-    details["versions"] = {"Python": platform.python_version(), **{name: _version(name) for name in packages}}
+    details["versions"] = versions("numpy", "scipy")
     return details
 
 
@@ -264,10 +267,3 @@ def _details_of_report(path: Path) -> dict[str, Any]:
     values = read_json(report)
     found = values.get("details") if isinstance(values, dict) else None
     return dict(found) if isinstance(found, dict) else {}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

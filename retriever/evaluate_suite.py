@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from eval.approximate import Approximation, approximation, search_by_parts
 from eval.beir import BeirDataset
 from eval.evaluate import exact_search, is_windows, query_vectors, ranked_run, score
 from eval.long_documents import WINDOWS
-from eval.metrics import Metrics, Qrels
-from eval.ranking import RankedRun
-from eval.report import Report, ReportSet
-from eval.report_files import write
 from eval.runs import write_trec_run
 from eval.suite import Plan, Task, rows_of_tasks
 from index.embeddings import EmbeddingStore
-from index.files import InputError, write_json
+from index.files import InputError
 from index.passages import read_passages
 from index.records import count_records
 from retriever.encode import EncodeOptions, corpus_source
@@ -32,7 +25,9 @@ from retriever.progress import Terminal
 from retriever.ranks import Ranks, encode_on_ranks
 from retriever.set_settings import SetSettings, towers_for
 from retriever.split_documents import split_documents
+from retriever.suite_report import SetResult, SuiteResult, sums, write_suite
 from retriever.towers import Towers
+from retriever.versions import device_name
 
 
 @dataclass(frozen=True)
@@ -57,35 +52,6 @@ class SuiteOptions:
     """Of the vectors on disk."""
     shard_rows: int = 65536
     """Passages a shard of the store."""
-
-
-@dataclass
-class SetResult:
-    """What was found on one set."""
-
-    run: RankedRun
-    metrics: Metrics
-    qrels: Qrels
-    approximation: Approximation | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class SuiteResult:
-    """What was found on all of them, by the rows of the table."""
-
-    rows: dict[str, Metrics]
-    absent: list[str]
-    exact: dict[str, Metrics]
-    """By set: the rows, but each forum of CQADupStack for itself."""
-    approximations: dict[str, Approximation]
-    """By set, where an index was asked for."""
-
-    @property
-    def measure(self) -> str:
-        """nDCG@10, or at the deepest cut-off of a run that is not that deep."""
-        measures = next(iter(self.rows.values())).mean
-        return "ndcg@10" if "ndcg@10" in measures else [name for name in measures if name.startswith("ndcg@")][-1]
 
 
 class Suite:
@@ -122,7 +88,8 @@ class Suite:
         found = {name: result.approximation for name, result in results.items() if result.approximation}
         whole = SuiteResult(rows_of_tasks(self._plan.tasks, exact), self._plan.absent, exact, found)
         if self._ranks.first:
-            self._write(whole, results, details, checked)
+            how = {**details, **self._details()}
+            write_suite(self._out, self._plan.tasks, whole, results, how, checked)
         self._ranks.wait()
         return whole
 
@@ -143,7 +110,7 @@ class Suite:
             find = exact_search(store, ids, device=device, progress=advance, on_ranks=several)
             run = ranked_run(dataset, ids, find, lambda: vectors, k, is_windows(store))
         searched = time.perf_counter()
-        result = SetResult(run, score(dataset, run, k), dataset.qrels)
+        result = SetResult(run, score(dataset, run, k), dataset.qrels, sums(dataset, store))
         result.seconds = {
             "encode corpus": encoded - began,
             "encode queries": asked - encoded,
@@ -181,7 +148,10 @@ class Suite:
         self, task: Task, dataset: BeirDataset, store: EmbeddingStore, towers: Towers, vectors: Any, exact: SetResult
     ) -> Approximation:
         """What an index of the same vectors finds."""
+        import faiss
+
         from index.faiss_index import Index
+        from index.settings import Settings
 
         folder = self._options.index or self._built(task, store)
         index = Index.open(folder)
@@ -192,6 +162,8 @@ class Suite:
             find = search_by_parts(index.search, advance)
             run = ranked_run(dataset, index.ids, find, lambda: vectors, k, is_windows(store))
         exact.seconds["search by index"] = time.perf_counter() - began
+        made = {name: index.manifest.fields.get(name) for name in ("factory", "seed", "trained_on")}
+        exact.index = {**made, **Settings.of(index.faiss).known(), "faiss": faiss.__version__}
         write_trec_run(self._out / task.name / "index.trec", run, "retriever")
         return approximation(index.factory, exact.run, run, score(dataset, run, k))
 
@@ -212,54 +184,17 @@ class Suite:
             faiss_index.build(store, folder, factory=factory, progress=advance)
         return folder
 
-    def _write(
-        self,
-        whole: SuiteResult,
-        results: Mapping[str, SetResult],
-        details: Mapping[str, Any],
-        checked: Mapping[str, Any],
-    ) -> None:
-        how = {
-            **details,
+    def _details(self) -> dict[str, Any]:
+        """How all sets were evaluated."""
+        cut = "cut at the model's maximum"
+        windows = f"best window, each {self._options.overlap} tokens into the one before"
+        return {
             "model sha256": self._towers.fingerprint()["sha256"],
-            "split": ", ".join(dict.fromkeys(task.split for task in self._plan.tasks)),
             **dataclasses.asdict(self._encode),
+            "vectors": self._options.dtype,
             "search": f"exact, inner product, {self._options.k} passages a query",
-            "long documents": "best window" if self._options.windows else "cut at the model's maximum",
+            "long documents": windows if self._options.windows else cut,
             "settings": {name: dataclasses.asdict(own) for name, own in self._options.settings.items()},
             "processes": self._ranks.size,
-            "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+            "device": device_name(self._towers.device),
         }
-        found = {name: self._set_json(result, checked.get(name, {})) for name, result in results.items()}
-        write_json(self._out / "evaluation.json", {"details": how, "absent": whole.absent, "sets": found})
-        title = f"{', '.join(whole.rows)} ({how['split']})"
-        system = Path(str(details["model"])).name
-        sets = [self._report_set(row, metrics, results.get(row), system) for row, metrics in whole.rows.items()]
-        write(self._out, Report(title, sets, how, whole.measure, whole.absent))
-
-    def _report_set(self, row: str, metrics: Metrics, result: SetResult | None, system: str) -> ReportSet:
-        """A row of the report; with its run, unless it is the mean of several sets."""
-        if result is None:
-            return ReportSet(row, {system: metrics})
-        systems = {system: metrics}
-        if result.approximation is not None:
-            systems[f"{system}, {result.approximation.index}"] = result.approximation.metrics
-        return ReportSet(row, systems, runs={system: result.run}, qrels=result.qrels)
-
-    def _set_json(self, result: SetResult, checked: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "mean": result.metrics.mean,
-            "queries": len(result.metrics.per_query),
-            "missing_queries": result.metrics.missing,
-            "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
-            "preflight": dict(checked),
-        }
-        if other := result.approximation:
-            losses = {measure: other.loss(result.metrics, measure) for measure in result.metrics.mean}
-            found["index"] = {
-                "factory": other.index,
-                "mean": other.metrics.mean,
-                "loss": losses,
-                f"overlap@{other.depth}": other.overlap,
-            }
-        return found

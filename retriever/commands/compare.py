@@ -30,6 +30,8 @@ class EvaluateCompare:
     """Which qrels; empty: test, and dev of MS MARCO."""
     title: str = ""
     """Of the report; empty: the names of the sets."""
+    allow_dangling: Switch = False
+    """Go on where qrels judge queries that are not there (score 0)."""
     bm25: Switch = False
     """Add BM25 over the same corpus."""
     fuse: tuple[str, ...] = ()
@@ -81,6 +83,7 @@ class EvaluateCompare:
             home=self.home,
             split=self.split,
             title=self.title,
+            dangling=self.allow_dangling,
             bm25=self.bm25,
             fusions=[Fusion(tuple(names.split("+")), self.method, self.weights) for names in self.fuse],
             measure=self.measure,

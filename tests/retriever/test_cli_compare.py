@@ -134,6 +134,29 @@ def test_cut_offs_beyond_the_shallowest_run_are_left_out(place: Path, tmp_path: 
     assert "recall@10" in measures and "recall@20" not in measures
 
 
+def test_judged_queries_without_text_are_refused_or_allowed_and_count(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rocks"
+    shutil.copytree(place / "rocks", data)
+    with (data / "qrels" / "test.tsv").open("a") as stream:
+        stream.write("ghost\td-amber\t1\nlost\td-amber\t1\n")
+    runs = []
+    for system in ("poor", "good"):
+        found = dict(read_trec_run(place / system / "rocks" / "run.trec").items())
+        # Another program had the query's text, and answered it.
+        found["ghost"] = {"d-amber": 1.0} if system == "good" else {"d-cedar": 1.0}
+        runs.append(tmp_path / f"{system}.trec")
+        write_trec_run(runs[-1], found, system)
+    words = ["evaluate", "compare", *runs, "--bm25", "--data", data, "--changed", "30", "--json"]
+    refused = command(*words, "--out", tmp_path / "refused")
+    assert refused.code == 1 and "expected ids of queries.jsonl, found ghost, which is not there" in refused.err
+    done = command(*words, "--allow-dangling", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["sets"]["rocks"]
+    assert found["queries"] == 22 and found["systems"]["good"]["missing_queries"] == ["lost"]
+    assert found["systems"]["BM25"]["missing_queries"] == ["ghost", "lost"]
+    assert [query["text"] for query in found["changes"][0]["better"] if query["id"] == "ghost"] == [""]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

@@ -141,6 +141,25 @@ def test_an_index_is_scored_beside_exact_search_with_its_loss(world: Any, tmp_pa
     assert outcome.code == 1 and "manifest.json" in outcome.err
 
 
+def test_reports_state_what_is_needed_to_do_it_again(world: Any, towers: Towers, tmp_path: Path) -> None:
+    out, words = tmp_path / "out", ["--data", world.beir, "--precision", "fp32", "--k", 7, "--factory", "IVF2,Flat"]
+    details = evaluate(world, out, *words)["details"]
+    files = {part: world.beir / f"{name}" for part, name in (("corpus", "corpus.jsonl"), ("queries", "queries.jsonl"))}
+    files["qrels"] = world.beir / "qrels" / "test.tsv"
+    sums = {f"{part} sha256": hashlib.sha256(path.read_bytes()).hexdigest() for part, path in files.items()}
+    assert details["data"] == {"words": sums} and details["model sha256"] == towers.fingerprint()["sha256"]
+    assert (details["split"], details["precision"], details["vectors"]) == ("test", "fp32", "float32")
+    assert details["search"].endswith("7 passages a query") and details["device"].startswith("cpu (")
+    index = details["index"]["words"]
+    assert (index["factory"], index["seed"], index["trained_on"], index["nprobe"]) == ("IVF2,Flat", 0, 20, 2)
+    assert {"Python", "dense-retriever", "torch", "transformers", "sentence-transformers"} < details["versions"].keys()
+    assert "unknown" not in details["versions"].values()
+    page = (out / "report.html").read_text()
+    assert all(f"<dd>{value}</dd>" in page for value in (*sums.values(), *details["versions"].values()))
+    details = evaluate(world, tmp_path / "plain", "--data", world.beir)["details"]
+    assert "index" not in details and details["seed"] == "none: nothing is drawn at random"
+
+
 def long_documents(folder: Path) -> Path:
     """Documents whose last words are what the queries ask for, far beyond what the model reads."""
     words = list(MEANINGS)
