@@ -7,7 +7,7 @@
 Ours reads JSON lines, tokenizes, embeds and writes the checksummed store; theirs embeds a list in memory, at each of
 --their-batches, and the best is the one compared. Our embeddings are held to theirs before our times are printed.
 Beside the measured peak of GPU memory stands the planned one (retriever/graph_memory.py). Each row goes to
-scripts/results/encode.csv as soon as it is measured.
+scripts/results/encode.csv as soon as it is measured, those of --memory to encode_memory.csv.
 """
 
 from __future__ import annotations
@@ -197,25 +197,34 @@ def from_file(
 
 
 def memory(options: argparse.Namespace, folder: Path) -> None:
-    """The host's memory at every tenth of a corpus of one-line texts, through a tower of one small layer."""
+    """The host's memory at every tenth of a corpus of one-line texts, through a tower of one small layer; its rows go
+    to encode_memory.csv."""
     import psutil
 
-    model = dataclasses.replace(model_config(options), architecture=TINY, max_length=16)
+    model = dataclasses.replace(model_config(options), name="", architecture=TINY, max_length=16)
     towers = build_towers(model).to(options.device).eval()
     corpus = folder / "corpus.jsonl"
     with corpus.open("w", encoding="utf-8") as stream:
         for number in range(options.passages):
             stream.write(f'{{"_id": "{number}", "text": "passage {number % 1000}"}}\n')
-    step, done = options.passages // 10, 0
+    about = {**machine(), "commit": options.commit or machine()["commit"]}
+    size = round(corpus.stat().st_size / MIB)
+    step, done = max(1, options.passages // 10), 0
     process = psutil.Process()
+    rows: list[dict[str, Any]] = []
     start = time.perf_counter()
 
     def progress(count: int) -> None:
         nonlocal done
         done += count
         if done // step != (done - count) // step:
-            resident, seconds = process.memory_info().rss / 2**20, time.perf_counter() - start
-            print(f"{done:12,} passages  {resident:8,.0f} MiB  {seconds:6.0f} s", flush=True)
+            # With the processes that tokenize, whose shared pages count for each.
+            family = [process, *process.children(recursive=True)]
+            resident = sum(member.memory_info().rss for member in family) / MIB
+            row = {"passages": done, "file_mib": size, "resident_mib": round(resident), "processes": len(family)}
+            rows.append({**row, "seconds": round(time.perf_counter() - start), **about})
+            write(options.results / "encode_memory.csv", rows)
+            print(f"{done:12,} passages  {resident:8,.0f} MiB  {rows[-1]['seconds']:6} s", flush=True)
 
     encode_passages(
         towers, read_passages(corpus), folder / "store", EncodeOptions(), source={"name": "bench"}, progress=progress
