@@ -58,6 +58,7 @@ def approximation_table(exact: Mapping[str, Metrics], found: Mapping[str, Approx
     shown = measure_name(measure)
     lines = [f"| set | index | {shown}, exact | {shown}, index | loss | overlap |", "|---|---|---:|---:|---:|---:|"]
     for name, other in found.items():
-        values = f"{exact[name].mean[measure]:.4f} | {other.metrics.mean[measure]:.4f} | {other.loss(exact[name], measure):+.4f}"
+        both = f"{exact[name].mean[measure]:.4f} | {other.metrics.mean[measure]:.4f}"
+        values = f"{both} | {other.loss(exact[name], measure):+.4f}"
         lines.append(f"| {name} | {other.index} | {values} | {other.overlap:.4f} at {other.depth} |")
     return "\n".join(lines) + "\n"

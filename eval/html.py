@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval.markdown import PAIR_HEAD, detail, missing_lines, overview_rows, pair_cells
-from eval.measures import HEADLINE, NAMES, cutoffs, measure_name
+from eval.measures import HEADLINE, NAMES, cutoffs, measure_name, shown
 from eval.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def number(value: float | None) -> str:
 def headline(report: Report) -> list[str]:
     """The measures of the table by set: the report's own first."""
     found = {measure for one in report.sets for metrics in one.systems.values() for measure in metrics.mean}
-    return [measure for measure in dict.fromkeys((report.measure, *HEADLINE)) if measure in found]
+    return [measure for measure in dict.fromkeys((report.measure, *shown(HEADLINE, found))) if measure in found]
 
 
 def cutoff_rows(metrics: Metrics) -> tuple[list[str], list[tuple[str, list[str]]]]:

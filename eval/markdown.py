@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eval.compare import Pair
-from eval.measures import HEADLINE, NAMES, cutoffs, measure_name
+from eval.measures import HEADLINE, NAMES, cutoffs, measure_name, shown
 from eval.metrics import Metrics
 from eval.suite import lines_of_means
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from eval.report import Changes, Report, ReportSet
 
 
-def comparison_table(rows: Mapping[str, Metrics], measures: Sequence[str] = HEADLINE, head: str = "model") -> str:
+def comparison_table(rows: Mapping[str, Metrics], measures: Sequence[str] | None = None, head: str = "model") -> str:
     """A Markdown table, a line per row, values with four digits; measures that no row has are left out.
 
     Args:
         rows: name -> metrics, in the order wanted ("BM25", "before training", "after training").
-        measures: the columns.
+        measures: the columns; by default the usual ones, at the deepest cut-offs that there are.
         head: what a row is ("model", "dataset").
     """
-    columns = [measure for measure in measures if any(measure in metrics.mean for metrics in rows.values())]
+    known = {measure for metrics in rows.values() for measure in metrics.mean}
+    columns = shown(HEADLINE, known) if measures is None else [measure for measure in measures if measure in known]
     cells = [
         [cell(name), *(f"{metrics.mean[m]:.4f}" if m in metrics.mean else "–" for m in columns)]
         for name, metrics in rows.items()
@@ -107,7 +108,7 @@ def markdown_of(report: Report, plotted: bool) -> str:
     """The whole report; `plotted` says whether report.png lies beside it."""
     parts = [f"# {cell(report.title)}\n", f"{measure_name(report.measure)} by set:\n", overview_table(report)]
     if plotted:
-        parts.append("![nDCG@10 and recall@100](report.png)\n")
+        parts.append("![nDCG and recall by set](report.png)\n")
     for found in report.sets:
         parts += _set_parts(found)
     if report.details:

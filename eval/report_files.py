@@ -11,7 +11,7 @@ from eval import plots
 from eval.compare import Pair
 from eval.html import html_of
 from eval.markdown import markdown_of
-from eval.measures import PLOTTED
+from eval.measures import PLOTTED, shown
 from eval.report import Changes, Report
 from index.files import InputError, atomic_path, write_json
 
@@ -82,13 +82,10 @@ def _changes_json(changes: Changes) -> dict[str, Any]:
 
 def plot(path: Path, report: Report) -> bool:
     """Draw the headline measures as bars to a PNG file; False (and a log line) where not every system has one."""
-    measures = [
-        measure
-        for measure in PLOTTED
-        if all(measure in metrics.mean for found in report.sets for metrics in found.systems.values())
-    ]
+    known = [metrics.mean.keys() for found in report.sets for metrics in found.systems.values()]
+    measures = shown(PLOTTED, set(known[0]).intersection(*known[1:]))
     if not measures:
-        log.warning("no plot: the cut-offs include neither nDCG@10 nor recall@100")
+        log.warning("no plot: no cut-off of nDCG and recall is common to all systems")
         return False
     with plots.style():
         plots.to_png(plots.bars({found.name: found.systems for found in report.sets}, measures), path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from eval.approximate import Approximation
 from eval.beir import BeirDataset, beir_file
+from eval.measures import shown
 from eval.metrics import Metrics, Qrels
 from eval.ranking import RankedRun
 from eval.report import Report, ReportSet
@@ -48,8 +49,7 @@ class SuiteResult:
     @property
     def measure(self) -> str:
         """nDCG@10, or at the deepest cut-off of a run that is not that deep."""
-        measures = next(iter(self.rows.values())).mean
-        return "ndcg@10" if "ndcg@10" in measures else [name for name in measures if name.startswith("ndcg@")][-1]
+        return shown(["ndcg@10"], next(iter(self.rows.values())).mean.keys())[0]
 
 
 def sums(dataset: BeirDataset, store: EmbeddingStore) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pytest
 from report_helpers import BEFORE, QRELS, rows, whole_report
 
 from eval.markdown import comparison_table
-from eval.metrics import Metrics
+from eval.metrics import Metrics, evaluate_run
 from eval.ranking import RankedRun
 from eval.report import Report, ReportSet
 from eval.report_files import write
@@ -33,6 +33,18 @@ def test_table_has_a_line_per_row() -> None:
 def test_a_measure_that_one_row_lacks_is_a_dash() -> None:
     shallow = Metrics({"ndcg@10": 0.5}, {"q": {"ndcg@10": 0.5}}, [])
     assert "| shallow | 0.5000 | – |" in comparison_table({"shallow": shallow, **rows()}, ("ndcg@10", "recall@100"))
+
+
+def test_shallow_runs_are_shown_at_the_deepest_cut_off_there_is(tmp_path: Path) -> None:
+    qrels = {"q": {"a": 1}, "p": {"b": 1}}
+    shallow = evaluate_run(qrels, {"q": {"a": 1.0}, "p": {"a": 2.0, "b": 1.0}}, (1, 3))
+    table = comparison_table({"m": shallow}).splitlines()
+    assert table[0] == "| model | nDCG@3 | recall@3 | MRR@3 | MAP@3 | precision@3 |"
+    assert table[2].startswith("| m | 0.8155 | 1.0000 | 0.7500 |")
+    written = write(tmp_path, Report("toy", [ReportSet("toy", {"m": shallow})], {}, measure="ndcg@3"))
+    assert sorted(path.name for path in written) == FILES
+    assert table[0].replace("model", "system") in (tmp_path / "report.md").read_text()
+    assert "<th>recall@3</th>" in (tmp_path / "report.html").read_text()
 
 
 def test_report_files_agree(tmp_path: Path) -> None:
