@@ -219,8 +219,12 @@ def random_crop(width: int, height: int, chance: np.random.Generator) -> tuple[i
 
 
 def _bytes(image: Image.Image) -> Tensor:
-    """uint8 [3, height, width]."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+    """uint8 [3, height, width] of an RGB picture."""
+    pixels = np.empty((3, image.height * image.width), dtype=np.uint8)
+    # Pillow takes its colours apart in a third of the time that an array of pixels takes to be turned round.
+    for colour, name in zip(pixels, "RGB", strict=True):
+        colour[:] = np.frombuffer(image.tobytes("raw", name), np.uint8)
+    return torch.from_numpy(pixels).view(3, image.height, image.width)
 
 
 def _sides(size: Any) -> int | tuple[int, int] | None:
