@@ -79,7 +79,10 @@ def test_means_equal_the_beir_package_when_every_query_is_answered(ties: bool) -
 GRADES = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 5), min_size=1)
 QRELS = st.dictionaries(st.sampled_from(["q1", "q2", "q3"]), GRADES, min_size=1)
 SCORES = st.dictionaries(
-    st.sampled_from("abcdefghijé日"), st.sampled_from([0.0, -0.0, 1e-9, 1.0, 1.0 + 1e-9, 1e38, 1e39])
+    st.sampled_from("abcdefghijé日"),
+    st.sampled_from(
+        [0.0, -0.0, 1e-9, 1e-46, 1.0, 1.0 + 1e-9, 1e38, 1e39, -1.0, -1.0 - 1e-9, -1e39, math.inf, -math.inf]
+    ),
 )
 
 
@@ -91,14 +94,40 @@ SCORES = st.dictionaries(
 def test_ties_and_missing_queries_score_as_in_trec_eval(qrels: Qrels, run: Run) -> None:
     ours = evaluate_run(qrels, run, KS)
     cuts = ",".join(map(str, KS))
-    names = {f"{name}.{cuts}" for name in ("ndcg_cut", "map_cut", "recall", "P", "success")}
+    names = {f"{name}.{cuts}" for name in ("ndcg_cut", "map_cut", "recall", "P", "success")} | {"recip_rank"}
     asked = {query: scores for query, scores in run.items() if scores and query in qrels}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, names).evaluate(asked)
     for query in qrels:
+        # No run is deeper than 100.
+        assert ours.per_query[query]["mrr@100"] == theirs.get(query, {}).get("recip_rank", 0.0)
         for k in KS:
             for name, prefix in OUR_NAMES.items():
                 assert ours.per_query[query][f"{name}@{k}"] == theirs.get(query, {}).get(f"{prefix}{k}", 0.0)
     assert ours.missing == [query for query in qrels if query not in asked]
+
+
+@pytest.mark.parametrize("queries", [1024, 1025, 2500])
+def test_many_queries_score_as_in_trec_eval(queries: int) -> None:
+    """More than are scored at a time; ties, missing, empty and strange queries, in another order than the qrels'."""
+    generator = np.random.default_rng(queries)
+    qrels, run = random_case(queries, ties=True, queries=queries, passages=40)
+    for query in generator.choice(list(qrels), 40, replace=False).tolist():
+        del run[query]
+    for query in generator.choice(list(run), 40, replace=False).tolist():
+        run[query] = {}
+    names = list(run)
+    run = {names[place]: run[names[place]] for place in generator.permutation(len(names))} | {"stranger": {"d1": 1.0}}
+    ours = evaluate_run(qrels, run, KS)
+    cuts = ",".join(map(str, KS))
+    asked = {query: scores for query, scores in run.items() if scores and query in qrels}
+    measures = {f"{prefix.rstrip('_')}.{cuts}" for prefix in OUR_NAMES.values()}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(asked)
+    assert ours.missing == [query for query in qrels if query not in asked] and len(ours.missing) == 80
+    for name, prefix in OUR_NAMES.items():
+        for k in KS:
+            values = [theirs.get(query, {}).get(f"{prefix}{k}", 0.0) for query in qrels]
+            assert ours.per_query.column(f"{name}@{k}").tolist() == values
+            assert ours.mean[f"{name}@{k}"] == pytest.approx(sum(values) / queries, abs=1e-12)
 
 
 def test_grades_below_zero_are_not_relevant() -> None:
