@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from cli_helpers import MEANINGS, command, write_beir, write_lines
+from cli_helpers import MEANINGS, command, write_beir, write_config, write_lines
 
 from eval.beir import BeirDataset
 from eval.runs import read_trec_run
@@ -158,6 +158,26 @@ def test_reports_state_what_is_needed_to_do_it_again(world: Any, towers: Towers,
     assert all(f"<dd>{value}</dd>" in page for value in (*sums.values(), *details["versions"].values()))
     details = evaluate(world, tmp_path / "plain", "--data", world.beir)["details"]
     assert "index" not in details and details["seed"] == "none: nothing is drawn at random"
+
+
+def test_training_measures_on_dev_what_the_command_measures(world: Any, tiny: Any, tmp_path: Path) -> None:
+    data = write_beir(tmp_path / "words")
+    for precision in ("fp32", "bf16"):
+        run = tmp_path / precision
+        config = {"dev": {"path": str(data), "split": "dev", "every": 2}, "steps": 4, "precision": precision}
+        trained = command(
+            "train", write_config(tmp_path / f"{precision}.yaml", tiny, world.pairs, out=str(run), **config)
+        )
+        assert trained.code == 0, trained.err
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        best = max((row for row in rows if "dev_ndcg@10" in row), key=lambda row: row["dev_ndcg@10"])
+        words = ["--model", run / "model", "--data", data, "--split", "dev", "--precision", precision]
+        outcome = command("evaluate", "beir", *words, "--out", run / "report", "--json")
+        assert outcome.code == 0, outcome.err
+        mean = json.loads(outcome.out)["words"]
+        told = {name.removeprefix("dev_"): value for name, value in best.items() if name.startswith("dev_")}
+        assert {name: mean[name] for name in told} == pytest.approx(told, abs=1e-12)
+        assert "ndcg@10" in told and 0 < told["ndcg@10"] < 1
 
 
 def long_documents(folder: Path) -> Path:
