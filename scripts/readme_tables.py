@@ -17,7 +17,7 @@ def main() -> None:
 
 def filled(readme: str) -> str:
     """The text with every table between `<!-- NAME -->` and `<!-- /NAME -->` made from its CSV file."""
-    for name, table in {"quickstart": quickstart_table()}.items():
+    for name, table in {"quickstart": quickstart_table(), "emoji": emoji_table()}.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, _, rest = readme.partition(start)
         _, _, after = rest.partition(end)
@@ -25,17 +25,40 @@ def filled(readme: str) -> str:
     return readme
 
 
+def rows_of(name: str) -> list[dict[str, str]]:
+    """The rows of a file of committed results."""
+    with (RESULTS / name).open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def quickstart_table() -> str:
     """What scripts/quickstart.sh measured, and where."""
-    with (RESULTS / "quickstart.csv").open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = rows_of("quickstart.csv")
     first = rows[0]
     lines = [
         f"| {first['title']} | nDCG@10 | recall@100 |",
         "|---|---:|---:|",
         *(f"| {row['model']} | {float(row['ndcg@10']):.4f} | {float(row['recall@100']):.4f} |" for row in rows),
         "",
-        f"{first['seconds']} s in all on {first['hardware']} (torch {first['torch']}, commit {first['commit']}).",
+        where(first),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def emoji_table() -> str:
+    """What scripts/emoji.sh measured, beside chance, and where."""
+    rows = rows_of("emoji.csv")
+    shown = ("image retrieval recall@10", "image retrieval median rank", "acc1", "acc5")
+    lines = ["| emoji | measure | value | chance |", "|---|---|---:|---:|"]
+    for asks in dict.fromkeys(row["asks"] for row in rows):
+        lines += [
+            f"| {asks} | {row['measure']} | {float(row['value']):.3g} | {float(row['chance']):.3g} |"
+            for row in rows
+            if row["asks"] == asks and row["measure"] in shown
+        ]
+    lines += [
+        "",
+        where(first),
     ]
     return "\n".join(lines) + "\n"
 

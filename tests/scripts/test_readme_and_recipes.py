@@ -21,7 +21,7 @@ def test_readme_tables_are_those_of_the_committed_results() -> None:
     readme = (HOUSE / "README.md").read_text(encoding="utf-8")
     assert "| nDCG@10 | recall@100 |" in readme
     assert readme_tables.filled(readme) == readme
-    damaged = readme.replace("| nDCG@10 | recall@100 |", "| nDCG@5 | recall@50 |")
+    damaged = readme.replace("| nDCG@10 | recall@100 |", "| nDCG@5 | recall@50 |").replace("| acc5 |", "| acc6 |")
     assert readme_tables.filled(damaged) == readme
 
 
