@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from index import curve, lists_on_disk
+from index import curve, gpu, lists_on_disk
 from index import factory as factories
 from index.beside import Beside
 from index.factory import import_faiss, reason
@@ -48,7 +48,7 @@ class Plan:
     on_disk: bool = False
     """Leave the inverted lists in a file of their own."""
     gpu: bool = False
-    """Cluster on the GPUs that faiss finds."""
+    """Train and fill on the GPUs that faiss finds."""
 
 
 def build(
@@ -88,6 +88,8 @@ def build(
     if not 0 <= plan.seed < 2**31:
         raise InputError(f"seed: expected a number from 0 to {2**31 - 1}, found {plan.seed}")
     check_replaceable(out)
+    if plan.gpu:
+        gpu.check_gpus()
     part = Part(store, *plan.part)
     if plan.target is not None and part.count > 1:
         raise InputError("--target-recall: expected a whole index; merge the parts, then `retriever index tune`")
@@ -110,11 +112,14 @@ def build(
 
         prepare_to_add(index)
         try:
+            put = gpu.adder(index) if plan.gpu else index.add
             if plan.on_disk:
-                lists_on_disk.fill(index, part, folder, out, plan.memory_mib, added)
+                lists_on_disk.fill(index, part, folder, out, plan.memory_mib, put, added)
+            elif plan.gpu and gpu.makes_graph(index):
+                index = gpu.graph(index, part.pieces(added_last), part.rows - len(added_last), added)
             else:
                 reserve(index, part.rows)
-                add(index, part, added, without=added_last)
+                add(put, part, added, without=added_last)
         except RuntimeError as error:
             raise _cannot(origin["factory"], part.rows, error) from None
         # Nothing is measured beside other work.
@@ -161,10 +166,16 @@ def reserve(index: Any, rows: int) -> None:
             each.codes.clear()
 
 
-def add(index: Any, part: Part, progress: Callable[[int], None] | None, *, without: np.ndarray | None = None) -> None:
-    """Add the vectors of `part`, in order, but those of the store's rows `without`."""
+def add(
+    put: Callable[[np.ndarray], None],
+    part: Part,
+    progress: Callable[[int], None] | None,
+    *,
+    without: np.ndarray | None = None,
+) -> None:
+    """Give `put` the vectors [n, D] float32 of `part`, in order, but those of the store's rows `without`."""
     for vectors in part.pieces(without):
-        index.add(vectors)
+        put(vectors)
         if progress is not None:
             progress(len(vectors))
 

@@ -67,7 +67,7 @@ def add_passages(
     settings = Settings.of(index.faiss)
     prepare_to_add(index.faiss)
     try:
-        add(index.faiss, part, progress)
+        add(index.faiss.add, part, progress)
     except RuntimeError as error:
         raise InputError(f"{folder}: cannot add {part.rows} vectors: {reason(error)}") from None
     settings.apply(index.faiss)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from index.factory import import_faiss
 from index.files import InputError
 from index.layout import LISTS_FILE, write_faiss
@@ -38,6 +40,7 @@ def fill(
     folder: Path,
     final: Path,
     memory_mib: float | None,
+    put: Callable[[np.ndarray], None],
     progress: Callable[[int], None] | None,
 ) -> None:
     """Put the vectors of `part` into lists in `folder`, holding as many codes at once as the memory budget allows.
@@ -48,6 +51,7 @@ def fill(
         folder: where the index is being written.
         final: where it will stand: plain faiss looks for the lists there.
         memory_mib: most to hold; 1 GiB when there is none.
+        put: adds vectors [n, D] float32 to `index`.
         progress: called with the number of rows each time some were added.
     """
     faiss = import_faiss()
@@ -64,7 +68,7 @@ def fill(
     for vectors in part.pieces():
         if index.ntotal and index.ntotal + len(vectors) > most:
             write_group()
-        index.add(vectors)
+        put(vectors)
         if progress is not None:
             progress(len(vectors))
     write_group()

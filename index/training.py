@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from index.factory import import_faiss
 from index.files import InputError
+from index.gpu import clustering
 from index.settings import core
 from index.store import EmbeddingStore
 
@@ -31,10 +33,8 @@ def train(index: Any, store: EmbeddingStore, factory: str, seed: int, *, without
         gpu: cluster on all GPUs that faiss finds.
 
     Raises:
-        InputError: there are too few vectors, or `gpu` and faiss finds none.
+        InputError: there are too few vectors.
     """
-    if gpu:
-        cluster_on_gpus(index)
     if index.is_trained:
         return 0
     faiss = import_faiss()
@@ -52,7 +52,8 @@ def train(index: Any, store: EmbeddingStore, factory: str, seed: int, *, without
     if store.rows - len(without) < LEAST * max(centroids, CODE_CENTROIDS):
         without = without[:0]
     sample = sample_vectors(store, min(wanted, store.rows - len(without)), seed, without)
-    index.train(sample)
+    with clustering(index) if gpu else contextlib.nullcontext():
+        index.train(sample)
     return len(sample)
 
 
@@ -78,23 +79,6 @@ def read_rows(store: EmbeddingStore, rows: np.ndarray) -> np.ndarray:
         vectors_read[taken:stop] = vectors[rows[taken:stop] - first]
         taken = stop
     return vectors_read
-
-
-def cluster_on_gpus(index: Any) -> None:
-    """Let the k-means of an inverted file run on GPUs; everything else, and the file, stay as they are.
-
-    Raises:
-        InputError: this faiss knows no GPU, or the machine has none.
-    """
-    faiss = import_faiss()
-    if not hasattr(faiss, "index_cpu_to_all_gpus") or not hasattr(faiss, "StandardGpuResources"):
-        raise InputError("--gpu: expected a faiss with GPU support: pip install faiss-gpu in place of faiss-cpu")
-    if faiss.get_num_gpus() == 0:
-        raise InputError("--gpu: expected a GPU, faiss found none")
-    inner = core(index)
-    if isinstance(inner, faiss.IndexIVF):
-        flat = faiss.IndexFlat(inner.d, inner.metric_type)
-        inner.clustering_index = faiss.index_cpu_to_all_gpus(flat)
 
 
 def fingerprint(index: Any) -> str:

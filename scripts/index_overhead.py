@@ -79,7 +79,7 @@ def _index_alone(store: EmbeddingStore, path: Path, factory: str) -> None:
     index = make(factory, store.dim)
     train(index, store, factory, 0, without=np.empty(0, np.int64))
     reserve(index, store.rows)
-    add(index, Part(store), None)
+    add(index.add, Part(store), None)
     set_search_defaults(index)
     write_faiss(index, path)
 

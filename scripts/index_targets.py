@@ -44,12 +44,12 @@ def rows(sets: Path, only: str | None) -> Iterator[dict[str, Any]]:
         for factory in factories:
             index = make(factory, store.dim)
             train(index, store, factory, 0, without=held_out)
-            add(index, Part(store), None)
+            add(index.add, Part(store), None)
             for tuned_on, truth in truths.items():
                 if is_graph(index) and truth.own is not None:
                     # Those it is measured by must come into it later; what it was is not needed any more.
                     index, truth = make(factory, store.dim), truth_without(store, passages, held_out)
-                    add(index, Part(store), None, without=held_out)
+                    add(index.add, Part(store), None, without=held_out)
                 started = time.perf_counter()
                 tuning = tune(index, truth, real)
                 if index.ntotal < store.rows:

@@ -85,7 +85,7 @@ class IndexBuild(RecallTarget):
     on_disk: Switch = False
     """Leave the inverted lists on disk, for indexes larger than memory."""
     gpu: Switch = False
-    """Cluster on all GPUs (needs faiss-gpu)."""
+    """Train and fill on all GPUs (needs faiss-gpu); with its cuVS, HNSW… graphs are built there too."""
     seed: int = 0
     """Of the sample of vectors that the index is trained on."""
     json: Switch = False
