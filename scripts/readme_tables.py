@@ -56,11 +56,12 @@ def emoji_table() -> str:
             for row in rows
             if row["asks"] == asks and row["measure"] in shown
         ]
-    lines += [
-        "",
-        where(first),
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", where(rows[0])]) + "\n"
+
+
+def where(row: dict[str, str]) -> str:
+    """How long a run took, on what."""
+    return f"{row['seconds']} s in all on {row['hardware']} (torch {row['torch']}, commit {row['commit']})."
 
 
 if __name__ == "__main__":
