@@ -13,77 +13,29 @@ row that says so; the ways are tried in the order of what their figures are wort
 from __future__ import annotations
 
 import argparse
-import csv
-import gc
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import machine
+from result_rows import write_rows
+from tower_steps import Attempt, Baseline, TowerSteps, Way, all_kept, as_planned, largest, none_kept
 
-from index.files import atomic_path
 from losses import InfCLLoss, clip_loss
-from retriever.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.device import choose_precision
-from retriever.graph_memory import GraphMemory
-from retriever.model_folder import Side
-from retriever.optim import build_optimizer
-from retriever.packing import pack
-from retriever.prepare import PreparedBatch, TextGroup
-from retriever.step import TrainStep
-from retriever.tokens import TokenizedTexts
-from retriever.towers import Towers, build_towers
-
-MIB = 2**20
-VOCABULARY = 30522
-# Of a step's time beside that of a smaller one: the loss's is a small part, but grows with the square.
-GROWTH = 1.3
-SIZES = {"bert-base": (768, 12, 12), "tiny": (32, 2, 2)}
-
-
-class WholeMatrix(InfCLLoss):
-    """CLIP's loss, whose matrix exists whole."""
-
-    def forward(self, query: Tensor, passage: Tensor, **ids: Tensor) -> Tensor:
-        """As its paper writes it."""
-        return clip_loss(query, passage, logit_scale=self.logit_scale)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a batch is trained on."""
-
-    name: str
-    loss: Callable[[], InfCLLoss]
-    graphs: Callable[[GraphMemory], GraphMemory]
-    on_host: bool = False
-    """Whether embeddings and their gradients wait there too."""
-    endless: bool = False
-    """Whether to stop at the goal."""
-
 
 WAYS = [
-    Way("ours", lambda: InfCLLoss(symmetric=True), lambda planned: planned, endless=True),
-    Way(
-        "no gradient cache, whole matrix",
-        WholeMatrix,
-        lambda planned: GraphMemory(planned.micro_batch_tokens, 2**62),
-    ),
-    Way("gradient cache, whole matrix", WholeMatrix, lambda planned: GraphMemory(planned.micro_batch_tokens, 0)),
+    Way("ours", lambda: InfCLLoss(symmetric=True), as_planned, endless=True),
+    Way("no gradient cache, whole matrix", lambda: Baseline(clip_loss), all_kept),
+    Way("gradient cache, whole matrix", lambda: Baseline(clip_loss), none_kept),
     Way(
         "ours, embeddings on the host",
         lambda: InfCLLoss(symmetric=True),
-        lambda planned: planned,
+        as_planned,
         on_host=True,
         endless=True,
     ),
@@ -98,7 +50,6 @@ def main() -> None:
     for way in WAYS:
         if not options.ways or any(part in way.name for part in options.ways):
             bench.search(way)
-    bench.write()
     print(f"{time.monotonic() - began:.0f} s", flush=True)
 
 
@@ -122,168 +73,45 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, deadline: float) -> None:
         self.options, self.deadline = options, deadline
-        self.device = torch.device(options.device)
         self.goal = 256 if options.quick else options.goal
         self.here = machine() | ({"commit": options.commit} if options.commit else {})
         self.rows: list[dict[str, Any]] = []
-        self.towers = towers_of("tiny" if options.quick else "bert-base", options.tokens).to(self.device)
-        if self.device.type == "cuda":
-            self.towers.drop_padding()
-        self.parameters = sum(parameter.numel() for parameter in self.towers.parameters())
+        self.steps = TowerSteps("tiny" if options.quick else "bert-base", options.tokens, torch.device(options.device))
 
     def search(self, way: Way) -> None:
-        """Double, then halve the gap; ours goes to the goal in fewer steps."""
-        size, fits, fails, seconds = 64 if self.options.quick else 4096, 0, 0, 0.0
-        # What kernels compile at their first run is no part of a step's time.
-        self.attempt(way, size, counted=False)
-        while size <= self.goal:
-            if not self.time_for(way, size, GROWTH * seconds * size / max(1, fits)):
-                break
-            problem, seconds = self.attempt(way, size)
-            if problem:
-                fails = size
-                break
-            fits = size
-            if size == self.goal:
-                break
-            size = min(size * (16 if way.endless else 2), self.goal)
-        for _ in range(self.options.halvings if fails and fits else 0):
-            middle = (fits + fails) // 2
-            if not self.time_for(way, middle, GROWTH * seconds * 2):
-                break
-            problem, _ = self.attempt(way, middle)
-            fits, fails = (fits, middle) if problem else (middle, fails)
+        """The most pairs that fit; a row for each that was tried."""
+        fits, fails = largest(
+            self.steps,
+            way,
+            first=64 if self.options.quick else 4096,
+            goal=self.goal,
+            factor=16 if way.endless else 2,
+            halvings=self.options.halvings,
+            late=lambda seconds: time.monotonic() + seconds > self.deadline,
+            report=self.add_row,
+        )
         beyond = f", not {fails:,}" if fails else ": the goal" if fits == self.goal else ", no time for more"
         print(f"{way.name}: {fits:,} pairs{beyond}", flush=True)
 
-    def time_for(self, way: Way, pairs: int, seconds: float) -> bool:
-        """Whether a step of so many seconds ends in time; a row if not."""
-        if time.monotonic() + seconds <= self.deadline:
-            return True
-        self.add_row(way, pairs, "no time left")
-        return False
-
-    def attempt(self, way: Way, pairs: int, counted: bool = True) -> tuple[str, float]:
-        """Why an optimizer step does not fit, or nothing, and its seconds; a row."""
-        self.reset()
-        problem, seconds, loss = "", 0.0, float("nan")
-        try:
-            step, batch = self.prepared(way, pairs)
-            self.wait()
-            began = time.perf_counter()
-            loss = float(step(batch, 0)[0])
-            self.wait()
-            seconds = time.perf_counter() - began
-        except torch.OutOfMemoryError:
-            problem = "out of memory"
-        step = batch = None
-        if not problem and not np.isfinite(loss):
-            raise SystemExit(f"{way.name} at {pairs}: the loss is {loss}")
-        if counted:
-            self.add_row(way, pairs, problem, seconds, loss)
-        return problem, seconds
-
-    def add_row(self, way: Way, pairs: int, problem: str, seconds: float = 0.0, loss: float = 0.0) -> None:
+    def add_row(self, way: Way, pairs: int, made: Attempt) -> None:
         """A row of a step that was made, or could not be, with the memory that it took."""
-        peak = torch.cuda.max_memory_allocated() / MIB if self.device.type == "cuda" else 0.0
         row = {
             "method": way.name,
             "pairs": pairs,
             "tokens": self.options.tokens,
-            "parameters": self.parameters,
-            "seconds": "" if problem else f"{seconds:.4g}",
-            "peak_mib": "" if problem else f"{peak:.0f}",
-            "loss": "" if problem else f"{loss:.5g}",
-            "status": problem or "trained",
+            "parameters": self.steps.parameters,
+            "seconds": "" if made.problem else f"{made.seconds:.4g}",
+            "peak_mib": "" if made.problem else f"{made.peak_mib:.0f}",
+            "loss": "" if made.problem else f"{made.loss:.5g}",
+            "status": made.problem or "trained",
             **self.here,
         }
         self.rows.append(row)
-        self.write()
+        write_rows(self.rows, self.options.results / "largest_batch.csv")
+        draw(self.rows, self.options.results / "largest_batch.png")
         print(
-            f"{way.name:<34}{pairs:>10,} pairs  {row['seconds'] or problem:>14} s {row['peak_mib']:>8} MiB",
+            f"{way.name:<34}{pairs:>10,} pairs  {row['seconds'] or row['status']:>14} s {row['peak_mib']:>8} MiB",
             flush=True,
-        )
-
-    def prepared(self, way: Way, pairs: int) -> tuple[TrainStep, PreparedBatch]:
-        """A step that has not been made, on random texts."""
-        towers, precision = self.towers, choose_precision("auto", self.device)
-        towers.train()
-        loss = way.loss().to(self.device)
-        config = TrainConfig(
-            loss=LossConfig(symmetric=True),
-            optim=OptimConfig(lr=1e-6),
-            batch_size=pairs,
-            offload_embeddings=way.on_host,
-        )
-        graphs = way.graphs(
-            GraphMemory.plan(
-                towers,
-                precision,
-                texts=2 * pairs,
-                workspace_mib=config.loss.workspace_mib,
-                micro_batch_tokens=None,
-                offload_embeddings=way.on_host,
-            )
-        )
-        optimizer = build_optimizer([*towers.named_parameters(), *loss.named_parameters()], config.optim)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=False)
-        sides: tuple[Side, Side] = ("query", "document")
-        groups = [text_group(side, pairs, self.options.tokens, graphs, towers) for side in sides]
-        ids = np.arange(pairs)
-        batch = PreparedBatch(groups, pairs, ids, ids, not towers.padding_free)
-        return TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, 1), batch
-
-    def reset(self) -> None:
-        """Leave nothing of the step before."""
-        self.towers.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def write(self) -> None:
-        """Table and plot so far."""
-        folder = self.options.results
-        with atomic_path(folder / "largest_batch.csv") as path, path.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, self.rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        draw(self.rows, folder / "largest_batch.png")
-
-
-def text_group(side: Side, pairs: int, tokens: int, graphs: GraphMemory, towers: Towers) -> TextGroup:
-    """Random texts of one length for one tower."""
-    chance = np.random.default_rng(len(side))
-    ids = chance.integers(5, VOCABULARY, pairs * tokens, dtype=np.int32)
-    texts = TokenizedTexts(ids, np.arange(pairs + 1, dtype=np.int64) * tokens)
-    return TextGroup(side, texts, pack(texts.lengths, graphs.micro_batch_tokens, padded=not towers.padding_free))
-
-
-def towers_of(size: str, tokens: int) -> Towers:
-    """Two BERTs with random weights; their tokenizer is not used."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    width, layers, heads = SIZES[size]
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = Tokenizer(models.WordPiece({name: i for i, name in enumerate(names.values())}, unk_token="[UNK]"))
-    architecture = {
-        "model_type": "bert",
-        "vocab_size": VOCABULARY,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-        torch.manual_seed(0)
-        return build_towers(
-            ModelConfig(architecture=architecture, tokenizer=folder, shared=False, max_length=max(tokens, 16))
         )
 
 

@@ -1,0 +1,258 @@
+"""Whole optimizer steps of large towers on synthetic batches, by one process or several: what fits, and its time.
+
+Towers have random weights, which cost what trained ones cost. Token ids or pixels wait on the host and micro-batches of
+them visit the device; every way but the one without a gradient cache runs both towers on micro-batches.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from bench_image_train import Pictures, build, made_texts
+from torch import Tensor
+
+from losses import InfCLLoss
+from retriever.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.device import choose_precision
+from retriever.graph_memory import GraphMemory
+from retriever.model_folder import Side
+from retriever.optim import build_optimizer
+from retriever.packing import pack
+from retriever.prepare import PreparedBatch, TextGroup
+from retriever.ranks import Ranks
+from retriever.step import TrainStep
+from retriever.tokens import TokenizedTexts
+from retriever.towers import Towers, build_towers
+
+MIB = 2**20
+VOCABULARY = 30522
+BERT_SIZES = {"bert-base": (768, 12, 12), "tiny": (32, 2, 2)}
+# Of a step's time beside that of a smaller one: the loss's is a small part, but grows with the square.
+GROWTH = 1.3
+# Different pictures of a batch; more are the same ones again.
+PICTURES = 4096
+
+
+class Baseline(InfCLLoss):
+    """A loss of the literature with a logit_scale that is learned."""
+
+    def __init__(self, loss_of: Callable[..., Tensor], group: Any = None) -> None:
+        super().__init__(symmetric=True)
+        self._loss_of = partial(loss_of, group=group) if group is not None else loss_of
+
+    def forward(self, query: Tensor, passage: Tensor, **ids: Tensor) -> Tensor:
+        """As its paper has it, without ids."""
+        return self._loss_of(query, passage, logit_scale=self.logit_scale)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a batch is trained on."""
+
+    name: str
+    loss: Callable[[], InfCLLoss]
+    graphs: Callable[[GraphMemory], GraphMemory]
+    on_host: bool = False
+    """Whether embeddings and their gradients wait there too."""
+    endless: bool = False
+    """Whether to stop at the goal."""
+
+
+def all_kept(planned: GraphMemory) -> GraphMemory:
+    """No gradient cache: every graph waits for the loss."""
+    return GraphMemory(planned.micro_batch_tokens, 2**62)
+
+
+def none_kept(planned: GraphMemory) -> GraphMemory:
+    """A gradient cache that leaves all memory to the loss."""
+    return GraphMemory(planned.micro_batch_tokens, 0)
+
+
+def as_planned(planned: GraphMemory) -> GraphMemory:
+    """A gradient cache, with as many kept graphs as memory holds beside the loss."""
+    return planned
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A step: why it could not be made, or what it took on the slowest rank and the fullest."""
+
+    problem: str = ""
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+    loss: float = 0.0
+
+
+class TowerSteps:
+    """Makes single steps of one pair of towers, each from a fresh optimizer."""
+
+    def __init__(self, towers: str, tokens: int, device: torch.device, ranks: Ranks | None = None) -> None:
+        """`towers`: bert-base or tiny for two of them on texts of `tokens` tokens; or a vision tower's name."""
+        self.device, self.ranks, self._tokens = device, ranks or Ranks(), tokens
+        self._pictures = towers not in BERT_SIZES
+        made = build(towers, False) if self._pictures else bert_towers(towers, tokens)
+        self.towers: Any = made.to(device)
+        if device.type == "cuda":
+            self.towers.drop_padding()
+        self.parameters = sum(parameter.numel() for parameter in self.towers.parameters())
+        self._pixels: Tensor | None = None
+
+    def attempt(self, way: Way, pairs: int) -> Attempt:
+        """One step of so many pairs in all."""
+        self._reset()
+        problem, seconds, loss = "", 0.0, 0.0
+        try:
+            step, batch = self._prepared(way, pairs)
+            self.ranks.wait()
+            self._wait()
+            began = time.perf_counter()
+            loss = float(step(batch, 0)[0])
+            self._wait()
+            seconds = time.perf_counter() - began
+        except torch.OutOfMemoryError:
+            problem = "out of memory"
+        step = batch = None
+        if self.ranks.any(bool(problem)):
+            return Attempt("out of memory")
+        if not np.isfinite(loss):
+            raise SystemExit(f"{way.name} at {pairs}: the loss is {loss}")
+        peak = torch.cuda.max_memory_allocated() / MIB if self.device.type == "cuda" else 0.0
+        return Attempt("", self.ranks.most(seconds), self.ranks.most(peak), loss)
+
+    def _prepared(self, way: Way, pairs: int) -> tuple[TrainStep, PreparedBatch]:
+        """A step that has not been made, and this rank's share of a batch for it."""
+        ranks, towers, precision = self.ranks, self.towers, choose_precision("auto", self.device)
+        towers.train()
+        loss = way.loss().to(self.device)
+        config = TrainConfig(
+            loss=LossConfig(symmetric=True),
+            optim=OptimConfig(lr=1e-6),
+            batch_size=pairs,
+            offload_embeddings=way.on_host,
+        )
+        first, last = (pairs * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
+        planned = GraphMemory.plan(
+            towers,
+            precision,
+            texts=2 * (last - first),
+            workspace_mib=config.loss.workspace_mib,
+            micro_batch_tokens=None,
+            offload_embeddings=way.on_host,
+        )
+        # Alike on all ranks, so that none runs out of memory while others wait for it.
+        alike = (-int(ranks.most(-tokens)) for tokens in (planned.micro_batch_tokens, planned.graph_tokens))
+        graphs = way.graphs(GraphMemory(*alike))
+        optimizer = build_optimizer([*towers.named_parameters(), *loss.named_parameters()], config.optim)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        ids = np.arange(first, last)
+        groups = self._groups(last - first, graphs.micro_batch_tokens)
+        batch = PreparedBatch(groups, last - first, ids, ids, not towers.padding_free)
+        return TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, 1, ranks), batch
+
+    def _groups(self, pairs: int, budget: int) -> list[Any]:
+        """Random inputs of both towers."""
+        if not self._pictures:
+            sides: tuple[Side, Side] = ("query", "document")
+            return [text_group(side, pairs, self._tokens, budget, self.towers) for side in sides]
+        each = self.towers.image_tokens
+        shape = (3, *self.towers.transform.size)
+        if self._pixels is None:
+            self._pixels = torch.randint(0, 256, (PICTURES, *shape), dtype=torch.uint8)
+        at_once = min(max(1, budget // each), PICTURES)
+        places = [np.arange(first, min(first + at_once, pairs)) for first in range(0, pairs, at_once)]
+        texts = made_texts(pairs)
+        padded = not self.towers.padding_free
+        group = TextGroup("document", texts, pack(texts.lengths, budget, padded=padded))
+        return [Pictures(self._pixels, each, places, pairs), group]
+
+    def _reset(self) -> None:
+        """Leave nothing of the step before."""
+        self.towers.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def largest(
+    steps: TowerSteps,
+    way: Way,
+    *,
+    first: int,
+    goal: int,
+    factor: int,
+    halvings: int,
+    late: Callable[[float], bool],
+    report: Callable[[Way, int, Attempt], None],
+) -> tuple[int, int]:
+    """The most pairs whose step was made, and the fewest that ran out of memory, 0 for none, by trying.
+
+    From `first` pairs on the batch grows by `factor` up to `goal`, then the last gap is halved. `report` hears of every
+    step; one of which `late` says that it would end too late, by its expected seconds, is not made.
+    """
+    fits, fails, a_pair = 0, 0, 0.0
+
+    def made(pairs: int) -> str:
+        nonlocal fits, fails, a_pair
+        attempt = Attempt("no time left") if late(GROWTH * a_pair * pairs) else steps.attempt(way, pairs)
+        report(way, pairs, attempt)
+        if not attempt.problem:
+            fits, a_pair = pairs, attempt.seconds / pairs
+        elif attempt.problem == "out of memory":
+            fails = pairs
+        return attempt.problem
+
+    if not late(0.0):
+        # What kernels compile at their first run is no part of a step's time.
+        steps.attempt(way, first)
+    size = first
+    while not made(size) and size < goal:
+        size = min(size * factor, goal)
+    for _ in range(halvings if fits and fails else 0):
+        if made((fits + fails) // 2) == "no time left":
+            break
+    return fits, fails
+
+
+def text_group(side: Side, pairs: int, tokens: int, budget: int, towers: Towers) -> TextGroup:
+    """Random texts of one length for one tower."""
+    chance = np.random.default_rng(len(side))
+    ids = chance.integers(5, VOCABULARY, pairs * tokens, dtype=np.int32)
+    texts = TokenizedTexts(ids, np.arange(pairs + 1, dtype=np.int64) * tokens)
+    return TextGroup(side, texts, pack(texts.lengths, budget, padded=not towers.padding_free))
+
+
+def bert_towers(size: str, tokens: int) -> Towers:
+    """Two BERTs with random weights; their tokenizer is not used."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    width, layers, heads = BERT_SIZES[size]
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = Tokenizer(models.WordPiece({name: i for i, name in enumerate(names.values())}, unk_token="[UNK]"))
+    architecture = {
+        "model_type": "bert",
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+        torch.manual_seed(0)
+        return build_towers(
+            ModelConfig(architecture=architecture, tokenizer=folder, shared=False, max_length=max(tokens, 16))
+        )
