@@ -82,6 +82,14 @@ class GraphMemory:
         # One of those that run again has its graph beside the loss's results, but no longer beside the kept ones.
         return int(np.searchsorted(np.cumsum(sizes[::-1]), self.graph_tokens, side="right"))
 
+    def described(self, sizes: list[int]) -> str:
+        """What `keep` chose for a step, for a person to read."""
+        kept = self.keep(sizes)
+        return (
+            f"{sum(sizes):,} tokens a step in {len(sizes)} micro-batches of at most {max(sizes):,}: "
+            f"{kept} keep their graph until the loss, {len(sizes) - kept} run twice"
+        )
+
 
 def fitting_tokens(most: float) -> int:
     """Tokens of a micro-batch, so that whole ones, two at least, fill memory for `most` tokens' graphs.

@@ -111,6 +111,13 @@ class Towers(nn.Module):
         self.padding_free = self.padding_free or drop_padding(self.model)
         return self.padding_free
 
+    def padding_note(self) -> str | None:
+        """What a user should hear once: that texts are padded on a GPU, where those of most models are not."""
+        if self.device.type != "cuda" or self.padding_free:
+            return None
+        families = ", ".join(dict.fromkeys(encoder.config.model_type for encoder in self.encoders))
+        return f"models of the family {families} are not known without padding: texts are sorted by length and padded"
+
     def compile_layers(self) -> None:
         """Compile the encoders' layers by torch.compile, for micro-batches of any size."""
         for encoder in self.encoders:

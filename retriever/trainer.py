@@ -71,8 +71,8 @@ class Trainer:
         self.towers = _build_towers(config)
         if config.gradient_checkpointing:
             self.towers.enable_gradient_checkpointing()
-        if self.device.type == "cuda" and not self.towers.drop_padding():
-            terminal.line("this family of models is not known without padding: texts are sorted by length and padded")
+        if self.device.type == "cuda":
+            self.towers.drop_padding()
         if config.compile:
             self.towers.compile_layers()
         self._sharded = config.shard_towers and ranks.group is not None
@@ -80,8 +80,10 @@ class Trainer:
             # From the host, since no device has room for all.
             shard_encoders(self.towers, self.precision, self.device, ranks.size)
         self.towers.to(self.device)
+        if note := self.towers.padding_note():
+            terminal.line(note)
         self.loss = build_loss(config.loss, ranks).to(self.device)
-        graphs = GraphMemory.plan(
+        self.graphs = graphs = GraphMemory.plan(
             self.towers,
             self.precision,
             texts=-(-config.batch_size // ranks.size) * (2 + config.data.negatives),
@@ -191,7 +193,7 @@ class Trainer:
             self.towers,
             self.loss,
             self.optimizer,
-            self._step.graphs,
+            self.graphs,
             batch,
             precision=self.precision,
             ranks=self.ranks.size,
@@ -241,7 +243,9 @@ class Trainer:
         with self.terminal.bar("train", total, "steps", done=state.step) as advance:
             # A run that was stopped while it evaluated evaluates first.
             self._evaluate_if_due(log, stop)
-            for batch in self._until_early_stop(loader):
+            for number, batch in enumerate(self._until_early_stop(loader)):
+                if number == 0:
+                    self.terminal.line(self.graphs.described(batch.micro_batch_tokens))
                 loss, grad_norm = self._step(with_pool_ids(batch, self.ranks), state.step)
                 state.step += 1
                 meter.add(batch)

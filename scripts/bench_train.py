@@ -163,7 +163,7 @@ def ours(
             trainer.train()
         lines = (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines][1:]
-        kept = trainer._step.graphs
+        kept = trainer.graphs
     middle = {key: statistics.median(row[key] for row in rows) for key in ("tokens_per_second", "pairs_per_second")}
     note = f"micro-batches of {kept.micro_batch_tokens} tokens, {kept.graph_tokens} tokens' graphs kept"
     method = "ours, compiled" if compiled else "ours"

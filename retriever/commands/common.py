@@ -11,6 +11,7 @@ from tyro.conf import FlagCreatePairsOff
 if TYPE_CHECKING:
     from retriever.encode import EncodeOptions
     from retriever.images.towers import ImageTextTowers
+    from retriever.progress import Terminal
     from retriever.towers import Towers
 
 Switch = Annotated[bool, FlagCreatePairsOff]
@@ -23,9 +24,10 @@ class Embedding:
     model: str
     """Model folder or hub name."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the tower; bf16 and fp16 by autocast."""
+    """Arithmetic of the tower. On a GPU bf16 is the fast one, with weights of bf16; elsewhere, and in fp16, autocast.
+    Vectors of one are those of another but for rounding."""
     micro_batch_tokens: int | None = None
-    """Tokens at once, padding included; empty: 4096 on a CPU, 16384 on a GPU."""
+    """Tokens at once, padding included; empty: 4096 on a CPU, up to 65536 on a GPU, by its free memory."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
     json: Switch = False
@@ -34,15 +36,18 @@ class Embedding:
     def __post_init__(self) -> None:
         check_counts(self, "micro_batch_tokens")
 
-    def towers(self) -> Towers:
-        """The model, in evaluation mode on the device."""
+    def towers(self, terminal: Terminal) -> Towers:
+        """The model, in evaluation mode on the device; says where it is slower than most."""
         from retriever.device import choose_device
         from retriever.images.folder import is_image_text_folder
         from retriever.images.towers import load_image_text_towers
         from retriever.towers import load_towers
 
         load = load_image_text_towers if is_image_text_folder(self.model) else load_towers
-        return load(self.model, choose_device(self.device))
+        towers = load(self.model, choose_device(self.device))
+        if note := towers.padding_note():
+            terminal.line(note)
+        return towers
 
     def picture_towers(self) -> ImageTextTowers:
         """The model, which must embed pictures too.

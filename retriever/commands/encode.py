@@ -76,6 +76,6 @@ class Encode(Embedding):
             )
         corpus = beir_file(self.data, "corpus.jsonl") if self.data.is_dir() else self.data
         how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows}
-        towers = self.towers()
+        towers = self.towers(terminal)
         towers.to(own_device(towers.device))
         return embed_corpus(towers, corpus, self.out, self.options(), terminal, ranks=ranks, **how)

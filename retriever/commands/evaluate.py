@@ -66,7 +66,7 @@ class EvaluateBeir(Embedding):
         from retriever.check_sets import check_sets
         from retriever.evaluate_suite import Suite, SuiteOptions
         from retriever.ranks import SilentTerminal, joined_ranks, own_device
-        from retriever.set_settings import read_settings
+        from retriever.set_settings import read_settings, unused
 
         options = SuiteOptions(
             k=self.k,
@@ -82,7 +82,9 @@ class EvaluateBeir(Embedding):
         with joined_ranks() as ranks:
             terminal = terminal if ranks.first else SilentTerminal()
             plan = self._plan(ranks, terminal)
-            towers = self.towers()
+            for name in unused(options.settings, plan.tasks):
+                terminal.line(f"warning: {self.settings}: no set here is called {name}")
+            towers = self.towers(terminal)
             towers.to(own_device(towers.device))
             suite = Suite(towers, plan, self.out, self.options(), options, terminal, ranks)
             checked = check_sets(

@@ -39,7 +39,7 @@ class Mine(Embedding):
         from retriever.mining import mine_with_towers
 
         written, short = mine_with_towers(
-            self.towers(),
+            self.towers(terminal),
             BeirDataset.open(self.data, self.split),
             self.out,
             self.options(),

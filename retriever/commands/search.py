@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional, UseAppendAction
 
 from index.files import InputError
-from retriever.commands.common import Embedding, check_counts
+from retriever.commands.common import Embedding, Switch, check_counts
 from retriever.progress import Terminal
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Search(Embedding):
     """A picture as the query; given several times, each is one. The model embeds pictures and texts."""
     k: int = 10
     """Passages a query."""
+    mmap: Switch = False
+    """Leave the index on disk and read what a search touches, for indexes larger than memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,12 +49,11 @@ class Search(Embedding):
             raise ValueError("--image: give pictures or texts as queries, not both")
 
     def run(self, terminal: Terminal) -> int:
-        from index.faiss_index import Index
-        from index.several import Indexes
+        from index.several import open_all
         from retriever.search import BATCH, search
 
-        index = Index.open(self.index[0]) if len(self.index) == 1 else Indexes.open(self.index)
-        towers = self.towers()
+        index = open_all(self.index, mmap=self.mmap)
+        towers = self.towers(terminal)
         typed = not self.query and not self.image and self.queries is None and sys.stdin.isatty()
         if typed:
             terminal.line("queries, one a line; Ctrl-D ends")

@@ -8,8 +8,10 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import UseAppendAction
+
 from index.files import InputError
-from retriever.commands.common import Embedding, check_counts
+from retriever.commands.common import Embedding, Switch, check_counts
 from retriever.progress import Terminal
 
 
@@ -17,8 +19,10 @@ from retriever.progress import Terminal
 class Serve(Embedding):
     """Answer queries over HTTP: JSON at /search, a page for people at /, /healthz; Ctrl-C or SIGTERM ends it."""
 
-    index: tuple[Path, ...]
-    """Folders that `retriever index build` wrote; several are searched as one."""
+    index: UseAppendAction[tuple[Path, ...]]
+    """Folder that `retriever index build` wrote; given several times, the folders are searched as one."""
+    mmap: Switch = False
+    """Leave the index on disk and read what a search touches, for indexes larger than memory."""
     pictures: Path | None = None
     """The folder whose pictures were indexed: the page shows those that were found."""
     host: str = "127.0.0.1"
@@ -59,8 +63,7 @@ class Serve(Embedding):
             raise InputError(
                 'serving needs starlette, uvicorn and jinja2: pip install "dense-retriever[serve]"'
             ) from None
-        from index.faiss_index import Index
-        from index.several import Indexes
+        from index.several import open_all
         from retriever.serve.app import make_app
         from retriever.serve.batching import Batching, Engine, warm_up
         from retriever.serve.pictures import Pictures
@@ -68,12 +71,12 @@ class Serve(Embedding):
 
         limits = Limits(self.max_body_bytes, self.max_query_chars, self.max_queries, self.max_k)
         batching = Batching(self.batch, self.batch_ms / 1000, max(self.max_waiting, self.max_queries))
-        index = Index.open(self.index[0]) if len(self.index) == 1 else Indexes.open(self.index)
+        index = open_all(self.index, mmap=self.mmap)
         pictures = None if self.pictures is None else Pictures(self.pictures, index)
         # Listening before the model is loaded makes a port in use known at once.
         with (
             _listening(self.host, self.port) as listener,
-            Engine(self.towers(), index, self.options(), batching) as engine,
+            Engine(self.towers(terminal), index, self.options(), batching) as engine,
         ):
             warm_up(engine)
             config = uvicorn.Config(

@@ -388,3 +388,9 @@ def test_training_learns_on_a_gpu_and_resumes(config: TrainConfig, precision: st
     losses = [row["loss"] for row in rows]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     assert Trainer.resume(Path(config.out), Terminal()).state.step == 60
+
+
+def test_what_runs_twice_is_told_once(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer.start(dataclasses.replace(config, steps=3), Terminal()).train()
+    told = [line for line in capsys.readouterr().err.splitlines() if "keep their graph" in line]
+    assert len(told) == 1 and "micro-batches of at most 40: 1 keep their graph until the loss" in told[0]

@@ -103,6 +103,19 @@ def test_an_unknown_family_and_an_unknown_pooling_stay_padded(tiny: ModelConfig)
     assert not towers.drop_padding()
 
 
+def test_padding_on_a_gpu_is_told_once(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    electra = build_towers(
+        ModelConfig(architecture={"model_type": "electra", "embedding_size": 16, **SMALL}, tokenizer=tiny.tokenizer)
+    )
+    bert = towers_of("bert", tiny)
+    electra.drop_padding()
+    assert electra.padding_note() is None  # a CPU pads every family
+    monkeypatch.setattr(Towers, "device", torch.device("cuda"))
+    assert "family electra are not known without padding" in (electra.padding_note() or "")
+    bert.drop_padding()
+    assert bert.padding_note() is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_outputs_equal_those_of_the_padded_path_to_rounding_on_a_gpu(kind: str, tiny: ModelConfig) -> None:
