@@ -74,8 +74,7 @@ class Suite:
         self._options = options
         self._ranks = ranks or Ranks()
         self._terminal = terminal
-        if options.index is not None and len(plan.tasks) != 1:
-            raise InputError(f"{options.index}: expected one set to go with one index, found {len(plan.tasks)}")
+        self._check_index()
 
     def run(self, details: Mapping[str, Any], checked: Mapping[str, Any]) -> SuiteResult:
         """Evaluate every set and write the report.
@@ -93,8 +92,27 @@ class Suite:
         self._ranks.wait()
         return whole
 
+    def _check_index(self) -> None:
+        """Refuse an index or a factory string that will not do, before hours of embedding rather than after."""
+        folder, factory, tasks = self._options.index, self._options.factory, self._plan.tasks
+        if folder is not None:
+            from index.faiss_index import Index
+
+            if len(tasks) != 1:
+                raise InputError(f"{folder}: expected one set to go with one index, found {len(tasks)}")
+            Index.open(folder, mmap=True).check_model(self._towers_of(tasks[0]).fingerprint())
+        elif factory is not None:
+            from index.factory import import_faiss, make
+
+            import_faiss()
+            if factory != "auto":
+                make(factory, self._towers.dimension)
+
+    def _towers_of(self, task: Task) -> Towers:
+        return towers_for(self._towers, self._options.settings, task.name, task.row)
+
     def _evaluate(self, task: Task) -> SetResult:
-        towers, place = towers_for(self._towers, self._options.settings, task.name, task.row), self._out / task.name
+        towers, place = self._towers_of(task), self._out / task.name
         dataset = BeirDataset.open(task.folder, task.split, dangling=self._options.dangling)
         dataset = dataclasses.replace(dataset, name=task.name)
         began = time.perf_counter()
@@ -170,15 +188,17 @@ class Suite:
     def _built(self, task: Task, store: EmbeddingStore) -> Path:
         """The index of the store, built or used again."""
         from index import faiss_index
+        from index.building import choose_for
         from index.manifest import INDEX, NAME, read_manifest
 
         folder, factory = self._out / task.name / "index", self._options.factory
         assert factory is not None
+        if factory == "auto":
+            factory = choose_for(store, None)
         if (folder / NAME).exists():
             fields = read_manifest(folder, INDEX).fields
-            same = {"rows": store.rows, "dim": store.dim, "model": store.model, "source": store.source}
-            chosen = factory in ("auto", fields.get("factory"))
-            if chosen and all(fields.get(name) == value for name, value in same.items()):
+            wanted = {"rows": store.rows, "dim": store.dim, "model": store.model, "source": store.source}
+            if all(fields.get(name) == value for name, value in {**wanted, "factory": factory}.items()):
                 return folder
         with self._terminal.bar(f"{task.name}: index {factory}", store.rows, "vectors") as advance:
             faiss_index.build(store, folder, factory=factory, progress=advance)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from torch import nn
 
+from eval.suite import Task
 from index.files import InputError
 from retriever.model_folder import Side
 from retriever.tokens import TextTokenizer
@@ -99,6 +100,12 @@ class AdjustedTowers(Towers):
 
     def _max_length(self, side: Side) -> int | None:
         return self._settings.query_max_length if side == "query" else self._settings.passage_max_length
+
+
+def unused(settings: Mapping[str, SetSettings], tasks: Iterable[Task]) -> list[str]:
+    """Names in the settings that no set here has: one of them may be misspelt."""
+    names = {name for task in tasks for name in (task.name, task.row)}
+    return [name for name in settings if name not in names and name != DEFAULT]
 
 
 def towers_for(towers: Towers, settings: Mapping[str, SetSettings], *names: str) -> Towers:

@@ -137,8 +137,24 @@ def test_an_index_is_scored_beside_exact_search_with_its_loss(world: Any, tmp_pa
     found = evaluate(world, out, "--data", world.beir, "--factory", "PQ4x4")["sets"]["words"]
     loss = found["mean"]["ndcg@10"] - found["index"]["mean"]["ndcg@10"]
     assert found["index"]["loss"]["ndcg@10"] == pytest.approx(loss, abs=1e-12) and abs(loss) > 1e-6
-    outcome = command("evaluate", "beir", "--model", world.model, "--data", world.beir, "--out", out, "--index", out)
-    assert outcome.code == 1 and "manifest.json" in outcome.err
+    again = evaluate(world, out, "--data", world.beir, "--factory", "auto")["sets"]["words"]
+    assert again["index"]["factory"] == "Flat"  # as auto chooses here, not what was there before
+
+
+def test_an_index_that_will_not_do_is_refused_before_the_corpus_is_embedded(world: Any, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("words: {query_prompt: 'ask: '}\n")
+    for words, message in (
+        (["--index", tmp_path], "manifest.json"),
+        (["--index", world.index, "--settings", prompts], "expected queries of the model that embedded its passages"),
+        (["--index", world.index, "--data", world.beir, write_beir(tmp_path / "other")], "expected one set to go with"),
+        (["--factory", "Nonsense"], "factory 'Nonsense': expected a faiss factory string"),
+    ):
+        out = tmp_path / "out"
+        asked = ["evaluate", "beir", "--model", world.model, "--out", out, "--data", world.beir, *words]
+        outcome = command(*asked)
+        assert outcome.code == 1 and message in outcome.err, outcome.err
+        assert not out.exists()
 
 
 def test_reports_state_what_is_needed_to_do_it_again(world: Any, towers: Towers, tmp_path: Path) -> None:
@@ -231,11 +247,13 @@ def test_prompts_and_lengths_by_set(world: Any, towers: Towers, tmp_path: Path) 
     settings = {
         "default": {"query_prompt": "ask: ", "passage_max_length": 12},
         "other": {"passage_prompt": "text: ", "query_max_length": 9},
+        "othre": {"passage_prompt": "never used"},
     }
     path = tmp_path / "settings.yaml"
     path.write_text(yaml.safe_dump(settings))
     data = [write_beir(tmp_path / "words"), write_beir(tmp_path / "other")]
-    evaluate(world, tmp_path / "out", "--data", *data, "--settings", path)
+    found = evaluate(world, tmp_path / "out", "--data", *data, "--settings", path)
+    assert f"warning: {path}: no set here is called othre" in found["err"] and found["err"].count("is called") == 1
     texts = [passage.content for passage in BeirDataset.open(data[0]).passages()]
     for name, prompt, length in (("words", "", 12), ("other", "text: ", 64)):
         store = EmbeddingStore.open(tmp_path / "out" / name / "embeddings")
