@@ -128,3 +128,12 @@ class Indexes:
     def _place(self, row: int) -> tuple[Index, int]:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self.indexes[number], int(row - self._starts[number])
+
+
+def open_all(folders: Sequence[Path], *, mmap: bool = False) -> Index | Indexes:
+    """The index in the one folder, or those in several as one.
+
+    Raises:
+        InputError: as `Indexes.open`.
+    """
+    return Index.open(folders[0], mmap=mmap) if len(folders) == 1 else Indexes.open(folders, mmap=mmap)

@@ -67,7 +67,13 @@ def test_parts_built_apart_are_merged_to_what_one_build_makes(world: Any, tmp_pa
     apart = ("--index", first, "--index", second)
     results = [
         command("search", "--model", world.model, *place, "--k", 5, "--json", "a large tree").out
-        for place in (("--index", merged), ("--index", whole), ("--index", tmp_path / "disk"), apart)
+        for place in (
+            ("--index", merged),
+            ("--index", whole),
+            ("--index", tmp_path / "disk"),
+            apart,
+            (*apart, "--mmap"),
+        )
     ]
     assert len(set(results)) == 1 and json.loads(results[0])["results"]
 

@@ -247,6 +247,11 @@ def test_a_port_in_use_and_wrong_flags_are_told_in_one_line(world: Any) -> None:
         assert outcome.code == 2 and flag in outcome.err and outcome.err.count("\n") == 1
 
 
+def test_an_index_given_again_is_another_one_and_not_in_place_of_the_first(world: Any) -> None:
+    outcome = command("serve", "--model", world.model, "--index", world.index, "--index", world.index, "--mmap")
+    assert outcome.code == 1 and "expected other passages than those of" in outcome.err
+
+
 def test_help_does_not_load_what_serving_needs() -> None:
     code = "import retriever.cli, sys; print([m for m in ('starlette', 'uvicorn', 'jinja2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE, check=True)
