@@ -76,7 +76,9 @@ class Bench:
         self.goal = 256 if options.quick else options.goal
         self.here = machine() | ({"commit": options.commit} if options.commit else {})
         self.rows: list[dict[str, Any]] = []
-        self.steps = TowerSteps("tiny" if options.quick else "bert-base", options.tokens, torch.device(options.device))
+        self.steps = TowerSteps(
+            "bert-tiny" if options.quick else "bert-base", options.tokens, torch.device(options.device)
+        )
 
     def search(self, way: Way) -> None:
         """The most pairs that fit; a row for each that was tried."""

@@ -51,7 +51,7 @@ def joined(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def draw_profile(spans: Spans, title: str, path: Path) -> None:
     """A lane for each kind of kernel."""
-    figure, axes = _figure(11, 2.6)
+    figure, axes = new_figure(11, 2.6)
     for lane, (kind, some) in enumerate(spans.items()):
         axes.broken_barh([(start, end - start) for start, end in some], (lane - 0.4, 0.8), color=f"C{lane}")
         axes.text(0, lane + 0.42, kind, fontsize=7)
@@ -82,10 +82,11 @@ def draw_ablation(rows: list[dict[str, str]], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None}, bbox_inches="tight")
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float, columns: int = 1) -> Any:
+    """A figure, and its axes (a row of them where there are several columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), layout="constrained" if columns > 1 else None)
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(1, columns)

@@ -34,7 +34,7 @@ from retriever.towers import Towers, build_towers
 
 MIB = 2**20
 VOCABULARY = 30522
-BERT_SIZES = {"bert-base": (768, 12, 12), "tiny": (32, 2, 2)}
+BERT_SIZES = {"bert-base": (768, 12, 12), "bert-tiny": (32, 2, 2)}
 # Of a step's time beside that of a smaller one: the loss's is a small part, but grows with the square.
 GROWTH = 1.3
 # Different pictures of a batch; more are the same ones again.
@@ -95,7 +95,7 @@ class TowerSteps:
     """Makes single steps of one pair of towers, each from a fresh optimizer."""
 
     def __init__(self, towers: str, tokens: int, device: torch.device, ranks: Ranks | None = None) -> None:
-        """`towers`: bert-base or tiny for two of them on texts of `tokens` tokens; or a vision tower's name."""
+        """`towers`: a name of BERT_SIZES for two of them on texts of `tokens` tokens; or that of a vision tower."""
         self.device, self.ranks, self._tokens = device, ranks or Ranks(), tokens
         self._pictures = towers not in BERT_SIZES
         made = build(towers, False) if self._pictures else bert_towers(towers, tokens)
@@ -216,7 +216,7 @@ def largest(
 
     if not late(0.0):
         # What kernels compile at their first run is no part of a step's time.
-        steps.attempt(way, first)
+        steps.attempt(way, max(first // 8, steps.ranks.size))
     size = first
     while not made(size) and size < goal:
         size = min(size * factor, goal)
