@@ -20,6 +20,7 @@ from torch import nn
 from index.files import InputError
 from retriever.config import ConfigError, ModelConfig
 from retriever.images.architectures import write_new_vision_encoder
+from retriever.images.config import ARCHITECTURES
 from retriever.model_folder import (
     LOAD_FAULTS,
     ends_in_normalize,
@@ -140,7 +141,7 @@ def load_vision_modules(config: ModelConfig) -> list[Any]:
     if config.image.size is not None:
         raise ConfigError("model.image.size: expected none for a trained encoder, whose size is its own")
     _check_exists(name)
-    with _loading(name, "as a vision encoder"):
+    with _loading(name, f"as a vision encoder (new ones are {', '.join(ARCHITECTURES)})"):
         if is_image_text_folder(name) and not (Path(name) / "modules.json").exists():
             with tempfile.TemporaryDirectory() as folder:
                 _write_vision_half(name, folder)
@@ -268,7 +269,7 @@ def _loading(path: str, what: str) -> Iterator[None]:
     except InputError:
         raise
     except (*LOAD_FAULTS, StrictDataclassError) as error:
-        where = "cannot be loaded" if Path(path).is_dir() else "no such folder, and no such model on the hub: cannot be"
+        where = "cannot be loaded" if Path(path).is_dir() else "no such folder, and cannot be loaded from the hub"
         raise InputError(f"{path}: {where} {what}: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)

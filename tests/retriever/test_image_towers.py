@@ -176,6 +176,8 @@ def test_what_cannot_be_two_towers_is_refused_in_one_line(tmp_path: Path, tokeni
         build_image_text_towers(ModelConfig(image=ImageConfig(name="tiny")))
     with pytest.raises(ConfigError, match="multiple of tiny's patches of 8 pixels, found 30"):
         build_image_text_towers(pair(tokenizer, "tiny", size=30))
+    with pytest.raises(InputError, match=r"ViT-Z: no such folder, .* \(new ones are tiny, ViT-S/16,"):
+        build_image_text_towers(pair(tokenizer, "ViT-Z"))
     with pytest.raises(InputError, match="expected a vision encoder, found BertModel"):
         build_image_text_towers(pair(tokenizer, minilm))
     assert not is_image_text_folder(minilm) and not is_image_text_folder(str(tmp_path))

@@ -23,6 +23,7 @@ from image_helpers import SMALL, letter_tokenizer, save_vision_encoder, write_sh
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "recipes"
 PAIRS = {"cc3m": (3_318_333, 332, 16384), "cc12m": (12_423_374, 1243, 32768), "laion400m": (413_871_335, 41408, 262144)}
+TRAINED = ["cc3m_vit-b32", "laion400m_lit-b16"]
 RECIPES = ["cc3m_vit-b32", "cc12m_vit-b32", "laion400m_vit-b32", "laion400m_lit-b16", "laion400m_lit-l16"]
 
 
@@ -45,8 +46,8 @@ def test_a_recipe_is_the_published_one(name: str) -> None:
     assert config.epochs == 8 and abs(int(np.argmax(factors)) + 1 - 0.5 * pairs / batch) <= 1
 
 
-@pytest.mark.parametrize("name", ["cc3m_vit-b32", "laion400m_lit-b16"])
-def test_a_recipe_is_planned_and_trains(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_planned_and_one_of_each_kind_trains(name: str, tmp_path: Path) -> None:
     config = load_config(FOLDER / f"{name}.yaml")
     letter_tokenizer().save_pretrained(tmp_path / "tokenizer")
     lock = config.model.image.lock
@@ -75,5 +76,7 @@ def test_a_recipe_is_planned_and_trains(name: str, tmp_path: Path) -> None:
     assert outcome.code == 0 and "peak" in outcome.out, outcome.err
     # A plan encodes no pictures.
     assert not list((tmp_path / "run" / "cache").glob("features/*"))
+    if name not in TRAINED:
+        return
     trainer = Trainer.start(small, Terminal())
     assert (trainer.train() / "modules.json").exists() and trainer.state.step == 2
