@@ -118,16 +118,24 @@ class Engine:
                 return
             jobs, ended = self._others(job)
             # A job whose client has gone is left out.
-            wanted = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            wanted = []
+            for job in jobs:
+                if job.future.set_running_or_notify_cancel():
+                    wanted.append(job)
+                else:
+                    self._waits_no_more(job)
             try:
                 self._answer(wanted)
             except Exception as error:  # noqa: BLE001 - each client gets it, and the next batch is answered
                 for job in wanted:
                     if not job.future.done():
+                        self._waits_no_more(job)
                         job.future.set_exception(error)
-            finally:
-                with self._lock:
-                    self._waiting -= sum(len(job.queries) for job in jobs)
+
+    def _waits_no_more(self, job: _Job) -> None:
+        """Before its client is told: who asks again at once must find room for as much."""
+        with self._lock:
+            self._waiting -= len(job.queries)
 
     def _others(self, first: _Job) -> tuple[list[_Job], bool]:
         """The jobs that pass through together with the first, and whether the engine was closed meanwhile."""
@@ -154,7 +162,9 @@ class Engine:
             rows = np.concatenate([np.arange(start, start + len(job.queries)) for job, start in alike])
             found = iter(zip(*self.index.search(vectors[rows], k), strict=True))
             for job, _ in alike:
-                job.future.set_result([self._ranked(text, *next(found)) for text in job.queries])
+                answers = [self._ranked(text, *next(found)) for text in job.queries]
+                self._waits_no_more(job)
+                job.future.set_result(answers)
 
     def _ranked(self, query: str, scores: np.ndarray, rows: np.ndarray) -> Answer:
         results: list[Result] = []

@@ -196,6 +196,18 @@ def test_more_queries_than_may_wait_are_refused_and_the_rest_answered(engine: En
     assert len(engine.submit(["dog"], 1).result(timeout=60)[0].results) == 1
 
 
+def test_who_has_an_answer_finds_room_to_ask_again(engine: Engine, monkeypatch) -> None:
+    waiting: list[int] = []
+    for fails in (False, True):
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(batching, "embed_texts", lambda *_: 1 / 0)
+            future = engine.submit(["cat"] * 3, 1)
+            future.add_done_callback(lambda _: waiting.append(engine.waiting))
+            assert (future.exception(timeout=60) is not None) == fails
+    assert waiting == [0, 0]
+
+
 def test_a_batch_that_fails_fails_its_own_clients_only(engine: Engine, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(batching, "embed_texts", lambda *_: 1 / 0)
