@@ -297,6 +297,23 @@ def test_any_flipped_byte_is_found_in_its_file(flat, rng) -> None:
     assert verify(folder).files == 4
 
 
+def test_every_single_byte_matters(tmp_path: Path, make_store: Callable, rng) -> None:
+    """Not a sample: each byte of a small store and of its index, the manifests' too, in turn."""
+    store = make_store(rng.standard_normal((3, 2)), shard_rows=2)
+    build(store, tmp_path / "index", factory="Flat")
+    for folder in (store.folder, tmp_path / "index"):
+        for name, data in listing(folder).items():
+            for place in range(len(data)):
+                damaged = bytearray(data)
+                damaged[place] ^= 1 << int(rng.integers(8))
+                (folder / name).write_bytes(damaged)
+                with pytest.raises(InputError) as caught:
+                    verify(folder)
+                assert name in str(caught.value) and "\n" not in str(caught.value)
+            (folder / name).write_bytes(data)
+        verify(folder)
+
+
 def test_a_cut_file_is_refused_on_opening(flat) -> None:
     folder = flat[1]
     for name, data in listing(folder).items():
