@@ -7,7 +7,7 @@ knows nothing of ranks.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -168,9 +168,11 @@ class FusedBlocks:
     dtype = torch.float32
 
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
-        self.batch, self.precision, self.workspace_bytes = batch, precision, workspace_bytes
+        self.precision, self.workspace_bytes = precision, workspace_bytes
         self._first_passage = first_passage
         self.query = self.operand(batch.query)
+        # The kernels read operands alone, and embeddings that wait on the host need not be here too until backward.
+        self.batch = replace(batch, query=self.query, passage=self.query[:0])
         self.width = self.query.shape[1]
         self._bounds = torch.empty(0)
 

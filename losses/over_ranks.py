@@ -154,8 +154,11 @@ class _LossOverRanks(torch.autograd.Function):
             # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
             loss = torch.where(bounds[3] > 0, torch.nan, loss)
             ctx.unit = tiles.unit(_most_owners(columns, tiles, link) if batch.symmetric else None)
-        ctx.save_for_backward(query, passage, logit_scale)
-        ctx.ranked, ctx.tiles, ctx.own, ctx.visited = ranked, tiles, own, visited
+        # What the products read: where that is of half precision, the embeddings need not wait for backward.
+        ctx.save_for_backward(tiles.query, own.passage, logit_scale)
+        ctx.tiles, ctx.own, ctx.visited, ctx.shards, ctx.link = tiles, own, visited, shards, link
+        ctx.precision, ctx.exchange, ctx.symmetric = ranked.precision, ranked.exchange, batch.symmetric
+        ctx.width, ctx.dtypes = query.shape[1], (query.dtype, passage.dtype)
         return loss
 
     @staticmethod
@@ -163,23 +166,25 @@ class _LossOverRanks(torch.autograd.Function):
         # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
         if torch.is_grad_enabled():
             raise RuntimeError("the loss over ranks is differentiable once")
-        query, passage, logit_scale = ctx.saved_tensors
+        operand, _, logit_scale = ctx.saved_tensors
         want_query, want_passage, want_scale = ctx.needs_input_grad[:3]
-        ranked: RankedBatch = ctx.ranked
         tiles: BlockTiles = ctx.tiles
         visited: Visited = ctx.visited
-        with plain_arithmetic(ranked.precision, query.device):
-            through_mean = upstream.to(tiles.dtype) * ranked.link.size / (ranked.shards.all_queries * ctx.unit)
+        shards: Shards = ctx.shards
+        link: Link = ctx.link
+        with plain_arithmetic(ctx.precision, operand.device):
+            through_mean = upstream.to(tiles.dtype) * link.size / (shards.all_queries * ctx.unit)
             through_scores = through_mean * logit_scale.detach()
             query_sum = None
             if want_query or want_scale:
-                query_sum = visited.score.new_zeros(len(query), tiles.width)
-            travel = ring_backward if ranked.exchange == "ring" else gathered_backward
-            weights = _line_weights(visited, ctx.unit, ranked.batch.symmetric)
-            passage_sum = travel(tiles, ctx.own, visited, weights, query_sum, want_passage, ranked.shards, ranked.link)
+                query_sum = visited.score.new_zeros(len(operand), tiles.width)
+            travel = ring_backward if ctx.exchange == "ring" else gathered_backward
+            weights = _line_weights(visited, ctx.unit, ctx.symmetric)
+            passage_sum = travel(tiles, ctx.own, visited, weights, query_sum, want_passage, shards, link)
             scale_gradient = _scale_gradient(query_sum, tiles.query, through_mean) if want_scale else None
-            query_gradient = _gradient(query_sum, through_scores, query) if want_query else None
-            passage_gradient = _gradient(passage_sum, through_scores, passage) if want_passage else None
+            of_query, of_passage = ctx.dtypes
+            query_gradient = _gradient(query_sum, through_scores, ctx.width, of_query) if want_query else None
+            passage_gradient = _gradient(passage_sum, through_scores, ctx.width, of_passage) if want_passage else None
         return query_gradient, passage_gradient, scale_gradient, None
 
 
@@ -211,6 +216,6 @@ def _scale_gradient(query_sum: Tensor | None, query: Tensor, factor: Tensor) -> 
     return torch.stack(shares).sum() * factor if shares else factor * 0
 
 
-def _gradient(sums: Tensor | None, factor: Tensor, embeddings: Tensor) -> Tensor:
+def _gradient(sums: Tensor | None, factor: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     assert sums is not None
-    return sums.mul_(factor)[:, : embeddings.shape[1]].to(embeddings.dtype)
+    return sums.mul_(factor)[:, :width].to(dtype)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from simulated import SimulatedLink, on_simulated_ranks
@@ -101,3 +104,25 @@ def test_the_sigmoid_loss_goes_round_once_for_the_bytes_of_its_formula(ids: bool
     found += [torch.stack([value[place] for value in values]).sum(0) for place in (3, 4)]
     for ours, theirs in zip(found, [truth.detach(), *torch.autograd.grad(truth, leaves)], strict=True):
         assert (ours.double() - theirs).norm() <= 5e-6 * theirs.norm()
+
+
+def test_embeddings_do_not_wait_for_backward_beside_operands_of_half_precision() -> None:
+    leaf = torch.randn(ROWS, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def one_rank(link: SimulatedLink) -> tuple[bool, Tensor]:
+        query, passage = leaf.clone(), leaf.flip(0)
+        waiting = [weakref.ref(side) for side in (query, passage)]
+        loss = inf_cl_loss(
+            query, passage, logit_scale=0.5, group=link, exchange="ring", implementation="triton", precision="bf16"
+        )
+        del query, passage
+        gc.collect()
+        gone = all(reference() is None for reference in waiting)
+        return gone, torch.autograd.grad(loss, leaf)[0]
+
+    ((gone, gradient),) = on_simulated_ranks(1, one_rank)
+    assert gone
+    wide = leaf.detach().double().requires_grad_()
+    truth = inf_cl_loss(wide, wide.flip(0), logit_scale=0.5, implementation="full")
+    expected = torch.autograd.grad(truth, wide)[0]
+    assert (gradient - expected).norm() <= 2e-2 * expected.norm()
