@@ -264,7 +264,11 @@ def _finish(as_json: bool, summary: dict[str, Any], tuning: Tuning | None, termi
     if tuning is None:
         answer(as_json, summary)
         return 0
+    from index.layout import CURVE_FILE
+
     terminal.line(tuning.line())
+    if not (Path(str(summary["index"])) / CURVE_FILE).exists():
+        terminal.line('the curve is in the manifest alone; to have it drawn: pip install "dense-retriever[plot]"')
     chosen = tuning.chosen
     answer(as_json, {**summary, "target_met": tuning.met, "recall": round(chosen.recall, 4), **chosen.settings.known()})
     return 0 if tuning.met else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,29 @@ def test_a_target_is_met_with_real_queries_and_said_to_be(world: Any, tmp_path: 
     assert done.code == 0, done.err
     assert json.loads(done.out)["recall"] == 1
     assert command("index", "verify", out).code == 0
+
+
+def test_a_curve_that_is_not_drawn_is_said_not_to_be(
+    world: Any, tmp_path: Path, queries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = (
+        "--embeddings",
+        world.embeddings,
+        "--out",
+        tmp_path / "index",
+        "--queries",
+        queries,
+        "--model",
+        world.model,
+    )
+    words = ("index", "build", *place, "--target-recall", 0.9, "--k", 3)
+    assert "dense-retriever[plot]" not in command(*words).err
+    assert (tmp_path / "index" / "recall.png").stat().st_size > 1000
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
+    done = command(*words)
+    assert done.code == 0 and 'pip install "dense-retriever[plot]"' in done.err
+    assert not (tmp_path / "index" / "recall.png").exists()
 
 
 def test_a_target_that_cannot_be_met_fails_and_leaves_the_index(world: Any, tmp_path: Path, queries: Path) -> None:
