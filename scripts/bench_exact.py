@@ -52,6 +52,8 @@ def main() -> None:
     ids = [f"d{row}" for row in range(options.rows)]
     ways_there = gpu_ways if options.device == "cuda" else cpu_ways
     ways = ways_there(passages, queries, ids, options.k)
+    if unknown := set(options.profile) - set(ways):
+        sys.exit(f"--profile: expected some of {', '.join(map(repr, ways))}, found {unknown.pop()!r}")
     same_bits(passages, queries, ids, options.k)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(options.repeats + 1):
@@ -66,6 +68,8 @@ def main() -> None:
             else:
                 check(name, found, expected, options.k)
     write(options, {name: tuple(map(statistics.median, zip(*times, strict=True))) for name, times in seconds.items()})
+    for name in options.profile:
+        profile(name, ways[name])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", choices=("uniform", "clustered"), default="clustered", help="on the unit sphere")
     parser.add_argument("--threads", type=int, default=0, help="of torch and faiss; 0 leaves them as they are")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", nargs="*", default=[], metavar="METHOD", help="say what its time goes into")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for exact.csv")
     parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
     return parser.parse_args()
@@ -119,8 +124,8 @@ def gpu_ways(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -
     """Ours and the bare product with top-k, from main memory and from the GPU's."""
     passages, queries = there.cpu().numpy(), asked.cpu().numpy()
 
-    def ours(source: Any) -> Found:
-        return exact.search(queries, [(0, source)], ids, k, device="cuda")
+    def ours(source: Any, block: int = BLOCK) -> Found:
+        return exact.search(queries, [(0, source)], ids, k, device="cuda", block_rows=block)
 
     def ours_in_float32(source: Any) -> Found:
         with mock.patch.object(exact, "half_type", lambda device: None):
@@ -132,6 +137,7 @@ def gpu_ways(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -
         "bare float32, vectors on the GPU": lambda: bare(there, asked, k, product),
         "bare float32, vectors in main memory": lambda: bare(torch.from_numpy(passages), asked, k, product),
         "ours, vectors on the GPU": lambda: ours(there),
+        f"ours, blocks of {OTHER_BLOCKS[-1]}, vectors on the GPU": lambda: ours(there, OTHER_BLOCKS[-1]),
         "ours, float32 products, vectors on the GPU": lambda: ours_in_float32(there),
         "ours, vectors in main memory": lambda: ours(passages),
         "ours, float32 products, vectors in main memory": lambda: ours_in_float32(passages),
@@ -301,6 +307,18 @@ def write(options: argparse.Namespace, medians: dict[str, tuple[float, ...]]) ->
         writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *rows])
+
+
+def profile(name: str, way: Callable[[], Found]) -> None:
+    """Print what one more turn of a method spends its time on, the largest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        way()
+        synchronize()
+    column = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(name, found.key_averages().table(sort_by=column, row_limit=25, max_name_column_width=60), sep="\n")
 
 
 def synchronize() -> None:
