@@ -70,9 +70,10 @@ class Estimate:
     seconds: float | None
     """For encoding; none without a measured speed."""
     memory: int
-    """Bytes at the most, beside the model and the memory-mapped vectors: of encoding or of searching."""
+    """Bytes at the most, beside the model and the memory-mapped vectors: of encoding or of searching, exactly or by an
+    index."""
     disk: int
-    """Bytes of the store and the run file."""
+    """Bytes of the store, the run files and an index that is built."""
     free: int
     """Bytes on the disk of the report."""
 
@@ -94,6 +95,8 @@ def estimate(
     tokens_per_second: float | None = None,
     dtype_bytes: int = 4,
     shard_rows: int = 65536,
+    index: int = 0,
+    build: bool = False,
 ) -> Estimate:
     """Time, memory and disk for one set.
 
@@ -106,6 +109,8 @@ def estimate(
         tokens_per_second: of the model, measured.
         dtype_bytes: of a number on disk.
         shard_rows: rows of a shard, held until it is whole.
+        index: bytes of the index that is searched beside; 0 without one.
+        build: whether it is built here, with a copy of the texts.
     """
     tokens = found.passages * lengths["document"].mean_read + found.queries * lengths["query"].mean_read
     shard = min(shard_rows, found.passages)
@@ -117,6 +122,9 @@ def estimate(
     windows = min(found.passages * dim * dtype_bytes, WINDOWS_BYTES)
     memory = max(encoding, found.passages * BYTES_A_ROW + windows + SEARCH_BYTES + results)
     disk = found.passages * (dim * dtype_bytes + 32) + found.bytes * 1.1 + places * 40
+    if index:
+        memory = max(memory, index + 2 * results)
+        disk += places * 40 + (index + found.passages * 32 + found.bytes * 1.1 if build else 0)
     place = out
     while not place.exists():
         place = place.parent

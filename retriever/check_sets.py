@@ -15,7 +15,10 @@ from eval.beir import beir_file
 from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
 from eval.preflight import Preflight, preflight
 from eval.suite import Plan, Task
+from index.factory import choose, memory
 from index.files import InputError
+from index.layout import FAISS_FILE
+from index.manifest import INDEX, read_manifest
 from index.records import count_records
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.progress import Terminal
@@ -79,12 +82,23 @@ def check_sets(
                 tokens_per_second=processes * _speed(own, of_set.passage_sample, lengths["document"], encode),
                 dtype_bytes=2 if options.dtype == "float16" else 4,
                 shard_rows=options.shard_rows,
+                index=_index_bytes(options, of_set.passages, own.dimension),
+                build=options.factory is not None,
             )
             reports[task.name]["estimate"] = dataclasses.asdict(expected)
             _print_estimate(lengths, expected, out, terminal)
     for of_set in found:
         of_set.refuse()
     return reports
+
+
+def _index_bytes(options: SuiteOptions, rows: int, dim: int) -> int:
+    """What the index asked for takes in memory; 0 where none is asked for."""
+    if options.index is not None:
+        return read_manifest(options.index, INDEX).files[FAISS_FILE].bytes
+    if options.factory is None:
+        return 0
+    return memory(choose(rows, dim) if options.factory == "auto" else options.factory, rows, dim)
 
 
 def _passages(task: Task) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from eval import preflight as checking
 from eval.beir import BeirDataset
 from eval.digests import SAMPLE
-from eval.estimate import Lengths, estimate, warn_of_lengths
+from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
 from eval.evaluate import evaluate_beir
 from eval.preflight import Preflight, preflight
 from index.embeddings import EmbeddingStore, EmbeddingWriter
@@ -195,3 +196,15 @@ def test_the_estimate_grows_with_the_corpus_and_knows_the_disk(tmp_path: Path) -
     assert small.tokens == 1000 * 75 + 80 and small.seconds == pytest.approx(75.08)
     assert large.disk > 90 * small.disk and small.free > 0
     assert "75 s of encoding" in str(small)
+
+
+def test_the_estimate_has_the_index_that_is_searched_or_built_too(tmp_path: Path) -> None:
+    lengths = {side: Lengths(np.array([8]), 64) for side in ("query", "document")}
+    found = Preflight("s", "test", passages=1000, queries=10, bytes=500_000)
+
+    def expected(**index: Any) -> Estimate:
+        return estimate(found, lengths, dim=4, k=10, out=tmp_path, **index)
+
+    none, given, built = expected(), expected(index=2**30), expected(index=2**30, build=True)
+    assert none.memory < 2**28 < 2**30 < given.memory == built.memory < 1.01 * 2**30
+    assert none.disk < given.disk < none.disk + 2**20 and built.disk > none.disk + 2**30 + 500_000

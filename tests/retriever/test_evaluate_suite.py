@@ -100,6 +100,9 @@ def test_preflight_alone_embeds_nothing_and_says_what_it_would_take(world: Any, 
     assert "queries judged in train too: 20" in outcome.err and "of encoding" in outcome.err
     found = json.loads(command(*words, "--json").out)["sets"]["words"]
     assert sum(found["tokens"]["document"].values()) == 20 and found["estimate"]["disk"] > 20 * 32 * 4
+    for index in (["--factory", "auto"], ["--factory", "HNSW512"], ["--index", world.index]):
+        beside = json.loads(command(*words, "--json", *index).out)["sets"]["words"]["estimate"]
+        assert beside["memory"] >= found["estimate"]["memory"] and beside["disk"] > found["estimate"]["disk"]
 
 
 def test_every_error_is_named_before_the_model_embeds_anything(world: Any, tmp_path: Path) -> None:
