@@ -16,6 +16,7 @@ from index.files import InputError, locked_folder
 from index.ids import Ids
 from index.manifest import EMBEDDINGS, NAME, Manifest, read_manifest, verify_files, write_manifest
 from index.passages import Passage
+from index.seen import SeenIds
 from index.shards import DTYPES, ShardBuffer, passage_line
 from index.store import EmbeddingStore
 
@@ -30,7 +31,7 @@ class EmbeddingWriter:
     Rows count only once their shard is whole; what stood in memory is embedded again. Used as a context manager,
     leaving it normally closes the store, and leaving it by an exception keeps the whole shards and nothing else.
     What is already on disk is read and checked, every byte, before anything is added to it or it is used again.
-    Memory: the rows of the shard begun, and the set of ids.
+    Memory: the rows of the shard begun; of all ids eight bytes each, on disk (seen.py).
 
     Args:
         folder: the store; made when missing.
@@ -70,6 +71,7 @@ class EmbeddingWriter:
         self._held = contextlib.ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(locked_folder(folder))
+        self._seen = SeenIds(folder)
         try:
             self._manifest = self._resume() if (folder / NAME).exists() else self._begin()
         except BaseException:
@@ -146,7 +148,6 @@ class EmbeddingWriter:
         manifest = Manifest(self.folder, EMBEDDINGS, {**self._header, "rows": 0, "complete": False}, {})
         self._clean(manifest)
         write_manifest(manifest)
-        self._ids: set[str] = set()
         return manifest
 
     def _resume(self) -> Manifest:
@@ -162,7 +163,10 @@ class EmbeddingWriter:
         store = EmbeddingStore(manifest)
         verify_files(manifest, "hash")
         self._clean(manifest)
-        self._ids = set() if store.complete else set(store.ids())
+        if not store.complete:
+            ids = store.ids()
+            for start in range(0, len(ids), self.shard_rows):
+                self._seen.enter(ids[start : start + self.shard_rows])
         return manifest
 
     def _clean(self, manifest: Manifest) -> None:
@@ -184,21 +188,14 @@ class EmbeddingWriter:
         return stored
 
     def _enter_ids(self, ids: list[str], first: int) -> None:
-        entered = 0
-        for id_ in ids:
-            if id_ in self._ids:
-                break
-            self._ids.add(id_)
-            entered += 1
-        else:
-            return
-        self._ids.difference_update(ids[:entered])
-        duplicate, row = ids[entered], first + entered
-        known = [*self._ids_on_disk(), *self._buffer.ids, *ids[:entered]]
-        raise InputError(
-            f"{self.folder}: expected unique ids, found {duplicate!r} in rows {known.index(duplicate)} and {row} "
-            "(counted from 0)"
-        )
+        for place in self._seen.suspects(ids):
+            known = [*self._ids_on_disk(), *self._buffer.ids, *ids[:place]]
+            if (duplicate := ids[place]) in known:
+                raise InputError(
+                    f"{self.folder}: expected unique ids, found {duplicate!r} in rows {known.index(duplicate)} and "
+                    f"{first + place} (counted from 0)"
+                )
+        self._seen.enter(ids)
 
     def _ids_on_disk(self) -> Ids:
         return EmbeddingStore(self._manifest).ids()
