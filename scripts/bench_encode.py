@@ -220,11 +220,17 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
         if done // step != (done - count) // step:
             # With the processes that tokenize, whose shared pages count for each.
             family = [process, *process.children(recursive=True)]
-            resident = sum(member.memory_info().rss for member in family) / MIB
-            row = {"passages": done, "file_mib": size, "resident_mib": round(resident), "processes": len(family)}
-            rows.append({**row, "seconds": round(time.perf_counter() - start), **about})
+            used = [member.memory_info() for member in family]
+            resident = sum(each.rss for each in used) / MIB
+            # Without the pages of files, libraries among them, which the system takes back when it needs them.
+            private = sum(each.rss - each.shared for each in used) / MIB
+            row = {"passages": done, "file_mib": size, "resident_mib": round(resident), "private_mib": round(private)}
+            rows.append({**row, "processes": len(family), "seconds": round(time.perf_counter() - start), **about})
             write(options.results / "encode_memory.csv", rows)
-            print(f"{done:12,} passages  {resident:8,.0f} MiB  {rows[-1]['seconds']:6} s", flush=True)
+            print(
+                f"{done:12,} passages  {resident:8,.0f} MiB, {private:,.0f} without files  {rows[-1]['seconds']:6} s",
+                flush=True,
+            )
 
     encode_passages(
         towers, read_passages(corpus), folder / "store", EncodeOptions(), source={"name": "bench"}, progress=progress
