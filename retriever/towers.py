@@ -119,7 +119,13 @@ class Towers(nn.Module):
         return f"models of the family {families} are not known without padding: texts are sorted by length and padded"
 
     def compile_layers(self) -> None:
-        """Compile the encoders' layers by torch.compile, for micro-batches of any size."""
+        """Compile the encoders' layers by torch.compile, for micro-batches of any size.
+
+        Layers of a kind share their code, and sizes are symbols in it: what is compiled is each kind of layer, three
+        times, for a graph that is kept, for a first run without one, and for evaluation.
+        """
+        # ModernBERT has three kinds, and past its limit torch leaves layers as they are.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for encoder in self.encoders:
             for layer in layers_of(encoder):
                 layer.compile(dynamic=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,30 @@ def test_padding_on_a_gpu_is_told_once(tiny: ModelConfig, monkeypatch: pytest.Mo
     assert "family electra are not known without padding" in (electra.padding_note() or "")
     bert.drop_padding()
     assert bert.padding_note() is None
+
+
+@pytest.mark.parametrize(("kind", "kinds_of_layers"), [("bert", 1), ("modernbert", 3)])
+def test_compiled_layers_are_not_compiled_anew_for_other_sizes(
+    kind: str, kinds_of_layers: int, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(ARCHITECTURES, kind, {**ARCHITECTURES[kind], "num_hidden_layers": 4})
+    towers = towers_of(kind, tiny)
+    assert towers.drop_padding()
+    torch.compiler.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    towers.compile_layers()
+    tokenizer = towers.tokenizer("query")
+    for training, texts in ((True, 3), (True, 5), (False, 4)):
+        towers.train(training)
+        tokens = tokenizer(["ab " * (1 + row % 3) for row in range(texts)])
+        for graph in (True, False) if training else (False,):
+            with torch.set_grad_enabled(graph):
+                towers.embed(tokens, np.arange(texts), "query")
+    assert counter.frame_count == 3 * kinds_of_layers
 
 
 @pytest.mark.gpu
