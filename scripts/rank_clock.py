@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from loss_check import COSINE
 from ring_plots import Spans, kernel_spans
 from torch import Tensor, distributed
 
@@ -92,13 +93,16 @@ class RankClock:
         return self.everyone if size == self.ranks.size else Team(size, distributed.new_group(list(range(size))))
 
     def pairs(self, count: int, team: Team, rank: int | None = None) -> list[Tensor]:
-        """This (or that) rank's queries and passages and the logit_scale; one batch, whatever the team."""
+        """This (or that) rank's queries and passages and the logit_scale; one batch, whatever the team.
+
+        A pair's cosine is about COSINE: an easy batch, whose loss is nothing but rounding, would tell of no error.
+        """
         generator = torch.Generator(self.device).manual_seed(0)
         rank = self.ranks.rank if rank is None else rank
         own = slice(count * rank // team.size, count * (rank + 1) // team.size)
         leaves = []
         query, noise = (torch.randn(count, self.dim, generator=generator, device=self.device) for _ in range(2))
-        for side in (query, noise.add_(query)):
+        for side in (query, noise.add_(query, alpha=COSINE / (1 - COSINE**2) ** 0.5)):
             leaves.append(torch.nn.functional.normalize(side[own], dim=1).requires_grad_())
         return [*leaves, torch.tensor(50.0, device=self.device, requires_grad=True)]
 

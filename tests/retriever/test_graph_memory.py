@@ -42,7 +42,7 @@ def test_encoding_takes_the_tokens_that_are_given(tiny: ModelConfig) -> None:
 @pytest.mark.parametrize("length", [20, 250])
 def test_peak_of_encoding_is_foretold(tiny: ModelConfig, kind: str, length: int) -> None:
     architecture = {"model_type": kind, "num_hidden_layers": 2}
-    towers = build_towers(ModelConfig(architecture=architecture, tokenizer=tiny.tokenizer, max_length=512))
+    towers = build_towers(ModelConfig(architecture=architecture, tokenizer=tiny.tokenizer, max_length=500))
     towers.to("cuda").eval().drop_padding()
     tokens = towers.tokenizer("document")(["a " * (length - 2)] * WINDOW)
     with arithmetic(towers, "bf16"):
