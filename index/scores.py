@@ -11,8 +11,7 @@ import warnings
 
 import torch
 
-# Numbers in float64 that are held at once: as many as stay in the cache, of which a GPU has some 50 MiB. Each is written
-# and read again twice.
+# Numbers in float64 that are held at once: as many as stay in the cache, of which a large GPU has some 50 MiB.
 AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
 ROUND64 = 2.0**-53
 
