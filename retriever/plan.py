@@ -9,7 +9,7 @@ fourth on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from retriever.config import TrainConfig
 from retriever.device import Precision
 from retriever.graph_memory import AT_LOSS, AT_LOSS_OFFLOADED, GraphMemory
 from retriever.half_weights import arithmetic
+from retriever.model_folder import layers_of
 from retriever.prepare import PreparedBatch
 from retriever.towers import Towers
 
@@ -58,8 +59,8 @@ class Plan:
     def lines(self) -> list[str]:
         """For a person to read."""
         rows = [*self.resident.items(), *self.step.items(), ("peak", self.peak), ("of", self.room)]
-        shown = [f"  {name:<44}{size / MIB:>12,.0f} MiB" for name, size in rows]
-        host = [f"  {name + ' (host)':<44}{size / MIB:>12,.0f} MiB" for name, size in self.host.items()]
+        shown = [f"  {name:<58}{size / MIB:>12,.0f} MiB" for name, size in rows]
+        host = [f"  {name + ' (host)':<58}{size / MIB:>12,.0f} MiB" for name, size in self.host.items()]
         return [*self.notes, *shown, *host]
 
 
@@ -95,24 +96,28 @@ def plan_step(
     kept_graphs, once_more = sum(waiting), max(passing, default=0.0)
 
     trained = [parameter for g in optimizer.param_groups for parameter in g["params"]]
-    gradients = float(sum(parameter.nbytes for parameter in trained))
+    divided = _Divided.among(ranks, towers) if config.shard_towers else _Divided(1, frozenset())
+    gradients = divided.bytes_of(trained)
+    held_tensors = [t for module in (towers, loss) for t in (*module.parameters(), *module.buffers())]
     resident = {
-        "weights": float(sum(t.nbytes for module in (towers, loss) for t in (*module.parameters(), *module.buffers()))),
-        f"optimizer ({config.optim.name})": float(sum(_moments(p, config.optim.name) for p in trained)),
+        "weights": divided.bytes_of(held_tensors),
+        f"optimizer ({config.optim.name})": divided.sum(trained, lambda p: _moments(p, config.optim.name)),
     }
-    # safetensors makes bytes of copies, and the larger of the two files is the optimizer's.
-    checkpoint = 2 * max(resident.values())
+    # safetensors makes bytes of copies, and the larger of the two files is the optimizer's; whole, where it is written.
+    checkpoint = 2 * max(resident.values()) * divided.processes
     if not on_gpu:
-        resident["program, libraries, open data"] = max(0.0, used - resident["weights"])
+        resident["program, libraries, open data"] = max(0.0, used - sum(tensor.nbytes for tensor in held_tensors))
     half = 0.0
-    if on_gpu and precision == "bf16":
+    if on_gpu and precision == "bf16" and divided.processes == 1:
         half = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
     offloaded = on_gpu and config.offload_embeddings
     at_loss, after_loss = (AT_LOSS_OFFLOADED, 0) if offloaded else (AT_LOSS, _AFTER_LOSS)
-    workspace = _workspace(config, batch.queries, passages, width, on_gpu)
+    workspace = _workspace(config, batch.queries, passages, width, on_gpu, ranks)
+    gathered = divided.gathered(towers, 2 if on_gpu and precision == "bf16" else 4)
     exchanged = _exchanged(passages, width, ranks, config)
     step = {
         "weights in bf16": half,
+        "layers gathered from all processes": gathered,
         "gradients": gradients,
         f"graphs kept until the loss ({kept} of {len(sizes)} micro-batches)": kept_graphs,
         "graph of one micro-batch, and its backward": (1 + _BACKWARD) * max(held),
@@ -121,7 +126,7 @@ def plan_step(
         "passages on their way between processes": exchanged,
     }
     # A gradient is made whole before it is added to what earlier micro-batches gave.
-    adding = float(max(parameter.nbytes for parameter in trained)) if len(sizes) > 1 else 0.0
+    adding = max(divided.bytes_of([parameter]) for parameter in trained) if len(sizes) > 1 else 0.0
     moments = [
         kept_graphs + at_loss * rows * width + workspace + exchanged,
         gradients + adding + kept_graphs + _BACKWARD * max(waiting, default=0.0) + after_loss * rows * width,
@@ -135,7 +140,7 @@ def plan_step(
     return Plan(
         {name: size for name, size in resident.items() if size},
         {name: size for name, size in step.items() if size},
-        sum(resident.values()) + half + max(moments),
+        sum(resident.values()) + half + gathered + max(moments),
         float(torch.cuda.mem_get_info(device)[1]) if on_gpu else float(psutil.virtual_memory().total),
         {"batches held ready": data, "a checkpoint while it is written": checkpoint} if on_gpu else {},
         [
@@ -143,6 +148,38 @@ def plan_step(
             f"passages a step, {batch.tokens:,} tokens in {len(sizes)} micro-batches of at most {max(sizes):,}"
         ],
     )
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """Towers whose encoders are divided among processes (sharding.py), or are not."""
+
+    processes: int
+    parameters: frozenset[Tensor]
+    """Those that each process has a part of."""
+
+    @classmethod
+    def among(cls, processes: int, towers: Towers) -> _Divided:
+        return cls(processes, frozenset(p for encoder in towers.encoders for p in encoder.parameters()))
+
+    def sum(self, tensors: Iterable[Tensor], size: Callable[[Tensor], float]) -> float:
+        """Of what one process has."""
+        return float(sum(size(t) / (self.processes if t in self.parameters else 1) for t in tensors))
+
+    def bytes_of(self, tensors: Iterable[Tensor]) -> float:
+        return self.sum(tensors, lambda tensor: tensor.nbytes)
+
+    def gathered(self, towers: Towers, number_bytes: int) -> float:
+        """What is whole for a while: in backward two layers and the gradient of one, in fp32, beside what stands
+        outside of layers."""
+        if self.processes == 1:
+            return 0.0
+        largest = 0.0
+        for encoder in towers.encoders:
+            layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(encoder)]
+            outside = sum(p.numel() for p in encoder.parameters()) - sum(layers)
+            largest = max(largest, (2 * number_bytes + 4) * max(layers) + (number_bytes + 4) * outside)
+        return largest
 
 
 def _graphs(towers: Towers, precision: Precision, batch: PreparedBatch) -> list[float]:
@@ -204,11 +241,11 @@ def _moments(parameter: Tensor, name: str) -> float:
     return 2.0 * rest + 4.0 * ((rows + columns) if factored else rest)
 
 
-def _workspace(config: TrainConfig, queries: int, passages: int, width: int, on_gpu: bool) -> float:
-    """What tiles of the score matrix take; a matrix that exists whole takes several times itself."""
+def _workspace(config: TrainConfig, queries: int, passages: int, width: int, on_gpu: bool, ranks: int) -> float:
+    """What tiles of the score matrix take; a matrix that exists whole takes several times itself, on every process."""
     scores, given = float(queries) * passages, float(config.loss.workspace_mib * MIB)
     if config.loss.name == "clip" or config.loss.implementation in ("full", "dense"):
-        return 20 * scores
+        return 20 * scores * ranks**2
     if on_gpu:
         return min(given, 16 * scores)
     return min(given, 13 * min(scores, CPU_TILE_ENTRIES) + 24.0 * width * CPU_TILE_ENTRIES**0.5)

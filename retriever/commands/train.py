@@ -32,7 +32,7 @@ class Train:
     dry_run: Switch = False
     """Say what each process will need (data, towers, loss, optimizer), and train nothing."""
     processes: int | None = None
-    """With --dry-run: plan for so many processes, without starting them."""
+    """With --dry-run: plan for so many processes, without starting them; empty for those that torchrun has started."""
 
     def __post_init__(self) -> None:
         check_counts(self, "processes")
@@ -48,12 +48,16 @@ class Train:
             return self._train(terminal if ranks.first else SilentTerminal(), ranks)
 
     def _plan(self, terminal: Terminal) -> int:
-        from retriever.ranks import PlannedRanks
+        from retriever.ranks import PlannedRanks, process_count
         from retriever.trainer import Trainer
+
+        if os.environ.get("RANK", "0") != "0":
+            # Under torchrun one of the processes says it for all.
+            return 0
 
         config = self.config if self.resume is None else load_config(Path(self.resume) / CONFIG_FILE)
         config = with_absolute_paths(config)
-        plan = Trainer(config, Path(config.out), terminal, PlannedRanks(size=self.processes or 1)).plan()
+        plan = Trainer(config, Path(config.out), terminal, PlannedRanks(size=self.processes or process_count())).plan()
         print("\n".join(plan.lines()))
         if not plan.fits:
             terminal.line("this does not fit: fewer --micro-batch-tokens, a smaller --batch-size, or more processes")

@@ -1,4 +1,5 @@
-"""Runs as `peak_of_training.py CONFIG`: trains, and prints the most memory that this process ever had, in bytes."""
+"""Runs as `peak_of_training.py CONFIG`, also under torchrun: trains, and prints the most memory that the first process
+ever had, in bytes."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ import torch
 
 from retriever.config import load_config
 from retriever.progress import Terminal
+from retriever.ranks import joined_ranks
 from retriever.trainer import Trainer
 
 torch.set_num_threads(1)
-Trainer.start(load_config(Path(sys.argv[1])), Terminal()).train()
-if torch.cuda.is_available():
-    print(torch.cuda.max_memory_allocated())
-else:
-    # KiB on Linux.
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+with joined_ranks(on_devices=torch.cuda.is_available()) as ranks:
+    Trainer.start(load_config(Path(sys.argv[1])), Terminal(), ranks).train()
+    if ranks.first and torch.cuda.is_available():
+        print(torch.cuda.max_memory_allocated())
+    elif ranks.first:
+        # KiB on Linux.
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -56,15 +56,16 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def assert_planned(config: TrainConfig, tmp_path: Path) -> None:
+def assert_planned(config: TrainConfig, tmp_path: Path, processes: int = 1) -> None:
     save_config(config, file := tmp_path / "run.yaml")
     # A process of its own: what others have used stays with this one.
-    words = [sys.executable, "-m", "retriever", "train", str(file), "--dry-run"]
+    words = [sys.executable, "-m", "retriever", "train", str(file), "--dry-run", f"--processes={processes}"]
     dry = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
     assert dry.returncode == 0, dry.stderr
     found = re.search(r"peak +([\d,]+) MiB", dry.stdout)
     assert found is not None
-    words = [sys.executable, str(HERE / "peak_of_training.py"), str(file)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    words = [sys.executable, *(torchrun if processes > 1 else []), str(HERE / "peak_of_training.py"), str(file)]
     real = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)
     assert real.returncode == 0, real.stderr
     assert float(found[1].replace(",", "")) * 2**20 == pytest.approx(float(real.stdout), rel=0.15)
@@ -72,6 +73,10 @@ def assert_planned(config: TrainConfig, tmp_path: Path) -> None:
 
 def test_the_planned_peak_is_the_measured_one(config: TrainConfig, tmp_path: Path) -> None:
     assert_planned(config, tmp_path)
+
+
+def test_the_planned_peak_of_towers_divided_among_two_is_the_measured_one(config: TrainConfig, tmp_path: Path) -> None:
+    assert_planned(dataclasses.replace(config, shard_towers=True), tmp_path, processes=2)
 
 
 @pytest.mark.gpu
