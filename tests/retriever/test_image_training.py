@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,15 @@ from retriever.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    save_config,
 )
+from retriever.data.schedule import Share
 from retriever.encode import EncodeOptions
 from retriever.images import chunks
 from retriever.images.batches import ImageGroup
 from retriever.images.chunks import PairReader
 from retriever.images.config import ImageConfig, ImageSource
+from retriever.images.open_data import open_image_batches
 from retriever.images.towers import build_image_text_towers, load_image_text_towers
 from retriever.interrupt import Interrupted
 from retriever.plan import held_bytes, plan_step
@@ -316,6 +321,64 @@ def test_batches_are_the_same_for_any_number_of_workers(
     # And none that is used again shows anything else.
     for one, pixels in zip(alone, (batch.groups[0].pixels.clone() for batch in batches.loader(start=1)), strict=True):
         assert torch.equal(one.groups[0].pixels, pixels)
+
+
+def test_sources_give_batches_by_their_weights_and_ranks_read_their_shares_alone(
+    config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (str(place / "set" / f"{number:03}.tar") for number in range(2))
+    sources = (ImageSource(first, weight=3), ImageSource(second, weight=1))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, images=sources), steps=8)
+    whole = Trainer.start(config, Terminal())
+    tars = [pairs.samples.shards[0].name for pairs in (reader.source for reader in whole.batches._readers)]
+    from_which = [tars[whole.batches._schedule.rows(step)[0]] for step in range(8)]
+    assert tars == ["000.tar", "001.tar"] and from_which.count("000.tar") == 6
+    read: list[int] = []
+    call = PairReader.__call__
+    monkeypatch.setattr(
+        PairReader, "__call__", lambda self, rows, *rest: (read.extend(rows), call(self, rows, *rest))[1]
+    )
+    shares = []
+    for rank in range(3):
+        read.clear()
+        batches, _ = open_image_batches(
+            whole.config,
+            whole.towers,
+            Path(config.out) / "cache",
+            precision="fp32",
+            token_budget=100,
+            terminal=Terminal(),
+            share=Share(rank, 3),
+        )
+        shares.append(list(batches.loader()))
+        # Of 16 pairs a batch, over 8 batches.
+        assert len(read) == 8 * len(Share(rank, 3).of(16))
+    for step, batch in enumerate(whole.batches.loader()):
+        parts = [share[step] for share in shares]
+        assert torch.equal(torch.cat([part.groups[0].pixels for part in parts]), batch.groups[0].pixels)
+        assert (
+            np.concatenate([part.groups[1].tokens.ids for part in parts]).tolist()
+            == batch.groups[1].tokens.ids.tolist()
+        )
+
+
+def test_any_number_of_processes_trains_the_same(config: TrainConfig, place: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dropout=0.0),
+        # Adam divides by the size of a gradient, and some are zero but for rounding.
+        optim=OptimConfig(lr=1e-3, eps=1e-3),
+        dev=DevConfig(path=str(place / "dev"), split="test", every=3),
+        steps=5,
+        device="cpu",
+    )
+    save_config(config, tmp_path / "run.yaml")
+    command = [sys.executable, str(Path(__file__).parent / "pictures_on_ranks.py"), str(tmp_path / "run.yaml")]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["pixels", "features"]
 
 
 def test_broken_pairs_are_left_out_counted_and_stop_the_run_beyond_a_limit(

@@ -1,0 +1,23 @@
+"""Runs as `pictures_on_ranks.py CONFIG`: one run on pictures by 1 and by 3 processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from run_helpers import assert_near, results
+from suite_on_ranks import on_ranks
+from train_on_ranks import trained
+
+
+def main(config: str) -> None:
+    """Compare them, and those of a locked image tower."""
+    for name, more in (("pixels", ()), ("features", ("--model.image.lock", "image"))):
+        for size in (1, 3):
+            on_ranks(size, trained(config, Path("runs") / f"{name}{size}", *more))
+        assert_near(results(Path("runs") / f"{name}3"), results(Path("runs") / f"{name}1"))
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
