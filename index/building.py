@@ -118,7 +118,8 @@ def build(
             elif plan.gpu and gpu.makes_graph(index):
                 index = gpu.graph(index, part.pieces(added_last), part.rows - len(added_last), added)
             else:
-                reserve(index, part.rows)
+                if not part.in_one_piece:
+                    reserve(index, part.rows)
                 add(put, part, added, without=added_last)
         except RuntimeError as error:
             raise _cannot(origin["factory"], part.rows, error) from None
@@ -132,7 +133,7 @@ def build(
         if len(added_last):
             add_held_out(index, store, added_last)
             added(len(added_last))
-        write_faiss(index, folder / FAISS_FILE)
+        summed = write_faiss(index, folder / FAISS_FILE)
         fields = {
             **origin,
             "metric": "inner_product",
@@ -142,7 +143,7 @@ def build(
             "source": store.source,
             "sources": [source_of(part)],
         }
-        finish(folder, {**fields, **tuned(tuning, folder, origin["factory"], part.rows)})
+        finish(folder, {**fields, **tuned(tuning, folder, origin["factory"], part.rows)}, summed)
     return tuning
 
 

@@ -75,9 +75,9 @@ def add_passages(
         ids, passages = [folder / IDS_FILE, *part.files("ids")], [folder / PASSAGES_FILE, *part.files("jsonl")]
         rows = index.rows + part.rows
         write_passages(ids, passages, rows, new)
-        write_faiss(index.faiss, new / FAISS_FILE)
+        summed = write_faiss(index.faiss, new / FAISS_FILE)
         _carry_curve(index, new)
-        finish(new, {**index.manifest.fields, "rows": rows, "sources": [*sources, source]})
+        finish(new, {**index.manifest.fields, "rows": rows, "sources": [*sources, source]}, summed)
     return part.rows
 
 
@@ -107,11 +107,11 @@ def delete_passages(folder: Path, ids: Sequence[str], out: Path | None = None) -
         _delete_rows(index.faiss, keep, folder)
     with atomic_folder(out or folder) as new:
         write_passages([folder / IDS_FILE], [folder / PASSAGES_FILE], index.rows, new, keep)
-        write_faiss(index.faiss, new / FAISS_FILE)
+        summed = write_faiss(index.faiss, new / FAISS_FILE)
         _carry_curve(index, new)
         # Without a source's every passage the index no longer holds that source: adding it again must be possible.
         sources = [] if deleted else index.manifest.field("sources", list)
-        finish(new, {**index.manifest.fields, "rows": index.rows - deleted, "sources": sources})
+        finish(new, {**index.manifest.fields, "rows": index.rows - deleted, "sources": sources}, summed)
     return deleted
 
 
@@ -139,8 +139,8 @@ def retune(
         copy_rows(folder, new)
         if LISTS_FILE in index.manifest.files:
             (new / LISTS_FILE).hardlink_to(folder / LISTS_FILE)
-        write_faiss(index.faiss, new / FAISS_FILE)
-        finish(new, {**index.manifest.fields, **tuned(tuning, new, index.factory, index.rows)})
+        summed = write_faiss(index.faiss, new / FAISS_FILE)
+        finish(new, {**index.manifest.fields, **tuned(tuning, new, index.factory, index.rows)}, summed)
     return tuning
 
 

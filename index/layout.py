@@ -11,7 +11,8 @@ import numpy as np
 
 from index.factory import import_faiss
 from index.files import InputError
-from index.manifest import INDEX, Manifest, entries, read_manifest, write_manifest
+from index.manifest import INDEX, FileEntry, Manifest, entries, read_manifest, write_manifest
+from index.summed import SummedFile
 
 FAISS_FILE = "index.faiss"
 IDS_FILE = "ids.txt"
@@ -45,18 +46,20 @@ def check_replaceable(out: Path) -> None:
             raise InputError(f"{error}; remove it or choose another --out") from None
 
 
-def finish(folder: Path, fields: dict[str, Any]) -> None:
-    """Write the manifest of an index whose other files stand in `folder`."""
-    names = [name for name in (*FILES, *OPTIONAL_FILES) if (folder / name).exists()]
-    write_manifest(Manifest(folder, INDEX, fields, entries(folder, names)))
+def finish(folder: Path, fields: dict[str, Any], faiss_sha256: str) -> None:
+    """Write the manifest of an index whose other files stand in `folder`; `faiss_sha256` is from `write_faiss`."""
+    faiss_file = {FAISS_FILE: FileEntry((folder / FAISS_FILE).stat().st_size, faiss_sha256)}
+    names = [name for name in (*FILES[1:], *OPTIONAL_FILES) if (folder / name).exists()]
+    write_manifest(Manifest(folder, INDEX, fields, {**faiss_file, **entries(folder, names)}))
 
 
-def write_faiss(index: Any, path: Path) -> None:
-    """Write what `faiss.read_index` reads."""
+def write_faiss(index: Any, path: Path) -> str:
+    """Write what `faiss.read_index` reads; returns its sha256."""
     faiss = import_faiss()
     # Through Python's file: faiss's own writer only prints that a full disk has cut its last bytes off.
-    with path.open("wb") as stream:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+    with SummedFile(path) as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+    return file.sha256
 
 
 def write_passages(

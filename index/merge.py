@@ -60,11 +60,11 @@ def merge(
         else:
             whole = _merged_in_memory(indexes, progress)
         write_passages([f / IDS_FILE for f in folders], [f / PASSAGES_FILE for f in folders], rows, folder)
-        write_faiss(whole, folder / FAISS_FILE)
+        summed = write_faiss(whole, folder / FAISS_FILE)
         # What was measured was measured on the parts.
         fields = {name: field for name, field in indexes[0].manifest.fields.items() if name != "tuning"}
         sources = [source for index in indexes for source in index.manifest.field("sources", list)]
-        finish(folder, {**fields, "rows": rows, "sources": sources})
+        finish(folder, {**fields, "rows": rows, "sources": sources}, summed)
     return rows
 
 

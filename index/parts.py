@@ -61,9 +61,18 @@ class Part:
         """The files of its shards."""
         return self.store.files(suffix)[self._shards.start : self._shards.stop]
 
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether `pieces` gives it all at once."""
+        return len(self._shards) == 1 and self.rows <= self._piece_rows
+
+    @property
+    def _piece_rows(self) -> int:
+        return max(1, PIECE_BYTES // (4 * self.store.dim))
+
     def pieces(self, without: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """Its vectors [n, D] float32, at most 64 MiB at a time; those of the store's rows `without` are left out."""
-        step = max(1, PIECE_BYTES // (4 * self.store.dim))
+        step = self._piece_rows
         for number, (first, vectors) in enumerate(self.store.shards()):
             if number in self._shards:
                 for start in range(0, len(vectors), step):

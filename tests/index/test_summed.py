@@ -1,0 +1,46 @@
+"""A file summed while it is written holds what was written, and the sum is its own."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index.summed import AT_ONCE, SummedFile
+
+
+def test_pieces_of_any_length_are_written_and_summed(tmp_path: Path, rng: np.random.Generator) -> None:
+    lengths = [
+        0,
+        1,
+        7,
+        AT_ONCE - 1,
+        3,
+        AT_ONCE,
+        AT_ONCE + 5,
+        1,
+        AT_ONCE // 2,
+        AT_ONCE // 2 + 1,
+        *[4] * 1000,
+        3 * AT_ONCE,
+    ]
+    pieces = [rng.bytes(length) for length in lengths]
+    with SummedFile(tmp_path / "file") as file:
+        assert [file.write(piece) for piece in pieces] == lengths
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    assert file.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+def test_an_empty_file_has_its_sum(tmp_path: Path) -> None:
+    with SummedFile(tmp_path / "file") as file:
+        pass
+    assert (tmp_path / "file").read_bytes() == b"" and file.sha256 == hashlib.sha256().hexdigest()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("length", [3, 3 * AT_ONCE])
+def test_a_full_disk_is_reported(length: int) -> None:
+    with pytest.raises(OSError, match="No space left"), SummedFile(Path("/dev/full")) as file:
+        file.write(b"x" * length)
