@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import machine
 
-from index.files import atomic_path
+from index.files import InputError, atomic_path
 from retriever.data.schedule import BatchSchedule
 from retriever.images.batches import ImageBatches
 from retriever.images.chunks import PairReader
@@ -103,6 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sides", type=int, nargs=2, default=(512, 384), help="of synthetic pictures, in pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
     return parser.parse_args()
 
 
@@ -210,6 +211,7 @@ def word_tokenizer() -> TextTokenizer:
 def write(found: dict[str, list[Spent]], count: int, size: Any, options: argparse.Namespace) -> None:
     """A row for each method."""
     rows = []
+    about = machine() | ({"commit": options.commit} if options.commit else {})
     for name, spent in found.items():
         both = list(zip(found["decoder"], spent, strict=True))
         rows.append(
@@ -225,7 +227,7 @@ def write(found: dict[str, list[Spent]], count: int, size: Any, options: argpars
                 "data": "given" if options.data else "synthetic JPEG, {} x {}, quality 95".format(*options.sides),
                 "mean_bytes": f"{size:.0f}",
                 "pillow": Image.__version__,
-                **machine(),
+                **about,
             }
         )
     for row in rows:
@@ -240,4 +242,7 @@ def write(found: dict[str, list[Spent]], count: int, size: Any, options: argpars
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"bench_images: {error}")
