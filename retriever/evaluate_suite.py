@@ -13,6 +13,8 @@ from eval.approximate import Approximation, approximation, search_by_parts
 from eval.beir import BeirDataset
 from eval.evaluate import exact_search, is_windows, query_vectors, ranked_run, score
 from eval.long_documents import WINDOWS
+from eval.metrics import KS, Metrics
+from eval.ranking import RankedRun
 from eval.runs import write_trec_run
 from eval.suite import Plan, Task, rows_of_tasks
 from index.embeddings import EmbeddingStore
@@ -128,7 +130,7 @@ class Suite:
             find = exact_search(store, ids, device=device, progress=advance, on_ranks=several)
             run = ranked_run(dataset, ids, find, lambda: vectors, k, is_windows(store))
         searched = time.perf_counter()
-        result = SetResult(run, score(dataset, run, k), dataset.qrels, sums(dataset, store))
+        result = SetResult(run, self._score(dataset, run), dataset.qrels, sums(dataset, store))
         result.seconds = {
             "encode corpus": encoded - began,
             "encode queries": asked - encoded,
@@ -141,6 +143,10 @@ class Suite:
                 result.approximation = self._by_index(task, dataset, store, towers, vectors, result)
         self._ranks.wait()
         return result
+
+    def _score(self, dataset: BeirDataset, run: RankedRun) -> Metrics:
+        """The usual cut-offs, and the whole depth that was asked for."""
+        return score(dataset, run, self._options.k, sorted({*KS, self._options.k}))
 
     def _embedded(self, towers: Towers, task: Task, corpus: Path, place: Path) -> EmbeddingStore:
         """The corpus's store: embedded, continued or used again."""
@@ -183,7 +189,7 @@ class Suite:
         made = {name: index.manifest.fields.get(name) for name in ("factory", "seed", "trained_on")}
         exact.index = {**made, **Settings.of(index.faiss).known(), "faiss": faiss.__version__}
         write_trec_run(self._out / task.name / "index.trec", run, "retriever")
-        return approximation(index.factory, exact.run, run, score(dataset, run, k))
+        return approximation(index.factory, exact.run, run, self._score(dataset, run))
 
     def _built(self, task: Task, store: EmbeddingStore) -> Path:
         """The index of the store, built or used again."""

@@ -84,7 +84,7 @@ def write_suite(
         "split": splits,
         "data": {name: result.data for name, result in results.items()},
         **({"index": indexes} if indexes else {}),
-        "seed": "that of the index, which was trained on a sample" if indexes else "none: nothing is drawn at random",
+        "seed": "that of the index; nothing else is drawn at random" if indexes else "none: nothing is drawn at random",
         "versions": versions("torch", "transformers", "sentence-transformers", "tokenizers", "numpy"),
     }
     found = {name: _set_json(result, checked.get(name, {})) for name, result in results.items()}

@@ -23,7 +23,7 @@ class EvaluateBeir(Embedding):
     split: str | None = None
     """Which qrels; empty: test, and dev of MS MARCO."""
     k: int = 1000
-    """Passages a query in the run."""
+    """Passages a query in the run; also the deepest cut-off of the measures."""
     home: Path | None = None
     """Where sets lie that --data names."""
     download: Switch = False

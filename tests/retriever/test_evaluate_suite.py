@@ -175,7 +175,11 @@ def test_reports_state_what_is_needed_to_do_it_again(world: Any, towers: Towers,
     assert "unknown" not in details["versions"].values()
     page = (out / "report.html").read_text()
     assert all(f"<dd>{value}</dd>" in page for value in (*sums.values(), *details["versions"].values()))
-    details = evaluate(world, tmp_path / "plain", "--data", world.beir)["details"]
+    found = evaluate(world, tmp_path / "plain", "--data", world.beir, "--k", 7)
+    # Cut-offs are the usual ones and the depth itself.
+    assert "| data | nDCG@7 | recall@7 | MRR@7 | MAP@7 | precision@7 |" in found["out"]
+    assert [name for name in found["sets"]["words"]["mean"] if "ndcg" in name] == [f"ndcg@{k}" for k in (1, 3, 5, 7)]
+    details = found["details"]
     assert "index" not in details and details["seed"] == "none: nothing is drawn at random"
 
 
