@@ -230,6 +230,8 @@ class TrainConfig:
             raise ValueError(f"epochs: expected a positive number, found {self.epochs}")
         if self.shard_towers and self.precision == "fp16":
             raise ValueError("precision: expected auto, bf16 or fp32 with shard_towers, found fp16")
+        if self.shard_towers and self.optim.name == "adafactor":
+            raise ValueError("optim.name: expected adamw with shard_towers, found adafactor")
 
 
 def _check_least(config: object, where: str, least: int, *names: str) -> None:
