@@ -2,6 +2,7 @@
 
     python scripts/index_sets.py clustered-1m --out SETS        write a set (also wordnet, clustered-10m …)
     python scripts/bench_index.py sizes --sets SETS [--only clustered-1m] [--factory IVF4096,SQ8]
+    python scripts/bench_index.py computed                     what no machine here holds (with sizes as well)
     OMP_NUM_THREADS=1 python scripts/bench_index.py targets --sets SETS
     python scripts/bench_index.py overhead --sets SETS
     python scripts/bench_index.py plots                        and the tables of index/README.md
@@ -25,6 +26,7 @@ from typing import Any
 import faiss
 import index_overhead
 import index_plots
+import index_rates
 import index_tables
 import index_targets
 import numpy as np
@@ -33,7 +35,7 @@ from machine import machine
 
 from index.building import Plan, build
 from index.changing import retune
-from index.factory import choose, memory
+from index.factory import choose, make, memory
 from index.opened import Index
 from index.recall import Target, Truth, find_truth, recall_of_each
 
@@ -54,13 +56,15 @@ COMPUTED = (100_000_000, 1_000_000_000)
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sizes", "targets", "overhead", "plots", "one-size"))
+    parser.add_argument("what", choices=("sizes", "computed", "targets", "overhead", "plots", "one-size"))
     parser.add_argument("--sets", type=Path, help="folder that scripts/index_sets.py wrote")
     parser.add_argument("--only", help="one set")
     parser.add_argument("--factory", help="one factory")
     options = parser.parse_args()
     if options.what == "sizes":
         sizes(options.sets, options.only, options.factory)
+    elif options.what == "computed":
+        write_rows("index_sizes.csv", computed_sizes(), ("set", "factory"))
     elif options.what == "one-size":
         print(json.dumps(one_size(options.sets / options.only, options.factory)))
     elif options.what == "targets":
@@ -85,7 +89,8 @@ def sizes(sets: Path, only: str | None, factory: str | None) -> None:
             if done.returncode:
                 sys.exit(done.stderr)
             write_rows("index_sizes.csv", [json.loads(done.stdout.splitlines()[-1])], ("set", "factory"))
-    write_rows("index_sizes.csv", computed_sizes(), ("set", "factory"))
+    if only is None:
+        write_rows("index_sizes.csv", computed_sizes(), ("set", "factory"))
 
 
 def one_size(folder: Path, factory: str) -> dict[str, Any]:
@@ -138,13 +143,18 @@ def other_recall(index: Index, truth: Truth) -> float:
 
 
 def computed_sizes() -> list[dict[str, Any]]:
-    """What no machine here holds: the memory by the same sums that `auto` makes, and nothing that would be a guess."""
+    """What no machine here holds: memory by the same sums that `auto` makes, and time by rates measured on this one.
+
+    Recall would be a guess: it is what tuning finds.
+    """
     found = []
-    for rows in COMPUTED:
-        for dim in (128, 768):
+    for dim in (128, 768):
+        rates = index_rates.Rates(dim)
+        for rows in COMPUTED:
             names = (choose(rows, dim), f"IVF65536_HNSW32,PQ{dim // 2}x4fs", f"IVF65536_HNSW32,PQ{dim // 8}")
             for factory in names:
                 size = memory(factory, rows, dim)
+                lists = make(factory, dim).nlist
                 found.append(
                     {
                         "set": f"{rows:,} × {dim}",
@@ -154,6 +164,9 @@ def computed_sizes() -> list[dict[str, Any]]:
                         "dim": dim,
                         "index_mib": round(size / 2**20),
                         "bytes_per_vector": round(size / rows, 1),
+                        "clustering_core_s": round(rates.clustering(lists)),
+                        "adding_core_s": round(rates.adding(factory.partition(",")[2], rows)),
+                        **measured_on(),
                     }
                 )
     return found

@@ -47,14 +47,17 @@ def _sizes(rows: Rows) -> list[str]:
         "The 10 million were built at the lowest priority beside other work: 71 minutes by the clock, 19 of processor "
         "time; their queries are 500 and 500, of the others 2,000 and 2,000.",
         "",
-        "Computed, not measured: what larger ones take in memory, or on disk with `--on-disk`.",
+        "**Computed, not measured**: what larger ones take in memory, or on disk with `--on-disk`; and in hours of one "
+        f"core, by the work it is and the rates of {_where(computed)} (scripts/bench_index.py computed). On n cores or "
+        "machines adding takes an n-th of it; `--gpu` is for the clustering. Their recall would be a guess: tune them.",
         "",
-        "| vectors | factory | bytes a vector | index GiB |",
-        "|---|---|---:|---:|",
+        "| vectors | factory | bytes a vector | index GiB | clustering, core h | adding, core h |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for row in computed:
-        gib = float(row["index_mib"]) / 1024
-        lines.append(f"| {row['set']} | `{row['factory']}` | {float(row['bytes_per_vector']):.0f} | {gib:,.0f} |")
+        gib, each = float(row["index_mib"]) / 1024, float(row["bytes_per_vector"])
+        hours = (_hours(row.get(f"{what}_core_s")) for what in ("clustering", "adding"))
+        lines.append(f"| {row['set']} | `{row['factory']}` | {each:.0f} | {gib:,.0f} | {' | '.join(hours)} |")
     return [*lines, "", "![memory and time](../scripts/results/index_sizes.png)"]
 
 
@@ -79,24 +82,30 @@ def _targets(rows: Rows) -> list[str]:
 
 def _overhead(rows: Rows) -> list[str]:
     lines = [
-        f"Ours against faiss driven by hand, in turns in one process ({_where(rows)}; scripts/bench_index.py "
+        f"Ours against faiss {rows[0]['faiss']} driven by hand, in turns in one process (scripts/bench_index.py "
         "overhead): the median of the ratios of neighbouring runs by the clock, and in brackets by processor time, "
         "which others on the machine disturb less. "
-        "`index`: training, adding and writing alone. `build`: with every byte of the store checked, passages "
-        "copied, and everything written summed and flushed. `search`: both on the same index.",
+        "`index`: training and adding alone. `build`: with every byte of the store checked, passages "
+        "copied, and everything written summed and flushed; `besides`: the processor time that this takes. `search`: "
+        "both on the same index.",
         "",
-        "| set | factory | faiss build s | index | build | faiss search s | search |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| set | factory | faiss build s | index | build | besides, s of a core | of MiB | search | on |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         index, build, search = (
             f"{row[f'{what}_ratio']} ({row[f'{what}_processor_ratio']})" for what in ("index", "build", "search")
         )
+        mib = f"{1024 * float(row['besides_gib']):.0f}" if row["besides_gib"] else ""
         lines.append(
             f"| {row['set']} | `{row['factory']}` | {row['build_faiss_s']} | {index} | {build} | "
-            f"{row['search_faiss_s']} | {search} |"
+            f"{row['besides_processor_s']} | {mib} | {search} | {row['hardware']}, {row['commit']} |"
         )
     return lines
+
+
+def _hours(seconds: str | None) -> str:
+    return f"{float(seconds) / 3600:,.1f}" if seconds else ""
 
 
 def _percent(share: str) -> str:
