@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -123,25 +124,35 @@ def test_a_job_that_torchrun_restarts_goes_on(config: Path, tmp_path: Path) -> N
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
 
 
+def test_machines_that_meet_by_the_launch_recipe_train_together(config: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    recipe = HERE.parents[1] / "scripts" / "launch" / "several_nodes.sh"
+    words = [str(recipe), str(config), "--steps", "2", "--dev.path", "", "--out", str(tmp_path / "run")]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    about = environment() | {"NODES": "2", "HEAD": "127.0.0.1", "GPUS": "1", "PORT": port, "PATH": path}
+    machines = [subprocess.Popen(words, env=about, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    # One of them speaks for both.
+    assert sum("step 2/2" in text for text in said) == 1
+    assert len([row for row in results(tmp_path / "run")["rows"] if "loss" in row]) == 2
+
+
 @pytest.mark.multigpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_train_as_one_does(config: Path, tmp_path: Path) -> None:
-    for size in (1, 2):
-        words = (
-            "-m",
-            "retriever",
-            "train",
-            config,
-            "--device",
-            "cuda",
-            "--dev.path",
-            "",
-            "--out",
-            tmp_path / str(size),
-        )
-        done = torchrun(size, *words)
+@pytest.mark.parametrize(
+    ("divided", "precision", "allowed"), [(False, "fp32", 1e-3), (True, "fp32", 1e-3), (True, "bf16", 3e-2)]
+)
+def test_two_gpus_train_as_one_does(
+    config: Path, tmp_path: Path, divided: bool, precision: str, allowed: float
+) -> None:
+    words = ["-m", "retriever", "train", config, "--device", "cuda", "--precision", precision, "--dev.path", ""]
+    for size, more in ((1, []), (2, ["--shard-towers"] if divided else [])):
+        done = torchrun(size, *words, *more, "--out", tmp_path / str(size))
         assert done.returncode == 0, done.stderr
-    assert_near(results(tmp_path / "2"), results(tmp_path / "1"), allowed=1e-3)
+    assert_near(results(tmp_path / "2"), results(tmp_path / "1"), allowed)
 
 
 @pytest.mark.multigpu
