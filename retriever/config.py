@@ -207,8 +207,8 @@ class TrainConfig:
     offload_embeddings: bool = False
     """Embeddings and gradients wait on the host before and after the loss: larger batches on a GPU, slower steps."""
     shard_towers: bool = False
-    """Divide weights, gradients and optimizer of the towers' encoders among the processes (FSDP2), for towers that do
-    not fit one GPU; slower than whole ones, which is what one process has in any case."""
+    """Divide weights, gradients and AdamW of the towers' encoders among the processes (FSDP2), for towers that do not
+    fit one GPU; slower than whole ones, which is what one process has in any case."""
     compile: bool = False
     """Compile the towers' layers by torch.compile: some seconds at the start, then faster steps on a GPU."""
     gradient_checkpointing: bool = False
