@@ -17,17 +17,23 @@ class ContrastiveBatch:
     """Queries, passages, and which passage is whose positive.
 
     query [M, D], passage [N, D]: same dtype and device. logit_scale: 0-dim, in `accumulator(query.dtype)`.
-    positive [M] int64, `diagonal` where it is 0 … M−1. query_ids [M] and passage_ids [N] int64, or both None.
+    given [M] int64, the positives, or None for 0 … M−1. `diagonal` where they are that, given or not. query_ids [M] and
+    passage_ids [N] int64, or both None.
     """
 
     query: Tensor
     passage: Tensor
     logit_scale: Tensor
-    positive: Tensor
+    given: Tensor | None
     query_ids: Tensor | None
     passage_ids: Tensor | None
     symmetric: bool
     diagonal: bool = False
+
+    @property
+    def positive(self) -> Tensor:
+        """[M] int64. Made whenever it is asked for: beside the kernels of a small batch a launch is dear."""
+        return torch.arange(len(self.query), device=self.query.device) if self.given is None else self.given
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -63,17 +69,17 @@ def checked_batch(
     _check_embeddings(query, passage, least=0 if shard else 1)
     scale = _checked_logit_scale(logit_scale, query)
     diagonal = positive is None
-    positive = _checked_positive(positive, query, passage, in_range=not shard)
+    given = _checked_positive(positive, query, passage, in_range=not shard)
     if passage_ids is None:
         if query_ids is not None:
             raise ValueError("query_ids needs passage_ids: ids of queries are compared with ids of passages")
-        return ContrastiveBatch(query, passage, scale, positive, None, None, symmetric, diagonal)
+        return ContrastiveBatch(query, passage, scale, given, None, None, symmetric, diagonal)
     passage_ids = _checked_indices("passage_ids", passage_ids, passage.shape[0], query.device)
     if query_ids is None:
-        query_ids = None if shard else passage_ids[positive]
+        query_ids = None if shard else passage_ids[: len(query)] if given is None else passage_ids[given]
     else:
         query_ids = _checked_indices("query_ids", query_ids, query.shape[0], query.device)
-    return ContrastiveBatch(query, passage, scale, positive, query_ids, passage_ids, symmetric, diagonal)
+    return ContrastiveBatch(query, passage, scale, given, query_ids, passage_ids, symmetric, diagonal)
 
 
 def checked_workspace(workspace_mib: float) -> int:
@@ -120,12 +126,12 @@ def _checked_logit_scale(logit_scale: float | Tensor, query: Tensor) -> Tensor:
     return logit_scale.to(dtype)
 
 
-def _checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in_range: bool) -> Tensor:
+def _checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in_range: bool) -> Tensor | None:
     queries, passages = query.shape[0], passage.shape[0]
     if positive is None:
         if passages < queries:
             raise ValueError(f"passage has {passages} rows, fewer than the {queries} queries: give positive")
-        return torch.arange(queries, device=query.device)
+        return None
     positive = _checked_indices("positive", positive, queries, query.device)
     if in_range and positive.device.type == "cpu":
         low, high = (int(extreme) for extreme in positive.aminmax())

@@ -98,7 +98,7 @@ def ranked_batch(
     same: dict[str, Any] = {"symmetric": symmetric, "exchange": exchange, "workspace_mib": workspace_mib}
     batch, shards = agreed(link, checked, positive, same)
     if positive is None:
-        batch = replace(batch, positive=batch.positive + shards.first_passage)
+        batch = replace(batch, given=batch.positive + shards.first_passage)
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
         of_positives = link.gather_rows(ids, shards.passages)[batch.positive] if shards.placed else ids[: len(query)]

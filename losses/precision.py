@@ -48,8 +48,10 @@ def rounded(block: Tensor, precision: Precision) -> Tensor:
 @contextlib.contextmanager
 def plain_arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     """Autocast is off inside and CUDA's float32 products are tf32 only if `precision` says so; restored afterwards."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
+    # Switches that are as they should be are left alone: turning them takes a small batch a tenth of its time.
+    switched = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if switched else contextlib.nullcontext():
+        if device.type != "cuda" or precision == "bf16":
             yield
             return
         backend = torch.backends.cuda.matmul

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -102,7 +103,7 @@ def sigmoid_loss(
             return fused_sigmoid_loss(batch, bias, precision, workspace_bytes)
         if implementation == "triton":
             warn_of_step_down("triton", reason)
-    return tiled_sigmoid_loss(batch, bias, precision, workspace_bytes)
+    return tiled_sigmoid_loss(replace(batch, given=batch.positive), bias, precision, workspace_bytes)
 
 
 def _described(logit_bias: Tensor) -> dict[str, Any]:

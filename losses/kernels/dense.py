@@ -3,7 +3,8 @@
     row_sum_i = Σ_j 2^(x_ij − row_shift_i)      column_sum_j = Σ_i 2^(x_ij − column_shift_j)      x = S / log 2
 
 At these sizes a launch costs more than what it does, so kernels do all that lies between the vendor's products.
-`products` [M, N] float32 are Q Kᵀ, not yet scaled. Each program writes to places of its own: the same bits every run.
+`products` [M, N] float32 are Q Kᵀ, not yet scaled; `lines` float32 hold row sums [M], row shifts [M], column sums [N]
+and column shifts [N]. Each program writes to places of its own: the same bits every run.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ TILE_M, TILE_N = 32, 128
 
 @triton.jit
 def line_sums_kernel(
-    product_ptr, scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, row_sum_ptr, row_shift_ptr, column_sum_ptr,
-    column_shift_ptr, rows, columns,
-    HAS_IDS: tl.constexpr, ROW_LINES: tl.constexpr, ROW_STEP: tl.constexpr, COLUMN_LINES: tl.constexpr,
-    COLUMN_STEP: tl.constexpr,
+    product_ptr, scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, line_ptr, rows, columns,
+    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, ROW_LINES: tl.constexpr, ROW_STEP: tl.constexpr,
+    COLUMN_LINES: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
     """Maxima and sums under them, of rows in programs (·, 0) and of columns in programs (·, 1)."""
     scale = tl.load(scale_ptr) * LOG2_E
@@ -37,13 +37,14 @@ def line_sums_kernel(
             for first in range(0, columns, ROW_STEP):
                 column = first + tl.arange(0, ROW_STEP)
                 products, exponents = _exponents(
-                    product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns, HAS_IDS
-                )
+                    product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
+                    DIAGONAL, HAS_IDS,
+                )  # fmt: skip
                 # A negative of minus infinity would vanish from every sum; zero times it does not.
                 worst += tl.sum(products * 0.0, 1)
                 highest, total = _with_more(exponents, highest, total, 1)
-            tl.store(row_sum_ptr + row, total + worst, mask=row < rows)
-            tl.store(row_shift_ptr + row, highest, mask=row < rows)
+            tl.store(line_ptr + row, total + worst, mask=row < rows)
+            tl.store(line_ptr + rows + row, highest, mask=row < rows)
     else:
         column = tl.program_id(0) * COLUMN_LINES + tl.arange(0, COLUMN_LINES)
         if tl.program_id(0) * COLUMN_LINES < columns:
@@ -52,28 +53,39 @@ def line_sums_kernel(
             for first in range(0, rows, COLUMN_STEP):
                 row = first + tl.arange(0, COLUMN_STEP)
                 _, exponents = _exponents(
-                    product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns, HAS_IDS
-                )
+                    product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
+                    DIAGONAL, HAS_IDS,
+                )  # fmt: skip
                 highest, total = _with_more(exponents, highest, total, 0)
-            tl.store(column_sum_ptr + column, total, mask=column < columns)
-            tl.store(column_shift_ptr + column, highest, mask=column < columns)
+            tl.store(line_ptr + 2 * rows + column, total, mask=column < columns)
+            tl.store(line_ptr + 2 * rows + columns + column, highest, mask=column < columns)
 
 
 @triton.jit
 def _exponents(
-    product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns, HAS_IDS: tl.constexpr,
+    product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
+    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
     """A tile of products, zeros beyond the matrix, and of exponents of 2, minus infinity beyond it and where masked."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     products = tl.load(product_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
     exponents = tl.where(inside, products * scale, float("-inf"))
     if HAS_IDS:
-        place = tl.load(positive_ptr + row, mask=row < rows, other=-1)
+        place = _places(positive_ptr, row, rows, DIAGONAL)
         query_id = tl.load(query_id_ptr + row, mask=row < rows, other=0)
         passage_id = tl.load(passage_id_ptr + column, mask=column < columns, other=0)
         masked = (query_id[:, None] == passage_id[None, :]) & (place[:, None] != column[None, :])
         exponents = tl.where(masked, float("-inf"), exponents)
     return products, exponents
+
+
+@triton.jit
+def _places(positive_ptr, row, rows, DIAGONAL: tl.constexpr):
+    """The columns of the rows' positives, −1 beyond the matrix."""
+    if DIAGONAL:
+        return tl.where(row < rows, row, -1)
+    else:
+        return tl.load(positive_ptr + row, mask=row < rows, other=-1).to(tl.int32)
 
 
 @triton.jit
@@ -87,8 +99,8 @@ def _with_more(exponents, highest, total, axis: tl.constexpr):
 
 @triton.jit
 def mean_loss_kernel(
-    product_ptr, scale_ptr, positive_ptr, row_sum_ptr, row_shift_ptr, column_sum_ptr, column_shift_ptr, loss_ptr, rows,
-    columns, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+    product_ptr, scale_ptr, positive_ptr, line_ptr, loss_ptr, rows, columns,
+    SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss, by one program: a mean over rows, and over their positives' columns."""
     scale = tl.load(scale_ptr) * LOG2_E
@@ -96,11 +108,12 @@ def mean_loss_kernel(
     for first in range(0, rows, BLOCK):
         row = first + tl.arange(0, BLOCK)
         valid = row < rows
-        place = tl.load(positive_ptr + row, mask=valid, other=0)
+        place = _places(positive_ptr, row, rows, DIAGONAL)
         score = tl.load(product_ptr + row.to(tl.int64) * columns + place, mask=valid, other=0.0) * scale
-        loss = _negative_log_share(score, row_sum_ptr + row, row_shift_ptr + row, valid)
+        loss = _negative_log_share(score, line_ptr + row, line_ptr + rows + row, valid)
         if SYMMETRIC:
-            loss = (loss + _negative_log_share(score, column_sum_ptr + place, column_shift_ptr + place, valid)) * 0.5
+            column_ptr = line_ptr + 2 * rows + place
+            loss = (loss + _negative_log_share(score, column_ptr, column_ptr + columns, valid)) * 0.5
         total += loss
     tl.store(loss_ptr, tl.sum(total, 0) / (rows * LOG2_E))
 
@@ -113,8 +126,8 @@ def _negative_log_share(score, sum_ptr, shift_ptr, valid):
 
 @triton.jit
 def dense_gradient_kernel(
-    product_ptr, scale_ptr, upstream_ptr, positive_ptr, owners_ptr, query_id_ptr, passage_id_ptr, row_sum_ptr,
-    row_shift_ptr, column_sum_ptr, column_shift_ptr, gradient_ptr, share_ptr, rows, columns,
+    product_ptr, scale_ptr, upstream_ptr, positive_ptr, owners_ptr, query_id_ptr, passage_id_ptr, line_ptr,
+    gradient_ptr, share_ptr, rows, columns,
     SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """logit_scale · upstream · dS in the operands' precision, and each program's part of Σ dS ∘ (Q Kᵀ) · upstream."""
@@ -124,11 +137,11 @@ def dense_gradient_kernel(
     row_valid, column_valid = row < rows, column < columns
     products, exponents = _exponents(
         product_ptr, logit_scale * LOG2_E, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
-        HAS_IDS,
+        DIAGONAL, HAS_IDS,
     )  # fmt: skip
     half = 0.5 if SYMMETRIC else 1.0
-    row_weight = half / tl.load(row_sum_ptr + row, mask=row_valid, other=1.0)
-    row_shift = tl.load(row_shift_ptr + row, mask=row_valid, other=0.0)
+    row_weight = half / tl.load(line_ptr + row, mask=row_valid, other=1.0)
+    row_shift = tl.load(line_ptr + rows + row, mask=row_valid, other=0.0)
     values = tl.exp2(exponents - row_shift[:, None]) * row_weight[:, None]
     if SYMMETRIC:
         if DIAGONAL:
@@ -136,12 +149,12 @@ def dense_gradient_kernel(
         else:
             owners = tl.load(owners_ptr + column, mask=column_valid, other=0.0)
         owned = column_valid & (owners > 0)
-        column_weight = half * owners / tl.load(column_sum_ptr + column, mask=owned, other=1.0)
-        column_shift = tl.load(column_shift_ptr + column, mask=owned, other=0.0)
+        column_weight = half * owners / tl.load(line_ptr + 2 * rows + column, mask=owned, other=1.0)
+        column_shift = tl.load(line_ptr + 2 * rows + columns + column, mask=owned, other=0.0)
         # A column that nobody owns may hold nothing but masks; it counts for nothing.
         powers = tl.exp2(tl.where(owned[None, :], exponents - column_shift[None, :], float("-inf")))
         values += powers * column_weight[None, :]
-    place = tl.load(positive_ptr + row, mask=row_valid, other=-1)
+    place = _places(positive_ptr, row, rows, DIAGONAL)
     values = tl.where(place[:, None] == column[None, :], values - 1.0, values)
     values *= tl.load(upstream_ptr) / rows
     inside = row_valid[:, None] & column_valid[None, :]
