@@ -1,9 +1,12 @@
-"""Write the tables of README.md anew from the committed results: `python scripts/readme_tables.py`."""
+"""Write the tables of README.md and retriever/README.md anew from the committed results:
+`python scripts/readme_tables.py`."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
+
+from throughput_tables import encode_table, memory_table, train_table
 
 HOUSE = Path(__file__).resolve().parent.parent
 RESULTS = HOUSE / "scripts" / "results"
@@ -11,13 +14,24 @@ RESULTS = HOUSE / "scripts" / "results"
 
 def main() -> None:
     """Replace what stands between the markers of every table."""
-    readme = HOUSE / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for readme, make in ((HOUSE / "README.md", tables), (HOUSE / "retriever" / "README.md", throughput)):
+        readme.write_text(filled(readme.read_text(encoding="utf-8"), make()), encoding="utf-8")
 
 
-def filled(readme: str) -> str:
-    """The text with every table between `<!-- NAME -->` and `<!-- /NAME -->` made from its CSV file."""
-    for name, table in {"quickstart": quickstart_table(), "emoji": emoji_table()}.items():
+def tables() -> dict[str, str]:
+    """Those of README.md."""
+    return {"quickstart": quickstart_table(), "emoji": emoji_table()}
+
+
+def throughput() -> dict[str, str]:
+    """Those of retriever/README.md, of what has been measured."""
+    makers = {"train": train_table, "encode": encode_table, "encode_memory": memory_table}
+    return {name: make(rows_of(f"{name}.csv")) for name, make in makers.items() if (RESULTS / f"{name}.csv").exists()}
+
+
+def filled(readme: str, tables: dict[str, str]) -> str:
+    """The text with every table between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    for name, table in tables.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, _, rest = readme.partition(start)
         _, _, after = rest.partition(end)

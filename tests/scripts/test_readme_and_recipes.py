@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,16 +14,48 @@ HOUSE = Path(__file__).resolve().parent.parent.parent
 RECIPES = sorted((HOUSE / "scripts" / "recipes").glob("*.yaml"))
 
 
-def test_readme_tables_are_those_of_the_committed_results() -> None:
-    spec = importlib.util.spec_from_file_location("readme_tables", HOUSE / "scripts" / "readme_tables.py")
-    assert spec is not None and spec.loader is not None
-    readme_tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme_tables)
+@pytest.fixture
+def readme_tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(HOUSE / "scripts")
+    return importlib.import_module("readme_tables")
+
+
+def test_readme_tables_are_those_of_the_committed_results(readme_tables: Any) -> None:
     readme = (HOUSE / "README.md").read_text(encoding="utf-8")
+    tables = readme_tables.tables()
     assert "| nDCG@10 | recall@100 |" in readme
-    assert readme_tables.filled(readme) == readme
+    assert readme_tables.filled(readme, tables) == readme
     damaged = readme.replace("| nDCG@10 | recall@100 |", "| nDCG@5 | recall@50 |").replace("| acc5 |", "| acc6 |")
-    assert readme_tables.filled(damaged) == readme
+    assert readme_tables.filled(damaged, tables) == readme
+
+
+def test_throughput_tables_are_those_of_the_committed_results(readme_tables: Any) -> None:
+    readme = (HOUSE / "retriever" / "README.md").read_text(encoding="utf-8")
+    tables = readme_tables.throughput()
+    assert all(f"<!-- {name} -->\n{table}<!-- /{name} -->" in readme for name, table in tables.items())
+
+
+def test_tables_of_several_hardwares_compare_within_each(readme_tables: Any) -> None:
+    from throughput_tables import train_table
+
+    def row(hardware: str, method: str, rate: float, peak: str = "0", planned: str = "") -> dict[str, str]:
+        rates = {"pairs_per_second": str(rate), "tokens_per_second": str(80 * rate), "flop_utilisation": "0.361"}
+        memory = {"peak_mib": peak, "planned_mib": planned}
+        return {"method": method, "batch": "16384", "hardware": hardware, "torch": "2.11", "commit": "abc"} | (
+            rates | memory
+        )
+
+    table = train_table(
+        [
+            row("a GPU", "ours", 7000, "12000", "13000"),
+            row("a GPU", "sentence-transformers, 16384 tokens", 1000),
+            row("a GPU", "sentence-transformers, 65536 tokens", 1400),
+            row("a CPU", "ours", 3.5),
+        ]
+    )
+    assert "| 16,384 | ours | 7,000 | 560,000 | 5.00 | 36.1% | 12,000 (13,000) |" in table
+    assert "| 16,384 | ours | 3.5 | 280 | – | 36.1% | – |" in table
+    assert table.index("a GPU, torch 2.11, commit abc.") < table.index("| 3.5 |") < table.index("a CPU, torch 2.11")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

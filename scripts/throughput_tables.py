@@ -1,0 +1,83 @@
+"""Tables of retriever/README.md: what bench_train.py and bench_encode.py measured, one for each hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Row = dict[str, str]
+
+
+def train_table(rows: Sequence[Row]) -> str:
+    """Training: a line for each method and batch, beside the best of sentence-transformers at that batch."""
+    tables = []
+    for own in by_hardware(rows):
+        lines = [
+            "| batch | training | pairs/s | tokens/s | times theirs | FLOP utilisation | peak MiB (planned) |",
+            "|---:|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in own:
+            theirs = [float(o["pairs_per_second"]) for o in own if o["batch"] == row["batch"] and is_theirs(o)]
+            times = f"{float(row['pairs_per_second']) / max(theirs):.2f}" if theirs else "–"
+            lines.append(
+                f"| {int(row['batch']):,} | {row['method']} | {number(row['pairs_per_second'])} | "
+                f"{number(row['tokens_per_second'])} | {times} | {float(row['flop_utilisation']):.1%} | {peak(row)} |"
+            )
+        tables.append("\n".join([*lines, "", where(own[0])]))
+    return "\n\n".join(tables) + "\n"
+
+
+def encode_table(rows: Sequence[Row]) -> str:
+    """Encoding: a line for each method."""
+    tables = []
+    for own in by_hardware(rows):
+        best = max((float(row["tokens_per_second"]) for row in own if is_theirs(row)), default=0.0)
+        lines = [
+            "| encoding | passages/s | tokens/s | times theirs | FLOP utilisation | peak MiB (planned) |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in own:
+            times = f"{float(row['tokens_per_second']) / best:.2f}" if best else "–"
+            lines.append(
+                f"| {row['method']} | {number(row['passages_per_second'])} | {number(row['tokens_per_second'])} | "
+                f"{times} | {float(row['flop_utilisation']):.1%} | {peak(row)} |"
+            )
+        tables.append("\n".join([*lines, "", where(own[0])]))
+    return "\n\n".join(tables) + "\n"
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """Memory of encoding after each part of a long corpus."""
+    tables = []
+    for own in by_hardware(rows):
+        lines = ["| passages so far | MiB | MiB without pages of files |", "|---:|---:|---:|"]
+        lines += [f"| {int(r['passages']):,} | {number(r['resident_mib'])} | {number(r['private_mib'])} |" for r in own]
+        tables.append("\n".join([*lines, "", f"A file of {number(own[0]['file_mib'])} MiB. {where(own[0])}"]))
+    return "\n\n".join(tables) + "\n"
+
+
+def by_hardware(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each hardware, in the order of the file."""
+    return [[row for row in rows if row["hardware"] == name] for name in dict.fromkeys(r["hardware"] for r in rows)]
+
+
+def is_theirs(row: Row) -> bool:
+    """Whether sentence-transformers was measured."""
+    return row["method"].startswith("sentence-transformers")
+
+
+def number(text: str) -> str:
+    """As a person reads it: whole from ten on."""
+    value = float(text)
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def peak(row: Row) -> str:
+    """Measured peak of GPU memory and the planned one; neither is known on a CPU."""
+    if not float(row["peak_mib"] or 0):
+        return "–"
+    return number(row["peak_mib"]) + (f" ({number(row['planned_mib'])})" if row["planned_mib"] else "")
+
+
+def where(row: Row) -> str:
+    """On what it was measured."""
+    return f"{row['hardware']}, torch {row['torch']}, commit {row['commit']}."
