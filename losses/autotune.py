@@ -46,6 +46,14 @@ CANDIDATES = {
         TileShape(128, 64, 32, warps=4, stages=3, group=8),
     ),
 }
+KEPT_GRADIENT_CANDIDATES = (
+    TileShape(64, 128, 64, warps=4, stages=1, group=8),
+    TileShape(64, 128, 64, warps=8, stages=1, group=8),
+    TileShape(128, 128, 64, warps=4, stages=1, group=8),
+    TileShape(128, 128, 64, warps=8, stages=1, group=8),
+    TileShape(64, 256, 64, warps=8, stages=1, group=8),
+    TileShape(32, 256, 64, warps=4, stages=1, group=8),
+)
 PRECISIONS: dict[str, tuple[torch.dtype, Precision]] = {
     "bfloat16": (torch.bfloat16, "bf16"),
     "float16": (torch.float16, "tf32"),
@@ -82,7 +90,7 @@ class Trial:
         query, passage = embeddings(), embeddings()
 
         # What keeps all exponentials, and what keeps none.
-        workspace_mib = rows**2 / 2**19 + 256 if self.kernel == "kept_sums" else 256
+        workspace_mib = rows**2 / 2**19 + 256 if self.kernel.startswith("kept") else 256
 
         def run() -> None:
             if self.kernel == "sigmoid":
@@ -99,10 +107,15 @@ class Trial:
                 implementation="triton",
                 workspace_mib=workspace_mib,
             )
-            if self.kernel == "gradient":
+            if self.kernel.endswith("gradient"):
                 torch.autograd.grad(loss, (query, passage))
 
         return run
+
+
+def candidates(kernel: str, precision: str) -> tuple[TileShape, ...]:
+    """The shapes that are tried for a kernel."""
+    return KEPT_GRADIENT_CANDIDATES if kernel == "kept_gradient" else CANDIDATES[PRECISIONS[precision][0].itemsize]
 
 
 def main() -> int:
@@ -110,16 +123,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("shapes.json"), help="the table to write (%(default)s)")
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 384, 768, 1024], help="dimensions to measure")
     parser.add_argument("--rows", type=int, default=32768, help="queries and passages of a trial (%(default)s)")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="those to measure (all)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("losses.autotune: expected a CUDA GPU, found none", file=sys.stderr)
         return 1
     trials = [
         Trial(kernel, precision, dim, shape)
-        for kernel, precision, dim in itertools.product(KERNELS, PRECISIONS, arguments.dims)
+        for kernel, precision, dim in itertools.product(arguments.kernels, PRECISIONS, arguments.dims)
         # Exponentials are kept in bf16 alone.
-        if kernel != "kept_sums" or precision == "bfloat16"
-        for shape in CANDIDATES[PRECISIONS[precision][0].itemsize]
+        if not kernel.startswith("kept") or precision == "bfloat16"
+        for shape in candidates(kernel, precision)
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

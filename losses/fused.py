@@ -269,8 +269,9 @@ def score_gradient(
     """Write unit · M · dS [rows, columns] into `gradient`, from recomputed or, where they fit, kept exponentials."""
     from losses.kernels.gradients import score_gradient_kernel
 
-    shape = run.shape("gradient")
     for safe in (True, False):
+        from_kept = kept is not None and safe
+        shape = run.shape("kept_gradient" if from_kept else "gradient")
         launched = shape if safe else replace(shape, persistent=1)
         described = kept if kept is not None and safe else gradient
         score_gradient_kernel[launched.grid(cells(rows), cells(columns), run.processors)](
@@ -299,7 +300,7 @@ def score_gradient(
             SYMMETRIC=weights.symmetric,
             DIAGONAL=weights.diagonal,
             HAS_IDS=run.has_ids,
-            KEPT=kept is not None and safe,
+            KEPT=from_kept,
             **launched.meta(),
         )
 
