@@ -100,6 +100,9 @@ def main(size: int) -> None:
     for dtype, exchange, symmetric, ids, placed, logit_scale in itertools.product(
         ALLOWED, ("ring", "gather"), (False, True), (False, True), (False, True), (20.0, 300.0)
     ):
+        if dtype != torch.bfloat16 and not (symmetric and ids == placed):
+            # Each mixture of these is compiled anew, which takes longer than all the rest.
+            continue
         case: dict[str, Any] = {"exchange": exchange, "symmetric": symmetric, "logit_scale": logit_scale}
         found = relative_errors(group, size, dtype, placed, ids, implementation="triton", workspace_mib=1, **case)
         # A score's rounding grows with the scale.
