@@ -50,7 +50,7 @@ def _sizes(rows: Rows) -> list[str]:
         "**Computed, not measured**: what larger ones take in memory, or on disk with `--on-disk`; and in hours of one "
         f"core, by the work it is and the rates of {_where(computed)} (scripts/bench_index.py computed). On n cores or "
         "machines adding takes an n-th of it; `--gpu` is for the clustering. Take them for upper ends: by the same "
-        "rates, measured on a busy machine, the 10 million above take 38 minutes, where they took 19. Their "
+        "rates, measured on a busy machine, the 10 million above take about 40 minutes, where they took 19. Their "
         "recall would be a guess: tune them.",
         "",
         "| vectors | factory | bytes a vector | index GiB | clustering, core h | adding, core h |",
