@@ -64,8 +64,8 @@ def main() -> None:
         name = f"ours, {precision}"
         print(f"{name}: {time.perf_counter() - start:.0f} s; {compared(curves[name], curves[PLAIN])}", flush=True)
     rows = [
-        {"step": step + 1, PLAIN: f"{curves[PLAIN][step]:.6f}"}
-        | {f"ours, {p}": f"{curves[f'ours, {p}'][step]:.6f}" if p in precisions else "" for p in ("fp32", "bf16")}
+        {"step": step + 1, PLAIN: f"{curves[PLAIN][step]:.9f}"}
+        | {f"ours, {p}": f"{curves[f'ours, {p}'][step]:.9f}" if p in precisions else "" for p in ("fp32", "bf16")}
         | {"batch": options.batch, **machine(), **({"commit": options.commit} if options.commit else {})}
         for step in range(len(curves[PLAIN]))
     ]
