@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +20,15 @@ from index.windows import Shards, Window, pieces
 
 __all__ = ["merge", "search", "search_on_ranks"]
 
+Each = Callable[[Callable[[Best], None], list[Best]], object]
+
 # Products that are held at once, of some queries and a block or, on a processor, a slice of one: 8 MiB in float32, and
 # 1 GiB on a GPU.
 PRODUCTS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 # Results that are looked for at once: their candidates are several times as many, in several lists.
 RESULTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**62}
+# Queries that a thread of a processor must have, to work on them by itself beside others.
+QUERIES_A_THREAD = 64
 # Queries whose lists are exchanged between ranks at a time.
 QUERIES_AT_ONCE = 4096
 
@@ -130,19 +137,20 @@ def _search(
     if queries.ndim != 2:
         raise ValueError(f"queries: expected shape [Q, D], found {queries.shape}")
     place = _with_number(torch.device(device))
-    with full_precision(place):
+    with full_precision(place), _team(place, len(queries)) as (members, each):
         half = half_type(place)
         vectors = torch.tensor(np.ascontiguousarray(queries, dtype=np.float32), device=place)
         largest = _largest(vectors)
         rows_at_once = min(block_rows, SLICE_ROWS.get(place.type, block_rows), max(1, len(ids)))
-        at_once = max(1, min(PRODUCTS_AT_ONCE[place.type] // rows_at_once, RESULTS_AT_ONCE[place.type] // k))
+        at_once = min(PRODUCTS_AT_ONCE[place.type] // rows_at_once, RESULTS_AT_ONCE[place.type] // k)
+        at_once = max(1, min(at_once, -(-len(vectors) // members)))
         parts = [Best(Queries(part, half), k, ids) for part in vectors.split(at_once) if len(part)]
         window: Window | None = None
         # Closed at a fault too, so that nothing goes on reading.
         with contextlib.closing(pieces(shards, block_rows, len(ids), place)) as stream:
             for piece in stream:
                 if window is not None and window is not piece.window:
-                    _settle(parts, window)
+                    _settle(parts, window, each)
                 window = piece.window
                 block = Block.measured(piece.vectors, piece.first, piece.start, ids, half)
                 # Half of what float32 holds, because products in half precision may exceed the exact ones a little.
@@ -150,22 +158,44 @@ def _search(
                     last = piece.first + piece.rows - 1
                     raise InputError(f"rows {piece.first} to {last}: inner products overflow float32")
                 window.enter(piece.start, piece.first, piece.rows, block.norm)
-                for part in parts:
-                    part.update(block, window)
+                each(partial(Best.update, block=block, window=window), parts)
                 if progress is not None:
                     progress(piece.rows)
         if window is not None:
-            _settle(parts, window)
+            _settle(parts, window, each)
         tables = [as_table(part.query, part.score, part.row, part.count) for part in parts]
     if not tables:
         return np.empty((0, min(k, len(ids))), np.float32), np.empty((0, min(k, len(ids))), np.int64)
     return np.concatenate([scores for scores, _ in tables]), np.concatenate([rows for _, rows in tables])
 
 
-def _settle(parts: list[Best], window: Window) -> None:
-    for part in parts:
-        part.settle(window)
+def _settle(parts: list[Best], window: Window, each: Each) -> None:
+    each(partial(Best.settle, window=window), parts)
     window.release()
+
+
+@contextlib.contextmanager
+def _team(place: torch.device, queries: int) -> Iterator[tuple[int, Each]]:
+    """How many share the queries, and what does something with each part of them.
+
+    On a processor threads of our own take a part each. torch's would wait for each other at every product, and what
+    chooses and scores candidates would keep one of them busy and the others not.
+    """
+    threads = torch.get_num_threads()
+    if place.type != "cpu" or threads == 1 or queries < threads * QUERIES_A_THREAD:
+        yield 1, _one_by_one
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            # Each thread enters inference mode for itself.
+            yield threads, lambda work, parts: deque(pool.map(torch.inference_mode()(work), parts), maxlen=0)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _one_by_one(work: Callable[[Best], None], parts: list[Best]) -> None:
+    for part in parts:
+        work(part)
 
 
 def _checked(shards: Shards, queries: np.ndarray, rows: int) -> Iterator[tuple[int, Any]]:
