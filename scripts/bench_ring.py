@@ -3,8 +3,9 @@
 torchrun --nproc-per-node 2 scripts/bench_ring.py
 torchrun --nproc-per-node 2 scripts/bench_ring.py --device cpu --quick
 
-Part "speed": one rank alone with the whole batch, then all ranks by the ring and by gathering. Part "ablation": memory
-and time of each way at one size. Every way is checked against float64 first. Part "profile" (GPUs): how much of the
+Part "speed": one rank alone with the whole batch, then all ranks by the ring and by gathering; on GPUs also by
+replaying a CUDA graph of it, which shows what small batches wait for their host. Part "ablation": memory and time of
+each way at one size. Every way is checked against float64 first. Part "profile" (GPUs): how much of the
 ring's transfers runs beside its tiles, with ring_profile.png. Rows go to ring.csv as they come and the ablation to
 ring.png, in scripts/results or where --results says; what --budget seconds do not suffice for has a row that says so.
 Embeddings are fp32, products bf16 by autocast, the loss symmetric.
@@ -26,6 +27,8 @@ from machine import machine
 from rank_clock import METHODS, OURS, RankClock, joined
 from result_rows import write_rows
 from ring_plots import draw_ablation, draw_profile, hidden_share
+
+IN_GRAPH = ", in a CUDA graph"
 
 
 def main() -> None:
@@ -84,21 +87,22 @@ class Bench:
                 raise SystemExit(f"{name}: off by {self.errors[name]:.1e}")
 
     def speed(self, pairs: int) -> None:
-        """One rank alone beside all of them."""
-        alone = self.measure("one rank alone", pairs, "speed")
-        for name in OURS:
-            self.measure(name, pairs, "speed", alone)
+        """One rank alone beside all of them; on GPUs once more with the kernels alone, without the host's part."""
+        for graph in (False, True) if self.clock.cuda else (False,):
+            alone = self.measure("one rank alone", pairs, "speed", graph=graph)
+            for name in OURS:
+                self.measure(name, pairs, "speed", alone, graph=graph)
 
-    def measure(self, name: str, pairs: int, part: str, alone: float = 0.0) -> float:
+    def measure(self, name: str, pairs: int, part: str, alone: float = 0.0, *, graph: bool = False) -> float:
         """A row: median milliseconds of the slowest rank, and the most memory that any has beside the embeddings."""
         clock, single = self.clock, name == "one rank alone"
         found = clock.measure(
-            METHODS["ours: auto" if single else name], pairs, clock.alone if single else clock.everyone
+            METHODS["ours: auto" if single else name], pairs, clock.alone if single else clock.everyone, graph=graph
         )
         failed = bool(found.problem)
         row = {
             "part": part,
-            "method": name,
+            "method": name + (IN_GRAPH if graph else ""),
             "pairs": str(pairs),
             "dim": str(self.options.dim),
             "ranks": "1" if single else str(self.ranks.size),

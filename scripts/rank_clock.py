@@ -39,7 +39,7 @@ METHODS: dict[str, Loss] = {
 OURS = tuple(name for name in METHODS if name.startswith("ours"))
 # A rank that waits so long for another waits in vain: one of them has run out of memory alone.
 PATIENCE = datetime.timedelta(seconds=120)
-ROW_SECONDS, FEWEST_SAMPLES = 4.0, 3
+ROW_SECONDS, FEWEST_SAMPLES, SAMPLE_SECONDS = 4.0, 3, 0.25
 # Of a GPU's memory: ranks of equal shares then meet the end of it at the same allocation, and none waits for another.
 MEMORY = 0.94
 
@@ -137,16 +137,23 @@ class RankClock:
             )
         return found
 
-    def measure(self, method: Loss, count: int, team: Team, *, from_host: bool = False) -> Measured:
-        """Median of some calls, and memory."""
+    def measure(
+        self, method: Loss, count: int, team: Team, *, from_host: bool = False, graph: bool = False
+    ) -> Measured:
+        """Median of some samples, each of calls that follow one another as steps of training do, and memory.
+
+        With `graph` one call is captured in a CUDA graph, and the calls are its replays.
+        """
         problem, found = "", (0.0, 0.0, 0.0)
         if self.no_time_left():
             problem = "no time left"
         elif self.ranks.rank < team.size:
             try:
-                found = self._timed(method, count, team, from_host)
+                found = self._timed(method, count, team, from_host, graph)
             except torch.OutOfMemoryError:
                 problem = "out of memory"
+            except torch.AcceleratorError as error:
+                problem = f"failed: {str(error).splitlines()[0]}"
         self.release()
         if self.ranks.any(bool(problem)):
             return Measured(problem=problem or "out of memory")
@@ -171,6 +178,14 @@ class RankClock:
         self.ranks.wait()
         return spans
 
+    def captured(self, call: Callable[[], object]) -> Callable[[], object]:
+        """What replays the kernels of a call, which was made before."""
+        graph = torch.cuda.CUDAGraph()
+        # Threads of the process groups ask the device for things while this one captures.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            call()
+        return graph.replay
+
     def no_time_left(self, seconds: float = 0.0) -> bool:
         """Whether something of so many seconds would end too late by the clock of any rank."""
         return self.ranks.any(time.monotonic() + seconds > self.deadline)
@@ -192,19 +207,23 @@ class RankClock:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def _timed(self, method: Loss, count: int, team: Team, from_host: bool) -> tuple[float, float, float]:
+    def _timed(self, method: Loss, count: int, team: Team, from_host: bool, graph: bool) -> tuple[float, float, float]:
         leaves, step = self.pairs(count, team), self.step
         if from_host:
             leaves, step = [to_host(leaf.detach()) for leaf in leaves], self.step_from_host
+        call: Callable[[], object] = partial(step, method, leaves, team)
 
-        def sample() -> float:
+        def sample(calls: int = 1) -> float:
             self.barrier(team)
             began = time.perf_counter()
-            step(method, leaves, team)
+            for _ in range(calls):
+                call()
             self.wait()
-            return time.perf_counter() - began
+            return (time.perf_counter() - began) / calls
 
         sample()
+        if graph:
+            call = self.captured(call)
         held = 0.0
         if self.cuda:
             held = torch.cuda.memory_allocated() / MIB
@@ -212,8 +231,9 @@ class RankClock:
         first = torch.tensor(sample())
         if team.group is not None:
             distributed.all_reduce(first, distributed.ReduceOp.MAX, group=team.group)
-        samples = min(self.samples, max(FEWEST_SAMPLES, int(ROW_SECONDS / float(first))))
+        calls = max(1, round(SAMPLE_SECONDS / float(first)))
+        samples = min(self.samples, max(FEWEST_SAMPLES, int(ROW_SECONDS / (calls * float(first)))))
         # One call that takes longer than a row should says enough.
         long = float(first) > ROW_SECONDS
-        seconds = float(first) if long else statistics.median(sample() for _ in range(samples))
+        seconds = float(first) if long else statistics.median(sample(calls) for _ in range(samples))
         return 1000 * seconds, held, torch.cuda.max_memory_allocated() / MIB if self.cuda else 0.0
