@@ -79,6 +79,10 @@ def read_vectors(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
     return vectors
 
 
+# Made once: json.dumps makes an encoder for each line, which takes as long as the line.
+_LINE = json.JSONEncoder(ensure_ascii=False, check_circular=False)
+
+
 def passage_line(passage: Passage, place: str) -> bytes:
     """The passage as a line of JSON.
 
@@ -88,7 +92,7 @@ def passage_line(passage: Passage, place: str) -> bytes:
     checked_id(passage.id, place)
     value = {"_id": passage.id, "title": passage.title, "text": passage.text}
     try:
-        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        return _LINE.encode(value).encode() + b"\n"
     except UnicodeEncodeError:
         found = f"found half of a surrogate pair in passage {passage.id!r}"
         raise InputError(f"{place}: expected Unicode text, {found}") from None

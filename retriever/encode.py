@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -170,10 +171,19 @@ def encode_passages(
                 progress(done)
             row = writer.rows
             workers = token_workers(towers.device) if options.workers is None else options.workers
-            with contextlib.closing(ahead(_windows(towers, stream, row, shard_rows, workers))) as windows:
+            with (
+                contextlib.closing(ahead(_windows(towers, stream, row, shard_rows, workers))) as windows,
+                # Sums and files of one window are made while the next is on its way, which they would hold up.
+                ThreadPoolExecutor(1, "writer") as writing,
+            ):
+                written: Future[None] | None = None
                 for window, vectors in embed_windows(towers, windows, "document", options, progress):
-                    writer.append(window, vectors)
+                    if written is not None:
+                        written.result()
+                    written = writing.submit(writer.append, window, vectors)
                     row += len(window)
+                if written is not None:
+                    written.result()
             if row == 0:
                 raise InputError(f"{source.get('name', 'corpus')}: expected passages, found none")
             writer.close()

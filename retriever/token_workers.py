@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from retriever.interrupt import leave_signals_to_the_parent
 from retriever.tokens import TextTokenizer, TokenizedTexts
 
-# One makes about half a million tokens a second of BERT's; more than this a GPU with BERT-base does not read.
-MOST_WORKERS = 8
+# One makes a quarter to half a million tokens a second of BERT's; more than this a GPU with BERT-base does not read.
+MOST_WORKERS = 12
 
 
 def token_workers(device: torch.device) -> int:
