@@ -1,4 +1,4 @@
-"""Write the tables of README.md and retriever/README.md anew from the committed results:
+"""Write the tables of README.md, retriever/README.md and retriever/images/README.md anew from the committed results:
 `python scripts/readme_tables.py`."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from throughput_tables import encode_table, memory_table, train_table
+from throughput_tables import encode_table, image_train_table, images_table, memory_table, train_table
 
 HOUSE = Path(__file__).resolve().parent.parent
 RESULTS = HOUSE / "scripts" / "results"
@@ -14,7 +14,8 @@ RESULTS = HOUSE / "scripts" / "results"
 
 def main() -> None:
     """Replace what stands between the markers of every table."""
-    for readme, make in ((HOUSE / "README.md", tables), (HOUSE / "retriever" / "README.md", throughput)):
+    places = {"README.md": tables, "retriever/README.md": throughput, "retriever/images/README.md": pictures}
+    for readme, make in ((HOUSE / place, make) for place, make in places.items()):
         readme.write_text(filled(readme.read_text(encoding="utf-8"), make()), encoding="utf-8")
 
 
@@ -27,6 +28,11 @@ def throughput() -> dict[str, str]:
     """Those of retriever/README.md, of what has been measured."""
     makers = {"train": train_table, "encode": encode_table, "encode_memory": memory_table}
     return {name: make(rows_of(f"{name}.csv")) for name, make in makers.items() if (RESULTS / f"{name}.csv").exists()}
+
+
+def pictures() -> dict[str, str]:
+    """Those of retriever/images/README.md."""
+    return {"image_train": image_train_table(rows_of("image_train.csv")), "images": images_table(rows_of("images.csv"))}
 
 
 def filled(readme: str, tables: dict[str, str]) -> str:

@@ -1,4 +1,5 @@
-"""Tables of retriever/README.md: what bench_train.py and bench_encode.py measured, one for each hardware."""
+"""Tables of retriever/README.md and retriever/images/README.md: what the benchmarks of training, of encoding and of
+reading pictures measured, one for each hardware."""
 
 from __future__ import annotations
 
@@ -55,6 +56,43 @@ def memory_table(rows: Sequence[Row]) -> str:
     return "\n\n".join(tables) + "\n"
 
 
+def image_train_table(rows: Sequence[Row]) -> str:
+    """Steps on pictures beside their towers alone, the loss, and features beside encoding anew."""
+    tables = []
+    for own in by_hardware(rows):
+        lines = ["| measured | pairs | s | pairs/s | compared | peak MiB (planned) |", "|---|---:|---:|---:|---|---:|"]
+        for row in own:
+            lines.append(
+                f"| {row['image_tower']}: {row['part']} | {int(row['pairs']):,} | {row['seconds']} | "
+                f"{number(row['pairs_per_second'])} | {compared(row)} | {peak(row)} |"
+            )
+        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}, {own[0]['precision']}. {where(own[0])}"]))
+    return "\n\n".join(tables) + "\n"
+
+
+def compared(row: Row) -> str:
+    """What a step on pictures is compared with."""
+    if row["step_over_this"]:
+        return f"the step takes {row['step_over_this']} times this"
+    if row["of_step"]:
+        return f"{float(row['of_step']):.2%} of the step"
+    return f"{row['times_features']} times the step on features" if row["times_features"] else ""
+
+
+def images_table(rows: Sequence[Row]) -> str:
+    """Pictures a second out of tars beside the decoder."""
+    tables = []
+    for own in by_hardware(rows):
+        lines = ["| reading | pictures/s | of the decoder | processor ms a picture |", "|---|---:|---:|---:|"]
+        for row in own:
+            lines.append(
+                f"| {row['method']} | {number(row['pictures_per_second'])} | {float(row['of_decoder']):.2f} | "
+                f"{row['processor_ms']} |"
+            )
+        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}. {where(own[0])}"]))
+    return "\n\n".join(tables) + "\n"
+
+
 def by_hardware(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows of each hardware, in the order of the file."""
     return [[row for row in rows if row["hardware"] == name] for name in dict.fromkeys(r["hardware"] for r in rows)]
@@ -76,6 +114,11 @@ def peak(row: Row) -> str:
     if not float(row["peak_mib"] or 0):
         return "–"
     return number(row["peak_mib"]) + (f" ({number(row['planned_mib'])})" if row["planned_mib"] else "")
+
+
+def sentence(text: str) -> str:
+    """With a capital letter before it."""
+    return text[:1].upper() + text[1:]
 
 
 def where(row: Row) -> str:

@@ -29,9 +29,11 @@ def test_readme_tables_are_those_of_the_committed_results(readme_tables: Any) ->
     assert readme_tables.filled(damaged, tables) == readme
 
 
-def test_throughput_tables_are_those_of_the_committed_results(readme_tables: Any) -> None:
-    readme = (HOUSE / "retriever" / "README.md").read_text(encoding="utf-8")
-    tables = readme_tables.throughput()
+@pytest.mark.parametrize(("folder", "made"), [("retriever", "throughput"), ("retriever/images", "pictures")])
+def test_other_tables_are_those_of_the_committed_results(readme_tables: Any, folder: str, made: str) -> None:
+    readme = (HOUSE / folder / "README.md").read_text(encoding="utf-8")
+    tables = getattr(readme_tables, made)()
+    assert tables
     assert all(f"<!-- {name} -->\n{table}<!-- /{name} -->" in readme for name, table in tables.items())
 
 
