@@ -40,6 +40,7 @@ OURS = tuple(name for name in METHODS if name.startswith("ours"))
 # A rank that waits so long for another waits in vain: one of them has run out of memory alone.
 PATIENCE = datetime.timedelta(seconds=120)
 ROW_SECONDS, FEWEST_SAMPLES, SAMPLE_SECONDS = 4.0, 3, 0.25
+PROFILED_CALLS = 2
 # Of a GPU's memory: ranks of equal shares then meet the end of it at the same allocation, and none waits for another.
 MEMORY = 0.94
 
@@ -160,7 +161,10 @@ class RankClock:
         return Measured(*(self.ranks.most(figure) for figure in found))
 
     def spans(self, method: Loss, count: int, team: Team) -> Spans | None:
-        """The kernels of one call on the first rank under the profiler; None on the others."""
+        """The kernels of a call that follows another, on the first rank under the profiler; None on the others.
+
+        The host is then ahead of the device, as in training; at a first call the device waits for it.
+        """
         from torch.profiler import ProfilerActivity, profile
 
         spans = None
@@ -171,9 +175,10 @@ class RankClock:
             # Else a transfer's time is that of waiting for a rank that begins later.
             self.barrier(team)
             with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
-                self.step(method, leaves, team)
+                for _ in range(PROFILED_CALLS):
+                    self.step(method, leaves, team)
                 self.wait()
-            spans = kernel_spans(recorded.events()) if self.ranks.first else None
+            spans = kernel_spans(recorded.events(), PROFILED_CALLS) if self.ranks.first else None
         self.release()
         self.ranks.wait()
         return spans

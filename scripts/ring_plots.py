@@ -10,9 +10,9 @@ Spans = dict[str, list[tuple[float, float]]]
 TRANSFER, PRODUCT, TILES, OTHER = "transfers (NCCL)", "products", "tiles (Triton)", "other"
 
 
-def kernel_spans(events: Iterable[Any]) -> Spans:
-    """Begin and end of every kernel, ms from the first one, by kind."""
-    spans: Spans = {TRANSFER: [], PRODUCT: [], TILES: [], OTHER: []}
+def kernel_spans(events: Iterable[Any], calls: int = 1) -> Spans:
+    """Begin and end of every kernel of the last of so many equal calls, ms from its first one, by kind."""
+    found: list[tuple[float, float, str]] = []
     for event in events:
         # NCCL's calls are marked on the GPU's lane too, beside the kernels that they start.
         if "CUDA" not in str(event.device_type) or event.is_user_annotation:
@@ -24,9 +24,12 @@ def kernel_spans(events: Iterable[Any]) -> Spans:
             kind = PRODUCT
         else:
             kind = TILES if "kernel" in name and "::" not in name else OTHER
-        spans[kind].append((event.time_range.start / 1000, event.time_range.end / 1000))
-    first = min((start for some in spans.values() for start, _ in some), default=0.0)
-    return {kind: sorted((start - first, end - first) for start, end in some) for kind, some in spans.items()}
+        found.append((event.time_range.start / 1000, event.time_range.end / 1000, kind))
+    last = sorted(found)[len(found) - len(found) // calls :]
+    spans: Spans = {TRANSFER: [], PRODUCT: [], TILES: [], OTHER: []}
+    for start, end, kind in last:
+        spans[kind].append((start - last[0][0], end - last[0][0]))
+    return spans
 
 
 def hidden_share(spans: Spans) -> tuple[float, float, float]:

@@ -35,6 +35,13 @@ def test_transfers_are_hidden_where_another_kernel_runs() -> None:
     assert ring_plots.hidden_share(spans) == pytest.approx((0.5, 2.0, 2.0))
 
 
+def test_of_several_calls_the_last_is_shown() -> None:
+    calls = [kernel("tile_sums_kernel", 1000, 2000), kernel("ncclDevKernel_SendRecv", 1500, 2500)]
+    calls += [kernel("ncclDevKernel_SendRecv", 5500, 6000), kernel("tile_sums_kernel", 5000, 7000)]
+    spans = ring_plots.kernel_spans(calls, 2)
+    assert ring_plots.hidden_share(spans) == pytest.approx((1.0, 0.5, 2.0))
+
+
 def test_both_benchmarks_write_their_rows(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ring = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPTS / "bench_ring.py")]
