@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from index.files import InputError, atomic_folder, read_json, recover_folder, write_json
 from index.manifest import CHECKPOINT, FileEntry, Manifest, read_manifest, verify_files, write_manifest
-from retriever.sharding import divided_like, gathered
+from retriever.divided import divided_like, gathered
 from retriever.weights import save_tensors
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import PIL
 import torch
 
-from eval.zero_shot.data import ZeroShotSet, open_set, read_templates
+from eval.zero_shot.data import ZeroShotSet, read_templates
 from eval.zero_shot.evaluate import Evaluated, embed_set, score
+from eval.zero_shot.opening import open_set
 from eval.zero_shot.report import ZeroShotReport
 from eval.zero_shot.report_files import write
 from index.files import InputError

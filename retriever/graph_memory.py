@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from retriever.device import Precision
+from retriever.divided import own_part
 from retriever.half_weights import arithmetic
-from retriever.sharding import own_part
 from retriever.towers import Towers
 
 # On a CPU memory is not counted: a small batch keeps its graph, of a large one every micro-batch runs twice.

@@ -14,13 +14,14 @@ from losses import InfCLLoss, SigmoidLoss
 from retriever import grad_cache
 from retriever.config import TrainConfig
 from retriever.device import Precision, autocast, to_device
+from retriever.divided import clip_gradients
 from retriever.graph_memory import GraphMemory
 from retriever.half_weights import arithmetic
 from retriever.optim import lr_factor
 from retriever.prepare import Group, PreparedBatch
 from retriever.ranks import Ranks
 from retriever.reduce import average_gradients
-from retriever.sharding import clip_gradients, is_sharded
+from retriever.sharding import is_sharded
 from retriever.step_profile import phase
 from retriever.towers import Towers
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from index.files import InputError
 from retriever.config import ConfigError, ModelConfig
 from retriever.device import to_device
+from retriever.divided import whole
 from retriever.model_folder import (
     UNLIMITED,
     Side,
@@ -30,7 +31,6 @@ from retriever.model_folder import (
     write_new_encoder,
 )
 from retriever.padding_free.attention import Spans
-from retriever.sharding import whole
 from retriever.tokens import TextTokenizer, TokenizedTexts
 from retriever.weights import writing_weights
 

@@ -27,6 +27,7 @@ from retriever.checkpoint import (
 )
 from retriever.config import CONFIG_FILE, TrainConfig, load_config, save_config, with_absolute_paths
 from retriever.device import choose_device, choose_precision
+from retriever.divided import gathered
 from retriever.encode import EncodeOptions
 from retriever.evaluate import dev_fingerprint, evaluate_towers, open_dev
 from retriever.graph_memory import GraphMemory
@@ -40,7 +41,7 @@ from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
 from retriever.ranks import PlannedRanks, Ranks, own_device
 from retriever.run_log import NoLog, RunLog, described
-from retriever.sharding import gathered, shard_encoders
+from retriever.sharding import shard_encoders
 from retriever.step import TrainStep
 from retriever.towers import build_towers
 

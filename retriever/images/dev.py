@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.zero_shot.data import Sample, ZeroShotSet, open_set
+from eval.zero_shot.data import Sample, ZeroShotSet
 from eval.zero_shot.evaluate import Embedded, score
+from eval.zero_shot.opening import open_set
 from index.files import InputError
 from retriever.config import ConfigError, DevConfig
 from retriever.encode import EncodeOptions

@@ -21,8 +21,9 @@ from zero_shot_sets import (
 )
 
 from eval.zero_shot.classification import Classification
-from eval.zero_shot.data import ZeroShotSet, open_set
+from eval.zero_shot.data import ZeroShotSet
 from eval.zero_shot.evaluate import Evaluated, embed_set, score
+from eval.zero_shot.opening import open_set
 from eval.zero_shot.retrieval import Retrieval
 from index.files import InputError
 

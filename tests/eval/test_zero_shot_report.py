@@ -14,8 +14,8 @@ from zero_shot_sets import COLOURS, embed_images, embed_texts, picture, write_fo
 from eval import plots
 from eval.zero_shot import pictures
 from eval.zero_shot.classification import classify
-from eval.zero_shot.data import open_set
 from eval.zero_shot.evaluate import Evaluated, embed_set, score
+from eval.zero_shot.opening import open_set
 from eval.zero_shot.report import ZeroShotReport, confusions
 from eval.zero_shot.report_files import write
 

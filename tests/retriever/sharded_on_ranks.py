@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from suite_on_ranks import on_ranks
 
 from retriever.config import TrainConfig, load_config
+from retriever.divided import own_part
 from retriever.progress import Terminal
 from retriever.ranks import SilentTerminal, joined_ranks
-from retriever.sharding import own_part
 from retriever.trainer import Trainer
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import distributed
 
 from retriever.config import ModelConfig, OptimConfig, TrainConfig
+from retriever.divided import clip_gradients, whole
 from retriever.images.config import ImageConfig
 from retriever.images.towers import build_image_text_towers
-from retriever.sharding import clip_gradients, is_sharded, shard_encoders, whole
+from retriever.sharding import is_sharded, shard_encoders
 from retriever.tokens import TokenizedTexts
 
 

@@ -13,7 +13,7 @@ import pytest
 from builders import SCRIPTS, load
 from PIL import Image
 
-from eval.zero_shot.data import open_set
+from eval.zero_shot.opening import open_set
 from index.files import sha256_file
 
 make_emoji, emoji_sets = load("make_emoji"), load("emoji_sets")
