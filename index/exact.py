@@ -52,7 +52,7 @@ def search(
     a bound on their error; where too many pairs lie within it, float32 and in the end float64 take their place.
 
     Memory is constant: queries, results, two windows of vectors (256 MiB each, 1 GiB on a GPU), the products of a
-    block (8 MiB, 1 GiB on a GPU) and the candidates.
+    block (8 MiB a thread, 1 GiB on a GPU) and the candidates.
 
     Args:
         queries: [Q, D], float32.

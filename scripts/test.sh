@@ -10,6 +10,6 @@ export HF_HUB_OFFLINE=1
 python -m ruff check .
 python -m ruff format --check --quiet .
 python -m mypy --no-error-summary
-# Many tests wait for processes of their own: two at a time, each file's by one, take half as long as one after another.
+# Many tests wait for processes of their own: two at a time, each file's by one, take two thirds of what they take in turn.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec python -m pytest -q --numprocesses 2 --dist loadfile "$@"

@@ -65,12 +65,14 @@ def test_errors_against_float64(
         for mib in (0.25, 256):
             found = value_and_gradients(leaves, "triton", precision=precision, workspace_mib=mib, **options)
             errors = relative_errors(found, truth)
-            # Sums of products lose with their length, and gradients of float16 have few bits as tiny as these are.
-            plain = relative_errors(value_and_gradients(leaves, "full", precision=precision, **options), truth)
-            allowed = gradient_error * max(1, dims / 768) ** 2
             assert errors[0] <= loss_error, errors
+            if dtype != torch.float16:
+                assert max(errors[1:]) <= gradient_error, errors
+                continue
+            # float16 has few bits for gradients as tiny as these, whoever computes them.
+            plain = relative_errors(value_and_gradients(leaves, "full", precision=precision, **options), truth)
             for error, of_plain in zip(errors[1:], plain[1:], strict=True):
-                assert error <= max(allowed, 1.5 * of_plain), (errors, plain)
+                assert error <= max(gradient_error, 1.5 * of_plain), (errors, plain)
 
 
 def test_same_bits_each_time_without_waiting_for_the_device() -> None:
