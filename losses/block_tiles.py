@@ -15,8 +15,8 @@ from torch import Tensor
 
 from losses.batch import ContrastiveBatch, accumulator, all_finite
 from losses.block_run import BlockRun, cells, padded_to_16_bytes, unit_of
+from losses.block_visits import State, Weights, add_sums, score_gradient
 from losses.chunked import Statistics, add_row_gradients, add_statistics, constant_shift, score_bounds
-from losses.fused import State, Weights, add_sums, score_gradient
 from losses.precision import Precision, add_product
 from losses.tiles import ScoreTiles
 

@@ -1,14 +1,14 @@
 """InfoNCE by Triton kernels on one GPU: forward and backward over blocks of scores, as operators PyTorch knows.
 
 Forward visits each tile of S once (kernels/statistics.py). Backward writes dS, a block at a time, in half precision
-into the workspace (kernels/gradients.py) and the vendor's products add it to float32 accumulators of dQ and dK. Nothing
-waits for the device: which arithmetic is safe is decided there (kernels/tile.py).
+into the workspace or over the exponentials that forward kept (kernels/gradients.py), and the vendor's products add it
+to float32 accumulators of dQ and dK. Nothing waits for the device: which arithmetic is safe is decided there
+(kernels/tile.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from losses.batch import ContrastiveBatch
 from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, unit_of
+from losses.block_visits import State, Weights, add_sums, score_gradient
 from losses.precision import Precision, add_product, plain_arithmetic
 
 
@@ -25,7 +26,7 @@ def fused_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: i
     Beside inputs and gradients it holds `workspace_bytes` (32 KiB at least), vectors of M and N numbers, copies of the
     embeddings where precision or alignment ask for them, and float32 accumulators of gradients narrower than that: of
     one block of queries, and of all passages. Where `workspace_bytes` exceeds what blocks of dS can use, bf16 forward
-    keeps exponentials in it until backward.
+    keeps exponentials in it until backward, which uses them up: a second one computes them again.
     """
     return _FusedLoss.apply(
         batch.query,
@@ -45,12 +46,15 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         query, passage, logit_scale, positive, query_ids, passage_ids, *options = arguments
-        keep = any(ctx.needs_input_grad[:3])
+        compiling = torch.compiler.is_compiling()
+        # What a compiled graph saves it may hand to its backward twice.
+        keep = any(ctx.needs_input_grad[:3]) and not compiling
         # A call of an operator costs more than the kernels of a small batch: it is for torch.compile alone.
-        compute: Callable[..., Any] = inf_cl_forward_op if torch.compiler.is_compiling() else inf_cl_forward
+        compute: Callable[..., Any] = inf_cl_forward_op if compiling else inf_cl_forward
         loss, state, kept = compute(*arguments, keep)
         ctx.save_for_backward(query, passage, logit_scale, positive, query_ids, passage_ids, state, kept)
         ctx.options = options
+        ctx.used_up = False
         return loss
 
     @staticmethod
@@ -59,120 +63,13 @@ class _FusedLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the fused loss is differentiable once: implementation='full' has second derivatives")
         *inputs, state, kept = ctx.saved_tensors
+        kept = kept[:0] if ctx.used_up else kept
+        ctx.used_up = True
         wanted = list(ctx.needs_input_grad[:3])
         compute: Callable[..., Any] = inf_cl_backward_op if torch.compiler.is_compiling() else inf_cl_backward
         gradients = compute(*inputs, *ctx.options, state, kept, upstream, *wanted)
         found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
         return (*found, *[None] * 7)
-
-
-@dataclass(frozen=True)
-class State:
-    """What forward leaves for backward: bounds [4], of queries [M], of passages [N]; in exponents of 2, float32.
-
-    All in one tensor, so that one launch clears it.
-    """
-
-    bounds: Tensor
-    score: Tensor
-    row_sum: Tensor
-    row_shift: Tensor
-    column_sum: Tensor
-    column_shift: Tensor
-
-    @staticmethod
-    def size(queries: int, passages: int) -> int:
-        return 4 + 3 * queries + 2 * passages
-
-    @classmethod
-    def of(cls, flat: Tensor, queries: int, passages: int) -> State:
-        return cls(*flat.split([4, queries, queries, queries, passages, passages]))
-
-
-def add_sums(
-    run: BlockRun,
-    state: State,
-    logit_scale: Tensor,
-    positive: Tensor,
-    symmetric: bool,
-    diagonal: bool,
-    workspace_bytes: int,
-    kept: Tensor | None = None,
-) -> None:
-    """Bring a visit of all tiles into the sums of `state`: of a batch, or of one block of its passages.
-
-    Places in `positive` outside the run's passages belong to other blocks. `kept` takes the exponentials of its rows.
-    """
-    import triton
-
-    from losses.kernels.blocks import forward_blocks
-    from losses.kernels.statistics import MERGE_LINES, MERGE_TILES, merge_sums_kernel, tile_sums_kernel
-
-    queries, passages = len(run.query), len(run.passage)
-    # A kernel that also keeps tiles needs shared memory for their store, and other shapes suit it.
-    plain, keeper = run.shape("sums"), run.shape("kept_sums")
-    least_m, least_n = min(plain.block_m, keeper.block_m), min(plain.block_n, keeper.block_n)
-    launches = list(forward_blocks(queries, passages, run.blocks.kept_rows, workspace_bytes, least_m, least_n))
-    room = max(
-        cells(rows) * triton.cdiv(cells(columns), least_n) + cells(columns) * triton.cdiv(cells(rows), least_m)
-        for rows, columns, _ in launches
-    )
-    sums, maxima = state.bounds.new_empty(2, room)
-    for rows, columns, keeping in launches:
-        height, width = cells(rows), cells(columns)
-        shape = keeper if keeping else plain
-        row_tiles, column_tiles = triton.cdiv(height, shape.block_m), triton.cdiv(width, shape.block_n)
-        column_place = height * column_tiles
-        block = kept[rows, columns] if keeping and kept is not None else run.query
-        # Of the two launches the device takes the one that the batch's bounds allow; the other ends at once.
-        for safe in (True, False):
-            launched = shape if safe else replace(shape, persistent=1)
-            tile_sums_kernel[launched.grid(height, width, run.processors)](
-                run.described(run.query[rows], shape.block_m, shape.block_k),
-                run.described(run.passage[columns], shape.block_n, shape.block_k),
-                run.described(block, shape.block_m, shape.block_n if keeping else shape.block_k),
-                state.bounds,
-                logit_scale,
-                positive,
-                run.query_ids,
-                run.passage_ids,
-                state.score,
-                sums,
-                maxima,
-                sums[column_place:],
-                maxima[column_place:],
-                height,
-                width,
-                rows.start,
-                columns.start,
-                D=run.width,
-                PRODUCT=run.product,
-                SAFE=safe,
-                SYMMETRIC=symmetric,
-                DIAGONAL=diagonal,
-                HAS_IDS=run.has_ids,
-                KEEP=keeping,
-                **launched.meta(),
-            )
-        lines = max(height, width) if symmetric else height
-        merge_sums_kernel[(triton.cdiv(lines, MERGE_LINES), 2 if symmetric else 1)](
-            state.bounds,
-            logit_scale,
-            state.row_sum[rows],
-            state.row_shift[rows],
-            sums,
-            maxima,
-            height,
-            column_tiles,
-            state.column_sum[columns],
-            state.column_shift[columns],
-            sums[column_place:],
-            maxima[column_place:],
-            width,
-            row_tiles,
-            LINES=MERGE_LINES,
-            TILES=MERGE_TILES,
-        )
 
 
 def inf_cl_forward(
@@ -244,67 +141,6 @@ def _(
     return state.new_empty(()), state, kept
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What turns exponentials into unit · M · dS: row [M], column [N], and `unit`, which stands for 1 at positives."""
-
-    unit: Tensor
-    row: Tensor
-    column: Tensor
-    symmetric: bool
-    diagonal: bool
-
-
-def score_gradient(
-    run: BlockRun,
-    state: State,
-    weights: Weights,
-    logit_scale: Tensor,
-    positive: Tensor,
-    rows: slice,
-    columns: slice,
-    gradient: Tensor,
-    kept: Tensor | None = None,
-) -> None:
-    """Write unit · M · dS [rows, columns] into `gradient`, from recomputed or, where they fit, kept exponentials."""
-    from losses.kernels.gradients import score_gradient_kernel
-
-    for safe in (True, False):
-        from_kept = kept is not None and safe
-        shape = run.shape("kept_gradient" if from_kept else "gradient")
-        launched = shape if safe else replace(shape, persistent=1)
-        described = kept if kept is not None and safe else gradient
-        score_gradient_kernel[launched.grid(cells(rows), cells(columns), run.processors)](
-            run.described(run.query[rows], shape.block_m, shape.block_k),
-            run.described(run.passage[columns], shape.block_n, shape.block_k),
-            run.described(described, shape.block_m, shape.block_n),
-            run.described(gradient, shape.block_m, shape.block_n),
-            state.bounds,
-            logit_scale,
-            weights.unit,
-            positive,
-            run.query_ids,
-            run.passage_ids,
-            state.score,
-            weights.row,
-            state.row_shift,
-            weights.column,
-            state.column_shift,
-            cells(rows),
-            cells(columns),
-            rows.start,
-            columns.start,
-            D=run.width,
-            PRODUCT=run.product,
-            SAFE=safe,
-            SYMMETRIC=weights.symmetric,
-            DIAGONAL=weights.diagonal,
-            HAS_IDS=run.has_ids,
-            KEPT=from_kept,
-            **launched.meta(),
-        )
-
-
 def inf_cl_backward(
     query: Tensor,
     passage: Tensor,
@@ -323,10 +159,10 @@ def inf_cl_backward(
     want_passage: bool,
     want_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, passage and logit_scale; empty those that nobody wants."""
+    """Gradients of query, passage and logit_scale, empty those that nobody wants. Writes over `kept`."""
     import triton
 
-    from losses.kernels.blocks import spans
+    from losses.kernels.blocks import gradient_blocks
     from losses.kernels.gradients import weights_kernel
 
     keep = kept.shape[0] > 0
@@ -353,24 +189,26 @@ def inf_cl_backward(
     )
 
     weights = Weights(unit, row_weight, column_weight, symmetric, diagonal)
-    blocks = run.blocks
-    workspace = run.query.new_empty(blocks.rows * padded_to_16_bytes(blocks.columns, run.dtype))
+    blocks = list(gradient_blocks(queries, passages, run.blocks))
+    recomputed = min(run.blocks.rows, queries - run.blocks.kept_rows)
+    workspace = run.query.new_empty(recomputed * padded_to_16_bytes(run.blocks.columns, run.dtype))
     finish = Finish(run, logit_scale, unit, upstream, queries)
     query_gradient = _gradient_of(query, want_query)
     need_query = want_query or want_scale
-    query_sum = saved.new_empty(blocks.rows if need_query else 0, run.width)
+    query_sum = saved.new_empty(max(cells(rows) for rows, _, _ in blocks) if need_query else 0, run.width)
     passage_sum = saved.new_empty(passages if want_passage else 0, run.width)
     shares: list[Tensor] = []
     with plain_arithmetic(cast(Precision, precision), query.device):
-        for rows in spans(0, queries, blocks.rows):
+        for rows, all_columns, keeping in blocks:
             height = cells(rows)
             block_sum = query_sum[:height]
-            for columns in spans(0, passages, blocks.columns):
-                width = cells(columns)
-                keeping = rows.start < blocks.kept_rows
-                stride = padded_to_16_bytes(width, run.dtype)
-                gradient = workspace[: height * stride].view(height, stride)[:, :width]
-                exponentials = kept[rows, columns] if keeping else None
+            for columns in all_columns:
+                if keeping:
+                    gradient = exponentials = kept[rows, columns]
+                else:
+                    stride = padded_to_16_bytes(cells(columns), run.dtype)
+                    gradient = workspace[: height * stride].view(height, stride)[:, : cells(columns)]
+                    exponentials = None
                 score_gradient(run, state, weights, logit_scale, positive, rows, columns, gradient, exponentials)
                 if need_query:
                     add_product(block_sum, gradient, run.passage[columns], first=columns.start == 0)

@@ -1,10 +1,10 @@
 """What a step of training will need on each process, before any is made: `retriever train --dry-run`.
 
 Weights, gradients and optimizer are counted, the graph of a micro-batch is measured by running one forward, and what
-else a step allocates is counted from its shapes. A step's peak is the largest of three moments: the loss, when all
-embeddings and their gradients are there; the backward of the kept graphs, newest first; and the backward of a
-micro-batch that runs again, beside all gradients. A checkpoint is written from copies on the host, which may be the
-fourth on a CPU.
+else a step allocates is counted from its shapes. A step's peak is the largest of four moments: the loss, when all
+embeddings and their gradients are there; the backward of the kept graphs, newest first; the backward of a micro-batch
+that runs again, beside all gradients; and the optimizer's update of the largest parameter. A checkpoint is written from
+copies on the host, which may be the fifth on a CPU.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ def plan_step(
         kept_graphs + at_loss * rows * width + workspace + exchanged,
         gradients + adding + kept_graphs + _BACKWARD * max(waiting, default=0.0) + after_loss * rows * width,
         gradients + adding + (1 + _BACKWARD) * once_more + after_loss * rows * width,
+        gradients + max(map(partial(_update, name=config.optim.name), trained)),
     ]
     data = float(batches_waiting * batch_bytes(batch))
     if not on_gpu:
@@ -239,6 +240,11 @@ def _moments(parameter: Tensor, name: str) -> float:
     rows, columns = first, rest // max(1, first)
     factored = parameter.ndim > 1 and min(rows, columns) >= 32
     return 2.0 * rest + 4.0 * ((rows + columns) if factored else rest)
+
+
+def _update(parameter: Tensor, name: str) -> float:
+    """Bytes that the update of one parameter takes for a while: Adafactor's, in fp32; AdamW's is one kernel."""
+    return 4.0 * parameter.numel() if name == "adafactor" else 0.0
 
 
 def _workspace(config: TrainConfig, queries: int, passages: int, width: int, on_gpu: bool, ranks: int) -> float:

@@ -77,15 +77,20 @@ def main() -> None:
             continue
         repeats = budget.repeats(THEIR_SHARE, their_pace * batch, least=1, most=len(settings) * options.their_steps)
         settings = settings[:repeats]
-        theirs = [
-            keep(sentence_transformers(model, tokenizer, batch, tokens, repeats // len(settings), options))
-            for tokens in settings
-        ]
-        rates = [row["pairs_per_second"] for row in theirs]
-        settings = [tokens for _, tokens in sorted(zip(rates, settings, strict=True), reverse=True)]
-        their_pace = 1 / max(rates)
+        rates: dict[int, float] = {}
+        for tokens in settings:
+            try:
+                row = sentence_transformers(model, tokenizer, batch, tokens, repeats // len(settings), options)
+            except torch.OutOfMemoryError:
+                print(f"sentence-transformers, {tokens} tokens: out of memory", flush=True)
+                continue
+            rates[tokens] = keep(row)["pairs_per_second"]
+        settings = sorted(rates, key=lambda tokens: -rates[tokens])
+        if not rates:
+            continue
+        their_pace = 1 / max(rates.values())
         most = max(row["pairs_per_second"] for row in rows if row["batch"] == batch)
-        print(f"batch {batch}: {most / max(rates):.2f} times sentence-transformers", flush=True)
+        print(f"batch {batch}: {most * their_pace:.2f} times sentence-transformers", flush=True)
     print(f"{budget.spent():.0f} s in all", flush=True)
 
 
@@ -189,6 +194,9 @@ def sentence_transformers(
     network = towers.model
     # Autocast on a CPU makes theirs slower.
     precision: Precision = "bf16" if towers.device.type == "cuda" else "fp32"
+    if precision == "bf16":
+        # Around the forward, as its own trainer has it: the one that backward repeats is then in bf16 too.
+        network.forward = torch.autocast(towers.device.type, torch.bfloat16)(network.forward)
     loss = CachedMultipleNegativesRankingLoss(network, mini_batch_size=2048, mini_batch_num_tokens=tokens)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, fused=True)
     texts = SizedTexts(tokenizer)

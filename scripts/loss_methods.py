@@ -280,6 +280,7 @@ def methods(workspace_mib: float, open_mib: float) -> list[Method]:
             tolerance=BF16,
             largest=2**20,
         ),
+        open_workspace(open_mib, "sigmoid"),
         Method(
             "ours, sigmoid chunked bf16",
             functools.partial(ours_sigmoid, implementation="chunked", mib=workspace_mib),
@@ -290,8 +291,11 @@ def methods(workspace_mib: float, open_mib: float) -> list[Method]:
     ]
 
 
-def open_workspace(mib: float) -> Method:
+def open_workspace(mib: float, kind: Literal["infonce", "sigmoid"] = "infonce") -> Method:
     """Our kernels with `mib` of workspace, named after it."""
+    if kind == "sigmoid":
+        run = functools.partial(ours_sigmoid, implementation="triton", mib=mib)
+        return Method(f"ours, sigmoid triton bf16, {mib:g} MiB", run, kind=kind, tolerance=BF16)
     run = functools.partial(ours, implementation="triton", precision="bf16", mib=mib)
     return Method(f"ours, triton bf16, {mib:g} MiB", run, tolerance=BF16)
 

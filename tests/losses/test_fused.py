@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from losses import inf_cl_loss
 from losses.kernels import shapes
-from losses.kernels.blocks import choose_blocks, forward_blocks
+from losses.kernels.blocks import choose_blocks, forward_blocks, gradient_blocks
 from losses.kernels.launch import interpreted, ranked_ids, why_not_fused
 
 pytest.importorskip("triton")
@@ -141,14 +141,31 @@ def test_operators_under_torch_compile_give_the_same() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("workspace_mib", [0.1, 64.0])  # recomputed, kept
+def test_a_second_backward_gives_the_same(workspace_mib: float, device: str) -> None:
+    query, passage = (side.bfloat16().requires_grad_() for side in embeddings(150, 170, 24, device))
+    options: dict[str, Any] = {"symmetric": True, "implementation": "triton", "workspace_mib": workspace_mib}
+    loss = inf_cl_loss(query, passage, logit_scale=9.0, **options)
+    first = torch.autograd.grad(loss, (query, passage), retain_graph=True)
+    second = torch.autograd.grad(loss, (query, passage))
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=4e-3 * float(one.float().norm()))
+
+
 def test_blocks_cover_the_matrix_within_the_workspace() -> None:
     for queries, passages in ((1, 1), (129, 70), (65536, 65536), (1 << 20, 1 << 20), (3, 100_000)):
         for mib in (1, 64, 256, 9500):
             blocks = choose_blocks(queries, passages, 768, 2, mib * MIB, 132, True)
             assert 1 <= blocks.rows <= queries and 1 <= blocks.columns <= passages
             assert blocks.rows * blocks.columns * 2 <= max(mib * MIB, 2**15)
+            assert max(blocks.rows, blocks.columns) <= 2**16
             assert blocks.kept_rows in (0, queries) or blocks.kept_rows % blocks.rows == 0
             assert blocks.kept_rows * passages * 2 <= mib * MIB
+            visited = [
+                (rows, each) for rows, columns, _ in gradient_blocks(queries, passages, blocks) for each in columns
+            ]
+            assert sum((r.stop - r.start) * (c.stop - c.start) for r, c in visited) == queries * passages
             entries = 0
             for rows, columns, kept in forward_blocks(queries, passages, blocks.kept_rows, mib * MIB, 128, 128):
                 entries += (rows.stop - rows.start) * (columns.stop - columns.start)
@@ -159,6 +176,13 @@ def test_blocks_cover_the_matrix_within_the_workspace() -> None:
 def test_more_workspace_keeps_more() -> None:
     kept = [choose_blocks(65536, 65536, 768, 2, mib * MIB, 132, True).kept_rows for mib in (256, 2048, 4096, 9500)]
     assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 65536
+
+
+def test_without_kept_exponentials_blocks_take_the_workspace() -> None:
+    blocks = [choose_blocks(65536, 65536, 768, 2, mib * MIB, 132, False) for mib in (256, 1024, 9500)]
+    sizes = [each.rows * each.columns for each in blocks]
+    assert sizes == sorted(sizes) and sizes[0] <= 128 * MIB and sizes[-1] == 65536**2
+    assert not any(each.kept_rows for each in blocks)
 
 
 def test_ranked_ids_are_equal_where_ids_are() -> None:
