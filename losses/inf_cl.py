@@ -74,8 +74,8 @@ def inf_cl_loss(
             the matrix fits the workspace, then triton where it runs, otherwise chunked. With a group, or under
             torch.compile, "auto" does not take dense.
         exchange: with a group, how passages travel: "ring" (a block at a time, beside the tiles of the one before),
-            "gather" (all at once, one block of tiles), or "auto": gather where the pool and its gradient's sum fit the
-            workspace, otherwise ring.
+            "gather" (all at once, one block of tiles), or "auto": gather among two ranks, and where the pool and its
+            gradient's sum fit the workspace, otherwise ring.
         workspace_mib: MiB that tiles and their temporaries may take beside inputs and gradients. "triton" in bf16 turns
             what it is given beyond 256 into speed: it keeps exponentials that backward would compute again.
 

@@ -106,8 +106,9 @@ def ranked_batch(
     workspace_bytes = checked_workspace(workspace_mib)
     fused = bool(same["kernels"])
     width = padded_to_16_bytes(query.shape[1], query.dtype) if fused else query.shape[1]
-    # Beside the pool in the products' precision stands the sum of its gradient.
-    fits = shards.pool * width * (query.element_size() + 4) <= workspace_bytes
+    # Beside the pool in the products' precision stands the sum of its gradient. Of two ranks the ring holds no less:
+    # both blocks, and three sums.
+    fits = link.size == 2 or shards.pool * width * (query.element_size() + 4) <= workspace_bytes
     chosen: Literal["ring", "gather"] = "gather" if exchange == "gather" or (exchange == "auto" and fits) else "ring"
     return RankedBatch(batch, shards, link, resolved[0], workspace_bytes, fused, chosen)
 

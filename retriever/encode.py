@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,14 +21,11 @@ from retriever.device import Arriving, Precision, to_device
 from retriever.graph_memory import LEAST_TOKENS, EncodeMemory
 from retriever.half_weights import arithmetic
 from retriever.packing import pack
-from retriever.token_workers import token_workers, tokenized
 from retriever.tokens import TokenizedTexts
 from retriever.towers import Side, Towers
 
 # Passages read, tokenized and sorted by length at a time: enough for micro-batches of even length.
 WINDOW = 8192
-# Windows that this process tokenizes itself before others do it for a GPU.
-SOON = 4
 
 Window = TypeVar("Window")
 
@@ -47,8 +43,6 @@ class EncodeOptions:
     """fp32, or bf16 / fp16 by autocast."""
     micro_batch_tokens: int | None = None
     """Most tokens at once, padding included; none leaves it to the device and its free memory."""
-    workers: int | None = None
-    """Processes that tokenize a corpus; none leaves it to the device."""
 
 
 def embed_texts(
@@ -146,7 +140,7 @@ def encode_passages(
         towers: in evaluation mode, on the device to use.
         passages: the corpus; read again from its start when a store is continued.
         out: folder of the store.
-        options: arithmetic, micro-batch size and processes.
+        options: arithmetic and micro-batch size.
         source: says where the passages come from; a store of another source or precision is refused.
         dtype: "float32" or "float16", of the vectors on disk.
         shard_rows: rows a shard.
@@ -170,9 +164,8 @@ def encode_passages(
             if progress is not None and done:
                 progress(done)
             row = writer.rows
-            workers = token_workers(towers.device) if options.workers is None else options.workers
             with (
-                contextlib.closing(ahead(_windows(towers, stream, row, shard_rows, workers))) as windows,
+                contextlib.closing(ahead(_windows(towers, stream, row, shard_rows))) as windows,
                 # Sums and files of one window are made while the next is on its way, which they would hold up.
                 ThreadPoolExecutor(1, "writer") as writing,
             ):
@@ -191,28 +184,11 @@ def encode_passages(
 
 
 def _windows(
-    towers: Towers, stream: Iterator[Passage], row: int, shard_rows: int, workers: int
+    towers: Towers, stream: Iterator[Passage], row: int, shard_rows: int
 ) -> Iterator[tuple[list[Passage], TokenizedTexts]]:
-    """Passages from the row `row` on, some thousand at a time, with their tokens."""
-    windows = _cut(stream, row, shard_rows)
-    # Most corpora end before processes would have begun.
-    for window in itertools.islice(windows, SOON) if workers else windows:
-        yield window, _tokenized(towers, [passage.content for passage in window], "document")
-    if workers:
-        tokenizer, prompt = towers.tokenizer("document"), towers.prompt("document")
-        waiting: deque[list[Passage]] = deque()
-
-        def texts() -> Iterator[list[str]]:
-            for window in windows:
-                waiting.append(window)
-                yield [prompt + passage.content for passage in window]
-
-        for tokens in tokenized(tokenizer, texts(), workers):
-            yield waiting.popleft(), tokens
-
-
-def _cut(stream: Iterator[Passage], row: int, shard_rows: int) -> Iterator[list[Passage]]:
+    """Passages from the row `row` on, some thousand at a time, with their tokens, which as many threads make as there
+    are cores."""
     # A window ends where its shard does: after an interruption the same windows, and so the same bits, follow.
     while window := list(itertools.islice(stream, min(WINDOW, shard_rows - row % shard_rows))):
-        yield window
+        yield window, _tokenized(towers, [passage.content for passage in window], "document")
         row += len(window)

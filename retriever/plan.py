@@ -258,9 +258,9 @@ def _workspace(config: TrainConfig, queries: int, passages: int, width: int, on_
 
 
 def _exchanged(passages: int, width: int, ranks: int, config: TrainConfig) -> float:
-    """Blocks of the ring: two on their way and three sums (losses/ring.py); or the pool, within the workspace."""
+    """Blocks of the ring: two on their way and three sums (losses/ring.py); or the pool, of two or in the workspace."""
     if ranks == 1:
         return 0.0
     ring = passages * width * (2 * 4 + 3 * 4)
     pool = ranks * passages * width * 8
-    return float(pool if pool <= config.loss.workspace_mib * MIB else ring)
+    return float(pool if ranks == 2 or pool <= config.loss.workspace_mib * MIB else ring)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +37,12 @@ class TextTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
         """Token ids of each text, special tokens included, cut to the longest length. No prompt is added."""
-        encoded = self._ids(list(texts))
-        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids in encoded], out=offsets[1:])
-        ids = np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.int32, count=int(offsets[-1]))
-        return TokenizedTexts(ids, offsets)
+        rows = [np.array(ids, dtype=np.int32) for ids in self._ids(list(texts))]
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        return TokenizedTexts(np.concatenate([np.empty(0, dtype=np.int32), *rows]), offsets)
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: list[str]) -> Iterable[list[int]]:
         way = getattr(type(self.tokenizer), "_encode_plus", None)
         # By its name: an import here may wait for ever in a process that was forked while another thread imported.
         if getattr(way, "__module__", None) != "transformers.tokenization_utils_tokenizers":
@@ -62,7 +60,7 @@ class TextTokenizer:
         if self.max_length is not None:
             backend.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
         backend.encode_special_tokens = self.tokenizer.split_special_tokens
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+        return (encoding.ids for encoding in backend.encode_batch_fast(texts))
 
     def settings(self) -> str:
         """All that the token ids of a text depend on, as text; the same before and after use."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -46,3 +48,12 @@ def test_closing_ends_the_thread_of_endless_items() -> None:
     next(endless)
     endless.close()
     assert threading.active_count() == before
+
+
+def test_a_thread_that_computes_in_python_does_not_hold_up_the_one_that_takes() -> None:
+    usual = sys.getswitchinterval()
+    numbers = ahead(iter(itertools.count()))
+    taken = next(numbers)
+    assert taken == 0 and sys.getswitchinterval() <= 1e-4
+    numbers.close()
+    assert sys.getswitchinterval() == usual
