@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from retriever.towers import Side, Towers
 
 # Passages read, tokenized and sorted by length at a time: enough for micro-batches of even length.
 WINDOW = 8192
+# Windows that wait to be written: a whole shard goes to disk in the time of two.
+MOST_WAITING = 3
 
 Window = TypeVar("Window")
 
@@ -165,17 +168,18 @@ def encode_passages(
                 progress(done)
             row = writer.rows
             with (
-                contextlib.closing(ahead(_windows(towers, stream, row, shard_rows))) as windows,
-                # Sums and files of one window are made while the next is on its way, which they would hold up.
+                contextlib.closing(ahead(_cut(stream, row, shard_rows))) as texts,
+                contextlib.closing(ahead(_with_tokens(towers, texts))) as windows,
+                # Sums and files of one window are made while the next are on their way, which they would hold up.
                 ThreadPoolExecutor(1, "writer") as writing,
             ):
-                written: Future[None] | None = None
+                waiting: deque[Future[None]] = deque()
                 for window, vectors in embed_windows(towers, windows, "document", options, progress):
-                    if written is not None:
-                        written.result()
-                    written = writing.submit(writer.append, window, vectors)
+                    if len(waiting) == MOST_WAITING:
+                        waiting.popleft().result()
+                    waiting.append(writing.submit(_append, writer, window, vectors, waiting[-1] if waiting else None))
                     row += len(window)
-                if written is not None:
+                for written in waiting:
                     written.result()
             if row == 0:
                 raise InputError(f"{source.get('name', 'corpus')}: expected passages, found none")
@@ -183,12 +187,21 @@ def encode_passages(
     return EmbeddingStore.open(out)
 
 
-def _windows(
-    towers: Towers, stream: Iterator[Passage], row: int, shard_rows: int
-) -> Iterator[tuple[list[Passage], TokenizedTexts]]:
-    """Passages from the row `row` on, some thousand at a time, with their tokens, which as many threads make as there
-    are cores."""
+def _cut(stream: Iterator[Passage], row: int, shard_rows: int) -> Iterator[list[Passage]]:
+    """Passages from the row `row` on, some thousand at a time."""
     # A window ends where its shard does: after an interruption the same windows, and so the same bits, follow.
     while window := list(itertools.islice(stream, min(WINDOW, shard_rows - row % shard_rows))):
-        yield window, _tokenized(towers, [passage.content for passage in window], "document")
+        yield window
         row += len(window)
+
+
+def _with_tokens(towers: Towers, windows: Iterable[list[Passage]]) -> Iterator[tuple[list[Passage], TokenizedTexts]]:
+    for window in windows:
+        yield window, _tokenized(towers, [passage.content for passage in window], "document")
+
+
+def _append(writer: EmbeddingWriter, window: list[Passage], vectors: np.ndarray, before: Future[None] | None) -> None:
+    # What stopped the window before this one stops this one too: rows that are missing are never in the middle.
+    if before is not None:
+        before.result()
+    writer.append(window, vectors)

@@ -202,6 +202,18 @@ def test_loaded_model_gives_the_vectors_of_the_one_saved(towers: Towers, texts: 
     )
 
 
+def test_nothing_is_written_after_a_passage_that_is_refused(
+    towers: Towers, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retriever.encode.WINDOW", 5)
+    passages, source = list(read_passages(corpus)), corpus_source(corpus)
+    twice = [*passages[:22], dataclasses.replace(passages[22], id=passages[3].id), *passages[23:]]
+    with pytest.raises(InputError, match="rows 3 and 22"):
+        encode_passages(towers, twice, tmp_path / "store", EncodeOptions(), source=source, shard_rows=10)
+    store = encode_passages(towers, passages, tmp_path / "store", EncodeOptions(), source=source, shard_rows=10)
+    assert list(store.ids) == [passage.id for passage in passages]
+
+
 def test_a_corpus_is_embedded_with_the_prompt(
     tiny: ModelConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
