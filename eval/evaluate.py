@@ -93,7 +93,7 @@ def exact_search(
     *,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
-    block_rows: int = 16384,
+    block_rows: int | None = None,
     on_ranks: bool = False,
 ) -> Find:
     """Exact search of a store.

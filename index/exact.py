@@ -22,6 +22,8 @@ __all__ = ["merge", "search", "search_on_ranks"]
 
 Each = Callable[[Callable[[Best], None], list[Best]], object]
 
+# Passages multiplied at once.
+BLOCK_ROWS = {"cpu": 16384, "cuda": 65536}
 # Products that are held at once, of some queries and a block or, on a processor, a slice of one: 8 MiB in float32, and
 # 1 GiB on a GPU.
 PRODUCTS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
@@ -39,7 +41,7 @@ def search(
     ids: Sequence[str],
     k: int,
     *,
-    block_rows: int = 16384,
+    block_rows: int | None = None,
     device: str | torch.device = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +62,7 @@ def search(
             lie on the device are used where they are.
         ids: the ids of the N rows, no two of them equal.
         k: how many to return, at least 1.
-        block_rows: passages multiplied at once.
+        block_rows: passages multiplied at once; none leaves it to the device.
         device: where the work is done, whatever the global settings of precision are.
         progress: called with the number of rows after each block.
 
@@ -83,7 +85,7 @@ def search_on_ranks(
     k: int,
     *,
     group: distributed.ProcessGroup | None = None,
-    block_rows: int = 16384,
+    block_rows: int | None = None,
     device: str | torch.device = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -127,16 +129,17 @@ def _search(
     shards: Shards,
     ids: Sequence[str],
     k: int,
-    block_rows: int,
+    block_rows: int | None,
     device: str | torch.device,
     progress: Callable[[int], None] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`search` over rows that may have gaps."""
+    place = _with_number(torch.device(device))
+    block_rows = BLOCK_ROWS[place.type] if block_rows is None else block_rows
     if k < 1 or block_rows < 1:
         raise ValueError(f"k, block_rows: expected numbers above 0, found {k}, {block_rows}")
     if queries.ndim != 2:
         raise ValueError(f"queries: expected shape [Q, D], found {queries.shape}")
-    place = _with_number(torch.device(device))
     with full_precision(place), _team(place, len(queries)) as (members, each):
         half = half_type(place)
         vectors = torch.tensor(np.ascontiguousarray(queries, dtype=np.float32), device=place)

@@ -36,7 +36,7 @@ BLOCK = 16384
 LARGE_BLOCK = 131072
 CHECKED = 50
 # Sizes of ours, beside the default, that must give the same bits.
-OTHER_BLOCKS = (5000, 65536)
+OTHER_BLOCKS = (5000, 16384)
 
 Found = tuple[np.ndarray, np.ndarray]
 
@@ -124,7 +124,7 @@ def gpu_ways(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -
     """Ours and the bare product with top-k, from main memory and from the GPU's."""
     passages, queries = there.cpu().numpy(), asked.cpu().numpy()
 
-    def ours(source: Any, block: int = BLOCK) -> Found:
+    def ours(source: Any, block: int | None = None) -> Found:
         return exact.search(queries, [(0, source)], ids, k, device="cuda", block_rows=block)
 
     def ours_in_float32(source: Any) -> Found:

@@ -211,7 +211,7 @@ def test_nothing_is_written_after_a_passage_that_is_refused(
     with pytest.raises(InputError, match="rows 3 and 22"):
         encode_passages(towers, twice, tmp_path / "store", EncodeOptions(), source=source, shard_rows=10)
     store = encode_passages(towers, passages, tmp_path / "store", EncodeOptions(), source=source, shard_rows=10)
-    assert list(store.ids) == [passage.id for passage in passages]
+    assert list(store.ids()) == [passage.id for passage in passages]
 
 
 def test_a_corpus_is_embedded_with_the_prompt(
