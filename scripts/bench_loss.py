@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
         "sizes": [128, 256] if small else SIZES,
         "dim": 32 if small else 768,
         "dims": [16, 40] if small else DIMS,
-        "dims_size": 128 if small else 32768,
+        "dims_size": 128 if small else 65536,
         "knob_size": 128 if small else 65536,
         "parts": PARTS,
         "check_size": 128 if small else 4096,

@@ -87,25 +87,26 @@ class Bench:
                 raise SystemExit(f"{name}: off by {self.errors[name]:.1e}")
 
     def speed(self, pairs: int) -> None:
-        """One rank alone beside all of them; on GPUs once more with the kernels alone, without the host's part."""
+        """The first rank alone, each alone at once (the slowest of them), and all together; on GPUs once more with the
+        kernels alone, without the host's part."""
         for graph in (False, True) if self.clock.cuda else (False,):
             alone = self.measure("one rank alone", pairs, "speed", graph=graph)
+            self.measure("each rank alone", pairs, "speed", alone, graph=graph)
             for name in OURS:
                 self.measure(name, pairs, "speed", alone, graph=graph)
 
     def measure(self, name: str, pairs: int, part: str, alone: float = 0.0, *, graph: bool = False) -> float:
         """A row: median milliseconds of the slowest rank, and the most memory that any has beside the embeddings."""
-        clock, single = self.clock, name == "one rank alone"
-        found = clock.measure(
-            METHODS["ours: auto" if single else name], pairs, clock.alone if single else clock.everyone, graph=graph
-        )
+        clock = self.clock
+        team = {"one rank alone": clock.alone, "each rank alone": clock.each}.get(name, clock.everyone)
+        found = clock.measure(METHODS.get(name, METHODS["ours: auto"]), pairs, team, graph=graph)
         failed = bool(found.problem)
         row = {
             "part": part,
             "method": name + (IN_GRAPH if graph else ""),
             "pairs": str(pairs),
             "dim": str(self.options.dim),
-            "ranks": "1" if single else str(self.ranks.size),
+            "ranks": str(team.size),
             "milliseconds": "" if failed else f"{found.milliseconds:.4g}",
             "times_one_rank": f"{alone / found.milliseconds:.3f}" if alone and not failed else "",
             "extra_mib": "" if failed or not clock.cuda else f"{found.peak_mib - found.held_mib:.1f}",

@@ -83,10 +83,15 @@ def _triton_errors() -> type[BaseException]:
 
 @dataclass
 class _Turn:
-    """A method that is to be measured: how many calls a sample takes, how many samples, and those so far."""
+    """A method that is to be measured: how many calls a sample takes, how many samples, and those so far.
+
+    A call that is long enough to be timed by itself begins behind products that keep the device busy while the host
+    starts, as towers do in training. Short ones come in a row, at the pace of their host.
+    """
 
     method: Method
     calls: int
+    led: bool
     wanted: int
     samples: list[float] = field(default_factory=list)
 
@@ -143,15 +148,18 @@ class Clock:
         if milliseconds > 1000 * self.seconds:
             outcome.milliseconds, outcome.samples = milliseconds, 1
             return outcome, None
+        if milliseconds < 10 * SHORT_MS:
+            # The first may have waited for the allocator.
+            milliseconds = min(milliseconds, self.time(method, pairs, 1))
         calls = max(1, round(SHORT_MS / milliseconds)) if self.cuda else 1
         wanted = int(min(MOST_SAMPLES, max(1, 1000 * self.seconds / (milliseconds * calls))))
-        return outcome, _Turn(method, calls, wanted)
+        return outcome, _Turn(method, calls, milliseconds >= SHORT_MS, wanted)
 
     def sample(self, turns: list[_Turn], pairs: Pairs, outcomes: dict[str, Outcome]) -> None:
         """Take turns until every method has its samples."""
         while waiting := [turn for turn in turns if len(turn.samples) < turn.wanted]:
             for turn in waiting:
-                sample = attempted(functools.partial(self.time, turn.method, pairs, turn.calls), self.cuda)
+                sample = attempted(functools.partial(self.time, turn.method, pairs, turn.calls, turn.led), self.cuda)
                 if isinstance(sample, Problem):
                     outcomes[turn.method.name].problem, turn.wanted = sample, 0
                 else:
@@ -161,16 +169,12 @@ class Clock:
             if outcome.problem is None:
                 outcome.milliseconds, outcome.samples = statistics.median(turn.samples), len(turn.samples)
 
-    def time(self, method: Method, pairs: Pairs, calls: int) -> float:
+    def time(self, method: Method, pairs: Pairs, calls: int, led: bool = False) -> float:
         """Milliseconds of one of `calls` calls in a row."""
-        return self.milliseconds(lambda: method.run(pairs), calls)
+        return self.milliseconds(lambda: method.run(pairs), calls, led)
 
-    def milliseconds(self, run: Callable[[], object], calls: int) -> float:
-        """Of one of `calls` calls in a row, between two events of the device.
-
-        A call that is long enough to be timed by itself begins behind products that keep the device busy while the host
-        starts, as towers do in training. Short ones come in a row, at the pace of their host.
-        """
+    def milliseconds(self, run: Callable[[], object], calls: int, led: bool = False) -> float:
+        """Of one of `calls` calls in a row, between two events of the device; `led` by products that hide the host."""
         if not self.cuda:
             started = time.perf_counter()
             for _ in range(calls):
@@ -178,7 +182,7 @@ class Clock:
             return (time.perf_counter() - started) * 1000 / calls
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        for _ in range(LEAD_PRODUCTS if calls == 1 else 0):
+        for _ in range(LEAD_PRODUCTS if led else 0):
             torch.mm(self.lead[0], self.lead[1], out=self.lead[2])
         first.record()
         for _ in range(calls):

@@ -62,7 +62,7 @@ class Team:
 
     size: int
     group: Any
-    """None for the first alone, who then has the whole batch and exchanges nothing."""
+    """None where each has the whole batch and exchanges nothing."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class RankClock:
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         self.everyone = Team(ranks.size, distributed.group.WORLD)
         self.alone = Team(1, None)
+        self.each = Team(ranks.size, None)
 
     def team(self, size: int) -> Team:
         """The first `size` ranks."""
@@ -100,7 +101,9 @@ class RankClock:
         """
         generator = torch.Generator(self.device).manual_seed(0)
         rank = self.ranks.rank if rank is None else rank
-        own = slice(count * rank // team.size, count * (rank + 1) // team.size)
+        own = slice(0, count)
+        if team.group is not None:
+            own = slice(count * rank // team.size, count * (rank + 1) // team.size)
         leaves = []
         query, noise = (torch.randn(count, self.dim, generator=generator, device=self.device) for _ in range(2))
         for side in (query, noise.add_(query, alpha=COSINE / (1 - COSINE**2) ** 0.5)):

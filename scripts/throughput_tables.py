@@ -23,7 +23,7 @@ def train_table(rows: Sequence[Row]) -> str:
                 f"| {int(row['batch']):,} | {row['method']} | {number(row['pairs_per_second'])} | "
                 f"{number(row['tokens_per_second'])} | {times} | {float(row['flop_utilisation']):.1%} | {peak(row)} |"
             )
-        tables.append("\n".join([*lines, "", where(own[0])]))
+        tables.append("\n".join([*lines, "", where(own)]))
     return "\n\n".join(tables) + "\n"
 
 
@@ -42,7 +42,7 @@ def encode_table(rows: Sequence[Row]) -> str:
                 f"| {row['method']} | {number(row['passages_per_second'])} | {number(row['tokens_per_second'])} | "
                 f"{times} | {float(row['flop_utilisation']):.1%} | {peak(row)} |"
             )
-        tables.append("\n".join([*lines, "", where(own[0])]))
+        tables.append("\n".join([*lines, "", where(own)]))
     return "\n\n".join(tables) + "\n"
 
 
@@ -52,7 +52,7 @@ def memory_table(rows: Sequence[Row]) -> str:
     for own in by_hardware(rows):
         lines = ["| passages so far | MiB | MiB without pages of files |", "|---:|---:|---:|"]
         lines += [f"| {int(r['passages']):,} | {number(r['resident_mib'])} | {number(r['private_mib'])} |" for r in own]
-        tables.append("\n".join([*lines, "", f"A file of {number(own[0]['file_mib'])} MiB. {where(own[0])}"]))
+        tables.append("\n".join([*lines, "", f"A file of {number(own[0]['file_mib'])} MiB. {where(own)}"]))
     return "\n\n".join(tables) + "\n"
 
 
@@ -66,7 +66,7 @@ def image_train_table(rows: Sequence[Row]) -> str:
                 f"| {row['image_tower']}: {row['part']} | {int(row['pairs']):,} | {row['seconds']} | "
                 f"{number(row['pairs_per_second'])} | {compared(row)} | {peak(row)} |"
             )
-        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}, {own[0]['precision']}. {where(own[0])}"]))
+        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}, {own[0]['precision']}. {where(own)}"]))
     return "\n\n".join(tables) + "\n"
 
 
@@ -89,7 +89,7 @@ def images_table(rows: Sequence[Row]) -> str:
                 f"| {row['method']} | {number(row['pictures_per_second'])} | {float(row['of_decoder']):.2f} | "
                 f"{row['processor_ms']} |"
             )
-        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}. {where(own[0])}"]))
+        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}. {where(own)}"]))
     return "\n\n".join(tables) + "\n"
 
 
@@ -121,6 +121,7 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def where(row: Row) -> str:
-    """On what it was measured."""
-    return f"{row['hardware']}, torch {row['torch']}, commit {row['commit']}."
+def where(rows: Sequence[Row]) -> str:
+    """On what they were measured."""
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    return f"{rows[0]['hardware']}, torch {rows[0]['torch']}, commit{'s'[: len(commits) - 1]} {', '.join(commits)}."
