@@ -87,13 +87,22 @@ class Best:
         self._raise_floor()
         query, _, _, place = self._candidates
         errors = self._queries.sum_errors(window.norm)
-        score = pair_scores(self._queries.vectors, window.vectors, query, place, errors)
+        score = self._scores(query, place, errors, window)
         query, score = torch.cat([self.query, query]), torch.cat([self.score, score])
         row = torch.cat([self.row, window.rows[place]])
         self.query, self.score, self.row = ranked(query, score, row, self._k, self._ids)
         self._candidates = self._none
         self._waiting = self._kept = 0
         self._lift(self.query, self.score)
+
+    def _scores(self, query: torch.Tensor, place: torch.Tensor, errors: torch.Tensor, window: Window) -> torch.Tensor:
+        if len(window.parts) == 1:
+            return pair_scores(self._queries.vectors, window.vectors, query, place, errors)
+        scores = torch.empty(len(query), device=query.device)
+        for begin, vectors in window.parts:
+            here = _places((place >= begin) & (place < begin + len(vectors)))
+            scores[here] = pair_scores(self._queries.vectors, vectors, query[here], place[here] - begin, errors)
+        return scores
 
     def _choose(self, block: Block, which: torch.Tensor | None, in_half: bool) -> torch.Tensor | None:
         """Add the candidates for the queries `which` (none: all); returns those with too many, which get none."""

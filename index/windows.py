@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,15 +27,32 @@ Shards = Iterable[tuple[int, np.ndarray | torch.Tensor]]
 
 
 class Window:
-    """Passages whose vectors [W, D] are at hand, with their row numbers."""
+    """Passages whose vectors are at hand, with their row numbers."""
 
-    def __init__(self, vectors: torch.Tensor) -> None:
-        self.vectors = vectors
-        self.rows = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    def __init__(self, vectors: torch.Tensor, most_rows: int | None = None) -> None:
+        """Begin with vectors [n, D]; `join` may bring more, up to `most_rows` (n, if none)."""
+        self.parts = [(0, vectors)]
+        """Where each part begins, and its vectors [n, D]."""
+        self.rows = torch.empty(most_rows or len(vectors), dtype=torch.int64, device=vectors.device)
         self.norm = 0.0
         """At least the largest norm."""
         self._free = threading.Event()
         self._done: Any = None
+
+    @property
+    def vectors(self) -> torch.Tensor:
+        """Those of its only part."""
+        ((_, vectors),) = self.parts
+        return vectors
+
+    def join(self, vectors: torch.Tensor) -> int | None:
+        """Hold these vectors too; returns where they begin, or none where there is no room for them."""
+        begin, last = self.parts[-1]
+        start = begin + len(last)
+        if start + len(vectors) > len(self.rows) or vectors.dtype != last.dtype:
+            return None
+        self.parts.append((start, vectors))
+        return start
 
     def enter(self, start: int, first: int, rows: int, norm: float) -> None:
         """The passages `first` to `first + rows` lie from `start` on; their norms are at most `norm`."""
@@ -44,8 +62,8 @@ class Window:
     def release(self) -> None:
         """Nothing more will be asked of what it holds now."""
         self.norm = 0.0
-        if self.vectors.is_cuda:
-            self._done = torch.cuda.current_stream(self.vectors.device).record_event()
+        if self.rows.is_cuda:
+            self._done = torch.cuda.current_stream(self.rows.device).record_event()
         self._free.set()
 
     def wait_until_released(self, stop: threading.Event) -> Any:
@@ -64,21 +82,23 @@ class Piece:
     window: Window
     start: int
     first: int
-    rows: int
+    vectors: torch.Tensor
+    """[rows, D] of the type they are stored in, float32 or float16."""
     ready: Any = None
-    """The CUDA event after which they do; none when they already do."""
+    """The CUDA event after which they are there; none when they already are."""
 
     @property
-    def vectors(self) -> torch.Tensor:
-        """[rows, D] of the type they are stored in, float32 or float16."""
-        return self.window.vectors[self.start : self.start + self.rows]
+    def rows(self) -> int:
+        """How many."""
+        return len(self.vectors)
 
 
 def pieces(shards: Shards, block_rows: int, most_rows: int, device: torch.device) -> Generator[Piece, None, None]:
     """Cut shards into pieces of at most `block_rows` rows, copied into windows on the device.
 
     Who takes a piece of another window than before has to release the one before. Tensors that lie on the device
-    already are not copied. `most_rows` is the number of rows there are. A shard is copied before the next is read.
+    already are not copied, nor, for a processor, long arrays that nobody can write to, as memory-mapped shards are.
+    `most_rows` is the number of rows there are. A shard that is copied is so before the next is read.
     """
     if device.type == "cpu":
         yield from _Filler(HostCopy(device, threading.Event()), block_rows, most_rows).fill(shards)
@@ -97,6 +117,19 @@ class HostCopy:
     def __init__(self, device: torch.device, stop: threading.Event) -> None:
         self.device = device
         self._stop = stop
+
+    def resident(self, vectors: np.ndarray | torch.Tensor, block_rows: int) -> torch.Tensor | None:
+        """The vectors where they lie, if they are on the device and stay as they are."""
+        if isinstance(vectors, torch.Tensor):
+            return vectors if vectors.device == self.device else None
+        # Short ones make windows too short: from window to window candidates have to be scored.
+        if self.device.type != "cpu" or vectors.flags.writeable or len(vectors) < block_rows:
+            return None
+        if vectors.dtype not in (np.float16, np.float32) or not vectors.flags.c_contiguous:
+            return None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(vectors)
 
     def room(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Memory for a window."""
@@ -183,6 +216,8 @@ class _Filler:
         self._block_rows = block_rows
         self._most_rows = most_rows
         self._windows: list[Window] = []
+        # Of vectors that are used where they lie.
+        self._held: Window | None = None
         # The piece begun: where it begins and ends in the last of the windows, and the row it begins with.
         self._start = self._end = self._first = 0
 
@@ -190,11 +225,13 @@ class _Filler:
         """The pieces, in order."""
         try:
             for first, vectors in shards:
-                if isinstance(vectors, torch.Tensor) and vectors.device == self._copy.device:
-                    yield from self._finish()
-                    yield from self._resident(first, vectors)
-                else:
+                resident = self._copy.resident(vectors, self._block_rows)
+                if resident is None:
+                    self._held = None
                     yield from self._add(first, np.asarray(vectors))
+                else:
+                    yield from self._finish()
+                    yield from self._resident(first, resident)
             yield from self._finish()
         finally:
             self._copy.close()
@@ -221,7 +258,8 @@ class _Filler:
     def _finish(self) -> Iterator[Piece]:
         """The piece begun, if there is one."""
         if self._end > self._start:
-            yield Piece(self._windows[-1], self._start, self._first, self._end - self._start, self._copy.ready())
+            window = self._windows[-1]
+            yield Piece(window, self._start, self._first, window.vectors[self._start : self._end], self._copy.ready())
             self._start = self._end
 
     def _next_window(self, dtype: torch.dtype, dimension: int) -> Window:
@@ -232,17 +270,24 @@ class _Filler:
             self._windows.reverse()
             self._copy.reopen(self._windows[-1])
         else:
-            rows = max(self._block_rows, WINDOW_BYTES[self._copy.device.type] // max(1, dimension * dtype.itemsize))
-            self._windows.append(Window(self._copy.room((min(rows, self._most_rows), dimension), dtype)))
+            room = self._copy.room((self._window_rows(dimension * dtype.itemsize), dimension), dtype)
+            self._windows.append(Window(room))
             self._copy.open(self._windows[-1])
         return self._windows[-1]
+
+    def _window_rows(self, bytes_a_row: int) -> int:
+        rows = max(self._block_rows, WINDOW_BYTES[self._copy.device.type] // max(1, bytes_a_row))
+        return min(rows, self._most_rows)
 
     def _resident(self, first: int, vectors: torch.Tensor) -> Iterator[Piece]:
         if vectors.dtype == torch.float64:
             vectors = vectors.float()
-        window = Window(vectors)
+        begin = None if self._held is None else self._held.join(vectors)
+        if self._held is None or begin is None:
+            rows = self._window_rows(vectors.shape[1] * vectors.element_size())
+            self._held, begin = Window(vectors, max(rows, len(vectors))), 0
         for start in range(0, len(vectors), self._block_rows):
-            yield Piece(window, start, first + start, min(self._block_rows, len(vectors) - start))
+            yield Piece(self._held, begin + start, first + start, vectors[start : start + self._block_rows])
 
 
 def ahead(fill: Callable[[], Iterator[Piece]], stop: threading.Event, device: torch.device) -> Iterator[Piece]:
