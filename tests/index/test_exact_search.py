@@ -47,15 +47,25 @@ def oracle(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: int) ->
     block_rows=st.integers(1, 20),
     shard_rows=st.integers(1, 20),
     dtype=st.sampled_from([np.float16, np.float32]),
+    writeable=st.booleans(),
 )
 def test_ranking_equals_brute_force_however_many_tie(
-    seed: int, rows: int, count: int, k: int, levels: int, block_rows: int, shard_rows: int, dtype: type
+    seed: int,
+    rows: int,
+    count: int,
+    k: int,
+    levels: int,
+    block_rows: int,
+    shard_rows: int,
+    dtype: type,
+    writeable: bool,
 ) -> None:
     """Small whole numbers, whose products no block size rounds: few levels tie everywhere, at the cut too."""
     rng = np.random.default_rng(seed)
     passages = rng.integers(0, levels, (rows, 3)).astype(dtype)
     queries = rng.integers(-1, levels, (count, 3)).astype(np.float32)
     ids = [IDS[place] for place in rng.permutation(len(IDS))[:rows]]
+    passages.setflags(write=writeable)
     scores, found = exact.search(queries, shards_of(passages, shard_rows), ids, k, block_rows=block_rows)
     expected_scores, expected = oracle(queries, passages, ids, k)
     np.testing.assert_array_equal(found, expected)
@@ -107,8 +117,12 @@ def test_results_have_the_same_bits_whatever_the_blocks_shards_windows_and_produ
         monkeypatch.setattr(exact, "half_type", lambda device, half=half: half)
         for block_rows, shard_rows, window in ((1, 1000, 2**20), (17, 90, 9000), (100, 7, 2**20), (5000, 333, 40000)):
             monkeypatch.setitem(windows.WINDOW_BYTES, "cpu", window)
-            found = exact.search(queries, shards_of(passages, shard_rows), ids, 30, block_rows=block_rows)
-            same_bits(found, expected)
+            # What can be written to is copied; of what cannot, long shards are read where they lie.
+            for writeable in (True, False):
+                passages.setflags(write=writeable)
+                found = exact.search(queries, shards_of(passages, shard_rows), ids, 30, block_rows=block_rows)
+                same_bits(found, expected)
+            passages.setflags(write=True)
 
 
 @pytest.mark.parametrize(
