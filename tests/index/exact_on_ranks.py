@@ -1,4 +1,4 @@
-"""Search by several processes. Runs as `exact_on_ranks.py RANK RANKS STORE FOLDER DEVICE`: one of them."""
+"""Search by several processes. Runs as `exact_on_ranks.py FOLDER DEVICE NUMBER …`: by so many, forks of this one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from forks import environment, on_ranks
 from torch import distributed
 
 from index import exact
 from index.files import InputError
 
-HOUSE = Path(__file__).resolve().parents[2]
 BLOCKS = (7, 100, 16384)
 
 
@@ -28,8 +29,12 @@ def check_ranks(rng: np.random.Generator, folder: Path, numbers: Sequence[int], 
     ids = [f"d{n}" for n in rng.permutation(500)]
     np.savez(folder / "data.npz", queries=queries, passages=passages, ids=np.array(ids))
     scores, rows = exact.search(queries, [(0, passages)], ids, 40)
+    words = [sys.executable, __file__, str(folder), device, *map(str, numbers)]
+    done = subprocess.run(words, env=environment(), stderr=subprocess.PIPE, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     for ranks in numbers:
-        for number, found in enumerate(_found_by(ranks, folder, device)):
+        for number in range(ranks):
+            found = np.load(folder / f"{ranks}-{number}.npz")
             for block_rows in BLOCKS:
                 assert found[f"scores{block_rows}"].tobytes() == scores.tobytes()
                 assert found[f"rows{block_rows}"].tobytes() == rows.tobytes()
@@ -38,35 +43,13 @@ def check_ranks(rng: np.random.Generator, folder: Path, numbers: Sequence[int], 
             assert str(found["error"]).startswith(expected)
 
 
-def _found_by(ranks: int, folder: Path, device: str) -> list[dict[str, np.ndarray]]:
-    """What each of so many processes found."""
-    environment = {**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(ranks), folder / f"store{ranks}", folder, device],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-    return [dict(np.load(folder / f"{ranks}-{rank}.npz")) for rank in range(ranks)]
-
-
-def main(rank: int, ranks: int, store: str, folder: Path, device: str) -> None:
-    """Search with three block sizes, then in a corpus with a NaN in its last shard."""
+def search(folder: Path, device: str) -> None:
+    """One process of several: with three block sizes, then in a corpus with a NaN in its last shard."""
+    rank, ranks = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
-    files = {"init_method": f"file://{store}", "timeout": timedelta(seconds=60)}
-    distributed.init_process_group(backend, rank=rank, world_size=ranks, **files)
+    distributed.init_process_group(backend, timeout=timedelta(seconds=60))
     data = np.load(folder / "data.npz")
     queries, passages, ids = data["queries"], data["passages"], data["ids"].tolist()
     shards = [(start, passages[start : start + 64]) for start in range(0, len(passages), 64)]
@@ -84,4 +67,5 @@ def main(rank: int, ranks: int, store: str, folder: Path, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5])
+    for number in sys.argv[3:]:
+        on_ranks(int(number), partial(search, Path(sys.argv[1]), sys.argv[2]))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import LoadedPython, torchrun
 
 SCRIPT = Path(__file__).with_name("loss_on_ranks.py")
 
 
+@pytest.fixture(scope="module")
+def python() -> Iterator[LoadedPython]:
+    with LoadedPython("losses", "torch.distributed.run", "torch.nn.parallel") as loaded:
+        yield loaded
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_ranks_give_the_loss_and_gradients_of_one_process(size: int) -> None:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", str(SCRIPT),
-        str(size),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[2]), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+def test_ranks_give_the_loss_and_gradients_of_one_process(python: LoadedPython, size: int) -> None:
+    done = python.run(*torchrun(size, SCRIPT, size))
     assert done.returncode == 0, done.stderr[-4000:]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from forks import on_ranks
 from run_helpers import assert_near, results
-from suite_on_ranks import on_ranks
 from train_on_ranks import trained
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from forks import on_ranks
 from run_helpers import assert_near, results
 from safetensors.torch import load_file
-from suite_on_ranks import on_ranks
 
 from retriever.config import TrainConfig, load_config
 from retriever.divided import own_part

@@ -5,14 +5,13 @@ Every process is a fork of this one, which has loaded the libraries; it runs the
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from forks import on_ranks
 from killed_runs import forked
 
 from retriever import suite_report
@@ -41,27 +40,6 @@ def encoding(model: str, data: str, out: Path) -> Callable[[], object]:
         assert command_line(words) == 0
 
     return run
-
-
-def on_ranks(size: int, run: Callable[[], object]) -> None:
-    """Let `size` processes run it together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if not child:
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "RANK": rank}
-            os.environ.update({name: str(value) for name, value in shared.items()})
-            try:
-                run()
-                sys.stdout.flush()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
 
 
 def kept(out: Path) -> dict[str, bytes]:

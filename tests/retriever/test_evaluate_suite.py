@@ -6,10 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from cli_helpers import MEANINGS, command, write_beir, write_config, write_lines
+from forks import LoadedPython
 
 from eval.beir import BeirDataset
 from eval.runs import read_trec_run
@@ -43,12 +41,11 @@ def evaluate(world: Any, out: Path, *arguments: object) -> dict[str, Any]:
     return {"out": outcome.out, "err": outcome.err, **json.loads((out / "evaluation.json").read_text())}
 
 
-def test_rankings_are_the_same_bytes_on_1_2_and_4_processes_and_after_kills(world: Any, tmp_path: Path) -> None:
-    # In a process of one thread: it forks, and a fork of several OpenMP threads does not live.
+def test_rankings_are_the_same_bytes_on_1_2_and_4_processes_and_after_kills(
+    python: LoadedPython, world: Any, tmp_path: Path
+) -> None:
     script = Path(__file__).with_name("suite_on_ranks.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    words = [sys.executable, str(script), str(world.model), str(world.beir), str(tmp_path)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp_path)
+    done = python.run(script, world.model, world.beir, tmp_path, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if len(line) < 4] == ["2", "4", "0.2", "0.7"]
 

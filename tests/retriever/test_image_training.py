@@ -7,8 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import LoadedPython
 from image_helpers import SMALL, captioned, draw, letter_tokenizer, picture_bytes, write_shards, write_tar
 from run_helpers import assert_same, results
 
@@ -362,7 +361,9 @@ def test_sources_give_batches_by_their_weights_and_ranks_read_their_shares_alone
         )
 
 
-def test_any_number_of_processes_trains_the_same(config: TrainConfig, place: Path, tmp_path: Path) -> None:
+def test_any_number_of_processes_trains_the_same(
+    python: LoadedPython, config: TrainConfig, place: Path, tmp_path: Path
+) -> None:
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, dropout=0.0),
@@ -373,10 +374,7 @@ def test_any_number_of_processes_trains_the_same(config: TrainConfig, place: Pat
         device="cpu",
     )
     save_config(config, tmp_path / "run.yaml")
-    command = [sys.executable, str(Path(__file__).parent / "pictures_on_ranks.py"), str(tmp_path / "run.yaml")]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = python.run(Path(__file__).with_name("pictures_on_ranks.py"), tmp_path / "run.yaml", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["pixels", "features"]
 

@@ -18,7 +18,7 @@ PHASES = ("wait for a batch", "forward without graph", "second forward", "loss",
 
 def test_profile_shows_where_a_step_goes_and_changes_nothing(world: Any, tmp_path: Path) -> None:
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
-    settings = ("--micro-batch-tokens", "64", "--steps", "8")
+    settings = ("--micro-batch-tokens", "512", "--steps", "8")
     assert command("train", world.config, "--out", plain, *settings).code == 0
     outcome = command("train", world.config, "--out", profiled, *settings, "--profile")
     assert outcome.code == 0, outcome.err

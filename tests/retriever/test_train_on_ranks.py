@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import write_beir, write_lines
+from forks import LoadedPython, environment, torchrun
 from run_helpers import assert_near, results
 
 from retriever.config import (
@@ -67,57 +68,47 @@ def config(tiny: ModelConfig, tmp_path: Path) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def torchrun(size: int, *words: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
-        f"--max-restarts={restarts}", *map(str, words),
-    ]  # fmt: skip
+def on_gpus(size: int, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *torchrun(size, *words)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
 
 
-def test_any_number_of_processes_trains_the_same(config: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(HERE / "train_on_ranks.py"), str(config)]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+def test_any_number_of_processes_trains_the_same(python: LoadedPython, config: Path, tmp_path: Path) -> None:
+    done = python.run(HERE / "train_on_ranks.py", config, folder=tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["2", "3", "4", "changed", "clip", "sigmoid"]
 
 
-def test_towers_divided_among_processes_train_as_whole_ones(config: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(HERE / "sharded_on_ranks.py"), str(config)]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=280)
+def test_towers_divided_among_processes_train_as_whole_ones(python: LoadedPython, config: Path, tmp_path: Path) -> None:
+    done = python.run(HERE / "sharded_on_ranks.py", config, folder=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["3", "2", "1"]
 
 
-def test_a_killed_process_ends_the_job_which_then_goes_on(config: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_job_which_then_goes_on(python: LoadedPython, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     began = time.monotonic()
-    done = torchrun(2, HERE / "failing_rank.py", "killed", "train", config, "--out", run)
+    done = python.run(*torchrun(2, HERE / "failing_rank.py", "killed", "train", config, "--out", run))
     assert done.returncode != 0 and time.monotonic() - began < 60
     assert "another process of this job is gone" in done.stderr, done.stderr
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004"]
-    done = torchrun(3, "-m", "retriever", "train", "--resume", run)
+    done = python.run(*torchrun(3, "-m", "retriever", "train", "--resume", run))
     assert done.returncode == 0, done.stderr
     steps = [row["step"] for row in results(run)["rows"] if "loss" in row]
     assert steps == list(range(1, 9))
 
 
-def test_an_error_of_one_process_is_the_one_that_is_shown(config: Path, tmp_path: Path) -> None:
+def test_an_error_of_one_process_is_the_one_that_is_shown(python: LoadedPython, config: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    done = torchrun(3, HERE / "failing_rank.py", "error", "train", config, "--out", tmp_path / "run")
+    done = python.run(*torchrun(3, HERE / "failing_rank.py", "error", "train", config, "--out", tmp_path / "run"))
     assert done.returncode != 0 and time.monotonic() - began < 60
     said = [line for line in done.stderr.splitlines() if line.startswith("retriever:")]
     assert said == ["retriever: words.jsonl: line 7: the disk says no"], done.stderr
 
 
-def test_a_job_that_torchrun_restarts_goes_on(config: Path, tmp_path: Path) -> None:
+def test_a_job_that_torchrun_restarts_goes_on(python: LoadedPython, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = torchrun(2, HERE / "failing_rank.py", "killed", "train", config, "--out", run, restarts=1)
+    done = python.run(*torchrun(2, HERE / "failing_rank.py", "killed", "train", config, "--out", run, restarts=1))
     assert done.returncode == 0, done.stderr
     assert "restarted by torchrun; going on with the run" in done.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -150,7 +141,7 @@ def test_two_gpus_train_as_one_does(
 ) -> None:
     words = ["-m", "retriever", "train", config, "--device", "cuda", "--precision", precision, "--dev.path", ""]
     for size, more in ((1, []), (2, ["--shard-towers"] if divided else [])):
-        done = torchrun(size, *words, *more, "--out", tmp_path / str(size))
+        done = on_gpus(size, *words, *more, "--out", tmp_path / str(size))
         assert done.returncode == 0, done.stderr
     assert_near(results(tmp_path / "2"), results(tmp_path / "1"), allowed)
 
@@ -160,5 +151,5 @@ def test_two_gpus_train_as_one_does(
 def test_a_job_on_gpus_whose_process_is_killed_ends_within_a_minute(config: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     words = ("train", config, "--device", "cuda", "--dev.path", "", "--out", tmp_path / "run")
-    done = torchrun(2, HERE / "failing_rank.py", "killed", *words)
+    done = on_gpus(2, HERE / "failing_rank.py", "killed", *words)
     assert done.returncode != 0 and time.monotonic() - began < 90, done.stderr

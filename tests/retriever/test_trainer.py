@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forks import LoadedPython
 from run_helpers import assert_same, results
 from safetensors.torch import load_file
 
@@ -280,15 +279,14 @@ def test_a_run_resumes_from_another_folder(
     assert Trainer.resume(Path(config.out), Terminal()).state.step == 1
 
 
-def test_killed_runs_go_on_as_if_nothing_had_happened(config: TrainConfig, tmp_path: Path) -> None:
+def test_killed_runs_go_on_as_if_nothing_had_happened(
+    python: LoadedPython, config: TrainConfig, tmp_path: Path
+) -> None:
     config = dataclasses.replace(config, out="", keep_checkpoints=1, checkpoint_every=2, steps=6)
     save_config(config, tmp_path / "run.yaml")
-    # In a process of one thread: it forks, and a fork of several OpenMP threads does not live.
-    script = Path(__file__).with_name("killed_runs.py")
     parts = ["0.02", "0.2", "0.35", "0.45", "0.55", "0.7", "0.85", "0.99"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    words = [sys.executable, str(script), str(tmp_path / "run.yaml"), *parts]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp_path)
+    script = Path(__file__).with_name("killed_runs.py")
+    done = python.run(script, tmp_path / "run.yaml", *parts, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == parts
 

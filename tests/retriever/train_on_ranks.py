@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forks import on_ranks
 from run_helpers import assert_near, results
-from suite_on_ranks import on_ranks
 
 import retriever.trainer  # noqa: F401 - before the forks, which then share the libraries
 from retriever.cli import main as command_line

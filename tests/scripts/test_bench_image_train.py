@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from builders import SCRIPTS
+from forks import LoadedPython
 
 
-def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
-    words = [sys.executable, str(SCRIPTS / "bench_image_train.py"), "--device", "cpu", "--quick", "--commit", "abc"]
-    words += ["--results", str(tmp_path)]
-    subprocess.run(words, check=True, capture_output=True, text=True)
-    subprocess.run([*words, "--parts", "whole", "--keep-rows"], check=True, capture_output=True, text=True)
+def test_every_part_is_measured_and_written(python: LoadedPython, tmp_path: Path) -> None:
+    words = [SCRIPTS / "bench_image_train.py", "--device", "cpu", "--quick", "--commit", "abc", "--results", tmp_path]
+    for more in ((), ("--parts", "whole", "--keep-rows")):
+        done = python.run(*words, *more)
+        assert done.returncode == 0, done.stderr[-3000:]
     with (tmp_path / "image_train.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["part"] for row in rows] == [

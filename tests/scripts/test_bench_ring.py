@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from builders import load
+from builders import SCRIPTS, load
+from forks import LoadedPython, torchrun
 
 ring_plots = load("ring_plots")
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+RING, LARGEST_BATCH = SCRIPTS / "bench_ring.py", SCRIPTS / "bench_largest_batch.py"
 
 
 def kernel(name: str, start: float, end: float) -> SimpleNamespace:
@@ -42,12 +40,9 @@ def test_of_several_calls_the_last_is_shown() -> None:
     assert ring_plots.hidden_share(spans) == pytest.approx((1.0, 0.5, 2.0))
 
 
-def test_both_benchmarks_write_their_rows(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ring = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPTS / "bench_ring.py")]
-    for command in (ring, [str(SCRIPTS / "bench_largest_batch.py")]):
-        words = [sys.executable, *command, "--device", "cpu", "--quick", "--results", str(tmp_path)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+def test_both_benchmarks_write_their_rows(python: LoadedPython, tmp_path: Path) -> None:
+    for words in (torchrun(2, RING, "--samples=1"), [LARGEST_BATCH]):
+        done = python.run(*words, "--device", "cpu", "--quick", "--results", tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
     with (tmp_path / "ring.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -58,12 +53,9 @@ def test_both_benchmarks_write_their_rows(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("*.png")} == {"ring.png", "largest_batch.png"}
 
 
-def test_what_the_budget_does_not_suffice_for_has_a_row_that_says_so(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ring = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPTS / "bench_ring.py")]
-    for command in (ring, [str(SCRIPTS / "bench_largest_batch.py")]):
-        words = [sys.executable, *command, "--device=cpu", "--quick", "--budget=0", "--results", str(tmp_path)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+def test_what_the_budget_does_not_suffice_for_has_a_row_that_says_so(python: LoadedPython, tmp_path: Path) -> None:
+    for words in (torchrun(2, RING), [LARGEST_BATCH]):
+        done = python.run(*words, "--device=cpu", "--quick", "--budget=0", "--results", tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
     for name in ("ring.csv", "largest_batch.csv"):
         with (tmp_path / name).open(newline="") as stream:

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from builders import SCRIPTS, load
+from forks import LoadedPython, torchrun
 
 result_rows = load("result_rows")
 launch_tables = load("launch_tables")
 
 
-def test_every_part_is_measured_and_has_its_table(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPTS / "bench_scale.py")]
-    words = [
-        sys.executable,
-        *torchrun,
-        "--device=cpu",
-        "--quick",
-        "--step-sizes",
-        "32",
-        "32",
-        "--results",
-        str(tmp_path),
-    ]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
+def test_every_part_is_measured_and_has_its_table(python: LoadedPython, tmp_path: Path) -> None:
+    options = ("--device=cpu", "--quick", "--samples=1", "--step-sizes", 32, 32, "--results", tmp_path)
+    words = torchrun(2, SCRIPTS / "bench_scale.py", *options)
+    done = python.run(*words)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = result_rows.read_rows(tmp_path / "scale.csv")
     assert {row["status"] for row in rows} == {"measured"}
@@ -40,7 +27,7 @@ def test_every_part_is_measured_and_has_its_table(tmp_path: Path) -> None:
     assert all(f"| {row['method']} |" in page or f"{row['towers']}, {row['method']} |" in page for row in rows)
     assert (tmp_path / "scale_speed.png").exists()
 
-    again = subprocess.run([*words, "--budget=0", "--keep-rows", "--parts", "loss"], env=environment, timeout=120)
+    again = python.run(*words, "--budget=0", "--keep-rows", "--parts", "loss")
     assert again.returncode == 0
     rows = result_rows.read_rows(tmp_path / "scale.csv")
     assert {row["status"] for row in rows if row["part"] == "loss"} == {"no time left"}

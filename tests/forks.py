@@ -1,0 +1,177 @@
+"""Processes that are forks of one which has loaded the libraries: to load them takes longer than most of what tests let
+several processes do. Runs as `forks.py MODULE …`: the one process of `LoadedPython`.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# What a run of training imports late.
+LIBRARIES = (
+    "index.exact",
+    "retriever.trainer",
+    "sentence_transformers.sentence_transformer.modules",
+    "torch.distributed.run",
+    "torch.profiler",
+    "transformers.models.bert.modeling_bert",
+    "tyro",
+)
+
+
+def environment() -> dict[str, str]:
+    """For a process that forks: of one thread, since a fork of several OpenMP threads does not live."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def torchrun(size: int, *words: object, restarts: int = 0) -> list[str]:
+    """For a Python: so many processes of this machine."""
+    alone = ("--standalone", f"--nproc-per-node={size}", f"--max-restarts={restarts}")
+    return ["-m", "torch.distributed.run", *alone, *map(str, words)]
+
+
+class LoadedPython:
+    """A Python that has imported modules; each `run` is a fork of it, and so are the processes of a torchrun in it.
+
+    It sees no GPU. Use it as a context manager.
+    """
+
+    def __init__(self, *modules: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "forks.py"), *modules],
+            env=environment() | {"CUDA_VISIBLE_DEVICES": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> LoadedPython:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def run(self, *words: object, folder: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """As `python WORDS` in the folder."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with tempfile.TemporaryDirectory() as said:
+            out, err = Path(said) / "out", Path(said) / "err"
+            asked = {"words": [*map(str, words)], "folder": str(folder or "."), "out": str(out), "err": str(err)}
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], timeout)[0]:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired([*map(str, words)], timeout, out.read_text(), err.read_text())
+            code = int(self._process.stdout.readline())
+            return subprocess.CompletedProcess([*map(str, words)], code, out.read_text(), err.read_text())
+
+
+def on_ranks(size: int, run: Callable[[], object]) -> None:
+    """Let `size` forks of this process run it together, as torchrun would; one that fails ends them all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    left = set()
+    for rank in range(size):
+        child = os.fork()
+        if not child:
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "RANK": rank}
+            os.environ.update({name: str(value) for name, value in shared.items()})
+            _end_with(run)
+        left.add(child)
+    while left:
+        child, status = os.waitpid(-1, 0)
+        left.remove(child)
+        if status:
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+        assert not status, f"a process of {size} ended with {os.waitstatus_to_exitcode(status)}"
+
+
+def _end_with(run: Callable[[], object]) -> None:
+    """Run it and end this process as Python does."""
+    code: Any = 1
+    try:
+        run()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+    except Exception:  # noqa: BLE001 - as any Python ends
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def _python(words: list[str]) -> None:
+    """What `python WORDS` runs."""
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _worker(*words: str) -> None:
+    """What torchrun starts on each rank."""
+    # The agent's, which a process that is started anew does not have.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _python([word for word in words if word != "-u"])
+
+
+def _answer(asked: dict[str, Any]) -> None:
+    """In a fork: run what is asked for."""
+    from torch.distributed.launcher import api
+
+    launch = api.elastic_launch
+
+    def of_forks(config: Any, entrypoint: str) -> Any:
+        config.start_method = "fork"
+        return launch(config, _worker)
+
+    api.elastic_launch = of_forks
+    for file, descriptor in ((os.devnull, 0), (asked["out"], 1), (asked["err"], 2)):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
+    os.chdir(asked["folder"])
+    _end_with(lambda: _python(asked["words"]))
+
+
+def main(modules: list[str]) -> None:
+    """Import the modules; then a fork for each line that asks for one, and a line that says how it ended."""
+    for module in modules:
+        importlib.import_module(module)
+    # What is loaded is no garbage, which every collection in a fork would search again.
+    gc.freeze()
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            _answer(json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
