@@ -96,10 +96,12 @@ class Best:
         self._lift(self.query, self.score)
 
     def _scores(self, query: torch.Tensor, place: torch.Tensor, errors: torch.Tensor, window: Window) -> torch.Tensor:
-        if len(window.parts) == 1:
-            return pair_scores(self._queries.vectors, window.vectors, query, place, errors)
+        # Others may join while these are scored.
+        parts = tuple(window.parts)
+        if len(parts) == 1:
+            return pair_scores(self._queries.vectors, parts[0][1], query, place, errors)
         scores = torch.empty(len(query), device=query.device)
-        for begin, vectors in window.parts:
+        for begin, vectors in parts:
             here = _places((place >= begin) & (place < begin + len(vectors)))
             scores[here] = pair_scores(self._queries.vectors, vectors, query[here], place[here] - begin, errors)
         return scores
