@@ -231,6 +231,8 @@ class _Filler:
                     yield from self._add(first, np.asarray(vectors))
                 else:
                     yield from self._finish()
+                    # The window so far is released when a piece of another is taken: nothing more goes into it.
+                    self._start = self._end = len(self._windows[-1].vectors) if self._windows else 0
                     yield from self._resident(first, resident)
             yield from self._finish()
         finally:

@@ -125,6 +125,17 @@ def test_results_have_the_same_bits_whatever_the_blocks_shards_windows_and_produ
             passages.setflags(write=True)
 
 
+def test_shards_that_are_copied_and_others_may_take_turns(rng, monkeypatch) -> None:
+    passages = rng.standard_normal((900, 16)).astype(np.float32)
+    queries = rng.standard_normal((6, 16)).astype(np.float32)
+    ids = [f"d{n}" for n in rng.permutation(900)]
+    monkeypatch.setitem(windows.WINDOW_BYTES, "cpu", 130 * 16 * 4)
+    shards = [(start, part.copy()) for start, part in shards_of(passages, 50)]
+    for number, (_, part) in enumerate(shards):
+        part.setflags(write=number % 3 != 1)
+    same_bits(exact.search(queries, shards, ids, 25, block_rows=40), exact_oracle(queries, passages, ids, 25))
+
+
 @pytest.mark.parametrize(
     "kind", ["collapsed", "far from zero", "cancelling", "sparse", "of every size", "tiny", "huge"]
 )
