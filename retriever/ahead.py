@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import threading
@@ -13,6 +14,17 @@ T = TypeVar("T")
 # Seconds after which a thread that computes in Python lets another have the lock. Each operation of torch gives the
 # lock up and takes it again: beside such a thread 300 of them a second begin at Python's 5 ms, 30,000 at this.
 SWITCH_INTERVAL = 2e-5
+
+
+@contextlib.contextmanager
+def giving_way() -> Iterator[None]:
+    """Within, threads that compute in Python do not hold up the one that launches a GPU's kernels."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_INTERVAL))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
@@ -40,8 +52,6 @@ def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
             put("error", error)
 
     thread = threading.Thread(target=make, name="ahead", daemon=True)
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, SWITCH_INTERVAL))
     thread.start()
     try:
         while True:
@@ -54,4 +64,3 @@ def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     finally:
         closed.set()
         thread.join()
-        sys.setswitchinterval(before)

@@ -17,7 +17,7 @@ import torch
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
 from index.passages import Passage
-from retriever.ahead import ahead
+from retriever.ahead import ahead, giving_way
 from retriever.device import Arriving, Precision, to_device
 from retriever.graph_memory import LEAST_TOKENS, EncodeMemory
 from retriever.half_weights import arithmetic
@@ -168,6 +168,7 @@ def encode_passages(
                 progress(done)
             row = writer.rows
             with (
+                giving_way(),
                 contextlib.closing(ahead(_cut(stream, row, shard_rows))) as texts,
                 contextlib.closing(ahead(_with_tokens(towers, texts))) as windows,
                 # Sums and files of one window are made while the next are on their way, which they would hold up.

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# How a single text is cut, whatever a caller's truncation of pairs was.
+_WHOLE_TEXTS: dict[str, Any] = {"stride": 0, "strategy": "longest_first"}
+
 
 @dataclass(frozen=True)
 class TokenizedTexts:
@@ -56,10 +59,17 @@ class TextTokenizer:
         # What the call above comes to, without the offsets of tokens in texts, which take as long as the tokens and a
         # quarter of it under Python's lock.
         backend = self.tokenizer.backend_tokenizer
-        self.forget_calls()
-        if self.max_length is not None:
-            backend.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
-        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        wanted = {"max_length": self.max_length, "direction": self.tokenizer.truncation_side, **_WHOLE_TEXTS}
+        held = backend.truncation or {"max_length": None}
+        # Only what differs is set: another thread's texts may be under way, and would be cut otherwise.
+        if backend.padding is not None:
+            backend.no_padding()
+        if self.max_length is None and held["max_length"] is not None:
+            backend.no_truncation()
+        elif self.max_length is not None and any(held.get(name) != value for name, value in wanted.items()):
+            backend.enable_truncation(**wanted)
+        if backend.encode_special_tokens != self.tokenizer.split_special_tokens:
+            backend.encode_special_tokens = self.tokenizer.split_special_tokens
         return (encoding.ids for encoding in backend.encode_batch_fast(texts))
 
     def settings(self) -> str:

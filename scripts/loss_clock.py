@@ -150,7 +150,10 @@ class Clock:
             return outcome, None
         if milliseconds < 10 * SHORT_MS:
             # The first may have waited for the allocator.
-            milliseconds = min(milliseconds, self.time(method, pairs, 1))
+            again = attempted(lambda: self.time(method, pairs, 1), self.cuda)
+            if isinstance(again, Problem):
+                return Outcome(problem=again), None
+            milliseconds = min(milliseconds, again)
         calls = max(1, round(SHORT_MS / milliseconds)) if self.cuda else 1
         wanted = int(min(MOST_SAMPLES, max(1, 1000 * self.seconds / (milliseconds * calls))))
         return outcome, _Turn(method, calls, milliseconds >= SHORT_MS, wanted)
