@@ -1,7 +1,8 @@
 """Which Hugging Face models read texts laid end to end, and how they are made to.
 
 transformers lets a model's attention be replaced by name (its AttentionInterface); what stands before and after it
-works token by token. A family is known here when the tests hold its outputs against those of the padded path.
+works token by token, some of it in kernels of ours. A family is known here when the tests hold its outputs against
+those of the padded path.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from retriever.model_folder import text_towers
 from retriever.padding_free import mpnet
 from retriever.padding_free.attention import Spans, spans_attention
 from retriever.padding_free.pooling import MODES, pool_features
+from retriever.padding_free.sublayers import fuse_sublayers
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -43,6 +45,7 @@ def drop_padding(model: SentenceTransformer) -> bool:
         return False
     for encoder in encoders:
         _read_spans(encoder)
+        fuse_sublayers(encoder)
     for pooling in poolings:
         pooling.forward = types.MethodType(pool_features, pooling)
     return True

@@ -22,19 +22,24 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def kept(rows, columns, seed, head, dropout):
-    """Which weights dropout leaves: a hash of seed, head and place, so that every kernel draws alike.
+def kept(rows, columns, stream, dropout):
+    """What dropout leaves: a hash of stream (uint32) and place, so that every kernel draws alike.
 
     The mixing of hash-prospector's lowbias32, an eighth of the work of Philox.
     """
-    x = rows.to(tl.uint32) * 0x9E3779B1 + columns.to(tl.uint32) * 0x85EBCA77
-    x += seed.to(tl.uint32) + head.to(tl.uint32) * 0xC2B2AE3D
+    x = rows.to(tl.uint32) * 0x9E3779B1 + columns.to(tl.uint32) * 0x85EBCA77 + stream
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
     x *= 0x846CA68B
     x ^= x >> 16
     return x.to(tl.float32) >= dropout * 4294967296.0
+
+
+@triton.jit
+def stream_of(seed_ptr, head):
+    """A stream of `kept` for each head."""
+    return tl.load(seed_ptr).to(tl.uint32) + head.to(tl.uint32) * 0xC2B2AE3D
 
 
 @triton.jit
@@ -105,7 +110,7 @@ def forward_kernel(
     if WINDOW >= 0:
         low, high = tl.maximum(low, top - WINDOW), tl.minimum(high, top + BLOCK_M + WINDOW)
     q = head_tile(q_ptr, rows, head, q_row, q_head, tokens, D, BLOCK_D)
-    seed = tl.load(seed_ptr)
+    stream = stream_of(seed_ptr, head)
     biggest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -122,7 +127,7 @@ def forward_kernel(
         fade = tl.exp2(biggest - shift)
         total = total * fade + tl.sum(weights, 1)
         if DROPOUT:
-            weights = tl.where(kept(rows[:, None], columns[None, :], seed, head, dropout), weights, 0.0)
+            weights = tl.where(kept(rows[:, None], columns[None, :], stream, dropout), weights, 0.0)
         v = head_tile(v_ptr, columns, head // GROUP, v_row, v_head, tokens, D, BLOCK_D)
         mixed = mixed * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRODUCT)
         biggest = bigger
@@ -182,7 +187,7 @@ def backward_query_kernel(
     delta = tl.sum(out.to(tl.float32) * out_grad.to(tl.float32), 1)
     tl.store(delta_ptr + head.to(tl.int64) * tokens + rows, delta, mask=rows < tokens)
     lse = tl.load(lse_ptr + head.to(tl.int64) * tokens + rows, mask=rows < tokens, other=0.0)
-    seed = tl.load(seed_ptr)
+    stream = stream_of(seed_ptr, head)
     q_grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for left in range(low, high, BLOCK_N):
         columns = left + tl.arange(0, BLOCK_N)
@@ -193,7 +198,7 @@ def backward_query_kernel(
         weights = tl.where(inside, tl.exp2(scores - lse[:, None]), 0.0)
         weight_grad = tl.dot(out_grad, tl.trans(v), input_precision=PRODUCT)
         if DROPOUT:
-            stays = kept(rows[:, None], columns[None, :], seed, head, dropout)
+            stays = kept(rows[:, None], columns[None, :], stream, dropout)
             weight_grad = tl.where(stays, weight_grad / (1.0 - dropout), 0.0)
         score_grad = weights * (weight_grad - delta[:, None])
         q_grad += tl.dot(score_grad.to(k.dtype), k, input_precision=PRODUCT)
@@ -245,11 +250,11 @@ def backward_key_kernel(
         low, high = tl.maximum(low, left - WINDOW), tl.minimum(high, left + BLOCK_N + WINDOW)
     k = head_tile(k_ptr, columns, key_head, k_row, k_head, tokens, D, BLOCK_D)
     v = head_tile(v_ptr, columns, key_head, v_row, v_head, tokens, D, BLOCK_D)
-    seed = tl.load(seed_ptr)
     k_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     v_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(GROUP):
         head = key_head * GROUP + member
+        stream = stream_of(seed_ptr, head)
         for top in range(low, high, BLOCK_M):
             rows = top + tl.arange(0, BLOCK_M)
             first = tl.load(first_ptr + rows, mask=rows < tokens, other=tokens)
@@ -264,7 +269,7 @@ def backward_key_kernel(
             weight_grad = tl.dot(v, tl.trans(out_grad), input_precision=PRODUCT)
             used = weights
             if DROPOUT:
-                stays = kept(rows[None, :], columns[:, None], seed, head, dropout)
+                stays = kept(rows[None, :], columns[:, None], stream, dropout)
                 used = tl.where(stays, weights / (1.0 - dropout), 0.0)
                 weight_grad = tl.where(stays, weight_grad / (1.0 - dropout), 0.0)
             v_grad += tl.dot(used.to(v.dtype), out_grad, input_precision=PRODUCT)

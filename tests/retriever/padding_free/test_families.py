@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from retriever.config import ModelConfig
-from retriever.padding_free import families
+from retriever.padding_free import families, sublayers
 from retriever.towers import Towers, build_towers
 
 TEXTS = ["a", "a longer text of several words, that goes on and on", "b c", "", "words " * 20, "x y z"]
@@ -72,6 +73,32 @@ def test_outputs_and_gradients_equal_those_of_the_padded_path(
         found = gradients.get(name, torch.zeros_like(expected))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
     assert towers.fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "camembert", "mpnet"])
+def test_fused_sublayers_change_neither_outputs_nor_gradients(
+    kind: str, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    calls: collections.Counter[str] = collections.Counter()
+    for name in ("residual_norm", "bias_gelu"):
+        whole = getattr(sublayers, name)
+
+        def counted(*args: Any, name: str = name, whole: Any = whole, **settings: Any) -> torch.Tensor:
+            calls[name] += 1
+            return whole(*args, **settings)
+
+        monkeypatch.setattr(sublayers, name, counted)
+    towers = towers_of(kind, tiny, dropout=0.0)
+    padded, padded_gradients = outcome(towers)
+    assert not calls and towers.drop_padding()
+    embeddings, gradients = outcome(towers)
+    # Of two layers; MPNet ends its attention in a module that is not made of these parts.
+    assert calls == {"residual_norm": 2 if kind == "mpnet" else 4, "bias_gelu": 2}
+    torch.testing.assert_close(embeddings, padded, rtol=0, atol=2e-6)
+    for name, expected in padded_gradients.items():
+        found = gradients.get(name, torch.zeros_like(expected))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
