@@ -8,6 +8,8 @@ from typing import Any
 
 Spans = dict[str, list[tuple[float, float]]]
 TRANSFER, PRODUCT, TILES, OTHER = "transfers (NCCL)", "products", "tiles (Triton)", "other"
+# An exchange of four numbers, at which the quicker rank waits for the slower one.
+AGREEMENT = "agreement (NCCL)"
 
 
 def kernel_spans(events: Iterable[Any], calls: int = 1) -> Spans:
@@ -19,14 +21,14 @@ def kernel_spans(events: Iterable[Any], calls: int = 1) -> Spans:
             continue
         name = event.name.lower()
         if "nccl" in name:
-            kind = TRANSFER
+            kind = AGREEMENT if "allreduce" in name else TRANSFER
         elif any(word in name for word in ("gemm", "cutlass", "nvjet", "cublas", "xmma")):
             kind = PRODUCT
         else:
             kind = TILES if "kernel" in name and "::" not in name else OTHER
         found.append((event.time_range.start / 1000, event.time_range.end / 1000, kind))
     last = sorted(found)[len(found) - len(found) // calls :]
-    spans: Spans = {TRANSFER: [], PRODUCT: [], TILES: [], OTHER: []}
+    spans: Spans = {AGREEMENT: [], TRANSFER: [], PRODUCT: [], TILES: [], OTHER: []}
     for start, end, kind in last:
         spans[kind].append((start - last[0][0], end - last[0][0]))
     return spans
@@ -35,7 +37,7 @@ def kernel_spans(events: Iterable[Any], calls: int = 1) -> Spans:
 def hidden_share(spans: Spans) -> tuple[float, float, float]:
     """Of the time in transfers, the share in which another kernel ran too; the time in transfers; the whole, ms."""
     transfers = joined(spans[TRANSFER])
-    work = joined([span for kind, some in spans.items() if kind != TRANSFER for span in some])
+    work = joined([span for kind in (PRODUCT, TILES, OTHER) for span in spans[kind]])
     both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in transfers for b in work)
     length = sum(end - start for start, end in transfers)
     return both / length if length else 1.0, length, max((end for some in spans.values() for _, end in some), default=0)

@@ -20,17 +20,18 @@ def kernel(name: str, start: float, end: float) -> SimpleNamespace:
     return SimpleNamespace(name=name, device_type="DeviceType.CUDA", time_range=times, is_user_annotation=False)
 
 
-def test_transfers_are_hidden_where_another_kernel_runs() -> None:
+def test_transfers_are_hidden_where_a_kernel_that_computes_runs() -> None:
     spans = ring_plots.kernel_spans(
         [
             kernel("ncclDevKernel_SendRecv", 1000, 3000),
             kernel("tile_sums_kernel", 1500, 2000),
             kernel("nvjet_tst_128x256", 1800, 2500),
+            kernel("ncclDevKernel_AllReduce_Max", 2600, 3500),
             SimpleNamespace(name="aten::mm", device_type="DeviceType.CPU"),
             SimpleNamespace(name="nccl:send 0->1", device_type="DeviceType.CUDA", is_user_annotation=True),
         ]
     )
-    assert ring_plots.hidden_share(spans) == pytest.approx((0.5, 2.0, 2.0))
+    assert ring_plots.hidden_share(spans) == pytest.approx((0.5, 2.0, 2.5))
 
 
 def test_of_several_calls_the_last_is_shown() -> None:
