@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import functools
 from typing import Any
@@ -80,21 +79,19 @@ def test_fused_sublayers_change_neither_outputs_nor_gradients(
     kind: str, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    calls: collections.Counter[str] = collections.Counter()
-    for name in ("residual_norm", "bias_gelu"):
-        whole = getattr(sublayers, name)
+    whole, calls = sublayers.residual_norm, []
 
-        def counted(*args: Any, name: str = name, whole: Any = whole, **settings: Any) -> torch.Tensor:
-            calls[name] += 1
-            return whole(*args, **settings)
+    def counted(*args: Any, **settings: Any) -> torch.Tensor:
+        calls.append(settings)
+        return whole(*args, **settings)
 
-        monkeypatch.setattr(sublayers, name, counted)
+    monkeypatch.setattr(sublayers, "residual_norm", counted)
     towers = towers_of(kind, tiny, dropout=0.0)
     padded, padded_gradients = outcome(towers)
     assert not calls and towers.drop_padding()
     embeddings, gradients = outcome(towers)
     # Of two layers; MPNet ends its attention in a module that is not made of these parts.
-    assert calls == {"residual_norm": 2 if kind == "mpnet" else 4, "bias_gelu": 2}
+    assert len(calls) == (2 if kind == "mpnet" else 4)
     torch.testing.assert_close(embeddings, padded, rtol=0, atol=2e-6)
     for name, expected in padded_gradients.items():
         found = gradients.get(name, torch.zeros_like(expected))

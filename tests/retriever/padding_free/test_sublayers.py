@@ -1,4 +1,4 @@
-"""The fused ends of sublayers equal the modules they stand for: values, gradients and dropout."""
+"""The kernel that ends a sublayer equals the modules it stands for: values, gradients and dropout."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import layer_norm
 
-from retriever.padding_free.sublayers import bias_gelu, residual_norm
+from retriever.padding_free.sublayers import residual_norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -20,9 +20,12 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def drawn(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, shift: float = 0.0) -> list[Tensor]:
+def drawn(rows: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """`hidden`, `bias`, `residual`, `weight` and `shift`."""
     generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(s, generator=generator) + shift).to(DEVICE, dtype).requires_grad_() for s in shapes]
+    shapes = [(1, rows, width), (width,), (1, rows, width), (width,), (width,)]
+    # A mean far from zero would show a variance that is taken without it.
+    return [(torch.randn(shape, generator=generator) + 3).to(DEVICE, dtype).requires_grad_() for shape in shapes]
 
 
 def errors(fused: Any, plain: Any, inputs: list[Tensor]) -> list[float]:
@@ -33,11 +36,6 @@ def errors(fused: Any, plain: Any, inputs: list[Tensor]) -> list[float]:
     found = [out, *torch.autograd.grad(out, inputs, upstream)]
     oracle = [expected.detach(), *torch.autograd.grad(expected, exact, upstream.double())]
     return [float((f.detach().double() - e).norm() / e.norm()) for f, e in zip(found, oracle, strict=True)]
-
-
-def norm_inputs(rows: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    # A mean far from zero would show a variance that is taken without it.
-    return drawn([(1, rows, width), (width,), (1, rows, width), (width,), (width,)], dtype, shift=3.0)
 
 
 def plain_norm(hidden: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
@@ -54,14 +52,7 @@ def test_residual_norm_equals_the_modules(rows: int, width: int, dtype: torch.dt
     def fused(*inputs: Tensor) -> Tensor:
         return residual_norm(*inputs, eps=1e-5)
 
-    assert max(errors(fused, plain_norm, norm_inputs(rows, width, dtype))) < BOUNDS[dtype]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(1, 32), (13, 48), (21, 700)])
-def test_bias_gelu_equals_the_modules(rows: int, width: int, dtype: torch.dtype) -> None:
-    inputs = drawn([(1, rows, width), (width,)], dtype)
-    assert max(errors(bias_gelu, lambda hidden, bias: gelu(hidden + bias), inputs)) < BOUNDS[dtype]
+    assert max(errors(fused, plain_norm, drawn(rows, width, dtype))) < BOUNDS[dtype]
 
 
 @pytest.mark.gpu
@@ -71,14 +62,12 @@ def test_many_rows_and_wide_ones_on_a_gpu(rows: int, width: int, dtype: torch.dt
     def fused(*inputs: Tensor) -> Tensor:
         return residual_norm(*inputs, eps=1e-5)
 
-    assert max(errors(fused, plain_norm, norm_inputs(rows, width, dtype))) < BOUNDS[dtype]
-    inputs = drawn([(1, rows, width), (width,)], dtype)
-    assert max(errors(bias_gelu, lambda hidden, bias: gelu(hidden + bias), inputs)) < BOUNDS[dtype]
+    assert max(errors(fused, plain_norm, drawn(rows, width, dtype))) < BOUNDS[dtype]
 
 
 def dropped(rows: int, width: int, dropout: float, seed: int) -> Tensor:
     """Which places of [rows, width] a seed leaves out, seen in the gradient of `hidden` beside that of `residual`."""
-    hidden, bias, residual, weight, shift = norm_inputs(rows, width)
+    hidden, bias, residual, weight, shift = drawn(rows, width)
     torch.manual_seed(seed)
     out = residual_norm(hidden, bias, residual, weight, shift, eps=1e-5, dropout=dropout)
     of_hidden, of_residual = torch.autograd.grad(out.square().sum(), [hidden, residual])
@@ -106,18 +95,18 @@ def test_values_and_gradients_are_those_of_what_dropout_left() -> None:
         thinned = torch.where(left_out, 0.0, (hidden + bias) / (1 - dropout))
         return layer_norm(residual + thinned, weight.shape, weight, shift, 1e-5)
 
-    assert max(errors(fused, plain, norm_inputs(21, 48))) < 2e-6
+    assert max(errors(fused, plain, drawn(21, 48))) < 2e-6
 
 
 def test_without_a_graph_nothing_is_kept_and_the_value_is_the_same() -> None:
-    inputs = norm_inputs(9, 48)
+    inputs = drawn(9, 48)
     with torch.no_grad():
         bare = residual_norm(*inputs, eps=1e-5)
     assert torch.equal(bare, residual_norm(*inputs, eps=1e-5)) and bare.grad_fn is None
 
 
 def test_no_rows() -> None:
-    inputs = norm_inputs(0, 32)
+    inputs = drawn(0, 32)
     residual_norm(*inputs, eps=1e-5).sum().backward()
     assert all(float(each.grad.abs().sum()) == 0 for each in inputs if each.grad is not None)
     assert inputs[0].grad is not None and inputs[3].grad is not None
