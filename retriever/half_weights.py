@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from retriever.device import Precision, autocast
 from retriever.sharding import is_sharded
 from retriever.towers import Towers
+
+# Of each encoder, for as long as it lives: CUDA graphs count on finding the weights where they were.
+_HALVES: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -52,14 +56,19 @@ def half_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[
     As mixed-precision training keeps fp32 master weights (Micikevicius et al., arXiv 1710.03740). The gradients of
     several backward passes are summed in fp32, each as soon as it is complete.
     """
-    encoders = list(encoders)
-    parameters = [p for encoder in encoders for p in encoder.parameters() if p.dtype == torch.float32]
-    masters = [parameter.data for parameter in parameters]
+    parameters: list[nn.Parameter] = []
+    masters: list[Tensor] = []
+    halves: list[Tensor] = []
+    for encoder in encoders:
+        own = [parameter for parameter in encoder.parameters() if parameter.dtype == torch.float32]
+        parameters += own
+        masters += [parameter.data for parameter in own]
+        halves += _halves(encoder, [parameter.data for parameter in own], dtype)
     sums: dict[Tensor, Tensor | None] = {}
     handles: list[Any] = []
-    for parameter in parameters:
+    for parameter, half in zip(parameters, halves, strict=True):
         sums[parameter], parameter.grad = parameter.grad, None
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = half
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(lambda p: _fold(p, sums)))
     try:
@@ -71,6 +80,17 @@ def half_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[
             parameter.grad = None
             parameter.data = master
             parameter.grad = sums[parameter]
+
+
+def _halves(encoder: nn.Module, masters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The masters in `dtype`, in the same memory each time."""
+    if not masters:
+        return []
+    halves = _HALVES.get(encoder, [])
+    if [(h.shape, h.device, h.dtype) for h in halves] != [(m.shape, m.device, dtype) for m in masters]:
+        halves = _HALVES[encoder] = [torch.empty_like(master, dtype=dtype) for master in masters]
+    torch._foreach_copy_(halves, masters)
+    return halves
 
 
 def _fold(parameter: Tensor, sums: dict[Tensor, Tensor | None]) -> None:

@@ -26,6 +26,7 @@ from retriever.checkpoint import (
     save_checkpoint,
 )
 from retriever.config import CONFIG_FILE, TrainConfig, load_config, save_config, with_absolute_paths
+from retriever.cuda_graphs import replay_small_passes
 from retriever.device import choose_device, choose_precision
 from retriever.divided import gathered
 from retriever.encode import EncodeOptions
@@ -92,6 +93,8 @@ class Trainer:
             micro_batch_tokens=config.micro_batch_tokens,
             offload_embeddings=config.offload_embeddings,
         )
+        if config.cuda_graphs:
+            replay_small_passes(self.towers, self.precision)
         self.config = config = dataclasses.replace(
             config, precision=self.precision, micro_batch_tokens=graphs.micro_batch_tokens
         )

@@ -45,6 +45,8 @@ from retriever.trainer import Trainer
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
 LR = 1e-5
+# Ours, and the setting that each way wants.
+WAYS = {"ours": "", "ours, compiled": "compile", "ours, CUDA graphs": "cuda_graphs"}
 # Of the time that is left, for the steps of one batch size; the rest goes into texts, loading and saving.
 OUR_SHARE, THEIR_SHARE = 0.25, 0.7
 
@@ -70,9 +72,11 @@ def main() -> None:
     # Seconds a pair of the smaller batches, by which the larger ones are cut to the budget.
     our_pace = their_pace = 0.0
     for batch in sorted(options.batch):
-        for compiled in (False, True) if options.compile else (False,):
+        for way, setting in WAYS.items():
+            if setting and not getattr(options, setting):
+                continue
             steps = budget.repeats(OUR_SHARE, our_pace * batch, least=4, most=options.steps)
-            our_pace = 1 / keep(ours(model, tokenizer, batch, steps, compiled, options))["pairs_per_second"]
+            our_pace = 1 / keep(ours(model, tokenizer, batch, steps, way, options))["pairs_per_second"]
         if not settings:
             continue
         repeats = budget.repeats(THEIR_SHARE, their_pace * batch, least=1, most=len(settings) * options.their_steps)
@@ -129,6 +133,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="processes that tokenize")
     parser.add_argument("--budget", type=float, help="seconds for all of it, kept to by fewer steps (not given: none)")
     parser.add_argument("--compile", action="store_true", help="measure ours with torch.compile as well")
+    parser.add_argument("--cuda-graphs", action="store_true", help="and with CUDA graphs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for train.csv")
     parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
     return parser.parse_args()
@@ -142,7 +147,7 @@ def model_config(options: argparse.Namespace) -> ModelConfig:
 
 
 def ours(
-    model: ModelConfig, tokenizer: Any, batch: int, steps: int, compiled: bool, options: argparse.Namespace
+    model: ModelConfig, tokenizer: Any, batch: int, steps: int, way: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """`retriever train`, its own measurements taken from metrics.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +162,8 @@ def ours(
             batch_size=batch,
             steps=steps,
             device=options.device,
-            compile=compiled,
+            compile=WAYS[way] == "compile",
+            cuda_graphs=WAYS[way] == "cuda_graphs",
             log_every=2,
             checkpoint_every=10**6,
         )
@@ -171,9 +177,8 @@ def ours(
         kept = trainer.graphs
     middle = {key: statistics.median(row[key] for row in rows) for key in ("tokens_per_second", "pairs_per_second")}
     note = f"micro-batches of {kept.micro_batch_tokens} tokens, {kept.graph_tokens} tokens' graphs kept"
-    method = "ours, compiled" if compiled else "ours"
     return {
-        "method": method,
+        "method": way,
         "batch": batch,
         **middle,
         "peak_mib": peak_mib(),

@@ -83,7 +83,7 @@ def spans_attention(
             window_size_right=0 if causal else reach,
         )[0]
     # A scalar on the device, so that the host does not wait; drawn only where used.
-    seed = torch.randint(2**31 - 1, (1,), device=query.device) if dropout else spans.offsets[:1].long()
+    seed = torch.randint(2**31 - 1, (1,), device=query.device) if dropout else spans.first[:1].long()
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     tensors = (query, key, value, spans.first, spans.end, seed)
     settings = (float(scale), float(dropout), bool(causal), -1 if window is None else window)

@@ -1,0 +1,160 @@
+"""Small training passes by CUDA graphs: the host launches two things where it would launch some thousand.
+
+An encoder's forward and its backward are captured once for each size of micro-batch, and replayed from then on. Sizes
+are rounded up to a sixteenth, and the places beyond the last text are texts of one token each, which nobody reads.
+Replays read and write the same memory every time; hence only passes whose backward comes before the next forward are
+replayed, with weights that stay where they are (retriever/half_weights.py). What does not fit runs as it did.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retriever.config import ConfigError
+from retriever.device import Precision
+from retriever.padding_free.attention import LONG, Spans
+from retriever.towers import Towers
+
+# More of them keep a GPU busy for longer than the host takes to launch their kernels.
+MOST_TOKENS = 32768
+# Sizes of micro-batches; each holds a gradient of every weight.
+MOST_CAPTURES = 12
+
+
+def replay_small_passes(towers: Towers, precision: Precision) -> None:
+    """Have the encoders' training passes replay CUDA graphs, where they are of few tokens.
+
+    Raises:
+        ConfigError: it is not bf16 on a GPU, or a family whose attention there is not all in kernels of ours.
+    """
+    if precision != "bf16" or towers.device.type != "cuda":
+        raise ConfigError(f"cuda_graphs: expected bf16 on a GPU, found {precision} on {towers.device.type}")
+    families = list(dict.fromkeys(encoder.config.model_type for encoder in towers.encoders))
+    if not towers.padding_free or "mpnet" in families:
+        raise ConfigError(f"cuda_graphs: expected attention that needs no padding, found {', '.join(families)}")
+    for encoder in towers.encoders:
+        encoder.forward = _GraphedForward(encoder)
+
+
+class _GraphedForward:
+    """In place of an encoder's forward method."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder, self.plain = encoder, encoder.forward
+        self.captures: dict[int, _Capture] = {}
+        self.pool: Any = None
+        self.waiting = False
+        """A replayed forward waits for its backward."""
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, spans: Spans, **rest: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        tokens = input_ids.shape[1]
+        size = rounded(tokens)
+        if not self._replayable(spans, size):
+            return self.plain(input_ids=input_ids, position_ids=position_ids, spans=spans, **rest)
+        capture = self.captures.get(size)
+        if capture is None or capture.addresses != capture.addresses_now():
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            capture = self.captures[size] = _Capture(self, Inputs(size, input_ids.device))
+        capture.inputs.fill(input_ids, position_ids, spans)
+        self.waiting = True
+        return BaseModelOutput(last_hidden_state=_Replay.apply(self, capture, tokens, *capture.weights))
+
+    def _replayable(self, spans: Spans, size: int) -> bool:
+        if self.waiting or size > MOST_TOKENS or spans.longest > LONG:
+            return False
+        if not (torch.is_grad_enabled() and self.encoder.training):
+            return False
+        # Gradients of fp32 weights would be summed where the next replay writes.
+        if any(weight.dtype != torch.bfloat16 for weight in self.encoder.parameters()):
+            return False
+        return size in self.captures or len(self.captures) < MOST_CAPTURES
+
+
+def rounded(tokens: int) -> int:
+    """The next size that is captured."""
+    step = max(256, 1 << (tokens.bit_length() - 5)) if tokens > 16 else 256
+    return -(-tokens // step) * step
+
+
+class Inputs:
+    """What a captured pass reads: `size` tokens, as many of them of the texts as there are."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.input_ids, self.position_ids = (torch.zeros(1, size, dtype=torch.int64, device=device) for _ in range(2))
+        places = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self.spans = Spans(places[:-1].clone(), places[1:].clone(), places, LONG)
+
+    def fill(self, input_ids: Tensor, position_ids: Tensor, spans: Spans) -> None:
+        """Copy the tokens of some texts; each place beyond is a text of its own, of whatever token was there."""
+        tokens, places = input_ids.shape[1], self.spans.offsets
+        self.input_ids[:, :tokens].copy_(input_ids)
+        self.position_ids[:, :tokens].copy_(position_ids)
+        for own, given, beyond in (
+            (self.spans.first, spans.first, places[tokens:-1]),
+            (self.spans.end, spans.end, places[tokens + 1 :]),
+        ):
+            own[:tokens].copy_(given)
+            own[tokens:].copy_(beyond)
+
+
+class _Capture:
+    """The forward and the backward of one size, as graphs in the memory of the encoder's others."""
+
+    def __init__(self, graphed: _GraphedForward, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.weights = [weight for weight in graphed.encoder.parameters() if weight.requires_grad]
+        self.addresses = self.addresses_now()
+        device = inputs.input_ids.device
+
+        def encode() -> Tensor:
+            spans = inputs.spans
+            output = graphed.plain(input_ids=inputs.input_ids, position_ids=inputs.position_ids, spans=spans)
+            return output.last_hidden_state
+
+        def gradients(out: Tensor, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(out, self.weights, out_grad, allow_unused=True)
+
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads copy to the device meanwhile.
+        settings: Any = {"pool": graphed.pool, "capture_error_mode": "thread_local"}
+        with torch.random.fork_rng(devices=[device]):
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                # Kernels are compiled, and libraries take their memory, outside the graphs.
+                out = encode()
+                gradients(out, torch.zeros_like(out))
+            torch.cuda.current_stream(device).wait_stream(stream)
+            del out
+            with torch.cuda.graph(self.forward, **settings):
+                out = encode()
+            self.out_grad = torch.zeros_like(out)
+            with torch.cuda.graph(self.backward, **settings):
+                self.gradients = gradients(out, self.out_grad)
+        self.out = out.detach()
+
+    def addresses_now(self) -> list[int]:
+        """Where the weights are; the graphs read them where they were."""
+        return [weight.data_ptr() for weight in self.weights]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graphed: _GraphedForward, capture: _Capture, tokens: int, *weights: Tensor) -> Tensor:
+        ctx.graphed, ctx.capture, ctx.tokens = graphed, capture, tokens
+        capture.forward.replay()
+        return capture.out[:, :tokens].detach()
+
+    @staticmethod
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+        capture = ctx.capture
+        capture.out_grad[:, : ctx.tokens].copy_(out_grad)
+        capture.out_grad[:, ctx.tokens :].zero_()
+        capture.backward.replay()
+        ctx.graphed.waiting = False
+        return None, None, None, *(None if each is None else each.detach() for each in capture.gradients)

@@ -1,0 +1,114 @@
+"""Passes that replay CUDA graphs give what passes launched one kernel at a time give."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from retriever.config import ConfigError, ModelConfig, TrainConfig
+from retriever.cuda_graphs import Inputs, replay_small_passes, rounded
+from retriever.half_weights import arithmetic, half_weights
+from retriever.padding_free.attention import Spans
+from retriever.towers import Towers, build_towers
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def towers_of(tiny: ModelConfig, kind: str = "bert", **settings: Any) -> Towers:
+    torch.manual_seed(0)
+    architecture = {"model_type": kind, **SMALL, **settings}
+    return build_towers(ModelConfig(architecture=architecture, tokenizer=tiny.tokenizer, pooling="mean"))
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 4095, 4097, 20000, 32768])
+def test_sizes_are_at_most_a_sixteenth_or_256_larger(tokens: int) -> None:
+    size = rounded(tokens)
+    assert 0 <= size - tokens < max(256, tokens / 16 + 1) and rounded(size) == size
+
+
+def test_places_beyond_the_last_text_change_nothing(tiny: ModelConfig) -> None:
+    towers = towers_of(tiny).eval()
+    assert towers.drop_padding()
+    encoder = towers.encoders[0]
+    inputs = Inputs(24, torch.device("cpu"))
+    # The second leaves tokens of the first behind.
+    for lengths in ([7, 1, 9], [2, 3]):
+        spans, tokens = Spans.of(np.array(lengths)), sum(lengths)
+        ids, positions = torch.arange(5, 5 + tokens)[None], (torch.arange(tokens) - spans.first)[None]
+        inputs.fill(ids, positions, spans)
+        alone = encoder(input_ids=ids, position_ids=positions, spans=spans).last_hidden_state
+        # On a CPU attention goes by the offsets, which a GPU does not read.
+        padded = Spans.of(np.array([*lengths, *[1] * (24 - tokens)]))
+        assert torch.equal(inputs.spans.first, padded.first) and torch.equal(inputs.spans.end, padded.end)
+        among = encoder(input_ids=inputs.input_ids, position_ids=inputs.position_ids, spans=padded).last_hidden_state
+        torch.testing.assert_close(among[:, :tokens], alone, rtol=0, atol=1e-6)
+
+
+def test_half_weights_stay_where_they_are(tiny: ModelConfig) -> None:
+    encoder = towers_of(tiny).encoders[0]
+
+    def places() -> list[int]:
+        with half_weights([encoder], torch.bfloat16):
+            with half_weights([encoder], torch.bfloat16):  # of an evaluation, say
+                pass
+            return [weight.data_ptr() for weight in encoder.parameters()]
+
+    first = places()
+    with torch.no_grad():
+        for weight in encoder.parameters():
+            weight.add_(1)
+    assert places() == first
+    with half_weights([encoder], torch.bfloat16):
+        halves = [weight.detach().clone() for weight in encoder.parameters()]
+    assert all(torch.equal(half, whole.bfloat16()) for half, whole in zip(halves, encoder.parameters(), strict=True))
+
+
+def test_what_it_does_not_go_with_is_told(tiny: ModelConfig) -> None:
+    for other in ("compile", "gradient_checkpointing", "shard_towers"):
+        with pytest.raises(ValueError, match=f"{other}: expected false with cuda_graphs, found true"):
+            TrainConfig(cuda_graphs=True, **{other: True})
+    with pytest.raises(ConfigError, match="cuda_graphs: expected bf16 on a GPU, found fp32 on cpu"):
+        replay_small_passes(towers_of(tiny), "fp32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "qwen3"])
+def test_replays_equal_launches(tiny: ModelConfig, kind: str) -> None:
+    settings = {"modernbert": {"local_attention": 16}, "qwen3": {"num_key_value_heads": 2, "head_dim": 16}}
+    plain = towers_of(tiny, kind, **settings.get(kind, {})).cuda()
+    assert plain.drop_padding()
+    graphed = copy.deepcopy(towers_of(tiny, kind, **settings.get(kind, {}))).cuda()
+    assert graphed.drop_padding()
+    replay_small_passes(graphed, "bf16")
+    outcomes = []
+    for towers in (plain, graphed):
+        generator, found = np.random.default_rng(0), []
+        for step, texts in enumerate((30, 33, 90, 31, 60)):
+            tokens = towers.tokenizer("query")(["ab " * n for n in generator.integers(1, 40, texts)])
+            torch.manual_seed(step)
+            with arithmetic(towers, "bf16"):
+                embeddings = towers.embed(tokens, np.arange(texts), "query")
+                # A second forward before the first one's backward must not write over what that reads.
+                again = towers.embed(tokens, np.arange(texts), "query")
+                upstream = torch.linspace(-1, 1, embeddings.numel(), device="cuda").view_as(embeddings)
+                ((embeddings + again) * upstream).sum().backward()
+            found.append(
+                (embeddings.detach(), {n: p.grad.clone() for n, p in towers.named_parameters() if p.grad is not None})
+            )
+            with torch.no_grad():
+                for weight in towers.parameters():
+                    if weight.grad is not None:
+                        weight.add_(weight.grad.sign(), alpha=-1e-3)
+                    weight.grad = None
+        outcomes.append(found)
+    assert 2 <= len(graphed.encoders[0].forward.captures) <= 4
+    for (embeddings, gradients), (expected, expected_gradients) in zip(*reversed(outcomes), strict=True):
+        torch.testing.assert_close(embeddings, expected, rtol=0, atol=2e-2)
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in gradients.items():
+            error = float((gradient - expected_gradients[name]).norm() / expected_gradients[name].norm())
+            assert error < 5e-2, f"{name}: {error}"
