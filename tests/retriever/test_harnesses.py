@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import command
+from cli_helpers import command, write_config
 
 MEASURES = ("ndcg", "map", "recall", "precision")
+KINDS: dict[str, dict[str, Any]] = {
+    "one tower": {},
+    "prompts": {"query_prompt": "ask: ", "passage_prompt": "text: "},
+    "two towers": {"shared": False},
+    "two towers, prompts": {"shared": False, "query_prompt": "ask: ", "passage_prompt": "text: "},
+}
 
 
-@pytest.fixture(scope="module")
-def ours(world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Our own numbers of the trained folder."""
-    out = tmp_path_factory.mktemp("harness")
-    outcome = command("evaluate", "beir", "--model", world.model, "--data", world.beir, "--out", out, "--json")
+@dataclass(frozen=True)
+class Trained:
+    """A trained folder, and our own numbers of it."""
+
+    model: Path
+    means: dict[str, float]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def ours(request: Any, world: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model of every kind whose sides may be told apart."""
+    folder = tmp_path_factory.mktemp("harness")
+    model = world.model
+    if fields := KINDS[request.param]:
+        config = write_config(folder / "run.yaml", replace(tiny, **fields), world.pairs)
+        trained = command("train", config)
+        assert trained.code == 0, trained.err
+        model = folder / "run" / "model"
+    outcome = command("evaluate", "beir", "--model", model, "--data", world.beir, "--out", folder / "report", "--json")
     assert outcome.code == 0, outcome.err
     means: dict[str, float] = json.loads(outcome.out)["words"]
     assert 0.2 < means["ndcg@10"] < 0.999  # neither failing nor trivial
-    return means
+    return Trained(model, means)
 
 
-def test_mteb_gives_our_numbers(world: Any, ours: dict[str, float], tmp_path: Path) -> None:
+def test_mteb_gives_our_numbers(world: Any, ours: Trained, tmp_path: Path) -> None:
     import mteb
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -49,24 +70,26 @@ def test_mteb_gives_our_numbers(world: Any, ours: dict[str, float], tmp_path: Pa
             self.queries, self.relevant_docs = {"test": data.queries}, {"test": data.qrels}
             self.data_loaded = True
 
-    model = SentenceTransformer(str(world.model), device="cpu")
+    model = SentenceTransformer(str(ours.model), device="cpu")
     cache = mteb.cache.ResultCache(tmp_path)
     found = mteb.evaluate(model, Words(), cache=cache, show_progress_bar=False, co2_tracker=False)
     theirs = found.task_results[0].scores["test"][0]
     for measure in MEASURES:
         for k in (1, 3, 5, 10, 100):
             # mteb rounds to five digits.
-            assert ours[f"{measure}@{k}"] == pytest.approx(theirs[f"{measure}_at_{k}"], abs=1.1e-5), (measure, k)
+            assert ours.means[f"{measure}@{k}"] == pytest.approx(theirs[f"{measure}_at_{k}"], abs=1.1e-5), (measure, k)
 
 
-def test_the_beir_package_gives_our_numbers(world: Any, ours: dict[str, float]) -> None:
+def test_the_beir_package_gives_our_numbers(world: Any, ours: Trained) -> None:
     from beir.datasets.data_loader import GenericDataLoader
-    from beir.retrieval import models
     from beir.retrieval.evaluation import EvaluateRetrieval
     from beir.retrieval.search.dense import DenseRetrievalExactSearch
+    from sentence_transformers import SentenceTransformer
+
+    from eval.beir_model import BeirModel
 
     corpus, queries, qrels = GenericDataLoader(str(world.beir)).load("test")
-    search = DenseRetrievalExactSearch(models.SentenceBERT(str(world.model)))
+    search = DenseRetrievalExactSearch(BeirModel(SentenceTransformer(str(ours.model), device="cpu")))
     harness = EvaluateRetrieval(search, score_function="dot")
     found = harness.retrieve(corpus, queries)
     capped = harness.evaluate_custom(qrels, found, harness.k_values, "r_cap")
@@ -74,4 +97,4 @@ def test_the_beir_package_gives_our_numbers(world: Any, ours: dict[str, float]) 
         for name, value in theirs.items():
             measure, _, k = name.partition("@")
             key = {"P": "precision", "R_cap": "rcap"}.get(measure, measure.lower())
-            assert ours[f"{key}@{k}"] == pytest.approx(value, abs=1.1e-5), name
+            assert ours.means[f"{key}@{k}"] == pytest.approx(value, abs=1.1e-5), name
