@@ -39,11 +39,11 @@ class Embedding:
     def towers(self, terminal: Terminal) -> Towers:
         """The model, in evaluation mode on the device; says where it is slower than most."""
         from retriever.device import choose_device
-        from retriever.images.folder import is_image_text_folder
+        from retriever.images.folder import is_image_text_model
         from retriever.images.towers import load_image_text_towers
         from retriever.towers import load_towers
 
-        load = load_image_text_towers if is_image_text_folder(self.model) else load_towers
+        load = load_image_text_towers if is_image_text_model(self.model) else load_towers
         towers = load(self.model, choose_device(self.device))
         if note := towers.padding_note():
             terminal.line(note)

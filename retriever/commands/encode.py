@@ -52,9 +52,9 @@ class Encode(Embedding):
 
     def _is_pictures(self) -> bool:
         from eval.beir import is_beir_folder
-        from retriever.images.folder import is_image_text_folder
+        from retriever.images.folder import is_image_text_model
 
-        return self.data.is_dir() and not is_beir_folder(self.data) and is_image_text_folder(self.model)
+        return self.data.is_dir() and not is_beir_folder(self.data) and is_image_text_model(self.model)
 
     def _pictures(self, terminal: Terminal) -> EmbeddingStore:
         from retriever.images.encode import encode_pictures, picture_files
@@ -70,12 +70,13 @@ class Encode(Embedding):
         from retriever.encode_files import embed_corpus
         from retriever.ranks import own_device
 
+        # Before the folder is judged: a name that no model has cannot be said to embed texts alone.
+        towers = self.towers(terminal)
         if self.data.is_dir() and not is_beir_folder(self.data) and images_in(self.data):
             raise InputError(
                 f"{self.data}: expected a corpus for {self.model}, which embeds texts alone, found a folder of pictures"
             )
         corpus = beir_file(self.data, "corpus.jsonl") if self.data.is_dir() else self.data
         how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows}
-        towers = self.towers(terminal)
         towers.to(own_device(towers.device))
         return embed_corpus(towers, corpus, self.out, self.options(), terminal, ranks=ranks, **how)

@@ -40,9 +40,30 @@ _BOTH = {"text", "image"}
 _FIXED_LENGTH = ("siglip", "siglip2")
 
 
-def is_image_text_folder(path: str) -> bool:
-    """Whether a local folder holds towers of pictures and texts, by its configuration files alone."""
-    folder = Path(path)
+def settings_folder(path_or_name: str) -> Path | None:
+    """Where the configuration files of a model lie: its own folder, or for a hub name the one in the hub's cache.
+
+    They are fetched without the weights where they are not there yet. None: there is no such folder or name.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(path_or_name).is_dir():
+        return Path(path_or_name)
+    without_bars()
+    try:
+        return Path(snapshot_download(path_or_name, allow_patterns=["*.json"]))
+    except (OSError, ValueError):
+        # ValueError: no name that the hub could have.
+        return None
+
+
+def is_image_text_model(path_or_name: str) -> bool:
+    """Whether a folder or hub name holds towers of pictures and texts, by its configuration files alone."""
+    folder = settings_folder(path_or_name)
+    return folder is not None and _has_both(folder)
+
+
+def _has_both(folder: Path) -> bool:
     if (folder / "modules.json").exists():
         routers = [*folder.glob("router_config.json"), *folder.glob("*/router_config.json")]
         for router in routers:
@@ -71,9 +92,10 @@ def load_image_text_model(path: str) -> SentenceTransformer:
     from sentence_transformers.sentence_transformer.modules import Normalize
 
     _check_exists(path)
+    settings = settings_folder(path)
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     with _loading(path, "as a model of pictures and texts"):
-        if (Path(path) / "modules.json").exists() or not Path(path).is_dir():
+        if settings is None or (settings / "modules.json").exists():
             model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs)
         else:
             model = SentenceTransformer(modules=[_transformer(path), Normalize()], device="cpu")
@@ -138,11 +160,12 @@ def load_vision_modules(config: ModelConfig) -> list[Any]:
         with tempfile.TemporaryDirectory() as folder, _loading(name, "as a vision encoder"):
             write_new_vision_encoder(name, config.image.size, Path(folder))
             return [_vision_transformer(folder)]
-    if config.image.size is not None:
-        raise ConfigError("model.image.size: expected none for a trained encoder, whose size is its own")
     _check_exists(name)
+    settings = settings_folder(name)
+    if settings is not None and config.image.size is not None:
+        raise ConfigError("model.image.size: expected none for a trained encoder, whose size is its own")
     with _loading(name, f"as a vision encoder (new ones are {', '.join(ARCHITECTURES)})"):
-        if is_image_text_folder(name) and not (Path(name) / "modules.json").exists():
+        if settings is not None and _has_both(settings) and not (settings / "modules.json").exists():
             with tempfile.TemporaryDirectory() as folder:
                 _write_vision_half(name, folder)
                 transformer = _vision_transformer(folder)

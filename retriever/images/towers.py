@@ -23,7 +23,7 @@ from retriever.graph_memory import encode_tokens
 from retriever.half_weights import arithmetic
 from retriever.images.folder import (
     image_processor,
-    is_image_text_folder,
+    is_image_text_model,
     join_encoders,
     load_image_text_model,
     reads_fixed_length,
@@ -260,7 +260,7 @@ def build_image_text_towers(config: ModelConfig) -> ImageTextTowers:
         raise ConfigError("model: expected a text tower by model.name or by model.architecture, found both")
     if config.name or config.architecture:
         model = join_encoders(config)
-    elif is_image_text_folder(image.name):
+    elif not image.is_new and is_image_text_model(image.name):
         model = load_image_text_model(image.name)
     else:
         raise ConfigError(

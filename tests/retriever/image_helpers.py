@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import string
 import tarfile
 from pathlib import Path
@@ -100,6 +101,15 @@ def save_checkpoint(kind: str, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor, padding
+
+
+def cache_as_hub_name(model: Path, hub: Path) -> str:
+    """Lay a model folder into a hub cache, as a download leaves it; returns its name there."""
+    cached = hub / "models--acme--clip"
+    shutil.copytree(model, cached / "snapshots" / "0123abcd")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abcd")
+    return "acme/clip"
 
 
 def save_vision_encoder(kind: str, folder: Path) -> Path:

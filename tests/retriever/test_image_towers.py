@@ -10,6 +10,7 @@ import pytest
 import torch
 from image_helpers import (
     SMALL,
+    cache_as_hub_name,
     differing_texts,
     letter_tokenizer,
     noise,
@@ -22,7 +23,7 @@ from index.files import InputError
 from retriever.config import ConfigError, ModelConfig
 from retriever.encode import EncodeOptions
 from retriever.images.config import ImageConfig
-from retriever.images.folder import is_image_text_folder
+from retriever.images.folder import is_image_text_model
 from retriever.images.towers import ImageTextTowers, build_image_text_towers, load_image_text_towers
 
 BERT = {"model_type": "bert", **SMALL, "max_position_embeddings": 16}
@@ -83,7 +84,7 @@ def test_sentence_transformers_encodes_a_saved_folder_alike(kind: str, tmp_path:
         towers = build_image_text_towers(pair(tokenizer, "tiny" if kind == "tiny" else str(folder))).eval()
     images, texts = embeddings(towers)
     path = saved(towers, tmp_path / "model")
-    assert is_image_text_folder(str(path))
+    assert is_image_text_model(str(path))
     model = SentenceTransformer(str(path), device="cpu")
     np.testing.assert_allclose(model.encode(pictures()), images, atol=1e-5)
     np.testing.assert_allclose(model.encode(differing_texts()), texts, atol=1e-5)
@@ -134,6 +135,30 @@ def test_a_whole_checkpoint_locks_one_half(tmp_path: Path) -> None:
     assert learning and not any("vision_model" in name or "visual_projection" in name for name in learning)
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_hub_name_is_the_checkpoint_of_that_name(
+    kind: str, tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(kind, folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    name = cache_as_hub_name(folder, tmp_path / "hub")
+    for make in (
+        load_image_text_towers,
+        lambda path: build_image_text_towers(ModelConfig(image=ImageConfig(name=path))).eval(),
+        # The image half alone: heads, drawn at random, are left aside.
+        lambda path: build_image_text_towers(pair(tokenizer, path)).eval(),
+    ):
+        local, hub = make(str(folder)), make(name)
+        assert [type(m.auto_model) for m in hub.transformers] == [type(m.auto_model) for m in local.transformers]
+        pixels = torch.stack([local.transform.pixels(image) for image in pictures()])
+        assert torch.equal(hub.image_features(pixels), local.image_features(pixels))
+    with pytest.raises(ConfigError, match=r"model\.image\.size: expected none for a trained encoder"):
+        build_image_text_towers(pair(tokenizer, name, size=32))
+    with pytest.raises(InputError, match="acme/none: no such folder, and cannot be loaded from the hub"):
+        load_image_text_towers("acme/none")
+
+
 @pytest.mark.parametrize("kind", ["tiny", "vit", "dinov2"])
 def test_patch_dropout_leaves_patches_out_in_training_only(kind: str, tmp_path: Path, tokenizer: str) -> None:
     name = kind if kind == "tiny" else str(save_vision_encoder(kind, tmp_path / kind))
@@ -178,6 +203,9 @@ def test_what_cannot_be_two_towers_is_refused_in_one_line(tmp_path: Path, tokeni
         build_image_text_towers(pair(tokenizer, "tiny", size=30))
     with pytest.raises(InputError, match=r"ViT-Z: no such folder, .* \(new ones are tiny, ViT-S/16,"):
         build_image_text_towers(pair(tokenizer, "ViT-Z"))
+    # A name of nothing is no trained encoder either.
+    with pytest.raises(InputError, match="ViT-L/15: no such folder"):
+        build_image_text_towers(pair(tokenizer, "ViT-L/15", size=64))
     with pytest.raises(InputError, match="expected a vision encoder, found BertModel"):
         build_image_text_towers(pair(tokenizer, minilm))
-    assert not is_image_text_folder(minilm) and not is_image_text_folder(str(tmp_path))
+    assert not is_image_text_model(minilm) and not is_image_text_model(str(tmp_path))

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 import numpy as np
 import pytest
 from cli_helpers import command, write_lines
-from image_helpers import COLOURS, SHAPES, draw, save_checkpoint
+from image_helpers import COLOURS, SHAPES, cache_as_hub_name, draw, save_checkpoint
 from PIL import Image
 from serve_helpers import serving
 from test_cli_errors import assert_refused
@@ -101,6 +101,20 @@ def test_a_picture_finds_itself_and_texts(world: Path) -> None:
     assert answer["results"][0]["id"].startswith("t")
 
 
+def test_a_hub_name_serves_as_a_folder_does(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = ["--model", cache_as_hub_name(world / "model", tmp_path)]
+    done = command("encode", *model, "--data", world / "drawn", "--out", tmp_path / "store")
+    assert done.code == 0, done.err
+    assert np.array_equal(
+        EmbeddingStore.open(tmp_path / "store").vectors(), EmbeddingStore.open(world / "store").vectors()
+    )
+    asked = ["--index", world / "index", "--json", "a red circle"]
+    by_name, by_folder = (command("search", *who, *asked) for who in (model, ["--model", world / "model"]))
+    assert by_name.code == 0, by_name.err
+    assert by_name.out == by_folder.out
+
+
 def test_mistakes_about_pictures_are_said_in_one_line(world: Path, minilm: str, tmp_path: Path) -> None:
     index = ["--index", world / "index"]
     model = ["--model", world / "model"]
@@ -114,6 +128,8 @@ def test_mistakes_about_pictures_are_said_in_one_line(world: Path, minilm: str, 
     assert_refused(command(*words), 1, r"empty: expected pictures \(\.jpg")
     words = ["encode", "--model", minilm, "--data", world / "drawn", "--out", tmp_path / "out"]
     assert_refused(command(*words), 1, "drawn: expected a corpus for .*, which embeds texts alone, found a folder of p")
+    words[2] = "acme/none"
+    assert_refused(command(*words), 1, "acme/none: no such folder, and no such model on the hub")
     words = ["serve", *model, *index, "--port", 0, "--pictures"]
     assert_refused(command(*words, tmp_path / "gone"), 1, "gone: no such folder")
     assert_refused(command(*words, tmp_path / "empty"), 1, "expected the folder whose pictures were indexed")
