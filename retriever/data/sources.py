@@ -71,6 +71,10 @@ class Notices:
         self._counts[what] += 1
         self._first.setdefault(what, place)
 
+    def count(self, beginning: str) -> int:
+        """How many of all kinds that begin so."""
+        return sum(count for what, count in self._counts.items() if what.startswith(beginning))
+
     def lines(self) -> list[str]:
         """One line for each kind: "rows skipped for an empty query: 3 (first at train.jsonl:17)"."""
         return [f"{what}: {count} (first at {self._first[what]})" for what, count in self._counts.items()]

@@ -12,7 +12,7 @@ from typing import Any
 from index.files import InputError, atomic_path, read_json, sha256_file, write_json
 from retriever.data.sources import Example, Notices, SourceConfig, read_examples, resolve_format, source_files
 
-VERSION = 2
+VERSION = 3
 """Raised when the conversion changes, so that files of an older one are not taken for its result."""
 BATCH_ROWS = 4096
 BATCH_CHARACTERS = 2**24
@@ -26,12 +26,14 @@ class ExampleTable:
         notices: one line for each kind of row or text that was skipped or mended in the conversion.
         sha256: of the converted rows: equal for equal examples in equal order, wherever their files lie.
         rows_with_negatives: how many rows have a hard negative.
+        rows_skipped: how many rows of the source are not here, for want of a query or a positive.
     """
 
     name: str
     notices: list[str]
     sha256: str
     rows_with_negatives: int
+    rows_skipped: int
 
     def __init__(self, path: Path) -> None:
         """Open a converted file.
@@ -45,6 +47,7 @@ class ExampleTable:
         about = read_json(path.with_suffix(".json"))
         self.name, self.notices = about["source"]["path"], about["notices"]
         self.sha256, self.rows_with_negatives = about["sha256"], about["rows_with_negatives"]
+        self.rows_skipped = about["rows_skipped"]
         try:
             rows = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
         except (pyarrow.ArrowInvalid, OSError) as error:
@@ -94,8 +97,14 @@ def open_source(config: SourceConfig, cache: Path, *, progress: Callable[[int], 
             if _identity(config) != about:
                 raise InputError(f"{config.path}: changed while it was read")
             content = sha256_file(temporary)
-        found = {"rows": rows, "rows_with_negatives": with_negatives, "sha256": content}
-        write_json(path.with_suffix(".json"), {**about, **found, "notices": notices.lines()})
+        found = {
+            "rows": rows,
+            "rows_with_negatives": with_negatives,
+            "rows_skipped": notices.count("rows skipped"),
+            "sha256": content,
+            "notices": notices.lines(),
+        }
+        write_json(path.with_suffix(".json"), {**about, **found})
     return ExampleTable(path)
 
 

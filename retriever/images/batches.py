@@ -17,6 +17,7 @@ from index.files import InputError
 from retriever.data.batches import PairDigests, false_negative_ids
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.images.chunks import Chunks, PairChunk, PairReader
+from retriever.images.sources import check_broken
 from retriever.packing import pack
 from retriever.prepare import PreparedBatch, TextGroup
 from retriever.tokens import TokenizedTexts
@@ -157,12 +158,9 @@ class ImageBatches:
             # All of the first few, and then ever fewer.
             if number <= 10 or number & (number - 1) == 0:
                 self._say(f"{line} (pair left out: number {number} of {self._read[source]:,} read)")
-        found, allowed = self._broken[source], max(100, reader.max_broken * self._read[source])
-        if found > allowed:
-            raise InputError(
-                f"{reader.source.name}: {found} of {self._read[source]:,} pairs are broken, more than max_broken "
-                f"({reader.max_broken:g}) allows; the last: {broken[-1]}"
-            )
+        if broken:
+            counts = self._broken[source], self._read[source]
+            check_broken(reader.source.name, *counts, reader.max_broken, f"the last: {broken[-1]}")
 
 
 def _joined(parts: list[TokenizedTexts]) -> TokenizedTexts:

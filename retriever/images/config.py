@@ -73,8 +73,8 @@ class ImageSource:
     weight: float | None = None
     """Share of the batches that come from this source, relative to the other sources' (none: its number of pairs)."""
     max_broken: float = 0.01
-    """Stop once more than this share of the pairs read, and more than 100, had a broken picture or no caption; until
-    then such pairs are left out, counted and logged."""
+    """Stop once more than this share of the pairs indexed or read, and more than 100, had a broken picture or no
+    caption; until then such pairs are left out, counted and logged."""
 
     def __post_init__(self) -> None:
         if not self.path:

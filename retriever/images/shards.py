@@ -25,7 +25,7 @@ from index.files import InputError, atomic_path, read_json, sha256_file, write_j
 from retriever.data.sources import Notices
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
-VERSION = 1
+VERSION = 2
 """Raised when the index changes, so that one of an older form is not taken for it."""
 
 # Open files a process; a large set has tens of thousands of shards.
@@ -77,6 +77,7 @@ class ShardedSamples:
         shards: the tars.
         sha256: of all offsets and sizes with the shards' names: equal for equal tars, wherever they lie.
         notices: one line for each kind of sample that was left out.
+        left_out: how many samples were.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +89,8 @@ class ShardedSamples:
         self.path = path
         about = read_json(path.with_suffix(".json"))
         self.shards = [Path(shard["path"]) for shard in about["shards"]]
-        self.sha256, self.notices, self.parts = about["sha256"], about["notices"], about["parts"]
+        self.sha256, self.parts = about["sha256"], about["parts"]
+        self.notices, self.left_out = about["notices"], about["left_out"]
         # Per row: the shard, then offset and size of picture, txt and json; size -1 for a part that is not there.
         self._rows = np.load(path, mmap_mode="r")
         self._open: OrderedDict[int, int] = OrderedDict()
@@ -192,7 +194,13 @@ def _merge(
     digest = hashlib.sha256(sha256_file(merged).encode())
     digest.update(json.dumps([[Path(one["path"]).name, one["bytes"]] for one in about]).encode())
     has = {part: bool((rows[:, 2 + 2 * number] >= 0).any()) for number, part in enumerate(_PARTS)}
-    facts = {"sha256": digest.hexdigest(), "notices": notices.lines(), "parts": has, "shards": about}
+    facts = {
+        "sha256": digest.hexdigest(),
+        "notices": notices.lines(),
+        "left_out": notices.count("samples left out"),
+        "parts": has,
+        "shards": about,
+    }
     # Written last: where it stands, the index is whole.
     write_json(merged.with_suffix(".json"), facts)
 

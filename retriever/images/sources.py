@@ -53,6 +53,8 @@ class PairSource(Protocol):
 
     name: str
     notices: list[str]
+    left_out: int
+    """Pairs that are not here, because their picture or caption was seen to be missing before they are read."""
     sha256: str
 
     def __len__(self) -> int: ...
@@ -74,14 +76,31 @@ def open_pairs(
     """Open a source; what must be indexed or converted for that is kept in the folder `cache`.
 
     Raises:
-        InputError: it is missing, broken or empty, or lacks a column.
+        InputError: it is missing, broken or empty, lacks a column, or has more pairs to leave out than it allows.
     """
     kind = source.format if source.format != "auto" else _kind(source.path)
+    pairs: PairSource
     if kind == "webdataset":
-        return TarPairs(source, index_shards(source.path, cache / "tars", workers=workers, progress=progress))
-    if kind == "files":
-        return FilePairs.open(source, cache, progress)
-    return HuggingFacePairs(source)
+        pairs = TarPairs(source, index_shards(source.path, cache / "tars", workers=workers, progress=progress))
+    elif kind == "files":
+        pairs = FilePairs.open(source, cache, progress)
+    else:
+        pairs = HuggingFacePairs(source)
+    every = pairs.left_out + len(pairs)
+    check_broken(source.path, pairs.left_out, every, source.max_broken, "; ".join(pairs.notices))
+    return pairs
+
+
+def check_broken(name: str, broken: int, pairs: int, max_broken: float, which: str) -> None:
+    """Stop where too many pairs of a source cannot be used; a hundred are never too many.
+
+    Raises:
+        InputError: more than `max_broken` of them; it ends in `which`.
+    """
+    if broken > max(100, max_broken * pairs):
+        raise InputError(
+            f"{name}: {broken:,} of {pairs:,} pairs are broken, more than max_broken ({max_broken:g}) allows; {which}"
+        )
 
 
 def _kind(path: str) -> str:
@@ -104,6 +123,7 @@ class TarPairs:
         """
         self.source, self.samples = source, samples
         self.name, self.notices, self.sha256 = source.path, samples.notices, samples.sha256
+        self.left_out = samples.left_out
         self.captions = source.caption or (("txt",) if samples.parts["txt"] else ("json:caption",))
         for caption in self.captions:
             part, _, key = caption.partition(":")
@@ -154,6 +174,7 @@ class FilePairs:
     def __init__(self, table: ExampleTable, folder: Path) -> None:
         self.table, self.folder = table, folder
         self.name, self.notices, self.sha256 = table.name, table.notices, table.sha256
+        self.left_out = table.rows_skipped
 
     @classmethod
     def open(cls, source: ImageSource, cache: Path, progress: Callable[[int], None] | None) -> FilePairs:
@@ -204,6 +225,7 @@ class HuggingFacePairs:
         """
         self.source, self.name = source, source.path
         self.notices: list[str] = []
+        self.left_out = 0
         self._dataset = load_huggingface(source.path, source.split, streaming=False)
         names = self._dataset.column_names
         self.captions = source.caption or ("caption" if "caption" in names else "text",)

@@ -186,6 +186,31 @@ def test_a_table_names_pictures_beside_it(tmp_path: Path) -> None:
     assert other.read(0).captions == ("a circle",) and other.read(0).picture == first.picture
 
 
+@pytest.mark.parametrize("kind", ["tar", "csv"])
+def test_too_many_empty_captions_are_refused_before_anything_is_read(kind: str, tmp_path: Path) -> None:
+    def written(empty: int, good: int) -> ImageSource:
+        texts = [""] * empty + ["a circle"] * good
+        path = tmp_path / f"{empty}.{kind}"
+        if kind == "tar":
+            members = [
+                (f"{n}.{end}", x) for n, text in enumerate(texts) for end, x in (("png", b"x"), ("txt", text.encode()))
+            ]
+            write_tar(path, members)
+        else:
+            path.write_text("image,caption\n" + "".join(f"{n}.png,{text}\n" for n, text in enumerate(texts)))
+        return ImageSource(str(path))
+
+    pairs = opened(written(100, 20), tmp_path)
+    assert (len(pairs), pairs.left_out) == (20, 100)
+    source = written(101, 20)
+    message = r"101 of 121 pairs are broken, more than max_broken \(0\.01\) allows; .*: 101 \(first at "
+    # The second time the index is there.
+    for _ in range(2):
+        with pytest.raises(InputError, match=message):
+            opened(source, tmp_path)
+    assert len(opened(dataclasses.replace(source, max_broken=0.9), tmp_path)) == 20
+
+
 def test_a_hugging_face_dataset_with_an_image_column(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     images = [draw("red", "circle"), draw("blue", "cross")]
