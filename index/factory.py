@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 from index.files import InputError
@@ -11,51 +12,84 @@ from index.files import InputError
 # Below this, comparing with every passage is fast enough, and exact.
 FLAT_ROWS = 200_000
 
+# From here on there are so many lists that a graph finds the nearest.
+GRAPH_ROWS = 2_000_000
+
 # 10M vectors of 768 dimensions are 31 GB in float32, more than most machines hold: from there on, one byte a number.
 QUANTISED_ROWS = 10_000_000
 
 
-def choose(rows: int, dim: int, memory_mib: float | None = None, *, even_norms: bool = True) -> str:
+def choose(
+    rows: int, dim: int, memory_mib: float | None = None, *, even_norms: bool = True, on_disk: bool = False
+) -> str:
     """The faiss factory string that `auto` stands for with so many passages.
 
     By size: all are compared below 200,000, and the nearest lists above. The numbers of centroids follow faiss's own
     guideline (github.com/facebookresearch/faiss/wiki, "Guidelines to choose an index"): each gets the 39 training
     vectors or more that its k-means asks for. By memory: the finest code that fits, of float32 (below 10 million),
     float16, one byte a number, and 4-bit PQ of two, four and eight numbers a code. By metric: where lengths differ,
-    the longest vectors are near to queries that their list is far from, and a graph finds them with less work.
+    the longest vectors are near to queries that their list is far from, and a graph finds them with less work. On disk:
+    always lists, for nothing else can stay there, and whatever memory they would take.
 
     Args:
         rows: passages.
         dim: of their vectors.
         memory_mib: most that the index may take in memory, in MiB.
         even_norms: whether the vectors are about equally long, so that their inner products are about cosines.
+        on_disk: whether the index is to stay on disk.
 
     Raises:
         InputError: none fits.
     """
-    lists = _lists(rows)
-    codes = ["Flat", "SQfp16", "SQ8", *_product_codes(dim)]
-    if rows >= QUANTISED_ROWS and memory_mib is None:
-        codes = ["SQ8"]
+    lists, code = _lists(rows), "Flat" if rows < QUANTISED_ROWS else "SQ8"
+    if on_disk:
+        return f"{lists or _few_lists(rows)},{code}"
+    codes = [code] if memory_mib is None else ["Flat", "SQfp16", "SQ8", *_product_codes(dim)]
     choices = [f"{lists},{code}" if lists else code for code in codes]
     if lists and not even_norms and rows < QUANTISED_ROWS:
         choices = ["HNSW32", "HNSW32_SQfp16", "HNSW32_SQ8", *choices]
+    if memory_mib is None:
+        return choices[0]
     for factory in choices:
-        if memory_mib is None or memory(factory, rows, dim) <= memory_mib * 2**20:
+        if memory(factory, rows, dim) <= memory_mib * 2**20:
             return factory
-    least = memory(factory, rows, dim) / 2**20
-    raise InputError(
-        f"--memory-budget-mib: expected at least {least:,.1f} for {rows:,} passages of {dim} dimensions ({factory}), "
-        f"found {memory_mib:g}; build it in parts, or with --on-disk"
+    raise _beyond(memory_mib, factory, rows, dim)
+
+
+def reason_of_choice(factory: str, rows: int, dim: int, *, on_disk: bool = False) -> str:
+    """What made `choose` take `factory` for `rows` vectors of `dim` dimensions, in a few words."""
+    reached = [limit for limit in (FLAT_ROWS, GRAPH_ROWS, QUANTISED_ROWS) if rows >= limit]
+    reasons = [f"{reached[-1]:,} passages or more" if reached else f"fewer than {FLAT_ROWS:,} passages"]
+    if on_disk:
+        reasons.append("an index on disk")
+    else:
+        if factory.startswith("HNSW"):
+            reasons.append("vectors of uneven length")
+        if factory not in (choose(rows, dim), choose(rows, dim, even_norms=False)):
+            reasons.append("the memory budget")
+    return " and ".join(reasons)
+
+
+def _beyond(memory_mib: float, factory: str, rows: int, dim: int) -> InputError:
+    # Rounded up, so that who gives what is asked for is not refused again.
+    least = Context(prec=3, rounding=ROUND_CEILING).create_decimal(memory(factory, rows, dim) / 2**20)
+    return InputError(
+        f"--memory-budget-mib: expected at least {least:,f} for {rows:,} passages of {dim} dimensions ({factory}), "
+        f"found {memory_mib:g}; --on-disk holds less at once"
     )
 
 
 def _lists(rows: int) -> str:
     if rows < FLAT_ROWS:
         return ""
-    if rows < 2_000_000:
+    if rows < GRAPH_ROWS:
         return "IVF4096"
     return "IVF16384_HNSW32" if rows < QUANTISED_ROWS else "IVF65536_HNSW32"
+
+
+def _few_lists(rows: int) -> str:
+    """For less than lists are worth: as many, a power of two, as have their 39 training vectors each."""
+    return f"IVF{1 << max(0, (rows // 39).bit_length() - 1)}"
 
 
 def _product_codes(dim: int) -> list[str]:
@@ -69,11 +103,13 @@ def explain(factory: str, rows: int, dim: int, memory_mib: float | None = None) 
     """One line that says what `factory` means for `rows` vectors of `dim` dimensions, and how much memory they take.
 
     Raises:
-        InputError: `factory` is no faiss factory string, or does not fit `dim`.
+        InputError: `factory` is no faiss factory string, does not fit `dim`, or takes more than `memory_mib`.
     """
     each = bytes_per_vector(factory, dim)
-    budget = "" if memory_mib is None else f", within {memory_mib:,g} MiB"
     size = memory(factory, rows, dim) / 2**20
+    if memory_mib is not None and size > memory_mib:
+        raise _beyond(memory_mib, factory, rows, dim)
+    budget = "" if memory_mib is None else f", within {memory_mib:,g} MiB"
     size_text = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
     return f"{factory}: {_why(factory)}; {each} bytes a vector, {size_text} MiB for {rows:,} passages{budget}"
 
@@ -120,6 +156,8 @@ def make(factory: str, dim: int) -> Any:
             is not installed.
     """
     faiss = import_faiss()
+    if "IDMap" in factory:
+        raise InputError(f"factory {factory!r}: expected one without IDMap, for the index keeps the ids itself")
     try:
         # Counts of 0 pass faiss's parser, and some then end the whole process.
         if re.search(r"(?<![0-9.])0+(?![0-9.])", factory):
@@ -131,7 +169,7 @@ def make(factory: str, dim: int) -> Any:
             f"'Flat', 'IVF4096,Flat', 'HNSW32', found: {reason(error)}"
         ) from None
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise InputError(f"factory {factory!r}: expected one that ranks by inner product, found another metric")
+        raise InputError(f"factory {factory!r}: expected one of inner product, found one of Euclidean distance")
     return index
 
 

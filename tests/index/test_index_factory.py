@@ -6,7 +6,8 @@ import faiss
 import numpy as np
 import pytest
 
-from index.factory import bytes_per_vector, choose, explain, has_even_norms, import_faiss, memory
+from index import lists_on_disk
+from index.factory import bytes_per_vector, choose, explain, has_even_norms, import_faiss, memory, reason_of_choice
 from index.files import InputError
 
 
@@ -38,10 +39,53 @@ def test_a_memory_budget_takes_the_finest_code_that_fits(rows: int, mib: float, 
 
 
 def test_a_budget_too_small_for_anything_says_what_is_needed() -> None:
-    with pytest.raises(InputError, match=r"--memory-budget-mib: expected at least 65\.4 for 1,000,000 .* found 10"):
+    with pytest.raises(InputError, match=r"--memory-budget-mib: expected at least 65\.5 for 1,000,000 .* found 10"):
         choose(1_000_000, 768, 10)
+    assert choose(1_000_000, 768, 65.5) == "IVF4096,PQ96x4fs"
+    with pytest.raises(InputError, match=r"expected at least 0\.0000954 for 100 .* found 1e-05"):
+        choose(100, 4, 0.00001)
     for dim in (1, 2, 3, 7, 13):
         assert choose(1000, dim, 1) == "Flat"
+
+
+def test_a_kind_beyond_the_budget_is_not_said_to_be_within_it() -> None:
+    with pytest.raises(InputError, match=r"at least 0\.586 for 400 passages of 384 dimensions \(Flat\), found 0\.1"):
+        explain("Flat", 400, 384, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "factory"),
+    [
+        (1, "IVF1,Flat"),
+        (400, "IVF8,Flat"),
+        (199_999, "IVF4096,Flat"),
+        (210_000, "IVF4096,Flat"),
+        (10_000_000, "IVF65536_HNSW32,SQ8"),
+    ],
+)
+def test_on_disk_a_kind_is_chosen_that_can_be_there(rows: int, factory: str) -> None:
+    for memory_mib, even_norms in ((None, True), (0.001, True), (None, False)):
+        assert choose(rows, 768, memory_mib, even_norms=even_norms, on_disk=True) == factory
+    index = faiss.index_factory(768, factory, faiss.METRIC_INNER_PRODUCT)
+    lists_on_disk.check_kind(index, "--on-disk")
+
+
+@pytest.mark.parametrize(
+    ("rows", "mib", "how", "reason"),
+    [
+        (400, None, {}, "fewer than 200,000 passages"),
+        (400, 5, {}, "fewer than 200,000 passages"),
+        (400, 0.5, {}, "fewer than 200,000 passages and the memory budget"),
+        (300_000, None, {}, "200,000 passages or more"),
+        (300_000, None, {"even_norms": False}, "200,000 passages or more and vectors of uneven length"),
+        (5_000_000, None, {"on_disk": True}, "2,000,000 passages or more and an index on disk"),
+        (10_000_000, None, {}, "10,000,000 passages or more"),
+        (10_000_000, 1_500, {}, "10,000,000 passages or more and the memory budget"),
+    ],
+)
+def test_a_choice_has_its_reason(rows: int, mib: float | None, how: dict[str, bool], reason: str) -> None:
+    factory = choose(rows, 384, mib, **how)
+    assert reason_of_choice(factory, rows, 384, on_disk=how.get("on_disk", False)) == reason
 
 
 def test_vectors_of_uneven_length_are_given_a_graph(rng) -> None:
@@ -108,6 +152,19 @@ def test_a_wrong_factory_is_refused_in_one_line_that_names_it(factory: str) -> N
         bytes_per_vector(factory, 32)
     assert repr(factory) in str(caught.value)
     assert "\n" not in str(caught.value) and "/project/" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("HNSW8_PQ8", "expected one of inner product, found one of Euclidean distance"),
+        ("IDMap,Flat", "expected one without IDMap"),
+        ("IVF4,Flat,IDMap2", "expected one without IDMap"),
+    ],
+)
+def test_a_kind_that_does_not_serve_is_refused_by_its_reason(factory: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"'{factory}': {message}"):
+        bytes_per_vector(factory, 32)
 
 
 def test_a_missing_faiss_is_answered_with_the_command_that_installs_it(monkeypatch) -> None:
