@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,14 @@ from index.files import InputError
 from index.passages import Passage
 
 K1, B = 0.9, 0.4
+
+# Han and Hiragana, which are written without blanks: each character is a token, as in Lucene's StandardTokenizer.
+# Katakana and Hangul are left as words, as there.
+_ALONE = "\u3005-\u3007\u3041-\u3096\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# Signs within words that Python's \w leaves out: the vowels of Hindi and its kin, accents that stand for themselves.
+_MARKS = "".join(sign for sign in map(chr, range(0x300, 0x20000)) if unicodedata.category(sign).startswith("M"))
+# Anything else is a token from two letters on, as in scikit-learn and bm25s.
+TOKEN = rf"[{_ALONE}]|[^\W{_ALONE}](?:[^\W{_ALONE}]+|[{_MARKS}]+)+"
 
 
 def bm25_run(
@@ -25,9 +35,10 @@ def bm25_run(
 ) -> RankedRun:
     """Rank passages by BM25 (Robertson and Zaragoza 2009; Lucene's variant, after Kamphuis et al. 2020).
 
-    The defaults of k1 and b are Anserini's and BEIR's. A token is a word of two letters or more in lower case,
-    without English stop words and without stemming. As in Lucene, passages that share no token with the query are not
-    returned. The ranking is deterministic: score descending, then id descending, also at the cut.
+    The defaults of k1 and b are Anserini's and BEIR's. A token is a word of two letters or more in lower case, or one
+    Chinese character or Hiragana, without stop words and without stemming. As in Lucene, passages that share no token
+    with the query are not returned. The ranking is deterministic: score descending, then id descending, also at the
+    cut.
 
     Args:
         passages: the corpus; title and text are read as one.
@@ -42,15 +53,12 @@ def bm25_run(
         The run over the corpus's passages; a query that matches nothing has no passages.
 
     Raises:
-        InputError: bm25s is not installed, or the corpus is empty.
+        InputError: bm25s is not installed or has no stop words of that language, or the corpus is empty.
         ValueError: `k` is below 1.
     """
-    try:
-        import bm25s
-    except ImportError:
-        raise InputError('BM25 needs bm25s: pip install "dense-retriever[bm25]"') from None
     if k < 1:
         raise ValueError(f"k: expected at least 1, found {k}")
+    bm25s = bm25s_with(stopwords)
     ids, texts = [], []
     for passage in passages:
         ids.append(passage.id)
@@ -58,13 +66,14 @@ def bm25_run(
     if not ids:
         raise InputError("corpus: expected passages, found none")
 
-    tokens = bm25s.tokenize(texts, stopwords=stopwords or [], show_progress=False)
+    options: dict[str, Any] = {"token_pattern": TOKEN, "stopwords": stopwords or [], "show_progress": False}
+    tokens = bm25s.tokenize(texts, **options)
     if not tokens.vocab:
         # Nothing but stop words: bm25s cannot index it, and no query matches.
         return RankedRun.of({query: {} for query in queries})
     scorer = bm25s.BM25(method="lucene", k1=k1, b=b)
     scorer.index(tokens, show_progress=False)
-    asked = bm25s.tokenize(list(queries.values()), stopwords=stopwords or [], return_ids=False, show_progress=False)
+    asked = bm25s.tokenize(list(queries.values()), return_ids=False, **options)
 
     id_order = np.empty(len(ids), dtype=np.int64)
     id_order[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
@@ -78,6 +87,26 @@ def bm25_run(
         if progress is not None:
             progress(1)
     return RankedRun(list(queries), ids, places, scores)
+
+
+def bm25s_with(stopwords: str | None) -> Any:
+    """The bm25s module, if it has the stop words of that language.
+
+    Raises:
+        InputError: it has not, or is not installed.
+    """
+    try:
+        import bm25s
+    except ImportError:
+        raise InputError('BM25 needs bm25s: pip install "dense-retriever[bm25]"') from None
+    try:
+        bm25s.tokenize([], stopwords=stopwords or [], show_progress=False)
+    except ValueError:
+        raise InputError(
+            f"BM25's stop words: expected a language that bm25s {bm25s.__version__} knows (en, de, fr, zh …) or none, "
+            f"found {stopwords}"
+        ) from None
+    return bm25s
 
 
 def _top(scores: np.ndarray, id_order: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

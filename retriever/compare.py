@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.beir import BeirDataset, beir_file
+from eval.bm25 import bm25s_with
 from eval.compare import Pair, changed_queries, compare, most_changed, passages_to_show, texts_of
 from eval.fusion import RRF_K, fuse
 from eval.metrics import KS, MEASURES, Metrics, evaluate_run
@@ -60,6 +61,8 @@ class Request:
     dangling: bool = False
     """Go on where qrels judge queries that are not there; they count as 0."""
     bm25: bool = False
+    stopwords: str | None = "en"
+    """Language whose stop words BM25 drops, as bm25s names it."""
     fusions: Sequence[Fusion] = ()
     measure: str = "ndcg@10"
     baseline: str | None = None
@@ -122,6 +125,8 @@ def compare_to_report(request: Request, out: Path, terminal: Terminal) -> Report
         raise InputError(f"--out: expected a folder of its own, found {out}, the report of a system")
     if request.baseline is not None and request.baseline not in everything:
         raise InputError(f"--baseline: expected one of {', '.join(everything)}, found {request.baseline}")
+    if request.bm25:
+        bm25s_with(request.stopwords)
     # Before any of them is read, because the large ones take a while.
     files = {
         (name, dataset.name): run_file(path, dataset, len(datasets))
@@ -175,7 +180,7 @@ def _set(
         found_depth = f"the shallowest run has {depth} passages a query"
         raise InputError(f"--measure: expected a cut-off of at most {cuts[-1]}, found {request.measure}: {found_depth}")
     if request.bm25:
-        runs[BM25] = kept_bm25_run(dataset, out / dataset.name, depth, terminal)
+        runs[BM25] = kept_bm25_run(dataset, out / dataset.name, depth, terminal, request.stopwords)
     for fusion in request.fusions:
         parts = [runs[part] for part in fusion.parts]
         runs[fusion.name] = fuse(parts, fusion.method, weights=fusion.weights or None, k=depth)
@@ -241,7 +246,7 @@ def _details(
         runs = {f"run {data.name} sha256": sha256_file(files[name, data.name]) for data in datasets}
         details[name] = {"from": str(path), **_details_of_report(path), **runs}
     if request.bm25:
-        details[BM25] = bm25_details()
+        details[BM25] = bm25_details(request.stopwords)
     for fusion in request.fusions:
         details[fusion.name] = f"{fusion.method}, k {RRF_K}" if fusion.method == "rrf" else fusion.method
     for data in datasets:

@@ -34,6 +34,8 @@ class EvaluateCompare:
     """Go on where qrels judge queries that are not there (score 0)."""
     bm25: Switch = False
     """Add BM25 over the same corpus."""
+    bm25_stopwords: str = "en"
+    """Language whose stop words BM25 drops, as bm25s names it: en, de, fr, zh …; or none."""
     fuse: tuple[str, ...] = ()
     """Add hybrids: names joined by +, as in MiniLM+BM25."""
     method: Literal["rrf", "minmax", "zscore"] = "rrf"
@@ -85,6 +87,7 @@ class EvaluateCompare:
             title=self.title,
             dangling=self.allow_dangling,
             bm25=self.bm25,
+            stopwords=None if self.bm25_stopwords == "none" else self.bm25_stopwords,
             fusions=[Fusion(tuple(names.split("+")), self.method, self.weights) for names in self.fuse],
             measure=self.measure,
             baseline=self.baseline,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 
 import pytest
 
-from eval.bm25 import K1, B, bm25_run
+from eval.bm25 import K1, TOKEN, B, bm25_run
 from index.files import InputError
 from index.passages import Passage
 
@@ -55,6 +56,31 @@ def test_ties_at_the_cut_go_by_id_descending() -> None:
     corpus = [Passage(f"d{i:02}", "", "same words") for i in (5, 31, 2, 17, 40, 9)]
     assert list(bm25_run(corpus, {"q": "same"}, k=3)["q"]) == ["d40", "d31", "d17"]
     assert bm25_run(corpus[::-1], {"q": "same"}, k=3) == bm25_run(corpus, {"q": "same"}, k=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("it's a red-brown fox_2", ["it", "red", "brown", "fox_2"]),
+        ("北京的天气 iPhone手机", ["北", "京", "的", "天", "气", "iPhone", "手", "机"]),
+        ("東京タワーへ行く", ["東", "京", "タワー", "へ", "行", "く"]),
+        ("서울의 날씨", ["서울의", "날씨"]),
+        ("größer, Straße", ["größer", "Straße"]),
+        ("हिन्दी भाषा।", ["हिन्दी", "भाषा"]),
+        ("cre\u0300me a\u0301 e", ["cre\u0300me", "a\u0301"]),
+    ],
+)
+def test_tokens_of_several_scripts(text: str, tokens: list[str]) -> None:
+    assert re.findall(TOKEN, text) == tokens
+
+
+def test_stop_words_are_those_of_the_language_asked_for() -> None:
+    corpus = [Passage("d1", "", "der Hund"), Passage("d2", "", "the dog")]
+    queries = {"q": "der the"}
+    found = {language: list(bm25_run(corpus, queries, stopwords=language)["q"]) for language in ("en", "de", None)}
+    assert found == {"en": ["d1"], "de": ["d2"], None: ["d2", "d1"]}
+    with pytest.raises(InputError, match=r"stop words: expected a language that bm25s .* knows .*, found xx"):
+        bm25_run(corpus, queries, stopwords="xx")
 
 
 def test_progress_counts_queries() -> None:

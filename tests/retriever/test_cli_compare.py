@@ -115,6 +115,60 @@ def test_bm25_is_used_again_until_the_data_or_the_file_changes(place: Path, tmp_
         assert (command(*words).out != first.out, computed.call_count) == (True, 3)
 
 
+LANGUAGES = {
+    "de": {
+        "der größte Planet des Sonnensystems": "Jupiter ist der größte der Planeten",
+        "die Hauptstadt von Österreich": "Wien liegt an der Donau und ist Hauptstadt Österreichs; Österreich",
+        "ein Gerät, um Nägel einzuschlagen": "mit dem Hammer werden Nägel in das Holz geschlagen",
+        "wer schrieb den Faust": "Goethe schrieb seinen Faust in Weimar",
+        "die kälteste Jahreszeit": "im Winter, der Jahreszeit des Frostes, fällt Schnee",
+        "wie heißt das Junge der Kuh": "das Kalb ist das Junge einer Kuh",
+    },
+    "zh": {
+        "中国的首都是哪里": "北京是中华人民共和国的首都",
+        "太阳系最大的行星": "木星是太阳系中体积最大的行星",
+        "谁写了红楼梦": "曹雪芹著有长篇小说红楼梦",
+        "猫喜欢吃什么": "小猫爱吃鱼",
+        "最长的河流": "长江是亚洲第一长河",
+        "冬天的天气": "北方冬季寒冷,常下雪,天气干燥",
+    },
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_bm25_and_a_model_on_sets_of_other_languages(language: str, minilm: str, tmp_path: Path) -> None:
+    pairs = list(LANGUAGES[language].items())
+    data = tmp_path / language
+    write_lines(data / "corpus.jsonl", [{"_id": f"d{i}", "text": passage} for i, (_, passage) in enumerate(pairs)])
+    write_lines(data / "queries.jsonl", [{"_id": f"q{i}", "text": query} for i, (query, _) in enumerate(pairs)])
+    (data / "qrels").mkdir()
+    judged = "".join(f"q{i}\td{i}\t1\n" for i in range(len(pairs)))
+    (data / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    words = ["--data", data, "--out", tmp_path / "model", "--model", minilm]
+    assert command("evaluate", "beir", *words).code == 0
+    words = ["--data", data, "--out", tmp_path / "out", "--json", tmp_path / "model"]
+    done = command("evaluate", "compare", *words, "--bm25", "--bm25-stopwords", language)
+    assert done.code == 0 and "warning" not in done.err, done.err
+    report = json.loads(done.out)
+    systems = report["sets"][language]["systems"]
+    assert systems["BM25"]["mean"]["ndcg@3"] > 0.9 and systems["model"]["mean"]["ndcg@3"] > 0.5
+    assert f"stop words of {language} dropped" in report["details"]["BM25"]["tokens"]
+
+
+def test_a_warning_where_bm25_finds_nothing_for_most_queries(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rocks"
+    shutil.copytree(place / "rocks", data)
+    questions = [{"_id": f"q-{w}", "text": w if place < 9 else "qu'est-ce?"} for place, w in enumerate(WORDS)]
+    write_lines(data / "queries.jsonl", questions)
+    words = ["evaluate", "run", "--bm25", "--data", data, "--out", tmp_path / "out"]
+    for _ in range(2):  # of a run that was kept, too
+        done = command(*words)
+        assert done.code == 0 and "warning: rocks: BM25 finds nothing for 11 of 20 queries" in done.err
+    assert "finds nothing" not in command(*words[:4], place / "rocks", "--out", tmp_path / "whole").err
+    done = command(*words, "--bm25-stopwords", "xx")
+    assert done.code == 1 and "stop words: expected a language" in done.err and done.err.count("\n") == 1
+
+
 def test_a_baseline_leaves_fewer_tests_and_is_named(place: Path) -> None:
     words = ["evaluate", "compare", place / "poor", place / "good", "--bm25", "--data", place / "rocks", "--json"]
     done = command(*words, "--baseline", "BM25", "--out", place / "based", "--measure", "mrr@10")
