@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from retriever.config import ConfigError
 from retriever.images.config import ARCHITECTURES
 from retriever.weights import save_encoder, writing_weights
 
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig
+
 
 def write_new_vision_encoder(name: str, side: int | None, folder: Path) -> None:
     """Randomly initialised weights of an architecture, with its image processor, as a Hugging Face folder.
 
+    Statistics and crop are CLIP's. Arguments and errors as of `vision_settings`.
+    """
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    settings = vision_settings(name, side)
+    pixels = settings.image_size
+    processor = CLIPImageProcessor(size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels})
+    save_encoder(CLIPVisionModel(settings), folder)
+    with writing_weights(folder):
+        processor.save_pretrained(folder)
+
+
+def vision_settings(name: str, side: int | None = None) -> CLIPVisionConfig:
+    """What transformers must know to build an architecture.
+
     The layers are CLIP's (a norm before the first of them, and one over the pooled class token) with the exact GELU,
-    as OpenCLIP trains them; statistics and crop are CLIP's too.
+    as OpenCLIP trains them.
 
     Args:
         side: of the square of pixels; a multiple of the patch size. None: the architecture's own.
@@ -21,13 +40,13 @@ def write_new_vision_encoder(name: str, side: int | None, folder: Path) -> None:
     Raises:
         ConfigError: the side does not fit the patches.
     """
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    from transformers import CLIPVisionConfig
 
     patch, default, width, layers, heads = ARCHITECTURES[name]
     side = side or default
     if side % patch:
         raise ConfigError(f"model.image.size: expected a multiple of {name}'s patches of {patch} pixels, found {side}")
-    settings = CLIPVisionConfig(
+    return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
         projection_dim=width,
@@ -37,7 +56,3 @@ def write_new_vision_encoder(name: str, side: int | None, folder: Path) -> None:
         patch_size=patch,
         hidden_act="gelu",
     )
-    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    save_encoder(CLIPVisionModel(settings), folder)
-    with writing_weights(folder):
-        processor.save_pretrained(folder)

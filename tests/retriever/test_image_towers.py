@@ -22,6 +22,7 @@ from image_helpers import (
 from index.files import InputError
 from retriever.config import ConfigError, ModelConfig
 from retriever.encode import EncodeOptions
+from retriever.images.architectures import vision_settings
 from retriever.images.config import ImageConfig
 from retriever.images.folder import is_image_text_model
 from retriever.images.towers import ImageTextTowers, build_image_text_towers, load_image_text_towers
@@ -93,6 +94,21 @@ def test_sentence_transformers_encodes_a_saved_folder_alike(kind: str, tmp_path:
     for one, other in zip(embeddings(again), (images, texts), strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    # Without heads: Touvron et al. (arXiv 2012.12877), Dosovitskiy et al. (arXiv 2010.11929), Radford et al. (CLIP).
+    [("ViT-S/16", 21.7), ("ViT-B/32", 87.5), ("ViT-B/16", 85.8), ("ViT-L/16", 303.3), ("ViT-L/14", 303.2)],
+)
+def test_named_architectures_have_the_published_sizes(name: str, millions: float) -> None:
+    from transformers import CLIPVisionModel
+
+    settings = vision_settings(name)
+    with torch.device("meta"):
+        encoder = CLIPVisionModel(settings)
+    assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert settings.hidden_size == 64 * settings.num_attention_heads and settings.image_size == 224
 
 
 def test_without_a_projection_the_image_towers_width_is_the_common_space(tokenizer: str) -> None:

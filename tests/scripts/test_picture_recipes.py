@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -80,3 +81,15 @@ def test_a_recipe_is_planned_and_one_of_each_kind_trains(name: str, tmp_path: Pa
         return
     trainer = Trainer.start(small, Terminal())
     assert (trainer.train() / "modules.json").exists() and trainer.state.step == 2
+
+
+def test_a_recipe_is_planned_with_towers_of_its_own_size(tmp_path: Path) -> None:
+    letter_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    flags = ["--data.images.0.path", write_shards(tmp_path / "set"), "--data.workers", 0, "--batch-size", 16]
+    flags += ["--model.tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "run"]
+    outcome = command("train", FOLDER / "cc3m_vit-b32.yaml", "--dry-run", "--processes", 8, *flags)
+    assert outcome.code == 0, outcome.err
+    [weights] = re.findall(r"^ *weights +(\d+) MiB$", outcome.out, re.M)
+    # ViT-B/32, twelve layers of width 512, and a projection of each to 512, in fp32; the letters are next to nothing.
+    millions = 87.46 + 12 * 12 * 512**2 / 1e6 + (768 + 512) * 512 / 1e6
+    assert int(weights) == pytest.approx(millions * 4e6 / 2**20, rel=0.01)
