@@ -27,6 +27,7 @@ from retriever.versions import versions
 
 # Between the usual cut-offs, for the curves.
 CUTS = tuple(sorted({*KS, 2, 20, 50, 200, 500}))
+DEFAULT = "ndcg@10"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Request:
     stopwords: str | None = "en"
     """Language whose stop words BM25 drops, as bm25s names it."""
     fusions: Sequence[Fusion] = ()
-    measure: str = "ndcg@10"
+    measure: str | None = None
+    """None: nDCG@10, or nDCG at the depth of the shallowest run where that is less."""
     baseline: str | None = None
     k: int = 1000
     permutations: int = PERMUTATIONS
@@ -102,7 +104,7 @@ def compare_to_report(request: Request, out: Path, terminal: Terminal) -> Report
     Raises:
         InputError: a file is missing or broken, a run is of other queries, or there is nothing to compare by.
     """
-    name, _, cut = request.measure.partition("@")
+    name, _, cut = (request.measure or DEFAULT).partition("@")
     if name not in MEASURES or cut not in map(str, CUTS):
         cuts = ", ".join(map(str, CUTS))
         raise InputError(f"--measure: expected one of {', '.join(MEASURES)} @ {cuts}, found {request.measure}")
@@ -133,14 +135,20 @@ def compare_to_report(request: Request, out: Path, terminal: Terminal) -> Report
         for name, path in request.systems.items()
         for dataset in datasets
     }
-    sets, depths = [], {}
+    runs = {
+        dataset.name: {name: _judged_run(files[name, dataset.name], dataset) for name in request.systems}
+        for dataset in datasets
+    }
+    depths = {name: min([request.k, *(run.rows.shape[1] for run in of_set.values())]) for name, of_set in runs.items()}
+    measure = _measure_within(request.measure, depths)
+    sets = []
     for task, dataset in zip(here.tasks, datasets, strict=True):
-        found, depths[dataset.name] = _set(request, dataset, files, out, terminal)
+        found = _set(request, dataset, runs[dataset.name], depths[dataset.name], measure, out, terminal)
         sets.append(dataclasses.replace(found, row=task.row))
     splits = ", ".join(dict.fromkeys(task.split for task in here.tasks))
     title = request.title or f"{', '.join(dict.fromkeys(task.row for task in here.tasks))} ({splits})"
     details = _details(request, datasets, files, depths)
-    report = Report(title, sets, details, request.measure, here.absent)
+    report = Report(title, sets, details, measure, here.absent)
     write(out, report)
     return report
 
@@ -165,20 +173,35 @@ def run_file(path: Path, dataset: BeirDataset, datasets: int) -> Path:
     return path
 
 
+def _measure_within(asked: str | None, depths: Mapping[str, int]) -> str:
+    """What systems are compared by: at a cut-off that every run of every set reaches, for others favour the deep.
+
+    Raises:
+        InputError: the one that was asked for is deeper.
+    """
+    shallowest = min(depths, key=depths.__getitem__)
+    depth = depths[shallowest]
+    name, _, cut = (asked or DEFAULT).partition("@")
+    if asked is not None and int(cut) > depth:
+        found = f"found {asked}: the shallowest run has {depth} passages a query on {shallowest}"
+        raise InputError(f"--measure: expected a cut-off of at most {depth}, {found}")
+    return f"{name}@{min(int(cut), depth)}"
+
+
 def _set(
-    request: Request, dataset: BeirDataset, files: Mapping[tuple[str, str], Path], out: Path, terminal: Terminal
-) -> tuple[ReportSet, int]:
-    runs = {name: _judged_run(files[name, dataset.name], dataset) for name in request.systems}
-    # A cut-off that not every run reaches would favour the deep ones.
-    depth = min([request.k, *(run.rows.shape[1] for run in runs.values())])
+    request: Request,
+    dataset: BeirDataset,
+    given: Mapping[str, RankedRun],
+    depth: int,
+    measure: str,
+    out: Path,
+    terminal: Terminal,
+) -> ReportSet:
+    """All systems on one set, each to `depth` passages a query."""
     runs = {
         name: RankedRun(run.queries, run.passages, run.rows[:, :depth], run.scores[:, :depth])
-        for name, run in runs.items()
+        for name, run in given.items()
     }
-    cuts = [k for k in CUTS if k <= max(depth, 10)]
-    if int(request.measure.partition("@")[2]) > cuts[-1]:
-        found_depth = f"the shallowest run has {depth} passages a query"
-        raise InputError(f"--measure: expected a cut-off of at most {cuts[-1]}, found {request.measure}: {found_depth}")
     if request.bm25:
         runs[BM25] = kept_bm25_run(dataset, out / dataset.name, depth, terminal, request.stopwords)
     for fusion in request.fusions:
@@ -187,12 +210,11 @@ def _set(
         file = _file_name(fusion.name)
         write_trec_run(out / dataset.name / f"{file}.trec", runs[fusion.name], file)
     terminal.line(f"{dataset.name}: {len(runs)} runs, {len(dataset.qrels):,} queries, {depth:,} passages a query")
+    cuts = sorted({*(k for k in CUTS if k <= depth), int(measure.partition("@")[2])})
     systems = {name: evaluate_run(dataset.qrels, run, cuts) for name, run in runs.items()}
-    pairs = compare(
-        systems, request.measure, baseline=request.baseline, permutations=request.permutations, seed=request.seed
-    )
-    changes = _changes(request, dataset, systems, runs, pairs)
-    return ReportSet(dataset.name, systems, pairs, changes, runs, dataset.qrels), depth
+    pairs = compare(systems, measure, baseline=request.baseline, permutations=request.permutations, seed=request.seed)
+    changes = _changes(request, dataset, systems, runs, pairs, measure)
+    return ReportSet(dataset.name, systems, pairs, changes, runs, dataset.qrels)
 
 
 def _judged_run(path: Path, dataset: BeirDataset) -> RankedRun:
@@ -215,11 +237,12 @@ def _changes(
     systems: Mapping[str, Metrics],
     runs: Mapping[str, RankedRun],
     pairs: Sequence[Pair],
+    measure: str,
 ) -> list[Changes]:
     """Of each system against the baseline, or against the first."""
     first = request.baseline or next(iter(systems))
     shown = [pair for pair in pairs if pair.a == first]
-    wanted = [most_changed(systems[pair.a], systems[pair.b], request.measure, request.changed) for pair in shown]
+    wanted = [most_changed(systems[pair.a], systems[pair.b], measure, request.changed) for pair in shown]
     ids = {
         passage
         for pair, found in zip(shown, wanted, strict=True)
@@ -231,7 +254,7 @@ def _changes(
     for pair, found in zip(shown, wanted, strict=True):
         both = (systems[pair.a], systems[pair.b]), (runs[pair.a], runs[pair.b])
         better, worse = (
-            changed_queries(queries, dataset.queries, dataset.qrels, *both, request.measure, texts) for queries in found
+            changed_queries(queries, dataset.queries, dataset.qrels, *both, measure, texts) for queries in found
         )
         changes.append(Changes(pair, better, worse))
     return changes

@@ -42,8 +42,9 @@ class EvaluateCompare:
     """How hybrids are fused: by reciprocal ranks, or by scores brought to 0 … 1 or to mean 0 and deviation 1."""
     weights: tuple[float, ...] = ()
     """Of a hybrid's parts; empty: equal."""
-    measure: str = "ndcg@10"
-    """What systems are compared by: ndcg, map, recall, precision, mrr, rcap or success @ 1 … 1000."""
+    measure: str | None = None
+    """What systems are compared by: ndcg, map, recall, precision, mrr, rcap or success @ 1 … 1000; empty: ndcg@10, or
+    @ the depth of the shallowest run where that is less."""
     baseline: str | None = None
     """Test the others against this system only; empty: every pair."""
     k: int = 1000

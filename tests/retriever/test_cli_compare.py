@@ -184,8 +184,35 @@ def test_cut_offs_beyond_the_shallowest_run_are_left_out(place: Path, tmp_path: 
     words = ["evaluate", "compare", tmp_path / "shallow.trec", place / "good", "--data", place / "rocks", "--json"]
     found = json.loads(command(*words, "--out", tmp_path / "out").out)
     assert found["details"]["data rocks"]["passages a query"] == 3
-    measures = found["sets"]["rocks"]["systems"]["good"]["mean"]
-    assert "recall@10" in measures and "recall@20" not in measures
+    mean = found["sets"]["rocks"]["systems"]["good"]["mean"]
+    assert {measure.partition("@")[2] for measure in mean} == {"1", "2", "3"}
+    assert found["measure"] == found["sets"]["rocks"]["comparisons"][0]["measure"] == "ndcg@3"
+    # What is left means what it means of the whole run.
+    whole = evaluate_run(BeirDataset.open(place / "rocks").qrels, read_trec_run(place / "good" / "rocks" / "run.trec"))
+    assert mean["ndcg@3"] == whole.mean["ndcg@3"] and mean["recall@1"] == whole.mean["recall@1"]
+    words.remove("--json")
+    done = command(*words, "--out", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(
+        "nDCG@3" in text and "@10" not in text
+        for text in (done.out, page, (tmp_path / "out" / "report.md").read_text())
+    )
+    refused = command(*words, "--out", tmp_path / "refused", "--measure", "ndcg@10")
+    assert (
+        refused.code == 1 and "expected a cut-off of at most 3, found ndcg@10: the shallowest run has 3" in refused.err
+    )
+
+
+def test_sets_of_other_depths_are_compared_by_what_all_reach(place: Path, tmp_path: Path) -> None:
+    for name, depth in (("rocks", 7), ("woods", 12)):
+        run = {query: dict(list(found.items())[-depth:]) for query, found in made_run(0.5, 3).items()}
+        write_trec_run(tmp_path / "mixed" / name / "run.trec", run, "x")
+    sets = ["--data", place / "rocks", place / "woods"]
+    found = json.loads(command("evaluate", "run", tmp_path / "mixed", *sets, "--out", tmp_path / "out", "--json").out)
+    assert found["measure"] == "ndcg@7"
+    cuts = {name: [m for m in found["sets"][name]["systems"]["mixed"]["mean"] if "ndcg" in m] for name in found["sets"]}
+    assert cuts["rocks"] == [f"ndcg@{k}" for k in (1, 2, 3, 5, 7)]
+    assert cuts["woods"] == [f"ndcg@{k}" for k in (1, 2, 3, 5, 7, 10)]
 
 
 def test_judged_queries_without_text_are_refused_or_allowed_and_count(place: Path, tmp_path: Path) -> None:
