@@ -16,34 +16,35 @@ if TYPE_CHECKING:
 def write_new_vision_encoder(name: str, side: int | None, folder: Path) -> None:
     """Randomly initialised weights of an architecture, with its image processor, as a Hugging Face folder.
 
-    Statistics and crop are CLIP's. Arguments and errors as of `vision_settings`.
+    Statistics and crop are CLIP's.
+
+    Args:
+        side: of the square of pixels; None: the architecture's own.
+
+    Raises:
+        ConfigError: the side does not fit the patches.
     """
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
-    settings = vision_settings(name, side)
-    pixels = settings.image_size
-    processor = CLIPImageProcessor(size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels})
-    save_encoder(CLIPVisionModel(settings), folder)
+    side = side or ARCHITECTURES[name][1]
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    save_encoder(CLIPVisionModel(vision_settings(name, side)), folder)
     with writing_weights(folder):
         processor.save_pretrained(folder)
 
 
-def vision_settings(name: str, side: int | None = None) -> CLIPVisionConfig:
-    """What transformers must know to build an architecture.
+def vision_settings(name: str, side: int) -> CLIPVisionConfig:
+    """What transformers must know to build an architecture for pictures of `side` x `side` pixels.
 
     The layers are CLIP's (a norm before the first of them, and one over the pooled class token) with the exact GELU,
     as OpenCLIP trains them.
-
-    Args:
-        side: of the square of pixels; a multiple of the patch size. None: the architecture's own.
 
     Raises:
         ConfigError: the side does not fit the patches.
     """
     from transformers import CLIPVisionConfig
 
-    patch, default, width, layers, heads = ARCHITECTURES[name]
-    side = side or default
+    patch, _, width, layers, heads = ARCHITECTURES[name]
     if side % patch:
         raise ConfigError(f"model.image.size: expected a multiple of {name}'s patches of {patch} pixels, found {side}")
     return CLIPVisionConfig(

@@ -1,4 +1,4 @@
-"""The committed figures of the emoji run stand clearly above chance, every one."""
+"""The committed figures of the emoji run stand clearly above chance, every one, and took the time that it promises."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent.parent.parent / "scripts" / "results"
 
 
-def test_every_figure_is_far_from_chance() -> None:
+def committed() -> list[dict[str, str]]:
     with (RESULTS / "emoji.csv").open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+        return list(csv.DictReader(stream))
+
+
+def test_every_figure_is_far_from_chance() -> None:
+    rows = committed()
     assert {row["set"] for row in rows} >= {"held-out", "held-out-subgroups", "transfer", "held-out-transfer"}
     for row in rows:
         value, chance = float(row["value"]), float(row["chance"])
         better, worse = (chance, value) if row["measure"].endswith("rank") else (value, chance)
         assert better > 2 * worse, row
-    assert int(rows[0]["processor_seconds"]) < 2 * 600
+
+
+def test_the_run_took_less_than_ten_minutes_on_two_cores() -> None:
+    for row in committed():
+        assert row["hardware"].startswith("2 cores") and int(row["seconds"]) < 600
