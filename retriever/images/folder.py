@@ -21,6 +21,7 @@ from index.files import InputError
 from retriever.config import ConfigError, ModelConfig
 from retriever.images.architectures import write_new_vision_encoder
 from retriever.images.config import ARCHITECTURES
+from retriever.images.transforms import ImageTransform
 from retriever.model_folder import (
     LOAD_FAULTS,
     ends_in_normalize,
@@ -250,9 +251,12 @@ def _write_vision_half(path: str, folder: str) -> None:
 def _settle(transformer: Any, path: str) -> None:
     """Give a loaded Transformer what embeddings that do not depend on their neighbours need; saved with the model."""
     encoder = transformer.auto_model
-    if "image" in transformer.modality_config and getattr(encoder.config, "model_type", "") == "vit":
-        # Its pooler is not used here, and would be drawn anew where a folder lacks it.
-        encoder.pooler = None
+    if "image" in transformer.modality_config:
+        # What cannot be said is refused here, where the model has a name.
+        ImageTransform.of_processor(image_processor(transformer), path)
+        if getattr(encoder.config, "model_type", "") == "vit":
+            # Its pooler is not used here, and would be drawn anew where a folder lacks it.
+            encoder.pooler = None
     if transformer.tokenizer is not None:
         settle_tokenizer(transformer, path)
         text_settings = getattr(encoder.config, "text_config", None)

@@ -239,8 +239,8 @@ class ImageTextTowers(Towers):
 def load_image_text_towers(path_or_name: str, device: torch.device | str = "cpu") -> ImageTextTowers:
     """Load a folder or hub name with both towers for encoding, in evaluation mode and fp32.
 
-    A run's model folder, any sentence-transformers folder of this kind, or a CLIP, SigLIP or SigLIP 2 checkpoint of
-    transformers; the embeddings of these are transformers' own, scaled to unit length.
+    A run's model folder, any sentence-transformers folder of this kind, or a checkpoint of transformers: CLIP, SigLIP
+    or fixed-size SigLIP 2 (not NaFlex), whose embeddings are transformers' own, scaled to unit length.
 
     Raises:
         InputError: there is no such model, or it does not embed pictures and texts.

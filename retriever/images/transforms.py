@@ -136,18 +136,21 @@ class ImageTransform:
     """Mirror half of the pictures in training."""
 
     @classmethod
-    def of_processor(cls, processor: Any) -> ImageTransform:
+    def of_processor(cls, processor: Any, place: str = "model") -> ImageTransform:
         """What an image processor of transformers does, said in this class.
 
         Raises:
-            InputError: it does something that this class cannot say.
+            InputError: it does something that this class cannot say; the message names `place`.
         """
         size, crop = _sides(processor.size), _sides(getattr(processor, "crop_size", None))
         resizes, crops = getattr(processor, "do_resize", True), getattr(processor, "do_center_crop", False)
         exact = size if isinstance(size, tuple) else None
         result = crop if crops and isinstance(crop, tuple) else exact
         if not resizes or result is None or not getattr(processor, "do_rescale", True):
-            raise InputError(f"image processor {type(processor).__name__}: expected one with a fixed size of pixels")
+            raise InputError(
+                f"{place}: expected an image processor with a fixed size of pixels, found {type(processor).__name__} "
+                "(of SigLIP 2, take a checkpoint that is not NaFlex)"
+            )
         normalises = getattr(processor, "do_normalize", True)
         return cls(
             size=result,

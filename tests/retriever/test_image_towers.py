@@ -104,11 +104,11 @@ def test_sentence_transformers_encodes_a_saved_folder_alike(kind: str, tmp_path:
 def test_named_architectures_have_the_published_sizes(name: str, millions: float) -> None:
     from transformers import CLIPVisionModel
 
-    settings = vision_settings(name)
+    settings = vision_settings(name, 224)
     with torch.device("meta"):
         encoder = CLIPVisionModel(settings)
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
-    assert settings.hidden_size == 64 * settings.num_attention_heads and settings.image_size == 224
+    assert settings.hidden_size == 64 * settings.num_attention_heads
 
 
 def test_without_a_projection_the_image_towers_width_is_the_common_space(tokenizer: str) -> None:
@@ -213,6 +213,10 @@ def test_what_cannot_be_two_towers_is_refused_in_one_line(tmp_path: Path, tokeni
         load_image_text_towers(minilm)
     with pytest.raises(InputError, match="no such model folder"):
         load_image_text_towers(str(tmp_path / "none"))
+    save_checkpoint("siglip2", tmp_path / "naflex")
+    message = r"naflex: expected an image processor with a fixed size of pixels, found Siglip2Image.* not NaFlex\)"
+    with pytest.raises(InputError, match=message):
+        load_image_text_towers(str(tmp_path / "naflex"))
     with pytest.raises(ConfigError, match="expected a text tower"):
         build_image_text_towers(ModelConfig(image=ImageConfig(name="tiny")))
     with pytest.raises(ConfigError, match="multiple of tiny's patches of 8 pixels, found 30"):
