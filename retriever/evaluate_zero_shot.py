@@ -18,6 +18,7 @@ from eval.zero_shot.opening import open_set
 from eval.zero_shot.report import ZeroShotReport
 from eval.zero_shot.report_files import write
 from index.files import InputError
+from retriever.config import ConfigError
 from retriever.encode import EncodeOptions
 from retriever.images.encode import Decoder, embed_readable
 from retriever.images.towers import ImageTextTowers
@@ -39,6 +40,19 @@ def open_sets(data: Iterable[Path], split: str, templates: Path | None) -> list[
     if len(set(names)) < len(names):
         raise InputError(f"expected sets of different names, found {', '.join(names)}")
     return sets
+
+
+def check_out(out: Path, sets: Iterable[ZeroShotSet]) -> None:
+    """Refuse to write into a set, whose files would be other ones the next time.
+
+    Raises:
+        ConfigError: a set would hold what `evaluate_zero_shot` writes.
+    """
+    sets = list(sets)
+    for one in sets:
+        for other in sets:
+            if (out / other.name).resolve().is_relative_to(one.path.resolve()):
+                raise ConfigError(f"--out: expected a folder that is not within the set {one.path}, found {out}")
 
 
 def evaluate_zero_shot(

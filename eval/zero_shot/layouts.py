@@ -100,7 +100,10 @@ def open_webdataset(path: Path, base: Path) -> ZeroShotSet:
         return ZeroShotSet(_name(path), path, "webdataset", task, samples)
     names = _beside(path, base, CLASS_NAMES)
     if names is None:
-        raise InputError(f"{path / CLASS_NAMES}: no such file; expected the name of a class on each line")
+        raise InputError(
+            f"{path / CLASS_NAMES}: no such file; expected the name of a class on each line, or, for images with "
+            f"captions, {DATASET_TYPE} with the word retrieval"
+        )
     classes = read_lines(names)
     read: Callable[[bytes, str, int], tuple[int, ...]] = _class if task == "classification" else _multi_hot
     members = _members(shards, base, label)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from eval.beir import is_beir_folder
 from eval.zero_shot.data import SPLITS, ZeroShotSet
 from eval.zero_shot.layouts import open_image_folder, open_webdataset
 from eval.zero_shot.tables import open_table
@@ -19,10 +20,19 @@ def open_set(path: Path, split: str = "test") -> ZeroShotSet:
     Raises:
         InputError: it holds none of them, or what it says of itself is wrong.
     """
+    if path.suffix == ".tar" and not path.is_dir():
+        # The files that describe a set lie beside its tars, or above the folder of the split.
+        folder = path.parent.parent if path.parent.name in SPLITS else path.parent
+        raise InputError(f"{path}: expected the folder of a set, found tars; give {folder}")
     if path.is_file():
         found = open_table(path)
     elif not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
+    elif is_beir_folder(path):
+        raise InputError(
+            f"{path}: expected a set of images (a folder for each class, a folder of tars, or a table), found a BEIR "
+            "folder of texts"
+        )
     else:
         base = path / split if (path / split).is_dir() else path
         if base == path and (others := _splits_in(path)):

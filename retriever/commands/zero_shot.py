@@ -34,13 +34,14 @@ class EvaluateZeroShot(Embedding):
 
     def run(self, terminal: Terminal) -> int:
         from eval.zero_shot.report import json_of, summary_table
-        from retriever.evaluate_zero_shot import evaluate_zero_shot, open_sets
+        from retriever.evaluate_zero_shot import check_out, evaluate_zero_shot, open_sets
         from retriever.ranks import process_count
 
         if process_count() > 1:
             raise ConfigError("evaluate zero-shot: works in one process; start it without torchrun")
         # Before the model, because reading it takes longer than to see that a folder is wrong.
         sets = open_sets(self.data, self.split, self.templates)
+        check_out(self.out, sets)
         towers = self.picture_towers()
         report = evaluate_zero_shot(towers, sets, self.out, self.options(), terminal, details={"model": self.model})
         if self.json:

@@ -183,6 +183,22 @@ def broken_sets(root: Path) -> dict[str, tuple[Path, str]]:
     cases["shards"] = (packed("shards", test__nshards="3"), r"2\.tar: no such file; expected 3 tars")
     cases["count"] = (packed("count", test__nshards="two"), r"nshards\.txt:1: expected the number of tars, found 'two'")
     cases["type"] = (packed("type", dataset_type="poetry"), r"dataset_type\.txt:1: expected classification, multi")
+    cases["a tar"] = (
+        packed("tar") / "test" / "0.tar",
+        r"0\.tar: expected the folder of a set, found tars; give .*/tar$",
+    )
+    cases["tars"] = (root / "tars" / "{0..9}.tar", r"9\}\.tar: expected the folder of a set, found tars; give .*/tars$")
+    captioned = packed("captioned")
+    (captioned / "classnames.txt").unlink()
+    cases["no classes"] = (captioned, r"classnames\.txt: no such file; .* dataset_type\.txt with the word retrieval")
+    texts = root / "beir"
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        (texts / name).parent.mkdir(parents=True, exist_ok=True)
+        (texts / name).touch()
+    cases["texts"] = (
+        texts,
+        r"beir: expected a set of images \(a folder for each class, .*, found a BEIR folder of tex",
+    )
     cases["gap"] = (packed("gap", classnames="a\n\nb\n"), r"classnames\.txt:2: expected text, found an empty line")
     cut = packed("cut")
     (cut / "test" / "1.tar").write_bytes((cut / "test" / "1.tar").read_bytes()[:700])

@@ -96,6 +96,15 @@ def test_several_processes_are_refused(
     assert_refused(command(*words), 2, "works in one process; start it without torchrun")
 
 
+def test_a_report_is_not_written_into_its_set(clip: Any, sets: tuple[Path, Path]) -> None:
+    files = sorted(sets[0].rglob("*"))
+    # The last as OUT/SET: OUT/colours is the set.
+    for out in (sets[0], sets[0] / "report", sets[0] / ".." / "colours", sets[0].parent):
+        done = command("evaluate", "zero-shot", "--model", clip[2], "--data", *sets, "--out", out)
+        assert_refused(done, 2, "--out: expected a folder that is not within the set .*colours, found")
+    assert sorted(sets[0].rglob("*")) == files
+
+
 def test_mistakes_are_said_in_one_line(clip: Any, sets: tuple[Path, Path], tmp_path: Path, minilm: str) -> None:
     def refused(*words: object, code: int = 1, pattern: str) -> None:
         assert_refused(command("evaluate", "zero-shot", *words, "--out", tmp_path / "r"), code, pattern)
