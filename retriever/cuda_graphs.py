@@ -20,12 +20,12 @@ from retriever.towers import Towers
 
 # More of them keep a GPU busy for longer than the host takes to launch their kernels.
 MOST_TOKENS = 32768
-# Sizes of micro-batches; each holds a gradient of every weight.
-MOST_CAPTURES = 12
+# Sizes of micro-batches; each takes its time to capture.
+MOST_CAPTURES = 16
 
 
-def replay_small_passes(towers: Towers, precision: Precision) -> None:
-    """Have the encoders' training passes replay CUDA graphs, where they are of few tokens.
+def check_replayable(towers: Towers, precision: Precision) -> None:
+    """Whether `replay_small_passes` can be.
 
     Raises:
         ConfigError: it is not bf16 on a GPU, or a family whose attention there is not all in kernels of ours.
@@ -35,8 +35,13 @@ def replay_small_passes(towers: Towers, precision: Precision) -> None:
     families = list(dict.fromkeys(encoder.config.model_type for encoder in towers.encoders))
     if not towers.padding_free or "mpnet" in families:
         raise ConfigError(f"cuda_graphs: expected attention that needs no padding, found {', '.join(families)}")
+
+
+def replay_small_passes(towers: Towers) -> None:
+    """From now on have the encoders' training passes replay CUDA graphs, where they are of few tokens."""
     for encoder in towers.encoders:
-        encoder.forward = _GraphedForward(encoder)
+        if not isinstance(encoder.forward, _GraphedForward):
+            encoder.forward = _GraphedForward(encoder)
 
 
 class _GraphedForward:
@@ -46,6 +51,8 @@ class _GraphedForward:
         self.encoder, self.plain = encoder, encoder.forward
         self.captures: dict[int, _Capture] = {}
         self.pool: Any = None
+        self.gradients: dict[Tensor, Tensor] = {}
+        """Where every backward leaves those of the weights."""
         self.waiting = False
         """A replayed forward waits for its backward."""
 
@@ -108,7 +115,6 @@ class _Capture:
     def __init__(self, graphed: _GraphedForward, inputs: Inputs) -> None:
         self.inputs = inputs
         self.weights = [weight for weight in graphed.encoder.parameters() if weight.requires_grad]
-        self.addresses = self.addresses_now()
         device = inputs.input_ids.device
 
         def encode() -> Tensor:
@@ -128,15 +134,21 @@ class _Capture:
             with torch.cuda.stream(stream):
                 # Kernels are compiled, and libraries take their memory, outside the graphs.
                 out = encode()
-                gradients(out, torch.zeros_like(out))
+                found = gradients(out, torch.zeros_like(out))
             torch.cuda.current_stream(device).wait_stream(stream)
-            del out
+            # Without those that nothing depends on, such as a pooler's.
+            self.weights = [weight for weight, each in zip(self.weights, found, strict=True) if each is not None]
+            for weight in self.weights:
+                graphed.gradients.setdefault(weight, torch.empty_like(weight))
+            del out, found
             with torch.cuda.graph(self.forward, **settings):
                 out = encode()
             self.out_grad = torch.zeros_like(out)
             with torch.cuda.graph(self.backward, **settings):
-                self.gradients = gradients(out, self.out_grad)
-        self.out = out.detach()
+                found = [gradient for gradient in gradients(out, self.out_grad) if gradient is not None]
+                torch._foreach_copy_([graphed.gradients[weight] for weight in self.weights], found)
+                del found
+        self.out, self.addresses = out.detach(), self.addresses_now()
 
     def addresses_now(self) -> list[int]:
         """Where the weights are; the graphs read them where they were."""
@@ -157,4 +169,4 @@ class _Replay(torch.autograd.Function):
         capture.out_grad[:, ctx.tokens :].zero_()
         capture.backward.replay()
         ctx.graphed.waiting = False
-        return None, None, None, *(None if each is None else each.detach() for each in capture.gradients)
+        return None, None, None, *(ctx.graphed.gradients[weight].detach() for weight in capture.weights)

@@ -83,11 +83,12 @@ def backward(
             torch.cuda.current_stream(device).synchronize()
         loss = loss_of(leaves)
         loss.backward()
-    # Kept graphs first, newest first: each gives its memory back before another is built.
+    # Kept graphs first: each gives its memory back before another is built. Last ones first throughout: sums of
+    # gradients are then the same bits, however many graphs were kept.
     with phase("backward"):
         for leaf in reversed(leaves[again:]):
             _carry(leaf, graphs.pop())
-    for micro_batch, state, leaf in zip(micro_batches[:again], states, leaves[:again], strict=True):
+    for micro_batch, state, leaf in reversed(list(zip(micro_batches[:again], states, leaves[:again], strict=True))):
         with phase("second forward"), state.restored():
             embedding = encode(micro_batch)
         with phase("backward"):

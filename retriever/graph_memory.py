@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
+from torch import Tensor
 
 from retriever.device import Precision
 from retriever.divided import own_part
 from retriever.half_weights import arithmetic
+from retriever.sharding import is_sharded
 from retriever.towers import Towers
 
-# On a CPU memory is not counted: a small batch keeps its graph, of a large one every micro-batch runs twice.
 # Measured with MiniLM on two cores: 1536 to 6144 tokens are equally fast.
 CPU_TOKENS = 4096
+# Of the memory that a CPU's programs may still take, for graphs: others want some too.
+_CPU_SHARE = 0.25
 # On a GPU, as many as memory has room for, within these: fewer starve it, more gain nothing (scripts/bench_train.py).
 LEAST_TOKENS, MOST_TOKENS = 4096, 131072
 
@@ -23,7 +31,7 @@ LEAST_TOKENS, MOST_TOKENS = 4096, 131072
 # sums of its gradient, and this on its way to the leaf. What waits on the host is there in order, and as sums.
 AT_LOSS, AT_LOSS_OFFLOADED = 20, 14
 
-_PROBE_TOKENS, _PROBE_LENGTH = 8192, 128
+_PROBE_TOKENS, _PROBE_TOKENS_CPU, _PROBE_LENGTH = 8192, 512, 128
 # Where attention takes memory for each pair of tokens, long texts take most; encoding is measured with such.
 _LONG_PROBE = 512
 # What a graph in its backward needs beside itself, and how much of the GPU is never planned for: the allocator's gaps.
@@ -52,7 +60,7 @@ class GraphMemory:
         micro_batch_tokens: int | None,
         offload_embeddings: bool = False,
     ) -> GraphMemory:
-        """Measure a small micro-batch on a GPU and divide what is free; on a CPU take fixed sizes.
+        """Measure a small micro-batch and divide what is free; on a CPU micro-batches are of a fixed size.
 
         Args:
             towers: in training mode, on their device.
@@ -65,7 +73,11 @@ class GraphMemory:
         device = towers.device
         if device.type != "cuda":
             tokens = micro_batch_tokens or CPU_TOKENS
-            return cls(tokens, tokens)
+            # Divided towers, which are for GPUs, do not show what their graphs hold.
+            if is_sharded(towers):
+                return cls(tokens, tokens)
+            room = _CPU_SHARE * available_bytes()
+            return cls(tokens, max(tokens, int(room / max(1, graph_bytes(towers, precision)))))
         token_bytes = graph_bytes(towers, precision)
         free, total = _free_bytes(device)
         parameters = sum(own_part(p).numel() for p in towers.parameters() if p.requires_grad)
@@ -139,16 +151,36 @@ class EncodeMemory:
 
 
 def graph_bytes(towers: Towers, precision: Precision) -> float:
-    """Bytes that one token's graph holds from its forward to its backward, in the tower where it holds most; measured,
-    on a GPU."""
-    device, most = towers.device, 0.0
-    for tokens, embed in towers.probes(_PROBE_TOKENS, _PROBE_LENGTH):
+    """Bytes that one token's graph holds until its backward, in the tower where it holds most; measured."""
+    tokens = _PROBE_TOKENS if towers.device.type == "cuda" else _PROBE_TOKENS_CPU
+    probes = towers.probes(tokens, _PROBE_LENGTH)
+    return max(held_bytes(towers, precision, embed) / number for number, embed in probes)
+
+
+def held_bytes(towers: Towers, precision: Precision, forward: Callable[[], Tensor]) -> float:
+    """Bytes that the graph of a forward holds until its backward."""
+    device = towers.device
+    if device.type == "cuda":
         with torch.random.fork_rng(devices=[device]), arithmetic(towers, precision):
             before = torch.cuda.memory_allocated(device)
-            embeddings = embed()
-            most = max(most, (torch.cuda.memory_allocated(device) - before) / tokens)
-            del embeddings
-    return most
+            output = forward()
+            held = torch.cuda.memory_allocated(device) - before
+            del output
+        return float(held)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*towers.parameters(), *towers.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=[]), arithmetic(towers, precision), hooks:
+        output = forward()
+    del output
+    return float(sum(storages.values()))
 
 
 def _forward_bytes(towers: Towers) -> float:
@@ -163,6 +195,17 @@ def _forward_bytes(towers: Towers) -> float:
             embed()
             most = max(most, (torch.cuda.max_memory_allocated(device) - before) / tokens)
     return most
+
+
+def available_bytes() -> int:
+    """Memory of the host that this process may still take: its part of the machine's, or of its container's."""
+    room = psutil.virtual_memory().available
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        folder = Path("/sys/fs/cgroup", "" if limit == "memory.max" else "memory")
+        # Where there is no such file, or no number in it ("max"), nothing is limited.
+        with contextlib.suppress(OSError, ValueError):
+            room = min(room, int((folder / limit).read_text()) - int((folder / used).read_text()))
+    return max(0, room) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _free_bytes(device: torch.device) -> tuple[int, int]:

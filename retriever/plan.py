@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from losses.tiles import CPU_TILE_ENTRIES
 from retriever.config import TrainConfig
 from retriever.device import Precision
-from retriever.graph_memory import AT_LOSS, AT_LOSS_OFFLOADED, GraphMemory
-from retriever.half_weights import arithmetic
+from retriever.graph_memory import AT_LOSS, AT_LOSS_OFFLOADED, GraphMemory, held_bytes
 from retriever.model_folder import layers_of
 from retriever.prepare import PreparedBatch
 from retriever.towers import Towers
@@ -110,6 +109,8 @@ def plan_step(
     half = 0.0
     if on_gpu and precision == "bf16" and divided.processes == 1:
         half = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
+    # Captured backwards leave theirs in a place of their own.
+    captured = half if config.cuda_graphs else 0.0
     offloaded = on_gpu and config.offload_embeddings
     at_loss, after_loss = (AT_LOSS_OFFLOADED, 0) if offloaded else (AT_LOSS, _AFTER_LOSS)
     workspace = _workspace(config, batch.queries, passages, width, on_gpu, ranks)
@@ -117,6 +118,7 @@ def plan_step(
     exchanged = _exchanged(passages, width, ranks, config)
     step = {
         "weights in bf16": half,
+        "gradients of CUDA graphs": captured,
         "layers gathered from all processes": gathered,
         "gradients": gradients,
         f"graphs kept until the loss ({kept} of {len(sizes)} micro-batches)": kept_graphs,
@@ -141,7 +143,7 @@ def plan_step(
     return Plan(
         {name: size for name, size in resident.items() if size},
         {name: size for name, size in step.items() if size},
-        sum(resident.values()) + half + gathered + max(moments),
+        sum(resident.values()) + half + captured + gathered + max(moments),
         float(torch.cuda.mem_get_info(device)[1]) if on_gpu else float(psutil.virtual_memory().total),
         {"batches held ready": data, "a checkpoint while it is written": checkpoint} if on_gpu else {},
         [
@@ -194,32 +196,6 @@ def _graphs(towers: Towers, precision: Precision, batch: PreparedBatch) -> list[
             held = held_bytes(towers, precision, partial(group.embed, towers, group.micro_batches[largest]))
             found += [held * size / max(1, own[largest]) for size in own]
     return found
-
-
-def held_bytes(towers: Towers, precision: Precision, forward: Callable[[], Tensor]) -> float:
-    """Bytes that the graph of a forward holds until its backward."""
-    device = towers.device
-    if device.type == "cuda":
-        with torch.random.fork_rng(devices=[device]), arithmetic(towers, precision):
-            before = torch.cuda.memory_allocated(device)
-            output = forward()
-            held = torch.cuda.memory_allocated(device) - before
-            del output
-        return float(held)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*towers.parameters(), *towers.buffers())}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.random.fork_rng(devices=[]), arithmetic(towers, precision), hooks:
-        output = forward()
-    del output
-    return float(sum(storages.values()))
 
 
 def batch_bytes(batch: PreparedBatch) -> int:

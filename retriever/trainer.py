@@ -26,7 +26,7 @@ from retriever.checkpoint import (
     save_checkpoint,
 )
 from retriever.config import CONFIG_FILE, TrainConfig, load_config, save_config, with_absolute_paths
-from retriever.cuda_graphs import replay_small_passes
+from retriever.cuda_graphs import check_replayable, replay_small_passes
 from retriever.device import choose_device, choose_precision
 from retriever.divided import gathered
 from retriever.encode import EncodeOptions
@@ -94,7 +94,7 @@ class Trainer:
             offload_embeddings=config.offload_embeddings,
         )
         if config.cuda_graphs:
-            replay_small_passes(self.towers, self.precision)
+            check_replayable(self.towers, self.precision)
         self.config = config = dataclasses.replace(
             config, precision=self.precision, micro_batch_tokens=graphs.micro_batch_tokens
         )
@@ -244,6 +244,8 @@ class Trainer:
             loader = step_profile.StepProfile(self.device, self.run).watch(loader, self.terminal.line)
         meter = Meter(self.device, self.ranks)
         self.towers.train()
+        if config.cuda_graphs:
+            replay_small_passes(self.towers)
         with self.terminal.bar("train", total, "steps", done=state.step) as advance:
             # A run that was stopped while it evaluated evaluates first.
             self._evaluate_if_due(log, stop)

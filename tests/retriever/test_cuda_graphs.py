@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retriever.config import ConfigError, ModelConfig, TrainConfig
-from retriever.cuda_graphs import Inputs, replay_small_passes, rounded
+from retriever.cuda_graphs import Inputs, check_replayable, replay_small_passes, rounded
 from retriever.half_weights import arithmetic, half_weights
 from retriever.padding_free.attention import Spans
 from retriever.towers import Towers, build_towers
@@ -72,7 +72,7 @@ def test_what_it_does_not_go_with_is_told(tiny: ModelConfig) -> None:
         with pytest.raises(ValueError, match=f"{other}: expected false with cuda_graphs, found true"):
             TrainConfig(cuda_graphs=True, **{other: True})
     with pytest.raises(ConfigError, match="cuda_graphs: expected bf16 on a GPU, found fp32 on cpu"):
-        replay_small_passes(towers_of(tiny), "fp32")
+        check_replayable(towers_of(tiny), "fp32")
 
 
 @pytest.mark.gpu
@@ -83,7 +83,8 @@ def test_replays_equal_launches(tiny: ModelConfig, kind: str) -> None:
     assert plain.drop_padding()
     graphed = copy.deepcopy(towers_of(tiny, kind, **settings.get(kind, {}))).cuda()
     assert graphed.drop_padding()
-    replay_small_passes(graphed, "bf16")
+    check_replayable(graphed, "bf16")
+    replay_small_passes(graphed)
     outcomes = []
     for towers in (plain, graphed):
         generator, found = np.random.default_rng(0), []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from retriever import graph_memory
 from retriever.config import ModelConfig
 from retriever.encode import WINDOW, EncodeOptions, embed_windows
 from retriever.graph_memory import LEAST_TOKENS, MOST_TOKENS, EncodeMemory, GraphMemory, fitting_tokens
@@ -29,6 +32,37 @@ def test_the_choice_of_a_step_is_told() -> None:
         "230 tokens a step in 3 micro-batches of at most 100: 1 keep their graph until the loss, 2 run twice"
     )
     assert memory.described([40, 100]).endswith("2 keep their graph until the loss, 0 run twice")
+
+
+def test_on_a_cpu_graphs_may_take_a_quarter_of_what_is_free(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    towers = build_towers(tiny)
+    token_bytes = graph_memory.graph_bytes(towers, "fp32")
+    assert 0 < token_bytes < 1e6
+
+    def planned(room: float) -> GraphMemory:
+        monkeypatch.setattr(graph_memory, "available_bytes", lambda: int(room))
+        return GraphMemory.plan(towers, "fp32", texts=10, workspace_mib=1, micro_batch_tokens=100)
+
+    assert planned(4 * 5000 * token_bytes).graph_tokens == pytest.approx(5000, abs=1)
+    # A small batch keeps its graph in any case.
+    assert planned(0) == GraphMemory(micro_batch_tokens=100, graph_tokens=100)
+
+
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = graph_memory.available_bytes()
+    for folder, limit, used in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        (groups := tmp_path / limit / folder).mkdir(parents=True)
+        monkeypatch.setattr(graph_memory, "Path", lambda _, *parts, root=tmp_path / limit: root.joinpath(*parts))
+        (groups / used).write_text("300\n")
+        (groups / limit).write_text("max\n")
+        assert graph_memory.available_bytes() == pytest.approx(free, rel=0.5)
+        (groups / limit).write_text("1300\n")
+        assert graph_memory.available_bytes() == 1000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert graph_memory.available_bytes() == 250
 
 
 def test_encoding_takes_the_tokens_that_are_given(tiny: ModelConfig) -> None:

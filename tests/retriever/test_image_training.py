@@ -32,6 +32,7 @@ from retriever.config import (
 )
 from retriever.data.schedule import Share
 from retriever.encode import EncodeOptions
+from retriever.graph_memory import held_bytes
 from retriever.images import chunks
 from retriever.images.batches import ImageGroup
 from retriever.images.chunks import PairReader
@@ -39,7 +40,7 @@ from retriever.images.config import ImageConfig, ImageSource
 from retriever.images.open_data import open_image_batches
 from retriever.images.towers import build_image_text_towers, load_image_text_towers
 from retriever.interrupt import Interrupted
-from retriever.plan import held_bytes, plan_step
+from retriever.plan import plan_step
 from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
 from retriever.step import MicroBatch, TrainStep

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import retriever.trainer as trainer_module
 from index.files import InputError
+from retriever import graph_memory
 from retriever.checkpoint import load_checkpoint
 from retriever.config import (
     DataConfig,
@@ -388,7 +389,15 @@ def test_training_learns_on_a_gpu_and_resumes(config: TrainConfig, precision: st
     assert Trainer.resume(Path(config.out), Terminal()).state.step == 60
 
 
-def test_what_runs_twice_is_told_once(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    Trainer.start(dataclasses.replace(config, steps=3), Terminal()).train()
-    told = [line for line in capsys.readouterr().err.splitlines() if "keep their graph" in line]
-    assert len(told) == 1 and "micro-batches of at most 40: 1 keep their graph until the loss" in told[0]
+def test_what_runs_twice_is_told_once_and_changes_no_bit(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+    for room, kept in ((0, 1), (2**30, 17)):
+        monkeypatch.setattr(graph_memory, "available_bytes", lambda room=room: room)
+        trainer = Trainer.start(dataclasses.replace(config, steps=3, out=f"{config.out}-{room}"), Terminal())
+        trainer.train()
+        told = [line for line in capsys.readouterr().err.splitlines() if "keep their graph" in line]
+        assert len(told) == 1 and f"micro-batches of at most 40: {kept} keep their graph until the loss" in told[0]
+        weights.append([p.detach() for p in trainer.towers.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
