@@ -66,5 +66,6 @@ def build_loss(config: LossConfig, ranks: Ranks) -> InfCLLoss | SigmoidLoss:
         symmetric=config.symmetric or config.name == "clip",
         implementation="full" if config.name == "clip" else config.implementation,
         precision=config.precision,
+        exchange=config.exchange,
         workspace_mib=config.workspace_mib,
     )

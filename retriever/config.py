@@ -102,6 +102,9 @@ class LossConfig:
     """Operands of the loss's matrix products; accumulation is fp32."""
     workspace_mib: int = 256
     """Memory for the tiles of the similarity matrix, in MiB."""
+    exchange: Literal["auto", "ring", "gather"] = "auto"
+    """How several processes share passages for inf_cl: round a ring, the least memory for many of them, or all at once;
+    auto chooses by size."""
     mask_duplicates: bool = True
     """A passage equal to a query's own positive is no negative of that query."""
 

@@ -145,9 +145,9 @@ class _Capture:
                 out = encode()
             self.out_grad = torch.zeros_like(out)
             with torch.cuda.graph(self.backward, **settings):
-                found = [gradient for gradient in gradients(out, self.out_grad) if gradient is not None]
-                torch._foreach_copy_([graphed.gradients[weight] for weight in self.weights], found)
-                del found
+                made = [gradient for gradient in gradients(out, self.out_grad) if gradient is not None]
+                torch._foreach_copy_([graphed.gradients[weight] for weight in self.weights], made)
+                del made
         self.out, self.addresses = out.detach(), self.addresses_now()
 
     def addresses_now(self) -> list[int]:

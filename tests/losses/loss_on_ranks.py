@@ -213,36 +213,63 @@ def check_errors_reach_all(size: int) -> None:
     inf_cl_loss(query, passage, logit_scale=3.0, group=group)
 
 
+class FromLiterature(InfCLLoss):
+    """One of the literature's losses with a scale to learn."""
+
+    def __init__(self, loss_of: Any) -> None:
+        super().__init__(logit_scale=10.0)
+        self.loss_of = loss_of
+
+    def forward(self, query: Tensor, passage: Tensor, **_: Any) -> Tensor:
+        return self.loss_of(query, passage, logit_scale=self.logit_scale, group=self.group)
+
+
 class Pair(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, criterion: nn.Module) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(5)
         self.tower = nn.Linear(DIMENSIONS, 7, bias=False)
         with torch.no_grad():
             self.tower.weight.copy_(torch.randn(7, DIMENSIONS, generator=generator))
-        self.criterion = InfCLLoss(logit_scale=10.0, symmetric=True)
+        self.criterion = criterion
 
-    def forward(self, query: Tensor, passage: Tensor) -> Tensor:
-        return self.criterion(normalize(self.tower(query), dim=1), normalize(self.tower(passage), dim=1))
+    def forward(self, query: Tensor, passage: Tensor, **more: Tensor | None) -> Tensor:
+        return self.criterion(normalize(self.tower(query), dim=1), normalize(self.tower(passage), dim=1), **more)
 
 
 def check_parameters_under_ddp(size: int) -> None:
-    counts = SHARDS[size][0]
-    rank = distributed.get_rank()
-    alone, pair = Pair(), Pair()
-    pair.criterion.group = distributed.group.WORLD
+    """Several optimizer steps of every loss, towers and scale, beside those of one process."""
+    counts, more = SHARDS[size]
+    for exchange, symmetric, negatives in itertools.product(("ring", "gather"), (True, False), (False, True)):
+        settings: dict[str, Any] = {"logit_scale": 10.0, "symmetric": symmetric, "exchange": exchange}
+        compare_parameters(InfCLLoss(**settings), InfCLLoss(**settings), counts, more if negatives else [0] * size)
+    for loss_of in (gathered_clip_loss, local_rows_loss, disco_clip_loss, ring_clip_loss):
+        compare_parameters(InfCLLoss(logit_scale=10.0, symmetric=True), FromLiterature(loss_of), counts, [0] * size)
+
+
+def compare_parameters(of_one: InfCLLoss, of_ranks: InfCLLoss, counts: list[int], more: list[int]) -> None:
+    """`more` negatives a rank; where there are any, equal ids are masked too."""
+    rank, passages = distributed.get_rank(), [a + b for a, b in zip(counts, more, strict=True)]
+    firsts = [0, *itertools.accumulate(passages)]
+    positive = torch.cat([torch.arange(count) + first for count, first in zip(counts, firsts, strict=False)])
+    ids = torch.arange(sum(passages)) % 11 if any(more) else None
+    of_ranks.group = distributed.group.WORLD
+    alone, pair = Pair(of_one), Pair(of_ranks)
     together = DistributedDataParallel(pair)
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.5) for module in (alone, pair)]
     for step in range(4):
-        query, passage = (side.float() for side in whole_batch(sum(counts), sum(counts), step))
-        passage = query + 0.3 * passage
-        shard = [side.split(counts)[rank] for side in (query, passage)]
-        for module, inputs, optimizer in zip((alone, together), ((query, passage), shard), optimizers, strict=True):
+        query, passage = (side.float() for side in whole_batch(sum(counts), sum(passages), step))
+        passage = passage.clone()
+        passage[positive] = query + 0.3 * passage[positive]
+        whole = alone(query, passage, positive=positive, passage_ids=ids)
+        own_ids = own(ids, passages, rank)
+        share = together(query.split(counts)[rank], passage.split(passages)[rank], passage_ids=own_ids)
+        for loss, optimizer in zip((whole, share), optimizers, strict=True):
             optimizer.zero_grad()
-            module(*inputs).backward()
+            loss.backward()
             optimizer.step()
         for (name, a), b in zip(alone.named_parameters(), pair.parameters(), strict=True):
-            assert torch.allclose(a, b, rtol=2e-6, atol=2e-6), (name, step, (a - b).abs().max())
+            assert torch.allclose(a, b, rtol=2e-6, atol=2e-6), (of_ranks, name, step, (a - b).abs().max())
 
 
 def main(size: int) -> None:
