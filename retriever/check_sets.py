@@ -15,11 +15,12 @@ from eval.beir import beir_file
 from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
 from eval.preflight import Preflight, preflight
 from eval.suite import Plan, Task
-from index.factory import choose, memory
+from index.factory import choose, make, memory
 from index.files import InputError
 from index.layout import FAISS_FILE
 from index.manifest import INDEX, read_manifest
 from index.records import count_records
+from index.settings import core
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.progress import Terminal
 from retriever.set_settings import towers_for
@@ -62,6 +63,8 @@ def check_sets(
     for task in plan.tasks:
         with terminal.bar(f"{task.name}: check", _passages(task) if terminal.is_live else None, "passages") as advance:
             of_set = preflight(task.folder, task.split, name=task.name, dangling=options.dangling, progress=advance)
+        if of_set.passages:
+            _check_factory(of_set, options, towers.dimension)
         found.append(of_set)
     reports = {}
     broken = any(of_set.errors for of_set in found)
@@ -90,6 +93,20 @@ def check_sets(
     for of_set in found:
         of_set.refuse()
     return reports
+
+
+def _check_factory(found: Preflight, options: SuiteOptions, dim: int) -> None:
+    """Count as an error that an index cannot be trained on so few passages; of windows there may be more."""
+    if options.factory is None or options.factory == "auto" or options.windows:
+        return
+    # Named, so that it lives while its parts are looked at.
+    whole = make(options.factory, dim)
+    inner = core(whole)
+    least = max(getattr(inner, "nlist", 0), inner.pq.ksub if hasattr(inner, "pq") else 0)
+    if found.passages < least:
+        what = f"expected at least {least:,} passages to train as many centroids, found {found.passages:,}"
+        place = f"{found.name}: factory {options.factory!r}: {what}; choose fewer, or 'Flat'"
+        found.add("too few passages for the index", place, error=True)
 
 
 def _index_bytes(options: SuiteOptions, rows: int, dim: int) -> int:

@@ -149,6 +149,9 @@ def test_an_index_that_will_not_do_is_refused_before_the_corpus_is_embedded(worl
         (["--index", world.index, "--settings", prompts], "expected queries of the model that embedded its passages"),
         (["--index", world.index, "--data", world.beir, write_beir(tmp_path / "other")], "expected one set to go with"),
         (["--factory", "Nonsense"], "factory 'Nonsense': expected a faiss factory string"),
+        (["--factory", "IVF99999,Flat"], "words: factory 'IVF99999,Flat': expected at least 99,999 passages to train"),
+        (["--factory", "IVF2,PQ8"], "words: factory 'IVF2,PQ8': expected at least 256 passages to train"),
+        (["--factory", "OPQ8,PQ8", "--preflight"], "expected at least 256 passages"),
     ):
         out = tmp_path / "out"
         asked = ["evaluate", "beir", "--model", world.model, "--out", out, "--data", world.beir, *words]
