@@ -45,15 +45,21 @@ class Target:
             raise InputError(f"--k: expected at least 1, found {self.k}")
         if self.queries is not None and len(self.queries) < LEAST_QUERIES:
             raise InputError(f"--queries: expected at least {LEAST_QUERIES} to measure by, found {len(self.queries)}")
+        if self.held_out < LEAST_QUERIES:
+            raise InputError(f"--held-out: expected at least {LEAST_QUERIES} to measure by, found {self.held_out}")
 
     def held_out_rows(self, rows: int, seed: int) -> np.ndarray:
         """The rows of a store that serve as queries: none where there are real ones."""
         if self.queries is not None:
             return np.empty(0, np.int64)
-        if rows < LEAST_QUERIES + 1:
-            raise InputError(f"--target-recall: expected more than {LEAST_QUERIES} passages, found {rows}")
+        # Half of a small store.
+        if rows < 2 * LEAST_QUERIES:
+            raise InputError(
+                f"--target-recall: expected at least {2 * LEAST_QUERIES} passages to measure by {LEAST_QUERIES}, or "
+                f"--queries, found {rows} passages"
+            )
         # Another seed than the training sample's: its first rows would be these.
-        return sample_rows(rows, min(self.held_out, rows // 2 + 1), seed ^ 0x5EED)
+        return sample_rows(rows, min(self.held_out, rows // 2), seed ^ 0x5EED)
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,8 @@ def tune(index: Any, truth: Truth, target: Target, progress: Callable[[str], Non
     points = [chosen if point.settings == chosen.settings else point for point in points]
     chosen.settings.apply(index)
     curve = sorted(points, key=lambda point: point.microseconds)
+    # Of fewer than k passages, all are what was measured.
+    target = replace(target, k=truth.k)
     return Tuning(target, chosen, curve, len(truth.queries), import_faiss().omp_get_max_threads())
 
 

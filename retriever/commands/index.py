@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from tyro.conf import Positional
 
 from index.files import InputError
 from retriever.commands.common import Switch, answer, check_counts
+from retriever.config import ConfigError
 from retriever.progress import Terminal
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from index.recall import Target
     from index.store import EmbeddingStore
     from index.tuning import Tuning
+    from retriever.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,11 @@ class RecallTarget:
     """How many passages to measure by where there are no queries; they are kept out of the training sample."""
 
     def __post_init__(self) -> None:
-        check_counts(self, "k", "held_out")
+        from index.recall import LEAST_QUERIES
+
+        check_counts(self, "k")
+        if self.held_out < LEAST_QUERIES:
+            raise ValueError(f"--held-out: expected at least {LEAST_QUERIES}, found {self.held_out}")
         if (self.queries is None) != (self.model is None):
             raise ValueError("--queries: expected together with --model, the one that embedded the passages")
 
@@ -65,7 +72,7 @@ class RecallTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexBuild(RecallTarget):
-    """Build a FAISS index of an embedding store."""
+    """Build a FAISS index of an embedding store. Under torchrun the processes build it together, in parts."""
 
     embeddings: Path
     """Folder that `retriever encode` wrote."""
@@ -73,9 +80,9 @@ class IndexBuild(RecallTarget):
     """Folder of the index."""
     factory: str = "auto"
     """FAISS factory string (Flat, SQfp16, IVF1024,Flat, HNSW32, OPQ32,IVF1024,PQ32x4fs …); auto chooses by size,
-    memory budget, and whether the vectors are equally long."""
+    memory budget, and whether the vectors are equally long, and says why."""
     memory_budget_mib: float | None = None
-    """Most memory that auto may give the index, in MiB; with --on-disk, most of it that is held while building."""
+    """Most memory that the index may take, in MiB; with --on-disk, most of it that is held while building."""
     target_recall: float | None = None
     """Find the cheapest search settings that reach this recall; the exit code is 1 where none does."""
     part: str = "1/1"
@@ -93,35 +100,45 @@ class IndexBuild(RecallTarget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.part):
+        part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.part)
+        if part is None or int(part[1]) > int(part[2]):
             raise ValueError(f"--part: expected a part and their number, as in 2/8, found {self.part!r}")
         if self.memory_budget_mib is not None and not self.memory_budget_mib > 0:
             raise ValueError(f"--memory-budget-mib: expected more than 0, found {self.memory_budget_mib}")
-        if self.target_recall is not None and not 0 < self.target_recall <= 1:
-            raise ValueError(f"--target-recall: expected more than 0 and at most 1, found {self.target_recall}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"--seed: expected a number from 0 to {2**31 - 1}, found {self.seed}")
+        _check_recall(self.target_recall)
         if self.target_recall is None and self.queries is not None:
             raise ValueError("--queries: expected --target-recall beside it")
         if self.train_from is not None and self.factory != "auto":
             raise ValueError("--factory: leave it out with --train-from, which gives the factory")
 
     def run(self, terminal: Terminal) -> int:
-        from index.building import Plan, build, choose_for
+        if not _several_processes():
+            return self._build(terminal, None)
+        from retriever.ranks import SilentTerminal, joined_ranks
+
+        if self.part != "1/1":
+            raise ConfigError("--part: leave it out under torchrun, whose processes share the embeddings by themselves")
+        with joined_ranks() as ranks:
+            return self._build(terminal if ranks.first else SilentTerminal(), ranks)
+
+    def _build(self, terminal: Terminal, ranks: Ranks | None) -> int:
+        from index.building import Plan, build
         from index.embeddings import EmbeddingStore
         from index.factory import explain
-        from index.opened import Index
         from index.parts import Part
 
         store = EmbeddingStore.open(self.embeddings)
         number, count = map(int, self.part.split("/"))
         rows = Part(store, number, count).rows
-        if self.train_from is not None:
-            factory = Index.open(self.train_from, mmap=True).factory
-        elif self.factory == "auto":
-            factory = choose_for(store, self.memory_budget_mib)
-        else:
-            factory = self.factory
-        terminal.line(explain(factory, rows, store.dim, self.memory_budget_mib))
-        target = None if self.target_recall is None else self.target(self.target_recall, store, terminal)
+        factory, reason = self._chosen(store)
+        # What stays on disk may be larger than memory.
+        terminal.line(explain(factory, rows, store.dim, None if self.on_disk else self.memory_budget_mib) + reason)
+        first = ranks is None or ranks.first
+        target = None
+        if self.target_recall is not None and first:
+            target = self.target(self.target_recall, store, terminal)
         plan = Plan(
             factory,
             self.seed,
@@ -132,12 +149,35 @@ class IndexBuild(RecallTarget):
             self.on_disk,
             self.gpu,
         )
-        with terminal.bar(f"index {factory}", rows, "vectors") as advance:
-            tuning = build(
-                store, self.out, plan, progress=advance, note=lambda text: advance(0, text) if rows else None
-            )
+        with terminal.bar(f"index {factory}", rows if ranks is None else None, "vectors") as advance:
+
+            def note(text: str) -> None:
+                advance(0, text)
+
+            if ranks is None:
+                tuning = build(store, self.out, plan, progress=advance, note=note)
+            else:
+                from retriever.index_on_ranks import build_on_ranks
+
+                tuning = build_on_ranks(ranks, store, self.out, plan, progress=advance, note=note)
         summary = {"index": str(self.out), "factory": factory, "rows": rows, "dim": store.dim}
-        return _finish(self.json, summary, tuning, terminal)
+        return _finish(self.json, summary, tuning, terminal) if first else 0
+
+    def _chosen(self, store: EmbeddingStore) -> tuple[str, str]:
+        """The factory, and why it was chosen where nobody named it; one that cannot be on disk is refused."""
+        from index.building import choose_for
+        from index.factory import choose, make, reason_of_choice
+        from index.lists_on_disk import check_kind
+        from index.opened import Index
+
+        if self.train_from is None and self.factory == "auto":
+            rows, dim = store.rows, store.dim
+            factory = choose(rows, dim, on_disk=True) if self.on_disk else choose_for(store, self.memory_budget_mib)
+            return factory, f"; chosen for {reason_of_choice(factory, rows, dim, on_disk=self.on_disk)}"
+        factory = self.factory if self.train_from is None else Index.open(self.train_from, mmap=True).factory
+        if self.on_disk:
+            check_kind(make(factory, store.dim), f"--on-disk with factory {factory!r}")
+        return factory, ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +193,15 @@ class IndexTune(RecallTarget):
     json: Switch = False
     """Print the summary as JSON."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_recall(self.target_recall)
+
     def run(self, terminal: Terminal) -> int:
         from index.changing import retune
         from index.embeddings import EmbeddingStore
 
+        _refuse_several_processes("tune")
         store = EmbeddingStore.open(self.embeddings)
         target = self.target(self.target_recall, store, terminal)
         with terminal.bar("tune", None, "settings") as advance:
@@ -177,9 +222,14 @@ class IndexMerge:
     json: Switch = False
     """Print the summary as JSON."""
 
+    def __post_init__(self) -> None:
+        if len(self.indexes) < 2:
+            raise ValueError(f"indexes: expected two or more to merge, found {len(self.indexes)}")
+
     def run(self, terminal: Terminal) -> int:
         from index.merge import merge
 
+        _refuse_several_processes("merge")
         with terminal.bar("merge", None, "vectors") as advance:
             rows = merge(self.indexes, self.out, on_disk=self.on_disk, progress=advance)
         answer(self.json, {"index": str(self.out), "rows": rows})
@@ -203,6 +253,7 @@ class IndexAdd:
         from index.changing import add_passages
         from index.embeddings import EmbeddingStore
 
+        _refuse_several_processes("add")
         store = EmbeddingStore.open(self.embeddings)
         with terminal.bar("add", store.rows, "vectors") as advance:
             added = add_passages(self.index, store, self.out, progress=advance)
@@ -233,6 +284,7 @@ class IndexDelete:
         from index.changing import delete_passages
         from index.records import open_text
 
+        _refuse_several_processes("delete")
         ids = list(self.ids)
         if self.ids_file is not None:
             with open_text(self.ids_file) as stream:
@@ -257,6 +309,22 @@ class IndexVerify:
 
         answer(self.json, dataclasses.asdict(verify(self.folder)))
         return 0
+
+
+def _check_recall(recall: float | None) -> None:
+    if recall is not None and not 0 < recall <= 1:
+        raise ValueError(f"--target-recall: expected more than 0 and at most 1, found {recall}")
+
+
+def _several_processes() -> bool:
+    """As `ranks.process_count`, without all that it imports."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _refuse_several_processes(name: str) -> None:
+    """They would all write the same folder."""
+    if _several_processes():
+        raise ConfigError(f"index {name}: works in one process; start it without torchrun")
 
 
 def _finish(as_json: bool, summary: dict[str, Any], tuning: Tuning | None, terminal: Terminal) -> int:

@@ -123,6 +123,9 @@ def test_deleted_passages_are_not_found_and_come_back_when_added(world: Any, tmp
     [
         (("--part", "0/2"), "--part: expected a part and their number, as in 2/8, found '0/2'"),
         (("--part", "3"), "--part: expected a part"),
+        (("--part", "9/2"), "--part: expected a part and their number, as in 2/8, found '9/2'"),
+        (("--seed", "-1"), "--seed: expected a number from 0 to 2147483647, found -1"),
+        (("--held-out", "5"), "--held-out: expected at least 30, found 5"),
         (("--target-recall", "1.2"), "--target-recall: expected more than 0 and at most 1, found 1.2"),
         (("--memory-budget-mib", "-1"), "--memory-budget-mib: expected more than 0, found -1.0"),
         (("--queries", "q.jsonl"), "--queries: expected together with --model"),
@@ -131,6 +134,19 @@ def test_deleted_passages_are_not_found_and_come_back_when_added(world: Any, tmp
 )
 def test_arguments_that_make_no_sense_are_answered_in_one_line(words: tuple[str, ...], message: str) -> None:
     done = command("index", "build", "--embeddings", "e", "--out", "o", *words)
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("tune", "i", "--embeddings", "e", "--target-recall", "1.5"), "--target-recall: expected more than 0"),
+        (("tune", "i", "--embeddings", "e", "--held-out", "29"), "--held-out: expected at least 30, found 29"),
+        (("merge", "i", "--out", "o"), "retriever: indexes: expected two or more to merge, found 1"),
+    ],
+)
+def test_so_are_those_of_the_other_commands(words: tuple[str, ...], message: str) -> None:
+    done = command("index", *words)
     assert done.code == 2 and message in done.err and done.err.count("\n") == 1
 
 
@@ -148,3 +164,35 @@ def test_a_budget_that_nothing_fits_says_what_is_needed(world: Any, tmp_path: Pa
     place = ("--embeddings", world.embeddings, "--out", tmp_path / "i", "--memory-budget-mib", "0.00001")
     done = command("index", "build", *place)
     assert done.code == 1 and "--memory-budget-mib: expected at least" in done.err
+
+
+def test_a_budget_is_meant_for_a_named_factory_too(world: Any, tmp_path: Path) -> None:
+    place = ("--embeddings", world.embeddings, "--out", tmp_path / "i", "--factory", "Flat")
+    done = command("index", "build", *place, "--memory-budget-mib", "0.001")
+    assert done.code == 1 and done.err.count("\n") == 1
+    assert "--memory-budget-mib: expected at least 0.00245 for 20 passages of 32 dimensions (Flat)" in done.err
+    done = command("index", "build", *place, "--memory-budget-mib", "0.00245")
+    assert done.code == 0 and "within 0.00245 MiB" in done.err
+
+
+def test_on_disk_auto_takes_a_kind_that_can_be_there_and_says_why(world: Any, tmp_path: Path) -> None:
+    out = tmp_path / "i"
+    build = ("index", "build", "--embeddings", world.embeddings, "--out", out)
+    done = command(*build, "--on-disk", "--memory-budget-mib", "0.0001")
+    assert done.code == 0, done.err
+    assert (out / "lists.ivfdata").exists()
+    assert "IVF1,Flat: " in done.err and "within" not in done.err
+    assert done.err.endswith("; chosen for fewer than 200,000 passages and an index on disk\n")
+    done = command(*build)
+    assert done.err.endswith("; chosen for fewer than 200,000 passages\n")
+    done = command(*build, "--factory", "SQ8")
+    assert "chosen" not in done.err
+    done = command(*build, "--factory", "SQ8", "--on-disk")
+    assert done.code == 1 and done.err.startswith("retriever: --on-disk with factory 'SQ8': expected IVF…,Flat")
+
+
+def test_a_recall_is_said_to_be_of_as_many_as_there_are(world: Any, tmp_path: Path, queries: Path) -> None:
+    place = ("--embeddings", world.embeddings, "--out", tmp_path / "i", "--queries", queries, "--model", world.model)
+    done = command("index", "build", *place, "--target-recall", 0.9, "--k", 1000)
+    assert done.code == 0 and "recall@20 1.0000" in done.err
+    assert read_manifest(tmp_path / "i").field("tuning", dict)["k"] == 20

@@ -1,0 +1,80 @@
+"""An index that the processes of a torchrun build together: in parts, which the first of them merges."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from index.building import Plan, build
+from index.changing import retune
+from index.factory import import_faiss, make
+from index.files import InputError
+from index.layout import check_replaceable
+from index.merge import merge
+from index.settings import core
+from index.store import EmbeddingStore
+from index.tuning import Tuning
+from retriever.ranks import Ranks
+
+# Parts a process. The others wait while the first trains and fills one of its own: the more parts, the shorter.
+PARTS = 4
+
+
+def build_on_ranks(
+    ranks: Ranks,
+    store: EmbeddingStore,
+    out: Path,
+    plan: Plan,
+    *,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Tuning | None:
+    """`index.building.build` by all ranks together: they fill parts beside `out`, trained alike, the first merges them.
+
+    Every rank calls it with the same arguments, but for the target, which the first alone needs. `out` lies on a disk
+    that all of them see. The index has the bytes that one process would write; its target is measured afterwards, as
+    `retune` does. Merging holds what `index.merge.merge` holds. A killed run leaves its parts; the next replaces them.
+
+    Raises:
+        InputError: as `build`; the store has one shard alone, or indexes of the kind cannot be merged.
+    """
+    # Named, so that it lives while its core is looked at.
+    whole = make(plan.factory, store.dim)
+    faiss = import_faiss()
+    if not isinstance(core(whole), faiss.IndexIVF | faiss.IndexFlatCodes | faiss.IndexFastScan):
+        raise InputError(
+            f"factory {plan.factory!r}: expected Flat, SQ…, PQ… or IVF…, whose parts can be merged, to be built by "
+            "several processes; start it without torchrun"
+        )
+    count = min(PARTS * ranks.size, len(store.files("npy")))
+    if count < 2:
+        raise InputError(
+            f"{store.folder}: expected two shards or more for several processes to build from, found {count}; start it "
+            "without torchrun"
+        )
+    check_replaceable(out)
+    out = out.resolve()
+    parts = [out.with_name(f"{out.name}.part-{number}") for number in range(1, count + 1)]
+
+    def fill(number: int, train_from: Path | None) -> None:
+        part = replace(plan, part=(number, count), train_from=train_from, target=None)
+        build(store, parts[number - 1], part, progress=progress)
+
+    if ranks.first:
+        fill(1, plan.train_from)
+    ranks.wait()
+    for number in range(ranks.rank + 1, count + 1, ranks.size):
+        if number > 1:
+            fill(number, parts[0])
+    ranks.wait()
+    tuning = None
+    if ranks.first:
+        merge(parts, out, on_disk=plan.on_disk)
+        for part in parts:
+            shutil.rmtree(part)
+        if plan.target is not None:
+            tuning = retune(out, store, plan.target, seed=plan.seed, note=note)
+    ranks.wait()
+    return tuning
