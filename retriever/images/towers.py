@@ -28,6 +28,7 @@ from retriever.images.folder import (
     load_image_text_model,
     reads_fixed_length,
     routes,
+    settings_folder,
 )
 from retriever.images.patch_dropout import PatchDropout
 from retriever.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, ImageTransform, open_image
@@ -260,12 +261,13 @@ def build_image_text_towers(config: ModelConfig) -> ImageTextTowers:
         raise ConfigError("model: expected a text tower by model.name or by model.architecture, found both")
     if config.name or config.architecture:
         model = join_encoders(config)
-    elif not image.is_new and is_image_text_model(image.name):
-        model = load_image_text_model(image.name)
-    else:
+    elif image.is_new or (settings_folder(image.name) and not is_image_text_model(image.name)):
         raise ConfigError(
             f"model: expected a text tower (model.name or model.architecture) beside the image tower {image.name}"
         )
+    else:
+        # Of a name that nothing has, this says so.
+        model = load_image_text_model(image.name)
     set_text_options(model, [routes(model)[0][0]], config)
     towers = ImageTextTowers(model)
     if image.statistics != "processor":

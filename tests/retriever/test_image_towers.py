@@ -219,6 +219,8 @@ def test_what_cannot_be_two_towers_is_refused_in_one_line(tmp_path: Path, tokeni
         load_image_text_towers(str(tmp_path / "naflex"))
     with pytest.raises(ConfigError, match="expected a text tower"):
         build_image_text_towers(ModelConfig(image=ImageConfig(name="tiny")))
+    with pytest.raises(InputError, match="acme/none: no such folder"):
+        build_image_text_towers(ModelConfig(image=ImageConfig(name="acme/none")))
     with pytest.raises(ConfigError, match="multiple of tiny's patches of 8 pixels, found 30"):
         build_image_text_towers(pair(tokenizer, "tiny", size=30))
     with pytest.raises(InputError, match=r"ViT-Z: no such folder, .* \(new ones are tiny, ViT-S/16,"):
