@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _BOTH = {"text", "image"}
-# Texts of these were padded to a fixed length, and unmasked, in training; they mean nothing otherwise.
-_FIXED_LENGTH = ("siglip", "siglip2")
 
 
 def settings_folder(path_or_name: str) -> Path | None:
@@ -263,14 +261,17 @@ def _settle(transformer: Any, path: str) -> None:
         longest = getattr(text_settings, "max_position_embeddings", None)
         if isinstance(longest, int) and (transformer.max_seq_length or longest + 1) > longest:
             transformer.max_seq_length = longest
-        if encoder.config.model_type in _FIXED_LENGTH:
+        if reads_fixed_length(transformer):
             text = {"padding": "max_length", "max_length": transformer.max_seq_length, "return_attention_mask": False}
             transformer.processing_kwargs = {**transformer.processing_kwargs, "text": text}
 
 
 def reads_fixed_length(transformer: Any) -> bool:
-    """Whether texts must be padded to the longest length, and the padding read like text."""
-    return transformer.auto_model.config.model_type in _FIXED_LENGTH
+    """Whether texts must be padded to the longest length, and the padding read like text.
+
+    So SigLIP was trained; its texts mean nothing otherwise. Fixed-size SigLIP 2 has the same model type.
+    """
+    return transformer.auto_model.config.model_type == "siglip"
 
 
 def _check_exists(path: str) -> None:

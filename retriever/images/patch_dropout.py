@@ -24,12 +24,11 @@ class PatchDropout:
         """Put the hook into a vision encoder of transformers, or into the vision half of a whole checkpoint.
 
         Raises:
-            ConfigError: the encoder has no embeddings known here, or masks its patches.
+            ConfigError: the encoder has no embeddings known here.
         """
         vision: Any = getattr(encoder, "vision_model", encoder)
         embeddings = getattr(vision, "embeddings", None)
-        masked = getattr(getattr(vision, "config", None), "model_type", "").startswith("siglip2")
-        if not isinstance(embeddings, nn.Module) or masked:
+        if not isinstance(embeddings, nn.Module):
             raise ConfigError(f"model.image.patch_dropout: not known for {type(encoder).__name__}; expected 0")
         size = vision.config.patch_size
         self._patch = int(size if isinstance(size, int) else size[0])
