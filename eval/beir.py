@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from index.records import Record, open_text, read_records
 QUERY_HEADS = ("query-id", "queryid", "query", "qid", "topic")
 PASSAGE_HEADS = ("corpus-id", "corpusid", "doc-id", "docid", "document-id", "passage-id", "pid", "doc", "passage")
 GRADE_HEADS = ("score", "relevance", "rel", "label", "grade")
+# Where they stand in a line of qrels.
+QUERY, PASSAGE = 0, -2
 
 
 def beir_file(folder: Path, name: str) -> Path:
@@ -85,9 +87,9 @@ class BeirDataset:
             raise InputError(f"{qrels_path}: expected judgements, found none")
         queries_path = beir_file(folder, "queries.jsonl")
         queries = read_queries(queries_path)
-        lost = [query for query in qrels if query not in queries]
+        lost = qrels.keys() - queries.keys()
         if lost and (not dangling or len(lost) == len(qrels)):
-            raise InputError(f"{qrels_path}: expected ids of {queries_path.name}, found {_first_of(lost)}")
+            raise _not_there(qrels_path, QUERY, lost, f"ids of {queries_path.name}")
         judged = {query: queries[query] for query in qrels if query in queries}
         return cls(folder.resolve().name, folder, split, judged, qrels, dangling)
 
@@ -114,16 +116,19 @@ class BeirDataset:
         """Refuse qrels that judge passages the corpus lacks, unless `dangling`.
 
         Raises:
-            InputError: names the first such passage and their number.
+            InputError: names the first such passage, its line and their number.
         """
         known = corpus_ids if isinstance(corpus_ids, set | frozenset | dict) else set(corpus_ids)
-        lost = sorted(passage for passage in self.judged if passage not in known)
+        lost = {passage for passage in self.judged if passage not in known}
         if lost and not self.dangling:
-            raise InputError(f"{self.qrels_file}: expected passage ids of the corpus, found {_first_of(lost)}")
+            raise _not_there(self.qrels_file, PASSAGE, lost, "passage ids of the corpus")
 
 
-def _first_of(lost: list[str]) -> str:
-    return f"{lost[0]}, which is not there" + (f" (and {len(lost) - 1} more)" if len(lost) > 1 else "")
+def _not_there(path: Path, column: int, lost: Collection[str], wanted: str) -> InputError:
+    # Qrels that were made in memory need not be those of the file.
+    id_, place = next(iter(first_places(path, column, lost, most=1).items()), (min(lost), str(path)))
+    more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+    return InputError(f"{place}: expected {wanted}, found {id_}, which is not there{more}")
 
 
 def read_queries(path: Path) -> dict[str, str]:
@@ -202,6 +207,20 @@ def _judgement_rows(path: Path) -> Iterator[tuple[int, list[str], str]]:
                 raise InputError(f"{record.place}: expected a column '{column}', found {', '.join(record.fields)}")
         query, passage = (checked_id(record.fields[column], record.place) for column in ("query-id", "corpus-id"))
         yield number, [query, passage, str(record.fields.get("score", 1))], record.place
+
+
+def first_places(path: Path, column: int, wanted: Collection[str], most: int) -> dict[str, str]:
+    """The first `most` of the `wanted` ids in a column of a qrels file -> the places where they come first.
+
+    Read again for it: the lines of all ids would take more memory than the qrels.
+    """
+    places: dict[str, str] = {}
+    for _, columns, place in judgement_lines(path):
+        if len(places) == min(most, len(wanted)):
+            break
+        if len(columns) > 2 and columns[column] in wanted:
+            places.setdefault(columns[column], place)
+    return places
 
 
 def is_header(columns: list[str]) -> bool:

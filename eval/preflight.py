@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.beir import PASSAGE_HEADS, Judgements, beir_file, head_names, is_header, judgement_lines, parse_query
+from eval.beir import (
+    PASSAGE,
+    PASSAGE_HEADS,
+    QUERY,
+    Judgements,
+    beir_file,
+    first_places,
+    head_names,
+    is_header,
+    judgement_lines,
+    parse_query,
+)
 from eval.digests import Sample, digest, repetitions
 from eval.metrics import Qrels
 from eval.suite import BY_NAME
@@ -56,6 +67,15 @@ class Preflight:
         finding.count += 1
         if len(finding.places) < PLACES_NAMED:
             finding.places.append(place)
+
+    def add_judged(
+        self, what: str, path: Path, column: int, ids: Collection[str], *, wanted: str = "", error: bool = False
+    ) -> None:
+        """Count a fault of the kind `what` for each of these ids in a column of qrels; `wanted` is what it is not."""
+        if ids:
+            places = first_places(path, column, ids, PLACES_NAMED)
+            said = {id_: f"expected {wanted}, found {id_}, which is not there" if wanted else id_ for id_ in places}
+            self.findings[what] = Finding(what, error, len(ids), [f"{places[id_]}: {said[id_]}" for id_ in places])
 
     @property
     def errors(self) -> list[Finding]:
@@ -137,9 +157,8 @@ def _read_qrels(found: Preflight, path: Path) -> Qrels:
         found.add("files that cannot be read", str(error), error=True)
     if not judgements.qrels:
         found.add("no judgements", f"{path}: expected judgements, found none", error=True)
-    for query, grades in judgements.qrels.items():
-        if max(grades.values()) < 1:
-            found.add("queries without a relevant passage, which count as 0", query)
+    vain = {query for query, grades in judgements.qrels.items() if max(grades.values()) < 1}
+    found.add_judged("queries without a relevant passage, which count as 0", path, QUERY, vain)
     return judgements.qrels
 
 
@@ -177,10 +196,10 @@ def _read_queries(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, d
             earlier = first.setdefault(texts[query], query)
             if earlier != query:
                 found.add("judged queries with the text of another", f"{record.place} (as {earlier})")
-    lost = [query for query in qrels if query not in texts]
-    for query in lost:
-        what = f"{judged_in}: expected ids of {path.name}, found {query}, which is not there"
-        found.add("judged queries that are not there", what, error=not dangling or len(lost) == len(qrels))
+    lost = qrels.keys() - texts.keys()
+    fatal = not dangling or len(lost) == len(qrels)
+    wanted = f"ids of {path.name}"
+    found.add_judged("judged queries that are not there", judged_in, QUERY, lost, wanted=wanted, error=fatal)
     if lost and len(lost) == len(qrels) and any(passage in texts for grades in qrels.values() for passage in grades):
         what = f"{judged_in}: expected query, then passage, found passages in the first column"
         found.add("columns in the wrong order", what, error=True)
@@ -226,10 +245,9 @@ def _read_corpus(
         found.add("no passages", f"{path}: expected passages, found none", error=True)
     found.passage_sample = sample.texts()
     _name_repeated(found, path, ids, texts, numbers)
-    for passage_id, here in judged.items():
-        if not here:
-            what = f"{judged_in}: expected passage ids of the corpus, found {passage_id}, which is not there"
-            found.add("judged passages that are not there", what, error=not dangling)
+    lost = {passage_id for passage_id, here in judged.items() if not here}
+    wanted = "passage ids of the corpus"
+    found.add_judged("judged passages that are not there", judged_in, PASSAGE, lost, wanted=wanted, error=not dangling)
     if own:
         found.add("queries whose id is a passage's, which is left out of their ranking", f"{own:,} of {len(qrels):,}")
 
@@ -271,12 +289,15 @@ def _compare_splits(found: Preflight, folder: Path, qrels: Qrels, texts: dict[st
         path = path if path.is_file() else path.with_name(f"{other}.tsv.gz")
         if other == found.split or not path.is_file():
             continue
-        theirs = dict.fromkeys(columns[0] for number, columns, _ in judgement_lines(path) if columns[0] in texts)
-        for query in theirs:
+        theirs: dict[str, int] = {}
+        for number, columns, _ in judgement_lines(path):
+            if columns[QUERY] in texts:
+                theirs.setdefault(columns[QUERY], number)
+        for query, number in theirs.items():
             if query in qrels:
-                found.add(f"queries judged in {other} too", query)
+                found.add(f"queries judged in {other} too", f"{path}:{number}: {query}")
             elif texts[query] in ours:
-                found.add(f"queries with the text of one in {other}", query)
+                found.add(f"queries with the text of one in {other}", f"{path}:{number}: {query}")
 
 
 def _records(found: Preflight, path: Path) -> Iterator[Record]:

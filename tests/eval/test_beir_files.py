@@ -145,11 +145,16 @@ def test_ids_and_texts_may_be_of_any_script(tmp_path: Path) -> None:
 
 
 def test_dangling_ids_are_counted_and_the_first_named(tmp_path: Path) -> None:
-    data = BeirDataset.open(folder_of(tmp_path, HEADER + "q1\td1\t1\nq1\td8\t1\nq2\td9\t1\n"))
-    with pytest.raises(InputError, match=r"test\.tsv: expected passage ids .*d8, which is not there \(and 1 more\)"):
+    data = BeirDataset.open(folder_of(tmp_path, HEADER + "q1\td1\t1\nq1\td9\t1\nq2\td8\t1\nq2\td9\t1\n"))
+    with pytest.raises(InputError, match=r"test\.tsv:3: expected passage ids .*d9, which is not there \(and 1 more\)"):
         data.check(["d1", "d2"])
-    with pytest.raises(InputError, match=r"test\.tsv: expected ids of queries\.jsonl, found q7, which is not there$"):
+    with pytest.raises(InputError, match=r"test\.tsv:2: expected ids of queries\.jsonl, found q7, which is not there$"):
         BeirDataset.open(folder_of(tmp_path, HEADER + "q7\td1\t1\n"))
+    data.qrels["q1"]["d0"] = 1  # not from the file
+    with pytest.raises(
+        InputError, match=r"test\.tsv: expected passage ids of the corpus, found d0, which is not there$"
+    ):
+        data.check(["d1", "d8", "d9"])
 
 
 def test_missing_files_and_empty_qrels_are_named(tmp_path: Path) -> None:

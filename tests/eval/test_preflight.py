@@ -83,7 +83,10 @@ def test_dangling_ids_are_errors_unless_allowed(tmp_path: Path) -> None:
     found = preflight(folder)
     assert kinds(found) == {"judged queries that are not there": 1, "judged passages that are not there": 1}
     assert len(found.errors) == 2
-    assert "found gone, which is not there" in found.findings["judged passages that are not there"].places[0]
+    lost = [found.findings[f"judged {what} that are not there"].places for what in ("queries", "passages")]
+    assert [len(places) for places in lost] == [1, 1]
+    assert lost[0][0].endswith("qrels/test.tsv:4: expected ids of queries.jsonl, found q7, which is not there")
+    assert lost[1][0].endswith("qrels/test.tsv:3: expected passage ids of the corpus, found gone, which is not there")
     assert not preflight(folder, dangling=True).errors
     with EmbeddingWriter(tmp_path / "e", dim=2, model={"name": "m"}, source={}) as writer:
         writer.append(list(BeirDataset.open(folder, dangling=True).passages()), np.eye(2, dtype=np.float32))
@@ -110,6 +113,13 @@ def test_mistakes_in_qrels_are_errors_with_their_line(tmp_path: Path, text: str,
     assert line in found.findings[what].places[0] and found.findings[what].error
 
 
+def test_of_many_dangling_ids_the_first_three_lines_are_named(tmp_path: Path) -> None:
+    judged = "".join(f"q0\tgone{i % 5}\t1\n" for i in range(10))
+    found = preflight(write(tmp_path / "s", passages(2), questions(1), test=f"{HEADER}one\n{judged}q0\td0\t1\n"))
+    finding = found.findings["judged passages that are not there"]
+    assert finding.count == 5 and [place.split(":")[1] for place in finding.places] == ["3", "4", "5"]
+
+
 def test_swapped_columns_are_recognised(tmp_path: Path) -> None:
     found = preflight(write(tmp_path / "s", passages(2), questions(2), test=HEADER + "d0\tq0\t1\nd1\tq1\t1\n"))
     assert "columns in the wrong order" in kinds(found)
@@ -131,6 +141,9 @@ def test_queries_of_the_training_split_are_counted_by_id_and_by_text(tmp_path: P
     )
     found = preflight(folder)
     assert kinds(found) == {"queries with the text of one in train": 1, "queries judged in train too": 1}
+    train = f"{folder}/qrels/train.tsv"
+    assert found.findings["queries judged in train too"].places == [f"{train}:4: q1"]
+    assert found.findings["queries with the text of one in train"].places == [f"{train}:2: t1"]
     assert not found.errors
 
 
@@ -139,7 +152,9 @@ def test_queries_that_cannot_score_or_are_passages_are_warned_of(tmp_path: Path)
     folder = write(tmp_path / "s", corpus, questions(2), test=HEADER + "q0\td1\t0\nq1\td0\t1\n")
     found = preflight(folder)
     assert len(found.warnings) == 2 and not found.errors
-    assert found.findings["queries without a relevant passage, which count as 0"].places == ["q0"]
+    assert found.findings["queries without a relevant passage, which count as 0"].places == [
+        f"{folder}/qrels/test.tsv:2: q0"
+    ]
 
 
 def test_other_numbers_than_published_are_warned_of(tmp_path: Path) -> None:
