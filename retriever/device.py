@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from index.files import InputError
+from retriever.config import ConfigError
 from retriever.staging import Staging
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -27,18 +29,16 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" takes CUDA where there is one.
 
     Raises:
+        ConfigError: no name of a device that serves.
         InputError: no such device on this machine.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:(\d|[1-9]\d))?", name):
+        raise ConfigError(f"--device: expected auto, cpu or cuda[:number], found {name!r}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device: expected auto, cpu or cuda[:number], found {name!r}") from None
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {name!r} is not on this machine ({torch.cuda.device_count()} CUDA devices)")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device: expected auto, cpu or cuda[:number], found {name!r}")
+        raise InputError(f"--device: {name!r} is not on this machine ({torch.cuda.device_count()} CUDA devices)")
     return device
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from index.faiss_index import Index
 from index.files import InputError
-from index.several import Indexes
+from index.several import Indexes, open_all
+from index.verify import verify as verify_folder
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.images.towers import ImageTextTowers
 from retriever.towers import Towers
@@ -40,6 +41,23 @@ class Answer:
     id: str
     query: str
     results: list[Result]
+
+
+def open_indexes(folders: Sequence[Path], *, mmap: bool = False, verify: bool = False) -> Index | Indexes:
+    """The index in the one folder, or those in several as one.
+
+    Args:
+        folders: of the indexes.
+        mmap: leave them on disk and read what a search touches.
+        verify: check every byte first, and not only that every file is there and has its length.
+
+    Raises:
+        InputError: as `index.several.open_all`, or a file is damaged.
+    """
+    if verify:
+        for folder in folders:
+            verify_folder(folder)
+    return open_all(folders, mmap=mmap)
 
 
 def search(

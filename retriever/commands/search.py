@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ class Search(Embedding):
     """Passages a query."""
     mmap: Switch = False
     """Leave the index on disk and read what a search touches, for indexes larger than memory."""
+    verify: Switch = False
+    """Check the sha256 of every file of the index first, which reads all of it; without, their lengths are checked."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,12 +51,13 @@ class Search(Embedding):
             raise ValueError("--queries: give queries as arguments or in a file, not both")
         if self.image and (self.query or self.queries):
             raise ValueError("--image: give pictures or texts as queries, not both")
+        for number, text in enumerate(self.query, start=1):
+            _check_utf8(text, f"query:{number}")
 
     def run(self, terminal: Terminal) -> int:
-        from index.several import open_all
-        from retriever.search import BATCH, search
+        from retriever.search import BATCH, open_indexes, search
 
-        index = open_all(self.index, mmap=self.mmap)
+        index = open_indexes(self.index, mmap=self.mmap, verify=self.verify)
         towers = self.towers(terminal)
         typed = not self.query and not self.image and self.queries is None and sys.stdin.isatty()
         if typed:
@@ -74,7 +79,7 @@ class Search(Embedding):
         if self.image:
             yield from ((str(number), file) for number, file in enumerate(self.image, start=1))
             return
-        texts: Sequence[str] | Iterator[str] = self.query or (line.rstrip("\n") for line in sys.stdin)
+        texts: Sequence[str] | Iterator[str] = self.query or _typed()
         found = False
         for number, text in enumerate(texts, start=1):
             if text.strip():
@@ -82,6 +87,22 @@ class Search(Embedding):
                 yield str(number), text
         if not found:
             raise InputError("expected at least one query, found none")
+
+
+def _typed() -> Iterator[str]:
+    """The lines of standard input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Python would otherwise refuse the whole block that a wrong byte is in.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    for number, line in enumerate(sys.stdin, start=1):
+        _check_utf8(line, f"standard input:{number}")
+        yield line.rstrip("\n")
+
+
+def _check_utf8(text: str, place: str) -> None:
+    """Bytes that are no text come from the command line as halves of surrogate pairs."""
+    if wrong := re.search("[\udc80-\udcff]", text):
+        raise InputError(f"{place}: expected UTF-8, found byte 0x{ord(wrong[0]) - 0xDC00:02x}")
 
 
 def _print_answer(answer: Answer) -> None:

@@ -23,6 +23,8 @@ class Serve(Embedding):
     """Folder that `retriever index build` wrote; given several times, the folders are searched as one."""
     mmap: Switch = False
     """Leave the index on disk and read what a search touches, for indexes larger than memory."""
+    verify: Switch = False
+    """Check the sha256 of every file of the index first, which reads all of it; without, their lengths are checked."""
     pictures: Path | None = None
     """The folder whose pictures were indexed: the page shows those that were found."""
     host: str = "127.0.0.1"
@@ -63,7 +65,7 @@ class Serve(Embedding):
             raise InputError(
                 'serving needs starlette, uvicorn and jinja2: pip install "dense-retriever[serve]"'
             ) from None
-        from index.several import open_all
+        from retriever.search import open_indexes
         from retriever.serve.app import make_app
         from retriever.serve.batching import Batching, Engine, warm_up
         from retriever.serve.pictures import Pictures
@@ -71,7 +73,7 @@ class Serve(Embedding):
 
         limits = Limits(self.max_body_bytes, self.max_query_chars, self.max_queries, self.max_k)
         batching = Batching(self.batch, self.batch_ms / 1000, max(self.max_waiting, self.max_queries))
-        index = open_all(self.index, mmap=self.mmap)
+        index = open_indexes(self.index, mmap=self.mmap, verify=self.verify)
         pictures = None if self.pictures is None else Pictures(self.pictures, index)
         # Listening before the model is loaded makes a port in use known at once.
         with (

@@ -68,6 +68,14 @@ def trained_with(tmp_path: Path, tiny: ModelConfig, rows: list[object], **other:
         ),
         (["search", "--model", "m", "--index", "i", "--queries", "f", "q"], ["--queries", "not both"]),
         (
+            ["search", "--model", "m", "--index", "i", "a", os.fsdecode(b"b\xff")],
+            ["^retriever: query:2: expected UTF-8, found byte 0xff"],
+        ),
+        (
+            ["encode", "--model", "m", "--data", str(ROOT / "README.md"), "--out", "o", "--device", "tpu"],
+            ["^retriever: --device: expected auto, cpu or cuda.*, found 'tpu'"],
+        ),
+        (
             ["evaluate", "beir", "--model", "m", "--data", "d", "--out", "o", "--k", "0"],
             ["^retriever: --k: .* found 0"],
         ),
@@ -298,6 +306,25 @@ def test_search_refuses_another_model_than_the_index_was_made_with(world: Any, t
     outcome = command("search", "--model", other, "--index", world.index, "what is a cat?")
     assert_refused(outcome, 1, f"{world.index}: expected queries of the model that embedded its passages")
     assert not outcome.out
+
+
+def test_queries_of_standard_input_that_are_no_text(world: Any) -> None:
+    words = ("search", "--model", world.model, "--index", world.index, "--json")
+    outcome = command(*words, stdin="an oak\n" + os.fsdecode(b"caf\xe9\n"))
+    assert_refused(outcome, 1, "standard input:2: expected UTF-8, found byte 0xe9")
+    assert [json.loads(line)["query"] for line in command(*words, stdin="café\n").out.splitlines()] == ["café"]
+
+
+def test_damage_is_found_before_searching_where_it_is_asked_for(world: Any, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(world.index, damaged)
+    text = (damaged / "passages.jsonl").read_text()
+    (damaged / "passages.jsonl").write_text(text.replace("acorns", "apples"))
+    words = ("--model", world.model, "--index", damaged)
+    assert "apples" in command("search", *words, "tree with acorns").out
+    for asked in (("search", *words, "--verify", "an oak"), ("serve", *words, "--verify", "--port", 0)):
+        assert_refused(command(*asked), 1, r"damaged/passages\.jsonl: .*sha256")
+    assert command("search", "--model", world.model, "--index", world.index, "--verify", "an oak").code == 0
 
 
 # Indexes.
