@@ -147,6 +147,18 @@ def _tasks(folder: Path, split: str | None) -> list[Task]:
     return [task for path in inner for task in _tasks(path, split)]
 
 
+def check_outside(out: Path, tasks: Sequence[Task]) -> None:
+    """Refuse a report whose files would come to lie in a set.
+
+    Raises:
+        InputError: names the set.
+    """
+    for task in tasks:
+        place = (out / task.name).resolve()
+        if task.folder.resolve() in (place, *place.parents):
+            raise InputError(f"--out: expected a folder outside the sets, found {out}, which writes into {task.folder}")
+
+
 def rows_of_tasks(tasks: Sequence[Task], found: Mapping[str, Metrics]) -> dict[str, Metrics]:
     """The table's rows from the metrics of every task, by its name: parts of a row become their unweighted mean."""
     parts: dict[str, dict[str, Metrics]] = {}

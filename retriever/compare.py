@@ -19,7 +19,7 @@ from eval.report import Changes, Report, ReportSet
 from eval.report_files import write
 from eval.runs import read_trec_run, write_trec_run
 from eval.significance import PERMUTATIONS
-from eval.suite import plan
+from eval.suite import check_outside, plan
 from index.files import InputError, read_json, sha256_file
 from retriever.bm25_runs import BM25, bm25_details, kept_bm25_run, without_own
 from retriever.progress import Terminal
@@ -109,6 +109,7 @@ def compare_to_report(request: Request, out: Path, terminal: Terminal) -> Report
         cuts = ", ".join(map(str, CUTS))
         raise InputError(f"--measure: expected one of {', '.join(MEASURES)} @ {cuts}, found {request.measure}")
     here = plan(request.data, request.home, request.split)
+    check_outside(out, here.tasks)
     datasets = [
         dataclasses.replace(BeirDataset.open(task.folder, task.split, dangling=request.dangling), name=task.name)
         for task in here.tasks

@@ -16,7 +16,7 @@ from eval.long_documents import WINDOWS
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
 from eval.runs import write_trec_run
-from eval.suite import Plan, Task, rows_of_tasks
+from eval.suite import Plan, Task, check_outside, rows_of_tasks
 from index.embeddings import EmbeddingStore
 from index.files import InputError
 from index.passages import read_passages
@@ -76,6 +76,7 @@ class Suite:
         self._options = options
         self._ranks = ranks or Ranks()
         self._terminal = terminal
+        check_outside(out, plan.tasks)
         self._check_index()
 
     def run(self, details: Mapping[str, Any], checked: Mapping[str, Any]) -> SuiteResult:

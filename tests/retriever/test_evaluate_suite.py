@@ -160,6 +160,21 @@ def test_an_index_that_will_not_do_is_refused_before_the_corpus_is_embedded(worl
         assert not out.exists()
 
 
+@pytest.mark.parametrize("out", ["sets/words", "sets/words/report", "sets", "sets/other/../words/deep/er"])
+def test_a_report_within_the_set_is_refused(world: Any, tmp_path: Path, out: str) -> None:
+    data = write_beir(tmp_path / "sets" / "words")
+    (tmp_path / "sets" / "other").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for words in (["beir", "--model", world.model], ["compare", "--bm25"]):
+        outcome = command("evaluate", *words, "--data", data, "--out", tmp_path / out)
+        assert outcome.code == 1 and outcome.err.count("\n") == 1
+        assert (
+            f"--out: expected a folder outside the sets, found {tmp_path / out}, which writes into {data}"
+            in outcome.err
+        )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_reports_state_what_is_needed_to_do_it_again(world: Any, towers: Towers, tmp_path: Path) -> None:
     out, words = tmp_path / "out", ["--data", world.beir, "--precision", "fp32", "--k", 7, "--factory", "IVF2,Flat"]
     details = evaluate(world, out, *words)["details"]
