@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,10 +41,10 @@ class TextTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
         """Token ids of each text, special tokens included, cut to the longest length. No prompt is added."""
-        rows = [np.array(ids, dtype=np.int32) for ids in self._ids(list(texts))]
+        rows = list(self._ids(list(texts)))
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
-        return TokenizedTexts(np.concatenate([np.empty(0, dtype=np.int32), *rows]), offsets)
+        return TokenizedTexts(np.fromiter(itertools.chain.from_iterable(rows), np.int32, offsets[-1]), offsets)
 
     def _ids(self, texts: list[str]) -> Iterable[list[int]]:
         way = getattr(type(self.tokenizer), "_encode_plus", None)

@@ -164,7 +164,7 @@ def ours(
             device=options.device,
             compile=WAYS[way] == "compile",
             cuda_graphs=WAYS[way] == "cuda_graphs",
-            log_every=2,
+            log_every=max(2, steps // 4),
             checkpoint_every=10**6,
         )
         reset_peak()
