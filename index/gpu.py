@@ -17,7 +17,7 @@ from index.factory import import_faiss
 from index.files import InputError
 from index.settings import core
 
-INSTEAD = "pip install faiss-gpu in place of faiss-cpu"
+INSTEAD = "pip install faiss-gpu-cu12 in place of faiss-cpu"
 
 
 def check_gpus() -> None:
