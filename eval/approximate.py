@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,15 @@ class Approximation:
     def loss(self, exact: Metrics, measure: str) -> float:
         """By how much the index is worse; negative where it is better by chance."""
         return exact.mean[measure] - self.metrics.mean[measure]
+
+    def as_json(self, exact: Metrics) -> dict[str, Any]:
+        """For programs: its means, and what it loses of each."""
+        return {
+            "factory": self.index,
+            "mean": self.metrics.mean,
+            "loss": {measure: self.loss(exact, measure) for measure in exact.mean},
+            f"overlap@{self.depth}": self.overlap,
+        }
 
 
 def approximation(index: str, exact: RankedRun, found: RankedRun, metrics: Metrics, depth: int = 100) -> Approximation:

@@ -93,6 +93,7 @@ def summary_of(report: Report) -> str:
     parts = []
     for found in report.sets:
         parts.append(comparison_table(found.systems, head=cell(found.name)))
+        parts += [line + "\n" for line in missing_lines(found)]
         if found.pairs:
             parts.append(_pair_table(found.pairs))
     if len(report.sets) > 1:

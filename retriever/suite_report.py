@@ -51,6 +51,15 @@ class SuiteResult:
         """nDCG@10, or at the deepest cut-off of a run that is not that deep."""
         return shown(["ndcg@10"], next(iter(self.rows.values())).mean.keys())[0]
 
+    def as_json(self) -> dict[str, Any]:
+        """For programs: the means by row, what was asked for and is not here, and by set what the index loses."""
+        indexes = {name: other.as_json(self.exact[name]) for name, other in self.approximations.items()}
+        return {
+            "sets": {row: {"mean": found.mean, "missing_queries": found.missing} for row, found in self.rows.items()},
+            "absent": self.absent,
+            **({"index": indexes} if indexes else {}),
+        }
+
 
 def sums(dataset: BeirDataset, store: EmbeddingStore) -> dict[str, str]:
     """sha256 of a set's files; the corpus's is known from when it was embedded."""
@@ -113,11 +122,5 @@ def _set_json(result: SetResult, checked: Mapping[str, Any]) -> dict[str, Any]:
         "preflight": dict(checked),
     }
     if other := result.approximation:
-        losses = {measure: other.loss(result.metrics, measure) for measure in result.metrics.mean}
-        found["index"] = {
-            "factory": other.index,
-            "mean": other.metrics.mean,
-            "loss": losses,
-            f"overlap@{other.depth}": other.overlap,
-        }
+        found["index"] = other.as_json(result.metrics)
     return found

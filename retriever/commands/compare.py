@@ -63,7 +63,7 @@ class EvaluateCompare:
         if not self.data:
             raise ValueError("--data: expected at least one BEIR folder, found none")
         if not self.systems and not self.bm25:
-            raise ValueError("expected at least one report or run file, or --bm25, found none")
+            raise ValueError("systems: expected at least one report or run file, or --bm25, found none")
         if self.changed < 0 or self.seed < 0:
             raise ValueError("--changed, --seed: expected 0 or more")
         for names in self.fuse:

@@ -132,7 +132,7 @@ class EvaluateBeir(Embedding):
         from eval.suite import suite_table
 
         if self.json:
-            print(json.dumps({name: metrics.mean for name, metrics in found.rows.items()}))
+            print(json.dumps(found.as_json()))
             return
         print(comparison_table(found.rows, head="data"), end="")
         if found.approximations:

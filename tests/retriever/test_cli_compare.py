@@ -91,6 +91,16 @@ def test_one_run_file_of_another_program_is_scored(place: Path) -> None:
     assert found["comparisons"] == [] and found["changes"] == []
 
 
+def test_queries_that_a_run_misses_are_counted_and_named_on_the_terminal(place: Path, tmp_path: Path) -> None:
+    few = dict(list(made_run(0.5, 1).items())[:2])
+    write_trec_run(tmp_path / "few.trec", few, "x")
+    words = ["evaluate", "run", tmp_path / "few.trec", "--data", place / "rocks", "--out", tmp_path / "out"]
+    first = ", ".join(f"q-{word}" for word in WORDS if f"q-{word}" not in few).split(", ")[:3]
+    said = f"few: 18 of 20 queries got no passage and count as 0: {', '.join(first)}, …"
+    assert said in command(*words).out
+    assert "got no passage" not in command(*words[:2], place / "poor", *words[3:]).out
+
+
 def test_the_same_comparison_gives_the_same_bytes(place: Path) -> None:
     words = ["evaluate", "compare", place / "poor", place / "good", "--data", place / "woods", "--permutations", "500"]
     for name in ("one", "two"):
@@ -255,7 +265,7 @@ def test_judged_queries_without_text_are_refused_or_allowed_and_count(place: Pat
         (["{p}/poor", "{p}/good", "--measure", "ndcg@7"], 1, "--measure: expected one of ndcg, map"),
         (["{p}/poor", "{p}/good", "--measure", "ndcg@50"], 1, "shallowest run has 12 passages a query"),
         (["{p}/poor", "--permutations", "0"], 2, "--permutations: expected at least 1"),
-        ([], 2, "expected at least one report or run file"),
+        ([], 2, "retriever: systems: expected at least one report or run file"),
     ],
     ids=lambda value: None if isinstance(value, int) else "-".join(value)[-24:] if isinstance(value, list) else "",
 )

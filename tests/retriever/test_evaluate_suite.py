@@ -141,6 +141,18 @@ def test_an_index_is_scored_beside_exact_search_with_its_loss(world: Any, tmp_pa
     assert again["index"]["factory"] == "Flat"  # as auto chooses here, not what was there before
 
 
+def test_json_has_the_indexs_loss_and_the_sets_that_are_not_here(world: Any, tmp_path: Path) -> None:
+    write_beir(tmp_path / "home" / "scifact")
+    words = ["--model", world.model, "--data", "beir", "--home", tmp_path / "home", "--factory", "PQ4x4", "--json"]
+    outcome = command("evaluate", "beir", *words, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    found, report = json.loads(outcome.out), json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["absent"] == report["absent"] and len(found["absent"]) == 18
+    assert found["index"] == {"scifact": report["sets"]["scifact"]["index"]}
+    exact, index = found["sets"]["scifact"]["mean"], found["index"]["scifact"]
+    assert index["loss"]["ndcg@10"] == exact["ndcg@10"] - index["mean"]["ndcg@10"] != 0
+
+
 def test_an_index_that_will_not_do_is_refused_before_the_corpus_is_embedded(world: Any, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("words: {query_prompt: 'ask: '}\n")
@@ -212,7 +224,7 @@ def test_training_measures_on_dev_what_the_command_measures(world: Any, tiny: An
         words = ["--model", run / "model", "--data", data, "--split", "dev", "--precision", precision]
         outcome = command("evaluate", "beir", *words, "--out", run / "report", "--json")
         assert outcome.code == 0, outcome.err
-        mean = json.loads(outcome.out)["words"]
+        mean = json.loads(outcome.out)["sets"]["words"]["mean"]
         told = {name.removeprefix("dev_"): value for name, value in best.items() if name.startswith("dev_")}
         assert {name: mean[name] for name in told} == pytest.approx(told, abs=1e-12)
         assert "ndcg@10" in told and 0 < told["ndcg@10"] < 1
