@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def add_passages(
         InputError: an id is in the index already, the models or dimensions differ, one of the two is damaged, or the
             index keeps its lists on disk.
     """
-    index = _opened(folder, out, "adding")
+    index = _opened(folder, out, "adding", "build an index of the new passages and merge the two")
     index.check_model(store.model)
     if store.dim != index.dim:
         raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
@@ -95,7 +95,7 @@ def delete_passages(folder: Path, ids: Sequence[str], out: Path | None = None) -
     Raises:
         InputError: its kind cannot delete, nothing would be left, or it is damaged.
     """
-    index = _opened(folder, out, "deleting")
+    index = _opened(folder, out, "deleting", "build an index of the passages that are to stay")
     wanted = set(ids)
     keep = np.fromiter((id_ not in wanted for id_ in index.ids), bool, index.rows)
     deleted = int((~keep).sum())
@@ -120,21 +120,31 @@ def retune(
 ) -> Tuning:
     """Tune the index in `folder` to a recall target, measured against the vectors in `store`; it keeps its codes.
 
+    Args:
+        folder: the index.
+        store: holds the vectors of all its passages, in the same order; those of passages that were deleted since, or
+            that it never held, are passed over.
+        target: the promise.
+        seed: of the passages that are taken for queries where the target has none.
+        note: called with a line each time a search setting was measured.
+
     Raises:
-        InputError: `store` does not hold the vectors of the index's rows.
+        InputError: `store` does not hold the passages of the index in their order, or is of another model or dimension;
+            or a graph would be measured by its own passages.
     """
-    index = _opened(folder, None, "tuning", on_disk=True)
-    if index.rows != store.rows or index.dim != store.dim or index.model != store.model:
-        raise InputError(
-            f"{store.folder}: expected the {index.rows} vectors of {folder}, found {store.rows}, or another model's"
-        )
+    index = _opened(folder, None)
+    index.check_model(store.model)
+    if store.dim != index.dim:
+        raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
     if target.queries is None and is_graph(index.faiss):
         raise InputError(
             f"{folder}: expected --queries to measure a graph by, for a passage in it finds its own neighbours far "
             "more easily than a query does; `retriever index build --target-recall` holds passages out of it"
         )
-    held_out = target.held_out_rows(store.rows, seed)
-    tuning = tune(index.faiss, find_truth(store, target, held_out), target, note)
+    rows = _rows_in(store, index)
+    without = np.delete(np.arange(store.rows), rows)
+    held_out = rows[target.held_out_rows(index.rows, seed)]
+    tuning = tune(index.faiss, find_truth(store, target, held_out, without), target, note)
     with atomic_folder(folder) as new:
         copy_rows(folder, new)
         if LISTS_FILE in index.manifest.files:
@@ -144,19 +154,46 @@ def retune(
     return tuning
 
 
-def _opened(folder: Path, out: Path | None, what: str, *, on_disk: bool = False) -> Index:
-    """The index, its every byte checked: the new one gets sums of its own, and they must not vouch for damage."""
+def _opened(folder: Path, out: Path | None, what: str | None = None, instead: str = "") -> Index:
+    """The index, its every byte checked: the new one gets sums of its own, and they must not vouch for damage.
+
+    For `what` its lists must be in memory; `instead` is what to do where they are on disk.
+    """
     # A run that was killed while it exchanged the folders may have left none under the name, or the old one beside it.
     recover_folder(folder)
     if out is not None:
         check_replaceable(out)
     index = Index.open(folder, verify="hash")
-    if LISTS_FILE in index.manifest.files and not on_disk:
+    if what is not None and LISTS_FILE in index.manifest.files:
         raise InputError(
-            f"{folder}: {what} needs lists in memory, found lists on disk; build what is new with --train-from "
-            "and merge with --on-disk"
+            f"{folder}: {what}: expected lists in memory, found lists on disk; {instead}, with --train-from {folder} "
+            "and --on-disk"
         )
     return index
+
+
+def _rows_in(store: EmbeddingStore, index: Index) -> np.ndarray:
+    """The rows [N] int64 of `store` that hold the passages of `index`, which must come in the same order.
+
+    Texts are compared with the ids: an id whose text has changed has another vector.
+    """
+    theirs = enumerate(_lines(store.files("jsonl")))
+    rows = np.empty(index.rows, np.int64)
+    for row, ours in enumerate(_lines([index.folder / PASSAGES_FILE])):
+        rows[row] = next((place for place, line in theirs if line == ours), -1)
+        if rows[row] < 0:
+            behind = f" behind {index.ids[row - 1]!r}" if row else ""
+            raise InputError(
+                f"{store.folder}: expected the passages of {index.folder} in their order, found no {index.ids[row]!r} "
+                f"of the same text{behind} (row {row} of the index)"
+            )
+    return rows
+
+
+def _lines(files: Sequence[Path]) -> Iterator[bytes]:
+    for path in files:
+        with open(path, "rb") as stream:
+            yield from stream
 
 
 def _carry_curve(index: Index, new: Path) -> None:

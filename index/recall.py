@@ -14,6 +14,7 @@ import numpy as np
 
 from index import exact
 from index.files import InputError
+from index.parts import Part
 from index.row_names import RowNames
 from index.store import EmbeddingStore
 from index.training import read_rows, sample_rows
@@ -75,20 +76,27 @@ class Truth:
     k: int
 
 
-def find_truth(store: EmbeddingStore, target: Target, held_out: np.ndarray) -> Truth:
+def find_truth(store: EmbeddingStore, target: Target, held_out: np.ndarray, without: np.ndarray | None = None) -> Truth:
     """Search the store exactly, for the target's queries or for the vectors of its rows `held_out`.
+
+    Args:
+        store: what is searched.
+        target: its queries, if it has any, and its k.
+        held_out: [Q] rows of the store, none of `without`, in order.
+        without: rows of the store, in order, that are not searched; the others are numbered without gaps.
 
     Raises:
         InputError: the queries have another dimension than the store.
     """
+    without = np.empty(0, np.int64) if without is None else without
     own = None
     if target.queries is not None:
         queries = np.ascontiguousarray(target.queries, np.float32)
         if queries.shape[1] != store.dim:
             raise InputError(f"--queries: expected vectors of {store.dim} dimensions, found {queries.shape[1]}")
     else:
-        own, queries = held_out, read_rows(store, held_out)
-    return truth_of(queries, (vectors for _, vectors in store.shards()), store.rows, target.k, own)
+        own, queries = held_out - np.searchsorted(without, held_out), read_rows(store, held_out)
+    return truth_of(queries, Part(store).pieces(without), store.rows - len(without), target.k, own)
 
 
 def truth_of(

@@ -8,11 +8,14 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+from index_helpers import listing
 
 from index.building import Plan, build
-from index.changing import retune
+from index.changing import add_passages, delete_passages, retune
+from index.embeddings import EmbeddingStore
 from index.files import InputError
 from index.manifest import read_manifest
+from index.merge import merge
 from index.opened import Index
 from index.recall import Target, Truth, find_truth, recall_of_each
 from index.settings import Settings, core
@@ -182,6 +185,52 @@ def test_a_graph_is_not_measured_by_the_passages_in_it(tmp_path: Path, store) ->
         retune(tmp_path / "index", store, Target(0.9))
     with pytest.raises(InputError, match="factory 'NSG8': expected --queries to measure it by"):
         build(store, tmp_path / "other", Plan("NSG8", target=Target(0.9)))
+
+
+def test_an_index_is_not_tuned_by_other_passages(tmp_path: Path, make_store: Callable) -> None:
+    """Of the same number, dimension and model, which would measure nonsense."""
+    vectors, ids = spread(2000, seed=1), [f"d{row}" for row in range(2000)]
+    store = make_store(vectors, ids, shard_rows=1000)
+    build(store, tmp_path / "part1", Plan("IVF16,SQ8", part=(1, 2), target=None))
+    build(store, tmp_path / "part2", Plan(part=(2, 2), train_from=tmp_path / "part1"))
+    merge([tmp_path / "part2", tmp_path / "part1"], tmp_path / "swapped")
+    build(store, tmp_path / "changed", Plan("IVF16,SQ8"))
+    delete_passages(tmp_path / "changed", ["d3", "d1999"])
+    add_passages(tmp_path / "changed", make_store(spread(2, seed=2), ["n0", "n1"], name="new"))
+    for name, found in (
+        ("swapped", r"found no 'd0' of the same text behind 'd1999' \(row 1000 of the index\)"),
+        ("changed", r"found no 'n0' of the same text behind 'd1998' \(row 1998 of the index\)"),
+    ):
+        old = listing(tmp_path / name)
+        with pytest.raises(InputError, match=found) as caught:
+            retune(tmp_path / name, store, Target(0.9))
+        assert "\n" not in str(caught.value)
+        assert listing(tmp_path / name) == old
+
+
+def test_an_index_is_not_tuned_by_passages_whose_text_changed(tmp_path: Path, make_store: Callable) -> None:
+    store = make_store(spread(100, seed=1))
+    build(store, tmp_path / "index", Plan("IVF2,Flat"))
+    passages = store.folder / "00000.jsonl"
+    passages.write_bytes(passages.read_bytes().replace(b"text of d0", b"news of d0"))
+    with pytest.raises(InputError, match=r"found no 'd0' of the same text \(row 0 of the index\)"):
+        retune(tmp_path / "index", EmbeddingStore.open(store.folder), Target(0.9))
+
+
+@pytest.mark.parametrize("by_queries", [True, False])
+def test_an_index_that_was_deleted_from_is_tuned_by_what_it_was_built_of(
+    tmp_path: Path, make_store: Callable, by_queries: bool
+) -> None:
+    vectors, ids = spread(3000, seed=1), [f"d{row}" for row in range(3000)]
+    store, left = make_store(vectors, ids, shard_rows=700), [row for row in range(3000) if row % 3]
+    kept = make_store(vectors[left], [ids[row] for row in left], name="kept", shard_rows=500)
+    build(store, tmp_path / "index", Plan("IVF64,SQ8"))
+    delete_passages(tmp_path / "index", ids[::3])
+    target = Target(0.9, 10, spread(500, seed=2) if by_queries else None)
+    ours, theirs = (retune(tmp_path / "index", each, target) for each in (store, kept))
+    assert ours.met and ours.chosen.settings == theirs.chosen.settings
+    recalls = [{point.settings: point.recall for point in tuning.curve} for tuning in (ours, theirs)]
+    assert recalls[0] == recalls[1]
 
 
 @pytest.mark.parametrize("recall", [0.5, 0.9, 0.99, 1.0])
