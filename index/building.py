@@ -17,7 +17,7 @@ from index.factory import import_faiss, reason
 from index.files import InputError, atomic_folder
 from index.graphs import add_held_out, is_graph, takes_rows_later, truth_without
 from index.layout import CURVE_FILE, FAISS_FILE, LISTS_FILE, check_replaceable, finish, write_faiss, write_passages
-from index.opened import Index
+from index.opened import Index, read_trained
 from index.parts import Part
 from index.recall import Target, find_truth
 from index.settings import flat_codes, prepare_to_add, set_search_defaults
@@ -201,13 +201,12 @@ def _trained(part: Part, plan: Plan, held_out: np.ndarray, beside: Beside) -> tu
     """An empty trained index, and the manifest's fields that say how it came to be."""
     store = part.store
     if plan.train_from is not None:
-        trained = Index.open(plan.train_from)
+        trained = Index.open(plan.train_from, mmap=True)
         if trained.dim != store.dim:
             raise InputError(f"{plan.train_from}: expected {store.dim} dimensions, found {trained.dim}")
         trained.check_model(store.model)
         part.check_beside(beside)
-        index = trained.faiss
-        index.reset()
+        index = read_trained(trained.folder / FAISS_FILE)
         set_search_defaults(index)
         origin = {name: trained.manifest.fields.get(name) for name in ("factory", "seed", "trained_on", "trained")}
         return index, origin

@@ -11,6 +11,7 @@ import numpy as np
 from index.factory import import_faiss
 from index.files import InputError
 from index.layout import LISTS_FILE, write_faiss
+from index.opened import read_faiss
 from index.parts import Part
 from index.quiet import quiet
 from index.settings import parts
@@ -80,40 +81,50 @@ def fill(
 def merge(index: Any, files: Sequence[Path], folder: Path, final: Path) -> None:
     """Merge the inverted lists of faiss `files`, one after the other, into lists in `folder`; rows are numbered on.
 
-    Memory: the trained index alone; the files are mapped.
+    Memory: the trained index alone; the files, and those of their lists, are mapped.
+
+    Args:
+        index: trained and empty; afterwards its lists are those on disk.
+        files: of indexes trained alike, each with its lists in it or beside it.
+        folder: where the index is being written.
+        final: where it will stand: plain faiss looks for the lists there.
     """
     faiss = import_faiss()
-    from faiss.contrib.ondisk import merge_ondisk
-
+    # Kept until all is copied: the lists belong to them.
+    indexes = [read_faiss(path, mmap=True) for path in files]
+    sources = [faiss.extract_index_ivf(each).invlists for each in indexes]
+    pointers = faiss.InvertedListsPtrVector()
+    for source in sources:
+        pointers.push_back(source)
+    inner = faiss.extract_index_ivf(index)
+    lists = faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(folder / LISTS_FILE))
     threads = faiss.omp_get_max_threads()
     # One thread writes the lists in their order, and so the same file every time; the disk is what takes the time.
     faiss.omp_set_num_threads(1)
     try:
         with quiet():
-            merge_ondisk(index, [str(path) for path in files], str(folder / LISTS_FILE))
+            index.ntotal = inner.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size())
     finally:
         faiss.omp_set_num_threads(threads)
-    lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists)
-    _number_on(lists, files)
+    _number_on(lists, sources, [each.ntotal for each in indexes])
+    inner.replace_invlists(lists, True)
+    lists.this.disown()
     # The folder is still to be renamed. Ours looks beside index.faiss; plain faiss looks where the file says.
     lists.filename = str(final.resolve() / LISTS_FILE)
 
 
-def _number_on(lists: Any, files: Sequence[Path]) -> None:
-    """Add to every entry's row the rows of the files before its own.
+def _number_on(lists: Any, sources: Sequence[Any], rows_of_each: Sequence[int]) -> None:
+    """Add to every entry's row the rows of the sources before its own.
 
     faiss's own `shift_ids` (1.15.1) adds the sum of the later files' sizes instead, which is right for two of one size.
     """
     faiss = import_faiss()
-    # Kept while their lists are asked for their lengths: the lists belong to them.
-    indexes = [faiss.read_index(str(path), faiss.IO_FLAG_MMAP) for path in files]
-    sources = [faiss.extract_index_ivf(index).invlists for index in indexes]
     for number in range(lists.nlist):
         if not (size := lists.list_size(number)):
             continue
         rows = faiss.rev_swig_ptr(lists.get_ids(number), size)
         start = first = 0
-        for index, source in zip(indexes, sources, strict=True):
+        for source, count in zip(sources, rows_of_each, strict=True):
             stop = start + source.list_size(number)
             rows[start:stop] += first
-            start, first = stop, first + index.ntotal
+            start, first = stop, first + count

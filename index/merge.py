@@ -20,7 +20,7 @@ from index.layout import (
     write_faiss,
     write_passages,
 )
-from index.opened import Index, read_faiss
+from index.opened import Index, read_faiss, read_trained
 from index.settings import parts, set_search_defaults
 
 
@@ -118,13 +118,8 @@ def _append(whole: Any, other: Any) -> None:
 
 
 def _merged_on_disk(indexes: Sequence[Index], folder: Path, out: Path) -> Any:
-    whole = read_faiss(indexes[0].folder / FAISS_FILE, mmap=True)
-    lists_on_disk.check_kind(whole, "--on-disk")
+    lists_on_disk.check_kind(indexes[0].faiss, "--on-disk")
+    whole = read_trained(indexes[0].folder / FAISS_FILE)
     set_search_defaults(whole)
-    inner = import_faiss().extract_index_ivf(whole)
-    empty = import_faiss().ArrayInvertedLists(inner.nlist, inner.code_size)
-    inner.replace_invlists(empty, True)
-    empty.this.disown()
-    whole.ntotal = inner.ntotal = 0
     lists_on_disk.merge(whole, [index.folder / FAISS_FILE for index in indexes], folder, out)
     return whole

@@ -17,6 +17,7 @@ from index.manifest import INDEX, NAME, Level, Manifest, read_manifest, verify_f
 from index.passages import Passage, parse_passage
 from index.quiet import quiet
 from index.records import Record
+from index.settings import core
 
 # Beyond k, asked of a Flat index: ties across the cut are rarely longer.
 SPARE = 16
@@ -186,10 +187,46 @@ def read_faiss(path: Path, *, mmap: bool = False) -> Any:
     Raises:
         InputError: faiss cannot read it.
     """
+    lists, rest = _maps_lists(path), getattr(import_faiss(), "IO_FLAG_MMAP_IFC", 0)
+    # One flag maps inverted lists and the other all else; faiss refuses the two together where there are both.
+    return _read(path, [lists | rest, lists] if mmap else [0])
+
+
+def read_trained(path: Path) -> Any:
+    """Read a faiss file but for the vectors in it: a trained and empty index, which takes new ones.
+
+    Inverted lists are not read, in whichever file they are.
+
+    Raises:
+        InputError: faiss cannot read it.
+    """
+    faiss = import_faiss()
+    # The lists alone are mapped: what else is mapped cannot be emptied.
+    index = _read(path, [_maps_lists(path)])
+    inner = core(index)
+    if isinstance(inner, faiss.IndexIVF) and isinstance(
+        faiss.downcast_InvertedLists(inner.invlists), faiss.OnDiskInvertedLists
+    ):
+        # Nor can these: others take their place.
+        empty = faiss.ArrayInvertedLists(inner.nlist, inner.code_size)
+        inner.replace_invlists(empty, True)
+        empty.this.disown()
+    index.reset()
+    return index
+
+
+def _maps_lists(path: Path) -> int:
+    """The flag that leaves the lists of a faiss file on disk; none where they have a file of their own.
+
+    That is mapped in any case; told to map, faiss 1.15.1 leaves it out, and the first search ends the process.
+    """
+    return 0 if (path.parent / LISTS_FILE).exists() else int(import_faiss().IO_FLAG_MMAP)
+
+
+def _read(path: Path, tries: list[int]) -> Any:
+    """Read a faiss file with the first flags of `tries` that it can be read with."""
     faiss = import_faiss()
     flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
-    # One flag maps inverted lists and the other all else; faiss refuses the two together where there are both.
-    tries = [faiss.IO_FLAG_MMAP | getattr(faiss, "IO_FLAG_MMAP_IFC", 0), faiss.IO_FLAG_MMAP] if mmap else [0]
     on_disk = (path.parent / LISTS_FILE).exists()
     for mapped in tries:
         try:

@@ -149,6 +149,33 @@ def test_lists_on_disk_find_what_lists_in_memory_find(
     np.testing.assert_array_equal(Index.open(tmp_path / "moved").search(queries, 20)[1], expected[1])
 
 
+@pytest.mark.parametrize("factory", ["IVF8,SQ8", "PCA8,IVF8,Flat", "IVF8_HNSW8,PQ4np"])
+@pytest.mark.parametrize(("first", "second"), [(True, False), (False, True), (True, True)])
+def test_what_is_new_is_merged_into_lists_on_disk(
+    tmp_path: Path, store: EmbeddingStore, queries: np.ndarray, factory: str, first: bool, second: bool
+) -> None:
+    """The second is trained from the first, and merged with it into the first's own folder, which it replaces."""
+    build(store, tmp_path / "whole", factory=factory)
+    build(store, tmp_path / "index", Plan(factory, part=(1, 3), on_disk=first))
+    build(store, tmp_path / "new", Plan(part=(2, 3), train_from=tmp_path / "index", on_disk=second))
+    build(store, tmp_path / "newer", Plan(part=(3, 3), train_from=tmp_path / "new"))
+    for new, rows in (("new", 400), ("newer", 600)):
+        assert merge([tmp_path / "index", tmp_path / new], tmp_path / "index", on_disk=True) == rows
+    assert verify(tmp_path / "index").rows == 600
+    ours, theirs = Index.open(tmp_path / "index"), Index.open(tmp_path / "whole")
+    assert list(ours.ids) == list(theirs.ids)
+    np.testing.assert_array_equal(ours.search(queries, 50), theirs.search(queries, 50))
+
+
+@pytest.mark.parametrize("factory", ["IVF8,SQ8", "PCA8,IVF8,Flat", "IVF8_HNSW8,PQ4np"])
+def test_lists_on_disk_find_the_same_where_all_else_is_mapped_too(
+    tmp_path: Path, store: EmbeddingStore, queries: np.ndarray, factory: str
+) -> None:
+    build(store, tmp_path / "index", Plan(factory, on_disk=True))
+    mapped, read = (Index.open(tmp_path / "index", mmap=mmap).search(queries, 20) for mmap in (True, False))
+    np.testing.assert_array_equal(mapped, read)
+
+
 @pytest.mark.parametrize("factory", ["Flat", "PQ8x4fs", "IVF8,PQ8x4fs,RFlat", "HNSW8"])
 def test_lists_on_disk_are_for_kinds_that_have_them(tmp_path: Path, store: EmbeddingStore, factory: str) -> None:
     with pytest.raises(InputError, match=r"--on-disk: expected IVF…,Flat"):
@@ -158,11 +185,11 @@ def test_lists_on_disk_are_for_kinds_that_have_them(tmp_path: Path, store: Embed
 
 def test_lists_on_disk_are_not_changed_in_place(tmp_path: Path, store: EmbeddingStore) -> None:
     build(store, tmp_path / "index", Plan("IVF8,SQ8", on_disk=True))
-    for change in (
-        lambda: add_passages(tmp_path / "index", store),
-        lambda: delete_passages(tmp_path / "index", ["d1"]),
+    for change, instead in (
+        (lambda: add_passages(tmp_path / "index", store), "of the new passages and merge the two, with --train-from"),
+        (lambda: delete_passages(tmp_path / "index", ["d1"]), "of the passages that are to stay, with --train-from"),
     ):
-        with pytest.raises(InputError, match="found lists on disk; build what is new with --train-from"):
+        with pytest.raises(InputError, match=f"found lists on disk; build an index {instead}"):
             change()
     tuning = retune(tmp_path / "index", store, Target(0.9, 5))
     assert tuning.met and verify(tmp_path / "index").rows == 600

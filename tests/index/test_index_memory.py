@@ -33,10 +33,12 @@ def watch():
     while not ended.wait(0.002):
         peak = max(peak, held())
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 budget = float(sys.argv[4]) or None
 plan = Plan(sys.argv[3], on_disk=bool(budget), memory_mib=budget)
+if sys.argv[5:]:
+    plan = Plan(part=(1, 10), train_from=Path(sys.argv[5]))
 build(EmbeddingStore.open(Path(sys.argv[1])), Path(sys.argv[2]), plan)
 ended.set()
 watcher.join()
@@ -56,8 +58,9 @@ def store(tmp_path_factory) -> Path:
     return folder
 
 
-def peak(store: Path, out: Path, factory: str, budget: float = 0) -> float:
+def peak(store: Path, out: Path, factory: str, budget: float = 0, train_from: Path | None = None) -> float:
     words = [sys.executable, "-c", BUILD, str(store), str(out), factory, str(budget)]
+    words += [str(train_from)] if train_from else []
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -76,3 +79,10 @@ def test_a_build_holds_the_index_and_a_piece_of_a_shard(
 
 def test_lists_on_disk_are_built_in_less_than_their_size(tmp_path: Path, store: Path) -> None:
     assert peak(store, tmp_path / "index", "IVF16,Flat", budget=10) < memory("IVF16,Flat", ROWS, DIM) * 0.7
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_an_index_to_train_from_is_not_read_whole(tmp_path: Path, store: Path, on_disk: bool) -> None:
+    peak(store, tmp_path / "whole", "IVF16,Flat", budget=100 if on_disk else 0)
+    tenth = memory("IVF16,Flat", ROWS // 10, DIM)
+    assert peak(store, tmp_path / "tenth", "", train_from=tmp_path / "whole") < 4 * tenth + 8 * MIB
