@@ -43,7 +43,7 @@ class Indexes:
 
         Raises:
             InputError: a folder holds no index, a damaged one, one of another model or dimension, or one that was
-                built of the same passages as another.
+                built of the same store, or part of one, as another.
         """
         if not folders:
             raise InputError("expected an index or more to search, found none")
@@ -78,8 +78,9 @@ class Indexes:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The best `k` of what every index finds, by score and then by id, both descending.
 
-        Of exact indexes the merge is exact, ties at the cut included: each index gives the k of highest score and id
-        that it holds, and the k of all are among them.
+        A passage that several find is given once, with the best of its scores. Of exact indexes the merge is exact,
+        ties at the cut included: each index gives the k of highest score and id that it holds, and the k of all are
+        among them.
 
         Returns:
             scores [Q, min(k, N)] float32 and rows [Q, min(k, N)] int64, as `Index.search` gives them.
@@ -100,8 +101,7 @@ class Indexes:
             ids = [self.ids[row] for row in found_rows]
             ranked = sorted(zip(scores[query, there].tolist(), ids, found_rows, strict=True), reverse=True)
             rows[query, there] = [row for _, _, row in ranked]
-        count = min(k, self.rows)
-        return scores[:, :count], rows[:, :count]
+        return self._once(scores, rows, min(k, self.rows))
 
     def ranked(self, queries: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
         """For each of `queries` [Q, D], up to `k` pairs of id and score, in the order of `search`.
@@ -115,8 +115,23 @@ class Indexes:
             for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True)
         ]
 
+    def _once(self, scores: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` of `scores` and `rows` [Q, n] but for those whose id came before, filled up at the end."""
+        first_scores = np.full((len(rows), count), -np.inf, np.float32)
+        first_rows = np.full((len(rows), count), -1, np.int64)
+        for query, found in enumerate(rows.tolist()):
+            places: dict[str, int] = {}
+            for place, row in enumerate(found):
+                if row < 0 or len(places) == count:
+                    break
+                places.setdefault(self.ids[row], place)
+            taken = list(places.values())
+            first_scores[query, : len(taken)] = scores[query, taken]
+            first_rows[query, : len(taken)] = rows[query, taken]
+        return first_scores, first_rows
+
     def _refuse_overlap(self) -> None:
-        """No two may hold the same passages, which would be found twice."""
+        """No two may be built of the same store or part: one of them was meant to be another."""
         holder: dict[str, Index] = {}
         for index in self.indexes:
             for source in index.manifest.field("sources", list):

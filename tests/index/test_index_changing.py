@@ -225,6 +225,24 @@ def test_several_flat_indexes_are_searched_as_one_ties_at_the_cut_included(
         Indexes.open([*parts, parts[1]])
 
 
+@pytest.mark.parametrize("k", [1, 7, 40, 700])
+def test_a_passage_that_several_indexes_hold_is_found_once(
+    tmp_path: Path, make_store: Callable, rng: np.random.Generator, k: int
+) -> None:
+    store = make_store(rng.integers(0, 3, (600, 3)), [f"d{n}" for n in rng.permutation(600)], shard_rows=100)
+    build(store, tmp_path / "whole")
+    parts = build_parts(store, tmp_path, "Flat")
+    delete_passages(tmp_path / "whole", [f"d{n}" for n in range(50)], tmp_path / "fewer")
+    one = Index.open(tmp_path / "whole")
+    some = rng.integers(-1, 3, (20, 3)).astype(np.float32)
+    for others in ([parts[1]], [tmp_path / "fewer"], [*parts, tmp_path / "fewer"]):
+        several = Indexes.open([tmp_path / "whole", *others])
+        assert several.ranked(some, k) == one.ranked(some, k)
+        scores, rows = several.search(some, k)
+        assert scores.shape == rows.shape == (20, k)
+        assert ((rows >= 0).sum(axis=1) == min(k, 600)).all() and (scores[rows < 0] == -np.inf).all()
+
+
 def test_indexes_that_do_not_fit_are_not_merged(tmp_path: Path, make_store: Callable, vectors: np.ndarray) -> None:
     def made(name: str, rows: slice, factory: str = "IVF8,Flat", seed: int = 0) -> Path:
         ids = [f"d{row}" for row in range(600)][rows]
