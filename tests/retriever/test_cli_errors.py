@@ -196,8 +196,8 @@ def _append(path: Path, row: object) -> None:
 @pytest.mark.parametrize(
     ("file", "row", "patterns"),
     [
-        ("qrels/test.tsv", "q1\tghost\t1", [r"qrels/test\.tsv: expected passage ids of the corpus, found ghost"]),
-        ("qrels/test.tsv", "ghost\td1\t1", [r"qrels/test\.tsv: expected ids of queries\.jsonl, found ghost"]),
+        ("qrels/test.tsv", "q1\tghost\t1", [r"qrels/test\.tsv:29: expected passage ids of the corpus, found ghost"]),
+        ("qrels/test.tsv", "ghost\td1\t1", [r"qrels/test\.tsv:29: expected ids of queries\.jsonl, found ghost"]),
         ("qrels/test.tsv", "q1\td2\tmuch", [r"qrels/test\.tsv:29: expected a whole number as grade, found 'much'"]),
         ("qrels/test.tsv", "q1\td2", [r"qrels/test\.tsv:29: expected 3 columns, found 2"]),
         (
