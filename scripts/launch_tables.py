@@ -70,6 +70,8 @@ def largest_batch(rows: Rows) -> list[str]:
 def scale(rows: Rows) -> list[str]:
     """Memory of the losses, largest batches, speed."""
     lines = [f"By scripts/bench_scale.py on {max(int(row['ranks']) for row in rows)} × {where(rows)}."]
+    # Cells without a row are empty; what no time was left for says nothing else.
+    rows = [row for row in rows if row["status"] != "no time left"]
     losses = [row for row in rows if row["part"] == "loss"]
     if losses:
         lines += ["", "GiB on each GPU at the peak of the loss, embeddings and gradients included, and ms:", ""]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loss_plots import plot
+from loss_plots import plot, short
 from ring_plots import new_figure
 
 Rows = list[dict[str, str]]
@@ -25,27 +25,38 @@ def draw(rows: Rows, results: Path) -> None:
 
 
 def draw_speed(scaling: Rows, steps: Rows, path: Path) -> None:
-    """The loss by more ranks beside what is perfect, and milliseconds a pair of whole steps."""
-    figure, axes = new_figure(11, 3.8, columns=2)
-    speed, step = axes
-    for number, size in enumerate(dict.fromkeys(row["pairs"] for row in scaling)):
-        some = [row for row in scaling if row["pairs"] == size]
+    """The loss by more ranks beside what is perfect, and microseconds a pair of whole steps."""
+    parts = [(rows, fill) for rows, fill in ((scaling, fill_scaling), (steps, fill_steps)) if rows]
+    figure, axes = new_figure(5.5 * len(parts), 3.8, columns=len(parts))
+    for (rows, fill), some in zip(parts, axes if len(parts) > 1 else [axes], strict=True):
+        fill(some, rows)
+        some.grid(alpha=0.25)
+        some.legend(fontsize=7)
+    hardware = (scaling or steps)[0]["hardware"]
+    figure.suptitle(f"{max(int(row['ranks']) for row in scaling + steps)} × {hardware}", fontsize=10)
+    figure.savefig(path, dpi=110, metadata={"Software": None}, bbox_inches="tight")
+
+
+def fill_scaling(axes: Any, rows: Rows) -> None:
+    """A line for each size of batch, and a dotted one as it would be if ranks shared all of it."""
+    for number, size in enumerate(dict.fromkeys(row["pairs"] for row in rows)):
+        some = [row for row in rows if row["pairs"] == size]
         ranks = [int(row["ranks"]) for row in some]
         times = [float(row["milliseconds"]) for row in some]
-        speed.plot(ranks, times, "o-", color=f"C{number}", label=f"{int(size):,} pairs")
-        speed.plot(ranks, [times[0] * ranks[0] / count for count in ranks], ":", color=f"C{number}")
-        speed.set_xticks(ranks, [str(count) for count in ranks])
-    speed.set(xlabel="GPUs (dotted: perfect)", ylabel="ms of the loss, forward and backward", yscale="log")
-    for number, (towers, method) in enumerate(dict.fromkeys((row["towers"], row["method"]) for row in steps)):
-        some = [row for row in steps if (row["towers"], row["method"]) == (towers, method)]
-        points = sorted((int(row["pairs"]), float(row["milliseconds"]) / int(row["pairs"])) for row in some)
+        axes.plot(ranks, times, "o-", color=f"C{number}", label=f"{int(size):,} pairs")
+        axes.plot(ranks, [times[0] * ranks[0] / count for count in ranks], ":", color=f"C{number}")
+        axes.set_xticks(ranks, [str(count) for count in ranks])
+    axes.set(xlabel="GPUs (dotted: perfect)", ylabel="ms of the loss, forward and backward", yscale="log")
+
+
+def fill_steps(axes: Any, rows: Rows) -> None:
+    """A line for each pair of towers and method."""
+    for number, (towers, method) in enumerate(dict.fromkeys((row["towers"], row["method"]) for row in rows)):
+        some = [row for row in rows if (row["towers"], row["method"]) == (towers, method)]
+        points = sorted((int(row["pairs"]), 1000 * float(row["milliseconds"]) / int(row["pairs"])) for row in some)
         style = {"lw": 2.4} if method.startswith("ours") else {"lw": 1}
-        step.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{number % 10}", label=f"{towers}, {method}", **style)
-    step.set(xlabel="pairs in the batch", ylabel="ms a pair of a whole step", xscale="log", yscale="log")
-    for some in axes:
-        some.grid(alpha=0.25)
-        if some.get_legend_handles_labels()[0]:
-            some.legend(fontsize=7)
-    about: Any = (scaling or steps)[0]
-    figure.suptitle(f"{max(int(row['ranks']) for row in scaling + steps)} × {about['hardware']}", fontsize=10)
-    figure.savefig(path, dpi=110, metadata={"Software": None}, bbox_inches="tight")
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{number % 10}", label=f"{towers}, {method}", **style)
+    axes.set(xlabel="pairs in the batch", ylabel="µs a pair of a whole step", xscale="log", ylim=(0, None))
+    sizes = sorted({int(row["pairs"]) for row in rows if int(row["pairs"]).bit_count() == 1})
+    axes.set_xticks(sizes, [short(size) for size in sizes])
+    axes.minorticks_off()
