@@ -147,7 +147,7 @@ def build(
     return tuning
 
 
-def choose_for(store: EmbeddingStore, memory_mib: float | None) -> str:
+def choose_for(store: EmbeddingStore, memory_mib: float | None, *, on_disk: bool = False) -> str:
     """What `factory.choose` takes for the vectors of `store`, of which some thousand are looked at.
 
     Raises:
@@ -155,7 +155,7 @@ def choose_for(store: EmbeddingStore, memory_mib: float | None) -> str:
     """
     sample = sample_vectors(store, min(store.rows, NORMS), 0)
     even = factories.has_even_norms(sample)
-    return factories.choose(store.rows, store.dim, memory_mib, even_norms=even)
+    return factories.choose(store.rows, store.dim, memory_mib, even_norms=even, on_disk=on_disk)
 
 
 def reserve(index: Any, rows: int) -> None:
@@ -210,7 +210,7 @@ def _trained(part: Part, plan: Plan, held_out: np.ndarray, beside: Beside) -> tu
         set_search_defaults(index)
         origin = {name: trained.manifest.fields.get(name) for name in ("factory", "seed", "trained_on", "trained")}
         return index, origin
-    factory = plan.factory if plan.factory != "auto" else choose_for(store, plan.memory_mib)
+    factory = plan.factory if plan.factory != "auto" else choose_for(store, plan.memory_mib, on_disk=plan.on_disk)
     index = factories.make(factory, store.dim)
     # Trained on the whole store, the whole of it is read; a part of it otherwise.
     (part if index.is_trained else Part(store)).check_beside(beside)

@@ -166,13 +166,13 @@ class IndexBuild(RecallTarget):
     def _chosen(self, store: EmbeddingStore) -> tuple[str, str]:
         """The factory, and why it was chosen where nobody named it; one that cannot be on disk is refused."""
         from index.building import choose_for
-        from index.factory import choose, make, reason_of_choice
+        from index.factory import make, reason_of_choice
         from index.lists_on_disk import check_kind
         from index.opened import Index
 
         if self.train_from is None and self.factory == "auto":
             rows, dim = store.rows, store.dim
-            factory = choose(rows, dim, on_disk=True) if self.on_disk else choose_for(store, self.memory_budget_mib)
+            factory = choose_for(store, self.memory_budget_mib, on_disk=self.on_disk)
             return factory, f"; chosen for {reason_of_choice(factory, rows, dim, on_disk=self.on_disk)}"
         factory = self.factory if self.train_from is None else Index.open(self.train_from, mmap=True).factory
         if self.on_disk:
@@ -187,7 +187,7 @@ class IndexTune(RecallTarget):
     index: Positional[Path]
     """The index; it is replaced by one with other settings and the same codes."""
     embeddings: Path
-    """Folder of the vectors that it was built of."""
+    """Folder of the vectors of its passages, in their order; others may stand among them."""
     target_recall: float = 0.95
     """Recall to reach; the exit code is 1 where no setting does."""
     json: Switch = False
@@ -200,13 +200,15 @@ class IndexTune(RecallTarget):
     def run(self, terminal: Terminal) -> int:
         from index.changing import retune
         from index.embeddings import EmbeddingStore
+        from index.opened import Index
 
         _refuse_several_processes("tune")
         store = EmbeddingStore.open(self.embeddings)
         target = self.target(self.target_recall, store, terminal)
         with terminal.bar("tune", None, "settings") as advance:
             tuning = retune(self.index, store, target, note=lambda text: advance(1, text))
-        return _finish(self.json, {"index": str(self.index), "rows": store.rows}, tuning, terminal)
+        rows = Index.open(self.index, mmap=True).rows
+        return _finish(self.json, {"index": str(self.index), "rows": rows}, tuning, terminal)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,7 +200,7 @@ def test_the_training_sample_is_seeded_and_spread(tmp_path: Path, make_store: Ca
         ("LSH", "'LSH': expected"),
         ("IVF100,Flat", r"at least 100 vectors to train 100 centroids \(3900 to do it well\), found 50"),
         ("PQ4", r"cannot index 50 vectors: .*training points \(50\).*clusters \(256\)"),
-        ("IDMap,Flat", "'IDMap,Flat': cannot index 50 vectors: add does not make sense"),
+        ("IDMap,Flat", "'IDMap,Flat': expected one without IDMap"),
     ],
 )
 def test_a_factory_that_does_not_fit_is_refused_and_nothing_is_left(
