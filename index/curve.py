@@ -17,6 +17,7 @@ def draw(tuning: Tuning, title: str, path: Path) -> None:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -30,6 +31,10 @@ def draw(tuning: Tuning, title: str, path: Path) -> None:
     label = str(chosen.settings)
     axes.plot(chosen.microseconds, chosen.recall, "o", markersize=9, fillstyle="none", color="C3", label=label)
     axes.set_xscale("log")
+    # 20 and 50 rather than powers of ten, of which few curves span two.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"µs a query, {tuning.threads} threads, batch of {tuning.queries:,}")
     axes.set_ylabel(f"recall@{tuning.target.k}, with the lower end of its 95 % interval")
     axes.set_title(title, fontsize=10)

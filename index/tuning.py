@@ -25,6 +25,8 @@ K_FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64
 RESOLUTION = 0.02
 # Two doublings in a row that gain less have found all that the codes can tell apart.
 LEAST_GAIN = 0.001
+# Seconds: what is over sooner is easily disturbed, and is measured by the quickest of three.
+SHORT = 1.0
 ROUNDS = 4
 TIMED = 1000
 
@@ -137,16 +139,23 @@ def measure(index: Any, truth: Truth, settings: Settings) -> Point:
     settings.apply(index)
     faiss.cvar.indexIVF_stats.reset()
     faiss.cvar.hnsw_stats.reset()
-    started = time.perf_counter()
-    found = _found(index, truth)
-    seconds = time.perf_counter() - started
+    found, seconds = _timed(index, truth)
     inner = core(index)
     counted = faiss.cvar.hnsw_stats if isinstance(inner, faiss.IndexHNSW) else faiss.cvar.indexIVF_stats
     compared = counted.ndis if isinstance(inner, faiss.IndexHNSW | faiss.IndexIVF) else index.ntotal * len(found)
+    if seconds < SHORT:
+        seconds = min(seconds, *(_timed(index, truth)[1] for _ in range(2)))
     recalls = recall_of_each(found, truth)
     mean = float(recalls.mean())
     each = 1 / len(found)
     return Point(settings, mean, lower_end(recalls), 1e6 * seconds * each, float(compared) * each)
+
+
+def _timed(index: Any, truth: Truth) -> tuple[np.ndarray, float]:
+    """What `_found` gives, and the seconds it took."""
+    started = time.perf_counter()
+    found = _found(index, truth)
+    return found, time.perf_counter() - started
 
 
 def _found(index: Any, truth: Truth) -> np.ndarray:
