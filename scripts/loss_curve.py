@@ -101,7 +101,7 @@ def begin(options: argparse.Namespace, precision: Precision, run: Path) -> Train
         steps=options.steps,
         device=options.device,
         precision=precision,
-        # Two or three micro-batches a step; on a CPU all but one run twice.
+        # Two or three micro-batches a step.
         micro_batch_tokens=8 * options.batch,
         log_every=1,
         checkpoint_every=10**6,
