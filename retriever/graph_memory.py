@@ -31,7 +31,7 @@ LEAST_TOKENS, MOST_TOKENS = 4096, 131072
 # sums of its gradient, and this on its way to the leaf. What waits on the host is there in order, and as sums.
 AT_LOSS, AT_LOSS_OFFLOADED = 20, 14
 
-_PROBE_TOKENS, _PROBE_TOKENS_CPU, _PROBE_LENGTH = 8192, 512, 128
+_PROBE_TOKENS, _PROBE_LENGTH = 8192, 128
 # Where attention takes memory for each pair of tokens, long texts take most; encoding is measured with such.
 _LONG_PROBE = 512
 # What a graph in its backward needs beside itself, and how much of the GPU is never planned for: the allocator's gaps.
@@ -152,8 +152,9 @@ class EncodeMemory:
 
 def graph_bytes(towers: Towers, precision: Precision) -> float:
     """Bytes that one token's graph holds until its backward, in the tower where it holds most; measured."""
-    tokens = _PROBE_TOKENS if towers.device.type == "cuda" else _PROBE_TOKENS_CPU
-    probes = towers.probes(tokens, _PROBE_LENGTH)
+    on_gpu = towers.device.type == "cuda"
+    # Too much planned for costs a CPU some speed, too little the run.
+    probes = towers.probes(_PROBE_TOKENS, _PROBE_LENGTH) if on_gpu else towers.probes(_LONG_PROBE, _LONG_PROBE)
     return max(held_bytes(towers, precision, embed) / number for number, embed in probes)
 
 
