@@ -19,7 +19,8 @@ from index.files import InputError
 from retriever.commands.compare import EvaluateCompare, EvaluateRun
 from retriever.commands.encode import Encode
 from retriever.commands.evaluate import EvaluateBeir
-from retriever.commands.index import IndexAdd, IndexBuild, IndexDelete, IndexMerge, IndexTune, IndexVerify
+from retriever.commands.index import IndexBuild, IndexTune
+from retriever.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
 from retriever.commands.mine import Mine
 from retriever.commands.search import Search
 from retriever.commands.serve import Serve

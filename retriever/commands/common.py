@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff
+
+from retriever.config import ConfigError
 
 if TYPE_CHECKING:
     from retriever.encode import EncodeOptions
@@ -81,3 +84,14 @@ def answer(as_json: bool, values: dict[str, Any]) -> None:
         print(json.dumps(values))
     else:
         print("  ".join(f"{key} {value}" for key, value in values.items()))
+
+
+def several_processes() -> bool:
+    """Whether torchrun started more than this one; as `ranks.process_count`, without all that it imports."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def refuse_several_processes(name: str) -> None:
+    """Refuse (ConfigError) a command whose processes would all write the same folder."""
+    if several_processes():
+        raise ConfigError(f"index {name}: works in one process; start it without torchrun")

@@ -1,9 +1,7 @@
-"""`retriever index …`."""
+"""The commands that build an index and tune it."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from index.files import InputError
-from retriever.commands.common import Switch, answer, check_counts
+from retriever.commands.common import Switch, answer, check_counts, refuse_several_processes, several_processes
 from retriever.config import ConfigError
 from retriever.progress import Terminal
 
@@ -114,7 +112,7 @@ class IndexBuild(RecallTarget):
             raise ValueError("--factory: leave it out with --train-from, which gives the factory")
 
     def run(self, terminal: Terminal) -> int:
-        if not _several_processes():
+        if not several_processes():
             return self._build(terminal, None)
         from retriever.ranks import SilentTerminal, joined_ranks
 
@@ -202,7 +200,7 @@ class IndexTune(RecallTarget):
         from index.embeddings import EmbeddingStore
         from index.opened import Index
 
-        _refuse_several_processes("tune")
+        refuse_several_processes("tune")
         store = EmbeddingStore.open(self.embeddings)
         target = self.target(self.target_recall, store, terminal)
         with terminal.bar("tune", None, "settings") as advance:
@@ -211,122 +209,9 @@ class IndexTune(RecallTarget):
         return _finish(self.json, {"index": str(self.index), "rows": rows}, tuning, terminal)
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexMerge:
-    """Merge indexes that were trained alike (index build --train-from), parts of one store in their order."""
-
-    indexes: Positional[tuple[Path, ...]]
-    """Two or more."""
-    out: Path
-    """Folder of the merged index."""
-    on_disk: Switch = False
-    """Merge from file to file and leave the inverted lists on disk: takes next to no memory."""
-    json: Switch = False
-    """Print the summary as JSON."""
-
-    def __post_init__(self) -> None:
-        if len(self.indexes) < 2:
-            raise ValueError(f"indexes: expected two or more to merge, found {len(self.indexes)}")
-
-    def run(self, terminal: Terminal) -> int:
-        from index.merge import merge
-
-        _refuse_several_processes("merge")
-        with terminal.bar("merge", None, "vectors") as advance:
-            rows = merge(self.indexes, self.out, on_disk=self.on_disk, progress=advance)
-        answer(self.json, {"index": str(self.out), "rows": rows})
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexAdd:
-    """Add the passages of an embedding store to an index."""
-
-    index: Positional[Path]
-    """The index."""
-    embeddings: Path
-    """Folder of the new passages' vectors, of the same model."""
-    out: Path | None = None
-    """Folder of the new index; empty to replace the old one."""
-    json: Switch = False
-    """Print the summary as JSON."""
-
-    def run(self, terminal: Terminal) -> int:
-        from index.changing import add_passages
-        from index.embeddings import EmbeddingStore
-
-        _refuse_several_processes("add")
-        store = EmbeddingStore.open(self.embeddings)
-        with terminal.bar("add", store.rows, "vectors") as advance:
-            added = add_passages(self.index, store, self.out, progress=advance)
-        answer(self.json, {"index": str(self.out or self.index), "added": added})
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexDelete:
-    """Delete passages from an index by their ids."""
-
-    index: Positional[Path]
-    """The index."""
-    ids: tuple[str, ...] = ()
-    """Ids of the passages."""
-    ids_file: Path | None = None
-    """A file of ids instead, one a line."""
-    out: Path | None = None
-    """Folder of the new index; empty to replace the old one."""
-    json: Switch = False
-    """Print the summary as JSON."""
-
-    def __post_init__(self) -> None:
-        if bool(self.ids) == bool(self.ids_file):
-            raise ValueError("--ids: expected ids here or in --ids-file, one of the two")
-
-    def run(self, terminal: Terminal) -> int:
-        from index.changing import delete_passages
-        from index.records import open_text
-
-        _refuse_several_processes("delete")
-        ids = list(self.ids)
-        if self.ids_file is not None:
-            with open_text(self.ids_file) as stream:
-                ids = [line.strip() for line in stream if line.strip()]
-        deleted = delete_passages(self.index, ids, self.out)
-        summary = {"index": str(self.out or self.index), "deleted": deleted, "not_there": len(set(ids)) - deleted}
-        answer(self.json, summary)
-        return 0
-
-
-@dataclass(frozen=True)
-class IndexVerify:
-    """Check every file of an index or an embedding store against its checksum."""
-
-    folder: Positional[Path]
-    """The index or the store."""
-    json: Switch = False
-    """Print the summary as JSON."""
-
-    def run(self, terminal: Terminal) -> int:
-        from index.verify import verify
-
-        answer(self.json, dataclasses.asdict(verify(self.folder)))
-        return 0
-
-
 def _check_recall(recall: float | None) -> None:
     if recall is not None and not 0 < recall <= 1:
         raise ValueError(f"--target-recall: expected more than 0 and at most 1, found {recall}")
-
-
-def _several_processes() -> bool:
-    """As `ranks.process_count`, without all that it imports."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _refuse_several_processes(name: str) -> None:
-    """They would all write the same folder."""
-    if _several_processes():
-        raise ConfigError(f"index {name}: works in one process; start it without torchrun")
 
 
 def _finish(as_json: bool, summary: dict[str, Any], tuning: Tuning | None, terminal: Terminal) -> int:
