@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ import torch
 from retriever.config import ConfigError, ModelConfig, TrainConfig
 from retriever.cuda_graphs import Inputs, check_replayable, replay_small_passes, rounded
 from retriever.half_weights import arithmetic, half_weights
+from retriever.images.config import ImageConfig
 from retriever.padding_free.attention import Spans
+from retriever.progress import Terminal
 from retriever.towers import Towers, build_towers
+from retriever.trainer import Trainer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -71,8 +75,17 @@ def test_what_it_does_not_go_with_is_told(tiny: ModelConfig) -> None:
     for other in ("compile", "gradient_checkpointing", "shard_towers"):
         with pytest.raises(ValueError, match=f"{other}: expected false with cuda_graphs, found true"):
             TrainConfig(cuda_graphs=True, **{other: True})
+    pictures = ModelConfig(image=ImageConfig(name="ViT-B/32"))
+    with pytest.raises(ValueError, match="cuda_graphs: expected false with a tower of pictures, found true"):
+        TrainConfig(cuda_graphs=True, model=pictures)
     with pytest.raises(ConfigError, match="cuda_graphs: expected bf16 on a GPU, found fp32 on cpu"):
         check_replayable(towers_of(tiny), "fp32")
+
+
+def test_a_run_that_cannot_replay_does_not_begin(tiny: ModelConfig, tmp_path: Path) -> None:
+    config = TrainConfig(out=str(tmp_path / "run"), model=tiny, cuda_graphs=True, device="cpu", precision="fp32")
+    with pytest.raises(ConfigError, match="cuda_graphs: expected bf16 on a GPU, found fp32 on cpu"):
+        Trainer.start(config, Terminal())
 
 
 @pytest.mark.gpu

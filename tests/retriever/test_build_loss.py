@@ -1,0 +1,30 @@
+"""What a configuration says of the loss is what the loss is made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from losses import InfCLLoss, SigmoidLoss
+from retriever.build_loss import build_loss
+from retriever.config import LossConfig
+from retriever.ranks import Ranks
+
+SETTINGS: dict[str, Any] = {
+    "implementation": "chunked",
+    "precision": "fp32",
+    "workspace_mib": 7,
+    "max_logit_scale": 30.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "kind"),
+    [("inf_cl", {"symmetric": True, "exchange": "ring"}, InfCLLoss), ("sigmoid", {}, SigmoidLoss)],
+)
+def test_settings_reach_the_loss(name: Any, more: dict[str, Any], kind: type) -> None:
+    loss = build_loss(LossConfig(name=name, logit_scale=12.0, **SETTINGS, **more), Ranks())
+    assert isinstance(loss, kind)
+    assert {setting: getattr(loss, setting) for setting in (*SETTINGS, *more)} == {**SETTINGS, **more}
+    assert float(loss.logit_scale) == pytest.approx(12.0)
