@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -67,7 +68,9 @@ def checked_batch(
     values of a CUDA tensor would wait for the device, so there only shape, dtype and device are checked.
     """
     _check_embeddings(query, passage, least=0 if shard else 1)
-    scale = _checked_logit_scale(logit_scale, query)
+    if not isinstance(symmetric, bool):
+        raise ValueError(f"symmetric must be True or False, found {symmetric!r}")
+    scale = checked_number("logit_scale", logit_scale, query)
     diagonal = positive is None
     given = _checked_positive(positive, query, passage, in_range=not shard)
     if passage_ids is None:
@@ -82,10 +85,17 @@ def checked_batch(
     return ContrastiveBatch(query, passage, scale, given, query_ids, passage_ids, symmetric, diagonal)
 
 
+def check_choice(name: str, value: str, kind: Any) -> None:
+    """Whether `value` is one of a Literal's; a ValueError says which there are."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, found {value!r}")
+
+
 def checked_workspace(workspace_mib: float) -> int:
     """In bytes."""
-    if not 0 < workspace_mib < math.inf:
-        raise ValueError(f"workspace_mib must be a positive number of MiB, found {workspace_mib}")
+    numeric = isinstance(workspace_mib, int | float) and not isinstance(workspace_mib, bool)
+    if not numeric or not 0 < workspace_mib < math.inf:
+        raise ValueError(f"workspace_mib must be a positive number of MiB, found {workspace_mib!r}")
     return int(workspace_mib * 2**20)
 
 
@@ -106,24 +116,30 @@ def _check_embeddings(query: Tensor, passage: Tensor, least: int) -> None:
         raise ValueError(f"passage is on {passage.device}, query is on {query.device}")
 
 
-def _checked_logit_scale(logit_scale: float | Tensor, query: Tensor) -> Tensor:
+def checked_number(name: str, value: float | Tensor, query: Tensor) -> Tensor:
+    """A number or 0-dim tensor, finite in the accumulator's dtype, as a tensor of that dtype on the query's device."""
     dtype = accumulator(query.dtype)
-    if not isinstance(logit_scale, Tensor):
-        if isinstance(logit_scale, bool) or not isinstance(logit_scale, int | float):
-            raise ValueError(f"logit_scale must be a number or a 0-dim tensor, found {type(logit_scale).__name__}")
-        if not math.isfinite(logit_scale):
-            raise ValueError(f"logit_scale must be finite, found {logit_scale}")
-        return torch.full((), logit_scale, dtype=dtype, device=query.device)
-    if logit_scale.dim() != 0 or logit_scale.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            "logit_scale must be a number or a 0-dim floating-point tensor, "
-            f"found shape {list(logit_scale.shape)} of {logit_scale.dtype}"
-        )
-    if logit_scale.device != query.device:
-        raise ValueError(f"logit_scale is on {logit_scale.device}, query is on {query.device}")
-    if logit_scale.device.type == "cpu" and not math.isfinite(logit_scale.item()):
-        raise ValueError(f"logit_scale must be finite, found {logit_scale.item()}")
-    return logit_scale.to(dtype)
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{name} must be a number or a 0-dim floating-point tensor, "
+                f"found shape {list(value.shape)} of {value.dtype}"
+            )
+        if value.device != query.device:
+            raise ValueError(f"{name} is on {value.device}, query is on {query.device}")
+        if value.device.type == "cpu":
+            _check_finite(name, value.item(), dtype)
+        return value.to(dtype)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number or a 0-dim tensor, found {type(value).__name__}")
+    _check_finite(name, value, dtype)
+    return torch.full((), value, dtype=dtype, device=query.device)
+
+
+def _check_finite(name: str, value: float, dtype: torch.dtype) -> None:
+    # Written so that NaN fails it.
+    if not abs(value) <= torch.finfo(dtype).max:
+        raise ValueError(f"{name} must be finite in {str(dtype).removeprefix('torch.')}, found {value!r:.40}")
 
 
 def _checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in_range: bool) -> Tensor | None:
@@ -144,7 +160,8 @@ def _checked_indices(name: str, tensor: Tensor, rows: int, device: torch.device)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be an integer tensor, found {type(tensor).__name__}")
     if tensor.dtype not in INTEGER_DTYPES:
-        raise ValueError(f"{name} must be an integer tensor, found {tensor.dtype}")
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGER_DTYPES)
+        raise ValueError(f"{name} must be a tensor of {known}, found {tensor.dtype}")
     if tensor.shape != (rows,):
         raise ValueError(f"{name} must have shape [{rows}], found {list(tensor.shape)}")
     if tensor.device != device:

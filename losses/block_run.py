@@ -23,7 +23,6 @@ class BlockRun:
         precision: str,
         workspace_bytes: int,
         keep: bool,
-        plan_only: bool = False,
     ) -> None:
         from losses.kernels.blocks import choose_blocks
         from losses.kernels.launch import operand, operand_dtype, processors, product_of, ranked_ids
@@ -44,9 +43,6 @@ class BlockRun:
             self.processors,
             keep and precision == "bf16",
         )
-        self.kept_width = padded_to_16_bytes(passage.shape[0], self.dtype)
-        if plan_only:
-            return
         self.query, self.passage = operand(query, known), operand(passage, known)
         self.has_ids = query_ids is not None and passage_ids is not None
         # Kernels without ids never read these pointers.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from losses.batch import ContrastiveBatch, all_finite
-from losses.precision import Precision, plain_arithmetic
+from losses.precision import Precision, add_product, plain_arithmetic
 from losses.tiles import ScoreTiles
 
 # The largest exponent that a constant shift leaves. Sums of 2^40 times exp(60) stay finite in float32, and what
@@ -58,11 +58,12 @@ class _TiledLoss(torch.autograd.Function):
         batch = ContrastiveBatch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric)
         with plain_arithmetic(precision, query.device):
             statistics = score_statistics(ScoreTiles(batch, precision, workspace_bytes))
+            # A negative of minus infinity everywhere would vanish from the sums: finiteness is asked of the inputs.
+            loss = torch.where(all_finite(query, passage), loss_value(statistics, positive), torch.nan)
         ctx.save_for_backward(query, passage, logit_scale, positive, query_ids, passage_ids)
         ctx.symmetric, ctx.precision, ctx.workspace_bytes = symmetric, precision, workspace_bytes
         ctx.statistics = statistics
-        # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
-        return torch.where(all_finite(query, passage), loss_value(statistics, positive), torch.nan)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -226,9 +227,9 @@ def add_row_gradients(
         _to_score_gradient(tile, tiles, statistics, weights, rows, columns)
         factor = tiles.products.factor(tile)
         if query_sum is not None:
-            tiles.products.add_product(query_sum, factor, passage_block)
+            add_product(query_sum, factor, passage_block)
         if passage_sum is not None:
-            tiles.products.add_product(passage_sum[columns], factor.T, query_block)
+            add_product(passage_sum[columns], factor.T, query_block)
 
 
 def _to_score_gradient(

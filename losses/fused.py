@@ -28,30 +28,24 @@ def fused_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: i
     one block of queries, and of all passages. Where `workspace_bytes` exceeds what blocks of dS can use, bf16 forward
     keeps exponentials in it until backward, which uses them up: a second one computes them again.
     """
-    return _FusedLoss.apply(
-        batch.query,
-        batch.passage,
-        batch.logit_scale,
-        batch.positive,
-        batch.query_ids,
-        batch.passage_ids,
-        batch.symmetric,
-        batch.diagonal,
-        precision,
-        workspace_bytes,
-    )
+    leaves = (batch.query, batch.passage, batch.logit_scale)
+    fixed = (batch.positive, batch.query_ids, batch.passage_ids, batch.symmetric, batch.diagonal)
+    # Without a backward nothing is kept for it.
+    differentiable = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    return _FusedLoss.apply(*leaves, *fixed, precision, workspace_bytes, differentiable)
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        query, passage, logit_scale, positive, query_ids, passage_ids, *options = arguments
-        compiling = torch.compiler.is_compiling()
-        # What a compiled graph saves it may hand to its backward twice.
-        keep = any(ctx.needs_input_grad[:3]) and not compiling
+        query, passage, logit_scale, positive, query_ids, passage_ids, *options, _ = arguments
         # A call of an operator costs more than the kernels of a small batch: it is for torch.compile alone.
-        compute: Callable[..., Any] = inf_cl_forward_op if compiling else inf_cl_forward
-        loss, state, kept = compute(*arguments, keep)
+        if torch.compiler.is_compiling():
+            # Nothing is kept: what a compiled graph saves it may hand to its backward twice.
+            loss, state = inf_cl_forward_op(*arguments[:-1])
+            kept = state.new_empty(0, dtype=query.dtype)
+        else:
+            loss, state, kept = inf_cl_forward(*arguments)
         ctx.save_for_backward(query, passage, logit_scale, positive, query_ids, passage_ids, state, kept)
         ctx.options = options
         ctx.used_up = False
@@ -69,7 +63,7 @@ class _FusedLoss(torch.autograd.Function):
         compute: Callable[..., Any] = inf_cl_backward_op if torch.compiler.is_compiling() else inf_cl_backward
         gradients = compute(*inputs, *ctx.options, state, kept, upstream, *wanted)
         found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
-        return (*found, *[None] * 7)
+        return (*found, *[None] * 8)
 
 
 def inf_cl_forward(
@@ -95,7 +89,7 @@ def inf_cl_forward(
     queries, passages = query.shape[0], passage.shape[0]
     flat = torch.zeros(State.size(queries, passages), device=query.device)
     state = State.of(flat, queries, passages)
-    kept = run.query.new_empty(run.blocks.kept_rows, run.kept_width)
+    kept = run.query.new_empty(run.blocks.kept_rows, padded_to_16_bytes(passages, run.dtype))
     measure_bounds(run.query, run.passage, positive, logit_scale, state.bounds)
 
     add_sums(run, state, logit_scale, positive, symmetric, diagonal, workspace_bytes, kept)
@@ -118,11 +112,8 @@ def inf_cl_forward(
     return shares.sum(), flat, kept
 
 
-inf_cl_forward_op = torch.library.custom_op("dense_retriever::inf_cl_forward", inf_cl_forward, mutates_args=())
-
-
-@inf_cl_forward_op.register_fake
-def _(
+@torch.library.custom_op("dense_retriever::inf_cl_forward", mutates_args=())
+def inf_cl_forward_op(
     query: Tensor,
     passage: Tensor,
     logit_scale: Tensor,
@@ -133,12 +124,17 @@ def _(
     diagonal: bool,
     precision: str,
     workspace_bytes: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep, plan_only=True)
+) -> tuple[Tensor, Tensor]:
+    """`inf_cl_forward` that keeps no exponentials: (loss, state)."""
+    fixed = (positive, query_ids, passage_ids, symmetric, diagonal, precision, workspace_bytes)
+    loss, state, _ = inf_cl_forward(query, passage, logit_scale, *fixed, keep=False)
+    return loss, state
+
+
+@inf_cl_forward_op.register_fake
+def _(query: Tensor, passage: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     state = query.new_empty(State.size(query.shape[0], passage.shape[0]), dtype=torch.float32)
-    kept = query.new_empty(run.blocks.kept_rows, run.kept_width, dtype=run.dtype)
-    return state.new_empty(()), state, kept
+    return state.new_empty(()), state
 
 
 def inf_cl_backward(

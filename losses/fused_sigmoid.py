@@ -30,7 +30,8 @@ def fused_sigmoid_loss(
     """
     leaves = (batch.query, batch.passage, batch.logit_scale, logit_bias)
     wanted = [torch.is_grad_enabled() and leaf.requires_grad for leaf in leaves]
-    fixed = (batch.positive, batch.query_ids, batch.passage_ids, batch.diagonal, precision, workspace_bytes, wanted)
+    masks = (batch.positive, batch.query_ids, batch.passage_ids, batch.diagonal)
+    fixed = (*masks, precision, workspace_bytes, wanted, False)
     if not any(wanted):
         return _values()(*leaves, *fixed)[0]
     return _FusedSigmoidLoss.apply(*leaves, *fixed)
@@ -40,7 +41,7 @@ class _FusedSigmoidLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         loss, *gradients = _values()(*arguments)
-        ctx.wanted = arguments[-1]
+        *_, ctx.wanted, _ = arguments
         ctx.dtypes = tuple(leaf.dtype for leaf in arguments[:4])
         ctx.save_for_backward(*gradients)
         return loss
@@ -48,7 +49,7 @@ class _FusedSigmoidLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         held = tuple(each if want else None for each, want in zip(ctx.saved_tensors, ctx.wanted, strict=True))
-        return (*times_upstream(held, upstream, ctx.dtypes), *[None] * 7)
+        return (*times_upstream(held, upstream, ctx.dtypes), *[None] * 8)
 
 
 def _values() -> Any:
@@ -68,8 +69,12 @@ def sigmoid_values(
     precision: str,
     workspace_bytes: int,
     wanted: list[bool],
+    elsewhere: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss and its gradients in query, passage, logit_scale and logit_bias; empty those that nobody wants."""
+    """The loss and its gradients in query, passage, logit_scale and logit_bias; empty those that nobody wants.
+
+    `elsewhere`: these passages are one block of several, and a positive outside them lies in another.
+    """
     from losses.kernels.blocks import spans
     from losses.kernels.bounds import measure_bounds
     from losses.kernels.sigmoid import sigmoid_kernel
@@ -79,8 +84,8 @@ def sigmoid_values(
     run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, False)
     queries, passages = query.shape[0], passage.shape[0]
     bounds = torch.zeros(4, device=query.device)
-    # Of positives only their finiteness is asked here, and over ranks they may lie in another block.
-    place = positive if diagonal else positive.clamp(0, passages - 1)
+    # Of positives it is asked here only whether they are passages.
+    place = positive.clamp(0, passages - 1) if elsewhere else positive
     measure_bounds(run.query, run.passage, place, logit_scale, bounds)
 
     shape, blocks = run.shape("sigmoid"), run.blocks
@@ -162,6 +167,7 @@ def _(
     precision: str,
     workspace_bytes: int,
     wanted: list[bool],
+    elsewhere: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     number = query.new_empty((), dtype=torch.float32)
     scale_gradient, bias_gradient = (number.new_empty(() if want else 0) for want in wanted[2:])

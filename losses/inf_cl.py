@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from losses.batch import checked_batch, checked_workspace
+from losses.batch import check_choice, checked_batch, checked_workspace
 from losses.chunked import tiled_loss
 from losses.dense import dense_loss, fits_dense
 from losses.fused import fused_loss
 from losses.kernels.launch import warn_of_step_down, why_not_dense, why_not_fused
+from losses.learned_scale import LearnedScale
 from losses.oracle import full_matrix_loss
 from losses.over_ranks import Exchange, loss_over_ranks, ranked_batch
 from losses.precision import Precision, resolve_precision
@@ -80,13 +80,13 @@ def inf_cl_loss(
             what it is given beyond 256 into speed: it keeps exponentials that backward would compute again.
 
     Returns:
-        0-dim loss, float32 (float64 for float64 embeddings); differentiable once when chunked. Non-finite when an
-        embedding is.
+        0-dim loss, float32 (float64 for float64 embeddings); differentiable once, except with "full". Not finite when
+        an embedding is not.
 
     Raises:
-        ValueError: an argument does not fit; the message begins with its name. Values of CUDA tensors (positive out
-            of range, a non-finite logit_scale) are not looked at, because that would wait for the device. With a
-            group every rank raises, whichever has the bad argument.
+        ValueError: an argument does not fit; the message begins with its name. To look at values of CUDA tensors would
+            wait for the device: there a positive out of range, or a logit_scale that is not finite, makes the loss
+            NaN. With a group every rank raises, whichever has the bad argument.
     """
     if group is not None:
         ranked = ranked_batch(
@@ -104,10 +104,8 @@ def inf_cl_loss(
             workspace_mib=workspace_mib,
         )
         return loss_over_ranks(ranked)
-    if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation must be one of {', '.join(get_args(Implementation))}, found {implementation!r}"
-        )
+    check_choice("implementation", implementation, Implementation)
+    check_choice("exchange", exchange, Exchange)
     workspace_bytes = checked_workspace(workspace_mib)
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric)
     precision = resolve_precision(precision, query)
@@ -130,13 +128,11 @@ def inf_cl_loss(
     return tiled_loss(batch, precision, workspace_bytes)
 
 
-class InfCLLoss(nn.Module):
-    """`inf_cl_loss` with a learnable, clamped logit_scale.
+class InfCLLoss(LearnedScale):
+    """`inf_cl_loss` with a learnable, clamped logit_scale (learned_scale.py).
 
-    The parameter is `log_logit_scale`, 0-dim: steps in it are relative steps of the scale, which stays positive
-    (Radford et al., arXiv 2103.00020, who clamp at 100 too). Above the clamp the loss sees `max_logit_scale`; a
-    gradient that asks for a smaller scale passes, one that asks for a larger is dropped, so the parameter neither
-    runs away nor gets stuck. Keep it out of weight decay, which would pull the scale towards 1.
+    The clamp is that of Radford et al., arXiv 2103.00020. Keep `log_logit_scale` out of weight decay, which would pull
+    the scale towards 1.
     """
 
     def __init__(
@@ -152,26 +148,11 @@ class InfCLLoss(nn.Module):
         exchange: Exchange = "auto",
         workspace_mib: float = 256,
     ) -> None:
-        super().__init__()
-        if not 0 < max_logit_scale < math.inf:
-            raise ValueError(f"max_logit_scale must be positive and finite, found {max_logit_scale}")
-        if not 0 < logit_scale <= max_logit_scale:
-            raise ValueError(f"logit_scale must be in (0, {max_logit_scale}], found {logit_scale}")
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=learnable)
-        self.max_logit_scale = max_logit_scale
+        scale = (logit_scale, learnable, max_logit_scale)
+        super().__init__(*scale, group, precision, implementation, workspace_mib, Implementation)
+        check_choice("exchange", exchange, Exchange)
         self.symmetric = symmetric
-        self.group = group
-        self.precision = precision
-        self.implementation = implementation
         self.exchange: Exchange = exchange
-        self.workspace_mib = workspace_mib
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """0-dim: exp(log_logit_scale), at most max_logit_scale."""
-        # In float32 even when the module was cast to bf16, whose steps are 1/32 near log 100.
-        log_scale = self.log_logit_scale.float()
-        return _ClampFromAbove.apply(log_scale, math.log(self.max_logit_scale)).exp()
 
     def forward(
         self,
@@ -199,22 +180,4 @@ class InfCLLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"symmetric={self.symmetric}, learnable={self.log_logit_scale.requires_grad}, "
-            f"max_logit_scale={self.max_logit_scale}, precision={self.precision}, implementation={self.implementation}"
-        )
-
-
-class _ClampFromAbove(torch.autograd.Function):
-    """min(value, limit), whose gradient is dropped only where a descent step would push further above the limit."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, limit: float) -> Tensor:
-        ctx.save_for_backward(value)
-        ctx.limit = limit
-        return value.clamp(max=limit)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        (value,) = ctx.saved_tensors
-        return torch.where((value >= ctx.limit) & (upstream < 0), 0, upstream), None
+        return f"symmetric={self.symmetric}, {super().extra_repr()}"

@@ -17,9 +17,9 @@ def clip_loss(query: Tensor, passage: Tensor, *, logit_scale: float | Tensor) ->
     several times N². Returns a 0-dim loss. Raises ValueError, naming the argument, as `inf_cl_loss` does, and when
     the two have different lengths.
     """
+    if isinstance(query, Tensor) and isinstance(passage, Tensor) and query.shape[:1] != passage.shape[:1]:
+        raise ValueError(f"passage has {len(passage)} rows, query has {len(query)}: clip_loss pairs them")
     batch = checked_batch(query, passage, logit_scale, None, None, None, symmetric=True)
-    if passage.shape[0] != query.shape[0]:
-        raise ValueError(f"passage has {passage.shape[0]} rows, query has {query.shape[0]}: clip_loss pairs them")
     logits = batch.logit_scale * (query @ passage.T)
     labels = torch.arange(query.shape[0], device=query.device)
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2

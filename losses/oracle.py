@@ -16,7 +16,7 @@ def full_matrix_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
     unrounded. Memory is several times M·N.
     """
     with plain_arithmetic("fp32", batch.query.device):
-        query, passage = (_through_rounding(side, precision) for side in (batch.query, batch.passage))
+        query, passage = (through_rounding(side, precision) for side in (batch.query, batch.passage))
         scores = batch.logit_scale * (query @ passage.T)
         own = (torch.arange(scores.shape[0], device=scores.device), batch.positive)
         if batch.query_ids is not None and batch.passage_ids is not None:
@@ -29,6 +29,7 @@ def full_matrix_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
         return torch.where(all_finite(batch.query, batch.passage), loss, torch.nan)
 
 
-def _through_rounding(side: Tensor, precision: Precision) -> Tensor:
+def through_rounding(side: Tensor, precision: Precision) -> Tensor:
+    """What a product with `precision` reads of a side; its gradient passes unrounded."""
     wide = side.to(rounded(side[:1], precision).dtype)
     return wide + (rounded(side.detach(), precision) - wide.detach())

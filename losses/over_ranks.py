@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from losses.batch import ContrastiveBatch, checked_batch, checked_workspace
+from losses.batch import ContrastiveBatch, check_choice, checked_batch, checked_workspace
 from losses.block_run import padded_to_16_bytes
 from losses.block_tiles import BlockTiles, FusedBlocks, LineWeights, PassageBlock, TiledBlocks
 from losses.column_sums import ColumnSums, Visited
@@ -21,7 +21,7 @@ from losses.ring import ring_backward, ring_forward
 from losses.shards import Shards, agreed
 
 Exchange = Literal["auto", "ring", "gather"]
-IMPLEMENTATIONS = ("auto", "chunked", "triton")
+RankedImplementation = Literal["auto", "chunked", "triton"]
 SCALE_ROWS = 8192
 
 
@@ -70,11 +70,8 @@ def ranked_batch(
     resolved: list[Precision] = []
 
     def checked() -> ContrastiveBatch:
-        if implementation not in IMPLEMENTATIONS:
-            known = ", ".join(IMPLEMENTATIONS)
-            raise ValueError(f"implementation must be one of {known} with a group, found {implementation!r}")
-        if exchange not in get_args(Exchange):
-            raise ValueError(f"exchange must be one of {', '.join(get_args(Exchange))}, found {exchange!r}")
+        check_choice("implementation with a group", implementation, RankedImplementation)
+        check_choice("exchange", exchange, Exchange)
         checked_workspace(workspace_mib)
         batch = checked_batch(
             query, passage, logit_scale, positive, query_ids, passage_ids, symmetric=symmetric, shard=True
@@ -99,6 +96,10 @@ def ranked_batch(
     batch, shards = agreed(link, checked, positive, same)
     if positive is None:
         batch = replace(batch, given=batch.positive + shards.first_passage)
+    elif positive.is_cuda and len(positive):
+        # Nobody has looked at them.
+        outside = (batch.positive < 0) | (batch.positive >= shards.pool)
+        batch = replace(batch, logit_scale=torch.where(outside.any(), torch.nan, batch.logit_scale))
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
         of_positives = link.gather_rows(ids, shards.passages)[batch.positive] if shards.placed else ids[: len(query)]

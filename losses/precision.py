@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from losses.batch import accumulator
+from losses.batch import accumulator, check_choice
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
@@ -20,8 +20,7 @@ def resolve_precision(precision: Precision, query: Tensor) -> Precision:
     bfloat16 -> "bf16". float16 -> "tf32", which holds every float16 number exactly. float32 -> "tf32" where the user
     allowed it for CUDA products, otherwise "fp32". float64 is computed in float64 and takes "auto" only.
     """
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, found {precision!r}")
+    check_choice("precision", precision, Precision)
     if query.dtype == torch.float64:
         if precision != "auto":
             raise ValueError(f"precision {precision!r} does not apply to float64 embeddings: leave it at 'auto'")
@@ -88,10 +87,6 @@ class BlockProducts:
         if self.native_bf16:
             return torch.mm(query, passage.T, out_dtype=torch.float32, out=out)
         return torch.mm(query, passage.T, out=out)
-
-    def add_product(self, target: Tensor, factor: Tensor, block: Tensor, *, first: bool = False) -> None:
-        """target [a, D] += factor [a, b] · block [b, D], in place; with `first`, target is overwritten."""
-        add_product(target, factor, block, first=first)
 
 
 def add_product(target: Tensor, factor: Tensor, block: Tensor, *, first: bool = False) -> None:

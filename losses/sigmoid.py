@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from losses.batch import FLOAT_DTYPES, ContrastiveBatch, accumulator, all_finite, checked_batch, checked_workspace
+from losses.batch import ContrastiveBatch, all_finite, check_choice, checked_batch, checked_number, checked_workspace
 from losses.fused_sigmoid import fused_sigmoid_loss
-from losses.inf_cl import _ClampFromAbove
 from losses.kernels.launch import warn_of_step_down, why_not_fused
-from losses.oracle import _through_rounding
+from losses.learned_scale import LearnedScale
+from losses.oracle import through_rounding
 from losses.over_ranks import ranked_batch
 from losses.precision import Precision, plain_arithmetic, resolve_precision
 from losses.sigmoid_chunked import tiled_sigmoid_loss
@@ -57,7 +57,7 @@ def sigmoid_loss(
         precision: of the products' operands, as for `inf_cl_loss`; sums are float32 always.
         implementation: "full" (whole matrix, plain autograd: the oracle), "chunked" (tiles in PyTorch), "triton" (a
             kernel for GPUs of compute capability 9.0 on; elsewhere "chunked", with one warning that says why), or
-            "auto": on a GPU triton in bf16 and tf32 where it runs, otherwise chunked.
+            "auto": on a GPU triton where it runs, otherwise chunked.
         workspace_mib: MiB that tiles and their temporaries may take beside inputs and gradients.
 
     Returns:
@@ -66,8 +66,8 @@ def sigmoid_loss(
         until backward, which multiplies them by the upstream gradient.
 
     Raises:
-        ValueError: an argument does not fit; the message begins with its name. Values of CUDA tensors are not looked
-            at, because that would wait for the device.
+        ValueError: an argument does not fit; the message begins with its name. To look at values of CUDA tensors would
+            wait for the device: there what is wrong with them makes the loss NaN.
     """
     if group is not None:
         ranked = ranked_batch(
@@ -83,17 +83,14 @@ def sigmoid_loss(
             implementation=implementation,
             exchange="ring",
             workspace_mib=workspace_mib,
-            checks=lambda: _described(_checked_logit_bias(logit_bias, query)),
+            checks=lambda: _described(checked_number("logit_bias", logit_bias, query)),
         )
-        return sigmoid_loss_over_ranks(ranked, _checked_logit_bias(logit_bias, query))
-    if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation must be one of {', '.join(get_args(Implementation))}, found {implementation!r}"
-        )
+        return sigmoid_loss_over_ranks(ranked, checked_number("logit_bias", logit_bias, query))
+    check_choice("implementation", implementation, Implementation)
     workspace_bytes = checked_workspace(workspace_mib)
     # A pair counts for its query and its passage alike, and tiles of a symmetric loss have the second buffer it needs.
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric=True)
-    bias = _checked_logit_bias(logit_bias, query)
+    bias = checked_number("logit_bias", logit_bias, query)
     precision = resolve_precision(precision, query)
     if implementation == "full":
         return full_matrix_sigmoid_loss(batch, bias, precision)
@@ -120,7 +117,7 @@ def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precis
     unrounded. Memory is several times M·N.
     """
     with plain_arithmetic("fp32", batch.query.device):
-        query, passage = (_through_rounding(side, precision) for side in (batch.query, batch.passage))
+        query, passage = (through_rounding(side, precision) for side in (batch.query, batch.passage))
         scores = batch.logit_scale * (query @ passage.T) + logit_bias
         own = torch.zeros_like(scores, dtype=torch.bool)
         own[torch.arange(len(own), device=own.device), batch.positive] = True
@@ -131,31 +128,11 @@ def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precis
         return torch.where(all_finite(batch.query, batch.passage), losses.sum() / len(losses), torch.nan)
 
 
-def _checked_logit_bias(logit_bias: float | Tensor, query: Tensor) -> Tensor:
-    dtype = accumulator(query.dtype)
-    if isinstance(logit_bias, Tensor):
-        if logit_bias.dim() != 0 or logit_bias.dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                "logit_bias must be a number or a 0-dim floating-point tensor, "
-                f"found shape {list(logit_bias.shape)} of {logit_bias.dtype}"
-            )
-        if logit_bias.device != query.device:
-            raise ValueError(f"logit_bias is on {logit_bias.device}, query is on {query.device}")
-        if logit_bias.device.type == "cpu" and not math.isfinite(logit_bias.item()):
-            raise ValueError(f"logit_bias must be finite, found {logit_bias.item()}")
-        return logit_bias.to(dtype)
-    if isinstance(logit_bias, bool) or not isinstance(logit_bias, int | float):
-        raise ValueError(f"logit_bias must be a number or a 0-dim tensor, found {type(logit_bias).__name__}")
-    if not math.isfinite(logit_bias):
-        raise ValueError(f"logit_bias must be finite, found {logit_bias}")
-    return torch.full((), logit_bias, dtype=dtype, device=query.device)
+class SigmoidLoss(LearnedScale):
+    """`sigmoid_loss` with a learnable, clamped logit_scale (learned_scale.py) and a learnable logit_bias, begun as in
+    SigLIP.
 
-
-class SigmoidLoss(nn.Module):
-    """`sigmoid_loss` with a learnable, clamped logit_scale and a learnable logit_bias, begun as in SigLIP.
-
-    The parameters are `log_logit_scale` and `logit_bias`, both 0-dim; the first is clamped as in `InfCLLoss`. Keep both
-    out of weight decay.
+    Keep `log_logit_scale` and `logit_bias` out of weight decay.
     """
 
     def __init__(
@@ -170,27 +147,11 @@ class SigmoidLoss(nn.Module):
         implementation: Implementation = "auto",
         workspace_mib: float = 256,
     ) -> None:
-        super().__init__()
-        if not 0 < max_logit_scale < math.inf:
-            raise ValueError(f"max_logit_scale must be positive and finite, found {max_logit_scale}")
-        if not 0 < logit_scale <= max_logit_scale:
-            raise ValueError(f"logit_scale must be in (0, {max_logit_scale}], found {logit_scale}")
+        scale = (logit_scale, learnable, max_logit_scale)
+        super().__init__(*scale, group, precision, implementation, workspace_mib, Implementation)
         if not math.isfinite(logit_bias):
             raise ValueError(f"logit_bias must be finite, found {logit_bias}")
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=learnable)
         self.logit_bias = nn.Parameter(torch.tensor(float(logit_bias)), requires_grad=learnable)
-        self.max_logit_scale = max_logit_scale
-        self.group = group
-        self.precision = precision
-        self.implementation = implementation
-        self.workspace_mib = workspace_mib
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """0-dim: exp(log_logit_scale), at most max_logit_scale."""
-        # In float32 even when the module was cast to bf16, whose steps are 1/32 near log 100.
-        log_scale = self.log_logit_scale.float()
-        return _ClampFromAbove.apply(log_scale, math.log(self.max_logit_scale)).exp()
 
     def forward(
         self,
@@ -214,10 +175,4 @@ class SigmoidLoss(nn.Module):
             precision=self.precision,
             implementation=self.implementation,
             workspace_mib=self.workspace_mib,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"learnable={self.log_logit_scale.requires_grad}, max_logit_scale={self.max_logit_scale}, "
-            f"precision={self.precision}, implementation={self.implementation}"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from losses.batch import ContrastiveBatch, all_finite
-from losses.precision import Precision, plain_arithmetic
+from losses.precision import Precision, add_product, plain_arithmetic
 from losses.tiles import ScoreTiles
 
 
@@ -104,9 +104,9 @@ def tiled_values(
                 bias_sum += tile.sum()
                 factor = tiles.products.factor(tile)
                 if need_query:
-                    tiles.products.add_product(block_sum, factor, passage_block)
+                    add_product(block_sum, factor, passage_block)
                 if want_passage:
-                    tiles.products.add_product(passage_sum[columns], factor.T, query_block)
+                    add_product(passage_sum[columns], factor.T, query_block)
             if want_scale:
                 # Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K): a pass over M·D numbers in place of M·N.
                 scale_sum += (block_sum * query_block).sum()

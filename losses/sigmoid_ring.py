@@ -108,6 +108,7 @@ class _Visits:
             ranked.precision,
             ranked.workspace_bytes,
             list(self.wanted),
+            True,
         )
 
 

@@ -12,7 +12,7 @@ from index.embeddings import EmbeddingStore
 from index.passages import Passage, read_passages
 from index.records import count_records
 from retriever.data.sources import HUGE_TEXT, Notices
-from retriever.encode import EncodeOptions, corpus_source, embed_texts
+from retriever.encode import WINDOW, EncodeOptions, corpus_source, embed_texts
 from retriever.progress import Terminal
 from retriever.ranks import Ranks, encode_on_ranks
 from retriever.towers import Towers
@@ -41,6 +41,7 @@ def embed_corpus(
     *,
     dtype: Literal["float32", "float16"] = "float32",
     shard_rows: int = 65536,
+    window: int = WINDOW,
     tick: Tick = None,
     ranks: Ranks | None = None,
 ) -> EmbeddingStore:
@@ -61,6 +62,7 @@ def embed_corpus(
             source=corpus_source(corpus),
             dtype=dtype,
             shard_rows=shard_rows,
+            window=window,
             progress=ticking(advance, tick),
         )
     for notice in notices.lines():

@@ -13,11 +13,14 @@ from eval.evaluate import evaluate_beir
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
 from retriever.config import DevConfig
-from retriever.encode import WINDOW, EncodeOptions, corpus_source
+from retriever.encode import EncodeOptions, corpus_source
 from retriever.encode_files import embed_corpus, embed_queries, ticking
 from retriever.progress import Terminal
 from retriever.ranks import Ranks
 from retriever.towers import Towers
+
+# Passages of a shard that ranks share out, small enough for small corpora.
+SHARED = 8192
 
 
 def evaluate_towers(
@@ -46,8 +49,9 @@ def evaluate_towers(
         embeddings,
         options,
         terminal,
-        # A window is the least that one rank embeds; to it windows of one process are the same.
-        shard_rows=WINDOW if several else 65536,
+        # A window is the least that one rank embeds; those of one process are the same.
+        shard_rows=SHARED if several else 65536,
+        window=SHARED,
         tick=tick,
         ranks=ranks,
     )

@@ -73,10 +73,3 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def leave_signals_to_the_parent(worker: int) -> None:
-    """For DataLoader workers: Ctrl-C and a batch system's SIGTERM reach the whole process group, but it is the trainer
-    that ends them; they end by themselves when it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

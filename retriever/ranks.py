@@ -19,8 +19,9 @@ from torch import distributed
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 from index.passages import Passage
+from retriever.ahead import ahead, giving_way
 from retriever.data.schedule import Share
-from retriever.encode import WINDOW, EncodeOptions, embed_texts, encode_passages
+from retriever.encode import WINDOW, EncodeOptions, cut, embed_windows, encode_passages, with_tokens
 from retriever.first_error import first_error_shown
 from retriever.progress import Terminal
 from retriever.towers import Towers
@@ -177,6 +178,7 @@ def encode_on_ranks(
     source: dict[str, str],
     dtype: Literal["float32", "float16"] = "float32",
     shard_rows: int = 65536,
+    window: int = WINDOW,
     progress: Callable[[int], None] | None = None,
 ) -> EmbeddingStore:
     """`encode_passages` by all ranks together: rank r embeds the shards r, r + W, … and rank 0 writes them, in order.
@@ -189,7 +191,15 @@ def encode_on_ranks(
     """
     if ranks.size == 1:
         return encode_passages(
-            towers, passages, out, options, source=source, dtype=dtype, shard_rows=shard_rows, progress=progress
+            towers,
+            passages,
+            out,
+            options,
+            source=source,
+            dtype=dtype,
+            shard_rows=shard_rows,
+            window=window,
+            progress=progress,
         )
     begun = torch.zeros(2, dtype=torch.int64)
     with contextlib.ExitStack() as held:
@@ -213,13 +223,14 @@ def encode_on_ranks(
             skipped = sum(1 for _ in itertools.islice(stream, rows))
             if progress is not None and skipped:
                 progress(skipped)
-            embed = _Embed(towers, options)
+            embed = _Embed(towers, options, shard_rows, window)
             for shard, owner in zip(_shards(stream, shard_rows), itertools.cycle(range(ranks.size)), strict=False):
-                rows += len(shard)
                 if writer is not None:
-                    writer.append(shard, embed(shard) if owner == 0 else _received(owner, len(shard), towers.dimension))
+                    here = owner == 0
+                    writer.append(shard, embed(shard, rows) if here else _received(owner, len(shard), towers.dimension))
                 elif owner == ranks.rank:
-                    distributed.send(torch.from_numpy(embed(shard)), 0)
+                    distributed.send(torch.from_numpy(embed(shard, rows)), 0)
+                rows += len(shard)
                 if progress is not None:
                     progress(len(shard))
             if not rows:
@@ -231,14 +242,16 @@ def encode_on_ranks(
 class _Embed:
     """The vectors of a shard's passages, in the windows that `encode_passages` has."""
 
-    def __init__(self, towers: Towers, options: EncodeOptions) -> None:
-        self._towers = towers
-        self._options = options
+    def __init__(self, towers: Towers, options: EncodeOptions, shard_rows: int, window: int) -> None:
+        self._towers, self._options = towers, options
+        self._shard_rows, self._window = shard_rows, window
 
-    def __call__(self, shard: list[Passage]) -> np.ndarray:
-        parts = [shard[start : start + WINDOW] for start in range(0, len(shard), WINDOW)]
-        texts = ([passage.content for passage in part] for part in parts)
-        return np.concatenate([embed_texts(self._towers, some, "document", self._options) for some in texts])
+    def __call__(self, shard: list[Passage], row: int) -> np.ndarray:
+        """Of the shard that begins at the row `row`."""
+        windows = cut(iter(shard), row, self._shard_rows, self._window, self._towers.dimension)
+        with giving_way(), contextlib.closing(ahead(with_tokens(self._towers, windows))) as tokenized:
+            embedded = embed_windows(self._towers, tokenized, "document", self._options)
+            return np.concatenate([vectors for _, vectors in embedded])
 
 
 def _shards(stream: Iterator[Passage], rows: int) -> Iterator[list[Passage]]:

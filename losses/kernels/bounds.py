@@ -1,7 +1,8 @@
 """How large a score can get: one pass over queries, passages and the pairs of positives.
 
 bounds [4] float32, all zeros before: max ‖q‖², max ‖k‖², max(0, −lowest positive score), 1 where a number is not
-finite. They decide, on the device and without the host, whether one shift serves all exponentials.
+finite or a positive is no passage. They decide, on the device and without the host, whether one shift serves all
+exponentials, and whether there is a loss at all.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ def bounds_kernel(
         rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         valid = rows < queries
         place = tl.load(positive_ptr + rows, mask=valid, other=0)
+        known = (place >= 0) & (place < passages)
         product = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
         for d in range(0, D, BLOCK_D):
             inside = valid[:, None] & (d + columns < D)[None, :]
             offsets = (d + columns)[None, :]
             query = tl.load(query_ptr + rows.to(tl.int64)[:, None] * D + offsets, mask=inside, other=0).to(tl.float32)
-            passage = tl.load(passage_ptr + place[:, None] * D + offsets, mask=inside, other=0).to(tl.float32)
+            own = inside & known[:, None]
+            passage = tl.load(passage_ptr + place[:, None] * D + offsets, mask=own, other=0).to(tl.float32)
             squares += tl.sum(query * query, 1)
             product += tl.sum(query * passage, 1)
             largest = tl.maximum(largest, tl.max(tl.where(query == query, tl.abs(query), float("inf")), 1))
+        largest = tl.where(known, largest, float("inf"))
         _raise_to(bounds_ptr + 2, -product * tl.load(scale_ptr))
         _raise_to(bounds_ptr, squares)
     else:

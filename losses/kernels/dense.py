@@ -109,12 +109,14 @@ def mean_loss_kernel(
         row = first + tl.arange(0, BLOCK)
         valid = row < rows
         place = _places(positive_ptr, row, rows, DIAGONAL)
-        score = tl.load(product_ptr + row.to(tl.int64) * columns + place, mask=valid, other=0.0) * scale
+        known = (place >= 0) & (place < columns)
+        score = tl.load(product_ptr + row.to(tl.int64) * columns + place, mask=valid & known, other=0.0) * scale
         loss = _negative_log_share(score, line_ptr + row, line_ptr + rows + row, valid)
         if SYMMETRIC:
             column_ptr = line_ptr + 2 * rows + place
-            loss = (loss + _negative_log_share(score, column_ptr, column_ptr + columns, valid)) * 0.5
-        total += loss
+            loss = (loss + _negative_log_share(score, column_ptr, column_ptr + columns, valid & known)) * 0.5
+        # A positive that is no passage; on a GPU nobody has looked.
+        total += tl.where(valid & (known == 0), float("nan"), loss)
     tl.store(loss_ptr, tl.sum(total, 0) / (rows * LOG2_E))
 
 

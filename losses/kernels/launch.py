@@ -34,7 +34,7 @@ def why_not_dense(query: Tensor) -> str | None:
 def _why_not(query: Tensor, oldest: tuple[int, int]) -> str | None:
     if query.dtype == torch.float64:
         return "the embeddings are float64, which it has no products for"
-    return _why_not_on(query.device, interpreted(), oldest)
+    return why_not_on(query.device, interpreted(), oldest)
 
 
 @functools.cache
@@ -44,7 +44,8 @@ def warn_of_step_down(implementation: str, reason: str) -> None:
 
 
 @functools.cache
-def _why_not_on(device: torch.device, interpreted: bool, oldest: tuple[int, int]) -> str | None:
+def why_not_on(device: torch.device, interpreted: bool, oldest: tuple[int, int]) -> str | None:
+    """The same of any embeddings on a device."""
     try:
         import triton.tools.tensor_descriptor  # noqa: F401
     except ImportError:

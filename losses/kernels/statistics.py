@@ -71,33 +71,29 @@ def _take_sums(
     place, crosses = positives_inside(
         positive_ptr, first_row, first_column, rows, row, row_index, column, BLOCK_M, BLOCK_N, DIAGONAL
     )
+    exponents = products * scale
     if crosses:
         positive = place[:, None] == column_index[None, :]
-        score = tl.sum(tl.where(positive, products, 0.0), 1) * scale
+        score = tl.sum(tl.where(positive, exponents, 0.0), 1)
         here = row_valid & (place >= column) & (place < column + BLOCK_N) & (place < columns)
         tl.store(score_ptr + first_row + row_index, score, mask=here)
-    exponents = products * scale
     if HAS_IDS:
         exponents = without_masked(
             exponents, query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid,
             column_valid, place,
         )  # fmt: skip
-    reaches_beyond = (row + BLOCK_M > rows) | (column + BLOCK_N > columns)
+    if (row + BLOCK_M > rows) | (column + BLOCK_N > columns):
+        exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
     row_place = n.to(tl.int64) * rows + row_index
     column_place = m.to(tl.int64) * columns + column_index
     if SAFE:
-        # Scale and shift are one instruction as long as nothing stands between them.
         powers = tl.exp2(exponents - shift)
-        if reaches_beyond:
-            powers = tl.where(row_valid[:, None] & column_valid[None, :], powers, 0.0)
         tl.store(row_sum_ptr + row_place, tl.sum(powers, 1), mask=row_valid)
         if SYMMETRIC:
             tl.store(column_sum_ptr + column_place, tl.sum(powers, 0), mask=column_valid)
         if KEEP:
             kept.store([row, column], powers.to(kept.dtype))
     else:
-        if reaches_beyond:
-            exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
         _sums_under_maxima(exponents, 1, row_sum_ptr, row_max_ptr, row_place, row_valid)
         if SYMMETRIC:
             _sums_under_maxima(exponents, 0, column_sum_ptr, column_max_ptr, column_place, column_valid)
@@ -169,14 +165,16 @@ def loss_kernel(
     valid = row < rows
     score = tl.load(score_ptr + row, mask=valid, other=0.0)
     loss = _negative_log_share(score, row_sum_ptr, row_shift_ptr, row, valid)
+    # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
+    unfit = tl.load(bounds_ptr + 3) > 0
     if SYMMETRIC:
         column = row
         if not DIAGONAL:
-            column = tl.load(positive_ptr + row, mask=valid, other=0)
+            # Where they are unfit a positive may be no passage.
+            column = tl.where(unfit, 0, tl.load(positive_ptr + row, mask=valid, other=0))
         loss = (loss + _negative_log_share(score, column_sum_ptr, column_shift_ptr, column, valid)) * 0.5
     share = tl.sum(tl.where(valid, loss, 0.0), 0) / rows
-    # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
-    tl.store(loss_ptr + tl.program_id(0), tl.where(tl.load(bounds_ptr + 3) > 0, float("nan"), share))
+    tl.store(loss_ptr + tl.program_id(0), tl.where(unfit, float("nan"), share))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.data.table import ExampleTable
-from retriever.interrupt import leave_signals_to_the_parent
+from retriever.workers import become_worker
 
 T = TypeVar("T")
 
@@ -211,7 +211,7 @@ def batch_loader(
         collate_fn=_unchanged,
         generator=torch.Generator(),
         prefetch_factor=ahead if workers else None,
-        worker_init_fn=leave_signals_to_the_parent if workers else None,
+        worker_init_fn=become_worker if workers else None,
     )
 
 

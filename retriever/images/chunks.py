@@ -17,8 +17,8 @@ from retriever.data.schedule import BatchSchedule, Share
 from retriever.images.features import FeatureStore, PlannedFeatures
 from retriever.images.sources import BrokenPairError, PairSource
 from retriever.images.transforms import ImageTransform
-from retriever.interrupt import leave_signals_to_the_parent
 from retriever.tokens import TextTokenizer, TokenizedTexts
+from retriever.workers import become_worker
 
 # Pairs that a worker hands over at once: some MiB of pixels, so that many workers share one large batch.
 CHUNK = 128
@@ -160,7 +160,7 @@ class Chunks(Dataset[PairChunk]):
                 collate_fn=_unchanged,
                 generator=torch.Generator(),
                 prefetch_factor=_AHEAD if workers else None,
-                worker_init_fn=leave_signals_to_the_parent if workers else None,
+                worker_init_fn=become_worker if workers else None,
             )
         )
         # Called here, for processes are best started by the main thread.

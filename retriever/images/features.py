@@ -19,7 +19,7 @@ from retriever.device import Precision, to_device
 from retriever.half_weights import arithmetic
 from retriever.images.sources import BrokenPairError, PairSource
 from retriever.images.transforms import ImageTransform
-from retriever.interrupt import leave_signals_to_the_parent
+from retriever.workers import become_worker
 
 if TYPE_CHECKING:
     from retriever.images.towers import ImageTextTowers
@@ -135,7 +135,7 @@ def compute_features(
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),
-        worker_init_fn=leave_signals_to_the_parent if workers else None,
+        worker_init_fn=become_worker if workers else None,
     )
     training, noted = towers.training, done
     towers.eval()

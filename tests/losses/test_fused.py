@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from losses import inf_cl_loss
+from losses import fused, inf_cl_loss
+from losses.batch import ContrastiveBatch
+from losses.dense import dense_loss
+from losses.fused import fused_loss
+from losses.fused_sigmoid import fused_sigmoid_loss
 from losses.kernels import shapes
 from losses.kernels.blocks import choose_blocks, forward_blocks, gradient_blocks
-from losses.kernels.launch import interpreted, ranked_ids, why_not_fused
+from losses.kernels.launch import (
+    OLDEST_DENSE,
+    OLDEST_FUSED,
+    interpreted,
+    ranked_ids,
+    warn_of_step_down,
+    why_not_fused,
+    why_not_on,
+)
 
 pytest.importorskip("triton")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="a GPU is here: its own tests run the kernels")
@@ -129,16 +142,49 @@ def test_nothing_unwritten_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_interpreter
 @pytest.mark.filterwarnings("ignore")
 def test_operators_under_torch_compile_give_the_same() -> None:
-    query, passage = (side.float().requires_grad_() for side in embeddings(19, 23, 8, "cpu"))
-
     def loss(query: Tensor, passage: Tensor) -> Tensor:
         return inf_cl_loss(query, passage, logit_scale=7.0, symmetric=True, implementation="triton") * 2
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    plain = torch.autograd.grad(loss(query, passage), (query, passage))
-    found = torch.autograd.grad(compiled(query, passage), (query, passage))
-    for one, other in zip(plain, found, strict=True):
-        torch.testing.assert_close(one, other)
+    # From the second size on the compiler's sizes are symbols.
+    for queries, passages in ((19, 23), (23, 31), (12, 40)):
+        query, passage = (side.float().requires_grad_() for side in embeddings(queries, passages, 8, "cpu"))
+        plain = torch.autograd.grad(loss(query, passage), (query, passage))
+        found = torch.autograd.grad(compiled(query, passage), (query, passage))
+        for one, other in zip(plain, found, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wrong", [9, -1, 10**6])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_positive_that_is_no_passage_gives_nan_where_nobody_looks_at_it(
+    wrong: int, symmetric: bool, device: str
+) -> None:
+    query, passage = (side.float() for side in embeddings(5, 9, 8, device))
+    positive, scale, bias = (torch.tensor(each, device=device) for each in ([0, 1, wrong, 3, 4], 5.0, -1.0))
+    batch = ContrastiveBatch(query, passage, scale, positive, None, None, symmetric)
+    assert fused_loss(batch, "fp32", MIB).isnan() and dense_loss(batch, "fp32").isnan()
+    assert fused_sigmoid_loss(batch, bias, "fp32", MIB).isnan()
+
+
+@needs_interpreter
+def test_nothing_is_kept_for_a_backward_that_cannot_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, passage = (side.bfloat16().requires_grad_() for side in embeddings(5, 9, 8, "cpu"))
+    asked = []
+    real = fused.inf_cl_forward
+
+    def watched(*arguments: Any) -> Any:
+        asked.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(fused, "inf_cl_forward", watched)
+    inf_cl_loss(query, passage, logit_scale=5.0, implementation="triton")
+    inf_cl_loss(query.detach(), passage.detach(), logit_scale=5.0, implementation="triton")
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without:
+            inf_cl_loss(query, passage, logit_scale=5.0, implementation="triton")
+    assert asked == [True, False, False, False]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -193,15 +239,44 @@ def test_ranked_ids_are_equal_where_ids_are() -> None:
     assert of_query[1] == -1
 
 
-def test_where_kernels_cannot_run_the_tiles_do_and_one_warning_says_why() -> None:
+@pytest.mark.parametrize("implementation", ["triton", "dense"])
+def test_where_kernels_cannot_run_the_tiles_do_and_one_warning_says_why(implementation: Any) -> None:
     query, passage = embeddings(5, 5, 4, "cpu")
+    warn_of_step_down.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            found = inf_cl_loss(query, passage, logit_scale=3.0, implementation="triton")
+            found = inf_cl_loss(query, passage, logit_scale=3.0, implementation=implementation)
     torch.testing.assert_close(found, inf_cl_loss(query, passage, logit_scale=3.0, implementation="full"))
     assert "float64" in str(why_not_fused(query))
-    assert sum("steps down to 'chunked'" in str(warning.message) for warning in caught) <= 1
+    said = [str(warning.message) for warning in caught]
+    assert [f"implementation {implementation!r} steps down to 'chunked'" in each for each in said] == [True]
+
+
+def test_an_old_gpu_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.version, "hip", None)
+    reasons = [why_not_on.__wrapped__(torch.device("cuda"), False, oldest) for oldest in (OLDEST_FUSED, OLDEST_DENSE)]
+    assert reasons == ["it needs a GPU of compute capability 9.0 or newer, found 8.6", None]
+
+
+def test_a_table_of_shapes_that_the_environment_names_goes_before_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+
+    def found(dim: int) -> shapes.TileShape:
+        return shapes.tile_shape("sums", dim, torch.bfloat16, "ieee", torch.device("cuda"))
+
+    ours, made = found(768), replace(shapes.HALF, stages=2)
+    shapes.write_shapes(
+        table := tmp_path / "own.json",
+        [shapes.table_row("NVIDIA H200", "sums", "bfloat16", dim, replace(made, group=dim)) for dim in (128, 1024)],
+    )
+    monkeypatch.setenv(shapes.VARIABLE, str(table))
+    assert [found(dim) for dim in (64, 900)] == [replace(made, group=dim) for dim in (128, 1024)]
+    monkeypatch.delenv(shapes.VARIABLE)
+    assert found(768) == ours != made
 
 
 def test_a_damaged_table_of_shapes_is_refused_by_name(tmp_path: Path) -> None:

@@ -278,9 +278,10 @@ def test_only_the_gradients_asked_for_and_each_the_same(wanted: tuple[bool, bool
             torch.testing.assert_close(leaf.grad, everything[name])
 
 
-def test_second_derivatives_raise_instead_of_vanishing() -> None:
-    query, passage = (side.requires_grad_() for side in embeddings(3, 3, 2))
-    loss = inf_cl_loss(query, passage, logit_scale=1.0, implementation="chunked")
+@pytest.mark.parametrize("implementation", ["chunked", "triton", "dense"])
+def test_second_derivatives_raise_instead_of_vanishing(implementation: Any) -> None:
+    query, passage = (side.float().requires_grad_() for side in embeddings(3, 3, 2))
+    loss = inf_cl_loss(query, passage, logit_scale=1.0, implementation=implementation)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(loss, query, create_graph=True)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from losses import InfCLLoss, clip_loss, inf_cl_loss
+from losses import InfCLLoss, SigmoidLoss, clip_loss, inf_cl_loss
 from losses.precision import resolve_precision
 
 QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
@@ -29,22 +30,28 @@ QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
         ("passage is torch.float16, query is torch.float32", {"passage": PASSAGE.half()}),
         ("passage is on meta, query is on cpu", {"passage": PASSAGE.to("meta")}),
         ("passage has 2 rows, fewer than the 3 queries", {"passage": torch.ones(2, 4)}),
-        ("logit_scale must be finite, found nan", {"logit_scale": math.nan}),
-        ("logit_scale must be finite, found inf", {"logit_scale": torch.tensor(math.inf)}),
+        ("logit_scale must be finite in float32, found nan", {"logit_scale": math.nan}),
+        ("logit_scale must be finite in float32, found 1e+39", {"logit_scale": 1e39}),
+        ("logit_scale must be finite in float32, found 1000", {"logit_scale": 10**400}),
+        ("logit_scale must be finite in float32, found 1e+300",
+         {"logit_scale": torch.tensor(1e300, dtype=torch.float64)}),
+        ("logit_scale must be finite in float32, found inf", {"logit_scale": torch.tensor(math.inf)}),
         ("logit_scale must be a number", {"logit_scale": "20"}),
         ("logit_scale must be a number", {"logit_scale": True}),
         ("logit_scale must be a number", {"logit_scale": torch.ones(1)}),
         ("logit_scale must be a number", {"logit_scale": torch.tensor(3)}),
         ("logit_scale is on meta", {"logit_scale": torch.ones((), device="meta")}),
         ("positive must be an integer tensor, found list", {"positive": [0, 1, 2]}),
-        ("positive must be an integer tensor, found torch.float32", {"positive": torch.ones(3)}),
-        ("positive must be an integer tensor, found torch.bool", {"positive": torch.ones(3, dtype=torch.bool)}),
+        ("positive must be a tensor of int64, int32, int16, int8, uint8, found torch.float32",
+         {"positive": torch.ones(3)}),
+        ("positive must be a tensor of int64", {"positive": torch.ones(3, dtype=torch.bool)}),
         ("positive must have shape [3], found [2]", {"positive": torch.zeros(2, dtype=torch.int64)}),
         ("positive must index the 5 passages, found 5", {"positive": torch.tensor([0, 5, 2])}),
         ("positive must index the 5 passages, found -1", {"positive": torch.tensor([0, -1, 2])}),
         ("positive is on meta", {"positive": torch.zeros(3, dtype=torch.int64, device="meta")}),
         ("passage_ids must have shape [5], found [3]", {"passage_ids": torch.arange(3)}),
-        ("passage_ids must be an integer tensor", {"passage_ids": torch.rand(5)}),
+        ("passage_ids must be a tensor of int64", {"passage_ids": torch.rand(5)}),
+        ("passage_ids must be a tensor of int64", {"passage_ids": torch.ones(5, dtype=torch.uint64)}),
         ("passage_ids is on meta", {"passage_ids": torch.arange(5, device="meta")}),
         ("query_ids must have shape [3], found [5]", {"query_ids": torch.arange(5), "passage_ids": torch.arange(5)}),
         ("query_ids needs passage_ids", {"query_ids": torch.arange(3)}),
@@ -53,7 +60,10 @@ QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
         ("precision 'bf16' does not apply to float64", {"query": QUERY.double(), "passage": PASSAGE.double(),
                                                          "precision": "bf16"}),
         ("implementation must be one of auto, full, dense, chunked, triton", {"implementation": "tiled"}),
+        ("exchange must be one of auto, ring, gather, found 'pigeon'", {"exchange": "pigeon"}),
+        ("symmetric must be True or False, found None", {"symmetric": None}),
         ("workspace_mib must be a positive number of MiB, found 0", {"workspace_mib": 0}),
+        ("workspace_mib must be a positive number of MiB, found '256'", {"workspace_mib": "256"}),
         ("workspace_mib must be a positive number of MiB, found nan", {"workspace_mib": math.nan}),
     ],
 )  # fmt: skip
@@ -103,6 +113,20 @@ def test_autocast_around_forward_and_backward_leaves_fp32_tiles_alone() -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("around", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_autocast_around_embeddings_of_another_precision(dtype: torch.dtype, around: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, passage = (normalize(torch.randn(rows, 16), dim=1).to(dtype).requires_grad_() for rows in (33, 47))
+    outside = inf_cl_loss(query, passage, logit_scale=50.0)
+    expected = torch.autograd.grad(outside, (query, passage))
+    with torch.autocast("cpu", dtype=around):
+        inside = inf_cl_loss(query, passage, logit_scale=50.0)
+        found = torch.autograd.grad(inside, (query, passage))
+    assert inside.item() == outside.item()
+    assert all(map(torch.equal, found, expected))
+
+
 def test_clip_loss_is_the_symmetric_infonce() -> None:
     torch.manual_seed(0)
     query, passage = (normalize(torch.randn(19, 8, dtype=torch.float64), dim=1) for _ in range(2))
@@ -110,6 +134,8 @@ def test_clip_loss_is_the_symmetric_infonce() -> None:
     torch.testing.assert_close(clip_loss(query, passage, logit_scale=14.0), expected)
     with pytest.raises(ValueError, match=r"^passage has 19 rows, query has 18"):
         clip_loss(query[:18], passage, logit_scale=14.0)
+    with pytest.raises(ValueError, match=r"^passage has 18 rows, query has 19"):
+        clip_loss(query, passage[:18], logit_scale=14.0)
     with pytest.raises(ValueError, match=r"^logit_scale must be finite"):
         clip_loss(query, passage, logit_scale=math.inf)
 
@@ -128,6 +154,34 @@ def test_module_equals_the_function_and_learns_its_scale() -> None:
     assert float(module.log_logit_scale.grad) == pytest.approx(14.0 * float(scale.grad), rel=1e-5)
     assert list(module.state_dict()) == ["log_logit_scale"]
     assert not InfCLLoss(learnable=False).log_logit_scale.requires_grad
+    wide = module.double()
+    assert wide(query.double(), passage.double()).item() == pytest.approx(
+        inf_cl_loss(query.double(), passage.double(), logit_scale=wide.log_logit_scale.exp(), symmetric=True).item(),
+        rel=1e-14,
+    )
+
+
+@pytest.mark.parametrize("made", [InfCLLoss, SigmoidLoss])
+def test_module_hands_its_settings_on(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"precision": "tf32", "implementation": "triton", "workspace_mib": 7, "group": None}
+    settings |= {"exchange": "gather", "symmetric": True} if made is InfCLLoss else {}
+    seen: dict[str, Any] = {}
+    name = "inf_cl_loss" if made is InfCLLoss else "sigmoid_loss"
+    monkeypatch.setattr(sys.modules[made.__module__], name, lambda query, passage, **given: seen.update(given))
+    ids = {"positive": torch.arange(3), "query_ids": torch.arange(3), "passage_ids": torch.arange(5)}
+    made(**settings)(QUERY, PASSAGE, **ids)
+    assert {given: seen[given] for given in settings} == settings
+    assert all(seen[given] is value for given, value in ids.items())
+
+
+@pytest.mark.parametrize("made", [InfCLLoss, SigmoidLoss])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"precision": "x"}, {"implementation": "x"}, {"workspace_mib": 0}, {"max_logit_scale": 0}, {"logit_scale": 101.0}],
+)
+def test_module_refuses_what_its_loss_would(made: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        made(**wrong)
 
 
 def test_a_clamped_scale_stays_at_the_clamp_and_comes_back() -> None:

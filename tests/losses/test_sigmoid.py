@@ -233,7 +233,9 @@ def test_compiled_into_one_graph_as_eager() -> None:
     for wanted in ([True] * 4, [False] * 4, [False, False, True, False]):
         arguments = (query, passage, torch.tensor(10.0), torch.tensor(-9.0), positive, positive, torch.arange(31))
         torch.library.opcheck(
-            sigmoid_values_op, (*arguments, True, "tf32", 2**13, wanted), test_utils=("test_schema", "test_faketensor")
+            sigmoid_values_op,
+            (*arguments, True, "tf32", 2**13, wanted, False),
+            test_utils=("test_schema", "test_faketensor"),
         )
 
 

@@ -21,9 +21,9 @@ QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
     [
         ("query must be a tensor", {"query": [[1.0]]}),
         ("passage has 6 dimensions, query has 4", {"passage": torch.ones(5, 6)}),
-        ("logit_scale must be finite, found nan", {"logit_scale": math.nan}),
-        ("logit_bias must be finite, found -inf", {"logit_bias": -math.inf}),
-        ("logit_bias must be finite, found nan", {"logit_bias": torch.tensor(math.nan)}),
+        ("logit_scale must be finite in float32, found nan", {"logit_scale": math.nan}),
+        ("logit_bias must be finite in float32, found -inf", {"logit_bias": -math.inf}),
+        ("logit_bias must be finite in float32, found nan", {"logit_bias": torch.tensor(math.nan)}),
         ("logit_bias must be a number", {"logit_bias": "-10"}),
         ("logit_bias must be a number", {"logit_bias": False}),
         ("logit_bias must be a number", {"logit_bias": torch.ones(1)}),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,12 +105,12 @@ def test_interrupted_store_ends_with_the_bytes_of_an_undisturbed_one(
     towers: Towers, corpus: Path, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Windows smaller than the corpus, and no multiple of the shards.
-    monkeypatch.setattr("retriever.encode.WINDOW", 10)
+    monkeypatch.setattr("retriever.encode.FIRST_WINDOW", 4)
     source, options = corpus_source(corpus), EncodeOptions(micro_batch_tokens=200)
 
     def encode(out: Path, passages: object = None) -> EmbeddingStore:
         rows = read_passages(corpus) if passages is None else passages
-        return encode_passages(towers, rows, out, options, source=source, shard_rows=16)  # type: ignore[arg-type]
+        return encode_passages(towers, rows, out, options, source=source, shard_rows=16, window=10)  # type: ignore[arg-type]
 
     def cut_short() -> object:
         for number, passage in enumerate(read_passages(corpus)):
@@ -202,26 +203,22 @@ def test_loaded_model_gives_the_vectors_of_the_one_saved(towers: Towers, texts: 
     )
 
 
-def test_nothing_is_written_after_a_passage_that_is_refused(
-    towers: Towers, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("retriever.encode.WINDOW", 5)
+def test_nothing_is_written_after_a_passage_that_is_refused(towers: Towers, corpus: Path, tmp_path: Path) -> None:
     passages, source = list(read_passages(corpus)), corpus_source(corpus)
+    options: dict[str, Any] = {"source": source, "shard_rows": 10, "window": 5}
     twice = [*passages[:22], dataclasses.replace(passages[22], id=passages[3].id), *passages[23:]]
     with pytest.raises(InputError, match="rows 3 and 22"):
-        encode_passages(towers, twice, tmp_path / "store", EncodeOptions(), source=source, shard_rows=10)
-    store = encode_passages(towers, passages, tmp_path / "store", EncodeOptions(), source=source, shard_rows=10)
+        encode_passages(towers, twice, tmp_path / "store", EncodeOptions(), **options)
+    store = encode_passages(towers, passages, tmp_path / "store", EncodeOptions(), **options)
     assert list(store.ids()) == [passage.id for passage in passages]
 
 
-def test_a_corpus_is_embedded_with_the_prompt(
-    tiny: ModelConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("retriever.encode.WINDOW", 10)
+def test_a_corpus_is_embedded_with_the_prompt(tiny: ModelConfig, corpus: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     towers = build_towers(dataclasses.replace(tiny, passage_prompt="cat: ")).eval()
     source, options = corpus_source(corpus), EncodeOptions()
-    stored = encode_passages(towers, read_passages(corpus), tmp_path / "store", options, source=source).vectors()
+    store = encode_passages(towers, read_passages(corpus), tmp_path / "store", options, source=source, window=10)
+    stored = store.vectors()
     texts = ["cat: " + passage.content for passage in read_passages(corpus)]
     expected = towers.model.encode(texts, prompt="", normalize_embeddings=False)
     np.testing.assert_allclose(stored, expected, atol=1e-5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -47,3 +50,31 @@ def test_threads_tokenize_at_once(minilm: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         for found in pool.map(lambda _: tokenizer(TEXTS * 50).ids.tolist(), range(64)):
             assert found == expected
+
+
+# What a data worker finds where its parent has tokenized.
+FORKED = """
+import sys
+from transformers import AutoTokenizer
+from retriever.data.batches import batch_loader
+from retriever.tokens import TextTokenizer
+
+tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(sys.argv[1]), 32)
+
+class Batches:
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, step):
+        return len(tokenizer(["some words"] * 200).ids)
+
+print(Batches()[0], list(batch_loader(Batches(), workers=1)))
+"""
+
+
+def test_workers_tokenize_after_their_parent_has(minilm: str) -> None:
+    # What many have in their environment; the tokenizers' own guard against this is then off.
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
+    command = [sys.executable, "-c", FORKED, minilm]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["800", "[800,", "800]"], done.stderr
