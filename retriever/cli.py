@@ -27,6 +27,7 @@ from retriever.commands.serve import Serve
 from retriever.commands.train import Train
 from retriever.commands.zero_shot import EvaluateZeroShot
 from retriever.config import ConfigError, load_config
+from retriever.config_switches import as_switches
 from retriever.interrupt import sigterm_interrupts
 from retriever.progress import Terminal
 
@@ -92,9 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("out of memory", 1)
     except RuntimeError as error:
         # By name, because the command line does without torch: its error for a full GPU.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        return _fail("out of GPU memory: lower --micro-batch-tokens, or the batch", 1)
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail("out of GPU memory: lower --micro-batch-tokens, or the batch", 1)
+        if str(error).startswith("DataLoader worker"):
+            return _fail("a process of --data.workers was killed, for want of memory perhaps", 1)
+        raise
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
 
@@ -112,9 +115,10 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[EvaluateGroup, subcommand("evaluate")]
     )
     box = io.StringIO()
+    words = as_switches(arguments) if arguments[:1] == ["train"] else arguments
     try:
         with contextlib.redirect_stderr(box):
-            command: Any = tyro.cli(commands, prog="retriever", description=DESCRIPTION, args=arguments)
+            command: Any = tyro.cli(commands, prog="retriever", description=DESCRIPTION, args=words)
     except SystemExit as end:
         if end.code:
             raise ConfigError(_one_line(box.getvalue())) from None

@@ -119,7 +119,7 @@ def _embed_tokens(
     budget: int,
     progress: Callable[[int], None] | None,
 ) -> Arriving:
-    order = pack(tokens.lengths, budget, padded=not towers.padding_free)
+    order = pack(tokens.lengths, budget, padded=not towers.padding_free, device=towers.device.type)
     with torch.inference_mode():
         embeddings = torch.empty(len(tokens), towers.dimension, device=towers.device)
         for rows in order:

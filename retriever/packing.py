@@ -8,11 +8,12 @@ import numpy as np
 
 # A micro-batch ends where its texts get shorter than this part of its longest (10 % padding on average) …
 _SHORTEST = 0.8
-# … unless it is still below this part of the budget: many small micro-batches cost more than padding.
+# … unless it is still below this part of the budget, and below what one micro-batch more costs, in tokens.
 _LEAST = 1 / 16
+_COST = {"cpu": 256, "cuda": 8192}
 
 
-def pack(lengths: np.ndarray, token_budget: int, *, padded: bool = True) -> list[np.ndarray]:
+def pack(lengths: np.ndarray, token_budget: int, *, padded: bool = True, device: str = "cpu") -> list[np.ndarray]:
     """Divide texts into micro-batches of at most `token_budget` tokens.
 
     Texts are sorted by length, longest first, and cut greedily; a text longer than the budget makes a micro-batch of
@@ -24,6 +25,7 @@ def pack(lengths: np.ndarray, token_budget: int, *, padded: bool = True) -> list
         token_budget: most tokens a micro-batch.
         padded: texts are padded to the longest of their micro-batch, and padding counts: a micro-batch then also ends
             where its texts get shorter. If not, texts are laid end to end.
+        device: its type, "cpu" or "cuda".
 
     Returns:
         Row numbers of each micro-batch; every row stands in exactly one.
@@ -31,16 +33,17 @@ def pack(lengths: np.ndarray, token_budget: int, *, padded: bool = True) -> list
     # The sort is stable, so the micro-batches of a batch are the same on every machine.
     order = np.argsort(-lengths, kind="stable")
     falling = lengths[order]
-    cuts = _cuts_of_padded(falling, token_budget) if padded else _cuts_end_to_end(falling, token_budget)
+    least = min(int(_LEAST * token_budget), _COST[device])
+    cuts = _cuts_of_padded(falling, token_budget, least) if padded else _cuts_end_to_end(falling, token_budget)
     return [order[start:end] for start, end in itertools.pairwise(cuts)]
 
 
-def _cuts_of_padded(falling: np.ndarray, token_budget: int) -> list[int]:
+def _cuts_of_padded(falling: np.ndarray, token_budget: int, least: int) -> list[int]:
     cuts = [0]
     while (start := cuts[-1]) < len(falling):
         longest = max(1, int(falling[start]))
         like = int(np.searchsorted(-falling, -_SHORTEST * longest, side="right")) - start
-        size = min(token_budget // longest, max(like, int(_LEAST * token_budget) // longest))
+        size = min(token_budget // longest, max(like, least // longest))
         cuts.append(start + max(1, size))
     return cuts
 

@@ -30,8 +30,8 @@ from retriever.towers import Towers
 MIB = 2**20
 # Of each number of an embedding after the loss: the leaf and its gradient.
 _AFTER_LOSS = 8
-# What a backward pass holds beside its graph, as part of it.
-_BACKWARD = 0.25
+# What a backward pass holds beside its graph, as part of it; and before it has made any gradient of a weight.
+_BACKWARD, _BEGUN = 0.25, 0.05
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,11 @@ def plan_step(
     }
     # A gradient is made whole before it is added to what earlier micro-batches gave.
     adding = max(divided.bytes_of([parameter]) for parameter in trained) if len(sizes) > 1 else 0.0
+    # A graph that is the only one has gone when the gradients are there.
+    begun = _BEGUN * kept_graphs if len(sizes) == 1 else gradients + adding + _BACKWARD * max(waiting, default=0.0)
     moments = [
         kept_graphs + at_loss * rows * width + workspace + exchanged,
-        gradients + adding + kept_graphs + _BACKWARD * max(waiting, default=0.0) + after_loss * rows * width,
+        kept_graphs + begun + after_loss * rows * width,
         gradients + adding + (1 + _BACKWARD) * once_more + after_loss * rows * width,
         gradients + max(map(partial(_update, name=config.optim.name), trained)),
     ]

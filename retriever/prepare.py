@@ -119,12 +119,14 @@ class BatchPreparer:
     shared: bool
     token_budget: int
     padded: bool
+    device: str
+    """Its type."""
 
     @classmethod
     def of(cls, towers: Towers, token_budget: int) -> BatchPreparer:
         """The preparer for these towers' inputs."""
         query, passage = towers.tokenizer("query"), towers.tokenizer("document")
-        return cls(query, passage, towers.shared, token_budget, not towers.padding_free)
+        return cls(query, passage, towers.shared, token_budget, not towers.padding_free, towers.device.type)
 
     def __call__(self, batch: TrainingBatch) -> PreparedBatch:
         if self.shared:
@@ -139,4 +141,5 @@ class BatchPreparer:
 
     def _group(self, side: Side, tokenizer: TextTokenizer, texts: list[str]) -> TextGroup:
         tokens = tokenizer(texts)
-        return TextGroup(side, tokens, pack(tokens.lengths, self.token_budget, padded=self.padded))
+        cut = pack(tokens.lengths, self.token_budget, padded=self.padded, device=self.device)
+        return TextGroup(side, tokens, cut)

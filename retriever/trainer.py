@@ -132,25 +132,33 @@ class Trainer:
         self._saved_step = -1
 
     @classmethod
-    def start(cls, config: TrainConfig, terminal: Terminal, ranks: Ranks | None = None) -> Trainer:
+    def start(
+        cls, config: TrainConfig, terminal: Terminal, ranks: Ranks | None = None, *, profile: bool = False
+    ) -> Trainer:
         """Begin a run in the folder `config.out`.
 
+        Args:
+            profile: whether its steps will be profiled.
+
         Raises:
-            InputError: the folder holds a run already, or model or data cannot be used.
+            InputError: the folder holds a run already, or model or data cannot be used, or the steps are too few for a
+                profile.
         """
         config = with_absolute_paths(config)
         run = Path(config.out)
-        if (run / CONFIG_FILE).exists():
-            raise InputError(
-                f"{run}: holds a run already; go on with 'retriever train --resume {run}', or choose another --out"
-            )
+        _check_unused(run)
         # The cache is what a start that failed leaves behind.
         foreign = sorted(path.name for path in run.iterdir() if path.name != CACHE) if run.exists() else []
         if foreign:
             raise InputError(f"{run}: expected a new or empty folder for the run, found {foreign[0]} in it")
         trainer = cls(config, run, terminal, ranks)
+        if profile:
+            trainer._check_profile()
         if trainer.ranks.first:
-            save_config(trainer.config, run / CONFIG_FILE)
+            with trainer._locked():
+                # Another start may have been quicker.
+                _check_unused(run)
+                save_config(trainer.config, run / CONFIG_FILE)
         return trainer
 
     @classmethod
@@ -215,9 +223,8 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
             InputError: the loss is no longer finite, or too few steps are left for a profile.
         """
-        left = len(self.batches) - self.state.step
-        if profile and left < (least := step_profile.WARM_UP + step_profile.STEPS):
-            raise InputError(f"--profile: expected a run of at least {least} more steps, found {left}")
+        if profile:
+            self._check_profile()
         with self._locked():
             log = self._open_log()
             try:
@@ -230,6 +237,11 @@ class Trainer:
             finally:
                 log.close()
         return self.run / "model"
+
+    def _check_profile(self) -> None:
+        left = len(self.batches) - self.state.step
+        if left < (least := step_profile.WARM_UP + step_profile.STEPS):
+            raise InputError(f"--profile: expected a run of at least {least} more steps, found {left}")
 
     def _open_log(self) -> RunLog:
         state = self.state
@@ -251,7 +263,8 @@ class Trainer:
             self._evaluate_if_due(log, stop)
             for number, batch in enumerate(self._until_early_stop(loader)):
                 if number == 0:
-                    self.terminal.line(self.graphs.described(batch.micro_batch_tokens))
+                    where = " (the first process)" if self.ranks.size > 1 else ""
+                    self.terminal.line(self.graphs.described(batch.micro_batch_tokens) + where)
                 loss, grad_norm = self._step(with_pool_ids(batch, self.ranks), state.step)
                 state.step += 1
                 meter.add(batch)
@@ -393,6 +406,14 @@ class Trainer:
         finally:
             if ranks.first:
                 shutil.rmtree(embeddings, ignore_errors=True)
+
+
+def _check_unused(run: Path) -> None:
+    """Raises InputError where a run has begun in the folder."""
+    if (run / CONFIG_FILE).exists():
+        raise InputError(
+            f"{run}: holds a run already; go on with 'retriever train --resume {run}', or choose another --out"
+        )
 
 
 def _build_towers(config: TrainConfig) -> Any:

@@ -74,7 +74,7 @@ class Train:
             terminal.line(f"{self.config.out}: restarted by torchrun; going on with the run")
             trainer = Trainer.resume(Path(self.config.out), terminal, ranks)
         else:
-            trainer = Trainer.start(self.config, terminal, ranks)
+            trainer = Trainer.start(self.config, terminal, ranks, profile=self.profile)
         try:
             model = trainer.train(profile=self.profile)
         except Interrupted as signal:

@@ -65,11 +65,12 @@ class ImageBatches:
         image_tokens: int,
         token_budget: int,
         padded: bool,
+        device: str,
         say: Callable[[str], None],
         share: Share | None = None,
     ) -> None:
-        """Batches over the readers' sources, in the order of `schedule`; `say` prints what is left out. `share`: of
-        each batch the part of one process, none for the whole; only its pairs are read."""
+        """Batches over the readers' sources, in the order of `schedule`, cut for a type of `device`; `say` prints what
+        is left out. `share`: of each batch the part of one process, none for the whole; only its pairs are read."""
         self._readers = list(readers)
         self._share = share or Share()
         self._chunks = Chunks(readers, schedule, self._share)
@@ -77,6 +78,7 @@ class ImageBatches:
         self._image_tokens = image_tokens
         self._token_budget = token_budget
         self._padded = padded
+        self._device = device
         self._say = say
         self._read = [0] * len(self._readers)
         self._broken = [0] * len(self._readers)
@@ -142,10 +144,8 @@ class ImageBatches:
         images = ImageGroup(pixels[:filled], self._image_tokens, places)
         # Fresh memory costs as much as filling it.
         weakref.finalize(images, self._free.append, pixels).atexit = False
-        groups: list[Any] = [
-            images,
-            TextGroup("document", tokens, pack(tokens.lengths, self._token_budget, padded=self._padded)),
-        ]
+        cut = pack(tokens.lengths, self._token_budget, padded=self._padded, device=self._device)
+        groups: list[Any] = [images, TextGroup("document", tokens, cut)]
         digests = PairDigests.of(keys, captions, []) if self._share.size > 1 else None
         return PreparedBatch(groups, filled, query_ids, passage_ids, self._padded, digests)
 

@@ -84,6 +84,7 @@ def open_image_batches(
         image_tokens=1 if image.lock == "image" else towers.image_tokens,
         token_budget=token_budget,
         padded=not towers.padding_free,
+        device=towers.device.type,
         say=terminal.line,
         share=share,
     )

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from cli_helpers import MEANINGS, command, write_beir, write_config, write_lines
 
@@ -223,17 +224,12 @@ def test_shadowing_package_is_named(tmp_path: Path, package: str) -> None:
     assert last.startswith("ImportError: ") and str(tmp_path / package / "__init__.py") in last
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 0)])
-def test_signalled_run_saves_a_checkpoint_and_says_how_to_go_on(
-    world: Any, tmp_path: Path, number: signal.Signals, workers: int
-) -> None:
-    out = tmp_path / "run"
-    # More steps than can pass before the signal comes.
-    arguments = ["train", str(world.config), "--out", str(out), "--epochs", "400", "--log-every", "1"]
-    arguments += ["--data.workers", str(workers)]
+def disturbed_at_step_3(arguments: list[str], disturb: Callable[[int], None]) -> list[str]:
+    """What a run of training, which fails, says; `disturb` is given its process, the first of a group."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "retriever", *arguments],
+        # More steps than can pass before it is disturbed.
+        [sys.executable, "-m", "retriever", "train", *arguments, "--epochs", "400", "--log-every", "1"],
         env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -245,14 +241,34 @@ def test_signalled_run_saves_a_checkpoint_and_says_how_to_go_on(
     for line in process.stderr:
         said.append(line)
         if line.startswith("step 3/"):
-            # To the whole group, as a terminal sends Ctrl-C; a batch system does the same with SIGTERM.
-            os.killpg(process.pid, number)
+            disturb(process.pid)
     assert process.wait(timeout=60) == 1, "".join(said)
+    return said
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 0)])
+def test_signalled_run_saves_a_checkpoint_and_says_how_to_go_on(
+    world: Any, tmp_path: Path, number: signal.Signals, workers: int
+) -> None:
+    out = tmp_path / "run"
+    arguments = [str(world.config), "--out", str(out), "--data.workers", str(workers)]
+    # To the whole group, as a terminal sends Ctrl-C; a batch system does the same with SIGTERM.
+    said = disturbed_at_step_3(arguments, lambda process: os.killpg(process, number))
     assert said[-1].startswith(f"{number.name} at step "), "".join(said)
     assert not any("Traceback" in line or "Warning" in line for line in said), "".join(said)
     step = int(said[-1].split("step ")[1].split(":")[0])
     assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
     assert f"retriever train --resume {out}" in said[-1]
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_with_one_line(world: Any, tmp_path: Path) -> None:
+    def kill_worker(process: int) -> None:
+        for child in psutil.Process(process).children():
+            child.kill()
+
+    said = disturbed_at_step_3([str(world.config), "--out", str(tmp_path / "run"), "--data.workers", "1"], kill_worker)
+    assert said[-1] == "retriever: a process of --data.workers was killed, for want of memory perhaps\n", "".join(said)
+    assert not any("Traceback" in line for line in said), "".join(said)
 
 
 def test_answers_go_to_standard_output_while_bars_are_drawn(world: Any, tmp_path: Path) -> None:

@@ -166,6 +166,26 @@ def test_flags_override_the_file_and_leave_the_rest(tmp_path: Path) -> None:
     assert _parse(["train"]).config == TrainConfig()
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--offload-embeddings --compile", (True, True, True)),
+        ("--offload-embeddings true --compile FALSE", (True, False, True)),
+        ("--offload_embeddings=True --no-compile", (True, False, True)),
+        ("--no-offload-embeddings --model.shared false", (False, False, False)),
+        ("--model.no-shared", (False, False, False)),
+        ("--no-model.shared", (False, False, False)),
+        ("--model.shared True", (False, False, True)),
+    ],
+)
+def test_fields_that_are_true_or_false_are_taken_as_people_write_them(
+    words: str, expected: tuple[bool, bool, bool]
+) -> None:
+    config = _parse(["train", *words.split(), "--model.name", "true"]).config
+    assert (config.offload_embeddings, config.compile, config.model.shared) == expected
+    assert config.model.name == "true"
+
+
 def test_help_shows_the_defaults_of_the_dataclasses_and_of_the_file(tmp_path: Path) -> None:
     text = " ".join(command("train", "--help").out.replace("│", " ").split())
     for flag, default in _flags(TrainConfig()):

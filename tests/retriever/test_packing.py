@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +30,16 @@ def test_every_text_is_in_one_micro_batch_within_the_budget(lengths: list[int], 
         assert array[rows].min() >= array[following].max()
         # It ends because the next text would not fit, or is much shorter.
         assert (len(rows) + 1) * longest > budget or array[following].max() < 0.8 * longest
+
+
+@pytest.mark.parametrize("budget", [1024, 4096, 65536, 10**6])
+def test_no_budget_makes_texts_of_all_lengths_share_their_padding(budget: int) -> None:
+    chance = np.random.default_rng(0)
+    lengths = np.concatenate([np.clip(chance.lognormal(np.log(m), 0.6, 256), 4, 252).astype(int) for m in (8, 62)])
+    padded = sum(len(rows) * lengths[rows].max() for rows in pack(lengths, budget))
+    assert padded < 1.2 * lengths.sum()
+    # Where a micro-batch costs more, more padding is worth having fewer.
+    assert len(pack(lengths, budget, device="cuda")) <= len(pack(lengths, budget))
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=200), st.integers(1, 2000))

@@ -23,6 +23,7 @@ from index.files import InputError
 from retriever import graph_memory
 from retriever.checkpoint import load_checkpoint
 from retriever.config import (
+    CONFIG_FILE,
     DataConfig,
     DevConfig,
     LossConfig,
@@ -267,6 +268,29 @@ def test_a_run_has_one_trainer_at_a_time(config: TrainConfig, monkeypatch: pytes
     monkeypatch.setattr(trainer, "_step", meanwhile)
     trainer.train()
     assert len(refused) == 1
+
+
+def test_of_two_starts_in_one_folder_the_later_is_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, steps=1, dev=DevConfig())
+    made = Trainer.__init__
+    quicker: list[Trainer] = []
+
+    def overtaken(self: Trainer, *arguments: Any) -> None:
+        made(self, *arguments)
+        if not quicker:
+            monkeypatch.setattr(Trainer, "__init__", made)
+            quicker.append(Trainer.start(dataclasses.replace(config, seed=2), Terminal()))
+
+    monkeypatch.setattr(Trainer, "__init__", overtaken)
+    with pytest.raises(InputError, match="holds a run already"):
+        Trainer.start(config, Terminal())
+    assert load_config(quicker[0].run / CONFIG_FILE).seed == 2
+
+
+def test_too_few_steps_for_a_profile_are_refused_before_the_run_begins(config: TrainConfig) -> None:
+    with pytest.raises(InputError, match="--profile: expected a run of at least 6 more steps, found 5"):
+        Trainer.start(dataclasses.replace(config, steps=5, dev=DevConfig()), Terminal(), profile=True)
+    assert not (Path(config.out) / CONFIG_FILE).exists()
 
 
 def test_a_run_resumes_from_another_folder(
