@@ -75,6 +75,17 @@ def test_the_planned_peak_is_the_measured_one(config: TrainConfig, tmp_path: Pat
     assert_planned(config, tmp_path)
 
 
+@pytest.mark.parametrize("at_once", [1024, 10**6])  # several micro-batches, two
+def test_the_planned_peak_is_the_measured_one_where_graphs_take_most(
+    config: TrainConfig, tmp_path: Path, at_once: int
+) -> None:
+    architecture = config.model.architecture
+    assert architecture is not None
+    deep = architecture | {"vocab_size": 200, "num_hidden_layers": 12}
+    model = dataclasses.replace(config.model, architecture=deep)
+    assert_planned(dataclasses.replace(config, model=model, micro_batch_tokens=at_once), tmp_path)
+
+
 def test_the_planned_peak_of_towers_divided_among_two_is_the_measured_one(config: TrainConfig, tmp_path: Path) -> None:
     assert_planned(dataclasses.replace(config, shard_towers=True), tmp_path, processes=2)
 
