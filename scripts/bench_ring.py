@@ -3,12 +3,12 @@
 torchrun --nproc-per-node 2 scripts/bench_ring.py
 torchrun --nproc-per-node 2 scripts/bench_ring.py --device cpu --quick
 
-Part "speed": one rank alone with the whole batch, then all ranks by the ring and by gathering; on GPUs also by
-replaying a CUDA graph of it, which shows what small batches wait for their host. Part "ablation": memory and time of
-each way at one size. Every way is checked against float64 first. Part "profile" (GPUs): how much of the
-ring's transfers runs beside its tiles, with ring_profile.png. Rows go to ring.csv as they come and the ablation to
-ring.png, in scripts/results or where --results says; what --budget seconds do not suffice for has a row that says so.
-Embeddings are fp32, products bf16 by autocast, the loss symmetric.
+Part "speed": one rank alone with the whole batch, then all ranks by the ring and by gathering; on GPUs also behind
+other work, as in training, and by replaying a CUDA graph, since small batches by themselves wait for their host. Part
+"ablation": memory and time of each way at one size. Every way is checked against float64 first. Part "profile" (GPUs):
+how much of the ring's transfers runs beside its tiles, with ring_profile.png. Rows go to ring.csv as they come and the
+ablation to ring.png, in scripts/results or where --results says; what --budget seconds do not suffice for has a row
+that says so. Embeddings are fp32, products bf16 by autocast, the loss symmetric.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from torch import distributed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import machine
-from rank_clock import METHODS, OURS, RankClock, joined
+from rank_clock import BEHIND, CALLS, GRAPH, METHODS, OURS, RankClock, joined
 from result_rows import write_rows
 from ring_plots import draw_ablation, draw_profile, hidden_share
-
-IN_GRAPH = ", in a CUDA graph"
 
 
 def main() -> None:
@@ -87,23 +85,23 @@ class Bench:
                 raise SystemExit(f"{name}: off by {self.errors[name]:.1e}")
 
     def speed(self, pairs: int) -> None:
-        """The first rank alone, each alone at once (the slowest of them), and all together; on GPUs once more with the
-        kernels alone, without the host's part."""
-        for graph in (False, True) if self.clock.cuda else (False,):
-            alone = self.measure("one rank alone", pairs, "speed", graph=graph)
-            self.measure("each rank alone", pairs, "speed", alone, graph=graph)
+        """The first rank alone, each alone at once (the slowest of them), and all together; on GPUs once more in ways
+        that leave out what the host takes."""
+        for way in (CALLS, BEHIND, GRAPH) if self.clock.cuda else (CALLS,):
+            alone = self.measure("one rank alone", pairs, "speed", way=way)
+            self.measure("each rank alone", pairs, "speed", alone, way=way)
             for name in OURS:
-                self.measure(name, pairs, "speed", alone, graph=graph)
+                self.measure(name, pairs, "speed", alone, way=way)
 
-    def measure(self, name: str, pairs: int, part: str, alone: float = 0.0, *, graph: bool = False) -> float:
+    def measure(self, name: str, pairs: int, part: str, alone: float = 0.0, *, way: str = CALLS) -> float:
         """A row: median milliseconds of the slowest rank, and the most memory that any has beside the embeddings."""
         clock = self.clock
         team = {"one rank alone": clock.alone, "each rank alone": clock.each}.get(name, clock.everyone)
-        found = clock.measure(METHODS.get(name, METHODS["ours: auto"]), pairs, team, graph=graph)
+        found = clock.measure(METHODS.get(name, METHODS["ours: auto"]), pairs, team, way=way)
         failed = bool(found.problem)
         row = {
             "part": part,
-            "method": name + (IN_GRAPH if graph else ""),
+            "method": f"{name}, {way}" if way else name,
             "pairs": str(pairs),
             "dim": str(self.options.dim),
             "ranks": str(team.size),

@@ -71,26 +71,27 @@ def scale(rows: Rows) -> list[str]:
     """Memory of the losses, largest batches, speed."""
     lines = [f"By scripts/bench_scale.py on {max(int(row['ranks']) for row in rows)} × {where(rows)}."]
     # Cells without a row are empty; what no time was left for says nothing else.
-    rows = [row for row in rows if row["status"] != "no time left"]
-    losses = [row for row in rows if row["part"] == "loss"]
+    tried = [row for row in rows if row["status"] != "no time left"]
+    losses = [row for row in tried if row["part"] == "loss"]
     if losses:
         lines += ["", "GiB on each GPU at the peak of the loss, embeddings and gradients included, and ms:", ""]
         lines += by_size(losses)
-    steps = [row for row in rows if row["part"] == "step"]
+    steps = [row for row in tried if row["part"] == "step"]
     if steps:
         lines += ["", "GiB on each GPU at the peak of a whole optimizer step, and ms:", ""]
         lines += by_size([{**row, "method": f"{row['towers']}, {row['method']}"} for row in steps])
         lines += ["", "| whole steps: the largest batch | pairs | s | pairs/s | peak GiB | out of memory at |"]
         lines.append("|---|---:|---:|---:|---:|---:|")
     for towers in dict.fromkeys(row["towers"] for row in steps):
-        for method, fitted, failed in by_method([row for row in steps if row["towers"] == towers], "measured"):
+        own = [row for row in rows if row["part"] == "step" and row["towers"] == towers]
+        for method, fitted, failed in by_method(own, "measured"):
             shown = "| | |"
             if fitted:
                 peak = f"{float(fitted['peak_mib']) / 1024:.1f}" if fitted["peak_mib"] else ""
                 rate = f"{int(fitted['pairs_per_second']):,}"
                 shown = f"{float(fitted['milliseconds']) / 1000:.2f} | {rate} | {peak} |"
             lines.append(f"| {towers}, {method} | {count(fitted) if fitted else ''} | {shown} {failed} |")
-    scaling = [row for row in rows if row["part"] == "scaling"]
+    scaling = [row for row in tried if row["part"] == "scaling"]
     if scaling:
         lines += ["", "| the loss by more GPUs | GPUs | ms | of perfect | transfers not hidden | of the step |"]
         lines.append("|---:|---:|---:|---:|---:|---:|")
@@ -114,13 +115,15 @@ def by_size(rows: Rows) -> list[str]:
 
 
 def by_method(rows: Rows, made: str) -> list[tuple[str, dict[str, str], str]]:
-    """Of each method the row of the largest batch that was made, and the smallest that ran out of memory."""
+    """Of each method the row of the largest batch that was made, and the smallest that ran out of memory, or that no
+    time was left for."""
     found = []
     for method in dict.fromkeys(row["method"] for row in rows):
         some = sorted((row for row in rows if row["method"] == method), key=lambda row: int(row["pairs"]))
         fitted = [row for row in some if row["status"] == made]
-        failed = [row for row in some if row["status"] == "out of memory"]
-        found.append((method, fitted[-1] if fitted else {}, count(failed[0]) if failed else ""))
+        failed = [count(row) for row in some if row["status"] == "out of memory"]
+        failed += [f"{count(row)} not tried" for row in some if row["status"] == "no time left"]
+        found.append((method, fitted[-1] if fitted else {}, failed[0] if failed else ""))
     return found
 
 

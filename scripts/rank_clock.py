@@ -40,6 +40,12 @@ OURS = tuple(name for name in METHODS if name.startswith("ours"))
 # A rank that waits so long for another waits in vain: one of them has run out of memory alone.
 PATIENCE = datetime.timedelta(seconds=120)
 ROW_SECONDS, FEWEST_SAMPLES, SAMPLE_SECONDS = 4.0, 3, 0.25
+# How calls follow one another: at their host's pace; behind work that keeps the device busy until the host has launched
+# the whole of them, as towers do in training; or as replays of one that was captured.
+CALLS, BEHIND, GRAPH = "", "behind other work", "in a CUDA graph"
+# Some 20 ms of an H200.
+LEAD_PRODUCTS, LEAD_SIZE = 16, 8192
+MOST_LED = 8
 PROFILED_CALLS = 2
 # Of a GPU's memory: ranks of equal shares then meet the end of it at the same allocation, and none waits for another.
 MEMORY = 0.94
@@ -141,19 +147,14 @@ class RankClock:
             )
         return found
 
-    def measure(
-        self, method: Loss, count: int, team: Team, *, from_host: bool = False, graph: bool = False
-    ) -> Measured:
-        """Median of some samples, each of calls that follow one another as steps of training do, and memory.
-
-        With `graph` one call is captured in a CUDA graph, and the calls are its replays.
-        """
+    def measure(self, method: Loss, count: int, team: Team, *, from_host: bool = False, way: str = CALLS) -> Measured:
+        """Median of some samples, each of calls that follow one another in that way, and memory."""
         problem, found = "", (0.0, 0.0, 0.0)
         if self.no_time_left():
             problem = "no time left"
         elif self.ranks.rank < team.size:
             try:
-                found = self._timed(method, count, team, from_host, graph)
+                found = self._timed(method, count, team, from_host, way)
             except torch.OutOfMemoryError:
                 problem = "out of memory"
             except torch.AcceleratorError as error:
@@ -215,13 +216,31 @@ class RankClock:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def _timed(self, method: Loss, count: int, team: Team, from_host: bool, graph: bool) -> tuple[float, float, float]:
+    def _timed(self, method: Loss, count: int, team: Team, from_host: bool, way: str) -> tuple[float, float, float]:
         leaves, step = self.pairs(count, team), self.step
         if from_host:
             leaves, step = [to_host(leaf.detach()) for leaf in leaves], self.step_from_host
         call: Callable[[], object] = partial(step, method, leaves, team)
 
+        lead = torch.randn(3 if way == BEHIND else 0, LEAD_SIZE, LEAD_SIZE, device=self.device, dtype=torch.bfloat16)
+
+        def led(calls: int) -> float:
+            self.barrier(team)
+            spans = []
+            for _ in range(calls):
+                for _ in range(LEAD_PRODUCTS):
+                    torch.mm(lead[0], lead[1], out=lead[2])
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+                spans.append((start, end))
+            self.wait()
+            return sum(start.elapsed_time(end) for start, end in spans) / 1000 / calls
+
         def sample(calls: int = 1) -> float:
+            if way == BEHIND:
+                return led(min(calls, MOST_LED))
             self.barrier(team)
             began = time.perf_counter()
             for _ in range(calls):
@@ -230,7 +249,7 @@ class RankClock:
             return (time.perf_counter() - began) / calls
 
         sample()
-        if graph:
+        if way == GRAPH:
             call = self.captured(call)
         held = 0.0
         if self.cuda:
