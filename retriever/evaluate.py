@@ -1,10 +1,7 @@
-"""Towers on one BEIR split: encode, search, score; the dev set of a training run."""
+"""Towers on one BEIR split: encode, search, score."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +9,7 @@ from eval.beir import BeirDataset
 from eval.evaluate import evaluate_beir
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
-from retriever.config import DevConfig
-from retriever.encode import EncodeOptions, corpus_source
+from retriever.encode import EncodeOptions
 from retriever.encode_files import embed_corpus, embed_queries, ticking
 from retriever.progress import Terminal
 from retriever.ranks import Ranks
@@ -66,28 +62,3 @@ def evaluate_towers(
             progress=ticking(advance, tick),
             on_ranks=several,
         )
-
-
-def open_dev(config: DevConfig) -> BeirDataset | None:
-    """The split that a training run is evaluated on, cut to its first queries if so configured; none without a path."""
-    if not config.path:
-        return None
-    dataset = BeirDataset.open(config.path, config.split)
-    # Now rather than after the first hundred steps.
-    dataset.check(passage.id for passage in dataset.passages())
-    if config.max_queries is None:
-        return dataset
-    kept = sorted(dataset.qrels)[: config.max_queries]
-    return dataclasses.replace(
-        dataset,
-        queries={query: dataset.queries[query] for query in kept},
-        qrels={query: dataset.qrels[query] for query in kept},
-    )
-
-
-def dev_fingerprint(dev: BeirDataset | None) -> str:
-    """What the best score of a run was measured on."""
-    if dev is None:
-        return ""
-    judged = json.dumps([dev.queries, dev.qrels], sort_keys=True)
-    return f"{corpus_source(dev.corpus_file)['sha256']} {hashlib.sha256(judged.encode()).hexdigest()}"

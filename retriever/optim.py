@@ -173,6 +173,7 @@ def _normalised(gradient: Tensor, state: dict[str, Any], beta2: float, eps: floa
     square = matrix.square()
     row, column = state["exp_avg_sq_row"], state["exp_avg_sq_column"]
     row.lerp_(square.mean(dim=1).add_(eps), 1.0 - beta2)
-    column.lerp_(square.mean(dim=0).add_(eps), 1.0 - beta2)
+    # A product, since torch's mean over the rows of a tall matrix takes two thirds of its size for partial sums.
+    column.lerp_(torch.mv(square.T, square.new_full((len(square),), 1 / len(square))).add_(eps), 1.0 - beta2)
     update = torch.mul(matrix, (row / row.mean()).rsqrt_()[:, None], out=square)
     return update.mul_(column.rsqrt()).reshape(gradient.shape)

@@ -30,6 +30,8 @@ from retriever.towers import Towers
 MIB = 2**20
 # Of each number of an embedding after the loss: the leaf and its gradient.
 _AFTER_LOSS = 8
+# What cuBLAS takes for itself on a Hopper, for each of the threads of forward and backward.
+_OF_LIBRARY = 64 * MIB
 # What a backward pass holds beside its graph, as part of it; and before it has made any gradient of a weight.
 _BACKWARD, _BEGUN = 0.25, 0.05
 
@@ -104,7 +106,9 @@ def plan_step(
     }
     # safetensors makes bytes of copies, and the larger of the two files is the optimizer's; whole, where it is written.
     checkpoint = 2 * max(resident.values()) * divided.processes
-    if not on_gpu:
+    if on_gpu:
+        resident["of the library of products"] = float(_OF_LIBRARY)
+    else:
         resident["program, libraries, open data"] = max(0.0, used - sum(tensor.nbytes for tensor in held_tensors))
     half = 0.0
     if on_gpu and precision == "bf16" and divided.processes == 1:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.beir import BeirDataset
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
 from retriever import step_profile
 from retriever.build_loss import build_loss, check_ranks
@@ -27,10 +26,10 @@ from retriever.checkpoint import (
 )
 from retriever.config import CONFIG_FILE, TrainConfig, load_config, save_config, with_absolute_paths
 from retriever.cuda_graphs import check_replayable, replay_small_passes
+from retriever.dev import open_dev
 from retriever.device import choose_device, choose_precision
 from retriever.divided import gathered
 from retriever.encode import EncodeOptions
-from retriever.evaluate import dev_fingerprint, evaluate_towers, open_dev
 from retriever.graph_memory import GraphMemory
 from retriever.interrupt import Interrupted, StopRequest
 from retriever.meter import Meter
@@ -101,7 +100,7 @@ class Trainer:
         self.modules: dict[str, nn.Module] = {"towers": self.towers, "loss": self.loss}
         self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.dev = _open_dev(config)
+        self.dev = open_dev(config)
         cache = Path(config.data.cache) if config.data.cache else run / CACHE
         with ranks.first_before_others():
             self.batches, sources = open_training(
@@ -125,10 +124,7 @@ class Trainer:
             len(self.batches),
             ranks,
         )
-        dev = (
-            dev_fingerprint(self.dev) if self.dev is None or isinstance(self.dev, BeirDataset) else self.dev.fingerprint
-        )
-        self.state = TrainState(sources=sources, dev=dev)
+        self.state = TrainState(sources=sources, dev="" if self.dev is None else self.dev.fingerprint)
         self._saved_step = -1
 
     @classmethod
@@ -295,7 +291,7 @@ class Trainer:
     @property
     def dev_metric(self) -> str:
         """What the kept model is best in."""
-        return "nDCG@10" if self.dev is None or isinstance(self.dev, BeirDataset) else self.dev.metric
+        return "" if self.dev is None else self.dev.metric
 
     def _until_early_stop(self, loader: Any) -> Iterator[PreparedBatch]:
         patience = self.config.dev.patience
@@ -382,6 +378,7 @@ class Trainer:
             state.evaluations_without_gain += 1
 
     def _dev_measures(self, stop: StopRequest) -> dict[str, float]:
+        assert self.dev is not None
         # Divided towers are gathered by all at the same time, so that each rank does the whole of it.
         ranks, alone = (Ranks(), str(self.ranks.rank)) if self._sharded else (self.ranks, "")
         # Fixed places, so that what a killed run left is found and cleared.
@@ -393,15 +390,8 @@ class Trainer:
         options = EncodeOptions(self.precision, self.config.micro_batch_tokens)
         # Of several ranks none may leave the work that they share.
         tick = stop.check if self.ranks.size == 1 else None
-        measures: dict[str, float] = {}
         try:
-            if isinstance(self.dev, BeirDataset):
-                _, metrics = evaluate_towers(
-                    self.towers, self.dev, embeddings, options, self.terminal, k=100, tick=tick, ranks=ranks
-                )
-                measures = metrics.mean
-            elif ranks.first:
-                measures = self.dev.evaluate(self.towers, options, self.terminal, tick=tick)
+            measures = self.dev.measures(self.towers, embeddings, options, self.terminal, tick=tick, ranks=ranks)
             return self.ranks.told(measures)
         finally:
             if ranks.first:
@@ -423,12 +413,3 @@ def _build_towers(config: TrainConfig) -> Any:
     from retriever.images.towers import build_image_text_towers
 
     return build_image_text_towers(config.model)
-
-
-def _open_dev(config: TrainConfig) -> Any:
-    """A BeirDataset, an ImageDev, or none."""
-    if not config.model.image.name or not config.dev.path:
-        return open_dev(config.dev)
-    from retriever.images.dev import ImageDev
-
-    return ImageDev.open(config.dev)

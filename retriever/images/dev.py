@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from retriever.encode_files import ticking
 from retriever.images.encode import AT_ONCE, Decoder, embed_readable
 from retriever.images.towers import ImageTextTowers
 from retriever.progress import Terminal
+from retriever.ranks import Ranks
 
 _METRICS = {"retrieval": "recall@1", "classification": "acc1", "multilabel": "mean_average_precision"}
 
@@ -49,6 +51,19 @@ class ImageDev:
     def fingerprint(self) -> str:
         """What the scores of a run are measured on."""
         return self.dataset.sha256()
+
+    def measures(
+        self,
+        towers: Any,
+        embeddings: Path,
+        options: EncodeOptions,
+        terminal: Terminal,
+        *,
+        tick: Callable[[], None] | None,
+        ranks: Ranks,
+    ) -> dict[str, float]:
+        """Those of `evaluate`, which the first rank makes alone; none on the others."""
+        return self.evaluate(towers, options, terminal, tick=tick) if ranks.first else {}
 
     def evaluate(
         self,

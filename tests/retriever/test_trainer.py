@@ -18,7 +18,7 @@ from forks import LoadedPython
 from run_helpers import assert_same, results
 from safetensors.torch import load_file
 
-import retriever.trainer as trainer_module
+import retriever.dev as dev_module
 from index.files import InputError
 from retriever import graph_memory
 from retriever.checkpoint import load_checkpoint
@@ -135,7 +135,7 @@ def test_interrupted_evaluation_is_made_up_for(
 ) -> None:
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     train(whole)
-    real = trainer_module.evaluate_towers
+    real = dev_module.evaluate_towers
     begun = 0
 
     def stopped(*arguments: Any, tick: Any, **options: Any) -> Any:
@@ -146,7 +146,7 @@ def test_interrupted_evaluation_is_made_up_for(
         return real(*arguments, tick=tick, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "evaluate_towers", stopped)
+        patch.setattr(dev_module, "evaluate_towers", stopped)
         with pytest.raises(Interrupted, match="SIGINT"):
             train(config)
     step = 4 * evaluation
@@ -206,13 +206,13 @@ def test_micro_batches_do_not_change_a_step(config: TrainConfig, tmp_path: Path)
 
 def test_early_stop_keeps_the_best_model(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.3, 0.5, 0.4, 0.2, 0.9])
-    real = trainer_module.evaluate_towers
+    real = dev_module.evaluate_towers
 
     def scripted(*arguments: Any, **options: Any) -> Any:
         run, metrics = real(*arguments, **options)
         return run, dataclasses.replace(metrics, mean={**metrics.mean, "ndcg@10": next(scores)})
 
-    monkeypatch.setattr(trainer_module, "evaluate_towers", scripted)
+    monkeypatch.setattr(dev_module, "evaluate_towers", scripted)
     dev = dataclasses.replace(config.dev, every=2, patience=2)
     trainer = Trainer.start(dataclasses.replace(config, dev=dev, checkpoint_every=2, keep_checkpoints=9), Terminal())
     trainer.train()

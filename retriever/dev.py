@@ -1,0 +1,111 @@
+"""The dev set of a run: what its models are measured on while they are trained, and chosen by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from eval.beir import BeirDataset
+from retriever.config import DevConfig, TrainConfig
+from retriever.encode import EncodeOptions, corpus_source
+from retriever.evaluate import evaluate_towers
+from retriever.progress import Terminal
+from retriever.ranks import Ranks
+
+# Passages a query that are scored.
+DEPTH = 100
+
+
+class DevSet(Protocol):
+    """What a trainer asks of either kind."""
+
+    @property
+    def metric(self) -> str:
+        """What a model is chosen by: the name of one of the measures, but for capitals."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What the scores of a run are measured on."""
+
+    def measures(
+        self,
+        towers: Any,
+        embeddings: Path,
+        options: EncodeOptions,
+        terminal: Terminal,
+        *,
+        tick: Callable[[], None] | None,
+        ranks: Ranks,
+    ) -> dict[str, float]:
+        """All measures, on the first of the ranks at least, which call it together.
+
+        Args:
+            towers: in evaluation mode, on the device to use.
+            embeddings: a folder for those of passages, where they go to a disk.
+            tick: called after every micro-batch; may raise to end the evaluation.
+        """
+
+
+@dataclass(frozen=True)
+class TextDev:
+    """A split of a BEIR folder."""
+
+    dataset: BeirDataset
+    metric: str = "nDCG@10"
+
+    @classmethod
+    def open(cls, config: DevConfig) -> TextDev:
+        """The split, cut to its first queries if so configured.
+
+        Raises:
+            InputError: there is none, or a row of it is bad.
+        """
+        dataset = BeirDataset.open(config.path, config.split)
+        # Now rather than after the first hundred steps.
+        dataset.check(passage.id for passage in dataset.passages())
+        if config.max_queries is not None:
+            kept = sorted(dataset.qrels)[: config.max_queries]
+            dataset = dataclasses.replace(
+                dataset,
+                queries={query: dataset.queries[query] for query in kept},
+                qrels={query: dataset.qrels[query] for query in kept},
+            )
+        return cls(dataset)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        judged = json.dumps([self.dataset.queries, self.dataset.qrels], sort_keys=True)
+        corpus = corpus_source(self.dataset.corpus_file)["sha256"]
+        return f"{corpus} {hashlib.sha256(judged.encode()).hexdigest()}"
+
+    def measures(
+        self,
+        towers: Any,
+        embeddings: Path,
+        options: EncodeOptions,
+        terminal: Terminal,
+        *,
+        tick: Callable[[], None] | None,
+        ranks: Ranks,
+    ) -> dict[str, float]:
+        _, metrics = evaluate_towers(
+            towers, self.dataset, embeddings, options, terminal, k=DEPTH, tick=tick, ranks=ranks
+        )
+        return metrics.mean
+
+
+def open_dev(config: TrainConfig) -> DevSet | None:
+    """The dev set of a configuration, of texts or of pictures; none without a path."""
+    if not config.dev.path:
+        return None
+    if not config.model.image.name:
+        return TextDev.open(config.dev)
+    from retriever.images.dev import ImageDev
+
+    return ImageDev.open(config.dev)
