@@ -115,7 +115,7 @@ def fitting_tokens(most: float) -> int:
 
 def encode_tokens(device: torch.device) -> int:
     """Tokens that pass through a tower at once where no graph is kept, if nothing else is asked for and they fit."""
-    return CPU_TOKENS if device.type != "cuda" else 131072
+    return CPU_TOKENS if device.type != "cuda" else 262144
 
 
 @dataclass(frozen=True)

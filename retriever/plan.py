@@ -113,9 +113,8 @@ def plan_step(
     half = 0.0
     if on_gpu and precision == "bf16" and divided.processes == 1:
         half = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
-    # Captured backwards add theirs in a place that stays.
-    captured = 2 * half if config.cuda_graphs else 0.0
-    gradients -= captured
+    # Captured backwards leave theirs in a place of their own.
+    captured = half if config.cuda_graphs else 0.0
     offloaded = on_gpu and config.offload_embeddings
     at_loss, after_loss = (AT_LOSS_OFFLOADED, 0) if offloaded else (AT_LOSS, _AFTER_LOSS)
     workspace = _workspace(config, batch.queries, passages, width, on_gpu, ranks)
@@ -123,7 +122,7 @@ def plan_step(
     exchanged = _exchanged(passages, width, ranks, config)
     step = {
         "weights in bf16": half,
-        "gradients, where CUDA graphs add them": captured,
+        "gradients of CUDA graphs": captured,
         "layers gathered from all processes": gathered,
         "gradients": gradients,
         f"graphs kept until the loss ({kept} of {len(sizes)} micro-batches)": kept_graphs,

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-OURS = "ours, "
+OURS = "ours"
 # Lines that would only crowd the plots: the table has them.
 LEFT_OUT = ("ours, chunked fp32", "ours, full fp32", "ours, sigmoid chunked bf16")
 LEAST_GAP = 0.036

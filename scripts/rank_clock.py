@@ -230,6 +230,9 @@ class RankClock:
             for _ in range(calls):
                 for _ in range(LEAD_PRODUCTS):
                     torch.mm(lead[0], lead[1], out=lead[2])
+                if team.group is not None:
+                    # One device may have been quicker, and would wait for the other within the call.
+                    distributed.all_reduce(lead[0, 0], group=team.group)
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 call()

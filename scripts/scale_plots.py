@@ -16,7 +16,7 @@ def draw(rows: Rows, results: Path) -> None:
     losses = [{**row, "size": row["pairs"], "kind": "softmax"} for row in rows if row["part"] == "loss"]
     if losses:
         about = f"{losses[0]['ranks']} × {losses[0]['hardware']}, {losses[0]['dim']} dimensions"
-        title = f"memory of the loss on each, embeddings and gradients included, {about}"
+        title = f"memory of the loss on each of {about}"
         plot(losses, "peak_mib", "MiB at the peak", title, results / "scale_memory.png")
     scaling = [row for row in rows if row["part"] == "scaling" and row["milliseconds"]]
     steps = [row for row in rows if row["part"] == "step" and row["milliseconds"]]

@@ -30,7 +30,7 @@ class Embedding:
     """Arithmetic of the tower. On a GPU bf16 is the fast one, with weights of bf16; elsewhere, and in fp16, autocast.
     Vectors of one are those of another but for rounding."""
     micro_batch_tokens: int | None = None
-    """Tokens at once, padding included; empty: 4096 on a CPU, up to 131072 on a GPU, by its free memory."""
+    """Tokens at once, padding included; empty: 4096 on a CPU, up to 262144 on a GPU, by its free memory."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes CUDA where there is one."""
     json: Switch = False
