@@ -100,16 +100,24 @@ class EmbeddingWriter:
             ValueError: `vectors` has another shape, or the store is complete.
             OSError: the disk is full.
         """
+        first = self.rows + len(self._buffer)
+        lines = [passage_line(passage, f"{self.folder}: row {first + n}") for n, passage in enumerate(passages)]
+        self.append_lines([passage.id for passage in passages], lines, vectors)
+
+    def append_lines(self, ids: list[str], lines: Sequence[bytes], vectors: np.ndarray) -> None:
+        """`append` of passages that are `passage_line`s already, with their ids.
+
+        Raises:
+            as `append`, but for ids and texts, which passage_line has looked at.
+        """
         if self.complete:
             raise ValueError(f"{self.folder}: the store is complete, nothing can be appended")
-        if vectors.shape != (len(passages), self.dim):
-            raise ValueError(f"vectors: expected shape {(len(passages), self.dim)}, found {vectors.shape}")
+        if not len(ids) == len(lines) == len(vectors) or vectors.shape[1:] != (self.dim,):
+            raise ValueError(f"vectors: expected shape {(len(ids), self.dim)}, found {vectors.shape}")
         first = self.rows + len(self._buffer)
-        stored = self._checked_vectors(passages, vectors, first)
-        lines = [passage_line(passage, f"{self.folder}: row {first + n}") for n, passage in enumerate(passages)]
-        ids = [passage.id for passage in passages]
+        stored = self._checked_vectors(ids, vectors, first)
         self._enter_ids(ids, first)
-        for start, stop in self._pieces(len(passages)):
+        for start, stop in self._pieces(len(ids)):
             self._buffer.add(ids[start:stop], stored[start:stop], lines[start:stop])
             if len(self._buffer) == self.shard_rows:
                 self._write_shard(complete=False)
@@ -176,14 +184,14 @@ class EmbeddingWriter:
             if unlisted or TEMPORARY_FILE.fullmatch(path.name):
                 path.unlink()
 
-    def _checked_vectors(self, passages: Sequence[Passage], vectors: np.ndarray, first: int) -> np.ndarray:
+    def _checked_vectors(self, ids: Sequence[str], vectors: np.ndarray, first: int) -> np.ndarray:
         with np.errstate(over="ignore"):  # what does not fit float16 becomes infinite, and is refused as such
             stored = vectors.astype(self._dtype, order="C")
         finite = np.isfinite(stored).all(axis=1)
         if not finite.all():
             row = int(np.argmin(finite))
             found = "found one too large for float16" if np.isfinite(vectors[row]).all() else "found NaN or infinity"
-            place = f"{self.folder}: row {first + row}, passage {passages[row].id!r}"
+            place = f"{self.folder}: row {first + row}, passage {ids[row]!r}"
             raise InputError(f"{place}: expected a finite vector, {found}")
         return stored
 

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError":
             return _fail("out of GPU memory: lower --micro-batch-tokens, or the batch", 1)
         if str(error).startswith("DataLoader worker"):
-            return _fail("a process of --data.workers was killed, for want of memory perhaps", 1)
+            return _fail("a process that prepares data was killed, for want of memory perhaps", 1)
         raise
     except KeyboardInterrupt:
         return _fail("interrupted", 1)

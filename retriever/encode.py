@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,8 @@ import torch
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
 from index.passages import Passage
-from retriever.ahead import ahead, giving_way
+from retriever.ahead import giving_way
+from retriever.corpus_windows import WINDOW, CorpusWindow, Cut, WindowMaker, corpus_windows
 from retriever.device import Arriving, Precision, to_device
 from retriever.graph_memory import LEAST_TOKENS, EncodeMemory
 from retriever.half_weights import arithmetic
@@ -25,13 +25,6 @@ from retriever.packing import pack
 from retriever.tokens import TokenizedTexts
 from retriever.towers import Side, Towers
 
-# Passages read, tokenized and sorted by length at a time. Each window costs its threads their turns at Python's lock
-# again: 1.3 million tokens/s in windows of 8,192, 1.7 million in these (BERT-base on one H200).
-WINDOW = 32768
-# The first ones are smaller, so that a device soon has work.
-FIRST_WINDOW = 4096
-# Of a window's embeddings, some of which wait on the host.
-WINDOW_BYTES = 2**27
 # Windows that wait to be written.
 MOST_WAITING = 2
 
@@ -139,7 +132,9 @@ def encode_passages(
     dtype: Literal["float32", "float16"] = "float32",
     shard_rows: int = 65536,
     window: int = WINDOW,
+    workers: int = 0,
     progress: Callable[[int], None] | None = None,
+    notice: Callable[[str, str], None] | None = None,
 ) -> EmbeddingStore:
     """Embed passages into the store `out`, in their order, in constant memory.
 
@@ -154,7 +149,9 @@ def encode_passages(
         dtype: "float32" or "float16", of the vectors on disk.
         shard_rows: rows a shard.
         window: most passages that are sorted by length together; vectors depend on it by rounding.
+        workers: processes that read and tokenize, each of them the whole of `passages`; none for threads of this one.
         progress: called with the number of passages done since the last call, those of an earlier run included.
+        notice: called with what is odd in a passage that is embedded, and its id.
 
     Raises:
         InputError: `out` holds something else, or the corpus is bad or empty.
@@ -169,24 +166,27 @@ def encode_passages(
         shard_rows=shard_rows,
     ) as writer:
         if not writer.complete:
-            stream = iter(passages)
-            done = sum(1 for _ in itertools.islice(stream, writer.rows))
-            if progress is not None and done:
-                progress(done)
             row = writer.rows
+            if progress is not None and row:
+                progress(row)
+            maker = window_maker(towers, out)
+            windows = corpus_windows(passages, row, Cut(shard_rows, window, towers.dimension), maker, workers)
             with (
                 giving_way(),
-                contextlib.closing(ahead(cut(stream, row, shard_rows, window, towers.dimension))) as texts,
-                contextlib.closing(ahead(with_tokens(towers, texts))) as windows,
+                contextlib.closing(windows),
                 # Sums and files of one window are made while the next are on their way, which they would hold up.
                 ThreadPoolExecutor(1, "writer") as writing,
             ):
                 waiting: deque[Future[None]] = deque()
-                for some, vectors in embed_windows(towers, windows, "document", options, progress):
+                tokenized = ((made, made.tokens) for made in windows)
+                for made, vectors in embed_windows(towers, tokenized, "document", options, progress):
                     if len(waiting) == MOST_WAITING:
                         waiting.popleft().result()
-                    waiting.append(writing.submit(_append, writer, some, vectors, waiting[-1] if waiting else None))
-                    row += len(some)
+                    waiting.append(writing.submit(_append, writer, made, vectors, waiting[-1] if waiting else None))
+                    row += len(made)
+                    if notice is not None:
+                        for what, where in made.odd:
+                            notice(what, where)
                 for written in waiting:
                     written.result()
             if row == 0:
@@ -195,26 +195,13 @@ def encode_passages(
     return EmbeddingStore.open(out)
 
 
-def cut(stream: Iterator[Passage], row: int, shard_rows: int, window: int, dim: int) -> Iterator[list[Passage]]:
-    """Passages from the row `row` on in windows.
-
-    These depend on the row alone, and end where a shard does: after an interruption, and on another rank, the same
-    ones follow, and so the same bits.
-    """
-    most = max(1, min(window, WINDOW_BYTES // (4 * dim)))
-    while some := list(itertools.islice(stream, min(most, max(row, FIRST_WINDOW), shard_rows - row % shard_rows))):
-        yield some
-        row += len(some)
+def window_maker(towers: Towers, out: Path) -> WindowMaker:
+    """What makes windows of passages for the towers and the store `out`."""
+    return WindowMaker(towers.tokenizer("document"), towers.prompt("document"), str(out))
 
 
-def with_tokens(towers: Towers, windows: Iterable[list[Passage]]) -> Iterator[tuple[list[Passage], TokenizedTexts]]:
-    """Windows with the token ids of their passages."""
-    for window in windows:
-        yield window, _tokenized(towers, [passage.content for passage in window], "document")
-
-
-def _append(writer: EmbeddingWriter, window: list[Passage], vectors: np.ndarray, before: Future[None] | None) -> None:
+def _append(writer: EmbeddingWriter, window: CorpusWindow, vectors: np.ndarray, before: Future[None] | None) -> None:
     # What stopped the window before this one stops this one too: rows that are missing are never in the middle.
     if before is not None:
         before.result()
-    writer.append(window, vectors)
+    writer.append_lines(window.ids, window.lines, vectors)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from index.embeddings import EmbeddingStore
-from index.passages import Passage, read_passages
+from index.passages import read_passages
 from index.records import count_records
-from retriever.data.sources import HUGE_TEXT, Notices
-from retriever.encode import WINDOW, EncodeOptions, corpus_source, embed_texts
+from retriever.corpus_windows import WINDOW
+from retriever.data.sources import Notices
+from retriever.encode import EncodeOptions, corpus_source, embed_texts
 from retriever.progress import Terminal
 from retriever.ranks import Ranks, encode_on_ranks
 from retriever.towers import Towers
@@ -42,6 +43,7 @@ def embed_corpus(
     dtype: Literal["float32", "float16"] = "float32",
     shard_rows: int = 65536,
     window: int = WINDOW,
+    workers: int = 0,
     tick: Tick = None,
     ranks: Ranks | None = None,
 ) -> EmbeddingStore:
@@ -56,14 +58,16 @@ def embed_corpus(
         store = encode_on_ranks(
             ranks or Ranks(),
             towers,
-            _watched(read_passages(corpus), notices),
+            read_passages(corpus),
             folder,
             options,
             source=corpus_source(corpus),
             dtype=dtype,
             shard_rows=shard_rows,
             window=window,
+            workers=workers,
             progress=ticking(advance, tick),
+            notice=notices.add,
         )
     for notice in notices.lines():
         terminal.line(f"{corpus.name}: {notice}")
@@ -76,12 +80,3 @@ def embed_queries(
     """Vectors of queries, float32 [texts, dimension]."""
     with terminal.bar("encode queries", len(texts), "queries") as advance:
         return embed_texts(towers, texts, "query", options, ticking(advance, tick))
-
-
-def _watched(passages: Iterator[Passage], notices: Notices) -> Iterator[Passage]:
-    for passage in passages:
-        if not passage.content:
-            notices.add("passages without any text", passage.id)
-        elif len(passage.content) > HUGE_TEXT:
-            notices.add("passages of more than 1 MiB, of which a model reads only the beginning", passage.id)
-        yield passage

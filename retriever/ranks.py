@@ -20,8 +20,9 @@ from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 from index.passages import Passage
 from retriever.ahead import ahead, giving_way
+from retriever.corpus_windows import WINDOW, Cut, WindowMaker, oddities
 from retriever.data.schedule import Share
-from retriever.encode import WINDOW, EncodeOptions, cut, embed_windows, encode_passages, with_tokens
+from retriever.encode import EncodeOptions, embed_windows, encode_passages, window_maker
 from retriever.first_error import first_error_shown
 from retriever.progress import Terminal
 from retriever.towers import Towers
@@ -179,7 +180,9 @@ def encode_on_ranks(
     dtype: Literal["float32", "float16"] = "float32",
     shard_rows: int = 65536,
     window: int = WINDOW,
+    workers: int = 0,
     progress: Callable[[int], None] | None = None,
+    notice: Callable[[str, str], None] | None = None,
 ) -> EmbeddingStore:
     """`encode_passages` by all ranks together: rank r embeds the shards r, r + W, … and rank 0 writes them, in order.
 
@@ -199,7 +202,9 @@ def encode_on_ranks(
             dtype=dtype,
             shard_rows=shard_rows,
             window=window,
+            workers=workers,
             progress=progress,
+            notice=notice,
         )
     begun = torch.zeros(2, dtype=torch.int64)
     with contextlib.ExitStack() as held:
@@ -223,7 +228,8 @@ def encode_on_ranks(
             skipped = sum(1 for _ in itertools.islice(stream, rows))
             if progress is not None and skipped:
                 progress(skipped)
-            embed = _Embed(towers, options, shard_rows, window)
+            cut = Cut(shard_rows, window, towers.dimension)
+            embed = _Embed(towers, options, cut, window_maker(towers, out))
             for shard, owner in zip(_shards(stream, shard_rows), itertools.cycle(range(ranks.size)), strict=False):
                 if writer is not None:
                     here = owner == 0
@@ -231,6 +237,9 @@ def encode_on_ranks(
                 elif owner == ranks.rank:
                     distributed.send(torch.from_numpy(embed(shard, rows)), 0)
                 rows += len(shard)
+                if notice is not None:
+                    for what, where in ((what, passage.id) for passage in shard for what in oddities(passage)):
+                        notice(what, where)
                 if progress is not None:
                     progress(len(shard))
             if not rows:
@@ -242,14 +251,14 @@ def encode_on_ranks(
 class _Embed:
     """The vectors of a shard's passages, in the windows that `encode_passages` has."""
 
-    def __init__(self, towers: Towers, options: EncodeOptions, shard_rows: int, window: int) -> None:
+    def __init__(self, towers: Towers, options: EncodeOptions, cut: Cut, maker: WindowMaker) -> None:
         self._towers, self._options = towers, options
-        self._shard_rows, self._window = shard_rows, window
+        self._cut, self._maker = cut, maker
 
     def __call__(self, shard: list[Passage], row: int) -> np.ndarray:
         """Of the shard that begins at the row `row`."""
-        windows = cut(iter(shard), row, self._shard_rows, self._window, self._towers.dimension)
-        with giving_way(), contextlib.closing(ahead(with_tokens(self._towers, windows))) as tokenized:
+        windows = ((None, self._maker.tokens(some)) for _, some in self._cut(iter(shard), row))
+        with giving_way(), contextlib.closing(ahead(windows)) as tokenized:
             embedded = embed_windows(self._towers, tokenized, "document", self._options)
             return np.concatenate([vectors for _, vectors in embedded])
 

@@ -31,8 +31,9 @@ from machine import machine
 from sized_texts import PASSAGE, SizedTexts
 
 from index.passages import read_passages
+from retriever.corpus_windows import WINDOW
 from retriever.device import choose_precision
-from retriever.encode import WINDOW, EncodeOptions, embed_windows, encode_passages
+from retriever.encode import EncodeOptions, embed_windows, encode_passages
 from retriever.graph_memory import EncodeMemory
 from retriever.half_weights import arithmetic
 from retriever.tokens import TokenizedTexts
@@ -69,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--passages", type=int, default=400_000, help="ours")
     parser.add_argument("--their-passages", type=int, default=20_000, help="theirs")
     parser.add_argument("--their-batches", type=int, nargs="+", default=[64, 256, 1024], help="texts a batch")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0], help="processes that read and tokenize, of ours")
     parser.add_argument("--budget", type=float, help="seconds for all of it, kept to by fewer passages (default: none)")
     parser.add_argument("--memory", action="store_true", help="only show the host's memory while a corpus goes through")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for encode.csv")
@@ -142,9 +144,12 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
     )
     with arithmetic(towers, settings.precision):
         planned = EncodeMemory.plan(towers, texts=WINDOW).peak
-    reset_peak()
-    real, seconds = from_file(towers, texts, count, settings, folder)
-    keep(f"{name}, file to store", count, real, seconds, planned)
+    real = write_corpus(towers, texts, count, folder / "corpus.jsonl")
+    for workers in options.workers:
+        reset_peak()
+        seconds = from_file(towers, folder / "corpus.jsonl", settings, folder / f"store{workers}", workers)
+        by = f", {workers} workers" if workers else ""
+        keep(f"{name}, file to store{by}", count, real, seconds, planned)
     print(f"{budget.spent():.0f} s in all", flush=True)
 
 
@@ -180,20 +185,22 @@ def from_tokens(towers: Towers, tokens: TokenizedTexts, repeats: int, settings: 
     return time.perf_counter() - start
 
 
-def from_file(
-    towers: Towers, texts: SizedTexts, count: int, settings: EncodeOptions, folder: Path
-) -> tuple[int, float]:
-    """Tokens of a corpus file of so many passages, and the seconds from it to the checksummed store."""
-    corpus, tokenizer = folder / "corpus.jsonl", towers.tokenizer("document")
+def write_corpus(towers: Towers, texts: SizedTexts, count: int, corpus: Path) -> int:
+    """A corpus file of so many passages; returns its tokens."""
+    tokenizer = towers.tokenizer("document")
     texts.write_corpus(corpus, count)
     passages, real = read_passages(corpus), 0
     while window := [passage.content for passage in itertools.islice(passages, WINDOW)]:
         real += len(tokenizer(window).ids)
+    return real
+
+
+def from_file(towers: Towers, corpus: Path, settings: EncodeOptions, store: Path, workers: int) -> float:
+    """The seconds from a corpus file to the checksummed store."""
+    source = {"name": "bench"}
     start = time.perf_counter()
-    encode_passages(
-        towers, read_passages(corpus), folder / "store", settings, source={"name": "bench"}, dtype="float16"
-    )
-    return real, time.perf_counter() - start
+    encode_passages(towers, read_passages(corpus), store, settings, source=source, dtype="float16", workers=workers)
+    return time.perf_counter() - start
 
 
 def memory(options: argparse.Namespace, folder: Path) -> None:

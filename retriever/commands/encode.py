@@ -30,10 +30,14 @@ class Encode(Embedding):
     """Of the vectors on disk."""
     shard_rows: int = 65536
     """Passages or pictures a shard; at most so many are lost when a run is killed."""
+    workers: int = 0
+    """Processes that read and tokenize a corpus, each of them all of its file; 0: threads."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "shard_rows")
+        if self.workers < 0:
+            raise ValueError(f"--workers: expected a number from 0 on, found {self.workers}")
 
     def run(self, terminal: Terminal) -> int:
         from retriever.ranks import SilentTerminal, joined_ranks
@@ -77,6 +81,6 @@ class Encode(Embedding):
                 f"{self.data}: expected a corpus for {self.model}, which embeds texts alone, found a folder of pictures"
             )
         corpus = beir_file(self.data, "corpus.jsonl") if self.data.is_dir() else self.data
-        how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows}
+        how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows, "workers": self.workers}
         towers.to(own_device(towers.device))
         return embed_corpus(towers, corpus, self.out, self.options(), terminal, ranks=ranks, **how)

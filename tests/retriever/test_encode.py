@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -105,7 +106,7 @@ def test_interrupted_store_ends_with_the_bytes_of_an_undisturbed_one(
     towers: Towers, corpus: Path, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Windows smaller than the corpus, and no multiple of the shards.
-    monkeypatch.setattr("retriever.encode.FIRST_WINDOW", 4)
+    monkeypatch.setattr("retriever.corpus_windows.FIRST_WINDOW", 4)
     source, options = corpus_source(corpus), EncodeOptions(micro_batch_tokens=200)
 
     def encode(out: Path, passages: object = None) -> EmbeddingStore:
@@ -201,6 +202,51 @@ def test_loaded_model_gives_the_vectors_of_the_one_saved(towers: Towers, texts: 
     np.testing.assert_array_equal(
         embed_texts(loaded, texts, "query", EncodeOptions()), embed_texts(towers, texts, "query", EncodeOptions())
     )
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_make_the_store_that_threads_make(
+    towers: Towers, corpus: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retriever.corpus_windows.FIRST_WINDOW", 4)
+    options: dict[str, Any] = {"source": corpus_source(corpus), "shard_rows": 16, "window": 10}
+    encoding = EncodeOptions(micro_batch_tokens=200)
+    encode_passages(towers, read_passages(corpus), tmp_path / "threads", encoding, **options)
+    out = tmp_path / "workers"
+    torn = list(read_passages(corpus))
+    torn[50] = dataclasses.replace(torn[50], id="two words")
+    with pytest.raises(InputError, match=f"^{out}: row 50: expected an id without white space, found 'two words'$"):
+        encode_passages(towers, torn, out, encoding, workers=workers, **options)
+    # Shards before it are whole; one window was still on its way.
+    assert len(list(out.glob("*.npy"))) == 2
+    progress: list[int] = []
+    encode_passages(towers, read_passages(corpus), out, encoding, workers=workers, progress=progress.append, **options)
+    assert progress[0] == 32 and sum(progress) == 99
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "threads").iterdir()
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_bad_line_is_named_and_odd_passages_are_counted(
+    towers: Towers, corpus: Path, tmp_path: Path, workers: int
+) -> None:
+    lines = corpus.read_text(encoding="utf-8").splitlines()
+    lines[20] = json.dumps({"_id": "empty", "text": ""})
+    found: list[tuple[str, str]] = []
+    options: dict[str, Any] = {
+        "source": {"name": "c"},
+        "window": 8,
+        "workers": workers,
+        "notice": lambda *a: found.append(a),
+    }
+    (path := tmp_path / "odd.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    encode_passages(towers, read_passages(path), tmp_path / "odd", EncodeOptions(), **options)
+    assert found[0] == ("passages without any text", "empty")
+    lines[70] = "{"
+    (path := tmp_path / "bad.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"^{path}:71: expected JSON, found: [^\n]*$"):
+        encode_passages(towers, read_passages(path), tmp_path / "bad", EncodeOptions(), **options)
 
 
 def test_nothing_is_written_after_a_passage_that_is_refused(towers: Towers, corpus: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from retriever import graph_memory
 from retriever.config import ModelConfig
-from retriever.encode import WINDOW, EncodeOptions, embed_windows
+from retriever.corpus_windows import WINDOW
+from retriever.encode import EncodeOptions, embed_windows
 from retriever.graph_memory import LEAST_TOKENS, MOST_TOKENS, EncodeMemory, GraphMemory, fitting_tokens
 from retriever.half_weights import arithmetic
 from retriever.towers import build_towers

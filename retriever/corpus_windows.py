@@ -1,0 +1,161 @@
+"""A corpus in windows, of passages that are sorted by length together: lines for a store, tokens for a tower.
+
+They are made by a thread, or by processes of which each makes every n-th: one thread's share of Python's lock is what
+a GPU then waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from index.files import InputError
+from index.passages import Passage
+from index.shards import passage_line
+from retriever.ahead import ahead
+from retriever.data.sources import HUGE_TEXT
+from retriever.tokens import TextTokenizer, TokenizedTexts
+from retriever.workers import become_worker
+
+# Passages read, tokenized and sorted by length at a time. Each window costs its threads their turns at Python's lock
+# again: 1.3 million tokens/s in windows of 8,192, 1.9 million in these (BERT-base on one H200).
+WINDOW = 32768
+# The first ones are smaller, so that a device soon has work.
+FIRST_WINDOW = 4096
+# Of a window's embeddings, some of which wait on the host.
+WINDOW_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a corpus is cut. Windows depend on the row alone, and end where a shard does: after an interruption, and on
+    another rank, the same ones follow, and so the same bits."""
+
+    shard_rows: int
+    window: int
+    """Most passages of a window, if their embeddings are not too large."""
+    dim: int
+
+    def __call__(self, passages: Iterator[Passage], row: int) -> Iterator[tuple[int, list[Passage]]]:
+        """(first row, passages) of each window from the row `row` on, at which `passages` begin."""
+        most = max(1, min(self.window, WINDOW_BYTES // (4 * self.dim)))
+        while some := list(
+            itertools.islice(passages, min(most, max(row, FIRST_WINDOW), self.shard_rows - row % self.shard_rows))
+        ):
+            yield row, some
+            row += len(some)
+
+
+@dataclass(frozen=True)
+class CorpusWindow:
+    """Passages as a store takes them, and their tokens."""
+
+    ids: list[str]
+    lines: list[bytes]
+    tokens: TokenizedTexts
+    odd: list[tuple[str, str]]
+    """What is odd in which passage."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class WindowMaker:
+    """Makes windows of passages; it has no weights, so that processes can."""
+
+    tokenizer: TextTokenizer
+    prompt: str
+    store: str
+    """Named in errors."""
+
+    def __call__(self, row: int, passages: list[Passage]) -> CorpusWindow:
+        """The window of the passages that begin at a row.
+
+        Raises:
+            InputError: an id or a text of them cannot be stored.
+        """
+        lines = [passage_line(passage, f"{self.store}: row {row + n}") for n, passage in enumerate(passages)]
+        odd = [(what, passage.id) for passage in passages for what in oddities(passage)]
+        return CorpusWindow([passage.id for passage in passages], lines, self.tokens(passages), odd)
+
+    def tokens(self, passages: list[Passage]) -> TokenizedTexts:
+        """Token ids of the passages, with the model's prompt before each."""
+        return self.tokenizer([self.prompt + passage.content for passage in passages])
+
+
+def oddities(passage: Passage) -> list[str]:
+    """What a user should hear of a passage, once for all of a kind."""
+    if not passage.content:
+        return ["passages without any text"]
+    if len(passage.content) > HUGE_TEXT:
+        return ["passages of more than 1 MiB, of which a model reads only the beginning"]
+    return []
+
+
+def corpus_windows(
+    passages: Iterable[Passage], row: int, cut: Cut, maker: WindowMaker, workers: int = 0
+) -> Generator[CorpusWindow, None, None]:
+    """The windows of a corpus from its row `row` on, made ahead of their use. Close it to end what makes them.
+
+    Args:
+        passages: the whole corpus; with workers it is read from its beginning by each of them, so nothing of it may
+            have been read before.
+        workers: processes; none for a thread of this one.
+
+    Raises:
+        InputError: a passage is bad.
+        OSError: the corpus cannot be read.
+    """
+    if not workers:
+        rows = itertools.islice(passages, row, None)
+        with (
+            contextlib.closing(ahead(cut(rows, row))) as read,
+            contextlib.closing(ahead(itertools.starmap(maker, read))) as made,
+        ):
+            yield from made
+        return
+    stream = _WorkersWindows(passages, row, cut, maker)
+    loader = DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        prefetch_factor=1,
+        worker_init_fn=become_worker,
+    )
+    for window in loader:
+        if isinstance(window, Exception):
+            raise window
+        yield window
+
+
+@dataclass(frozen=True)
+class _WorkersWindows(IterableDataset[CorpusWindow | Exception]):
+    """Of each worker every n-th window, and what stopped it: the loader takes from them in turns, so that what it hands
+    out is in the order of the corpus."""
+
+    passages: Iterable[Passage]
+    row: int
+    cut: Cut
+    maker: WindowMaker
+
+    def __iter__(self) -> Iterator[CorpusWindow | Exception]:
+        worker = get_worker_info()
+        assert worker is not None
+        try:
+            windows = self.cut(itertools.islice(self.passages, self.row, None), self.row)
+            for row, some in itertools.islice(windows, worker.id, None, worker.num_workers):
+                yield self.maker(row, some)
+        except (InputError, OSError) as error:
+            # Raised there it would come with the worker's traceback for a message.
+            yield error
+
+
+def _unchanged(window: Any) -> Any:
+    return window
