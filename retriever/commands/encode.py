@@ -31,7 +31,7 @@ class Encode(Embedding):
     shard_rows: int = 65536
     """Passages or pictures a shard; at most so many are lost when a run is killed."""
     workers: int = 0
-    """Processes that read and tokenize a corpus, each of them all of its file; 0: threads."""
+    """Processes that read and tokenize a corpus, each of them all of its file; 0: threads, as under torchrun."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
