@@ -118,6 +118,8 @@ class IndexBuild(RecallTarget):
 
         if self.part != "1/1":
             raise ConfigError("--part: leave it out under torchrun, whose processes share the embeddings by themselves")
+        if self.gpu:
+            raise ConfigError("--gpu: leave it out under torchrun; one process trains and fills on all GPUs")
         with joined_ranks() as ranks:
             return self._build(terminal if ranks.first else SilentTerminal(), ranks)
 

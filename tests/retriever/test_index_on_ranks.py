@@ -75,6 +75,7 @@ def test_what_several_processes_cannot_do_is_refused_before_it_is_begun(python: 
     ("words", "message"),
     [
         (("build", "--embeddings", "e", "--out", "o", "--part", "1/2"), "--part: leave it out under torchrun"),
+        (("build", "--embeddings", "e", "--out", "o", "--gpu"), "--gpu: leave it out under torchrun"),
         (("tune", "i", "--embeddings", "e"), "index tune: works in one process; start it without torchrun"),
         (("merge", "i", "j", "--out", "o"), "index merge: works in one process"),
         (("add", "i", "--embeddings", "e"), "index add: works in one process"),
