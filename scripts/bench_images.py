@@ -186,7 +186,13 @@ def pipeline(pairs: PairSource, count: int, options: argparse.Namespace) -> Spen
     schedule = BatchSchedule([len(pairs)], batch_size=options.batch, seed=0, steps=2 * measured + 100)
     reader = PairReader(pairs, TRANSFORM, True, word_tokenizer(), "", 0.01)
     batches = ImageBatches(
-        [reader], schedule, image_tokens=197, token_budget=131072, padded=False, say=lambda line: print(line)
+        [reader],
+        schedule,
+        image_tokens=197,
+        token_budget=131072,
+        padded=False,
+        device="cuda",
+        say=lambda line: print(line),
     )
     stream = batches.loader(workers=options.workers)
     for _ in islice(stream, WARM):
