@@ -279,7 +279,7 @@ class Bench:
         places = [np.arange(first, min(first + at_once, size)) for first in range(0, size, at_once)]
         images = ImageGroup(content, each, places) if lock else Pictures(content, each, places, size)
         padded = not towers.padding_free
-        texts = TextGroup("document", tokens, pack(tokens.lengths, budget, padded=padded))
+        texts = TextGroup("document", tokens, pack(tokens.lengths, budget, padded=padded, device=towers.device.type))
         ids = np.arange(size)
         return PreparedBatch([images, texts], size, ids, ids, padded)
 

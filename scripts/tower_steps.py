@@ -170,7 +170,8 @@ class TowerSteps:
         places = [np.arange(first, min(first + at_once, pairs)) for first in range(0, pairs, at_once)]
         texts = made_texts(pairs)
         padded = not self.towers.padding_free
-        group = TextGroup("document", texts, pack(texts.lengths, budget, padded=padded))
+        cut = pack(texts.lengths, budget, padded=padded, device=self.towers.device.type)
+        group = TextGroup("document", texts, cut)
         return [Pictures(self._pixels, each, places, pairs), group]
 
     def _reset(self) -> None:
@@ -231,7 +232,8 @@ def text_group(side: Side, pairs: int, tokens: int, budget: int, towers: Towers)
     chance = np.random.default_rng(len(side))
     ids = chance.integers(5, VOCABULARY, pairs * tokens, dtype=np.int32)
     texts = TokenizedTexts(ids, np.arange(pairs + 1, dtype=np.int64) * tokens)
-    return TextGroup(side, texts, pack(texts.lengths, budget, padded=not towers.padding_free))
+    cut = pack(texts.lengths, budget, padded=not towers.padding_free, device=towers.device.type)
+    return TextGroup(side, texts, cut)
 
 
 def bert_towers(size: str, tokens: int) -> Towers:
