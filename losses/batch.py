@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -11,6 +10,10 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+# An exbibyte.
+MOST_MIB = 2**40
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,7 @@ def checked_batch(
     values of a CUDA tensor would wait for the device, so there only shape, dtype and device are checked.
     """
     _check_embeddings(query, passage, least=0 if shard else 1)
-    if not isinstance(symmetric, bool):
-        raise ValueError(f"symmetric must be True or False, found {symmetric!r}")
+    check_bool("symmetric", symmetric)
     scale = checked_number("logit_scale", logit_scale, query)
     diagonal = positive is None
     given = _checked_positive(positive, query, passage, in_range=not shard)
@@ -79,10 +81,16 @@ def checked_batch(
         return ContrastiveBatch(query, passage, scale, given, None, None, symmetric, diagonal)
     passage_ids = _checked_indices("passage_ids", passage_ids, passage.shape[0], query.device)
     if query_ids is None:
-        query_ids = None if shard else passage_ids[: len(query)] if given is None else passage_ids[given]
+        query_ids = None if shard else passage_ids[: len(query)] if given is None else _of_positives(passage_ids, given)
     else:
         query_ids = _checked_indices("query_ids", query_ids, query.shape[0], query.device)
     return ContrastiveBatch(query, passage, scale, given, query_ids, passage_ids, symmetric, diagonal)
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Whether `value` is True or False and nothing that stands for it; a ValueError says what it is."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, found {value!r:.40}")
 
 
 def check_choice(name: str, value: str, kind: Any) -> None:
@@ -91,11 +99,16 @@ def check_choice(name: str, value: str, kind: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, found {value!r}")
 
 
+def _of_positives(passage_ids: Tensor, positive: Tensor) -> Tensor:
+    # On a GPU nobody has looked at them, and one that is no passage would end the process here.
+    return passage_ids[positive.clamp(0, len(passage_ids) - 1) if positive.is_cuda else positive]
+
+
 def checked_workspace(workspace_mib: float) -> int:
     """In bytes."""
     numeric = isinstance(workspace_mib, int | float) and not isinstance(workspace_mib, bool)
-    if not numeric or not 0 < workspace_mib < math.inf:
-        raise ValueError(f"workspace_mib must be a positive number of MiB, found {workspace_mib!r}")
+    if not numeric or not 0 < workspace_mib < MOST_MIB:
+        raise ValueError(f"workspace_mib must be a positive number of MiB, found {workspace_mib!r:.40}")
     return int(workspace_mib * 2**20)
 
 
@@ -130,10 +143,15 @@ def checked_number(name: str, value: float | Tensor, query: Tensor) -> Tensor:
         if value.device.type == "cpu":
             _check_finite(name, value.item(), dtype)
         return value.to(dtype)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number or a 0-dim tensor, found {type(value).__name__}")
-    _check_finite(name, value, dtype)
+    check_number(name, value, dtype, "a number or a 0-dim tensor")
     return torch.full((), value, dtype=dtype, device=query.device)
+
+
+def check_number(name: str, value: float, dtype: torch.dtype = torch.float32, wanted: str = "a number") -> None:
+    """Whether `value` is a number that is finite in a dtype; a ValueError says what it is instead."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be {wanted}, found {type(value).__name__}")
+    _check_finite(name, value, dtype)
 
 
 def _check_finite(name: str, value: float, dtype: torch.dtype) -> None:

@@ -90,7 +90,9 @@ class _DenseLoss(torch.autograd.Function):
         rows, columns = scores.shape
         owners = None
         if symmetric and not diagonal:
-            owners = lines.new_zeros(columns).index_add_(0, given, lines.new_ones(rows))
+            # Of a positive that is no passage the loss has told by then.
+            own = given.clamp(0, columns - 1)
+            owners = lines.new_zeros(columns).index_add_(0, own, lines.new_ones(rows))
         grid = -(-rows // kernels.TILE_M), -(-columns // kernels.TILE_N)
         shares = lines.new_empty(grid)
         gradient = query.new_empty(rows, columns)

@@ -167,7 +167,9 @@ def inf_cl_backward(
     state = State.of(saved, queries, passages)
     owners = None
     if symmetric and not diagonal:
-        owners = saved.new_zeros(passages).index_add_(0, positive, saved.new_ones(queries))
+        # Of a positive that is no passage the loss has told by then.
+        own = positive.clamp(0, passages - 1)
+        owners = saved.new_zeros(passages).index_add_(0, own, saved.new_ones(queries))
     unit = unit_of(run.dtype, owners, saved)
     row_weight, column_weight = torch.empty_like(state.row_sum), torch.empty_like(state.column_sum)
     weights_kernel[(triton.cdiv(max(queries, passages), 1024),)](

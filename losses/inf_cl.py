@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.batch import check_choice, checked_batch, checked_workspace
+from losses.batch import check_bool, check_choice, checked_batch, checked_workspace
 from losses.chunked import tiled_loss
 from losses.dense import dense_loss, fits_dense
 from losses.fused import fused_loss
@@ -85,8 +85,9 @@ def inf_cl_loss(
 
     Raises:
         ValueError: an argument does not fit; the message begins with its name. To look at values of CUDA tensors would
-            wait for the device: there a positive out of range, or a logit_scale that is not finite, makes the loss
-            NaN. With a group every rank raises, whichever has the bad argument.
+            wait for the device: there a logit_scale that is not finite, and for the kernels a positive that is no
+            passage, makes the loss NaN ("full" and "chunked" end in torch's own assertion). With a group every rank
+            raises, whichever has the bad argument.
     """
     if group is not None:
         ranked = ranked_batch(
@@ -151,6 +152,7 @@ class InfCLLoss(LearnedScale):
         scale = (logit_scale, learnable, max_logit_scale)
         super().__init__(*scale, group, precision, implementation, workspace_mib, Implementation)
         check_choice("exchange", exchange, Exchange)
+        check_bool("symmetric", symmetric)
         self.symmetric = symmetric
         self.exchange: Exchange = exchange
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losses.batch import check_choice, checked_workspace
+from losses.batch import check_choice, check_number, checked_workspace
 from losses.precision import Precision
 
 
@@ -31,8 +31,10 @@ class LearnedScale(nn.Module):
         implementations: Any,
     ) -> None:
         super().__init__()
-        if not 0 < max_logit_scale < math.inf:
-            raise ValueError(f"max_logit_scale must be positive and finite, found {max_logit_scale}")
+        check_number("max_logit_scale", max_logit_scale)
+        check_number("logit_scale", logit_scale)
+        if not max_logit_scale > 0:
+            raise ValueError(f"max_logit_scale must be positive, found {max_logit_scale}")
         if not 0 < logit_scale <= max_logit_scale:
             raise ValueError(f"logit_scale must be in (0, {max_logit_scale}], found {logit_scale}")
         check_choice("precision", precision, Precision)

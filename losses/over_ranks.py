@@ -98,8 +98,9 @@ def ranked_batch(
         batch = replace(batch, given=batch.positive + shards.first_passage)
     elif positive.is_cuda and len(positive):
         # Nobody has looked at them.
-        outside = (batch.positive < 0) | (batch.positive >= shards.pool)
-        batch = replace(batch, logit_scale=torch.where(outside.any(), torch.nan, batch.logit_scale))
+        inside = batch.positive.clamp(0, shards.pool - 1)
+        scale = torch.where((inside != batch.positive).any(), torch.nan, batch.logit_scale)
+        batch = replace(batch, given=inside, logit_scale=scale)
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
         of_positives = link.gather_rows(ids, shards.passages)[batch.positive] if shards.placed else ids[: len(query)]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from losses.batch import ContrastiveBatch, all_finite, check_choice, checked_batch, checked_number, checked_workspace
+from losses.batch import (
+    ContrastiveBatch,
+    all_finite,
+    check_choice,
+    check_number,
+    checked_batch,
+    checked_number,
+    checked_workspace,
+)
 from losses.fused_sigmoid import fused_sigmoid_loss
 from losses.kernels.launch import warn_of_step_down, why_not_fused
 from losses.learned_scale import LearnedScale
@@ -67,7 +74,8 @@ def sigmoid_loss(
 
     Raises:
         ValueError: an argument does not fit; the message begins with its name. To look at values of CUDA tensors would
-            wait for the device: there what is wrong with them makes the loss NaN.
+            wait for the device: there numbers that are not finite, and for the kernel a positive that is no passage,
+            make the loss NaN ("full" and "chunked" end in torch's own assertion).
     """
     if group is not None:
         ranked = ranked_batch(
@@ -149,8 +157,7 @@ class SigmoidLoss(LearnedScale):
     ) -> None:
         scale = (logit_scale, learnable, max_logit_scale)
         super().__init__(*scale, group, precision, implementation, workspace_mib, Implementation)
-        if not math.isfinite(logit_bias):
-            raise ValueError(f"logit_bias must be finite, found {logit_bias}")
+        check_number("logit_bias", logit_bias)
         self.logit_bias = nn.Parameter(torch.tensor(float(logit_bias)), requires_grad=learnable)
 
     def forward(

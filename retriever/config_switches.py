@@ -6,29 +6,33 @@ import dataclasses
 from collections.abc import Sequence
 from typing import get_type_hints
 
-from retriever.config import TrainConfig
+from retriever.config import ConfigError, TrainConfig
 
 VALUES = ("true", "false")
 
 
 def as_switches(words: Sequence[str]) -> list[str]:
     """`--any.field true`, `--any.field=false` and `--no-any.field` as the parser has them: `--any.field` and
-    `--any.no-field`. Other words are left as they are."""
+    `--any.no-field`. Other words are left as they are.
+
+    Raises:
+        ConfigError: what follows such a flag is neither true nor false.
+    """
     out: list[str] = []
     left = list(words)
     while left:
         name, equals, value = left.pop(0).partition("=")
         path = name.removeprefix("--no-").removeprefix("--").split(".")
+        off = name.startswith("--no-") or path[-1].startswith("no-")
+        path[-1] = path[-1].removeprefix("no-")
         if not name.startswith("--") or not _is_switch(path):
             out.append(name + equals + value)
             continue
-        on = not name.startswith("--no-")
-        if not equals and left and left[0].lower() in VALUES:
+        if not equals and left and not left[0].startswith("-"):
             equals, value = "=", left.pop(0)
         if equals and value.lower() not in VALUES:
-            out.append(name + equals + value)
-            continue
-        on = on == (value.lower() != "false")
+            raise ConfigError(f"{name}: expected true or false, found {value!r:.40}")
+        on = off == (value.lower() == "false")
         out.append("--" + ".".join([*path[:-1], path[-1] if on else f"no-{path[-1]}"]))
     return out
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import threading
+import warnings
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from index.files import InputError
@@ -20,7 +24,7 @@ from index.shards import passage_line
 from retriever.ahead import ahead
 from retriever.data.sources import HUGE_TEXT
 from retriever.tokens import TextTokenizer, TokenizedTexts
-from retriever.workers import become_worker
+from retriever.workers import become_worker, started
 
 # Passages read, tokenized and sorted by length at a time. Each window costs its threads their turns at Python's lock
 # again: 1.3 million tokens/s in windows of 8,192, 1.9 million in these (BERT-base on one H200).
@@ -113,26 +117,45 @@ def corpus_windows(
         OSError: the corpus cannot be read.
     """
     if not workers:
-        rows = itertools.islice(passages, row, None)
+        rows = iter(passages)
+        # Here, where the user may end it.
+        for _ in itertools.islice(rows, row):
+            pass
         with (
             contextlib.closing(ahead(cut(rows, row))) as read,
             contextlib.closing(ahead(itertools.starmap(maker, read))) as made,
         ):
             yield from made
         return
-    stream = _WorkersWindows(passages, row, cut, maker)
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        prefetch_factor=1,
-        worker_init_fn=become_worker,
-    )
-    for window in loader:
-        if isinstance(window, Exception):
-            raise window
-        yield window
+    # The workers read from it nothing but its end.
+    pipe = os.pipe()
+    try:
+        for window in _loaded(_WorkersWindows(passages, row, cut, maker, pipe), workers):
+            if isinstance(window, Exception):
+                raise window
+            yield window
+    finally:
+        for descriptor in pipe:
+            os.close(descriptor)
+
+
+def _loaded(windows: _WorkersWindows, workers: int) -> Iterator[CorpusWindow | Exception]:
+    with warnings.catch_warnings():
+        # How many there are is the user's to say.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[Any] = DataLoader(
+            windows,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            prefetch_factor=1,
+            worker_init_fn=become_worker,
+            # A corpus that is a generator cannot be sent.
+            multiprocessing_context="fork",
+            # Else the caller's random numbers would be others.
+            generator=torch.Generator(),
+        )
+        return started(loader)
 
 
 @dataclass(frozen=True)
@@ -144,10 +167,14 @@ class _WorkersWindows(IterableDataset[CorpusWindow | Exception]):
     row: int
     cut: Cut
     maker: WindowMaker
+    pipe: tuple[int, int]
+    """Its end comes when nobody wants more: a worker may be on its way to a row far off, and has nothing to save."""
 
     def __iter__(self) -> Iterator[CorpusWindow | Exception]:
         worker = get_worker_info()
         assert worker is not None
+        os.close(self.pipe[1])
+        threading.Thread(target=self._end_with_pipe, daemon=True).start()
         try:
             windows = self.cut(itertools.islice(self.passages, self.row, None), self.row)
             for row, some in itertools.islice(windows, worker.id, None, worker.num_workers):
@@ -155,6 +182,11 @@ class _WorkersWindows(IterableDataset[CorpusWindow | Exception]):
         except (InputError, OSError) as error:
             # Raised there it would come with the worker's traceback for a message.
             yield error
+
+    def _end_with_pipe(self) -> None:
+        os.read(self.pipe[0], 1)
+        # As a worker that is done: torch takes any other end for a failure.
+        os._exit(0)
 
 
 def _unchanged(window: Any) -> Any:

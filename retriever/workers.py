@@ -1,18 +1,50 @@
-"""What a data worker, a process forked from the trainer, leaves to it."""
+"""Data workers, processes forked from the one that trains or encodes: how they begin, and how they end with it."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def become_worker(worker: int) -> None:
     """A DataLoader's worker_init_fn.
 
-    Ctrl-C and a batch system's SIGTERM reach the whole process group, but it is the trainer that ends its workers; they
-    end by themselves when it is gone. And a fork has none of the threads that tokenizers share out their texts among:
-    where the trainer has used them, a worker would wait for them for ever.
+    Ctrl-C and a batch system's SIGTERM reach the whole process group, but it is the parent that ends its workers; when
+    it is gone, they end by themselves. And a fork has none of the threads that tokenizers share out their texts among:
+    where the parent has used them, a worker would wait for them for ever.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # torch looks for its parent too, but then waits for what is on its way to it, which no one takes.
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, whose workers have begun: a signal that would end this process meanwhile, or a worker that
+    is not yet one, comes afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in ENDING}
+    try:
+        return iter(loader)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -140,7 +140,7 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
     keep(f"{name}, from tokens", repeats * len(sample), repeats * len(tokens.ids), seconds, planned)
 
     count = len(sample) * budget.repeats(
-        FROM_FILE, seconds / repeats, least=1, most=max(1, options.passages // len(sample))
+        FROM_FILE / len(options.workers), seconds / repeats, least=1, most=max(1, options.passages // len(sample))
     )
     with arithmetic(towers, settings.precision):
         planned = EncodeMemory.plan(towers, texts=WINDOW).peak

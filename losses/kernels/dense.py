@@ -71,7 +71,7 @@ def _exponents(
     products = tl.load(product_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
     exponents = tl.where(inside, products * scale, float("-inf"))
     if HAS_IDS:
-        place = _places(positive_ptr, row, rows, DIAGONAL)
+        place = _places(positive_ptr, row, rows, columns, DIAGONAL)
         query_id = tl.load(query_id_ptr + row, mask=row < rows, other=0)
         passage_id = tl.load(passage_id_ptr + column, mask=column < columns, other=0)
         masked = (query_id[:, None] == passage_id[None, :]) & (place[:, None] != column[None, :])
@@ -80,12 +80,13 @@ def _exponents(
 
 
 @triton.jit
-def _places(positive_ptr, row, rows, DIAGONAL: tl.constexpr):
-    """The columns of the rows' positives, −1 beyond the matrix."""
+def _places(positive_ptr, row, rows, columns, DIAGONAL: tl.constexpr):
+    """The columns of the rows' positives; −1 beyond the matrix, and where a positive is no passage."""
     if DIAGONAL:
         return tl.where(row < rows, row, -1)
     else:
-        return tl.load(positive_ptr + row, mask=row < rows, other=-1).to(tl.int32)
+        place = tl.load(positive_ptr + row, mask=row < rows, other=-1)
+        return tl.where(place < columns, tl.maximum(place, -1), -1).to(tl.int32)
 
 
 @triton.jit
@@ -108,8 +109,8 @@ def mean_loss_kernel(
     for first in range(0, rows, BLOCK):
         row = first + tl.arange(0, BLOCK)
         valid = row < rows
-        place = _places(positive_ptr, row, rows, DIAGONAL)
-        known = (place >= 0) & (place < columns)
+        place = _places(positive_ptr, row, rows, columns, DIAGONAL)
+        known = place >= 0
         score = tl.load(product_ptr + row.to(tl.int64) * columns + place, mask=valid & known, other=0.0) * scale
         loss = _negative_log_share(score, line_ptr + row, line_ptr + rows + row, valid)
         if SYMMETRIC:
@@ -156,7 +157,7 @@ def dense_gradient_kernel(
         # A column that nobody owns may hold nothing but masks; it counts for nothing.
         powers = tl.exp2(tl.where(owned[None, :], exponents - column_shift[None, :], float("-inf")))
         values += powers * column_weight[None, :]
-    place = _places(positive_ptr, row, rows, DIAGONAL)
+    place = _places(positive_ptr, row, rows, columns, DIAGONAL)
     values = tl.where(place[:, None] == column[None, :], values - 1.0, values)
     values *= tl.load(upstream_ptr) / rows
     inside = row_valid[:, None] & column_valid[None, :]

@@ -19,7 +19,7 @@ from retriever.device import Precision, to_device
 from retriever.half_weights import arithmetic
 from retriever.images.sources import BrokenPairError, PairSource
 from retriever.images.transforms import ImageTransform
-from retriever.workers import become_worker
+from retriever.workers import become_worker, started
 
 if TYPE_CHECKING:
     from retriever.images.towers import ImageTextTowers
@@ -141,7 +141,7 @@ def compute_features(
     towers.eval()
     try:
         with arithmetic(towers, precision), torch.inference_mode():
-            for pixels, readable in loader:
+            for pixels, readable in started(loader):
                 found = towers.image_features(to_device(pixels, towers.device)).half().cpu()
                 found[~readable] = torch.nan
                 features[done : done + len(found)] = found.numpy()

@@ -156,7 +156,7 @@ def test_operators_under_torch_compile_give_the_same() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("wrong", [9, -1, 10**6])
+@pytest.mark.parametrize("wrong", [9, -1, 10**6, 2**32 + 3])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_positive_that_is_no_passage_gives_nan_where_nobody_looks_at_it(
     wrong: int, symmetric: bool, device: str
@@ -166,6 +166,11 @@ def test_a_positive_that_is_no_passage_gives_nan_where_nobody_looks_at_it(
     batch = ContrastiveBatch(query, passage, scale, positive, None, None, symmetric)
     assert fused_loss(batch, "fp32", MIB).isnan() and dense_loss(batch, "fp32").isnan()
     assert fused_sigmoid_loss(batch, bias, "fp32", MIB).isnan()
+    # Backward too looks up nothing that is not there.
+    leaf = replace(batch, query=query.requires_grad_())
+    for loss in (fused_loss(leaf, "fp32", MIB), dense_loss(leaf, "fp32"), fused_sigmoid_loss(leaf, bias, "fp32", MIB)):
+        (gradient,) = torch.autograd.grad(loss, query)
+        assert gradient.shape == query.shape
 
 
 @needs_interpreter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import sys
@@ -64,6 +65,7 @@ QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
         ("symmetric must be True or False, found None", {"symmetric": None}),
         ("workspace_mib must be a positive number of MiB, found 0", {"workspace_mib": 0}),
         ("workspace_mib must be a positive number of MiB, found '256'", {"workspace_mib": "256"}),
+        ("workspace_mib must be a positive number of MiB, found 1e+308", {"workspace_mib": 1e308}),
         ("workspace_mib must be a positive number of MiB, found nan", {"workspace_mib": math.nan}),
     ],
 )  # fmt: skip
@@ -177,9 +179,24 @@ def test_module_hands_its_settings_on(made: Any, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("made", [InfCLLoss, SigmoidLoss])
 @pytest.mark.parametrize(
     "wrong",
-    [{"precision": "x"}, {"implementation": "x"}, {"workspace_mib": 0}, {"max_logit_scale": 0}, {"logit_scale": 101.0}],
+    [
+        {"precision": "x"},
+        {"implementation": "x"},
+        {"workspace_mib": 0},
+        {"max_logit_scale": 0},
+        {"max_logit_scale": math.inf},
+        {"logit_scale": 101.0},
+        {"logit_scale": "x"},
+        {"logit_scale": True},
+        {"logit_bias": 1e39},
+        {"logit_bias": "x"},
+        {"symmetric": "no"},
+        {"exchange": "x"},
+    ],
 )
 def test_module_refuses_what_its_loss_would(made: Any, wrong: dict[str, Any]) -> None:
+    if next(iter(wrong)) not in inspect.signature(made).parameters:
+        return
     with pytest.raises(ValueError, match=next(iter(wrong))):
         made(**wrong)
 

@@ -186,6 +186,12 @@ def test_fields_that_are_true_or_false_are_taken_as_people_write_them(
     assert config.model.name == "true"
 
 
+@pytest.mark.parametrize("words", ["--compile yes", "--compile=1", "--compile=", "--model.no-shared maybe"])
+def test_what_is_neither_true_nor_false_is_named(words: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{words.split()[0].partition('=')[0]}: expected true or false, found"):
+        _parse(["train", *words.split()])
+
+
 def test_help_shows_the_defaults_of_the_dataclasses_and_of_the_file(tmp_path: Path) -> None:
     text = " ".join(command("train", "--help").out.replace("│", " ").split())
     for flag, default in _flags(TrainConfig()):
