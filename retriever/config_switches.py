@@ -28,7 +28,8 @@ def as_switches(words: Sequence[str]) -> list[str]:
         if not name.startswith("--") or not _is_switch(path):
             out.append(name + equals + value)
             continue
-        if not equals and left and not left[0].startswith("-"):
+        # The file may stand behind a flag.
+        if not equals and left and not left[0].startswith("-") and not left[0].endswith((".yaml", ".yml")):
             equals, value = "=", left.pop(0)
         if equals and value.lower() not in VALUES:
             raise ConfigError(f"{name}: expected true or false, found {value!r:.40}")

@@ -133,8 +133,10 @@ def plan_step(
     }
     # A gradient is made whole before it is added to what earlier micro-batches gave.
     adding = max(divided.bytes_of([parameter]) for parameter in trained) if len(sizes) > 1 else 0.0
-    # A graph that is the only one has gone when the gradients are there.
-    begun = _BEGUN * kept_graphs if len(sizes) == 1 else gradients + adding + _BACKWARD * max(waiting, default=0.0)
+    begun = gradients + adding + _BACKWARD * max(waiting, default=0.0)
+    if on_gpu and len(sizes) == 1:
+        # A graph that is the only one has gone when the gradients are there; a CPU's allocator keeps its place.
+        begun = _BEGUN * kept_graphs
     moments = [
         kept_graphs + at_loss * rows * width + workspace + exchanged,
         kept_graphs + begun + after_loss * rows * width,

@@ -188,6 +188,7 @@ def encode_on_ranks(
 
     Every rank calls it with the same arguments and reads the corpus; `out` lies on a disk that all of them see. The
     store has the bytes that one process would write, and is continued after a kill, also by another number of ranks.
+    `workers` are for one rank alone; several read and tokenize in threads.
 
     Raises:
         as `encode_passages`; on the other ranks, RuntimeError once rank 0 is gone.

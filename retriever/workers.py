@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -25,7 +26,9 @@ def become_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # torch looks for its parent too, but then waits for what is on its way to it, which no one takes.
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
 
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -140,12 +140,12 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
     keep(f"{name}, from tokens", repeats * len(sample), repeats * len(tokens.ids), seconds, planned)
 
     count = len(sample) * budget.repeats(
-        FROM_FILE / len(options.workers), seconds / repeats, least=1, most=max(1, options.passages // len(sample))
+        FROM_FILE / len(set(options.workers)), seconds / repeats, least=1, most=max(1, options.passages // len(sample))
     )
     with arithmetic(towers, settings.precision):
         planned = EncodeMemory.plan(towers, texts=WINDOW).peak
     real = write_corpus(towers, texts, count, folder / "corpus.jsonl")
-    for workers in options.workers:
+    for workers in dict.fromkeys(options.workers):
         reset_peak()
         seconds = from_file(towers, folder / "corpus.jsonl", settings, folder / f"store{workers}", workers)
         by = f", {workers} workers" if workers else ""

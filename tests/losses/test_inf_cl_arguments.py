@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 import sys
@@ -176,28 +175,30 @@ def test_module_hands_its_settings_on(made: Any, monkeypatch: pytest.MonkeyPatch
     assert all(seen[given] is value for given, value in ids.items())
 
 
-@pytest.mark.parametrize("made", [InfCLLoss, SigmoidLoss])
+WRONG: list[dict[str, Any]] = [
+    {"precision": "x"},
+    {"implementation": "x"},
+    {"workspace_mib": 0},
+    {"max_logit_scale": 0},
+    {"max_logit_scale": math.inf},
+    {"logit_scale": 101.0},
+    {"logit_scale": "x"},
+    {"logit_scale": True},
+]
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("made", "wrong"),
     [
-        {"precision": "x"},
-        {"implementation": "x"},
-        {"workspace_mib": 0},
-        {"max_logit_scale": 0},
-        {"max_logit_scale": math.inf},
-        {"logit_scale": 101.0},
-        {"logit_scale": "x"},
-        {"logit_scale": True},
-        {"logit_bias": 1e39},
-        {"logit_bias": "x"},
-        {"symmetric": "no"},
-        {"exchange": "x"},
+        *((made, wrong) for made in (InfCLLoss, SigmoidLoss) for wrong in WRONG),
+        (InfCLLoss, {"symmetric": "no"}),
+        (InfCLLoss, {"exchange": "x"}),
+        (SigmoidLoss, {"logit_bias": 1e39}),
+        (SigmoidLoss, {"logit_bias": "x"}),
     ],
 )
 def test_module_refuses_what_its_loss_would(made: Any, wrong: dict[str, Any]) -> None:
-    if next(iter(wrong)) not in inspect.signature(made).parameters:
-        return
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must"):
         made(**wrong)
 
 

@@ -186,6 +186,12 @@ def test_fields_that_are_true_or_false_are_taken_as_people_write_them(
     assert config.model.name == "true"
 
 
+def test_the_file_may_stand_behind_a_switch(tmp_path: Path) -> None:
+    save_config(TrainConfig(steps=7), path := tmp_path / "c.yaml")
+    config = _parse(["train", "--compile", str(path)]).config
+    assert config.compile and config.steps == 7
+
+
 @pytest.mark.parametrize("words", ["--compile yes", "--compile=1", "--compile=", "--model.no-shared maybe"])
 def test_what_is_neither_true_nor_false_is_named(words: str) -> None:
     with pytest.raises(ConfigError, match=f"^{words.split()[0].partition('=')[0]}: expected true or false, found"):

@@ -38,8 +38,9 @@ def test_no_budget_makes_texts_of_all_lengths_share_their_padding(budget: int) -
     lengths = np.concatenate([np.clip(chance.lognormal(np.log(m), 0.6, 256), 4, 252).astype(int) for m in (8, 62)])
     padded = sum(len(rows) * lengths[rows].max() for rows in pack(lengths, budget))
     assert padded < 1.2 * lengths.sum()
-    # Where a micro-batch costs more, more padding is worth having fewer.
-    assert len(pack(lengths, budget, device="cuda")) <= len(pack(lengths, budget))
+    # Where a micro-batch costs more, more padding is worth having fewer, as far as the budget lets them grow.
+    fewer = len(pack(lengths, budget, device="cuda")) < len(pack(lengths, budget))
+    assert fewer == (budget > 4096)
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=200), st.integers(1, 2000))

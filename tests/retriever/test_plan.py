@@ -56,7 +56,8 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def assert_planned(config: TrainConfig, tmp_path: Path, processes: int = 1) -> None:
+def assert_planned(config: TrainConfig, tmp_path: Path, processes: int = 1) -> str:
+    """Returns what the plan said."""
     save_config(config, file := tmp_path / "run.yaml")
     # A process of its own: what others have used stays with this one.
     words = [sys.executable, "-m", "retriever", "train", str(file), "--dry-run", f"--processes={processes}"]
@@ -69,21 +70,32 @@ def assert_planned(config: TrainConfig, tmp_path: Path, processes: int = 1) -> N
     real = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)
     assert real.returncode == 0, real.stderr
     assert float(found[1].replace(",", "")) * 2**20 == pytest.approx(float(real.stdout), rel=0.15)
+    return dry.stdout
 
 
 def test_the_planned_peak_is_the_measured_one(config: TrainConfig, tmp_path: Path) -> None:
     assert_planned(config, tmp_path)
 
 
-@pytest.mark.parametrize("at_once", [1024, 10**6])  # several micro-batches, two
+@pytest.mark.parametrize(("at_once", "micro_batches"), [(1024, 7), (10**6, 1)])
 def test_the_planned_peak_is_the_measured_one_where_graphs_take_most(
-    config: TrainConfig, tmp_path: Path, at_once: int
+    config: TrainConfig, tmp_path: Path, at_once: int, micro_batches: int
 ) -> None:
     architecture = config.model.architecture
     assert architecture is not None
-    deep = architecture | {"vocab_size": 200, "num_hidden_layers": 12}
-    model = dataclasses.replace(config.model, architecture=deep)
-    assert_planned(dataclasses.replace(config, model=model, micro_batch_tokens=at_once), tmp_path)
+    deep = architecture | {"vocab_size": 200, "num_hidden_layers": 16}
+    # All as long as one another, so that nothing but the budget cuts them.
+    rows: list[object] = [
+        {"query": "abcde" * 9, "positive": f"{chr(97 + n // 8)}{chr(97 + n % 8)}abc" * 9} for n in range(64)
+    ]
+    pairs = SourceConfig(path=str(write_lines(tmp_path / "even.jsonl", rows)))
+    made = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, architecture=deep),
+        data=dataclasses.replace(config.data, sources=(pairs,)),
+        micro_batch_tokens=at_once,
+    )
+    assert f" in {micro_batches} micro-batches" in assert_planned(made, tmp_path)
 
 
 def test_the_planned_peak_of_towers_divided_among_two_is_the_measured_one(config: TrainConfig, tmp_path: Path) -> None:
