@@ -99,7 +99,7 @@ def _store_gradient(
         if HAS_IDS:
             values = without_masked(
                 values, query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid,
-                column_valid, place,
+                column_valid, place, crosses,
             )  # fmt: skip
         if SAFE:
             values = tl.exp2(values - shift)

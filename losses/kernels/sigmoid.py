@@ -64,7 +64,7 @@ def _store_tile(
     if HAS_IDS:
         exponents = without_masked(
             exponents, query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid,
-            column_valid, place,
+            column_valid, place, crosses,
         )  # fmt: skip
     if (row + BLOCK_M > rows) | (column + BLOCK_N > columns):
         exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
