@@ -3,7 +3,8 @@
 An encoder's forward and its backward are captured once for each size of micro-batch, and replayed from then on. Sizes
 are rounded up to a sixteenth, and the places beyond the last text are texts of one token each, which nobody reads.
 Replays read and write the same memory every time; hence only passes whose backward comes before the next forward are
-replayed, with weights that stay where they are (retriever/half_weights.py). What does not fit runs as it did.
+replayed, with weights that stay where they are (retriever/half_weights.py), whose gradients a replay adds up itself:
+to hand some hundred of them to autograd takes longer than to launch it. What does not fit runs as it did.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from retriever.config import ConfigError
 from retriever.device import Precision
+from retriever.half_weights import gradient_sums
 from retriever.padding_free.attention import LONG, Spans
 from retriever.towers import Towers
 
@@ -51,8 +53,8 @@ class _GraphedForward:
         self.encoder, self.plain = encoder, encoder.forward
         self.captures: dict[int, _Capture] = {}
         self.pool: Any = None
-        self.gradients: dict[Tensor, Tensor] = {}
-        """Where every backward leaves those of the weights."""
+        self.sums: dict[Tensor, Tensor] = {}
+        """Where every backward adds the gradients of the weights, fp32."""
         self.waiting = False
         """A replayed forward waits for its backward."""
 
@@ -69,17 +71,30 @@ class _GraphedForward:
             capture = self.captures[size] = _Capture(self, Inputs(size, input_ids.device))
         capture.inputs.fill(input_ids, position_ids, spans)
         self.waiting = True
-        return BaseModelOutput(last_hidden_state=_Replay.apply(self, capture, tokens, *capture.weights))
+        # What makes the output one that has a backward; a weight's hooks would be called without a gradient.
+        tie = torch.empty((), requires_grad=True)
+        return BaseModelOutput(last_hidden_state=_Replay.apply(self, capture, tokens, tie))
 
     def _replayable(self, spans: Spans, size: int) -> bool:
         if self.waiting or size > MOST_TOKENS or spans.longest > LONG:
             return False
         if not (torch.is_grad_enabled() and self.encoder.training):
             return False
-        # Gradients of fp32 weights would be summed where the next replay writes.
-        if any(weight.dtype != torch.bfloat16 for weight in self.encoder.parameters()):
+        sums = gradient_sums(self.encoder)
+        if any(weight.dtype != torch.bfloat16 or weight not in sums for weight in self.encoder.parameters()):
             return False
         return size in self.captures or len(self.captures) < MOST_CAPTURES
+
+    def begin_sums(self, weights: list[Tensor]) -> None:
+        """Have the sums of these gradients, whatever is in them already, where replays add to them."""
+        found = gradient_sums(self.encoder)
+        elsewhere = [weight for weight in weights if found[weight] is not self.sums[weight]]
+        if fresh := [self.sums[weight] for weight in elsewhere if found[weight] is None]:
+            torch._foreach_zero_(fresh)
+        for weight in elsewhere:
+            if (so_far := found[weight]) is not None:
+                self.sums[weight].copy_(so_far)
+            found[weight] = self.sums[weight]
 
 
 def rounded(tokens: int) -> int:
@@ -139,14 +154,15 @@ class _Capture:
             # Without those that nothing depends on, such as a pooler's.
             self.weights = [weight for weight, each in zip(self.weights, found, strict=True) if each is not None]
             for weight in self.weights:
-                graphed.gradients.setdefault(weight, torch.empty_like(weight))
+                if weight not in graphed.sums:
+                    graphed.sums[weight] = torch.empty_like(weight, dtype=torch.float32)
             del out, found
             with torch.cuda.graph(self.forward, **settings):
                 out = encode()
             self.out_grad = torch.zeros_like(out)
             with torch.cuda.graph(self.backward, **settings):
                 made = [gradient for gradient in gradients(out, self.out_grad) if gradient is not None]
-                torch._foreach_copy_([graphed.gradients[weight] for weight in self.weights], made)
+                torch._foreach_add_([graphed.sums[weight] for weight in self.weights], made)
                 del made
         self.out, self.addresses = out.detach(), self.addresses_now()
 
@@ -157,16 +173,17 @@ class _Capture:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graphed: _GraphedForward, capture: _Capture, tokens: int, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, graphed: _GraphedForward, capture: _Capture, tokens: int, tie: Tensor) -> Tensor:
         ctx.graphed, ctx.capture, ctx.tokens = graphed, capture, tokens
         capture.forward.replay()
         return capture.out[:, :tokens].detach()
 
     @staticmethod
-    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[None, ...]:
         capture = ctx.capture
         capture.out_grad[:, : ctx.tokens].copy_(out_grad)
         capture.out_grad[:, ctx.tokens :].zero_()
+        ctx.graphed.begin_sums(capture.weights)
         capture.backward.replay()
         ctx.graphed.waiting = False
-        return None, None, None, *(ctx.graphed.gradients[weight].detach() for weight in capture.weights)
+        return None, None, None, None

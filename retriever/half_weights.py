@@ -14,8 +14,12 @@ from retriever.device import Precision, autocast
 from retriever.sharding import is_sharded
 from retriever.towers import Towers
 
+Sums = dict[Tensor, Tensor | None]
+"""fp32 gradients of weights so far, none before the first."""
+
 # Of each encoder, for as long as it lives: CUDA graphs count on finding the weights where they were.
 _HALVES: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+_SUMS: WeakKeyDictionary[nn.Module, Sums] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -59,12 +63,15 @@ def half_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[
     parameters: list[nn.Parameter] = []
     masters: list[Tensor] = []
     halves: list[Tensor] = []
+    encoders = list(encoders)
     for encoder in encoders:
         own = [parameter for parameter in encoder.parameters() if parameter.dtype == torch.float32]
         parameters += own
         masters += [parameter.data for parameter in own]
         halves += _halves(encoder, [parameter.data for parameter in own], dtype)
-    sums: dict[Tensor, Tensor | None] = {}
+    sums: Sums = {}
+    outer = {encoder: _SUMS.get(encoder) for encoder in encoders}
+    _SUMS.update(dict.fromkeys(encoders, sums))
     handles: list[Any] = []
     for parameter, half in zip(parameters, halves, strict=True):
         sums[parameter], parameter.grad = parameter.grad, None
@@ -74,12 +81,20 @@ def half_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[
     try:
         yield
     finally:
+        _SUMS.update({encoder: found for encoder, found in outer.items() if found is not None})
+        for encoder in (encoder for encoder, found in outer.items() if found is None):
+            del _SUMS[encoder]
         for handle in handles:
             handle.remove()
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.grad = None
             parameter.data = master
             parameter.grad = sums[parameter]
+
+
+def gradient_sums(encoder: nn.Module) -> Sums:
+    """Where the gradients of an encoder's weights are summed: of those that are half ones at the moment."""
+    return _SUMS.get(encoder, {})
 
 
 def _halves(encoder: nn.Module, masters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -93,7 +108,7 @@ def _halves(encoder: nn.Module, masters: list[Tensor], dtype: torch.dtype) -> li
     return halves
 
 
-def _fold(parameter: Tensor, sums: dict[Tensor, Tensor | None]) -> None:
+def _fold(parameter: Tensor, sums: Sums) -> None:
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
     so_far = sums[parameter]
