@@ -12,7 +12,7 @@ from losses.precision import Precision
 
 
 class BlockRun:
-    """A batch as the kernels read it, and the blocks it is cut into."""
+    """A batch as the kernels read it, and the blocks it is cut into. Its ids are `ranked`."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class BlockRun:
         keep: bool,
     ) -> None:
         from losses.kernels.blocks import choose_blocks
-        from losses.kernels.launch import operand, operand_dtype, processors, product_of, ranked_ids
+        from losses.kernels.launch import operand, operand_dtype, processors, product_of
 
         known = cast(Precision, precision)
         self.device = query.device
@@ -48,7 +48,7 @@ class BlockRun:
         # Kernels without ids never read these pointers.
         self.query_ids = self.passage_ids = self.query
         if query_ids is not None and passage_ids is not None:
-            self.query_ids, self.passage_ids = ranked_ids(query_ids, passage_ids)
+            self.query_ids, self.passage_ids = query_ids, passage_ids
 
     def shape(self, kernel: str) -> Any:
         from losses.kernels.shapes import tile_shape
@@ -60,6 +60,13 @@ class BlockRun:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def ranked(query_ids: Tensor | None, passage_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Ids as the kernels read them, if there are any: int32, equal where they were."""
+    from losses.kernels.launch import ranked_ids
+
+    return (query_ids, passage_ids) if query_ids is None or passage_ids is None else ranked_ids(query_ids, passage_ids)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from losses.batch import ContrastiveBatch, accumulator, all_finite
-from losses.block_run import BlockRun, cells, padded_to_16_bytes, unit_of
+from losses.block_run import BlockRun, cells, padded_to_16_bytes, ranked, unit_of
 from losses.block_visits import State, Weights, add_sums, score_gradient
 from losses.chunked import Statistics, add_row_gradients, add_statistics, constant_shift, score_bounds
 from losses.precision import Precision, add_product
@@ -246,7 +246,7 @@ class FusedBlocks:
                     add_product(passage_sum[columns], gradient.T, run.query[rows])
 
     def _run(self, block: PassageBlock) -> BlockRun:
-        ids = (self.batch.query_ids, block.ids)
+        ids = ranked(self.batch.query_ids, block.ids)
         return BlockRun(self.query, block.passage, *ids, self.precision, self.workspace_bytes, False)
 
     def _place(self, block: PassageBlock) -> tuple[Tensor, bool]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from losses.batch import ContrastiveBatch
-from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, unit_of
+from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, ranked, unit_of
 from losses.block_visits import State, Weights, add_sums, score_gradient
 from losses.precision import Precision, add_product, plain_arithmetic
 
@@ -29,7 +29,8 @@ def fused_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: i
     keeps exponentials in it until backward, which uses them up: a second one computes them again.
     """
     leaves = (batch.query, batch.passage, batch.logit_scale)
-    fixed = (batch.positive, batch.query_ids, batch.passage_ids, batch.symmetric, batch.diagonal)
+    ids = ranked(batch.query_ids, batch.passage_ids)
+    fixed = (batch.positive, *ids, batch.symmetric, batch.diagonal)
     # Without a backward nothing is kept for it.
     differentiable = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     return _FusedLoss.apply(*leaves, *fixed, precision, workspace_bytes, differentiable)

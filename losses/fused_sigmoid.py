@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from losses.batch import ContrastiveBatch
-from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes
+from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, ranked
 from losses.precision import Precision, add_product, plain_arithmetic
 from losses.sigmoid_chunked import held_dtype, times_upstream
 
@@ -81,7 +81,7 @@ def sigmoid_values(
 
     want_query, want_passage, want_scale, want_bias = wanted
     need_query = want_query or want_scale
-    run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, False)
+    run = BlockRun(query, passage, *ranked(query_ids, passage_ids), precision, workspace_bytes, False)
     queries, passages = query.shape[0], passage.shape[0]
     bounds = torch.zeros(4, device=query.device)
     # Of positives it is asked here only whether they are passages.

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from losses.kernels.tile import (
+    ids_inside,
     positives_inside,
     scale_and_shift,
     tile_place,
@@ -90,24 +91,29 @@ def _store_gradient(
     row, column = m * BLOCK_M, n * BLOCK_N
     row_index, column_index = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     row_valid, column_valid = row_index < rows, column_index < columns
+    row_weight = tl.load(row_weight_ptr + first_row + row_index, mask=row_valid, other=0.0)
+    MASKED: tl.constexpr = HAS_IDS and not KEPT
+    if MASKED:
+        # Before the threads wait for each other below.
+        query_id, passage_id = ids_inside(
+            query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
+        )
     place, crosses = positives_inside(
         positive_ptr, first_row, first_column, rows, row, row_index, column, BLOCK_M, BLOCK_N, DIAGONAL
     )
-    row_weight = tl.load(row_weight_ptr + first_row + row_index, mask=row_valid, other=0.0)
-    if not KEPT:
-        values *= scale
-        if HAS_IDS:
-            values = without_masked(
-                values, query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid,
-                column_valid, place, crosses,
-            )  # fmt: skip
-        if SAFE:
-            values = tl.exp2(values - shift)
     if SAFE:
+        if not KEPT:
+            values = values * scale - shift
+            if MASKED:
+                # Positives too: theirs come from their scores below.
+                values = tl.where(query_id[:, None] == passage_id[None, :], float("-inf"), values)
+            values = tl.exp2(values)
         values = _weighted(values, row_weight, column_weight_ptr + first_column, column_index, column_valid, SYMMETRIC)
     else:
+        exponents = values * scale
+        if MASKED:
+            exponents = without_masked(exponents, query_id, passage_id, place, column_index)
         row_shift = tl.load(row_shift_ptr + first_row + row_index, mask=row_valid, other=0.0)
-        exponents = values
         values = tl.exp2(exponents - row_shift[:, None]) * row_weight[:, None]
         if SYMMETRIC:
             column_shift = tl.load(column_shift_ptr + first_column + column_index, mask=column_valid, other=0.0)
@@ -117,8 +123,9 @@ def _store_gradient(
             values += tl.where(column_weight[None, :] > 0, powers * column_weight[None, :], 0.0)
     if crosses:
         positive = place[:, None] == column_index[None, :]
-        if KEPT:
-            # A kept exponential is rounded, and the difference from one that follows would magnify that.
+        if SAFE and (KEPT or HAS_IDS):
+            # A kept exponential is rounded, and the difference from one that follows would magnify that; one that was
+            # masked is gone.
             score = tl.load(score_ptr + first_row + row_index, mask=row_valid, other=0.0)
             exact = tl.exp2(score - shift)[:, None] + tl.zeros_like(values)
             exact = _weighted(

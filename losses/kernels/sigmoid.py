@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from losses.kernels.tile import LOG2_E, positives_inside, tile_place, tile_products, without_masked
+from losses.kernels.tile import LOG2_E, ids_inside, positives_inside, tile_place, tile_products, without_masked
 
 
 @triton.jit
@@ -62,10 +62,10 @@ def _store_tile(
     # Exponents of 2: pairs that do not count are minus infinity, whose loss and derivative are zero.
     exponents = products * scale + bias
     if HAS_IDS:
-        exponents = without_masked(
-            exponents, query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid,
-            column_valid, place, crosses,
-        )  # fmt: skip
+        query_id, passage_id = ids_inside(
+            query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
+        )
+        exponents = without_masked(exponents, query_id, passage_id, place, column_index)
     if (row + BLOCK_M > rows) | (column + BLOCK_N > columns):
         exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
     # Few tiles hold a positive; the others need not carry a mask through all this.

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from losses.kernels.tile import (
     LOG2_E,
+    ids_inside,
     positives_inside,
     scale_and_shift,
     tile_place,
@@ -78,10 +79,10 @@ def _take_sums(
         here = row_valid & (place >= column) & (place < column + BLOCK_N) & (place < columns)
         tl.store(score_ptr + first_row + row_index, score, mask=here)
     if HAS_IDS:
-        exponents = without_masked(
-            exponents, query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid,
-            column_valid, place, crosses,
-        )  # fmt: skip
+        query_id, passage_id = ids_inside(
+            query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
+        )
+        exponents = without_masked(exponents, query_id, passage_id, place, column_index)
     if (row + BLOCK_M > rows) | (column + BLOCK_N > columns):
         exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
     row_place = n.to(tl.int64) * rows + row_index

@@ -56,19 +56,18 @@ def positives_inside(
 
 
 @triton.jit
-def without_masked(
-    exponents, query_id_ptr, passage_id_ptr, row_index, column_index, row_valid, column_valid, place, crosses
-):  # fmt: skip
-    """Minus infinity where a passage carries a query's id and is not its positive."""
+def ids_inside(query_id_ptr, passage_id_ptr, row_index, column_index, row_valid, column_valid):
+    """Ids of the tile's queries and passages, no two of them equal beyond the block."""
     query_id = tl.load(query_id_ptr + row_index, mask=row_valid, other=-1)
     passage_id = tl.load(passage_id_ptr + column_index, mask=column_valid, other=-2)
-    same = query_id[:, None] == passage_id[None, :]
-    # Few tiles hold a positive; in the others one comparison an entry is enough.
-    if crosses:
-        exponents = tl.where(same & (place[:, None] != column_index[None, :]), float("-inf"), exponents)
-    else:
-        exponents = tl.where(same, float("-inf"), exponents)
-    return exponents
+    return query_id, passage_id
+
+
+@triton.jit
+def without_masked(exponents, query_id, passage_id, place, column_index):
+    """Minus infinity where a passage carries a query's id and is not its positive."""
+    masked = (query_id[:, None] == passage_id[None, :]) & (place[:, None] != column_index[None, :])
+    return tl.where(masked, float("-inf"), exponents)
 
 
 @triton.jit
