@@ -53,6 +53,8 @@ class _GraphedForward:
         self.encoder, self.plain = encoder, encoder.forward
         self.captures: dict[int, _Capture] = {}
         self.pool: Any = None
+        self.stream: Any = None
+        """Memory of all captures, and where they are captured: libraries keep a workspace for every stream."""
         self.sums: dict[Tensor, Tensor] = {}
         """Where every backward adds the gradients of the weights, fp32."""
         self.waiting = False
@@ -67,7 +69,8 @@ class _GraphedForward:
             return self.plain(input_ids=input_ids, position_ids=position_ids, spans=spans, **rest)
         capture = self.captures.get(size)
         if capture is None or capture.addresses != capture.addresses_now():
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            if self.pool is None:
+                self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(input_ids.device)
             capture = self.captures[size] = _Capture(self, Inputs(size, input_ids.device))
         capture.inputs.fill(input_ids, position_ids, spans)
         self.waiting = True
@@ -142,9 +145,9 @@ class _Capture:
 
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads copy to the device meanwhile.
-        settings: Any = {"pool": graphed.pool, "capture_error_mode": "thread_local"}
+        stream = graphed.stream
+        settings: Any = {"pool": graphed.pool, "stream": stream, "capture_error_mode": "thread_local"}
         with torch.random.fork_rng(devices=[device]):
-            stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 # Kernels are compiled, and libraries take their memory, outside the graphs.

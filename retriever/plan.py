@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from losses.tiles import CPU_TILE_ENTRIES
 from retriever.config import TrainConfig
+from retriever.cuda_graphs import MOST_TOKENS, rounded
 from retriever.device import Precision
 from retriever.graph_memory import AT_LOSS, AT_LOSS_OFFLOADED, GraphMemory, held_bytes
 from retriever.model_folder import layers_of
@@ -93,6 +94,9 @@ def plan_step(
     sizes = batch.micro_batch_tokens
     kept = graphs.keep(sizes)
     held = _graphs(towers, precision, batch)
+    if config.cuda_graphs:
+        whole = [(size, rounded(size)) for size in sizes]
+        held = [h * (r / s if r <= MOST_TOKENS else 1) for h, (s, r) in zip(held, whole, strict=True)]
     passing, waiting = held[: len(sizes) - kept], held[len(sizes) - kept :]
     kept_graphs, once_more = sum(waiting), max(passing, default=0.0)
 
@@ -113,8 +117,9 @@ def plan_step(
     half = 0.0
     if on_gpu and precision == "bf16" and divided.processes == 1:
         half = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
-    # Captured backwards leave theirs in a place of their own.
-    captured = half if config.cuda_graphs else 0.0
+    # Of replays the sums of gradients stay, and a backward has all of its own at once.
+    replayed = config.cuda_graphs and rounded(min(sizes)) <= MOST_TOKENS
+    sums, captured = (gradients, half) if replayed else (0.0, 0.0)
     offloaded = on_gpu and config.offload_embeddings
     at_loss, after_loss = (AT_LOSS_OFFLOADED, 0) if offloaded else (AT_LOSS, _AFTER_LOSS)
     workspace = _workspace(config, batch.queries, passages, width, on_gpu, ranks)
@@ -136,9 +141,9 @@ def plan_step(
     begun = gradients + adding + _BACKWARD * max(waiting, default=0.0)
     if on_gpu and len(sizes) == 1:
         # A graph that is the only one has gone when the gradients are there; a CPU's allocator keeps its place.
-        begun = _BEGUN * kept_graphs
+        begun = _BEGUN * kept_graphs + sums
     moments = [
-        kept_graphs + at_loss * rows * width + workspace + exchanged,
+        kept_graphs + sums + at_loss * rows * width + workspace + exchanged,
         kept_graphs + begun + after_loss * rows * width,
         gradients + adding + (1 + _BACKWARD) * once_more + after_loss * rows * width,
         gradients + max(map(partial(_update, name=config.optim.name), trained)),

@@ -104,10 +104,13 @@ def test_the_planned_peak_of_towers_divided_among_two_is_the_measured_one(config
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_the_planned_peak_is_the_measured_one_on_a_gpu(config: TrainConfig, tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(("optimizer", "cuda_graphs"), [("adamw", False), ("adafactor", False), ("adamw", True)])
+def test_the_planned_peak_is_the_measured_one_on_a_gpu(
+    config: TrainConfig, tmp_path: Path, optimizer: str, cuda_graphs: bool
+) -> None:
     optim = OptimConfig(name="adafactor" if optimizer == "adafactor" else "adamw")
-    assert_planned(dataclasses.replace(config, optim=optim, micro_batch_tokens=None), tmp_path)
+    changed = dataclasses.replace(config, optim=optim, micro_batch_tokens=None, cuda_graphs=cuda_graphs)
+    assert_planned(changed, tmp_path)
 
 
 def test_planning_leaves_no_run_and_more_processes_need_less(config: TrainConfig, tmp_path: Path) -> None:
