@@ -30,13 +30,14 @@ class Encode(Embedding):
     """Of the vectors on disk."""
     shard_rows: int = 65536
     """Passages or pictures a shard; at most so many are lost when a run is killed."""
-    workers: int = 0
-    """Processes that read and tokenize a corpus, each of them all of its file; 0: threads, as under torchrun."""
+    workers: int | None = None
+    """Processes that read and tokenize a corpus, each of them all of its file; 0: threads, as on a CPU and under
+    torchrun. None: as many as a GPU needs, and the machine has processors for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "shard_rows")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers: expected a number from 0 on, found {self.workers}")
 
     def run(self, terminal: Terminal) -> int:
@@ -71,6 +72,7 @@ class Encode(Embedding):
     def _corpus(self, terminal: Terminal, ranks: Ranks) -> EmbeddingStore:
         from eval.beir import beir_file, is_beir_folder
         from eval.zero_shot.layouts import images_in
+        from retriever.corpus_windows import workers_for
         from retriever.encode_files import embed_corpus
         from retriever.ranks import own_device
 
@@ -81,6 +83,7 @@ class Encode(Embedding):
                 f"{self.data}: expected a corpus for {self.model}, which embeds texts alone, found a folder of pictures"
             )
         corpus = beir_file(self.data, "corpus.jsonl") if self.data.is_dir() else self.data
-        how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows, "workers": self.workers}
         towers.to(own_device(towers.device))
+        workers = workers_for(towers.device) if self.workers is None else self.workers
+        how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows, "workers": workers}
         return embed_corpus(towers, corpus, self.out, self.options(), terminal, ranks=ranks, **how)

@@ -1,7 +1,8 @@
-"""Processes that make windows end with whoever asked for these, however that ends."""
+"""Processes that make windows: how many, and that they end with whoever asked for these, however that ends."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from index.passages import Passage
-from retriever.corpus_windows import Cut, WindowMaker, corpus_windows
+from retriever.corpus_windows import Cut, WindowMaker, corpus_windows, workers_for
 from retriever.tokens import TextTokenizer
 
 # Windows larger than a pipe, of a corpus that takes its time before the row asked for.
@@ -96,3 +97,14 @@ def test_random_numbers_of_the_caller_are_left_alone_and_nothing_is_said(minilm:
         made = list(corpus_windows(corpus(), 3, Cut(100, 4, 8), maker, 5))
     assert torch.equal(torch.rand(1), expected)
     assert [window.ids for window in made] == [["3", "4", "5", "6"], ["7", "8", "9"]]
+
+
+@pytest.mark.parametrize(
+    ("processors", "device", "workers"),
+    [(64, "cuda", 12), (14, "cuda", 10), (10, "cuda", 0), (2, "cuda", 0), (64, "cpu", 0)],
+)
+def test_a_gpu_gets_as_many_as_it_needs_and_the_machine_has_processors_for(
+    processors: int, device: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(processors)), raising=False)
+    assert workers_for(torch.device(device)) == workers
