@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from index.files import InputError
-from index.records import Record, read_records
+from index.records import Record, UnreadRow, read_records, unread_rows
 
 # White space, control characters, and halves of surrogate pairs (which are no characters and cannot be written).
 UNFIT_FOR_IDS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -68,3 +69,21 @@ def read_passages(path: Path) -> Iterator[Passage]:
     """Stream the passages of a JSONL, CSV, TSV or Parquet file. Duplicate ids are the store's to refuse."""
     for record in read_records(path):
         yield parse_passage(record)
+
+
+@dataclass(frozen=True)
+class PassageFile(Iterable[Passage]):
+    """The passages of a file that `read_passages` reads, from its beginning each time."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[Passage]:
+        return read_passages(self.path)
+
+    def unread(self) -> Iterator[Callable[[], Passage]]:
+        """Each as what reads it, for those who leave most of them to others."""
+        return (partial(_read, row) for row in unread_rows(self.path))
+
+
+def _read(row: UnreadRow) -> Passage:
+    return parse_passage(row())

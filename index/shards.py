@@ -62,6 +62,22 @@ def _write_lines(path: Path, lines: Iterable[bytes]) -> FileEntry:
     return FileEntry.of(path)
 
 
+def stored_vectors(vectors: np.ndarray, dtype: str, ids: Sequence[str], folder: Path, first: int) -> np.ndarray:
+    """`vectors` [n, D] of any floating dtype as the store in `folder` holds them; `first` is the row of the first.
+
+    Raises:
+        InputError: one holds NaN or infinity or does not fit the dtype; the message names its id and row.
+    """
+    with np.errstate(over="ignore"):  # what does not fit float16 becomes infinite, and is refused as such
+        stored = vectors.astype(DTYPES[dtype], order="C")
+    finite = np.isfinite(stored).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        found = "found one too large for float16" if np.isfinite(vectors[row]).all() else "found NaN or infinity"
+        raise InputError(f"{folder}: row {first + row}, passage {ids[row]!r}: expected a finite vector, {found}")
+    return stored
+
+
 def read_vectors(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
     """The vectors of `path`, memory-mapped and read-only.
 

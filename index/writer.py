@@ -14,10 +14,10 @@ import numpy as np
 
 from index.files import InputError, locked_folder
 from index.ids import Ids
-from index.manifest import EMBEDDINGS, NAME, Manifest, read_manifest, verify_files, write_manifest
+from index.manifest import EMBEDDINGS, NAME, FileEntry, Manifest, read_manifest, verify_files, write_manifest
 from index.passages import Passage
 from index.seen import SeenIds
-from index.shards import DTYPES, ShardBuffer, passage_line
+from index.shards import DTYPES, ShardBuffer, passage_line, stored_vectors
 from index.store import EmbeddingStore
 
 SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids|jsonl)")
@@ -67,7 +67,6 @@ class EmbeddingWriter:
         # As JSON gives it back (tuples become lists), so that it compares equal on resuming.
         header = {"dim": dim, "dtype": dtype, "model": model, "source": source, "shard_rows": shard_rows}
         self._header: dict[str, Any] = json.loads(json.dumps(header))
-        self._dtype = DTYPES[dtype]
         self._held = contextlib.ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(locked_folder(folder))
@@ -115,12 +114,29 @@ class EmbeddingWriter:
         if not len(ids) == len(lines) == len(vectors) or vectors.shape[1:] != (self.dim,):
             raise ValueError(f"vectors: expected shape {(len(ids), self.dim)}, found {vectors.shape}")
         first = self.rows + len(self._buffer)
-        stored = self._checked_vectors(ids, vectors, first)
+        stored = stored_vectors(vectors, self._header["dtype"], ids, self.folder, first)
         self._enter_ids(ids, first)
         for start, stop in self._pieces(len(ids)):
             self._buffer.add(ids[start:stop], stored[start:stop], lines[start:stop])
             if len(self._buffer) == self.shard_rows:
                 self._write_shard(complete=False)
+
+    def adopt_shard(self, rows: int, files: dict[str, FileEntry]) -> None:
+        """Take in the next shard, of `rows` rows, that another process has written here with a ShardBuffer.
+
+        Raises:
+            InputError: an id is a duplicate, or the files are not here.
+            ValueError: rows were appended and are not in a shard yet, or the store is complete.
+        """
+        if self.complete or len(self._buffer):
+            raise ValueError(f"{self.folder}: expected a store with nothing in memory and not complete")
+        for name, entry in files.items():
+            path = self.folder / name
+            if not path.exists() or path.stat().st_size != entry.bytes:
+                raise InputError(f"{path}: expected what another process wrote; do all of them see one folder?")
+        (ids,) = (name for name in files if name.endswith(".ids"))
+        self._enter_ids(list(Ids([(self.folder / ids, rows)])), self.rows)
+        self._list(rows, files, complete=False)
 
     def close(self) -> None:
         """Write the last, shorter shard and mark the store complete. Closing a complete store does nothing."""
@@ -184,17 +200,6 @@ class EmbeddingWriter:
             if unlisted or TEMPORARY_FILE.fullmatch(path.name):
                 path.unlink()
 
-    def _checked_vectors(self, ids: Sequence[str], vectors: np.ndarray, first: int) -> np.ndarray:
-        with np.errstate(over="ignore"):  # what does not fit float16 becomes infinite, and is refused as such
-            stored = vectors.astype(self._dtype, order="C")
-        finite = np.isfinite(stored).all(axis=1)
-        if not finite.all():
-            row = int(np.argmin(finite))
-            found = "found one too large for float16" if np.isfinite(vectors[row]).all() else "found NaN or infinity"
-            place = f"{self.folder}: row {first + row}, passage {ids[row]!r}"
-            raise InputError(f"{place}: expected a finite vector, {found}")
-        return stored
-
     def _enter_ids(self, ids: list[str], first: int) -> None:
         for place in self._seen.suspects(ids):
             known = [*self._ids_on_disk(), *self._buffer.ids, *ids[:place]]
@@ -217,14 +222,16 @@ class EmbeddingWriter:
             start = stop
 
     def _write_shard(self, *, complete: bool) -> None:
-        files = dict(self._manifest.files)
-        if len(self._buffer):
-            files |= self._buffer.write(self.folder, self.rows // self.shard_rows)
-        fields = {**self._header, "rows": self.rows + len(self._buffer), "complete": complete}
-        manifest = Manifest(self.folder, EMBEDDINGS, fields, files)
+        files = self._buffer.write(self.folder, self.rows // self.shard_rows) if len(self._buffer) else {}
+        self._list(len(self._buffer), files, complete=complete)
+        self._buffer = ShardBuffer()
+
+    def _list(self, rows: int, files: dict[str, FileEntry], *, complete: bool) -> None:
+        """Add a shard's files to the manifest."""
+        fields = {**self._header, "rows": self.rows + rows, "complete": complete}
+        manifest = Manifest(self.folder, EMBEDDINGS, fields, {**self._manifest.files, **files})
         write_manifest(manifest)
         self._manifest = manifest
-        self._buffer = ShardBuffer()
 
 
 def _difference(ours: Any, theirs: Any) -> tuple[str, str]:

@@ -27,7 +27,7 @@ _PUBLIC = {
     "Towers": "retriever.towers",
     "Trainer": "retriever.trainer",
     "embed_texts": "retriever.encode",
-    "encode_passages": "retriever.encode",
+    "encode_passages": "retriever.encode_corpus",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -1,4 +1,4 @@
-"""Work that is done while its results are waited for elsewhere: an iterator in a thread of its own."""
+"""Work in a thread of its own: an iterator that is ahead of who takes from it, calls that are behind who makes them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import contextlib
 import queue
 import sys
 import threading
-from collections.abc import Generator, Iterator
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 # Seconds after which a thread that computes in Python lets another have the lock. Each operation of torch gives the
 # lock up and takes it again: beside such a thread 300 of them a second begin at Python's 5 ms, 30,000 at this.
@@ -64,3 +67,33 @@ def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     finally:
         closed.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def behind(call: Callable[P, None], most: int, *, abandon: bool = False) -> Iterator[Callable[P, None]]:
+    """Within, what is called comes back at once; a thread makes the calls, in order, of which `most` wait at a time.
+
+    What a call raises is raised by a later one or at the end, and ends those behind it. An error of the body waits for
+    the calls made so far, unless `abandon`: they may then never come back.
+    """
+    waiting: deque[Future[None]] = deque()
+
+    def make(before: Future[None] | None, *args: P.args, **kwargs: P.kwargs) -> None:
+        if before is not None:
+            before.result()
+        call(*args, **kwargs)
+
+    def later(*args: P.args, **kwargs: P.kwargs) -> None:
+        if len(waiting) == most:
+            waiting.popleft().result()
+        waiting.append(thread.submit(make, waiting[-1] if waiting else None, *args, **kwargs))
+
+    thread = ThreadPoolExecutor(1, "behind")
+    done = False
+    try:
+        yield later
+        for each in waiting:
+            each.result()
+        done = True
+    finally:
+        thread.shutdown(wait=done or not abandon, cancel_futures=abandon)

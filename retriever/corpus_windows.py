@@ -1,7 +1,7 @@
 """A corpus in windows, of passages that are sorted by length together: lines for a store, tokens for a tower.
 
 They are made by a thread, or by processes of which each makes every n-th: one thread's share of Python's lock is what
-a GPU then waits for.
+a GPU then waits for. A corpus that several ranks embed is divided by the shards of its store.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import itertools
 import os
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from index.files import InputError
-from index.passages import Passage
+from index.passages import Passage, PassageFile
 from index.shards import passage_line
 from retriever.ahead import ahead
+from retriever.data.schedule import Share
 from retriever.data.sources import HUGE_TEXT
 from retriever.tokens import TextTokenizer, TokenizedTexts
 from retriever.workers import become_worker, started
@@ -44,7 +46,8 @@ def workers_for(device: torch.device) -> int:
     # Workers are forks, and where there are none nobody says which processors are ours.
     if device.type != "cuda" or not hasattr(os, "sched_getaffinity"):
         return 0
-    count = min(MOST_WORKERS, len(os.sched_getaffinity(0)) - OTHER_PROCESSORS)
+    processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = min(MOST_WORKERS, processors - OTHER_PROCESSORS)
     return count if count >= LEAST_WORKERS else 0
 
 
@@ -57,15 +60,20 @@ class Cut:
     window: int
     """Most passages of a window, if their embeddings are not too large."""
     dim: int
+    share: Share = field(default_factory=Share)
+    """Who embeds which shards: rank r of W has r, r + W, …"""
 
-    def __call__(self, passages: Iterator[Passage], row: int) -> Iterator[tuple[int, list[Passage]]]:
-        """(first row, passages) of each window from the row `row` on, at which `passages` begin."""
+    def windows(self, row: int) -> Iterator[range]:
+        """The rows of this rank's windows from the row `row` on, of a corpus without end."""
         most = max(1, min(self.window, WINDOW_BYTES // (4 * self.dim)))
-        while some := list(
-            itertools.islice(passages, min(most, max(row, FIRST_WINDOW), self.shard_rows - row % self.shard_rows))
-        ):
-            yield row, some
-            row += len(some)
+        while True:
+            shard, within = divmod(row, self.shard_rows)
+            if shard % self.share.size != self.share.rank:
+                row += self.shard_rows - within
+                continue
+            stop = row + min(most, max(row, FIRST_WINDOW), self.shard_rows - within)
+            yield range(row, stop)
+            row = stop
 
 
 @dataclass(frozen=True)
@@ -118,11 +126,11 @@ def oddities(passage: Passage) -> list[str]:
 def corpus_windows(
     passages: Iterable[Passage], row: int, cut: Cut, maker: WindowMaker, workers: int = 0
 ) -> Generator[CorpusWindow, None, None]:
-    """The windows of a corpus from its row `row` on, made ahead of their use. Close it to end what makes them.
+    """This rank's windows of a corpus from its row `row` on, made ahead of their use. Close it to end what makes them.
 
     Args:
         passages: the whole corpus; with workers it is read from its beginning by each of them, so nothing of it may
-            have been read before.
+            have been read before. Of a PassageFile little more is read than what the windows hold.
         workers: processes; none for a thread of this one.
 
     Raises:
@@ -130,14 +138,11 @@ def corpus_windows(
         OSError: the corpus cannot be read.
     """
     if not workers:
-        rows = iter(passages)
+        unread = _unread(passages)
         # Here, where the user may end it.
-        for _ in itertools.islice(rows, row):
-            pass
-        with (
-            contextlib.closing(ahead(cut(rows, row))) as read,
-            contextlib.closing(ahead(itertools.starmap(maker, read))) as made,
-        ):
+        _pass_over(unread, row)
+        read = _read(unread, row, cut.windows(row))
+        with contextlib.closing(ahead(read)) as some, contextlib.closing(ahead(itertools.starmap(maker, some))) as made:
             yield from made
         return
     # The workers read from it nothing but its end.
@@ -150,6 +155,30 @@ def corpus_windows(
     finally:
         for descriptor in pipe:
             os.close(descriptor)
+
+
+def _unread(passages: Iterable[Passage]) -> Iterator[Callable[[], Passage]]:
+    if isinstance(passages, PassageFile):
+        return passages.unread()
+    return (partial(_unchanged, passage) for passage in passages)
+
+
+def _pass_over(rows: Iterator[Any], count: int) -> None:
+    for _ in itertools.islice(rows, count):
+        pass
+
+
+def _read(
+    unread: Iterator[Callable[[], Passage]], row: int, windows: Iterator[range]
+) -> Iterator[tuple[int, list[Passage]]]:
+    """(first row, passages) of each window until the corpus ends, where `unread` is at the row `row`."""
+    for window in windows:
+        _pass_over(unread, window.start - row)
+        some = [read() for read in itertools.islice(unread, len(window))]
+        if not some:
+            return
+        yield window.start, some
+        row = window.stop
 
 
 def _loaded(windows: _WorkersWindows, workers: int) -> Iterator[CorpusWindow | Exception]:
@@ -189,9 +218,8 @@ class _WorkersWindows(IterableDataset[CorpusWindow | Exception]):
         os.close(self.pipe[1])
         threading.Thread(target=self._end_with_pipe, daemon=True).start()
         try:
-            windows = self.cut(itertools.islice(self.passages, self.row, None), self.row)
-            for row, some in itertools.islice(windows, worker.id, None, worker.num_workers):
-                yield self.maker(row, some)
+            windows = itertools.islice(self.cut.windows(self.row), worker.id, None, worker.num_workers)
+            yield from itertools.starmap(self.maker, _read(_unread(self.passages), 0, windows))
         except (InputError, OSError) as error:
             # Raised there it would come with the worker's traceback for a message.
             yield error

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from eval.beir import BeirDataset
 from retriever.config import DevConfig, TrainConfig
-from retriever.encode import EncodeOptions, corpus_source
+from retriever.encode import EncodeOptions
+from retriever.encode_corpus import corpus_source
 from retriever.evaluate import evaluate_towers
 from retriever.progress import Terminal
 from retriever.ranks import Ranks

@@ -9,13 +9,14 @@ from typing import Literal
 import numpy as np
 
 from index.embeddings import EmbeddingStore
-from index.passages import read_passages
+from index.passages import PassageFile
 from index.records import count_records
 from retriever.corpus_windows import WINDOW
 from retriever.data.sources import Notices
-from retriever.encode import EncodeOptions, corpus_source, embed_texts
+from retriever.encode import EncodeOptions, embed_texts
+from retriever.encode_corpus import corpus_source, encode_passages
 from retriever.progress import Terminal
-from retriever.ranks import Ranks, encode_on_ranks
+from retriever.ranks import Ranks
 from retriever.towers import Towers
 
 Tick = Callable[[], None] | None
@@ -55,10 +56,9 @@ def embed_corpus(
     notices = Notices()
     total = count_records(corpus) if terminal.is_live else None
     with terminal.bar(f"encode {corpus.name}", total, "passages") as advance:
-        store = encode_on_ranks(
-            ranks or Ranks(),
+        store = encode_passages(
             towers,
-            read_passages(corpus),
+            PassageFile(corpus),
             folder,
             options,
             source=corpus_source(corpus),
@@ -66,6 +66,7 @@ def embed_corpus(
             shard_rows=shard_rows,
             window=window,
             workers=workers,
+            ranks=ranks,
             progress=ticking(advance, tick),
             notice=notices.add,
         )

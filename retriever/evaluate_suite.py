@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +19,13 @@ from eval.runs import write_trec_run
 from eval.suite import Plan, Task, check_outside, rows_of_tasks
 from index.embeddings import EmbeddingStore
 from index.files import InputError
-from index.passages import read_passages
+from index.passages import Passage, PassageFile
 from index.records import count_records
-from retriever.encode import EncodeOptions, corpus_source
+from retriever.encode import EncodeOptions
+from retriever.encode_corpus import corpus_source, encode_passages
 from retriever.encode_files import embed_queries
 from retriever.progress import Terminal
-from retriever.ranks import Ranks, encode_on_ranks
+from retriever.ranks import Ranks
 from retriever.set_settings import SetSettings, towers_for
 from retriever.split_documents import split_documents
 from retriever.suite_report import SetResult, SuiteResult, sums, write_suite
@@ -151,14 +152,14 @@ class Suite:
 
     def _embedded(self, towers: Towers, task: Task, corpus: Path, place: Path) -> EmbeddingStore:
         """The corpus's store: embedded, continued or used again."""
-        source, passages = corpus_source(corpus), read_passages(corpus)
+        source = corpus_source(corpus)
+        passages: Iterable[Passage] = PassageFile(corpus)
         if self._options.windows:
             source[WINDOWS] = f"overlap {self._options.overlap}"
             passages = split_documents(towers, passages, self._options.overlap)
         total = count_records(corpus) if self._terminal.is_live and not self._options.windows else None
         with self._terminal.bar(f"{task.name}: encode", total, "passages") as advance:
-            return encode_on_ranks(
-                self._ranks,
+            return encode_passages(
                 towers,
                 passages,
                 place / (WINDOWS if self._options.windows else "embeddings"),
@@ -166,6 +167,7 @@ class Suite:
                 source=source,
                 dtype=self._options.dtype,
                 shard_rows=self._options.shard_rows,
+                ranks=self._ranks,
                 progress=advance,
             )
 

@@ -1,31 +1,22 @@
-"""Several processes train or evaluate together (torchrun): who takes part, what they tell each other, shared stores."""
+"""Several processes train or evaluate together (torchrun): who takes part, what they tell each other."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import distributed
 
-from index.embeddings import EmbeddingStore, EmbeddingWriter
-from index.files import InputError
-from index.passages import Passage
-from retriever.ahead import ahead, giving_way
-from retriever.corpus_windows import WINDOW, Cut, WindowMaker, oddities
 from retriever.data.schedule import Share
-from retriever.encode import EncodeOptions, embed_windows, encode_passages, window_maker
 from retriever.first_error import first_error_shown
 from retriever.progress import Terminal
-from retriever.towers import Towers
 
 # One rank may build an index while the others wait; a rank that dies is noticed by torchrun, not by the clock.
 PATIENCE = datetime.timedelta(days=1)
@@ -90,6 +81,12 @@ class Ranks:
             buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         distributed.broadcast(buffer, 0)
         return json.loads(buffer.numpy().tobytes())
+
+    def reports(self, here: Any) -> list[Any]:
+        """What each rank has, in order, on all of them; as `told`."""
+        return [
+            json.loads(part.tobytes()) for part in self.gathered(np.frombuffer(json.dumps(here).encode(), np.uint8))
+        ]
 
     def gathered(self, rows: np.ndarray) -> list[np.ndarray]:
         """The rows [n] of every rank, whose numbers may differ, in order."""
@@ -167,109 +164,3 @@ def own_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return device
-
-
-def encode_on_ranks(
-    ranks: Ranks,
-    towers: Towers,
-    passages: Iterable[Passage],
-    out: Path,
-    options: EncodeOptions,
-    *,
-    source: dict[str, str],
-    dtype: Literal["float32", "float16"] = "float32",
-    shard_rows: int = 65536,
-    window: int = WINDOW,
-    workers: int = 0,
-    progress: Callable[[int], None] | None = None,
-    notice: Callable[[str, str], None] | None = None,
-) -> EmbeddingStore:
-    """`encode_passages` by all ranks together: rank r embeds the shards r, r + W, … and rank 0 writes them, in order.
-
-    Every rank calls it with the same arguments and reads the corpus; `out` lies on a disk that all of them see. The
-    store has the bytes that one process would write, and is continued after a kill, also by another number of ranks.
-    `workers` are for one rank alone; several read and tokenize in threads.
-
-    Raises:
-        as `encode_passages`; on the other ranks, RuntimeError once rank 0 is gone.
-    """
-    if ranks.size == 1:
-        return encode_passages(
-            towers,
-            passages,
-            out,
-            options,
-            source=source,
-            dtype=dtype,
-            shard_rows=shard_rows,
-            window=window,
-            workers=workers,
-            progress=progress,
-            notice=notice,
-        )
-    begun = torch.zeros(2, dtype=torch.int64)
-    with contextlib.ExitStack() as held:
-        writer = None
-        if ranks.first:
-            writer = held.enter_context(
-                EmbeddingWriter(
-                    out,
-                    dim=towers.dimension,
-                    dtype=dtype,
-                    model=towers.fingerprint(),
-                    source={**source, "precision": options.precision},
-                    shard_rows=shard_rows,
-                )
-            )
-            begun += torch.tensor([writer.rows, writer.complete])
-        distributed.broadcast(begun, 0)
-        rows, complete = begun.tolist()
-        if not complete:
-            stream = iter(passages)
-            skipped = sum(1 for _ in itertools.islice(stream, rows))
-            if progress is not None and skipped:
-                progress(skipped)
-            cut = Cut(shard_rows, window, towers.dimension)
-            embed = _Embed(towers, options, cut, window_maker(towers, out))
-            for shard, owner in zip(_shards(stream, shard_rows), itertools.cycle(range(ranks.size)), strict=False):
-                if writer is not None:
-                    here = owner == 0
-                    writer.append(shard, embed(shard, rows) if here else _received(owner, len(shard), towers.dimension))
-                elif owner == ranks.rank:
-                    distributed.send(torch.from_numpy(embed(shard, rows)), 0)
-                rows += len(shard)
-                if notice is not None:
-                    for what, where in ((what, passage.id) for passage in shard for what in oddities(passage)):
-                        notice(what, where)
-                if progress is not None:
-                    progress(len(shard))
-            if not rows:
-                raise InputError(f"{source.get('name', 'corpus')}: expected passages, found none")
-    ranks.wait()
-    return EmbeddingStore.open(out)
-
-
-class _Embed:
-    """The vectors of a shard's passages, in the windows that `encode_passages` has."""
-
-    def __init__(self, towers: Towers, options: EncodeOptions, cut: Cut, maker: WindowMaker) -> None:
-        self._towers, self._options = towers, options
-        self._cut, self._maker = cut, maker
-
-    def __call__(self, shard: list[Passage], row: int) -> np.ndarray:
-        """Of the shard that begins at the row `row`."""
-        windows = ((None, self._maker.tokens(some)) for _, some in self._cut(iter(shard), row))
-        with giving_way(), contextlib.closing(ahead(windows)) as tokenized:
-            embedded = embed_windows(self._towers, tokenized, "document", self._options)
-            return np.concatenate([vectors for _, vectors in embedded])
-
-
-def _shards(stream: Iterator[Passage], rows: int) -> Iterator[list[Passage]]:
-    while shard := list(itertools.islice(stream, rows)):
-        yield shard
-
-
-def _received(rank: int, rows: int, dim: int) -> np.ndarray:
-    vectors = torch.empty((rows, dim), dtype=torch.float32)
-    distributed.recv(vectors, rank)
-    return vectors.numpy()

@@ -30,10 +30,11 @@ from bench_train import MIB, RESULTS, Budget, flops, model_config, peak_mib, pro
 from machine import machine
 from sized_texts import PASSAGE, SizedTexts
 
-from index.passages import read_passages
+from index.passages import PassageFile, read_passages
 from retriever.corpus_windows import WINDOW
 from retriever.device import choose_precision
-from retriever.encode import EncodeOptions, embed_windows, encode_passages
+from retriever.encode import EncodeOptions, embed_windows
+from retriever.encode_corpus import encode_passages
 from retriever.graph_memory import EncodeMemory
 from retriever.half_weights import arithmetic
 from retriever.tokens import TokenizedTexts
@@ -199,7 +200,7 @@ def from_file(towers: Towers, corpus: Path, settings: EncodeOptions, store: Path
     """The seconds from a corpus file to the checksummed store."""
     source = {"name": "bench"}
     start = time.perf_counter()
-    encode_passages(towers, read_passages(corpus), store, settings, source=source, dtype="float16", workers=workers)
+    encode_passages(towers, PassageFile(corpus), store, settings, source=source, dtype="float16", workers=workers)
     return time.perf_counter() - start
 
 
@@ -240,7 +241,7 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
             )
 
     encode_passages(
-        towers, read_passages(corpus), folder / "store", EncodeOptions(), source={"name": "bench"}, progress=progress
+        towers, PassageFile(corpus), folder / "store", EncodeOptions(), source={"name": "bench"}, progress=progress
     )
 
 

@@ -13,8 +13,9 @@ from index_helpers import MODEL, flipped_bytes, listing, passages_of
 
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
-from index.manifest import EMBEDDINGS, Manifest, read_manifest, write_manifest
+from index.manifest import EMBEDDINGS, FileEntry, Manifest, read_manifest, write_manifest
 from index.passages import Passage
+from index.shards import ShardBuffer, passage_line
 from index.verify import verify
 
 HEADER: dict[str, Any] = {"dim": 3, "model": MODEL, "source": {"file": "c.jsonl"}, "shard_rows": 4}
@@ -57,6 +58,35 @@ def test_the_bytes_do_not_depend_on_how_they_were_appended(tmp_path: Path, rng) 
         with EmbeddingWriter(tmp_path / name, **HEADER) as writer:
             for start in range(0, 11, batch):
                 writer.append(passages[start : start + batch], vectors[start : start + batch])
+    assert listing(tmp_path / "one") == listing(tmp_path / "two")
+
+
+def test_a_shard_that_another_process_wrote_is_taken_in(tmp_path: Path, rng) -> None:
+    vectors, passages = rng.standard_normal((9, 3)).astype(np.float32), passages_of(list("abcdefghi"))
+    with EmbeddingWriter(tmp_path / "one", **HEADER) as writer:
+        writer.append(passages, vectors)
+
+    def shard(number: int, some: list[Passage]) -> dict[str, FileEntry]:
+        buffer = ShardBuffer()
+        lines = [passage_line(passage, "") for passage in some]
+        buffer.add([passage.id for passage in some], vectors[4 * number : 4 * number + len(some)], lines)
+        return buffer.write(tmp_path / "two", number)
+
+    with EmbeddingWriter(tmp_path / "two", **HEADER) as writer:
+        writer.adopt_shard(4, shard(0, passages[:4]))
+        again = [*passages[4:7], passages[1]]
+        with pytest.raises(InputError, match="expected unique ids, found 'b' in rows 1 and 7"):
+            writer.adopt_shard(4, shard(1, again))
+        assert writer.rows == 4
+        files = shard(1, passages[4:8])
+        (tmp_path / "two" / "00001.npy").rename(tmp_path / "elsewhere")
+        with pytest.raises(InputError, match=r"00001\.npy: expected what another process wrote; do all"):
+            writer.adopt_shard(4, files)
+        (tmp_path / "elsewhere").rename(tmp_path / "two" / "00001.npy")
+        writer.adopt_shard(4, files)
+        writer.append(passages[8:], vectors[8:])
+        with pytest.raises(ValueError, match="expected a store with nothing in memory"):
+            writer.adopt_shard(1, {})
     assert listing(tmp_path / "one") == listing(tmp_path / "two")
 
 

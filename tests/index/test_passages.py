@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from index.files import InputError
-from index.passages import Passage, checked_id, parse_passage, read_passages
+from index.passages import Passage, PassageFile, checked_id, parse_passage, read_passages
 from index.records import Record
 
 
@@ -71,3 +75,28 @@ def test_a_file_is_streamed(tmp_path: Path) -> None:
     assert next(passages) == Passage("a", "", "x")
     with pytest.raises(InputError, match=r"corpus\.jsonl:2: expected an id without white space, found 'b c'"):
         next(passages)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "parquet"])
+def test_a_passage_that_is_not_read_is_passed_over(tmp_path: Path, suffix: str) -> None:
+    rows = [{"_id": f"d{n}", "text": f"text {n}"} for n in range(9)]
+    path = tmp_path / f"corpus.{suffix}"
+    if suffix == "csv":
+        path.write_text("_id,text\n" + "".join(f"{row['_id']},{row['text']}\n" for row in rows))
+    elif suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with gzip.open(path, "wt") if suffix.endswith("gz") else open(path, "w") as stream:
+            stream.write("\n\n".join(map(json.dumps, rows)))
+    passages = PassageFile(path)
+    assert list(passages) == list(passages) == list(read_passages(path))
+    unread = list(passages.unread())
+    assert len(unread) == 9 and unread[7]() == Passage("d7", "", "text 7")
+
+
+def test_what_is_wrong_in_a_line_is_told_when_it_is_read(tmp_path: Path) -> None:
+    (path := tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": ""}\n{"_id"\n{"_id": "c", "text": ""}\n')
+    first, second, third = PassageFile(path).unread()
+    assert [first().id, third().id] == ["a", "c"]
+    with pytest.raises(InputError, match=f"^{path}:2: expected JSON, found"):
+        second()

@@ -1,7 +1,8 @@
-"""Items made ahead come in order, errors where they are taken, and a closed iterator ends its thread."""
+"""Items made ahead and calls made behind keep their order, errors come where they are looked for, threads end."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from retriever.ahead import ahead, giving_way
+from retriever.ahead import ahead, behind, giving_way
 
 
 def test_items_come_in_order_and_are_made_before_they_are_taken() -> None:
@@ -55,3 +56,61 @@ def test_threads_give_way_until_the_work_ends_however_it_ends() -> None:
         assert sys.getswitchinterval() <= 1e-4
         raise KeyError
     assert sys.getswitchinterval() == usual
+
+
+def test_calls_behind_are_made_in_order_and_all_of_them_by_the_end() -> None:
+    made: list[int] = []
+    main = threading.current_thread()
+
+    def call(number: int) -> None:
+        assert threading.current_thread() is not main
+        time.sleep(0.01 * (number % 2))
+        made.append(number)
+
+    with behind(call, 2) as later:
+        for number in range(9):
+            later(number)
+            assert number - len(made) <= 3
+    assert made == list(range(9))
+
+
+def test_what_a_call_behind_raises_is_raised_and_ends_those_after_it() -> None:
+    made: list[int] = []
+
+    def call(number: int) -> None:
+        if number == 2:
+            raise OSError("full")
+        made.append(number)
+
+    with pytest.raises(OSError, match="full"), behind(call, 2) as later:
+        for number in range(3):
+            later(number)
+    assert made == [0, 1]
+    with pytest.raises(OSError, match="full"), behind(call, 1) as later:
+        for number in itertools.count():
+            later(number)
+    assert made == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("abandon", [False, True])
+def test_an_error_of_the_body_waits_for_calls_that_come_back(abandon: bool) -> None:
+    begun, go_on, made = threading.Event(), threading.Event(), list[int]()
+
+    def call(number: int) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        made.append(number)
+
+    def body() -> None:
+        with behind(call, 2, abandon=abandon) as later:
+            later(0)
+            later(1)
+            assert begun.wait(10)
+            if not abandon:
+                threading.Timer(0.1, go_on.set).start()
+            raise ValueError("torn")
+
+    with pytest.raises(ValueError, match="torn"):
+        body()
+    assert made == ([] if abandon else [0, 1])
+    go_on.set()

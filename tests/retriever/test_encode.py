@@ -21,7 +21,8 @@ from index.embeddings import EmbeddingStore
 from index.files import InputError
 from index.passages import Passage, read_passages
 from retriever.config import ModelConfig
-from retriever.encode import EncodeOptions, corpus_source, embed_texts, encode_passages
+from retriever.encode import EncodeOptions, embed_texts
+from retriever.encode_corpus import corpus_source, encode_passages
 from retriever.towers import Towers, build_towers, load_towers
 
 ROOT = Path(__file__).resolve().parents[2]
