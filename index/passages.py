@@ -71,18 +71,35 @@ def read_passages(path: Path) -> Iterator[Passage]:
         yield parse_passage(record)
 
 
-@dataclass(frozen=True)
 class PassageFile(Iterable[Passage]):
-    """The passages of a file that `read_passages` reads, from its beginning each time."""
+    """The passages of a file that `read_passages` reads, from its beginning each time.
 
-    path: Path
+    Raises:
+        InputError: at the end, the file is not what it was when this was made; what was summed before is then another.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._found = _state(path)
 
     def __iter__(self) -> Iterator[Passage]:
-        return read_passages(self.path)
+        return (read() for read in self.unread())
 
     def unread(self) -> Iterator[Callable[[], Passage]]:
         """Each as what reads it, for those who leave most of them to others."""
-        return (partial(_read, row) for row in unread_rows(self.path))
+        for row in unread_rows(self.path):
+            yield partial(_read, row)
+        if _state(self.path) != self._found:
+            raise InputError(f"{self.path}: changed while it was read")
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """What a change of a file changes; none for a file that is not there, which reading it tells."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read(row: UnreadRow) -> Passage:

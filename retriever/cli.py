@@ -152,6 +152,11 @@ def _one_line(box: str) -> str:
     # The checks of our own dataclasses name the flag themselves.
     message = re.sub(r"^Error parsing (\S+: (?=--|\S+: expected))?(__tyro\S+: )?", "", sections[0])
     message = re.sub(r"invalid literal for int\(\) with base 10:", "expected a whole number, found", message)
+    message = re.sub(
+        r"no type matching \{None\}\|(\S+) could be instantiated from \[(.*?)\]\. .*",
+        r"expected \1 or none, found \2",
+        message,
+    )
     message = re.sub(r"could not convert string to float:", "expected a number, found", message)
     proposal = sections[1]
     if near := re.search(r"Perhaps you meant: .*?(--[\w.-]+)", proposal):

@@ -232,6 +232,12 @@ class TrainConfig:
         counts = ("batch_size", "steps", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints")
         _check_least(self, "", 1, *counts)
         _check_least(self, "", 0, "seed")
+        if self.seed >= 2**64:
+            raise ValueError(f"seed: expected a number below 2^64, found {self.seed}")
+        if self.batch_size == 1 and not self.data.negatives and self.loss.name != "sigmoid":
+            raise ValueError(
+                "batch_size: expected at least 2, or data.negatives, found 1: a query needs passages other than its own"
+            )
         if not _positive(self.epochs):
             raise ValueError(f"epochs: expected a positive number, found {self.epochs}")
         if self.shard_towers and self.precision == "fp16":
@@ -243,6 +249,10 @@ class TrainConfig:
                 raise ValueError(f"{other}: expected false with cuda_graphs, found true")
         if self.cuda_graphs and self.model.image.name:
             raise ValueError("cuda_graphs: expected false with a tower of pictures, found true")
+
+
+# How people write that a number is not given.
+NOTHING = ("none", "null")
 
 
 def _check_least(config: object, where: str, least: int, *names: str) -> None:
@@ -345,9 +355,9 @@ def _convert(kind: Any, value: Any, file: str, place: str) -> Any:
     """Check `value` against a field's type; whole numbers serve as floats, and so does YAML's text '1e-4'."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
+        if value is None or (inner is not str and isinstance(value, str) and value.lower() in NOTHING):
+            return None
         return _convert(inner, value, file, place)
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, file, place)

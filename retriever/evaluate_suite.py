@@ -152,8 +152,8 @@ class Suite:
 
     def _embedded(self, towers: Towers, task: Task, corpus: Path, place: Path) -> EmbeddingStore:
         """The corpus's store: embedded, continued or used again."""
-        source = corpus_source(corpus)
         passages: Iterable[Passage] = PassageFile(corpus)
+        source = corpus_source(corpus)
         if self._options.windows:
             source[WINDOWS] = f"overlap {self._options.overlap}"
             passages = split_documents(towers, passages, self._options.overlap)

@@ -63,6 +63,21 @@ class StopRequest:
 
 
 @contextlib.contextmanager
+def signals_end_at_once() -> Iterator[None]:
+    """Within, SIGINT and SIGTERM end the program where it stands: while it waits outside of Python, and has nothing yet
+    that would have to be tidied up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, as SIGINT does: temporary files go, and the terminal gets its cursor back."""
     if threading.current_thread() is not threading.main_thread():

@@ -172,6 +172,8 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
     if kind not in kinds:
         near = ", ".join(difflib.get_close_matches(str(kind), kinds)) or "bert, roberta, modernbert"
         raise ConfigError(f"model.architecture: cannot be built: no model_type {kind!r}; near it: {near}")
+    usual = AutoConfig.for_model(kind)
+    _check_spelling(fields, usual)
     without_bars()
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
@@ -181,7 +183,7 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
     tokenizer._processor_class = tokenizer.init_kwargs["processor_class"] = None
     # Some families lay a tokenizer of their own, with tokens of its own, over the one that stands beside them.
     with writing_weights(folder):
-        AutoConfig.for_model(kind).save_pretrained(folder)
+        usual.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     try:
@@ -198,6 +200,17 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
     save_encoder(model, folder)
     with writing_weights(folder):
         tokenizer.save_pretrained(folder)
+
+
+def _check_spelling(fields: dict[str, Any], usual: Any) -> None:
+    """transformers keeps whatever name it is given, and the field that was meant stays as it is by default.
+
+    Names unlike any are let through: some are read for the sake of older configurations.
+    """
+    known = {*vars(usual), *usual.to_dict(), *usual.attribute_map}
+    for name in fields.keys() - known:
+        if near := difflib.get_close_matches(str(name), known, n=1, cutoff=0.88):
+            raise ConfigError(f"model.architecture: {name}: unknown to {usual.model_type}; did you mean {near[0]}?")
 
 
 def _check_folder(folder: Path) -> None:

@@ -83,7 +83,7 @@ def open_batches(
     """Every batch of the run, in order; tokenized when it is taken.
 
     Raises:
-        InputError: a source has fewer rows than a batch.
+        InputError: a source has fewer rows than a batch, or a prompt that leaves no room for texts.
     """
     sources = config.data.sources
     schedule = BatchSchedule(
@@ -102,6 +102,9 @@ def open_batches(
         )
         for source in sources
     ]
+    for given in prompts:
+        towers.tokenizer("query").check_prompt(given.query)
+        towers.tokenizer("document").check_prompt(given.passage)
     preparer = BatchPreparer.of(towers, token_budget)
     return BatchDataset(
         tables, schedule, preparer, prompts=prompts, negatives_per_query=config.data.negatives, share=share

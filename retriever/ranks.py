@@ -7,16 +7,20 @@ import datetime
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import distributed
 
+from index.files import InputError
+from retriever.config import ConfigError
 from retriever.data.schedule import Share
 from retriever.first_error import first_error_shown
+from retriever.interrupt import signals_end_at_once
 from retriever.progress import Terminal
+from retriever.workers import ended_with_parent
 
 # One rank may build an index while the others wait; a rank that dies is noticed by torchrun, not by the clock.
 PATIENCE = datetime.timedelta(days=1)
@@ -28,6 +32,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    job: Any = field(default=None, compare=False, repr=False)
+    """torchrun's store, which outlives an attempt of the job that fails; none for one process."""
 
     @property
     def first(self) -> bool:
@@ -43,6 +49,15 @@ class Ranks:
     def share(self) -> Share:
         """This process's part of a batch."""
         return Share(self.rank, self.size)
+
+    def note_begun(self, run: str) -> None:
+        """Have later attempts of this job know that it has begun this run."""
+        if self.job is not None and self.first:
+            self.job.set(f"begun {run}", "")
+
+    def have_begun(self, run: str) -> bool:
+        """Whether an earlier attempt of this job has begun this run; one process alone cannot tell, and believes it."""
+        return self.job is None or self.job.check([f"begun {run}"])
 
     def wait(self) -> None:
         """Until all have come here."""
@@ -129,8 +144,15 @@ class SilentTerminal(Terminal):
 
 
 def process_count() -> int:
-    """How many processes this torchrun started, on all machines; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes this torchrun started, on all machines; 1 without it.
+
+    Raises:
+        ConfigError: the environment says something else.
+    """
+    found = os.environ.get("WORLD_SIZE", "1")
+    if not found.isdecimal() or int(found) < 1:
+        raise ConfigError(f"WORLD_SIZE: expected a number of processes, as torchrun sets it, found {found!r:.40}")
+    return int(found)
 
 
 @contextlib.contextmanager
@@ -139,19 +161,36 @@ def joined_ranks(*, on_devices: bool = False) -> Iterator[Ranks]:
 
     What lies in main memory is exchanged by gloo; with `on_devices` what lies on GPUs by NCCL. The first error of any
     ends all (first_error.py).
+
+    Raises:
+        ConfigError: the environment is not that of a process of torchrun.
+        InputError: the others cannot be reached.
     """
     if process_count() == 1:
         yield Ranks()
         return
-    store, rank, size = next(iter(distributed.rendezvous("env://")))
-    # torchrun's store outlives an attempt that failed, with the addresses of its processes in it.
-    store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if on_devices else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    # Whoever waits for others here does so outside of Python, for half an hour if they do not come.
+    with signals_end_at_once(), ended_with_parent():
+        job, store, rank, size = _met("cpu:gloo,cuda:nccl" if on_devices else "gloo")
     with first_error_shown(store):
-        yield Ranks(rank, size)
+        yield Ranks(rank, size, job)
         # After an error others may never come to this.
         distributed.destroy_process_group()
+
+
+def _met(backend: str) -> tuple[Any, Any, int, int]:
+    """Join the others; the store of the job and that of this attempt, this process's rank, and how many there are."""
+    try:
+        job, rank, size = next(iter(distributed.rendezvous("env://")))
+        # The addresses of its processes are those of one attempt.
+        store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", job)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    except ValueError as error:
+        # Of RANK, MASTER_ADDR and the like, which it names.
+        raise ConfigError(f"WORLD_SIZE is set, as under torchrun, but: {error}") from None
+    except distributed.DistError as error:
+        raise InputError(f"the other processes cannot be reached: {str(error).splitlines()[0]}") from None
+    return job, store, rank, size
 
 
 def uses_gpus(device: str) -> bool:

@@ -71,7 +71,7 @@ class AdjustedTowers(Towers):
     """The same weights with other prompts and lengths; their vectors have a fingerprint of their own.
 
     Raises:
-        InputError: a length is above the model's own.
+        InputError: a length is above the model's own, or a prompt leaves none for texts.
     """
 
     def __init__(self, towers: Towers, settings: SetSettings) -> None:
@@ -86,6 +86,7 @@ class AdjustedTowers(Towers):
             own, wanted = towers.tokenizer(side).max_length, self._max_length(side)
             if own is not None and wanted is not None and wanted > own:
                 raise InputError(f"{side} length: expected at most {own}, the model's own maximum, found {wanted}")
+            self.tokenizer(side).check_prompt(self.prompt(side))
         self.eval()
 
     def prompt(self, side: Side) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from index.files import InputError
 
 # How a single text is cut, whatever a caller's truncation of pairs was.
 _WHOLE_TEXTS: dict[str, Any] = {"stride": 0, "strategy": "longest_first"}
@@ -72,6 +74,18 @@ class TextTokenizer:
         if backend.encode_special_tokens != self.tokenizer.split_special_tokens:
             backend.encode_special_tokens = self.tokenizer.split_special_tokens
         return (encoding.ids for encoding in backend.encode_batch_fast(texts))
+
+    def check_prompt(self, prompt: str) -> None:
+        """A prompt that fills all that is read of a text would give every text the same embedding.
+
+        Raises:
+            InputError: it does.
+        """
+        longest = self.max_length
+        if prompt and longest is not None and (taken := len(replace(self, max_length=None)([prompt]).ids)) >= longest:
+            raise InputError(
+                f"prompt {prompt!r:.40}: expected one that leaves some of {longest} tokens for the text, found {taken}"
+            )
 
     def settings(self) -> str:
         """All that the token ids of a text depend on, as text; the same before and after use."""

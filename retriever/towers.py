@@ -48,6 +48,9 @@ class Towers(nn.Module):
 
     `model` is the sentence-transformers model whose folder is what a run leaves behind, so what is trained here and
     what `SentenceTransformer(path)` computes are the same modules.
+
+    Raises:
+        InputError: the model or a prompt of it is not one that can embed texts.
     """
 
     def __init__(self, model: SentenceTransformer):
@@ -60,6 +63,7 @@ class Towers(nn.Module):
                 raise InputError("a model that reads its texts inside a chat template is not supported for encoding")
             if self.prompt(side) and not all(getattr(m, "include_prompt", True) for m in model.modules()):
                 raise InputError("a model whose pooling leaves out its prompt is not supported: clear its prompts")
+            self.tokenizer(side).check_prompt(self.prompt(side))
 
     @property
     def shared(self) -> bool:

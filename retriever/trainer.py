@@ -154,6 +154,7 @@ class Trainer:
             with trainer._locked():
                 # Another start may have been quicker.
                 _check_unused(run)
+                trainer.ranks.note_begun(config.out)
                 save_config(trainer.config, run / CONFIG_FILE)
         return trainer
 

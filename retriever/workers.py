@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +28,7 @@ def become_worker(worker: int) -> None:
     # torch looks for its parent too, but then waits for what is on its way to it, which no one takes.
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
-    threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent.pid, threading.Event()), daemon=True).start()
 
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -47,7 +47,18 @@ def started(loader: DataLoader[Any]) -> Iterator[Any]:
             signal.raise_signal(late)
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+@contextlib.contextmanager
+def ended_with_parent() -> Iterator[None]:
+    """Within, this process ends when the one that started it is gone, wherever it waits."""
+    done = threading.Event()
+    threading.Thread(target=_end_with, args=(os.getppid(), done), daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _end_with(parent: int, done: threading.Event) -> None:
+    while not done.wait(1):
+        if os.getppid() != parent:
+            os._exit(1)

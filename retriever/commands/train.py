@@ -38,6 +38,8 @@ class Train:
         check_counts(self, "processes")
         if self.processes is not None and not self.dry_run:
             raise ValueError("--processes: goes with --dry-run; torchrun starts the processes of a run")
+        if self.profile and self.dry_run:
+            raise ValueError("--profile: expected without --dry-run, which trains no steps")
 
     def run(self, terminal: Terminal) -> int:
         from retriever.ranks import SilentTerminal, joined_ranks, uses_gpus
@@ -70,7 +72,7 @@ class Train:
             if self.file is not None or self.config != TrainConfig():
                 raise ConfigError("--resume: a run goes on with its own configuration; give no file and no other flag")
             trainer = Trainer.resume(Path(self.resume), terminal, ranks)
-        elif is_restarted(self.config):
+        elif is_restarted(self.config, ranks):
             terminal.line(f"{self.config.out}: restarted by torchrun; going on with the run")
             trainer = Trainer.resume(Path(self.config.out), terminal, ranks)
         else:
@@ -89,10 +91,12 @@ class Train:
         return 0
 
 
-def is_restarted(config: TrainConfig) -> bool:
+def is_restarted(config: TrainConfig, ranks: Ranks) -> bool:
     """Whether torchrun has started this process again, after one of its job failed that had begun this very run."""
     written = Path(config.out) / CONFIG_FILE
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not written.exists():
+        return False
+    if not ranks.have_begun(config.out):
         return False
     # The trainer wrote these two as it chose them.
     begun = load_config(written)

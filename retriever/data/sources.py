@@ -232,11 +232,21 @@ def _huggingface_records(config: SourceConfig) -> Iterator[Record]:
         record = Record(config.path, dict.fromkeys(columns))
         # Other columns may hold images or sounds, which would be decoded for nothing.
         dataset = dataset.select_columns([config.query, config.positive, *_negative_columns(config, record)])
-    number = 0
-    for batch in dataset.iter(batch_size=1024):
+    number, batches = 0, dataset.iter(batch_size=1024)
+    while (batch := _next_batch(batches, config.path)) is not None:
         for cells in zip(*batch.values(), strict=True):
             number += 1
             yield Record(f"{config.path}: row {number}", dict(zip(batch, cells, strict=True)))
+
+
+def _next_batch(batches: Iterator[dict[str, Any]], path: str) -> dict[str, Any] | None:
+    """The columns of some rows, none at the end; of a stream it is now that files are looked into."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return next(batches, None)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise _unreadable(path, error) from None
 
 
 def load_huggingface(path: str, split: str, *, streaming: bool) -> Any:
@@ -262,5 +272,9 @@ def load_huggingface(path: str, split: str, *, streaming: bool) -> Any:
     except KeyError:
         raise InputError(f"{path}: expected a split '{split}', found {', '.join(saved)}") from None
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: cannot be read as a Hugging Face dataset: {reason}") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return InputError(f"{path}: cannot be read as a Hugging Face dataset: {reason}")

@@ -100,3 +100,15 @@ def test_what_is_wrong_in_a_line_is_told_when_it_is_read(tmp_path: Path) -> None
     assert [first().id, third().id] == ["a", "c"]
     with pytest.raises(InputError, match=f"^{path}:2: expected JSON, found"):
         second()
+
+
+def test_a_file_that_changes_while_it_is_read_is_told_at_its_end(tmp_path: Path) -> None:
+    (path := tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": ""}\n')
+    passages = PassageFile(path)
+    assert len(list(passages)) == len(list(passages)) == 1
+    with open(path, "a") as stream:
+        stream.write('{"_id": "b", "text": ""}\n')
+    with pytest.raises(InputError, match=f"^{path}: changed while it was read$"):
+        list(passages)
+    with pytest.raises(InputError, match="no such file"):
+        list(PassageFile(tmp_path / "none.jsonl"))

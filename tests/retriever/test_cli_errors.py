@@ -85,6 +85,10 @@ def trained_with(tmp_path: Path, tiny: ModelConfig, rows: list[object], **other:
         (["train", "--optim.lr", "-1"], ["^retriever: optim.lr: expected a positive number, found -1"]),
         (["train", "--loss.name", "clop"], ["loss.name", "clop", "inf_cl"]),
         (["train", "--seed", "-1"], ["seed: expected at least 0, found -1"]),
+        (["train", "--seed", str(2**64)], [r"seed: expected a number below 2\^64, found 18446744073709551616"]),
+        (["train", "--batch-size", "1"], ["batch_size: expected at least 2, or data.negatives, found 1"]),
+        (["train", "--optim.max-grad-norm", "few"], ["max-grad-norm: expected FLOAT or none, found 'few'$"]),
+        (["train", "--dry-run", "--profile"], ["--profile: expected without --dry-run"]),
         (["train", "--data.workers", "-1"], ["data.workers", "-1"]),
         (["train", "--data.negatives", "-1"], ["data.negatives", "-1"]),
         (["train", "--model.max-length", "0"], ["model.max_length", "found 0"]),
@@ -99,6 +103,22 @@ def test_bad_arguments_end_with_2_and_one_line(arguments: list[str], patterns: l
     outcome = command(*arguments)
     assert_refused(outcome, 2, *patterns)
     assert len(outcome.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "pattern"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number of processes, as torchrun sets it, found 'two'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, as under torchrun, but: .* RANK expected, but not set"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "WORLD_SIZE is set, as under torchrun, but: .*'x'"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_told(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], pattern: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(command("train"), 2, f"^retriever: {pattern}")
 
 
 @pytest.mark.parametrize(

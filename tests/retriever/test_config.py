@@ -186,6 +186,16 @@ def test_fields_that_are_true_or_false_are_taken_as_people_write_them(
     assert config.model.name == "true"
 
 
+@pytest.mark.parametrize(
+    "words", ["--optim.max-grad-norm none --steps=none", "--optim.max_grad_norm=NULL --steps None"]
+)
+def test_a_number_that_is_not_given_may_be_called_none(words: str, tmp_path: Path) -> None:
+    (path := tmp_path / "c.yaml").write_text("steps: 3\nmodel: {name: none}\noptim: {max_grad_norm: none}")
+    assert load_config(path).optim.max_grad_norm is None and load_config(path).model.name == "none"
+    config = _parse(["train", str(path), *words.split(), "--model.tokenizer", "none"]).config
+    assert (config.steps, config.optim.max_grad_norm, config.model.tokenizer) == (None, None, "none")
+
+
 def test_the_file_may_stand_behind_a_switch(tmp_path: Path) -> None:
     save_config(TrainConfig(steps=7), path := tmp_path / "c.yaml")
     config = _parse(["train", "--compile", str(path)]).config

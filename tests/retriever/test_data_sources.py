@@ -121,6 +121,18 @@ def test_a_folder_of_files_is_read_by_hugging_face(tmp_path: Path, monkeypatch: 
         examples(tmp_path / "set", query="anchor")
 
 
+def test_a_folder_with_a_broken_file_is_answered_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, text in (("torn", '{"query": "a", "positive": "b"}\n{"query'), ("other", '{"a": 1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(text)
+    (tmp_path / "other" / "more.jsonl").write_text('{"b": [2]}')
+    for name in ("torn", "other"):
+        with pytest.raises(InputError, match=f"^{tmp_path / name}: [^\n]*$"):
+            examples(tmp_path / name)
+
+
 def test_a_missing_package_is_answered_with_its_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r'pip install "dense-retriever\[hub\]"'):

@@ -320,6 +320,8 @@ def test_bad_settings_are_one_line(tmp_path: Path, text: str, message: str) -> N
 def test_a_length_above_the_models_is_refused(towers: Towers) -> None:
     with pytest.raises(InputError, match="query length: expected at most 64"):
         AdjustedTowers(towers, SetSettings(query_max_length=65))
+    with pytest.raises(InputError, match="leaves some of 8 tokens for the text"):
+        AdjustedTowers(towers, SetSettings(query_prompt="ask " * 8, query_max_length=8))
 
 
 @pytest.mark.parametrize(

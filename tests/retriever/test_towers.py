@@ -109,8 +109,14 @@ def test_bad_models_are_refused_in_one_line(minilm: str, tiny: ModelConfig, tmp_
         "no tokenizer": ModelConfig(name=str(tmp_path)),
         "no such model folder": ModelConfig(name="./nowhere"),
         "expected either": ModelConfig(),
+        "hiden_size: unknown to bert; did you mean hidden_size": dataclasses.replace(
+            tiny, architecture={"model_type": "bert", "hiden_size": 32}
+        ),
         "model.architecture: cannot be built": dataclasses.replace(tiny, architecture={"model_type": "nonsense"}),
         "model.tokenizer": dataclasses.replace(tiny, tokenizer=None),
+        r"prompt 'cat cat .*leaves some of 5 tokens for the text, found \d+$": dataclasses.replace(
+            tiny, max_length=5, passage_prompt="cat " * 20
+        ),
     }
     for message, config in cases.items():
         with pytest.raises(InputError, match=message) as caught:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from cli_helpers import write_beir, write_lines
@@ -113,6 +114,42 @@ def test_a_job_that_torchrun_restarts_goes_on(python: LoadedPython, config: Path
     assert "restarted by torchrun; going on with the run" in done.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+
+
+def test_a_run_of_another_job_is_refused_at_every_attempt(python: LoadedPython, config: Path, tmp_path: Path) -> None:
+    words = ("-m", "retriever", "train", config, "--steps", 1, "--out", tmp_path / "run")
+    assert python.run(*torchrun(2, *words)).returncode == 0
+    done = python.run(*torchrun(2, *words, restarts=1))
+    assert done.returncode != 0 and "going on" not in done.stderr, done.stderr
+    assert done.stderr.count("holds a run already") == 2
+
+
+def test_who_waits_for_the_others_ends_with_a_signal_or_its_parent(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+            "RANK": "0",
+        }
+    script = "from retriever.ranks import joined_ranks; print('here', flush=True); joined_ranks().__enter__()"
+    waits = [sys.executable, "-c", script]
+    waiting = subprocess.Popen(waits, env=environment() | meeting, stdout=subprocess.PIPE)
+    assert waiting.stdout is not None and waiting.stdout.readline() == b"here\n"
+    time.sleep(1)
+    waiting.terminate()
+    assert waiting.wait(10) != 0
+    # A parent that is killed tells nobody.
+    parent = f"import subprocess, sys; child = subprocess.Popen({waits!r}); print(child.pid, flush=True); child.wait()"
+    started = subprocess.Popen([sys.executable, "-c", parent], env=environment() | meeting, stdout=subprocess.PIPE)
+    assert started.stdout is not None
+    child = psutil.Process(int(started.stdout.readline()))
+    assert started.stdout.readline() == b"here\n"
+    time.sleep(1)
+    started.kill()
+    started.wait()
+    assert psutil.wait_procs([child], timeout=10)[0]
 
 
 def test_machines_that_meet_by_the_launch_recipe_train_together(config: Path, tmp_path: Path) -> None:
