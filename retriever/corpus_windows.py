@@ -1,7 +1,7 @@
 """A corpus in windows, of passages that are sorted by length together: lines for a store, tokens for a tower.
 
-They are made by a thread, or by processes of which each makes every n-th: one thread's share of Python's lock is what
-a GPU then waits for. A corpus that several ranks embed is divided by the shards of its store.
+They are made by a thread, or by processes of which each makes every n-th piece of them: one thread's share of Python's
+lock is what a GPU then waits for. A corpus that several ranks embed is divided by the shards of its store.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ WINDOW = 32768
 FIRST_WINDOW = 4096
 # Of a window's embeddings, some of which wait on the host.
 WINDOW_BYTES = 2**27
+# Passages that a worker makes at a time, and how many times so many it may be ahead: a whole window takes one process
+# ten seconds, for which a GPU would wait at the start.
+PIECE, PIECES_AHEAD = 4096, 4
 
 # Each brings some 200,000 tokens/s, and as many as six no more than threads do (BERT-base on an H200, which takes 2.5
 # million); four processors are left to what launches, writes and feeds.
@@ -88,6 +91,17 @@ class CorpusWindow:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @classmethod
+    def joined(cls, pieces: list[CorpusWindow]) -> CorpusWindow:
+        """One of several that follow one another."""
+        chain = itertools.chain.from_iterable
+        return cls(
+            list(chain(piece.ids for piece in pieces)),
+            list(chain(piece.lines for piece in pieces)),
+            TokenizedTexts.joined([piece.tokens for piece in pieces]),
+            list(chain(piece.odd for piece in pieces)),
+        )
 
 
 @dataclass(frozen=True)
@@ -148,13 +162,23 @@ def corpus_windows(
     # The workers read from it nothing but its end.
     pipe = os.pipe()
     try:
-        for window in _loaded(_WorkersWindows(passages, row, cut, maker, pipe), workers):
-            if isinstance(window, Exception):
-                raise window
-            yield window
+        pieces = _loaded(_WorkersPieces(passages, row, cut, maker, pipe), workers)
+        for window in cut.windows(row):
+            own: list[CorpusWindow] = []
+            for piece in itertools.islice(pieces, len(_pieces(window))):
+                if isinstance(piece, Exception):
+                    raise piece
+                own.append(piece)
+            if not own:
+                return
+            yield CorpusWindow.joined(own)
     finally:
         for descriptor in pipe:
             os.close(descriptor)
+
+
+def _pieces(window: range) -> list[range]:
+    return [window[start : start + PIECE] for start in range(0, len(window), PIECE)]
 
 
 def _unread(passages: Iterable[Passage]) -> Iterator[Callable[[], Passage]]:
@@ -181,16 +205,16 @@ def _read(
         row = window.stop
 
 
-def _loaded(windows: _WorkersWindows, workers: int) -> Iterator[CorpusWindow | Exception]:
+def _loaded(pieces: _WorkersPieces, workers: int) -> Iterator[CorpusWindow | Exception]:
     with warnings.catch_warnings():
         # How many there are is the user's to say.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader: DataLoader[Any] = DataLoader(
-            windows,
+            pieces,
             batch_size=None,
             num_workers=workers,
             collate_fn=_unchanged,
-            prefetch_factor=1,
+            prefetch_factor=PIECES_AHEAD,
             worker_init_fn=become_worker,
             # A corpus that is a generator cannot be sent.
             multiprocessing_context="fork",
@@ -201,8 +225,8 @@ def _loaded(windows: _WorkersWindows, workers: int) -> Iterator[CorpusWindow | E
 
 
 @dataclass(frozen=True)
-class _WorkersWindows(IterableDataset[CorpusWindow | Exception]):
-    """Of each worker every n-th window, and what stopped it: the loader takes from them in turns, so that what it hands
+class _WorkersPieces(IterableDataset[CorpusWindow | Exception]):
+    """Of each worker every n-th piece, and what stopped it: the loader takes from them in turns, so that what it hands
     out is in the order of the corpus."""
 
     passages: Iterable[Passage]
@@ -218,8 +242,9 @@ class _WorkersWindows(IterableDataset[CorpusWindow | Exception]):
         os.close(self.pipe[1])
         threading.Thread(target=self._end_with_pipe, daemon=True).start()
         try:
-            windows = itertools.islice(self.cut.windows(self.row), worker.id, None, worker.num_workers)
-            yield from itertools.starmap(self.maker, _read(_unread(self.passages), 0, windows))
+            pieces = itertools.chain.from_iterable(map(_pieces, self.cut.windows(self.row)))
+            own = itertools.islice(pieces, worker.id, None, worker.num_workers)
+            yield from itertools.starmap(self.maker, _read(_unread(self.passages), 0, own))
         except (InputError, OSError) as error:
             # Raised there it would come with the worker's traceback for a message.
             yield error

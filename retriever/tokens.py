@@ -28,6 +28,14 @@ class TokenizedTexts:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @classmethod
+    def joined(cls, parts: Sequence[TokenizedTexts]) -> TokenizedTexts:
+        """The texts of one part after those of another; of one part itself, nothing is copied."""
+        if len(parts) == 1:
+            return parts[0]
+        offsets = np.concatenate([[0], *(part.lengths for part in parts)]).cumsum()
+        return cls(np.concatenate([part.ids for part in parts]), offsets)
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens a text, int64 [texts]."""
