@@ -14,11 +14,12 @@ from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
 from index.passages import Passage
 from retriever.ahead import behind, giving_way
-from retriever.corpus_windows import WINDOW, CorpusWindow, Cut, WindowMaker, corpus_windows
+from retriever.corpus_windows import WINDOW, CorpusWindow, Cut, WindowMaker
 from retriever.encode import EncodeOptions, embed_windows
 from retriever.ranks import Ranks
 from retriever.shared_store import SharedWriter
 from retriever.towers import Towers
+from retriever.window_workers import corpus_windows
 
 # Windows that wait to be written.
 MOST_WAITING = 2

@@ -72,9 +72,9 @@ class Encode(Embedding):
     def _corpus(self, terminal: Terminal, ranks: Ranks) -> EmbeddingStore:
         from eval.beir import beir_file, is_beir_folder
         from eval.zero_shot.layouts import images_in
-        from retriever.corpus_windows import workers_for
         from retriever.encode_files import embed_corpus
         from retriever.ranks import own_device
+        from retriever.window_workers import workers_for
 
         # Before the folder is judged: a name that no model has cannot be said to embed texts alone.
         towers = self.towers(terminal)

@@ -210,7 +210,7 @@ def test_workers_make_the_store_that_threads_make(
     towers: Towers, corpus: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("retriever.corpus_windows.FIRST_WINDOW", 4)
-    monkeypatch.setattr("retriever.corpus_windows.PIECE", 3)
+    monkeypatch.setattr("retriever.window_workers.PIECE", 3)
     options: dict[str, Any] = {"source": corpus_source(corpus), "shard_rows": 16, "window": 10}
     encoding = EncodeOptions(micro_batch_tokens=200)
     encode_passages(towers, read_passages(corpus), tmp_path / "threads", encoding, **options)

@@ -16,16 +16,18 @@ import torch
 from transformers import AutoTokenizer
 
 from index.passages import Passage
-from retriever.corpus_windows import Cut, WindowMaker, corpus_windows, workers_for
+from retriever.corpus_windows import Cut, WindowMaker
 from retriever.tokens import TextTokenizer
+from retriever.window_workers import corpus_windows, workers_for
 
 # Windows larger than a pipe, of a corpus that takes its time before the row asked for.
 SLOW = """
 import sys, time
 from transformers import AutoTokenizer
 from index.passages import Passage
-from retriever.corpus_windows import Cut, WindowMaker, corpus_windows
+from retriever.corpus_windows import Cut, WindowMaker
 from retriever.tokens import TextTokenizer
+from retriever.window_workers import corpus_windows
 
 def corpus():
     for number in range(10**6):
