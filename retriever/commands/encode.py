@@ -31,8 +31,8 @@ class Encode(Embedding):
     shard_rows: int = 65536
     """Passages or pictures a shard; at most so many are lost when a run is killed."""
     workers: int | None = None
-    """Processes that read and tokenize a corpus, each of them all of its file; 0: threads, as on a CPU and under
-    torchrun. None: as many as a GPU needs, and the machine has processors for."""
+    """Processes that read and tokenize a corpus, of each process of torchrun; 0: threads, as on a CPU. None: as many as
+    a GPU needs, and the machine has processors for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
