@@ -77,10 +77,11 @@ class EmbeddingWriter:
             self._held.close()
             raise
         self._buffer = ShardBuffer()
+        self._released = False
 
     @property
     def rows(self) -> int:
-        """Rows whole on disk: a multiple of `shard_rows` until the store is complete."""
+        """Rows whole on disk: a multiple of `shard_rows` until the last shard is there."""
         return self._manifest.count("rows")
 
     @property
@@ -158,6 +159,7 @@ class EmbeddingWriter:
             self._release()
 
     def _release(self) -> None:
+        self._released = True
         self._buffer = ShardBuffer()
         self._held.close()
 
@@ -228,6 +230,8 @@ class EmbeddingWriter:
 
     def _list(self, rows: int, files: dict[str, FileEntry], *, complete: bool) -> None:
         """Add a shard's files to the manifest."""
+        if self._released:
+            raise ValueError(f"{self.folder}: no longer held by this writer")
         fields = {**self._header, "rows": self.rows + rows, "complete": complete}
         manifest = Manifest(self.folder, EMBEDDINGS, fields, {**self._manifest.files, **files})
         write_manifest(manifest)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import queue
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 T = TypeVar("T")
@@ -73,27 +74,48 @@ def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
 def behind(call: Callable[P, None], most: int, *, abandon: bool = False) -> Iterator[Callable[P, None]]:
     """Within, what is called comes back at once; a thread makes the calls, in order, of which `most` wait at a time.
 
-    What a call raises is raised by a later one or at the end, and ends those behind it. An error of the body waits for
+    What a call raises is raised by the next one or at the end, and ends those behind it. An error of the body waits for
     the calls made so far, unless `abandon`: they may then never come back.
     """
-    waiting: deque[Future[None]] = deque()
+    ready: queue.Queue[Callable[[], None] | None] = queue.Queue(most)
+    failed: list[BaseException] = []
 
-    def make(before: Future[None] | None, *args: P.args, **kwargs: P.kwargs) -> None:
-        if before is not None:
-            before.result()
-        call(*args, **kwargs)
+    def make() -> None:
+        while (each := ready.get()) is not None:
+            if not failed:
+                try:
+                    each()
+                except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where calls are made
+                    failed.append(error)
 
     def later(*args: P.args, **kwargs: P.kwargs) -> None:
-        if len(waiting) == most:
-            waiting.popleft().result()
-        waiting.append(thread.submit(make, waiting[-1] if waiting else None, *args, **kwargs))
+        if failed:
+            raise failed[0]
+        ready.put(partial(call, *args, **kwargs))
 
-    thread = ThreadPoolExecutor(1, "behind")
-    done = False
+    thread = threading.Thread(target=make, name="behind", daemon=True)
+    thread.start()
     try:
         yield later
-        for each in waiting:
-            each.result()
-        done = True
-    finally:
-        thread.shutdown(wait=done or not abandon, cancel_futures=abandon)
+    except BaseException as error:
+        if abandon:
+            failed.append(error)
+            with contextlib.suppress(queue.Full):
+                ready.put_nowait(None)
+            atexit.register(_end_beside, thread)
+            raise
+        ready.put(None)
+        thread.join()
+        raise
+    ready.put(None)
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _end_beside(thread: threading.Thread) -> None:
+    # A thread that is in a transfer when Python takes itself apart ends the program by an abort.
+    if thread.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

@@ -26,7 +26,8 @@ class LostRankError(InputError):
 
 @contextlib.contextmanager
 def first_error_shown(store: Any) -> Iterator[None]:
-    """Within, the first error of any rank passes through on that rank; the others exit with code 1 and say nothing.
+    """Within, the first error of any rank, or the first signal that ends one, passes through on that rank; the others
+    exit with code 1 and say nothing.
 
     A rank that is caught in a transfer with one that failed is ended from a thread, within seconds.
 
@@ -55,8 +56,9 @@ def first_error_shown(store: Any) -> Iterator[None]:
             done.set()
             watch.join()
     except KeyboardInterrupt:
-        # torchrun's SIGTERM, if another failed; it may come while this rank deals with its own error.
-        if _reported(store):
+        # torchrun's SIGTERM, if another failed; it may come while this rank deals with its own error. If it came to
+        # this rank alone, the others must not wait for it.
+        if not _claim(store):
             raise _silent_end() from None
         raise
 
@@ -76,17 +78,14 @@ def _claim(store: Any) -> bool:
         return True
 
 
-def _reported(store: Any) -> bool:
-    """Whether a rank has failed. If the process that kept the store is gone, whoever exchanges with it will notice."""
-    try:
-        return store.check([_KEY])
-    except (RuntimeError, distributed.DistError):
-        return False
-
-
 def _watch(store: Any, done: threading.Event) -> None:
     while not done.wait(_SECONDS):
-        if _reported(store) and not done.wait(_PAUSE + _SECONDS):
+        try:
+            reported = store.check([_KEY])
+        except (RuntimeError, distributed.DistError):
+            # The process that kept it is gone: whoever exchanges with that one will notice.
+            return
+        if reported and not done.wait(_PAUSE + _SECONDS):
             os._exit(1)
 
 

@@ -208,7 +208,8 @@ def _check_spelling(fields: dict[str, Any], usual: Any) -> None:
     Names unlike any are let through: some are read for the sake of older configurations.
     """
     known = {*vars(usual), *usual.to_dict(), *usual.attribute_map}
-    for name in fields.keys() - known:
+    known = {name for name in known if not name.startswith("_")}
+    for name in sorted(name for name in fields.keys() - known if not str(name).endswith("_token_id")):
         if near := difflib.get_close_matches(str(name), known, n=1, cutoff=0.88):
             raise ConfigError(f"model.architecture: {name}: unknown to {usual.model_type}; did you mean {near[0]}?")
 

@@ -33,7 +33,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     job: Any = field(default=None, compare=False, repr=False)
-    """torchrun's store, which outlives an attempt of the job that fails; none for one process."""
+    """torchrun's store, which mostly outlives an attempt of the job that fails; none for one process."""
 
     @property
     def first(self) -> bool:
@@ -56,8 +56,11 @@ class Ranks:
             self.job.set(f"begun {run}", "")
 
     def have_begun(self, run: str) -> bool:
-        """Whether an earlier attempt of this job has begun this run; one process alone cannot tell, and believes it."""
-        return self.job is None or self.job.check([f"begun {run}"])
+        """Whether an earlier attempt of this job has begun this run; believed by who cannot tell, one process alone or
+        those whose store is a new one."""
+        if self.job is None or not any(self.job.check([f"met {earlier}"]) for earlier in range(attempt())):
+            return True
+        return self.job.check([f"begun {run}"])
 
     def wait(self) -> None:
         """Until all have come here."""
@@ -155,6 +158,11 @@ def process_count() -> int:
     return int(found)
 
 
+def attempt() -> int:
+    """How many times torchrun has started this job's processes before."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 @contextlib.contextmanager
 def joined_ranks(*, on_devices: bool = False) -> Iterator[Ranks]:
     """The processes of this torchrun as one group; alone without one.
@@ -182,8 +190,9 @@ def _met(backend: str) -> tuple[Any, Any, int, int]:
     """Join the others; the store of the job and that of this attempt, this process's rank, and how many there are."""
     try:
         job, rank, size = next(iter(distributed.rendezvous("env://")))
+        job.set(f"met {attempt()}", "")
         # The addresses of its processes are those of one attempt.
-        store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", job)
+        store = distributed.PrefixStore(f"attempt {attempt()}", job)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except ValueError as error:
         # Of RANK, MASTER_ADDR and the like, which it names.

@@ -89,7 +89,8 @@ class TextTokenizer:
         Raises:
             InputError: it does.
         """
-        longest = self.max_length
+        # Cut on the left, a text loses its prompt first.
+        longest = self.max_length if self.tokenizer.truncation_side == "right" else None
         if prompt and longest is not None and (taken := len(replace(self, max_length=None)([prompt]).ids)) >= longest:
             raise InputError(
                 f"prompt {prompt!r:.40}: expected one that leaves some of {longest} tokens for the text, found {taken}"

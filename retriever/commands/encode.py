@@ -29,7 +29,7 @@ class Encode(Embedding):
     dtype: Literal["float32", "float16"] = "float32"
     """Of the vectors on disk."""
     shard_rows: int = 65536
-    """Passages or pictures a shard; at most so many are lost when a run is killed."""
+    """Passages or pictures a shard; at most so many of each process are lost when a run is killed."""
     workers: int | None = None
     """Processes that read and tokenize a corpus, of each process of torchrun; 0: threads, as on a CPU. None: as many as
     a GPU needs, and the machine has processors for."""

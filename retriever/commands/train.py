@@ -93,10 +93,10 @@ class Train:
 
 def is_restarted(config: TrainConfig, ranks: Ranks) -> bool:
     """Whether torchrun has started this process again, after one of its job failed that had begun this very run."""
+    from retriever.ranks import attempt
+
     written = Path(config.out) / CONFIG_FILE
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not written.exists():
-        return False
-    if not ranks.have_begun(config.out):
+    if not attempt() or not written.exists() or not ranks.have_begun(config.out):
         return False
     # The trainer wrote these two as it chose them.
     begun = load_config(written)

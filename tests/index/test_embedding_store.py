@@ -90,6 +90,18 @@ def test_a_shard_that_another_process_wrote_is_taken_in(tmp_path: Path, rng) -> 
     assert listing(tmp_path / "one") == listing(tmp_path / "two")
 
 
+def test_a_writer_that_has_let_its_folder_go_lists_nothing_more(tmp_path: Path) -> None:
+    five_rows(tmp_path / "one", complete=True)
+    writer = EmbeddingWriter(tmp_path / "two", **HEADER)
+    writer.__exit__(RuntimeError, None, None)
+    for path in (tmp_path / "one").glob("00000.*"):
+        path.rename(tmp_path / "two" / path.name)
+    files = {name: entry for name, entry in read_manifest(tmp_path / "one").files.items() if name < "00001"}
+    with pytest.raises(ValueError, match="two: no longer held by this writer"):
+        writer.adopt_shard(4, files)
+    assert read_manifest(tmp_path / "two").count("rows") == 0
+
+
 def test_files_are_readable_without_us(tmp_path: Path, make_store: Callable, rng) -> None:
     vectors = rng.standard_normal((9, 3)).astype(np.float32)
     make_store(vectors)

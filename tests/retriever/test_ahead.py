@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 import threading
 import time
@@ -114,3 +115,15 @@ def test_an_error_of_the_body_waits_for_calls_that_come_back(abandon: bool) -> N
         body()
     assert made == ([] if abandon else [0, 1])
     go_on.set()
+
+
+def test_a_call_that_was_abandoned_does_not_keep_the_program() -> None:
+    script = """
+import time
+from retriever.ahead import behind
+with behind(time.sleep, 2, abandon=True) as later:
+    later(600)
+    raise ValueError("torn")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("ValueError: torn")

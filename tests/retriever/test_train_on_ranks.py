@@ -18,6 +18,7 @@ import torch
 from cli_helpers import write_beir, write_lines
 from forks import LoadedPython, environment, torchrun
 from run_helpers import assert_near, results
+from torch import distributed
 
 from retriever.config import (
     DataConfig,
@@ -29,6 +30,7 @@ from retriever.config import (
     save_config,
 )
 from retriever.data.sources import SourceConfig
+from retriever.ranks import Ranks
 
 HERE = Path(__file__).parent
 WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", "stone", "blue", "red", "small", "old"]
@@ -122,6 +124,18 @@ def test_a_run_of_another_job_is_refused_at_every_attempt(python: LoadedPython, 
     done = python.run(*torchrun(2, *words, restarts=1))
     assert done.returncode != 0 and "going on" not in done.stderr, done.stderr
     assert done.stderr.count("holds a run already") == 2
+
+
+def test_what_earlier_attempts_have_begun_is_believed_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = distributed.HashStore()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert Ranks().have_begun("runs/a") and Ranks(1, 2, job).have_begun("runs/a")
+    job.set("met 1", "")
+    assert not Ranks(1, 2, job).have_begun("runs/a")
+    Ranks(1, 2, job).note_begun("runs/a")
+    assert not Ranks(1, 2, job).have_begun("runs/a")
+    Ranks(0, 2, job).note_begun("runs/a")
+    assert Ranks(1, 2, job).have_begun("runs/a") and not Ranks(1, 2, job).have_begun("runs/b")
 
 
 def test_who_waits_for_the_others_ends_with_a_signal_or_its_parent(tmp_path: Path) -> None:
