@@ -55,10 +55,10 @@ def choose_precision(name: Literal["auto"] | Precision, device: torch.device) ->
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy of a CPU tensor on the device (itself on the CPU), for which neither the host nor the device waits; a
-    large one is copied beside what the device computes."""
+    large one is copied beside what the device computes, unless it lies in pinned memory already."""
     if device.type != "cuda":
         return tensor.to(device)
-    if tensor.nbytes >= STAGED_BYTES:
+    if tensor.nbytes >= STAGED_BYTES and not tensor.is_pinned():
         return _staging(device).bring(tensor)
     return tensor.pin_memory().to(device, non_blocking=True)
 

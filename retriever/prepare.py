@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retriever.data.batches import PairDigests, TrainingBatch
-from retriever.device import to_device
+from retriever.device import to_device, to_host
 from retriever.packing import pack
 from retriever.tokens import TextTokenizer, TokenizedTexts
 from retriever.towers import Side, Towers
@@ -97,17 +97,44 @@ class PreparedBatch:
             return self.duplicates
         return len(np.unique(self.passage_ids)) < len(self.passage_ids)
 
-    def arrange(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries [M, D] and passages [N, D] from the embeddings of all micro-batches, in order."""
+    def arrange(self, embeddings: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Queries [M, D] and passages [N, D] on the device from the embeddings of all micro-batches, in order.
+
+        Embeddings that wait on the host visit the device one micro-batch after another, and their gradients go back
+        there alike.
+        """
         first, order = 0, []
         for group in self.groups:
             order += [first + rows for rows in group.micro_batches]
             first += len(group)
-        place = np.empty(first, dtype=np.int64)
-        place[np.concatenate(order)] = np.arange(first)
-        stacked = torch.cat(list(embeddings))
-        rows = to_device(torch.from_numpy(place), stacked.device)
-        return stacked[rows[: self.queries]], stacked[rows[self.queries :]]
+        rows = to_device(torch.from_numpy(np.concatenate(order)), device)
+        return _InOrder.apply(rows, self.queries, *embeddings)
+
+
+class _InOrder(torch.autograd.Function):
+    """Rows of micro-batches put where they belong: each has one place, so that nothing need be summed in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, queries: int, *embeddings: Tensor) -> tuple[Tensor, ...]:
+        ctx.rows = rows
+        ctx.places = [(len(some), some.device) for some in embeddings]
+        ordered = embeddings[0].new_empty(len(rows), embeddings[0].shape[1], device=rows.device)
+        for places, some in zip(rows.split([len(some) for some in embeddings]), embeddings, strict=True):
+            ordered.index_copy_(0, places, to_device(some, rows.device) if some.device != rows.device else some)
+        return ordered[:queries], ordered[queries:]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ordered = torch.cat(gradients)
+        sizes, devices = zip(*ctx.places, strict=True)
+        shares = [
+            to_host(ordered[places]) if device != ordered.device else ordered[places]
+            for places, device in zip(ctx.rows.split(list(sizes)), devices, strict=True)
+        ]
+        if any(device != ordered.device for device in devices):
+            # Whoever takes a tensor of the host takes it as it is.
+            torch.cuda.current_stream(ordered.device).synchronize()
+        return None, None, *shares
 
 
 @dataclass(frozen=True)

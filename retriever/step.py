@@ -67,7 +67,7 @@ class TrainStep:
         micro_batches, keep = self._micro_batches(batch)
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
-            query, passage = (side.to(device) for side in batch.arrange(embeddings))
+            query, passage = batch.arrange(embeddings, device)
             # Inside, so that the loss's precision "auto" is the towers'.
             with autocast(device, self.precision):
                 loss = self.loss(query, passage, **self._ids(batch, device))

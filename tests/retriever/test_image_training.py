@@ -227,7 +227,7 @@ def test_gradient_cache_gives_the_gradients_of_the_whole_batch(config: TrainConf
         grad_cache.backward(
             lambda micro: micro.group.embed(trainer.towers, micro.rows),
             micro_batches,
-            lambda embeddings: trainer.loss(*batch.arrange(embeddings)),
+            lambda embeddings: trainer.loss(*batch.arrange(embeddings, torch.device("cpu"))),
             torch.device("cpu"),
             keep=keep,
         )

@@ -73,7 +73,7 @@ def test_arranged_embeddings_belong_to_their_texts(tiny: ModelConfig) -> None:
         for group in prepared.groups:
             for rows in group.micro_batches:
                 embeddings.append(towers(towers.tokenizer(group.side).pad(group.tokens, rows), group.side))
-        query, passage = prepared.arrange(embeddings)
+        query, passage = prepared.arrange(embeddings, torch.device("cpu"))
         for text, row, side in [
             *((t, query[i], "query") for i, t in enumerate(queries)),
             *((t, passage[i], "document") for i, t in enumerate(positives + negatives)),
@@ -81,6 +81,28 @@ def test_arranged_embeddings_belong_to_their_texts(tiny: ModelConfig) -> None:
             tokenizer = towers.tokenizer(side)
             alone = towers(tokenizer.pad(tokenizer([text]), np.array([0])), side)[0]
             torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_of_arranged_embeddings_go_to_where_these_wait(tiny: ModelConfig, shared: bool, device: str) -> None:
+    words = [" ".join("abcdefghij"[: 1 + i % 7]) for i in range(31)]
+    preparer = BatchPreparer.of(build_towers(dataclasses.replace(tiny, shared=shared)), token_budget=24)
+    prepared = preparer(batch_of(words[:11], words[11:22], words[22:]))
+    firsts = (0,) if shared else (0, 11)
+    cuts = [(first, rows) for first, group in zip(firsts, prepared.groups, strict=True) for rows in group.micro_batches]
+    # Of all rows, in order, and as micro-batches of the host.
+    whole = torch.randn(31, 5, generator=torch.Generator().manual_seed(0))
+    leaves = [whole[first + rows].requires_grad_() for first, rows in cuts]
+    weights = torch.randn(31, 5, generator=torch.Generator().manual_seed(1))
+    query, passage = prepared.arrange(leaves, torch.device(device))
+    assert (query.device.type, len(query), len(passage)) == (device, 11, 20)
+    assert torch.equal(torch.cat([query, passage]).cpu(), whole)
+    ((query * weights[:11].to(device)).sum() + (passage.square() * weights[11:].to(device)).sum()).backward()
+    expected = torch.cat([weights[:11], 2 * whole[11:] * weights[11:]])
+    for leaf, (first, rows) in zip(leaves, cuts, strict=True):
+        assert leaf.grad is not None and leaf.grad.device == leaf.device
+        torch.testing.assert_close(leaf.grad, expected[first + rows])
 
 
 def test_duplicates_are_known_by_equal_passage_ids(tiny: ModelConfig) -> None:
