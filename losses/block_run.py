@@ -73,11 +73,13 @@ def ranked(query_ids: Tensor | None, passage_ids: Tensor | None) -> tuple[Tensor
 class Finish:
     """Scales finished sums into gradients; returns the shares of logit_scale's gradient if asked to."""
 
-    run: BlockRun
+    width: int
+    """Of sums and embeddings."""
     logit_scale: Tensor
     unit: Tensor
     upstream: Tensor
-    queries: int
+    queries: float
+    """What the upstream gradient is divided by."""
 
     def __call__(self, sums: Tensor, embeddings: Tensor, out: Tensor, scale: bool) -> Tensor:
         import triton
@@ -97,7 +99,7 @@ class Finish:
             self.queries,
             len(sums),
             D=out.shape[1],
-            WIDTH=self.run.width,
+            WIDTH=self.width,
             BLOCK_ROWS=rows,
             BLOCK_D=256,
             SCALE=scale,

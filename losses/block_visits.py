@@ -1,6 +1,6 @@
 """A visit of all tiles of a block of scores by the kernels: its sums in forward, its dS in backward.
 
-A block is a whole batch on one GPU (fused.py), or a rank's queries with one block of the ring (block_tiles.py).
+A block is a whole batch on one GPU (fused.py), or a rank's queries with one block of the ring (fused_blocks.py).
 """
 
 from __future__ import annotations

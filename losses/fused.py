@@ -191,7 +191,7 @@ def inf_cl_backward(
     blocks = list(gradient_blocks(queries, passages, run.blocks))
     recomputed = min(run.blocks.rows, queries - run.blocks.kept_rows)
     workspace = run.query.new_empty(recomputed * padded_to_16_bytes(run.blocks.columns, run.dtype))
-    finish = Finish(run, logit_scale, unit, upstream, queries)
+    finish = Finish(run.width, logit_scale, unit, upstream, queries)
     query_gradient = _gradient_of(query, want_query)
     need_query = want_query or want_scale
     query_sum = saved.new_empty(max(cells(rows) for rows, _, _ in blocks) if need_query else 0, run.width)

@@ -95,7 +95,7 @@ def sigmoid_values(
     row_sums = bounds.new_empty(-(-queries // blocks.rows), 2, dtype=torch.float64)
     # |M · dS| is at most 1 and mostly below float16's smallest number, whose room above 1 is 2^15.
     unit = 2.0**15 if run.dtype == torch.float16 else 1.0
-    finish = Finish(run, logit_scale, bounds.new_full((), unit), bounds.new_ones(()), queries)
+    finish = Finish(run.width, logit_scale, bounds.new_full((), unit), bounds.new_ones(()), queries)
     workspace = run.query.new_empty(blocks.rows * padded_to_16_bytes(blocks.columns, run.dtype) if any(wanted) else 0)
     query_gradient, passage_gradient = _held(query, want_query), _held(passage, want_passage)
     query_sum = bounds.new_empty(blocks.rows if need_query else 0, run.width)

@@ -9,28 +9,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from losses.block_tiles import BlockTiles, LineWeights, PassageBlock
-from losses.column_sums import ColumnSums, Visited
+from losses.batch import ContrastiveBatch
+from losses.block_tiles import BlockTiles, ColumnSums, LineWeights, PassageBlock
 from losses.link import Link
 from losses.shards import Shards
+from losses.visited import Visited
 
 
 def gathered_forward(
-    tiles: BlockTiles, own: PassageBlock, positive: Tensor, symmetric: bool, shards: Shards, link: Link
+    tiles: BlockTiles, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, link: Link
 ) -> Visited:
     """Meet the whole pool at once. The columns of all passages are complete on every rank."""
     ids = None if own.ids is None else link.gather_rows(own.ids, shards.passages)
     pool = PassageBlock(link.gather_rows(own.passage, shards.passages), ids, 0)
     visited = Visited.begun(tiles, own)
-    columns = visited.meet(tiles, pool, positive)
-    if symmetric:
-        table, local_shift = columns.table, columns.table[0].clone()
-        link.reduce_max(table[0])
-        # Where nobody has a maximum the sum is zero, and any finite difference will do.
-        lower = (local_shift - table[0]).nan_to_num_(0, 0, -float("inf"))
-        table[1] *= (lower * tiles.natural).exp()
-        link.reduce_sum(table[1:])
-        columns = ColumnSums(table)
+    columns = visited.meet(tiles, pool, batch)
+    if batch.symmetric:
+        before = columns.shift.clone()
+        link.reduce_max(columns.shift)
+        tiles.lower(columns, before)
+        link.reduce_sum(columns.table[1:])
     return visited.now_at(pool, columns)
 
 
@@ -46,10 +44,11 @@ def gathered_backward(
 ) -> Tensor | None:
     """As `ring_backward`; `weights` are those of the whole pool."""
     pool = visited.block
-    here = visited.score.new_zeros(len(pool.passage), tiles.width) if want_passage else None
-    shift = visited.columns.softmax.shift
-    if len(visited.score):
-        tiles.add_gradients(pool, visited.score, visited.rows.shift, shift, weights, query_sum, here)
+    here = visited.rows.table.new_empty(len(pool.passage), tiles.width) if want_passage else None
+    if len(visited.rows.score):
+        tiles.add_gradients(pool, visited.rows, visited.columns.shift, weights, query_sum, here, first=True)
+    elif here is not None:
+        here.zero_()
     return None if here is None else link.scatter_sums(here, shards.passages)
 
 

@@ -11,18 +11,19 @@ from torch import Tensor
 
 from losses.batch import ContrastiveBatch, check_choice, checked_batch, checked_workspace
 from losses.block_run import padded_to_16_bytes
-from losses.block_tiles import BlockTiles, FusedBlocks, LineWeights, PassageBlock, TiledBlocks
-from losses.column_sums import ColumnSums, Visited
+from losses.block_tiles import BlockTiles, ColumnSums, PassageBlock
+from losses.fused_blocks import FusedBlocks
 from losses.gathered import gathered_backward, gathered_forward, own_columns
 from losses.kernels.launch import warn_of_step_down, why_not_fused
 from losses.link import Link, link_of
 from losses.precision import Precision, plain_arithmetic, resolve_precision
 from losses.ring import ring_backward, ring_forward
 from losses.shards import Shards, agreed
+from losses.tiled_blocks import TiledBlocks
+from losses.visited import Visited
 
 Exchange = Literal["auto", "ring", "gather"]
 RankedImplementation = Literal["auto", "chunked", "triton"]
-SCALE_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def ranked_batch(
     same: dict[str, Any] = {"symmetric": symmetric, "exchange": exchange, "workspace_mib": workspace_mib}
     batch, shards = agreed(link, checked, positive, same)
     if positive is None:
-        batch = replace(batch, given=batch.positive + shards.first_passage)
+        first = shards.first_passage
+        batch = replace(batch, given=torch.arange(first, first + len(query), device=query.device))
     elif positive.is_cuda and len(positive):
         # Nobody has looked at them.
         inside = batch.positive.clamp(0, shards.pool - 1)
@@ -145,23 +147,19 @@ class _LossOverRanks(torch.autograd.Function):
             link.reduce_max(bounds)
             tiles.settle(bounds)
             meet = ring_forward if ranked.exchange == "ring" else gathered_forward
-            visited = meet(tiles, own, batch.positive, batch.symmetric, shards, link)
+            visited = meet(tiles, own, batch, shards, link)
             columns = visited.columns
             here = own_columns(columns, shards) if ranked.exchange == "gather" else columns
-            loss = visited.row_loss(tiles.natural)
-            if batch.symmetric:
-                loss = (loss + here.loss(tiles.natural)) / 2
+            loss = tiles.loss(visited.rows, here if batch.symmetric else None)
             # One order of adding on all ranks: the same bits everywhere.
             shares = link.gather_rows(loss[None], [1] * link.size)
             loss = (shares.sum() / shards.all_queries).to(batch.logit_scale.dtype)
-            # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
-            loss = torch.where(bounds[3] > 0, torch.nan, loss)
             ctx.unit = tiles.unit(_most_owners(columns, tiles, link) if batch.symmetric else None)
         # What the products read: where that is of half precision, the embeddings need not wait for backward.
         ctx.save_for_backward(tiles.query, own.passage, logit_scale)
         ctx.tiles, ctx.own, ctx.visited, ctx.shards, ctx.link = tiles, own, visited, shards, link
         ctx.precision, ctx.exchange, ctx.symmetric = ranked.precision, ranked.exchange, batch.symmetric
-        ctx.width, ctx.dtypes = query.shape[1], (query.dtype, passage.dtype)
+        ctx.dtypes = query.dtype, passage.dtype
         return loss
 
     @staticmethod
@@ -169,35 +167,28 @@ class _LossOverRanks(torch.autograd.Function):
         # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
         if torch.is_grad_enabled():
             raise RuntimeError("the loss over ranks is differentiable once")
-        operand, _, logit_scale = ctx.saved_tensors
+        # Told from torch that they are read: it would say so if they had been written over.
+        operand, *_ = ctx.saved_tensors
         want_query, want_passage, want_scale = ctx.needs_input_grad[:3]
         tiles: BlockTiles = ctx.tiles
         visited: Visited = ctx.visited
         shards: Shards = ctx.shards
         link: Link = ctx.link
         with plain_arithmetic(ctx.precision, operand.device):
-            through_mean = upstream.to(tiles.dtype) * link.size / (shards.all_queries * ctx.unit)
-            through_scores = through_mean * logit_scale.detach()
             query_sum = None
             if want_query or want_scale:
-                query_sum = visited.score.new_zeros(len(operand), tiles.width)
+                query_sum = visited.rows.table.new_empty(len(operand), tiles.width)
             travel = ring_backward if ctx.exchange == "ring" else gathered_backward
-            weights = _line_weights(visited, ctx.unit, ctx.symmetric)
+            weights = tiles.line_weights(visited.rows, visited.columns if ctx.symmetric else None, ctx.unit)
             passage_sum = travel(tiles, ctx.own, visited, weights, query_sum, want_passage, shards, link)
-            scale_gradient = _scale_gradient(query_sum, tiles.query, through_mean) if want_scale else None
+            factors = (ctx.unit, upstream, link.size / shards.all_queries)
             of_query, of_passage = ctx.dtypes
-            query_gradient = _gradient(query_sum, through_scores, ctx.width, of_query) if want_query else None
-            passage_gradient = _gradient(passage_sum, through_scores, ctx.width, of_passage) if want_passage else None
-        return query_gradient, passage_gradient, scale_gradient, None
-
-
-def _line_weights(visited: Visited, unit: Tensor, symmetric: bool) -> LineWeights:
-    """A line's share of the loss over its sum; of a column once for each query that owns it."""
-    if not symmetric:
-        return LineWeights(unit / visited.rows.total, None, unit)
-    total, owners = visited.columns.softmax.total, visited.columns.owners
-    column = torch.where(owners > 0, unit * owners / (2 * total), 0)
-    return LineWeights(unit / (2 * visited.rows.total), column, unit)
+            query_gradient = passage_gradient = scale_gradient = None
+            if query_sum is not None:
+                query_gradient, scale_gradient = tiles.gradient(query_sum, *factors, of_query, want_scale)
+            if passage_sum is not None:
+                passage_gradient, _ = tiles.gradient(passage_sum, *factors, of_passage, False)
+        return query_gradient if want_query else None, passage_gradient, scale_gradient, None
 
 
 def _most_owners(columns: ColumnSums, tiles: BlockTiles, link: Link) -> Tensor | None:
@@ -207,18 +198,3 @@ def _most_owners(columns: ColumnSums, tiles: BlockTiles, link: Link) -> Tensor |
     most = torch.cat([columns.owners, columns.owners.new_ones(1)]).max()[None]
     link.reduce_max(most)
     return most
-
-
-def _scale_gradient(query_sum: Tensor | None, query: Tensor, factor: Tensor) -> Tensor:
-    """Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K), a few rows at a time: the products are as large as the sums."""
-    assert query_sum is not None
-    shares = [
-        (some * rows.to(some.dtype)).sum()
-        for some, rows in zip(query_sum.split(SCALE_ROWS), query.split(SCALE_ROWS), strict=True)
-    ]
-    return torch.stack(shares).sum() * factor if shares else factor * 0
-
-
-def _gradient(sums: Tensor | None, factor: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    assert sums is not None
-    return sums.mul_(factor)[:, :width].to(dtype)

@@ -24,16 +24,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losses.block_tiles import BlockTiles, LineWeights, PassageBlock
-from losses.column_sums import ColumnSums, Visited, merge
+from losses.batch import ContrastiveBatch
+from losses.block_tiles import BlockTiles, ColumnSums, LineWeights, PassageBlock
 from losses.link import Link
 from losses.shards import Shards
+from losses.visited import Visited
 
 
-def ring_forward(
-    tiles: BlockTiles, own: PassageBlock, positive: Tensor, symmetric: bool, shards: Shards, link: Link
-) -> Visited:
-    """Meet all blocks once. `positive` [M] are rows of the pool."""
+def ring_forward(tiles: BlockTiles, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, link: Link) -> Visited:
+    """Meet all blocks once. The batch's positives are rows of the pool."""
     visited = Visited.begun(tiles, own)
     block, columns = own, visited.columns
     for step in range(link.size):
@@ -44,14 +43,14 @@ def ring_forward(
             following = room_for(block, (link.rank - step - 1) % link.size, shards)
             outgoing, incoming = block.tensors(), following.tensors()
         before = columns
-        if symmetric and step:
+        if batch.symmetric and step:
             arriving = columns.table.new_empty(4, len(block.passage))
             outgoing, incoming = [*outgoing, before.table], [*incoming, arriving]
         wait = link.start(outgoing, incoming, 1)
-        columns = visited.meet(tiles, block, positive)
+        columns = visited.meet(tiles, block, batch)
         wait()
-        if symmetric and step:
-            columns = merge(columns, ColumnSums(arriving), tiles.natural)
+        if batch.symmetric and step:
+            columns = tiles.merge(columns, ColumnSums(arriving))
         visited = visited.now_at(block, columns)
         block = following
     return visited
@@ -67,13 +66,14 @@ def ring_backward(
     shards: Shards,
     link: Link,
 ) -> Tensor | None:
-    """Add to query_sum [M, width]; returns the sum [n, width] of this rank's passages, None where nobody wants it.
+    """Fill query_sum [M, width]; returns the sum [n, width] of this rank's passages, None where nobody wants it.
 
     `weights` are those of the block that forward met last.
     """
     block, symmetric = visited.block, weights.column is not None
-    factors = torch.stack([weights.column, visited.columns.softmax.shift]) if weights.column is not None else None
+    factors = torch.stack([weights.column, visited.columns.shift]) if weights.column is not None else None
     passage_sum: Tensor | None = None
+    first = True
     for step in range(link.size):
         outgoing: list[Tensor] = []
         incoming: list[Tensor] = []
@@ -88,11 +88,14 @@ def ring_backward(
             sums = passage_sum.new_empty(len(block.passage), tiles.width)
             outgoing, incoming = [*outgoing, passage_sum], [*incoming, sums]
         wait = link.start(outgoing, incoming, -1)
-        here = visited.score.new_zeros(len(block.passage), tiles.width) if want_passage else None
-        if len(visited.score) and len(block.passage):
+        here = visited.rows.table.new_empty(len(block.passage), tiles.width) if want_passage else None
+        if len(visited.rows.score) and len(block.passage):
             column, shift = (factors[0], factors[1]) if factors is not None else (None, visited.rows.shift)
             line_weights = LineWeights(weights.row, column, weights.unit)
-            tiles.add_gradients(block, visited.score, visited.rows.shift, shift, line_weights, query_sum, here)
+            tiles.add_gradients(block, visited.rows, shift, line_weights, query_sum, here, first)
+            first = False
+        elif here is not None:
+            here.zero_()
         wait()
         passage_sum = here if here is None or sums is None else here.add_(sums)
         block, factors = following, arriving if symmetric else None

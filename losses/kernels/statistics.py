@@ -165,7 +165,7 @@ def loss_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
     score = tl.load(score_ptr + row, mask=valid, other=0.0)
-    loss = _negative_log_share(score, row_sum_ptr, row_shift_ptr, row, valid)
+    loss = negative_log_share(score, row_sum_ptr, row_shift_ptr, row, valid)
     # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
     unfit = tl.load(bounds_ptr + 3) > 0
     if SYMMETRIC:
@@ -173,13 +173,13 @@ def loss_kernel(
         if not DIAGONAL:
             # Where they are unfit a positive may be no passage.
             column = tl.where(unfit, 0, tl.load(positive_ptr + row, mask=valid, other=0))
-        loss = (loss + _negative_log_share(score, column_sum_ptr, column_shift_ptr, column, valid)) * 0.5
+        loss = (loss + negative_log_share(score, column_sum_ptr, column_shift_ptr, column, valid)) * 0.5
     share = tl.sum(tl.where(valid, loss, 0.0), 0) / rows
     tl.store(loss_ptr + tl.program_id(0), tl.where(unfit, float("nan"), share))
 
 
 @triton.jit
-def _negative_log_share(score, sum_ptr, shift_ptr, line, valid):
+def negative_log_share(score, sum_ptr, shift_ptr, line, valid):
     """−log(2^score / (2^shift · sum)), exact where the share is near one."""
     total = tl.load(sum_ptr + line, mask=valid, other=1.0)
     margin = score - tl.load(shift_ptr + line, mask=valid, other=0.0)
