@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import machine
 from result_rows import write_rows
-from tower_steps import Attempt, Baseline, TowerSteps, Way, all_kept, as_planned, largest, none_kept
+from tower_steps import Attempt, Baseline, Search, TowerSteps, Way, all_kept, as_planned, none_kept
 
 from losses import InfCLLoss, clip_loss
 
@@ -82,7 +82,7 @@ class Bench:
 
     def search(self, way: Way) -> None:
         """The most pairs that fit; a row for each that was tried."""
-        fits, fails = largest(
+        search = Search(
             self.steps,
             way,
             first=64 if self.options.quick else 4096,
@@ -92,8 +92,14 @@ class Bench:
             late=lambda seconds: time.monotonic() + seconds > self.deadline,
             report=self.add_row,
         )
-        beyond = f", not {fails:,}" if fails else ": the goal" if fits == self.goal else ", no time for more"
-        print(f"{way.name}: {fits:,} pairs{beyond}", flush=True)
+        while search.one_more():
+            pass
+        beyond = ", no time for more"
+        if search.fails:
+            beyond = f", not {search.fails:,}"
+        elif search.fits == self.goal:
+            beyond = ": the goal"
+        print(f"{way.name}: {search.fits:,} pairs{beyond}", flush=True)
 
     def add_row(self, way: Way, pairs: int, made: Attempt) -> None:
         """A row of a step that was made, or could not be, with the memory that it took."""

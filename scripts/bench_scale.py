@@ -5,12 +5,14 @@ torchrun --nproc-per-node 2 scripts/bench_scale.py --device cpu --quick
 
 Part "loss": memory and time of each loss at growing batches, over all ranks, until it runs out of memory. Part
 "scaling": ours by 1, 2, 4 … of the ranks on the same batch, and how much of the ring's transfers no other kernel hides.
-Part "step": whole optimizer steps of two BERT-base and of ViT-L/14 beside a text tower, at growing batches until memory
-or time is spent: seconds, samples a second, peak memory, the largest batch. Losses are checked against float64 first.
+Part "step": whole optimizer steps of two BERT-base and of ViT-L/14 beside a text tower, all ways in turns at growing
+batches until memory or time is spent: seconds, samples a second, peak memory, the largest batch. Losses are checked
+against float64 first.
 
 Rows go to scale.csv as they come, plots to scale_memory.png and scale_speed.png, in scripts/results or where --results
 says; `python scripts/launch_tables.py` writes the tables of scripts/launch/README.md from them. What --budget seconds
-do not suffice for has a row that says so; with --parts, --towers and --keep-rows another call measures the rest.
+do not suffice for has a row that says so; with --parts, --towers, --ways and --keep-rows another call measures
+the rest.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from rank_clock import METHODS, Measured, RankClock, joined
 from result_rows import read_rows, write_rows
 from ring_plots import hidden_share
 from scale_plots import draw
-from tower_steps import Attempt, Baseline, TowerSteps, Way, as_planned, largest, none_kept
+from tower_steps import Attempt, Baseline, Search, TowerSteps, Way, as_planned, none_kept
 
 from losses import InfCLLoss
 from retriever.ranks import Ranks
@@ -54,8 +56,8 @@ def main() -> None:
     if "scaling" in options.parts:
         bench.scaling()
     if "step" in options.parts:
-        for towers in options.towers:
-            bench.steps(towers)
+        for number, towers in enumerate(options.towers):
+            bench.steps(towers, 1 / (len(options.towers) - number))
     bench.finish()
     distributed.destroy_process_group()
 
@@ -69,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scaling-sizes", type=int, nargs="+", help="pairs that 1, 2, 4 … ranks share")
     parser.add_argument("--step-sizes", type=int, nargs=2, help="pairs of the first step and of the largest")
     parser.add_argument("--towers", nargs="+", help="bert-base, or a vision tower such as ViT-L/14")
+    parser.add_argument("--ways", nargs="+", help="of whole steps, those with one of these in their name")
     parser.add_argument("--tokens", type=int, default=16, help="of each text of BERT-base")
     parser.add_argument("--dim", type=int)
     parser.add_argument("--samples", type=int, help="calls that the median is taken of, fewer of long ones")
@@ -107,7 +110,13 @@ class Bench:
 
     def asked(self, row: dict[str, str]) -> bool:
         """Whether this call measures such a row anew."""
-        return row["part"] in self.options.parts and (not row["towers"] or row["towers"] in self.options.towers)
+        if row["part"] != "step":
+            return row["part"] in self.options.parts
+        return "step" in self.options.parts and row["towers"] in self.options.towers and self.wanted(row["method"])
+
+    def wanted(self, way: str) -> bool:
+        """Whether whole steps by this way are asked for."""
+        return not self.options.ways or any(part in way for part in self.options.ways)
 
     def check(self) -> None:
         """Ours is refused if it is not exact."""
@@ -147,27 +156,33 @@ class Bench:
                         more |= {"not_hidden_of_step": f"{(1 - hidden) * transfers / total:.4f}"}
                 self.add_loss("scaling", "ours", size, team.size, found, **more)
 
-    def steps(self, towers: str) -> None:
-        """Whole steps by every way."""
+    def steps(self, towers: str, share: float) -> None:
+        """Whole steps by every way, size by size, in a share of the time that is left."""
         if self.late(0.0):
             self.add("step", "ours", self.options.step_sizes[0], self.ranks.size, "no time left", towers=towers)
             return
+        until = time.monotonic() + share * (self.deadline - time.monotonic())
         steps = TowerSteps(towers, self.options.tokens, self.clock.device, self.ranks)
         group = self.clock.everyone.group
         ours = partial(InfCLLoss, symmetric=True, group=group)
         ways = [Way("ours", ours, as_planned), Way(OFFLOAD, ours, as_planned, on_host=True)]
-        ways[1:1] = [Way(name, partial(Baseline, METHODS[name], group), none_kept) for name in LITERATURE]
+        ways += [Way(name, partial(Baseline, METHODS[name], group), none_kept) for name in LITERATURE]
         first, goal = self.options.step_sizes
 
         def report(way: Way, pairs: int, made: Attempt) -> None:
             figures = {} if made.problem else self.step_figures(pairs, made)
             self.add("step", way.name, pairs, self.ranks.size, made.problem, towers=towers, **figures)
 
-        for way in ways:
-            largest(
-                steps, way, first=first, goal=goal, factor=2, halvings=self.options.halvings, late=self.late,
-                report=report,
-            )  # fmt: skip
+        searches = [
+            Search(
+                steps, way, first=first, goal=goal, factor=2, halvings=self.options.halvings,
+                late=lambda seconds: self.late(seconds, until), report=report,
+            )
+            for way in ways if self.wanted(way.name)
+        ]  # fmt: skip
+        # In turns: when time is spent, every way has the sizes that were reached.
+        while searches:
+            searches = [search for search in searches if search.one_more()]
         del steps
         self.clock.release()
 
@@ -177,9 +192,9 @@ class Bench:
         rate = f"{pairs / made.seconds:.0f}"
         return {"milliseconds": f"{1000 * made.seconds:.5g}", "peak_mib": peak, "pairs_per_second": rate}
 
-    def late(self, seconds: float) -> bool:
-        """Whether something of so many seconds would end after the budget, by the clock of any rank."""
-        return self.ranks.any(time.monotonic() + seconds > self.deadline)
+    def late(self, seconds: float, until: float | None = None) -> bool:
+        """Whether something of so many seconds would end after that, or the budget, by the clock of any rank."""
+        return self.ranks.any(time.monotonic() + seconds > (until or self.deadline))
 
     def add_loss(self, part: str, method: str, pairs: int, ranks: int, found: Measured, **more: str) -> None:
         """A row of a loss."""

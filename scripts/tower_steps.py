@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -187,44 +187,58 @@ class TowerSteps:
             torch.cuda.synchronize()
 
 
-def largest(
-    steps: TowerSteps,
-    way: Way,
-    *,
-    first: int,
-    goal: int,
-    factor: int,
-    halvings: int,
-    late: Callable[[float], bool],
-    report: Callable[[Way, int, Attempt], None],
-) -> tuple[int, int]:
-    """The most pairs whose step was made, and the fewest that ran out of memory, 0 for none, by trying.
+class Search:
+    """The most pairs whose step is made, and the fewest that run out of memory, 0 for none, by trying.
 
     From `first` pairs on the batch grows by `factor` up to `goal`, then the last gap is halved. `report` hears of every
     step; one of which `late` says that it would end too late, by its expected seconds, is not made.
     """
-    fits, fails, a_pair = 0, 0, 0.0
 
-    def made(pairs: int) -> str:
-        nonlocal fits, fails, a_pair
-        attempt = Attempt("no time left") if late(GROWTH * a_pair * pairs) else steps.attempt(way, pairs)
-        report(way, pairs, attempt)
+    def __init__(
+        self,
+        steps: TowerSteps,
+        way: Way,
+        *,
+        first: int,
+        goal: int,
+        factor: int,
+        halvings: int,
+        late: Callable[[float], bool],
+        report: Callable[[Way, int, Attempt], None],
+    ) -> None:
+        self.fits, self.fails = 0, 0
+        self._steps, self._way, self._late, self._report = steps, way, late, report
+        self._a_pair = 0.0
+        self._sizes = self._all_sizes(first, goal, factor, halvings)
+
+    def one_more(self) -> bool:
+        """Try the next size; False where there is none."""
+        pairs = next(self._sizes, None)
+        if pairs is None:
+            return False
+        late = self._late(GROWTH * self._a_pair * pairs)
+        attempt = Attempt("no time left") if late else self._steps.attempt(self._way, pairs)
+        self._report(self._way, pairs, attempt)
         if not attempt.problem:
-            fits, a_pair = pairs, attempt.seconds / pairs
+            self.fits, self._a_pair = pairs, attempt.seconds / pairs
         elif attempt.problem == "out of memory":
-            fails = pairs
-        return attempt.problem
+            self.fails = pairs
+        else:
+            self._sizes = iter(())
+        return True
 
-    if not late(0.0):
-        # What kernels compile at their first run is no part of a step's time.
-        steps.attempt(way, max(first // 8, steps.ranks.size))
-    size = first
-    while not made(size) and size < goal:
-        size = min(size * factor, goal)
-    for _ in range(halvings if fits and fails else 0):
-        if made((fits + fails) // 2) == "no time left":
-            break
-    return fits, fails
+    def _all_sizes(self, first: int, goal: int, factor: int, halvings: int) -> Iterator[int]:
+        if not self._late(0.0):
+            # What kernels compile at their first run is no part of a step's time.
+            self._steps.attempt(self._way, max(first // 8, self._steps.ranks.size))
+        size = first
+        while True:
+            yield size
+            if self.fails or size >= goal:
+                break
+            size = min(size * factor, goal)
+        for _ in range(halvings if self.fits and self.fails else 0):
+            yield (self.fits + self.fails) // 2
 
 
 def text_group(side: Side, pairs: int, tokens: int, budget: int, towers: Towers) -> TextGroup:
