@@ -167,7 +167,7 @@ class _LossOverRanks(torch.autograd.Function):
         # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
         if torch.is_grad_enabled():
             raise RuntimeError("the loss over ranks is differentiable once")
-        # Told from torch that they are read: it would say so if they had been written over.
+        # Asked for: torch says so if one of them has been written over since.
         operand, *_ = ctx.saved_tensors
         want_query, want_passage, want_scale = ctx.needs_input_grad[:3]
         tiles: BlockTiles = ctx.tiles

@@ -164,12 +164,15 @@ def check_sigmoid(size: int) -> None:
 
 def check_kernels(size: int) -> None:
     counts, more = SHARDS[size]
-    for exchange, logit_scale in itertools.product(("ring", "gather"), (20.0, 500.0)):
+    for exchange, symmetric, placed, logit_scale in itertools.product(
+        ("ring", "gather"), (False, True), (False, True), (20.0, 500.0)
+    ):
+        options: dict[str, Any] = {"exchange": exchange, "symmetric": symmetric, "logit_scale": logit_scale}
         found = errors(
-            distributed.group.WORLD, counts, more, torch.float32, placed=False, ids=True, symmetric=True,
-            implementation="triton", exchange=exchange, logit_scale=logit_scale,
+            distributed.group.WORLD, counts, more, torch.float32, placed=placed, ids=symmetric != placed,
+            implementation="triton", **options,
         )  # fmt: skip
-        assert max(found) <= ALLOWED[torch.float32], (exchange, logit_scale, found)
+        assert max(found) <= ALLOWED[torch.float32], (options, placed, found)
 
 
 def check_two_groups_at_once(size: int) -> None:
