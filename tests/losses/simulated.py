@@ -68,6 +68,43 @@ class SimulatedLink:
         return whole.split(list(counts))[self.rank]
 
 
+class MirroredLink:
+    """losses.link.Link of the first of two ranks whose shards are alike: what the other sends is what this one sends.
+
+    Without threads, which the kernels of a GPU in backward would share one of.
+    """
+
+    rank, size = 0, 2
+
+    def gather_host(self, numbers: Tensor) -> Tensor:
+        return torch.stack([numbers] * 2)
+
+    def start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: int) -> Callable[[], None]:
+        sent = [tensor.clone() for tensor in outgoing]
+
+        def wait() -> None:
+            for tensor, other in zip(incoming, sent, strict=True):
+                tensor.copy_(other)
+
+        for tensor in incoming:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+        return wait
+
+    def reduce_max(self, tensor: Tensor) -> None:
+        """Alike on both."""
+
+    def reduce_sum(self, tensor: Tensor) -> None:
+        # Of passages of the pool: this one's are the other's other half.
+        tensor += tensor.roll(tensor.shape[-1] // 2, -1)
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        return torch.cat([rows] * 2)
+
+    def scatter_sums(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        # What the other adds to this one's passages is what this one adds to the other's.
+        return rows[: counts[0]] + rows[counts[0] :]
+
+
 def on_simulated_ranks(size: int, call: Callable[[SimulatedLink], Any]) -> list[Any]:
     """call(link) on each of `size` ranks; what each returned, or the first error."""
     meeting = Meeting(size)

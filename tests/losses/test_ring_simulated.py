@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
-from simulated import SimulatedLink, on_simulated_ranks
+from simulated import MirroredLink, SimulatedLink, on_simulated_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from losses import inf_cl_loss, sigmoid_loss
+from losses.kernels.launch import interpreted
 
 RANKS, ROWS, DIMENSIONS = 8, 6, 5
+DEVICES = [
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(not interpreted(), reason="a GPU is here: it runs the kernels itself")
+    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 
 
 def bytes_of_the_ring(element: int, symmetric: bool, ids: bool) -> int:
@@ -126,3 +134,33 @@ def test_embeddings_do_not_wait_for_backward_beside_operands_of_half_precision()
     truth = inf_cl_loss(wide, wide.flip(0), logit_scale=0.5, implementation="full")
     expected = torch.autograd.grad(truth, wide)[0]
     assert (gradient - expected).norm() <= 2e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("exchange", ["ring", "gather"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("logit_scale", [20.0, 500.0])  # one shift, running maxima
+def test_kernels_of_mirrored_ranks_give_the_loss_of_the_batch_twice(
+    logit_scale: float, symmetric: bool, exchange: Any, device: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, passage = (torch.randn(rows, 24, generator=generator, dtype=torch.float64) for rows in (131, 143))
+    passage[:131] += 0.3 * query
+    shard = [normalize(side, dim=1).to(device) for side in (query, passage)]
+    scale = torch.tensor(logit_scale, device=device)
+    leaves = [each.float().requires_grad_() for each in (*shard, scale)]
+    loss = inf_cl_loss(
+        *leaves[:2], logit_scale=leaves[2], symmetric=symmetric, group=MirroredLink(), exchange=exchange,
+        implementation="triton", precision="fp32",
+    )  # fmt: skip
+    found = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    positive = torch.cat([torch.arange(131), 143 + torch.arange(131)]).to(device)
+    truth = inf_cl_loss(
+        *(torch.cat([side] * 2) for side in wide[:2]), logit_scale=wide[2], positive=positive, symmetric=symmetric,
+        implementation="full",
+    )  # fmt: skip
+    # Twice a rank's share, averaged over two alike, is the gradient of rows that stand in the batch twice.
+    for ours, theirs in zip(found, [truth.detach(), *torch.autograd.grad(truth, wide)], strict=True):
+        assert (ours.double() - theirs).norm() <= 1e-5 * theirs.norm()
