@@ -25,21 +25,27 @@ def draw(rows: Rows, results: Path) -> None:
 
 
 def draw_speed(scaling: Rows, steps: Rows, path: Path) -> None:
-    """The loss by more ranks beside what is perfect, and microseconds a pair of whole steps."""
-    parts = [(rows, fill) for rows, fill in ((scaling, fill_scaling), (steps, fill_steps)) if rows]
-    figure, axes = new_figure(5.5 * len(parts), 3.8, columns=len(parts))
+    """The loss by more ranks beside what is perfect, and microseconds a pair of whole steps of each towers."""
+    parts = [(scaling, fill_scaling)] if scaling else []
+    parts += [([row for row in steps if row["towers"] == towers], fill_steps) for towers in unique(steps, "towers")]
+    figure, axes = new_figure(5 * len(parts), 3.8, columns=len(parts))
     for (rows, fill), some in zip(parts, axes if len(parts) > 1 else [axes], strict=True):
         fill(some, rows)
         some.grid(alpha=0.25)
-        some.legend(fontsize=7)
+        some.legend(fontsize=7, loc="lower left")
     hardware = (scaling or steps)[0]["hardware"]
     figure.suptitle(f"{max(int(row['ranks']) for row in scaling + steps)} × {hardware}", fontsize=10)
     figure.savefig(path, dpi=110, metadata={"Software": None}, bbox_inches="tight")
 
 
+def unique(rows: Rows, column: str) -> list[str]:
+    """The column's values, in the order of the rows."""
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
 def fill_scaling(axes: Any, rows: Rows) -> None:
     """A line for each size of batch, and a dotted one as it would be if ranks shared all of it."""
-    for number, size in enumerate(dict.fromkeys(row["pairs"] for row in rows)):
+    for number, size in enumerate(unique(rows, "pairs")):
         some = [row for row in rows if row["pairs"] == size]
         ranks = [int(row["ranks"]) for row in some]
         times = [float(row["milliseconds"]) for row in some]
@@ -50,13 +56,15 @@ def fill_scaling(axes: Any, rows: Rows) -> None:
 
 
 def fill_steps(axes: Any, rows: Rows) -> None:
-    """A line for each pair of towers and method."""
-    for number, (towers, method) in enumerate(dict.fromkeys((row["towers"], row["method"]) for row in rows)):
-        some = [row for row in rows if (row["towers"], row["method"]) == (towers, method)]
+    """A line for each method."""
+    for number, method in enumerate(unique(rows, "method")):
+        some = [row for row in rows if row["method"] == method]
         points = sorted((int(row["pairs"]), 1000 * float(row["milliseconds"]) / int(row["pairs"])) for row in some)
         style = {"lw": 2.4} if method.startswith("ours") else {"lw": 1}
-        axes.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{number % 10}", label=f"{towers}, {method}", **style)
-    axes.set(xlabel="pairs in the batch", ylabel="µs a pair of a whole step", xscale="log", ylim=(0, None))
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{number}", label=method, **style)
+    ylabel = "µs a pair of a whole step"
+    axes.set(title=rows[0]["towers"], xlabel="pairs in the batch", ylabel=ylabel, xscale="log", ylim=(0, None))
+    axes.title.set_size(10)
     sizes = sorted({int(row["pairs"]) for row in rows if int(row["pairs"]).bit_count() == 1})
     axes.set_xticks(sizes, [short(size) for size in sizes])
     axes.minorticks_off()
