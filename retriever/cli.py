@@ -26,7 +26,8 @@ from retriever.commands.search import Search
 from retriever.commands.serve import Serve
 from retriever.commands.train import Train
 from retriever.commands.zero_shot import EvaluateZeroShot
-from retriever.config import ConfigError, load_config
+from retriever.config import ConfigError
+from retriever.config_file import load_config
 from retriever.config_switches import as_switches
 from retriever.interrupt import sigterm_interrupts
 from retriever.progress import Terminal

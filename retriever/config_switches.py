@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import get_args, get_type_hints
 
-from retriever.config import NOTHING, ConfigError, TrainConfig
+from retriever.config import ConfigError, TrainConfig
+from retriever.config_file import NOTHING
 
 VALUES = ("true", "false")
 

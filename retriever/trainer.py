@@ -24,7 +24,8 @@ from retriever.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from retriever.config import CONFIG_FILE, TrainConfig, load_config, save_config, with_absolute_paths
+from retriever.config import TrainConfig
+from retriever.config_file import CONFIG_FILE, load_config, save_config, with_absolute_paths
 from retriever.cuda_graphs import check_replayable, replay_small_passes
 from retriever.dev import open_dev
 from retriever.device import choose_device, choose_precision

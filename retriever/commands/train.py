@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from retriever.commands.common import Switch, check_counts
-from retriever.config import CONFIG_FILE, ConfigError, TrainConfig, load_config, with_absolute_paths
+from retriever.config import ConfigError, TrainConfig
+from retriever.config_file import CONFIG_FILE, load_config, with_absolute_paths
 from retriever.interrupt import Interrupted
 from retriever.progress import Terminal
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from run_helpers import assert_same, results
 
-from retriever.config import load_config
+from retriever.config_file import load_config
 from retriever.progress import Terminal
 from retriever.trainer import Trainer
 

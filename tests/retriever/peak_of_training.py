@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from retriever.config import load_config
+from retriever.config_file import load_config
 from retriever.progress import Terminal
 from retriever.ranks import joined_ranks
 from retriever.trainer import Trainer

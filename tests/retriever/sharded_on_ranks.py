@@ -16,7 +16,8 @@ from forks import on_ranks
 from run_helpers import assert_near, results
 from safetensors.torch import load_file
 
-from retriever.config import TrainConfig, load_config
+from retriever.config import TrainConfig
+from retriever.config_file import load_config
 from retriever.divided import own_part
 from retriever.progress import Terminal
 from retriever.ranks import SilentTerminal, joined_ranks

@@ -15,17 +15,8 @@ import yaml
 from cli_helpers import command
 
 from retriever.cli import _parse
-from retriever.config import (
-    ConfigError,
-    DataConfig,
-    DevConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    load_config,
-    save_config,
-)
+from retriever.config import ConfigError, DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config_file import load_config, save_config
 from retriever.data.sources import SourceConfig
 from retriever.images.config import ImageConfig, ImageSource
 

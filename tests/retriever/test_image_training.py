@@ -20,16 +20,8 @@ from run_helpers import assert_same, results
 
 from index.files import InputError
 from retriever import grad_cache
-from retriever.config import (
-    ConfigError,
-    DataConfig,
-    DevConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    save_config,
-)
+from retriever.config import ConfigError, DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config_file import save_config
 from retriever.data.schedule import Share
 from retriever.encode import EncodeOptions
 from retriever.graph_memory import held_bytes

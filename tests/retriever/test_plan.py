@@ -14,7 +14,8 @@ import pytest
 import torch
 from cli_helpers import command, write_lines
 
-from retriever.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, save_config
+from retriever.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config_file import save_config
 from retriever.data.sources import SourceConfig
 
 HERE = Path(__file__).parent

@@ -20,15 +20,8 @@ from forks import LoadedPython, environment, torchrun
 from run_helpers import assert_near, results
 from torch import distributed
 
-from retriever.config import (
-    DataConfig,
-    DevConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    save_config,
-)
+from retriever.config import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config_file import save_config
 from retriever.data.sources import SourceConfig
 from retriever.ranks import Ranks
 

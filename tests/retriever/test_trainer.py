@@ -22,17 +22,8 @@ import retriever.dev as dev_module
 from index.files import InputError
 from retriever import graph_memory
 from retriever.checkpoint import load_checkpoint
-from retriever.config import (
-    CONFIG_FILE,
-    DataConfig,
-    DevConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    load_config,
-    save_config,
-)
+from retriever.config import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config_file import CONFIG_FILE, load_config, save_config
 from retriever.data.sources import SourceConfig
 from retriever.interrupt import Interrupted
 from retriever.progress import Terminal

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retriever.config import TrainConfig, load_config, save_config
+from retriever.config import TrainConfig
+from retriever.config_file import load_config, save_config
 from retriever.images.config import ImageConfig
 from retriever.images.shards import expand_braces
 from retriever.optim import lr_factor

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from retriever.config import load_config
+from retriever.config_file import load_config
 
 HOUSE = Path(__file__).resolve().parent.parent.parent
 RECIPES = sorted((HOUSE / "scripts" / "recipes").glob("*.yaml"))
