@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import shutil
@@ -13,23 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from index.files import InputError, atomic_folder, locked_folder, recover_folder
+from index.files import InputError
 from retriever import step_profile
 from retriever.build_loss import build_loss, check_ranks
-from retriever.checkpoint import (
-    TrainState,
-    checkpoint_folder,
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from retriever.checkpoint import TrainState
 from retriever.config import TrainConfig
-from retriever.config_file import CONFIG_FILE, load_config, save_config, with_absolute_paths
+from retriever.config_file import with_absolute_paths
 from retriever.cuda_graphs import check_replayable, replay_small_passes
 from retriever.dev import open_dev
 from retriever.device import choose_device, choose_precision
-from retriever.divided import gathered
 from retriever.encode import EncodeOptions
 from retriever.graph_memory import GraphMemory
 from retriever.interrupt import Interrupted, StopRequest
@@ -41,12 +32,10 @@ from retriever.pool_ids import with_pool_ids
 from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
 from retriever.ranks import PlannedRanks, Ranks, own_device
+from retriever.run_folder import RunFolder, build_configured_towers, check_new, written_config
 from retriever.run_log import NoLog, RunLog, described
 from retriever.sharding import shard_encoders
 from retriever.step import TrainStep
-from retriever.towers import build_towers
-
-CACHE = "cache"
 
 
 class Trainer:
@@ -63,6 +52,7 @@ class Trainer:
         self.run = run
         self.terminal = terminal
         self.ranks = ranks = ranks or Ranks()
+        self._folder = RunFolder(run, ranks)
         check_ranks(config, ranks)
         self.device = own_device(choose_device(config.device))
         if self.device.index is not None:
@@ -70,7 +60,7 @@ class Trainer:
         # Resolved, so that what is written beside the results is what was done.
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
-        self.towers = _build_towers(config)
+        self.towers = build_configured_towers(config)
         if config.gradient_checkpointing:
             self.towers.enable_gradient_checkpointing()
         if self.device.type == "cuda":
@@ -102,7 +92,7 @@ class Trainer:
         self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.dev = open_dev(config)
-        cache = Path(config.data.cache) if config.data.cache else run / CACHE
+        cache = Path(config.data.cache) if config.data.cache else self._folder.cache
         with ranks.first_before_others():
             self.batches, sources = open_training(
                 config,
@@ -126,7 +116,6 @@ class Trainer:
             ranks,
         )
         self.state = TrainState(sources=sources, dev="" if self.dev is None else self.dev.fingerprint)
-        self._saved_step = -1
 
     @classmethod
     def start(
@@ -142,21 +131,11 @@ class Trainer:
                 profile.
         """
         config = with_absolute_paths(config)
-        run = Path(config.out)
-        _check_unused(run)
-        # The cache is what a start that failed leaves behind.
-        foreign = sorted(path.name for path in run.iterdir() if path.name != CACHE) if run.exists() else []
-        if foreign:
-            raise InputError(f"{run}: expected a new or empty folder for the run, found {foreign[0]} in it")
-        trainer = cls(config, run, terminal, ranks)
+        check_new(Path(config.out))
+        trainer = cls(config, Path(config.out), terminal, ranks)
         if profile:
             trainer._check_profile()
-        if trainer.ranks.first:
-            with trainer._locked():
-                # Another start may have been quicker.
-                _check_unused(run)
-                trainer.ranks.note_begun(config.out)
-                save_config(trainer.config, run / CONFIG_FILE)
+        trainer._folder.begin(trainer.config)
         return trainer
 
     @classmethod
@@ -166,33 +145,25 @@ class Trainer:
         Raises:
             InputError: no such run, a damaged checkpoint, or data that has changed since.
         """
-        if not (run / CONFIG_FILE).exists():
-            raise InputError(f"{run}: expected the folder of a run, with {CONFIG_FILE}")
-        trainer = cls(load_config(run / CONFIG_FILE), run, terminal, ranks)
+        trainer = cls(written_config(run), run, terminal, ranks)
         # Another process that trains here holds the lock, and its checkpoints come and go.
-        with trainer._locked(), trainer.ranks.first_before_others():
+        with trainer._folder.locked(), trainer.ranks.first_before_others():
             trainer._load_newest()
         trainer.ranks.wait()
         return trainer
 
-    def _locked(self) -> contextlib.AbstractContextManager[None]:
-        """The run's folder for this job alone."""
-        return locked_folder(self.run) if self.ranks.first else contextlib.nullcontext()
-
     def _load_newest(self) -> None:
-        if self.ranks.first:
-            recover_folder(self.run / "model")
-        newest = latest_checkpoint(self.run / "checkpoints")
-        if newest is None:
+        loaded = self._folder.load_newest(self.modules, self.optimizer)
+        if loaded is None:
             self.terminal.line(f"{self.run}: no checkpoint yet; starting from the beginning")
             return
-        fresh = self.state
-        self.state = load_checkpoint(newest, self.modules, self.optimizer)
-        self._saved_step = self.state.step
-        if (self.state.sources, self.state.dev) != (fresh.sources, fresh.dev):
-            raise InputError(f"{self.run}: the data changed since {newest.name}; a run goes on only with the same data")
-        if self.state.scaler is not None:
-            self.scaler.load_state_dict(self.state.scaler)
+        if (loaded.sources, loaded.dev) != (self.state.sources, self.state.dev):
+            raise InputError(
+                f"{self.run}: the data changed since step {loaded.step}; a run goes on only with the same data"
+            )
+        self.state = loaded
+        if loaded.scaler is not None:
+            self.scaler.load_state_dict(loaded.scaler)
 
     def plan(self) -> Plan:
         """What a step will need on this process; nothing is trained."""
@@ -223,7 +194,7 @@ class Trainer:
         """
         if profile:
             self._check_profile()
-        with self._locked():
+        with self._folder.locked():
             log = self._open_log()
             try:
                 with StopRequest(self.ranks.any if self.ranks.size > 1 else None) as stop:
@@ -333,27 +304,11 @@ class Trainer:
         return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
 
     def _save_checkpoint(self) -> None:
-        checkpoints = self.run / "checkpoints"
-        if self.state.step != self._saved_step:
-            self.state.scaler = self.scaler.state_dict() or None
-            folder = checkpoint_folder(checkpoints, self.state.step)
-            save_checkpoint(folder, self.modules, self.optimizer, self.state, writes=self.ranks.first)
-            self._saved_step = self.state.step
-        if self.ranks.first:
-            prune_checkpoints(checkpoints, self.config.keep_checkpoints)
-        self.ranks.wait()
+        self.state.scaler = self.scaler.state_dict() or None
+        self._folder.save_checkpoint(self.modules, self.optimizer, self.state, self.config.keep_checkpoints)
 
     def _save_model(self) -> None:
-        towers = self.towers
-        if self._sharded:
-            weights = gathered(towers.state_dict(), keep=self.ranks.first)
-        if not self.ranks.first:
-            return
-        if self._sharded:
-            towers = _build_towers(self.config)
-            towers.load_state_dict(weights)
-        with atomic_folder(self.run / "model") as folder:
-            towers.save(folder)
+        self._folder.save_model(self.towers, self.config, divided=self._sharded)
 
     def _evaluate_if_due(self, log: RunLog, stop: StopRequest) -> None:
         state = self.state
@@ -364,8 +319,6 @@ class Trainer:
         measures = self._dev_measures(stop)
         self.towers.train()
         state.dev_step = state.step
-        # A checkpoint of this step, made when the evaluation was interrupted, does not know of it.
-        self._saved_step = -1
         score = measures[self.dev_metric.lower()]
         log.write({"step": state.step, **{f"dev_{name}": value for name, value in measures.items()}})
         better = state.best_score is None or score > state.best_score
@@ -398,20 +351,3 @@ class Trainer:
         finally:
             if ranks.first:
                 shutil.rmtree(embeddings, ignore_errors=True)
-
-
-def _check_unused(run: Path) -> None:
-    """Raises InputError where a run has begun in the folder."""
-    if (run / CONFIG_FILE).exists():
-        raise InputError(
-            f"{run}: holds a run already; go on with 'retriever train --resume {run}', or choose another --out"
-        )
-
-
-def _build_towers(config: TrainConfig) -> Any:
-    """Towers of texts, or of pictures and texts."""
-    if not config.model.image.name:
-        return build_towers(config.model)
-    from retriever.images.towers import build_image_text_towers
-
-    return build_image_text_towers(config.model)

@@ -52,15 +52,16 @@ class Train:
 
     def _plan(self, terminal: Terminal) -> int:
         from retriever.ranks import PlannedRanks, process_count
+        from retriever.run_folder import written_config
         from retriever.trainer import Trainer
 
         if os.environ.get("RANK", "0") != "0":
             # Under torchrun one of the processes says it for all.
             return 0
 
-        config = self.config if self.resume is None else load_config(Path(self.resume) / CONFIG_FILE)
-        config = with_absolute_paths(config)
-        plan = Trainer(config, Path(config.out), terminal, PlannedRanks(size=self.processes or process_count())).plan()
+        config = with_absolute_paths(self.config if self.resume is None else written_config(Path(self.resume)))
+        run = Path(config.out if self.resume is None else self.resume)
+        plan = Trainer(config, run, terminal, PlannedRanks(size=self.processes or process_count())).plan()
         print("\n".join(plan.lines()))
         if not plan.fits:
             terminal.line("this does not fit: fewer --micro-batch-tokens, a smaller --batch-size, or more processes")
