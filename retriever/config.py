@@ -199,7 +199,7 @@ class TrainConfig:
     """Tokens, padding included, that pass through the towers at once; bounds the memory of activations.
     Empty: 4096 on a CPU, what free memory allows on a GPU."""
     offload_embeddings: bool = False
-    """Embeddings and gradients wait on the host before and after the loss: larger batches on a GPU, for a little time."""
+    """Embeddings and gradients wait on the host before and after the loss: larger batches on a GPU."""
     shard_towers: bool = False
     """Divide weights, gradients and AdamW of the towers' encoders among the processes (FSDP2), for towers that do not
     fit one GPU; slower than whole ones, which is what one process has in any case."""
