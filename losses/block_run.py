@@ -78,8 +78,8 @@ class Finish:
     logit_scale: Tensor
     unit: Tensor
     upstream: Tensor
-    queries: float
-    """What the upstream gradient is divided by."""
+    divisor: float
+    """Of the upstream gradient: M, over W ranks M / W."""
 
     def __call__(self, sums: Tensor, embeddings: Tensor, out: Tensor, scale: bool) -> Tensor:
         import triton
@@ -96,7 +96,7 @@ class Finish:
             self.unit,
             self.upstream,
             shares,
-            self.queries,
+            self.divisor,
             len(sums),
             D=out.shape[1],
             WIDTH=self.width,

@@ -76,13 +76,12 @@ class LineWeights:
 class BlockTiles(Protocol):
     """Scores of this rank's queries with blocks of passages, `batch.positive` being rows of the whole pool.
 
-    Made from (batch, precision, workspace_bytes, row of the pool at which this rank's own passages begin). Sums are of
-    dtype `dtype`, of queries and passages `width` wide. What exponents are is for the tiles alone to know.
+    Made from (batch, precision, workspace_bytes, row of the pool at which this rank's own passages begin). Sums of
+    queries and passages are `width` wide. What exponents are is for the tiles alone to know.
     """
 
     query: Tensor
     width: int
-    dtype: torch.dtype
 
     def operand(self, passage: Tensor) -> Tensor:
         """[n, D] -> [n, width] as it travels."""
@@ -129,7 +128,7 @@ class BlockTiles(Protocol):
         its transposed product to passage_sum [n, width]."""
 
     def gradient(
-        self, sums: Tensor, unit: Tensor, upstream: Tensor, share: float, dtype: torch.dtype, scale: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """[lines, D] in dtype from finished sums, where the loss is `share` · Σ M · loss: the sums may be used up. With
-        `scale`, of which the sums must be the queries', also the gradient of logit_scale."""
+        self, sums: Tensor, unit: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """[lines, D] in dtype, if one is given, from finished sums, where the loss is `share` · Σ M · loss: the sums
+        may be used up. With `scale`, for which they must be the queries', also the gradient of logit_scale."""

@@ -19,8 +19,6 @@ LINES = 1024
 class FusedBlocks:
     """`block_tiles.BlockTiles`; exponents are of 2, and the vendor's products add blocks of dS to the sums."""
 
-    dtype = torch.float32
-
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.precision, self.workspace_bytes = precision, workspace_bytes
         self._first_passage, self._dimensions = first_passage, batch.query.shape[1]
@@ -166,16 +164,16 @@ class FusedBlocks:
                     add_product(passage_sum[columns], gradient.T, run.query[some], first=not some.start)
 
     def gradient(
-        self, sums: Tensor, unit: Tensor, upstream: Tensor, share: float, dtype: torch.dtype, scale: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, sums: Tensor, unit: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         out = sums
-        if dtype != torch.float32 or self.width != self._dimensions:
+        if dtype is not None and (dtype != torch.float32 or self.width != self._dimensions):
             out = sums.new_empty(len(sums), self._dimensions, dtype=dtype)
         if not len(sums):
-            return out, sums.new_zeros(()) if scale else None
+            return None if dtype is None else out, sums.new_zeros(()) if scale else None
         finish = Finish(self.width, self.batch.logit_scale, unit, upstream, 1 / share)
         shares = finish(sums, self.query, out, scale)
-        return out, shares.sum() if scale else None
+        return None if dtype is None else out, shares.sum() if scale else None
 
     def _run(self, block: PassageBlock) -> BlockRun:
         ids = ranked(self.batch.query_ids, block.ids)

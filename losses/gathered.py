@@ -34,7 +34,6 @@ def gathered_forward(
 
 def gathered_backward(
     tiles: BlockTiles,
-    own: PassageBlock,
     visited: Visited,
     weights: LineWeights,
     query_sum: Tensor | None,

@@ -157,7 +157,7 @@ class _LossOverRanks(torch.autograd.Function):
             ctx.unit = tiles.unit(_most_owners(columns, tiles, link) if batch.symmetric else None)
         # What the products read: where that is of half precision, the embeddings need not wait for backward.
         ctx.save_for_backward(tiles.query, own.passage, logit_scale)
-        ctx.tiles, ctx.own, ctx.visited, ctx.shards, ctx.link = tiles, own, visited, shards, link
+        ctx.tiles, ctx.visited, ctx.shards, ctx.link = tiles, visited, shards, link
         ctx.precision, ctx.exchange, ctx.symmetric = ranked.precision, ranked.exchange, batch.symmetric
         ctx.dtypes = query.dtype, passage.dtype
         return loss
@@ -180,15 +180,16 @@ class _LossOverRanks(torch.autograd.Function):
                 query_sum = visited.rows.table.new_empty(len(operand), tiles.width)
             travel = ring_backward if ctx.exchange == "ring" else gathered_backward
             weights = tiles.line_weights(visited.rows, visited.columns if ctx.symmetric else None, ctx.unit)
-            passage_sum = travel(tiles, ctx.own, visited, weights, query_sum, want_passage, shards, link)
+            passage_sum = travel(tiles, visited, weights, query_sum, want_passage, shards, link)
             factors = (ctx.unit, upstream, link.size / shards.all_queries)
             of_query, of_passage = ctx.dtypes
             query_gradient = passage_gradient = scale_gradient = None
             if query_sum is not None:
-                query_gradient, scale_gradient = tiles.gradient(query_sum, *factors, of_query, want_scale)
+                wanted = of_query if want_query else None
+                query_gradient, scale_gradient = tiles.gradient(query_sum, *factors, wanted, want_scale)
             if passage_sum is not None:
                 passage_gradient, _ = tiles.gradient(passage_sum, *factors, of_passage, False)
-        return query_gradient if want_query else None, passage_gradient, scale_gradient, None
+        return query_gradient, passage_gradient, scale_gradient, None
 
 
 def _most_owners(columns: ColumnSums, tiles: BlockTiles, link: Link) -> Tensor | None:

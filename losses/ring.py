@@ -58,7 +58,6 @@ def ring_forward(tiles: BlockTiles, own: PassageBlock, batch: ContrastiveBatch, 
 
 def ring_backward(
     tiles: BlockTiles,
-    own: PassageBlock,
     visited: Visited,
     weights: LineWeights,
     query_sum: Tensor | None,
@@ -77,7 +76,7 @@ def ring_backward(
     for step in range(link.size):
         outgoing: list[Tensor] = []
         incoming: list[Tensor] = []
-        following, arriving, sums = own, factors, None
+        following, arriving, sums = visited.own, factors, None
         if step < link.size - 2:
             following = room_for(block, (link.rank + step + 2) % link.size, shards)
             outgoing, incoming = block.tensors(), following.tensors()

@@ -101,11 +101,12 @@ class TiledBlocks:
             add_row_gradients(tiles, statistics, line_weights, some, tiles.query_block(some), sums, passage_sum)
 
     def gradient(
-        self, sums: Tensor, unit: Tensor, upstream: Tensor, share: float, dtype: torch.dtype, scale: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, sums: Tensor, unit: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         factor = upstream.to(self.dtype) * share / unit
         of_scale = self._scale_gradient(sums) * factor if scale else None
-        return sums.mul_(factor * self.batch.logit_scale.detach()).to(dtype), of_scale
+        of_sums = None if dtype is None else sums.mul_(factor * self.batch.logit_scale.detach()).to(dtype)
+        return of_sums, of_scale
 
     def _scale_gradient(self, sums: Tensor) -> Tensor:
         """Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K), a few rows at a time: the products are as large as the sums."""

@@ -55,7 +55,8 @@ def choose_precision(name: Literal["auto"] | Precision, device: torch.device) ->
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy of a CPU tensor on the device (itself on the CPU), for which neither the host nor the device waits; a
-    large one is copied beside what the device computes, unless it lies in pinned memory already."""
+    large one is copied beside what the device computes. One in pinned memory is read when the current stream comes to
+    it, and must not be written before."""
     if device.type != "cuda":
         return tensor.to(device)
     if tensor.nbytes >= STAGED_BYTES and not tensor.is_pinned():

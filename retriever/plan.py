@@ -153,12 +153,17 @@ def plan_step(
         resident["batches held ready"] = data
         step["a checkpoint while it is written"] = checkpoint
         moments.append(checkpoint)
+    on_host = {
+        "batches held ready": data,
+        "embeddings and their gradients": 8.0 * rows * width if offloaded else 0.0,
+        "a checkpoint while it is written": checkpoint,
+    }
     return Plan(
         {name: size for name, size in resident.items() if size},
         {name: size for name, size in step.items() if size},
         sum(resident.values()) + half + captured + gathered + max(moments),
         float(torch.cuda.mem_get_info(device)[1]) if on_gpu else float(psutil.virtual_memory().total),
-        {"batches held ready": data, "a checkpoint while it is written": checkpoint} if on_gpu else {},
+        {name: size for name, size in on_host.items() if size} if on_gpu else {},
         [
             f"each of {ranks} processes, {device.type}, {precision}: {batch.queries:,} queries and {passages:,} "
             f"passages a step, {batch.tokens:,} tokens in {len(sizes)} micro-batches of at most {max(sizes):,}"

@@ -6,8 +6,8 @@ torchrun --nproc-per-node 2 scripts/bench_scale.py --device cpu --quick
 Part "loss": memory and time of each loss at growing batches, over all ranks, until it runs out of memory. Part
 "scaling": ours by 1, 2, 4 … of the ranks on the same batch, and how much of the ring's transfers no other kernel hides.
 Part "step": whole optimizer steps of two BERT-base and of ViT-L/14 beside a text tower, all ways in turns at growing
-batches until memory or time is spent: seconds, samples a second, peak memory, the largest batch. Losses are checked
-against float64 first.
+batches until memory or time is spent: seconds (of short ones the second), samples a second, peak memory, the largest
+batch. Losses are checked against float64 first.
 
 Rows go to scale.csv as they come, plots to scale_memory.png and scale_speed.png, in scripts/results or where --results
 says; `python scripts/launch_tables.py` writes the tables of scripts/launch/README.md from them. What --budget seconds
@@ -158,27 +158,29 @@ class Bench:
 
     def steps(self, towers: str, share: float) -> None:
         """Whole steps by every way, size by size, in a share of the time that is left."""
-        if self.late(0.0):
-            self.add("step", "ours", self.options.step_sizes[0], self.ranks.size, "no time left", towers=towers)
-            return
         until = time.monotonic() + share * (self.deadline - time.monotonic())
-        steps = TowerSteps(towers, self.options.tokens, self.clock.device, self.ranks)
         group = self.clock.everyone.group
         ours = partial(InfCLLoss, symmetric=True, group=group)
         ways = [Way("ours", ours, as_planned), Way(OFFLOAD, ours, as_planned, on_host=True)]
         ways += [Way(name, partial(Baseline, METHODS[name], group), none_kept) for name in LITERATURE]
+        ways = [way for way in ways if self.wanted(way.name)]
         first, goal = self.options.step_sizes
 
         def report(way: Way, pairs: int, made: Attempt) -> None:
             figures = {} if made.problem else self.step_figures(pairs, made)
             self.add("step", way.name, pairs, self.ranks.size, made.problem, towers=towers, **figures)
 
+        if self.late(0.0):
+            for way in ways:
+                report(way, first, Attempt("no time left"))
+            return
+        steps = TowerSteps(towers, self.options.tokens, self.clock.device, self.ranks)
         searches = [
             Search(
                 steps, way, first=first, goal=goal, factor=2, halvings=self.options.halvings,
                 late=lambda seconds: self.late(seconds, until), report=report,
             )
-            for way in ways if self.wanted(way.name)
+            for way in ways
         ]  # fmt: skip
         # In turns: when time is spent, every way has the sizes that were reached.
         while searches:

@@ -37,7 +37,8 @@ VOCABULARY = 30522
 BERT_SIZES = {"bert-base": (768, 12, 12), "bert-tiny": (32, 2, 2)}
 # Of a step's time beside that of a smaller one: the loss's is a small part, but grows with the square.
 GROWTH = 1.3
-LONG_STEP = 5.0
+# An attempt makes so many, unless they are as long as this, in seconds.
+STEPS, LONG_STEP = 2, 5.0
 # Different pictures of a batch; more are the same ones again.
 PICTURES = 4096
 
@@ -84,7 +85,8 @@ def as_planned(planned: GraphMemory) -> GraphMemory:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A step: why it could not be made, or what it took on the slowest rank and the fullest."""
+    """Why no step could be made, or time and loss of the last one, on the slowest rank, and the peak of all, on the
+    fullest."""
 
     problem: str = ""
     seconds: float = 0.0
@@ -93,7 +95,7 @@ class Attempt:
 
 
 class TowerSteps:
-    """Makes steps of one pair of towers, each from a fresh optimizer."""
+    """Makes steps of one pair of towers; each attempt begins with a fresh optimizer."""
 
     def __init__(self, towers: str, tokens: int, device: torch.device, ranks: Ranks | None = None) -> None:
         """`towers`: a name of BERT_SIZES for two of them on texts of `tokens` tokens; or that of a vision tower."""
@@ -112,7 +114,7 @@ class TowerSteps:
         self._reset()
         step = batch = None
         problem, seconds, loss = "", 0.0, 0.0
-        for number in range(2):
+        for number in range(STEPS):
             try:
                 if step is None or batch is None:
                     step, batch = self._prepared(way, pairs)
@@ -161,7 +163,7 @@ class TowerSteps:
         ids = np.arange(first, last)
         groups = self._groups(last - first, graphs.micro_batch_tokens)
         batch = PreparedBatch(groups, last - first, ids, ids, not towers.padding_free)
-        return TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, 1, ranks), batch
+        return TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, STEPS, ranks), batch
 
     def _groups(self, pairs: int, budget: int) -> list[Any]:
         """Random inputs of both towers."""
@@ -222,7 +224,8 @@ class Search:
         pairs = next(self._sizes, None)
         if pairs is None:
             return False
-        late = self._late(GROWTH * self._a_pair * pairs)
+        expected = GROWTH * self._a_pair * pairs
+        late = self._late(expected * (STEPS if expected < LONG_STEP else 1))
         attempt = Attempt("no time left") if late else self._steps.attempt(self._way, pairs)
         self._report(self._way, pairs, attempt)
         if not attempt.problem:

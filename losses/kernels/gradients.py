@@ -149,15 +149,16 @@ def _weighted(powers, row_weight, column_weight_ptr, column_index, column_valid,
 
 @triton.jit
 def finish_kernel(
-    sum_ptr, embedding_ptr, out_ptr, scale_ptr, unit_ptr, upstream_ptr, share_ptr, queries, rows,
+    sum_ptr, embedding_ptr, out_ptr, scale_ptr, unit_ptr, upstream_ptr, share_ptr, divisor, rows,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Turn sums [rows, WIDTH] of M·dS products into the gradient [rows, D]: times logit_scale · upstream / (M · unit).
+    """Turn sums [rows, WIDTH] of M·dS products into the gradient [rows, D]: times logit_scale · upstream / (divisor ·
+    unit), where the divisor is M, over W ranks M / W.
 
-    With SCALE, also each program's share of the gradient of logit_scale, Σ sum ∘ embedding · upstream / (M · unit).
-    `out` may be the sums themselves.
+    With SCALE, also each program's share of the gradient of logit_scale, Σ sum ∘ embedding · upstream / (divisor ·
+    unit). `out` may be the sums themselves.
     """
-    factor = tl.load(upstream_ptr) / (queries * tl.load(unit_ptr))
+    factor = tl.load(upstream_ptr) / (divisor * tl.load(unit_ptr))
     scale = tl.load(scale_ptr)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     share = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
