@@ -73,7 +73,7 @@ def build(
         plan: how.
         factory, seed: short for a plan of these alone.
         progress: called with the number of rows each time some were added.
-        note: called with a line each time a search setting was measured.
+        note: called with a line before the index is trained, and each time a search setting was measured.
 
     Returns:
         What tuning found, where the plan has a target.
@@ -95,6 +95,8 @@ def build(
         raise InputError("--target-recall: expected a whole index; merge the parts, then `retriever index tune`")
     held_out = plan.target.held_out_rows(store.rows, plan.seed) if plan.target else np.empty(0, np.int64)
     with atomic_folder(out) as folder, Beside() as beside:
+        if note is not None:
+            note("training")
         index, origin = _trained(part, plan, held_out, beside)
         # In a graph, those it is measured by must not be yet.
         added_last = held_out if is_graph(index) else held_out[:0]

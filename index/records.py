@@ -44,6 +44,22 @@ def open_text(path: Path, newline: str | None = None) -> IO[str]:
         raise InputError(f"{path}: no such file") from None
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """Stream the lines of a UTF-8 text file (also .gz), without their ends.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read as text.
+    """
+    with open_text(path) as stream:
+        number = 0
+        try:
+            for line in stream:
+                number += 1
+                yield line.rstrip("\n")
+        except UNREADABLE as error:
+            raise _unreadable(path, number, error) from None
+
+
 def read_records(path: Path) -> Iterator[Record]:
     """Stream the rows of a .jsonl, .csv, .tsv (each also .gz) or .parquet file in constant memory.
 
@@ -71,14 +87,9 @@ def unread_rows(path: Path) -> Iterator[UnreadRow]:
 
 
 def _json_lines(path: Path) -> Iterator[UnreadRow]:
-    with open_text(path) as stream:
-        number = 0
-        try:
-            for number, line in enumerate(stream, start=1):
-                if not line.isspace():
-                    yield partial(_json_record, path, number, line)
-        except UNREADABLE as error:
-            raise _unreadable(path, number, error) from None
+    for number, line in enumerate(read_lines(path), start=1):
+        if line and not line.isspace():
+            yield partial(_json_record, path, number, line)
 
 
 def _json_record(path: Path, number: int, line: str) -> Record:
@@ -100,8 +111,15 @@ def _separated(path: Path, delimiter: str) -> Iterator[UnreadRow]:
             for column in columns:
                 if columns.count(column) > 1:
                     raise InputError(f"{path}:1: expected columns of different names, found {column!r} twice")
+            before = rows.line_num
             for fields in rows:
                 place = f"{path}:{rows.line_num}"
+                first, before = before + 1, rows.line_num
+                if delimiter == "\t" and any(_holds_rows(cell) for cell in fields.values()):
+                    raise InputError(
+                        f"{path}:{first}: expected a quote that closes in its row, found one that closes in line "
+                        f'{rows.line_num}: write "" for a quote and quotes around its cell, or use .jsonl'
+                    )
                 if None in fields or None in fields.values():
                     found = len(fields.get(None) or ()) + sum(fields[column] is not None for column in columns)
                     raise InputError(f"{place}: expected {len(columns)} columns, found {found}")
@@ -111,6 +129,11 @@ def _separated(path: Path, delimiter: str) -> Iterator[UnreadRow]:
             raise InputError(f"{path}:{rows.line_num + 1}: expected a row of cells, found: {error}") from None
         except UNREADABLE as error:
             raise _unreadable(path, rows.line_num, error) from None
+
+
+def _holds_rows(cell: Any) -> bool:
+    """Whether a tab-separated cell has whole rows in it: its text began with a quote, a later one ended so."""
+    return isinstance(cell, str) and "\t" in cell and "\n" in cell
 
 
 def _unreadable(path: Path, lines_read: int, error: Exception) -> InputError:

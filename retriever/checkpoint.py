@@ -73,7 +73,11 @@ def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torc
             saved_tensors, present = load_file(folder / f"{name}.safetensors"), module.state_dict()
             module.load_state_dict({k: divided_like(v, present.get(k, v)) for k, v in saved_tensors.items()})
         except (RuntimeError, FileNotFoundError) as error:
-            raise InputError(f"{folder}: does not fit this run's {name}: {str(error).splitlines()[0]}") from None
+            # torch begins with a line that says no more.
+            found = str(error).splitlines()
+            raise InputError(
+                f"{folder}: does not fit this run's {name}: {found[min(1, len(found) - 1)].strip()}"
+            ) from None
     saved = read_json(folder / "state.json")
     _restore_optimizer(optimizer, {**load_file(folder / "optimizer.safetensors"), **saved["optimizer"]})
     fields = saved["train"]

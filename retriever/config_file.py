@@ -20,6 +20,19 @@ CONFIG_FILE = "config.yaml"
 NOTHING = ("none", "null")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The keys and values below a node."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{key.value} twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path) -> TrainConfig:
     """Read a YAML file into a TrainConfig.
 
@@ -33,7 +46,7 @@ def load_config(path: Path) -> TrainConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text: {error}") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)

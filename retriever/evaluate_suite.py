@@ -183,6 +183,8 @@ class Suite:
         folder = self._options.index or self._built(task, store)
         index = Index.open(folder)
         index.check_model(towers.fingerprint())
+        if index.rows != store.rows:
+            raise InputError(f"{folder}: expected an index of {dataset.name}, {store.rows} rows, found {index.rows}")
         began = time.perf_counter()
         k = self._options.k
         with self._terminal.bar(f"{task.name}: search by index", len(vectors), "queries") as advance:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# Seconds between the lines that stand for a bar where there is no terminal.
+LINE_EVERY = 60.0
+
 
 class Terminal:
-    """Bars where standard error is a terminal, plain lines everywhere. Use as a context manager."""
+    """Bars where standard error is a terminal, elsewhere a line a minute. Use as a context manager."""
 
     def __init__(self) -> None:
         self._bars: Any = None
@@ -39,9 +43,10 @@ class Terminal:
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
-        """Yield `advance(count, note=None)`: so many more of `total` are done; a note takes the place of the rate."""
+        """Yield `advance(count, note=None)`: so many more of `total` are done; a note takes the place of the rate. Work
+        that notes what it does prints its own lines where there is no bar."""
         if self._bars is None:
-            yield lambda count, note=None: None
+            yield self._lines(what, total, unit, done)
             return
         task = self._bars.add_task(what, total=total, completed=done, note="")
         noted = False
@@ -60,6 +65,26 @@ class Terminal:
             yield advance
         finally:
             self._bars.remove_task(task)
+
+    def _lines(self, what: str, total: int | None, unit: str, done: int) -> Callable[..., None]:
+        """What a log says of a bar: how much is done, rate and time left."""
+        began = told = time.monotonic()
+        count, noted = done, False
+
+        def advance(more: int, note: str | None = None) -> None:
+            nonlocal told, count, noted
+            count, noted = count + more, noted or note is not None
+            now = time.monotonic()
+            if noted or now < told + LINE_EVERY or count == done:
+                return
+            told, rate = now, (count - done) / (now - began)
+            of, left = "", ""
+            if total is not None:
+                seconds = round((total - count) / rate)
+                of, left = f"/{total:,}", f"  left {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+            self.line(f"{what}  {count:,}{of} {unit}  {rate:,.1f} {unit}/s{left}")
+
+        return advance
 
 
 def _live_progress() -> Any:

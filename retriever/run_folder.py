@@ -50,10 +50,17 @@ class RunFolder:
             InputError: another start was quicker.
         """
         if self.ranks.first:
+            # The cache may lie elsewhere.
+            self.path.mkdir(parents=True, exist_ok=True)
             with self.locked():
                 _check_unused(self.path)
                 self.ranks.note_begun(config.out)
                 save_config(config, self.path / CONFIG_FILE)
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint, if there is one."""
+        return latest_checkpoint(self.path / "checkpoints")
 
     def load_newest(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> TrainState | None:
         """Put the newest checkpoint's tensors into the modules and the optimizer; None where there is none.
@@ -63,8 +70,7 @@ class RunFolder:
         """
         if self.ranks.first:
             recover_folder(self.path / "model")
-        newest = latest_checkpoint(self.path / "checkpoints")
-        if newest is None:
+        if (newest := self.newest) is None:
             return None
         state = load_checkpoint(newest, modules, optimizer)
         self._saved = state.step, state.dev_step

@@ -67,15 +67,16 @@ def described(row: Mapping[str, Any]) -> str:
 
 def _rows_until(path: Path, step: int, dev_step: int) -> list[dict[str, Any]]:
     """The rows of at most that step; the last line may be torn if the run was killed while it was written."""
-    rows = []
+    rows, read = [], 0
     try:
         for record in read_records(path):
+            read += 1
             is_evaluation = any(name.startswith("dev_") for name in record.fields)
             if record.fields.get("step", 0) <= (dev_step if is_evaluation else step):
                 rows.append(record.fields)
     except InputError:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if len(rows) < len(lines) - 1:
+        if read < len(lines) - 1:
             raise
     return rows
 

@@ -296,10 +296,11 @@ class Trainer:
         # fp16 skips a step whose gradients overflow and halves its scale; below 1, the gradients are at fault.
         skipping = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or skipping):
+            earlier = "no checkpoint is there" if self._folder.newest is None else "the last checkpoint is from before"
             raise InputError(
                 f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}, logit_scale "
-                f"{row['logit_scale']:.2f}: no longer finite; the last checkpoint is from before. Lower optim.lr, "
-                f"lengthen optim.warmup_fraction, or train in fp32 or bf16"
+                f"{row['logit_scale']:.2f}: no longer finite; {earlier}. Lower optim.lr, lengthen "
+                f"optim.warmup_fraction, or train in fp32 or bf16"
             )
         return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
 

@@ -85,13 +85,12 @@ class IndexDelete:
 
     def run(self, terminal: Terminal) -> int:
         from index.changing import delete_passages
-        from index.records import open_text
+        from index.records import read_lines
 
         refuse_several_processes("delete")
         ids = list(self.ids)
         if self.ids_file is not None:
-            with open_text(self.ids_file) as stream:
-                ids = [line.strip() for line in stream if line.strip()]
+            ids = [line.strip() for line in read_lines(self.ids_file) if line.strip()]
         deleted = delete_passages(self.index, ids, self.out)
         summary = {"index": str(self.out or self.index), "deleted": deleted, "not_there": len(set(ids)) - deleted}
         answer(self.json, summary)

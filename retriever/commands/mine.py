@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from index.files import InputError
 from retriever.commands.common import Embedding, answer, check_counts
 from retriever.progress import Terminal
 
@@ -16,7 +17,7 @@ class Mine(Embedding):
     data: Path
     """BEIR folder."""
     out: Path
-    """JSON lines file with query, positive and negatives."""
+    """The .jsonl file, of query, positive and negatives."""
     embeddings: Path | None = None
     """Folder of the corpus's embeddings, continued or used again if there; empty for a temporary one."""
     split: str = "train"
@@ -31,6 +32,10 @@ class Mine(Embedding):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "negatives", "depth")
+        if self.out.suffix != ".jsonl":
+            raise ValueError(f"--out: expected a .jsonl file, found {self.out}")
+        if self.out.is_dir():
+            raise InputError(f"--out: expected a file, found the folder {self.out}")
         if not 0 < self.max_share <= 1:
             raise ValueError(f"--max-share: expected more than 0 and at most 1, found {self.max_share}")
 

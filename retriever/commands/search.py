@@ -21,6 +21,9 @@ from retriever.progress import Terminal
 if TYPE_CHECKING:
     from retriever.search import Answer
 
+# Of scripts and of emoji: they change neither direction nor screen.
+JOINERS = "\u200c\u200d"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Embedding):
@@ -53,6 +56,8 @@ class Search(Embedding):
             raise ValueError("--image: give pictures or texts as queries, not both")
         for number, text in enumerate(self.query, start=1):
             _check_utf8(text, f"query:{number}")
+            if not text.strip():
+                raise InputError(f"query:{number}: expected text, found none")
 
     def run(self, terminal: Terminal) -> int:
         from retriever.search import BATCH, open_indexes, search
@@ -118,7 +123,12 @@ def _print_answer(answer: Answer) -> None:
     for result in answer.results:
         text = " ".join(f"{result.title} {result.text}".split())
         # Text, because a passage may hold what rich would take for markup.
-        table.add_row(str(result.rank), f"{result.score:.4f}", Text(result.id), Text(text[:300]))
+        table.add_row(str(result.rank), f"{result.score:.4f}", Text(printable(result.id)), Text(printable(text[:300])))
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(answer.query, style="bold", markup=False, highlight=False)
+    console.print(printable(answer.query), style="bold", markup=False, highlight=False)
     console.print(table)
+
+
+def printable(text: str) -> str:
+    """The text with a replacement character for what would command a terminal, or turn its lines around."""
+    return "".join(c if c.isprintable() or c in JOINERS or c.isspace() else "\ufffd" for c in text)

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from index.files import InputError
-from index.records import read_records
+from index.records import read_lines, read_records
 
 
 def rows(path: Path) -> list[dict]:
@@ -160,3 +160,16 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
     assert rows(written(tmp_path / "a.jsonl", "")) == []
     assert rows(written(tmp_path / "a.csv", "")) == []
     assert rows(written(tmp_path / "b.csv", "q,p\n")) == []
+
+
+def test_a_quote_that_swallows_rows_of_tabs_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.tsv", '_id\ttext\n1\tone\n2\t"Quoted start\n3\tx\n4\tends with"\n5\ty\n')
+    with pytest.raises(InputError, match=r"a\.tsv:3: expected a quote that closes in its row, .* closes in line 5"):
+        rows(path)
+    assert rows(written(path, '_id\ttext\n1\t"two\nlines"\n'))[0]["text"] == "two\nlines"
+
+
+def test_lines_of_a_file_that_is_no_text(tmp_path: Path) -> None:
+    assert list(read_lines(written(tmp_path / "a.txt.gz", "a\n\nb"))) == ["a", "", "b"]
+    with pytest.raises(InputError, match=r"a\.txt:2: expected UTF-8, found byte 0xff"):
+        list(read_lines(written(tmp_path / "a.txt", b"a\n\xff\n")))

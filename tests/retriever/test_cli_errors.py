@@ -19,6 +19,7 @@ import pytest
 import yaml
 from cli_helpers import Outcome, command, write_beir, write_config, write_lines
 
+from retriever.commands.search import printable
 from retriever.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +72,8 @@ def trained_with(tmp_path: Path, tiny: ModelConfig, rows: list[object], **other:
             ["search", "--model", "m", "--index", "i", "a", os.fsdecode(b"b\xff")],
             ["^retriever: query:2: expected UTF-8, found byte 0xff"],
         ),
+        (["search", "--model", "m", "--index", "i", "a", " "], ["^retriever: query:2: expected text, found none"]),
+        (["mine", "--model", "m", "--data", "d", "--out", "o.gz"], ["^retriever: --out: .* .jsonl file, found o.gz"]),
         (
             ["encode", "--model", "m", "--data", str(ROOT / "README.md"), "--out", "o", "--device", "tpu"],
             ["^retriever: --device: expected auto, cpu or cuda.*, found 'tpu'"],
@@ -136,6 +139,7 @@ def test_half_of_what_torchrun_sets_is_told(
         ("loss: {name: clop}", [r"loss\.name: expected one of inf_cl, sigmoid, clip, found 'clop'"]),
         ("loss: {logit_scale: 500}", [r"run.yaml: loss\.logit_scale: .* found 500"]),
         ("a: [1\nb: 2", [r"run.yaml:2: expected YAML"]),
+        ("batch_size: 8\noptim:\n  lr: 1\n  lr: 2", [r"run.yaml:4: expected YAML, found: lr twice"]),
         ("- a\n- b", ["run.yaml: the file: expected keys and values"]),
         ("just text", ["run.yaml: the file: expected keys and values"]),
     ],
@@ -333,6 +337,16 @@ def test_queries_of_standard_input_that_are_no_text(world: Any) -> None:
     outcome = command(*words, stdin="an oak\n" + os.fsdecode(b"caf\xe9\n"))
     assert_refused(outcome, 1, "standard input:2: expected UTF-8, found byte 0xe9")
     assert [json.loads(line)["query"] for line in command(*words, stdin="café\n").out.splitlines()] == ["café"]
+
+
+def test_control_characters_of_passages_do_not_reach_the_terminal() -> None:
+    assert printable("a\x1b[31mb\x07\u202ec\n d\u200de\tü") == "a\ufffd[31mb\ufffd\ufffdc\n d\u200de\tü"
+
+
+def test_ids_to_delete_that_are_no_text(world: Any, tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_bytes(b"p1\n\xff\xfe\n")
+    outcome = command("index", "delete", world.index, "--ids-file", tmp_path / "ids.txt")
+    assert_refused(outcome, 1, "ids.txt:2: expected UTF-8, found byte 0xff")
 
 
 def test_damage_is_found_before_searching_where_it_is_asked_for(world: Any, tmp_path: Path) -> None:
