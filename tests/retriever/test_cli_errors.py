@@ -349,6 +349,15 @@ def test_ids_to_delete_that_are_no_text(world: Any, tmp_path: Path) -> None:
     assert_refused(outcome, 1, "ids.txt:2: expected UTF-8, found byte 0xff")
 
 
+def test_an_index_of_another_corpus_is_not_evaluated(world: Any, tmp_path: Path) -> None:
+    shutil.copytree(world.beir, tmp_path / "larger")
+    with (tmp_path / "larger" / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"_id": "more", "text": "a passage"}\n')
+    words = ("--data", tmp_path / "larger", "--out", tmp_path / "o", "--index", world.index)
+    outcome = command("evaluate", "beir", "--model", world.model, *words)
+    assert_refused(outcome, 1, f"{world.index}: expected an index of larger, 21 rows, found 20")
+
+
 def test_damage_is_found_before_searching_where_it_is_asked_for(world: Any, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(world.index, damaged)
