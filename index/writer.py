@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -40,6 +40,8 @@ class EmbeddingWriter:
         model: what identifies the model (its sha256). Vectors of models that differ in it never mix.
         source: what was embedded (file, checksum, prompt); any JSON object.
         shard_rows: rows a shard.
+        same_rows: asked, where an incomplete store was begun with another source, whether all that it holds stands at
+            the beginning of this one: then this one's it becomes.
 
     Raises:
         InputError: `folder` holds something else, a store of another header, a damaged one, or is being written by
@@ -56,6 +58,7 @@ class EmbeddingWriter:
         source: dict[str, Any],
         dtype: Literal["float32", "float16"] = "float32",
         shard_rows: int = 65536,
+        same_rows: Callable[[EmbeddingStore], bool] | None = None,
     ) -> None:
         if dim < 1 or shard_rows < 1:
             raise ValueError(f"dim, shard_rows: expected numbers above 0, found {dim}, {shard_rows}")
@@ -64,6 +67,7 @@ class EmbeddingWriter:
         self.folder = folder
         self.dim = dim
         self.shard_rows = shard_rows
+        self._same_rows = same_rows
         # As JSON gives it back (tuples become lists), so that it compares equal on resuming.
         header = {"dim": dim, "dtype": dtype, "model": model, "source": source, "shard_rows": shard_rows}
         self._header: dict[str, Any] = json.loads(json.dumps(header))
@@ -178,22 +182,27 @@ class EmbeddingWriter:
 
     def _resume(self) -> Manifest:
         manifest = read_manifest(self.folder, EMBEDDINGS)
-        for name, ours in self._header.items():
-            theirs = manifest.fields.get(name)
-            if theirs != ours:
-                ours, theirs = _difference(ours, theirs)
-                raise InputError(
-                    f"{self.folder}: was begun with another {name} ({theirs}, now {ours}); "
-                    "remove the folder or choose another --out"
-                )
         store = EmbeddingStore(manifest)
+        others = [name for name, ours in self._header.items() if manifest.fields.get(name) != ours]
+        corrected = others == ["source"] and self._same_rows is not None and not store.complete
+        if others and not corrected:
+            raise self._begun_with_another(others[0], manifest)
         verify_files(manifest, "hash")
+        if corrected and self._same_rows is not None and not self._same_rows(store):
+            raise self._begun_with_another("source", manifest)
         self._clean(manifest)
         if not store.complete:
             ids = store.ids()
             for start in range(0, len(ids), self.shard_rows):
                 self._seen.enter(ids[start : start + self.shard_rows])
         return manifest
+
+    def _begun_with_another(self, name: str, manifest: Manifest) -> InputError:
+        ours, theirs = _difference(self._header[name], manifest.fields.get(name))
+        return InputError(
+            f"{self.folder}: was begun with another {name} ({theirs}, now {ours}); "
+            "remove the folder or choose another --out"
+        )
 
     def _clean(self, manifest: Manifest) -> None:
         """Remove what a killed run left: temporary files, and shard files that never entered the manifest."""

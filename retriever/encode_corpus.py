@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
-from index.passages import Passage
+from index.passages import Passage, PassageFile
 from retriever.ahead import behind, giving_way
 from retriever.corpus_windows import WINDOW, CorpusWindow, Cut, WindowMaker
 from retriever.encode import EncodeOptions, embed_windows
@@ -57,7 +58,8 @@ def encode_passages(
             little more than what it embeds.
         out: folder of the store; on a disk that all ranks see.
         options: arithmetic and micro-batch size.
-        source: says where the passages come from; a store of another source or precision is refused.
+        source: says where the passages come from; a store of another precision or source is refused, but for one that
+            was not finished and of whose passages the file is still the first ones: a bad row was mended behind them.
         dtype: "float32" or "float16", of the vectors on disk.
         shard_rows: rows a shard.
         window: most passages that are sorted by length together; vectors depend on it by rounding.
@@ -83,6 +85,7 @@ def encode_passages(
                 # Vectors of another arithmetic are others, and a report states which they were.
                 source={**source, "precision": options.precision},
                 shard_rows=shard_rows,
+                same_rows=partial(_holds_first, passages, options) if isinstance(passages, PassageFile) else None,
             )
             held.enter_context(writer)
         row, complete = ranks.told(writer and [writer.rows, writer.complete])
@@ -112,6 +115,14 @@ def encode_passages(
                 raise InputError(f"{source.get('name', 'corpus')}: expected passages, found none")
     ranks.wait()
     return EmbeddingStore.open(out)
+
+
+def _holds_first(passages: PassageFile, options: EncodeOptions, store: EmbeddingStore) -> bool:
+    """Whether a store, which another file was embedded to in the same way, holds the first passages of this one."""
+    if store.source.get("precision") != options.precision:
+        return False
+    mine = itertools.islice(passages, store.rows)
+    return all(stored == passage for stored, passage in itertools.zip_longest(store.passages(), mine))
 
 
 def window_maker(towers: Towers, out: Path) -> WindowMaker:

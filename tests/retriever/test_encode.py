@@ -19,7 +19,7 @@ from cli_helpers import command, write_lines
 
 from index.embeddings import EmbeddingStore
 from index.files import InputError
-from index.passages import Passage, read_passages
+from index.passages import Passage, PassageFile, read_passages
 from retriever.config import ModelConfig
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.encode_corpus import corpus_source, encode_passages
@@ -139,6 +139,28 @@ def test_complete_store_is_left_as_it_is(towers: Towers, corpus: Path, tmp_path:
     again: list[Passage] = []  # not even read
     assert encode_passages(towers, again, out, EncodeOptions(), source=source).rows == 99
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_a_row_mended_behind_what_is_stored_leaves_it_stored(towers: Towers, corpus: Path, tmp_path: Path) -> None:
+    good, out = corpus.read_text(), tmp_path / "e"
+
+    def encode(place: Path) -> EmbeddingStore:
+        source, options = corpus_source(corpus), EncodeOptions()
+        return encode_passages(towers, PassageFile(corpus), place, options, source=source, shard_rows=40, window=16)
+
+    corpus.write_text(good + '{"_id": "x"\n')
+    with pytest.raises(InputError, match=r":100: expected JSON"):
+        encode(out)
+    written = (out / "00001.npy").stat().st_mtime_ns
+    # A row that is stored is another's.
+    corpus.write_text(good.replace('"d7"', '"e7"', 1))
+    with pytest.raises(InputError, match="begun with another source"):
+        encode(out)
+    corpus.write_text(good + '{"_id": "x", "text": "mended"}\n')
+    assert encode(out).rows == 100 and (out / "00001.npy").stat().st_mtime_ns == written
+    assert encode(out).source["sha256"] == corpus_source(corpus)["sha256"]
+    encode(tmp_path / "anew")
+    assert stored(out) == stored(tmp_path / "anew")
 
 
 def test_another_model_or_corpus_is_refused(towers: Towers, corpus: Path, tmp_path: Path, tiny: ModelConfig) -> None:
