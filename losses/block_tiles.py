@@ -26,8 +26,8 @@ class PassageBlock:
 
 
 @dataclass(frozen=True)
-class RowSums:
-    """Of M queries, as one tensor [3, M]: sums Σ exp(S − shift) over passages (shift and sum), positives' scores."""
+class LineSums:
+    """Of some lines of S, as one tensor [kinds, lines]: sums Σ exp(S − shift), the shift and the sum first."""
 
     table: Tensor
 
@@ -38,26 +38,19 @@ class RowSums:
     @property
     def total(self) -> Tensor:
         return self.table[1]
+
+
+class RowSums(LineSums):
+    """Of M queries, [3, M]: sums over passages, and the scores of the positives."""
 
     @property
     def score(self) -> Tensor:
         return self.table[2]
 
 
-@dataclass(frozen=True)
-class ColumnSums:
-    """Of n passages, as one tensor [4, n] that travels: sums Σ exp(S − shift) over queries (shift and sum), how many
-    queries own each passage as their positive, and the sum of those queries' scores with it."""
-
-    table: Tensor
-
-    @property
-    def shift(self) -> Tensor:
-        return self.table[0]
-
-    @property
-    def total(self) -> Tensor:
-        return self.table[1]
+class ColumnSums(LineSums):
+    """Of n passages, [4, n], which travel: sums over queries, how many queries own each passage as their positive, and
+    the sum of those queries' scores with it."""
 
     @property
     def owners(self) -> Tensor:

@@ -80,7 +80,7 @@ class Terminal:
             told, rate = now, (count - done) / (now - began)
             of, left = "", ""
             if total is not None:
-                seconds = round((total - count) / rate)
+                seconds = max(0, round((total - count) / rate))
                 of, left = f"/{total:,}", f"  left {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
             self.line(f"{what}  {count:,}{of} {unit}  {rate:,.1f} {unit}/s{left}")
 

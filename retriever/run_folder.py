@@ -58,9 +58,9 @@ class RunFolder:
                 save_config(config, self.path / CONFIG_FILE)
 
     @property
-    def newest(self) -> Path | None:
-        """The newest checkpoint, if there is one."""
-        return latest_checkpoint(self.path / "checkpoints")
+    def has_checkpoint(self) -> bool:
+        """Whether any has been saved."""
+        return any((self.path / "checkpoints").glob("step-*"))
 
     def load_newest(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> TrainState | None:
         """Put the newest checkpoint's tensors into the modules and the optimizer; None where there is none.
@@ -70,7 +70,8 @@ class RunFolder:
         """
         if self.ranks.first:
             recover_folder(self.path / "model")
-        if (newest := self.newest) is None:
+        newest = latest_checkpoint(self.path / "checkpoints")
+        if newest is None:
             return None
         state = load_checkpoint(newest, modules, optimizer)
         self._saved = state.step, state.dev_step

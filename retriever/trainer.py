@@ -296,7 +296,7 @@ class Trainer:
         # fp16 skips a step whose gradients overflow and halves its scale; below 1, the gradients are at fault.
         skipping = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or skipping):
-            earlier = "no checkpoint is there" if self._folder.newest is None else "the last checkpoint is from before"
+            earlier = "the last checkpoint is from before" if self._folder.has_checkpoint else "no checkpoint is there"
             raise InputError(
                 f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}, logit_scale "
                 f"{row['logit_scale']:.2f}: no longer finite; {earlier}. Lower optim.lr, lengthen "

@@ -19,7 +19,6 @@ import pytest
 import yaml
 from cli_helpers import Outcome, command, write_beir, write_config, write_lines
 
-from retriever.commands.search import printable
 from retriever.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -337,10 +336,6 @@ def test_queries_of_standard_input_that_are_no_text(world: Any) -> None:
     outcome = command(*words, stdin="an oak\n" + os.fsdecode(b"caf\xe9\n"))
     assert_refused(outcome, 1, "standard input:2: expected UTF-8, found byte 0xe9")
     assert [json.loads(line)["query"] for line in command(*words, stdin="café\n").out.splitlines()] == ["café"]
-
-
-def test_control_characters_of_passages_do_not_reach_the_terminal() -> None:
-    assert printable("a\x1b[31mb\x07\u202ec\n d\u200de\tü") == "a\ufffd[31mb\ufffd\ufffdc\n d\u200de\tü"
 
 
 def test_ids_to_delete_that_are_no_text(world: Any, tmp_path: Path) -> None:

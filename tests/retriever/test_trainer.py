@@ -27,7 +27,6 @@ from retriever.config_file import CONFIG_FILE, load_config, save_config
 from retriever.data.sources import SourceConfig
 from retriever.interrupt import Interrupted
 from retriever.progress import Terminal
-from retriever.run_log import RunLog
 from retriever.step import TrainStep
 from retriever.trainer import Trainer
 
@@ -424,27 +423,3 @@ def test_a_run_begins_where_its_cache_lies_elsewhere(config: TrainConfig, tmp_pa
     out = tmp_path / "new" / "run"
     Trainer.start(dataclasses.replace(config, out=str(out)), Terminal()).train()
     assert (out / "model").is_dir() and (tmp_path / "cache").is_dir() and not (out / "cache").exists()
-
-
-def test_a_torn_last_row_later_than_the_checkpoint_goes(tmp_path: Path) -> None:
-    rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
-    file = tmp_path / "metrics.jsonl"
-    file.write_text("\n".join([*rows, '{"step": 5, "lo']))
-    RunLog(tmp_path, step=2, dev_step=-1, tensorboard=False).close()
-    assert file.read_text().splitlines() == rows[:2]
-    file.write_text("\n".join([rows[0], '{"step": 2, "lo', *rows[2:]]))
-    with pytest.raises(InputError, match=r"metrics\.jsonl:2: expected JSON"):
-        RunLog(tmp_path, step=4, dev_step=-1, tensorboard=False)
-
-
-def test_without_a_terminal_a_bar_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter([0.0, 30.0, 61.0, 62.0, 200.0, 300.0])
-    monkeypatch.setattr("retriever.progress.time.monotonic", lambda: next(clock))
-    with Terminal() as terminal, terminal.bar("encode", 1200, "passages") as advance:
-        for _ in range(3):
-            advance(100)
-        advance(0, "noted by who prints lines")
-        advance(100)
-    assert capsys.readouterr().err == "encode  200/1,200 passages  3.3 passages/s  left 0:05:05\n"

@@ -1,0 +1,22 @@
+"""metrics.jsonl of a run that died while it wrote there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from index.files import InputError
+from retriever.run_log import RunLog
+
+
+def test_a_torn_last_row_later_than_the_checkpoint_goes(tmp_path: Path) -> None:
+    rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("\n".join([*rows, '{"step": 5, "lo']))
+    RunLog(tmp_path, step=2, dev_step=-1, tensorboard=False).close()
+    assert file.read_text().splitlines() == rows[:2]
+    file.write_text("\n".join([rows[0], '{"step": 2, "lo', *rows[2:]]))
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: expected JSON"):
+        RunLog(tmp_path, step=4, dev_step=-1, tensorboard=False)

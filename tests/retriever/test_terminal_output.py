@@ -1,0 +1,25 @@
+"""What reaches a terminal, and what a log where there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from retriever.commands.search import printable
+from retriever.progress import Terminal
+
+
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 30.0, 61.0, 62.0, 200.0, 300.0])
+    monkeypatch.setattr("retriever.progress.time.monotonic", lambda: next(clock))
+    with Terminal() as terminal, terminal.bar("encode", 1200, "passages") as advance:
+        for _ in range(3):
+            advance(100)
+        advance(0, "noted by who prints lines")
+        advance(100)
+    assert capsys.readouterr().err == "encode  200/1,200 passages  3.3 passages/s  left 0:05:05\n"
+
+
+def test_control_characters_of_passages_do_not_reach_the_terminal() -> None:
+    assert printable("a\x1b[31mb\x07\u202ec\n d\u200de\tü") == "a\ufffd[31mb\ufffd\ufffdc\n d\u200de\tü"
