@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -20,7 +20,7 @@ class ContrastiveBatch:
 
     query [M, D], passage [N, D]: same dtype and device. logit_scale: 0-dim, in `accumulator(query.dtype)`.
     given [M] int64, the positives, or None for 0 … M−1. `diagonal` where they are that, given or not. query_ids [M] and
-    passage_ids [N] int64, or both None.
+    passage_ids [N] int64, or both None. excluded [R, 2] int64 (query row, passage row), R ≥ 1, or None.
     """
 
     query: Tensor
@@ -31,6 +31,7 @@ class ContrastiveBatch:
     passage_ids: Tensor | None
     symmetric: bool
     diagonal: bool = False
+    excluded: Tensor | None = None
 
     @property
     def positive(self) -> Tensor:
@@ -57,13 +58,14 @@ def checked_batch(
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
     symmetric: bool,
+    excluded: Tensor | None = None,
     *,
     shard: bool = False,
 ) -> ContrastiveBatch:
     """Fill in the defaults and raise a ValueError that names the first argument that does not fit.
 
-    A `shard` of a batch over ranks may be empty; its `positive` are rows of a pool whose size is not known here, so
-    that they are not checked and query_ids not taken from them.
+    A `shard` of a batch over ranks may be empty; its `positive` and the passages of `excluded` are rows of a pool whose
+    size is not known here, so that they are not checked and query_ids not taken from them.
 
     Values (a positive in range, a finite logit_scale) are checked for CPU tensors and Python numbers; looking at the
     values of a CUDA tensor would wait for the device, so there only shape, dtype and device are checked.
@@ -73,16 +75,19 @@ def checked_batch(
     scale = checked_number("logit_scale", logit_scale, query)
     diagonal = positive is None
     given = _checked_positive(positive, query, passage, in_range=not shard)
+    excluded = _checked_excluded(excluded, query)
+    if excluded is not None and excluded.device.type == "cpu" and not shard:
+        check_pairs(excluded, given, len(query), len(passage))
     if passage_ids is None:
         if query_ids is not None:
             raise ValueError("query_ids needs passage_ids: ids of queries are compared with ids of passages")
-        return ContrastiveBatch(query, passage, scale, given, None, None, symmetric, diagonal)
+        return ContrastiveBatch(query, passage, scale, given, None, None, symmetric, diagonal, excluded)
     passage_ids = _checked_indices("passage_ids", passage_ids, passage.shape[0], query.device)
     if query_ids is None:
         query_ids = None if shard else passage_ids[: len(query)] if given is None else _of_positives(passage_ids, given)
     else:
         query_ids = _checked_indices("query_ids", query_ids, query.shape[0], query.device)
-    return ContrastiveBatch(query, passage, scale, given, query_ids, passage_ids, symmetric, diagonal)
+    return ContrastiveBatch(query, passage, scale, given, query_ids, passage_ids, symmetric, diagonal, excluded)
 
 
 def check_bool(name: str, value: bool) -> None:
@@ -170,6 +175,50 @@ def _checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, i
         if low < 0 or high >= passages:
             raise ValueError(f"positive must index the {passages} passages, found {low if low < 0 else high}")
     return positive
+
+
+def _checked_excluded(excluded: Tensor | None, query: Tensor) -> Tensor | None:
+    """[R, 2] int64, contiguous; None where there is no pair."""
+    if excluded is None:
+        return None
+    if not isinstance(excluded, Tensor):
+        raise ValueError(f"excluded must be an integer tensor, found {type(excluded).__name__}")
+    if excluded.dtype not in INTEGER_DTYPES:
+        raise ValueError(f"excluded must be a tensor of int64, found {excluded.dtype}")
+    if excluded.dim() != 2 or excluded.shape[1] != 2:
+        raise ValueError(f"excluded must have shape [pairs, 2], found {list(excluded.shape)}")
+    if excluded.device != query.device:
+        raise ValueError(f"excluded is on {excluded.device}, query is on {query.device}")
+    return excluded.to(torch.int64).contiguous() if len(excluded) else None
+
+
+def check_pairs(excluded: Tensor, positive: Tensor | None, queries: int, passages: int, first: int = 0) -> None:
+    """Refuse pairs [R, 2] of the CPU that lie outside the score matrix or join a query and its own positive.
+
+    Args:
+        positive: [M], or None for first … first + M − 1.
+    """
+    rows, columns = excluded.unbind(1)
+    outside = (rows < 0) | (rows >= queries) | (columns < 0) | (columns >= passages)
+    if outside.any():
+        found = excluded[outside][0].tolist()
+        raise ValueError(f"excluded must hold rows of {queries} queries and {passages} passages, found {found}")
+    own = columns == (rows + first if positive is None else positive[rows])
+    if own.any():
+        raise ValueError(f"excluded must not hold a query's own positive, found {excluded[own][0].tolist()}")
+
+
+def with_checked_pairs(batch: ContrastiveBatch, passages: int) -> ContrastiveBatch:
+    """A batch of a device whose values the host does not look at: where a pair of `excluded` does not fit, the
+    logit_scale is NaN, and so is the loss. `passages` is the size of the pool that `positive` and `excluded` index."""
+    if batch.excluded is None or batch.excluded.device.type == "cpu":
+        return batch
+    if not len(batch.query):
+        return replace(batch, excluded=None, logit_scale=batch.logit_scale * torch.nan)
+    rows, columns = batch.excluded.unbind(1)
+    inside = torch.stack([rows.clamp(0, len(batch.query) - 1), columns.clamp(0, passages - 1)], 1)
+    wrong = (inside != batch.excluded).any() | (batch.positive[inside[:, 0]] == inside[:, 1]).any()
+    return replace(batch, excluded=inside, logit_scale=torch.where(wrong, torch.nan, batch.logit_scale))
 
 
 def _checked_indices(name: str, tensor: Tensor, rows: int, device: torch.device) -> Tensor:

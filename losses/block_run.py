@@ -12,7 +12,10 @@ from losses.precision import Precision
 
 
 class BlockRun:
-    """A batch as the kernels read it, and the blocks it is cut into. Its ids are `ranked`."""
+    """A batch as the kernels read it, and the blocks it is cut into. Its ids are `ranked`.
+
+    `exclude` gives it excluded pairs.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,19 @@ class BlockRun:
         self.query_ids = self.passage_ids = self.query
         if query_ids is not None and passage_ids is not None:
             self.query_ids, self.passage_ids = query_ids, passage_ids
+        self.has_excluded = False
+        # Pointers that are never read, and numbers that are never used.
+        self.cell_keys: tuple[Any, ...] = (self.query, self.query, 0, 0, 0)
+
+    def exclude(self, keys: Tensor, starts: Tensor) -> None:
+        """Take pairs that kernels/excluded.py has sorted out of the score matrix; empty tensors are none."""
+        if not len(keys):
+            return
+        from losses.kernels.excluded import Cells
+
+        cells = Cells.of(len(self.query), len(self.passage))
+        self.has_excluded = True
+        self.cell_keys = (keys, starts, cells.strips, cells.column_cells, cells.cell_bits)
 
     def shape(self, kernel: str) -> Any:
         from losses.kernels.shapes import tile_shape
@@ -60,6 +76,15 @@ class BlockRun:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def sorted_excluded(pairs: Tensor | None, query: Tensor, passage: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Excluded pairs [R, 2] as `BlockRun.exclude` takes them; `options` are those of kernels/excluded.py."""
+    if pairs is None or not len(query) or not len(passage):
+        return query.new_empty(0, dtype=torch.int64), query.new_empty(0, dtype=torch.int32)
+    from losses.kernels.excluded import sorted_pairs
+
+    return sorted_pairs(pairs, len(query), len(passage), **options)
 
 
 def ranked(query_ids: Tensor | None, passage_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

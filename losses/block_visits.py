@@ -87,6 +87,7 @@ def add_sums(
                 maxima,
                 sums[column_place:],
                 maxima[column_place:],
+                *run.cell_keys,
                 height,
                 width,
                 rows.start,
@@ -97,6 +98,7 @@ def add_sums(
                 SYMMETRIC=symmetric,
                 DIAGONAL=diagonal,
                 HAS_IDS=run.has_ids,
+                HAS_EXCLUDED=run.has_excluded,
                 KEEP=keeping,
                 **launched.meta(),
             )
@@ -167,6 +169,7 @@ def score_gradient(
             state.row_shift,
             weights.column,
             state.column_shift,
+            *run.cell_keys,
             cells(rows),
             cells(columns),
             rows.start,
@@ -177,6 +180,7 @@ def score_gradient(
             SYMMETRIC=weights.symmetric,
             DIAGONAL=weights.diagonal,
             HAS_IDS=run.has_ids,
+            HAS_EXCLUDED=run.has_excluded and not from_kept,
             KEPT=from_kept,
             **launched.meta(),
         )

@@ -35,6 +35,7 @@ def tiled_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: i
         batch.positive,
         batch.query_ids,
         batch.passage_ids,
+        batch.excluded,
         batch.symmetric,
         precision,
         workspace_bytes,
@@ -51,16 +52,18 @@ class _TiledLoss(torch.autograd.Function):
         positive: Tensor,
         query_ids: Tensor | None,
         passage_ids: Tensor | None,
+        excluded: Tensor | None,
         symmetric: bool,
         precision: Precision,
         workspace_bytes: int,
     ) -> Tensor:
-        batch = ContrastiveBatch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric)
+        masks = (query_ids, passage_ids, symmetric, False, excluded)
+        batch = ContrastiveBatch(query, passage, logit_scale, positive, *masks)
         with plain_arithmetic(precision, query.device):
             statistics = score_statistics(ScoreTiles(batch, precision, workspace_bytes))
             # A negative of minus infinity everywhere would vanish from the sums: finiteness is asked of the inputs.
             loss = torch.where(all_finite(query, passage), loss_value(statistics, positive), torch.nan)
-        ctx.save_for_backward(query, passage, logit_scale, positive, query_ids, passage_ids)
+        ctx.save_for_backward(query, passage, logit_scale, positive, query_ids, passage_ids, excluded)
         ctx.symmetric, ctx.precision, ctx.workspace_bytes = symmetric, precision, workspace_bytes
         ctx.statistics = statistics
         return loss
@@ -70,12 +73,13 @@ class _TiledLoss(torch.autograd.Function):
         # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
         if torch.is_grad_enabled():
             raise RuntimeError("the tiled loss is differentiable once: implementation='full' has second derivatives")
-        query, passage, logit_scale, positive, query_ids, passage_ids = ctx.saved_tensors
-        batch = ContrastiveBatch(query, passage, logit_scale, positive, query_ids, passage_ids, ctx.symmetric)
+        query, passage, logit_scale, positive, query_ids, passage_ids, excluded = ctx.saved_tensors
+        masks = (query_ids, passage_ids, ctx.symmetric, False, excluded)
+        batch = ContrastiveBatch(query, passage, logit_scale, positive, *masks)
         with plain_arithmetic(ctx.precision, query.device):
             tiles = ScoreTiles(batch, ctx.precision, ctx.workspace_bytes)
             gradients = score_gradients(tiles, ctx.statistics, upstream, *ctx.needs_input_grad[:3])
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 @dataclass(frozen=True)

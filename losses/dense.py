@@ -42,6 +42,18 @@ class _DenseLoss(torch.autograd.Function):
             products = BlockProducts(precision, query.device)
             operands = products.operand(query), products.operand(passage)
             scores = products.scores(*operands, query.new_empty(rows, columns, dtype=torch.float32))
+        if batch.excluded is not None:
+            pairs = batch.excluded
+            kernels.mark_excluded_kernel[(-(-len(pairs) // kernels.MARK_BLOCK),)](
+                scores,
+                pairs,
+                batch.given,
+                len(pairs),
+                rows,
+                columns,
+                DIAGONAL=batch.given is None,
+                BLOCK=kernels.MARK_BLOCK,
+            )
         lines = scores.new_empty(2 * (rows + columns))
         programs = -(-rows // kernels.ROW_LINES)
         if batch.symmetric:
@@ -57,6 +69,7 @@ class _DenseLoss(torch.autograd.Function):
             columns,
             DIAGONAL=batch.diagonal,
             HAS_IDS=batch.query_ids is not None,
+            HAS_EXCLUDED=batch.excluded is not None,
             ROW_LINES=kernels.ROW_LINES,
             ROW_STEP=kernels.ROW_STEP,
             COLUMN_LINES=kernels.COLUMN_LINES,
@@ -76,7 +89,7 @@ class _DenseLoss(torch.autograd.Function):
             BLOCK=LOSS_BLOCK,
         )
         ctx.save_for_backward(*operands, logit_scale, batch.given, batch.query_ids, batch.passage_ids, scores, lines)
-        ctx.options = batch.symmetric, batch.diagonal, precision, query.dtype
+        ctx.options = batch.symmetric, batch.diagonal, batch.excluded is not None, precision, query.dtype
         return loss
 
     @staticmethod
@@ -86,7 +99,7 @@ class _DenseLoss(torch.autograd.Function):
             raise RuntimeError("the dense loss is differentiable once: implementation='full' has second derivatives")
         kernels = _kernels()
         query, passage, logit_scale, given, query_ids, passage_ids, scores, lines = ctx.saved_tensors
-        symmetric, diagonal, precision, dtype = ctx.options
+        symmetric, diagonal, has_excluded, precision, dtype = ctx.options
         rows, columns = scores.shape
         owners = None
         if symmetric and not diagonal:
@@ -112,6 +125,7 @@ class _DenseLoss(torch.autograd.Function):
             SYMMETRIC=symmetric,
             DIAGONAL=diagonal,
             HAS_IDS=query_ids is not None,
+            HAS_EXCLUDED=has_excluded,
             TILE_M=kernels.TILE_M,
             TILE_N=kernels.TILE_N,
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from losses.batch import ContrastiveBatch
-from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, ranked, unit_of
+from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, ranked, sorted_excluded, unit_of
 from losses.block_visits import State, Weights, add_sums, score_gradient
 from losses.precision import Precision, add_product, plain_arithmetic
 
@@ -30,7 +30,7 @@ def fused_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: i
     """
     leaves = (batch.query, batch.passage, batch.logit_scale)
     ids = ranked(batch.query_ids, batch.passage_ids)
-    fixed = (batch.positive, *ids, batch.symmetric, batch.diagonal)
+    fixed = (batch.positive, *ids, batch.excluded, batch.symmetric, batch.diagonal)
     # Without a backward nothing is kept for it.
     differentiable = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     return _FusedLoss.apply(*leaves, *fixed, precision, workspace_bytes, differentiable)
@@ -39,15 +39,16 @@ def fused_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: i
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        query, passage, logit_scale, positive, query_ids, passage_ids, *options, _ = arguments
+        query, passage, logit_scale, positive, query_ids, passage_ids, _, *options, _ = arguments
         # A call of an operator costs more than the kernels of a small batch: it is for torch.compile alone.
         if torch.compiler.is_compiling():
             # Nothing is kept: what a compiled graph saves it may hand to its backward twice.
-            loss, state = inf_cl_forward_op(*arguments[:-1])
+            loss, state, keys, starts = inf_cl_forward_op(*arguments[:-1])
             kept = state.new_empty(0, dtype=query.dtype)
         else:
-            loss, state, kept = inf_cl_forward(*arguments)
-        ctx.save_for_backward(query, passage, logit_scale, positive, query_ids, passage_ids, state, kept)
+            loss, state, keys, starts, kept = inf_cl_forward(*arguments)
+        masks = (query_ids, passage_ids, keys, starts)
+        ctx.save_for_backward(query, passage, logit_scale, positive, *masks, state, kept)
         ctx.options = options
         ctx.used_up = False
         return loss
@@ -64,7 +65,7 @@ class _FusedLoss(torch.autograd.Function):
         compute: Callable[..., Any] = inf_cl_backward_op if torch.compiler.is_compiling() else inf_cl_backward
         gradients = compute(*inputs, *ctx.options, state, kept, upstream, *wanted)
         found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
-        return (*found, *[None] * 8)
+        return (*found, *[None] * 9)
 
 
 def inf_cl_forward(
@@ -74,13 +75,14 @@ def inf_cl_forward(
     positive: Tensor,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
+    excluded: Tensor | None,
     symmetric: bool,
     diagonal: bool,
     precision: str,
     workspace_bytes: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, state, kept exponentials) of a batch."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, state, sorted excluded pairs and their starts, kept exponentials) of a batch."""
     import triton
 
     from losses.kernels.bounds import measure_bounds
@@ -92,6 +94,9 @@ def inf_cl_forward(
     state = State.of(flat, queries, passages)
     kept = run.query.new_empty(run.blocks.kept_rows, padded_to_16_bytes(passages, run.dtype))
     measure_bounds(run.query, run.passage, positive, logit_scale, state.bounds)
+    checks = {"positive": positive, "diagonal": diagonal, "bounds": state.bounds}
+    keys, starts = sorted_excluded(excluded, query, passage, **checks)
+    run.exclude(keys, starts)
 
     add_sums(run, state, logit_scale, positive, symmetric, diagonal, workspace_bytes, kept)
     line_block = 1024 if query.is_cuda else 64
@@ -110,7 +115,7 @@ def inf_cl_forward(
         DIAGONAL=diagonal,
         BLOCK=line_block,
     )
-    return shares.sum(), flat, kept
+    return shares.sum(), flat, keys, starts, kept
 
 
 @torch.library.custom_op("dense_retriever::inf_cl_forward", mutates_args=())
@@ -121,21 +126,39 @@ def inf_cl_forward_op(
     positive: Tensor,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
+    excluded: Tensor | None,
     symmetric: bool,
     diagonal: bool,
     precision: str,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """`inf_cl_forward` that keeps no exponentials: (loss, state)."""
-    fixed = (positive, query_ids, passage_ids, symmetric, diagonal, precision, workspace_bytes)
-    loss, state, _ = inf_cl_forward(query, passage, logit_scale, *fixed, keep=False)
-    return loss, state
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`inf_cl_forward` that keeps no exponentials."""
+    fixed = (positive, query_ids, passage_ids, excluded, symmetric, diagonal, precision, workspace_bytes)
+    *found, _ = inf_cl_forward(query, passage, logit_scale, *fixed, keep=False)
+    loss, state, keys, starts = found
+    return loss, state, keys, starts
 
 
 @inf_cl_forward_op.register_fake
-def _(query: Tensor, passage: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    state = query.new_empty(State.size(query.shape[0], passage.shape[0]), dtype=torch.float32)
-    return state.new_empty(()), state
+def _(
+    query: Tensor,
+    passage: Tensor,
+    logit_scale: Tensor,
+    positive: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    excluded: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from losses.kernels.excluded import Cells
+
+    queries, passages = query.shape[0], passage.shape[0]
+    state = query.new_empty(State.size(queries, passages), dtype=torch.float32)
+    keys, starts = query.new_empty(0, dtype=torch.int64), query.new_empty(0, dtype=torch.int32)
+    if excluded is not None:
+        cells = Cells.of(queries, passages)
+        keys, starts = excluded.new_empty(len(excluded)), starts.new_empty(cells.strips * cells.column_cells + 1)
+    return state.new_empty(()), state, keys, starts
 
 
 def inf_cl_backward(
@@ -145,6 +168,8 @@ def inf_cl_backward(
     positive: Tensor,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
+    keys: Tensor,
+    starts: Tensor,
     symmetric: bool,
     diagonal: bool,
     precision: str,
@@ -164,6 +189,7 @@ def inf_cl_backward(
 
     keep = kept.shape[0] > 0
     run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
+    run.exclude(keys, starts)
     queries, passages = query.shape[0], passage.shape[0]
     state = State.of(saved, queries, passages)
     owners = None
@@ -237,6 +263,8 @@ def _(
     positive: Tensor,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
+    keys: Tensor,
+    starts: Tensor,
     symmetric: bool,
     diagonal: bool,
     precision: str,

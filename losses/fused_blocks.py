@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from losses.batch import ContrastiveBatch, all_finite
-from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, ranked, unit_of
+from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, ranked, sorted_excluded, unit_of
 from losses.block_tiles import ColumnSums, LineWeights, PassageBlock, RowSums
 from losses.block_visits import State, Weights, add_sums, score_gradient
 from losses.precision import Precision, add_product
@@ -177,7 +177,9 @@ class FusedBlocks:
 
     def _run(self, block: PassageBlock) -> BlockRun:
         ids = ranked(self.batch.query_ids, block.ids)
-        return BlockRun(self.query, block.passage, *ids, self.precision, self.workspace_bytes, False)
+        run = BlockRun(self.query, block.passage, *ids, self.precision, self.workspace_bytes, False)
+        run.exclude(*sorted_excluded(self.batch.excluded, self.query, block.passage, first=block.first))
+        return run
 
     def _place(self, block: PassageBlock) -> tuple[Tensor, bool]:
         """The positives' places in the block, and whether they are its rows in order, which kernels need not read."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from losses.batch import ContrastiveBatch
-from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, ranked
+from losses.block_run import BlockRun, Finish, cells, padded_to_16_bytes, ranked, sorted_excluded
 from losses.precision import Precision, add_product, plain_arithmetic
 from losses.sigmoid_chunked import held_dtype, times_upstream
 
@@ -30,8 +30,8 @@ def fused_sigmoid_loss(
     """
     leaves = (batch.query, batch.passage, batch.logit_scale, logit_bias)
     wanted = [torch.is_grad_enabled() and leaf.requires_grad for leaf in leaves]
-    masks = (batch.positive, batch.query_ids, batch.passage_ids, batch.diagonal)
-    fixed = (*masks, precision, workspace_bytes, wanted, False)
+    masks = (batch.positive, batch.query_ids, batch.passage_ids, batch.excluded, batch.diagonal)
+    fixed = (*masks, precision, workspace_bytes, wanted, False, 0)
     if not any(wanted):
         return _values()(*leaves, *fixed)[0]
     return _FusedSigmoidLoss.apply(*leaves, *fixed)
@@ -41,7 +41,7 @@ class _FusedSigmoidLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         loss, *gradients = _values()(*arguments)
-        *_, ctx.wanted, _ = arguments
+        *_, ctx.wanted, _, _ = arguments
         ctx.dtypes = tuple(leaf.dtype for leaf in arguments[:4])
         ctx.save_for_backward(*gradients)
         return loss
@@ -49,7 +49,7 @@ class _FusedSigmoidLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         held = tuple(each if want else None for each, want in zip(ctx.saved_tensors, ctx.wanted, strict=True))
-        return (*times_upstream(held, upstream, ctx.dtypes), *[None] * 8)
+        return (*times_upstream(held, upstream, ctx.dtypes), *[None] * 10)
 
 
 def _values() -> Any:
@@ -65,15 +65,18 @@ def sigmoid_values(
     positive: Tensor,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
+    excluded: Tensor | None,
     diagonal: bool,
     precision: str,
     workspace_bytes: int,
     wanted: list[bool],
     elsewhere: bool,
+    first_passage: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss and its gradients in query, passage, logit_scale and logit_bias; empty those that nobody wants.
 
-    `elsewhere`: these passages are one block of several, and a positive outside them lies in another.
+    `elsewhere`: these passages are one block of several, and a positive outside them lies in another; `excluded`, which
+    has been checked then, holds rows of the pool, in which the block begins at `first_passage`.
     """
     from losses.kernels.blocks import spans
     from losses.kernels.bounds import measure_bounds
@@ -87,6 +90,9 @@ def sigmoid_values(
     # Of positives it is asked here only whether they are passages.
     place = positive.clamp(0, passages - 1) if elsewhere else positive
     measure_bounds(run.query, run.passage, place, logit_scale, bounds)
+    checks: dict[str, Any] = {"positive": positive, "diagonal": diagonal, "bounds": bounds}
+    options = {"first": first_passage} if elsewhere else checks
+    run.exclude(*sorted_excluded(excluded, query, passage, **options))
 
     shape, blocks = run.shape("sigmoid"), run.blocks
     most_tiles = sum(_tiles(shape, blocks.rows, columns) for columns in spans(0, passages, blocks.columns))
@@ -120,6 +126,7 @@ def sigmoid_values(
                     run.query_ids,
                     run.passage_ids,
                     tile_sums[done:],
+                    *run.cell_keys,
                     height,
                     width,
                     rows.start,
@@ -128,6 +135,7 @@ def sigmoid_values(
                     PRODUCT=run.product,
                     DIAGONAL=diagonal,
                     HAS_IDS=run.has_ids,
+                    HAS_EXCLUDED=run.has_excluded,
                     GRADIENT=any(wanted),
                     UNIT=unit,
                     **shape.meta(),
@@ -163,11 +171,13 @@ def _(
     positive: Tensor,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
+    excluded: Tensor | None,
     diagonal: bool,
     precision: str,
     workspace_bytes: int,
     wanted: list[bool],
     elsewhere: bool,
+    first_passage: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     number = query.new_empty((), dtype=torch.float32)
     scale_gradient, bias_gradient = (number.new_empty(() if want else 0) for want in wanted[2:])

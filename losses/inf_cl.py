@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.batch import check_bool, check_choice, checked_batch, checked_workspace
+from losses.batch import check_bool, check_choice, checked_batch, checked_workspace, with_checked_pairs
 from losses.chunked import tiled_loss
 from losses.dense import dense_loss, fits_dense
 from losses.fused import fused_loss
@@ -26,6 +26,7 @@ def inf_cl_loss(
     *,
     logit_scale: float | Tensor,
     positive: Tensor | None = None,
+    excluded: Tensor | None = None,
     symmetric: bool = False,
     query_ids: Tensor | None = None,
     passage_ids: Tensor | None = None,
@@ -48,6 +49,9 @@ def inf_cl_loss(
         logit_scale: 1 / temperature; a number or a 0-dim floating-point tensor, which then gets its gradient.
         positive: [M] integers, the row of each query's positive in `passage`; by default 0 … M−1. Queries may share
             a positive.
+        excluded: [R, 2] integers (query row, passage row), in any order, also several times: entries that leave S, for
+            both directions. These passages are no negatives of these queries, known positives that were not drawn for
+            this batch, say. A query's own positive is refused. Costs 8 bytes and a look at one tile for each pair.
         symmetric: add the column loss.
         query_ids, passage_ids: [M] and [N] integers. Entry (i, j) leaves S, for both directions, when
             passage_ids[j] == query_ids[i] and j != positive[i]: such a passage is no negative of that query.
@@ -58,7 +62,8 @@ def inf_cl_loss(
             shard of one batch: M_r queries and N_r passages, different on each rank or none (then [0, D], and
             requires_grad as elsewhere). The pool has the shards in the order of ranks; `positive` [M_r] are rows of the
             pool, by default the own shard's rows in order; all passages are negatives of all queries, and ids are
-            compared across ranks (query_ids by default those of the positives, wherever they lie). The value, the mean
+            compared across ranks (query_ids by default those of the positives, wherever they lie). `excluded` has rows
+            of this rank's queries and rows of the pool. The value, the mean
             over all ranks' queries, is the same on every rank. Gradients, logit_scale's too, are W times this rank's
             share: averaged over ranks, as DDP does, they are those of the whole batch. Every rank calls forward and
             backward. Memory is O((M + N)·D / W); ring.py counts what is sent. Arguments are compared on the host: give
@@ -85,9 +90,9 @@ def inf_cl_loss(
 
     Raises:
         ValueError: an argument does not fit; the message begins with its name. To look at values of CUDA tensors would
-            wait for the device: there a logit_scale that is not finite, and for the kernels a positive that is no
-            passage, makes the loss NaN ("full" and "chunked" end in torch's own assertion). With a group every rank
-            raises, whichever has the bad argument.
+            wait for the device: there a logit_scale that is not finite, an excluded pair that does not fit, and for
+            the kernels a positive that is no passage, makes the loss NaN ("full" and "chunked" end in torch's own
+            assertion). With a group every rank raises, whichever has the bad argument.
     """
     if group is not None:
         ranked = ranked_batch(
@@ -98,6 +103,7 @@ def inf_cl_loss(
             positive,
             query_ids,
             passage_ids,
+            excluded,
             symmetric=symmetric,
             precision=precision,
             implementation=implementation,
@@ -108,10 +114,10 @@ def inf_cl_loss(
     check_choice("implementation", implementation, Implementation)
     check_choice("exchange", exchange, Exchange)
     workspace_bytes = checked_workspace(workspace_mib)
-    batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric)
+    batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded)
     precision = resolve_precision(precision, query)
     if implementation == "full":
-        return full_matrix_loss(batch, precision)
+        return full_matrix_loss(with_checked_pairs(batch, len(passage)), precision)
     # torch.compile is given the operators of the tiles, which it takes whole.
     small = implementation == "auto" and fits_dense(batch, workspace_bytes) and not torch.compiler.is_compiling()
     if implementation == "dense" or (small and query.is_cuda):
@@ -126,7 +132,7 @@ def inf_cl_loss(
             return fused_loss(batch, precision, workspace_bytes)
         if implementation == "triton":
             warn_of_step_down(implementation, reason)
-    return tiled_loss(batch, precision, workspace_bytes)
+    return tiled_loss(with_checked_pairs(batch, len(passage)), precision, workspace_bytes)
 
 
 class InfCLLoss(LearnedScale):
@@ -162,6 +168,7 @@ class InfCLLoss(LearnedScale):
         passage: Tensor,
         *,
         positive: Tensor | None = None,
+        excluded: Tensor | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
@@ -171,6 +178,7 @@ class InfCLLoss(LearnedScale):
             passage,
             logit_scale=self.logit_scale,
             positive=positive,
+            excluded=excluded,
             symmetric=self.symmetric,
             query_ids=query_ids,
             passage_ids=passage_ids,

@@ -23,10 +23,20 @@ def full_matrix_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
             masked = batch.query_ids[:, None] == batch.passage_ids
             masked[own] = False
             scores = scores.masked_fill(masked, -torch.inf)
+        if batch.excluded is not None:
+            scores = scores.masked_fill(excluded_entries(batch), -torch.inf)
         loss = -scores.log_softmax(1)[own].mean()
         if batch.symmetric:
             loss = (loss - scores.log_softmax(0)[own].mean()) / 2
         return torch.where(all_finite(batch.query, batch.passage), loss, torch.nan)
+
+
+def excluded_entries(batch: ContrastiveBatch) -> Tensor:
+    """[M, N] bool: the pairs of `excluded`."""
+    entries = torch.zeros(len(batch.query), len(batch.passage), dtype=torch.bool, device=batch.query.device)
+    if batch.excluded is not None:
+        entries[batch.excluded.unbind(1)] = True
+    return entries
 
 
 def through_rounding(side: Tensor, precision: Precision) -> Tensor:

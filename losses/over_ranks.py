@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.batch import ContrastiveBatch, check_choice, checked_batch, checked_workspace
+from losses.batch import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_checked_pairs
 from losses.block_run import padded_to_16_bytes
 from losses.block_tiles import BlockTiles, ColumnSums, PassageBlock
 from losses.fused_blocks import FusedBlocks
@@ -54,6 +54,7 @@ def ranked_batch(
     positive: Tensor | None,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
+    excluded: Tensor | None,
     *,
     symmetric: bool,
     precision: Precision,
@@ -75,7 +76,7 @@ def ranked_batch(
         check_choice("exchange", exchange, Exchange)
         checked_workspace(workspace_mib)
         batch = checked_batch(
-            query, passage, logit_scale, positive, query_ids, passage_ids, symmetric=symmetric, shard=True
+            query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded, shard=True
         )
         resolved.append(resolve_precision(precision, query))
         same.update(
@@ -103,6 +104,7 @@ def ranked_batch(
         inside = batch.positive.clamp(0, shards.pool - 1)
         scale = torch.where((inside != batch.positive).any(), torch.nan, batch.logit_scale)
         batch = replace(batch, given=inside, logit_scale=scale)
+    batch = with_checked_pairs(batch, shards.pool)
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
         of_positives = link.gather_rows(ids, shards.passages)[batch.positive] if shards.placed else ids[: len(query)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.batch import ContrastiveBatch
+from losses.batch import ContrastiveBatch, check_pairs
 from losses.link import Link
 
 MESSAGE_BYTES = 1024
@@ -52,7 +52,7 @@ def agreed(
 
     Raises:
         ValueError: on every rank, when `checked` raises one on any, when `alike` differs, when a positive lies
-            outside the pool, or when no rank has a query.
+            or an excluded pair lies outside the pool, or when no rank has a query.
     """
     problem, batch = "", None
     try:
@@ -66,15 +66,14 @@ def agreed(
             span = [int(extreme) for extreme in positive.aminmax()]
         values = {**alike, "logit_scale": _number(batch.logit_scale)}
         codes[: len(values)] = [zlib.crc32(repr(value).encode()) for value in values.values()]
-    header = [len(problem.encode()), *sizes, positive is not None, *span, *codes]
+    excluded = batch.excluded if batch is not None and batch.excluded is not None else None
+    has_pairs = excluded is not None and excluded.device.type == "cpu"
+    header = [len(problem.encode()), *sizes, positive is not None, *span, has_pairs, *codes]
     headers = link.gather_host(torch.tensor(header, dtype=torch.int64)).tolist()
-    failed = [rank for rank, header in enumerate(headers) if header[0]]
-    if failed:
-        messages = link.gather_host(_encoded(problem))
-        found = "; ".join(f"rank {rank}: {_decoded(messages[rank])}" for rank in failed if rank != link.rank)
-        raise ValueError("; ".join(part for part in (problem, found) if part))
+    if any(header[0] for header in headers):
+        _raise_everywhere(link, problem)
     assert batch is not None
-    for place, (name, value) in enumerate(values.items(), start=6):
+    for place, (name, value) in enumerate(values.items(), start=7):
         other = [rank for rank, header in enumerate(headers) if header[place] != headers[link.rank][place]]
         if any(header[place] != headers[0][place] for header in headers):
             raise ValueError(f"{name} differs between ranks: rank {link.rank} has {value!r}, unlike rank {other[0]}")
@@ -86,7 +85,23 @@ def agreed(
         if header[4] < 0 or header[5] >= shards.pool:
             bad = header[4] if header[4] < 0 else header[5]
             raise ValueError(f"positive must index the pool's {shards.pool} passages, found {bad} on rank {rank}")
+    if any(header[6] for header in headers):
+        # Only now are the positives' rows of the pool known.
+        try:
+            if excluded is not None:
+                check_pairs(excluded, positive, len(batch.query), shards.pool, shards.first_passage)
+        except ValueError as error:
+            problem = str(error)
+        if link.gather_host(torch.tensor([len(problem)], dtype=torch.int64)).any():
+            _raise_everywhere(link, problem)
     return batch, shards
+
+
+def _raise_everywhere(link: Link, problem: str) -> None:
+    """Raise a ValueError of all ranks' problems; a rank without one says an empty text."""
+    messages = [_decoded(message) for message in link.gather_host(_encoded(problem))]
+    found = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(messages) if text and rank != link.rank)
+    raise ValueError("; ".join(part for part in (problem, found) if part))
 
 
 def _number(logit_scale: Tensor) -> float | str:

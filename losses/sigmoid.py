@@ -16,11 +16,12 @@ from losses.batch import (
     checked_batch,
     checked_number,
     checked_workspace,
+    with_checked_pairs,
 )
 from losses.fused_sigmoid import fused_sigmoid_loss
 from losses.kernels.launch import warn_of_step_down, why_not_fused
 from losses.learned_scale import LearnedScale
-from losses.oracle import through_rounding
+from losses.oracle import excluded_entries, through_rounding
 from losses.over_ranks import ranked_batch
 from losses.precision import Precision, plain_arithmetic, resolve_precision
 from losses.sigmoid_chunked import tiled_sigmoid_loss
@@ -36,6 +37,7 @@ def sigmoid_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor,
     positive: Tensor | None = None,
+    excluded: Tensor | None = None,
     query_ids: Tensor | None = None,
     passage_ids: Tensor | None = None,
     group: Any = None,
@@ -56,6 +58,7 @@ def sigmoid_loss(
             begins with 10 and −10: nearly all pairs are negatives, and the bias says so from the first step.
         positive: [M] integers, the row of each query's positive in `passage`; by default 0 … M−1. Queries may share
             a positive.
+        excluded: [R, 2] integers (query row, passage row): pairs that are left out, as in `inf_cl_loss`.
         query_ids, passage_ids: [M] and [N] integers. Pair (i, j) is left out when passage_ids[j] == query_ids[i] and
             j != positive[i]. query_ids defaults to passage_ids[positive].
         group: None, or a process group whose ranks each hold a shard of one batch, as in `inf_cl_loss`: the value is
@@ -74,8 +77,8 @@ def sigmoid_loss(
 
     Raises:
         ValueError: an argument does not fit; the message begins with its name. To look at values of CUDA tensors would
-            wait for the device: there numbers that are not finite, and for the kernel a positive that is no passage,
-            make the loss NaN ("full" and "chunked" end in torch's own assertion).
+            wait for the device: there numbers that are not finite, an excluded pair that does not fit, and for the
+            kernel a positive that is no passage, make the loss NaN ("full" and "chunked" end in torch's own assertion).
     """
     if group is not None:
         ranked = ranked_batch(
@@ -86,6 +89,7 @@ def sigmoid_loss(
             positive,
             query_ids,
             passage_ids,
+            excluded,
             symmetric=True,
             precision=precision,
             implementation=implementation,
@@ -97,18 +101,19 @@ def sigmoid_loss(
     check_choice("implementation", implementation, Implementation)
     workspace_bytes = checked_workspace(workspace_mib)
     # A pair counts for its query and its passage alike, and tiles of a symmetric loss have the second buffer it needs.
-    batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric=True)
+    batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, True, excluded)
     bias = checked_number("logit_bias", logit_bias, query)
     precision = resolve_precision(precision, query)
     if implementation == "full":
-        return full_matrix_sigmoid_loss(batch, bias, precision)
+        return full_matrix_sigmoid_loss(with_checked_pairs(batch, len(passage)), bias, precision)
     if implementation == "triton" or (implementation == "auto" and query.is_cuda):
         reason = why_not_fused(query)
         if reason is None:
             return fused_sigmoid_loss(batch, bias, precision, workspace_bytes)
         if implementation == "triton":
             warn_of_step_down("triton", reason)
-    return tiled_sigmoid_loss(replace(batch, given=batch.positive), bias, precision, workspace_bytes)
+    batch = with_checked_pairs(replace(batch, given=batch.positive), len(passage))
+    return tiled_sigmoid_loss(batch, bias, precision, workspace_bytes)
 
 
 def _described(logit_bias: Tensor) -> dict[str, Any]:
@@ -133,6 +138,8 @@ def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precis
         if batch.query_ids is not None and batch.passage_ids is not None:
             masked = (batch.query_ids[:, None] == batch.passage_ids) & ~own
             losses = losses.masked_fill(masked, 0)
+        if batch.excluded is not None:
+            losses = losses.masked_fill(excluded_entries(batch), 0)
         return torch.where(all_finite(batch.query, batch.passage), losses.sum() / len(losses), torch.nan)
 
 
@@ -166,6 +173,7 @@ class SigmoidLoss(LearnedScale):
         passage: Tensor,
         *,
         positive: Tensor | None = None,
+        excluded: Tensor | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
@@ -176,6 +184,7 @@ class SigmoidLoss(LearnedScale):
             logit_scale=self.logit_scale,
             logit_bias=self.logit_bias,
             positive=positive,
+            excluded=excluded,
             query_ids=query_ids,
             passage_ids=passage_ids,
             group=self.group,

@@ -25,6 +25,7 @@ from losses.fused_sigmoid import sigmoid_values
 from losses.over_ranks import RankedBatch
 from losses.ring import room_for
 from losses.sigmoid_chunked import held_dtype, tiled_values, times_upstream
+from losses.tiled_blocks import pairs_in_block
 
 
 def sigmoid_loss_over_ranks(ranked: RankedBatch, logit_bias: Tensor) -> Tensor:
@@ -93,7 +94,14 @@ class _Visits:
         place = batch.positive - block.first
         if not ranked.fused:
             here = ContrastiveBatch(
-                batch.query, block.passage, batch.logit_scale, place, batch.query_ids, block.ids, symmetric=True
+                batch.query,
+                block.passage,
+                batch.logit_scale,
+                place,
+                batch.query_ids,
+                block.ids,
+                symmetric=True,
+                excluded=pairs_in_block(batch, block.first),
             )
             return tiled_values(here, self.logit_bias, ranked.precision, ranked.workspace_bytes, self.wanted)
         return sigmoid_values(
@@ -104,11 +112,13 @@ class _Visits:
             place,
             batch.query_ids,
             block.ids,
+            batch.excluded,
             batch.diagonal and block.first == ranked.shards.first_passage,
             ranked.precision,
             ranked.workspace_bytes,
             list(self.wanted),
             True,
+            block.first,
         )
 
 

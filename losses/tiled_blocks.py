@@ -21,6 +21,17 @@ from losses.tiles import ScoreTiles
 SCALE_ROWS = 8192
 
 
+def pairs_in_block(batch: ContrastiveBatch, first: int) -> Tensor | None:
+    """[R, 2]: the excluded pairs of this rank's queries with rows of a block that begins at row `first` of the pool.
+
+    Pairs of other blocks stay, with a passage row outside the block.
+    """
+    if batch.excluded is None or not first:
+        return batch.excluded
+    rows, columns = batch.excluded.unbind(1)
+    return torch.stack([rows, columns - first], 1)
+
+
 class TiledBlocks:
     """`block_tiles.BlockTiles`; exponents are natural ones."""
 
@@ -123,6 +134,7 @@ class TiledBlocks:
             batch.query_ids,
             block.ids,
             batch.symmetric,
+            excluded=pairs_in_block(batch, block.first),
         )
         return ScoreTiles(here, self.precision, self.workspace_bytes)
 

@@ -25,7 +25,10 @@ class ScoreTiles:
         self.products = BlockProducts(precision, self.device)
         self.tile_rows, self.tile_columns = self._tile_shape(workspace_bytes)
         entries = self.tile_rows * self.tile_columns
-        self._scores = torch.empty(entries, dtype=self.dtype, device=self.device)
+        # Excluded pairs outside a tile are written to the spare entry at the end: to select those inside would make a
+        # GPU tell the host how many they are.
+        spare = int(batch.excluded is not None)
+        self._scores = torch.empty(entries + spare, dtype=self.dtype, device=self.device)
         self._scratch = torch.empty_like(self._scores) if batch.symmetric else self._scores
         self._masked = torch.empty(
             entries if batch.passage_ids is not None else 0, dtype=torch.bool, device=self.device
@@ -75,7 +78,16 @@ class ScoreTiles:
             place, inside = self.positive_places(rows, columns)
             masked.scatter_(1, place, masked.gather(1, place) & ~inside)
             tile.masked_fill_(masked, -torch.inf)
+        if self.batch.excluded is not None:
+            self._exclude(self.batch.excluded, rows, columns)
         return tile
+
+    def _exclude(self, pairs: Tensor, rows: slice, columns: slice) -> None:
+        row, column = pairs[:, 0] - rows.start, pairs[:, 1] - columns.start
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        entry = torch.where(inside, row * width + column, len(self._scores) - 1)
+        self._scores.index_fill_(0, entry, -torch.inf)
 
     def scratch(self, rows: slice, columns: slice) -> Tensor:
         """A second buffer of the tile's shape; the tile itself when the loss has one direction and needs none."""

@@ -20,6 +20,7 @@ class ClipOverRanks(InfCLLoss):
         passage: Tensor,
         *,
         positive: Tensor | None = None,
+        excluded: Tensor | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:

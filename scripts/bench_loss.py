@@ -133,8 +133,8 @@ class Bench:
         self.measure(some, self.options.knob_size, self.options.dim, "workspaces")
 
     def masks(self) -> None:
-        """What looking up positives and comparing ids costs."""
-        some = [*self.kernels(), with_masks(self.options.workspace_mib)]
+        """What looking up positives, comparing ids and excluding pairs costs."""
+        some = [*self.kernels(), *with_masks(self.options.workspace_mib)]
         self.measure(some, self.options.knob_size, self.options.dim, "masks")
 
     def kernels(self) -> list[Method]:

@@ -45,7 +45,7 @@ def compared(method: Method, pairs: Pairs) -> Check:
     found = attempted(lambda: method.run(pairs), pairs.query.is_cuda)
     if isinstance(found, Problem):
         return Check({}, found, found.text if method.tolerance and found.ours_to_mend else None)
-    errors = relative_errors(found, oracle(pairs, method.kind, method.symmetric, method.masked))
+    errors = relative_errors(found, oracle(pairs, method.kind, method.symmetric, method.masks))
     return Check(errors, fault=fault(errors, method.tolerance) if method.tolerance else None)
 
 

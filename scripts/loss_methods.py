@@ -54,6 +54,8 @@ class Tolerance:
     gradient: float
 
 
+EXCLUDED_PAIRS = 75008
+
 BF16, TF32, FP32 = Tolerance(1e-4, 4e-3), Tolerance(1e-4, 5e-4), Tolerance(1e-6, 5e-6)
 
 
@@ -63,8 +65,8 @@ class Method:
 
     operands: dtype of the embeddings it is given. largest: the batch it is asked for at most. tolerance: of ours only;
     others' errors are reported. package: where it comes from, if not from here. symmetric: both directions, which the
-    sigmoid loss knows none of. masked: with `masks`. dim_of: its dimensions must be a multiple. patient: measured
-    however long it takes.
+    sigmoid loss knows none of. masks: which of `masks` it is given. dim_of: its dimensions must be a multiple. patient:
+    measured however long it takes.
     """
 
     name: str
@@ -75,7 +77,7 @@ class Method:
     tolerance: Tolerance | None = None
     package: str | None = None
     symmetric: bool = True
-    masked: bool = False
+    masks: str = ""
     dim_of: int = 1
     patient: bool = False
 
@@ -90,9 +92,8 @@ def through_autograd(loss: Tensor, pairs: Pairs) -> Found:
     return Found(loss.detach(), torch.autograd.grad(loss, pairs.leaves(), allow_unused=True))
 
 
-def oracle(pairs: Pairs, kind: str, symmetric: bool, masked: bool) -> Found:
+def oracle(pairs: Pairs, kind: str, symmetric: bool, kinds: str) -> Found:
     """The definition in float64, of the values that a method is given."""
-    positive, passage_ids = masks(len(pairs.query), pairs.query.device) if masked else (None, None)
     wide = Pairs(*(leaf.detach().double().requires_grad_() for leaf in pairs.leaves()))
     if kind == "infonce":
         loss = inf_cl_loss(
@@ -101,8 +102,7 @@ def oracle(pairs: Pairs, kind: str, symmetric: bool, masked: bool) -> Found:
             logit_scale=wide.logit_scale,
             symmetric=symmetric,
             implementation="full",
-            positive=positive,
-            passage_ids=passage_ids,
+            **masks(len(pairs.query), pairs.query.device, kinds),
         )
     else:
         logits = wide.logit_scale * (wide.query @ wide.passage.T) + wide.logit_bias
@@ -112,10 +112,20 @@ def oracle(pairs: Pairs, kind: str, symmetric: bool, masked: bool) -> Found:
 
 
 @functools.cache
-def masks(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """positive, passage_ids [N]: an index to look up, and ids by which each query leaves one passage out."""
-    rows = torch.arange(count, device=device)
-    return rows, rows // 2
+def masks(count: int, device: torch.device, kinds: str) -> dict[str, Tensor]:
+    """Arguments of our loss. "ids": positives to look up, and ids by which each query leaves one passage out.
+    "excluded": as many pairs as a batch of WordNet's definitions has known positives beside those that were drawn,
+    75,008 of 65,536, and one a query at least."""
+    found: dict[str, Tensor] = {}
+    if "ids" in kinds:
+        rows = torch.arange(count, device=device)
+        found |= {"positive": rows, "passage_ids": rows // 2}
+    if "excluded" in kinds:
+        generator = torch.Generator(device).manual_seed(count)
+        size = (max(count, round(EXCLUDED_PAIRS * (count / 65536) ** 2)),)
+        rows, steps = (torch.randint(low, count, size, device=device, generator=generator) for low in (0, 1))
+        found["excluded"] = torch.stack([rows, (rows + steps) % count], 1)
+    return found
 
 
 def ours(
@@ -123,11 +133,10 @@ def ours(
     implementation: Implementation,
     precision: Precision,
     mib: float,
-    masked: bool = False,
+    kinds: str = "",
 ) -> Found:
     """`inf_cl_loss`, both directions."""
     refuse_step_down(pairs, implementation)
-    positive, passage_ids = masks(len(pairs.query), pairs.query.device) if masked else (None, None)
     loss = inf_cl_loss(
         pairs.query,
         pairs.passage,
@@ -136,8 +145,7 @@ def ours(
         implementation=implementation,
         precision=precision,
         workspace_mib=mib,
-        positive=positive,
-        passage_ids=passage_ids,
+        **masks(len(pairs.query), pairs.query.device, kinds),
     )
     return through_autograd(loss, pairs)
 
@@ -300,7 +308,15 @@ def open_workspace(mib: float, kind: Literal["infonce", "sigmoid"] = "infonce") 
     return Method(f"ours, triton bf16, {mib:g} MiB", run, tolerance=BF16)
 
 
-def with_masks(mib: float) -> Method:
-    """Our kernels with a positive index and ids."""
-    run = functools.partial(ours, implementation="triton", precision="bf16", mib=mib, masked=True)
-    return Method("ours, triton bf16, positives and ids", run, tolerance=BF16, masked=True)
+def with_masks(mib: float) -> list[Method]:
+    """Our kernels with a positive index and ids, with excluded pairs, and with both."""
+    named = {"positives and ids": "ids", "excluded pairs": "excluded", "ids and excluded pairs": "ids excluded"}
+    return [
+        Method(
+            f"ours, triton bf16, {name}",
+            functools.partial(ours, implementation="triton", precision="bf16", mib=mib, kinds=kinds),
+            tolerance=BF16,
+            masks=kinds,
+        )
+        for name, kinds in named.items()
+    ]

@@ -18,13 +18,39 @@ from losses.kernels.tile import LOG2_E
 ROW_LINES, ROW_STEP = 8, 512
 COLUMN_LINES, COLUMN_STEP = 32, 128
 TILE_M, TILE_N = 32, 128
+# Stands in `products` for an excluded pair. Infinity would turn sums that must stay finite into NaN.
+EXCLUDED = tl.constexpr(-3.4028234663852886e38)
+MARK_BLOCK = 256
+
+
+@triton.jit
+def mark_excluded_kernel(
+    product_ptr, pair_ptr, positive_ptr, pairs, rows, columns, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Put EXCLUDED at the pairs [R, 2] int64. A pair outside the matrix, or of a query with its own positive, makes the
+    loss NaN."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = pair < pairs
+    row = tl.load(pair_ptr + 2 * pair, mask=valid, other=0)
+    column = tl.load(pair_ptr + 2 * pair + 1, mask=valid, other=0)
+    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+    own = row if DIAGONAL else tl.load(positive_ptr + row, mask=valid & inside, other=-1)
+    good = inside & (own != column)
+    tl.store(product_ptr + row * columns + column, EXCLUDED, mask=valid & good)
+    if tl.max((valid & (good == 0)).to(tl.int32), 0) > 0:
+        # No pair that may be excluded lies there: it is the first query's positive.
+        first = 0
+        if not DIAGONAL:
+            first = tl.load(positive_ptr)
+            first = tl.where((first >= 0) & (first < columns), first, 0)
+        tl.store(product_ptr + first, float("nan"))
 
 
 @triton.jit
 def line_sums_kernel(
     product_ptr, scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, line_ptr, rows, columns,
-    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, ROW_LINES: tl.constexpr, ROW_STEP: tl.constexpr,
-    COLUMN_LINES: tl.constexpr, COLUMN_STEP: tl.constexpr,
+    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, ROW_LINES: tl.constexpr,
+    ROW_STEP: tl.constexpr, COLUMN_LINES: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
     """Maxima and sums under them, of rows in programs (·, 0) and of columns in programs (·, 1)."""
     scale = tl.load(scale_ptr) * LOG2_E
@@ -38,7 +64,7 @@ def line_sums_kernel(
                 column = first + tl.arange(0, ROW_STEP)
                 products, exponents = _exponents(
                     product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
-                    DIAGONAL, HAS_IDS,
+                    DIAGONAL, HAS_IDS, HAS_EXCLUDED,
                 )  # fmt: skip
                 # A negative of minus infinity would vanish from every sum; zero times it does not.
                 worst += tl.sum(products * 0.0, 1)
@@ -54,7 +80,7 @@ def line_sums_kernel(
                 row = first + tl.arange(0, COLUMN_STEP)
                 _, exponents = _exponents(
                     product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
-                    DIAGONAL, HAS_IDS,
+                    DIAGONAL, HAS_IDS, HAS_EXCLUDED,
                 )  # fmt: skip
                 highest, total = _with_more(exponents, highest, total, 0)
             tl.store(line_ptr + 2 * rows + column, total, mask=column < columns)
@@ -64,12 +90,15 @@ def line_sums_kernel(
 @triton.jit
 def _exponents(
     product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
-    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr,
+    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr,
 ):  # fmt: skip
     """A tile of products, zeros beyond the matrix, and of exponents of 2, minus infinity beyond it and where masked."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     products = tl.load(product_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
-    exponents = tl.where(inside, products * scale, float("-inf"))
+    counted = inside
+    if HAS_EXCLUDED:
+        counted = inside & (products != EXCLUDED)
+    exponents = tl.where(counted, products * scale, float("-inf"))
     if HAS_IDS:
         place = _places(positive_ptr, row, rows, columns, DIAGONAL)
         query_id = tl.load(query_id_ptr + row, mask=row < rows, other=0)
@@ -131,7 +160,8 @@ def _negative_log_share(score, sum_ptr, shift_ptr, valid):
 def dense_gradient_kernel(
     product_ptr, scale_ptr, upstream_ptr, positive_ptr, owners_ptr, query_id_ptr, passage_id_ptr, line_ptr,
     gradient_ptr, share_ptr, rows, columns,
-    SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """logit_scale · upstream · dS in the operands' precision, and each program's part of Σ dS ∘ (Q Kᵀ) · upstream."""
     logit_scale = tl.load(scale_ptr)
@@ -140,7 +170,7 @@ def dense_gradient_kernel(
     row_valid, column_valid = row < rows, column < columns
     products, exponents = _exponents(
         product_ptr, logit_scale * LOG2_E, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
-        DIAGONAL, HAS_IDS,
+        DIAGONAL, HAS_IDS, HAS_EXCLUDED,
     )  # fmt: skip
     half = 0.5 if SYMMETRIC else 1.0
     row_weight = half / tl.load(line_ptr + row, mask=row_valid, other=1.0)

@@ -19,6 +19,7 @@ from losses.kernels.tile import (
     tile_place,
     tile_products,
     tiles_to_visit,
+    without_excluded,
     without_masked,
 )
 
@@ -45,11 +46,11 @@ def weights_kernel(
 @triton.jit
 def score_gradient_kernel(
     query, passage, kept, gradient, bounds_ptr, scale_ptr, unit_ptr, positive_ptr, query_id_ptr, passage_id_ptr,
-    score_ptr, row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, rows, columns, first_row,
-    first_column,
+    score_ptr, row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, strips,
+    column_cells, cell_bits, rows, columns, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
-    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, KEPT: tl.constexpr,
+    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """A block of unit · M · dS. It does nothing where the batch is not as SAFE says."""
     scale, shift, safe = scale_and_shift(bounds_ptr, scale_ptr)
@@ -64,8 +65,9 @@ def score_gradient_kernel(
                 values = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
             _store_gradient(
                 values, gradient, scale, shift, unit_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-                row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, rows, columns, first_row,
-                first_column, m, n, BLOCK_M, BLOCK_N, PRODUCT, SAFE, SYMMETRIC, DIAGONAL, HAS_IDS, KEPT,
+                row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, strips,
+                column_cells, cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, PRODUCT, SAFE,
+                SYMMETRIC, DIAGONAL, HAS_IDS, HAS_EXCLUDED, KEPT,
             )  # fmt: skip
     elif tl.program_id(0) < tiles:
         m, n = tile_place(tl.program_id(0), row_tiles, column_tiles, GROUP)
@@ -75,17 +77,19 @@ def score_gradient_kernel(
             values = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
         _store_gradient(
             values, gradient, scale, shift, unit_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-            row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, rows, columns, first_row,
-            first_column, m, n, BLOCK_M, BLOCK_N, PRODUCT, SAFE, SYMMETRIC, DIAGONAL, HAS_IDS, KEPT,
+            row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, strips,
+            column_cells, cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, PRODUCT, SAFE,
+            SYMMETRIC, DIAGONAL, HAS_IDS, HAS_EXCLUDED, KEPT,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_gradient(
     values, gradient, scale, shift, unit_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-    row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, rows, columns, first_row, first_column, m, n,
+    row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, strips, column_cells,
+    cell_bits, rows, columns, first_row, first_column, m, n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
-    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, KEPT: tl.constexpr,
+    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Exponentials kept by forward, or products, into the gradient's tile."""
     row, column = m * BLOCK_M, n * BLOCK_N
@@ -107,12 +111,22 @@ def _store_gradient(
             if MASKED:
                 # Positives too: theirs come from their scores below.
                 values = tl.where(query_id[:, None] == passage_id[None, :], float("-inf"), values)
+            if HAS_EXCLUDED:
+                values = without_excluded(
+                    values, key_ptr, start_ptr, strips, column_cells, cell_bits, first_row + row,
+                    first_column + column, first_row + row_index, first_column + column_index, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
             values = tl.exp2(values)
         values = _weighted(values, row_weight, column_weight_ptr + first_column, column_index, column_valid, SYMMETRIC)
     else:
         exponents = values * scale
         if MASKED:
             exponents = without_masked(exponents, query_id, passage_id, place, column_index)
+        if HAS_EXCLUDED:
+            exponents = without_excluded(
+                exponents, key_ptr, start_ptr, strips, column_cells, cell_bits, first_row + row,
+                first_column + column, first_row + row_index, first_column + column_index, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         row_shift = tl.load(row_shift_ptr + first_row + row_index, mask=row_valid, other=0.0)
         values = tl.exp2(exponents - row_shift[:, None]) * row_weight[:, None]
         if SYMMETRIC:

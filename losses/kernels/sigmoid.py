@@ -12,16 +12,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from losses.kernels.tile import LOG2_E, ids_inside, positives_inside, tile_place, tile_products, without_masked
+from losses.kernels.tile import (
+    LOG2_E,
+    ids_inside,
+    positives_inside,
+    tile_place,
+    tile_products,
+    without_excluded,
+    without_masked,
+)
 
 
 @triton.jit
 def sigmoid_kernel(
-    query, passage, gradient, scale_ptr, bias_ptr, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, rows, columns,
-    first_row, first_column,
+    query, passage, gradient, scale_ptr, bias_ptr, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, key_ptr,
+    start_ptr, strips, column_cells, cell_bits, rows, columns, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr, PRODUCT: tl.constexpr, DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr,
-    GRADIENT: tl.constexpr, UNIT: tl.constexpr,
+    HAS_EXCLUDED: tl.constexpr, GRADIENT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """A block of UNIT · M · dS where GRADIENT asks for it; sums [tiles, 2], of losses over log 2 and of M · dS."""
     scale, bias = tl.load(scale_ptr) * LOG2_E, tl.load(bias_ptr) * LOG2_E
@@ -32,25 +40,27 @@ def sigmoid_kernel(
             m, n = tile_place(tile, row_tiles, column_tiles, GROUP)
             products = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
             _store_tile(
-                products, gradient, scale, bias, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, rows, columns,
-                first_row, first_column, m, n, tile, BLOCK_M, BLOCK_N, DIAGONAL, HAS_IDS, GRADIENT, UNIT,
+                products, gradient, scale, bias, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, key_ptr,
+                start_ptr, strips, column_cells, cell_bits, rows, columns, first_row, first_column, m, n, tile,
+                BLOCK_M, BLOCK_N, DIAGONAL, HAS_IDS, HAS_EXCLUDED, GRADIENT, UNIT,
             )  # fmt: skip
     else:
         tile = tl.program_id(0)
         m, n = tile_place(tile, row_tiles, column_tiles, GROUP)
         products = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
         _store_tile(
-            products, gradient, scale, bias, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, rows, columns,
-            first_row, first_column, m, n, tile, BLOCK_M, BLOCK_N, DIAGONAL, HAS_IDS, GRADIENT, UNIT,
+            products, gradient, scale, bias, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, key_ptr, start_ptr,
+            strips, column_cells, cell_bits, rows, columns, first_row, first_column, m, n, tile, BLOCK_M, BLOCK_N,
+            DIAGONAL, HAS_IDS, HAS_EXCLUDED, GRADIENT, UNIT,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_tile(
-    products, gradient, scale, bias, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, rows, columns, first_row,
-    first_column, m, n, tile,
+    products, gradient, scale, bias, positive_ptr, query_id_ptr, passage_id_ptr, sum_ptr, key_ptr, start_ptr, strips,
+    column_cells, cell_bits, rows, columns, first_row, first_column, m, n, tile,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr,
-    GRADIENT: tl.constexpr, UNIT: tl.constexpr,
+    HAS_EXCLUDED: tl.constexpr, GRADIENT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = gradient.dtype == tl.float32
     row, column = m * BLOCK_M, n * BLOCK_N
@@ -66,6 +76,11 @@ def _store_tile(
             query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
         )
         exponents = without_masked(exponents, query_id, passage_id, place, column_index)
+    if HAS_EXCLUDED:
+        exponents = without_excluded(
+            exponents, key_ptr, start_ptr, strips, column_cells, cell_bits, first_row + row, first_column + column,
+            first_row + row_index, first_column + column_index, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     if (row + BLOCK_M > rows) | (column + BLOCK_N > columns):
         exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
     # Few tiles hold a positive; the others need not carry a mask through all this.

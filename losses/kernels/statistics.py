@@ -21,6 +21,7 @@ from losses.kernels.tile import (
     tile_place,
     tile_products,
     tiles_to_visit,
+    without_excluded,
     without_masked,
 )
 
@@ -31,10 +32,11 @@ MERGE_TILES = 16
 @triton.jit
 def tile_sums_kernel(
     query, passage, kept, bounds_ptr, scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-    row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, rows, columns, first_row, first_column,
+    row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, strips, column_cells, cell_bits,
+    rows, columns, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
-    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, KEEP: tl.constexpr,
+    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The tiles' sums and, unless SAFE, maxima. It does nothing where the batch is not as SAFE says."""
     scale, shift, safe = scale_and_shift(bounds_ptr, scale_ptr)
@@ -46,25 +48,28 @@ def tile_sums_kernel(
             products = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
             _take_sums(
                 products, kept, scale, shift, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-                row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, rows, columns, first_row, first_column, m, n,
-                BLOCK_M, BLOCK_N, SAFE, SYMMETRIC, DIAGONAL, HAS_IDS, KEEP,
+                row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, strips, column_cells,
+                cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, SAFE, SYMMETRIC, DIAGONAL,
+                HAS_IDS, HAS_EXCLUDED, KEEP,
             )  # fmt: skip
     elif tl.program_id(0) < tiles:
         m, n = tile_place(tl.program_id(0), row_tiles, column_tiles, GROUP)
         products = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
         _take_sums(
             products, kept, scale, shift, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-            row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, rows, columns, first_row, first_column, m, n,
-            BLOCK_M, BLOCK_N, SAFE, SYMMETRIC, DIAGONAL, HAS_IDS, KEEP,
+            row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, strips, column_cells,
+            cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, SAFE, SYMMETRIC, DIAGONAL,
+            HAS_IDS, HAS_EXCLUDED, KEEP,
         )  # fmt: skip
 
 
 @triton.jit
 def _take_sums(
     products, kept, scale, shift, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-    row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, rows, columns, first_row, first_column, m, n,
+    row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, strips, column_cells, cell_bits,
+    rows, columns, first_row, first_column, m, n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
-    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, KEEP: tl.constexpr,
+    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     row, column = m * BLOCK_M, n * BLOCK_N
     row_index, column_index = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -83,6 +88,11 @@ def _take_sums(
             query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
         )
         exponents = without_masked(exponents, query_id, passage_id, place, column_index)
+    if HAS_EXCLUDED:
+        exponents = without_excluded(
+            exponents, key_ptr, start_ptr, strips, column_cells, cell_bits, first_row + row, first_column + column,
+            first_row + row_index, first_column + column_index, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     if (row + BLOCK_M > rows) | (column + BLOCK_N > columns):
         exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
     row_place = n.to(tl.int64) * rows + row_index

@@ -13,6 +13,8 @@ import triton.language as tl
 # than exp(-27) of it.
 WIDEST_EXPONENT = tl.constexpr(60.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Rows of a cell of excluded pairs (kernels/excluded.py), a power of two, and its logarithm.
+CELL_ROWS, CELL_ROW_BITS = tl.constexpr(128), tl.constexpr(7)
 
 
 @triton.jit
@@ -68,6 +70,37 @@ def without_masked(exponents, query_id, passage_id, place, column_index):
     """Minus infinity where a passage carries a query's id and is not its positive."""
     masked = (query_id[:, None] == passage_id[None, :]) & (place[:, None] != column_index[None, :])
     return tl.where(masked, float("-inf"), exponents)
+
+
+@triton.jit
+def without_excluded(
+    exponents, key_ptr, start_ptr, strips, column_cells, cell_bits, row, column, row_index, column_index,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Minus infinity at excluded pairs. `row` and `column` are the tile's first in the whole matrix, and so are the
+    indices [BLOCK_M] and [BLOCK_N]; the rest is of kernels/excluded.py."""
+    strip = row >> CELL_ROW_BITS
+    last_strip = min((row + BLOCK_M - 1) >> CELL_ROW_BITS, strips - 1)
+    first_cell = column >> cell_bits
+    last_cell = min((column + BLOCK_N - 1) >> cell_bits, column_cells - 1)
+    while strip <= last_strip:
+        first = strip * column_cells
+        entry = tl.load(start_ptr + first + first_cell)
+        stop = tl.load(start_ptr + first + last_cell + 1)
+        while entry < stop:
+            key = tl.load(key_ptr + entry)
+            line = key >> cell_bits
+            excluded_row = strip * CELL_ROWS + (line % CELL_ROWS).to(tl.int32)
+            excluded_column = (((line >> CELL_ROW_BITS) - first) << cell_bits).to(tl.int32)
+            excluded_column += (key - (line << cell_bits)).to(tl.int32)
+            # A cell may be wider or higher than the tile.
+            in_row = (excluded_row >= row) & (excluded_row < row + BLOCK_M)
+            if in_row & (excluded_column >= column) & (excluded_column < column + BLOCK_N):
+                here = (row_index == excluded_row)[:, None] & (column_index == excluded_column)[None, :]
+                exponents = tl.where(here, float("-inf"), exponents)
+            entry += 1
+        strip += 1
+    return exponents
 
 
 @triton.jit

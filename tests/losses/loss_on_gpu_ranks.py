@@ -69,19 +69,27 @@ def relative_errors(group: Any, size: int, dtype: torch.dtype, placed: bool, ids
     if placed:
         positive = torch.randperm(sum(passages), generator=generator)[: sum(counts)]
     passage_ids = torch.arange(sum(passages)) % 97 if ids else None
+    excluded = None
+    if placed:
+        rows, columns = (torch.randint(size, (500,), generator=generator) for size in (sum(counts), sum(passages)))
+        excluded = torch.stack([rows, columns], 1)[columns != positive[rows]]
     logit_scale = options.pop("logit_scale")
 
     wide = [each.double().requires_grad_() for each in (query, passage, torch.tensor(logit_scale))]
     truth = inf_cl_loss(
         *wide[:2], logit_scale=wide[2], positive=positive, passage_ids=passage_ids, implementation="full",
-        symmetric=options["symmetric"],
+        symmetric=options["symmetric"], excluded=excluded,
     )  # fmt: skip
     expected = [truth.detach(), *torch.autograd.grad(truth, wide)]
 
     leaves = [query.split(counts)[rank], passage.split(passages)[rank], torch.tensor(logit_scale)]
     leaves = [leaf.cuda().requires_grad_() for leaf in leaves]
+    if excluded is not None:
+        first = sum(counts[:rank])
+        mine = (excluded[:, 0] >= first) & (excluded[:, 0] < first + counts[rank])
+        excluded = (excluded[mine] - torch.tensor([first, 0])).cuda()
     loss = inf_cl_loss(
-        *leaves[:2], logit_scale=leaves[2], group=group,
+        *leaves[:2], logit_scale=leaves[2], group=group, excluded=excluded,
         positive=positive.split(counts)[rank].cuda() if placed else None,
         passage_ids=None if passage_ids is None else passage_ids.split(passages)[rank].cuda(), **options,
     )  # fmt: skip

@@ -37,6 +37,20 @@ def own(rows: Tensor | None, counts: list[int], rank: int) -> Tensor | None:
     return None if rows is None else rows.split(counts)[rank]
 
 
+def some_pairs(queries: int, passages: int, positive: Tensor) -> Tensor:
+    """Pairs to exclude, none of them a query with its own positive."""
+    generator = torch.Generator().manual_seed(2)
+    rows, columns = (torch.randint(size, (2 * queries,), generator=generator) for size in (queries, passages))
+    return torch.stack([rows, columns], 1)[columns != positive[rows]]
+
+
+def own_pairs(pairs: Tensor, counts: list[int], rank: int) -> Tensor:
+    """Those of this rank's queries, counted from its first; the last rank without queries gives an empty tensor."""
+    first = sum(counts[:rank])
+    mine = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + counts[rank])]
+    return mine - torch.tensor([first, 0])
+
+
 def value_and_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
     return [each.double() for each in (loss.detach(), *torch.autograd.grad(0.7 * loss, leaves))]
 
@@ -53,11 +67,13 @@ def errors(
     if placed:
         positive = torch.randperm(sum(passages), generator=torch.Generator().manual_seed(1))[: sum(counts)]
     passage_ids = torch.arange(sum(passages)) % 11 if ids else None
+    # With and without ids, in one direction and in both.
+    excluded = some_pairs(sum(counts), sum(passages), positive) if ids == options["symmetric"] else None
     logit_scale = options.pop("logit_scale")
     leaves = [*(side.double().requires_grad_() for side in (query, passage)), torch.tensor(logit_scale).double()]
     leaves[2].requires_grad_()
     truth = inf_cl_loss(
-        leaves[0], leaves[1], logit_scale=leaves[2], positive=positive, passage_ids=passage_ids,
+        leaves[0], leaves[1], logit_scale=leaves[2], positive=positive, passage_ids=passage_ids, excluded=excluded,
         symmetric=options["symmetric"], implementation="full",
     )  # fmt: skip
     expected = value_and_gradients(truth, *leaves)
@@ -66,7 +82,8 @@ def errors(
     scale = torch.tensor(logit_scale, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     loss = inf_cl_loss(
         shard[0], shard[1], logit_scale=scale, group=group, positive=own(positive, counts, rank) if placed else None,
-        passage_ids=own(passage_ids, passages, rank), **options,
+        passage_ids=own(passage_ids, passages, rank),
+        excluded=None if excluded is None else own_pairs(excluded, counts, rank), **options,
     )  # fmt: skip
     values = [torch.empty_like(loss) for _ in range(size)]
     distributed.all_gather(values, loss.detach(), group=group)
@@ -144,7 +161,7 @@ def check_sigmoid(size: int) -> None:
         positive = torch.cat([torch.arange(count) + first for count, first in zip(counts, firsts, strict=False)])
         truth = sigmoid_loss(
             *wide[:2], logit_scale=wide[2], logit_bias=wide[3], positive=positive, passage_ids=ids,
-            implementation="full",
+            excluded=(excluded := some_pairs(sum(counts), sum(passages), positive)), implementation="full",
         )  # fmt: skip
         expected = value_and_gradients(truth, *wide)
         shard = [side.split(sizes)[rank].clone() for side, sizes in ((query, counts), (passage, passages))]
@@ -152,7 +169,8 @@ def check_sigmoid(size: int) -> None:
         leaves = [leaf.requires_grad_() for leaf in shard]
         loss = sigmoid_loss(
             *leaves[:2], logit_scale=leaves[2], logit_bias=leaves[3], passage_ids=own(ids, passages, rank),
-            group=distributed.group.WORLD, implementation=implementation, workspace_mib=2**-6,
+            excluded=own_pairs(excluded, counts, rank), group=distributed.group.WORLD, implementation=implementation,
+            workspace_mib=2**-6,
         )  # fmt: skip
         value, *found = value_and_gradients(loss, *leaves)
         for number in found[2:]:
@@ -207,6 +225,12 @@ def check_errors_reach_all(size: int) -> None:
     refused("workspace_mib", workspace_mib=-1 if last else 1)
     refused("implementation", implementation="full" if last else "auto")
     refused(f"positive must index the pool's {4 * size}", positive=torch.full((4,), 4 * size) if last else None)
+    refused("excluded must have shape", excluded=torch.zeros(3).long() if last else None)
+    for pair in ([4, 0], [0, 4 * size]):
+        wrong = torch.tensor([[0, 1 if rank else 2], pair])
+        refused(f"4 queries and {4 * size} passages, found {pair}", excluded=wrong if last else None)
+    own_positive = torch.tensor([[1, 4 * rank + 1]])
+    refused(f"own positive, found [1, {4 * size - 3}]", excluded=own_positive if last else own_positive[:0])
     refused("symmetric differs", symmetric=last)
     refused("logit_scale differs", logit_scale=2.0 if last else 3.0)
     refused("requires_grad differs", query=query.clone().requires_grad_(last))

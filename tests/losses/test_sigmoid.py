@@ -234,7 +234,7 @@ def test_compiled_into_one_graph_as_eager() -> None:
         arguments = (query, passage, torch.tensor(10.0), torch.tensor(-9.0), positive, positive, torch.arange(31))
         torch.library.opcheck(
             sigmoid_values_op,
-            (*arguments, True, "tf32", 2**13, wanted, False),
+            (*arguments, torch.tensor([[0, 3]]), True, "tf32", 2**13, wanted, False, 0),
             test_utils=("test_schema", "test_faketensor"),
         )
 
