@@ -97,7 +97,9 @@ class LossConfig:
     """How several processes share passages for inf_cl: round a ring, the least memory for many of them, or all at once;
     auto chooses by size."""
     mask_duplicates: bool = True
-    """A passage equal to a query's own positive is no negative of that query."""
+    """A passage that any row of the sources gives as a positive of a query's text is no negative of that query, for
+    inf_cl and sigmoid (where a batch holds more than 32 such pairs a query, groups of passages that share queries are
+    left out as a whole)."""
 
     def __post_init__(self) -> None:
         if not _positive(self.max_logit_scale):

@@ -8,6 +8,7 @@ from typing import Any
 from index.files import InputError
 from retriever.config import ConfigError, DataConfig, TrainConfig
 from retriever.data.batches import BatchDataset, Prompts
+from retriever.data.known_positives import KnownPositives, find_known_positives
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.data.table import ExampleTable, open_source
 from retriever.device import Precision
@@ -53,7 +54,9 @@ def open_training(
     if config.data.images:
         raise ConfigError("data.images: pictures need an image tower: set model.image.name")
     tables = open_tables(config.data, cache, terminal)
-    return open_batches(config, tables, towers, token_budget, share), tuple(table.sha256 for table in tables)
+    known = find_known_positives(tables, cache, terminal) if config.loss.mask_duplicates else None
+    batches = open_batches(config, tables, towers, token_budget, share, known)
+    return batches, tuple(table.sha256 for table in tables)
 
 
 def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[ExampleTable]:
@@ -78,9 +81,17 @@ def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[Exa
 
 
 def open_batches(
-    config: TrainConfig, tables: list[ExampleTable], towers: Towers, token_budget: int, share: Share | None = None
+    config: TrainConfig,
+    tables: list[ExampleTable],
+    towers: Towers,
+    token_budget: int,
+    share: Share | None = None,
+    known: KnownPositives | None = None,
 ) -> BatchDataset[PreparedBatch]:
     """Every batch of the run, in order; tokenized when it is taken.
+
+    Args:
+        known: of queries that have several positives, all of them; otherwise only the pairs of a batch are known.
 
     Raises:
         InputError: a source has fewer rows than a batch, or a prompt that leaves no room for texts.
@@ -107,5 +118,11 @@ def open_batches(
         towers.tokenizer("document").check_prompt(given.passage)
     preparer = BatchPreparer.of(towers, token_budget)
     return BatchDataset(
-        tables, schedule, preparer, prompts=prompts, negatives_per_query=config.data.negatives, share=share
+        tables,
+        schedule,
+        preparer,
+        prompts=prompts,
+        negatives_per_query=config.data.negatives,
+        known=known,
+        share=share,
     )

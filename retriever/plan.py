@@ -218,7 +218,9 @@ def _graphs(towers: Towers, precision: Precision, batch: PreparedBatch) -> list[
 
 def batch_bytes(batch: PreparedBatch) -> int:
     """What a batch holds on the host: token ids or pixels, and ids."""
-    found = batch.query_ids.nbytes + batch.passage_ids.nbytes
+    masks, found = batch.false_negatives, 0
+    if masks is not None:
+        found = masks.query_ids.nbytes + masks.passage_ids.nbytes + masks.excluded.nbytes
     for group in batch.groups:
         content: Any = group
         held = [content.pixels] if hasattr(content, "pixels") else [content.tokens.ids, content.tokens.offsets]

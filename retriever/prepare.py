@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retriever.data.batches import PairDigests, TrainingBatch
+from retriever.data.batches import PairKeys, TrainingBatch
+from retriever.data.false_negatives import FalseNegatives
 from retriever.device import to_device, to_host
 from retriever.packing import pack
 from retriever.tokens import TextTokenizer, TokenizedTexts
@@ -64,16 +65,12 @@ class PreparedBatch:
     """One group of all texts for a shared tower, or the queries' and the passages'."""
     queries: int
     """M."""
-    query_ids: np.ndarray
-    """int64 [M]; a passage with the id of a query is no negative of it."""
-    passage_ids: np.ndarray
-    """int64 [N]."""
+    false_negatives: FalseNegatives | None
+    """Passages that are no negatives of a query; none of a share, until the ranks have compared theirs."""
     padded: bool = True
     """Whether the texts of a micro-batch are padded to its longest, or laid end to end."""
-    digests: PairDigests | None = None
-    """Of one rank's share, whose ids know nothing of the other ranks' texts."""
-    duplicates: bool | None = None
-    """What `has_duplicates` is, where the shares of all ranks have been compared."""
+    keys: PairKeys | None = None
+    """Of one rank's share."""
 
     @property
     def tokens(self) -> int:
@@ -89,13 +86,6 @@ class PreparedBatch:
             for rows in group.micro_batches
             for lengths in [group.lengths[rows]]
         ]
-
-    @property
-    def has_duplicates(self) -> bool:
-        """Whether any passage answers a query that it is not the positive of, so that a mask is needed."""
-        if self.duplicates is not None:
-            return self.duplicates
-        return len(np.unique(self.passage_ids)) < len(self.passage_ids)
 
     def arrange(self, embeddings: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """Queries [M, D] and passages [N, D] on the device from the embeddings of all micro-batches, in order.
@@ -164,7 +154,7 @@ class BatchPreparer:
                 self._group("query", self.query, batch.queries),
                 self._group("document", self.passage, batch.passages),
             ]
-        return PreparedBatch(groups, len(batch.queries), batch.query_ids, batch.passage_ids, self.padded, batch.digests)
+        return PreparedBatch(groups, len(batch.queries), batch.false_negatives, self.padded, batch.keys)
 
     def _group(self, side: Side, tokenizer: TextTokenizer, texts: list[str]) -> TextGroup:
         tokens = tokenizer(texts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +69,7 @@ class TrainStep:
             query, passage = batch.arrange(embeddings, device)
             # Inside, so that the loss's precision "auto" is the towers'.
             with autocast(device, self.precision):
-                loss = self.loss(query, passage, **self._ids(batch, device))
+                loss = self.loss(query, passage, **self._masks(batch, device))
             return self.scaler.scale(loss)
 
         with arithmetic(self.towers, self.precision):
@@ -108,13 +107,13 @@ class TrainStep:
             keep = -int(self.ranks.most(-(sum(counts) if keep == len(sizes) else keep)))
         return [MicroBatch(group, rows) for group, some in zip(batch.groups, lists, strict=True) for rows in some], keep
 
-    def _ids(self, batch: PreparedBatch, device: torch.device) -> dict[str, Tensor]:
+    def _masks(self, batch: PreparedBatch, device: torch.device) -> dict[str, Tensor]:
+        found, loss = batch.false_negatives, self.config.loss
         # The literature's CLIP loss counts every other passage of the batch as a negative.
-        loss = self.config.loss
-        if loss.name == "clip" or not loss.mask_duplicates or not batch.has_duplicates:
+        if found is None or loss.name == "clip" or not loss.mask_duplicates or not found.any:
             return {}
-        ids: dict[str, Any] = {"query_ids": batch.query_ids, "passage_ids": batch.passage_ids}
-        return {name: to_device(torch.from_numpy(array), device) for name, array in ids.items()}
+        masks = {"query_ids": found.query_ids, "passage_ids": found.passage_ids, "excluded": found.excluded}
+        return {name: to_device(torch.from_numpy(array), device) for name, array in masks.items()}
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -28,7 +28,7 @@ from retriever.meter import Meter
 from retriever.open_data import open_training
 from retriever.optim import build_optimizer
 from retriever.plan import Plan, plan_step
-from retriever.pool_ids import with_pool_ids
+from retriever.pool_ids import with_pool_false_negatives
 from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
 from retriever.ranks import PlannedRanks, Ranks, own_device
@@ -234,7 +234,8 @@ class Trainer:
                 if number == 0:
                     where = " (the first process)" if self.ranks.size > 1 else ""
                     self.terminal.line(self.graphs.described(batch.micro_batch_tokens) + where)
-                loss, grad_norm = self._step(with_pool_ids(batch, self.ranks), state.step)
+                batch = with_pool_false_negatives(batch, self.ranks, self.batches.known)
+                loss, grad_norm = self._step(batch, state.step)
                 state.step += 1
                 meter.add(batch)
                 stop.agree()

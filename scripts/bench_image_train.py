@@ -280,8 +280,7 @@ class Bench:
         images = ImageGroup(content, each, places) if lock else Pictures(content, each, places, size)
         padded = not towers.padding_free
         texts = TextGroup("document", tokens, pack(tokens.lengths, budget, padded=padded, device=towers.device.type))
-        ids = np.arange(size)
-        return PreparedBatch([images, texts], size, ids, ids, padded)
+        return PreparedBatch([images, texts], size, None, padded)
 
     def pixels(self, towers: ImageTextTowers, size: int) -> torch.Tensor:
         """Random bytes in the host's memory, made once: uint8 [at most --batch, 3, height, width]."""

@@ -1,13 +1,14 @@
-"""Training steps: ours, data loading included, beside sentence-transformers' cached loss, its own batches in memory.
+"""Training steps: ours, data loading included, beside sentence-transformers' cached loss, its batches in memory.
 
     python scripts/bench_train.py --device cuda --tokenizer FOLDER --batch 16384 65536    BERT-base, random weights
     python scripts/bench_train.py --device cpu --model FOLDER --batch 512                 MiniLM, say
 
-Both train the same model on the same texts with AdamW. Theirs is measured at each of --their-tokens, and the best is
-the one compared; where --budget is short, larger batches are measured at the best of the smaller ones alone, and with
-fewer steps. Model FLOP utilisation is three forwards' worth of matrix products for each real token (no credit for
-padding or for a second forward), over the rate of an 8192-cubed product measured in the same run. Beside the measured
-peak of GPU memory stands the one that `retriever train --dry-run` foretells. Each row goes to
+Both train the same model with AdamW on the same batches of the same texts in the same order, after as many steps that
+are not counted. Theirs is measured at each of --their-tokens, padded, and without padding where flash-attention is
+installed; the best is the one compared. Where --budget is short, larger batches are measured at the best of the smaller
+ones alone, and with fewer steps. Model FLOP utilisation is three forwards' worth of matrix products for each real token
+(no credit for padding or for a second forward), over the rate of an 8192-cubed product measured in the same run. Beside
+the measured peak of GPU memory stands the one that `retriever train --dry-run` predicts. Each row goes to
 scripts/results/train.csv as soon as it is measured.
 """
 
@@ -33,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import machine
-from sized_texts import PASSAGE, QUERY, SizedTexts
+from sized_texts import SizedTexts
 
 from retriever.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from retriever.data.sources import SourceConfig
@@ -45,6 +46,7 @@ from retriever.trainer import Trainer
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
 LR = 1e-5
+PADDED = "sdpa"
 # Ours, and the setting that each way wants.
 WAYS = {"ours": "", "ours, compiled": "compile", "ours, CUDA graphs": "cuda_graphs"}
 # Of the time that is left, for the steps of one batch size; the rest goes into texts, loading and saving.
@@ -68,7 +70,7 @@ def main() -> None:
         write(options.results / "train.csv", rows)
         return rows[-1]
 
-    settings = list(options.their_tokens)
+    settings = [(attention, tokens) for attention in their_attention(device) for tokens in options.their_tokens]
     # Seconds a pair of the smaller batches, by which the larger ones are cut to the budget.
     our_pace = their_pace = 0.0
     for batch in sorted(options.batch):
@@ -76,20 +78,22 @@ def main() -> None:
             if setting and not getattr(options, setting):
                 continue
             steps = budget.repeats(OUR_SHARE, our_pace * batch, least=4, most=options.steps)
-            our_pace = 1 / keep(ours(model, tokenizer, batch, steps, way, options))["pairs_per_second"]
+            row, texts = ours(model, tokenizer, batch, steps, way, options)
+            our_pace = 1 / keep(row)["pairs_per_second"]
         if not settings:
             continue
         repeats = budget.repeats(THEIR_SHARE, their_pace * batch, least=1, most=len(settings) * options.their_steps)
         settings = settings[:repeats]
-        rates: dict[int, float] = {}
-        for tokens in settings:
+        rates: dict[tuple[str, int], float] = {}
+        for attention, tokens in settings:
+            counted = max(1, repeats // len(settings) - warm_up(batch))
             try:
-                row = sentence_transformers(model, tokenizer, batch, tokens, repeats // len(settings), options)
+                row = sentence_transformers(model, texts[: warm_up(batch) + counted], tokens, options, attention)
             except torch.OutOfMemoryError:
-                print(f"sentence-transformers, {tokens} tokens: out of memory", flush=True)
+                print(f"{their_name(attention, tokens)}, batch {batch}: out of memory", flush=True)
                 continue
-            rates[tokens] = keep(row)["pairs_per_second"]
-        settings = sorted(rates, key=lambda tokens: -rates[tokens])
+            rates[attention, tokens] = keep(row)["pairs_per_second"]
+        settings = sorted(rates, key=lambda setting: -rates[setting])
         if not rates:
             continue
         their_pace = 1 / max(rates.values())
@@ -127,8 +131,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="", help="folder of a model; BERT-base with random weights if not given")
     parser.add_argument("--tokenizer", help="folder of a BERT tokenizer, for BERT-base")
     parser.add_argument("--batch", type=int, nargs="+", default=[16384, 65536], help="pairs a step")
-    parser.add_argument("--steps", type=int, default=8, help="ours; the first two are not counted")
-    parser.add_argument("--their-steps", type=int, default=2, help="theirs, after a small one that is not counted")
+    parser.add_argument("--steps", type=int, default=8, help="ours; the first ones, `warm_up`, are not counted")
+    parser.add_argument("--their-steps", type=int, default=4, help="theirs; as many are not counted")
     parser.add_argument("--their-tokens", type=int, nargs="*", default=[16384, 65536], help="their micro-batches")
     parser.add_argument("--workers", type=int, default=8, help="processes that tokenize")
     parser.add_argument("--budget", type=float, help="seconds for all of it, kept to by fewer steps (not given: none)")
@@ -146,10 +150,15 @@ def model_config(options: argparse.Namespace) -> ModelConfig:
     return ModelConfig(architecture={"model_type": "bert"}, tokenizer=options.tokenizer, pooling="mean", max_length=252)
 
 
+def warm_up(batch: int) -> int:
+    """Steps that are not counted, of either."""
+    return 2 if batch < 16384 else 1
+
+
 def ours(
     model: ModelConfig, tokenizer: Any, batch: int, steps: int, way: str, options: argparse.Namespace
-) -> dict[str, Any]:
-    """`retriever train`, its own measurements taken from metrics.jsonl."""
+) -> tuple[dict[str, Any], list[tuple[list[str], list[str]]]]:
+    """`retriever train`, its own measurements taken from metrics.jsonl, and the queries and positives of its steps."""
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs.jsonl"
         SizedTexts(tokenizer).write_pairs(pairs, batch * min(steps, 4))
@@ -164,20 +173,21 @@ def ours(
             device=options.device,
             compile=WAYS[way] == "compile",
             cuda_graphs=WAYS[way] == "cuda_graphs",
-            log_every=max(2, steps // 4),
+            log_every=warm_up(batch),
             checkpoint_every=10**6,
         )
         reset_peak()
         with quiet():
             trainer = Trainer.start(config, Terminal())
             plan = trainer.plan()
+            texts = [(b.queries, b.positives) for b in map(trainer.batches.batch, range(steps))]
             trainer.train()
         lines = (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines][1:]
         kept = trainer.graphs
     middle = {key: statistics.median(row[key] for row in rows) for key in ("tokens_per_second", "pairs_per_second")}
     note = f"micro-batches of {kept.micro_batch_tokens} tokens, {kept.graph_tokens} tokens' graphs kept"
-    return {
+    row = {
         "method": way,
         "batch": batch,
         **middle,
@@ -187,16 +197,22 @@ def ours(
         "flops": flops(trainer.towers),
         "note": note,
     }
+    return row, texts
 
 
 def sentence_transformers(
-    model: ModelConfig, tokenizer: Any, batch: int, tokens: int, steps: int, options: argparse.Namespace
+    model: ModelConfig,
+    texts: list[tuple[list[str], list[str]]],
+    tokens: int,
+    options: argparse.Namespace,
+    attention: str = "sdpa",
 ) -> dict[str, Any]:
-    """Its cached loss with micro-batches of `tokens` tokens; batches are tokenized before the clock starts."""
+    """Its cached loss with micro-batches of `tokens` tokens on the queries and positives of some steps, which are
+    tokenized before the clock starts."""
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     towers = build_towers(model).to(options.device)
-    network = towers.model
+    network = with_attention(towers.model, attention)
     # Autocast on a CPU makes theirs slower.
     precision: Precision = "bf16" if towers.device.type == "cuda" else "fp32"
     if precision == "bf16":
@@ -204,14 +220,12 @@ def sentence_transformers(
         network.forward = torch.autocast(towers.device.type, torch.bfloat16)(network.forward)
     loss = CachedMultipleNegativesRankingLoss(network, mini_batch_size=2048, mini_batch_num_tokens=tokens)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, fused=True)
-    texts = SizedTexts(tokenizer)
+    batch = len(texts[0][0])
     seconds, counted = [], []
     reset_peak()
-    # The first step, which builds what later ones use, is a small one and is not counted.
-    for number, size in enumerate([max(1, batch // 8)] + steps * [batch]):
-        columns = [list(texts.make(kind, size)) for kind in (QUERY, PASSAGE)]
+    for number, columns in enumerate(texts):
         features = [network.preprocess(column) for column in columns]
-        real = sum(int(each["attention_mask"].sum()) for each in features)
+        real = sum(their_tokens(each) for each in features)
         features = [{k: v.to(options.device) if hasattr(v, "to") else v for k, v in f.items()} for f in features]
         wait(towers.device)
         start = time.perf_counter()
@@ -222,12 +236,12 @@ def sentence_transformers(
         optimizer.step()
         optimizer.zero_grad()
         wait(towers.device)
-        if number:
+        if number >= warm_up(batch):
             seconds.append(time.perf_counter() - start)
             counted.append(real)
     rates = [real / second for real, second in zip(counted, seconds, strict=True)]
     return {
-        "method": f"sentence-transformers, {tokens} tokens",
+        "method": their_name(attention, tokens),
         "batch": batch,
         "tokens_per_second": statistics.median(rates),
         "pairs_per_second": batch / statistics.median(seconds),
@@ -235,6 +249,49 @@ def sentence_transformers(
         "flops": flops(towers),
         "note": f"{precision}, cached loss",
     }
+
+
+def their_name(attention: str, tokens: int) -> str:
+    """How a row of theirs is called."""
+    return f"sentence-transformers, {tokens} tokens" + (", without padding" if attention != PADDED else "")
+
+
+def their_attention(device: torch.device) -> list[str]:
+    """Kinds of attention of theirs that run here: padded, and without padding by a flash-attention of varying lengths.
+
+    It drops padding where transformers finds the package flash-attn (2) or flash-attn-4.
+    """
+    from transformers.utils import import_utils
+
+    found = {
+        "flash_attention_4": import_utils.is_flash_attn_4_available,
+        "flash_attention_2": import_utils.is_flash_attn_2_available,
+    }
+    ways = [name for name, available in found.items() if device.type == "cuda" and available()]
+    if not ways:
+        print("sentence-transformers without padding: cannot run here, flash-attention is not installed", flush=True)
+    return [PADDED, *ways[:1]]
+
+
+def with_attention(network: Any, attention: str) -> Any:
+    """The same SentenceTransformer with another kind of attention."""
+    from sentence_transformers import SentenceTransformer
+
+    if attention == PADDED:
+        return network
+    with tempfile.TemporaryDirectory() as folder:
+        network.save(folder, create_model_card=False)
+        kwargs = {"attn_implementation": attention}
+        other = SentenceTransformer(folder, device=str(network.device), model_kwargs=kwargs)
+    assert other[0].can_flatten_inputs, "it pads all the same"
+    return other
+
+
+def their_tokens(features: dict[str, Any]) -> int:
+    """Real tokens of a batch."""
+    if "cu_seq_lens_q" in features:
+        return int(features["cu_seq_lens_q"][-1])
+    return int(features["attention_mask"].sum())
 
 
 def flops(towers: Any) -> float:

@@ -139,7 +139,9 @@ def padded(towers: Towers, texts: list[str]) -> Tensor:
 
 def scores(query: Tensor, passage: Tensor, batch: TrainingBatch) -> Tensor:
     """[M, N], without the other passages that answer a query."""
-    same = torch.from_numpy(batch.query_ids[:, None] == batch.passage_ids)
+    assert batch.false_negatives is not None
+    same = torch.from_numpy(batch.false_negatives.query_ids[:, None] == batch.false_negatives.passage_ids)
+    same[torch.from_numpy(batch.false_negatives.excluded).unbind(1)] = True
     same.fill_diagonal_(False)
     return (LOGIT_SCALE * query @ passage.T).masked_fill(same.to(query.device), -math.inf)
 

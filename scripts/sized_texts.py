@@ -44,9 +44,3 @@ class SizedTexts:
         with path.open("w", encoding="utf-8") as stream:
             for query, passage in zip(self.make(QUERY, count), self.make(PASSAGE, count), strict=True):
                 stream.write(json.dumps({"query": query, "positive": passage}) + "\n")
-
-    def write_corpus(self, path: Path, count: int) -> None:
-        """A JSON-lines file of `count` passages."""
-        with path.open("w", encoding="utf-8") as stream:
-            for number, passage in enumerate(self.make(PASSAGE, count)):
-                stream.write(json.dumps({"_id": str(number), "text": passage}) + "\n")

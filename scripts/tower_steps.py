@@ -160,9 +160,8 @@ class TowerSteps:
         graphs = way.graphs(GraphMemory(*alike))
         optimizer = build_optimizer([*towers.named_parameters(), *loss.named_parameters()], config.optim)
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
-        ids = np.arange(first, last)
         groups = self._groups(last - first, graphs.micro_batch_tokens)
-        batch = PreparedBatch(groups, last - first, ids, ids, not towers.padding_free)
+        batch = PreparedBatch(groups, last - first, None, not towers.padding_free)
         return TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, STEPS, ranks), batch
 
     def _groups(self, pairs: int, budget: int) -> list[Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from retriever.data.false_negatives import FalseNegatives, Integers, find_false_negatives, numbered
+from retriever.data.known_positives import KnownPositives, digests
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.data.table import ExampleTable
 from retriever.workers import become_worker
@@ -32,26 +32,21 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class PairDigests:
-    """What tells the texts of one rank's pairs from others: 64 bits of a hash, int64. Two of a million texts share
-    theirs once in 37 million batches, and then one passage less is a negative of one query."""
+class PairKeys:
+    """Integers for the texts of a batch, or of one rank's share of it: equal for equal texts, and only for these."""
 
-    queries: npt.NDArray[np.int64]
+    queries: Integers
     """[M]"""
-    positives: npt.NDArray[np.int64]
+    positives: Integers
     """[M]"""
-    negatives: npt.NDArray[np.int64]
+    negatives: Integers
     """[N - M]"""
+    known: Integers
+    """[K, 2]: further pairs of a query and a passage that the rows of the share are known to hold."""
 
-    @classmethod
-    def of(cls, queries: Sequence[str], positives: Sequence[str], negatives: Sequence[str]) -> PairDigests:
-        """Digests of texts without prompts."""
-        return cls(*(_digests(texts) for texts in (queries, positives, negatives)))
-
-
-def _digests(texts: Iterable[str]) -> npt.NDArray[np.int64]:
-    content = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return np.frombuffer(content, dtype="<i8").astype(np.int64)
+    def false_negatives(self) -> FalseNegatives:
+        """Those of a batch of these pairs."""
+        return find_false_negatives(self.queries, self.positives, self.negatives, self.known)
 
 
 @dataclass(frozen=True)
@@ -70,51 +65,15 @@ class TrainingBatch:
     """[M], one for each query."""
     negatives: list[str]
     """[N - M], at most `negatives_per_query` for each query."""
-    query_ids: npt.NDArray[np.int64]
-    """[M]; a passage with the id of a query is no negative of it."""
-    passage_ids: npt.NDArray[np.int64]
-    """[N]"""
-    digests: PairDigests | None = None
-    """Of a share, whose ids know nothing of the other ranks' texts."""
+    false_negatives: FalseNegatives | None
+    """Of a whole batch; a share knows nothing of the other ranks' texts."""
+    keys: PairKeys | None = None
+    """Of a share: digests of its texts, without prompts."""
 
     @property
     def passages(self) -> list[str]:
         """[N], positives then negatives."""
         return self.positives + self.negatives
-
-
-def false_negative_ids(
-    queries: Sequence[Hashable], positives: Sequence[Hashable], negatives: Sequence[Hashable]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Ids int64 ([M], [N]) by which no passage is a negative of a query that another pair of the batch gives it to.
-
-    The distinct query texts and the distinct passage texts are the nodes of a graph with an edge from each query to
-    its positive; an id is the number of a connected component. So queries of one text share all their positives,
-    queries of one positive share it, and a hard negative that is somebody's positive carries that one's id.
-
-    Ids make classes, and "answers" is no equivalence: where a query text comes with several positives and one of them
-    comes with another query text too, all these positives are taken out of both queries. No pair of the batch is left
-    among the negatives; a few true negatives may be left out. For the same reason a query's positives that were not
-    drawn for this batch make no edge: on WordNet at a batch of 65,536 they would chain 11,000 words into one class.
-
-    Whatever is equal for equal texts may stand for a text.
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    query_nodes, passage_nodes = _numbered(queries), _numbered([*positives, *negatives])
-    first_passage = int(query_nodes.max(initial=-1)) + 1
-    nodes = first_passage + int(passage_nodes.max(initial=-1)) + 1
-    edges = (query_nodes, first_passage + passage_nodes[: len(positives)])
-    graph = coo_array((np.ones(len(queries), dtype=np.int8), edges), shape=(nodes, nodes))
-    component = connected_components(graph, directed=False)[1].astype(np.int64)
-    return component[query_nodes], component[first_passage + passage_nodes]
-
-
-def _numbered(texts: Sequence[Hashable]) -> npt.NDArray[np.int64]:
-    """Equal texts get equal numbers, counted from 0."""
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
 
 
 class BatchDataset(Dataset[T], Generic[T]):
@@ -128,10 +87,12 @@ class BatchDataset(Dataset[T], Generic[T]):
         *,
         prompts: Sequence[Prompts] | None = None,
         negatives_per_query: int = 0,
+        known: KnownPositives | None = None,
         share: Share | None = None,
     ) -> None:
         """Batches over `tables`, in the order of `schedule`; which of several positives and negatives a row shows is
-        drawn from the schedule's seed, the step and the row's place. `prompts`: one for each table. `share`: of each
+        drawn from the schedule's seed, the step and the row's place. `prompts`: one for each table. `known`: the
+        positives of queries that have several, of all tables; none where no query has. `share`: of each
         batch the part of one process, none for the whole; only its rows are read.
 
         Raises:
@@ -146,6 +107,7 @@ class BatchDataset(Dataset[T], Generic[T]):
         self._prepare = prepare
         self._prompts = list(prompts or [Prompts()] * len(tables))
         self._negatives_per_query = negatives_per_query
+        self._known = known if known is not None and len(known) else None
         self._share = share or Share()
 
     def __len__(self) -> int:
@@ -178,18 +140,32 @@ class BatchDataset(Dataset[T], Generic[T]):
             positives.append(example.positives[int(of_positives[place] * len(example.positives))])
             if count := min(self._negatives_per_query, len(example.negatives)):
                 negatives.extend(random.Random(int(of_negatives[place])).sample(example.negatives, count))
-        digests = PairDigests.of(queries, positives, negatives) if self._share.size > 1 else None
-        query_ids, passage_ids = false_negative_ids(queries, positives, negatives)
+        keys = self._keys(queries, positives, negatives)
         prompts = self._prompts[source]
         return TrainingBatch(
             source,
             [prompts.query + text for text in queries],
             [prompts.passage + text for text in positives],
             [prompts.passage + text for text in negatives],
-            query_ids,
-            passage_ids,
-            digests,
+            false_negatives=keys.false_negatives() if self._share.size == 1 else None,
+            keys=keys if self._share.size > 1 else None,
         )
+
+    def _keys(self, queries: list[str], positives: list[str], negatives: list[str]) -> PairKeys:
+        none = np.empty((0, 2), np.int64)
+        if self._share.size == 1 and self._known is None:
+            # Numbers, which cost less than digests, tell the texts of one process apart.
+            passages = numbered([*positives, *negatives])
+            return PairKeys(numbered(queries), passages[: len(positives)], passages[len(positives) :], none)
+        of_queries, of_positives, of_negatives = (digests(texts) for texts in (queries, positives, negatives))
+        if self._share.size == 1 and self._known is not None:
+            none = self._known.pairs(of_queries, np.concatenate([of_positives, of_negatives]))
+        return PairKeys(of_queries, of_positives, of_negatives, none)
+
+    @property
+    def known(self) -> KnownPositives | None:
+        """The positives of queries that have several, where any has."""
+        return self._known
 
 
 def batch_loader(

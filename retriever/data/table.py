@@ -65,6 +65,12 @@ class ExampleTable:
         query, positives, negatives = (column[int(row)].as_py() for column in self._columns)
         return Example(query, tuple(positives), tuple(negatives))
 
+    def texts(self, rows: int) -> Iterator[tuple[list[str], list[list[str]]]]:
+        """Queries and their positives in order, at most so many rows at a time."""
+        queries, positives, _ = self._columns
+        for first in range(0, self._size, rows):
+            yield queries.slice(first, rows).to_pylist(), positives.slice(first, rows).to_pylist()
+
     def __reduce__(self) -> tuple[type[ExampleTable], tuple[Path]]:
         return ExampleTable, (self.path,)
 

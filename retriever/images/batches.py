@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from index.files import InputError
-from retriever.data.batches import PairDigests, false_negative_ids
+from retriever.data.batches import PairKeys
+from retriever.data.known_positives import KnownPositives, digests
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.images.chunks import Chunks, PairChunk, PairReader
 from retriever.images.sources import check_broken
@@ -67,10 +68,16 @@ class ImageBatches:
         padded: bool,
         device: str,
         say: Callable[[str], None],
+        known: KnownPositives | None = None,
         share: Share | None = None,
     ) -> None:
-        """Batches over the readers' sources, in the order of `schedule`, cut for a type of `device`; `say` prints what
-        is left out. `share`: of each batch the part of one process, none for the whole; only its pairs are read."""
+        """Batches over the readers' sources, in the order of `schedule`, cut for a type of `device`.
+
+        Args:
+            say: prints what is left out.
+            known: the captions of images that several rows of a table name.
+            share: of each batch the part of one process, none for the whole; only its pairs are read.
+        """
         self._readers = list(readers)
         self._share = share or Share()
         self._chunks = Chunks(readers, schedule, self._share)
@@ -80,6 +87,7 @@ class ImageBatches:
         self._padded = padded
         self._device = device
         self._say = say
+        self._known = known if known is not None and len(known) else None
         self._read = [0] * len(self._readers)
         self._broken = [0] * len(self._readers)
         self._free: list[Tensor] = []
@@ -138,7 +146,7 @@ class ImageBatches:
         tokens = _joined([chunk.tokens for chunk in chunks])
         keys = [key for chunk in chunks for key in chunk.keys]
         captions = [caption for chunk in chunks for caption in chunk.captions]
-        query_ids, passage_ids = false_negative_ids(keys, captions, [])
+        texts = self._keys(keys, captions, [every for chunk in chunks for every in chunk.known])
         at_once = max(1, self._token_budget // self._image_tokens)
         places = [np.arange(first, min(first + at_once, filled)) for first in range(0, filled, at_once)]
         images = ImageGroup(pixels[:filled], self._image_tokens, places)
@@ -146,8 +154,23 @@ class ImageBatches:
         weakref.finalize(images, self._free.append, pixels).atexit = False
         cut = pack(tokens.lengths, self._token_budget, padded=self._padded, device=self._device)
         groups: list[Any] = [images, TextGroup("document", tokens, cut)]
-        digests = PairDigests.of(keys, captions, []) if self._share.size > 1 else None
-        return PreparedBatch(groups, filled, query_ids, passage_ids, self._padded, digests)
+        whole = self._share.size == 1
+        masks = texts.false_negatives() if whole else None
+        return PreparedBatch(groups, filled, masks, self._padded, None if whole else texts)
+
+    def _keys(self, keys: list[str], captions: list[str], known: list[tuple[str, ...]]) -> PairKeys:
+        """Of images, their captions, and all captions that these images are known to have."""
+        images, texts = digests(keys), digests(captions)
+        of_image = np.repeat(images, [len(some) for some in known])
+        pairs = np.stack([of_image, digests(text for some in known for text in some)], axis=1)
+        if self._known is not None and self._share.size == 1:
+            pairs = np.concatenate([pairs, self._known.pairs(images, texts)])
+        return PairKeys(images, texts, np.empty(0, np.int64), pairs)
+
+    @property
+    def known(self) -> KnownPositives | None:
+        """The captions of images that several rows show, where any has."""
+        return self._known
 
     def _count(self, source: int, rows: int, broken: list[str]) -> None:
         reader = self._readers[source]

@@ -39,6 +39,8 @@ class PairChunk:
     tokens: TokenizedTexts
     keys: list[str]
     captions: list[str]
+    known: list[tuple[str, ...]]
+    """All captions of each pair, of which one was drawn."""
     broken: list[str]
     """One line for each pair that is left out."""
     failed: str = ""
@@ -73,7 +75,7 @@ class PairReader:
         """
         pictures = self.memory(len(rows)) if into is None else into
         keys: list[str] = []
-        captions, broken = [], []
+        captions, known, broken = [], [], []
         for row, seed in zip(rows, seeds, strict=True):
             chance = np.random.default_rng(seed)
             try:
@@ -90,10 +92,11 @@ class PairReader:
             pictures[len(keys)] = picture
             keys.append(pair.key)
             captions.append(pair.captions[chance.integers(len(pair.captions))])
+            known.append(pair.captions)
         texts = [self.prompt + caption for caption in captions]
         # Tokenizers fail on no texts at all.
         tokens = self.tokenizer(texts) if texts else NO_TOKENS
-        return PairChunk(pictures[: len(keys)] if into is None else None, tokens, keys, captions, broken)
+        return PairChunk(pictures[: len(keys)] if into is None else None, tokens, keys, captions, known, broken)
 
 
 class Chunks(Dataset[PairChunk]):
@@ -180,7 +183,7 @@ class Chunks(Dataset[PairChunk]):
 
 
 def _failed(reason: str) -> PairChunk:
-    return PairChunk(torch.empty(0), NO_TOKENS, [], [], [], reason)
+    return PairChunk(torch.empty(0), NO_TOKENS, [], [], [], [], reason)
 
 
 def _unchanged(chunk: Any) -> Any:

@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 
 from retriever.config import ConfigError, TrainConfig
+from retriever.data.known_positives import find_known_positives
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.device import Precision
 from retriever.images.batches import ImageBatches
 from retriever.images.chunks import PairReader
 from retriever.images.features import FeatureStore, PlannedFeatures, compute_features
-from retriever.images.sources import PairSource, open_pairs
+from retriever.images.sources import FilePairs, PairSource, open_pairs
 from retriever.images.towers import ImageTextTowers
 from retriever.progress import Terminal
 
@@ -77,6 +78,8 @@ def open_image_batches(
         )
         for pairs, source, store in zip(sources, config.data.images, features, strict=True)
     ]
+    # A tar or a dataset shows an image once, with all its captions; rows of a table may name it several times.
+    tables = [pairs.table for pairs in sources if isinstance(pairs, FilePairs)]
     batches = ImageBatches(
         readers,
         schedule,
@@ -86,6 +89,7 @@ def open_image_batches(
         padded=not towers.padding_free,
         device=towers.device.type,
         say=terminal.line,
+        known=find_known_positives(tables, cache, terminal) if tables and config.loss.mask_duplicates else None,
         share=share,
     )
     return batches, tuple(pairs.sha256 for pairs in sources)

@@ -1,4 +1,4 @@
-"""Batches: the same whoever prepares them, and ids that leave no known answer among a query's negatives."""
+"""Batches are the same whichever process prepares them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,15 @@ import json
 import pickle
 import random
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from retriever.data.batches import (
-    BatchDataset,
-    PairDigests,
-    Prompts,
-    TrainingBatch,
-    batch_loader,
-    false_negative_ids,
-)
+from retriever.data.batches import BatchDataset, Prompts, TrainingBatch, batch_loader
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.data.sources import SourceConfig
 from retriever.data.table import ExampleTable, open_source
-from retriever.pool_ids import with_pool_ids
-from retriever.prepare import PreparedBatch
-from retriever.ranks import Ranks
 
 
 def as_given(batch: TrainingBatch) -> TrainingBatch:
@@ -63,8 +50,9 @@ def assert_equal(found: list[TrainingBatch], expected: list[TrainingBatch]) -> N
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert (one.source, one.queries, one.passages) == (other.source, other.queries, other.passages)
-        np.testing.assert_array_equal(one.query_ids, other.query_ids)
-        np.testing.assert_array_equal(one.passage_ids, other.passage_ids)
+        assert one.false_negatives is not None and other.false_negatives is not None
+        for name in ("query_ids", "passage_ids", "excluded"):
+            np.testing.assert_array_equal(getattr(one.false_negatives, name), getattr(other.false_negatives, name))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -107,8 +95,9 @@ def test_a_batch_holds_each_querys_own_texts_with_prompts(tmp_path: Path) -> Non
         assert len(set(batch.negatives)) == len(batch.negatives) == len(expected)
         for number, negative in zip(expected, batch.negatives, strict=True):
             assert negative.startswith(f"{passage_prompt}{name} n{number}-")
-        assert len(batch.query_ids) == len(batch.queries)
-        assert len(batch.passage_ids) == len(batch.passages)
+        assert batch.false_negatives is not None
+        assert len(batch.false_negatives.query_ids) == len(batch.queries)
+        assert len(batch.false_negatives.passage_ids) == len(batch.passages)
 
 
 def test_a_row_shows_other_positives_and_negatives_at_other_steps(tmp_path: Path) -> None:
@@ -143,86 +132,6 @@ def test_the_shares_of_all_processes_make_the_batch_of_one(tmp_path: Path, size:
         for kind in ("queries", "positives", "negatives"):
             assert [text for part in parts for text in getattr(part, kind)] == getattr(batch, kind)
         assert max(len(part.queries) for part in parts) - min(len(part.queries) for part in parts) <= 1
-
-
-class TogetherRanks(Ranks):
-    """A rank whose others have already said what they have."""
-
-    said: ClassVar[list[PairDigests]] = []
-
-    def gathered(self, rows: np.ndarray) -> list[np.ndarray]:
-        mine = self.said[self.rank]
-        (kind,) = (name for name in ("queries", "positives", "negatives") if getattr(mine, name) is rows)
-        return [getattr(digests, kind) for digests in self.said]
-
-
-@given(st.data())
-def test_ids_over_processes_mask_what_ids_of_the_whole_batch_mask(data: st.DataObject) -> None:
-    shared_texts = st.sampled_from("abcdefghijklmnop")
-    pairs = st.lists(st.tuples(shared_texts, shared_texts), min_size=1, max_size=4)
-    shards = data.draw(st.lists(st.tuples(pairs, st.lists(shared_texts, max_size=3)), min_size=2, max_size=4))
-    TogetherRanks.said = [PairDigests.of([q for q, _ in some], [p for _, p in some], more) for some, more in shards]
-    none = np.empty(0, dtype=np.int64)
-    found = [
-        with_pool_ids(
-            PreparedBatch([], len(digests.queries), none, none, digests=digests), TogetherRanks(rank, len(shards))
-        )
-        for rank, digests in enumerate(TogetherRanks.said)
-    ]
-    queries, positives = zip(*(pair for some, _ in shards for pair in some), strict=True)
-    negatives = [text for _, more in shards for text in more]
-    query_ids, passage_ids = false_negative_ids(queries, positives, negatives)
-    assert {batch.has_duplicates for batch in found} == {len(np.unique(passage_ids)) < len(passage_ids)}
-    if not found[0].has_duplicates:
-        return
-    counts = [len(some) for some, _ in shards]
-    ours_positive = [batch.passage_ids[:count] for batch, count in zip(found, counts, strict=True)]
-    ours_negative = [batch.passage_ids[count:] for batch, count in zip(found, counts, strict=True)]
-    ours = np.concatenate([batch.query_ids for batch in found])[:, None] == np.concatenate(
-        [*ours_positive, *ours_negative]
-    )
-    np.testing.assert_array_equal(ours, query_ids[:, None] == passage_ids)
-
-
-def test_ids_tell_the_cases_apart() -> None:
-    queries = ["same", "same", "third", "fourth", "fifth"]
-    positives = ["p0", "p1", "p2", "p2", "p4"]
-    query_ids, passage_ids = false_negative_ids(queries, positives, ["p4", "n", "n"])
-    masked = query_ids[:, None] == passage_ids[None, :]
-    np.testing.assert_array_equal(
-        masked,
-        np.array(
-            [
-                [1, 1, 0, 0, 0, 0, 0, 0],  # the other positive of the same query text
-                [1, 1, 0, 0, 0, 0, 0, 0],
-                [0, 0, 1, 1, 0, 0, 0, 0],  # the same positive text
-                [0, 0, 1, 1, 0, 0, 0, 0],
-                [0, 0, 0, 0, 1, 1, 0, 0],  # somebody's hard negative
-            ],
-            dtype=bool,
-        ),
-    )
-    assert query_ids.dtype == passage_ids.dtype == np.int64
-
-
-def test_a_query_text_that_equals_a_passage_text_is_not_it() -> None:
-    query_ids, passage_ids = false_negative_ids(["a", "b"], ["b", "c"], ["a"])
-    np.testing.assert_array_equal(query_ids[:, None] == passage_ids, [[1, 0, 0], [0, 1, 0]])
-
-
-texts = st.sampled_from("abcdefgh")
-
-
-@given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=12), negatives=st.lists(texts, max_size=6))
-def test_no_pair_of_the_batch_is_left_among_the_negatives(pairs: list[tuple[str, str]], negatives: list[str]) -> None:
-    queries, positives = map(list, zip(*pairs, strict=True))
-    query_ids, passage_ids = false_negative_ids(queries, positives, negatives)
-    for i, query in enumerate(queries):
-        for j, passage in enumerate([*positives, *negatives]):
-            if (query, passage) in pairs:
-                assert query_ids[i] == passage_ids[j]
-            if passage not in positives:
-                assert query_ids[i] != passage_ids[j]
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,7 @@ def test_micro_batches_end_to_end_are_full_but_for_the_first(lengths: list[int],
 
 
 def batch_of(queries: list[str], positives: list[str], negatives: list[str]) -> TrainingBatch:
-    ids = np.arange(len(positives) + len(negatives))
-    return TrainingBatch(0, queries, positives, negatives, ids[: len(queries)], ids)
+    return TrainingBatch(0, queries, positives, negatives, None)
 
 
 def test_arranged_embeddings_belong_to_their_texts(tiny: ModelConfig) -> None:
@@ -103,11 +102,3 @@ def test_gradients_of_arranged_embeddings_go_to_where_these_wait(tiny: ModelConf
     for leaf, (first, rows) in zip(leaves, cuts, strict=True):
         assert leaf.grad is not None and leaf.grad.device == leaf.device
         torch.testing.assert_close(leaf.grad, expected[first + rows])
-
-
-def test_duplicates_are_known_by_equal_passage_ids(tiny: ModelConfig) -> None:
-    preparer = BatchPreparer.of(build_towers(tiny), 64)
-    distinct = preparer(batch_of(["a", "b"], ["p", "q"], []))
-    assert not distinct.has_duplicates
-    twin = TrainingBatch(0, ["a", "b"], ["p", "p"], [], np.array([0, 0]), np.array([0, 0]))
-    assert preparer(twin).has_duplicates
