@@ -10,7 +10,7 @@ import numpy as np
 from eval.beir import BeirDataset
 from eval.long_documents import WINDOWS, best_of_windows, documents_of
 from eval.metrics import KS, Metrics, evaluate_run
-from eval.ranking import RankedRun, rows_of
+from eval.ranking import RankedRun, own_rows, rows_of
 from index.files import InputError
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ def evaluate_beir(
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     on_ranks: bool = False,
+    keep_identical_ids: bool = False,
 ) -> tuple[RankedRun, Metrics]:
     """Search `store` with every query of the split, by inner product in fp32, and score the ranking.
 
-    A passage whose id is its query's own id is not returned, and every query still gets `k` passages (or the corpus).
     Args:
         dataset: the split; it may have a single query.
         store: the embedded corpus, N passages of D dimensions, or their windows (eval.long_documents).
@@ -46,6 +46,7 @@ def evaluate_beir(
         device: where the products are computed ("cpu", "cuda").
         progress: called with the rows of the corpus searched since the last call.
         on_ranks: as in `exact_search`.
+        keep_identical_ids: as in `ranked_run`.
 
     Returns:
         The run, each query's passages best first, and its metrics.
@@ -58,8 +59,16 @@ def evaluate_beir(
         raise ValueError(f"k: expected at least 1, found {k}")
     ids = store.ids()
     find = exact_search(store, ids, device=device, progress=progress, on_ranks=on_ranks)
-    run = ranked_run(dataset, ids, find, lambda: query_vectors(dataset, embed_queries, store.dim), k, is_windows(store))
-    return run, score(dataset, run, k, ks)
+    run = ranked_run(
+        dataset,
+        ids,
+        find,
+        lambda: query_vectors(dataset, embed_queries, store.dim),
+        k,
+        is_windows(store),
+        keep_identical_ids=keep_identical_ids,
+    )
+    return run, score(dataset, run, k, ks, keep_identical_ids=keep_identical_ids)
 
 
 def is_windows(store: EmbeddingStore) -> bool:
@@ -67,9 +76,12 @@ def is_windows(store: EmbeddingStore) -> bool:
     return WINDOWS in store.source
 
 
-def score(dataset: BeirDataset, run: RankedRun, k: int, ks: Sequence[int] = KS) -> Metrics:
+def score(
+    dataset: BeirDataset, run: RankedRun, k: int, ks: Sequence[int] = KS, *, keep_identical_ids: bool = False
+) -> Metrics:
     """The metrics of a run of depth `k` at those cut-offs that are within it."""
-    return evaluate_run(dataset.qrels, run, [cut for cut in ks if cut <= k])
+    cuts = [cut for cut in ks if cut <= k]
+    return evaluate_run(dataset.qrels, run, cuts, drop_identical=not keep_identical_ids)
 
 
 def query_vectors(dataset: BeirDataset, embed_queries: Embed, dim: int) -> np.ndarray:
@@ -119,13 +131,18 @@ def ranked_run(
     vectors: Callable[[], np.ndarray],
     k: int,
     windows: bool = False,
+    *,
+    keep_identical_ids: bool = False,
 ) -> RankedRun:
-    """Rank the passages `ids` for the split's queries, `k` each, without passages that are their own query.
+    """Rank the passages `ids` for the split's queries, `k` each (or the corpus).
+
+    A passage that has its query's id is left out, unless the qrels judge the pair; the query still gets `k` others.
 
     Args:
         find: exact or approximate search over the rows of `ids`.
         vectors: gives the queries [M, D]; asked after the qrels have been checked against `ids`.
         windows: the rows are windows: a document scores as its best one does.
+        keep_identical_ids: leave no passage out.
 
     Raises:
         InputError: the qrels judge a passage that `ids` lacks.
@@ -136,8 +153,8 @@ def ranked_run(
     sought = dataset.judged | dataset.qrels.keys()
     row_of = rows_of(ids, sought)
     dataset.check(row_of)
-    own = np.array([row_of.get(query, -1) for query in dataset.queries], dtype=np.int64)
-    # One more, so that dropping a query's own passage still leaves k.
+    own = own_rows(dataset.queries, {} if keep_identical_ids else row_of, dataset.qrels)
+    # One more, so that leaving out a query's own passage still leaves k.
     scores, rows = find(vectors(), k + 1 if (own >= 0).any() else k)
     run = RankedRun(list(dataset.queries), ids, rows, scores)
     run.remember(sought, row_of)

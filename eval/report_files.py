@@ -51,7 +51,11 @@ def json_of(report: Report) -> dict[str, Any]:
             found.name: {
                 "queries": found.queries,
                 "systems": {
-                    name: {"mean": metrics.mean, "missing_queries": metrics.missing}
+                    name: {
+                        "mean": metrics.mean,
+                        "missing_queries": metrics.missing,
+                        "identical_ids_left_out": metrics.identical_ids_left_out,
+                    }
                     for name, metrics in found.systems.items()
                 },
                 "comparisons": [_pair_json(pair) for pair in found.pairs],
