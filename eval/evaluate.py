@@ -22,6 +22,12 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 """(queries [M, D] float32, k) -> scores [M, K] float32 and rows [M, K] int64, -1 for a place that stays empty."""
 
+Products = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Pairs of (places of queries, rows of passages), [P] each -> exact inner products and how float32 may round them."""
+
+# Bytes of vectors whose products are made at once.
+PRODUCTS_BYTES = 2**26
+
 
 def evaluate_beir(
     dataset: BeirDataset,
@@ -122,6 +128,40 @@ def exact_search(
         return search(queries, store.shards(), ids, k, block_rows=block_rows, device=device, progress=progress)
 
     return find
+
+
+def exact_products(store: EmbeddingStore, queries: np.ndarray) -> Products:
+    """The products of single pairs of `queries` [Q, D] and passages: rows of the store, or documents of its windows.
+
+    Rows number the passages as `ranked_run` does; a document's product is that of its best window.
+    """
+    from index import recall
+    from index.training import read_rows
+
+    starts = None
+    if is_windows(store):
+        document_of_row = documents_of(store.ids())[1]
+        starts = np.searchsorted(document_of_row, np.arange(document_of_row.max(initial=-1) + 2))
+
+    def of_rows(places: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        products, errors = np.empty(len(rows)), np.empty(len(rows))
+        step = max(1, PRODUCTS_BYTES // (8 * store.dim))
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            unique, inverse = np.unique(rows[some], return_inverse=True)
+            pairs = queries[places[some]], read_rows(store, unique)[inverse]
+            products[some], errors[some] = recall.exact_products(*pairs)
+        return products, errors
+
+    def of_documents(places: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert starts is not None
+        counts = starts[rows + 1] - starts[rows]
+        firsts = counts.cumsum() - counts
+        windows = np.arange(counts.sum()) + np.repeat(starts[rows] - firsts, counts)
+        products, errors = of_rows(np.repeat(places, counts), windows)
+        return np.maximum.reduceat(products, firsts), np.maximum.reduceat(errors, firsts)
+
+    return of_rows if starts is None else of_documents
 
 
 def ranked_run(

@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.approximate import Approximation, approximation, search_by_parts
 from eval.beir import BeirDataset
-from eval.evaluate import Find, exact_search, is_windows, query_vectors, ranked_run, score
+from eval.evaluate import Find, exact_products, exact_search, is_windows, query_vectors, ranked_run, score
 from eval.long_documents import WINDOWS
 from eval.markdown import left_out_line
 from eval.metrics import KS, Metrics
@@ -206,7 +206,8 @@ class Suite:
         made = {name: index.manifest.fields.get(name) for name in ("factory", "seed", "trained_on")}
         exact.index = {**made, **Settings.of(index.faiss).known(), "faiss": faiss.__version__}
         write_trec_run(self._out / task.name / "index.trec", run, "retriever")
-        return approximation(index.factory, exact.run, run, self._score(dataset, run))
+        products = exact_products(store, vectors)
+        return approximation(index.factory, exact.run, run, self._score(dataset, run), products)
 
     def _built(self, task: Task, store: EmbeddingStore) -> Path:
         """The index of the store, built or used again."""
