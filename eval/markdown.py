@@ -144,8 +144,8 @@ def notes_of(found: ReportSet) -> list[str]:
 def left_out_line(name: str, count: int) -> str:
     """What is said of a run that lost `count` passages which have their query's id and are not judged for it."""
     return (
-        f"{name}: {count:,} passages left out, which have the id of their query and are not judged for it; "
-        "--keep-identical-ids keeps them"
+        f"{name}: passages left out because they have the id of their query and are not judged for it: {count:,} "
+        "(--keep-identical-ids keeps them)"
     )
 
 

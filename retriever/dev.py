@@ -110,8 +110,8 @@ class TextDev:
         )
         if metrics.identical_ids_left_out:
             terminal.line(
-                f"{self.dataset.name}: {metrics.identical_ids_left_out:,} passages left out, which have the id of "
-                "their query and are not judged for it; dev.keep_identical_ids keeps them"
+                f"{self.dataset.name}: passages left out because they have the id of their query and are not judged "
+                f"for it: {metrics.identical_ids_left_out:,} (dev.keep_identical_ids keeps them)"
             )
         return metrics.mean
 
