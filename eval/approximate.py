@@ -73,7 +73,9 @@ def approximation(
         row_of = rows_of(exact.passages, {passage for _, passage in others})
         for _, passage in others:
             if passage not in row_of:
-                raise InputError(f"index {index}: expected the passages of the set, found {passage}, which is not there")
+                raise InputError(
+                    f"index {index}: expected the passages of the set, found {passage}, which is not there"
+                )
         places = np.array([place for place, _ in others])
         unlike = np.unique(places)
         last, rounding = np.empty(len(wanted)), np.empty(len(wanted))

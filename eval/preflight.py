@@ -19,6 +19,7 @@ from eval.beir import (
     is_header,
     judgement_lines,
     parse_query,
+    read_qrels,
 )
 from eval.digests import Sample, digest, repetitions
 from eval.metrics import Qrels
@@ -301,15 +302,15 @@ def _compare_splits(found: Preflight, folder: Path, qrels: Qrels, texts: dict[st
         path = path if path.is_file() else path.with_name(f"{other}.tsv.gz")
         if other == found.split or not path.is_file():
             continue
-        theirs: dict[str, int] = {}
-        for number, columns, _ in judgement_lines(path):
-            if columns[QUERY] in texts:
-                theirs.setdefault(columns[QUERY], number)
-        for query, number in theirs.items():
-            if query in qrels:
-                found.add(f"queries judged in {other} too", f"{path}:{number}: {query}")
-            elif texts[query] in ours:
-                found.add(f"queries with the text of one in {other}", f"{path}:{number}: {query}")
+        try:
+            theirs = [query for query in read_qrels(path) if query in texts]
+        except InputError as error:
+            found.add(f"qrels of {other} that cannot be read, and are not compared", str(error))
+            continue
+        too = [query for query in theirs if query in qrels]
+        alike = [query for query in theirs if query not in qrels and texts[query] in ours]
+        found.add_judged(f"queries judged in {other} too", path, QUERY, too)
+        found.add_judged(f"queries with the text of one in {other}", path, QUERY, alike)
 
 
 def _records(found: Preflight, path: Path) -> Iterator[Record]:

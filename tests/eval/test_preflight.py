@@ -256,3 +256,13 @@ def test_queries_with_the_id_of_an_unjudged_passage_are_counted(tmp_path: Path, 
     found = preflight(folder, keep_identical_ids=keep)
     what = "queries with the id of a passage that is not judged for them, which is left out of their ranking"
     assert kinds(found).get(what) == count
+
+
+def test_another_split_that_would_be_read_shifted_is_not_compared(tmp_path: Path) -> None:
+    """The numbers of its rows are ids of this split's queries."""
+    asked: list[object] = [{"_id": str(i), "text": f"ask {i}"} for i in range(3)]
+    train = HEADER + "0\t7\td1\t1\n1\t8\td2\t1\n"
+    folder = write(tmp_path / "s", passages(3), asked, test=HEADER + "0\td1\t1\n1\td2\t1\n", train=train)
+    found = preflight(folder)
+    assert not found.errors and kinds(found) == {"qrels of train that cannot be read, and are not compared": 1}
+    assert "train.tsv:2: expected 3 columns, found 4" in found.warnings[0].places[0]
