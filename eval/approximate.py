@@ -68,7 +68,7 @@ def approximation(
     for place, query in enumerate(exact.queries):
         ours, theirs = exact[query].keys(), found[query].keys()
         right[place] = len(ours & theirs)
-        others += [(place, passage) for passage in theirs - ours]
+        others += [(place, passage) for passage in theirs - ours if ours]
     if others:
         row_of = rows_of(exact.passages, {passage for _, passage in others})
         for _, passage in others:

@@ -22,7 +22,7 @@ GRADE_HEADS = ("score", "relevance", "rel", "label", "grade")
 # Where they stand in a line of qrels.
 QUERY, PASSAGE = 0, -2
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
-# Grades are kept as 64-bit integers, and their products with ranks must stay in them.
+# Grades are kept as 64-bit integers; none in use comes near this.
 GRADE_LIMIT = 2**31
 
 
@@ -93,8 +93,6 @@ class BeirDataset:
             raise InputError(f"{qrels_path}: expected judgements, found none")
         queries_path = beir_file(folder, "queries.jsonl")
         queries = read_queries(queries_path)
-        for query in queries:
-            checked_query_id(query, str(queries_path))
         lost = qrels.keys() - queries.keys()
         if lost and (not dangling or len(lost) == len(qrels)):
             raise _not_there(qrels_path, QUERY, lost, f"ids of {queries_path.name}")
@@ -166,7 +164,7 @@ def parse_query(record: Record) -> tuple[str, str]:
         if column not in fields:
             wanted = "'_id' or 'id'" if column == key else "'text'"
             raise InputError(f"{record.place}: expected a column {wanted}, found {', '.join(fields) or 'none'}")
-    query, text = checked_id(fields[key], record.place), fields["text"]
+    query, text = checked_query_id(fields[key], record.place), fields["text"]
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{record.place}: expected text for query {query}, found {text!r:.60}")
     return query, text
@@ -189,7 +187,7 @@ def read_qrels(path: Path) -> Qrels:
             judgements.begin(columns, place)
         else:
             judgements.add(columns, place)
-    judgements.check(path)
+    judgements.check()
     return judgements.qrels
 
 
@@ -262,6 +260,7 @@ class Judgements:
         self._source = ""
         # Whether every first column so far was the number of its row, from 0 or 1; and the second columns, up to two.
         self._rows = 0
+        self._first = ""
         self._numbered = True
         self._second: set[str] = set()
 
@@ -289,6 +288,7 @@ class Judgements:
         self._width = len(columns)
         self._numbered = self._numbered and query in (str(self._rows), str(self._rows + 1))
         self._rows += 1
+        self._first = self._first or place
         if len(self._second) < 2:
             self._second.add(columns[1])
         known = self.qrels.setdefault(query, {}).setdefault(passage, grade)
@@ -296,7 +296,7 @@ class Judgements:
             found = f"{known} and {grade}"
             raise InputError(f"{place}: expected one grade for query {query}, passage {passage}, found {found}")
 
-    def check(self, path: Path) -> None:
+    def check(self) -> None:
         """Refuse a table that was written with the numbers of its rows and without a header.
 
         In TREC's four columns the second is the same in every line, as good as always 0.
@@ -306,8 +306,8 @@ class Judgements:
         """
         if self._width == 4 and not self._source and self._rows > 1 and self._numbered and len(self._second) > 1:
             raise InputError(
-                f"{path}: expected query, 0, passage, grade in four columns, found the numbers of the rows in the "
-                "first; write the table without its index"
+                f"{self._first}: expected query, 0, passage, grade in four columns, found the numbers of the rows in "
+                "the first; write the table without its index"
             )
 
     def _check_width(self, columns: list[str], place: str) -> None:

@@ -78,7 +78,11 @@ def test_a_table_with_the_numbers_of_its_rows_is_refused(
 ) -> None:
     numbered = [[str(number), *row] for number, row in enumerate(TABLE, start=start)]
     path = write(tmp_path / "test.tsv", as_text([header or [], *numbered], separator))
-    found = r":2: expected 3 columns, found 4 \(the header has 3\)" if header else ": expected query, 0, passage, grade"
+    found = (
+        r":2: expected 3 columns, found 4 \(the header has 3\)"
+        if header
+        else ":[12]: expected query, 0, passage, grade"
+    )
     with pytest.raises(InputError, match=rf"test\.tsv{found}"):
         read_qrels(path)
 
@@ -159,7 +163,7 @@ def test_ids_of_queries_that_would_make_their_lines_comments_are_refused(tmp_pat
     with (folder / "queries.jsonl").open("a") as stream:
         stream.write('{"_id": "#4", "text": "ask 4"}\n')
     with pytest.raises(
-        InputError, match=r"queries\.jsonl: expected a query's id without # at its beginning, found '#4'"
+        InputError, match=r"queries\.jsonl:4: expected a query's id without # at its beginning, found '#4'"
     ):
         BeirDataset.open(folder)
     write_table(tmp_path / "test.parquet", {"query-id": ["#4"], "corpus-id": ["d1"]})
