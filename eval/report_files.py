@@ -51,12 +51,11 @@ def json_of(report: Report) -> dict[str, Any]:
             found.name: {
                 "queries": found.queries,
                 "systems": {
-                    name: {
-                        "mean": metrics.mean,
-                        "missing_queries": metrics.missing,
-                        "identical_ids_left_out": metrics.identical_ids_left_out,
-                    }
+                    name: {"mean": metrics.mean, "missing_queries": metrics.missing}
                     for name, metrics in found.systems.items()
+                },
+                "identical_ids_left_out": {
+                    name: metrics.identical_ids_left_out for name, metrics in found.systems.items()
                 },
                 "comparisons": [_pair_json(pair) for pair in found.pairs],
                 "changes": [_changes_json(changes) for changes in found.changes],
