@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from eval.metrics import Qrels
 from index.files import InputError
-from index.passages import Passage, checked_id, read_passages
+from index.passages import COMMENT, Passage, checked_id, checked_query_id, read_passages
 from index.records import Record, open_text, read_records
 
 QUERY_HEADS = ("query-id", "queryid", "query", "qid", "topic")
@@ -18,6 +21,9 @@ PASSAGE_HEADS = ("corpus-id", "corpusid", "doc-id", "docid", "document-id", "pas
 GRADE_HEADS = ("score", "relevance", "rel", "label", "grade")
 # Where they stand in a line of qrels.
 QUERY, PASSAGE = 0, -2
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+# Grades are kept as 64-bit integers; none in use comes near this.
+GRADE_LIMIT = 2**31
 
 
 def beir_file(folder: Path, name: str) -> Path:
@@ -158,7 +164,7 @@ def parse_query(record: Record) -> tuple[str, str]:
         if column not in fields:
             wanted = "'_id' or 'id'" if column == key else "'text'"
             raise InputError(f"{record.place}: expected a column {wanted}, found {', '.join(fields) or 'none'}")
-    query, text = checked_id(fields[key], record.place), fields["text"]
+    query, text = checked_query_id(fields[key], record.place), fields["text"]
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{record.place}: expected text for query {query}, found {text!r:.60}")
     return query, text
@@ -167,22 +173,26 @@ def parse_query(record: Record) -> tuple[str, str]:
 def read_qrels(path: Path) -> Qrels:
     """Read qrels: BEIR's `query passage grade` or TREC's `query 0 passage grade`, between tabs or blanks.
 
-    The first line is data unless it is literally a header (query-id, corpus-id, score). The same judgement twice is
-    one judgement; two different grades for one pair are refused. Grades are whole numbers. A Parquet file has the
-    columns query-id and corpus-id, and a score unless all are relevant (NanoBEIR).
+    The first line is data unless it is literally a header (query-id, corpus-id, score), and every line has as many
+    columns as the first. A line that begins with # is a comment, as in trec_eval 10. The same judgement twice is one
+    judgement; two different grades for one pair are refused. Grades are whole numbers, which may be written as 1.0. A
+    Parquet file has the columns query-id and corpus-id, and a score unless all are relevant (NanoBEIR).
 
     Raises:
         InputError: the file is missing or a line is broken; the message names the line.
     """
     judgements = Judgements()
-    for number, columns, place in judgement_lines(path):
-        if number > 1 or not is_header(columns):
+    for line, (_, columns, place) in enumerate(judgement_lines(path)):
+        if line == 0 and is_header(columns):
+            judgements.begin(columns, place)
+        else:
             judgements.add(columns, place)
+    judgements.check()
     return judgements.qrels
 
 
 def judgement_lines(path: Path) -> Iterator[tuple[int, list[str], str]]:
-    """(number, columns, place) of every line of a qrels file that is not empty, its header included.
+    """(number, columns, place) of every line of a qrels file, its header included, but for empty lines and comments.
 
     Raises:
         InputError: the file is missing or cannot be read.
@@ -194,7 +204,8 @@ def judgement_lines(path: Path) -> Iterator[tuple[int, list[str], str]]:
         number = 0
         try:
             for number, line in enumerate(stream, start=1):
-                if columns := line.split():
+                columns = line.split()
+                if columns and not columns[0].startswith(COMMENT):
                     yield number, columns, f"{path}:{number}"
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
             raise InputError(f"{path}:{number + 1}: cannot be read: {error}") from None
@@ -205,8 +216,14 @@ def _judgement_rows(path: Path) -> Iterator[tuple[int, list[str], str]]:
         for column in ("query-id", "corpus-id"):
             if column not in record.fields:
                 raise InputError(f"{record.place}: expected a column '{column}', found {', '.join(record.fields)}")
-        query, passage = (checked_id(record.fields[column], record.place) for column in ("query-id", "corpus-id"))
-        yield number, [query, passage, str(record.fields.get("score", 1))], record.place
+        query = checked_query_id(record.fields["query-id"], record.place)
+        passage = checked_id(record.fields["corpus-id"], record.place)
+        yield number, [query, passage, _grade_text(record.fields.get("score", 1))], record.place
+
+
+def _grade_text(value: Any) -> str:
+    """A grade of a Parquet file as text; what is no number by the name that JSON has for it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def first_places(path: Path, column: int, wanted: Collection[str], most: int) -> dict[str, str]:
@@ -235,11 +252,30 @@ def head_names(columns: list[str]) -> list[str]:
 
 
 class Judgements:
-    """The qrels of a file, line by line: 3 or 4 columns, as many in every line."""
+    """The qrels of a file, line by line: 3 or 4 columns, as many in every line as in the header or the first line."""
 
     def __init__(self) -> None:
         self.qrels: Qrels = {}
         self._width = 0
+        self._source = ""
+        # Whether every first column so far was the number of its row, from 0 or 1; and the second columns, up to two.
+        self._rows = 0
+        self._first = ""
+        self._numbered = True
+        self._second: set[str] = set()
+
+    def begin(self, header: list[str], place: str) -> None:
+        """Take the columns that a header names.
+
+        Raises:
+            InputError: they are not 3 or 4, or the passage's does not stand before the grade's.
+        """
+        self._check_width(header, place)
+        names = head_names(header)
+        if names[PASSAGE] not in PASSAGE_HEADS and any(name in PASSAGE_HEADS for name in names):
+            wanted = "the passage's id in the last column but one"
+            raise InputError(f"{place}: expected {wanted}, found {header[PASSAGE]!r:.40}")
+        self._width, self._source = len(header), f" (the header has {len(header)})"
 
     def add(self, columns: list[str], place: str) -> None:
         """Enter a line.
@@ -247,15 +283,48 @@ class Judgements:
         Raises:
             InputError: it has another width, its grade is no whole number, or its pair has another grade.
         """
-        if len(columns) not in (3, 4) or (self._width and len(columns) != self._width):
-            wanted = self._width or "3 (query, passage, grade) or 4 (query, 0, passage, grade)"
-            raise InputError(f"{place}: expected {wanted} columns, found {len(columns)}")
-        query, passage, grade_text = columns[0], columns[-2], columns[-1]
-        if not re.fullmatch(r"[+-]?[0-9]+", grade_text):
-            raise InputError(f"{place}: expected a whole number as grade, found {grade_text!r:.30}")
+        self._check_width(columns, place)
+        query, passage, grade = columns[QUERY], columns[PASSAGE], parse_grade(columns[-1], place)
         self._width = len(columns)
-        grade = int(grade_text)
+        self._numbered = self._numbered and query in (str(self._rows), str(self._rows + 1))
+        self._rows += 1
+        self._first = self._first or place
+        if len(self._second) < 2:
+            self._second.add(columns[1])
         known = self.qrels.setdefault(query, {}).setdefault(passage, grade)
         if known != grade:
             found = f"{known} and {grade}"
             raise InputError(f"{place}: expected one grade for query {query}, passage {passage}, found {found}")
+
+    def check(self) -> None:
+        """Refuse a table that was written with the numbers of its rows and without a header.
+
+        In TREC's four columns the second is the same in every line, as good as always 0.
+
+        Raises:
+            InputError: the first column numbers the rows and the second differs.
+        """
+        if self._width == 4 and not self._source and self._rows > 1 and self._numbered and len(self._second) > 1:
+            raise InputError(
+                f"{self._first}: expected query, 0, passage, grade in four columns, found the numbers of the rows in "
+                "the first; write the table without its index"
+            )
+
+    def _check_width(self, columns: list[str], place: str) -> None:
+        if len(columns) not in (3, 4) or (self._width and len(columns) != self._width):
+            wanted = self._width or "3 (query, passage, grade) or 4 (query, 0, passage, grade)"
+            raise InputError(f"{place}: expected {wanted} columns, found {len(columns)}{self._source}")
+
+
+def parse_grade(text: str, place: str) -> int:
+    """The grade that a cell holds: a whole number, which may be written as 1.0 or 1e0.
+
+    Raises:
+        InputError: it is another number or none, or too large.
+    """
+    grade = Decimal(text) if NUMBER.fullmatch(text) else None
+    if grade is None or grade != grade.to_integral_value():
+        raise InputError(f"{place}: expected a whole number as grade, found {text!r:.30}")
+    if abs(grade) >= GRADE_LIMIT:
+        raise InputError(f"{place}: expected a grade between {-GRADE_LIMIT} and {GRADE_LIMIT}, found {text:.30}")
+    return int(grade)

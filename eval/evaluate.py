@@ -10,7 +10,7 @@ import numpy as np
 from eval.beir import BeirDataset
 from eval.long_documents import WINDOWS, best_of_windows, documents_of
 from eval.metrics import KS, Metrics, evaluate_run
-from eval.ranking import RankedRun, rows_of
+from eval.ranking import RankedRun, own_rows, rows_of
 from index.files import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +21,12 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 
 Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 """(queries [M, D] float32, k) -> scores [M, K] float32 and rows [M, K] int64, -1 for a place that stays empty."""
+
+Products = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Pairs of (places of queries, rows of passages), [P] each -> exact inner products and how float32 may round them."""
+
+# Bytes of vectors whose products are made at once.
+PRODUCTS_BYTES = 2**26
 
 
 def evaluate_beir(
@@ -33,10 +39,10 @@ def evaluate_beir(
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     on_ranks: bool = False,
+    keep_identical_ids: bool = False,
 ) -> tuple[RankedRun, Metrics]:
     """Search `store` with every query of the split, by inner product in fp32, and score the ranking.
 
-    A passage whose id is its query's own id is not returned, and every query still gets `k` passages (or the corpus).
     Args:
         dataset: the split; it may have a single query.
         store: the embedded corpus, N passages of D dimensions, or their windows (eval.long_documents).
@@ -46,6 +52,7 @@ def evaluate_beir(
         device: where the products are computed ("cpu", "cuda").
         progress: called with the rows of the corpus searched since the last call.
         on_ranks: as in `exact_search`.
+        keep_identical_ids: as in `ranked_run`.
 
     Returns:
         The run, each query's passages best first, and its metrics.
@@ -58,8 +65,16 @@ def evaluate_beir(
         raise ValueError(f"k: expected at least 1, found {k}")
     ids = store.ids()
     find = exact_search(store, ids, device=device, progress=progress, on_ranks=on_ranks)
-    run = ranked_run(dataset, ids, find, lambda: query_vectors(dataset, embed_queries, store.dim), k, is_windows(store))
-    return run, score(dataset, run, k, ks)
+    run = ranked_run(
+        dataset,
+        ids,
+        find,
+        lambda: query_vectors(dataset, embed_queries, store.dim),
+        k,
+        is_windows(store),
+        keep_identical_ids=keep_identical_ids,
+    )
+    return run, score(dataset, run, k, ks, keep_identical_ids=keep_identical_ids)
 
 
 def is_windows(store: EmbeddingStore) -> bool:
@@ -67,9 +82,12 @@ def is_windows(store: EmbeddingStore) -> bool:
     return WINDOWS in store.source
 
 
-def score(dataset: BeirDataset, run: RankedRun, k: int, ks: Sequence[int] = KS) -> Metrics:
+def score(
+    dataset: BeirDataset, run: RankedRun, k: int, ks: Sequence[int] = KS, *, keep_identical_ids: bool = False
+) -> Metrics:
     """The metrics of a run of depth `k` at those cut-offs that are within it."""
-    return evaluate_run(dataset.qrels, run, [cut for cut in ks if cut <= k])
+    cuts = [cut for cut in ks if cut <= k]
+    return evaluate_run(dataset.qrels, run, cuts, drop_identical=not keep_identical_ids)
 
 
 def query_vectors(dataset: BeirDataset, embed_queries: Embed, dim: int) -> np.ndarray:
@@ -112,6 +130,40 @@ def exact_search(
     return find
 
 
+def exact_products(store: EmbeddingStore, queries: np.ndarray) -> Products:
+    """The products of single pairs of `queries` [Q, D] and passages: rows of the store, or documents of its windows.
+
+    Rows number the passages as `ranked_run` does; a document's product is that of its best window.
+    """
+    from index import recall
+    from index.training import read_rows
+
+    starts = None
+    if is_windows(store):
+        document_of_row = documents_of(store.ids())[1]
+        starts = np.searchsorted(document_of_row, np.arange(document_of_row.max(initial=-1) + 2))
+
+    def of_rows(places: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        products, errors = np.empty(len(rows)), np.empty(len(rows))
+        step = max(1, PRODUCTS_BYTES // (8 * store.dim))
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            unique, inverse = np.unique(rows[some], return_inverse=True)
+            pairs = queries[places[some]], read_rows(store, unique)[inverse]
+            products[some], errors[some] = recall.exact_products(*pairs)
+        return products, errors
+
+    def of_documents(places: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert starts is not None
+        counts = starts[rows + 1] - starts[rows]
+        firsts = counts.cumsum() - counts
+        windows = np.arange(counts.sum()) + np.repeat(starts[rows] - firsts, counts)
+        products, errors = of_rows(np.repeat(places, counts), windows)
+        return np.maximum.reduceat(products, firsts), np.maximum.reduceat(errors, firsts)
+
+    return of_rows if starts is None else of_documents
+
+
 def ranked_run(
     dataset: BeirDataset,
     ids: Sequence[str],
@@ -119,13 +171,18 @@ def ranked_run(
     vectors: Callable[[], np.ndarray],
     k: int,
     windows: bool = False,
+    *,
+    keep_identical_ids: bool = False,
 ) -> RankedRun:
-    """Rank the passages `ids` for the split's queries, `k` each, without passages that are their own query.
+    """Rank the passages `ids` for the split's queries, `k` each (or the corpus).
+
+    A passage that has its query's id is left out, unless the qrels judge the pair; the query still gets `k` others.
 
     Args:
         find: exact or approximate search over the rows of `ids`.
         vectors: gives the queries [M, D]; asked after the qrels have been checked against `ids`.
         windows: the rows are windows: a document scores as its best one does.
+        keep_identical_ids: leave no passage out.
 
     Raises:
         InputError: the qrels judge a passage that `ids` lacks.
@@ -136,8 +193,8 @@ def ranked_run(
     sought = dataset.judged | dataset.qrels.keys()
     row_of = rows_of(ids, sought)
     dataset.check(row_of)
-    own = np.array([row_of.get(query, -1) for query in dataset.queries], dtype=np.int64)
-    # One more, so that dropping a query's own passage still leaves k.
+    own = own_rows(dataset.queries, {} if keep_identical_ids else row_of, dataset.qrels)
+    # One more, so that leaving out a query's own passage still leaves k.
     scores, rows = find(vectors(), k + 1 if (own >= 0).any() else k)
     run = RankedRun(list(dataset.queries), ids, rows, scores)
     run.remember(sought, row_of)

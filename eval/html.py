@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from eval.markdown import PAIR_HEAD, detail, missing_lines, overview_rows, pair_cells
+from eval.markdown import PAIR_HEAD, detail, notes_of, overview_rows, pair_cells
 from eval.measures import HEADLINE, NAMES, cutoffs, measure_name, shown
 from eval.metrics import Metrics
 
@@ -46,7 +46,7 @@ def html_of(report: Report, draw: bool = True) -> str:
         plots=plots,
         headline=headline(report),
         measure_name=measure_name,
-        missing_lines=missing_lines,
+        notes_of=notes_of,
         pair_head=PAIR_HEAD,
         pair_cells=pair_cells,
         cutoff_rows=cutoff_rows,

@@ -93,7 +93,7 @@ def summary_of(report: Report) -> str:
     parts = []
     for found in report.sets:
         parts.append(comparison_table(found.systems, head=cell(found.name)))
-        parts += [line + "\n" for line in missing_lines(found)]
+        parts += [line + "\n" for line in notes_of(found)]
         if found.pairs:
             parts.append(_pair_table(found.pairs))
     if len(report.sets) > 1:
@@ -126,8 +126,8 @@ def detail(value: Any) -> str:
     return str(value)
 
 
-def missing_lines(found: ReportSet) -> list[str]:
-    """What is said of systems that answered not every query."""
+def notes_of(found: ReportSet) -> list[str]:
+    """What is said of systems that did not answer every query, or of whose runs passages were left out."""
     lines = []
     for name, metrics in found.systems.items():
         if metrics.missing:
@@ -136,12 +136,22 @@ def missing_lines(found: ReportSet) -> list[str]:
             lines.append(
                 f"{name}: {len(metrics.missing):,} of {total:,} queries got no passage and count as 0: {named}"
             )
+        if metrics.identical_ids_left_out:
+            lines.append(left_out_line(name, metrics.identical_ids_left_out))
     return lines
+
+
+def left_out_line(name: str, count: int) -> str:
+    """What is said of a run that lost `count` passages which have their query's id and are not judged for it."""
+    return (
+        f"{name}: passages left out because they have the id of their query and are not judged for it: {count:,} "
+        "(--keep-identical-ids keeps them)"
+    )
 
 
 def _set_parts(found: ReportSet) -> list[str]:
     parts = [f"## {cell(found.name)}\n", comparison_table(found.systems, head="system")]
-    parts += [line + "\n" for line in missing_lines(found)]
+    parts += [line + "\n" for line in notes_of(found)]
     if found.pairs:
         parts.append(f"By query, {measure_name(found.pairs[0].measure)}, the second against the first:\n")
         parts.append(_pair_table(found.pairs))

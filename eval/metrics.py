@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.ranking import RankedRun, Run, trec_order
+from eval.ranking import RankedRun, Run, own_rows, trec_order
 from index.files import InputError
 
 __all__ = ["KS", "MEASURES", "Metrics", "PerQuery", "Qrels", "Run", "drop_identical_ids", "evaluate_run", "trec_order"]
@@ -61,12 +61,22 @@ class Metrics:
     """Query id -> measure -> value, in the order of the qrels; a PerQuery where evaluate_run made it."""
     missing: list[str]
     """Queries of the qrels for which the run has nothing; each counts as 0 in the mean."""
+    identical_ids_left_out: int = 0
+    """Passages that were left out of the run because they have their query's id and no judgement names the pair."""
 
 
-def drop_identical_ids(run: Mapping[str, Mapping[str, float]]) -> Run:
-    """The run without passages whose id is their query's own id, as BEIR evaluates (it matters for ArguAna)."""
+def drop_identical_ids(
+    run: Mapping[str, Mapping[str, float]], qrels: Mapping[str, Mapping[str, int]] | None = None
+) -> Run:
+    """The run without passages whose id is their query's own id, unless the qrels judge the pair.
+
+    BEIR leaves them out too (it matters for ArguAna), but judged ones as well.
+    """
+    judged = qrels or {}
     return {
-        query: {passage: score for passage, score in scores.items() if passage != query}
+        query: {
+            passage: score for passage, score in scores.items() if passage != query or query in judged.get(query, ())
+        }
         for query, scores in run.items()
     }
 
@@ -88,7 +98,8 @@ def evaluate_run(
         qrels: the judgements; not empty.
         run: the ranked passages; queries that the qrels lack are ignored. A RankedRun is scored in little memory.
         ks: cut-offs, each at least 1.
-        drop_identical: first drop passages whose id is the query's id, as BEIR does.
+        drop_identical: first drop passages whose id is the query's id, as BEIR does, unless the qrels judge the pair.
+            trec_eval drops none.
 
     Raises:
         ValueError: `ks` is empty or holds a number below 1.
@@ -107,18 +118,22 @@ def evaluate_run(
     places = np.array([-1 if (place := ranked.place(query)) is None else place for query in qrels])
     # One more than the deepest cut-off, for a passage that is its own query.
     depth = cuts[-1] + 1
+    left_out = ranked.left_out
     for start in range(0, len(qrels), QUERIES_AT_ONCE):
         part = slice(start, start + QUERIES_AT_ONCE)
-        rows = np.where(places[part, None] >= 0, ranked.rows[places[part], :depth], -1) if len(ranked) else None
+        rows = np.where(places[part, None] >= 0, ranked.rows[places[part]], -1) if len(ranked) else None
         if rows is None or not rows.size:
             break
         if drop_identical:
-            rows = _without(rows, judged.own_rows[part])
+            dropped = (rows == judged.own_rows[part, None]) & (rows >= 0)
+            left_out += int(dropped.sum())
+            rows = _without(rows[:, :depth], dropped[:, :depth])
+        rows = rows[:, :depth]
         answered[part] = (rows >= 0).any(axis=1)
         values[part] = np.hstack(_measures(judged.grades(part, rows), judged.counts[part], judged.ideal(part), cuts))
     mean = {name: math.fsum(column) / len(qrels) for name, column in zip(names, values.T.tolist(), strict=True)}
     missing = [query for query, found in zip(qrels, answered.tolist(), strict=True) if not found]
-    return Metrics(mean, PerQuery(list(qrels), names, values), missing)
+    return Metrics(mean, PerQuery(list(qrels), names, values), missing, left_out)
 
 
 class _Judgements:
@@ -127,8 +142,8 @@ class _Judgements:
     def __init__(self, qrels: Qrels, run: RankedRun) -> None:
         wanted = {passage for grades in qrels.values() for passage in grades}
         row_of = run.rows_of(wanted | qrels.keys())
-        self.own_rows = np.array([row_of.get(query, -1) for query in qrels], dtype=np.int64)
-        """[Q]: the row of the passage that has the query's own id; -1 without one."""
+        self.own_rows = own_rows(qrels, row_of, qrels)
+        """[Q]: the row of the unjudged passage that has the query's own id; -1 without one."""
         positive = [
             sorted((grade for grade in grades.values() if grade > 0), reverse=True) for grades in qrels.values()
         ]
@@ -163,9 +178,8 @@ class _Judgements:
         return ideal
 
 
-def _without(rows: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """`rows` [n, K] without `own` [n]; what stands behind it moves up."""
-    dropped = (rows == own[:, None]) & (own[:, None] >= 0)
+def _without(rows: np.ndarray, dropped: np.ndarray) -> np.ndarray:
+    """`rows` [n, K] without those `dropped` (bool [n, K]); what stands behind them moves up."""
     for query in np.flatnonzero(dropped.any(axis=1)):
         kept = rows[query][~dropped[query]]
         rows[query, : len(kept)], rows[query, len(kept) :] = kept, -1

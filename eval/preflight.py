@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.beir import (
+    NUMBER,
     PASSAGE,
     PASSAGE_HEADS,
     QUERY,
@@ -18,6 +19,7 @@ from eval.beir import (
     is_header,
     judgement_lines,
     parse_query,
+    read_qrels,
 )
 from eval.digests import Sample, digest, repetitions
 from eval.metrics import Qrels
@@ -101,6 +103,7 @@ def preflight(
     *,
     name: str | None = None,
     dangling: bool = False,
+    keep_identical_ids: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Preflight:
     """Read a BEIR folder and count its faults; memory: about 100 bytes a passage.
@@ -112,6 +115,7 @@ def preflight(
 
     Args:
         name: of the set, to compare with what BEIR publishes; the folder's unless given.
+        keep_identical_ids: no passage is left out of a ranking for having its query's id, and none is counted.
         progress: called with the passages read since the last call.
     """
     found = Preflight(name or folder.resolve().name, split)
@@ -123,7 +127,7 @@ def preflight(
     qrels = _read_qrels(found, paths[0])
     found.queries, found.judgements = len(qrels), sum(map(len, qrels.values()))
     texts = _read_queries(found, paths[1], qrels, paths[0], dangling)
-    _read_corpus(found, paths[2], qrels, paths[0], dangling, progress)
+    _read_corpus(found, paths[2], qrels, paths[0], dangling, keep_identical_ids, progress)
     _compare_splits(found, folder, qrels, texts)
     definition = BY_NAME.get(found.name)
     if definition is not None and definition.split == split and definition.md5:
@@ -139,10 +143,14 @@ def preflight(
 def _read_qrels(found: Preflight, path: Path) -> Qrels:
     judgements = Judgements()
     try:
-        for number, columns, place in judgement_lines(path):
-            if number == 1 and is_header(columns):
+        for line, (_, columns, place) in enumerate(judgement_lines(path)):
+            if line == 0 and is_header(columns):
+                try:
+                    judgements.begin(columns, place)
+                except InputError as error:
+                    found.add("header mistakes", str(error), error=True)
                 continue
-            if number == 1 and path.suffix != ".parquet":
+            if line == 0 and path.suffix != ".parquet":
                 if _mistaken_header(found, columns, place):
                     continue
                 found.add("no header: the beir package would drop the first judgement", place)
@@ -153,6 +161,7 @@ def _read_qrels(found: Preflight, path: Path) -> Qrels:
                 judgements.add(columns, place)
             except InputError as error:
                 found.add("broken judgements", str(error), error=True)
+        judgements.check()
     except InputError as error:
         found.add("files that cannot be read", str(error), error=True)
     if not judgements.qrels:
@@ -168,7 +177,7 @@ def _mistaken_header(found: Preflight, columns: list[str], place: str) -> bool:
         what = f"expected the query's id in the first column, found {columns[0]!r:.40}"
         found.add("header mistakes", f"{place}: {what}", error=True)
         return True
-    if columns[-1].lstrip("+-").isdigit():
+    if NUMBER.fullmatch(columns[-1]):
         return False
     what = f"expected a header (query-id, corpus-id, score) or a judgement, found {' '.join(columns)!r:.60}"
     found.add("header mistakes", f"{place}: {what}", error=True)
@@ -213,6 +222,7 @@ def _read_corpus(
     qrels: Qrels,
     judged_in: Path,
     dangling: bool,
+    keep_identical_ids: bool,
     progress: Callable[[int], None] | None,
 ) -> None:
     judged = {passage: False for grades in qrels.values() for passage in grades}
@@ -228,7 +238,7 @@ def _read_corpus(
             found.add("broken passages", str(error), error=True)
             continue
         found.passages += 1
-        own += passage.id in qrels
+        own += passage.id in qrels and passage.id not in qrels[passage.id]
         if passage.id in judged:
             judged[passage.id] = True
         content = passage.content
@@ -248,8 +258,10 @@ def _read_corpus(
     lost = {passage_id for passage_id, here in judged.items() if not here}
     wanted = "passage ids of the corpus"
     found.add_judged("judged passages that are not there", judged_in, PASSAGE, lost, wanted=wanted, error=not dangling)
-    if own:
-        found.add("queries whose id is a passage's, which is left out of their ranking", f"{own:,} of {len(qrels):,}")
+    if own and not keep_identical_ids:
+        what = "queries with the id of a passage that is not judged for them, which is left out of their ranking"
+        found.add(what, f"{own:,} of {len(qrels):,}; --keep-identical-ids keeps them")
+        found.findings[what].count = own
 
 
 def _name_repeated(found: Preflight, path: Path, ids: bytearray, texts: bytearray, numbers: array) -> None:
@@ -289,15 +301,15 @@ def _compare_splits(found: Preflight, folder: Path, qrels: Qrels, texts: dict[st
         path = path if path.is_file() else path.with_name(f"{other}.tsv.gz")
         if other == found.split or not path.is_file():
             continue
-        theirs: dict[str, int] = {}
-        for number, columns, _ in judgement_lines(path):
-            if columns[QUERY] in texts:
-                theirs.setdefault(columns[QUERY], number)
-        for query, number in theirs.items():
-            if query in qrels:
-                found.add(f"queries judged in {other} too", f"{path}:{number}: {query}")
-            elif texts[query] in ours:
-                found.add(f"queries with the text of one in {other}", f"{path}:{number}: {query}")
+        try:
+            theirs = [query for query in read_qrels(path) if query in texts]
+        except InputError as error:
+            found.add(f"qrels of {other} that cannot be read, and are not compared", str(error))
+            continue
+        too = [query for query in theirs if query in qrels]
+        alike = [query for query in theirs if query not in qrels and texts[query] in ours]
+        found.add_judged(f"queries judged in {other} too", path, QUERY, too)
+        found.add_judged(f"queries with the text of one in {other}", path, QUERY, alike)
 
 
 def _records(found: Preflight, path: Path) -> Iterator[Record]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +38,8 @@ class RankedRun(Mapping[str, dict[str, float]]):
             raise ValueError(f"rows: expected rows of {len(passages)} passages, found {int(rows.max())}")
         self.queries = list(queries)
         self.passages = passages
+        self.left_out = 0
+        """How many passages `without` has left out."""
         self._sought: frozenset[str] = frozenset()
         self._found: dict[str, int] = {}
         with np.errstate(over="ignore"):  # as in trec_eval, what float32 cannot hold is infinite
@@ -94,7 +96,10 @@ class RankedRun(Mapping[str, dict[str, float]]):
         self._sought, self._found = frozenset(sought), found
 
     def without(self, own: np.ndarray, k: int | None = None) -> RankedRun:
-        """The run without passage `own[q]` for query q (int [Q], -1 for none), cut to `k` places a query."""
+        """The run without passage `own[q]` for query q (int [Q], -1 for none), cut to `k` places a query.
+
+        Its `left_out` counts the passages that were left out, wherever they stood.
+        """
         dropped = (self.rows == own[:, None]) & (own[:, None] >= 0)
         rows, scores = self.rows, self.scores
         if dropped.any():
@@ -104,6 +109,21 @@ class RankedRun(Mapping[str, dict[str, float]]):
             scores = np.take_along_axis(scores, order, 1)
         run = RankedRun(self.queries, self.passages, rows[:, :k], scores[:, :k])
         run.remember(self._sought, self._found)
+        run.left_out = self.left_out + int(dropped.sum())
+        return run
+
+    @property
+    def depth(self) -> int:
+        """The most passages that a query has."""
+        return int((self.rows >= 0).sum(axis=1).max(initial=0))
+
+    def cut(self, k: int) -> RankedRun:
+        """The first `k` passages of every query; the run itself where it is no deeper."""
+        if self.rows.shape[1] <= k:
+            return self
+        run = RankedRun(self.queries, self.passages, self.rows[:, :k], self.scores[:, :k])
+        run.remember(self._sought, self._found)
+        run.left_out = self.left_out
         return run
 
     def _refuse_nan(self) -> None:
@@ -147,6 +167,21 @@ def trec_order(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     with np.errstate(over="ignore"):
         rounded = np.fromiter(scores.values(), dtype=np.float64, count=len(ids)).astype(np.float32).tolist()
     return [(passage, scores[passage]) for _, passage in sorted(zip(rounded, ids, strict=True), reverse=True)]
+
+
+def own_rows(queries: Iterable[str], row_of: Mapping[str, int], qrels: Mapping[str, Mapping[str, int]]) -> np.ndarray:
+    """The row of the passage that has its query's id, where the qrels do not judge the pair; else -1: int64 [Q].
+
+    BEIR leaves such passages out of rankings: in ArguAna a query is a passage of the corpus, and would find itself.
+    Where ids are numbers of their own on both sides, a judged pair of equal ids is a pair like any other and counts.
+    """
+    rows = [-1 if query in qrels.get(query, ()) else row_of.get(query, -1) for query in queries]
+    return np.array(rows, dtype=np.int64)
+
+
+def without_identical_ids(run: RankedRun, qrels: Mapping[str, Mapping[str, int]], k: int | None = None) -> RankedRun:
+    """The run without `own_rows`, cut to `k` places a query."""
+    return run.without(own_rows(run.queries, run.rows_of(frozenset(run.queries)), qrels), k)
 
 
 def rows_of(passages: Sequence[str], wanted: set[str] | frozenset[str]) -> dict[str, int]:

@@ -54,6 +54,9 @@ def json_of(report: Report) -> dict[str, Any]:
                     name: {"mean": metrics.mean, "missing_queries": metrics.missing}
                     for name, metrics in found.systems.items()
                 },
+                "identical_ids_left_out": {
+                    name: metrics.identical_ids_left_out for name, metrics in found.systems.items()
+                },
                 "comparisons": [_pair_json(pair) for pair in found.pairs],
                 "changes": [_changes_json(changes) for changes in found.changes],
             }

@@ -12,7 +12,7 @@ import numpy as np
 
 from eval.ranking import RankedRun
 from index.files import InputError, atomic_path
-from index.passages import checked_id
+from index.passages import COMMENT, checked_id, checked_query_id
 from index.records import open_text
 
 COLUMNS = "query Q0 passage rank score tag"
@@ -25,12 +25,13 @@ def write_trec_run(path: Path, run: Mapping[str, Mapping[str, float]], tag: str)
     exactly, so that the file scores as the run does.
 
     Raises:
-        InputError: an id or the tag is empty or holds white space, or a score is not a number.
+        InputError: an id or the tag is empty or holds white space, a query's id begins with #, which would make its
+            lines comments, or a score is not a number.
     """
     checked_id(tag, f"{path}: tag")
     ranked = RankedRun.of(run)
     for query in ranked.queries:
-        checked_id(query, f"{path}: query")
+        checked_query_id(query, f"{path}: query")
     for row in np.unique(ranked.rows[ranked.rows >= 0]).tolist():
         checked_id(ranked.passages[row], f"{path}: passage")
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
@@ -45,6 +46,8 @@ def write_trec_run(path: Path, run: Mapping[str, Mapping[str, float]], tag: str)
 def read_trec_run(path: Path) -> RankedRun:
     """Read a TREC run file (.gz too). As in trec_eval the order comes from the scores; the rank column is not used.
 
+    A line that begins with # is a comment, as in trec_eval 10.
+
     Raises:
         InputError: the file is missing or a line is broken: the wrong number of columns, a rank or score that is no
             number, or a passage that its query already has. The message names the line.
@@ -54,7 +57,7 @@ def read_trec_run(path: Path) -> RankedRun:
         number = 0
         try:
             for number, line in enumerate(stream, start=1):
-                if line.strip():
+                if line.strip() and not line.lstrip().startswith(COMMENT):
                     lines.add(line, number)
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
             raise InputError(f"{path}:{number + 1}: cannot be read: {error}") from None
@@ -78,6 +81,8 @@ class _Lines:
         query, _, passage, rank, score_text, _ = columns
         try:
             int(rank)
+            if "_" in score_text:  # which Python allows between digits
+                raise ValueError
             score = float(score_text)
         except ValueError:
             found = f"{rank!r:.30} {score_text!r:.30}"

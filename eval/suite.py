@@ -178,7 +178,8 @@ def mean_of(parts: Mapping[str, Metrics]) -> Metrics:
     queries = [f"{name}/{query}" for name, metrics in parts.items() for query in metrics.per_query]
     values = [[row[measure] for measure in measures] for part in parts.values() for row in part.per_query.values()]
     missing = [f"{name}/{query}" for name, metrics in parts.items() for query in metrics.missing]
-    return Metrics(mean, PerQuery(queries, measures, np.array(values).reshape(-1, len(measures))), missing)
+    left_out = sum(metrics.identical_ids_left_out for metrics in parts.values())
+    return Metrics(mean, PerQuery(queries, measures, np.array(values).reshape(-1, len(measures))), missing, left_out)
 
 
 def suite_table(rows: Mapping[str, Metrics], absent: Sequence[str], measure: str = "ndcg@10") -> str:

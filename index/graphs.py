@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from index.factory import import_faiss
-from index.parts import Part
 from index.recall import Target, Truth, truth_of
 from index.settings import core, flat_codes
 from index.store import EmbeddingStore
@@ -35,7 +34,7 @@ def takes_rows_later(index: Any) -> bool:
 
 def truth_without(store: EmbeddingStore, target: Target, held_out: np.ndarray) -> Truth:
     """What exact search finds for the rows `held_out` among all others, which are numbered without gaps."""
-    return truth_of(read_rows(store, held_out), Part(store).pieces(held_out), store.rows - len(held_out), target.k)
+    return truth_of(read_rows(store, held_out), store, held_out, target.k)
 
 
 def add_held_out(index: Any, store: EmbeddingStore, held_out: np.ndarray) -> None:

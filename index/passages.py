@@ -14,6 +14,9 @@ from index.records import Record, UnreadRow, read_records, unread_rows
 # White space, control characters, and halves of surrogate pairs (which are no characters and cannot be written).
 UNFIT_FOR_IDS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
+# Begins a line of qrels or of a run that is a comment.
+COMMENT = "#"
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -41,6 +44,18 @@ def checked_id(value: object, place: str) -> str:
     text = str(value)
     if not text or UNFIT_FOR_IDS.search(text):
         raise InputError(f"{place}: expected an id without white space, found {text!r:.60}")
+    return text
+
+
+def checked_query_id(value: object, place: str) -> str:
+    """The id of a query as text: it begins lines of qrels and of runs, where # begins a comment (trec_eval 10).
+
+    Raises:
+        InputError: as `checked_id`, or it begins with #.
+    """
+    text = checked_id(value, place)
+    if text.startswith(COMMENT):
+        raise InputError(f"{place}: expected a query's id without {COMMENT} at its beginning, found {text!r:.60}")
     return text
 
 

@@ -1,13 +1,16 @@
 """Recall@k measured against exact search, with an interval for the mean.
 
-Recall@k of a query is the share of its k exact nearest passages that are found; a passage tied with the k-th counts as
-one of them. A setting meets the target when the lower end of a one-sided 95 % interval for the mean recall (Student's
-t over the queries) reaches it, so that other queries of the same kind may be expected to meet it too.
+Recall@k of a query is the share of k passages found that are right: whose exact inner product with the query is at
+least that of the k-th exact nearest passage. So of passages that score alike (duplicates, boilerplate) any are right,
+however many they are. Inner products q·v are compared to within their rounding in float32, 1e-6 · |q| · |v| each.
+
+A setting meets the target when the lower end of a one-sided 95 % interval for the mean recall (Student's t over the
+queries) reaches it, so that other queries of the same kind may be expected to meet it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +25,12 @@ from index.training import read_rows, sample_rows
 CONFIDENCE = 0.95
 # Fewer tell too little about the mean for an interval by Student's t.
 LEAST_QUERIES = 30
-# Exact neighbours beyond k that are looked at for ties with the k-th.
+# Exact neighbours beyond k that are kept for ties with the k-th; where more are tied, passages found are scored anew.
 SPARE = 16
-# Inner products of float32 differ by about this share between one way of summing and another.
+# Inner products q·v in float32 differ by about this share of |q| |v| between one way of summing and another.
 ROUNDING = 1e-6
+# Bytes of vectors that are scored anew at once.
+SCORED_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,36 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Ties:
+    """What tells whether a passage is tied with the k-th nearest, where there are too many of them to be listed."""
+
+    least: np.ndarray
+    """[Q] float64: what the exact inner product and its rounding must reach."""
+    unlisted: np.ndarray
+    """[Q] bool: whether passages that are not listed may reach it."""
+    vectors_of: Callable[[np.ndarray], np.ndarray]
+    """Ascending rows [n] -> their vectors [n, D] float32."""
+
+    def are_right(self, queries: np.ndarray, places: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Whether `rows` [P] are right for the queries at `places` [P]: bool [P]."""
+        right = np.empty(len(rows), bool)
+        step = max(1, SCORED_BYTES // (8 * queries.shape[1]))
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            unique, inverse = np.unique(rows[some], return_inverse=True)
+            products, errors = exact_products(queries[places[some]], self.vectors_of(unique)[inverse])
+            right[some] = products + errors >= self.least[places[some]]
+        return right
+
+
+def exact_products(queries: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The inner products of pairs of float32 vectors [P, D] each, float64 [P], and how float32 may round them, [P]."""
+    left, right = queries.astype(np.float64), vectors.astype(np.float64)
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return np.einsum("pd,pd->p", left, right), ROUNDING * norms
+
+
+@dataclass(frozen=True)
 class Truth:
     """Queries and what exact search finds for them."""
 
@@ -72,8 +107,10 @@ class Truth:
     own: np.ndarray | None
     """[Q] the queries' own rows, which do not count; none where they are not in the index."""
     rows: np.ndarray
-    """[Q, n] the k nearest and those tied with the k-th; -1 where there are no more."""
+    """[Q, n] the k nearest and the first of those tied with the k-th; -1 where there are no more."""
     k: int
+    ties: Ties | None = None
+    """None: `rows` has all that are tied."""
 
 
 def find_truth(store: EmbeddingStore, target: Target, held_out: np.ndarray, without: np.ndarray | None = None) -> Truth:
@@ -96,41 +133,63 @@ def find_truth(store: EmbeddingStore, target: Target, held_out: np.ndarray, with
             raise InputError(f"--queries: expected vectors of {store.dim} dimensions, found {queries.shape[1]}")
     else:
         own, queries = held_out - np.searchsorted(without, held_out), read_rows(store, held_out)
-    return truth_of(queries, Part(store).pieces(without), store.rows - len(without), target.k, own)
+    return truth_of(queries, store, without, target.k, own)
 
 
 def truth_of(
-    queries: np.ndarray, vectors: Iterable[np.ndarray], count: int, k: int, own: np.ndarray | None = None
+    queries: np.ndarray, store: EmbeddingStore, without: np.ndarray, k: int, own: np.ndarray | None = None
 ) -> Truth:
-    """What exact search finds for `queries` [Q, D] among `count` rows, which come as arrays `vectors` in their order.
+    """What exact search finds for `queries` [Q, D] among the rows of a store.
 
     Args:
+        without: rows of the store, in order, that are not searched; the others are numbered without gaps.
         own: [Q] the queries' own rows; none where they have none.
     """
-    scores, rows = exact.search(queries, _numbered(vectors), RowNames(count), k + SPARE + 1)
+    count = store.rows - len(without)
+    norms = np.empty(count, np.float32)
+    vectors = _numbered(Part(store).pieces(without), norms)
+    scores, rows = exact.search(queries, vectors, RowNames(count), k + SPARE + 1)
+    listed_all = rows.shape[1] == count
     if own is not None:
         scores, rows = without_own(scores, rows, own)
-    last = scores[:, min(k, scores.shape[1]) - 1, None]
-    rows = np.where(scores >= last - ROUNDING * np.abs(last), rows, -1)
-    return Truth(queries, own, rows, min(k, rows.shape[1]))
+    k = min(k, rows.shape[1])
+    # How float32 may round the inner product with a passage is this times the passage's norm.
+    rounding = ROUNDING * np.linalg.norm(queries.astype(np.float64), axis=1)
+    least = scores[:, k - 1] - rounding * norms[rows[:, k - 1]]
+    listed = np.where(scores + rounding[:, None] * norms[rows] >= least[:, None], rows, -1)
+    unlisted = scores[:, -1] + rounding * norms.max(initial=0.0) >= least
+    if listed_all or not unlisted.any():
+        return Truth(queries, own, listed, k)
+    # What to add to a row to have that of the store: how many of `without` stand before it.
+    gaps = without - np.arange(len(without))
+
+    def vectors_of(wanted: np.ndarray) -> np.ndarray:
+        return read_rows(store, wanted + np.searchsorted(gaps, wanted, side="right"))
+
+    return Truth(queries, own, listed, k, Ties(least, unlisted, vectors_of))
 
 
-def _numbered(vectors: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+def _numbered(vectors: Iterable[np.ndarray], norms: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The arrays with the row that each begins with; `norms` is filled with the lengths of their rows."""
     row = 0
     for some in vectors:
+        norms[row : row + len(some)] = np.sqrt(np.einsum("nd,nd->n", some, some, dtype=np.float64))
         yield row, some
         row += len(some)
 
 
 def recall_of_each(found: np.ndarray, truth: Truth) -> np.ndarray:
     """The recall [Q] float64 of the rows found [Q, k], -1 for none."""
-    hits = np.empty(len(found), np.int64)
+    right = np.empty(found.shape, bool)
     # So many at once that their comparisons take 16 MiB.
     some = max(1, 2**24 // (found.shape[1] * truth.rows.shape[1]))
     for start in range(0, len(found), some):
         ours, theirs = found[start : start + some, :, None], truth.rows[start : start + some, None, :]
-        hits[start : start + some] = ((ours == theirs) & (ours >= 0)).any(axis=2).sum(axis=1)
-    return np.minimum(hits, truth.k) / truth.k
+        right[start : start + some] = ((ours == theirs) & (ours >= 0)).any(axis=2)
+    if truth.ties is not None:
+        places, columns = np.nonzero(~right & (found >= 0) & truth.ties.unlisted[:, None])
+        right[places, columns] = truth.ties.are_right(truth.queries, places, found[places, columns])
+    return np.minimum(right.sum(axis=1), truth.k) / truth.k
 
 
 def without_own(scores: np.ndarray, rows: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from index.advice import advice, reaches_all
 from index.factory import import_faiss
 from index.recall import CONFIDENCE, Target, Truth, lower_end, recall_of_each, without_own
 from index.settings import Settings, core, parts
@@ -69,6 +70,8 @@ class Tuning:
     """Every setting measured, by time."""
     queries: int
     threads: int
+    advice: str = ""
+    """What to change, where the target is not met."""
 
     @property
     def met(self) -> bool:
@@ -79,12 +82,12 @@ class Tuning:
         """What came of it, for a person."""
         measured = f"recall@{self.target.k} {self.chosen.recall:.4f}, at least {self.chosen.at_least:.4f}"
         cost = f"{self.chosen.core_microseconds:,.0f} µs of one core a query"
+        settings = str(self.chosen.settings) if self.chosen.settings.known() else ""
         if self.met:
-            return f"recall target {self.target.recall:g} met by {self.chosen.settings}: {measured}; {cost}"
-        return (
-            f"recall target {self.target.recall:g} NOT met: the best that these codes reach is {measured}, by "
-            f"{self.chosen.settings}; take a finer code (SQ8, Flat) or add a refinement (…,RFlat)"
-        )
+            by = f" by {settings}" if settings else ""
+            return f"recall target {self.target.recall:g} met{by}: {measured}; {cost}"
+        by = f", by {settings}" if settings else ""
+        return f"recall target {self.target.recall:g} NOT met: the best found is {measured}{by}; {self.advice}"
 
     def as_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -130,7 +133,9 @@ def tune(index: Any, truth: Truth, target: Target, progress: Callable[[str], Non
     curve = sorted(points, key=lambda point: point.microseconds)
     # Of fewer than k passages, all are what was measured.
     target = replace(target, k=truth.k)
-    return Tuning(target, chosen, curve, len(truth.queries), import_faiss().omp_get_max_threads())
+    missed = chosen.at_least < target.recall
+    change = advice(index, mean_reaches=chosen.recall >= target.recall) if missed else ""
+    return Tuning(target, chosen, curve, len(truth.queries), import_faiss().omp_get_max_threads(), change)
 
 
 def measure(index: Any, truth: Truth, settings: Settings) -> Point:
@@ -202,6 +207,8 @@ class _Search:
             self.limit = int(inner.nlist)
         elif isinstance(inner, faiss.IndexHNSW):
             self.limit = int(min(max(index.ntotal, 1), 8192))
+        # Whether the largest value finds everything, so that none is given up before it.
+        self._exact = reaches_all(index)
         self.measured: dict[Settings, Point] = {}
 
     def at(self, value: int, k_factor: float | None) -> Point:
@@ -227,7 +234,7 @@ class _Search:
             # each of those left, is too little, so are they. Below that gains may rise, and only their end tells.
             doublings = np.ceil(np.log2(high / value)) if high > value else 0
             too_little = recall >= 0.5 and gain < before and recall + gain * doublings < self._recall
-            if value >= high or too_little or max(gain, before) < LEAST_GAIN:
+            if value >= high or (not self._exact and (too_little or max(gain, before) < LEAST_GAIN)):
                 return None
             failed, value = value, min(2 * value, high)
         met = value

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from eval.beir import BeirDataset, beir_file
 from eval.bm25 import K1, B, bm25_run, bm25s_with
-from eval.ranking import RankedRun, rows_of
+from eval.ranking import RankedRun, without_identical_ids
 from eval.runs import read_trec_run, write_trec_run
 from index.files import InputError, read_json, sha256_file, write_json
 from retriever.progress import Terminal
@@ -17,15 +15,24 @@ from retriever.progress import Terminal
 BM25 = "BM25"
 
 
+LEFT_OUT = "identical ids left out"
+
+
 def kept_bm25_run(
-    dataset: BeirDataset, folder: Path, k: int, terminal: Terminal, stopwords: str | None = "en"
+    dataset: BeirDataset,
+    folder: Path,
+    k: int,
+    terminal: Terminal,
+    stopwords: str | None = "en",
+    *,
+    keep_identical_ids: bool = False,
 ) -> RankedRun:
     """BM25's run, k passages a query, from FOLDER/BM25.trec if it is this one; else made and written there.
 
-    FOLDER/BM25.json says what it was made of. Passages that are their own query are left out. A line warns where most
-    queries find nothing.
+    FOLDER/BM25.json says what it was made of. Passages that have their query's id and are not judged for it are left
+    out, unless `keep_identical_ids`. A line warns where most queries find nothing.
     """
-    run = _kept_or_made(dataset, folder, k, terminal, stopwords)
+    run = _kept_or_made(dataset, folder, k, terminal, stopwords, keep_identical_ids)
     lost = int((run.rows < 0).all(axis=1).sum())
     if 2 * lost > len(run.queries):
         terminal.line(
@@ -35,7 +42,9 @@ def kept_bm25_run(
     return run
 
 
-def _kept_or_made(dataset: BeirDataset, folder: Path, k: int, terminal: Terminal, stopwords: str | None) -> RankedRun:
+def _kept_or_made(
+    dataset: BeirDataset, folder: Path, k: int, terminal: Terminal, stopwords: str | None, keep_identical_ids: bool
+) -> RankedRun:
     run_path, made_path = folder / f"{BM25}.trec", folder / f"{BM25}.json"
     made = {
         "corpus sha256": sha256_file(dataset.corpus_file),
@@ -43,17 +52,21 @@ def _kept_or_made(dataset: BeirDataset, folder: Path, k: int, terminal: Terminal
         "qrels sha256": sha256_file(beir_file(dataset.folder, f"qrels/{dataset.split}.tsv")),
         **bm25_details(stopwords),
         "passages a query": k,
+        "identical ids": "kept" if keep_identical_ids else "left out where not judged",
     }
-    if run_path.is_file() and _same(made_path, made, run_path):
+    left_out = _left_out_of_kept(made_path, made, run_path)
+    if left_out is not None:
         # A query that matched nothing has no line in the file.
         found = read_trec_run(run_path)
-        return RankedRun.of({query: found.get(query, {}) for query in dataset.queries})
+        run = RankedRun.of({query: found.get(query, {}) for query in dataset.queries})
+        run.left_out = left_out
+        return run
     with terminal.bar(f"{dataset.name}: {BM25}", len(dataset.queries), "queries") as advance:
-        # One more than is kept, for a passage that is its own query.
+        # One more than is kept, for a passage that is left out.
         found = bm25_run(dataset.passages(), dataset.queries, k + 1, stopwords=stopwords, progress=advance)
-        run = without_own(found, k)
+        run = found.cut(k) if keep_identical_ids else without_identical_ids(found, dataset.qrels, k)
     write_trec_run(run_path, run, BM25)
-    write_json(made_path, {**made, "run sha256": sha256_file(run_path)})
+    write_json(made_path, {**made, LEFT_OUT: run.left_out, "run sha256": sha256_file(run_path)})
     return run
 
 
@@ -69,14 +82,15 @@ def bm25_details(stopwords: str | None = "en") -> dict[str, Any]:
     return {"formula": "Lucene's", "k1": K1, "b": B, "tokens": tokens, "bm25s": made_by}
 
 
-def without_own(run: RankedRun, k: int | None) -> RankedRun:
-    """The run without the passages whose id is their query's, cut to k."""
-    row_of = rows_of(run.passages, set(run.queries))
-    return run.without(np.array([row_of.get(query, -1) for query in run.queries], dtype=np.int64), k)
-
-
-def _same(path: Path, made: dict[str, Any], run: Path) -> bool:
+def _left_out_of_kept(path: Path, made: dict[str, Any], run: Path) -> int | None:
+    """How many passages were left out of the run on disk; none where there is no run, or another one."""
+    if not run.is_file():
+        return None
     try:
-        return bool(read_json(path) == {**made, "run sha256": sha256_file(run)})
+        found = read_json(path)
     except InputError:
-        return False
+        return None
+    left_out = found.get(LEFT_OUT) if isinstance(found, dict) else None
+    if not isinstance(left_out, int) or found != {**made, LEFT_OUT: left_out, "run sha256": sha256_file(run)}:
+        return None
+    return left_out

@@ -62,7 +62,14 @@ def check_sets(
     found = []
     for task in plan.tasks:
         with terminal.bar(f"{task.name}: check", _passages(task) if terminal.is_live else None, "passages") as advance:
-            of_set = preflight(task.folder, task.split, name=task.name, dangling=options.dangling, progress=advance)
+            of_set = preflight(
+                task.folder,
+                task.split,
+                name=task.name,
+                dangling=options.dangling,
+                keep_identical_ids=options.keep_identical_ids,
+                progress=advance,
+            )
         if of_set.passages:
             _check_factory(of_set, options, towers.dimension)
         found.append(of_set)

@@ -14,14 +14,14 @@ from eval.bm25 import bm25s_with
 from eval.compare import Pair, changed_queries, compare, most_changed, passages_to_show, texts_of
 from eval.fusion import RRF_K, fuse
 from eval.metrics import KS, MEASURES, Metrics, evaluate_run
-from eval.ranking import RankedRun
+from eval.ranking import RankedRun, without_identical_ids
 from eval.report import Changes, Report, ReportSet
 from eval.report_files import write
 from eval.runs import read_trec_run, write_trec_run
 from eval.significance import PERMUTATIONS
 from eval.suite import check_outside, plan
 from index.files import InputError, read_json, sha256_file
-from retriever.bm25_runs import BM25, bm25_details, kept_bm25_run, without_own
+from retriever.bm25_runs import BM25, bm25_details, kept_bm25_run
 from retriever.progress import Terminal
 from retriever.versions import versions
 
@@ -61,14 +61,17 @@ class Request:
     title: str = ""
     dangling: bool = False
     """Go on where qrels judge queries that are not there; they count as 0."""
+    keep_identical_ids: bool = False
+    """Leave no passage out of a run for having its query's id."""
     bm25: bool = False
     stopwords: str | None = "en"
     """Language whose stop words BM25 drops, as bm25s names it."""
     fusions: Sequence[Fusion] = ()
     measure: str | None = None
-    """None: nDCG@10, or nDCG at the depth of the shallowest run where that is less."""
+    """None: nDCG@10. It may be deeper than a run, which then has nothing more to add, as in trec_eval."""
     baseline: str | None = None
     k: int = 1000
+    """Passages a query that are scored, that a hybrid returns, and that BM25 finds."""
     permutations: int = PERMUTATIONS
     seed: int = 0
     changed: int = 4
@@ -104,7 +107,8 @@ def compare_to_report(request: Request, out: Path, terminal: Terminal) -> Report
     Raises:
         InputError: a file is missing or broken, a run is of other queries, or there is nothing to compare by.
     """
-    name, _, cut = (request.measure or DEFAULT).partition("@")
+    measure = request.measure or DEFAULT
+    name, _, cut = measure.partition("@")
     if name not in MEASURES or cut not in map(str, CUTS):
         cuts = ", ".join(map(str, CUTS))
         raise InputError(f"--measure: expected one of {', '.join(MEASURES)} @ {cuts}, found {request.measure}")
@@ -137,18 +141,19 @@ def compare_to_report(request: Request, out: Path, terminal: Terminal) -> Report
         for dataset in datasets
     }
     runs = {
-        dataset.name: {name: _judged_run(files[name, dataset.name], dataset) for name in request.systems}
+        dataset.name: {
+            name: _judged_run(files[name, dataset.name], dataset, request.keep_identical_ids)
+            for name in request.systems
+        }
         for dataset in datasets
     }
-    depths = {name: min([request.k, *(run.rows.shape[1] for run in of_set.values())]) for name, of_set in runs.items()}
-    measure = _measure_within(request.measure, depths)
     sets = []
     for task, dataset in zip(here.tasks, datasets, strict=True):
-        found = _set(request, dataset, runs[dataset.name], depths[dataset.name], measure, out, terminal)
+        found = _set(request, dataset, runs[dataset.name], measure, out, terminal)
         sets.append(dataclasses.replace(found, row=task.row))
     splits = ", ".join(dict.fromkeys(task.split for task in here.tasks))
     title = request.title or f"{', '.join(dict.fromkeys(task.row for task in here.tasks))} ({splits})"
-    details = _details(request, datasets, files, depths)
+    details = _details(request, datasets, files, sets)
     report = Report(title, sets, details, measure, here.absent)
     write(out, report)
     return report
@@ -174,58 +179,52 @@ def run_file(path: Path, dataset: BeirDataset, datasets: int) -> Path:
     return path
 
 
-def _measure_within(asked: str | None, depths: Mapping[str, int]) -> str:
-    """What systems are compared by: at a cut-off that every run of every set reaches, for others favour the deep.
-
-    Raises:
-        InputError: the one that was asked for is deeper.
-    """
-    shallowest = min(depths, key=depths.__getitem__)
-    depth = depths[shallowest]
-    name, _, cut = (asked or DEFAULT).partition("@")
-    if asked is not None and int(cut) > depth:
-        found = f"found {asked}: the shallowest run has {depth} passages a query on {shallowest}"
-        raise InputError(f"--measure: expected a cut-off of at most {depth}, {found}")
-    return f"{name}@{min(int(cut), depth)}"
-
-
 def _set(
     request: Request,
     dataset: BeirDataset,
     given: Mapping[str, RankedRun],
-    depth: int,
     measure: str,
     out: Path,
     terminal: Terminal,
 ) -> ReportSet:
-    """All systems on one set, each to `depth` passages a query."""
-    runs = {
-        name: RankedRun(run.queries, run.passages, run.rows[:, :depth], run.scores[:, :depth])
-        for name, run in given.items()
-    }
+    """All systems on one set, each by itself: what a run scores does not depend on the other runs."""
+    whole = dict(given)
     if request.bm25:
-        runs[BM25] = kept_bm25_run(dataset, out / dataset.name, depth, terminal, request.stopwords)
+        whole[BM25] = kept_bm25_run(
+            dataset,
+            out / dataset.name,
+            request.k,
+            terminal,
+            request.stopwords,
+            keep_identical_ids=request.keep_identical_ids,
+        )
     for fusion in request.fusions:
-        parts = [runs[part] for part in fusion.parts]
-        runs[fusion.name] = fuse(parts, fusion.method, weights=fusion.weights or None, k=depth)
+        # Of whole runs: where one is cut, the others' passages get another score.
+        parts = [whole[part] for part in fusion.parts]
+        whole[fusion.name] = fuse(parts, fusion.method, weights=fusion.weights or None, k=request.k)
         file = _file_name(fusion.name)
-        write_trec_run(out / dataset.name / f"{file}.trec", runs[fusion.name], file)
-    terminal.line(f"{dataset.name}: {len(runs)} runs, {len(dataset.qrels):,} queries, {depth:,} passages a query")
-    cuts = sorted({*(k for k in CUTS if k <= depth), int(measure.partition("@")[2])})
-    systems = {name: evaluate_run(dataset.qrels, run, cuts) for name, run in runs.items()}
+        write_trec_run(out / dataset.name / f"{file}.trec", whole[fusion.name], file)
+    runs = {name: run.cut(request.k) for name, run in whole.items()}
+    depths = sorted(run.depth for run in runs.values())
+    depth = f"{depths[0]:,}" if depths[0] == depths[-1] else f"{depths[0]:,} to {depths[-1]:,}"
+    terminal.line(f"{dataset.name}: {len(runs)} runs, {len(dataset.qrels):,} queries, {depth} passages a query")
+    keep = request.keep_identical_ids
+    systems = {name: evaluate_run(dataset.qrels, run, CUTS, drop_identical=not keep) for name, run in runs.items()}
     pairs = compare(systems, measure, baseline=request.baseline, permutations=request.permutations, seed=request.seed)
     changes = _changes(request, dataset, systems, runs, pairs, measure)
     return ReportSet(dataset.name, systems, pairs, changes, runs, dataset.qrels)
 
 
-def _judged_run(path: Path, dataset: BeirDataset) -> RankedRun:
+def _judged_run(path: Path, dataset: BeirDataset, keep_identical_ids: bool) -> RankedRun:
+    """The run's judged queries, without what has its query's id and is not judged for it, unless that is kept."""
     run = read_trec_run(path)
     places = [place for query in dataset.qrels if (place := run.place(query)) is not None]
     if not places:
         first = next(iter(run.queries), "none at all")
         raise InputError(f"{path}: expected queries of {dataset.folder}, split {dataset.split}, found {first}")
     queries = [run.queries[place] for place in places]
-    return without_own(RankedRun(queries, run.passages, run.rows[places], run.scores[places]), None)
+    judged = RankedRun(queries, run.passages, run.rows[places], run.scores[places])
+    return judged if keep_identical_ids else without_identical_ids(judged, dataset.qrels)
 
 
 def _file_name(name: str) -> str:
@@ -262,7 +261,10 @@ def _changes(
 
 
 def _details(
-    request: Request, datasets: Sequence[BeirDataset], files: Mapping[tuple[str, str], Path], depths: Mapping[str, int]
+    request: Request,
+    datasets: Sequence[BeirDataset],
+    files: Mapping[tuple[str, str], Path],
+    sets: Sequence[ReportSet],
 ) -> dict[str, Any]:
     """What is needed to do it again."""
     details: dict[str, Any] = {}
@@ -273,13 +275,14 @@ def _details(
         details[BM25] = bm25_details(request.stopwords)
     for fusion in request.fusions:
         details[fusion.name] = f"{fusion.method}, k {RRF_K}" if fusion.method == "rrf" else fusion.method
-    for data in datasets:
+    for data, found in zip(datasets, sets, strict=True):
         names = ("corpus.jsonl", "queries.jsonl", f"qrels/{data.split}.tsv")
         details[f"data {data.name}"] = {
             "split": data.split,
-            "passages a query": depths[data.name],
+            "passages a query": {name: run.depth for name, run in found.runs.items()},
             **{f"{name} sha256": sha256_file(beir_file(data.folder, name)) for name in names},
         }
+    details["identical ids"] = "kept" if request.keep_identical_ids else "left out where not judged"
     details["tests"] = (
         f"paired by query, two-sided; randomisation with {request.permutations:,} sign patterns, seed {request.seed}; "
         f"Holm over {'all pairs' if request.baseline is None else f'the pairs with {request.baseline}'} of a set"

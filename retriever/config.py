@@ -169,6 +169,8 @@ class DevConfig:
     """Stop after this many evaluations in a row without a better nDCG@10 (or recall@1, acc1); empty for never."""
     max_queries: int | None = None
     """Evaluate on the first so many queries of the split, by id; the corpus is always whole."""
+    keep_identical_ids: bool = False
+    """Rank passages that have their query's id and are not judged for it; BEIR leaves them out, trec_eval does not."""
 
     def __post_init__(self) -> None:
         _check_least(self, "dev.", 1, "every", "patience", "max_queries")

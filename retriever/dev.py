@@ -59,6 +59,7 @@ class TextDev:
 
     dataset: BeirDataset
     metric: str = "nDCG@10"
+    keep_identical_ids: bool = False
 
     @classmethod
     def open(cls, config: DevConfig) -> TextDev:
@@ -77,13 +78,14 @@ class TextDev:
                 queries={query: dataset.queries[query] for query in kept},
                 qrels={query: dataset.qrels[query] for query in kept},
             )
-        return cls(dataset)
+        return cls(dataset, keep_identical_ids=config.keep_identical_ids)
 
     @cached_property
     def fingerprint(self) -> str:
         judged = json.dumps([self.dataset.queries, self.dataset.qrels], sort_keys=True)
         corpus = corpus_source(self.dataset.corpus_file)["sha256"]
-        return f"{corpus} {hashlib.sha256(judged.encode()).hexdigest()}"
+        kept = " identical ids kept" if self.keep_identical_ids else ""
+        return f"{corpus} {hashlib.sha256(judged.encode()).hexdigest()}{kept}"
 
     def measures(
         self,
@@ -96,8 +98,21 @@ class TextDev:
         ranks: Ranks,
     ) -> dict[str, float]:
         _, metrics = evaluate_towers(
-            towers, self.dataset, embeddings, options, terminal, k=DEPTH, tick=tick, ranks=ranks
+            towers,
+            self.dataset,
+            embeddings,
+            options,
+            terminal,
+            k=DEPTH,
+            tick=tick,
+            ranks=ranks,
+            keep_identical_ids=self.keep_identical_ids,
         )
+        if metrics.identical_ids_left_out:
+            terminal.line(
+                f"{self.dataset.name}: passages left out because they have the id of their query and are not judged "
+                f"for it: {metrics.identical_ids_left_out:,} (dev.keep_identical_ids keeps them)"
+            )
         return metrics.mean
 
 

@@ -29,6 +29,7 @@ def evaluate_towers(
     k: int = 1000,
     tick: Callable[[], None] | None = None,
     ranks: Ranks | None = None,
+    keep_identical_ids: bool = False,
 ) -> tuple[RankedRun, Metrics]:
     """Embed a BEIR corpus to the store `embeddings` (continued or reused if it is there) and score the split.
 
@@ -37,6 +38,7 @@ def evaluate_towers(
         k: passages a query in the run.
         tick: called after every micro-batch; may raise to end the evaluation.
         ranks: share the work, called with the same arguments; the result is that of one process.
+        keep_identical_ids: leave no passage out for having its query's id.
     """
     several = ranks is not None and ranks.size > 1
     store = embed_corpus(
@@ -61,4 +63,5 @@ def evaluate_towers(
             device=str(towers.device),
             progress=ticking(advance, tick),
             on_ranks=several,
+            keep_identical_ids=keep_identical_ids,
         )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from eval.approximate import Approximation, approximation, search_by_parts
 from eval.beir import BeirDataset
-from eval.evaluate import exact_search, is_windows, query_vectors, ranked_run, score
+from eval.evaluate import Find, exact_products, exact_search, is_windows, query_vectors, ranked_run, score
 from eval.long_documents import WINDOWS
+from eval.markdown import left_out_line
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
 from eval.runs import write_trec_run
@@ -51,6 +54,8 @@ class SuiteOptions:
     """Prompts and lengths by set."""
     dangling: bool = False
     """Go on where qrels judge passages or queries that are not there."""
+    keep_identical_ids: bool = False
+    """Leave no passage out of a ranking for having its query's id."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the vectors on disk."""
     shard_rows: int = 65536
@@ -126,11 +131,13 @@ class Suite:
             dataset, lambda texts: embed_queries(towers, texts, self._encode, self._terminal), store.dim
         )
         asked = time.perf_counter()
-        ids, k = store.ids(), self._options.k
+        ids = store.ids()
         with self._terminal.bar(f"{task.name}: search", store.rows, "passages") as advance:
             device, several = str(towers.device), self._ranks.size > 1
             find = exact_search(store, ids, device=device, progress=advance, on_ranks=several)
-            run = ranked_run(dataset, ids, find, lambda: vectors, k, is_windows(store))
+            run = self._ranked(dataset, ids, find, vectors, store)
+        if run.left_out:
+            self._terminal.line(left_out_line(task.name, run.left_out))
         searched = time.perf_counter()
         result = SetResult(run, self._score(dataset, run), dataset.qrels, sums(dataset, store))
         result.seconds = {
@@ -148,7 +155,14 @@ class Suite:
 
     def _score(self, dataset: BeirDataset, run: RankedRun) -> Metrics:
         """The usual cut-offs, and the whole depth that was asked for."""
-        return score(dataset, run, self._options.k, sorted({*KS, self._options.k}))
+        cuts, keep = sorted({*KS, self._options.k}), self._options.keep_identical_ids
+        return score(dataset, run, self._options.k, cuts, keep_identical_ids=keep)
+
+    def _ranked(
+        self, dataset: BeirDataset, ids: Sequence[str], find: Find, vectors: np.ndarray, store: EmbeddingStore
+    ) -> RankedRun:
+        k, keep = self._options.k, self._options.keep_identical_ids
+        return ranked_run(dataset, ids, find, lambda: vectors, k, is_windows(store), keep_identical_ids=keep)
 
     def _embedded(self, towers: Towers, task: Task, corpus: Path, place: Path) -> EmbeddingStore:
         """The corpus's store: embedded, continued or used again."""
@@ -186,15 +200,14 @@ class Suite:
         if index.rows != store.rows:
             raise InputError(f"{folder}: expected an index of {dataset.name}, {store.rows} rows, found {index.rows}")
         began = time.perf_counter()
-        k = self._options.k
         with self._terminal.bar(f"{task.name}: search by index", len(vectors), "queries") as advance:
-            find = search_by_parts(index.search, advance)
-            run = ranked_run(dataset, index.ids, find, lambda: vectors, k, is_windows(store))
+            run = self._ranked(dataset, index.ids, search_by_parts(index.search, advance), vectors, store)
         exact.seconds["search by index"] = time.perf_counter() - began
         made = {name: index.manifest.fields.get(name) for name in ("factory", "seed", "trained_on")}
         exact.index = {**made, **Settings.of(index.faiss).known(), "faiss": faiss.__version__}
         write_trec_run(self._out / task.name / "index.trec", run, "retriever")
-        return approximation(index.factory, exact.run, run, self._score(dataset, run))
+        products = exact_products(store, vectors)
+        return approximation(index.factory, exact.run, run, self._score(dataset, run), products)
 
     def _built(self, task: Task, store: EmbeddingStore) -> Path:
         """The index of the store, built or used again."""
@@ -225,6 +238,7 @@ class Suite:
             "vectors": self._options.dtype,
             "search": f"exact, inner product, {self._options.k} passages a query",
             "long documents": windows if self._options.windows else cut,
+            "identical ids": "kept" if self._options.keep_identical_ids else "left out where not judged",
             "settings": {name: dataclasses.asdict(own) for name, own in self._options.settings.items()},
             "processes": self._ranks.size,
             "device": device_name(self._towers.device),

@@ -55,7 +55,14 @@ class SuiteResult:
         """For programs: the means by row, what was asked for and is not here, and by set what the index loses."""
         indexes = {name: other.as_json(self.exact[name]) for name, other in self.approximations.items()}
         return {
-            "sets": {row: {"mean": found.mean, "missing_queries": found.missing} for row, found in self.rows.items()},
+            "sets": {
+                row: {
+                    "mean": found.mean,
+                    "missing_queries": found.missing,
+                    "identical_ids_left_out": found.identical_ids_left_out,
+                }
+                for row, found in self.rows.items()
+            },
             "absent": self.absent,
             **({"index": indexes} if indexes else {}),
         }
@@ -118,6 +125,7 @@ def _set_json(result: SetResult, checked: Mapping[str, Any]) -> dict[str, Any]:
         "mean": result.metrics.mean,
         "queries": len(result.metrics.per_query),
         "missing_queries": result.metrics.missing,
+        "identical_ids_left_out": result.metrics.identical_ids_left_out,
         "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
         "preflight": dict(checked),
     }

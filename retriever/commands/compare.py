@@ -32,6 +32,8 @@ class EvaluateCompare:
     """Of the report; empty: the names of the sets."""
     allow_dangling: Switch = False
     """Go on where qrels judge queries that are not there (score 0)."""
+    keep_identical_ids: Switch = False
+    """Rank passages that have their query's id and are not judged for it; BEIR leaves them out, trec_eval does not."""
     bm25: Switch = False
     """Add BM25 over the same corpus."""
     bm25_stopwords: str = "en"
@@ -43,12 +45,12 @@ class EvaluateCompare:
     weights: tuple[float, ...] = ()
     """Of a hybrid's parts; empty: equal."""
     measure: str | None = None
-    """What systems are compared by: ndcg, map, recall, precision, mrr, rcap or success @ 1 … 1000; empty: ndcg@10, or
-    @ the depth of the shallowest run where that is less."""
+    """What systems are compared by: ndcg, map, recall, precision, mrr, rcap or success @ 1 … 1000; empty: ndcg@10. A
+    run that is not that deep is scored by what it has."""
     baseline: str | None = None
     """Test the others against this system only; empty: every pair."""
     k: int = 1000
-    """Passages a query that count; fewer where a run has fewer."""
+    """Passages a query that are scored; also what BM25 and hybrids return at most."""
     permutations: int = 100_000
     """Sign patterns of the randomisation test; all there are, where they are fewer."""
     seed: int = 0
@@ -87,6 +89,7 @@ class EvaluateCompare:
             split=self.split,
             title=self.title,
             dangling=self.allow_dangling,
+            keep_identical_ids=self.keep_identical_ids,
             bm25=self.bm25,
             stopwords=None if self.bm25_stopwords == "none" else self.bm25_stopwords,
             fusions=[Fusion(tuple(names.split("+")), self.method, self.weights) for names in self.fuse],

@@ -34,6 +34,8 @@ class EvaluateBeir(Embedding):
     """Only check the sets: errors, warnings, lengths, an estimate of time, memory and disk."""
     allow_dangling: Switch = False
     """Go on where qrels judge passages (never found) or queries (score 0) that are not there."""
+    keep_identical_ids: Switch = False
+    """Rank passages that have their query's id and are not judged for it; BEIR leaves them out, trec_eval does not."""
     settings: Path | None = None
     """YAML file with prompts and maximum lengths by set (query_prompt, passage_prompt, query_max_length,
     passage_max_length), under the set's name or default."""
@@ -76,6 +78,7 @@ class EvaluateBeir(Embedding):
             index=self.index,
             settings=read_settings(self.settings) if self.settings else {},
             dangling=self.allow_dangling,
+            keep_identical_ids=self.keep_identical_ids,
             dtype=self.dtype,
             shard_rows=self.shard_rows,
         )

@@ -85,12 +85,14 @@ class IndexDelete:
 
     def run(self, terminal: Terminal) -> int:
         from index.changing import delete_passages
+        from index.passages import checked_id
         from index.records import read_lines
 
         refuse_several_processes("delete")
         ids = list(self.ids)
         if self.ids_file is not None:
-            ids = [line.strip() for line in read_lines(self.ids_file) if line.strip()]
+            lines = enumerate(read_lines(self.ids_file), start=1)
+            ids = [checked_id(line.strip(), f"{self.ids_file}:{number}") for number, line in lines if line.strip()]
         deleted = delete_passages(self.index, ids, self.out)
         summary = {"index": str(self.out or self.index), "deleted": deleted, "not_there": len(set(ids)) - deleted}
         answer(self.json, summary)

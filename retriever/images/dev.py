@@ -40,6 +40,8 @@ class ImageDev:
         """
         if config.max_queries is not None:
             raise ConfigError("dev.max_queries: expected none for a set of pictures, which is evaluated whole")
+        if config.keep_identical_ids:
+            raise ConfigError("dev.keep_identical_ids: expected false for a set of images")
         return cls(open_set(Path(config.path), config.split))
 
     @property

@@ -130,6 +130,13 @@ def test_capped_recall_of_a_query_without_relevant_passages_is_zero() -> None:
     assert evaluate_run(qrels, run, (1,)).mean["rcap@1"] == 0.5
 
 
+def test_a_judged_passage_with_its_querys_id_counts() -> None:
+    qrels, run = {"1": {"1": 1}}, {"1": {"1": 2.0, "2": 1.0}}
+    ndcg, *_ = EvaluateRetrieval.evaluate(qrels, {query: dict(scores) for query, scores in run.items()}, [10])
+    assert ndcg["NDCG@10"] == 0.0
+    assert evaluate_run(qrels, run, (10,)).mean["ndcg@10"] == 1.0
+
+
 @pytest.fixture(autouse=True)
 def _logging_again() -> Any:
     yield

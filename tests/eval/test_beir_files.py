@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -60,6 +61,114 @@ def test_bad_qrels_name_the_line(tmp_path: Path, text: str, message: str) -> Non
     with pytest.raises(InputError, match=message) as caught:
         read_qrels(write(tmp_path / "test.tsv", text))
     assert "\n" not in str(caught.value)
+
+
+TABLE = [["q1", "d1", "1"], ["q2", "d2", "2"], ["q3", "d1", "0"]]
+
+
+def as_text(rows: list[list[str]], separator: str = "\t") -> str:
+    return "".join(separator.join(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("separator", ["\t", " "])
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("header", [None, ["query-id", "corpus-id", "score"], ["", "query-id", "corpus-id", "score"]])
+def test_a_table_with_the_numbers_of_its_rows_is_refused(
+    tmp_path: Path, header: list[str] | None, start: int, separator: str
+) -> None:
+    numbered = [[str(number), *row] for number, row in enumerate(TABLE, start=start)]
+    path = write(tmp_path / "test.tsv", as_text([header or [], *numbered], separator))
+    found = (
+        r":2: expected 3 columns, found 4 \(the header has 3\)"
+        if header
+        else ":[12]: expected query, 0, passage, grade"
+    )
+    with pytest.raises(InputError, match=rf"test\.tsv{found}"):
+        read_qrels(path)
+
+
+def test_four_columns_whose_queries_are_numbered_are_no_row_numbers(tmp_path: Path) -> None:
+    text = "0 0 d1 1\n1 0 d2 2\n2 0 d1 0\n"
+    assert read_qrels(write(tmp_path / "q.qrels", text)) == {"0": {"d1": 1}, "1": {"d2": 2}, "2": {"d1": 0}}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("query-id\tcorpus-id\tsplit\tscore", "test.tsv:1: expected the passage's id .* found 'split'"),
+        ("query-id\tscore", "test.tsv:1: expected 3 .* or 4 .* columns, found 2"),
+        ("query-id\ta\tb\tcorpus-id\tscore", "test.tsv:1: expected 3 .* or 4 .* columns, found 5"),
+        ("qid\titer\tdocid\trel", "test.tsv:2: expected 4 columns, found 3 .the header has 4"),
+    ],
+)
+def test_a_header_of_other_columns_is_refused(tmp_path: Path, header: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_qrels(write(tmp_path / "test.tsv", f"{header}\n" + as_text(TABLE)))
+
+
+@pytest.mark.parametrize("grade", ["1", "+1", "1.0", "1.", "1.000", "1e0", "1.0e+00", "10e-1"])
+def test_whole_numbers_are_grades_however_they_are_written(tmp_path: Path, grade: str) -> None:
+    assert read_qrels(write(tmp_path / "test.tsv", f"q1\td1\t{grade}\n")) == {"q1": {"d1": 1}}
+
+
+@pytest.mark.parametrize(
+    "grade", ["0.5", "1.5e0", "true", "True", "null", "None", "nan", "inf", "1_0", "1,0", "0x1", "१"]
+)
+def test_what_is_no_whole_number_is_no_grade(tmp_path: Path, grade: str) -> None:
+    path = write(tmp_path / "test.tsv", HEADER + f"q1\td1\t1\nq1\td2\t{grade}\n")
+    with pytest.raises(InputError, match=rf"test\.tsv:3: expected a whole number as grade, found '{grade}'"):
+        read_qrels(path)
+
+
+@pytest.mark.parametrize("grade", ["99999999999999999999", "-1e300", "2147483648"])
+def test_a_grade_beyond_what_sums_hold_is_refused(tmp_path: Path, grade: str) -> None:
+    with pytest.raises(InputError, match=r"test\.tsv:1: expected a grade between -2147483648 and 2147483648"):
+        read_qrels(write(tmp_path / "test.tsv", f"q1\td1\t{grade}\n"))
+
+
+@pytest.mark.parametrize(
+    ("grades", "expected"),
+    [
+        ([1.0, 0.0], {"d1": 1, "d2": 0}),
+        ([Decimal("1.00"), Decimal("2.00")], {"d1": 1, "d2": 2}),
+        (["1.0", "3"], {"d1": 1, "d2": 3}),
+        ([1.0, 0.5], "found '0.5'"),
+        ([1, None], "found 'null'"),
+        ([1.0, float("nan")], "found 'nan'"),
+        ([True, True], "found 'true'"),
+        ([False, False], "found 'false'"),
+        (["1", None], "found 'null'"),
+    ],
+)
+def test_grades_of_parquet_files(tmp_path: Path, grades: list[object], expected: object) -> None:
+    path = tmp_path / "qrels" / "test.parquet"
+    write_table(path, {"query-id": ["q", "q"], "corpus-id": ["d1", "d2"], "score": grades})
+    if isinstance(expected, dict):
+        assert read_qrels(path) == {"q": expected}
+    else:
+        with pytest.raises(InputError, match=rf"test\.parquet: row \d: expected a whole number as grade, {expected}"):
+            read_qrels(path)
+
+
+def test_lines_that_begin_with_a_number_sign_are_comments(tmp_path: Path) -> None:
+    text = f"# made by hand\n\n#\n{HEADER}q1\td1\t1\n#q1\td2\t1\n  # indented\nq1\t#d3\t2\n"
+    path = write(tmp_path / "test.tsv", text)
+    assert read_qrels(path) == {"q1": {"d1": 1, "#d3": 2}}
+    with pytest.raises(InputError, match=r"test\.tsv:9: expected 3 columns, found 2"):
+        read_qrels(write(path, text + "q1\td4\n"))
+
+
+def test_ids_of_queries_that_would_make_their_lines_comments_are_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    with (folder / "queries.jsonl").open("a") as stream:
+        stream.write('{"_id": "#4", "text": "ask 4"}\n')
+    with pytest.raises(
+        InputError, match=r"queries\.jsonl:4: expected a query's id without # at its beginning, found '#4'"
+    ):
+        BeirDataset.open(folder)
+    write_table(tmp_path / "test.parquet", {"query-id": ["#4"], "corpus-id": ["d1"]})
+    with pytest.raises(InputError, match=r"test\.parquet: row 1: expected a query's id without #"):
+        read_qrels(tmp_path / "test.parquet")
 
 
 def test_the_same_judgement_twice_is_one(tmp_path: Path) -> None:

@@ -223,3 +223,46 @@ def test_the_estimate_has_the_index_that_is_searched_or_built_too(tmp_path: Path
     none, given, built = expected(), expected(index=2**30), expected(index=2**30, build=True)
     assert none.memory < 2**28 < 2**30 < given.memory == built.memory < 1.01 * 2**30
     assert none.disk < given.disk < none.disk + 2**20 and built.disk > none.disk + 2**30 + 500_000
+
+
+def test_faults_of_qrels_that_would_be_read_shifted_are_named(tmp_path: Path) -> None:
+    rows = "0\tq0\td1\t1\n1\tq1\td2\t1\n"
+    for name, header, kind in (("one", HEADER, "broken judgements"), ("two", "", "files that cannot be read")):
+        found = preflight(write(tmp_path / name, passages(3), questions(2), test=header + rows))
+        assert kind in {finding.what for finding in found.errors}
+        with pytest.raises(
+            InputError, match=r"test\.tsv(:2: expected 3 columns, found 4|:1: expected query, 0, passage)"
+        ):
+            found.refuse()
+    header = "query-id\tcorpus-id\tsplit\tscore\n"
+    found = preflight(write(tmp_path / "three", passages(3), questions(2), test=header + "q0\td1\ttest\t1\n"))
+    assert kinds(found)["header mistakes"] == 1
+
+
+def test_whole_grades_and_comments_are_no_faults(tmp_path: Path) -> None:
+    text = "# judged by hand\n" + HEADER + "q0\td1\t1.0\n# the second query\nq1\td2\t2\n"
+    assert not preflight(write(tmp_path / "s", passages(3), questions(2), test=text)).findings
+    found = preflight(
+        write(tmp_path / "t", passages(3), [*questions(1), {"_id": "#1", "text": "x"}], test=HEADER + "q0\td1\t1\n")
+    )
+    assert [finding.what for finding in found.errors] == ["broken queries"]
+
+
+@pytest.mark.parametrize(("keep", "count"), [(False, 1), (True, None)])
+def test_queries_with_the_id_of_an_unjudged_passage_are_counted(tmp_path: Path, keep: bool, count: int | None) -> None:
+    """Query d0 judges itself; d1 does not."""
+    asked: list[object] = [{"_id": f"d{i}", "text": f"ask {i}"} for i in range(2)]
+    folder = write(tmp_path / "s", passages(3), asked, test=HEADER + "d0\td0\t1\nd1\td2\t1\n")
+    found = preflight(folder, keep_identical_ids=keep)
+    what = "queries with the id of a passage that is not judged for them, which is left out of their ranking"
+    assert kinds(found).get(what) == count
+
+
+def test_another_split_that_would_be_read_shifted_is_not_compared(tmp_path: Path) -> None:
+    """The numbers of its rows are ids of this split's queries."""
+    asked: list[object] = [{"_id": str(i), "text": f"ask {i}"} for i in range(3)]
+    train = HEADER + "0\t7\td1\t1\n1\t8\td2\t1\n"
+    folder = write(tmp_path / "s", passages(3), asked, test=HEADER + "0\td1\t1\n1\td2\t1\n", train=train)
+    found = preflight(folder)
+    assert not found.errors and kinds(found) == {"qrels of train that cannot be read, and are not compared": 1}
+    assert "train.tsv:2: expected 3 columns, found 4" in found.warnings[0].places[0]

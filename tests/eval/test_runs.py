@@ -35,6 +35,15 @@ def test_lines_are_what_trec_eval_reads(tmp_path: Path) -> None:
     assert pytrec_eval.parse_run(text.splitlines()) == {"q": {"a": 0.5, "b": 0.5, "c": 2.0}}
 
 
+def test_lines_that_begin_with_a_number_sign_are_comments(tmp_path: Path) -> None:
+    path = tmp_path / "run.trec"
+    path.write_text("# run of a system\nq Q0 a 1 2.0 t\n#q Q0 b 2 1.5 t\n\n   # indented\nq Q0 #c 3 1.0 t\n#")
+    assert read_trec_run(path) == {"q": {"a": 2.0, "#c": 1.0}}
+    path.write_text("# run of a system\nq Q0 a 1 2.0 t\nq Q0 b 1\n")
+    with pytest.raises(InputError, match=r"run\.trec:3: expected 6 columns"):
+        read_trec_run(path)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -42,6 +51,8 @@ def test_lines_are_what_trec_eval_reads(tmp_path: Path) -> None:
         ("q Q0 d 1 high tag", "run.trec:2: expected a whole rank and a score"),
         ("q Q0 d first 0.5 tag", "run.trec:2: expected a whole rank and a score"),
         ("q Q0 d 1 nan tag", "run.trec:2: expected a number as score, found NaN"),
+        ("q Q0 d 1 1_0 tag", "run.trec:2: expected a whole rank and a score"),
+        ("d 1 q Q0 a 2 0.5 tag", "run.trec:2: expected 6 columns .* found 8"),
         ("q Q0 a 2 0.5 tag", "run.trec:2: expected each passage once a query, found a again for query q"),
     ],
 )
@@ -53,7 +64,13 @@ def test_broken_lines_are_named(tmp_path: Path, line: str, message: str) -> None
 
 @pytest.mark.parametrize(
     ("run", "tag"),
-    [({"q": {"a b": 1.0}}, "t"), ({"q 1": {"a": 1.0}}, "t"), ({}, "my tag"), ({"q": {"a": math.nan}}, "t")],
+    [
+        ({"q": {"a b": 1.0}}, "t"),
+        ({"#q": {"a": 1.0}}, "t"),
+        ({"q 1": {"a": 1.0}}, "t"),
+        ({}, "my tag"),
+        ({"q": {"a": math.nan}}, "t"),
+    ],
 )
 def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, run: dict[str, dict[str, float]], tag: str) -> None:
     with pytest.raises(InputError):
