@@ -96,7 +96,16 @@ class TextDev:
         ranks: Ranks,
     ) -> dict[str, float]:
         _, metrics = evaluate_towers(
-            towers, self.dataset, embeddings, options, terminal, k=DEPTH, tick=tick, ranks=ranks
+            towers,
+            self.dataset,
+            embeddings,
+            options,
+            terminal,
+            k=DEPTH,
+            tick=tick,
+            ranks=ranks,
+            # Compared when the run begins: later, other GPUs may round their steps otherwise.
+            same_model=True,
         )
         return metrics.mean
 

@@ -29,6 +29,7 @@ def evaluate_towers(
     k: int = 1000,
     tick: Callable[[], None] | None = None,
     ranks: Ranks | None = None,
+    same_model: bool = False,
 ) -> tuple[RankedRun, Metrics]:
     """Embed a BEIR corpus to the store `embeddings` (continued or reused if it is there) and score the split.
 
@@ -37,6 +38,7 @@ def evaluate_towers(
         k: passages a query in the run.
         tick: called after every micro-batch; may raise to end the evaluation.
         ranks: share the work, called with the same arguments; the result is that of one process.
+        same_model: as in `encode_passages`.
     """
     several = ranks is not None and ranks.size > 1
     store = embed_corpus(
@@ -50,6 +52,7 @@ def evaluate_towers(
         window=SHARED,
         tick=tick,
         ranks=ranks,
+        same_model=same_model,
     )
     with terminal.bar(f"{dataset.name}: search", store.rows, "passages") as advance:
         return evaluate_beir(
