@@ -78,7 +78,7 @@ def encode_passages(
         RuntimeError: another rank is gone.
     """
     ranks = ranks or Ranks()
-    model = towers.fingerprint()
+    model = towers.fingerprint() if ranks.first or not same_model else {}
     corpus = Content.of({name: value for name, value in source.items() if name != "name"}, source.get("name", ""))
     same = {
         "corpus": corpus,

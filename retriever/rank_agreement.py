@@ -122,7 +122,8 @@ def agree_on_folder(ranks: Ranks, name: str, folder: Path) -> None:
         agree(ranks, {name: _Shown(same, f"{folder}{other}")})
     finally:
         if ranks.first:
-            mark.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                mark.unlink()
     # From here on the folder is as it was.
     ranks.wait()
 

@@ -47,7 +47,8 @@ class Trainer:
     equals one that was not (on the CPU with the same number of threads, bit for bit).
 
     Of several `ranks` every one makes a trainer of the same configuration and calls the same methods. Each has its
-    share of every batch; the first alone writes to the folder, which all of them see.
+    share of every batch; the first alone writes to the folder, which all of them see. Configuration, model, data, dev
+    set, folder and checkpoint are compared before the first step; where they differ, RanksDifferError is raised on all.
     """
 
     def __init__(self, config: TrainConfig, run: Path, terminal: Terminal, ranks: Ranks | None = None):

@@ -79,7 +79,7 @@ class Train:
             if self.file is not None or self.config != TrainConfig():
                 raise ConfigError("--resume: a run goes on with its own configuration; give no file and no other flag")
             trainer = Trainer.resume(Path(self.resume), terminal, ranks)
-        elif ranks.told(is_restarted(self.config, ranks)):
+        elif ranks.told(ranks.first and is_restarted(self.config, ranks)):
             trainer = Trainer.resume(Path(self.config.out), terminal, ranks)
         else:
             trainer = Trainer.start(self.config, terminal, ranks, profile=self.profile)
