@@ -207,8 +207,14 @@ def uses_gpus(device: str) -> bool:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """`cuda` as the GPU of this process's number on its machine."""
-    number = local_rank()
-    if device.type == "cuda" and device.index is None and number is not None:
-        return torch.device("cuda", number % torch.cuda.device_count())
-    return device
+    """`cuda` as the GPU of this process's number on its machine.
+
+    Raises:
+        ConfigError: the number is not known, and all processes would take the first of several GPUs.
+    """
+    if device.type != "cuda" or device.index is not None:
+        return device
+    number, gpus = local_rank(), torch.cuda.device_count()
+    if number is None and process_count() > 1 and gpus > 1:
+        raise ConfigError("WORLD_SIZE is set, as under torchrun, but: variable LOCAL_RANK expected, but not set")
+    return device if number is None else torch.device("cuda", number % gpus)

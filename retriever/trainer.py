@@ -68,7 +68,8 @@ class Trainer:
         if ranks.group is not None:
             # Before they are divided, and before hours of work on the data.
             place = config.model.image.name or config.model.name or "from scratch"
-            agree(ranks, {"model": Content(self.towers.fingerprint()["sha256"], place)})
+            model = Content(self.towers.fingerprint()["sha256"], place)
+            agree(ranks, {"device": self.device.type, "precision": self.precision, "model": model})
         if config.gradient_checkpointing:
             self.towers.enable_gradient_checkpointing()
         if self.device.type == "cuda":
@@ -190,7 +191,7 @@ class Trainer:
         paths = [source.path for source in config.data.images] or [source.path for source in config.data.sources]
         data = {f"{name}[{i}]": Content(state.sources[i], path) for i, path in enumerate(paths)}
         dev = Content.of(state.dev, config.dev.path) if state.dev else None
-        agree(self.ranks, {"precision": self.precision, **data, "dev.path": dev, "steps": len(self.batches)})
+        agree(self.ranks, {**data, "dev.path": dev, "steps": len(self.batches)})
 
     def plan(self) -> Plan:
         """What a step will need on this process; nothing is trained."""

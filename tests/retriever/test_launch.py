@@ -153,3 +153,34 @@ def test_of_a_dry_run_the_first_process_alone_answers(monkeypatch: pytest.Monkey
     monkeypatch.setenv("RANK", "0")
     # No model is named, which it alone finds.
     assert "model.name" in command("train", "--dry-run").err
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "expected"),
+    [
+        ({}, 4, "cuda"),
+        ({"LOCAL_RANK": "2"}, 4, "cuda:2"),
+        ({"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, 4, "cuda:3"),
+        # A batch system has left one GPU to each process.
+        ({"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, 1, "cuda:0"),
+        ({"WORLD_SIZE": "8"}, 1, "cuda"),
+        ({"WORLD_SIZE": "8"}, 4, None),
+    ],
+)
+def test_each_process_has_the_gpu_of_its_number(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], gpus: int, expected: str | None
+) -> None:
+    import torch
+
+    from retriever.ranks import own_device
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if expected is None:
+        with pytest.raises(ConfigError, match="variable LOCAL_RANK expected, but not set"):
+            own_device(torch.device("cuda"))
+    else:
+        assert own_device(torch.device("cuda")) == torch.device(expected)
+    assert own_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert own_device(torch.device("cpu")) == torch.device("cpu")
