@@ -119,7 +119,7 @@ def agree_on_folder(ranks: Ranks, name: str, folder: Path) -> None:
         else:
             same = first["below"] == below and _is_seen(there / first["mark"], patient=first["host"] != host)
         other = "" if same or path != first["path"] else f", another folder on {host},"
-        agree(ranks, {name: _Shown(same, f"{folder}{other}")})
+        agree(ranks, {name: _Shown(same, f"{path}{other}")})
     finally:
         if ranks.first:
             with contextlib.suppress(OSError):

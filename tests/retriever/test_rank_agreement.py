@@ -101,6 +101,13 @@ def test_one_folder_may_have_different_paths(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "link", "there"]
 
 
+def test_a_relative_path_is_told_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path.resolve()
+    line = f"out differs between ranks: {here}/run on rank 0, {here}/other on rank 1"
+    assert folders_compared(Path("run"), Path("other")) == [line, line]
+
+
 def test_different_folders_are_named_on_every_rank(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
