@@ -103,7 +103,7 @@ class Suite:
         """Compare what this rank is about to evaluate on with what the others are; the models when they embed."""
         if self._ranks.group is None:
             return
-        sets: dict[str, Any] = {"sets": [[task.name, task.split, task.row] for task in self._plan.tasks]}
+        sets: dict[str, Any] = {"--data": [[task.name, task.split, task.row] for task in self._plan.tasks]}
         for task in self._plan.tasks:
             dataset = BeirDataset.open(task.folder, task.split, dangling=self._options.dangling)
             self._sources[task.name] = corpus_source(dataset.corpus_file)
