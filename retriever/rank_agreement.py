@@ -186,7 +186,7 @@ def _first_few(texts: Sequence[str]) -> list[str]:
 
 
 def _named(ranks: Sequence[int]) -> str:
-    """ "rank 3", or "ranks 0-2, 5"."""
+    """ "rank 3", or "ranks 0-2 and 5": without a comma, which stands between values."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and spans[-1][1] == rank - 1:
@@ -194,7 +194,9 @@ def _named(ranks: Sequence[int]) -> str:
         else:
             spans.append([rank, rank])
     texts = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(texts)}"
+    if len(texts) > MOST_NAMED:
+        texts = [*texts[:MOST_NAMED], "others"]
+    return f"rank{'s' if len(ranks) > 1 else ''} {' and '.join(texts)}"
 
 
 def _is_seen(mark: Path, *, patient: bool) -> bool:

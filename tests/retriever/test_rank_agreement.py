@@ -29,7 +29,8 @@ def test_the_line_names_values_ranks_and_the_other_fields() -> None:
     assert difference(reports(1, 1, 1)) == ""
     assert difference(reports(1, 2)) == "lr differs between ranks: 1 on rank 0, 2 on rank 1"
     many = [3, 2, 2, 3, 2, 2, 2]
-    assert difference(reports(*many)) == "lr differs between ranks: 3 on ranks 0, 3, 2 on ranks 1-2, 4-6"
+    assert difference(reports(*many)) == "lr differs between ranks: 3 on ranks 0 and 3, 2 on ranks 1-2 and 4-6"
+    assert difference(reports(*[0, 1] * 9)).endswith(", 1 on ranks 1 and 3 and 5 and 7 and others")
     assert difference(reports(*range(9))).endswith("2 on rank 2, 3 on rank 3, and 5 more")
     missing = [{"a": ("1", "1"), "b": ("2", "2")}, {}]
     assert difference(missing) == "a differs between ranks: 1 on rank 0, none on rank 1 (so do b)"
