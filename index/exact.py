@@ -95,12 +95,21 @@ def search_on_ranks(
     same arguments but `device` and `progress`. Sends 12 bytes for each of the k passages of a query to every rank.
 
     Raises:
+        ValueError: on every rank, when the number of queries, dimensions, results or passages differs between them.
         as `search`, on the rank that found the fault; RuntimeError on the others, which then do not wait for it.
     """
     rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
     whole = _checked(shards, queries, len(ids))
     mine = (shard for number, shard in enumerate(whole) if number % ranks == rank)
     wire = torch.device(device if distributed.get_backend(group) == "nccl" else "cpu")
+    dimension, passages = queries.shape[-1], len(ids)
+    sizes = {
+        "the number of queries": len(queries),
+        "their dimension": dimension,
+        "k": k,
+        "the number of passages": passages,
+    }
+    _check_alike(sizes, wire, group)
     failed = torch.zeros(1, device=wire)
     try:
         scores, rows = _search(queries, mine, ids, k, block_rows, device, progress)
@@ -233,6 +242,15 @@ def _with_number(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _check_alike(sizes: dict[str, int], device: torch.device, group: distributed.ProcessGroup | None) -> None:
+    """Refuse ranks that would exchange lists of other lengths, or would not look for the same."""
+    found = list(_gathered(torch.tensor(list(sizes.values())), device, group))
+    for name, values in zip(sizes, np.stack(found, axis=1).tolist(), strict=True):
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ValueError(f"{name} differs between ranks: {values[0]} on rank 0, {values[other]} on rank {other}")
 
 
 def _filled(table: np.ndarray, width: int, value: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from dataclasses import dataclass
@@ -82,6 +83,12 @@ def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torc
     _restore_optimizer(optimizer, {**load_file(folder / "optimizer.safetensors"), **saved["optimizer"]})
     fields = saved["train"]
     return TrainState(**{**fields, "sources": tuple(fields["sources"])})
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """sha256 of the sums of a checkpoint's files, which `load_checkpoint` checks."""
+    files = read_manifest(folder, CHECKPOINT).files
+    return hashlib.sha256("\n".join(f"{name} {files[name].sha256}" for name in sorted(files)).encode()).hexdigest()
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:

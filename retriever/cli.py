@@ -30,6 +30,7 @@ from retriever.config import ConfigError
 from retriever.config_file import load_config
 from retriever.config_switches import as_switches
 from retriever.interrupt import sigterm_interrupts
+from retriever.launch import check_environment, process_count
 from retriever.progress import Terminal
 
 DESCRIPTION = "Train dense retrieval models, embed and index a corpus, search it, measure how well it retrieves."
@@ -48,6 +49,10 @@ EvaluateCommand = (
     | Annotated[EvaluateRun, subcommand("run")]
     | Annotated[EvaluateCompare, subcommand("compare")]
 )
+
+# What the processes of a torchrun do together (of train --dry-run and evaluate beir --preflight the first one answers).
+# All other commands are for one process alone.
+SHARED = (Train, Encode, EvaluateBeir, IndexBuild)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = _parse(arguments)
+        _check_processes(command, arguments)
         with sigterm_interrupts(), Terminal() as terminal:
             code = command.run(terminal)
         # Here rather than at the interpreter's end, where a failure could no longer be answered.
@@ -101,6 +107,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
+
+
+def _check_processes(command: Any, arguments: Sequence[str]) -> None:
+    """Refuse several processes where each of them would do the same and write the same files, and an environment that
+    torchrun does not make.
+
+    Raises:
+        ConfigError: names the command, or the variable.
+    """
+    asked, words = (command.command, 2) if isinstance(command, IndexGroup | EvaluateGroup) else (command, 1)
+    if (count := process_count()) > 1 and not isinstance(asked, SHARED):
+        name = " ".join(arguments[:words])
+        raise ConfigError(f"{name}: works in one process; start it without torchrun (WORLD_SIZE is {count})")
+    if count == 1:
+        # Of several, all that they share is checked when they meet.
+        check_environment()
 
 
 def _parse(arguments: list[str]) -> Any:

@@ -107,6 +107,8 @@ class TextDev:
             tick=tick,
             ranks=ranks,
             keep_identical_ids=self.keep_identical_ids,
+            # Compared when the run begins: later, other GPUs may round their steps otherwise.
+            same_model=True,
         )
         if metrics.identical_ids_left_out:
             terminal.line(

@@ -17,6 +17,7 @@ from index.passages import Passage, PassageFile
 from retriever.ahead import behind, giving_way
 from retriever.corpus_windows import WINDOW, CorpusWindow, Cut, WindowMaker
 from retriever.encode import EncodeOptions, embed_windows
+from retriever.rank_agreement import Content, agree, agree_on_folder
 from retriever.ranks import Ranks
 from retriever.shared_store import SharedWriter
 from retriever.towers import Towers
@@ -43,6 +44,7 @@ def encode_passages(
     window: int = WINDOW,
     workers: int = 0,
     ranks: Ranks | None = None,
+    same_model: bool = False,
     progress: Callable[[int], None] | None = None,
     notice: Callable[[str, str], None] | None = None,
 ) -> EmbeddingStore:
@@ -64,16 +66,29 @@ def encode_passages(
         shard_rows: rows a shard.
         window: most passages that are sorted by length together; vectors depend on it by rounding.
         workers: processes of this rank that read and tokenize; none for threads of this one.
-        ranks: all those that call this with the same arguments.
+        ranks: all those that call this with the same arguments, which are compared first.
+        same_model: the ranks' models have been compared before, as those of a run are when it begins.
         progress: called with the number of passages done since the last call, those of an earlier run included; on the
             first rank with those of all.
         notice: called with what is odd in a passage that is embedded, and its id; on the first rank.
 
     Raises:
         InputError: `out` holds something else, or the corpus is bad or empty.
+        RanksDifferError: the ranks have other models, corpora, settings or folders.
         RuntimeError: another rank is gone.
     """
     ranks = ranks or Ranks()
+    model = towers.fingerprint() if ranks.first or not same_model else {}
+    corpus = Content.of({name: value for name, value in source.items() if name != "name"}, source.get("name", ""))
+    same = {
+        "corpus": corpus,
+        "precision": options.precision,
+        "dtype": dtype,
+        "shard_rows": shard_rows,
+        "window": window,
+    }
+    agree(ranks, same if same_model else {"model": Content.of(model), **same})
+    agree_on_folder(ranks, "out", out)
     with contextlib.ExitStack() as held:
         writer = None
         if ranks.first:
@@ -81,7 +96,7 @@ def encode_passages(
                 out,
                 dim=towers.dimension,
                 dtype=dtype,
-                model=towers.fingerprint(),
+                model=model,
                 # Vectors of another arithmetic are others, and a report states which they were.
                 source={**source, "precision": options.precision},
                 shard_rows=shard_rows,

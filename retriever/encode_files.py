@@ -47,8 +47,11 @@ def embed_corpus(
     workers: int = 0,
     tick: Tick = None,
     ranks: Ranks | None = None,
+    same_model: bool = False,
 ) -> EmbeddingStore:
     """The passages of a file in a store in `folder`, which is continued or used again if it is there; by all ranks.
+
+    `same_model` is as in `encode_passages`.
 
     Raises:
         InputError: the file or a row of it is bad or there is none, or `folder` holds something else.
@@ -67,6 +70,7 @@ def embed_corpus(
             window=window,
             workers=workers,
             ranks=ranks,
+            same_model=same_model,
             progress=ticking(advance, tick),
             notice=notices.add,
         )

@@ -30,6 +30,7 @@ def evaluate_towers(
     tick: Callable[[], None] | None = None,
     ranks: Ranks | None = None,
     keep_identical_ids: bool = False,
+    same_model: bool = False,
 ) -> tuple[RankedRun, Metrics]:
     """Embed a BEIR corpus to the store `embeddings` (continued or reused if it is there) and score the split.
 
@@ -39,6 +40,7 @@ def evaluate_towers(
         tick: called after every micro-batch; may raise to end the evaluation.
         ranks: share the work, called with the same arguments; the result is that of one process.
         keep_identical_ids: leave no passage out for having its query's id.
+        same_model: as in `encode_passages`.
     """
     several = ranks is not None and ranks.size > 1
     store = embed_corpus(
@@ -52,6 +54,7 @@ def evaluate_towers(
         window=SHARED,
         tick=tick,
         ranks=ranks,
+        same_model=same_model,
     )
     with terminal.bar(f"{dataset.name}: search", store.rows, "passages") as advance:
         return evaluate_beir(

@@ -28,6 +28,7 @@ from retriever.encode import EncodeOptions
 from retriever.encode_corpus import corpus_source, encode_passages
 from retriever.encode_files import embed_queries
 from retriever.progress import Terminal
+from retriever.rank_agreement import Content, agree, agree_on_folder
 from retriever.ranks import Ranks
 from retriever.set_settings import SetSettings, towers_for
 from retriever.split_documents import split_documents
@@ -82,6 +83,7 @@ class Suite:
         self._options = options
         self._ranks = ranks or Ranks()
         self._terminal = terminal
+        self._sources: dict[str, dict[str, str]] = {}
         check_outside(out, plan.tasks)
         self._check_index()
 
@@ -91,6 +93,7 @@ class Suite:
         OUT/SET/embeddings/ (or windows/), OUT/SET/run.trec, OUT/SET/index/ and OUT/SET/index.trec where an index was
         asked for; OUT/evaluation.json; OUT/report.*.
         """
+        self._agree_on_sets()
         results = {task.name: self._evaluate(task) for task in self._plan.tasks}
         exact = {name: result.metrics for name, result in results.items()}
         found = {name: result.approximation for name, result in results.items() if result.approximation}
@@ -100,6 +103,23 @@ class Suite:
             write_suite(self._out, self._plan.tasks, whole, results, how, checked)
         self._ranks.wait()
         return whole
+
+    def _agree_on_sets(self) -> None:
+        """Compare what this rank is about to evaluate on with what the others are; the models when they embed."""
+        if self._ranks.group is None:
+            return
+        sets: dict[str, Any] = {"--data": [[task.name, task.split, task.row] for task in self._plan.tasks]}
+        for task in self._plan.tasks:
+            dataset = BeirDataset.open(task.folder, task.split, dangling=self._options.dangling)
+            self._sources[task.name] = corpus_source(dataset.corpus_file)
+            sets |= {
+                f"{task.name}: corpus": Content(self._sources[task.name]["sha256"], str(dataset.corpus_file)),
+                # As they are read: their order is that of the report.
+                f"{task.name}: queries": Content.of(list(dataset.queries.items()), str(task.folder)),
+                f"{task.name}: qrels": Content.of(list(dataset.qrels.items()), str(dataset.qrels_file)),
+            }
+        agree(self._ranks, sets)
+        agree_on_folder(self._ranks, "out", self._out)
 
     def _check_index(self) -> None:
         """Refuse an index or a factory string that will not do, before hours of embedding rather than after."""
@@ -167,7 +187,7 @@ class Suite:
     def _embedded(self, towers: Towers, task: Task, corpus: Path, place: Path) -> EmbeddingStore:
         """The corpus's store: embedded, continued or used again."""
         passages: Iterable[Passage] = PassageFile(corpus)
-        source = corpus_source(corpus)
+        source = dict(self._sources.get(task.name) or corpus_source(corpus))
         if self._options.windows:
             source[WINDOWS] = f"overlap {self._options.overlap}"
             passages = split_documents(towers, passages, self._options.overlap)

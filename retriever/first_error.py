@@ -24,10 +24,14 @@ class LostRankError(InputError):
     """A rank is gone without a word: killed, or its machine is. No fault of the program, so one line is enough."""
 
 
+class CommonError(InputError):
+    """An error that every rank finds and raises by itself, so that each of them shows it."""
+
+
 @contextlib.contextmanager
 def first_error_shown(store: Any) -> Iterator[None]:
     """Within, the first error of any rank, or the first signal that ends one, passes through on that rank; the others
-    exit with code 1 and say nothing.
+    exit with code 1 and say nothing. A CommonError passes through on every rank.
 
     A rank that is caught in a transfer with one that failed is ended from a thread, within seconds.
 
@@ -43,6 +47,11 @@ def first_error_shown(store: Any) -> Iterator[None]:
     try:
         try:
             yield
+        except CommonError:
+            # Nothing to tell the others; the store may be gone with the first of them to end.
+            done.set()
+            _ignore_sigterm()
+            raise
         except Exception as error:
             done.set()
             if not _claim(store):
@@ -65,9 +74,13 @@ def first_error_shown(store: Any) -> Iterator[None]:
 
 def _silent_end() -> SystemExit:
     """What ends a rank because of another's error; from here on torchrun's SIGTERM changes nothing."""
+    _ignore_sigterm()
+    return SystemExit(1)
+
+
+def _ignore_sigterm() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return SystemExit(1)
 
 
 def _claim(store: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from retriever.device import Precision
 from retriever.divided import own_part
 from retriever.half_weights import arithmetic
+from retriever.launch import local_process_count
 from retriever.sharding import is_sharded
 from retriever.towers import Towers
 
@@ -206,7 +206,7 @@ def available_bytes() -> int:
         # Where there is no such file, or no number in it ("max"), nothing is limited.
         with contextlib.suppress(OSError, ValueError):
             room = min(room, int((folder / limit).read_text()) - int((folder / used).read_text()))
-    return max(0, room) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, room) // local_process_count()
 
 
 def _free_bytes(device: torch.device) -> tuple[int, int]:

@@ -12,10 +12,12 @@ from index.changing import retune
 from index.factory import import_faiss, make
 from index.files import InputError
 from index.layout import check_replaceable
+from index.manifest import INDEX, read_manifest
 from index.merge import merge
 from index.settings import core
 from index.store import EmbeddingStore
 from index.tuning import Tuning
+from retriever.rank_agreement import Content, agree, agree_on_folder
 from retriever.ranks import Ranks
 
 # Parts a process. The others wait while the first trains and fills one of its own: the more parts, the shorter.
@@ -39,7 +41,12 @@ def build_on_ranks(
 
     Raises:
         InputError: as `build`; the store has one shard alone, or indexes of the kind cannot be merged.
+        RanksDifferError: the ranks have other embeddings, plans or folders.
     """
+    what = {"model": store.model, "source": store.source, "files": store.manifest.files}
+    how = {"factory": plan.factory, "seed": plan.seed, "memory": plan.memory_mib, "on disk": plan.on_disk}
+    agree(ranks, {"embeddings": Content.of(what, str(store.folder)), **how, "trained from": _trained_from(plan)})
+    agree_on_folder(ranks, "out", out)
     # Named, so that it lives while its core is looked at.
     whole = make(plan.factory, store.dim)
     faiss = import_faiss()
@@ -78,3 +85,10 @@ def build_on_ranks(
             tuning = retune(out, store, plan.target, seed=plan.seed, note=note)
     ranks.wait()
     return tuning
+
+
+def _trained_from(plan: Plan) -> Content | None:
+    """The index whose training is taken over."""
+    if plan.train_from is None:
+        return None
+    return Content.of(read_manifest(plan.train_from, INDEX).fields.get("trained"), str(plan.train_from))

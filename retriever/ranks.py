@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +18,16 @@ from retriever.config import ConfigError
 from retriever.data.schedule import Share
 from retriever.first_error import first_error_shown
 from retriever.interrupt import signals_end_at_once
+from retriever.launch import attempt, check_environment, local_rank, process_count
 from retriever.progress import Terminal
+from retriever.rank_agreement import agree
+from retriever.versions import versions
 from retriever.workers import ended_with_parent
 
 # One rank may build an index while the others wait; a rank that dies is noticed by torchrun, not by the clock.
 PATIENCE = datetime.timedelta(days=1)
+# Packages of which other versions may give other numbers.
+COMPUTING = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -146,34 +150,22 @@ class SilentTerminal(Terminal):
         """Say nothing."""
 
 
-def process_count() -> int:
-    """How many processes this torchrun started, on all machines; 1 without it.
-
-    Raises:
-        ConfigError: the environment says something else.
-    """
-    found = os.environ.get("WORLD_SIZE", "1")
-    if not found.isdecimal() or int(found) < 1:
-        raise ConfigError(f"WORLD_SIZE: expected a number of processes, as torchrun sets it, found {found!r:.40}")
-    return int(found)
-
-
-def attempt() -> int:
-    """How many times torchrun has started this job's processes before."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 @contextlib.contextmanager
-def joined_ranks(*, on_devices: bool = False) -> Iterator[Ranks]:
+def joined_ranks(same: Mapping[str, Any] | None = None, *, on_devices: bool = False) -> Iterator[Ranks]:
     """The processes of this torchrun as one group; alone without one.
 
     What lies in main memory is exchanged by gloo; with `on_devices` what lies on GPUs by NCCL. The first error of any
     ends all (first_error.py).
 
+    Args:
+        same: what must be the same for all, by name (rank_agreement.py), beside the versions of what computes.
+
     Raises:
         ConfigError: the environment is not that of a process of torchrun.
         InputError: the others cannot be reached.
+        RanksDifferError: ranks have started other commands, or other versions.
     """
+    check_environment()
     if process_count() == 1:
         yield Ranks()
         return
@@ -181,9 +173,16 @@ def joined_ranks(*, on_devices: bool = False) -> Iterator[Ranks]:
     with signals_end_at_once(), ended_with_parent():
         job, store, rank, size = _met("cpu:gloo,cuda:nccl" if on_devices else "gloo")
     with first_error_shown(store):
-        yield Ranks(rank, size, job)
+        ranks = Ranks(rank, size, job)
+        agree(ranks, {**(same or {}), **_versions()})
+        yield ranks
         # After an error others may never come to this.
         distributed.destroy_process_group()
+
+
+def _versions() -> dict[str, str]:
+    # Another Python computes the same.
+    return {f"the version of {name}": found for name, found in versions(*COMPUTING).items() if name != "Python"}
 
 
 def _met(backend: str) -> tuple[Any, Any, int, int]:
@@ -204,11 +203,18 @@ def _met(backend: str) -> tuple[Any, Any, int, int]:
 
 def uses_gpus(device: str) -> bool:
     """Whether a process that is asked for that device, "auto" perhaps, will compute on a GPU."""
-    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def own_device(device: torch.device) -> torch.device:
-    """`cuda` as the GPU of this process's number on its machine."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return device
+    """`cuda` as the GPU of this process's number on its machine.
+
+    Raises:
+        ConfigError: the number is not known, and all processes would take the first of several GPUs.
+    """
+    if device.type != "cuda" or device.index is not None:
+        return device
+    number, gpus = local_rank(), torch.cuda.device_count()
+    if number is None and process_count() > 1 and gpus > 1:
+        raise ConfigError("WORLD_SIZE is set, as under torchrun, but: variable LOCAL_RANK expected, but not set")
+    return device if number is None else torch.device("cuda", number % gpus)

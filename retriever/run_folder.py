@@ -12,6 +12,7 @@ from torch import nn
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
 from retriever.checkpoint import (
     TrainState,
+    checkpoint_digest,
     checkpoint_folder,
     latest_checkpoint,
     load_checkpoint,
@@ -21,6 +22,7 @@ from retriever.checkpoint import (
 from retriever.config import TrainConfig
 from retriever.config_file import CONFIG_FILE, load_config, save_config
 from retriever.divided import gathered
+from retriever.rank_agreement import Content
 from retriever.ranks import Ranks
 from retriever.towers import build_towers
 
@@ -33,6 +35,8 @@ class RunFolder:
     def __init__(self, path: Path, ranks: Ranks):
         self.path, self.ranks = path, ranks
         self._saved = (-1, -1)
+        self.loaded: Content | None = None
+        """The checkpoint that `load_newest` has loaded."""
 
     @property
     def cache(self) -> Path:
@@ -74,6 +78,7 @@ class RunFolder:
         if newest is None:
             return None
         state = load_checkpoint(newest, modules, optimizer)
+        self.loaded = Content(checkpoint_digest(newest), str(newest))
         self._saved = state.step, state.dev_step
         return state
 

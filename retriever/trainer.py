@@ -24,6 +24,7 @@ from retriever.device import choose_device, choose_precision
 from retriever.encode import EncodeOptions
 from retriever.graph_memory import GraphMemory
 from retriever.interrupt import Interrupted, StopRequest
+from retriever.launch import attempt
 from retriever.meter import Meter
 from retriever.open_data import open_training
 from retriever.optim import build_optimizer
@@ -31,6 +32,7 @@ from retriever.plan import Plan, plan_step
 from retriever.pool_ids import with_pool_false_negatives
 from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
+from retriever.rank_agreement import Content, agree, agree_on_folder, config_fields
 from retriever.ranks import PlannedRanks, Ranks, own_device
 from retriever.run_folder import RunFolder, build_configured_towers, check_new, written_config
 from retriever.run_log import NoLog, RunLog, described
@@ -45,7 +47,8 @@ class Trainer:
     equals one that was not (on the CPU with the same number of threads, bit for bit).
 
     Of several `ranks` every one makes a trainer of the same configuration and calls the same methods. Each has its
-    share of every batch; the first alone writes to the folder, which all of them see.
+    share of every batch; the first alone writes to the folder, which all of them see. Configuration, model, data, dev
+    set, folder and checkpoint are compared before the first step; where they differ, RanksDifferError is raised on all.
     """
 
     def __init__(self, config: TrainConfig, run: Path, terminal: Terminal, ranks: Ranks | None = None):
@@ -53,6 +56,7 @@ class Trainer:
         self.terminal = terminal
         self.ranks = ranks = ranks or Ranks()
         self._folder = RunFolder(run, ranks)
+        agree(ranks, config_fields(config))
         check_ranks(config, ranks)
         self.device = own_device(choose_device(config.device))
         if self.device.index is not None:
@@ -61,6 +65,11 @@ class Trainer:
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.towers = build_configured_towers(config)
+        if ranks.group is not None:
+            # Before they are divided, and before hours of work on the data.
+            place = config.model.image.name or config.model.name or "from scratch"
+            model = Content(self.towers.fingerprint()["sha256"], place)
+            agree(ranks, {"device": self.device.type, "precision": self.precision, "model": model})
         if config.gradient_checkpointing:
             self.towers.enable_gradient_checkpointing()
         if self.device.type == "cuda":
@@ -116,6 +125,7 @@ class Trainer:
             ranks,
         )
         self.state = TrainState(sources=sources, dev="" if self.dev is None else self.dev.fingerprint)
+        self._agree_on_data()
 
     @classmethod
     def start(
@@ -131,11 +141,14 @@ class Trainer:
                 profile.
         """
         config = with_absolute_paths(config)
+        agree_on_folder(ranks or Ranks(), "out", Path(config.out))
         check_new(Path(config.out))
         trainer = cls(config, Path(config.out), terminal, ranks)
         if profile:
             trainer._check_profile()
         trainer._folder.begin(trainer.config)
+        if attempt():
+            terminal.line(f"{_restarted()}starting from the beginning")
         return trainer
 
     @classmethod
@@ -145,25 +158,40 @@ class Trainer:
         Raises:
             InputError: no such run, a damaged checkpoint, or data that has changed since.
         """
+        agree_on_folder(ranks or Ranks(), "out", run)
         trainer = cls(written_config(run), run, terminal, ranks)
         # Another process that trains here holds the lock, and its checkpoints come and go.
         with trainer._folder.locked(), trainer.ranks.first_before_others():
             trainer._load_newest()
-        trainer.ranks.wait()
+        loaded, state = trainer._folder.loaded, trainer.state
+        agree(trainer.ranks, {"checkpoint": loaded, "step": state.step, "best dev score": state.best_score})
         return trainer
 
     def _load_newest(self) -> None:
         loaded = self._folder.load_newest(self.modules, self.optimizer)
         if loaded is None:
-            self.terminal.line(f"{self.run}: no checkpoint yet; starting from the beginning")
+            self.terminal.line(f"{_restarted()}{self.run}: no checkpoint yet; starting from the beginning")
             return
         if (loaded.sources, loaded.dev) != (self.state.sources, self.state.dev):
             raise InputError(
                 f"{self.run}: the data changed since step {loaded.step}; a run goes on only with the same data"
             )
         self.state = loaded
+        assert self._folder.loaded is not None
+        self.terminal.line(
+            f"{_restarted()}resuming from {self._folder.loaded.place} (step {loaded.step} of {len(self.batches)})"
+        )
         if loaded.scaler is not None:
             self.scaler.load_state_dict(loaded.scaler)
+
+    def _agree_on_data(self) -> None:
+        """Compare what this rank is about to train on with what the others are."""
+        config, state = self.config, self.state
+        name = "data.images" if config.data.images else "data.sources"
+        paths = [source.path for source in config.data.images] or [source.path for source in config.data.sources]
+        data = {f"{name}[{i}]": Content(state.sources[i], path) for i, path in enumerate(paths)}
+        dev = Content.of(state.dev, config.dev.path) if state.dev else None
+        agree(self.ranks, {**data, "dev.path": dev, "steps": len(self.batches)})
 
     def plan(self) -> Plan:
         """What a step will need on this process; nothing is trained."""
@@ -353,3 +381,8 @@ class Trainer:
         finally:
             if ranks.first:
                 shutil.rmtree(embeddings, ignore_errors=True)
+
+
+def _restarted() -> str:
+    """What to say first where torchrun has started the processes before."""
+    return f"restarted by torchrun (attempt {attempt()}): " if attempt() else ""

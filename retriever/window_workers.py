@@ -21,6 +21,7 @@ from index.files import InputError
 from index.passages import Passage
 from retriever.ahead import ahead
 from retriever.corpus_windows import CorpusWindow, Cut, WindowMaker, pass_over, read, unread
+from retriever.launch import local_process_count
 from retriever.workers import become_worker, started
 
 # Passages that a worker makes at a time, and how many times so many it may be ahead: a whole window takes one process
@@ -37,7 +38,7 @@ def workers_for(device: torch.device) -> int:
     # Workers are forks, and where there are none nobody says which processors are ours.
     if device.type != "cuda" or not hasattr(os, "sched_getaffinity"):
         return 0
-    processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processors = len(os.sched_getaffinity(0)) // local_process_count()
     count = min(MOST_WORKERS, processors - OTHER_PROCESSORS)
     return count if count >= LEAST_WORKERS else 0
 

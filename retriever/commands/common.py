@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff
-
-from retriever.config import ConfigError
 
 if TYPE_CHECKING:
     from retriever.encode import EncodeOptions
@@ -86,12 +83,18 @@ def answer(as_json: bool, values: dict[str, Any]) -> None:
         print("  ".join(f"{key} {value}" for key, value in values.items()))
 
 
-def several_processes() -> bool:
-    """Whether torchrun started more than this one; as `ranks.process_count`, without all that it imports."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def same_settings(name: str, command: Any, device: str, *without: str) -> dict[str, Any]:
+    """What the processes of a torchrun that share a command must be given alike (retriever/rank_agreement.py).
 
+    Args:
+        name: of the command.
+        command: its dataclass.
+        device: what --device or the configuration says.
+        without: fields that each process may be given otherwise.
+    """
+    from retriever.rank_agreement import settings_of
+    from retriever.ranks import uses_gpus
 
-def refuse_several_processes(name: str) -> None:
-    """Refuse (ConfigError) a command whose processes would all write the same folder."""
-    if several_processes():
-        raise ConfigError(f"index {name}: works in one process; start it without torchrun")
+    given = settings_of(command, without=without)
+    flags = {f"--{field.replace('_', '-')}": value for field, value in given.items()}
+    return {"command": name, "device": "cuda" if uses_gpus(device) else "cpu", **flags}

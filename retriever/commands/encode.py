@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from index.files import InputError
-from retriever.commands.common import Embedding, answer, check_counts
+from retriever.commands.common import Embedding, answer, check_counts, same_settings
 from retriever.config import ConfigError
 from retriever.progress import Terminal
 
@@ -43,7 +43,8 @@ class Encode(Embedding):
     def run(self, terminal: Terminal) -> int:
         from retriever.ranks import SilentTerminal, joined_ranks
 
-        with joined_ranks() as ranks:
+        same = same_settings("encode", self, self.device, "model", "data", "out", "device", "workers", "json")
+        with joined_ranks(same) as ranks:
             terminal = terminal if ranks.first else SilentTerminal()
             if not self._is_pictures():
                 store = self._corpus(terminal, ranks)

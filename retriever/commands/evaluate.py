@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from retriever.commands.common import Embedding, Switch, check_counts
+from retriever.commands.common import Embedding, Switch, check_counts, same_settings
 from retriever.progress import Terminal
 
 
@@ -67,6 +67,7 @@ class EvaluateBeir(Embedding):
     def run(self, terminal: Terminal) -> int:
         from retriever.check_sets import check_sets
         from retriever.evaluate_suite import Suite, SuiteOptions
+        from retriever.rank_agreement import settings_of
         from retriever.ranks import SilentTerminal, joined_ranks, own_device
         from retriever.set_settings import read_settings, unused
 
@@ -82,7 +83,11 @@ class EvaluateBeir(Embedding):
             dtype=self.dtype,
             shard_rows=self.shard_rows,
         )
-        with joined_ranks() as ranks:
+        paths = ("model", "data", "out", "home", "mirror", "settings", "index")
+        same = same_settings("evaluate beir", self, self.device, *paths, "device", "json")
+        same |= {"--index": self.index is not None}
+        same |= {f"--{name}": value for name, value in settings_of(options).items() if name.startswith("settings")}
+        with joined_ranks(same) as ranks:
             terminal = terminal if ranks.first else SilentTerminal()
             plan = self._plan(ranks, terminal)
             for name in unused(options.settings, plan.tasks):

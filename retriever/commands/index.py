@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from index.files import InputError
-from retriever.commands.common import Switch, answer, check_counts, refuse_several_processes, several_processes
+from retriever.commands.common import Switch, answer, check_counts, same_settings
 from retriever.config import ConfigError
+from retriever.launch import process_count
 from retriever.progress import Terminal
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class IndexBuild(RecallTarget):
             raise ValueError("--factory: leave it out with --train-from, which gives the factory")
 
     def run(self, terminal: Terminal) -> int:
-        if not several_processes():
+        if process_count() == 1:
             return self._build(terminal, None)
         from retriever.ranks import SilentTerminal, joined_ranks
 
@@ -120,7 +121,8 @@ class IndexBuild(RecallTarget):
             raise ConfigError("--part: leave it out under torchrun, whose processes share the embeddings by themselves")
         if self.gpu:
             raise ConfigError("--gpu: leave it out under torchrun; one process trains and fills on all GPUs")
-        with joined_ranks() as ranks:
+        paths = ("embeddings", "out", "queries", "model", "train_from")
+        with joined_ranks(same_settings("index build", self, "cpu", *paths, "json")) as ranks:
             return self._build(terminal if ranks.first else SilentTerminal(), ranks)
 
     def _build(self, terminal: Terminal, ranks: Ranks | None) -> int:
@@ -202,7 +204,6 @@ class IndexTune(RecallTarget):
         from index.embeddings import EmbeddingStore
         from index.opened import Index
 
-        refuse_several_processes("tune")
         store = EmbeddingStore.open(self.embeddings)
         target = self.target(self.target_recall, store, terminal)
         with terminal.bar("tune", None, "settings") as advance:

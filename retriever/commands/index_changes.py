@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from retriever.commands.common import Switch, answer, refuse_several_processes
+from retriever.commands.common import Switch, answer
 from retriever.progress import Terminal
 
 
@@ -32,7 +32,6 @@ class IndexMerge:
     def run(self, terminal: Terminal) -> int:
         from index.merge import merge
 
-        refuse_several_processes("merge")
         with terminal.bar("merge", None, "vectors") as advance:
             rows = merge(self.indexes, self.out, on_disk=self.on_disk, progress=advance)
         answer(self.json, {"index": str(self.out), "rows": rows})
@@ -56,7 +55,6 @@ class IndexAdd:
         from index.changing import add_passages
         from index.embeddings import EmbeddingStore
 
-        refuse_several_processes("add")
         store = EmbeddingStore.open(self.embeddings)
         with terminal.bar("add", store.rows, "vectors") as advance:
             added = add_passages(self.index, store, self.out, progress=advance)
@@ -88,7 +86,6 @@ class IndexDelete:
         from index.passages import checked_id
         from index.records import read_lines
 
-        refuse_several_processes("delete")
         ids = list(self.ids)
         if self.ids_file is not None:
             lines = enumerate(read_lines(self.ids_file), start=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ from retriever.commands.common import Switch, check_counts
 from retriever.config import ConfigError, TrainConfig
 from retriever.config_file import CONFIG_FILE, load_config, with_absolute_paths
 from retriever.interrupt import Interrupted
+from retriever.launch import attempt, check_environment, process_count, rank
 from retriever.progress import Terminal
 
 if TYPE_CHECKING:
@@ -43,19 +43,24 @@ class Train:
             raise ValueError("--profile: expected without --dry-run, which trains no steps")
 
     def run(self, terminal: Terminal) -> int:
+        from retriever.rank_agreement import config_fields
         from retriever.ranks import SilentTerminal, joined_ranks, uses_gpus
 
         if self.dry_run:
             return self._plan(terminal)
-        with joined_ranks(on_devices=uses_gpus(self.config.device)) as ranks:
+        gpus = uses_gpus(self.config.device)
+        same = {"command": "train", "--resume": self.resume is not None, "--profile": self.profile}
+        same |= {"device": "cuda" if gpus else "cpu", **config_fields(self.config)}
+        with joined_ranks(same, on_devices=gpus) as ranks:
             return self._train(terminal if ranks.first else SilentTerminal(), ranks)
 
     def _plan(self, terminal: Terminal) -> int:
-        from retriever.ranks import PlannedRanks, process_count
+        from retriever.ranks import PlannedRanks
         from retriever.run_folder import written_config
         from retriever.trainer import Trainer
 
-        if os.environ.get("RANK", "0") != "0":
+        check_environment()
+        if rank():
             # Under torchrun one of the processes says it for all.
             return 0
 
@@ -74,8 +79,7 @@ class Train:
             if self.file is not None or self.config != TrainConfig():
                 raise ConfigError("--resume: a run goes on with its own configuration; give no file and no other flag")
             trainer = Trainer.resume(Path(self.resume), terminal, ranks)
-        elif is_restarted(self.config, ranks):
-            terminal.line(f"{self.config.out}: restarted by torchrun; going on with the run")
+        elif ranks.told(ranks.first and is_restarted(self.config, ranks)):
             trainer = Trainer.resume(Path(self.config.out), terminal, ranks)
         else:
             trainer = Trainer.start(self.config, terminal, ranks, profile=self.profile)
@@ -95,8 +99,6 @@ class Train:
 
 def is_restarted(config: TrainConfig, ranks: Ranks) -> bool:
     """Whether torchrun has started this process again, after one of its job failed that had begun this very run."""
-    from retriever.ranks import attempt
-
     written = Path(config.out) / CONFIG_FILE
     if not attempt() or not written.exists() or not ranks.have_begun(config.out):
         return False

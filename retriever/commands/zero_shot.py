@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retriever.commands.common import Embedding
-from retriever.config import ConfigError
 from retriever.progress import Terminal
 
 
@@ -35,10 +34,7 @@ class EvaluateZeroShot(Embedding):
     def run(self, terminal: Terminal) -> int:
         from eval.zero_shot.report import json_of, summary_table
         from retriever.evaluate_zero_shot import check_out, evaluate_zero_shot, open_sets
-        from retriever.ranks import process_count
 
-        if process_count() > 1:
-            raise ConfigError("evaluate zero-shot: works in one process; start it without torchrun")
         # Before the model, because reading it takes longer than to see that a folder is wrong.
         sets = open_sets(self.data, self.split, self.templates)
         check_out(self.out, sets)

@@ -41,6 +41,12 @@ def check_ranks(rng: np.random.Generator, folder: Path, numbers: Sequence[int], 
             # The last of 8 shards is the last rank's; nobody waits for it.
             expected = "InputError: row 499" if number == ranks - 1 else "RuntimeError: exact search: another rank"
             assert str(found["error"]).startswith(expected)
+            other = f"on rank {ranks - 1}"
+            if ranks > 1:
+                assert str(found["k"]) == f"k differs between ranks: 40 on rank 0, 41 {other}"
+                assert str(found["queries"]) == f"the number of queries differs between ranks: 11 on rank 0, 10 {other}"
+            else:
+                assert "k" not in found and "queries" not in found
 
 
 def search(folder: Path, device: str) -> None:
@@ -62,6 +68,14 @@ def search(folder: Path, device: str) -> None:
         exact.search_on_ranks(queries, shards, ids, 40, device=device)
     except (InputError, RuntimeError) as error:
         found["error"] = np.array(f"{type(error).__name__}: {error}")
+    for name, k, some in (
+        ("k", 40 + (rank == ranks - 1), queries),
+        ("queries", 40, queries[: 11 - (rank == ranks - 1)]),
+    ):
+        try:
+            exact.search_on_ranks(some, shards[:-1], ids[:448], k, device=device)
+        except ValueError as error:
+            found[name] = np.array(str(error))
     np.savez(folder / f"{ranks}-{rank}.npz", **found)
     distributed.destroy_process_group()
 

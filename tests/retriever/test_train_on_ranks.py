@@ -106,7 +106,8 @@ def test_a_job_that_torchrun_restarts_goes_on(python: LoadedPython, config: Path
     run = tmp_path / "run"
     done = python.run(*torchrun(2, HERE / "failing_rank.py", "killed", "train", config, "--out", run, restarts=1))
     assert done.returncode == 0, done.stderr
-    assert "restarted by torchrun; going on with the run" in done.stderr
+    newest = run / "checkpoints" / "step-00000004"
+    assert done.stderr.count(f"restarted by torchrun (attempt 1): resuming from {newest} (step 4 of 8)") == 1
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
 
@@ -115,7 +116,7 @@ def test_a_run_of_another_job_is_refused_at_every_attempt(python: LoadedPython, 
     words = ("-m", "retriever", "train", config, "--steps", 1, "--out", tmp_path / "run")
     assert python.run(*torchrun(2, *words)).returncode == 0
     done = python.run(*torchrun(2, *words, restarts=1))
-    assert done.returncode != 0 and "going on" not in done.stderr, done.stderr
+    assert done.returncode != 0 and "resuming" not in done.stderr, done.stderr
     assert done.stderr.count("holds a run already") == 2
 
 

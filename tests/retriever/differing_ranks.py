@@ -1,0 +1,97 @@
+"""Runs as `differing_ranks.py CASES OUTCOMES`: commands by several processes, each told something of its own.
+
+CASES is a JSON object: name -> for each rank its command line and, after "--environment", variables as NAME=VALUE. What
+each rank ended with is written to OUTCOMES in the same shape: its exit code, standard output and standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import retriever.evaluate_suite
+import retriever.trainer  # noqa: F401 - before the forks, which then share the libraries
+from retriever import cli, run_folder
+
+SECONDS = 30.0
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def without_newest(checkpoints: Path) -> Path:
+    """What a disk that lags behind shows of a run's checkpoints: all but the newest."""
+    return sorted(checkpoints.iterdir())[-2]
+
+
+def run_rank(words: list[str], said: Path) -> None:
+    """Run the command line and write how it ended, as a process of its own would end."""
+    torch.set_num_threads(1)
+    if "WITHOUT_NEWEST" in os.environ:
+        run_folder.latest_checkpoint = without_newest
+    out, err, code = io.StringIO(), io.StringIO(), 1
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(words)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except Exception as error:  # noqa: BLE001 - a traceback is no answer, and is seen in the outcome
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    said.write_text(json.dumps([code, out.getvalue(), err.getvalue()]))
+
+
+def run_together(ranks: list[str], folder: Path) -> list[Any]:
+    """A fork for each rank; one that does not end in time is killed, and its outcome is None."""
+    port, children = free_port(), []
+    for rank, line in enumerate(ranks):
+        words, _, variables = line.partition(" --environment ")
+        child = os.fork()
+        if not child:
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": len(ranks), "RANK": rank}
+            os.environ.update({name: str(value) for name, value in meeting.items()})
+            os.environ.update(dict(variable.split("=", 1) for variable in variables.split()))
+            run_rank(words.split(), folder / f"{rank}.json")
+            os._exit(0)
+        children.append(child)
+    until, left = time.monotonic() + SECONDS, set(children)
+    while left and time.monotonic() < until:
+        left -= {child for child in left if os.waitpid(child, os.WNOHANG)[0]}
+        time.sleep(0.02)
+    for child in left:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    found = [folder / f"{rank}.json" for rank in range(len(ranks))]
+    outcomes = [json.loads(file.read_text()) if file.exists() else None for file in found]
+    for file in found:
+        file.unlink(missing_ok=True)
+    return outcomes
+
+
+def main(cases: Path, outcomes: Path) -> None:
+    """Run every case, one after another."""
+    found, asked = {}, json.loads(cases.read_text())
+    # What a first parsing of a command keeps for the next one takes longer to find than many a case.
+    for line in {line.partition(" --")[0]: line for ranks in asked.values() for line in ranks}.values():
+        cli._parse(line.partition(" --environment ")[0].split())
+    for name, ranks in asked.items():
+        began = time.monotonic()
+        found[name] = run_together(ranks, outcomes.parent)
+        print(f"{name}: {time.monotonic() - began:.2f} s", flush=True)
+    outcomes.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,160 @@
+"""Whether ranks agree: which fields are compared, what the line says, and when a folder is one for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retriever import rank_agreement
+from retriever.config import DataConfig, DevConfig, ModelConfig, TrainConfig
+from retriever.data.sources import SourceConfig
+from retriever.rank_agreement import RanksDifferError, agree_on_folder, config_fields, difference, settings_of
+from retriever.ranks import Ranks
+
+
+def test_the_line_names_values_ranks_and_the_other_fields() -> None:
+    def reports(*values: Any) -> list[dict[str, tuple[str, str]]]:
+        return [{"lr": (str(value), str(value)), "same": ("1", "1")} for value in values]
+
+    assert difference(reports(1, 1, 1)) == ""
+    assert difference(reports(1, 2)) == "lr differs between ranks: 1 on rank 0, 2 on rank 1"
+    many = [3, 2, 2, 3, 2, 2, 2]
+    assert difference(reports(*many)) == "lr differs between ranks: 3 on ranks 0 and 3, 2 on ranks 1-2 and 4-6"
+    assert difference(reports(*[0, 1] * 9)).endswith(", 1 on ranks 1 and 3 and 5 and 7 and others")
+    assert difference(reports(*range(9))).endswith("2 on rank 2, 3 on rank 3, and 5 more")
+    missing = [{"a": ("1", "1"), "b": ("2", "2")}, {}]
+    assert difference(missing) == "a differs between ranks: 1 on rank 0, none on rank 1 (so do b)"
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abcd"), st.integers(0, 2)), min_size=1, max_size=5))
+def test_ranks_agree_if_and_only_if_their_fields_are_equal(fields: list[dict[str, int]]) -> None:
+    reports = [{name: (str(value), str(value)) for name, value in one.items()} for one in fields]
+    found = difference(reports)
+    assert bool(found) == any(one != fields[0] for one in fields)
+    for name in "abcd":
+        differs = len({one.get(name) for one in fields}) > 1
+        assert differs == bool(re.search(rf"(^|do |, ){name}( differs|,|\)|$)", found)), found
+
+
+class ThreadRanks(Ranks):
+    """Ranks that are threads of this process, and exchange through a list."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, said: list[Any]) -> None:
+        super().__init__(rank, barrier.parties)
+        object.__setattr__(self, "_exchange", (barrier, said))
+
+    @property
+    def group(self) -> Any:
+        return "threads"
+
+    def reports(self, here: Any) -> list[Any]:
+        barrier, said = self._exchange  # type: ignore[attr-defined]
+        said[self.rank] = json.dumps(here)
+        barrier.wait(10)
+        found = [json.loads(one) for one in said]
+        barrier.wait(10)
+        return found
+
+    def told(self, here: Any) -> Any:
+        return self.reports(here)[0]
+
+    def wait(self) -> None:
+        self.reports(None)
+
+
+def folders_compared(*folders: Path, compare: Callable[..., None] = agree_on_folder) -> list[str]:
+    """What `agree_on_folder` raises on each rank; empty texts where it returns."""
+    barrier, said = threading.Barrier(len(folders)), [None] * len(folders)
+    found = ["not ended"] * len(folders)
+
+    def on_rank(rank: int) -> None:
+        try:
+            compare(ThreadRanks(rank, barrier, said), "out", folders[rank])
+            found[rank] = ""
+        except RanksDifferError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=on_rank, args=(rank,)) for rank in range(len(folders))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return found
+
+
+def test_one_folder_may_have_different_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk" / "there").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path)
+    for name in ("there", "new", "there/new/one"):
+        same = (tmp_path / "disk" / name, tmp_path / "link" / name, Path("disk") / name)
+        assert folders_compared(*same) == ["", "", ""], name
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "link", "there"]
+
+
+def test_a_relative_path_is_told_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path.resolve()
+    line = f"out differs between ranks: {here}/run on rank 0, {here}/other on rank 1"
+    assert folders_compared(Path("run"), Path("other")) == [line, line]
+
+
+def test_different_folders_are_named_on_every_rank(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    one, other, new = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    for differing in ((one, other), (one, new), (new, one), (new, tmp_path / "d"), (one / "new", other / "new")):
+        line = f"out differs between ranks: {differing[0]} on rank 0, {differing[1]} on rank 1"
+        assert folders_compared(*differing) == [line, line]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b"]
+
+
+def test_one_path_to_folders_of_two_disks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = rank_agreement._is_seen
+    # As on two machines, where each looks at a disk of its own.
+    here = threading.local()
+    monkeypatch.setattr(rank_agreement, "_is_seen", lambda mark, *, patient: seen(mark, patient=False) and here.first)
+
+    def compare_first(ranks: Ranks, name: str, folder: Path) -> None:
+        here.first = ranks.first
+        agree_on_folder(ranks, name, folder)
+
+    other = f"{tmp_path}, another folder on {socket.gethostname()},"
+    line = f"out differs between ranks: {tmp_path} on rank 0, {other} on rank 1"
+    assert folders_compared(tmp_path, tmp_path, compare=compare_first) == [line, line]
+
+
+def test_where_nothing_can_be_written_paths_are_compared(tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("")
+    assert folders_compared(file, file) == ["", ""]
+    assert all("out differs" in line for line in folders_compared(file, tmp_path / "new"))
+
+
+def test_every_setting_of_a_run_is_compared_but_those_of_one_rank() -> None:
+    source = SourceConfig(path="a")
+    config = TrainConfig(data=DataConfig(sources=(source, source)), model=ModelConfig(architecture={"layers": 2}))
+    fields = config_fields(config)
+    assert fields["model.architecture.layers"] == 2 and fields["data.sources[1].query"] == "query"
+    elsewhere = dataclasses.replace(
+        config,
+        out="b",
+        device="cuda:1",
+        data=DataConfig(sources=(dataclasses.replace(source, path="b"), source), workers=3, cache="c"),
+        dev=DevConfig(path="d"),
+        model=dataclasses.replace(config.model, tokenizer="t"),
+    )
+    assert config_fields(elsewhere) == fields
+    left_out = {"out", "device", "model.name", "model.tokenizer", "model.image.name", "dev.path"}
+    left_out |= {"data.workers", "data.cache"}
+    plain = {name for name in settings_of(TrainConfig())}
+    assert plain - config_fields(TrainConfig()).keys() == left_out
