@@ -96,8 +96,9 @@ def mine(
         Queries written, and how many of them got fewer than `negatives`.
 
     Raises:
-        InputError: the qrels judge a passage that the store lacks.
+        InputError: the store is damaged, or the qrels judge a passage that it lacks.
     """
+    store.check()
     ids = store.ids()
     row_of = rows_of(ids, dataset.judged | dataset.queries.keys())
     dataset.check(row_of)
