@@ -18,7 +18,7 @@ from eval.ranking import RankedRun
 from eval.runs import write_trec_run
 from eval.suite import Plan, Task, check_outside, rows_of_tasks
 from index.embeddings import EmbeddingStore
-from index.files import InputError
+from index.files import InputError, sha256_file
 from index.passages import Passage, PassageFile
 from index.records import count_records
 from retriever.checking import checking
@@ -156,6 +156,7 @@ class Suite:
         }
         if self._ranks.first:
             write_trec_run(place / "run.trec", run, "retriever")
+            result.runs["run.trec"] = sha256_file(place / "run.trec")
             if self._options.factory is not None or self._options.index is not None:
                 result.approximation = self._by_index(task, dataset, store, towers, vectors, result)
         self._ranks.wait()
@@ -212,7 +213,9 @@ class Suite:
         exact.seconds["search by index"] = time.perf_counter() - began
         made = {name: index.manifest.fields.get(name) for name in ("factory", "seed", "trained_on")}
         exact.index = {**made, **Settings.of(index.faiss).known(), "faiss": faiss.__version__}
-        write_trec_run(self._out / task.name / "index.trec", run, "retriever")
+        place = self._out / task.name / "index.trec"
+        write_trec_run(place, run, "retriever")
+        exact.runs[place.name] = sha256_file(place)
         return approximation(index.factory, exact.run, run, self._score(dataset, run))
 
     def _built(self, task: Task, store: EmbeddingStore) -> Index:

@@ -21,6 +21,7 @@ from retriever.checkpoint import (
 from retriever.config import TrainConfig
 from retriever.config_file import CONFIG_FILE, load_config, save_config
 from retriever.divided import gathered
+from retriever.model_sums import write_sums
 from retriever.ranks import Ranks
 from retriever.towers import build_towers
 
@@ -102,6 +103,7 @@ class RunFolder:
             towers.load_state_dict(weights)
         with atomic_folder(self.path / "model") as folder:
             towers.save(folder)
+            write_sums(folder)
 
 
 def check_new(path: Path) -> None:

@@ -30,6 +30,7 @@ from retriever.model_folder import (
     text_towers,
     write_new_encoder,
 )
+from retriever.model_sums import check_sums
 from retriever.padding_free.attention import Spans
 from retriever.tokens import TextTokenizer, TokenizedTexts
 from retriever.weights import writing_weights
@@ -224,8 +225,10 @@ def load_towers(path: str, device: torch.device | str = "cpu") -> Towers:
     (sentence-transformers' default) and that does not normalise, they are therefore scaled to unit length.
 
     Raises:
-        InputError: there is no such model, it does not embed texts, or its similarity is a distance.
+        InputError: there is no such model, a file of it is damaged, it does not embed texts, or its similarity is a
+            distance.
     """
+    check_sums(path)
     model = load_model(path)
     if model.similarity_fn_name not in ("cosine", "dot"):
         raise InputError(

@@ -33,6 +33,7 @@ from retriever.images.folder import (
 from retriever.images.patch_dropout import PatchDropout
 from retriever.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, ImageTransform, open_image
 from retriever.model_folder import Side
+from retriever.model_sums import check_sums
 from retriever.tokens import FixedLengthTokenizer, TextTokenizer
 from retriever.towers import Towers, _without_provenance, set_text_options
 
@@ -244,8 +245,9 @@ def load_image_text_towers(path_or_name: str, device: torch.device | str = "cpu"
     or fixed-size SigLIP 2 (not NaFlex), whose embeddings are transformers' own, scaled to unit length.
 
     Raises:
-        InputError: there is no such model, or it does not embed pictures and texts.
+        InputError: there is no such model, a file of it is damaged, or it does not embed pictures and texts.
     """
+    check_sums(path_or_name)
     return ImageTextTowers(load_image_text_model(path_or_name)).to(device).eval()
 
 

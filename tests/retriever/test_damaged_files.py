@@ -106,6 +106,22 @@ def test_no_measure_or_negative_comes_of_what_an_earlier_run_left_damaged(world:
     assert command(*mine).code == 0 and mined.exists()
 
 
+def test_no_comparison_is_made_of_a_run_that_is_not_the_one_evaluated(world: Any, tmp_path: Path) -> None:
+    report, out = tmp_path / "report", tmp_path / "out"
+    assert command("evaluate", "beir", "--model", world.model, "--data", world.beir, "--out", report).code == 0
+    compare = ("evaluate", "run", f"ours={report}", "--data", world.beir, "--out", out)
+    assert command(*compare).code == 0
+    run = report / "words" / "run.trec"
+    lines = run.read_text()
+    run.write_text(lines.replace("q0 Q0 d0 ", "q0 Q0 d1x ", 1))
+    shutil.rmtree(out)
+    assert_refused(command(*compare), 1, rf"{run}: damaged: expected sha256 .* evaluation\.json")
+    assert not out.exists()
+    # By itself it is a run like any other.
+    run.write_text(lines)
+    assert command("evaluate", "run", f"ours={run}", "--data", world.beir, "--out", out).code == 0
+
+
 def test_a_search_on_damage_answers_or_says_so_in_one_line(world: Any, tmp_path: Path, damage: Callable) -> None:
     query = ("--k", 20, "tree with acorns", "--json")
     whole = json.loads(command("search", "--model", world.model, "--index", world.index, *query).out)

@@ -1,0 +1,79 @@
+"""Sums of a model folder's files: written with the model that a run saves, checked before a model embeds anything."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from index.files import InputError, sha256_files
+from index.records import read_lines
+
+SUMS_FILE = "retriever.sha256"
+"""In the format of the program sha256sum: `sha256sum --check retriever.sha256`."""
+LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+
+
+def write_sums(folder: Path) -> None:
+    """Write the sums of all files of a model folder that is complete."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [name for name in names if name != SUMS_FILE]
+    sums = sha256_files([folder / name for name in names])
+    lines = [f"{found}  {name}\n" for name, found in zip(names, sums, strict=True)]
+    (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(path_or_name: str) -> None:
+    """Check the files of a model folder whose sums are known: from `SUMS_FILE`, or by their names in the hub's cache.
+
+    The hub's cache keeps large files, weights among them, under their sha256. Of other folders nothing is known. For a
+    hub name there is nothing to check before it is in the cache.
+
+    Raises:
+        InputError: a file is missing or another than it was; the message names it.
+    """
+    folder = _folder(path_or_name)
+    if folder is None:
+        return
+    is_stated = (folder / SUMS_FILE).is_file()
+    known = dict(_stated(folder) if is_stated else _hub_files(folder))
+    for path in known:
+        if not path.is_file():
+            raise InputError(f"{path}: missing: expected a file, as {SUMS_FILE} names one")
+    with contextlib.closing(sha256_files(list(known))) as sums:
+        for (path, expected), found in zip(known.items(), sums, strict=True):
+            if found != expected:
+                help_ = (
+                    f"; where it was changed on purpose, remove {SUMS_FILE}" if (folder / SUMS_FILE).is_file() else ""
+                )
+                raise InputError(f"{path}: damaged: expected sha256 {expected[:12]}…, found {found[:12]}…{help_}")
+
+
+def _folder(path_or_name: str) -> Path | None:
+    if Path(path_or_name).is_dir():
+        return Path(path_or_name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_name, local_files_only=True))
+    except (OSError, ValueError):
+        # It is not there yet, or is no name that the hub could have: loading it will tell.
+        return None
+
+
+def _stated(folder: Path) -> Iterator[tuple[Path, str]]:
+    for number, line in enumerate(read_lines(folder / SUMS_FILE), start=1):
+        found = LINE.fullmatch(line)
+        if found is None or Path(found[2]).is_absolute() or ".." in Path(found[2]).parts:
+            place = f"{folder / SUMS_FILE}:{number}"
+            raise InputError(f"{place}: expected a sha256 and the name of a file in this folder, found {line!r:.60}")
+        yield folder / found[2], found[1]
+
+
+def _hub_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and path.is_file():
+            blob = path.resolve()
+            if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+                yield path, blob.name
