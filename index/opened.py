@@ -292,6 +292,6 @@ def _read(path: Path, tries: list[int]) -> Any:
         try:
             with quiet() if on_disk else contextlib.nullcontext():
                 return faiss.read_index(str(path.absolute()), flags | mapped)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, UnicodeDecodeError) as error:  # of bytes that a message quotes
             why = reason(error)
     raise InputError(f"{path}: cannot be read by faiss: {why}")

@@ -16,7 +16,7 @@ MIB = 2**20
 def checking(
     terminal: Terminal, folders: Sequence[Path], names: Sequence[str] | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Yield what is called with the number of bytes just checked; the bar is there from the first to the last of them.
+    """`checking_bytes` for the files of stores and indexes.
 
     Args:
         terminal: where the bar is drawn.
@@ -29,14 +29,24 @@ def checking(
     manifests = [read_manifest(folder) for folder in folders if (folder / NAME).is_file()]
     if names is not None:
         manifests = [manifest.of([name for name in names if name in manifest.files]) for manifest in manifests]
-    total, done = sum(manifest.size for manifest in manifests), 0
+    what = folders[0].name if len(folders) == 1 else f"{len(folders)} folders"
+    with checking_bytes(terminal, what, sum(manifest.size for manifest in manifests)) as checked:
+        yield checked
+
+
+@contextlib.contextmanager
+def checking_bytes(terminal: Terminal, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield what is called with the number of bytes just checked, of `total`.
+
+    The bar is there from the first of them to the last.
+    """
+    done = 0
     advance: Callable[..., None] | None = None
     with contextlib.ExitStack() as shown:
 
         def checked(count: int) -> None:
             nonlocal advance, done
             if advance is None:
-                what = folders[0].name if len(folders) == 1 else f"{len(folders)} folders"
                 advance = shown.enter_context(terminal.bar(f"check {what}", total // MIB, "MiB"))
             before, done = done, done + count
             advance(done // MIB - before // MIB)

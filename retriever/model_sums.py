@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from index.files import InputError, sha256_files
@@ -24,30 +24,43 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
-def check_sums(path_or_name: str) -> None:
+def check_sums(path_or_name: str, progress: Callable[[int], None] | None = None) -> None:
     """Check the files of a model folder whose sums are known: from `SUMS_FILE`, or by their names in the hub's cache.
 
     The hub's cache keeps large files, weights among them, under their sha256. Of other folders nothing is known. For a
     hub name there is nothing to check before it is in the cache.
 
+    Args:
+        path_or_name: a folder or hub name.
+        progress: called with the number of bytes just checked.
+
     Raises:
         InputError: a file is missing or another than it was; the message names it.
     """
-    folder = _folder(path_or_name)
-    if folder is None:
-        return
-    is_stated = (folder / SUMS_FILE).is_file()
-    known = dict(_stated(folder) if is_stated else _hub_files(folder))
+    known = known_sums(path_or_name)
     for path in known:
         if not path.is_file():
             raise InputError(f"{path}: missing: expected a file, as {SUMS_FILE} names one")
-    with contextlib.closing(sha256_files(list(known))) as sums:
+    with contextlib.closing(sha256_files(list(known), progress)) as sums:
         for (path, expected), found in zip(known.items(), sums, strict=True):
             if found != expected:
+                # In the hub's cache a file is a link.
                 help_ = (
-                    f"; where it was changed on purpose, remove {SUMS_FILE}" if (folder / SUMS_FILE).is_file() else ""
+                    "download it again" if path.is_symlink() else f"if it was changed on purpose, remove {SUMS_FILE}"
                 )
-                raise InputError(f"{path}: damaged: expected sha256 {expected[:12]}…, found {found[:12]}…{help_}")
+                raise InputError(f"{path}: damaged: expected sha256 {expected[:12]}…, found {found[:12]}…; {help_}")
+
+
+def known_sums(path_or_name: str) -> dict[Path, str]:
+    """The files of a model that have known sums, and these.
+
+    Raises:
+        InputError: a line of `SUMS_FILE` is damaged.
+    """
+    folder = _folder(path_or_name)
+    if folder is None:
+        return {}
+    return dict(_stated(folder) if (folder / SUMS_FILE).is_file() else _hub_files(folder))
 
 
 def _folder(path_or_name: str) -> Path | None:
