@@ -20,7 +20,7 @@ from typing import Any
 
 # Files summed at the same time, and bytes of one that are read at once.
 SUMS_AT_ONCE = 4
-SUM_BYTES = 2**22
+SUM_BYTES = 2**19
 
 
 class InputError(ValueError):

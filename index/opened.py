@@ -16,7 +16,7 @@ from index.files import InputError, parse_json
 from index.ids import Ids
 from index.layout import FAISS_FILE, FILES, IDS_FILE, LISTS_FILE, OFFSETS_FILE, OPTIONAL_FILES, PASSAGES_FILE
 from index.manifest import INDEX, NAME, Level, Manifest, read_manifest, verify_files
-from index.passages import Passage, parse_passage
+from index.passages import Passage, file_state, parse_passage
 from index.quiet import quiet
 from index.records import Record
 from index.settings import core
@@ -45,7 +45,8 @@ class Index:
                 f"{manifest.folder / NAME}: expected the files {', '.join(FILES)}, "
                 f"found {', '.join(manifest.files) or 'none'}"
             )
-        self._checked: set[str] = set()
+        # Of the files that were checked: what a change of them changes.
+        self._checked: dict[str, tuple[int, int, int]] = {}
 
     @classmethod
     def open(
@@ -89,7 +90,7 @@ class Index:
         _ = self.faiss, self._offsets
 
     def check(self, progress: Callable[[int], None] | None = None, names: Sequence[str] | None = None) -> None:
-        """Check every byte of its files, or of those called `names`, except of those that were checked before.
+        """Check every byte of its files, or of those called `names`, except of those that have not changed since then.
 
         Whatever makes a number or a file of an index calls it first.
 
@@ -99,14 +100,17 @@ class Index:
         Raises:
             InputError: a file is missing or damaged; the message names it.
         """
-        left = [name for name in (self.manifest.files if names is None else names) if name not in self._checked]
-        verify_files(self.manifest.of(left), "hash", progress)
-        self._checked.update(left)
+        states = {name: file_state(self.folder / name) for name in (self.manifest.files if names is None else names)}
+        left = {name: state for name, state in states.items() if state is None or self._checked.get(name) != state}
+        verify_files(self.manifest.of(list(left)), "hash", progress)
+        self._checked.update({name: state for name, state in left.items() if state is not None})
 
     @cached_property
     def faiss(self) -> Any:
         """The faiss index itself, row n of it being the passage of row n."""
         path = self.folder / FAISS_FILE
+        if FAISS_FILE in self._checked:
+            self.check(names=[FAISS_FILE])
         index = read_faiss(path, mmap=self._mmap)
         check_structure(index, path, self.rows, self.dim)
         return index

@@ -202,6 +202,8 @@ class Suite:
 
         index = self._index or self._built(task, store)
         index.check_model(towers.fingerprint())
+        # Again where it has changed while the corpus was embedded.
+        index.check()
         if index.rows != store.rows:
             expected = f"expected an index of {dataset.name}, {store.rows} rows"
             raise InputError(f"{index.folder}: {expected}, found {index.rows}")

@@ -323,7 +323,16 @@ def test_what_was_checked_is_not_read_again(
     index.check(read.append)
     index.check(read.append)
     index.open_files()
-    assert sum(read) == index.manifest.size
+    assert sum(read) == index.manifest.size and len(read) == len(index.manifest.files)
+
+
+def test_what_changed_since_it_was_checked_is_read_again(tmp_path: Path, make_store: Callable) -> None:
+    build(make_store(vectors_of(40), shard_rows=20), tmp_path / "index")
+    index = Index(read_manifest(tmp_path / "index", INDEX))
+    index.check()
+    build(make_store(vectors_of(40, seed=1), name="other", shard_rows=20), tmp_path / "index")
+    with pytest.raises(InputError, match=r"index\.faiss: damaged: expected sha256"):
+        index.open_files()
     shutil.rmtree(tmp_path / "index")
-    index.check(read.append)
-    assert len(read) == len(index.manifest.files)
+    with pytest.raises(InputError, match=r"index\.faiss: missing"):
+        index.check()
