@@ -1,4 +1,4 @@
-"""Sums of a model folder's files: written with the model that a run saves, checked before a model embeds anything."""
+"""Sums of a model's weights and vocabulary: written when a run saves it, checked before it embeds anything."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ from index.records import read_lines
 
 SUMS_FILE = "retriever.sha256"
 """In the format of the program sha256sum: `sha256sum --check retriever.sha256`."""
+VOCABULARIES = ("tokenizer.json", "vocab.json")
 LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
 def write_sums(folder: Path) -> None:
-    """Write the sums of all files of a model folder that is complete."""
+    """Write the sums of a complete model folder's weights and vocabularies; its settings may be edited."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name != SUMS_FILE]
+    names = [
+        name for name in names if not name.endswith((".json", ".md", ".sha256")) or Path(name).name in VOCABULARIES
+    ]
     sums = sha256_files([folder / name for name in names])
     lines = [f"{found}  {name}\n" for name, found in zip(names, sums, strict=True)]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def check_sums(path_or_name: str, progress: Callable[[int], None] | None = None) -> None:
-    """Check the files of a model folder whose sums are known: from `SUMS_FILE`, or by their names in the hub's cache.
+    """Check the files of a model whose sums are known: from `SUMS_FILE`, or by their names in the hub's cache.
 
-    The hub's cache keeps large files, weights among them, under their sha256. Of other folders nothing is known. For a
-    hub name there is nothing to check before it is in the cache.
+    The hub's cache keeps large files, weights among them, under their sha256. Of other folders nothing is known. What
+    is missing is left for the loader to tell.
 
     Args:
         path_or_name: a folder or hub name.
         progress: called with the number of bytes just checked.
 
     Raises:
-        InputError: a file is missing or another than it was; the message names it.
+        InputError: a file is another than it was; the message names it.
     """
     known = known_sums(path_or_name)
-    for path in known:
-        if not path.is_file():
-            raise InputError(f"{path}: missing: expected a file, as {SUMS_FILE} names one")
     with contextlib.closing(sha256_files(list(known), progress)) as sums:
         for (path, expected), found in zip(known.items(), sums, strict=True):
             if found != expected:
                 # In the hub's cache a file is a link.
-                help_ = (
-                    "download it again" if path.is_symlink() else f"if it was changed on purpose, remove {SUMS_FILE}"
+                help_ = "download it again" if path.is_symlink() else f"remove {SUMS_FILE} if you changed it on purpose"
+                raise InputError(
+                    f"{path_or_name}: cannot be loaded: {path}: damaged: expected sha256 {expected[:12]}…, found "
+                    f"{found[:12]}…; {help_}"
                 )
-                raise InputError(f"{path}: damaged: expected sha256 {expected[:12]}…, found {found[:12]}…; {help_}")
 
 
 def known_sums(path_or_name: str) -> dict[Path, str]:
-    """The files of a model that have known sums, and these.
+    """The files of a model that are there and have known sums, with these.
 
     Raises:
         InputError: a line of `SUMS_FILE` is damaged.
@@ -60,7 +61,8 @@ def known_sums(path_or_name: str) -> dict[Path, str]:
     folder = _folder(path_or_name)
     if folder is None:
         return {}
-    return dict(_stated(folder) if (folder / SUMS_FILE).is_file() else _hub_files(folder))
+    known = _stated(folder) if (folder / SUMS_FILE).is_file() else _hub_files(folder)
+    return {path: found for path, found in known if path.is_file()}
 
 
 def _folder(path_or_name: str) -> Path | None:

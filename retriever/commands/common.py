@@ -50,7 +50,7 @@ class Embedding:
         from retriever.towers import load_towers
 
         load = load_image_text_towers if is_image_text_model(self.model) else load_towers
-        size = sum(path.stat().st_size for path in known_sums(self.model) if path.is_file())
+        size = sum(path.stat().st_size for path in known_sums(self.model))
         with checking_bytes(terminal, Path(self.model).name, size) as checked:
             towers = load(self.model, choose_device(self.device), checked=checked)
         if note := towers.padding_note():
