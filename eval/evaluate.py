@@ -58,11 +58,13 @@ def evaluate_beir(
         The run, each query's passages best first, and its metrics.
 
     Raises:
-        InputError: the qrels judge a passage that the store lacks, or the vectors hold NaN or have another dimension.
+        InputError: the store is damaged, the qrels judge a passage that it lacks, or the vectors hold NaN or have
+            another dimension.
         ValueError: `k` is below 1, or no cut-off is within it.
     """
     if k < 1:
         raise ValueError(f"k: expected at least 1, found {k}")
+    store.check()
     ids = store.ids()
     find = exact_search(store, ids, device=device, progress=progress, on_ranks=on_ranks)
     run = ranked_run(

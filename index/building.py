@@ -17,12 +17,13 @@ from index.factory import import_faiss, reason
 from index.files import InputError, atomic_folder
 from index.graphs import add_held_out, is_graph, takes_rows_later, truth_without
 from index.layout import CURVE_FILE, FAISS_FILE, LISTS_FILE, check_replaceable, finish, write_faiss, write_passages
-from index.opened import Index, read_trained
+from index.manifest import INDEX, read_manifest
+from index.opened import Index
 from index.parts import Part
 from index.recall import Target, find_truth
 from index.settings import flat_codes, prepare_to_add, set_search_defaults
 from index.store import EmbeddingStore
-from index.training import fingerprint, sample_vectors, train
+from index.training import fingerprint, sample_vectors, train, trained_part
 from index.tuning import Tuning, tune
 
 # Vectors whose lengths are looked at.
@@ -60,6 +61,7 @@ def build(
     seed: int | None = None,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] | None = None,
+    checked: Callable[[int], None] | None = None,
 ) -> Tuning | None:
     """Index the passages of `store` by inner product into the folder `out`, which is replaced when it is an index.
 
@@ -74,6 +76,7 @@ def build(
         factory, seed: short for a plan of these alone.
         progress: called with the number of rows each time some were added.
         note: called with a line before the index is trained, and each time a search setting was measured.
+        checked: called with the number of bytes each time some of the index `plan.train_from` were checked.
 
     Returns:
         What tuning found, where the plan has a target.
@@ -97,7 +100,7 @@ def build(
     with atomic_folder(out) as folder, Beside() as beside:
         if note is not None:
             note("training")
-        index, origin = _trained(part, plan, held_out, beside)
+        index, origin = _trained(part, plan, held_out, beside, checked)
         # In a graph, those it is measured by must not be yet.
         added_last = held_out if is_graph(index) else held_out[:0]
         if len(added_last) and not takes_rows_later(index):
@@ -199,17 +202,19 @@ def tuned(tuning: Tuning | None, folder: Path, factory: str, rows: int) -> dict[
     return {"tuning": {**tuning.as_json(), "rows": rows, "index_bytes": size}}
 
 
-def _trained(part: Part, plan: Plan, held_out: np.ndarray, beside: Beside) -> tuple[Any, dict[str, Any]]:
+def _trained(
+    part: Part, plan: Plan, held_out: np.ndarray, beside: Beside, checked: Callable[[int], None] | None
+) -> tuple[Any, dict[str, Any]]:
     """An empty trained index, and the manifest's fields that say how it came to be."""
     store = part.store
     if plan.train_from is not None:
-        trained = Index.open(plan.train_from, mmap=True)
+        trained = Index(read_manifest(plan.train_from, INDEX))
         if trained.dim != store.dim:
             raise InputError(f"{plan.train_from}: expected {store.dim} dimensions, found {trained.dim}")
         trained.check_model(store.model)
+        trained.check(checked, [FAISS_FILE])
         part.check_beside(beside)
-        index = read_trained(trained.folder / FAISS_FILE)
-        set_search_defaults(index)
+        index = trained_part(trained)
         origin = {name: trained.manifest.fields.get(name) for name in ("factory", "seed", "trained_on", "trained")}
         return index, origin
     factory = plan.factory if plan.factory != "auto" else choose_for(store, plan.memory_mib, on_disk=plan.on_disk)

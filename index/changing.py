@@ -34,7 +34,12 @@ from index.tuning import Tuning, tune
 
 
 def add_passages(
-    folder: Path, store: EmbeddingStore, out: Path | None = None, *, progress: Callable[[int], None] | None = None
+    folder: Path,
+    store: EmbeddingStore,
+    out: Path | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+    checked: Callable[[int], None] | None = None,
 ) -> int:
     """Add the passages of `store` to the index in `folder`; returns how many came in.
 
@@ -46,12 +51,13 @@ def add_passages(
         store: vectors of the same model.
         out: folder of the new index; none replaces the old one.
         progress: called with the number of rows each time some were added.
+        checked: called with the number of bytes each time some of the index or the store were checked.
 
     Raises:
         InputError: an id is in the index already, the models or dimensions differ, one of the two is damaged, or the
             index keeps its lists on disk.
     """
-    index = _opened(folder, out, "adding", "build an index of the new passages and merge the two")
+    index = _opened(folder, out, checked, "adding", "build an index of the new passages and merge the two")
     index.check_model(store.model)
     if store.dim != index.dim:
         raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
@@ -61,7 +67,7 @@ def add_passages(
         if out is None or out.resolve() == folder.resolve():
             return 0
         raise InputError(f"{folder}: holds the passages of {store.folder} already")
-    part.check()
+    store.check(checked)
     if (found := duplicate_id([folder / IDS_FILE, *part.files("ids")])) is not None:
         raise InputError(f"{store.folder}: expected ids that are not yet in {folder}, found {found!r}")
     settings = Settings.of(index.faiss)
@@ -81,7 +87,9 @@ def add_passages(
     return part.rows
 
 
-def delete_passages(folder: Path, ids: Sequence[str], out: Path | None = None) -> int:
+def delete_passages(
+    folder: Path, ids: Sequence[str], out: Path | None = None, *, checked: Callable[[int], None] | None = None
+) -> int:
     """Take the passages of `ids` out of the index in `folder`; returns how many were in it.
 
     Those left keep their order and close up, so that row n is still line n. Ids that are not in the index count for
@@ -91,11 +99,12 @@ def delete_passages(folder: Path, ids: Sequence[str], out: Path | None = None) -
         folder: the index.
         ids: of the passages to delete.
         out: folder of the new index; none replaces the old one.
+        checked: called with the number of bytes each time some of the index were checked.
 
     Raises:
         InputError: its kind cannot delete, nothing would be left, or it is damaged.
     """
-    index = _opened(folder, out, "deleting", "build an index of the passages that are to stay")
+    index = _opened(folder, out, checked, "deleting", "build an index of the passages that are to stay")
     wanted = set(ids)
     keep = np.fromiter((id_ not in wanted for id_ in index.ids), bool, index.rows)
     deleted = int((~keep).sum())
@@ -116,7 +125,13 @@ def delete_passages(folder: Path, ids: Sequence[str], out: Path | None = None) -
 
 
 def retune(
-    folder: Path, store: EmbeddingStore, target: Target, *, seed: int = 0, note: Callable[[str], None] | None = None
+    folder: Path,
+    store: EmbeddingStore,
+    target: Target,
+    *,
+    seed: int = 0,
+    note: Callable[[str], None] | None = None,
+    checked: Callable[[int], None] | None = None,
 ) -> Tuning:
     """Tune the index in `folder` to a recall target, measured against the vectors in `store`; it keeps its codes.
 
@@ -127,12 +142,13 @@ def retune(
         target: the promise.
         seed: of the passages that are taken for queries where the target has none.
         note: called with a line each time a search setting was measured.
+        checked: called with the number of bytes each time some of the index or the store were checked.
 
     Raises:
         InputError: `store` does not hold the passages of the index in their order, or is of another model or dimension;
-            or a graph would be measured by its own passages.
+            one of the two is damaged; or a graph would be measured by its own passages.
     """
-    index = _opened(folder, None)
+    index = _opened(folder, None, checked)
     index.check_model(store.model)
     if store.dim != index.dim:
         raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
@@ -141,6 +157,8 @@ def retune(
             f"{folder}: expected --queries to measure a graph by, for a passage in it finds its own neighbours far "
             "more easily than a query does; `retriever index build --target-recall` holds passages out of it"
         )
+    # The recall is measured against its vectors.
+    store.check(checked)
     rows = _rows_in(store, index)
     without = np.delete(np.arange(store.rows), rows)
     held_out = rows[target.held_out_rows(index.rows, seed)]
@@ -154,7 +172,13 @@ def retune(
     return tuning
 
 
-def _opened(folder: Path, out: Path | None, what: str | None = None, instead: str = "") -> Index:
+def _opened(
+    folder: Path,
+    out: Path | None,
+    checked: Callable[[int], None] | None,
+    what: str | None = None,
+    instead: str = "",
+) -> Index:
     """The index, its every byte checked: the new one gets sums of its own, and they must not vouch for damage.
 
     For `what` its lists must be in memory; `instead` is what to do where they are on disk.
@@ -163,7 +187,7 @@ def _opened(folder: Path, out: Path | None, what: str | None = None, instead: st
     recover_folder(folder)
     if out is not None:
         check_replaceable(out)
-    index = Index.open(folder, verify="hash")
+    index = Index.open(folder, verify="hash", progress=checked)
     if what is not None and LISTS_FILE in index.manifest.files:
         raise InputError(
             f"{folder}: {what}: expected lists in memory, found lists on disk; {instead}, with --train-from {folder} "

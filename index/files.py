@@ -11,14 +11,16 @@ import json
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Files summed at the same time.
+# Files summed at the same time, and bytes of one that are read at once.
 SUMS_AT_ONCE = 4
+SUM_BYTES = 2**19
 
 
 class InputError(ValueError):
@@ -230,20 +232,37 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sha256_file(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes, read in constant memory."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Hexadecimal sha256 of a file's bytes, read in constant memory; `progress` gets the number of bytes just read."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(SUM_BYTES))
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            digest.update(block[:count])
+            if progress is not None:
+                progress(count)
+    return digest.hexdigest()
 
 
-def sha256_files(paths: Sequence[Path]) -> Generator[str, None, None]:
-    """`sha256_file` of each path, in order; several are read at once, for one core sums slower than a disk reads."""
+def sha256_files(paths: Sequence[Path], progress: Callable[[int], None] | None = None) -> Generator[str, None, None]:
+    """`sha256_file` of each path, in order; several are read at once, for one core sums slower than a disk reads.
+
+    `progress` is called from several threads, one at a time.
+    """
+    lock = threading.Lock()
+
+    def locked(count: int) -> None:
+        assert progress is not None
+        with lock:
+            progress(count)
+
+    sum_of = partial(sha256_file, progress=None if progress is None else locked)
     if len(paths) < 2:
-        yield from map(sha256_file, paths)
+        yield from map(sum_of, paths)
         return
     with ThreadPoolExecutor(min(len(paths), SUMS_AT_ONCE, os.cpu_count() or 1)) as pool:
         try:
-            yield from pool.map(sha256_file, paths)
+            yield from pool.map(sum_of, paths)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -51,6 +51,15 @@ class Manifest:
     format: str
     fields: dict[str, Any]
     files: dict[str, FileEntry]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(entry.bytes for entry in self.files.values())
+
+    def of(self, names: Sequence[str]) -> Manifest:
+        """The same for some of its files alone."""
+        return replace(self, files={name: self.files[name] for name in names})
 
     def field(self, name: str, kind: type[T]) -> T:
         """The field `name`, which must be of type `kind`.
@@ -122,8 +131,13 @@ def read_manifest(folder: Path, format: str | None = None) -> Manifest:
     return manifest
 
 
-def verify_files(manifest: Manifest, level: Level) -> None:
+def verify_files(manifest: Manifest, level: Level, progress: Callable[[int], None] | None = None) -> None:
     """Check every file of the manifest: that it is there and of the right length, and at "hash" its every byte.
+
+    Args:
+        manifest: of the files.
+        level: how much of them to check.
+        progress: called, at "hash", with the number of bytes just checked.
 
     Raises:
         InputError: a file is missing or damaged; the message names it.
@@ -139,7 +153,7 @@ def verify_files(manifest: Manifest, level: Level) -> None:
             raise InputError(f"{path}: damaged: expected {expected.bytes} bytes, found {path.stat().st_size}")
     if level == "hash":
         paths = [manifest.folder / name for name in manifest.files]
-        with contextlib.closing(sha256_files(paths)) as sums:
+        with contextlib.closing(sha256_files(paths, progress)) as sums:
             for path, expected, found in zip(paths, manifest.files.values(), sums, strict=True):
                 if found != expected.sha256:
                     raise InputError(f"{path}: damaged: expected sha256 {expected.sha256[:12]}…, found {found[:12]}…")

@@ -20,12 +20,18 @@ from index.layout import (
     write_faiss,
     write_passages,
 )
-from index.opened import Index, read_faiss, read_trained
+from index.opened import Index, read_faiss
 from index.settings import parts, set_search_defaults
+from index.training import trained_part
 
 
 def merge(
-    folders: Sequence[Path], out: Path, *, on_disk: bool = False, progress: Callable[[int], None] | None = None
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    on_disk: bool = False,
+    progress: Callable[[int], None] | None = None,
+    checked: Callable[[int], None] | None = None,
 ) -> int:
     """Merge the indexes in `folders` into one in `out`; returns its rows.
 
@@ -38,6 +44,7 @@ def merge(
         out: folder of the merged index, replaced when it is one.
         on_disk: leave the inverted lists in a file of their own.
         progress: called with the number of rows after each index.
+        checked: called with the number of bytes each time some of an index were checked.
 
     Raises:
         InputError: the indexes differ in training, model or kind, share an id, or are damaged; or the kind cannot be
@@ -47,8 +54,11 @@ def merge(
     if len(folders) < 2:
         raise InputError(f"merge: expected two indexes or more, found {len(folders)}")
     check_replaceable(out)
-    indexes = [Index.open(folder, verify="hash", mmap=True) for folder in folders]
+    indexes = [Index.open(folder, verify="hash", mmap=True, progress=checked) for folder in folders]
     _check_alike(indexes)
+    for index in indexes:
+        if index.manifest.count("trained_on"):
+            trained_part(index)
     if (found := duplicate_id([folder / IDS_FILE for folder in folders])) is not None:
         raise InputError(f"merge: expected every id in one index alone, found {found!r} twice")
     rows = sum(index.rows for index in indexes)
@@ -119,7 +129,6 @@ def _append(whole: Any, other: Any) -> None:
 
 def _merged_on_disk(indexes: Sequence[Index], folder: Path, out: Path) -> Any:
     lists_on_disk.check_kind(indexes[0].faiss, "--on-disk")
-    whole = read_trained(indexes[0].folder / FAISS_FILE)
-    set_search_defaults(whole)
+    whole = trained_part(indexes[0])
     lists_on_disk.merge(whole, [index.folder / FAISS_FILE for index in indexes], folder, out)
     return whole

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from index.arrays import map_array
 from index.factory import import_faiss, reason
 from index.files import InputError, parse_json
 from index.ids import Ids
 from index.layout import FAISS_FILE, FILES, IDS_FILE, LISTS_FILE, OFFSETS_FILE, OPTIONAL_FILES, PASSAGES_FILE
 from index.manifest import INDEX, NAME, Level, Manifest, read_manifest, verify_files
-from index.passages import Passage, parse_passage
+from index.passages import Passage, file_state, parse_passage
 from index.quiet import quiet
 from index.records import Record
 from index.settings import core
+from index.structure import check_structure
 
 # Beyond k, asked of a Flat index: ties across the cut are rarely longer.
 SPARE = 16
+# A faiss file that is mapped is checked byte by byte up to this size, which takes a fraction of a second. Of a larger
+# one only the structure is checked: to read all of it is what mapping avoids.
+HASHED_WHEN_MAPPED = 2**28
 
 
 class Index:
@@ -39,39 +45,75 @@ class Index:
                 f"{manifest.folder / NAME}: expected the files {', '.join(FILES)}, "
                 f"found {', '.join(manifest.files) or 'none'}"
             )
+        # Of the files that were checked: what a change of them changes.
+        self._checked: dict[str, tuple[int, int, int]] = {}
 
     @classmethod
-    def open(cls, folder: Path, *, verify: Level = "size", mmap: bool = False) -> Index:
+    def open(
+        cls,
+        folder: Path,
+        *,
+        verify: Level = "size",
+        mmap: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Index:
         """Open the index in `folder`, checking the length of every file, or at "hash" its every byte.
+
+        The faiss file is checked byte by byte at "size" too, unless it is mapped and larger than 256 MiB: damage in it
+        could end the process. The sizes within it are checked in any case.
 
         Args:
             folder: the index.
             verify: how much of it to check.
             mmap: leave the vectors on disk, and read what a search touches: for indexes larger than memory. Such an
                 index can be searched, not changed.
+            progress: called with the number of bytes just checked.
 
         Raises:
             InputError: `folder` holds no index, or a damaged one.
         """
-        manifest = read_manifest(folder, INDEX)
-        index = cls(manifest, mmap=mmap)
-        verify_files(manifest, verify)
-        if index.faiss.ntotal != index.rows or index.faiss.d != index.dim:
-            raise InputError(
-                f"{folder / FAISS_FILE}: expected {index.rows} vectors of {index.dim} dimensions, "
-                f"found {index.faiss.ntotal} of {index.faiss.d}"
-            )
-        if index._offsets.shape != (index.rows,) or index._offsets.dtype != np.uint64:
-            raise InputError(
-                f"{folder / OFFSETS_FILE}: expected uint64 ({index.rows},), "
-                f"found {index._offsets.dtype} {index._offsets.shape}"
-            )
+        index = cls(read_manifest(folder, INDEX), mmap=mmap)
+        verify_files(index.manifest, "size")
+        if verify == "hash":
+            index.check(progress)
+        elif not mmap or index.manifest.files[FAISS_FILE].bytes <= HASHED_WHEN_MAPPED:
+            index.check(progress, [FAISS_FILE])
+        index.open_files()
         return index
+
+    def open_files(self) -> None:
+        """Open the files that a search reads, which otherwise happens when they are first needed.
+
+        Raises:
+            InputError: one cannot be read, or does not hold what the manifest says.
+        """
+        _ = self.faiss, self._offsets
+
+    def check(self, progress: Callable[[int], None] | None = None, names: Sequence[str] | None = None) -> None:
+        """Check every byte of its files, or of those called `names`, except of those that have not changed since then.
+
+        Whatever makes a number or a file of an index calls it first.
+
+        Args:
+            progress: called with the number of bytes just checked.
+
+        Raises:
+            InputError: a file is missing or damaged; the message names it.
+        """
+        states = {name: file_state(self.folder / name) for name in (self.manifest.files if names is None else names)}
+        left = {name: state for name, state in states.items() if state is None or self._checked.get(name) != state}
+        verify_files(self.manifest.of(list(left)), "hash", progress)
+        self._checked.update({name: state for name, state in left.items() if state is not None})
 
     @cached_property
     def faiss(self) -> Any:
         """The faiss index itself, row n of it being the passage of row n."""
-        return read_faiss(self.folder / FAISS_FILE, mmap=self._mmap)
+        path = self.folder / FAISS_FILE
+        if FAISS_FILE in self._checked:
+            self.check(names=[FAISS_FILE])
+        index = read_faiss(path, mmap=self._mmap)
+        check_structure(index, path, self.rows, self.dim)
+        return index
 
     @cached_property
     def ids(self) -> Ids:
@@ -80,25 +122,26 @@ class Index:
 
     @cached_property
     def _offsets(self) -> np.ndarray:
-        path = self.folder / OFFSETS_FILE
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise InputError(f"{path}: expected an array in npy format, found: {error}") from None
+        return map_array(self.folder / OFFSETS_FILE, np.dtype("<u8"), (self.rows,))
 
     def passage(self, row: int) -> Passage:
         """The passage of `row`, 0 to N - 1, read from disk without reading the others.
 
         Raises:
             IndexError: there is no such row.
-            InputError: the line on disk is no passage.
+            InputError: the line on disk is no passage, or not the one of this row.
         """
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of an index of {self.rows}")
         path = self.folder / PASSAGES_FILE
         place = f"{path}:{row + 1}"
+        offset = int(self._offsets[row])
+        size = self.manifest.files[PASSAGES_FILE].bytes
         with open(path, "rb") as stream:
-            stream.seek(int(self._offsets[row]))
+            stream.seek(max(0, min(offset, size) - 1))
+            if offset >= size or (stream.read(1) if offset else b"\n") != b"\n":
+                found = f"expected where line {row + 1} of {PASSAGES_FILE} begins, found byte {offset}"
+                raise InputError(f"{self.folder / OFFSETS_FILE}: damaged: {found}")
             line = stream.readline()
         try:
             fields = parse_json(line.decode(), place)
@@ -106,7 +149,11 @@ class Index:
             raise InputError(f"{place}: expected UTF-8, found: {error}") from None
         if not isinstance(fields, dict):
             raise InputError(f"{place}: expected a JSON object, found {type(fields).__name__}")
-        return parse_passage(Record(place, fields))
+        passage = parse_passage(Record(place, fields))
+        if passage.id != self.ids[row]:
+            found = f"found {passage.id!r:.60} in {PASSAGES_FILE} and {self.ids[row]!r:.60} in {IDS_FILE}"
+            raise InputError(f"{self.folder}: damaged: expected one id for row {row}, {found}")
+        return passage
 
     def check_model(self, model: dict[str, str]) -> None:
         """Refuse to search with vectors of another model than the one that embedded the passages.
@@ -134,7 +181,7 @@ class Index:
             fewer: the places left over, always the last, have row -1 and score -inf. `ranked` leaves them out.
 
         Raises:
-            InputError: a query holds NaN or infinity.
+            InputError: a query holds NaN or infinity, or what faiss finds are no rows of the index or no numbers.
             ValueError: `queries` has another shape, or `k` is below 1.
         """
         if queries.ndim != 2 or queries.shape[1] != self.dim:
@@ -150,7 +197,11 @@ class Index:
     def _search(self, queries: np.ndarray, k: int, spare: int) -> tuple[np.ndarray, np.ndarray]:
         """The best `k` of the best `k + spare`; with a spare, more are asked for until no tie reaches the last."""
         asked = min(k + spare, self.rows)
-        scores, rows = self.faiss.search(queries, asked)
+        try:
+            scores, rows = self.faiss.search(queries, asked)
+        except RuntimeError as error:
+            raise InputError(f"{self.folder / FAISS_FILE}: cannot be searched by faiss: {reason(error)}") from None
+        self._refuse_damage(scores, rows)
         scores[rows < 0] = -np.inf
         self._order_ties(scores, rows)
         beyond = (scores[:, k - 1] == scores[:, -1]) & (k < asked < self.rows)
@@ -158,6 +209,16 @@ class Index:
         if beyond.any():
             scores[beyond], rows[beyond] = self._search(queries[beyond], k, k + 2 * spare)
         return scores, rows
+
+    def _refuse_damage(self, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Lists on disk are not read as a whole before they are searched: damage in them is seen in what is found."""
+        path = self.folder / (LISTS_FILE if LISTS_FILE in self.manifest.files else FAISS_FILE)
+        if (wrong := (rows < -1) | (rows >= self.rows)).any():
+            found = f"found row {int(rows[wrong][0])}"
+            raise InputError(f"{path}: damaged: expected rows from 0 to {self.rows - 1}, {found}")
+        if (wrong := ~np.isfinite(scores) & (rows >= 0)).any():
+            found = f"found {scores[wrong][0]} for row {int(rows[wrong][0])}"
+            raise InputError(f"{path}: expected scores that are numbers, {found}: damaged, or its vectors are too long")
 
     def _order_ties(self, scores: np.ndarray, rows: np.ndarray) -> None:
         """Put the `rows` [Q, n] of equal `scores` [Q, n], descending, in the order of their ids, descending."""
@@ -212,6 +273,9 @@ def read_trained(path: Path) -> Any:
         inner.replace_invlists(empty, True)
         empty.this.disown()
     index.reset()
+    if isinstance(inner, faiss.IndexFastScan):
+        # faiss 1.15.1 leaves the number of places as it was, and would write it.
+        inner.ntotal2 = 0
     return index
 
 
@@ -232,6 +296,6 @@ def _read(path: Path, tries: list[int]) -> Any:
         try:
             with quiet() if on_disk else contextlib.nullcontext():
                 return faiss.read_index(str(path.absolute()), flags | mapped)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, UnicodeDecodeError) as error:  # of bytes that a message quotes
             why = reason(error)
     raise InputError(f"{path}: cannot be read by faiss: {why}")

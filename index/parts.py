@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -82,21 +82,8 @@ class Part:
                         piece = np.delete(piece, rows[(rows >= 0) & (rows < len(piece))], axis=0)
                     yield piece
 
-    def check(self) -> None:
-        """Check every byte of its files.
-
-        Raises:
-            InputError: a file is missing or damaged; the message names it.
-        """
-        manifest = self.store.manifest
-        verify_files(replace(manifest, files={name: manifest.files[name] for name in self._names}), "hash")
-
     def check_beside(self, beside: Beside) -> None:
-        """The same beside other work, file by file."""
-        manifest = self.store.manifest
-        for name in self._names:
-            beside.begin(verify_files, replace(manifest, files={name: manifest.files[name]}), "hash")
-
-    @property
-    def _names(self) -> list[str]:
-        return [path.name for path in (*self.files("npy"), *self.files("ids"), *self.files("jsonl"))]
+        """Check every byte of its files beside other work, file by file, unless the store was checked before."""
+        if not self.store.checked:
+            for path in (*self.files("npy"), *self.files("ids"), *self.files("jsonl")):
+                beside.begin(verify_files, self.store.manifest.of([path.name]), "hash")

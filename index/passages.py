@@ -95,7 +95,7 @@ class PassageFile(Iterable[Passage]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._found = _state(path)
+        self._found = file_state(path)
 
     def __iter__(self) -> Iterator[Passage]:
         return (read() for read in self.unread())
@@ -104,11 +104,11 @@ class PassageFile(Iterable[Passage]):
         """Each as what reads it, for those who leave most of them to others."""
         for row in unread_rows(self.path):
             yield partial(_read, row)
-        if _state(self.path) != self._found:
+        if file_state(self.path) != self._found:
             raise InputError(f"{self.path}: changed while it was read")
 
 
-def _state(path: Path) -> tuple[int, int, int] | None:
+def file_state(path: Path) -> tuple[int, int, int] | None:
     """What a change of a file changes; none for a file that is not there, which reading it tells."""
     try:
         found = path.stat()

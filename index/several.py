@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -38,7 +38,14 @@ class Indexes:
         self._refuse_overlap()
 
     @classmethod
-    def open(cls, folders: Sequence[Path], *, verify: Level = "size", mmap: bool = False) -> Indexes:
+    def open(
+        cls,
+        folders: Sequence[Path],
+        *,
+        verify: Level = "size",
+        mmap: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Indexes:
         """Open the indexes in `folders`, one at least, as `Index.open` does.
 
         Raises:
@@ -47,7 +54,7 @@ class Indexes:
         """
         if not folders:
             raise InputError("expected an index or more to search, found none")
-        return cls([Index.open(folder, verify=verify, mmap=mmap) for folder in folders])
+        return cls([Index.open(folder, verify=verify, mmap=mmap, progress=progress) for folder in folders])
 
     @cached_property
     def ids(self) -> Ids:
@@ -145,10 +152,18 @@ class Indexes:
         return self.indexes[number], int(row - self._starts[number])
 
 
-def open_all(folders: Sequence[Path], *, mmap: bool = False) -> Index | Indexes:
-    """The index in the one folder, or those in several as one.
+def open_all(
+    folders: Sequence[Path],
+    *,
+    verify: Level = "size",
+    mmap: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Index | Indexes:
+    """The index in the one folder, or those in several as one, opened as `Index.open` does.
 
     Raises:
         InputError: as `Indexes.open`.
     """
-    return Index.open(folders[0], mmap=mmap) if len(folders) == 1 else Indexes.open(folders, mmap=mmap)
+    if len(folders) == 1:
+        return Index.open(folders[0], verify=verify, mmap=mmap, progress=progress)
+    return Indexes.open(folders, verify=verify, mmap=mmap, progress=progress)

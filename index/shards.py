@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from index.arrays import map_array
 from index.files import InputError, atomic_path
 from index.manifest import FileEntry
 from index.passages import Passage, checked_id
@@ -84,15 +85,7 @@ def read_vectors(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
     Raises:
         InputError: the file is no array of `dtype` ("float32" or "float16") and `shape`.
     """
-    try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: expected an array in npy format, found: {error}") from None
-    if not isinstance(vectors, np.ndarray):
-        raise InputError(f"{path}: expected an array in npy format, found an archive")
-    if vectors.dtype != DTYPES[dtype] or vectors.shape != shape:
-        raise InputError(f"{path}: expected {dtype} {shape}, found {vectors.dtype} {vectors.shape}")
-    return vectors
+    return map_array(path, DTYPES[dtype], shape)
 
 
 # A text as JSON, characters outside ASCII as they are; json.dumps takes three times as long for a line.

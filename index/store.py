@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,8 @@ class EmbeddingStore:
         if len(manifest.files) != shards * len(SUFFIXES) or set(manifest.files) != set(self._names(shards)):
             raise InputError(f"{place}: expected the files of {shards} shards, found {len(manifest.files)} others")
         self._shards = shards
+        self.checked = False
+        """Whether this process has checked every byte of the files, or has written them."""
 
     @classmethod
     def open(cls, folder: Path, *, verify: Level = "size") -> EmbeddingStore:
@@ -48,12 +50,29 @@ class EmbeddingStore:
         """
         manifest = read_manifest(folder, EMBEDDINGS)
         store = cls(manifest)
-        verify_files(manifest, verify)
+        verify_files(manifest, "size")
         if not store.complete:
             raise InputError(
                 f"{folder}: incomplete, {store.rows} rows so far; run the same encode again and it goes on from there"
             )
+        if verify == "hash":
+            store.check()
         return store
+
+    def check(self, progress: Callable[[int], None] | None = None) -> None:
+        """Check every byte of its files, unless that was done before.
+
+        Whatever makes a number or a file of a store calls it first; opening a store checks only lengths.
+
+        Args:
+            progress: called with the number of bytes just checked.
+
+        Raises:
+            InputError: a file is missing or damaged; the message names it.
+        """
+        if not self.checked:
+            verify_files(self.manifest, "hash", progress)
+            self.checked = True
 
     def shards(self) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, vectors [n, D] of the stored dtype, memory-mapped and read-only) of every shard, in order.

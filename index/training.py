@@ -11,7 +11,9 @@ import numpy as np
 from index.factory import import_faiss
 from index.files import InputError
 from index.gpu import clustering
-from index.settings import core
+from index.layout import FAISS_FILE
+from index.opened import Index, read_trained
+from index.settings import core, set_search_defaults
 from index.store import EmbeddingStore
 
 # faiss asks for at least 39 training vectors a centroid and uses no more than 256. More of them take time, and memory
@@ -81,9 +83,30 @@ def read_rows(store: EmbeddingStore, rows: np.ndarray) -> np.ndarray:
     return vectors_read
 
 
+def trained_part(opened: Index) -> Any:
+    """An empty index, with the default search settings, that is trained as `opened` is.
+
+    Raises:
+        InputError: faiss cannot read it, or it is not trained as its manifest states: it was made from damaged files.
+    """
+    index = read_trained(opened.folder / FAISS_FILE)
+    set_search_defaults(index)
+    stated, found = opened.manifest.field("trained", str), fingerprint(index)
+    if found != stated:
+        raise InputError(
+            f"{opened.folder / FAISS_FILE}: expected the training of sha256 {stated[:12]}… that its manifest states, "
+            f"found {found[:12]}…: it was made from a damaged index, or by another version of faiss; build it anew"
+        )
+    return index
+
+
 def fingerprint(index: Any) -> str:
     """The sha256 of an empty trained index: two that agree in it encode a vector alike, and can be merged."""
     faiss = import_faiss()
+    inner = core(index)
+    if isinstance(inner, faiss.IndexNSG):
+        # Nothing sets it before there are vectors.
+        inner.nsg.enterpoint = 0
     digest = hashlib.sha256()
 
     def update(data: bytes) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from index.faiss_index import Index
 from index.files import InputError
-from index.manifest import EMBEDDINGS, INDEX, read_manifest, verify_files
+from index.manifest import EMBEDDINGS, INDEX, read_manifest
 from index.store import EmbeddingStore
 
 
@@ -22,8 +23,12 @@ class Summary:
     bytes: int
 
 
-def verify(folder: Path) -> Summary:
+def verify(folder: Path, progress: Callable[[int], None] | None = None) -> Summary:
     """Check every byte of the embedding store or index in `folder` against its manifest.
+
+    Args:
+        folder: of the store or index.
+        progress: called with the number of bytes just checked.
 
     Raises:
         InputError: a file is missing or damaged, the message names it; or the folder holds neither.
@@ -33,15 +38,14 @@ def verify(folder: Path) -> Summary:
     if manifest.format == EMBEDDINGS:
         held = EmbeddingStore(manifest)
     elif manifest.format == INDEX:
-        held = Index(manifest)
+        # Mapped: an index that is larger than memory must be verifiable too.
+        held = Index(manifest, mmap=True)
     else:
         raise InputError(f"{folder}: expected an embedding store or an index, found a {manifest.format}")
     # Before opening: a damaged file is reported as such, and not by what its reader makes of it.
-    verify_files(manifest, "hash")
+    held.check(progress)
     if isinstance(held, Index):
-        # Mapped: an index that is larger than memory must be verifiable too.
-        Index.open(folder, mmap=True)
+        held.open_files()
     else:
         EmbeddingStore.open(folder)
-    size = sum(entry.bytes for entry in manifest.files.values())
-    return Summary(manifest.format, held.rows, held.dim, len(manifest.files), size)
+    return Summary(manifest.format, held.rows, held.dim, len(manifest.files), manifest.size)

@@ -40,6 +40,7 @@ class EmbeddingWriter:
         model: what identifies the model (its sha256). Vectors of models that differ in it never mix.
         source: what was embedded (file, checksum, prompt); any JSON object.
         shard_rows: rows a shard.
+        checked: called with the number of bytes each time some of what is already there were checked.
         same_rows: asked, where an incomplete store was begun with another source, whether all that it holds stands at
             the beginning of this one: then this one's it becomes.
 
@@ -59,6 +60,7 @@ class EmbeddingWriter:
         dtype: Literal["float32", "float16"] = "float32",
         shard_rows: int = 65536,
         same_rows: Callable[[EmbeddingStore], bool] | None = None,
+        checked: Callable[[int], None] | None = None,
     ) -> None:
         if dim < 1 or shard_rows < 1:
             raise ValueError(f"dim, shard_rows: expected numbers above 0, found {dim}, {shard_rows}")
@@ -68,6 +70,7 @@ class EmbeddingWriter:
         self.dim = dim
         self.shard_rows = shard_rows
         self._same_rows = same_rows
+        self._checked = checked
         # As JSON gives it back (tuples become lists), so that it compares equal on resuming.
         header = {"dim": dim, "dtype": dtype, "model": model, "source": source, "shard_rows": shard_rows}
         self._header: dict[str, Any] = json.loads(json.dumps(header))
@@ -187,7 +190,7 @@ class EmbeddingWriter:
         corrected = others == ["source"] and self._same_rows is not None and not store.complete
         if others and not corrected:
             raise self._begun_with_another(others[0], manifest)
-        verify_files(manifest, "hash")
+        verify_files(manifest, "hash", self._checked)
         if corrected and self._same_rows is not None and not self._same_rows(store):
             raise self._begun_with_another("source", manifest)
         self._clean(manifest)

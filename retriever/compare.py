@@ -23,6 +23,7 @@ from eval.suite import check_outside, plan
 from index.files import InputError, read_json, sha256_file
 from retriever.bm25_runs import BM25, bm25_details, kept_bm25_run
 from retriever.progress import Terminal
+from retriever.run_sums import check_run
 from retriever.versions import versions
 
 # Between the usual cut-offs, for the curves.
@@ -163,11 +164,12 @@ def run_file(path: Path, dataset: BeirDataset, datasets: int) -> Path:
     """The run of a system on a data set.
 
     Raises:
-        InputError: a report's folder has none for this set, or one file is given for several sets.
+        InputError: a report's folder has none for this set or a damaged one, or one file is given for several sets.
     """
     if path.is_dir():
         for place in (path / dataset.name / "run.trec", path / "run.trec"):
             if place.is_file() and (datasets == 1 or place.parent != path):
+                check_run(path, dataset.name, place)
                 return place
         raise InputError(
             f"{path}: expected {dataset.name}/run.trec, as `retriever evaluate beir` writes it, found none"

@@ -47,6 +47,7 @@ def encode_passages(
     same_model: bool = False,
     progress: Callable[[int], None] | None = None,
     notice: Callable[[str, str], None] | None = None,
+    checked: Callable[[int], None] | None = None,
 ) -> EmbeddingStore:
     """Embed passages into the store `out`, in their order, in constant memory.
 
@@ -71,6 +72,8 @@ def encode_passages(
         progress: called with the number of passages done since the last call, those of an earlier run included; on the
             first rank with those of all.
         notice: called with what is odd in a passage that is embedded, and its id; on the first rank.
+        checked: called with the number of bytes each time some of a store that is there already were checked against
+            their sums; on the first rank.
 
     Raises:
         InputError: `out` holds something else, or the corpus is bad or empty.
@@ -101,6 +104,7 @@ def encode_passages(
                 source={**source, "precision": options.precision},
                 shard_rows=shard_rows,
                 same_rows=partial(_holds_first, passages, options) if isinstance(passages, PassageFile) else None,
+                checked=checked,
             )
             held.enter_context(writer)
         row, complete = ranks.told(writer and [writer.rows, writer.complete])
@@ -129,7 +133,10 @@ def encode_passages(
             if ranks.first and not row:
                 raise InputError(f"{source.get('name', 'corpus')}: expected passages, found none")
     ranks.wait()
-    return EmbeddingStore.open(out)
+    store = EmbeddingStore.open(out)
+    # By the writer, every byte that it had not written itself.
+    store.checked = True
+    return store
 
 
 def _holds_first(passages: PassageFile, options: EncodeOptions, store: EmbeddingStore) -> bool:

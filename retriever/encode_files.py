@@ -11,6 +11,7 @@ import numpy as np
 from index.embeddings import EmbeddingStore
 from index.passages import PassageFile
 from index.records import count_records
+from retriever.checking import checking
 from retriever.corpus_windows import WINDOW
 from retriever.data.sources import Notices
 from retriever.encode import EncodeOptions, embed_texts
@@ -58,7 +59,7 @@ def embed_corpus(
     """
     notices = Notices()
     total = count_records(corpus) if terminal.is_live else None
-    with terminal.bar(f"encode {corpus.name}", total, "passages") as advance:
+    with checking(terminal, [folder]) as checked, terminal.bar(f"encode {corpus.name}", total, "passages") as advance:
         store = encode_passages(
             towers,
             PassageFile(corpus),
@@ -73,6 +74,7 @@ def embed_corpus(
             same_model=same_model,
             progress=ticking(advance, tick),
             notice=notices.add,
+            checked=checked,
         )
     for notice in notices.lines():
         terminal.line(f"{corpus.name}: {notice}")

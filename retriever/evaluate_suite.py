@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from eval.ranking import RankedRun
 from eval.runs import write_trec_run
 from eval.suite import Plan, Task, check_outside, rows_of_tasks
 from index.embeddings import EmbeddingStore
-from index.files import InputError
+from index.files import InputError, sha256_file
 from index.passages import Passage, PassageFile
 from index.records import count_records
+from retriever.checking import checking
 from retriever.encode import EncodeOptions
 from retriever.encode_corpus import corpus_source, encode_passages
 from retriever.encode_files import embed_queries
@@ -35,6 +36,9 @@ from retriever.split_documents import split_documents
 from retriever.suite_report import SetResult, SuiteResult, sums, write_suite
 from retriever.towers import Towers
 from retriever.versions import device_name
+
+if TYPE_CHECKING:
+    from index.faiss_index import Index
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Suite:
         self._terminal = terminal
         self._sources: dict[str, dict[str, str]] = {}
         check_outside(out, plan.tasks)
-        self._check_index()
+        self._index = self._checked_index()
 
     def run(self, details: Mapping[str, Any], checked: Mapping[str, Any]) -> SuiteResult:
         """Evaluate every set and write the report.
@@ -121,21 +125,32 @@ class Suite:
         agree(self._ranks, sets)
         agree_on_folder(self._ranks, "out", self._out)
 
-    def _check_index(self) -> None:
-        """Refuse an index or a factory string that will not do, before hours of embedding rather than after."""
+    def _checked_index(self) -> Index | None:
+        """The index that is asked for, its every byte checked, if any is.
+
+        It, or a factory string, that will not do is refused before hours of embedding rather than after.
+        """
         folder, factory, tasks = self._options.index, self._options.factory, self._plan.tasks
         if folder is not None:
             from index.faiss_index import Index
+            from index.manifest import INDEX, read_manifest
 
             if len(tasks) != 1:
                 raise InputError(f"{folder}: expected one set to go with one index, found {len(tasks)}")
-            Index.open(folder, mmap=True).check_model(self._towers_of(tasks[0]).fingerprint())
-        elif factory is not None:
+            index = Index(read_manifest(folder, INDEX))
+            index.check_model(self._towers_of(tasks[0]).fingerprint())
+            # The first rank alone searches it.
+            if self._ranks.first:
+                with checking(self._terminal, [folder]) as checked:
+                    index.check(checked)
+            return index
+        if factory is not None:
             from index.factory import import_faiss, make
 
             import_faiss()
             if factory != "auto":
                 make(factory, self._towers.dimension)
+        return None
 
     def _towers_of(self, task: Task) -> Towers:
         return towers_for(self._towers, self._options.settings, task.name, task.row)
@@ -168,6 +183,7 @@ class Suite:
         }
         if self._ranks.first:
             write_trec_run(place / "run.trec", run, "retriever")
+            result.runs["run.trec"] = sha256_file(place / "run.trec")
             if self._options.factory is not None or self._options.index is not None:
                 result.approximation = self._by_index(task, dataset, store, towers, vectors, result)
         self._ranks.wait()
@@ -192,17 +208,22 @@ class Suite:
             source[WINDOWS] = f"overlap {self._options.overlap}"
             passages = split_documents(towers, passages, self._options.overlap)
         total = count_records(corpus) if self._terminal.is_live and not self._options.windows else None
-        with self._terminal.bar(f"{task.name}: encode", total, "passages") as advance:
+        folder = place / (WINDOWS if self._options.windows else "embeddings")
+        with (
+            checking(self._terminal, [folder]) as checked,
+            self._terminal.bar(f"{task.name}: encode", total, "passages") as advance,
+        ):
             return encode_passages(
                 towers,
                 passages,
-                place / (WINDOWS if self._options.windows else "embeddings"),
+                folder,
                 self._encode,
                 source=source,
                 dtype=self._options.dtype,
                 shard_rows=self._options.shard_rows,
                 ranks=self._ranks,
                 progress=advance,
+                checked=checked,
             )
 
     def _by_index(
@@ -211,26 +232,29 @@ class Suite:
         """What an index of the same vectors finds."""
         import faiss
 
-        from index.faiss_index import Index
         from index.settings import Settings
 
-        folder = self._options.index or self._built(task, store)
-        index = Index.open(folder)
+        index = self._index or self._built(task, store)
         index.check_model(towers.fingerprint())
+        # Again where it has changed while the corpus was embedded.
+        index.check()
         if index.rows != store.rows:
-            raise InputError(f"{folder}: expected an index of {dataset.name}, {store.rows} rows, found {index.rows}")
+            expected = f"expected an index of {dataset.name}, {store.rows} rows"
+            raise InputError(f"{index.folder}: {expected}, found {index.rows}")
         began = time.perf_counter()
         with self._terminal.bar(f"{task.name}: search by index", len(vectors), "queries") as advance:
             run = self._ranked(dataset, index.ids, search_by_parts(index.search, advance), vectors, store)
         exact.seconds["search by index"] = time.perf_counter() - began
         made = {name: index.manifest.fields.get(name) for name in ("factory", "seed", "trained_on")}
         exact.index = {**made, **Settings.of(index.faiss).known(), "faiss": faiss.__version__}
-        write_trec_run(self._out / task.name / "index.trec", run, "retriever")
+        place = self._out / task.name / "index.trec"
+        write_trec_run(place, run, "retriever")
+        exact.runs[place.name] = sha256_file(place)
         products = exact_products(store, vectors)
         return approximation(index.factory, exact.run, run, self._score(dataset, run), products)
 
-    def _built(self, task: Task, store: EmbeddingStore) -> Path:
-        """The index of the store, built or used again."""
+    def _built(self, task: Task, store: EmbeddingStore) -> Index:
+        """The index of the store, built, or used again with its every byte checked."""
         from index import faiss_index
         from index.building import choose_for
         from index.manifest import INDEX, NAME, read_manifest
@@ -243,10 +267,11 @@ class Suite:
             fields = read_manifest(folder, INDEX).fields
             wanted = {"rows": store.rows, "dim": store.dim, "model": store.model, "source": store.source}
             if all(fields.get(name) == value for name, value in {**wanted, "factory": factory}.items()):
-                return folder
+                with checking(self._terminal, [folder]) as checked:
+                    return faiss_index.Index.open(folder, verify="hash", progress=checked)
         with self._terminal.bar(f"{task.name}: index {factory}", store.rows, "vectors") as advance:
             faiss_index.build(store, folder, factory=factory, progress=advance)
-        return folder
+        return faiss_index.Index.open(folder)
 
     def _details(self) -> dict[str, Any]:
         """How all sets were evaluated."""

@@ -22,6 +22,7 @@ from retriever.checkpoint import (
 from retriever.config import TrainConfig
 from retriever.config_file import CONFIG_FILE, load_config, save_config
 from retriever.divided import gathered
+from retriever.model_sums import write_sums
 from retriever.rank_agreement import Content
 from retriever.ranks import Ranks
 from retriever.towers import build_towers
@@ -107,6 +108,7 @@ class RunFolder:
             towers.load_state_dict(weights)
         with atomic_folder(self.path / "model") as folder:
             towers.save(folder)
+            write_sums(folder)
 
 
 def check_new(path: Path) -> None:

@@ -11,10 +11,12 @@ import numpy as np
 
 from index.faiss_index import Index
 from index.files import InputError
+from index.layout import FAISS_FILE
 from index.several import Indexes, open_all
-from index.verify import verify as verify_folder
+from retriever.checking import checking
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.images.towers import ImageTextTowers
+from retriever.progress import Terminal
 from retriever.towers import Towers
 
 # Queries embedded and searched at a time.
@@ -43,21 +45,23 @@ class Answer:
     results: list[Result]
 
 
-def open_indexes(folders: Sequence[Path], *, mmap: bool = False, verify: bool = False) -> Index | Indexes:
+def open_indexes(
+    folders: Sequence[Path], terminal: Terminal, *, mmap: bool = False, verify: bool = False
+) -> Index | Indexes:
     """The index in the one folder, or those in several as one.
 
     Args:
         folders: of the indexes.
+        terminal: shows how much has been checked.
         mmap: leave them on disk and read what a search touches.
-        verify: check every byte first, and not only that every file is there and has its length.
+        verify: check every byte of every file first; else of the faiss files that are read whole or take little time,
+            and of the others the length.
 
     Raises:
         InputError: as `index.several.open_all`, or a file is damaged.
     """
-    if verify:
-        for folder in folders:
-            verify_folder(folder)
-    return open_all(folders, mmap=mmap)
+    with checking(terminal, folders, None if verify else [FAISS_FILE]) as checked:
+        return open_all(folders, verify="hash" if verify else "size", mmap=mmap, progress=checked)
 
 
 def search(

@@ -17,6 +17,7 @@ from eval.report_files import write
 from eval.suite import Task
 from index.embeddings import EmbeddingStore
 from index.files import sha256_file, write_json
+from retriever.run_sums import RUNS
 from retriever.versions import versions
 
 
@@ -33,6 +34,8 @@ class SetResult:
     index: dict[str, Any] = field(default_factory=dict)
     """How that index was made and searches."""
     seconds: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict)
+    """sha256 of the run files."""
 
 
 @dataclass
@@ -127,6 +130,7 @@ def _set_json(result: SetResult, checked: Mapping[str, Any]) -> dict[str, Any]:
         "missing_queries": result.metrics.missing,
         "identical_ids_left_out": result.metrics.identical_ids_left_out,
         "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
+        RUNS: result.runs,
         "preflight": dict(checked),
     }
     if other := result.approximation:

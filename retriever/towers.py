@@ -30,6 +30,7 @@ from retriever.model_folder import (
     text_towers,
     write_new_encoder,
 )
+from retriever.model_sums import check_sums
 from retriever.padding_free.attention import Spans
 from retriever.tokens import TextTokenizer, TokenizedTexts
 from retriever.weights import writing_weights
@@ -217,15 +218,24 @@ def _without_provenance(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_towers(path: str, device: torch.device | str = "cpu") -> Towers:
+def load_towers(
+    path: str, device: torch.device | str = "cpu", *, checked: Callable[[int], None] | None = None
+) -> Towers:
     """Load a model folder or hub name for encoding, in evaluation mode and fp32.
 
     Embeddings are compared by inner product, here and in every index. Of a model whose similarity is the cosine
     (sentence-transformers' default) and that does not normalise, they are therefore scaled to unit length.
 
+    Args:
+        path: of the folder, or the name.
+        device: where it embeds.
+        checked: called with the number of bytes each time some of the model's files were checked against their sums.
+
     Raises:
-        InputError: there is no such model, it does not embed texts, or its similarity is a distance.
+        InputError: there is no such model, a file of it is damaged, it does not embed texts, or its similarity is a
+            distance.
     """
+    check_sums(path, checked)
     model = load_model(path)
     if model.similarity_fn_name not in ("cosine", "dot"):
         raise InputError(

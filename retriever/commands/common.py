@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff
@@ -38,13 +39,17 @@ class Embedding:
 
     def towers(self, terminal: Terminal) -> Towers:
         """The model, in evaluation mode on the device; says where it is slower than most."""
+        from retriever.checking import checking_bytes
         from retriever.device import choose_device
         from retriever.images.folder import is_image_text_model
         from retriever.images.towers import load_image_text_towers
+        from retriever.model_sums import known_sums
         from retriever.towers import load_towers
 
         load = load_image_text_towers if is_image_text_model(self.model) else load_towers
-        towers = load(self.model, choose_device(self.device))
+        size = sum(path.stat().st_size for path in known_sums(self.model))
+        with checking_bytes(terminal, Path(self.model).name, size) as checked:
+            towers = load(self.model, choose_device(self.device), checked=checked)
         if note := towers.padding_note():
             terminal.line(note)
         return towers

@@ -129,7 +129,9 @@ class IndexBuild(RecallTarget):
         from index.building import Plan, build
         from index.embeddings import EmbeddingStore
         from index.factory import explain
+        from index.layout import FAISS_FILE
         from index.parts import Part
+        from retriever.checking import checking
 
         store = EmbeddingStore.open(self.embeddings)
         number, count = map(int, self.part.split("/"))
@@ -151,13 +153,16 @@ class IndexBuild(RecallTarget):
             self.on_disk,
             self.gpu,
         )
-        with terminal.bar(f"index {factory}", rows if ranks is None else None, "vectors") as advance:
+        with (
+            checking(terminal, [self.train_from] if self.train_from else [], [FAISS_FILE]) as checked,
+            terminal.bar(f"index {factory}", rows if ranks is None else None, "vectors") as advance,
+        ):
 
             def note(text: str) -> None:
                 advance(0, text)
 
             if ranks is None:
-                tuning = build(store, self.out, plan, progress=advance, note=note)
+                tuning = build(store, self.out, plan, progress=advance, note=note, checked=checked)
             else:
                 from retriever.index_on_ranks import build_on_ranks
 
@@ -170,13 +175,15 @@ class IndexBuild(RecallTarget):
         from index.building import choose_for
         from index.factory import make, reason_of_choice
         from index.lists_on_disk import check_kind
+        from index.manifest import INDEX, read_manifest
         from index.opened import Index
 
         if self.train_from is None and self.factory == "auto":
             rows, dim = store.rows, store.dim
             factory = choose_for(store, self.memory_budget_mib, on_disk=self.on_disk)
             return factory, f"; chosen for {reason_of_choice(factory, rows, dim, on_disk=self.on_disk)}"
-        factory = self.factory if self.train_from is None else Index.open(self.train_from, mmap=True).factory
+        # Its bytes are checked before they are used.
+        factory = self.factory if self.train_from is None else Index(read_manifest(self.train_from, INDEX)).factory
         if self.on_disk:
             check_kind(make(factory, store.dim), f"--on-disk with factory {factory!r}")
         return factory, ""
@@ -202,13 +209,17 @@ class IndexTune(RecallTarget):
     def run(self, terminal: Terminal) -> int:
         from index.changing import retune
         from index.embeddings import EmbeddingStore
-        from index.opened import Index
+        from index.manifest import INDEX, read_manifest
+        from retriever.checking import checking
 
         store = EmbeddingStore.open(self.embeddings)
         target = self.target(self.target_recall, store, terminal)
-        with terminal.bar("tune", None, "settings") as advance:
-            tuning = retune(self.index, store, target, note=lambda text: advance(1, text))
-        rows = Index.open(self.index, mmap=True).rows
+        with (
+            checking(terminal, [self.index, self.embeddings]) as checked,
+            terminal.bar("tune", None, "settings") as advance,
+        ):
+            tuning = retune(self.index, store, target, note=lambda text: advance(1, text), checked=checked)
+        rows = read_manifest(self.index, INDEX).count("rows")
         return _finish(self.json, {"index": str(self.index), "rows": rows}, tuning, terminal)
 
 

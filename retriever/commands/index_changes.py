@@ -31,9 +31,10 @@ class IndexMerge:
 
     def run(self, terminal: Terminal) -> int:
         from index.merge import merge
+        from retriever.checking import checking
 
-        with terminal.bar("merge", None, "vectors") as advance:
-            rows = merge(self.indexes, self.out, on_disk=self.on_disk, progress=advance)
+        with checking(terminal, self.indexes) as checked, terminal.bar("merge", None, "vectors") as advance:
+            rows = merge(self.indexes, self.out, on_disk=self.on_disk, progress=advance, checked=checked)
         answer(self.json, {"index": str(self.out), "rows": rows})
         return 0
 
@@ -54,10 +55,14 @@ class IndexAdd:
     def run(self, terminal: Terminal) -> int:
         from index.changing import add_passages
         from index.embeddings import EmbeddingStore
+        from retriever.checking import checking
 
         store = EmbeddingStore.open(self.embeddings)
-        with terminal.bar("add", store.rows, "vectors") as advance:
-            added = add_passages(self.index, store, self.out, progress=advance)
+        with (
+            checking(terminal, [self.index, self.embeddings]) as checked,
+            terminal.bar("add", store.rows, "vectors") as advance,
+        ):
+            added = add_passages(self.index, store, self.out, progress=advance, checked=checked)
         answer(self.json, {"index": str(self.out or self.index), "added": added})
         return 0
 
@@ -85,12 +90,14 @@ class IndexDelete:
         from index.changing import delete_passages
         from index.passages import checked_id
         from index.records import read_lines
+        from retriever.checking import checking
 
         ids = list(self.ids)
         if self.ids_file is not None:
             lines = enumerate(read_lines(self.ids_file), start=1)
             ids = [checked_id(line.strip(), f"{self.ids_file}:{number}") for number, line in lines if line.strip()]
-        deleted = delete_passages(self.index, ids, self.out)
+        with checking(terminal, [self.index]) as checked:
+            deleted = delete_passages(self.index, ids, self.out, checked=checked)
         summary = {"index": str(self.out or self.index), "deleted": deleted, "not_there": len(set(ids)) - deleted}
         answer(self.json, summary)
         return 0
@@ -107,6 +114,9 @@ class IndexVerify:
 
     def run(self, terminal: Terminal) -> int:
         from index.verify import verify
+        from retriever.checking import checking
 
-        answer(self.json, dataclasses.asdict(verify(self.folder)))
+        with checking(terminal, [self.folder]) as checked:
+            found = verify(self.folder, checked)
+        answer(self.json, dataclasses.asdict(found))
         return 0

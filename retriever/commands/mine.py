@@ -25,7 +25,7 @@ class Mine(Embedding):
     negatives: int = 7
     """Most negatives a query."""
     depth: int = 100
-    """Candidates a query: its best-scoring passages."""
+    """Candidates a query: the texts that score best for it, copies, empty ones and positives left out."""
     max_share: float = 0.95
     """A candidate above this share of the best positive's score is taken for an unjudged positive and dropped."""
 

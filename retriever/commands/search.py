@@ -43,7 +43,8 @@ class Search(Embedding):
     mmap: Switch = False
     """Leave the index on disk and read what a search touches, for indexes larger than memory."""
     verify: Switch = False
-    """Check the sha256 of every file of the index first, which reads all of it; without, their lengths are checked."""
+    """Check the sha256 of every file of the index first, which reads all of it. Without, that of index.faiss is checked
+    (with --mmap, up to 256 MiB), and of the other files what is read."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +63,7 @@ class Search(Embedding):
     def run(self, terminal: Terminal) -> int:
         from retriever.search import BATCH, open_indexes, search
 
-        index = open_indexes(self.index, mmap=self.mmap, verify=self.verify)
+        index = open_indexes(self.index, terminal, mmap=self.mmap, verify=self.verify)
         towers = self.towers(terminal)
         typed = not self.query and not self.image and self.queries is None and sys.stdin.isatty()
         if typed:

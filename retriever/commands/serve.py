@@ -24,7 +24,8 @@ class Serve(Embedding):
     mmap: Switch = False
     """Leave the index on disk and read what a search touches, for indexes larger than memory."""
     verify: Switch = False
-    """Check the sha256 of every file of the index first, which reads all of it; without, their lengths are checked."""
+    """Check the sha256 of every file of the index first, which reads all of it. Without, that of index.faiss is checked
+    (with --mmap, up to 256 MiB), and of the other files what is read."""
     pictures: Path | None = None
     """The folder whose pictures were indexed: the page shows those that were found."""
     host: str = "127.0.0.1"
@@ -73,7 +74,7 @@ class Serve(Embedding):
 
         limits = Limits(self.max_body_bytes, self.max_query_chars, self.max_queries, self.max_k)
         batching = Batching(self.batch, self.batch_ms / 1000, max(self.max_waiting, self.max_queries))
-        index = open_indexes(self.index, mmap=self.mmap, verify=self.verify)
+        index = open_indexes(self.index, terminal, mmap=self.mmap, verify=self.verify)
         pictures = None if self.pictures is None else Pictures(self.pictures, index)
         # Listening before the model is loaded makes a port in use known at once.
         with (

@@ -19,6 +19,7 @@ from eval.zero_shot.layouts import IMAGES, images_in
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
 from index.passages import Passage
+from retriever.checking import checking
 from retriever.device import to_device
 from retriever.encode import EncodeOptions
 from retriever.graph_memory import encode_tokens
@@ -128,14 +129,18 @@ def encode_pictures(
     names = [file.relative_to(folder).as_posix() for file in files]
     with terminal.bar(f"read {folder.name}", len(files), "pictures") as advance:
         sha256 = _sha256(files, names, advance)
-    with EmbeddingWriter(
-        out,
-        dim=towers.dimension,
-        dtype=dtype,
-        model=towers.fingerprint(),
-        source={"name": folder.resolve().name, "sha256": sha256, "precision": options.precision},
-        shard_rows=shard_rows,
-    ) as writer:
+    with (
+        checking(terminal, [out]) as checked,
+        EmbeddingWriter(
+            out,
+            dim=towers.dimension,
+            dtype=dtype,
+            model=towers.fingerprint(),
+            source={"name": folder.resolve().name, "sha256": sha256, "precision": options.precision},
+            shard_rows=shard_rows,
+            checked=checked,
+        ) as writer,
+    ):
         if not writer.complete:
             broken: dict[str, str] = {}
             with terminal.bar(f"encode {folder.name}", len(files), "pictures") as advance, Decoder(towers) as decoder:

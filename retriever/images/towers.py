@@ -33,6 +33,7 @@ from retriever.images.folder import (
 from retriever.images.patch_dropout import PatchDropout
 from retriever.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, ImageTransform, open_image
 from retriever.model_folder import Side
+from retriever.model_sums import check_sums
 from retriever.tokens import FixedLengthTokenizer, TextTokenizer
 from retriever.towers import Towers, _without_provenance, set_text_options
 
@@ -237,15 +238,23 @@ class ImageTextTowers(Towers):
                 yield torch.stack([work.result() for work in now])
 
 
-def load_image_text_towers(path_or_name: str, device: torch.device | str = "cpu") -> ImageTextTowers:
+def load_image_text_towers(
+    path_or_name: str, device: torch.device | str = "cpu", *, checked: Callable[[int], None] | None = None
+) -> ImageTextTowers:
     """Load a folder or hub name with both towers for encoding, in evaluation mode and fp32.
 
     A run's model folder, any sentence-transformers folder of this kind, or a checkpoint of transformers: CLIP, SigLIP
     or fixed-size SigLIP 2 (not NaFlex), whose embeddings are transformers' own, scaled to unit length.
 
+    Args:
+        path_or_name: of the folder, or on the hub.
+        device: where it embeds.
+        checked: called with the number of bytes each time some of the model's files were checked against their sums.
+
     Raises:
-        InputError: there is no such model, or it does not embed pictures and texts.
+        InputError: there is no such model, a file of it is damaged, or it does not embed pictures and texts.
     """
+    check_sums(path_or_name, checked)
     return ImageTextTowers(load_image_text_model(path_or_name)).to(device).eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -14,7 +15,7 @@ from index.building import Plan, build
 from index.changing import add_passages, delete_passages, retune
 from index.embeddings import EmbeddingStore
 from index.files import InputError
-from index.manifest import read_manifest
+from index.manifest import entries, read_manifest, write_manifest
 from index.merge import merge
 from index.opened import Index
 from index.recall import Target, Truth, find_truth, recall_of_each
@@ -213,6 +214,8 @@ def test_an_index_is_not_tuned_by_passages_whose_text_changed(tmp_path: Path, ma
     build(store, tmp_path / "index", Plan("IVF2,Flat"))
     passages = store.folder / "00000.jsonl"
     passages.write_bytes(passages.read_bytes().replace(b"text of d0", b"news of d0"))
+    old = read_manifest(store.folder)
+    write_manifest(replace(old, files=entries(store.folder, list(old.files))))
     with pytest.raises(InputError, match=r"found no 'd0' of the same text \(row 0 of the index\)"):
         retune(tmp_path / "index", EmbeddingStore.open(store.folder), Target(0.9))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from eval.beir import BeirDataset
 from index.embeddings import EmbeddingStore, EmbeddingWriter
@@ -58,3 +61,104 @@ def test_negatives_are_those_of_a_full_sort(tmp_path: Path) -> None:
     # What was mined is a training source as it is.
     examples = list(read_examples(SourceConfig(path=str(out)), Notices()))
     assert [list(example.negatives) for example in examples] == [row["negatives"] for row in mined]
+
+
+# Few texts, so that copies are common: " a" and ("a", "") are "a" once title and text are joined and stripped.
+TEXTS = st.sampled_from(["", " ", "a", " a", "b", "b ", "c", "d", "e\0", "e\ufffd"])
+PASSAGES = st.lists(st.tuples(st.sampled_from(["", "a", "t"]), TEXTS), min_size=1, max_size=14)
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> dict:
+    passages = draw(PASSAGES)
+    queries = draw(st.lists(st.sampled_from(["q", "q ", "r"]), min_size=1, max_size=4))
+    grades = st.dictionaries(st.integers(0, len(passages) - 1), st.integers(0, 2), min_size=1, max_size=4)
+    numbers = st.integers(-3, 3)
+    vector = st.tuples(numbers, numbers)
+    return {
+        "passages": passages,
+        "queries": queries,
+        "judged": [draw(grades) for _ in queries],
+        "vectors": [draw(vector) for _ in passages],
+        "query_vectors": [draw(vector) for _ in queries],
+        # Passages and queries with the same ids, or none.
+        "prefix": draw(st.sampled_from(["p", "q"])),
+        "negatives": draw(st.integers(1, 4)),
+        "depth": draw(st.integers(1, 6)),
+        "max_share": draw(st.sampled_from([0.5, 1.0])),
+    }
+
+
+COPIES = {
+    "passages": [("", "a"), ("", "b"), ("", "b"), ("", "c"), ("", "c"), ("", ""), ("", "d")],
+    "queries": ["q", "q"],
+    "judged": [{0: 1, 1: 1}, {6: 1}],
+    "vectors": [(3, 0), (2, 0), (2, 0), (1, 0), (1, 0), (1, 1), (0, 1)],
+    "query_vectors": [(1, 0), (1, 0)],
+    "prefix": "p",
+    "negatives": 3,
+    "depth": 1,
+    "max_share": 1.0,
+}
+
+
+@settings(max_examples=30, deadline=None)
+@given(corpora())
+@example(COPIES)
+def test_negatives_are_distinct_texts_and_no_positives_of_an_equal_query(corpus: dict) -> None:
+    """Against a plain search over texts: all that the corpus has are found, however many copies stand before them."""
+    with tempfile.TemporaryDirectory() as temporary:
+        mined = _mined(corpus, Path(temporary))
+    content = [f"{title} {text}".strip().replace("\0", "\ufffd") for title, text in corpus["passages"]]
+    ids = [f"{corpus['prefix']}{row}" for row in range(len(content))]
+    expected = []
+    for q, (text, vector) in enumerate(zip(corpus["queries"], corpus["query_vectors"], strict=True)):
+        scores = [float(np.dot(vector, passage)) for passage in corpus["vectors"]]
+        equal = [other for other, its in enumerate(corpus["queries"]) if its.strip() == text.strip()]
+        relevant = {row for other in equal for row, grade in corpus["judged"][other].items() if grade > 0}
+        barred = {"", *(content[row] for row in relevant)}
+        if corpus["prefix"] == "q" and q < len(ids) and q not in corpus["judged"][q]:
+            barred.add(content[q])
+        best = max((scores[row] for row in relevant), default=-np.inf)
+        ranked = sorted(range(len(ids)), key=lambda row: (scores[row], ids[row]), reverse=True)
+        first = {content[row]: scores[row] for row in reversed(ranked) if content[row] not in barred}
+        candidates = [each for each in dict.fromkeys(content[row] for row in ranked) if each in first]
+        candidates = candidates[: max(corpus["depth"], corpus["negatives"])]
+        limit = best - (1 - corpus["max_share"]) * abs(best)
+        negatives = [each for each in candidates if first[each] <= limit][: corpus["negatives"]]
+        positives = {content[row] for row, grade in corpus["judged"][q].items() if grade > 0} - {""}
+        if positives:
+            expected.append((text, positives, negatives))
+    found = [(row["query"], row["positive"], [_read(text) for text in row["negatives"]]) for row in mined]
+    assert [(query, {*map(_read, positives)}, negatives) for query, positives, negatives in found] == expected
+    assert all(len({*map(_read, positives)}) == len(positives) for _, positives, _ in found)
+
+
+def _read(text: str) -> str:
+    """As training reads it."""
+    return text.replace("\0", "\ufffd")
+
+
+def _mined(corpus: dict, folder: Path) -> list[dict]:
+    (folder / "qrels").mkdir()
+    passages = [Passage(f"{corpus['prefix']}{n}", *texts) for n, texts in enumerate(corpus["passages"])]
+    rows = [{"_id": p.id, "title": p.title, "text": p.text} for p in passages]
+    queries = [{"_id": f"q{n}", "text": text} for n, text in enumerate(corpus["queries"])]
+    for name, lines in (("corpus.jsonl", rows), ("queries.jsonl", queries)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judged = [(q, row, grade) for q, grades in enumerate(corpus["judged"]) for row, grade in grades.items()]
+    lines = [f"q{q}\t{corpus['prefix']}{row}\t{grade}\n" for q, row, grade in judged]
+    (folder / "qrels" / "train.tsv").write_text("".join(lines))
+    with EmbeddingWriter(folder / "store", dim=2, dtype="float32", model={}, source={}, shard_rows=5) as writer:
+        writer.append(passages, np.array(corpus["vectors"], np.float32))
+    dataset, out = BeirDataset.open(folder, "train"), folder / "mined.jsonl"
+    written, short = mine(
+        dataset,
+        store=EmbeddingStore.open(folder / "store"),
+        queries=np.array(corpus["query_vectors"], np.float32),
+        out=out,
+        **{name: corpus[name] for name in ("negatives", "depth", "max_share")},
+    )
+    mined = [json.loads(line) for line in out.read_text().splitlines()]
+    assert written == len(mined) and short == sum(len(row["negatives"]) < corpus["negatives"] for row in mined)
+    return mined

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import json
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +28,9 @@ from index.files import InputError
 from retriever.encode import EncodeOptions
 from retriever.search import Result, search
 from retriever.serve import batching, page
+from retriever.serve.app import make_app
 from retriever.serve.batching import Batching, Busy, Closed, Engine
+from retriever.serve.requests import Limits
 from retriever.towers import load_towers
 
 pytest.importorskip("starlette")
@@ -276,3 +283,38 @@ def test_ctrl_c_ends_it_and_the_log_does_not_tell_queries(server: Server) -> Non
     code, log = server.end(signal.SIGINT)
     assert code == 0 and "secret" not in log and "Traceback" not in log
     assert " 127.0.0.1 GET /search 200 " in log and " POST /search 413 " in log
+
+
+def test_a_damaged_index_is_refused_or_costs_only_the_answers_that_need_it(world: Any, towers, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    shutil.copytree(world.index, index)
+    lines = (index / "passages.jsonl").read_bytes()
+    (index / "passages.jsonl").write_bytes(lines.replace(b"acorns", b"acor\xffs"))
+    with Engine(towers, Index.open(index), EncodeOptions(), Batching()) as engine:
+        with pytest.raises(InputError, match=r"passages\.jsonl:3: expected UTF-8"):
+            engine.submit(["what is an oak?"], 20).result()
+        assert engine.alive and engine.submit(["what is a piano?"], 1).result()[0].results
+        log: list[str] = []
+        status, answer = asyncio.run(get(make_app(engine, Limits(), log.append), "/search", b"query=an+oak&k=20"))
+    assert status == 500 and answer == {"error": "the search failed; the service's log says why"}
+    assert re.fullmatch(r"search failed: InputError: \S*passages\.jsonl:3: expected UTF-8, found: .*", log[0])
+    data = (index / "index.faiss").read_bytes()
+    (index / "index.faiss").write_bytes(data[:-1] + bytes([data[-1] ^ 0x80]))
+    outcome = command("serve", "--model", world.model, "--index", index, "--port", 0)
+    assert outcome.code == 1 and "index.faiss: damaged: expected sha256" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+async def get(app: Any, path: str, query: bytes) -> tuple[int, Any]:
+    """Status and answer of an application, without a server."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    place = {"path": path, "raw_path": path.encode(), "root_path": "", "query_string": query}
+    await app({"type": "http", "method": "GET", "headers": [], "client": ("test", 1), **place}, receive, send)
+    return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
