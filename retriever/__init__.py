@@ -21,7 +21,7 @@ _PUBLIC = {
     "sigmoid_loss": "losses",
     "EmbeddingStore": "index.embeddings",
     "Index": "index.faiss_index",
-    "BeirDataset": "eval.beir",
+    "BeirDataset": "index.beir",
     "evaluate_run": "eval.metrics",
     "TrainConfig": "retriever.config",
     "Towers": "retriever.towers",

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from eval.beir import BeirDataset
+from index.beir import BeirDataset
 from retriever.config import DevConfig, TrainConfig
 from retriever.encode import EncodeOptions
 from retriever.encode_corpus import corpus_source

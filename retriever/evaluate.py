@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from eval.beir import BeirDataset
 from eval.evaluate import evaluate_beir
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
+from index.beir import BeirDataset
 from retriever.encode import EncodeOptions
 from retriever.encode_files import embed_corpus, embed_queries, ticking
 from retriever.progress import Terminal

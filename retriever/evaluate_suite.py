@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.approximate import Approximation, approximation, search_by_parts
-from eval.beir import BeirDataset
 from eval.evaluate import exact_search, is_windows, query_vectors, ranked_run, score
 from eval.long_documents import WINDOWS
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
 from eval.runs import write_trec_run
 from eval.suite import Plan, Task, check_outside, rows_of_tasks
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore
 from index.files import InputError
 from index.passages import Passage, PassageFile

@@ -14,9 +14,9 @@ from machine import machine
 from quickstart_results import find_browser, keep
 from steps import make_anew, retriever, shell
 
-from eval.beir import BeirDataset
 from eval.markdown import table
 from eval.measures import measure_name
+from index.beir import BeirDataset
 
 HERE = Path(__file__).resolve().parent
 BEFORE, AFTER = "MiniLM-L6 before training", "MiniLM-L6 after training"

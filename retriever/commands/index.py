@@ -53,7 +53,7 @@ class RecallTarget:
         return Target(recall, self.k, queries, self.held_out)
 
     def _embedded(self, path: Path, store: EmbeddingStore, terminal: Terminal) -> np.ndarray:
-        from eval.beir import read_queries
+        from index.beir import read_queries
         from retriever.device import choose_device
         from retriever.encode import EncodeOptions, embed_texts
         from retriever.towers import load_towers

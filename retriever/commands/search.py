@@ -76,7 +76,7 @@ class Search(Embedding):
 
     def _queries(self) -> Iterator[tuple[str, str | Path]]:
         """(id, text) of each query, or (id, file) of each picture; those without an id are numbered."""
-        from eval.beir import read_queries
+        from index.beir import read_queries
 
         if self.queries:
             yield from read_queries(self.queries).items()

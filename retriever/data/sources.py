@@ -195,7 +195,7 @@ def _texts(record: Record, column: str, notices: Notices, lists: bool = True) ->
 
 
 def _beir_records(config: SourceConfig) -> Iterator[Record]:
-    from eval.beir import BeirDataset, beir_file
+    from index.beir import BeirDataset, beir_file
 
     dataset = BeirDataset.open(config.path, config.split)
     qrels_path = beir_file(dataset.folder, f"qrels/{config.split}.tsv")

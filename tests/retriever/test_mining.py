@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.beir import BeirDataset
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.passages import Passage
 from retriever.data.sources import Notices, SourceConfig, read_examples

@@ -8,10 +8,12 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.metrics import Qrels
 from index.files import InputError
 from index.passages import Passage, checked_id, read_passages
 from index.records import Record, open_text, read_records
+
+Qrels = dict[str, dict[str, int]]
+"""Query id -> passage id -> grade; a grade above 0 is relevant."""
 
 QUERY_HEADS = ("query-id", "queryid", "query", "qid", "topic")
 PASSAGE_HEADS = ("corpus-id", "corpusid", "doc-id", "docid", "document-id", "passage-id", "pid", "doc", "passage")
