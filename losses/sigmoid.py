@@ -17,6 +17,7 @@ from losses.batch import (
     checked_number,
     checked_workspace,
 )
+from losses.compiled import compiled_tiled_loss
 from losses.fused_sigmoid import fused_sigmoid_loss
 from losses.kernels.launch import warn_of_step_down, why_not_fused
 from losses.learned_scale import LearnedScale
@@ -108,7 +109,10 @@ def sigmoid_loss(
             return fused_sigmoid_loss(batch, bias, precision, workspace_bytes)
         if implementation == "triton":
             warn_of_step_down("triton", reason)
-    return tiled_sigmoid_loss(replace(batch, given=batch.positive), bias, precision, workspace_bytes)
+    batch = replace(batch, given=batch.positive)
+    if torch.compiler.is_compiling():
+        return compiled_tiled_loss(batch, precision, workspace_bytes, bias)
+    return tiled_sigmoid_loss(batch, bias, precision, workspace_bytes)
 
 
 def _described(logit_bias: Tensor) -> dict[str, Any]:
