@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from index.beir import BeirDataset
+from retriever import own_packages
 from retriever.config import DevConfig, TrainConfig
 from retriever.encode import EncodeOptions
 from retriever.encode_corpus import corpus_source
-from retriever.evaluate import evaluate_towers
 from retriever.progress import Terminal
 from retriever.ranks import Ranks
 
@@ -95,6 +95,9 @@ class TextDev:
         tick: Callable[[], None] | None,
         ranks: Ranks,
     ) -> dict[str, float]:
+        # Here, because only a run with a dev set needs the package eval.
+        from retriever.evaluate import evaluate_towers
+
         _, metrics = evaluate_towers(
             towers, self.dataset, embeddings, options, terminal, k=DEPTH, tick=tick, ranks=ranks
         )
@@ -105,6 +108,7 @@ def open_dev(config: TrainConfig) -> DevSet | None:
     """The dev set of a configuration, of texts or of pictures; none without a path."""
     if not config.dev.path:
         return None
+    own_packages.need("eval")
     if not config.model.image.name:
         return TextDev.open(config.dev)
     from retriever.images.dev import ImageDev

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from cli_helpers import MEANINGS, command, write_beir, write_config, write_lines
 
+import retriever
 from eval.runs import read_trec_run
 from index.embeddings import EmbeddingStore
 from index.faiss_index import Index
@@ -213,15 +214,11 @@ def test_every_command_explains_itself(words: list[str]) -> None:
     assert outcome.code == 0 and outcome.out.startswith("usage: retriever") and not outcome.err
 
 
-@pytest.mark.parametrize("package", ["losses", "index", "eval"])
-def test_shadowing_package_is_named(tmp_path: Path, package: str) -> None:
-    (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text("")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import retriever"
-    result = python("-c", code)
-    assert result.returncode == 1
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: ") and str(tmp_path / package / "__init__.py") in last
+def test_version_is_told_at_once() -> None:
+    result = python("-X", "importtime", "-m", "retriever", "--version")
+    assert (result.returncode, result.stdout) == (0, f"retriever {retriever.__version__}\n")
+    assert "transformers" not in result.stderr and "| torch" not in result.stderr
+    assert "version = attr: retriever.__version__" in (ROOT / "setup.cfg").read_text()
 
 
 def disturbed_at_step_3(arguments: list[str], disturb: Callable[[int], None]) -> list[str]:
