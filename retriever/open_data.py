@@ -53,7 +53,10 @@ def open_training(
     if config.data.images:
         raise ConfigError("data.images: pictures need an image tower: set model.image.name")
     tables = open_tables(config.data, cache, terminal)
-    return open_batches(config, tables, towers, token_budget, share), tuple(table.sha256 for table in tables)
+    batches = open_batches(config, tables, towers, token_budget, share)
+    for line in batches.schedule.lines():
+        terminal.line(line)
+    return batches, tuple(table.sha256 for table in tables)
 
 
 def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[ExampleTable]:
@@ -83,7 +86,7 @@ def open_batches(
     """Every batch of the run, in order; tokenized when it is taken.
 
     Raises:
-        InputError: a source has fewer rows than a batch, or a prompt that leaves no room for texts.
+        InputError: a source has too few rows for a batch, or a prompt that leaves no room for texts.
     """
     sources = config.data.sources
     schedule = BatchSchedule(
@@ -94,6 +97,7 @@ def open_batches(
         epochs=None if config.steps else config.epochs,
         steps=config.steps,
         names=[source.path for source in sources],
+        processes=1 if share is None else share.size,
     )
     prompts = [
         Prompts(

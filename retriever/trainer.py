@@ -168,7 +168,7 @@ class Trainer:
     def plan(self) -> Plan:
         """What a step will need on this process; nothing is trained."""
         config, workers = self.config, self.config.data.workers
-        batch = next(iter(self.batches.loader(start=0)))
+        batch = next(iter(self.batches.loader(start=self.batches.schedule.largest_step)))
         return plan_step(
             config,
             self.towers,

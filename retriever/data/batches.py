@@ -148,6 +148,11 @@ class BatchDataset(Dataset[T], Generic[T]):
         self._negatives_per_query = negatives_per_query
         self._share = share or Share()
 
+    @property
+    def schedule(self) -> BatchSchedule:
+        """Which rows make the batch of a step."""
+        return self._schedule
+
     def __len__(self) -> int:
         """Number of steps."""
         return len(self._schedule)

@@ -37,7 +37,8 @@ class SourceConfig:
     """Column with the hard negative passage, or a list of them; may be absent. A name with * stands for every column
     that matches, in their order (negative_*: negative_1, negative_2, ...); empty cells are no negatives."""
     weight: float | None = None
-    """Share of the batches that come from this source, relative to the other sources' (none: its number of rows)."""
+    """Share of the batches that come from this source, relative to the other sources' (none: its number of rows, at
+    least that of a batch). The first lines of a run say each source's share."""
     query_prompt: str | None = None
     """Text put before each query (none: the model's own)."""
     passage_prompt: str | None = None
