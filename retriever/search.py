@@ -11,6 +11,7 @@ import numpy as np
 
 from index.faiss_index import Index
 from index.files import InputError
+from index.passages import heading
 from index.several import Indexes, open_all
 from index.verify import verify as verify_folder
 from retriever.encode import EncodeOptions, embed_texts
@@ -32,6 +33,11 @@ class Result:
     id: str
     title: str
     text: str
+
+    @property
+    def heading(self) -> str:
+        """The title, unless it says no more than the text."""
+        return heading(self.title, self.text)
 
 
 @dataclass(frozen=True)
