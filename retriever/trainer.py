@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -25,6 +26,7 @@ from retriever.encode import EncodeOptions
 from retriever.graph_memory import GraphMemory
 from retriever.interrupt import Interrupted, StopRequest
 from retriever.meter import Meter
+from retriever.new_run import NewRun
 from retriever.open_data import open_training
 from retriever.optim import build_optimizer
 from retriever.plan import Plan, plan_step
@@ -32,7 +34,7 @@ from retriever.pool_ids import with_pool_ids
 from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
 from retriever.ranks import PlannedRanks, Ranks, own_device
-from retriever.run_folder import RunFolder, build_configured_towers, check_new, written_config
+from retriever.run_folder import RunFolder, build_configured_towers, cache_of, check_new, written_config
 from retriever.run_log import NoLog, RunLog, described
 from retriever.sharding import shard_encoders
 from retriever.step import TrainStep
@@ -53,6 +55,7 @@ class Trainer:
         self.terminal = terminal
         self.ranks = ranks = ranks or Ranks()
         self._folder = RunFolder(run, ranks)
+        self._new: NewRun | None = None
         check_ranks(config, ranks)
         self.device = own_device(choose_device(config.device))
         if self.device.index is not None:
@@ -92,7 +95,7 @@ class Trainer:
         self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.dev = open_dev(config)
-        cache = Path(config.data.cache) if config.data.cache else self._folder.cache
+        cache = cache_of(config, run)
         with ranks.first_before_others():
             self.batches, sources = open_training(
                 config,
@@ -132,10 +135,15 @@ class Trainer:
         """
         config = with_absolute_paths(config)
         check_new(Path(config.out))
-        trainer = cls(config, Path(config.out), terminal, ranks)
-        if profile:
-            trainer._check_profile()
-        trainer._folder.begin(trainer.config)
+        new = NewRun(Path(config.out), cache_of(config, Path(config.out)), terminal)
+        writes = ranks is None or ranks.first
+        with new.removed_on_failure() if writes else contextlib.nullcontext():
+            trainer = cls(config, Path(config.out), terminal, ranks)
+            if profile:
+                trainer._check_profile()
+            trainer._folder.begin(trainer.config)
+            new.begun = True
+        trainer._new = new if writes else None
         return trainer
 
     @classmethod
@@ -194,7 +202,9 @@ class Trainer:
         """
         if profile:
             self._check_profile()
-        with self._folder.locked():
+        # Its first step is what a run can be gone on with.
+        new = contextlib.nullcontext() if self._new is None else self._new.removed_on_failure(unless=self._has_begun)
+        with new, self._folder.locked():
             log = self._open_log()
             try:
                 with StopRequest(self.ranks.any if self.ranks.size > 1 else None) as stop:
@@ -206,6 +216,9 @@ class Trainer:
             finally:
                 log.close()
         return self.run / "model"
+
+    def _has_begun(self) -> bool:
+        return self.state.step > 0 or self._folder.has_checkpoint
 
     def _check_profile(self) -> None:
         left = len(self.batches) - self.state.step

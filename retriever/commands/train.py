@@ -51,8 +51,9 @@ class Train:
             return self._train(terminal if ranks.first else SilentTerminal(), ranks)
 
     def _plan(self, terminal: Terminal) -> int:
+        from retriever.new_run import NewRun
         from retriever.ranks import PlannedRanks, process_count
-        from retriever.run_folder import written_config
+        from retriever.run_folder import cache_of, written_config
         from retriever.trainer import Trainer
 
         if os.environ.get("RANK", "0") != "0":
@@ -61,7 +62,8 @@ class Train:
 
         config = with_absolute_paths(self.config if self.resume is None else written_config(Path(self.resume)))
         run = Path(config.out if self.resume is None else self.resume)
-        plan = Trainer(config, run, terminal, PlannedRanks(size=self.processes or process_count())).plan()
+        with NewRun(run, cache_of(config, run), terminal).removed_on_failure():
+            plan = Trainer(config, run, terminal, PlannedRanks(size=self.processes or process_count())).plan()
         print("\n".join(plan.lines()))
         if not plan.fits:
             terminal.line("this does not fit: fewer --micro-batch-tokens, a smaller --batch-size, or more processes")
