@@ -97,7 +97,7 @@ def build(
     with atomic_folder(out) as folder, Beside() as beside:
         if note is not None:
             note("training")
-        index, origin = _trained(part, plan, held_out, beside)
+        index, origin = _trained(part, plan, held_out, beside, note)
         # In a graph, those it is measured by must not be yet.
         added_last = held_out if is_graph(index) else held_out[:0]
         if len(added_last) and not takes_rows_later(index):
@@ -199,7 +199,9 @@ def tuned(tuning: Tuning | None, folder: Path, factory: str, rows: int) -> dict[
     return {"tuning": {**tuning.as_json(), "rows": rows, "index_bytes": size}}
 
 
-def _trained(part: Part, plan: Plan, held_out: np.ndarray, beside: Beside) -> tuple[Any, dict[str, Any]]:
+def _trained(
+    part: Part, plan: Plan, held_out: np.ndarray, beside: Beside, note: Callable[[str], None] | None
+) -> tuple[Any, dict[str, Any]]:
     """An empty trained index, and the manifest's fields that say how it came to be."""
     store = part.store
     if plan.train_from is not None:
@@ -217,7 +219,7 @@ def _trained(part: Part, plan: Plan, held_out: np.ndarray, beside: Beside) -> tu
     # Trained on the whole store, the whole of it is read; a part of it otherwise.
     (part if index.is_trained else Part(store)).check_beside(beside)
     try:
-        trained_on = train(index, store, factory, plan.seed, without=held_out, gpu=plan.gpu)
+        trained_on = train(index, store, factory, plan.seed, without=held_out, gpu=plan.gpu, note=note)
     except RuntimeError as error:
         raise _cannot(factory, part.rows, error) from None
     set_search_defaults(index)

@@ -16,6 +16,7 @@ from retriever import own_packages
 from retriever.config import DevConfig, TrainConfig
 from retriever.encode import EncodeOptions
 from retriever.encode_corpus import corpus_source
+from retriever.evaluate import evaluate_towers
 from retriever.progress import Terminal
 from retriever.ranks import Ranks
 
@@ -95,9 +96,6 @@ class TextDev:
         tick: Callable[[], None] | None,
         ranks: Ranks,
     ) -> dict[str, float]:
-        # Here, because only a run with a dev set needs the package eval.
-        from retriever.evaluate import evaluate_towers
-
         _, metrics = evaluate_towers(
             towers, self.dataset, embeddings, options, terminal, k=DEPTH, tick=tick, ranks=ranks
         )

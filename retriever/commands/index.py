@@ -152,7 +152,11 @@ class IndexBuild(RecallTarget):
         with terminal.bar(f"index {factory}", rows if ranks is None else None, "vectors") as advance:
 
             def note(text: str) -> None:
-                advance(0, text)
+                if text.startswith("factory "):
+                    # Of the result, and not of what is done at the moment.
+                    terminal.line(text)
+                else:
+                    advance(0, text)
 
             if ranks is None:
                 tuning = build(store, self.out, plan, progress=advance, note=note)
