@@ -60,7 +60,7 @@ def tiled_loss_op(
         for side, want in zip((*wide, logit_scale, logit_bias), wanted, strict=True)
         if side is not None
     ]
-    batch = ContrastiveBatch(*leaves[:3], given, query_ids, passage_ids, symmetric, diagonal)
+    batch = ContrastiveBatch(leaves[0], leaves[1], leaves[2], given, query_ids, passage_ids, symmetric, diagonal)
     with torch.enable_grad():
         if logit_bias is None:
             loss = tiled_loss(batch, cast(Precision, precision), workspace_bytes)
