@@ -79,7 +79,8 @@ def _told_once(index: Any, factory: str, vectors: int, note: Callable[[str], Non
     for parameters, centroids in _clusterings(index):
         parameters.min_points_per_centroid = 1
         most = max(most, centroids)
-    if vectors < LEAST * most and note is not None:
+    # A single one is the mean of all.
+    if most > 1 and vectors < LEAST * most and note is not None:
         note(
             f"factory {factory!r}: trained on {vectors:,} vectors; to find {most:,} centroids well takes "
             f"{LEAST * most:,}, {LEAST} for each"

@@ -202,9 +202,7 @@ class Trainer:
         """
         if profile:
             self._check_profile()
-        # Its first step is what a run can be gone on with.
-        new = contextlib.nullcontext() if self._new is None else self._new.removed_on_failure(unless=self._has_begun)
-        with new, self._folder.locked():
+        with self._folder.locked():
             log = self._open_log()
             try:
                 with StopRequest(self.ranks.any if self.ranks.size > 1 else None) as stop:
@@ -217,8 +215,11 @@ class Trainer:
                 log.close()
         return self.run / "model"
 
-    def _has_begun(self) -> bool:
-        return self.state.step > 0 or self._folder.has_checkpoint
+    def removed_without_a_step(self) -> contextlib.AbstractContextManager[None]:
+        """Removes what a new run has made where the body fails before its first step; nothing is left to go on with."""
+        if self._new is None:
+            return contextlib.nullcontext()
+        return self._new.removed_on_failure(unless=lambda: self.state.step > 0 or self._folder.has_checkpoint)
 
     def _check_profile(self) -> None:
         left = len(self.batches) - self.state.step

@@ -82,7 +82,8 @@ class Train:
         else:
             trainer = Trainer.start(self.config, terminal, ranks, profile=self.profile)
         try:
-            model = trainer.train(profile=self.profile)
+            with trainer.removed_without_a_step():
+                model = trainer.train(profile=self.profile)
         except Interrupted as signal:
             terminal.line(
                 f"{signal} at step {trainer.state.step}: checkpoint saved; "
