@@ -12,7 +12,7 @@ from eval.metrics import Metrics, PerQuery, Qrels
 from eval.ranking import RankedRun
 from eval.significance import PERMUTATIONS, PairedTest, holm, paired_test
 from index.files import InputError
-from index.passages import Passage
+from index.passages import Passage, one_line
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,9 @@ def changed_queries(
 def texts_of(passages: Iterable[Passage], wanted: set[str], length: int = 300) -> dict[str, str]:
     """The beginnings of the wanted passages' texts, in one pass over the corpus; no more than them is held."""
     return {
-        passage.id: shorten(f"{passage.title} {passage.text}", length) for passage in passages if passage.id in wanted
+        passage.id: shorten(one_line(passage.title, passage.text), length)
+        for passage in passages
+        if passage.id in wanted
     }
 
 

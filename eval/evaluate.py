@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eval.beir import BeirDataset
 from eval.long_documents import WINDOWS, best_of_windows, documents_of
 from eval.metrics import KS, Metrics, evaluate_run
 from eval.ranking import RankedRun, own_rows, rows_of
+from index.beir import BeirDataset
 from index.files import InputError
 
 if TYPE_CHECKING:

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.ranking import RankedRun, Run, own_rows, trec_order
+from index.beir import Qrels
 from index.files import InputError
 
 __all__ = ["KS", "MEASURES", "Metrics", "PerQuery", "Qrels", "Run", "drop_identical_ids", "evaluate_run", "trec_order"]
-
-Qrels = dict[str, dict[str, int]]
-"""Query id -> passage id -> grade; a grade above 0 is relevant."""
 
 KS = (1, 3, 5, 10, 100, 1000)
 

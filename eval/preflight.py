@@ -7,7 +7,10 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.beir import (
+from eval.digests import Sample, digest, repetitions
+from eval.metrics import Qrels
+from eval.suite import BY_NAME
+from index.beir import (
     NUMBER,
     PASSAGE,
     PASSAGE_HEADS,
@@ -21,9 +24,6 @@ from eval.beir import (
     parse_query,
     read_qrels,
 )
-from eval.digests import Sample, digest, repetitions
-from eval.metrics import Qrels
-from eval.suite import BY_NAME
 from index.files import InputError
 from index.passages import Passage, parse_passage
 from index.records import Record, read_records

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.beir import is_beir_folder
 from eval.measures import measure_name
 from eval.metrics import Metrics, PerQuery
+from index.beir import is_beir_folder
 from index.files import InputError
 
 FORUMS = (

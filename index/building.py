@@ -100,7 +100,7 @@ def build(
     with atomic_folder(out) as folder, Beside() as beside:
         if note is not None:
             note("training")
-        index, origin = _trained(part, plan, held_out, beside, checked)
+        index, origin = _trained(part, plan, held_out, beside, checked, note)
         # In a graph, those it is measured by must not be yet.
         added_last = held_out if is_graph(index) else held_out[:0]
         if len(added_last) and not takes_rows_later(index):
@@ -203,7 +203,12 @@ def tuned(tuning: Tuning | None, folder: Path, factory: str, rows: int) -> dict[
 
 
 def _trained(
-    part: Part, plan: Plan, held_out: np.ndarray, beside: Beside, checked: Callable[[int], None] | None
+    part: Part,
+    plan: Plan,
+    held_out: np.ndarray,
+    beside: Beside,
+    checked: Callable[[int], None] | None,
+    note: Callable[[str], None] | None,
 ) -> tuple[Any, dict[str, Any]]:
     """An empty trained index, and the manifest's fields that say how it came to be."""
     store = part.store
@@ -222,7 +227,7 @@ def _trained(
     # Trained on the whole store, the whole of it is read; a part of it otherwise.
     (part if index.is_trained else Part(store)).check_beside(beside)
     try:
-        trained_on = train(index, store, factory, plan.seed, without=held_out, gpu=plan.gpu)
+        trained_on = train(index, store, factory, plan.seed, without=held_out, gpu=plan.gpu, note=note)
     except RuntimeError as error:
         raise _cannot(factory, part.rows, error) from None
     set_search_defaults(index)

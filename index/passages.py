@@ -32,6 +32,16 @@ class Passage:
         return f"{self.title} {self.text}".strip()
 
 
+def heading(title: str, text: str) -> str:
+    """The title to show above a text or before it: nothing where it says the same as the text."""
+    return "" if title.split() == text.split() else title
+
+
+def one_line(title: str, text: str) -> str:
+    """Title and text to show on one line."""
+    return " ".join(f"{heading(title, text)} {text}".split())
+
+
 def checked_id(value: object, place: str) -> str:
     """The id as text. Ids stand one a line in files and between blanks in TREC runs, so neither may be in them.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,9 +105,12 @@ def _separated(path: Path, delimiter: str) -> Iterator[UnreadRow]:
     with open_text(path, newline="") as stream:
         # A cell may hold a whole document; the module's own limit is 128 KiB.
         csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        head: list[str] = []
+        rows = csv.DictReader(_noting_first(stream, head), delimiter=delimiter, strict=True)
         try:
             columns = list(rows.fieldnames or ())
+            # Who quotes the names in the header quotes every cell, or knows what quotes are.
+            quoted = bool(head) and head[0].startswith('"')
             for column in columns:
                 if columns.count(column) > 1:
                     raise InputError(f"{path}:1: expected columns of different names, found {column!r} twice")
@@ -115,10 +118,11 @@ def _separated(path: Path, delimiter: str) -> Iterator[UnreadRow]:
             for fields in rows:
                 place = f"{path}:{rows.line_num}"
                 first, before = before + 1, rows.line_num
-                if delimiter == "\t" and any(_holds_rows(cell) for cell in fields.values()):
+                if delimiter == "\t" and not quoted and _holds_rows(fields, len(columns)):
                     raise InputError(
                         f"{path}:{first}: expected a quote that closes in its row, found one that closes in line "
-                        f'{rows.line_num}: write "" for a quote and quotes around its cell, or use .jsonl'
+                        f'{rows.line_num}, after whole rows: if it belongs to the text, write "" for it and quotes '
+                        f"around its cell; if the rows do, quote the names in the header too, or use .jsonl"
                     )
                 if None in fields or None in fields.values():
                     found = len(fields.get(None) or ()) + sum(fields[column] is not None for column in columns)
@@ -131,9 +135,21 @@ def _separated(path: Path, delimiter: str) -> Iterator[UnreadRow]:
             raise _unreadable(path, rows.line_num, error) from None
 
 
-def _holds_rows(cell: Any) -> bool:
-    """Whether a tab-separated cell has whole rows in it: its text began with a quote, a later one ended so."""
-    return isinstance(cell, str) and "\t" in cell and "\n" in cell
+def _noting_first(lines: Iterable[str], first: list[str]) -> Iterator[str]:
+    """The lines, the first of which is put into a list too."""
+    for line in lines:
+        if not first:
+            first.append(line)
+        yield line
+
+
+def _holds_rows(fields: dict[str, Any], columns: int) -> bool:
+    """Whether the lines that a row takes look like rows: three or more, each of as many cells as the table.
+
+    A text that merely begins with a quote, and a later one that ends with one, make such a row of all between them.
+    """
+    lines = "\t".join(cell for cell in fields.values() if isinstance(cell, str)).split("\n")
+    return len(lines) > 2 and all(line.count("\t") == columns - 1 for line in lines)
 
 
 def _unreadable(path: Path, lines_read: int, error: Exception) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from index.files import InputError
 from index.gpu import clustering
 from index.layout import FAISS_FILE
 from index.opened import Index, read_trained
-from index.settings import core, set_search_defaults
+from index.settings import core, flat_codes, parts, set_search_defaults
 from index.store import EmbeddingStore
 
 # faiss asks for at least 39 training vectors a centroid and uses no more than 256. More of them take time, and memory
@@ -23,7 +24,16 @@ LEAST = 39
 CODE_CENTROIDS = 256
 
 
-def train(index: Any, store: EmbeddingStore, factory: str, seed: int, *, without: np.ndarray, gpu: bool = False) -> int:
+def train(
+    index: Any,
+    store: EmbeddingStore,
+    factory: str,
+    seed: int,
+    *,
+    without: np.ndarray,
+    gpu: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> int:
     """Train `index` on rows drawn at random; returns how many, 0 when it needs no training.
 
     Args:
@@ -33,6 +43,7 @@ def train(index: Any, store: EmbeddingStore, factory: str, seed: int, *, without
         seed: of the sample and of k-means.
         without: rows that must not be trained on, because the index will be measured by them.
         gpu: cluster on all GPUs that faiss finds.
+        note: called with a line where the vectors are fewer than clustering them well takes.
 
     Raises:
         InputError: there are too few vectors.
@@ -54,9 +65,61 @@ def train(index: Any, store: EmbeddingStore, factory: str, seed: int, *, without
     if store.rows - len(without) < LEAST * max(centroids, CODE_CENTROIDS):
         without = without[:0]
     sample = sample_vectors(store, min(wanted, store.rows - len(without)), seed, without)
-    with clustering(index) if gpu else contextlib.nullcontext():
+    with _told_once(index, factory, len(sample), note), clustering(index) if gpu else contextlib.nullcontext():
         index.train(sample)
     return len(sample)
+
+
+@contextlib.contextmanager
+def _told_once(index: Any, factory: str, vectors: int, note: Callable[[str], None] | None) -> Iterator[None]:
+    """Say once that there are few training vectors; faiss says so of every clustering, hundreds of times."""
+    rotations = [each for each in _rotations(index) if each.pq is None]
+    for rotation in rotations:
+        # What it makes for its training itself, if nothing is given, made here so that it can be set.
+        rotation.own_quantizer = rotation.pq = import_faiss().ProductQuantizer(rotation.d_out, rotation.M, 8)
+    most = 0
+    for parameters, centroids in _clusterings(index):
+        parameters.min_points_per_centroid = 1
+        most = max(most, centroids)
+    # A single one is the mean of all.
+    if most > 1 and vectors < LEAST * most and note is not None:
+        note(
+            f"factory {factory!r}: trained on {vectors:,} vectors; to find {most:,} centroids well takes "
+            f"{LEAST * most:,}, {LEAST} for each"
+        )
+    try:
+        yield
+    finally:
+        for rotation in rotations:
+            rotation.pq = None
+
+
+def _rotations(index: Any) -> list[Any]:
+    """The OPQ matrices in front of an index."""
+    faiss = import_faiss()
+    chains = [part.chain for part in parts(index) if isinstance(part, faiss.IndexPreTransform)]
+    transforms = [faiss.downcast_VectorTransform(chain.at(place)) for chain in chains for place in range(chain.size())]
+    return [transform for transform in transforms if isinstance(transform, faiss.OPQMatrix)]
+
+
+def _clusterings(index: Any) -> Iterator[tuple[Any, int]]:
+    """faiss's parameters of every clustering that training does, and how many centroids it finds."""
+    faiss = import_faiss()
+    inner, quantizers = core(index), [rotation.pq for rotation in _rotations(index)]
+    coded = [inner, *flat_codes(index)]
+    if isinstance(inner, faiss.IndexIVF):
+        yield inner.cp, inner.nlist
+        coded.append(faiss.downcast_index(inner.quantizer))
+    for part in coded:
+        quantizers += [getattr(part, name, None) for name in ("pq", "rq")]
+        if hasattr(part, "prq"):
+            several = [part.prq.subquantizer(place) for place in range(part.prq.nsplits)]
+            quantizers += [faiss.downcast_AdditiveQuantizer(each) for each in several]
+    for quantizer in quantizers:
+        if isinstance(quantizer, faiss.ProductQuantizer):
+            yield quantizer.cp, quantizer.ksub
+        elif isinstance(quantizer, faiss.ResidualQuantizer):
+            yield quantizer.cp, 1 << quantizer.nbits.at(0)
 
 
 def sample_vectors(store: EmbeddingStore, count: int, seed: int, without: np.ndarray | None = None) -> np.ndarray:

@@ -74,9 +74,9 @@ def checked_batch(
     check_bool("symmetric", symmetric)
     scale = checked_number("logit_scale", logit_scale, query)
     diagonal = positive is None
-    given = _checked_positive(positive, query, passage, in_range=not shard)
+    given = checked_positive(positive, query, passage, in_range=not shard)
     excluded = _checked_excluded(excluded, query)
-    if excluded is not None and excluded.device.type == "cpu" and not shard:
+    if excluded is not None and can_look_at(excluded) and not shard:
         check_pairs(excluded, given, len(query), len(passage))
     if passage_ids is None:
         if query_ids is not None:
@@ -105,6 +105,11 @@ def check_choice(name: str, value: str, kind: Any) -> None:
 def _of_positives(passage_ids: Tensor, positive: Tensor) -> Tensor:
     # On a GPU nobody has looked at them, and one that is no passage would end the process here.
     return passage_ids[positive.clamp(0, len(passage_ids) - 1) if positive.is_cuda else positive]
+
+
+def can_look_at(tensor: Tensor) -> bool:
+    """Whether its values can be checked now: not on a GPU, which would be waited for, nor while a graph is compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def checked_workspace(workspace_mib: float) -> int:
@@ -143,7 +148,7 @@ def checked_number(name: str, value: float | Tensor, query: Tensor) -> Tensor:
             )
         if value.device != query.device:
             raise ValueError(f"{name} is on {value.device}, query is on {query.device}")
-        if value.device.type == "cpu":
+        if can_look_at(value):
             _check_finite(name, value.item(), dtype)
         return value.to(dtype)
     check_number(name, value, dtype, "a number or a 0-dim tensor")
@@ -163,14 +168,15 @@ def _check_finite(name: str, value: float, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} must be finite in {str(dtype).removeprefix('torch.')}, found {value!r:.40}")
 
 
-def _checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in_range: bool) -> Tensor | None:
+def checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in_range: bool) -> Tensor | None:
+    """The positives as int64, or None; a ValueError says what does not fit."""
     queries, passages = query.shape[0], passage.shape[0]
     if positive is None:
         if passages < queries:
             raise ValueError(f"passage has {passages} rows, fewer than the {queries} queries: give positive")
         return None
     positive = _checked_indices("positive", positive, queries, query.device)
-    if in_range and positive.device.type == "cpu":
+    if in_range and can_look_at(positive):
         low, high = (int(extreme) for extreme in positive.aminmax())
         if low < 0 or high >= passages:
             raise ValueError(f"positive must index the {passages} passages, found {low if low < 0 else high}")
@@ -209,9 +215,9 @@ def check_pairs(excluded: Tensor, positive: Tensor | None, queries: int, passage
 
 
 def with_checked_pairs(batch: ContrastiveBatch, passages: int) -> ContrastiveBatch:
-    """A batch of a device whose values the host does not look at: where a pair of `excluded` does not fit, the
-    logit_scale is NaN, and so is the loss. `passages` is the size of the pool that `positive` and `excluded` index."""
-    if batch.excluded is None or batch.excluded.device.type == "cpu":
+    """A batch whose values the host does not look at: where a pair of `excluded` does not fit, the logit_scale is NaN,
+    and so is the loss. `passages` is the size of the pool that `positive` and `excluded` index."""
+    if batch.excluded is None or can_look_at(batch.excluded):
         return batch
     if not len(batch.query):
         return replace(batch, excluded=None, logit_scale=batch.logit_scale * torch.nan)

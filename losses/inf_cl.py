@@ -9,6 +9,7 @@ from torch import Tensor
 
 from losses.batch import check_bool, check_choice, checked_batch, checked_workspace, with_checked_pairs
 from losses.chunked import tiled_loss
+from losses.compiled import compiled_tiled_loss
 from losses.dense import dense_loss, fits_dense
 from losses.fused import fused_loss
 from losses.kernels.launch import warn_of_step_down, why_not_dense, why_not_fused
@@ -132,7 +133,10 @@ def inf_cl_loss(
             return fused_loss(batch, precision, workspace_bytes)
         if implementation == "triton":
             warn_of_step_down(implementation, reason)
-    return tiled_loss(with_checked_pairs(batch, len(passage)), precision, workspace_bytes)
+    batch = with_checked_pairs(batch, len(passage))
+    if torch.compiler.is_compiling():
+        return compiled_tiled_loss(batch, precision, workspace_bytes)
+    return tiled_loss(batch, precision, workspace_bytes)
 
 
 class InfCLLoss(LearnedScale):

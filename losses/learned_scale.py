@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.batch import check_choice, check_number, checked_workspace
+from losses.held_group import HeldGroup
 from losses.precision import Precision
 
 
@@ -42,10 +43,19 @@ class LearnedScale(nn.Module):
         checked_workspace(workspace_mib)
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=learnable)
         self.max_logit_scale = max_logit_scale
-        self.group = group
+        self._group = HeldGroup(group)
         self.precision: Precision = precision
         self.implementation = implementation
         self.workspace_mib = workspace_mib
+
+    @property
+    def group(self) -> Any:
+        """The process group, or None; shared by copies, and to be set anew on a module that was pickled with one."""
+        return self._group.get()
+
+    @group.setter
+    def group(self, group: Any) -> None:
+        self._group = HeldGroup(group)
 
     @property
     def logit_scale(self) -> Tensor:

@@ -18,6 +18,7 @@ from losses.batch import (
     checked_workspace,
     with_checked_pairs,
 )
+from losses.compiled import compiled_tiled_loss
 from losses.fused_sigmoid import fused_sigmoid_loss
 from losses.kernels.launch import warn_of_step_down, why_not_fused
 from losses.learned_scale import LearnedScale
@@ -113,6 +114,8 @@ def sigmoid_loss(
         if implementation == "triton":
             warn_of_step_down("triton", reason)
     batch = with_checked_pairs(replace(batch, given=batch.positive), len(passage))
+    if torch.compiler.is_compiling():
+        return compiled_tiled_loss(batch, precision, workspace_bytes, bias)
     return tiled_sigmoid_loss(batch, bias, precision, workspace_bytes)
 
 

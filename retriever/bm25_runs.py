@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from eval.beir import BeirDataset, beir_file
 from eval.bm25 import K1, B, bm25_run, bm25s_with
 from eval.ranking import RankedRun, without_identical_ids
 from eval.runs import read_trec_run, write_trec_run
+from index.beir import BeirDataset, beir_file
 from index.files import InputError, read_json, sha256_file, write_json
 from retriever.progress import Terminal
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.beir import beir_file
 from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
 from eval.preflight import Preflight, preflight
 from eval.suite import Plan, Task
+from index.beir import beir_file
 from index.factory import choose, make, memory
 from index.files import InputError
 from index.layout import FAISS_FILE

@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import arg, subcommand
 
 from index.files import InputError
+from retriever import __version__
 from retriever.commands.compare import EvaluateCompare, EvaluateRun
 from retriever.commands.encode import Encode
 from retriever.commands.evaluate import EvaluateBeir
@@ -31,9 +32,13 @@ from retriever.config_file import load_config
 from retriever.config_switches import as_switches
 from retriever.interrupt import sigterm_interrupts
 from retriever.launch import check_environment, process_count
+from retriever.own_packages import PackageClash
 from retriever.progress import Terminal
 
-DESCRIPTION = "Train dense retrieval models, embed and index a corpus, search it, measure how well it retrieves."
+DESCRIPTION = (
+    "Train dense retrieval models, embed and index a corpus, search it, measure how well it retrieves. "
+    "`retriever --version` prints the version."
+)
 
 IndexCommand = (
     Annotated[IndexBuild, subcommand("build")]
@@ -78,6 +83,9 @@ class EvaluateGroup:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 done, 1 failed, 2 bad arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"retriever {__version__}")
+        return 0
     try:
         command = _parse(arguments)
         _check_processes(command, arguments)
@@ -94,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
-    except InputError as error:
+    except (InputError, PackageClash) as error:
         return _fail(error, 1)
     except MemoryError:
         return _fail("out of memory", 1)

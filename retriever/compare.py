@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.beir import BeirDataset, beir_file
 from eval.bm25 import bm25s_with
 from eval.compare import Pair, changed_queries, compare, most_changed, passages_to_show, texts_of
 from eval.fusion import RRF_K, fuse
@@ -20,6 +19,7 @@ from eval.report_files import write
 from eval.runs import read_trec_run, write_trec_run
 from eval.significance import PERMUTATIONS
 from eval.suite import check_outside, plan
+from index.beir import BeirDataset, beir_file
 from index.files import InputError, read_json, sha256_file
 from retriever.bm25_runs import BM25, bm25_details, kept_bm25_run
 from retriever.progress import Terminal

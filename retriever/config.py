@@ -188,7 +188,8 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     dev: DevConfig = field(default_factory=DevConfig)
     batch_size: int = 256
-    """Queries an optimizer step; every other passage of the batch is a negative."""
+    """Queries an optimizer step; every other passage of the batch is a negative. A batch comes from one source; beside
+    others, a source of fewer rows gives smaller batches, each the whole source."""
     epochs: float = 1.0
     """Passes over the data."""
     steps: int | None = None

@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from eval.beir import BeirDataset
+from index.beir import BeirDataset
+from retriever import own_packages
 from retriever.config import DevConfig, TrainConfig
 from retriever.encode import EncodeOptions
 from retriever.encode_corpus import corpus_source
@@ -122,6 +123,7 @@ def open_dev(config: TrainConfig) -> DevSet | None:
     """The dev set of a configuration, of texts or of pictures; none without a path."""
     if not config.dev.path:
         return None
+    own_packages.need("eval")
     if not config.model.image.name:
         return TextDev.open(config.dev)
     from retriever.images.dev import ImageDev

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eval.beir import BeirDataset
-from eval.evaluate import evaluate_beir
-from eval.metrics import KS, Metrics
-from eval.ranking import RankedRun
+from index.beir import BeirDataset
 from retriever.encode import EncodeOptions
 from retriever.encode_files import embed_corpus, embed_queries, ticking
 from retriever.progress import Terminal
 from retriever.ranks import Ranks
 from retriever.towers import Towers
+
+if TYPE_CHECKING:
+    from eval.metrics import Metrics
+    from eval.ranking import RankedRun
 
 # Passages of a shard that ranks share out, small enough for small corpora.
 SHARED = 8192
@@ -42,6 +44,10 @@ def evaluate_towers(
         keep_identical_ids: leave no passage out for having its query's id.
         same_model: as in `encode_passages`.
     """
+    # Here, because only a run of training with a dev set needs the package eval.
+    from eval.evaluate import evaluate_beir
+    from eval.metrics import KS
+
     several = ranks is not None and ranks.size > 1
     store = embed_corpus(
         towers,

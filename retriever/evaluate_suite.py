@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from eval.approximate import Approximation, approximation, search_by_parts
-from eval.beir import BeirDataset
 from eval.evaluate import Find, exact_products, exact_search, is_windows, query_vectors, ranked_run, score
 from eval.long_documents import WINDOWS
 from eval.markdown import left_out_line
@@ -20,6 +19,7 @@ from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
 from eval.runs import write_trec_run
 from eval.suite import Plan, Task, check_outside, rows_of_tasks
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore
 from index.files import InputError, sha256_file
 from index.passages import Passage, PassageFile

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.beir import BeirDataset
 from eval.ranking import rows_of
 from index import exact
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore
 from index.files import atomic_path
 from retriever.encode import EncodeOptions

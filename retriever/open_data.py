@@ -56,6 +56,8 @@ def open_training(
     tables = open_tables(config.data, cache, terminal)
     known = find_known_positives(tables, cache, terminal) if config.loss.mask_duplicates else None
     batches = open_batches(config, tables, towers, token_budget, share, known)
+    for line in batches.schedule.lines():
+        terminal.line(line)
     return batches, tuple(table.sha256 for table in tables)
 
 
@@ -94,7 +96,7 @@ def open_batches(
         known: of queries that have several positives, all of them; otherwise only the pairs of a batch are known.
 
     Raises:
-        InputError: a source has fewer rows than a batch, or a prompt that leaves no room for texts.
+        InputError: a source has too few rows for a batch, or a prompt that leaves no room for texts.
     """
     sources = config.data.sources
     schedule = BatchSchedule(
@@ -105,6 +107,7 @@ def open_batches(
         epochs=None if config.steps else config.epochs,
         steps=config.steps,
         names=[source.path for source in sources],
+        processes=1 if share is None else share.size,
     )
     prompts = [
         Prompts(

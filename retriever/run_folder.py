@@ -39,11 +39,6 @@ class RunFolder:
         self.loaded: Content | None = None
         """The checkpoint that `load_newest` has loaded."""
 
-    @property
-    def cache(self) -> Path:
-        """Where data is kept as training reads it, if the configuration names no other place."""
-        return self.path / CACHE
-
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """The folder for this job alone."""
         return locked_folder(self.path) if self.ranks.first else contextlib.nullcontext()
@@ -111,10 +106,15 @@ class RunFolder:
             write_sums(folder)
 
 
+def cache_of(config: TrainConfig, run: Path) -> Path:
+    """Where data is kept as training reads it: a place that the configuration names, or in the run's folder."""
+    return Path(config.data.cache) if config.data.cache else run / CACHE
+
+
 def check_new(path: Path) -> None:
     """Raises InputError where a run's folder holds a run already, or something else."""
     _check_unused(path)
-    # The cache is what a start that failed leaves behind.
+    # A start that failed leaves a large cache behind.
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name != CACHE) if path.exists() else []
     if foreign:
         raise InputError(f"{path}: expected a new or empty folder for the run, found {foreign[0]} in it")

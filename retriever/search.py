@@ -12,6 +12,7 @@ import numpy as np
 from index.faiss_index import Index
 from index.files import InputError
 from index.layout import FAISS_FILE
+from index.passages import heading
 from index.several import Indexes, open_all
 from retriever.checking import checking
 from retriever.encode import EncodeOptions, embed_texts
@@ -34,6 +35,11 @@ class Result:
     id: str
     title: str
     text: str
+
+    @property
+    def heading(self) -> str:
+        """The title, unless it says no more than the text."""
+        return heading(self.title, self.text)
 
 
 @dataclass(frozen=True)

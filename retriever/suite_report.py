@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from eval.approximate import Approximation
-from eval.beir import BeirDataset, beir_file
 from eval.measures import shown
 from eval.metrics import Metrics, Qrels
 from eval.ranking import RankedRun
 from eval.report import Report, ReportSet
 from eval.report_files import write
 from eval.suite import Task
+from index.beir import BeirDataset, beir_file
 from index.embeddings import EmbeddingStore
 from index.files import sha256_file, write_json
 from retriever.run_sums import RUNS

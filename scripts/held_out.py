@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from eval.beir import beir_file
+from index.beir import beir_file
 from index.files import InputError, atomic_folder, sha256_file
 
 TABLES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")

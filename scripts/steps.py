@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -34,3 +35,21 @@ def shell(*words: object) -> None:
         sys.exit(1)
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def next_steps(*commands: tuple[object, ...]) -> str:
+    """What to type afterwards, where the script was called: how to reach `retriever`, and some commands."""
+    lines = ["", "To go on, from this folder:"]
+    # Set by the shell scripts where the calling shell is not in the environment that they used.
+    if os.environ.get("RETRIEVER_ENVIRONMENT"):
+        lines.append(f"  . {shlex.quote(_from_here(Path(sys.prefix) / 'bin' / 'activate'))}")
+    for command in (("--help",), *commands):
+        words = (_from_here(word) if isinstance(word, Path) else str(word) for word in command)
+        lines.append(f"  retriever {shlex.join(words)}")
+    return "\n".join(lines)
+
+
+def _from_here(path: Path) -> str:
+    """The path as it is shortest to type."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

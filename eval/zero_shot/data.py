@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from index.files import InputError
+from index.image_files import ImageAt
 from index.records import open_text
 
 Task = Literal["classification", "multilabel", "retrieval"]
@@ -19,31 +20,6 @@ TEMPLATES = "zeroshot_classification_templates.txt"
 DATASET_TYPE = "dataset_type.txt"
 SPLITS = ("train", "val", "valid", "validation", "dev", "test")
 OWN_TEMPLATES = Path(__file__).resolve().parent.parent / "templates" / "prompts.txt"
-
-
-@dataclass(frozen=True, slots=True)
-class ImageAt:
-    """Where the bytes of an image lie: a file, or a part of a tar."""
-
-    path: Path
-    name: str
-    """What it is called in the set: the path within a folder, or that within a tar after the tar's."""
-    offset: int = 0
-    size: int | None = None
-    """Bytes from `offset`; none: all that follow."""
-
-    def read(self) -> bytes:
-        """Its bytes.
-
-        Raises:
-            InputError: the file is not there.
-        """
-        try:
-            with open(self.path, "rb") as stream:
-                stream.seek(self.offset)
-                return stream.read(-1 if self.size is None else self.size)
-        except FileNotFoundError:
-            raise InputError(f"{self.path}: no such file") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,11 @@ from urllib.parse import quote
 import numpy as np
 
 from eval.zero_shot.classification import Classification, EmbedTexts, class_vectors, classify, classify_multilabel
-from eval.zero_shot.data import ImageAt, Sample, ZeroShotSet
+from eval.zero_shot.data import Sample, ZeroShotSet
 from eval.zero_shot.retrieval import Retrieval, retrieve
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
+from index.image_files import ImageAt
 from index.passages import Passage
 
 IMAGES_AT_ONCE = 256

@@ -13,7 +13,6 @@ import numpy as np
 from eval.zero_shot.data import (
     CLASS_NAMES,
     DATASET_TYPE,
-    ImageAt,
     Sample,
     Task,
     ZeroShotSet,
@@ -22,8 +21,8 @@ from eval.zero_shot.data import (
     templates_of,
 )
 from index.files import InputError
+from index.image_files import IMAGES, ImageAt, images_in
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PACKED_IMAGES = ("jpg", "jpeg", "png", "webp")
 # Larger members that are no images are no labels or captions either.
 MOST_BYTES = 2**24
@@ -61,22 +60,6 @@ def open_image_folder(path: Path, base: Path) -> ZeroShotSet:
     ]
     templates, own = templates_of(path, base)
     return ZeroShotSet(_name(path), path, "folder", "classification", samples, classes, templates, own)
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The files in a folder, and in those below it, whose ending is that of an image; sorted.
-
-    Raises:
-        InputError: the name of one is no UTF-8, so that no id and no report could say it.
-    """
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
-    for file in found:
-        try:
-            str(file).encode()
-        except UnicodeEncodeError:
-            shown = str(file).encode("utf-8", "backslashreplace").decode()
-            raise InputError(f"{shown}: expected a name in UTF-8, found other bytes; rename the file") from None
-    return found
 
 
 def open_webdataset(path: Path, base: Path) -> ZeroShotSet:

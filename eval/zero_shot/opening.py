@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eval.beir import is_beir_folder
 from eval.zero_shot.data import SPLITS, ZeroShotSet
 from eval.zero_shot.layouts import open_image_folder, open_webdataset
 from eval.zero_shot.tables import open_table
+from index.beir import is_beir_folder
 from index.files import InputError
 
 

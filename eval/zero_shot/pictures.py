@@ -10,9 +10,9 @@ import numpy as np
 
 from eval.plots import INK, LINE, MUTED, SERIES
 from eval.zero_shot.classification import Classification
-from eval.zero_shot.data import ImageAt
 from eval.zero_shot.evaluate import Evaluated
 from eval.zero_shot.scores import blocks
+from index.image_files import ImageAt
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

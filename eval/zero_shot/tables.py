@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from eval.zero_shot.data import CLASS_NAMES, ImageAt, Sample, Task, ZeroShotSet, read_lines, templates_of
+from eval.zero_shot.data import CLASS_NAMES, Sample, Task, ZeroShotSet, read_lines, templates_of
 from index.files import InputError
+from index.image_files import ImageAt
 from index.records import Record, read_records
 
 IMAGE_COLUMNS = ("image", "path", "file")

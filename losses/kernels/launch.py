@@ -38,6 +38,7 @@ def _why_not(query: Tensor, oldest: tuple[int, int]) -> str | None:
 
 
 @functools.cache
+@torch.compiler.assume_constant_result  # While a graph is compiled it is called once, and is no part of it.
 def warn_of_step_down(implementation: str, reason: str) -> None:
     """Say once why the kernels that were asked for do not run."""
     warnings.warn(f"implementation {implementation!r} steps down to 'chunked': {reason}", stacklevel=3)

@@ -57,7 +57,7 @@ class Encode(Embedding):
         return 0
 
     def _is_pictures(self) -> bool:
-        from eval.beir import is_beir_folder
+        from index.beir import is_beir_folder
         from retriever.images.folder import is_image_text_model
 
         return self.data.is_dir() and not is_beir_folder(self.data) and is_image_text_model(self.model)
@@ -71,8 +71,8 @@ class Encode(Embedding):
         return encode_pictures(self.picture_towers(), self.data, self.out, self.options(), terminal, **how)
 
     def _corpus(self, terminal: Terminal, ranks: Ranks) -> EmbeddingStore:
-        from eval.beir import beir_file, is_beir_folder
-        from eval.zero_shot.layouts import images_in
+        from index.beir import beir_file, is_beir_folder
+        from index.image_files import images_in
         from retriever.encode_files import embed_corpus
         from retriever.ranks import own_device
         from retriever.window_workers import workers_for

@@ -54,7 +54,7 @@ class RecallTarget:
         return Target(recall, self.k, queries, self.held_out)
 
     def _embedded(self, path: Path, store: EmbeddingStore, terminal: Terminal) -> np.ndarray:
-        from eval.beir import read_queries
+        from index.beir import read_queries
         from retriever.device import choose_device
         from retriever.encode import EncodeOptions, embed_texts
         from retriever.towers import load_towers
@@ -159,7 +159,11 @@ class IndexBuild(RecallTarget):
         ):
 
             def note(text: str) -> None:
-                advance(0, text)
+                if text.startswith("factory "):
+                    # Of the result, and not of what is done at the moment.
+                    terminal.line(text)
+                else:
+                    advance(0, text)
 
             if ranks is None:
                 tuning = build(store, self.out, plan, progress=advance, note=note, checked=checked)

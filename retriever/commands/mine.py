@@ -40,7 +40,7 @@ class Mine(Embedding):
             raise ValueError(f"--max-share: expected more than 0 and at most 1, found {self.max_share}")
 
     def run(self, terminal: Terminal) -> int:
-        from eval.beir import BeirDataset
+        from index.beir import BeirDataset
         from retriever.mining import mine_with_towers
 
         written, short = mine_with_towers(

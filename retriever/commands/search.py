@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional, UseAppendAction
 
 from index.files import InputError
+from index.passages import one_line
 from retriever.commands.common import Embedding, Switch, check_counts
 from retriever.progress import Terminal
 
@@ -23,12 +25,15 @@ if TYPE_CHECKING:
 
 # Of scripts and of emoji: they change neither direction nor screen.
 JOINERS = "\u200c\u200d"
+# Categories of Unicode: control, format (directions), surrogate, line and paragraph separator.
+CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Embedding):
     """Find passages or pictures for queries: texts given as arguments, in a file, or one a line on standard input; or
-    pictures."""
+    pictures. Of each query a line, then one for each passage found: on a terminal a table; elsewhere rank, score, id
+    and passage, separated by tabs, with control characters escaped."""
 
     query: Positional[tuple[str, ...]]
     """The queries."""
@@ -77,7 +82,7 @@ class Search(Embedding):
 
     def _queries(self) -> Iterator[tuple[str, str | Path]]:
         """(id, text) of each query, or (id, file) of each picture; those without an id are numbered."""
-        from eval.beir import read_queries
+        from index.beir import read_queries
 
         if self.queries:
             yield from read_queries(self.queries).items()
@@ -112,6 +117,17 @@ def _check_utf8(text: str, place: str) -> None:
 
 
 def _print_answer(answer: Answer) -> None:
+    if sys.stdout.isatty():
+        _draw_answer(answer)
+        return
+    lines = [escaped(" ".join(answer.query.split()))]
+    for result in answer.results:
+        text = one_line(result.title, result.text)
+        lines.append(f"{result.rank}\t{result.score:.4f}\t{escaped(result.id)}\t{escaped(text)}")
+    print("\n".join(lines), flush=True)
+
+
+def _draw_answer(answer: Answer) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -120,12 +136,12 @@ def _print_answer(answer: Answer) -> None:
     table.add_column("#", justify="right", style="dim")
     table.add_column("score", justify="right")
     table.add_column("id", style="cyan", overflow="fold")
-    table.add_column("passage", overflow="ellipsis", no_wrap=not sys.stdout.isatty())
+    table.add_column("passage", overflow="ellipsis")
     for result in answer.results:
-        text = " ".join(f"{result.title} {result.text}".split())
+        text = one_line(result.title, result.text)
         # Text, because a passage may hold what rich would take for markup.
         table.add_row(str(result.rank), f"{result.score:.4f}", Text(printable(result.id)), Text(printable(text[:300])))
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console()
     console.print(printable(answer.query), style="bold", markup=False, highlight=False)
     console.print(table)
 
@@ -133,3 +149,11 @@ def _print_answer(answer: Answer) -> None:
 def printable(text: str) -> str:
     """The text with a replacement character for what would command a terminal, or turn its lines around."""
     return "".join(c if c.isprintable() or c in JOINERS or c.isspace() else "\ufffd" for c in text)
+
+
+def escaped(text: str) -> str:
+    """The text with tabs, line ends and other control characters written as \\t, \\n, \\x1b."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in CONTROLS and c not in JOINERS else c
+        for c in text
+    )

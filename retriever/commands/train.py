@@ -55,8 +55,9 @@ class Train:
             return self._train(terminal if ranks.first else SilentTerminal(), ranks)
 
     def _plan(self, terminal: Terminal) -> int:
+        from retriever.new_run import NewRun
         from retriever.ranks import PlannedRanks
-        from retriever.run_folder import written_config
+        from retriever.run_folder import cache_of, written_config
         from retriever.trainer import Trainer
 
         check_environment()
@@ -66,7 +67,8 @@ class Train:
 
         config = with_absolute_paths(self.config if self.resume is None else written_config(Path(self.resume)))
         run = Path(config.out if self.resume is None else self.resume)
-        plan = Trainer(config, run, terminal, PlannedRanks(size=self.processes or process_count())).plan()
+        with NewRun(run, cache_of(config, run), terminal).removed_on_failure():
+            plan = Trainer(config, run, terminal, PlannedRanks(size=self.processes or process_count())).plan()
         print("\n".join(plan.lines()))
         if not plan.fits:
             terminal.line("this does not fit: fewer --micro-batch-tokens, a smaller --batch-size, or more processes")
@@ -84,7 +86,8 @@ class Train:
         else:
             trainer = Trainer.start(self.config, terminal, ranks, profile=self.profile)
         try:
-            model = trainer.train(profile=self.profile)
+            with trainer.removed_without_a_step():
+                model = trainer.train(profile=self.profile)
         except Interrupted as signal:
             terminal.line(
                 f"{signal} at step {trainer.state.step}: checkpoint saved; "

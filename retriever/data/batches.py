@@ -110,6 +110,11 @@ class BatchDataset(Dataset[T], Generic[T]):
         self._known = known if known is not None and len(known) else None
         self._share = share or Share()
 
+    @property
+    def schedule(self) -> BatchSchedule:
+        """Which rows make the batch of a step."""
+        return self._schedule
+
     def __len__(self) -> int:
         """Number of steps."""
         return len(self._schedule)

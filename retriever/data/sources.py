@@ -37,7 +37,8 @@ class SourceConfig:
     """Column with the hard negative passage, or a list of them; may be absent. A name with * stands for every column
     that matches, in their order (negative_*: negative_1, negative_2, ...); empty cells are no negatives."""
     weight: float | None = None
-    """Share of the batches that come from this source, relative to the other sources' (none: its number of rows)."""
+    """Share of the batches that come from this source, relative to the other sources' (none: its number of rows, at
+    least that of a batch). The first lines of a run say each source's share."""
     query_prompt: str | None = None
     """Text put before each query (none: the model's own)."""
     passage_prompt: str | None = None
@@ -195,7 +196,7 @@ def _texts(record: Record, column: str, notices: Notices, lists: bool = True) ->
 
 
 def _beir_records(config: SourceConfig) -> Iterator[Record]:
-    from eval.beir import BeirDataset, beir_file
+    from index.beir import BeirDataset, beir_file
 
     dataset = BeirDataset.open(config.path, config.split)
     qrels_path = beir_file(dataset.folder, f"qrels/{config.split}.tsv")

@@ -92,6 +92,11 @@ class ImageBatches:
         self._broken = [0] * len(self._readers)
         self._free: list[Tensor] = []
 
+    @property
+    def schedule(self) -> BatchSchedule:
+        """Which rows make the batch of a step."""
+        return self._schedule
+
     def __len__(self) -> int:
         """Number of steps."""
         return len(self._schedule)
@@ -127,7 +132,7 @@ class ImageBatches:
     ) -> PreparedBatch:
         """The next batch of the stream, which is that of `step`."""
         source, _ = self._schedule.rows(step)
-        rows = self._chunks.places
+        rows = self._chunks.places(source)
         pixels, filled = torch.empty(0), 0
         chunks: list[PairChunk] = []
         for _ in range(self._chunks.a_batch):
@@ -137,7 +142,7 @@ class ImageBatches:
             chunks.append(chunk)
             if len(chunk.keys):
                 if not filled:
-                    pixels = self._free.pop() if self._free else self._readers[source].memory(len(rows))
+                    pixels = self._free.pop() if self._free else self._readers[source].memory(self._chunks.most)
                 pixels[filled : filled + len(chunk.keys)] = pictures
                 filled += len(chunk.keys)
         self._count(source, len(rows), [line for chunk in chunks for line in chunk.broken])

@@ -103,8 +103,7 @@ class Chunks(Dataset[PairChunk]):
     """Chunk by chunk, the batches of all steps; in whichever process asks for them."""
 
     def __init__(self, readers: Sequence[PairReader], schedule: BatchSchedule, share: Share) -> None:
-        self.readers, self.schedule = list(readers), schedule
-        self.places = share.of(schedule.batch_size)
+        self.readers, self.schedule, self._share = list(readers), schedule, share
         self._slots: Tensor | None = None
 
     def _over(self, workers: int) -> Chunks:
@@ -124,10 +123,19 @@ class Chunks(Dataset[PairChunk]):
         assert self._slots is not None
         return self._slots[number % len(self._slots)][: len(chunk.keys)]
 
+    def places(self, source: int) -> range:
+        """This process's places within a batch of a source."""
+        return self._share.of(self.schedule.batch_rows(source))
+
+    @property
+    def most(self) -> int:
+        """Pairs of the largest batch."""
+        return max(len(self.places(source)) for source in range(len(self.readers)))
+
     @property
     def a_batch(self) -> int:
-        """Chunks of one batch."""
-        return -(-len(self.places) // CHUNK)
+        """Chunks of each batch; of a smaller one the last may be empty."""
+        return -(-self.most // CHUNK)
 
     def __len__(self) -> int:
         return len(self.schedule) * self.a_batch
@@ -135,7 +143,7 @@ class Chunks(Dataset[PairChunk]):
     def __getitem__(self, number: int) -> PairChunk:
         step, chunk = divmod(number, self.a_batch)
         source, rows = self.schedule.rows(step)
-        mine = self.places[chunk * CHUNK : (chunk + 1) * CHUNK]
+        mine = self.places(source)[chunk * CHUNK : (chunk + 1) * CHUNK]
         seeds = [[self.schedule.seed, _PAIR, step, place] for place in mine]
         into = None if self._slots is None else self._slots[number % len(self._slots)]
         try:

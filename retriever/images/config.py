@@ -71,7 +71,8 @@ class ImageSource:
     split: str = "train"
     """Split of a Hugging Face dataset."""
     weight: float | None = None
-    """Share of the batches that come from this source, relative to the other sources' (none: its number of pairs)."""
+    """Share of the batches that come from this source, relative to the other sources' (none: its number of pairs, at
+    least that of a batch)."""
     max_broken: float = 0.01
     """Stop once more than this share of the pairs indexed or read, and more than 100, had a broken picture or no
     caption; until then such pairs are left out, counted and logged."""

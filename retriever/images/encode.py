@@ -14,10 +14,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from eval.zero_shot.data import ImageAt
-from eval.zero_shot.layouts import IMAGES, images_in
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
+from index.image_files import IMAGES, ImageAt, images_in
 from index.passages import Passage
 from retriever.checking import checking
 from retriever.device import to_device

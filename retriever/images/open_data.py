@@ -35,7 +35,7 @@ def open_image_batches(
 
     Raises:
         ConfigError: there is no source.
-        InputError: a source is missing, broken, empty, or has fewer pairs than a batch.
+        InputError: a source is missing, broken, empty, or has too few pairs for a batch.
     """
     if not config.data.images or config.data.sources:
         raise ConfigError("data: expected data.images, and no data.sources, for a model with an image tower")
@@ -65,7 +65,10 @@ def open_image_batches(
         epochs=None if config.steps else config.epochs,
         steps=config.steps,
         names=[source.path for source in config.data.images],
+        processes=1 if share is None else share.size,
     )
+    for line in schedule.lines():
+        terminal.line(line)
     readers = [
         PairReader(
             source=pairs,

@@ -15,11 +15,11 @@ from beir.datasets.data_loader import GenericDataLoader
 from beir.retrieval.evaluation import EvaluateRetrieval
 from beir.retrieval.search.dense import DenseRetrievalExactSearch
 
-from eval.beir import BeirDataset
 from eval.evaluate import evaluate_beir
 from eval.metrics import evaluate_run
 from eval.preflight import preflight
 from eval.ranking import RankedRun
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 

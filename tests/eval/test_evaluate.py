@@ -12,9 +12,9 @@ from beir.retrieval.evaluation import EvaluateRetrieval
 
 from eval import approximate
 from eval.approximate import search_by_parts
-from eval.beir import BeirDataset
 from eval.evaluate import evaluate_beir, exact_search, ranked_run
 from eval.runs import write_trec_run
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.beir import BeirDataset
 from eval.evaluate import evaluate_beir, exact_search, ranked_run
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 
 pytestmark = pytest.mark.gpu

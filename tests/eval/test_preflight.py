@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from eval import preflight as checking
-from eval.beir import BeirDataset
 from eval.digests import SAMPLE
 from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
 from eval.evaluate import evaluate_beir
 from eval.preflight import Preflight, preflight
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 

@@ -9,9 +9,9 @@ import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.beir import read_qrels
 from eval.metrics import MEASURES, Qrels, Run, evaluate_run
 from eval.runs import read_trec_run
+from index.beir import read_qrels
 
 KS = (1, 3, 10, 1000)
 NAMES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "success": "success"}

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from index.files import InputError
-from index.passages import Passage, PassageFile, checked_id, parse_passage, read_passages
+from index.passages import Passage, PassageFile, checked_id, heading, one_line, parse_passage, read_passages
 from index.records import Record
 
 
@@ -112,3 +112,10 @@ def test_a_file_that_changes_while_it_is_read_is_told_at_its_end(tmp_path: Path)
         list(passages)
     with pytest.raises(InputError, match="no such file"):
         list(PassageFile(tmp_path / "none.jsonl"))
+
+
+def test_a_title_is_not_shown_twice() -> None:
+    assert one_line("Paris", "is a city\nin France") == "Paris is a city in France"
+    assert heading("Paris", " Paris\n") == "" and one_line("Paris", " Paris\n") == "Paris"
+    assert heading("Paris", "Paris is a city") == "Paris"
+    assert one_line("", "x") == "x" and one_line("x", "") == "x"

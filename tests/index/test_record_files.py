@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import csv
 import gzip
+import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from index.files import InputError
 from index.records import read_lines, read_records
@@ -19,6 +24,13 @@ def written(path: Path, data: str | bytes) -> Path:
     data = data.encode() if isinstance(data, str) else data
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
+
+
+def write_as_pandas(path: Path, names: list[str], cells: Sequence[Sequence[str]], separator: str) -> None:
+    """What `DataFrame.to_csv(path, sep=separator, index=False)` writes, which has its quotes from the csv module."""
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator, lineterminator="\n").writerows([names, *cells])
+    written(path, text.getvalue())
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -167,6 +179,36 @@ def test_a_quote_that_swallows_rows_of_tabs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.tsv:3: expected a quote that closes in its row, .* closes in line 5"):
         rows(path)
     assert rows(written(path, '_id\ttext\n1\t"two\nlines"\n'))[0]["text"] == "two\nlines"
+    # With quotes in the header it is no accident.
+    assert [row["_id"] for row in rows(written(path, '"_id"\ttext\n2\t"Quoted\n3\tx\n4\tend"\n5\ty\n'))] == ["2", "5"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "csv.gz", "tsv.gz"])
+@given(
+    cells=st.lists(
+        st.tuples(*[st.text(alphabet='ab\t\n",\u00e9', max_size=12)] * 3).filter(
+            # What looks like whole rows is the test above; a row of nothing is none.
+            lambda row: any(row) and "\t".join(row).count("\n") < 2
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_pandas_writes_is_read(kind: str, cells: list[tuple[str, ...]], tmp_path: Path) -> None:
+    names = ["q", "p", "n"]
+    separator = "," if kind.startswith("csv") else "\t"
+    path = tmp_path / f"a.{kind}"
+    write_as_pandas(path, names, cells, separator)
+    assert rows(path) == [dict(zip(names, row, strict=True)) for row in cells]
+
+
+def test_a_quoted_cell_may_hold_tabs_and_several_line_ends(tmp_path: Path) -> None:
+    text = "one\ttwo\nthree\tfour\tfive\nsix"
+    for row in ([text, "x"], ["x", text], ["", f'{text}"quoted"']):
+        path = tmp_path / "a.tsv"
+        write_as_pandas(path, ["q", "p"], [row], "\t")
+        assert list(rows(path)[0].values()) == row
 
 
 def test_lines_of_a_file_that_is_no_text(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from cli_helpers import MEANINGS, command, write_beir, write_config, write_lines
 
+import retriever
 from eval.runs import read_trec_run
 from index.embeddings import EmbeddingStore
 from index.faiss_index import Index
@@ -127,6 +128,32 @@ def test_queries_come_from_arguments_a_file_or_standard_input(world: Any, tmp_pa
     assert "define cat" in table and answers[1]["results"][2]["id"] in table
 
 
+def test_elsewhere_than_on_a_terminal_results_are_fields_between_tabs(world: Any) -> None:
+    place = ("search", "--model", world.model, "--index", world.index, "--k", 3, "define  cat", "a\x1b[1m\ttree")
+    answers = [json.loads(line) for line in command(*place, "--json").out.splitlines()]
+    lines = command(*place).out.splitlines()
+    assert [line for line in lines if "\t" not in line] == ["define cat", "a\\x1b[1m tree"]
+    fields = [line.split("\t") for line in lines if "\t" in line]
+    results = [result for answer in answers for result in answer["results"]]
+    assert fields == [
+        [str(r["rank"]), f"{r['score']:.4f}", r["id"], " ".join(f"{r['title']} {r['text']}".split())] for r in results
+    ]
+    assert [line[:1] for line in lines] == ["d", "1", "2", "3", "a", "1", "2", "3"]
+
+
+def test_long_and_odd_passages_are_whole_fields_and_a_title_comes_once(world: Any, tmp_path: Path) -> None:
+    texts = {"long": "word " * 300 + "end", "odd": "a\tb\nc\x07d", "twice": "the same  title"}
+    titles = {"twice": "the same title"}
+    rows: list[object] = [{"_id": i, "title": titles.get(i, ""), "text": text} for i, text in texts.items()]
+    write_lines(tmp_path / "c.jsonl", rows)
+    place = ("--model", world.model)
+    assert command("encode", *place, "--data", tmp_path / "c.jsonl", "--out", tmp_path / "e").code == 0
+    assert command("index", "build", "--embeddings", tmp_path / "e", "--out", tmp_path / "i").code == 0
+    outcome = command("search", *place, "--index", tmp_path / "i", "q")
+    found = dict(line.split("\t")[2:] for line in outcome.out.splitlines()[1:])
+    assert found == {"long": texts["long"], "odd": "a b c\\x07d", "twice": "the same title"}
+
+
 def test_typed_query_is_answered_before_the_next_is_read(world: Any) -> None:
     read: list[str] = []
 
@@ -213,15 +240,11 @@ def test_every_command_explains_itself(words: list[str]) -> None:
     assert outcome.code == 0 and outcome.out.startswith("usage: retriever") and not outcome.err
 
 
-@pytest.mark.parametrize("package", ["losses", "index", "eval"])
-def test_shadowing_package_is_named(tmp_path: Path, package: str) -> None:
-    (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text("")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import retriever"
-    result = python("-c", code)
-    assert result.returncode == 1
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: ") and str(tmp_path / package / "__init__.py") in last
+def test_version_is_told_at_once() -> None:
+    result = python("-X", "importtime", "-m", "retriever", "--version")
+    assert (result.returncode, result.stdout) == (0, f"retriever {retriever.__version__}\n")
+    assert "transformers" not in result.stderr and "| torch" not in result.stderr
+    assert "version = attr: retriever.__version__" in (ROOT / "setup.cfg").read_text()
 
 
 def disturbed_at_step_3(arguments: list[str], disturb: Callable[[int], None]) -> list[str]:

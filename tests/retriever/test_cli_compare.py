@@ -13,11 +13,11 @@ import pytest
 import pytrec_eval
 from cli_helpers import command, write_lines
 
-from eval.beir import BeirDataset
 from eval.bm25 import bm25_run
 from eval.fusion import fuse
 from eval.metrics import Run, evaluate_run
 from eval.runs import read_trec_run, write_trec_run
+from index.beir import BeirDataset
 
 WORDS = [
     f"{first}{second}" for first in ("amber", "cedar", "ember", "fjord") for second in ("", "ess", "in", "o", "um")

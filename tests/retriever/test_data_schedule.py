@@ -83,9 +83,68 @@ def test_a_part_of_an_epoch_is_allowed() -> None:
     assert len(BatchSchedule([100], batch_size=10, seed=0, epochs=0.25)) == 2
 
 
-def test_a_batch_larger_than_a_source_is_refused_by_name() -> None:
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(2, 40), min_size=2, max_size=4),
+    batch_size=st.integers(2, 30),
+    epochs=st.integers(1, 4),
+    seed=st.integers(0, 2**40),
+)
+def test_a_source_smaller_than_a_batch_gives_itself_whole(
+    sizes: list[int], batch_size: int, epochs: int, seed: int
+) -> None:
+    def plan() -> BatchSchedule:
+        return BatchSchedule(sizes, batch_size=batch_size, seed=seed, epochs=epochs)
+
+    schedule, most = plan(), 0
+    for step in range(len(schedule)):
+        source, rows = schedule.rows(step)
+        most = max(most, len(rows))
+        assert len(set(rows.tolist())) == len(rows) == schedule.batch_rows(source) == min(batch_size, sizes[source])
+        found, again = plan().rows(step)
+        assert found == source and np.array_equal(again, rows), "a step depends on those asked for before"
+    assert len(schedule.rows(schedule.largest_step)[1]) == most
+    visits = [sum(schedule.rows(step)[0] == source for step in range(len(schedule))) for source in range(len(sizes))]
+    for size, count in zip(sizes, visits, strict=True):
+        # Once an epoch, but for the rounding of whole batches.
+        assert abs(count - epochs * max(size, batch_size) / batch_size) < 2
+
+
+def test_the_orders_of_small_sources_differ_from_batch_to_batch() -> None:
+    schedule = BatchSchedule([200, 40], batch_size=50, seed=0, epochs=8)
+    orders = [rows.tolist() for found, rows in map(schedule.rows, range(len(schedule))) if found == 1]
+    assert len(orders) > 2 and len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_the_only_source_must_fill_a_batch() -> None:
     with pytest.raises(InputError, match=r"^few\.jsonl: expected at least 64 rows, one batch, found 63$"):
-        BatchSchedule([100, 63], batch_size=64, seed=0, epochs=1, names=["many.jsonl", "few.jsonl"])
+        BatchSchedule([63], batch_size=64, seed=0, epochs=1, names=["few.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("size", "processes", "least"), [(1, 1, "2 rows"), (3, 4, "4 rows, one for each of 4 processes")]
+)
+def test_a_small_source_has_a_row_for_each_process_and_two_at_least(size: int, processes: int, least: str) -> None:
+    with pytest.raises(InputError, match=rf"^few\.jsonl: expected at least {least}, found {size}$"):
+        names = ["many.jsonl", "few.jsonl"]
+        BatchSchedule([100, size], batch_size=64, seed=0, epochs=1, names=names, processes=processes)
+    assert len(BatchSchedule([100, size + 1], batch_size=64, seed=0, epochs=1, processes=processes)) == 2
+
+
+def test_lines_say_what_each_source_has_of_the_batches() -> None:
+    names = ["many.jsonl", "few.jsonl"]
+    schedule = BatchSchedule([600, 50], batch_size=100, seed=0, epochs=2, names=names)
+    assert schedule.lines() == [
+        "many.jsonl: 12 of 14 batches (85.7%)",
+        "few.jsonl: 2 of 14 batches (14.3%), of 50 rows each, all that it has",
+    ]
+    mixed = BatchSchedule([600, 200], batch_size=100, seed=0, steps=10, names=names, weights=[1.0, None])
+    assert mixed.lines() == [
+        "many.jsonl: 0 of 10 batches (0.0%)",
+        "few.jsonl: 10 of 10 batches (100.0%)",
+        "many.jsonl: weights beside sources without one, which weigh their numbers of rows",
+    ]
+    assert BatchSchedule([600], batch_size=100, seed=0, epochs=1, names=names[:1]).lines() == []
 
 
 @pytest.mark.parametrize(

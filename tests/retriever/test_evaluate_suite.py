@@ -18,9 +18,9 @@ import yaml
 from cli_helpers import MEANINGS, command, write_beir, write_config, write_lines
 from forks import LoadedPython
 
-from eval.beir import BeirDataset
 from eval.runs import read_trec_run
 from eval.suite import BY_NAME, FORUMS
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore
 from index.files import InputError
 from retriever.encode import EncodeOptions, embed_texts

@@ -50,7 +50,7 @@ def test_mteb_gives_our_numbers(world: Any, ours: Trained, tmp_path: Path) -> No
     from mteb.abstasks.task_metadata import TaskMetadata
     from sentence_transformers import SentenceTransformer
 
-    from eval.beir import BeirDataset
+    from index.beir import BeirDataset
 
     data = BeirDataset.open(world.beir)
 

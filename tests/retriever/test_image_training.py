@@ -353,6 +353,23 @@ def test_sources_give_batches_by_their_weights_and_ranks_read_their_shares_alone
         )
 
 
+def test_a_source_of_fewer_pairs_than_a_batch_gives_all_of_them(
+    config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last chunks of its batches are empty.
+    monkeypatch.setattr(chunks, "CHUNK", 3)
+    few = dataclasses.replace(config.data.images[0], path=str(place / "set" / "000.tar"))
+    data = dataclasses.replace(config.data, images=(config.data.images[0], few))
+    trainer = Trainer.start(dataclasses.replace(config, data=data, batch_size=21, epochs=1, steps=6), Terminal())
+    schedule = trainer.batches.schedule
+    expected = [(21, 16)[schedule.rows(step)[0]] for step in range(6)]
+    assert sorted(set(expected)) == [16, 21]
+    for workers in (0, 2):
+        assert [batch.queries for batch in trainer.batches.loader(workers=workers)] == expected
+    assert "21 queries" in trainer.plan().lines()[0]
+    trainer.train()
+
+
 def test_any_number_of_processes_trains_the_same(
     python: LoadedPython, config: TrainConfig, place: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eval.beir import BeirDataset
+from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.passages import Passage
 from retriever.data.sources import Notices, SourceConfig, read_examples

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from cli_helpers import command
 
-from eval.beir import read_queries
 from eval.zero_shot.tables import open_table
+from index.beir import read_queries
 from index.files import InputError
 from index.passages import read_passages
 from index.records import read_records

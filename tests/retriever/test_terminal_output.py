@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from retriever.commands.search import printable
+from retriever.commands.search import escaped, printable
 from retriever.progress import Terminal
 
 
@@ -23,3 +23,7 @@ def test_without_a_terminal_a_bar_is_a_line_now_and_then(
 
 def test_control_characters_of_passages_do_not_reach_the_terminal() -> None:
     assert printable("a\x1b[31mb\x07\u202ec\n d\u200de\tü") == "a\ufffd[31mb\ufffd\ufffdc\n d\u200de\tü"
+
+
+def test_control_characters_are_escaped_in_fields() -> None:
+    assert escaped("a\x1b[31mb\u202ec\n\u2028d\u200de\tü\ue000") == "a\\x1b[31mb\\u202ec\\n\\u2028d\u200de\\tü\ue000"

@@ -31,7 +31,8 @@ WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", 
 
 @pytest.fixture
 def config(tiny: ModelConfig, tmp_path: Path) -> Path:
-    """8 steps on pairs with one to three positives, hard negatives, and queries and passages that come twice."""
+    """8 steps on pairs with one to three positives, hard negatives, and queries and passages that come twice; every
+    fourth batch is all of a small source."""
     random = np.random.default_rng(0)
 
     def text() -> str:
@@ -42,11 +43,13 @@ def config(tiny: ModelConfig, tmp_path: Path) -> Path:
         for i in range(40)
     ]
     rows += [{**row, "negatives": []} for row in rows[:8] if isinstance(row, dict)]
+    sources = (
+        SourceConfig(path=str(write_lines(tmp_path / "pairs.jsonl", rows)), weight=3),
+        SourceConfig(path=str(write_lines(tmp_path / "few.jsonl", rows[20:27])), weight=1),
+    )
     config = TrainConfig(
         model=dataclasses.replace(tiny, dropout=0.0),
-        data=DataConfig(
-            sources=(SourceConfig(path=str(write_lines(tmp_path / "pairs.jsonl", rows))),), workers=0, negatives=2
-        ),
+        data=DataConfig(sources=sources, workers=0, negatives=2),
         loss=LossConfig(learn_logit_scale=True, symmetric=True),
         # Adam divides by the size of a gradient, and some are zero but for rounding.
         optim=OptimConfig(lr=1e-3, eps=1e-3),

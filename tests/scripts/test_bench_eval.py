@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from builders import SCRIPTS, load
 
-from eval.beir import BeirDataset
 from eval.ranking import RankedRun
+from index.beir import BeirDataset
 
 bench_eval = load("bench_eval")
 SMALL = ["--rows", "523", "--queries", "31", "--dim", "16", "--repeats", "1"]

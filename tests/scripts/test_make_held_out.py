@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from builders import SCRIPTS, load
 
-from eval.beir import BeirDataset
+from index.beir import BeirDataset
 
 make_jargon, make_perlfaq, pod = load("make_jargon"), load("make_perlfaq"), load("pod")
 BUILDERS = {"jargon": make_jargon, "perlfaq": make_perlfaq}

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from eval.beir import BeirDataset, read_qrels
+from index.beir import BeirDataset, read_qrels
 from index.files import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,10 +11,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from eval.metrics import Qrels
 from index.files import InputError
 from index.passages import COMMENT, Passage, checked_id, checked_query_id, read_passages
 from index.records import Record, open_text, read_records
+
+Qrels = dict[str, dict[str, int]]
+"""Query id -> passage id -> grade; a grade above 0 is relevant."""
 
 QUERY_HEADS = ("query-id", "queryid", "query", "qid", "topic")
 PASSAGE_HEADS = ("corpus-id", "corpusid", "doc-id", "docid", "document-id", "passage-id", "pid", "doc", "passage")

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from beir.datasets.data_loader import GenericDataLoader
 
-from eval.beir import BeirDataset, is_beir_folder, read_qrels, read_queries
+from index.beir import BeirDataset, is_beir_folder, read_qrels, read_queries
 from index.files import InputError
 
 HEADER = "query-id\tcorpus-id\tscore\n"

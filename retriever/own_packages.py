@@ -1,0 +1,90 @@
+"""`losses`, `index` and `eval` are common names: this project's imports find its own packages, or say what is wrong.
+
+A folder without `__init__.py` never hides them. A module or package of the same name that Python finds first (a user's
+own eval.py, say) is left to the user's code; it is refused only when code of this project imports that name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+
+PACKAGES = ("losses", "index", "eval")
+# The folder that holds all four packages.
+HOME = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+
+class PackageClash(ImportError):
+    """Something else has the name of one of these packages."""
+
+
+class OwnPackages(MetaPathFinder):
+    """Stands before Python's own finders, which would take a folder of that name for a package."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package, _, inner = name.partition(".")
+        if package not in PACKAGES or not os.path.exists(init := _init(package)):
+            return None
+        if inner:
+            # Another package of that name has been imported before: its __path__ is searched.
+            if _imported_by_this_project():
+                check_imported(package)
+            return None
+        found = PathFinder.find_spec(name)
+        if found is not None and found.origin is not None and os.path.realpath(found.origin) != init:
+            if _imported_by_this_project():
+                raise _clash(package, found.origin, f"Python finds {found.origin} under that name first")
+            return None
+        return importlib.util.spec_from_file_location(name, init, submodule_search_locations=[os.path.dirname(init)])
+
+
+def install() -> None:
+    """Put the finder first."""
+    if not any(isinstance(finder, OwnPackages) for finder in sys.meta_path):
+        sys.meta_path.insert(0, OwnPackages())
+
+
+def check_imported(module: str) -> None:
+    """Raise a PackageClash where something else has been imported under the name of the package that `module` is in."""
+    package = module.partition(".")[0]
+    found = sys.modules.get(package)
+    file = getattr(found, "__file__", None)
+    if package in PACKAGES and found is not None and (file is None or os.path.realpath(file) != _init(package)):
+        other = file or f"another module '{package}'"
+        raise _clash(package, other, f"{other} has been imported under that name")
+
+
+def need(package: str) -> None:
+    """Import a package now, so that a clash is known before work has been done; raises a PackageClash."""
+    check_imported(package)
+    importlib.import_module(package)
+
+
+def _init(package: str) -> str:
+    return os.path.join(HOME, package, "__init__.py")
+
+
+def _clash(package: str, file: str, found: str) -> PackageClash:
+    return PackageClash(
+        f"retriever needs its own package '{package}' ({_init(package)}), but {found}: rename {file}, or start where "
+        f"it is not on Python's path (the commands `retriever` and `python -m retriever` do not look in the working "
+        f"directory)",
+        name=package,
+    )
+
+
+def _imported_by_this_project() -> bool:
+    """Whether the code whose import is being resolved is in one of the four packages."""
+    frame = sys._getframe(1)
+    # This file's own frames, and those of Python's import system.
+    while frame.f_back is not None and (
+        frame.f_code.co_filename == __file__
+        or frame.f_globals.get("__name__", "").split(".")[0] in ("importlib", "_frozen_importlib")
+    ):
+        frame = frame.f_back
+    importer = os.path.realpath(frame.f_globals.get("__file__") or "")
+    return any(importer.startswith(os.path.join(HOME, package, "")) for package in ("retriever", *PACKAGES))

@@ -1,0 +1,129 @@
+"""A start that fails before its first step leaves nothing behind, and removes nothing that was there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_helpers import command, write_config, write_lines, write_pairs
+
+from retriever import new_run
+from retriever.config import ModelConfig
+from retriever.progress import Terminal
+from retriever.run_folder import RunFolder
+from retriever.step import TrainStep
+
+
+@pytest.fixture
+def config(tiny: ModelConfig, tmp_path: Path) -> Path:
+    return write_config(tmp_path / "run.yaml", tiny, write_pairs(tmp_path / "pairs.jsonl"))
+
+
+def failing(*_: Any, **__: Any) -> Any:
+    raise torch_error()
+
+
+def torch_error() -> RuntimeError:
+    return type("OutOfMemoryError", (RuntimeError,), {})("out of memory")
+
+
+BEFORE_THE_FIRST_STEP: dict[str, tuple[str, ...]] = {
+    "a source that is not there": ("--data.sources.0.path", "nothing.jsonl"),
+    "a bad row": ("--data.sources.0.path", "bad.jsonl"),
+    "too few rows": ("--batch-size", "61"),
+    "no dev set": ("--dev.path", "nothing"),
+    "no such model": ("--model.name", "nobody/nothing"),
+    "a profile of too few steps": ("--profile", "--steps", "2"),
+    "a plan": ("--dry-run", "--batch-size", "61"),
+    "a write that fails": (),
+    "a step that fails": ("--tensorboard",),
+}
+
+
+@pytest.mark.parametrize("what", BEFORE_THE_FIRST_STEP)
+@pytest.mark.parametrize("out", ["a/b/run", "there"])
+def test_a_failed_start_leaves_nothing(
+    config: Path, tmp_path: Path, what: str, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "bad.jsonl", [{"question": "q", "answer": "a"}] * 99 + ["{"])
+    (tmp_path / "there").mkdir()
+    if what == "a write that fails":
+        monkeypatch.setattr(RunFolder, "begin", failing)
+    if what == "a step that fails":
+        monkeypatch.setattr(TrainStep, "__call__", failing)
+    before = sorted(tmp_path.rglob("*"))
+    outcome = command("train", config, "--out", out, *BEFORE_THE_FIRST_STEP[what])
+    assert outcome.code in (1, 2), outcome.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_was_there_before_stays(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "cache").mkdir(parents=True)
+    (tmp_path / "run" / "cache" / "mine").write_text("x")
+    outcome = command("train", config, "--batch-size", "61")
+    assert outcome.code == 1
+    assert (tmp_path / "run" / "cache" / "mine").read_text() == "x"
+    # What was read of the data beside it does no harm there.
+    assert command("train", config, "--steps", "1").code == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"config.yaml", "model", "cache"}
+    # And a run that is there is not touched by a start that is refused.
+    assert command("train", config).code == 1
+    assert (tmp_path / "run" / "model" / "modules.json").exists()
+
+
+def test_much_that_was_read_is_kept_and_said(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(new_run, "WORTH_KEEPING", 100)
+    outcome = command("train", config, "--batch-size", "61")
+    assert f"{tmp_path / 'run' / 'cache'}: kept for the next start" in outcome.err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
+    assert command("train", config, "--steps", "1").code == 0
+
+
+def test_a_run_that_another_has_begun_meanwhile_stays(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = RunFolder.begin
+
+    def overtaken(self: RunFolder, config: Any) -> None:
+        begin(self, config)
+        begin(self, config)
+
+    monkeypatch.setattr(RunFolder, "begin", overtaken)
+    outcome = command("train", config)
+    assert outcome.code == 1 and "holds a run already" in outcome.err
+    assert (tmp_path / "run" / "config.yaml").exists() and any((tmp_path / "run" / "cache").iterdir())
+
+
+def test_a_run_that_failed_after_its_first_step_can_be_gone_on_with(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = TrainStep.__call__, iter(range(9))
+
+    def second_fails(self: TrainStep, *arguments: Any) -> Any:
+        return failing() if next(calls) else step(self, *arguments)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(TrainStep, "__call__", second_fails)
+        assert command("train", config, "--steps", "3").code == 1
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert command("train", "--resume", tmp_path / "run").code == 0
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    with contextlib.suppress(KeyboardInterrupt):
+        yield
+
+
+def test_ctrl_c_counts_as_a_failure(tmp_path: Path) -> None:
+    new = new_run.NewRun(tmp_path / "runs" / "first", tmp_path / "elsewhere" / "cache", Terminal())
+    with raised(), new.removed_on_failure():
+        (tmp_path / "elsewhere" / "cache").mkdir(parents=True)
+        (tmp_path / "runs" / "second").mkdir(parents=True)
+        raise KeyboardInterrupt
+    # A folder that has been put beside the run is not this start's.
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["runs", "second"]
