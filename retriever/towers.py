@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,25 +18,24 @@ from retriever.config import ConfigError, ModelConfig
 from retriever.device import to_device
 from retriever.divided import whole
 from retriever.model_folder import (
-    UNLIMITED,
-    Side,
     ends_in_normalize,
     first_position,
     layers_of,
+    load_faults,
     load_model,
+    load_new_encoder,
     position_limit,
     read_plain_texts,
     text_towers,
-    write_new_encoder,
 )
+from retriever.model_trial import trial_embeddings
 from retriever.padding_free.attention import Spans
-from retriever.tokens import TextTokenizer, TokenizedTexts
+from retriever.text_settings import SIDES, Side, forget_lengths, pools_prompts, prompt_of, text_tokenizer
+from retriever.tokens import FixedLengthTokenizer, TextTokenizer, TokenizedTexts, places_without
 from retriever.weights import writing_weights
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-SIDES: tuple[Side, Side] = ("query", "document")
 
 # Of a transformer's configuration: where it came from and what it was written with, which its vectors do not show.
 _PROVENANCE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -61,9 +59,7 @@ class Towers(nn.Module):
         for side in SIDES:
             if "message" in self._transformer(side).modality_config:
                 raise InputError("a model that reads its texts inside a chat template is not supported for encoding")
-            if self.prompt(side) and not all(getattr(m, "include_prompt", True) for m in model.modules()):
-                raise InputError("a model whose pooling leaves out its prompt is not supported: clear its prompts")
-            self.tokenizer(side).check_prompt(self.prompt(side))
+            self.check_prompt(self.prompt(side), side)
 
     @property
     def shared(self) -> bool:
@@ -94,15 +90,17 @@ class Towers(nn.Module):
 
     def prompt(self, side: Side) -> str:
         """The text that the model puts before every query or passage; empty for none."""
-        # The first name that is there, even if empty, as in sentence-transformers' encode_query and encode_document.
-        names = ("query",) if side == "query" else ("document", "passage", "corpus")
-        return next((self.model.prompts[name] or "" for name in names if name in self.model.prompts), "")
+        return prompt_of(self.model, side)
+
+    def check_prompt(self, prompt: str, side: Side) -> None:
+        """Raises InputError for a prompt that leaves no room for texts, or that the model's pooling leaves out."""
+        if prompt and not pools_prompts(self.model):
+            raise InputError("a model whose pooling leaves out its prompt is not supported: clear its prompts")
+        self.tokenizer(side).check_prompt(prompt)
 
     def tokenizer(self, side: Side) -> TextTokenizer:
         """What makes token ids of that side's texts."""
-        transformer = self._transformer(side)
-        longest = transformer.max_seq_length
-        return TextTokenizer(transformer.tokenizer, longest if longest and longest < UNLIMITED else None)
+        return text_tokenizer(self._transformer(side), side)
 
     def drop_padding(self) -> bool:
         """From now on lay the texts of a micro-batch end to end, each attending to itself alone (padding_free/).
@@ -112,8 +110,25 @@ class Towers(nn.Module):
         """
         from retriever.padding_free.families import drop_padding
 
+        if any(isinstance(self.tokenizer(side), FixedLengthTokenizer) for side in SIDES):
+            return False
         self.padding_free = self.padding_free or drop_padding(self.model)
         return self.padding_free
+
+    def frozen_note(self) -> str | None:
+        """What a user should hear once: that some weights are loaded frozen, as those of an adapter and its base are.
+
+        Raises:
+            ConfigError: all are, so that nothing would be trained.
+        """
+        frozen = {name: weight for name, weight in self.model.named_parameters() if not weight.requires_grad}
+        if not frozen:
+            return None
+        left = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        if not left:
+            raise ConfigError("model: every weight of the folder is frozen (an adapter?): nothing would be trained")
+        count = sum(weight.numel() for weight in frozen.values())
+        return f"frozen: {count:,} weights in {len(frozen)} tensors ({next(iter(frozen))}, …); trained: {left:,}"
 
     def padding_note(self) -> str | None:
         """What a user should hear once: that texts are padded on a GPU, where those of most models are not."""
@@ -163,9 +178,16 @@ class Towers(nn.Module):
         input_ids, lengths = tokenizer.lay_end_to_end(texts, rows)
         spans = Spans.of(lengths).to(self.device)
         place = torch.arange(len(input_ids), device=self.device) - spans.first
+        first = first_position(self._transformer(side).auto_model)
+        # RoBERTa and its kin do not count padding tokens, which a text may hold by name.
+        if first and (padding := input_ids == first - 1).any():
+            places = places_without(padding, np.maximum(lengths, 1))
+            position_ids = to_device(torch.from_numpy(places), self.device).long() + (first - 1)
+        else:
+            position_ids = place + first
         features = {
             "input_ids": to_device(torch.from_numpy(input_ids), self.device).long()[None],
-            "position_ids": (place + first_position(self._transformer(side).auto_model))[None],
+            "position_ids": position_ids[None],
         }
         return self({**features, "spans": spans}, side)
 
@@ -226,7 +248,7 @@ def load_towers(path: str, device: torch.device | str = "cpu") -> Towers:
     Raises:
         InputError: there is no such model, it does not embed texts, or its similarity is a distance.
     """
-    model = load_model(path)
+    model = load_model(path, plain_texts=False)
     if model.similarity_fn_name not in ("cosine", "dot"):
         raise InputError(
             f"{path}: expected a model whose similarity is cosine or dot, found {model.similarity_fn_name}"
@@ -250,15 +272,12 @@ def build_towers(config: ModelConfig) -> Towers:
     """
     if bool(config.name) == bool(config.architecture):
         raise ConfigError("model: expected either model.name (folder or hub name) or model.architecture (from scratch)")
-    if config.architecture:
-        with tempfile.TemporaryDirectory() as folder:
-            write_new_encoder(config, Path(folder))
-            model = load_model(folder, pooling=config.pooling)
-    else:
-        model = load_model(config.name, pooling=config.pooling)
+    model = load_new_encoder(config) if config.architecture else load_model(config.name, pooling=config.pooling)
     model = _adapt(model, config)
     set_text_options(model, set(text_towers(model).values()), config)
-    return Towers(model).train()
+    towers = Towers(model).train()
+    towers.frozen_note()
+    return towers
 
 
 def set_text_options(model: SentenceTransformer, transformers: Iterable[Any], config: ModelConfig) -> None:
@@ -290,8 +309,10 @@ def _adapt(model: SentenceTransformer, config: ModelConfig) -> SentenceTransform
         raise ConfigError(f"{config.name}: has two towers already; pooling and projection are the folder's own")
     normalized = ends_in_normalize(modules)
     poolings = [i for i, module in enumerate(modules) if isinstance(module, Pooling)]
-    if config.pooling and poolings:
-        modules[poolings[0]] = Pooling(modules[0].get_embedding_dimension(), config.pooling)
+    if config.pooling:
+        if len(poolings) != 1:
+            raise ConfigError(f"model.pooling: expected none for {config.name}, which has {len(poolings)} poolings")
+        _replace_pooling(modules, poolings[0], config.pooling)
     if config.projection:
         modules = modules[:-1] if normalized else modules
         width = SentenceTransformer(modules=modules, device="cpu").get_embedding_dimension() or 0
@@ -301,7 +322,7 @@ def _adapt(model: SentenceTransformer, config: ModelConfig) -> SentenceTransform
         modules.append(Normalize())
     if not config.shared and not routed:
         modules = [Router.for_query_document(modules, copy.deepcopy(modules))]
-    return SentenceTransformer(
+    adapted = SentenceTransformer(
         modules=modules,
         device="cpu",
         prompts={name: prompt or "" for name, prompt in model.prompts.items()},
@@ -309,10 +330,27 @@ def _adapt(model: SentenceTransformer, config: ModelConfig) -> SentenceTransform
         # What the loss compares by, whatever the folder said.
         similarity_fn_name="cosine" if normalized else "dot",
     )
+    for side, transformer in text_towers(adapted).items():
+        trial_embeddings(adapted, transformer, side, config.name or "model.architecture", load_faults())
+    return adapted
+
+
+def _replace_pooling(modules: list[Any], place: int, mode: str) -> None:
+    """Pool in another way what the folder's pooling reads; what follows must be able to read it."""
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    old = modules[place]
+    modules[place] = new = Pooling(old.embedding_dimension, mode, include_prompt=old.include_prompt)
+    before, after = old.pooling_output_dimension, new.pooling_output_dimension
+    readers = [type(module).__name__ for module in modules[place + 1 :] if not isinstance(module, Normalize)]
+    if before != after and readers:
+        raise ConfigError(
+            f"model.pooling: {mode} gives {after} dimensions, but the {readers[0]} of the folder expects {before}"
+        )
 
 
 def _set_max_length(transformer: Any, longest: int) -> None:
-    special = transformer.tokenizer.num_special_tokens_to_add()
+    special = text_tokenizer(transformer, "document").special_count
     limit = position_limit(transformer)
     if longest <= special:
         raise ConfigError(
@@ -321,6 +359,10 @@ def _set_max_length(transformer: Any, longest: int) -> None:
     if limit is not None and longest > limit:
         raise ConfigError(f"model.max_length: expected at most {limit}, the model's own limit, found {longest}")
     transformer.max_seq_length = longest
+    try:
+        forget_lengths(transformer)
+    except InputError as error:
+        raise ConfigError(f"model.max_length: {error}") from error
 
 
 def _set_dropout(model: nn.Module, rate: float) -> None:
