@@ -36,9 +36,9 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: the model folder has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}")
 
 
-def own_class(settings: Any, used: type | None) -> str | None:
-    """The class that a transformers configuration names for its model in code of its own, if `used` is another."""
-    name = (getattr(settings, "auto_map", None) or {}).get("AutoModel")
+def own_class(auto_map: dict[str, Any] | None, used: type | None) -> str | None:
+    """The class that the `auto_map` of a configuration names, in code of the folder's own, if `used` is another."""
+    name = (auto_map or {}).get("AutoModel")
     # Many models were published with code that transformers has taken up since, under the same name.
     return None if name is None or (used is not None and name.rsplit(".", 1)[-1] == used.__name__) else str(name)
 
@@ -70,13 +70,13 @@ def _check_keys(kind: str, file: Path) -> None:
 
 def _check_classes(file: Path) -> None:
     """Of a configuration of transformers: that its model needs no code of the folder's own."""
-    from transformers import CONFIG_MAPPING, PreTrainedConfig
+    from transformers import CONFIG_MAPPING
 
     settings = _read(file)
     if not isinstance(settings, dict) or not isinstance(settings.get("auto_map"), dict):
         return
     if settings.get("model_type") not in CONFIG_MAPPING:
-        name = own_class(PreTrainedConfig(auto_map=settings["auto_map"]), None) or settings["auto_map"]
+        name = own_class(settings["auto_map"], None) or settings["auto_map"]
         raise InputError(f"{file}: the model has code of its own, {name}, which is not run")
 
 

@@ -1,9 +1,7 @@
-"""Model folders: loading them as text towers, beginning new ones, and refusing what cannot embed texts."""
+"""Model folders: loading them as text towers, and refusing what cannot embed texts."""
 
 from __future__ import annotations
 
-import difflib
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +11,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from index.files import InputError
-from retriever.config import ConfigError, ModelConfig
 from retriever.folder_checks import check_folder, own_class
 from retriever.model_trial import Trial
-from retriever.text_settings import UNLIMITED, Side, check_settings, limit_lengths
-from retriever.weights import save_encoder, writing_weights
+from retriever.text_settings import Side, check_settings, limit_lengths, text_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -36,6 +32,7 @@ LOAD_FAULTS = (
     ImportError,
     SafetensorError,
 )
+
 
 def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = True) -> SentenceTransformer:
     """A model folder or hub name, on the CPU and in fp32, with a `truncate_dim` turned into a module.
@@ -78,28 +75,13 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
         elif "message" in transformer.modality_config:
             raise InputError(f"{path}: a model that reads its texts inside a chat template cannot encode here")
         _check_transformer(transformer, path)
-    _check_modules(model, path)
-    trial = Trial(model, towers, path, faults)
+    _check_model(model, path)
+    trial = Trial(model, towers, path, faults, alone=plain_texts)
     for transformer in set(towers.values()):
         settle_tokenizer(transformer, path)
     _cut_by_module(model, path)
     trial.check(model)
     return model
-
-
-def load_new_encoder(config: ModelConfig) -> SentenceTransformer:
-    """A text tower from scratch, of `config.architecture`.
-
-    Raises:
-        ConfigError: there is no such architecture, or it cannot embed texts.
-        InputError: the tokenizer cannot be loaded.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        write_new_encoder(config, Path(folder))
-        try:
-            return load_model(folder, pooling=config.pooling)
-        except InputError as error:
-            raise ConfigError(f"model.architecture: {str(error).removeprefix(f'{folder}: ')}") from error
 
 
 def text_towers(model: SentenceTransformer, path: str = "model") -> dict[Side, Any]:
@@ -176,65 +158,6 @@ def ends_in_normalize(modules: Sequence[Any]) -> bool:
     return isinstance(last, Normalize)
 
 
-def write_new_encoder(config: ModelConfig, folder: Path) -> None:
-    """Randomly initialised weights of `config.architecture`, with its tokenizer, as a Hugging Face folder.
-
-    Raises:
-        ConfigError: no tokenizer is named, or there is no such architecture.
-        InputError: the tokenizer cannot be loaded.
-    """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer
-
-    if not config.tokenizer:
-        raise ConfigError("model.tokenizer: expected a path or hub name for a model from scratch")
-    fields = dict(config.architecture or {})
-    kind = fields.pop("model_type", None)
-    kinds = list(CONFIG_MAPPING.keys())
-    if kind not in kinds:
-        near = ", ".join(difflib.get_close_matches(str(kind), kinds)) or "bert, roberta, modernbert"
-        raise ConfigError(f"model.architecture: cannot be built: no model_type {kind!r}; near it: {near}")
-    usual = AutoConfig.for_model(kind)
-    _check_spelling(fields, usual)
-    without_bars()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
-    except LOAD_FAULTS as error:
-        raise InputError(f"model.tokenizer: {config.tokenizer}: cannot be loaded: {one_line(error)}") from error
-    # A tokenizer out of a model of pictures and texts would be loaded with an image processor, which is not here.
-    tokenizer._processor_class = tokenizer.init_kwargs["processor_class"] = None
-    # Some families lay a tokenizer of their own, with tokens of its own, over the one that stands beside them.
-    with writing_weights(folder):
-        usual.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    try:
-        fields.setdefault("vocab_size", len(tokenizer))
-        # An architecture's own defaults are the token ids of the vocabulary that it was published with.
-        for name in ("pad", "bos", "eos", "cls", "sep"):
-            fields.setdefault(f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-        settings = AutoConfig.for_model(kind, **fields)
-        if settings.vocab_size < len(tokenizer):
-            raise ConfigError(f"vocab_size: expected at least the tokenizer's {len(tokenizer)}")
-        model = AutoModel.from_config(settings)
-    except load_faults() as error:
-        raise ConfigError(f"model.architecture: cannot be built: {one_line(error)}") from error
-    save_encoder(model, folder)
-    with writing_weights(folder):
-        tokenizer.save_pretrained(folder)
-
-
-def _check_spelling(fields: dict[str, Any], usual: Any) -> None:
-    """transformers keeps whatever name it is given, and the field that was meant stays as it is by default.
-
-    Names unlike any are let through: some are read for the sake of older configurations.
-    """
-    known = {*vars(usual), *usual.to_dict(), *usual.attribute_map}
-    known = {name for name in known if not name.startswith("_")}
-    for name in sorted(name for name in fields.keys() - known if not str(name).endswith("_token_id")):
-        if near := difflib.get_close_matches(str(name), known, n=1, cutoff=0.88):
-            raise ConfigError(f"model.architecture: {name}: unknown to {usual.model_type}; did you mean {near[0]}?")
-
-
 def settle_tokenizer(transformer: Any, path: str) -> None:
     """Give the tokenizer what embeddings that do not depend on their neighbours need; saved with the model."""
     _give_pad_token(transformer.tokenizer, path)
@@ -243,6 +166,8 @@ def settle_tokenizer(transformer: Any, path: str) -> None:
     limit, longest = position_limit(transformer), transformer.max_seq_length
     if limit is None:
         return
+    if limit <= (special := text_tokenizer(transformer, "document").special_count):
+        raise InputError(f"{path}: expected more than {special} positions, the number of special tokens, found {limit}")
     if longest is None or longest > limit:
         transformer.max_seq_length = limit
     try:
@@ -265,13 +190,16 @@ def _check_transformer(transformer: Any, path: str) -> None:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     encoder, tokenizer = transformer.auto_model, transformer.tokenizer
-    if code := own_class(encoder.config, type(encoder)):
+    if code := own_class(getattr(encoder.config, "auto_map", None), type(encoder)):
         raise InputError(f"{path}: the model has code of its own, {code}, which is not run")
     _give_pad_token(tokenizer, path)
     try:
         embeddings = encoder.get_input_embeddings()
     except NotImplementedError:
         return
+    if transformer.do_lower_case:
+        # sentence-transformers reads this setting, but would not save it.
+        transformer.config_keys = [*type(transformer).config_keys, "do_lower_case"]
     if isinstance(embeddings, nn.Embedding):
         rows, tokens = embeddings.num_embeddings, {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
         if (largest := max(tokens, default=0)) >= rows:
@@ -281,11 +209,14 @@ def _check_transformer(transformer: Any, path: str) -> None:
             )
 
 
-def _check_modules(model: SentenceTransformer, path: str) -> None:
-    """Refuse a folder whose modules.json hands arguments to modules that take none here."""
+def _check_model(model: SentenceTransformer, path: str) -> None:
+    """Refuse what a folder says of all its modules and what cannot be meant or is not supported."""
     for name, arguments in (model.module_kwargs or {}).items():
         if arguments:
             raise InputError(f"{path}: modules.json: kwargs {', '.join(arguments)} of module {name}: not supported")
+    kept = model.truncate_dim
+    if kept is not None and (not isinstance(kept, int) or isinstance(kept, bool) or kept < 1):
+        raise InputError(f"{path}: truncate_dim: expected a number of dimensions above 0, found {kept!r}")
 
 
 def _cut_by_module(model: SentenceTransformer, path: str) -> None:
@@ -299,9 +230,8 @@ def _cut_by_module(model: SentenceTransformer, path: str) -> None:
     kept, model.truncate_dim = model.truncate_dim, None
     if kept is None:
         return
-    width = model.get_embedding_dimension()
-    if width is None or not isinstance(kept, int) or isinstance(kept, bool) or kept < 1:
-        raise InputError(f"{path}: truncate_dim: expected a number of dimensions of the embeddings, found {kept!r}")
+    if (width := model.get_embedding_dimension()) is None:
+        raise InputError(f"{path}: truncate_dim: not supported for modules that do not say their dimension")
     if kept < width:
         cut = torch.eye(kept, width)
         model.append(Dense(width, kept, bias=False, activation_function=nn.Identity(), init_weight=cut))

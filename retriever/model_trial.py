@@ -6,6 +6,7 @@ known here, modules that do not fit each other, and models whose vectors depend 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor
 
 from index.files import InputError
-from retriever.text_settings import SIDES, Side, prompt_of, text_tokenizer
+from retriever.text_settings import SIDES, Side, call_settings, pools_prompts, prompt_of, text_tokenizer
 from retriever.tokens import FixedLengthTokenizer, untouched
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 # Of unlike lengths, so that all but one are padded; upper case, digits and letters that a normalizer changes.
-TEXTS = ("a", "How tall is the Eiffel Tower? 330 m, says “Ångström”.")
+TEXTS = ("a cat", "How tall is the Eiffel Tower? 330 m, says “Ångström”.")
 # Above what the order of sums does to a deep model in fp32.
 ALLOWED = 2e-4
 # A text of more tokens than the model reads shows how it is cut; not tried for lengths beyond.
@@ -31,26 +32,53 @@ LONGEST_TRIAL = 2**16
 class Trial:
     """What sentence-transformers makes of a few texts by a model, before anything of the model is changed.
 
+    Args:
+        alone: the model is one to train, whose padding is changed before it is saved; what sentence-transformers makes
+            of several texts at once need not be right before that.
+
     Raises:
-        InputError: it makes nothing of them.
+        InputError: it makes nothing of them, or not the same beside other texts.
     """
 
-    def __init__(self, model: SentenceTransformer, transformers: dict[Side, Any], path: str, faults: Any):
-        self.path, self.faults = path, faults
+    def __init__(
+        self, model: SentenceTransformer, transformers: dict[Side, Any], path: str, faults: Any, *, alone: bool = False
+    ):
+        self.path, self.faults, self.alone = path, faults, alone
         self.transformers = transformers
         # One shared tower computes alike on both sides; what sides differ in shows in the token ids.
         self.sides: Sequence[Side] = SIDES if len(set(transformers.values())) > 1 else SIDES[:1]
         try:
-            with untouched(transformer.tokenizer for transformer in transformers.values()):
-                self.embeddings = {side: _their_embeddings(model, side) for side in self.sides}
+            with self._untouched():
+                # Each text alone, so that none is padded.
+                self.embeddings = {
+                    side: torch.cat([_their_embeddings(model, side, [text]) for text in TEXTS]) for side in self.sides
+                }
+                if not alone:
+                    self._check_batches(model)
+        except InputError:
+            raise
         except faults as error:
             raise InputError(f"{path}: cannot embed texts: {_one_line(error)}") from error
 
     def check(self, model: SentenceTransformer) -> None:
         """Raises InputError where the embeddings made here are others."""
-        with untouched(transformer.tokenizer for transformer in self.transformers.values()):
+        with self._untouched():
+            if self.alone:
+                self._check_batches(model)
             self._check_tokens(model)
             self._check_embeddings(model)
+
+    def _untouched(self) -> contextlib.AbstractContextManager[None]:
+        return untouched(transformer.tokenizer for transformer in self.transformers.values())
+
+    def _check_batches(self, model: SentenceTransformer) -> None:
+        """Raises InputError where sentence-transformers gives a text another vector beside a longer one."""
+        for side in self.sides:
+            if _differ(_their_embeddings(model, side, list(TEXTS)), self.embeddings[side]):
+                transformer = self.transformers[side]
+                left = "left" in (transformer.tokenizer.padding_side, call_settings(transformer).get("padding_side"))
+                why = "its tokenizer pads on the left" if left else "a module of it mixes padding into texts"
+                raise InputError(f"{self.path}: a text's embedding depends on the texts beside it: {why}")
 
     def _check_tokens(self, model: SentenceTransformer) -> None:
         """Now rather than before, since lengths have been cut to the positions that there are."""
@@ -76,10 +104,10 @@ class Trial:
                 raise InputError(
                     f"{self.path}: expected embeddings of {expected.shape[1]} dimensions, found {found.shape[1]}"
                 )
-            if not bool((_directions(found) - _directions(expected)).abs().max() <= ALLOWED):
+            if _differ(found, expected):
                 raise InputError(
-                    f"{self.path}: expected the embeddings that sentence-transformers gives each text alone, found "
-                    f"others; a module that lets padding or other texts into a text is not supported"
+                    f"{self.path}: expected the embeddings of sentence-transformers, found others; a module of the "
+                    f"folder, a setting or what its tokenizer gives beside token ids is not supported"
                 )
 
 
@@ -89,7 +117,7 @@ def trial_embeddings(model: SentenceTransformer, transformer: Any, side: Side, p
     Raises:
         InputError: the modules do not fit each other.
     """
-    tokenizer, prompt = text_tokenizer(transformer, side), prompt_of(model, side)
+    tokenizer, prompt = text_tokenizer(transformer, side), _prompt(model, side)
     features = tokenizer.pad(tokenizer([prompt + text for text in TEXTS]), np.arange(len(TEXTS)))
     width = model.get_embedding_dimension()
     model.eval()
@@ -99,14 +127,20 @@ def trial_embeddings(model: SentenceTransformer, transformer: Any, side: Side, p
     except faults as error:
         raise InputError(f"{path}: its modules do not fit each other: {_one_line(error)}") from error
     if found.ndim != 2 or found.shape[1] != width:
-        raise InputError(f"{path}: expected embeddings of {width} dimensions, as its modules say, found {found.shape}")
+        raise InputError(
+            f"{path}: expected embeddings of {width} dimensions, as its modules say, found {found.shape[-1]}"
+        )
     return found
 
 
-def _their_embeddings(model: SentenceTransformer, side: Side) -> Tensor:
-    """Each text alone, so that none is padded."""
+def _their_embeddings(model: SentenceTransformer, side: Side, texts: list[str]) -> Tensor:
     encode: Any = model.encode_query if side == "query" else model.encode_document
-    return torch.cat([encode([text], show_progress_bar=False, convert_to_tensor=True) for text in TEXTS])
+    return encode(texts, prompt=_prompt(model, side), show_progress_bar=False, convert_to_tensor=True)
+
+
+def _prompt(model: SentenceTransformer, side: Side) -> str:
+    """The model's own; none where it is not pooled, which `Towers` refuses unless it is cleared first."""
+    return prompt_of(model, side) if pools_prompts(model) else ""
 
 
 def _their_tokens(model: SentenceTransformer, transformer: Any, side: Side) -> dict[str, np.ndarray]:
@@ -115,7 +149,7 @@ def _their_tokens(model: SentenceTransformer, transformer: Any, side: Side) -> d
     lengths = (transformer.max_seq_length, *(text_tokenizer(transformer, each).max_length for each in SIDES))
     if (longest := max(length or LONGEST_TRIAL for length in lengths)) < LONGEST_TRIAL:
         texts.append("a b " * (longest // 2 + 8))
-    prompt, found = prompt_of(model, side), {}
+    prompt, found = _prompt(model, side), {}
     for text in texts:
         features = model.preprocess([text], prompt=prompt, task=side)
         ids = features["input_ids"][0]
@@ -125,8 +159,10 @@ def _their_tokens(model: SentenceTransformer, transformer: Any, side: Side) -> d
     return found
 
 
-def _directions(embeddings: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(embeddings.double(), dim=1)
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether embeddings are not the same but for rounding; of what is not finite, never the same."""
+    one, other = (torch.nn.functional.normalize(each.double(), dim=1) for each in (one, other))
+    return not bool((one - other).abs().max() <= ALLOWED)
 
 
 def _one_line(error: Exception) -> str:

@@ -7,12 +7,13 @@ from typing import Any
 
 from index.files import InputError
 from retriever.config import ConfigError, DataConfig, TrainConfig
-from retriever.data.batches import BatchDataset, Prompts
+from retriever.data.batches import BatchDataset
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.data.table import ExampleTable, open_source
 from retriever.device import Precision
 from retriever.prepare import BatchPreparer, PreparedBatch
 from retriever.progress import Terminal
+from retriever.source_prompts import describe_source_prompts, source_prompts
 from retriever.towers import Towers
 
 
@@ -53,6 +54,8 @@ def open_training(
     if config.data.images:
         raise ConfigError("data.images: pictures need an image tower: set model.image.name")
     tables = open_tables(config.data, cache, terminal)
+    for line in describe_source_prompts(towers, config.data.sources):
+        terminal.line(line)
     return open_batches(config, tables, towers, token_budget, share), tuple(table.sha256 for table in tables)
 
 
@@ -95,16 +98,10 @@ def open_batches(
         steps=config.steps,
         names=[source.path for source in sources],
     )
-    prompts = [
-        Prompts(
-            towers.prompt("query") if source.query_prompt is None else source.query_prompt,
-            towers.prompt("document") if source.passage_prompt is None else source.passage_prompt,
-        )
-        for source in sources
-    ]
+    prompts = source_prompts(towers, sources)
     for given in prompts:
-        towers.tokenizer("query").check_prompt(given.query)
-        towers.tokenizer("document").check_prompt(given.passage)
+        towers.check_prompt(given.query, "query")
+        towers.check_prompt(given.passage, "document")
     preparer = BatchPreparer.of(towers, token_budget)
     return BatchDataset(
         tables, schedule, preparer, prompts=prompts, negatives_per_query=config.data.negatives, share=share

@@ -42,7 +42,9 @@ def drop_padding(model: SentenceTransformer) -> bool:
     poolings: list[Any] = [module for module in model.modules() if isinstance(module, Pooling)]
     if not all(_gives_token_vectors(each) and _reads_spans(each.auto_model) for each in transformers):
         return False
-    if not all(_pools_spans(each) for each in poolings) or not all(_keeps_texts_apart(route) for route in routes(model)):
+    if not all(_pools_spans(each) for each in poolings) or not all(
+        _keeps_texts_apart(route) for route in _routes(model)
+    ):
         return False
     if len(poolings) != len(encoders):
         return False
@@ -54,7 +56,7 @@ def drop_padding(model: SentenceTransformer) -> bool:
     return True
 
 
-def routes(model: SentenceTransformer) -> list[list[Any]]:
+def _routes(model: SentenceTransformer) -> list[list[Any]]:
     """The modules that a text passes through, of each route of a model."""
     first: Any = model[0]
     rest = list(model)[1:]
