@@ -118,7 +118,8 @@ def trial_embeddings(model: SentenceTransformer, transformer: Any, side: Side, p
         InputError: the modules do not fit each other.
     """
     tokenizer, prompt = text_tokenizer(transformer, side), _prompt(model, side)
-    features = tokenizer.pad(tokenizer([prompt + text for text in TEXTS]), np.arange(len(TEXTS)))
+    with untouched([transformer.tokenizer]):
+        features = tokenizer.pad(tokenizer([prompt + text for text in TEXTS]), np.arange(len(TEXTS)))
     width = model.get_embedding_dimension()
     model.eval()
     try:
