@@ -76,7 +76,7 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
             raise InputError(f"{path}: a model that reads its texts inside a chat template cannot encode here")
         _check_transformer(transformer, path)
     _check_model(model, path)
-    trial = Trial(model, towers, path, faults, alone=plain_texts)
+    trial = Trial(model, towers, path, faults, to_train=plain_texts)
     for transformer in set(towers.values()):
         settle_tokenizer(transformer, path)
     _cut_by_module(model, path)

@@ -33,17 +33,17 @@ class Trial:
     """What sentence-transformers makes of a few texts by a model, before anything of the model is changed.
 
     Args:
-        alone: the model is one to train, whose padding is changed before it is saved; what sentence-transformers makes
-            of several texts at once need not be right before that.
+        to_train: the model will be saved with its padding on the right; until then, what sentence-transformers makes
+            of several texts at once need not be right.
 
     Raises:
         InputError: it makes nothing of them, or not the same beside other texts.
     """
 
     def __init__(
-        self, model: SentenceTransformer, transformers: dict[Side, Any], path: str, faults: Any, *, alone: bool = False
+        self, model: SentenceTransformer, transformers: dict[Side, Any], path: str, faults: Any, *, to_train: bool = False
     ):
-        self.path, self.faults, self.alone = path, faults, alone
+        self.path, self.faults, self.to_train = path, faults, to_train
         self.transformers = transformers
         # One shared tower computes alike on both sides; what sides differ in shows in the token ids.
         self.sides: Sequence[Side] = SIDES if len(set(transformers.values())) > 1 else SIDES[:1]
@@ -53,8 +53,8 @@ class Trial:
                 self.embeddings = {
                     side: torch.cat([_their_embeddings(model, side, [text]) for text in TEXTS]) for side in self.sides
                 }
-                if not alone:
-                    self._check_batches(model)
+                if not to_train:
+                    self._check_left(model)
         except InputError:
             raise
         except faults as error:
@@ -63,22 +63,26 @@ class Trial:
     def check(self, model: SentenceTransformer) -> None:
         """Raises InputError where the embeddings made here are others."""
         with self._untouched():
-            if self.alone:
-                self._check_batches(model)
+            if self.to_train:
+                self._check_left(model)
             self._check_tokens(model)
             self._check_embeddings(model)
 
     def _untouched(self) -> contextlib.AbstractContextManager[None]:
         return untouched(transformer.tokenizer for transformer in self.transformers.values())
 
-    def _check_batches(self, model: SentenceTransformer) -> None:
-        """Raises InputError where sentence-transformers gives a text another vector beside a longer one."""
+    def _check_left(self, model: SentenceTransformer) -> None:
+        """Raises InputError where padding on the left shifts positions; on the right it is as ours."""
         for side in self.sides:
-            if _differ(_their_embeddings(model, side, list(TEXTS)), self.embeddings[side]):
-                transformer = self.transformers[side]
-                left = "left" in (transformer.tokenizer.padding_side, call_settings(transformer).get("padding_side"))
-                why = "its tokenizer pads on the left" if left else "a module of it mixes padding into texts"
-                raise InputError(f"{self.path}: a text's embedding depends on the texts beside it: {why}")
+            transformer = self.transformers[side]
+            sides = transformer.tokenizer.padding_side, call_settings(transformer).get("padding_side")
+            if "left" in sides:
+                self._check_batch(model, side, "its tokenizer pads on the left")
+
+    def _check_batch(self, model: SentenceTransformer, side: Side, why: str) -> None:
+        """Raises InputError where sentence-transformers gives a text another vector beside a longer one."""
+        if _differ(_their_embeddings(model, side, list(TEXTS)), self.embeddings[side]):
+            raise InputError(f"{self.path}: a text's embedding depends on the texts beside it: {why}")
 
     def _check_tokens(self, model: SentenceTransformer) -> None:
         """Now rather than before, since lengths have been cut to the positions that there are."""
@@ -105,6 +109,7 @@ class Trial:
                     f"{self.path}: expected embeddings of {expected.shape[1]} dimensions, found {found.shape[1]}"
                 )
             if _differ(found, expected):
+                self._check_batch(model, side, "a module of it mixes padding into texts")
                 raise InputError(
                     f"{self.path}: expected the embeddings of sentence-transformers, found others; a module of the "
                     f"folder, a setting or what its tokenizer gives beside token ids is not supported"
