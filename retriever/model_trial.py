@@ -41,7 +41,13 @@ class Trial:
     """
 
     def __init__(
-        self, model: SentenceTransformer, transformers: dict[Side, Any], path: str, faults: Any, *, to_train: bool = False
+        self,
+        model: SentenceTransformer,
+        transformers: dict[Side, Any],
+        path: str,
+        faults: tuple[type[Exception], ...],
+        *,
+        to_train: bool = False,
     ):
         self.path, self.faults, self.to_train = path, faults, to_train
         self.transformers = transformers
@@ -116,7 +122,9 @@ class Trial:
                 )
 
 
-def trial_embeddings(model: SentenceTransformer, transformer: Any, side: Side, path: str, faults: Any) -> Tensor:
+def trial_embeddings(
+    model: SentenceTransformer, transformer: Any, side: Side, path: str, faults: tuple[type[Exception], ...]
+) -> Tensor:
     """Our embeddings of the trial's texts as one padded batch; of as many dimensions as the model says.
 
     Raises:
