@@ -21,15 +21,10 @@ _OURS = "sentence_transformers."
 
 def check_folder(folder: Path) -> None:
     """Raises InputError for a folder without a model or a tokenizer, with code of its own, or with unknown settings."""
-    if not (folder / "modules.json").exists() and not (folder / "config.json").exists():
+    if not any((folder / name).exists() for name in ("modules.json", "config.json", "adapter_config.json")):
         raise InputError(f"{folder}: expected a model folder with modules.json or config.json, found neither")
-    for file in (folder / "modules.json", *folder.rglob("router_config.json")):
-        for kind, place in _modules(file):
-            if not kind.startswith(_OURS):
-                raise InputError(f"{file}: the model has code of its own, {kind}, which is not run")
-            _check_keys(kind.rsplit(".", 1)[-1], place / "config.json")
-    for file in sorted(folder.rglob("config.json")):
-        _check_classes(file)
+    _check_classes(folder / "config.json")
+    _check_modules(folder / "modules.json")
     # transformers makes an empty tokenizer of a folder without one; such a model would embed nothing but [UNK].
     named = any(next(folder.rglob(name), None) for name in _TOKENIZER_FILES)
     if not named and not any(_needs_no_vocabulary(file) for file in folder.rglob("tokenizer_config.json")):
@@ -41,6 +36,17 @@ def own_class(auto_map: dict[str, Any] | None, used: type | None) -> str | None:
     name = (auto_map or {}).get("AutoModel")
     # Many models were published with code that transformers has taken up since, under the same name.
     return None if name is None or (used is not None and name.rsplit(".", 1)[-1] == used.__name__) else str(name)
+
+
+def _check_modules(file: Path) -> None:
+    """Of a modules.json, or the router_config.json of a module: that all classes and their settings are known."""
+    for kind, place in _modules(file):
+        if not kind.startswith(_OURS):
+            raise InputError(f"{file}: the model has code of its own, {kind}, which is not run")
+        _check_keys(kind.rsplit(".", 1)[-1], place / "config.json")
+        _check_classes(place / "config.json")
+        if kind.rsplit(".", 1)[-1] in ("Router", "Asym"):
+            _check_modules(place / "router_config.json")
 
 
 def _modules(file: Path) -> list[tuple[str, Path]]:

@@ -63,7 +63,7 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
         model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
     except faults as error:
         if "trust_remote_code" in str(error):
-            raise InputError(f"{path}: the model has code of its own, which is not run: {one_line(error)}") from error
+            raise InputError(f"{path}: the model has code of its own, which is not run") from error
         what = "cannot be loaded as a text model" if folder.is_dir() else "no such folder, and no such model on the hub"
         raise InputError(f"{path}: {what}: {one_line(error)}") from error
     if pooling and folder.is_dir() and not (folder / "modules.json").exists() and isinstance(model[-1], Pooling):

@@ -222,6 +222,11 @@ def test_code_of_a_folders_own_is_neither_run_nor_asked_for(
     modules = json.loads((folder / "modules.json").read_text())
     (folder / "modules.json").write_text(json.dumps([modules[0], {**modules[1], "type": "own.Pooling"}]))
     refuse(str(folder), r"modules\.json: the model has code of its own, own\.Pooling, which is not run")
+    routed = Router.for_query_document([transformer(encoder), Pooling(32)], [transformer(encoder), Pooling(32)])
+    folder = Path(model_folder(tmp_path / "routed", routed))
+    types = json.loads((folder / "router_config.json").read_text())["types"]
+    rewrite(folder / "router_config.json", types={**types, "query_1_Pooling": "own.Pooling"})
+    refuse(str(folder), r"router_config\.json: the model has code of its own, own\.Pooling, which is not run")
     rewrite(tmp_path / "new" / "config.json", auto_map={"AutoConfig": "own.OwnConfig"})
     config = ModelConfig(image=dataclasses.replace(ModelConfig().image, name=str(tmp_path / "new")))
     with pytest.raises(InputError, match="cannot be loaded"):
@@ -311,6 +316,18 @@ def test_frozen_weights_are_told_and_a_model_of_them_alone_is_refused(
         build(folder)
     towers = build_towers(ModelConfig(name=folder, projection=8))
     assert "; trained: 256" in (towers.frozen_note() or "")
+
+
+def test_an_adapter_without_its_package_is_refused(encoder: str, tmp_path: Path) -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        folder = Path(model_folder(tmp_path / "model", transformer(encoder), Pooling(32)))
+        (folder / "config.json").unlink()
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": encoder}))
+        refuse(str(folder), "peft")
+    else:
+        pytest.skip("peft is installed")
 
 
 def test_the_trial_leaves_the_tokenizer_as_it_was(encoder: str, tmp_path: Path) -> None:

@@ -113,6 +113,16 @@ def test_decoders_see_as_far_as_padded_ones(
     assert_bare_equals_padded(towers)
 
 
+@pytest.mark.parametrize("local_attention", [1, 2, 5])
+def test_modernbert_sees_as_far_as_padded(
+    local_attention: int, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    settings = {**ARCHITECTURES["modernbert"], "local_attention": local_attention}
+    monkeypatch.setitem(ARCHITECTURES, "modernbert", settings)
+    assert_bare_equals_padded(towers_of("modernbert", tiny))
+
+
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
 def test_an_empty_text_without_special_tokens_is_zeros_in_either_way(
     pooling: Any, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
