@@ -148,8 +148,11 @@ def trial_embeddings(
 
 
 def _their_embeddings(model: SentenceTransformer, side: Side, texts: list[str]) -> Tensor:
-    encode: Any = model.encode_query if side == "query" else model.encode_document
-    return encode(texts, prompt=_prompt(model, side), show_progress_bar=False, convert_to_tensor=True)
+    """As `encode_query` and `encode_document`, without inference mode: what modules keep of a pass is trained on."""
+    model.eval()
+    with torch.no_grad():
+        features = model.preprocess(texts, prompt=_prompt(model, side), task=side)
+        return model(features, task=side)["sentence_embedding"][:, : model.truncate_dim]
 
 
 def _prompt(model: SentenceTransformer, side: Side) -> str:
