@@ -52,13 +52,15 @@ class Trial:
         self.path, self.faults, self.to_train = path, faults, to_train
         self.transformers = transformers
         # One shared tower computes alike on both sides; what sides differ in shows in the token ids.
-        self.sides: Sequence[Side] = SIDES if len(set(transformers.values())) > 1 else SIDES[:1]
+        self.sides: Sequence[Side] = SIDES if hasattr(model[0], "sub_modules") else SIDES[:1]
         try:
             with self._untouched():
                 # Each text alone, so that none is padded.
                 self.embeddings = {
                     side: torch.cat([_their_embeddings(model, side, [text]) for text in TEXTS]) for side in self.sides
                 }
+                if not all(bool(of_side.isfinite().all()) for of_side in self.embeddings.values()):
+                    raise InputError(f"{path}: its embeddings are not finite")
                 if not to_train:
                     self._check_left(model)
         except InputError:

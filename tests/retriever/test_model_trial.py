@@ -140,6 +140,21 @@ def test_modules_that_do_not_fit_are_refused(encoder: str, tmp_path: Path) -> No
         refuse(model_folder(tmp_path / name, *modules), message)
 
 
+def test_embeddings_that_are_not_finite_are_refused(encoder: str, tmp_path: Path) -> None:
+    dense = Dense(32, 8)
+    with torch.no_grad():
+        dense.linear.weight[0, 0] = float("nan")
+    refuse(model_folder(tmp_path / "model", transformer(encoder), Pooling(32), dense), "embeddings are not finite")
+
+
+def test_each_route_is_tried(encoder: str, tmp_path: Path) -> None:
+    shared = transformer(encoder)
+    right = Router.for_query_document([shared, Pooling(32)], [shared, Pooling(32, "cls")])
+    assert_embeds_alike(model_folder(tmp_path / "right", right), padding_free=False)
+    mixing = [shared, CNN(32, 32, [3]), Pooling(32)]
+    refuse(model_folder(tmp_path / "wrong", Router.for_query_document([shared, Pooling(32)], mixing)), "mixes padding")
+
+
 def test_pooling_of_a_run_must_fit_what_reads_it(encoder: str, tmp_path: Path) -> None:
     two = model_folder(tmp_path / "two", transformer(encoder), Pooling(32, ("cls", "mean")), Dense(64, 16))
     with pytest.raises(ConfigError, match=r"model\.pooling: mean gives 32 dimensions, but the Dense .* expects 64"):
