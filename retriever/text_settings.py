@@ -41,6 +41,9 @@ def text_tokenizer(transformer: Any, side: Side) -> TextTokenizer:
         return TextTokenizer(transformer.tokenizer, _limited(longest if task_length is None else task_length))
     call = call_settings(transformer)
     own_length = call.get("max_length")
+    if "max_length" in call and own_length is None:
+        # It takes the place of the side's length all the same, and means the tokenizer's.
+        task_length = None
     fill = None
     if expansion is not None:
         floor = expansion["length"]

@@ -24,6 +24,7 @@ from retriever.towers import build_towers, load_towers
 HONOURED: dict[str, dict[str, Any]] = {
     "lengths by side": {"query_length": 8, "document_length": 30},
     "length of the call": {"query_length": 8, "processing_kwargs": {"text": {"max_length": 12}}},
+    "no length of the call": {"query_length": 8, "processing_kwargs": {"text": {"max_length": None}}},
     "common length": {"processing_kwargs": {"text": {"max_length": 40}, "common": {"max_length": 9}}},
     "no special tokens": {"processing_kwargs": {"text": {"add_special_tokens": False}}},
     "padding to a length": {"processing_kwargs": {"text": {"padding": "max_length", "pad_to_multiple_of": 8}}},
