@@ -16,7 +16,7 @@ from torch import Tensor
 
 from index.files import InputError
 from retriever.text_settings import SIDES, Side, call_settings, pools_prompts, prompt_of, text_tokenizer
-from retriever.tokens import FixedLengthTokenizer, untouched
+from retriever.tokens import FixedLengthTokenizer, TokenTypes, untouched
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -116,6 +116,9 @@ class Trial:
                 raise InputError(
                     f"{self.path}: expected embeddings of {expected.shape[1]} dimensions, found {found.shape[1]}"
                 )
+            if _differ(found, expected) and (types := _token_types(model, self.transformers[side], side)):
+                self.transformers[side].token_types = types
+                found = trial_embeddings(model, self.transformers[side], side, self.path, self.faults)
             if _differ(found, expected):
                 self._check_batch(model, side, "a module of it mixes padding into texts")
                 raise InputError(
@@ -155,6 +158,21 @@ def _their_embeddings(model: SentenceTransformer, side: Side, texts: list[str]) 
     with torch.no_grad():
         features = model.preprocess(texts, prompt=_prompt(model, side), task=side)
         return model(features, task=side)["sentence_embedding"][:, : model.truncate_dim]
+
+
+def _token_types(model: SentenceTransformer, transformer: Any, side: Side) -> TokenTypes | None:
+    """The types that the tokenizer gives the tokens of a text; none where it gives none, or several to one text."""
+    features = model.preprocess([TEXTS[0]], task=side)
+    if "token_type_ids" not in features or isinstance(text_tokenizer(transformer, side), FixedLengthTokenizer):
+        return None
+    seen = features["attention_mask"][0].bool()
+    ids, types = features["input_ids"][0][seen].tolist(), features["token_type_ids"][0][seen].tolist()
+    special = transformer.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+    inside = [place for place, is_special in enumerate(special) if not is_special]
+    first, last = inside[0], inside[-1] + 1
+    if len({*types[first:last]}) > 1:
+        return None
+    return TokenTypes(tuple(types[:first]), types[first], tuple(types[last:]))
 
 
 def _prompt(model: SentenceTransformer, side: Side) -> str:

@@ -37,8 +37,11 @@ def text_tokenizer(transformer: Any, side: Side) -> TextTokenizer:
     longest = transformer.max_seq_length
     task_length = getattr(transformer, "query_length" if side == "query" else "document_length", None)
     expansion = expansion_of(transformer) if side == "query" else None
+    # Set on the module when it is loaded, where they matter (model_trial.py).
+    types = getattr(transformer, "token_types", None)
     if not transformer.processing_kwargs and expansion is None:
-        return TextTokenizer(transformer.tokenizer, _limited(longest if task_length is None else task_length))
+        cut = _limited(longest if task_length is None else task_length)
+        return TextTokenizer(transformer.tokenizer, cut, token_types=types)
     call = call_settings(transformer)
     own_length = call.get("max_length")
     if "max_length" in call and own_length is None:
@@ -57,7 +60,7 @@ def text_tokenizer(transformer: Any, side: Side) -> TextTokenizer:
     cut = _limited(next((length for length in lengths if length is not None), None))
     special = bool(call.get("add_special_tokens", True))
     if call.get("return_attention_mask", True):
-        return TextTokenizer(transformer.tokenizer, cut, special, fill)
+        return TextTokenizer(transformer.tokenizer, cut, special, fill, types)
     if call.get("padding") != "max_length" or cut is None:
         raise InputError("processing_kwargs: return_attention_mask: expected true, or padding to a max_length")
     return FixedLengthTokenizer(transformer.tokenizer, cut, special, fill)

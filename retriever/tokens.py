@@ -52,6 +52,25 @@ class Expansion:
 
 
 @dataclass(frozen=True)
+class TokenTypes:
+    """The token types that a tokenizer gives a text: of the special tokens before it, of itself, and of those after."""
+
+    before: tuple[int, ...]
+    text: int
+    after: tuple[int, ...]
+
+    def of(self, mask: np.ndarray) -> Tensor:
+        """int64 [rows, longest] for texts whose tokens are those of the mask, padded on the right."""
+        lengths = mask.sum(1)
+        types = np.full(mask.shape, self.text, dtype=np.int64)
+        for place, of_token in enumerate(self.before):
+            types[:, place] = of_token
+        for place, of_token in enumerate(reversed(self.after), start=1):
+            types[np.arange(len(mask)), np.maximum(lengths - place, 0)] = of_token
+        return torch.from_numpy(np.where(mask, types, 0))
+
+
+@dataclass(frozen=True)
 class TextTokenizer:
     """A tower's tokenizer, which has a pad token, and how texts are cut and marked."""
 
@@ -60,6 +79,8 @@ class TextTokenizer:
     special_tokens: bool = True
     """Whether the tokenizer adds its special tokens."""
     expansion: Expansion | None = None
+    token_types: TokenTypes | None = None
+    """What the encoder is given; none where it makes no difference."""
 
     def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
         """Token ids of each text, special tokens included, cut to the longest length. No prompt is added."""
@@ -156,14 +177,20 @@ class TextTokenizer:
             backend.no_padding()
 
     def pad(self, texts: TokenizedTexts, rows: np.ndarray) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the right; on the CPU."""
+        """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the right; on the CPU.
+
+        And `token_type_ids`, where they make a difference.
+        """
         starts, lengths = texts.offsets[rows], texts.lengths[rows]
         # A tokenizer without special tokens makes nothing of an empty text; it becomes one masked pad token.
         columns = np.arange(max(1, int(lengths.max())))
         mask = columns < lengths[:, None]
         input_ids = np.full(mask.shape, self.tokenizer.pad_token_id, dtype=np.int64)
         input_ids[mask] = texts.ids[(starts[:, None] + columns)[mask]]
-        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        padded = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        if self.token_types is not None:
+            padded["token_type_ids"] = self.token_types.of(mask)
+        return padded
 
 
 @dataclass(frozen=True)

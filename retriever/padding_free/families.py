@@ -66,12 +66,13 @@ def _routes(model: SentenceTransformer) -> list[list[Any]]:
 
 
 def _gives_token_vectors(transformer: Any) -> bool:
-    """Whether a Transformer module hands on the encoder's last vectors of all tokens, and nothing else of it."""
+    """Whether a Transformer module gives its encoder no token types, and hands on its last vectors of all tokens."""
     text = transformer.modality_config["text"]
     return (
         (text["method"], text["method_output_name"]) == ("forward", "last_hidden_state")
         and transformer.module_output_name == "token_embeddings"
         and not getattr(transformer.auto_model.config, "output_hidden_states", False)
+        and getattr(transformer, "token_types", None) is None
     )
 
 

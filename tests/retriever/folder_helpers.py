@@ -33,12 +33,13 @@ TEXTS = ["a cat", "move fast " * 40, "The act of walking", "a [SEP] and a [PAD] 
 def encoder_folder(
     tiny: ModelConfig, folder: Path, kind: str = "bert", edit: Callable[[Any], None] | None = None, **settings: Any
 ) -> str:
-    """A Hugging Face encoder of random weights with the tiny tokenizer, changed by `edit`."""
+    """An encoder of random weights with the tiny tokenizer, changed by `edit`; a setting of None is left out."""
     tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
     if edit is not None:
         edit(tokenizer)
     torch.manual_seed(0)
     fields = {"vocab_size": len(tokenizer), "pad_token_id": 0, **SMALL, **settings}
+    fields = {name: value for name, value in fields.items() if value is not None}
     encoder = AutoModel.from_config(AutoConfig.for_model(kind, **fields))
     with torch.no_grad():
         for weight in encoder.parameters():

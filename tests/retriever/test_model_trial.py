@@ -107,20 +107,46 @@ def test_a_text_has_one_vector_whichever_side_is_padded(tiny: ModelConfig, encod
     assert_embeds_alike(str(tmp_path / "trained"))
 
 
-def test_token_types_that_matter_are_refused(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_token_types_that_matter_are_given_to_the_encoder(tiny: ModelConfig, tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    def typed(tokenizer: Any) -> None:
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="[CLS]:0 $A:0 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
+    def typed(single: str) -> Any:
+        def edit(tokenizer: Any) -> None:
+            special = [("[CLS]", 2), ("[SEP]", 3)]
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
 
-    encoder = encoder_folder(tiny, tmp_path / "encoder", edit=typed)
+        return edit
+
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    xlnet = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "max_position_embeddings": None}
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+    cases: list[tuple[str, str, dict[str, Any], list[int]]] = [
+        ("bert", "[CLS]:0 $A:0 [SEP]:1", {}, [0, 0, 1]),
+        ("bert", "[CLS]:1 $A:1 [SEP]:0 [SEP]:1", {}, [1, 1, 0, 1]),
+        ("xlnet", "$A:0 [SEP]:0 [CLS]:2", xlnet, [0, 0, 2]),
+        # It embeds zeros too, like the first token of its vocabulary.
+        ("gpt2", "[CLS]:0 $A:0", gpt2, [0, 0]),
+    ]
+    for number, (kind, single, sizes, types) in enumerate(cases):
+        encoder = encoder_folder(tiny, tmp_path / f"encoder{number}", kind, typed(single), vocab_size=160, **sizes)
+        rewrite(Path(encoder) / "tokenizer_config.json", model_input_names=names, tokenizer_class="TokenizersBackend")
+        assert AutoTokenizer.from_pretrained(encoder)("x")["token_type_ids"] == types
+        folder = model_folder(tmp_path / f"model{number}", transformer(encoder), Pooling(32))
+        assert_embeds_alike(folder, padding_free=False)
+        towers = build_towers(ModelConfig(name=folder, shared=False))
+        (tmp_path / f"trained{number}").mkdir()
+        towers.save(tmp_path / f"trained{number}")
+        assert_embeds_alike(str(tmp_path / f"trained{number}"))
+
+
+def test_token_types_that_make_no_difference_are_not_given(tiny: ModelConfig, tmp_path: Path) -> None:
+    encoder = encoder_folder(tiny, tmp_path / "encoder")
     names = ["input_ids", "token_type_ids", "attention_mask"]
     rewrite(Path(encoder) / "tokenizer_config.json", model_input_names=names)
-    assert AutoTokenizer.from_pretrained(encoder)("x")["token_type_ids"] == [0, 0, 1]
-    folder = model_folder(tmp_path / "model", transformer(encoder), Pooling(32))
-    refuse(folder, "what its tokenizer gives beside token ids is not supported")
+    towers = load_towers(model_folder(tmp_path / "model", transformer(encoder), Pooling(32)))
+    tokenizer = towers.tokenizer("query")
+    assert {*tokenizer.pad(tokenizer(TEXTS), np.arange(2))} == {"input_ids", "attention_mask"}
+    assert towers.drop_padding()
 
 
 def test_modules_that_do_not_fit_are_refused(encoder: str, tmp_path: Path) -> None:
