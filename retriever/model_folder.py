@@ -126,7 +126,9 @@ def load_faults() -> tuple[type[Exception], ...]:
 
 def position_limit(transformer: Any) -> int | None:
     """Most tokens that the transformer has positions for; none where its positions have no end."""
-    positions = getattr(transformer.auto_model.config, "max_position_embeddings", None)
+    config = transformer.auto_model.config
+    # Of a model of pictures and texts, the text encoder's.
+    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
     return positions - first_position(transformer.auto_model)
