@@ -91,20 +91,18 @@ def assert_bare_equals_padded(towers: Towers) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 1, 4])
-@pytest.mark.parametrize("kind", families.DECODERS)
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [(kind, window) for kind in families.DECODERS for window in (None, 1, 4) if kind != "llama" or window is None],
+)
 def test_decoders_see_as_far_as_padded_ones(
     kind: str, window: int | None, causal: bool, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    windows = {
-        "llama": {},
-        "mistral": {"sliding_window": window},
-        "qwen2": {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1},
-        "qwen3": {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1},
-    }
-    own = windows[kind] if window is not None else ({"sliding_window": None} if kind == "mistral" else {})
-    monkeypatch.setitem(ARCHITECTURES, kind, {**ARCHITECTURES[kind], **own, "is_causal": causal})
+    # Of two layers the second has the window alone.
+    windowed = {"use_sliding_window": True, "max_window_layers": 1} if window and kind != "mistral" else {}
+    settings = {**GROUPED, **windowed, "sliding_window": window, "is_causal": causal}
+    monkeypatch.setitem(ARCHITECTURES, kind, settings)
     towers = towers_of(kind, tiny, pooling="mean")
     with torch.no_grad():
         for weight in towers.parameters():
