@@ -168,9 +168,7 @@ def _lengths(towers: Towers, side: Side, found: Preflight) -> Lengths:
     if not texts:
         return Lengths(np.empty(0, np.int64), tokens.max_length)
     prompt = towers.prompt(side)
-    # Not cut, and without the library's warning that they are too long.
-    ids = tokens.tokenizer([prompt + text for text in texts], verbose=False)["input_ids"]
-    return Lengths(np.array([len(of_text) for of_text in ids], dtype=np.int64), tokens.max_length)
+    return Lengths(tokens.whole([prompt + text for text in texts]).lengths, tokens.max_length)
 
 
 def _speed(towers: Towers, texts: Sequence[str], lengths: Lengths, options: EncodeOptions) -> float:

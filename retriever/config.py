@@ -28,7 +28,8 @@ class ModelConfig:
     tokenizer: str | None = None
     """Tokenizer of a from-scratch model: a local path or a hub name."""
     pooling: Literal["mean", "cls", "lasttoken"] | None = None
-    """How token vectors become one; empty keeps what the folder says, or takes the mean."""
+    """How token vectors become one; empty keeps what the folder says. Of a plain encoder that is the mean, and the last
+    token of a causal language model, as in sentence-transformers."""
     projection: int | None = None
     """Dimensions of a linear projection after pooling; empty for none."""
     normalize: bool = True
@@ -36,7 +37,7 @@ class ModelConfig:
     shared: bool = True
     """One tower for queries and passages, or two that start from the same weights."""
     max_length: int | None = None
-    """Longest text in tokens; empty keeps the model's own limit."""
+    """Longest text in tokens, query or passage; empty keeps the model's own limits."""
     dropout: float | None = None
     """Dropout while training, everywhere in the towers; empty keeps the model's own."""
     query_prompt: str | None = None

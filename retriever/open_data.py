@@ -7,13 +7,14 @@ from typing import Any
 
 from index.files import InputError
 from retriever.config import ConfigError, DataConfig, TrainConfig
-from retriever.data.batches import BatchDataset, Prompts
+from retriever.data.batches import BatchDataset
 from retriever.data.known_positives import KnownPositives, find_known_positives
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.data.table import ExampleTable, open_source
 from retriever.device import Precision
 from retriever.prepare import BatchPreparer, PreparedBatch
 from retriever.progress import Terminal
+from retriever.source_prompts import describe_source_prompts, source_prompts
 from retriever.towers import Towers
 
 
@@ -56,7 +57,7 @@ def open_training(
     tables = open_tables(config.data, cache, terminal)
     known = find_known_positives(tables, cache, terminal) if config.loss.mask_duplicates else None
     batches = open_batches(config, tables, towers, token_budget, share, known)
-    for line in batches.schedule.lines():
+    for line in [*batches.schedule.lines(), *describe_source_prompts(towers, config.data.sources)]:
         terminal.line(line)
     return batches, tuple(table.sha256 for table in tables)
 
@@ -109,16 +110,10 @@ def open_batches(
         names=[source.path for source in sources],
         processes=1 if share is None else share.size,
     )
-    prompts = [
-        Prompts(
-            towers.prompt("query") if source.query_prompt is None else source.query_prompt,
-            towers.prompt("document") if source.passage_prompt is None else source.passage_prompt,
-        )
-        for source in sources
-    ]
+    prompts = source_prompts(towers, sources)
     for given in prompts:
-        towers.tokenizer("query").check_prompt(given.query)
-        towers.tokenizer("document").check_prompt(given.passage)
+        towers.check_prompt(given.query, "query")
+        towers.check_prompt(given.passage, "document")
     preparer = BatchPreparer.of(towers, token_budget)
     return BatchDataset(
         tables,

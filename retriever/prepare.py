@@ -148,15 +148,18 @@ class BatchPreparer:
     def __call__(self, batch: TrainingBatch) -> PreparedBatch:
         if self.shared:
             # Queries and passages of like length share a micro-batch.
-            groups = [self._group("document", self.passage, batch.queries + batch.passages)]
+            if self.query == self.passage:
+                tokens = self.passage(batch.queries + batch.passages)
+            else:
+                tokens = TokenizedTexts.joined([self.query(batch.queries), self.passage(batch.passages)])
+            groups = [self._group("document", tokens)]
         else:
             groups = [
-                self._group("query", self.query, batch.queries),
-                self._group("document", self.passage, batch.passages),
+                self._group("query", self.query(batch.queries)),
+                self._group("document", self.passage(batch.passages)),
             ]
         return PreparedBatch(groups, len(batch.queries), batch.false_negatives, self.padded, batch.keys)
 
-    def _group(self, side: Side, tokenizer: TextTokenizer, texts: list[str]) -> TextGroup:
-        tokens = tokenizer(texts)
+    def _group(self, side: Side, tokens: TokenizedTexts) -> TextGroup:
         cut = pack(tokens.lengths, self.token_budget, padded=self.padded, device=self.device)
         return TextGroup(side, tokens, cut)

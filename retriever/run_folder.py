@@ -25,6 +25,7 @@ from retriever.divided import gathered
 from retriever.model_sums import write_sums
 from retriever.rank_agreement import Content
 from retriever.ranks import Ranks
+from retriever.source_prompts import save_source_prompts
 from retriever.towers import build_towers
 
 CACHE = "cache"
@@ -132,9 +133,11 @@ def written_config(path: Path) -> TrainConfig:
 
 
 def build_configured_towers(config: TrainConfig) -> Any:
-    """Towers of texts, or of pictures and texts."""
+    """Towers of texts, with the prompts that they are trained with, or of pictures and texts."""
     if not config.model.image.name:
-        return build_towers(config.model)
+        towers = build_towers(config.model)
+        save_source_prompts(towers, config.data.sources)
+        return towers
     from retriever.images.towers import build_image_text_towers
 
     return build_image_text_towers(config.model)

@@ -86,7 +86,13 @@ class AdjustedTowers(Towers):
             own, wanted = towers.tokenizer(side).max_length, self._max_length(side)
             if own is not None and wanted is not None and wanted > own:
                 raise InputError(f"{side} length: expected at most {own}, the model's own maximum, found {wanted}")
-            self.tokenizer(side).check_prompt(self.prompt(side))
+            expansion = self.tokenizer(side).expansion
+            if expansion is not None and wanted is not None and wanted < expansion.length:
+                raise InputError(
+                    f"{side} length: expected at least {expansion.length}, to which the model fills up texts, "
+                    f"found {wanted}"
+                )
+            self.check_prompt(self.prompt(side), side)
         self.eval()
 
     def prompt(self, side: Side) -> str:

@@ -32,7 +32,7 @@ def split_documents(towers: Towers, passages: Iterable[Passage], overlap: int = 
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"windows: expected a tokenizer of the tokenizers library, found {type(tokenizer).__name__}")
     prompt = len(tokenizer(towers.prompt("document"), add_special_tokens=False)["input_ids"])
-    room = limit - tokenizer.num_special_tokens_to_add() - prompt
+    room = limit - tokens.special_count - prompt
     if not 0 <= overlap < room // 2:
         raise InputError(f"windows: expected an overlap from 0 to {max(0, room // 2 - 1)} tokens, found {overlap}")
     for passage in passages:

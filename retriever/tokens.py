@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,15 +44,50 @@ class TokenizedTexts:
 
 
 @dataclass(frozen=True)
+class Expansion:
+    """Query expansion as in ColBERT: short texts are filled up to `length` tokens with the token `token_id`."""
+
+    token_id: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TokenTypes:
+    """The token types that a tokenizer gives a text: of the special tokens before it, of itself, and of those after."""
+
+    before: tuple[int, ...]
+    text: int
+    after: tuple[int, ...]
+
+    def of(self, mask: np.ndarray) -> Tensor:
+        """int64 [rows, longest] for texts whose tokens are those of the mask, padded on the right."""
+        lengths = mask.sum(1)
+        types = np.full(mask.shape, self.text, dtype=np.int64)
+        for place, of_token in enumerate(self.before):
+            types[:, place] = of_token
+        for place, of_token in enumerate(reversed(self.after), start=1):
+            types[np.arange(len(mask)), np.maximum(lengths - place, 0)] = of_token
+        return torch.from_numpy(np.where(mask, types, 0))
+
+
+@dataclass(frozen=True)
 class TextTokenizer:
-    """A tower's tokenizer, which has a pad token, and its longest length."""
+    """A tower's tokenizer, which has a pad token, and how texts are cut and marked."""
 
     tokenizer: Any
     max_length: int | None
+    special_tokens: bool = True
+    """Whether the tokenizer adds its special tokens."""
+    expansion: Expansion | None = None
+    token_types: TokenTypes | None = None
+    """What the encoder is given; none where it makes no difference."""
 
     def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
         """Token ids of each text, special tokens included, cut to the longest length. No prompt is added."""
         rows = list(self._ids(list(texts)))
+        if self.expansion is not None:
+            token_id, length = self.expansion.token_id, self.expansion.length
+            rows = [row + [token_id] * (length - len(row)) for row in rows]
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         return TokenizedTexts(np.fromiter(itertools.chain.from_iterable(rows), np.int32, offsets[-1]), offsets)
@@ -64,8 +100,10 @@ class TextTokenizer:
                 texts,
                 truncation=self.max_length is not None,
                 max_length=self.max_length,
+                add_special_tokens=self.special_tokens,
                 return_attention_mask=False,
                 return_token_type_ids=False,
+                verbose=False,
             )["input_ids"]
         # What the call above comes to, without the offsets of tokens in texts, which take as long as the tokens and a
         # quarter of it under Python's lock.
@@ -81,7 +119,16 @@ class TextTokenizer:
             backend.enable_truncation(**wanted)
         if backend.encode_special_tokens != self.tokenizer.split_special_tokens:
             backend.encode_special_tokens = self.tokenizer.split_special_tokens
-        return (encoding.ids for encoding in backend.encode_batch_fast(texts))
+        return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=self.special_tokens))
+
+    def whole(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Token ids of each text, neither cut nor filled up."""
+        return replace(self, max_length=None, expansion=None)(texts)
+
+    @property
+    def special_count(self) -> int:
+        """Special tokens that every text gets."""
+        return self.tokenizer.num_special_tokens_to_add() if self.special_tokens else 0
 
     def check_prompt(self, prompt: str) -> None:
         """A prompt that fills all that is read of a text would give every text the same embedding.
@@ -91,7 +138,9 @@ class TextTokenizer:
         """
         # Cut on the left, a text loses its prompt first.
         longest = self.max_length if self.tokenizer.truncation_side == "right" else None
-        if prompt and longest is not None and (taken := len(replace(self, max_length=None)([prompt]).ids)) >= longest:
+        if not prompt or longest is None:
+            return
+        if (taken := len(self.whole([prompt]).ids)) >= longest:
             raise InputError(
                 f"prompt {prompt!r:.40}: expected one that leaves some of {longest} tokens for the text, found {taken}"
             )
@@ -111,14 +160,14 @@ class TextTokenizer:
     def lay_end_to_end(self, texts: TokenizedTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [tokens] of some texts, one after another, and their lengths int64 [rows].
 
-        An empty text of a tokenizer without special tokens becomes one pad token.
+        In the place of an empty text, of a tokenizer without special tokens, stands one pad token.
         """
         starts, lengths = texts.offsets[rows], texts.lengths[rows]
         places = np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
         ids = texts.ids[places]
         if lengths.all():
             return ids, lengths
-        return np.insert(ids, np.cumsum(lengths)[lengths == 0], self.tokenizer.pad_token_id), np.maximum(lengths, 1)
+        return np.insert(ids, np.cumsum(lengths)[lengths == 0], self.tokenizer.pad_token_id), lengths
 
     def forget_calls(self) -> None:
         """Take back what calls leave in the tokenizer; what is saved of it then does not depend on them."""
@@ -128,14 +177,20 @@ class TextTokenizer:
             backend.no_padding()
 
     def pad(self, texts: TokenizedTexts, rows: np.ndarray) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the right; on the CPU."""
+        """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the right; on the CPU.
+
+        And `token_type_ids`, where they make a difference.
+        """
         starts, lengths = texts.offsets[rows], texts.lengths[rows]
         # A tokenizer without special tokens makes nothing of an empty text; it becomes one masked pad token.
         columns = np.arange(max(1, int(lengths.max())))
         mask = columns < lengths[:, None]
         input_ids = np.full(mask.shape, self.tokenizer.pad_token_id, dtype=np.int64)
         input_ids[mask] = texts.ids[(starts[:, None] + columns)[mask]]
-        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        padded = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        if self.token_types is not None:
+            padded["token_type_ids"] = self.token_types.of(mask)
+        return padded
 
 
 @dataclass(frozen=True)
@@ -148,3 +203,28 @@ class FixedLengthTokenizer(TextTokenizer):
         assert self.max_length is not None
         ids = torch.nn.functional.pad(ids, (0, self.max_length - ids.shape[1]), value=self.tokenizer.pad_token_id)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def places_without(passed_over: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Places of tokens in their texts, counted from 1 and laid end to end; 0 for those that are not counted.
+
+    Args:
+        passed_over: bool [tokens].
+        lengths: int64 [texts], which sum to the number of tokens.
+    """
+    counted = np.cumsum(~passed_over)
+    before = np.concatenate([[0], counted[np.cumsum(lengths)[:-1] - 1]])
+    return np.where(passed_over, 0, counted - np.repeat(before, lengths))
+
+
+@contextlib.contextmanager
+def untouched(tokenizers: Iterable[Any]) -> Iterator[None]:
+    """Take back afterwards what calls within leave in tokenizers: how texts were cut and padded last."""
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in tokenizers]
+    held = [(backend, backend.truncation, backend.padding) for backend in backends if backend is not None]
+    try:
+        yield
+    finally:
+        for backend, truncation, padding in held:
+            backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+            backend.no_padding() if padding is None else backend.enable_padding(**padding)

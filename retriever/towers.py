@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,30 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from index.files import InputError
+from retriever.adapt_model import adapt_model, set_text_options
 from retriever.config import ConfigError, ModelConfig
 from retriever.device import to_device
 from retriever.divided import whole
-from retriever.model_folder import (
-    UNLIMITED,
-    Side,
-    ends_in_normalize,
-    first_position,
-    layers_of,
-    load_model,
-    position_limit,
-    read_plain_texts,
-    text_towers,
-    write_new_encoder,
-)
+from retriever.model_folder import ends_in_normalize, first_position, layers_of, load_model, text_towers
 from retriever.model_sums import check_sums
+from retriever.new_encoder import load_new_encoder
 from retriever.padding_free.attention import Spans
-from retriever.tokens import TextTokenizer, TokenizedTexts
+from retriever.text_settings import SIDES, Side, pools_prompts, prompt_of, text_tokenizer
+from retriever.tokens import FixedLengthTokenizer, TextTokenizer, TokenizedTexts, places_without
 from retriever.weights import writing_weights
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-SIDES: tuple[Side, Side] = ("query", "document")
 
 # Of a transformer's configuration: where it came from and what it was written with, which its vectors do not show.
 _PROVENANCE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -62,9 +50,7 @@ class Towers(nn.Module):
         for side in SIDES:
             if "message" in self._transformer(side).modality_config:
                 raise InputError("a model that reads its texts inside a chat template is not supported for encoding")
-            if self.prompt(side) and not all(getattr(m, "include_prompt", True) for m in model.modules()):
-                raise InputError("a model whose pooling leaves out its prompt is not supported: clear its prompts")
-            self.tokenizer(side).check_prompt(self.prompt(side))
+            self.check_prompt(self.prompt(side), side)
 
     @property
     def shared(self) -> bool:
@@ -95,15 +81,17 @@ class Towers(nn.Module):
 
     def prompt(self, side: Side) -> str:
         """The text that the model puts before every query or passage; empty for none."""
-        # The first name that is there, even if empty, as in sentence-transformers' encode_query and encode_document.
-        names = ("query",) if side == "query" else ("document", "passage", "corpus")
-        return next((self.model.prompts[name] or "" for name in names if name in self.model.prompts), "")
+        return prompt_of(self.model, side)
+
+    def check_prompt(self, prompt: str, side: Side) -> None:
+        """Raises InputError for a prompt that leaves no room for texts, or that the model's pooling leaves out."""
+        if prompt and not pools_prompts(self.model):
+            raise InputError("a model whose pooling leaves out its prompt is not supported: clear its prompts")
+        self.tokenizer(side).check_prompt(prompt)
 
     def tokenizer(self, side: Side) -> TextTokenizer:
         """What makes token ids of that side's texts."""
-        transformer = self._transformer(side)
-        longest = transformer.max_seq_length
-        return TextTokenizer(transformer.tokenizer, longest if longest and longest < UNLIMITED else None)
+        return text_tokenizer(self._transformer(side), side)
 
     def drop_padding(self) -> bool:
         """From now on lay the texts of a micro-batch end to end, each attending to itself alone (padding_free/).
@@ -113,8 +101,25 @@ class Towers(nn.Module):
         """
         from retriever.padding_free.families import drop_padding
 
+        if any(isinstance(self.tokenizer(side), FixedLengthTokenizer) for side in SIDES):
+            return False
         self.padding_free = self.padding_free or drop_padding(self.model)
         return self.padding_free
+
+    def frozen_note(self) -> str | None:
+        """What a user should hear once: that some weights are loaded frozen, as those of an adapter and its base are.
+
+        Raises:
+            ConfigError: all are, so that nothing would be trained.
+        """
+        frozen = {name: weight for name, weight in self.model.named_parameters() if not weight.requires_grad}
+        if not frozen:
+            return None
+        left = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        if not left:
+            raise ConfigError("model: every weight of the folder is frozen (an adapter?): nothing would be trained")
+        count = sum(weight.numel() for weight in frozen.values())
+        return f"frozen: {count:,} weights in {len(frozen)} tensors ({next(iter(frozen))}, …); trained: {left:,}"
 
     def padding_note(self) -> str | None:
         """What a user should hear once: that texts are padded on a GPU, where those of most models are not."""
@@ -164,9 +169,16 @@ class Towers(nn.Module):
         input_ids, lengths = tokenizer.lay_end_to_end(texts, rows)
         spans = Spans.of(lengths).to(self.device)
         place = torch.arange(len(input_ids), device=self.device) - spans.first
+        first = first_position(self._transformer(side).auto_model)
+        # RoBERTa and its kin do not count padding tokens, which a text may hold by name.
+        if first and (padding := input_ids == first - 1).any():
+            places = places_without(padding, np.maximum(lengths, 1))
+            position_ids = to_device(torch.from_numpy(places), self.device).long() + (first - 1)
+        else:
+            position_ids = place + first
         features = {
             "input_ids": to_device(torch.from_numpy(input_ids), self.device).long()[None],
-            "position_ids": (place + first_position(self._transformer(side).auto_model))[None],
+            "position_ids": position_ids[None],
         }
         return self({**features, "spans": spans}, side)
 
@@ -236,7 +248,7 @@ def load_towers(
             distance.
     """
     check_sums(path, checked)
-    model = load_model(path)
+    model = load_model(path, plain_texts=False)
     if model.similarity_fn_name not in ("cosine", "dot"):
         raise InputError(
             f"{path}: expected a model whose similarity is cosine or dot, found {model.similarity_fn_name}"
@@ -260,84 +272,9 @@ def build_towers(config: ModelConfig) -> Towers:
     """
     if bool(config.name) == bool(config.architecture):
         raise ConfigError("model: expected either model.name (folder or hub name) or model.architecture (from scratch)")
-    if config.architecture:
-        with tempfile.TemporaryDirectory() as folder:
-            write_new_encoder(config, Path(folder))
-            model = load_model(folder, pooling=config.pooling)
-    else:
-        model = load_model(config.name, pooling=config.pooling)
-    model = _adapt(model, config)
+    model = load_new_encoder(config) if config.architecture else load_model(config.name, pooling=config.pooling)
+    model = adapt_model(model, config)
     set_text_options(model, set(text_towers(model).values()), config)
-    return Towers(model).train()
-
-
-def set_text_options(model: SentenceTransformer, transformers: Iterable[Any], config: ModelConfig) -> None:
-    """Give a model, and the transformers in it that read texts, the lengths, dropout and prompts of a configuration.
-
-    Raises:
-        ConfigError: texts cannot be that long.
-    """
-    for transformer in transformers:
-        read_plain_texts(transformer)
-        if config.max_length is not None:
-            _set_max_length(transformer, config.max_length)
-    if config.dropout is not None:
-        _set_dropout(model, config.dropout)
-    for name, prompt in (("query", config.query_prompt), ("document", config.passage_prompt)):
-        if prompt is not None:
-            model.prompts[name] = prompt
-
-
-def _adapt(model: SentenceTransformer, config: ModelConfig) -> SentenceTransformer:
-    """Apply pooling, projection, normalisation and separation of the towers to a loaded model."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Dense, Router
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-
-    modules: list[Any] = list(model)
-    routed = isinstance(modules[0], Router)
-    if routed and (config.pooling or config.projection):
-        raise ConfigError(f"{config.name}: has two towers already; pooling and projection are the folder's own")
-    normalized = ends_in_normalize(modules)
-    poolings = [i for i, module in enumerate(modules) if isinstance(module, Pooling)]
-    if config.pooling and poolings:
-        modules[poolings[0]] = Pooling(modules[0].get_embedding_dimension(), config.pooling)
-    if config.projection:
-        modules = modules[:-1] if normalized else modules
-        width = SentenceTransformer(modules=modules, device="cpu").get_embedding_dimension() or 0
-        modules.append(Dense(width, config.projection, bias=False, activation_function=nn.Identity()))
-    normalized = normalized or config.normalize
-    if normalized and not ends_in_normalize(modules):
-        modules.append(Normalize())
-    if not config.shared and not routed:
-        modules = [Router.for_query_document(modules, copy.deepcopy(modules))]
-    return SentenceTransformer(
-        modules=modules,
-        device="cpu",
-        prompts={name: prompt or "" for name, prompt in model.prompts.items()},
-        default_prompt_name=model.default_prompt_name,
-        # What the loss compares by, whatever the folder said.
-        similarity_fn_name="cosine" if normalized else "dot",
-    )
-
-
-def _set_max_length(transformer: Any, longest: int) -> None:
-    special = transformer.tokenizer.num_special_tokens_to_add()
-    limit = position_limit(transformer)
-    if longest <= special:
-        raise ConfigError(
-            f"model.max_length: expected at least {special + 1}, since {special} tokens are special, found {longest}"
-        )
-    if limit is not None and longest > limit:
-        raise ConfigError(f"model.max_length: expected at most {limit}, the model's own limit, found {longest}")
-    transformer.max_seq_length = longest
-
-
-def _set_dropout(model: nn.Module, rate: float) -> None:
-    """Dropout modules, and the rates that attention functions read off their modules as plain numbers."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rate
-        for name, value in vars(module).items():
-            if isinstance(value, float) and name.endswith("dropout"):
-                setattr(module, name, rate)
+    towers = Towers(model).train()
+    towers.frozen_note()
+    return towers

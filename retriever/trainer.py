@@ -86,6 +86,8 @@ class Trainer:
         self.towers.to(self.device)
         if note := self.towers.padding_note():
             terminal.line(note)
+        if frozen := self.towers.frozen_note():
+            terminal.line(frozen)
         self.loss = build_loss(config.loss, ranks).to(self.device)
         self.graphs = graphs = GraphMemory.plan(
             self.towers,

@@ -40,9 +40,10 @@ class SourceConfig:
     """Share of the batches that come from this source, relative to the other sources' (none: its number of rows, at
     least that of a batch). The first lines of a run say each source's share."""
     query_prompt: str | None = None
-    """Text put before each query (none: the model's own)."""
+    """Text put before each query (none: the model's own). One that all sources share is saved as the model's own, which
+    the dev set and encoding use; where sources differ the model keeps its own, and theirs are saved by name."""
     passage_prompt: str | None = None
-    """Text put before each passage (none: the model's own)."""
+    """Text put before each passage (none: the model's own); saved as `query_prompt` is."""
 
     def __post_init__(self) -> None:
         if not self.path:

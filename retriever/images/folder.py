@@ -29,8 +29,8 @@ from retriever.model_folder import (
     one_line,
     settle_tokenizer,
     without_bars,
-    write_new_encoder,
 )
+from retriever.new_encoder import load_new_encoder
 from retriever.weights import save_encoder, writing_weights
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def load_image_text_model(path: str) -> SentenceTransformer:
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     with _loading(path, "as a model of pictures and texts"):
         if settings is None or (settings / "modules.json").exists():
-            model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs)
+            model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
         else:
             model = SentenceTransformer(modules=[_transformer(path), Normalize()], device="cpu")
     text, image = routes(model, path)
@@ -120,12 +120,7 @@ def join_encoders(config: ModelConfig) -> SentenceTransformer:
     from sentence_transformers.base.modules import Dense, Router
     from sentence_transformers.sentence_transformer.modules import Normalize
 
-    if config.architecture:
-        with tempfile.TemporaryDirectory() as folder:
-            write_new_encoder(config, Path(folder))
-            loaded = load_model(folder, pooling=config.pooling)
-    else:
-        loaded = load_model(config.name, pooling=config.pooling)
+    loaded = load_new_encoder(config) if config.architecture else load_model(config.name, pooling=config.pooling)
     text: list[Any] = list(loaded)
     if hasattr(text[0], "sub_modules"):
         raise ConfigError(f"{config.name}: expected one text tower, found a model with two")
@@ -216,14 +211,22 @@ def image_processor(transformer: Any) -> Any:
 def _transformer(path: str, **settings: Any) -> Any:
     from sentence_transformers.base.modules import Transformer
 
-    return Transformer(path, model_kwargs={"dtype": torch.float32}, **settings)
+    # None, the default, has transformers ask on the terminal whether it may run code of the folder's own.
+    untrusted = {"trust_remote_code": False}
+    return Transformer(
+        path,
+        model_kwargs={"dtype": torch.float32, **untrusted},
+        processor_kwargs=dict(untrusted),
+        config_kwargs=dict(untrusted),
+        **settings,
+    )
 
 
 def _vision_transformer(path: str) -> Any:
     from transformers import AutoConfig
 
     settings: dict[str, Any] = {}
-    if AutoConfig.from_pretrained(path).model_type.endswith("_vision_model"):
+    if AutoConfig.from_pretrained(path, trust_remote_code=False).model_type.endswith("_vision_model"):
         # CLIP's and SigLIP's own pooling: a norm over the class token, a head that attends to all tokens.
         image = {"method": "forward", "method_output_name": "pooler_output"}
         settings = {"modality_config": {"image": image}, "module_output_name": "sentence_embedding"}
@@ -240,10 +243,10 @@ def _write_vision_half(path: str, folder: str) -> None:
     """The vision encoder of a whole checkpoint, with its image processor, as a folder of its own."""
     from transformers import AutoImageProcessor, AutoModel
 
-    whole = AutoModel.from_pretrained(path, dtype=torch.float32)
+    whole = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     save_encoder(whole.vision_model, Path(folder))
     with writing_weights(Path(folder)):
-        AutoImageProcessor.from_pretrained(path).save_pretrained(folder)
+        AutoImageProcessor.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)
 
 
 def _settle(transformer: Any, path: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from retriever.adapt_model import set_text_options
 from retriever.config import ConfigError, ModelConfig
 from retriever.device import to_device
 from retriever.encode import EncodeOptions, embed_texts
@@ -35,7 +36,7 @@ from retriever.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, Im
 from retriever.model_folder import Side
 from retriever.model_sums import check_sums
 from retriever.tokens import FixedLengthTokenizer, TextTokenizer
-from retriever.towers import Towers, _without_provenance, set_text_options
+from retriever.towers import Towers, _without_provenance
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -128,7 +129,7 @@ class ImageTextTowers(Towers):
         """What makes token ids of texts."""
         plain = super().tokenizer(side)
         if reads_fixed_length(self._transformer(side)):
-            return FixedLengthTokenizer(plain.tokenizer, plain.max_length)
+            return FixedLengthTokenizer(plain.tokenizer, plain.max_length, plain.special_tokens)
         return plain
 
     def drop_padding(self) -> bool:

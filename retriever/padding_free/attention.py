@@ -29,20 +29,24 @@ class Spans:
     """int32 [texts + 1]."""
     longest: int
     """Tokens of the longest text."""
+    empty: Tensor | None = None
+    """bool [texts]: texts without any token, for each of which one stands; none if there are none."""
 
     @classmethod
     def of(cls, lengths: np.ndarray) -> Spans:
-        """Spans of texts of these lengths (int64 [texts]), on the CPU."""
+        """Spans of texts of these lengths (int64 [texts]), on the CPU; an empty text takes the place of one token."""
+        empty = None if lengths.all() else torch.from_numpy(lengths == 0)
+        lengths = np.maximum(lengths, 1)
         offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
         np.cumsum(lengths, out=offsets[1:])
         first, end = np.repeat(offsets[:-1], lengths), np.repeat(offsets[1:], lengths)
         longest = int(lengths.max(initial=0))
-        return cls(torch.from_numpy(first), torch.from_numpy(end), torch.from_numpy(offsets), longest)
+        return cls(torch.from_numpy(first), torch.from_numpy(end), torch.from_numpy(offsets), longest, empty)
 
     def to(self, device: torch.device) -> Spans:
         """The same on another device; nothing waits for the copy."""
         first, end, offsets = (to_device(each, device) for each in (self.first, self.end, self.offsets))
-        return Spans(first, end, offsets, self.longest)
+        return Spans(first, end, offsets, self.longest, None if self.empty is None else to_device(self.empty, device))
 
 
 def spans_attention(

@@ -37,9 +37,14 @@ def drop_padding(model: SentenceTransformer) -> bool:
     """
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    encoders = [transformer.auto_model for transformer in set(text_towers(model).values())]
+    transformers = set(text_towers(model).values())
+    encoders = [transformer.auto_model for transformer in transformers]
     poolings: list[Any] = [module for module in model.modules() if isinstance(module, Pooling)]
-    if not all(_reads_spans(encoder) for encoder in encoders) or not all(_pools_spans(each) for each in poolings):
+    if not all(_gives_token_vectors(each) and _reads_spans(each.auto_model) for each in transformers):
+        return False
+    if not all(_pools_spans(each) for each in poolings) or not all(
+        _keeps_texts_apart(route) for route in _routes(model)
+    ):
         return False
     if len(poolings) != len(encoders):
         return False
@@ -51,9 +56,45 @@ def drop_padding(model: SentenceTransformer) -> bool:
     return True
 
 
+def _routes(model: SentenceTransformer) -> list[list[Any]]:
+    """The modules that a text passes through, of each route of a model."""
+    first: Any = model[0]
+    rest = list(model)[1:]
+    if not hasattr(first, "sub_modules"):
+        return [[first, *rest]]
+    return [[*route, *rest] for route in first.sub_modules.values()]
+
+
+def _gives_token_vectors(transformer: Any) -> bool:
+    """Whether a Transformer module gives its encoder no token types, and hands on its last vectors of all tokens."""
+    text = transformer.modality_config["text"]
+    return (
+        (text["method"], text["method_output_name"]) == ("forward", "last_hidden_state")
+        and transformer.module_output_name == "token_embeddings"
+        and not getattr(transformer.auto_model.config, "output_hidden_states", False)
+        and getattr(transformer, "token_types", None) is None
+    )
+
+
 def _reads_spans(encoder: Any) -> bool:
     config = encoder.config
-    return config.model_type in (*ENCODERS, *DECODERS, "mpnet") and not getattr(config, "is_decoder", False)
+    if getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0):
+        return False
+    # Families of encoders have no causal kind, and those of decoders say by it which they are.
+    encodes = config.model_type in (*ENCODERS, "mpnet") and not getattr(config, "is_causal", False)
+    return encodes or config.model_type in DECODERS
+
+
+def _keeps_texts_apart(modules: list[Any]) -> bool:
+    """Whether nothing before the pooling looks at more than one token, and nothing after it at tokens."""
+    from sentence_transformers.base.modules import Dense
+    from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Normalize, Pooling
+
+    kinds = [type(module) for module in modules]
+    if kinds.count(Pooling) != 1:
+        return False
+    place = kinds.index(Pooling)
+    return {*kinds[1:place]} <= {Dense, Normalize} and {*kinds[place + 1 :]} <= {Dense, Normalize, LayerNorm, Dropout}
 
 
 def _pools_spans(pooling: Any) -> bool:
@@ -86,6 +127,12 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: [1, heads, tokens, width] in, [1, tokens, heads, width] out."""
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    if sliding_window is not None:
+        # Modules add one to what they are given, or not; transformers' masks go by the configuration: a token sees
+        # those at most `sliding_window` away on both sides, or as many before it, itself among them.
+        config: Any = module.config
+        sliding_window = config.sliding_window - 1 if causal else config.sliding_window
     out = spans_attention(
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),
@@ -93,8 +140,7 @@ def _attention(
         spans,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
-        causal=getattr(module, "is_causal", False) if is_causal is None else is_causal,
-        # transformers counts the token itself among those of the window.
-        window=None if sliding_window is None else sliding_window - 1,
+        causal=causal,
+        window=sliding_window,
     )
     return out.unsqueeze(0), None

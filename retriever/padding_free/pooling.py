@@ -13,7 +13,12 @@ MODES = ("mean", "cls", "lasttoken")
 
 
 def pool(hidden: Tensor, spans: Spans, mode: str) -> Tensor:
-    """Token vectors [tokens, D] to text vectors [texts, D]: their mean, the first or the last."""
+    """Token vectors [tokens, D] to text vectors [texts, D]: their mean, the first or the last; zeros if empty."""
+    pooled = _pool(hidden, spans, mode)
+    return pooled if spans.empty is None else pooled.masked_fill(spans.empty[:, None], 0)
+
+
+def _pool(hidden: Tensor, spans: Spans, mode: str) -> Tensor:
     if mode == "cls":
         return hidden[spans.offsets[:-1]]
     if mode == "lasttoken":

@@ -14,7 +14,15 @@ from retriever.config import ModelConfig
 from retriever.padding_free import families, sublayers
 from retriever.towers import Towers, build_towers
 
-TEXTS = ["a", "a longer text of several words, that goes on and on", "b c", "", "words " * 20, "x y z"]
+# Special tokens inside a text, the padding token among them, are tokens like others.
+TEXTS = [
+    "a",
+    "a longer text of several words, that goes on and on",
+    "b c",
+    "",
+    "words " * 20,
+    "x [PAD] y [SEP] [PAD] z",
+]
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
@@ -72,6 +80,90 @@ def test_outputs_and_gradients_equal_those_of_the_padded_path(
         found = gradients.get(name, torch.zeros_like(expected))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
     assert towers.fingerprint() == fingerprint
+
+
+def assert_bare_equals_padded(towers: Towers) -> None:
+    with torch.no_grad():
+        tokens = towers.eval().tokenizer("query")(TEXTS)
+        padded = towers.embed(tokens, np.arange(len(TEXTS)), "query")
+        assert towers.drop_padding()
+        torch.testing.assert_close(towers.embed(tokens, np.arange(len(TEXTS)), "query"), padded, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [(kind, window) for kind in families.DECODERS for window in (None, 1, 4) if kind != "llama" or window is None],
+)
+def test_decoders_see_as_far_as_padded_ones(
+    kind: str, window: int | None, causal: bool, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    # Of two layers the second has the window alone.
+    windowed = {"use_sliding_window": True, "max_window_layers": 1} if window and kind != "mistral" else {}
+    settings = {**GROUPED, **windowed, "sliding_window": window, "is_causal": causal}
+    monkeypatch.setitem(ARCHITECTURES, kind, settings)
+    towers = towers_of(kind, tiny, pooling="mean")
+    with torch.no_grad():
+        for weight in towers.parameters():
+            if weight.ndim > 1:
+                weight.mul_(8)  # so that attention is far from even, and a token more or less tells
+    assert_bare_equals_padded(towers)
+
+
+@pytest.mark.parametrize("local_attention", [1, 2, 5])
+def test_modernbert_sees_as_far_as_padded(
+    local_attention: int, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    settings = {**ARCHITECTURES["modernbert"], "local_attention": local_attention}
+    monkeypatch.setitem(ARCHITECTURES, "modernbert", settings)
+    assert_bare_equals_padded(towers_of("modernbert", tiny))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+def test_an_empty_text_without_special_tokens_is_zeros_in_either_way(
+    pooling: Any, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    towers = towers_of("qwen3", tiny, pooling=pooling)
+    for transformer in towers.transformers:
+        transformer.processing_kwargs = {"text": {"add_special_tokens": False}}
+    tokens = towers.tokenizer("query")(["", "a"])
+    assert tokens.lengths.tolist() == [0, 1]
+    assert_bare_equals_padded(towers)
+    with torch.no_grad():
+        assert towers.embed(tokens, np.arange(2), "query").norm(dim=1).tolist() == pytest.approx([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"module_output_name": "sentence_embedding"}, "another output"),
+        ({"modality_config": {"text": {"method": "forward", "method_output_name": ["hidden_states", 1]}}}, "a layer"),
+    ],
+)
+def test_other_outputs_of_an_encoder_stay_padded(changed: dict[str, Any], message: str, tiny: ModelConfig) -> None:
+    towers = towers_of("bert", tiny)
+    for name, value in changed.items():
+        setattr(towers.transformers[0], name, value)
+    assert not towers.drop_padding(), message
+
+
+def test_what_runs_across_texts_stays_padded(tiny: ModelConfig) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import CNN, Dense, Pooling, WeightedLayerPooling
+
+    def chain(*modules: Any) -> bool:
+        model = SentenceTransformer(modules=[*towers_of("bert", tiny).transformers, *modules], device="cpu")
+        return Towers(model).drop_padding()
+
+    read = {"module_input_name": "token_embeddings"}
+    assert chain(Dense(32, 16, **read), Pooling(16))
+    assert not chain(CNN(32, 16, [3]), Pooling(16))
+    assert not chain(WeightedLayerPooling(32, 2, 1), Pooling(32))
+    assert not chain(Pooling(32), CNN(32, 16, [3]))
+    assert not chain(Pooling(32), Pooling(32))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "camembert", "mpnet"])
