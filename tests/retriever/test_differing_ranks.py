@@ -59,8 +59,9 @@ DIFFERING = {
 
 
 def changed_model(model: Path, folder: Path) -> Path:
-    """A copy in which one weight is another."""
-    shutil.copytree(model, folder)
+    """A copy in which one weight is another, as one that was trained further."""
+    # Without its sums, which say what the weights were.
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("retriever.sha256"))
     file = folder / "model.safetensors"
     weights = load_file(file)
     next(iter(weights.values())).view(-1)[0] += 1e-3
@@ -223,7 +224,5 @@ def test_a_process_that_fails_before_the_comparison_leaves_none_waiting(outcomes
 
 def test_nothing_is_left_of_what_differs(outcomes: Outcomes, folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
-    assert not names & {"other", "report", "embeddings", "index"}, names
-    # As after any start that failed: what was read need not be read again.
-    assert [path.name for path in (folder / "out").iterdir()] == ["cache"]
+    assert not names & {"out", "other", "report", "embeddings", "index"}, names
     assert not [path for path in folder.rglob(".*")]
