@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -138,11 +137,8 @@ def split(
         report.skipped.update(notices.counts())
         # It would be replaced.
         _refuse_existing(out)
-    if corpus is None and resolve_format(config) == "beir":
-        report.notes.append(
-            f"{config.path}: of its corpus only the positives of qrels/{config.split}.tsv were taken "
-            f"(--passages {config.path} takes all)"
-        )
+    if resolve_format(config) == "beir":
+        report.notes.append(_about_beir(config, whole=corpus is not None))
     for line in report.notes:
         terminal.line(line)
     return report
@@ -204,7 +200,7 @@ def _choose(
 ) -> tuple[By, Splits, list[str]]:
     """How queries are split, the split of each, and what there is to say of that."""
     share = f"the largest group of queries that share positives holds {largest / len(queries):.1%} of all queries"
-    notes = []
+    notes: list[str] = []
     if by != "query":
         splits = choose_splits(groups, queries, wanted[DEV], wanted[TEST], seed)
         counts = np.bincount(splits, minlength=3)
@@ -212,17 +208,13 @@ def _choose(
         if counts[TRAIN] and all(reaches(int(counts[each]), wanted[each]) for each in (DEV, TEST)):
             if any(counts[each] != wanted[each] for each in (DEV, TEST)):
                 notes.append(f"{name}: groups are kept whole: {found}")
-            if largest > len(queries) / 2:
+            if largest > len(queries) / 2 and (splits[groups == np.bincount(groups).argmax()] == TRAIN).all():
                 notes.append(f"{name}: {share} and stays in train whole (--by query draws dev and test from it too)")
             return "component", splits, notes
+        found = f"{name}: whole groups give {found} and leave {counts[TRAIN]:,} for training: {share}"
         if by == "component":
-            raise InputError(
-                f"{name}: expected groups that fill the sets asked for, found {found} with {counts[TRAIN]:,} left for "
-                f"training: {share} (--by query splits it)"
-            )
-        notes.append(
-            f"{name}: whole groups give no more than {found}: {share}; split by query text instead, as --by query does"
-        )
+            raise InputError(f"{found}; ask for fewer, or split with --by query")
+        notes.append(f"{found}; split by query text instead, as --by query does")
     return "query", choose_splits(np.arange(len(queries)), queries, wanted[DEV], wanted[TEST], seed), notes
 
 
@@ -275,6 +267,11 @@ def _write_lines(path: Path, lines: Iterable[bytes], progress: Callable[[int], N
             progress(1)
 
 
+def _about_beir(config: SourceConfig, whole: bool) -> str:
+    taken = f"{config.path}: pairs of a grade above 0 in qrels/{config.split}.tsv were taken, as grade 1"
+    return taken if whole else f"{taken}, and no other passages (--passages {config.path} takes all)"
+
+
 def _corpus_file(path: Path) -> Path:
     return beir_file(path, "corpus.jsonl") if path.is_dir() else path
 
@@ -287,6 +284,5 @@ def _refuse_existing(out: Path) -> None:
 def _refuse_inside(out: Path, config: SourceConfig) -> None:
     """Every file of a Hugging Face folder may be read as data, so nothing is written into one."""
     source = Path(config.path)
-    with contextlib.suppress(InputError):
-        if source.is_dir() and resolve_format(config) == "huggingface" and source.resolve() in out.resolve().parents:
-            raise ConfigError(f"{out}: expected a folder outside of the source {source}")
+    if source.resolve() in out.resolve().parents and resolve_format(config) == "huggingface":
+        raise ConfigError(f"{out}: expected a folder outside of the source {source}")
