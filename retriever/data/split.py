@@ -165,7 +165,8 @@ def _split(
             f"{config.path}: expected more than {wanted[DEV]:,} dev and {wanted[TEST]:,} test queries, "
             f"so that some are left for training, found {len(queries):,} different queries"
         )
-    groups = connected_groups(queries, of_query, positives)
+    with terminal.bar("find groups of queries", len(positives), "pairs"):
+        groups = connected_groups(queries, of_query, positives)
     largest = int(np.bincount(groups).max())
     chosen, splits, notes = _choose(config.path, groups, largest, queries, wanted, by, seed)
     shared = _shared_positives(splits[of_query], of_query, positives)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import os
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,9 +137,8 @@ class SplitRows:
     def read(self, starts: Integers, lengths: Integers) -> Iterator[bytes]:
         """The bytes at these places of the file."""
         self._file.flush()
-        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-                yield content[start : start + length]
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            yield os.pread(self._file.fileno(), length, start)
 
     def _order(self) -> Integers:
         return np.argsort(np.array(self._rows[1], np.uint64), kind="stable")
