@@ -123,18 +123,23 @@ def split(
     _refuse_existing(out)
     _refuse_inside(out, config)
     corpus = None if passages is None else _corpus_file(Path(passages))
-    notices = Notices()
+    notices, known = Notices(), 0
     with atomic_folder(out) as folder, tempfile.TemporaryFile(dir=folder) as file:
         rows = SplitRows(file)
         with terminal.bar(f"read {config.path}", None, "rows") as advance:
             rows.read_source(config, notices, advance)
         if corpus is not None:
             with terminal.bar(f"read {corpus}", None, "passages") as advance:
-                rows.read_passages(corpus, notices, advance)
+                known = rows.read_passages(corpus, notices, advance)
         report = _split(rows, folder, config, out, dev=dev, test=test, by=by, seed=seed, terminal=terminal)
-        for line in notices.lines():
-            report.notes.append(f"{config.path}: {line}")
-        report.skipped.update(notices.counts())
+        again = {
+            "pairs that come again, which qrels list once": rows.listed_pairs - sum(report.pairs.values()),
+            "further passages skipped because their text is there already": known,
+        }
+        again = {what: count for what, count in again.items() if count}
+        report.skipped.update(notices.counts() | again)
+        lines = [*notices.lines(), *(f"{what}: {count}" for what, count in again.items())]
+        report.notes.extend(f"{config.path}: {line}" for line in lines)
         # It would be replaced.
         _refuse_existing(out)
     if resolve_format(config) == "beir":
@@ -179,7 +184,6 @@ def _split(
             "test are passages of the corpus"
         )
     _write(folder, rows, (pair_queries, positives, pair_splits), row_splits, wanted, terminal)
-    repeated = rows.listed_pairs - len(positives)
     return SplitReport(
         out=str(out),
         by=chosen,
@@ -191,7 +195,7 @@ def _split(
         groups=int(groups.max()) + 1,
         largest_group=largest,
         shared_positives=shared,
-        skipped={"pairs that come again, which qrels list once": repeated} if repeated else {},
+        skipped={},
         notes=notes,
     )
 

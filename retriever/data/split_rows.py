@@ -94,12 +94,13 @@ class SplitRows:
         if before != [(path, file_state(path)) for path in source_files(config)]:
             raise InputError(f"{config.path}: changed while it was read")
 
-    def read_passages(self, path: Path, notices: Notices, progress: Callable[[int], None]) -> None:
-        """Take the passages of a corpus file, title and text as one text.
+    def read_passages(self, path: Path, notices: Notices, progress: Callable[[int], None]) -> int:
+        """Take the passages of a corpus file, title and text as one text; returns how many had one that was known.
 
         Raises:
             InputError: a row is broken, or the file changed.
         """
+        known, taken = len(self.passages.sorted()[0]), 0
         for passage in PassageFile(path):
             # As in the rows of a source: tokenizers written in C end a text at its first NUL.
             text = passage.content.replace("\0", "\ufffd")
@@ -107,9 +108,11 @@ class SplitRows:
                 content = _encoded(text)
                 self.passages.add(_digest(text), self._end, len(content))
                 self._write(content)
+                taken += 1
             else:
                 notices.add("passages skipped for an empty text", f"{path}: {passage.id}")
             progress(1)
+        return taken - (len(self.passages.sorted()[0]) - known)
 
     def pairs(self) -> tuple[Digests, Digests]:
         """Query and positive of every distinct pair, by query, then by positive."""

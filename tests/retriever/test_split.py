@@ -238,6 +238,7 @@ def test_what_was_skipped_is_counted(tmp_path: Path) -> None:
         "texts with NUL characters, replaced by U+FFFD": 1,
         "passages skipped for an empty text": 1,
         "pairs that come again, which qrels list once": 1,
+        "further passages skipped because their text is there already": 2,
     }
     assert sum(report["rows"].values()) == 12 and sum(report["pairs"].values()) == 11
     texts = [row["text"] for row in lines(tmp_path / "a" / "corpus.jsonl")]
