@@ -176,7 +176,8 @@ def _split(
     chosen, splits, notes = _choose(config.path, groups, largest, queries, wanted, by, seed)
     shared = _shared_positives(splits[of_query], of_query, positives)
     if chosen == "query":
-        notes.append(f"{shared:,} queries of dev and test have a positive that is also a positive of a train query")
+        what = "queries of dev and test have a positive that is also a positive of a train query"
+        notes.append(f"{config.path}: {shared:,} {what}")
     pair_splits, row_splits = splits[of_query], splits[np.searchsorted(queries, rows.row_queries())]
     if rows.negatives:
         notes.append(
@@ -209,7 +210,9 @@ def _choose(
     if by != "query":
         splits = choose_splits(groups, queries, wanted[DEV], wanted[TEST], seed)
         counts = np.bincount(splits, minlength=3)
-        found = " and ".join(f"{counts[each]:,} of {wanted[each]:,} {NAMES[each]} queries" for each in (DEV, TEST))
+        found = " and ".join(
+            f"{counts[each]:,} {NAMES[each]} queries ({wanted[each]:,} wanted)" for each in (DEV, TEST)
+        )
         if counts[TRAIN] and all(reaches(int(counts[each]), wanted[each]) for each in (DEV, TEST)):
             if any(counts[each] != wanted[each] for each in (DEV, TEST)):
                 notes.append(f"{name}: groups are kept whole: {found}")

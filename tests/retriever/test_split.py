@@ -201,7 +201,10 @@ def test_groups_too_large_for_the_sizes_are_told_and_queries_split_instead(tmp_p
     report = json.loads(done.out)
     assert (done.code, report["by"], report["largest_group"], report["groups"]) == (0, "query", 95, 6)
     assert report["queries"] == {"train": 80, "dev": 10, "test": 10} and 0 < report["shared_positives"] <= 20
-    assert "whole groups give 0 of 10 dev queries and 5 of 10 test queries" in done.err
+    assert (
+        "whole groups give 0 dev queries (10 wanted) and 5 test queries (10 wanted) and leave 95 for training"
+        in done.err
+    )
     assert "holds 95.0% of all queries; split by query text instead" in done.err
     assert f"{report['shared_positives']} queries of dev and test have a positive that is also" in done.err
     refused = command(*asked, "--out", tmp_path / "b", "--by", "component")
