@@ -22,6 +22,7 @@ _PUBLIC = {
     "BeirDataset": "index.beir",
     "evaluate_run": "eval.metrics",
     "TrainConfig": "retriever.config",
+    "split": "retriever.data.split",
     "Towers": "retriever.towers",
     "Trainer": "retriever.trainer",
     "embed_texts": "retriever.encode",

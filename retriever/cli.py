@@ -25,6 +25,7 @@ from retriever.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, 
 from retriever.commands.mine import Mine
 from retriever.commands.search import Search
 from retriever.commands.serve import Serve
+from retriever.commands.split import Split
 from retriever.commands.train import Train
 from retriever.commands.zero_shot import EvaluateZeroShot
 from retriever.config import ConfigError
@@ -143,6 +144,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Search, subcommand("search")]
         | Annotated[Serve, subcommand("serve")]
         | Annotated[Mine, subcommand("mine")]
+        | Annotated[Split, subcommand("split")]
         | Annotated[EvaluateGroup, subcommand("evaluate")]
     )
     box = io.StringIO()

@@ -77,6 +77,10 @@ class Notices:
         """How many of all kinds that begin so."""
         return sum(count for what, count in self._counts.items() if what.startswith(beginning))
 
+    def counts(self) -> dict[str, int]:
+        """How many of each kind."""
+        return dict(self._counts)
+
     def lines(self) -> list[str]:
         """One line for each kind: "rows skipped for an empty query: 3 (first at train.jsonl:17)"."""
         return [f"{what}: {count} (first at {self._first[what]})" for what, count in self._counts.items()]

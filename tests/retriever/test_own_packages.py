@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,17 @@ def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder first on the path of this process, to which none of the packages is known yet."""
     for module in list(sys.modules):
         if module.split(".")[0] in PACKAGES:
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    # Those that were not there before would stay, and later tests would meet them.
+    for module in list(sys.modules):
+        if module.split(".")[0] in PACKAGES:
+            del sys.modules[module]
 
 
 def imported_by(file: str, name: str) -> Any:

@@ -17,6 +17,7 @@ from retriever.commands.index import IndexBuild
 from retriever.commands.mine import Mine
 from retriever.commands.search import Search
 from retriever.commands.serve import Serve
+from retriever.commands.split import Split
 from retriever.commands.train import Train
 from retriever.config import ConfigError
 from retriever.launch import process_count
@@ -36,6 +37,7 @@ COMMANDS: dict[tuple[str, ...], bool] = {
     ("search", "--model", "m", "--index", "i", "q"): False,
     ("serve", "--model", "m", "--index", "i"): False,
     ("mine", "--model", "m", "--data", "d", "--out", "o.jsonl"): False,
+    ("split", "--data", "d", "--out", "o"): False,
     ("evaluate", "zero-shot", *EMBED): False,
     ("evaluate", "run", "r", "--data", "d", "--out", "o"): False,
     ("evaluate", "compare", "r", "s", "--data", "d", "--out", "o"): False,
@@ -57,7 +59,7 @@ def outside_of_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def test_the_table_has_every_command() -> None:
     in_groups = [kind for group in (cli.IndexCommand, cli.EvaluateCommand) for kind in typing.get_args(group)]
-    known = {typing.get_args(kind)[0] for kind in in_groups} | {Train, Encode, Search, Serve, Mine}
+    known = {typing.get_args(kind)[0] for kind in in_groups} | {Train, Encode, Search, Serve, Mine, Split}
     assert len(COMMANDS) == len(known)
     shared = {named(words) for words, shares in COMMANDS.items() if shares}
     assert shared == {"train", "encode", "evaluate beir", "index build"}
