@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from losses import fused, inf_cl_loss
-from losses.batch import ContrastiveBatch
-from losses.dense import dense_loss
-from losses.fused import fused_loss
-from losses.fused_sigmoid import fused_sigmoid_loss
-from losses.kernels import shapes
-from losses.kernels.blocks import choose_blocks, forward_blocks, gradient_blocks
-from losses.kernels.launch import (
+from losses.inputs import ContrastiveBatch
+from losses.triton import shapes
+from losses.triton.block_sizes import choose_blocks, forward_blocks, gradient_blocks
+from losses.triton.dense import dense_loss
+from losses.triton.inf_cl import fused_loss
+from losses.triton.launch import (
     OLDEST_DENSE,
     OLDEST_FUSED,
     interpreted,
@@ -30,6 +29,7 @@ from losses.kernels.launch import (
     why_not_fused,
     why_not_on,
 )
+from losses.triton.sigmoid import fused_sigmoid_loss
 
 pytest.importorskip("triton")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="a GPU is here: its own tests run the kernels")
