@@ -14,7 +14,7 @@ from index.beir import BeirDataset
 from index.files import InputError
 
 if TYPE_CHECKING:
-    from index.embeddings import EmbeddingStore
+    from index.store.reader import EmbeddingStore
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """Texts of M queries -> float array [M, D]."""
@@ -122,7 +122,7 @@ def exact_search(
         on_ranks: all ranks of torch.distributed search together, called with the same arguments; each gets the result
             that one process alone would get, bit by bit.
     """
-    from index import exact
+    from index.exact import search as exact
 
     search = exact.search_on_ranks if on_ranks else exact.search
 
@@ -137,8 +137,8 @@ def exact_products(store: EmbeddingStore, queries: np.ndarray) -> Products:
 
     Rows number the passages as `ranked_run` does; a document's product is that of its best window.
     """
-    from index import recall
-    from index.training import read_rows
+    from index.ann.train import read_rows
+    from index.ann.tuning import recall
 
     starts = None
     if is_windows(store):

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from index.faiss_index import Index
+from index.ann.index import Index
 from index.files import InputError
 from index.manifest import EMBEDDINGS, INDEX, read_manifest
-from index.store import EmbeddingStore
+from index.store.reader import EmbeddingStore
 
 
 @dataclass(frozen=True)

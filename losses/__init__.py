@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from losses.inf_cl import InfCLLoss, inf_cl_loss
-from losses.literature import clip_loss
-from losses.literature_ranks import disco_clip_loss, gathered_clip_loss, local_rows_loss, ring_clip_loss
-from losses.sigmoid import SigmoidLoss, sigmoid_loss
+from losses.inf_cl import inf_cl_loss
+from losses.literature import clip_loss, disco_clip_loss, gathered_clip_loss, local_rows_loss, ring_clip_loss
+from losses.modules import InfCLLoss, SigmoidLoss
+from losses.sigmoid import sigmoid_loss
 
 __all__ = [
     "InfCLLoss",

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from losses.inf_cl import inf_cl_loss
-from losses.kernels.shapes import KERNELS, VARIABLE, TileShape, table_row, write_shapes
 from losses.precision import Precision
 from losses.sigmoid import sigmoid_loss
+from losses.triton.shapes import KERNELS, VARIABLE, TileShape, table_row, write_shapes
 
 CANDIDATES = {
     2: (

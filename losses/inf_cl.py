@@ -1,4 +1,4 @@
-"""InfoNCE over in-batch and hard negatives: the public function and module, and the choice of implementation."""
+"""InfoNCE over in-batch and hard negatives: the public function and the choice of implementation."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.batch import check_bool, check_choice, checked_batch, checked_workspace, with_checked_pairs
-from losses.chunked import tiled_loss
-from losses.compiled import compiled_tiled_loss
-from losses.dense import dense_loss, fits_dense
-from losses.fused import fused_loss
-from losses.kernels.launch import warn_of_step_down, why_not_dense, why_not_fused
-from losses.learned_scale import LearnedScale
-from losses.oracle import full_matrix_loss
-from losses.over_ranks import Exchange, loss_over_ranks, ranked_batch
+from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
+from losses.inputs import check_choice, checked_batch, checked_workspace, with_checked_pairs
 from losses.precision import Precision, resolve_precision
+from losses.reference import full_matrix_loss
+from losses.torch_tiles.compiled import compiled_tiled_loss
+from losses.torch_tiles.inf_cl import tiled_loss
+from losses.triton.dense import dense_loss, fits_dense
+from losses.triton.inf_cl import fused_loss
+from losses.triton.launch import warn_of_step_down, why_not_dense, why_not_fused
 
 Implementation = Literal["auto", "full", "dense", "chunked", "triton"]
 
@@ -64,11 +63,11 @@ def inf_cl_loss(
             requires_grad as elsewhere). The pool has the shards in the order of ranks; `positive` [M_r] are rows of the
             pool, by default the own shard's rows in order; all passages are negatives of all queries, and ids are
             compared across ranks (query_ids by default those of the positives, wherever they lie). `excluded` has rows
-            of this rank's queries and rows of the pool. The value, the mean
-            over all ranks' queries, is the same on every rank. Gradients, logit_scale's too, are W times this rank's
-            share: averaged over ranks, as DDP does, they are those of the whole batch. Every rank calls forward and
-            backward. Memory is O((M + N)·D / W); ring.py counts what is sent. Arguments are compared on the host: give
-            a group on GPUs a gloo backend too ("cpu:gloo,cuda:nccl"), or the host waits for the device there.
+            of this rank's queries and rows of the pool. The value, the mean over all ranks' queries, is the same on
+            every rank. Gradients, logit_scale's too, are W times this rank's share: averaged over ranks, as DDP does,
+            they are those of the whole batch. Every rank calls forward and backward. Memory is O((M + N)·D / W);
+            distributed/ring.py counts what is sent. Arguments are compared on the host: give a group on GPUs a gloo
+            backend too ("cpu:gloo,cuda:nccl"), or the host waits for the device there.
         precision: of the products' operands; sums are float32 always. "fp32" (by three tf32 products of split operands
             in triton's scores); "tf32" allows CUDA's tf32 products
             here, whatever the global setting; "bf16" rounds operands to bfloat16; "auto" follows the embeddings'
@@ -96,7 +95,7 @@ def inf_cl_loss(
             assertion). With a group every rank raises, whichever has the bad argument.
     """
     if group is not None:
-        ranked = ranked_batch(
+        ranked = distributed_batch(
             group,
             query,
             passage,
@@ -137,61 +136,3 @@ def inf_cl_loss(
     if torch.compiler.is_compiling():
         return compiled_tiled_loss(batch, precision, workspace_bytes)
     return tiled_loss(batch, precision, workspace_bytes)
-
-
-class InfCLLoss(LearnedScale):
-    """`inf_cl_loss` with a learnable, clamped logit_scale (learned_scale.py).
-
-    The clamp is that of Radford et al., arXiv 2103.00020. Keep `log_logit_scale` out of weight decay, which would pull
-    the scale towards 1.
-    """
-
-    def __init__(
-        self,
-        *,
-        logit_scale: float = 20.0,
-        learnable: bool = True,
-        max_logit_scale: float = 100.0,
-        symmetric: bool = False,
-        group: Any = None,
-        precision: Precision = "auto",
-        implementation: Implementation = "auto",
-        exchange: Exchange = "auto",
-        workspace_mib: float = 256,
-    ) -> None:
-        scale = (logit_scale, learnable, max_logit_scale)
-        super().__init__(*scale, group, precision, implementation, workspace_mib, Implementation)
-        check_choice("exchange", exchange, Exchange)
-        check_bool("symmetric", symmetric)
-        self.symmetric = symmetric
-        self.exchange: Exchange = exchange
-
-    def forward(
-        self,
-        query: Tensor,
-        passage: Tensor,
-        *,
-        positive: Tensor | None = None,
-        excluded: Tensor | None = None,
-        query_ids: Tensor | None = None,
-        passage_ids: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of `inf_cl_loss`, which see for shapes and errors."""
-        return inf_cl_loss(
-            query,
-            passage,
-            logit_scale=self.logit_scale,
-            positive=positive,
-            excluded=excluded,
-            symmetric=self.symmetric,
-            query_ids=query_ids,
-            passage_ids=passage_ids,
-            group=self.group,
-            precision=self.precision,
-            implementation=self.implementation,
-            exchange=self.exchange,
-            workspace_mib=self.workspace_mib,
-        )
-
-    def extra_repr(self) -> str:
-        return f"symmetric={self.symmetric}, {super().extra_repr()}"

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from losses.batch import accumulator, check_choice
+from losses.inputs import accumulator, check_choice
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 

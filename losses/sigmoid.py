@@ -1,4 +1,4 @@
-"""Sigmoid loss over in-batch and hard negatives: the public function and module, and its oracle."""
+"""Sigmoid loss over in-batch and hard negatives: the public function and the choice of implementation."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from losses.batch import (
-    ContrastiveBatch,
-    all_finite,
+from losses.distributed.api import distributed_batch
+from losses.distributed.sigmoid import sigmoid_loss_over_ranks
+from losses.inputs import (
     check_choice,
-    check_number,
     checked_batch,
     checked_number,
     checked_workspace,
     with_checked_pairs,
 )
-from losses.compiled import compiled_tiled_loss
-from losses.fused_sigmoid import fused_sigmoid_loss
-from losses.kernels.launch import warn_of_step_down, why_not_fused
-from losses.learned_scale import LearnedScale
-from losses.oracle import excluded_entries, through_rounding
-from losses.over_ranks import ranked_batch
-from losses.precision import Precision, plain_arithmetic, resolve_precision
-from losses.sigmoid_chunked import tiled_sigmoid_loss
-from losses.sigmoid_ring import sigmoid_loss_over_ranks
+from losses.precision import Precision, resolve_precision
+from losses.reference import full_matrix_sigmoid_loss
+from losses.torch_tiles.compiled import compiled_tiled_loss
+from losses.torch_tiles.sigmoid import tiled_sigmoid_loss
+from losses.triton.launch import warn_of_step_down, why_not_fused
+from losses.triton.sigmoid import fused_sigmoid_loss
 
 Implementation = Literal["auto", "full", "chunked", "triton"]
 
@@ -64,7 +60,7 @@ def sigmoid_loss(
             j != positive[i]. query_ids defaults to passage_ids[positive].
         group: None, or a process group whose ranks each hold a shard of one batch, as in `inf_cl_loss`: the value is
             that of the whole batch, the same on every rank, and gradients averaged over ranks are those of the whole
-            batch. sigmoid_ring.py counts what is sent, all of it in forward.
+            batch. distributed/sigmoid.py counts what is sent, all of it in forward.
         precision: of the products' operands, as for `inf_cl_loss`; sums are float32 always.
         implementation: "full" (whole matrix, plain autograd: the oracle), "chunked" (tiles in PyTorch), "triton" (a
             kernel for GPUs of compute capability 9.0 on; elsewhere "chunked", with one warning that says why), or
@@ -82,7 +78,7 @@ def sigmoid_loss(
             kernel a positive that is no passage, make the loss NaN ("full" and "chunked" end in torch's own assertion).
     """
     if group is not None:
-        ranked = ranked_batch(
+        ranked = distributed_batch(
             group,
             query,
             passage,
@@ -124,74 +120,3 @@ def _described(logit_bias: Tensor) -> dict[str, Any]:
     number = logit_bias.item() if logit_bias.device.type == "cpu" else "on a device"
     learned = torch.is_grad_enabled() and logit_bias.requires_grad
     return {"logit_bias": number, "requires_grad of logit_bias": learned}
-
-
-def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision) -> Tensor:
-    """The definition, over the whole matrix of pairs in float32 (float64 for float64 embeddings), by plain autograd.
-
-    "tf32" is permission to round and is not used here; "bf16" rounds Q and K, and their gradient passes the rounding
-    unrounded. Memory is several times M·N.
-    """
-    with plain_arithmetic("fp32", batch.query.device):
-        query, passage = (through_rounding(side, precision) for side in (batch.query, batch.passage))
-        scores = batch.logit_scale * (query @ passage.T) + logit_bias
-        own = torch.zeros_like(scores, dtype=torch.bool)
-        own[torch.arange(len(own), device=own.device), batch.positive] = True
-        losses = -nn.functional.logsigmoid(torch.where(own, scores, -scores))
-        if batch.query_ids is not None and batch.passage_ids is not None:
-            masked = (batch.query_ids[:, None] == batch.passage_ids) & ~own
-            losses = losses.masked_fill(masked, 0)
-        if batch.excluded is not None:
-            losses = losses.masked_fill(excluded_entries(batch), 0)
-        return torch.where(all_finite(batch.query, batch.passage), losses.sum() / len(losses), torch.nan)
-
-
-class SigmoidLoss(LearnedScale):
-    """`sigmoid_loss` with a learnable, clamped logit_scale (learned_scale.py) and a learnable logit_bias, begun as in
-    SigLIP.
-
-    Keep `log_logit_scale` and `logit_bias` out of weight decay.
-    """
-
-    def __init__(
-        self,
-        *,
-        logit_scale: float = 10.0,
-        logit_bias: float = -10.0,
-        learnable: bool = True,
-        max_logit_scale: float = 100.0,
-        group: Any = None,
-        precision: Precision = "auto",
-        implementation: Implementation = "auto",
-        workspace_mib: float = 256,
-    ) -> None:
-        scale = (logit_scale, learnable, max_logit_scale)
-        super().__init__(*scale, group, precision, implementation, workspace_mib, Implementation)
-        check_number("logit_bias", logit_bias)
-        self.logit_bias = nn.Parameter(torch.tensor(float(logit_bias)), requires_grad=learnable)
-
-    def forward(
-        self,
-        query: Tensor,
-        passage: Tensor,
-        *,
-        positive: Tensor | None = None,
-        excluded: Tensor | None = None,
-        query_ids: Tensor | None = None,
-        passage_ids: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of `sigmoid_loss`, which see for shapes and errors."""
-        return sigmoid_loss(
-            query,
-            passage,
-            logit_scale=self.logit_scale,
-            logit_bias=self.logit_bias,
-            positive=positive,
-            excluded=excluded,
-            query_ids=query_ids,
-            passage_ids=passage_ids,
-            group=self.group,
-            precision=self.precision,
-            implementation=self.implementation,
-            workspace_mib=self.workspace_mib,
-        )

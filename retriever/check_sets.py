@@ -14,13 +14,13 @@ import numpy as np
 from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
 from eval.preflight import Preflight, preflight
 from eval.suite import Plan, Task
+from index.ann.factory import choose, make, memory
+from index.ann.layout import FAISS_FILE
+from index.ann.settings import core
 from index.beir import beir_file
-from index.factory import choose, make, memory
 from index.files import InputError
-from index.layout import FAISS_FILE
 from index.manifest import INDEX, read_manifest
 from index.records import count_records
-from index.settings import core
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.progress import Terminal
 from retriever.set_settings import towers_for

@@ -14,8 +14,8 @@ from eval.compare import Pair, changed_queries, compare, most_changed, passages_
 from eval.fusion import RRF_K, fuse
 from eval.metrics import KS, MEASURES, Metrics, evaluate_run
 from eval.ranking import RankedRun, without_identical_ids
-from eval.report import Changes, Report, ReportSet
-from eval.report_files import write
+from eval.reports.files import write
+from eval.reports.report import Changes, Report, ReportSet
 from eval.runs import read_trec_run, write_trec_run
 from eval.significance import PERMUTATIONS
 from eval.suite import check_outside, plan

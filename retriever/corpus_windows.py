@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from index.passages import Passage, PassageFile
-from index.shards import passage_line
+from index.store.shards import passage_line
 from retriever.data.schedule import Share
 from retriever.data.sources import HUGE_TEXT
 from retriever.tokens import TextTokenizer, TokenizedTexts

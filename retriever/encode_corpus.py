@@ -11,9 +11,10 @@ from typing import Literal
 
 import numpy as np
 
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
 from index.passages import Passage, PassageFile
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 from retriever.ahead import behind, giving_way
 from retriever.corpus_windows import WINDOW, CorpusWindow, Cut, WindowMaker
 from retriever.encode import EncodeOptions, embed_windows

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from index.embeddings import EmbeddingStore
 from index.passages import PassageFile
 from index.records import count_records
+from index.store.reader import EmbeddingStore
 from retriever.checking import checking
 from retriever.corpus_windows import WINDOW
 from retriever.data.sources import Notices

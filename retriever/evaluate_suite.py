@@ -14,16 +14,16 @@ import numpy as np
 from eval.approximate import Approximation, approximation, search_by_parts
 from eval.evaluate import Find, exact_products, exact_search, is_windows, query_vectors, ranked_run, score
 from eval.long_documents import WINDOWS
-from eval.markdown import left_out_line
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
+from eval.reports.markdown import left_out_line
 from eval.runs import write_trec_run
 from eval.suite import Plan, Task, check_outside, rows_of_tasks
 from index.beir import BeirDataset
-from index.embeddings import EmbeddingStore
 from index.files import InputError, sha256_file
 from index.passages import Passage, PassageFile
 from index.records import count_records
+from index.store.reader import EmbeddingStore
 from retriever.checking import checking
 from retriever.encode import EncodeOptions
 from retriever.encode_corpus import corpus_source, encode_passages
@@ -38,7 +38,7 @@ from retriever.towers import Towers
 from retriever.versions import device_name
 
 if TYPE_CHECKING:
-    from index.faiss_index import Index
+    from index.ann.index import Index
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Suite:
         """
         folder, factory, tasks = self._options.index, self._options.factory, self._plan.tasks
         if folder is not None:
-            from index.faiss_index import Index
+            from index.ann.index import Index
             from index.manifest import INDEX, read_manifest
 
             if len(tasks) != 1:
@@ -145,7 +145,7 @@ class Suite:
                     index.check(checked)
             return index
         if factory is not None:
-            from index.factory import import_faiss, make
+            from index.ann.factory import import_faiss, make
 
             import_faiss()
             if factory != "auto":
@@ -232,7 +232,7 @@ class Suite:
         """What an index of the same vectors finds."""
         import faiss
 
-        from index.settings import Settings
+        from index.ann.settings import Settings
 
         index = self._index or self._built(task, store)
         index.check_model(towers.fingerprint())
@@ -255,8 +255,8 @@ class Suite:
 
     def _built(self, task: Task, store: EmbeddingStore) -> Index:
         """The index of the store, built, or used again with its every byte checked."""
-        from index import faiss_index
-        from index.building import choose_for
+        from index.ann import build as faiss_index
+        from index.ann.build import choose_for
         from index.manifest import INDEX, NAME, read_manifest
 
         folder, factory = self._out / task.name / "index", self._options.factory

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from index.building import Plan, build
-from index.changing import retune
-from index.factory import import_faiss, make
+from index.ann.build import Plan, build
+from index.ann.edit import retune
+from index.ann.factory import import_faiss, make
+from index.ann.layout import check_replaceable
+from index.ann.merge import merge
+from index.ann.settings import core
+from index.ann.tuning.tune import Tuning
 from index.files import InputError
-from index.layout import check_replaceable
 from index.manifest import INDEX, read_manifest
-from index.merge import merge
-from index.settings import core
-from index.store import EmbeddingStore
-from index.tuning import Tuning
+from index.store.reader import EmbeddingStore
 from retriever.rank_agreement import Content, agree, agree_on_folder
 from retriever.ranks import Ranks
 
@@ -33,11 +33,11 @@ def build_on_ranks(
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Tuning | None:
-    """`index.building.build` by all ranks together: they fill parts beside `out`, trained alike, the first merges them.
+    """`build` by all ranks together: they fill parts beside `out`, trained alike, and the first rank merges them.
 
     Every rank calls it with the same arguments, but for the target, which the first alone needs. `out` lies on a disk
     that all of them see. The index has the bytes that one process would write; its target is measured afterwards, as
-    `retune` does. Merging holds what `index.merge.merge` holds. A killed run leaves its parts; the next replaces them.
+    `retune` does. Merging holds what `merge` holds. A killed run leaves its parts; the next replaces them.
 
     Raises:
         InputError: as `build`; the store has one shard alone, or indexes of the kind cannot be merged.

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from eval.ranking import rows_of
-from index import exact
 from index.beir import BeirDataset
-from index.embeddings import EmbeddingStore
+from index.exact import search as exact
 from index.files import atomic_path
+from index.store.reader import EmbeddingStore
 from retriever.encode import EncodeOptions
 from retriever.encode_files import embed_corpus, embed_queries
 from retriever.progress import Terminal

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from losses.tiles import CPU_TILE_ENTRIES
+from losses.torch_tiles.tiles import CPU_TILE_ENTRIES
 from retriever.config import TrainConfig
 from retriever.cuda_graphs import MOST_TOKENS, rounded
 from retriever.device import Precision
@@ -254,7 +254,7 @@ def _workspace(config: TrainConfig, queries: int, passages: int, width: int, on_
 
 
 def _exchanged(passages: int, width: int, ranks: int, config: TrainConfig) -> float:
-    """Blocks of the ring: two on their way and three sums (losses/ring.py); or the pool, of two or in the workspace."""
+    """Blocks of the ring, two on their way and three sums (distributed/ring.py of losses), or the whole pool."""
     if ranks == 1:
         return 0.0
     ring = passages * width * (2 * 4 + 3 * 4)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from index.faiss_index import Index
+from index.ann.index import Index
+from index.ann.layout import FAISS_FILE
+from index.ann.multi_index import Indexes, open_all
 from index.files import InputError
-from index.layout import FAISS_FILE
 from index.passages import heading
-from index.several import Indexes, open_all
 from retriever.checking import checking
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.images.towers import ImageTextTowers
@@ -64,7 +64,7 @@ def open_indexes(
             and of the others the length.
 
     Raises:
-        InputError: as `index.several.open_all`, or a file is damaged.
+        InputError: as `index.ann.multi_index.open_all`, or a file is damaged.
     """
     with checking(terminal, folders, None if verify else [FAISS_FILE]) as checked:
         return open_all(folders, verify="hash" if verify else "size", mmap=mmap, progress=checked)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from index.embeddings import EmbeddingWriter
 from index.manifest import FileEntry
-from index.shards import ShardBuffer, stored_vectors
+from index.store.shards import ShardBuffer, stored_vectors
+from index.store.writer import EmbeddingWriter
 from retriever.corpus_windows import CorpusWindow
 from retriever.ranks import Ranks
 

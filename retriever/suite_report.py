@@ -11,12 +11,12 @@ from eval.approximate import Approximation
 from eval.measures import shown
 from eval.metrics import Metrics, Qrels
 from eval.ranking import RankedRun
-from eval.report import Report, ReportSet
-from eval.report_files import write
+from eval.reports.files import write
+from eval.reports.report import Report, ReportSet
 from eval.suite import Task
 from index.beir import BeirDataset, beir_file
-from index.embeddings import EmbeddingStore
 from index.files import sha256_file, write_json
+from index.store.reader import EmbeddingStore
 from retriever.run_sums import RUNS
 from retriever.versions import versions
 

@@ -40,8 +40,8 @@ from eval.metrics import Metrics
 from eval.preflight import preflight
 from eval.ranking import RankedRun
 from index.beir import BeirDataset
-from index.embeddings import EmbeddingStore
 from index.files import atomic_path
+from index.store.reader import EmbeddingStore
 
 MIB = 2**20
 KS = (1, 3, 5, 10, 100, 1000)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import machine
 
-from index import exact
+from index.exact import search as exact
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK = 16384

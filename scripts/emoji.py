@@ -18,7 +18,7 @@ from machine import machine
 from PIL import Image
 from steps import make_anew, next_steps, retriever, shell
 
-from eval.markdown import table
+from eval.reports.markdown import table
 
 HERE = Path(__file__).resolve().parent
 # Set -> what it asks.

@@ -12,8 +12,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.passages import read_passages
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 ROWS_AT_ONCE = 65536
 RELEVANT = 3

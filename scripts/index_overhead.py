@@ -17,13 +17,13 @@ import faiss
 import numpy as np
 from index_sets import read_set
 
-from index.building import Plan, add, build, reserve
-from index.factory import make
-from index.opened import Index
-from index.parts import Part
-from index.settings import set_search_defaults
-from index.store import EmbeddingStore
-from index.training import sample_vectors, train
+from index.ann.build import Plan, add, build, reserve
+from index.ann.factory import make
+from index.ann.index import Index
+from index.ann.settings import set_search_defaults
+from index.ann.train import sample_vectors, train
+from index.store.parts import Part
+from index.store.reader import EmbeddingStore
 
 CASES = {
     "clustered-10k": ("SQ8", "HNSW16"),

@@ -14,9 +14,9 @@ import faiss
 import numpy as np
 from index_sets import clustered
 
-from index.factory import make
-from index.settings import prepare_to_add
-from index.training import PER_CENTROID
+from index.ann.factory import make
+from index.ann.settings import prepare_to_add
+from index.ann.train import PER_CENTROID
 
 # Of the k-means whose rate is measured, and of the graph of centroids that vectors are looked up in.
 KMEANS_LISTS = 1024

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.passages import Passage
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 # Passages, dimensions, clusters. The queries are other draws from the same clusters.
 CLUSTERED = {

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from index_sets import read_set
 
-from index.building import add
-from index.factory import make
-from index.graphs import add_held_out, is_graph, truth_without
-from index.parts import Part
-from index.recall import Target, Truth, find_truth, recall_of_each
-from index.settings import Settings
-from index.training import train
-from index.tuning import K_FACTORS, measure, tune
+from index.ann.build import add
+from index.ann.factory import make
+from index.ann.settings import Settings
+from index.ann.train import train
+from index.ann.tuning.graphs import add_held_out, is_graph, truth_without
+from index.ann.tuning.recall import Target, Truth, find_truth, recall_of_each
+from index.ann.tuning.tune import K_FACTORS, measure, tune
+from index.store.parts import Part
 
 K = 10
 TARGET = 0.95

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from losses import clip_loss, inf_cl_loss
-from losses.kernels.launch import why_not_fused
 from losses.precision import Precision, plain_arithmetic
 from losses.sigmoid import sigmoid_loss
+from losses.triton.launch import why_not_fused
 
 Implementation = Literal["auto", "full", "chunked", "triton"]
 ROW_CHUNK = 2048

@@ -34,8 +34,8 @@ def _processor() -> str:
 
 def commit() -> str:
     """Short hash of the checkout; "unknown" outside one."""
-    house = Path(__file__).resolve().parent.parent
-    words = ["git", "-C", str(house), "rev-parse", "--short", "HEAD"]
+    root = Path(__file__).resolve().parent.parent
+    words = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

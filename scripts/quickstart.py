@@ -14,8 +14,8 @@ from machine import machine
 from quickstart_results import find_browser, keep
 from steps import make_anew, next_steps, retriever, shell
 
-from eval.markdown import table
 from eval.measures import measure_name
+from eval.reports.markdown import table
 from index.beir import BeirDataset
 
 HERE = Path(__file__).resolve().parent

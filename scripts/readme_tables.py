@@ -8,14 +8,14 @@ from pathlib import Path
 
 from throughput_tables import encode_table, image_train_table, images_table, memory_table, train_table
 
-HOUSE = Path(__file__).resolve().parent.parent
-RESULTS = HOUSE / "scripts" / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results"
 
 
 def main() -> None:
     """Replace what stands between the markers of every table."""
     places = {"README.md": tables, "retriever/README.md": throughput, "retriever/images/README.md": pictures}
-    for readme, make in ((HOUSE / place, make) for place, make in places.items()):
+    for readme, make in ((ROOT / place, make) for place, make in places.items()):
         readme.write_text(filled(readme.read_text(encoding="utf-8"), make()), encoding="utf-8")
 
 

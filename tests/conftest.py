@@ -1,4 +1,4 @@
-"""What several rooms' tests share: the bundled real model, and a tiny one made on the spot."""
+"""What the tests of several packages share: the bundled real model, and a tiny one made on the spot."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 # What a run of training imports late.
 LIBRARIES = (
-    "index.exact",
+    "index.exact.search",
     "retriever.trainer",
     "sentence_transformers.sentence_transformer.modules",
     "torch.distributed.run",

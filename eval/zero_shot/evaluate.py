@@ -13,10 +13,11 @@ import numpy as np
 from eval.zero_shot.classification import Classification, EmbedTexts, class_vectors, classify, classify_multilabel
 from eval.zero_shot.data import Sample, ZeroShotSet
 from eval.zero_shot.retrieval import Retrieval, retrieve
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 from index.image_files import ImageAt
 from index.passages import Passage
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 IMAGES_AT_ONCE = 256
 # Images a shard; at most so many are lost when a run is killed.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.plots import INK, LINE, MUTED, SERIES
+from eval.reports.plots import INK, LINE, MUTED, SERIES
 from eval.zero_shot.classification import Classification
 from eval.zero_shot.evaluate import Evaluated
 from eval.zero_shot.scores import blocks

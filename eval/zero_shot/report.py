@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from eval.html import detail_rows
-from eval.markdown import cell, table
+from eval.reports.html import detail_rows
+from eval.reports.markdown import cell, table
 from eval.zero_shot.classification import Classification
 from eval.zero_shot.evaluate import Evaluated
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eval import plots
-from eval.html import detail_rows
+from eval.reports import plots
+from eval.reports.html import detail_rows
 from eval.zero_shot import pictures
 from eval.zero_shot.classification import Classification
 from eval.zero_shot.evaluate import Evaluated

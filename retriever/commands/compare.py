@@ -78,8 +78,8 @@ class EvaluateCompare:
             raise ValueError("--weights: expected numbers of 0 or more, not all 0")
 
     def run(self, terminal: Terminal) -> int:
-        from eval.markdown import summary_of
-        from eval.report_files import json_of
+        from eval.reports.files import json_of
+        from eval.reports.markdown import summary_of
         from retriever.compare import Fusion, Request, compare_to_report, named_systems
 
         request = Request(

@@ -12,7 +12,7 @@ from retriever.config import ConfigError
 from retriever.progress import Terminal
 
 if TYPE_CHECKING:
-    from index.embeddings import EmbeddingStore
+    from index.store.reader import EmbeddingStore
     from retriever.ranks import Ranks
 
 

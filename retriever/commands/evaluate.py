@@ -136,7 +136,7 @@ class EvaluateBeir(Embedding):
 
     def _print(self, found: Any, terminal: Terminal) -> None:
         from eval.approximate import approximation_table
-        from eval.markdown import comparison_table
+        from eval.reports.markdown import comparison_table
         from eval.suite import suite_table
 
         if self.json:

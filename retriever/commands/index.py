@@ -18,9 +18,9 @@ from retriever.progress import Terminal
 if TYPE_CHECKING:
     import numpy as np
 
-    from index.recall import Target
-    from index.store import EmbeddingStore
-    from index.tuning import Tuning
+    from index.ann.tuning.recall import Target
+    from index.ann.tuning.tune import Tuning
+    from index.store.reader import EmbeddingStore
     from retriever.ranks import Ranks
 
 
@@ -38,7 +38,7 @@ class RecallTarget:
     """How many passages to measure by where there are no queries; they are kept out of the training sample."""
 
     def __post_init__(self) -> None:
-        from index.recall import LEAST_QUERIES
+        from index.ann.tuning.recall import LEAST_QUERIES
 
         check_counts(self, "k")
         if self.held_out < LEAST_QUERIES:
@@ -48,7 +48,7 @@ class RecallTarget:
 
     def target(self, recall: float, store: EmbeddingStore, terminal: Terminal) -> Target:
         """The recall to reach, with the queries embedded."""
-        from index.recall import Target
+        from index.ann.tuning.recall import Target
 
         queries = None if self.queries is None else self._embedded(self.queries, store, terminal)
         return Target(recall, self.k, queries, self.held_out)
@@ -126,11 +126,11 @@ class IndexBuild(RecallTarget):
             return self._build(terminal if ranks.first else SilentTerminal(), ranks)
 
     def _build(self, terminal: Terminal, ranks: Ranks | None) -> int:
-        from index.building import Plan, build
-        from index.embeddings import EmbeddingStore
-        from index.factory import explain
-        from index.layout import FAISS_FILE
-        from index.parts import Part
+        from index.ann.build import Plan, build
+        from index.ann.factory import explain
+        from index.ann.layout import FAISS_FILE
+        from index.store.parts import Part
+        from index.store.reader import EmbeddingStore
         from retriever.checking import checking
 
         store = EmbeddingStore.open(self.embeddings)
@@ -176,11 +176,11 @@ class IndexBuild(RecallTarget):
 
     def _chosen(self, store: EmbeddingStore) -> tuple[str, str]:
         """The factory, and why it was chosen where nobody named it; one that cannot be on disk is refused."""
-        from index.building import choose_for
-        from index.factory import make, reason_of_choice
-        from index.lists_on_disk import check_kind
+        from index.ann.build import choose_for
+        from index.ann.factory import make, reason_of_choice
+        from index.ann.index import Index
+        from index.ann.on_disk import check_kind
         from index.manifest import INDEX, read_manifest
-        from index.opened import Index
 
         if self.train_from is None and self.factory == "auto":
             rows, dim = store.rows, store.dim
@@ -211,9 +211,9 @@ class IndexTune(RecallTarget):
         _check_recall(self.target_recall)
 
     def run(self, terminal: Terminal) -> int:
-        from index.changing import retune
-        from index.embeddings import EmbeddingStore
+        from index.ann.edit import retune
         from index.manifest import INDEX, read_manifest
+        from index.store.reader import EmbeddingStore
         from retriever.checking import checking
 
         store = EmbeddingStore.open(self.embeddings)
@@ -237,7 +237,7 @@ def _finish(as_json: bool, summary: dict[str, Any], tuning: Tuning | None, termi
     if tuning is None:
         answer(as_json, summary)
         return 0
-    from index.layout import CURVE_FILE
+    from index.ann.layout import CURVE_FILE
 
     terminal.line(tuning.line())
     if not (Path(str(summary["index"])) / CURVE_FILE).exists():

@@ -30,7 +30,7 @@ class IndexMerge:
             raise ValueError(f"indexes: expected two or more to merge, found {len(self.indexes)}")
 
     def run(self, terminal: Terminal) -> int:
-        from index.merge import merge
+        from index.ann.merge import merge
         from retriever.checking import checking
 
         with checking(terminal, self.indexes) as checked, terminal.bar("merge", None, "vectors") as advance:
@@ -53,8 +53,8 @@ class IndexAdd:
     """Print the summary as JSON."""
 
     def run(self, terminal: Terminal) -> int:
-        from index.changing import add_passages
-        from index.embeddings import EmbeddingStore
+        from index.ann.edit import add_passages
+        from index.store.reader import EmbeddingStore
         from retriever.checking import checking
 
         store = EmbeddingStore.open(self.embeddings)
@@ -87,7 +87,7 @@ class IndexDelete:
             raise ValueError("--ids: expected ids here or in --ids-file, one of the two")
 
     def run(self, terminal: Terminal) -> int:
-        from index.changing import delete_passages
+        from index.ann.edit import delete_passages
         from index.passages import checked_id
         from index.records import read_lines
         from retriever.checking import checking

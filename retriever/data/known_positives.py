@@ -103,7 +103,7 @@ def find_known_positives(tables: Sequence[ExampleTable], cache: Path, terminal: 
     with terminal.bar("find queries with several positives", rows, "rows") as advance:
         known = open_known_positives(tables, cache, progress=advance)
     if len(known):
-        terminal.line(f"{len(known):,} queries have several positives: none of them is their negative")
+        terminal.line(f"queries with several positives: {len(known):,}; none of these is a negative of its query")
     return known
 
 

@@ -14,10 +14,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError, sha256_file
 from index.image_files import IMAGES, ImageAt, images_in
 from index.passages import Passage
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 from retriever.checking import checking
 from retriever.device import to_device
 from retriever.encode import EncodeOptions

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from index.faiss_index import Index
+from index.ann.index import Index
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.search import Answer, Result
 from retriever.towers import Towers
 
 if TYPE_CHECKING:
-    from index.several import Indexes
+    from index.ann.multi_index import Indexes
 
 
 class Busy(Exception):

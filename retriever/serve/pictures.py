@@ -12,13 +12,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from index.faiss_index import Index
+from index.ann.index import Index
 from index.files import InputError
 from retriever.search import Result
 from retriever.serve.requests import Refused
 
 if TYPE_CHECKING:
-    from index.several import Indexes
+    from index.ann.multi_index import Indexes
 
 SIDE = 256
 KEPT = 512

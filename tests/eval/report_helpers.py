@@ -7,7 +7,7 @@ import random
 from eval.compare import ChangedQuery, ShownPassage, compare
 from eval.metrics import Metrics, Qrels, Run, evaluate_run
 from eval.ranking import RankedRun
-from eval.report import Changes, Report, ReportSet
+from eval.reports.report import Changes, Report, ReportSet
 
 QRELS: Qrels = {"q1": {"a": 1}, "q2": {"b": 1}, "q3": {"a": 1}}
 BEFORE: Run = {"q1": {"b": 2.0, "a": 1.0}, "q2": {"b": 1.0}}

@@ -12,9 +12,10 @@ from eval.evaluate import exact_products, exact_search
 from eval.long_documents import WINDOWS, best_of_windows, documents_of, window_id
 from eval.metrics import Metrics
 from eval.ranking import RankedRun
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 from index.passages import Passage
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 METRICS = Metrics({}, {}, [])
 QUERIES = ["q0", "q1", "q2"]

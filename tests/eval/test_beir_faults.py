@@ -20,8 +20,9 @@ from eval.metrics import evaluate_run
 from eval.preflight import preflight
 from eval.ranking import RankedRun
 from index.beir import BeirDataset
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 QRELS = "query-id\tcorpus-id\tscore\nq1\tb\t1\n"
 

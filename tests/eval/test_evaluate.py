@@ -15,8 +15,9 @@ from eval.approximate import search_by_parts
 from eval.evaluate import evaluate_beir, exact_search, ranked_run
 from eval.runs import write_trec_run
 from index.beir import BeirDataset
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 DIM = 8
 

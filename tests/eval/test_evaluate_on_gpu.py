@@ -10,7 +10,8 @@ import pytest
 
 from eval.evaluate import evaluate_beir, exact_search, ranked_run
 from index.beir import BeirDataset
-from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 pytestmark = pytest.mark.gpu
 PASSAGES, QUERIES, DIM = 20_011, 101, 96

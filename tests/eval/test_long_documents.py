@@ -7,7 +7,7 @@ import pytest
 
 from eval.long_documents import MARK, best_of_windows, documents_of, window_id
 from eval.ranking import RankedRun
-from index.exact import search
+from index.exact.search import search
 
 
 def test_windows_are_gathered_by_document() -> None:

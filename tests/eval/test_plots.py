@@ -7,9 +7,9 @@ import re
 import pytest
 from report_helpers import large_set, rows, whole_report
 
-from eval import plots
 from eval.metrics import Qrels
 from eval.ranking import RankedRun
+from eval.reports import plots
 
 
 def test_scores_are_parted_by_relevance_over_judged_queries() -> None:

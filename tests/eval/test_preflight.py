@@ -15,8 +15,9 @@ from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
 from eval.evaluate import evaluate_beir
 from eval.preflight import Preflight, preflight
 from index.beir import BeirDataset
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from report_helpers import BEFORE, QRELS, rows, whole_report
 
-from eval.markdown import comparison_table
 from eval.metrics import Metrics, evaluate_run
 from eval.ranking import RankedRun
-from eval.report import Report, ReportSet
-from eval.report_files import write
+from eval.reports.files import write
+from eval.reports.markdown import comparison_table
+from eval.reports.report import Report, ReportSet
 from index.files import InputError
 
 FILES = ["report.html", "report.json", "report.md", "report.png"]

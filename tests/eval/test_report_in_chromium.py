@@ -10,7 +10,7 @@ import pytest
 from chromium import Chromium, find_chromium
 from report_helpers import large_set, whole_report
 
-from eval.report_files import write
+from eval.reports.files import write
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no chromium here (Debian's package chromium)")
 

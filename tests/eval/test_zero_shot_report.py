@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from zero_shot_sets import COLOURS, embed_images, embed_texts, picture, write_folder, write_webdataset
 
-from eval import plots
+from eval.reports import plots
 from eval.zero_shot import pictures
 from eval.zero_shot.classification import classify
 from eval.zero_shot.evaluate import Evaluated, embed_set, score

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from index_helpers import MODEL, passages_of
 
-from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 
 @pytest.fixture

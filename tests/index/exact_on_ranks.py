@@ -15,7 +15,7 @@ import torch
 from forks import environment, on_ranks
 from torch import distributed
 
-from index import exact
+from index.exact import search as exact
 from index.files import InputError
 
 BLOCKS = (7, 100, 16384)

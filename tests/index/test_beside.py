@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from index.beside import Beside
+from index.background import Beside
 from index.files import InputError
 
 

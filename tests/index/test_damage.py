@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 from index_helpers import MODEL, listing, passages_of
 
-from index import opened
-from index.building import Plan, build
-from index.changing import add_passages, delete_passages, retune
-from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.ann import index as opened
+from index.ann.build import Plan, build
+from index.ann.edit import add_passages, delete_passages, retune
+from index.ann.index import Index
+from index.ann.merge import merge
+from index.ann.multi_index import open_all
+from index.ann.settings import core
+from index.ann.structure import list_table
+from index.ann.train import trained_part
+from index.ann.tuning.recall import Target
 from index.files import InputError
 from index.manifest import INDEX, Manifest, entries, read_manifest, write_manifest
-from index.merge import merge
-from index.opened import Index
-from index.recall import Target
-from index.settings import core
-from index.several import open_all
-from index.structure import list_table
-from index.training import trained_part
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 from index.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,7 +165,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from index.files import InputError
-from index.opened import Index
+from index.ann.index import Index
 from test_damage import damages, vectors_of
 queries = vectors_of(5, seed=9)
 for folder in sorted(Path(sys.argv[1]).iterdir()):

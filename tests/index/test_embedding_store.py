@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from index_helpers import MODEL, flipped_bytes, listing, passages_of
 
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.files import InputError
 from index.manifest import EMBEDDINGS, FileEntry, Manifest, read_manifest, write_manifest
 from index.passages import Passage
-from index.shards import ShardBuffer, passage_line
+from index.store.reader import EmbeddingStore
+from index.store.shards import ShardBuffer, passage_line
+from index.store.writer import EmbeddingWriter
 from index.verify import verify
 
 HEADER: dict[str, Any] = {"dim": 3, "model": MODEL, "source": {"file": "c.jsonl"}, "shard_rows": 4}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from index_helpers import same_bits, shards_of
 
-from index import exact, windows
+from index.exact import search as exact
+from index.exact import windows
 from index.files import InputError
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ import pytest
 import torch
 from exact_on_ranks import check_ranks
 
-from index import windows
+from index.exact import windows
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from index_helpers import same_bits, shards_of
 
-from index import exact, windows
+from index.exact import search as exact
+from index.exact import windows
 from index.files import InputError
 
 IDS = ["d9", "d10", "é", "z", "😀", "\ufb01", "a", "A", "aa", "_", "٣", "-1", "10", "9", "0", "e\u0301", "zz", "Z"]
@@ -186,7 +187,7 @@ def test_a_score_is_the_exact_sum_rounded() -> None:
 
 def test_many_queries_crowded_with_candidates_stay_within_memory(rng, monkeypatch) -> None:
     """Candidates are scored before their window is full when there are too many of them."""
-    monkeypatch.setattr("index.top_k.CANDIDATES", 10)
+    monkeypatch.setattr("index.exact.top_k.CANDIDATES", 10)
     passages = (1 + 1e-4 * rng.standard_normal((3000, 16))).astype(np.float32)
     ids = [f"d{n}" for n in range(3000)]
     found = exact.search(passages[:7], shards_of(passages, 500), ids, 3, block_rows=100)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from index_helpers import MODEL, flipped_bytes, listing, passages_of
 
-from index import exact
-from index.embeddings import EmbeddingStore
-from index.faiss_index import Index, build
+from index.ann.build import build
+from index.ann.index import Index
+from index.ann.train import sample_vectors
+from index.exact import search as exact
 from index.files import InputError
 from index.manifest import INDEX, Manifest, read_manifest, write_manifest
-from index.training import sample_vectors
+from index.store.reader import EmbeddingStore
 from index.verify import verify
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from index_helpers import MODEL, passages_of
 
-from index.building import build
-from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.ann.build import build
+from index.ann.settings import core
+from index.ann.train import fingerprint, train
 from index.files import InputError
-from index.settings import core
-from index.training import fingerprint, train
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 ROWS = 260
 

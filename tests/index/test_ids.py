@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from index import ids
 from index.files import InputError
-from index.ids import Ids, duplicate_id
+from index.store.ids import Ids, duplicate_id
+from index.store.reader import ids
 
 
 def write(path: Path, names: list[str]) -> tuple[Path, int]:

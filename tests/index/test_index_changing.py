@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from index_helpers import flipped_bytes, listing, passages_of
 
-from index.building import Plan, build
-from index.changing import add_passages, delete_passages, retune
-from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.ann.build import Plan, build
+from index.ann.edit import add_passages, delete_passages, retune
+from index.ann.index import Index
+from index.ann.merge import merge
+from index.ann.multi_index import Indexes
+from index.ann.tuning.recall import Target
 from index.files import InputError
-from index.ids import duplicate_id
-from index.merge import merge
-from index.opened import Index
-from index.recall import Target
-from index.several import Indexes
+from index.store.ids import duplicate_id
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 from index.verify import verify
 
 CAN_CHANGE = ["Flat", "SQfp16", "SQ8", "PQ8x4fs", "IVF8,Flat", "IVF8,SQ8", "OPQ8,IVF8,PQ8x4fs,RFlat", "PCA8,SQ8"]

@@ -6,8 +6,8 @@ import faiss
 import numpy as np
 import pytest
 
-from index import lists_on_disk
-from index.factory import bytes_per_vector, choose, explain, has_even_norms, import_faiss, memory, reason_of_choice
+from index.ann import on_disk as lists_on_disk
+from index.ann.factory import bytes_per_vector, choose, explain, has_even_norms, import_faiss, memory, reason_of_choice
 from index.files import InputError
 
 

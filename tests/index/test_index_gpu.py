@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from index_helpers import listing
 
-from index.building import Plan, build
+from index.ann.build import Plan, build
+from index.ann.index import Index
+from index.ann.tuning.recall import Target
 from index.files import InputError
-from index.opened import Index
-from index.recall import Target
 from index.verify import verify
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from index_helpers import passages_of
 
-from index.embeddings import EmbeddingWriter
-from index.factory import memory
+from index.ann.factory import memory
+from index.store.writer import EmbeddingWriter
 
 ROWS, DIM = 60_000, 256
 MIB = 2**20
@@ -20,8 +20,8 @@ BUILD = """
 import sys, threading, time
 from pathlib import Path
 import faiss
-from index.building import Plan, build
-from index.embeddings import EmbeddingStore
+from index.ann.build import Plan, build
+from index.store.reader import EmbeddingStore
 
 def held():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from index_helpers import listing
 
-from index.building import Plan, build
-from index.changing import add_passages, delete_passages, retune
-from index.embeddings import EmbeddingStore
+from index.ann.build import Plan, build
+from index.ann.edit import add_passages, delete_passages, retune
+from index.ann.index import Index
+from index.ann.merge import merge
+from index.ann.settings import Settings, core
+from index.ann.train import sample_rows
+from index.ann.tuning.recall import Target, Truth, find_truth, recall_of_each
+from index.ann.tuning.tune import measure, tune
 from index.files import InputError
 from index.manifest import entries, read_manifest, write_manifest
-from index.merge import merge
-from index.opened import Index
-from index.recall import Target, Truth, find_truth, recall_of_each
-from index.settings import Settings, core
-from index.training import sample_rows
-from index.tuning import measure, tune
+from index.store.reader import EmbeddingStore
 from index.verify import verify
 
 DIM = 32

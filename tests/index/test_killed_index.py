@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from index_helpers import listing, passages_of
 
-from index.building import Plan, build
-from index.changing import add_passages, delete_passages, retune
-from index.embeddings import EmbeddingStore, EmbeddingWriter
+from index.ann.build import Plan, build
+from index.ann.edit import add_passages, delete_passages, retune
+from index.ann.layout import CURVE_FILE
+from index.ann.merge import merge
+from index.ann.tuning.recall import Target
 from index.files import InputError, recover_folder
-from index.layout import CURVE_FILE
 from index.manifest import NAME
-from index.merge import merge
-from index.recall import Target
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 from index.verify import verify
 
 KILLS = int(os.environ.get("KILLS", "16"))
@@ -33,7 +34,9 @@ WORKS = ("write", "build", "build on disk", "merge", "merge on disk", "add", "de
 # Imports once, and forks for every work: most of a kill would hit the imports otherwise.
 SPAWN = multiprocessing.get_context("forkserver")
 DRAWING = ["scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-SPAWN.set_forkserver_preload(["faiss", "index.building", "index.changing", "index.merge", "index.embeddings", *DRAWING])
+SPAWN.set_forkserver_preload(
+    ["faiss", "index.ann.build", "index.ann.edit", "index.ann.merge", "index.store.reader", *DRAWING]
+)
 
 
 def write_store(folder: Path, first: int, last: int) -> None:

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 from index_helpers import listing
 
-from index.embeddings import EmbeddingStore
-from index.faiss_index import build
+from index.ann.build import build
 from index.files import InputError
+from index.store.reader import EmbeddingStore
 from index.verify import verify
 
 PRELUDE = """
     import os, signal, sys
     from pathlib import Path
     import numpy as np
-    from index.embeddings import EmbeddingStore, EmbeddingWriter
+    from index.store.reader import EmbeddingStore
+    from index.store.writer import EmbeddingWriter
     from index.passages import Passage
 
     folder, stop_before = Path(sys.argv[1]), int(sys.argv[2])
@@ -49,7 +50,7 @@ ENCODE = textwrap.dedent(PRELUDE) + textwrap.dedent("""
     print(calls)
 """)
 BUILD = textwrap.dedent(PRELUDE) + textwrap.dedent("""
-    from index.faiss_index import build
+    from index.ann.build import build
 
     build(EmbeddingStore.open(Path(sys.argv[3])), folder, factory=sys.argv[4])
     print(calls)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index import layout
+from index.ann import layout
 from index.files import InputError
 
 

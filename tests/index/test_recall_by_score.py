@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index.advice import advice, reaches_all
-from index.building import Plan, build
-from index.changing import delete_passages, retune
-from index.embeddings import EmbeddingStore, EmbeddingWriter
-from index.graphs import truth_without
+from index.ann.build import Plan, build
+from index.ann.edit import delete_passages, retune
+from index.ann.tuning.advice import advice, reaches_all
+from index.ann.tuning.graphs import truth_without
+from index.ann.tuning.recall import ROUNDING, SPARE, Target, Truth, find_truth, recall_of_each
+from index.ann.tuning.tune import tune
 from index.passages import Passage
-from index.recall import ROUNDING, SPARE, Target, Truth, find_truth, recall_of_each
-from index.tuning import tune
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 
 DIM = 24
 NONE = np.empty(0, np.int64)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from index_helpers import same_bits
 
-from index import exact, products, scores
+from index.exact import search as exact
+from index.exact.search import products, scores
 
 
 @pytest.mark.parametrize("way", [scores._gathered_sums, scores._sampled_sums])

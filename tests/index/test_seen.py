@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index import seen
-from index.seen import SeenIds
+from index import duplicate_ids as seen
+from index.duplicate_ids import SeenIds
 
 
 @given(st.lists(st.lists(st.integers(0, 60), max_size=9), max_size=12))
@@ -35,9 +35,9 @@ def test_long_runs_lie_on_the_disk_without_a_name(tmp_path: Path, monkeypatch: p
 
 
 def test_equal_hashes_of_unlike_ids_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from index.embeddings import EmbeddingWriter
     from index.files import InputError
     from index.passages import Passage
+    from index.store.writer import EmbeddingWriter
 
     monkeypatch.setattr(seen, "_hashes", lambda ids: np.zeros(len(ids), dtype=np.int64))
     with EmbeddingWriter(tmp_path / "store", dim=2, model={}, source={}, shard_rows=2) as writer:

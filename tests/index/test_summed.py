@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index.summed import AT_ONCE, SummedFile
+from index.hashing import AT_ONCE, SummedFile
 
 
 def test_pieces_of_any_length_are_written_and_summed(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from torch.nn.functional import normalize
 
 from losses import inf_cl_loss
-from losses.link import GroupLink
+from losses.distributed.communication import GroupCommunication
 
 DIMENSIONS = 200
 SHARDS = {
@@ -28,7 +28,7 @@ SHARDS = {
 ALLOWED = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 1e-2}
 
 
-class HostLink(GroupLink):
+class HostCommunication(GroupCommunication):
     """Tensors of a GPU that several ranks share, carried by the host."""
 
     def start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]) -> Callable[[], None]:
@@ -104,7 +104,7 @@ def main(size: int) -> None:
     own_gpus = torch.cuda.device_count() >= size
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if own_gpus else 0)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpus else "gloo")
-    group: Any = distributed.group.WORLD if own_gpus else HostLink(distributed.group.WORLD)
+    group: Any = distributed.group.WORLD if own_gpus else HostCommunication(distributed.group.WORLD)
     for dtype, exchange, symmetric, ids, placed, logit_scale in itertools.product(
         ALLOWED, ("ring", "gather"), (False, True), (False, True), (False, True), (20.0, 300.0)
     ):

@@ -1,4 +1,4 @@
-"""Rings of many ranks in one process: a thread each, and a link that hands tensors over and counts their bytes."""
+"""Rings of many ranks in one process: a thread each, which hand tensors over and count their bytes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Meeting:
         return found
 
 
-class SimulatedLink:
-    """losses.link.Link among threads; `sent` counts the bytes of each ring transfer."""
+class SimulatedCommunication:
+    """losses.distributed.communication.Communication among threads; `sent` counts the bytes of each ring transfer."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.meeting, self.rank, self.size = meeting, rank, meeting.size
@@ -68,8 +68,9 @@ class SimulatedLink:
         return whole.split(list(counts))[self.rank]
 
 
-class MirroredLink:
-    """losses.link.Link of the first of two ranks whose shards are alike: what the other sends is what this one sends.
+class MirroredCommunication:
+    """losses.distributed.communication.Communication of the first of two ranks whose shards are alike: what the other
+    sends is what this one sends.
 
     Without threads, which the kernels of a GPU in backward would share one of.
     """
@@ -105,14 +106,14 @@ class MirroredLink:
         return rows[: counts[0]] + rows[counts[0] :]
 
 
-def on_simulated_ranks(size: int, call: Callable[[SimulatedLink], Any]) -> list[Any]:
-    """call(link) on each of `size` ranks; what each returned, or the first error."""
+def on_simulated_ranks(size: int, call: Callable[[SimulatedCommunication], Any]) -> list[Any]:
+    """call(communication) on each of `size` ranks; what each returned, or the first error."""
     meeting = Meeting(size)
     results: list[Any] = [None] * size
 
     def run(rank: int) -> None:
         try:
-            results[rank] = call(SimulatedLink(meeting, rank))
+            results[rank] = call(SimulatedCommunication(meeting, rank))
         except Exception as error:  # noqa: BLE001 - the test raises it in its own thread
             results[rank] = error
             if not isinstance(error, ValueError):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from losses import autotune
-from losses.kernels.shapes import read_shapes
+from losses.triton.shapes import read_shapes
 
 
 def pretended_milliseconds(trial: autotune.Trial, folder: Path, rows: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from losses import InfCLLoss, SigmoidLoss, inf_cl_loss, sigmoid_loss
-from losses.kernels.launch import interpreted
+from losses.triton.launch import interpreted
 
 pytest.importorskip("triton")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="a GPU is here: its own tests run the kernels")
@@ -108,7 +108,7 @@ def test_kept_and_recomputed_exponentials_know_excluded_pairs(workspace_mib: flo
 @pytest.mark.parametrize("device", DEVICES)
 def test_cells_wider_than_a_tile_hold_the_same_pairs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A matrix of millions of rows would need more cells than rows; there cells are wider than a tile.
-    from losses.kernels import excluded
+    from losses.triton.kernels import excluded
 
     given = batch(140, 200, 8, placed=False) | {"symmetric": True, "implementation": "triton"}
     narrow = run(inf_cl_loss, (20.0,), torch.float32, device, given)

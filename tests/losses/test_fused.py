@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from losses import fused, inf_cl_loss
-from losses.batch import ContrastiveBatch
-from losses.dense import dense_loss
-from losses.fused import fused_loss
-from losses.fused_sigmoid import fused_sigmoid_loss
-from losses.kernels import shapes
-from losses.kernels.blocks import choose_blocks, forward_blocks, gradient_blocks
-from losses.kernels.launch import (
+from losses import inf_cl_loss
+from losses.inputs import ContrastiveBatch
+from losses.triton import inf_cl as triton_inf_cl
+from losses.triton import shapes
+from losses.triton.block_sizes import choose_blocks, forward_blocks, gradient_blocks
+from losses.triton.dense import dense_loss
+from losses.triton.inf_cl import fused_loss
+from losses.triton.launch import (
     OLDEST_DENSE,
     OLDEST_FUSED,
     interpreted,
@@ -30,6 +30,7 @@ from losses.kernels.launch import (
     why_not_fused,
     why_not_on,
 )
+from losses.triton.sigmoid import fused_sigmoid_loss
 
 pytest.importorskip("triton")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="a GPU is here: its own tests run the kernels")
@@ -177,13 +178,13 @@ def test_a_positive_that_is_no_passage_gives_nan_where_nobody_looks_at_it(
 def test_nothing_is_kept_for_a_backward_that_cannot_come(monkeypatch: pytest.MonkeyPatch) -> None:
     query, passage = (side.bfloat16().requires_grad_() for side in embeddings(5, 9, 8, "cpu"))
     asked = []
-    real = fused.inf_cl_forward
+    real = triton_inf_cl.inf_cl_forward
 
     def watched(*arguments: Any) -> Any:
         asked.append(arguments[-1])
         return real(*arguments)
 
-    monkeypatch.setattr(fused, "inf_cl_forward", watched)
+    monkeypatch.setattr(triton_inf_cl, "inf_cl_forward", watched)
     inf_cl_loss(query, passage, logit_scale=5.0, implementation="triton")
     inf_cl_loss(query.detach(), passage.detach(), logit_scale=5.0, implementation="triton")
     for without in (torch.no_grad(), torch.inference_mode()):

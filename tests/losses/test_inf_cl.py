@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from losses import inf_cl_loss
-from losses.kernels.launch import interpreted
+from losses.triton.launch import interpreted
 
 # Without a GPU Triton's interpreter runs the kernels; where one is, tests/losses/test_fused.py runs them on it.
 IMPLEMENTATIONS = ("chunked", "dense", "triton") if interpreted() else ("chunked",)

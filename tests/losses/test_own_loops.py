@@ -16,8 +16,8 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
 from losses import InfCLLoss, SigmoidLoss, inf_cl_loss
-from losses.batch import ContrastiveBatch
-from losses.compiled import tiled_loss_op
+from losses.inputs import ContrastiveBatch
+from losses.torch_tiles.compiled import tiled_loss_op
 
 QUERY, PASSAGE = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
 LOSSES = (InfCLLoss, SigmoidLoss)

@@ -1,4 +1,4 @@
-"""A ring of eight ranks, a thread each: the loss and gradients of the whole batch, for exactly the bytes in ring.py."""
+"""A ring of eight ranks, a thread each: loss and gradients of the whole batch, for the bytes that ring.py counts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from simulated import MirroredLink, SimulatedLink, on_simulated_ranks
+from simulated import MirroredCommunication, SimulatedCommunication, on_simulated_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from losses import inf_cl_loss, sigmoid_loss
-from losses.kernels.launch import interpreted
+from losses.triton.launch import interpreted
 
 RANKS, ROWS, DIMENSIONS = 8, 6, 5
 DEVICES = [
@@ -25,7 +25,7 @@ DEVICES = [
 
 
 def bytes_of_the_ring(element: int, symmetric: bool, ids: bool) -> int:
-    """As the docstring of losses/ring.py has it; tiles in PyTorch do not pad the width."""
+    """As the docstring of losses/distributed/ring.py has it; tiles in PyTorch do not pad the width."""
     block = DIMENSIONS * element + 8 * ids
     accumulator = max(4, element)
     forward = (RANKS - 1) * ROWS * (block + 4 * accumulator * symmetric)
@@ -45,15 +45,15 @@ def test_eight_ranks_equal_one_process_for_the_bytes_of_the_formula(
     passage_ids = torch.arange(RANKS * ROWS) % 17 if ids else None
     accumulated = torch.promote_types(dtype, torch.float32)
 
-    def one_rank(link: SimulatedLink) -> tuple[list[Tensor], int]:
-        leaves = [side.split(ROWS)[link.rank].clone().requires_grad_() for side in (query, passage)]
+    def one_rank(communication: SimulatedCommunication) -> tuple[list[Tensor], int]:
+        leaves = [side.split(ROWS)[communication.rank].clone().requires_grad_() for side in (query, passage)]
         scale = torch.tensor(20.0, dtype=accumulated, requires_grad=True)
-        own_ids = None if passage_ids is None else passage_ids.split(ROWS)[link.rank]
+        own_ids = None if passage_ids is None else passage_ids.split(ROWS)[communication.rank]
         loss = inf_cl_loss(
-            *leaves, logit_scale=scale, passage_ids=own_ids, symmetric=symmetric, group=link, exchange="ring"
+            *leaves, logit_scale=scale, passage_ids=own_ids, symmetric=symmetric, group=communication, exchange="ring"
         )
         gradients = torch.autograd.grad(loss, [*leaves, scale])
-        return [loss.detach(), *(gradient / RANKS for gradient in gradients)], sum(link.sent)
+        return [loss.detach(), *(gradient / RANKS for gradient in gradients)], sum(communication.sent)
 
     results = on_simulated_ranks(RANKS, one_rank)
     for result in results:
@@ -85,16 +85,16 @@ def test_the_sigmoid_loss_goes_round_once_for_the_bytes_of_its_formula(ids: bool
     passage_ids = torch.arange(size * ROWS) % 17 if ids else None
     numbers = (torch.tensor(10.0), torch.tensor(-3.0))
 
-    def one_rank(link: SimulatedLink) -> tuple[list[Tensor], int]:
-        leaves = [side.split(ROWS)[link.rank].clone().requires_grad_() for side in (query, passage)]
+    def one_rank(communication: SimulatedCommunication) -> tuple[list[Tensor], int]:
+        leaves = [side.split(ROWS)[communication.rank].clone().requires_grad_() for side in (query, passage)]
         leaves += [number.clone().requires_grad_() for number in numbers]
-        own_ids = None if passage_ids is None else passage_ids.split(ROWS)[link.rank]
+        own_ids = None if passage_ids is None else passage_ids.split(ROWS)[communication.rank]
         loss = sigmoid_loss(
-            *leaves[:2], logit_scale=leaves[2], logit_bias=leaves[3], positive=positive.split(ROWS)[link.rank],
-            passage_ids=own_ids, group=link,
+            *leaves[:2], logit_scale=leaves[2], logit_bias=leaves[3], positive=positive.split(ROWS)[communication.rank],
+            passage_ids=own_ids, group=communication,
         )  # fmt: skip
         gradients = torch.autograd.grad(loss, leaves)
-        return [loss.detach(), *(gradient / size for gradient in gradients)], sum(link.sent)
+        return [loss.detach(), *(gradient / size for gradient in gradients)], sum(communication.sent)
 
     results = on_simulated_ranks(size, one_rank)
     for result in results:
@@ -117,11 +117,17 @@ def test_the_sigmoid_loss_goes_round_once_for_the_bytes_of_its_formula(ids: bool
 def test_embeddings_do_not_wait_for_backward_beside_operands_of_half_precision() -> None:
     leaf = torch.randn(ROWS, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
-    def one_rank(link: SimulatedLink) -> tuple[bool, Tensor]:
+    def one_rank(communication: SimulatedCommunication) -> tuple[bool, Tensor]:
         query, passage = leaf.clone(), leaf.flip(0)
         waiting = [weakref.ref(side) for side in (query, passage)]
         loss = inf_cl_loss(
-            query, passage, logit_scale=0.5, group=link, exchange="ring", implementation="triton", precision="bf16"
+            query,
+            passage,
+            logit_scale=0.5,
+            group=communication,
+            exchange="ring",
+            implementation="triton",
+            precision="bf16",
         )
         del query, passage
         gc.collect()
@@ -150,7 +156,7 @@ def test_kernels_of_mirrored_ranks_give_the_loss_of_the_batch_twice(
     scale = torch.tensor(logit_scale, device=device)
     leaves = [each.float().requires_grad_() for each in (*shard, scale)]
     loss = inf_cl_loss(
-        *leaves[:2], logit_scale=leaves[2], symmetric=symmetric, group=MirroredLink(), exchange=exchange,
+        *leaves[:2], logit_scale=leaves[2], symmetric=symmetric, group=MirroredCommunication(), exchange=exchange,
         implementation="triton", precision="fp32",
     )  # fmt: skip
     found = [loss.detach(), *torch.autograd.grad(loss, leaves)]

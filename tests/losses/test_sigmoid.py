@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from losses import sigmoid_loss
-from losses.batch import ContrastiveBatch
-from losses.fused_sigmoid import fused_sigmoid_loss, sigmoid_values_op
-from losses.kernels import shapes
-from losses.kernels.launch import interpreted
+from losses.inputs import ContrastiveBatch
+from losses.triton import shapes
+from losses.triton.launch import interpreted
+from losses.triton.sigmoid import fused_sigmoid_loss, sigmoid_values_op
 
 TINY_MIB = 2**-7  # 8 KiB: many tiles, the last ones partial
 NAMES = ("loss", "query", "passage", "logit_scale", "logit_bias")

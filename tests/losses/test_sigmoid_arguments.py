@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import normalize
 
 from losses import SigmoidLoss, sigmoid_loss
-from losses.kernels import launch
+from losses.triton import launch
 
 QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from losses import sigmoid_loss
-from losses.kernels.launch import why_not_fused
+from losses.triton.launch import why_not_fused
 
 pytestmark = [
     pytest.mark.gpu,

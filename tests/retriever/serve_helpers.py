@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HOUSE = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -52,7 +52,7 @@ def serving(model: Path | str, index: Path, *flags: object) -> Iterator[Server]:
     words = ["serve", "--model", model, "--index", index, "--port", 0, *flags]
     process = subprocess.Popen(
         [sys.executable, "-m", "retriever", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )

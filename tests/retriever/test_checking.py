@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from index.embeddings import EmbeddingStore
 from index.manifest import read_manifest
+from index.store.reader import EmbeddingStore
 from retriever.checking import MIB, checking, checking_bytes
 from retriever.progress import Terminal
 

@@ -23,8 +23,8 @@ from cli_helpers import MEANINGS, command, write_beir, write_config, write_lines
 
 import retriever
 from eval.runs import read_trec_run
-from index.embeddings import EmbeddingStore
-from index.faiss_index import Index
+from index.ann.index import Index
+from index.store.reader import EmbeddingStore
 from retriever.config import ModelConfig
 from retriever.encode import EncodeOptions
 from retriever.search import search

@@ -17,9 +17,9 @@ import pytest
 import torch
 from cli_helpers import command, write_lines
 
-from index.embeddings import EmbeddingStore
 from index.files import InputError
 from index.passages import Passage, PassageFile, read_passages
+from index.store.reader import EmbeddingStore
 from retriever.config import ModelConfig
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.encode_corpus import corpus_source, encode_passages

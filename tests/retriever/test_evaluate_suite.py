@@ -21,8 +21,8 @@ from forks import LoadedPython
 from eval.runs import read_trec_run
 from eval.suite import BY_NAME, FORUMS
 from index.beir import BeirDataset
-from index.embeddings import EmbeddingStore
 from index.files import InputError
+from index.store.reader import EmbeddingStore
 from retriever.encode import EncodeOptions, embed_texts
 from retriever.set_settings import AdjustedTowers, SetSettings, read_settings
 from retriever.split_documents import split_documents

@@ -11,9 +11,9 @@ import pytest
 from cli_helpers import command
 from forks import LoadedPython, torchrun
 
-from index.embeddings import EmbeddingWriter
 from index.manifest import read_manifest
 from index.passages import Passage
+from index.store.writer import EmbeddingWriter
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from index.beir import BeirDataset
-from index.embeddings import EmbeddingStore, EmbeddingWriter
 from index.passages import Passage
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 from retriever.data.sources import Notices, SourceConfig, read_examples
 from retriever.mining import mine
 

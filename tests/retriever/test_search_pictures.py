@@ -19,8 +19,8 @@ from PIL import Image
 from serve_helpers import serving
 from test_cli_errors import assert_refused
 
-from index.embeddings import EmbeddingStore
-from index.writer import EmbeddingWriter
+from index.store.reader import EmbeddingStore
+from index.store.writer import EmbeddingWriter
 from retriever.encode import EncodeOptions
 from retriever.images.towers import load_image_text_towers
 

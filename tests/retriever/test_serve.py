@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_helpers import MEANINGS, command
-from serve_helpers import HOUSE, Server, serving
+from serve_helpers import ROOT, Server, serving
 
-from index.faiss_index import Index
+from index.ann.index import Index
 from index.files import InputError
 from retriever.encode import EncodeOptions
 from retriever.search import Result, search
@@ -273,7 +273,7 @@ def test_an_index_given_again_is_another_one_and_not_in_place_of_the_first(world
 
 def test_help_does_not_load_what_serving_needs() -> None:
     code = "import retriever.cli, sys; print([m for m in ('starlette', 'uvicorn', 'jinja2') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -10,18 +10,18 @@ import pytest
 
 from retriever.config_file import load_config
 
-HOUSE = Path(__file__).resolve().parent.parent.parent
-RECIPES = sorted((HOUSE / "scripts" / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture
 def readme_tables(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(HOUSE / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     return importlib.import_module("readme_tables")
 
 
 def test_readme_tables_are_those_of_the_committed_results(readme_tables: Any) -> None:
-    readme = (HOUSE / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = readme_tables.tables()
     assert "| nDCG@10 | recall@100 |" in readme
     assert readme_tables.filled(readme, tables) == readme
@@ -31,7 +31,7 @@ def test_readme_tables_are_those_of_the_committed_results(readme_tables: Any) ->
 
 @pytest.mark.parametrize(("folder", "made"), [("retriever", "throughput"), ("retriever/images", "pictures")])
 def test_other_tables_are_those_of_the_committed_results(readme_tables: Any, folder: str, made: str) -> None:
-    readme = (HOUSE / folder / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     tables = getattr(readme_tables, made)()
     assert tables
     assert all(f"<!-- {name} -->\n{table}<!-- /{name} -->" in readme for name, table in tables.items())

@@ -1,0 +1,95 @@
+"""A report on disk: JSON for programs, Markdown, one HTML page, and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from eval.compare import Pair
+from eval.measures import PLOTTED, shown
+from eval.reports import plots
+from eval.reports.html import html_of
+from eval.reports.markdown import markdown_of
+from eval.reports.report import Changes, Report
+from index.files import InputError, atomic_path, write_json
+
+log = logging.getLogger(__name__)
+
+
+def write(folder: Path, report: Report) -> list[Path]:
+    """Write report.json, report.md, report.html and, where matplotlib is installed, report.png; each whole or absent.
+
+    Without matplotlib the page has no plots, and a log line says what to install.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: there is nothing to report.
+    """
+    if not report.sets or not all(found.systems for found in report.sets):
+        raise InputError(f"{folder}: expected at least one result to report, found none")
+    paths = [folder / "report.json", folder / "report.md", folder / "report.html"]
+    draw = plots.available()
+    plotted = draw and plot(folder / "report.png", report)
+    write_json(paths[0], json_of(report))
+    for path, text in ((paths[1], markdown_of(report, plotted)), (paths[2], html_of(report, draw))):
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [*paths, folder / "report.png"] if plotted else paths
+
+
+def json_of(report: Report) -> dict[str, Any]:
+    """The report for programs; the values of single queries are in the run files and need not be kept twice."""
+    return {
+        "title": report.title,
+        "measure": report.measure,
+        "details": dict(report.details),
+        "sets": {
+            found.name: {
+                "queries": found.queries,
+                "systems": {
+                    name: {"mean": metrics.mean, "missing_queries": metrics.missing}
+                    for name, metrics in found.systems.items()
+                },
+                "identical_ids_left_out": {
+                    name: metrics.identical_ids_left_out for name, metrics in found.systems.items()
+                },
+                "comparisons": [_pair_json(pair) for pair in found.pairs],
+                "changes": [_changes_json(changes) for changes in found.changes],
+            }
+            for found in report.sets
+        },
+        "absent": list(report.absent),
+    }
+
+
+def _pair_json(pair: Pair) -> dict[str, Any]:
+    values = dataclasses.asdict(pair)
+    test = values.pop("test")
+    # JSON knows no infinity; the statistic has none where every query differs by the same amount.
+    test["t"] = test["t"] if abs(test["t"]) < float("inf") else None
+    return {**values, **test}
+
+
+def _changes_json(changes: Changes) -> dict[str, Any]:
+    return {
+        "a": changes.pair.a,
+        "b": changes.pair.b,
+        "better": [dataclasses.asdict(query) for query in changes.better],
+        "worse": [dataclasses.asdict(query) for query in changes.worse],
+    }
+
+
+def plot(path: Path, report: Report) -> bool:
+    """Draw the headline measures as bars to a PNG file; False (and a log line) where not every system has one."""
+    known = [metrics.mean.keys() for found in report.sets for metrics in found.systems.values()]
+    measures = shown(PLOTTED, set(known[0]).intersection(*known[1:]))
+    if not measures:
+        log.warning("no plot: no cut-off of nDCG and recall is common to all systems")
+        return False
+    with plots.style():
+        plots.to_png(plots.bars({found.name: found.systems for found in report.sets}, measures), path)
+    return True

@@ -1,0 +1,122 @@
+"""A report as one HTML page: no script, nothing loaded from elsewhere, everything that comes from data escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from eval.measures import HEADLINE, NAMES, cutoffs, measure_name, shown
+from eval.metrics import Metrics
+from eval.reports.markdown import PAIR_HEAD, detail, notes_of, overview_rows, pair_cells
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from eval.reports.report import Report, ReportSet
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An SVG element and what stands under it."""
+
+    svg: Markup
+    caption: str
+
+
+def html_of(report: Report, draw: bool = True) -> str:
+    """The page, with plots or without."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("eval"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    plots = _plots(report) if draw else {}
+    return environment.get_template("report.html").render(
+        report=report,
+        measure=measure_name(report.measure),
+        overview=list(overview_rows(report)),
+        best=best_of,
+        number=number,
+        bars=plots.get("", []),
+        plots=plots,
+        headline=headline(report),
+        measure_name=measure_name,
+        notes_of=notes_of,
+        pair_head=PAIR_HEAD,
+        pair_cells=pair_cells,
+        cutoff_rows=cutoff_rows,
+        details=list(detail_rows(report.details)),
+    )
+
+
+def best_of(values: list[float | None]) -> float | None:
+    """The value that a row of several systems shows in bold; none for a single system."""
+    known = [value for value in values if value is not None]
+    return max(known) if len(values) > 1 and known else None
+
+
+def number(value: float | None) -> str:
+    """A value as the tables print it."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def headline(report: Report) -> list[str]:
+    """The measures of the table by set: the report's own first."""
+    found = {measure for one in report.sets for metrics in one.systems.values() for measure in metrics.mean}
+    return [measure for measure in dict.fromkeys((report.measure, *shown(HEADLINE, found))) if measure in found]
+
+
+def cutoff_rows(metrics: Metrics) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The cut-offs, and a row of values for each measure."""
+    names, ks = cutoffs(metrics.mean)
+    return ks, [(NAMES.get(name, name), [number(metrics.mean.get(f"{name}@{k}")) for k in ks]) for name in names]
+
+
+def detail_rows(details: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """The details as a flat list; those of a nested mapping are named after it."""
+    for key, value in details.items():
+        name = f"{above}, {key}" if above else key
+        if isinstance(value, Mapping):
+            yield from detail_rows(value, name)
+        else:
+            yield name, detail(value)
+
+
+def _plots(report: Report) -> dict[str, list[Plot]]:
+    """Set name -> its plots; "" -> those of the overview."""
+    from eval.reports import plots
+
+    with plots.style():
+        found = {one.name: list(_set_plots(one)) for one in report.sets}
+        if any(report.measure in metrics.mean for one in report.sets for metrics in one.systems.values()):
+            sets = {one.name: one.systems for one in report.sets}
+            found[""] = [_plot(plots.bars(sets, [report.measure]), f"{measure_name(report.measure)} by set")]
+    return found
+
+
+def _set_plots(found: ReportSet) -> Iterator[Plot]:
+    from eval.reports import plots
+
+    yield _plot(plots.recall_curves(found.systems), "recall of each system by cut-off")
+    for changes in found.changes:
+        pair = changes.pair
+        drawn = plots.scatter(pair, found.systems[pair.a], found.systems[pair.b])
+        yield _plot(drawn, f"each query under {pair.b} (up) and {pair.a} (across); larger points are more queries")
+    for system, run in found.runs.items():
+        figure = plots.score_distributions(system, run, found.qrels)
+        if figure is not None:
+            yield _plot(figure, f"scores that {system} gives to the passages it returned")
+
+
+def _plot(figure: Any, caption: str) -> Plot:
+    from markupsafe import Markup
+
+    from eval.reports.plots import to_svg
+
+    # Its texts were escaped by matplotlib, its label by to_svg.
+    return Plot(Markup(to_svg(figure, caption)), caption)

@@ -1,0 +1,1 @@
+"""FAISS indexes: building, searching, changing and tuning them."""

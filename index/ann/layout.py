@@ -1,0 +1,124 @@
+"""The files of an index folder, and writing them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from index.ann.factory import import_faiss
+from index.files import InputError
+from index.hashing import SummedFile
+from index.manifest import INDEX, FileEntry, Manifest, entries, read_manifest, write_manifest
+
+FAISS_FILE = "index.faiss"
+IDS_FILE = "ids.txt"
+PASSAGES_FILE = "passages.jsonl"
+OFFSETS_FILE = "passages.offsets.npy"
+FILES = (FAISS_FILE, IDS_FILE, PASSAGES_FILE, OFFSETS_FILE)
+
+LISTS_FILE = "lists.ivfdata"
+"""The inverted lists of an index whose lists stay on disk."""
+CURVE_FILE = "recall.png"
+"""The plot of what tuning measured."""
+OPTIONAL_FILES = (LISTS_FILE, CURVE_FILE)
+
+
+# Bytes of ids or passages looked at together.
+BLOCK_BYTES = 2**24
+
+
+def check_replaceable(out: Path) -> None:
+    """Only an index or an empty folder may be replaced: a slip in `out` must not cost anyone their files.
+
+    Raises:
+        InputError: `out` is something else.
+    """
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        try:
+            read_manifest(out, INDEX)
+        except InputError as error:
+            raise InputError(f"{error}; remove it or choose another --out") from None
+
+
+def finish(folder: Path, fields: dict[str, Any], faiss_sha256: str) -> None:
+    """Write the manifest of an index whose other files stand in `folder`; `faiss_sha256` is from `write_faiss`."""
+    faiss_file = {FAISS_FILE: FileEntry((folder / FAISS_FILE).stat().st_size, faiss_sha256)}
+    names = [name for name in (*FILES[1:], *OPTIONAL_FILES) if (folder / name).exists()]
+    write_manifest(Manifest(folder, INDEX, fields, {**faiss_file, **entries(folder, names)}))
+
+
+def write_faiss(index: Any, path: Path) -> str:
+    """Write what `faiss.read_index` reads; returns its sha256."""
+    faiss = import_faiss()
+    # Through Python's file: faiss's own writer only prints that a full disk has cut its last bytes off.
+    with SummedFile(path) as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+    return file.sha256
+
+
+def write_passages(
+    ids: Sequence[Path], passages: Sequence[Path], rows: int, folder: Path, keep: np.ndarray | None = None
+) -> None:
+    """Write the passages, one a line, the byte at which each line begins, and their ids.
+
+    Args:
+        ids: files of ids, one a line, in the order of the rows.
+        passages: files of passages, one a line, in the same order.
+        rows: how many lines they have in all.
+        folder: of the index.
+        keep: [rows] bool, which to write; all when there is none.
+
+    Raises:
+        InputError: the files have not as many lines.
+    """
+    keep = np.ones(rows, bool) if keep is None else keep
+    with open(folder / IDS_FILE, "wb") as out:
+        for lines, _ in _kept(ids, keep, "ids"):
+            out.write(lines.data)
+    offsets = np.empty(int(keep.sum()), np.uint64)
+    row = position = 0
+    with open(folder / PASSAGES_FILE, "wb") as out:
+        for lines, lengths in _kept(passages, keep, "passages"):
+            out.write(lines.data)
+            offsets[row : row + len(lengths)] = position + np.cumsum(lengths) - lengths
+            row, position = row + len(lengths), position + len(lines)
+    with open(folder / OFFSETS_FILE, "wb") as out:
+        np.save(out, offsets, allow_pickle=False)
+
+
+def _kept(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(bytes of some lines that are kept, uint8; how many bytes each line has), one block of a file after the other."""
+    row = 0
+    for path in files:
+        rest = b""
+        with open(path, "rb") as stream:
+            while block := stream.read(BLOCK_BYTES):
+                block = rest + block
+                whole = block.rfind(b"\n") + 1
+                rest = block[whole:]
+                lines = np.frombuffer(block, np.uint8, whole)
+                lengths = np.diff(np.flatnonzero(lines == ord("\n")) + 1, prepend=0)
+                chosen = keep[row : row + len(lengths)]
+                row += len(lengths)
+                if row > len(keep):
+                    raise InputError(f"{path}: expected {len(keep)} {what} in all, found more")
+                if chosen.all():
+                    yield lines, lengths
+                else:
+                    yield lines[np.repeat(chosen, lengths)], lengths[chosen]
+        if rest:
+            raise InputError(f"{path}: expected {what}, one a line, found a last line without an end")
+    if row != len(keep):
+        raise InputError(f"{files[-1] if files else 'index'}: expected {len(keep)} {what} in all, found {row}")
+
+
+def copy_rows(source: Path, folder: Path) -> None:
+    """Give `folder` the ids and passages of the index in `source`."""
+    for name in (IDS_FILE, PASSAGES_FILE, OFFSETS_FILE):
+        shutil.copyfile(source / name, folder / name)

@@ -1,0 +1,134 @@
+"""Merging indexes that were trained alike into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from index.ann import on_disk as lists_on_disk
+from index.ann.factory import import_faiss, reason
+from index.ann.index import Index, read_faiss
+from index.ann.layout import (
+    FAISS_FILE,
+    IDS_FILE,
+    LISTS_FILE,
+    PASSAGES_FILE,
+    check_replaceable,
+    finish,
+    write_faiss,
+    write_passages,
+)
+from index.ann.settings import parts, set_search_defaults
+from index.ann.train import trained_part
+from index.files import InputError, atomic_folder
+from index.store.ids import duplicate_id
+
+
+def merge(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    on_disk: bool = False,
+    progress: Callable[[int], None] | None = None,
+    checked: Callable[[int], None] | None = None,
+) -> int:
+    """Merge the indexes in `folders` into one in `out`; returns its rows.
+
+    The rows of the first come first, then those of the second, and so on: parts of a store that are merged in order
+    give the index that the whole store would have given. Memory: the merged index and one of the others; with
+    `on_disk` neither, for faiss merges the lists from file to file.
+
+    Args:
+        folders: two indexes or more, built with the same training (`build` with `train_from`).
+        out: folder of the merged index, replaced when it is one.
+        on_disk: leave the inverted lists in a file of their own.
+        progress: called with the number of rows after each index.
+        checked: called with the number of bytes each time some of an index were checked.
+
+    Raises:
+        InputError: the indexes differ in training, model or kind, share an id, or are damaged; or the kind cannot be
+            merged.
+        OSError: the disk is full.
+    """
+    if len(folders) < 2:
+        raise InputError(f"merge: expected two indexes or more, found {len(folders)}")
+    check_replaceable(out)
+    indexes = [Index.open(folder, verify="hash", mmap=True, progress=checked) for folder in folders]
+    _check_alike(indexes)
+    for index in indexes:
+        if index.manifest.count("trained_on"):
+            trained_part(index)
+    if (found := duplicate_id([folder / IDS_FILE for folder in folders])) is not None:
+        raise InputError(f"merge: expected every id in one index alone, found {found!r} twice")
+    rows = sum(index.rows for index in indexes)
+    with atomic_folder(out) as folder:
+        if on_disk:
+            whole = _merged_on_disk(indexes, folder, out)
+            if progress is not None:
+                progress(rows)
+        else:
+            whole = _merged_in_memory(indexes, progress)
+        write_passages([f / IDS_FILE for f in folders], [f / PASSAGES_FILE for f in folders], rows, folder)
+        summed = write_faiss(whole, folder / FAISS_FILE)
+        # What was measured was measured on the parts.
+        fields = {name: field for name, field in indexes[0].manifest.fields.items() if name != "tuning"}
+        sources = [source for index in indexes for source in index.manifest.field("sources", list)]
+        finish(folder, {**fields, "rows": rows, "sources": sources}, summed)
+    return rows
+
+
+def _check_alike(indexes: Sequence[Index]) -> None:
+    first = indexes[0]
+    for other in indexes[1:]:
+        other.check_model(first.model)
+        for name in ("dim", "factory", "trained"):
+            ours, theirs = (index.manifest.fields.get(name) for index in (first, other))
+            if ours != theirs or ours is None:
+                help_ = f"; build it with --train-from {first.folder}" if name == "trained" else ""
+                raise InputError(
+                    f"{other.folder}: expected the {name} of {first.folder} ({ours!s:.40}), found {theirs!s:.40}{help_}"
+                )
+
+
+def _merged_in_memory(indexes: Sequence[Index], progress: Callable[[int], None] | None) -> Any:
+    for index in indexes:
+        if LISTS_FILE in index.manifest.files:
+            raise InputError(f"{index.folder}: has its lists on disk, expected --on-disk to merge it")
+    # Read whole, because what is mapped cannot grow.
+    whole = read_faiss(indexes[0].folder / FAISS_FILE)
+    set_search_defaults(whole)
+    if progress is not None:
+        progress(indexes[0].rows)
+    for index in indexes[1:]:
+        other = read_faiss(index.folder / FAISS_FILE)
+        try:
+            _append(whole, other)
+        except RuntimeError as error:
+            raise InputError(
+                f"{index.folder}: {type(whole).__name__} cannot be merged ({reason(error)}); Flat, SQ…, PQ… and IVF… "
+                "can, with or without a refinement; search the parts together instead"
+            ) from None
+        if progress is not None:
+            progress(index.rows)
+    return whole
+
+
+def _append(whole: Any, other: Any) -> None:
+    """Move the vectors of `other` behind those of `whole`, layer by layer: faiss does not know how for all of them."""
+    faiss = import_faiss()
+    layers, others = list(parts(whole)), list(parts(other))
+    before, rows = whole.ntotal, whole.ntotal + other.ntotal
+    inner = layers[-1]
+    inner.merge_from(others[-1], before if isinstance(inner, faiss.IndexIVF) else 0)
+    for layer, its in zip(layers[:-1], others[:-1], strict=True):
+        if isinstance(layer, faiss.IndexRefine):
+            faiss.downcast_index(layer.refine_index).merge_from(faiss.downcast_index(its.refine_index), 0)
+        layer.ntotal = rows
+
+
+def _merged_on_disk(indexes: Sequence[Index], folder: Path, out: Path) -> Any:
+    lists_on_disk.check_kind(indexes[0].faiss, "--on-disk")
+    whole = trained_part(indexes[0])
+    lists_on_disk.merge(whole, [index.folder / FAISS_FILE for index in indexes], folder, out)
+    return whole

@@ -1,0 +1,1 @@
+"""Search settings that meet a recall target, measured against exact search."""

@@ -1,0 +1,1 @@
+"""Embeddings on disk: shards, their manifest, and reading and writing them."""

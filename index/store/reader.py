@@ -1,0 +1,118 @@
+"""Reading embeddings from disk, through memory maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from index.files import InputError
+from index.manifest import EMBEDDINGS, NAME, Level, Manifest, read_manifest, verify_files
+from index.passages import Passage, read_passages
+from index.store.ids import Ids
+from index.store.shards import DTYPES, SUFFIXES, read_vectors
+
+
+class EmbeddingStore:
+    """A complete embedding store, read through memory maps. Made by `open`."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.folder = manifest.folder
+        self.manifest = manifest
+        self.dim = manifest.count("dim")
+        self.rows = manifest.count("rows")
+        self.shard_rows = manifest.count("shard_rows")
+        self.model = manifest.texts("model")
+        self.source = manifest.field("source", dict)
+        self.complete = manifest.field("complete", bool)
+        self.dtype = manifest.field("dtype", str)
+        place = manifest.folder / NAME
+        if self.dtype not in DTYPES:
+            raise InputError(f"{place}: expected a dtype of {', '.join(DTYPES)}, found {self.dtype!r:.60}")
+        if not self.dim or not self.shard_rows:
+            raise InputError(f"{place}: expected 'dim' and 'shard_rows' above 0, found {self.dim}, {self.shard_rows}")
+        shards = -(-self.rows // self.shard_rows)
+        # Counted first: a number of rows that no file stands for must not make us list them all.
+        if len(manifest.files) != shards * len(SUFFIXES) or set(manifest.files) != set(self._names(shards)):
+            raise InputError(f"{place}: expected the files of {shards} shards, found {len(manifest.files)} others")
+        self._shards = shards
+        self.checked = False
+        """Whether this process has checked every byte of the files, or has written them."""
+
+    @classmethod
+    def open(cls, folder: Path, *, verify: Level = "size") -> EmbeddingStore:
+        """Open the store in `folder`, checking the length of every file, or at "hash" its every byte.
+
+        Raises:
+            InputError: `folder` holds no store, an incomplete or a damaged one.
+        """
+        manifest = read_manifest(folder, EMBEDDINGS)
+        store = cls(manifest)
+        verify_files(manifest, "size")
+        if not store.complete:
+            raise InputError(
+                f"{folder}: incomplete, {store.rows} rows so far; run the same encode again and it goes on from there"
+            )
+        if verify == "hash":
+            store.check()
+        return store
+
+    def check(self, progress: Callable[[int], None] | None = None) -> None:
+        """Check every byte of its files, unless that was done before.
+
+        Whatever makes a number or a file of a store calls it first; opening a store checks only lengths.
+
+        Args:
+            progress: called with the number of bytes just checked.
+
+        Raises:
+            InputError: a file is missing or damaged; the message names it.
+        """
+        if not self.checked:
+            verify_files(self.manifest, "hash", progress)
+            self.checked = True
+
+    def shards(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, vectors [n, D] of the stored dtype, memory-mapped and read-only) of every shard, in order.
+
+        Raises:
+            InputError: a shard is not the array that the manifest describes.
+        """
+        for number, path in enumerate(self.files("npy")):
+            first = number * self.shard_rows
+            shape = (min(self.shard_rows, self.rows - first), self.dim)
+            yield first, read_vectors(path, self.dtype, shape)
+
+    def vectors(self) -> np.ndarray:
+        """All vectors [N, D] in memory, of the stored dtype: the short way to a small store's numbers, for callers
+        of the library. Nothing here needs them all at once; `shards` reads a store of any size."""
+        whole = np.empty((self.rows, self.dim), DTYPES[self.dtype])
+        for first, vectors in self.shards():
+            whole[first : first + len(vectors)] = vectors
+        return whole
+
+    def ids(self) -> Ids:
+        """All ids, by row, left on disk.
+
+        Raises:
+            InputError: a shard has not as many ids as rows.
+        """
+        files = enumerate(self.files("ids"))
+        return Ids([(path, min(self.shard_rows, self.rows - number * self.shard_rows)) for number, path in files])
+
+    def passages(self) -> Iterator[Passage]:
+        """All passages, by row, streamed."""
+        for path in self.files("jsonl"):
+            yield from read_passages(path)
+
+    def files(self, suffix: Literal["npy", "ids", "jsonl"]) -> list[Path]:
+        """The files of every shard, in order: vectors ("npy"), ids ("ids") or passages ("jsonl")."""
+        return [self.folder / f"{number:05d}.{suffix}" for number in range(self._shards)]
+
+    @staticmethod
+    def _names(shards: int) -> Iterator[str]:
+        for number in range(shards):
+            for suffix in SUFFIXES:
+                yield f"{number:05d}.{suffix}"

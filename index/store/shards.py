@@ -1,0 +1,107 @@
+"""The files of one shard of embeddings: vectors in npy format, ids one a line, passages as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from index.files import InputError, atomic_path
+from index.manifest import FileEntry
+from index.passages import Passage, checked_id
+from index.store.arrays import map_array
+
+# Little-endian whatever the machine, so that a store is the same bytes everywhere.
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+SUFFIXES = ("npy", "ids", "jsonl")
+
+
+class ShardBuffer:
+    """The rows of a shard until it is written; takes the memory of the rows it holds, however long a shard may be."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self._vectors: list[np.ndarray] = []
+        self._lines: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, ids: Sequence[str], vectors: np.ndarray, lines: Sequence[bytes]) -> None:
+        """Add n rows: ids, vectors [n, D] in C order (kept, not copied), and passages as `passage_line`s."""
+        self.ids += ids
+        self._vectors.append(vectors)
+        self._lines += lines
+
+    def write(self, folder: Path, number: int) -> dict[str, FileEntry]:
+        """Write the rows, one at least, as the shard `number` of the store in `folder`; returns what stands on disk."""
+        vectors, ids, passages = (f"{number:05d}.{suffix}" for suffix in SUFFIXES)
+        return {
+            vectors: _write_vectors(folder / vectors, self._vectors),
+            ids: _write_lines(folder / ids, (f"{id_}\n".encode() for id_ in self.ids)),
+            passages: _write_lines(folder / passages, self._lines),
+        }
+
+
+def _write_vectors(path: Path, pieces: Sequence[np.ndarray]) -> FileEntry:
+    """Write `pieces` [n, D], each in C order, as one array."""
+    shape = (sum(map(len, pieces)), pieces[0].shape[1])
+    header = {"descr": np.lib.format.dtype_to_descr(pieces[0].dtype), "fortran_order": False, "shape": shape}
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        # np.save writes past Python's streams and so loses the reason why a write failed; a full disk must say so.
+        np.lib.format.write_array_header_1_0(stream, header)
+        for piece in pieces:
+            stream.write(piece.data)
+    return FileEntry.of(path)
+
+
+def _write_lines(path: Path, lines: Iterable[bytes]) -> FileEntry:
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        stream.writelines(lines)
+    return FileEntry.of(path)
+
+
+def stored_vectors(vectors: np.ndarray, dtype: str, ids: Sequence[str], folder: Path, first: int) -> np.ndarray:
+    """`vectors` [n, D] of any floating dtype as the store in `folder` holds them; `first` is the row of the first.
+
+    Raises:
+        InputError: one holds NaN or infinity or does not fit the dtype; the message names its id and row.
+    """
+    with np.errstate(over="ignore"):  # what does not fit float16 becomes infinite, and is refused as such
+        stored = vectors.astype(DTYPES[dtype], order="C")
+    finite = np.isfinite(stored).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        found = "found one too large for float16" if np.isfinite(vectors[row]).all() else "found NaN or infinity"
+        raise InputError(f"{folder}: row {first + row}, passage {ids[row]!r}: expected a finite vector, {found}")
+    return stored
+
+
+def read_vectors(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
+    """The vectors of `path`, memory-mapped and read-only.
+
+    Raises:
+        InputError: the file is no array of `dtype` ("float32" or "float16") and `shape`.
+    """
+    return map_array(path, DTYPES[dtype], shape)
+
+
+# A text as JSON, characters outside ASCII as they are; json.dumps takes three times as long for a line.
+_quoted = json.encoder.encode_basestring
+
+
+def passage_line(passage: Passage, place: str) -> bytes:
+    """The passage as a line of JSON.
+
+    Raises:
+        InputError: its id is unfit, or its text holds half of a surrogate pair; the message begins with `place`.
+    """
+    checked_id(passage.id, place)
+    texts = map(_quoted, (passage.id, passage.title, passage.text))
+    try:
+        return '{{"_id": {}, "title": {}, "text": {}}}\n'.format(*texts).encode()
+    except UnicodeEncodeError:
+        found = f"found half of a surrogate pair in passage {passage.id!r}"
+        raise InputError(f"{place}: expected Unicode text, {found}") from None

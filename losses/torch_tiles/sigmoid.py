@@ -1,0 +1,129 @@
+"""Sigmoid loss in tiles, in plain PyTorch on any device: memory linear in the batch, three products in all.
+
+No pair needs to know of another, so the visit that takes a tile's loss turns it into dS at once and adds dS K to dQ
+and dSᵀ Q to dK. Backward only multiplies what forward left by the upstream gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losses.inputs import ContrastiveBatch, all_finite
+from losses.precision import Precision, add_product, plain_arithmetic
+from losses.torch_tiles.tiles import ScoreTiles
+
+
+def tiled_sigmoid_loss(
+    batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int
+) -> Tensor:
+    """Scalar sigmoid loss of a batch marked symmetric, differentiable once in query, passage, scale and bias.
+
+    Beside inputs, two gradients held until backward and vectors of M numbers it holds at most `workspace_bytes` (one
+    tile at least), and float32 accumulators of the passage gradient when the embeddings are narrower.
+    """
+    leaves = (batch.query, batch.passage, batch.logit_scale, logit_bias)
+    wanted = tuple(torch.is_grad_enabled() and leaf.requires_grad for leaf in leaves)
+    if not any(wanted):
+        return tiled_values(batch, logit_bias, precision, workspace_bytes, wanted)[0]
+    return _TiledSigmoidLoss.apply(*leaves, batch, precision, workspace_bytes, wanted)
+
+
+class _TiledSigmoidLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        passage: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        batch: ContrastiveBatch,
+        precision: Precision,
+        workspace_bytes: int,
+        wanted: tuple[bool, ...],
+    ) -> Tensor:
+        loss, *gradients = tiled_values(batch, logit_bias, precision, workspace_bytes, wanted)
+        ctx.dtypes = tuple(leaf.dtype for leaf in (query, passage, logit_scale, logit_bias))
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (*times_upstream(ctx.saved_tensors, upstream, ctx.dtypes), None, None, None, None)
+
+
+def times_upstream(
+    gradients: tuple[Tensor | None, ...], upstream: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> list[Tensor | None]:
+    """The gradients for an upstream gradient of one, held since forward, for another, in the leaves' dtypes."""
+    # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+    if torch.is_grad_enabled():
+        raise RuntimeError("this sigmoid loss is differentiable once: implementation='full' has second derivatives")
+    return [
+        None if gradient is None else (gradient * upstream).to(dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
+    ]
+
+
+def held_dtype(embeddings: torch.dtype) -> torch.dtype:
+    """How a gradient waits for backward: the loss scale that lifts it into float16's range comes only then."""
+    return torch.float32 if embeddings == torch.float16 else embeddings
+
+
+def tiled_values(
+    batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The loss and its gradients in query, passage, logit_scale and logit_bias, None where not wanted."""
+    want_query, want_passage, want_scale, want_bias = wanted
+    (queries, width), passages = batch.query.shape, batch.passage.shape[0]
+    with plain_arithmetic(precision, batch.query.device):
+        tiles = ScoreTiles(batch, precision, workspace_bytes)
+        need_query = want_query or want_scale
+        query_gradient = batch.query.new_empty(queries, width, dtype=held_dtype(batch.query.dtype))
+        through_scores = batch.logit_scale.detach() / queries
+        zero = through_scores.new_zeros(())
+        query_sum = zero.new_empty(tiles.tile_rows if need_query else 0, width)
+        passage_sum = zero.new_zeros(passages if want_passage else 0, width)
+        # Terms far smaller than the sum are many: float64 keeps them.
+        loss_sum, bias_sum, scale_sum = zero.new_zeros(3, dtype=torch.float64)
+        for rows in tiles.row_blocks():
+            query_block = tiles.query_block(rows)
+            block_sum = query_sum[: rows.stop - rows.start].zero_()
+            for columns in tiles.column_blocks():
+                passage_block = tiles.passage_block(columns)
+                tile = tiles.scores(rows, columns, query_block, passage_block).add_(logit_bias)
+                place, inside = tiles.positive_places(rows, columns)
+                _negate(tile, place, inside)
+                losses = torch.logaddexp(tile, zero, out=tiles.scratch(rows, columns))
+                loss_sum += losses.sum()
+                if not any(wanted):
+                    continue
+                _negate(tile.sigmoid_(), place, inside)
+                bias_sum += tile.sum()
+                factor = tiles.products.factor(tile)
+                if need_query:
+                    add_product(block_sum, factor, passage_block)
+                if want_passage:
+                    add_product(passage_sum[columns], factor.T, query_block)
+            if want_scale:
+                # Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K): a pass over M·D numbers in place of M·N.
+                scale_sum += (block_sum * query_block).sum()
+            if want_query:
+                query_gradient[rows] = block_sum.mul_(through_scores)
+        # A negative of minus infinity would vanish from the sum, so finiteness is asked of the inputs.
+        loss = torch.where(all_finite(batch.query, batch.passage), loss_sum / queries, torch.nan).to(tiles.dtype)
+        return (
+            loss,
+            query_gradient if want_query else None,
+            passage_sum.mul_(through_scores).to(held_dtype(batch.passage.dtype)) if want_passage else None,
+            (scale_sum / queries).to(tiles.dtype) if want_scale else None,
+            (bias_sum / queries).to(tiles.dtype) if want_bias else None,
+        )
+
+
+def _negate(tile: Tensor, place: Tensor, inside: Tensor) -> None:
+    """Turn the sign of the positives in place: their loss is softplus(−x), and its derivative −σ(−x)."""
+    own = tile.gather(1, place)
+    tile.scatter_(1, place, torch.where(inside, -own, own))

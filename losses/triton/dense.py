@@ -1,0 +1,157 @@
+"""InfoNCE of small batches on a GPU: the whole score matrix, in as few launches as its three products allow.
+
+Below some thousands of pairs a step takes as long as its launches: forward is a product and two kernels, backward a
+kernel and two products (triton/kernels/dense.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losses.inputs import ContrastiveBatch
+from losses.precision import BlockProducts, Precision, plain_arithmetic
+
+# Of the products, which wait for backward, and of dS.
+BYTES_PER_SCORE = 8
+LOSS_BLOCK = 1024
+
+
+def fits_dense(batch: ContrastiveBatch, workspace_bytes: int) -> bool:
+    """Whether the matrix stays within the workspace."""
+    return batch.query.shape[0] * batch.passage.shape[0] * BYTES_PER_SCORE <= workspace_bytes
+
+
+def dense_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
+    """Scalar InfoNCE of the batch, differentiable once in query, passage and logit_scale."""
+    return _DenseLoss.apply(batch.query, batch.passage, batch.logit_scale, batch, precision)
+
+
+class _DenseLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, batch: ContrastiveBatch, precision: Precision
+    ) -> Tensor:
+        kernels = _kernels()
+        rows, columns = query.shape[0], passage.shape[0]
+        with plain_arithmetic(precision, query.device):
+            products = BlockProducts(precision, query.device)
+            operands = products.operand(query), products.operand(passage)
+            scores = products.scores(*operands, query.new_empty(rows, columns, dtype=torch.float32))
+        if batch.excluded is not None:
+            pairs = batch.excluded
+            kernels.mark_excluded_kernel[(-(-len(pairs) // kernels.MARK_BLOCK),)](
+                scores,
+                pairs,
+                batch.given,
+                len(pairs),
+                rows,
+                columns,
+                DIAGONAL=batch.given is None,
+                BLOCK=kernels.MARK_BLOCK,
+            )
+        lines = scores.new_empty(2 * (rows + columns))
+        programs = -(-rows // kernels.ROW_LINES)
+        if batch.symmetric:
+            programs = max(programs, -(-columns // kernels.COLUMN_LINES))
+        kernels.line_sums_kernel[(programs, 2 if batch.symmetric else 1)](
+            scores,
+            logit_scale,
+            batch.given,
+            batch.query_ids,
+            batch.passage_ids,
+            lines,
+            rows,
+            columns,
+            DIAGONAL=batch.diagonal,
+            HAS_IDS=batch.query_ids is not None,
+            HAS_EXCLUDED=batch.excluded is not None,
+            ROW_LINES=kernels.ROW_LINES,
+            ROW_STEP=kernels.ROW_STEP,
+            COLUMN_LINES=kernels.COLUMN_LINES,
+            COLUMN_STEP=kernels.COLUMN_STEP,
+        )
+        loss = scores.new_empty(())
+        kernels.mean_loss_kernel[(1,)](
+            scores,
+            logit_scale,
+            batch.given,
+            lines,
+            loss,
+            rows,
+            columns,
+            SYMMETRIC=batch.symmetric,
+            DIAGONAL=batch.diagonal,
+            BLOCK=LOSS_BLOCK,
+        )
+        ctx.save_for_backward(*operands, logit_scale, batch.given, batch.query_ids, batch.passage_ids, scores, lines)
+        ctx.options = batch.symmetric, batch.diagonal, batch.excluded is not None, precision, query.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+        if torch.is_grad_enabled():
+            raise RuntimeError("the dense loss is differentiable once: implementation='full' has second derivatives")
+        kernels = _kernels()
+        query, passage, logit_scale, given, query_ids, passage_ids, scores, lines = ctx.saved_tensors
+        symmetric, diagonal, has_excluded, precision, dtype = ctx.options
+        rows, columns = scores.shape
+        owners = None
+        if symmetric and not diagonal:
+            # Of a positive that is no passage the loss has told by then.
+            own = given.clamp(0, columns - 1)
+            owners = lines.new_zeros(columns).index_add_(0, own, lines.new_ones(rows))
+        grid = -(-rows // kernels.TILE_M), -(-columns // kernels.TILE_N)
+        shares = lines.new_empty(grid)
+        gradient = query.new_empty(rows, columns)
+        kernels.dense_gradient_kernel[grid](
+            scores,
+            logit_scale,
+            upstream,
+            given,
+            owners,
+            query_ids,
+            passage_ids,
+            lines,
+            gradient,
+            shares,
+            rows,
+            columns,
+            SYMMETRIC=symmetric,
+            DIAGONAL=diagonal,
+            HAS_IDS=query_ids is not None,
+            HAS_EXCLUDED=has_excluded,
+            TILE_M=kernels.TILE_M,
+            TILE_N=kernels.TILE_N,
+        )
+        of_query, of_passage, of_scale = ctx.needs_input_grad[:3]
+        with plain_arithmetic(precision, scores.device):
+            return (
+                _product(gradient, passage, dtype) if of_query else None,
+                _product(gradient.T, query, dtype) if of_passage else None,
+                shares.sum() if of_scale else None,
+                None,
+                None,
+            )
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """Triton is imported where it is used, and once."""
+    from losses.triton.kernels import dense
+
+    return dense
+
+
+def _product(factor: Tensor, block: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor · block in `dtype`; sums are float32, and rounded once."""
+    if factor.dtype == dtype:
+        return factor @ block
+    if factor.dtype == torch.float32:
+        return (factor @ block).to(dtype)
+    return torch.mm(factor, block, out_dtype=torch.float32).to(dtype)

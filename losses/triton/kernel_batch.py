@@ -1,0 +1,154 @@
+"""A batch as the kernels of the fused losses read it, the blocks it is cut into, and how their sums are finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from losses.precision import Precision
+
+
+class BlockRun:
+    """A batch as the kernels read it, and the blocks it is cut into. Its ids are `ranked`.
+
+    `exclude` gives it excluded pairs.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        passage: Tensor,
+        query_ids: Tensor | None,
+        passage_ids: Tensor | None,
+        precision: str,
+        workspace_bytes: int,
+        keep: bool,
+    ) -> None:
+        from losses.triton.block_sizes import choose_blocks
+        from losses.triton.launch import operand, operand_dtype, processors, product_of
+
+        known = cast(Precision, precision)
+        self.device = query.device
+        self.processors = processors(query.device)
+        self.dtype = operand_dtype(query.dtype, known)
+        self.width = padded_to_16_bytes(query.shape[1], self.dtype)
+        self.product = product_of(known, self.dtype)
+        # Exponentials reach exp(60), beyond float16; kept ones are rounded, which only bf16 gradients are anyway.
+        self.blocks = choose_blocks(
+            query.shape[0],
+            passage.shape[0],
+            self.width,
+            self.dtype.itemsize,
+            workspace_bytes,
+            self.processors,
+            keep and precision == "bf16",
+        )
+        self.query, self.passage = operand(query, known), operand(passage, known)
+        self.has_ids = query_ids is not None and passage_ids is not None
+        # Kernels without ids never read these pointers.
+        self.query_ids = self.passage_ids = self.query
+        if query_ids is not None and passage_ids is not None:
+            self.query_ids, self.passage_ids = query_ids, passage_ids
+        self.has_excluded = False
+        # Pointers that are never read, and numbers that are never used.
+        self.cell_keys: tuple[Any, ...] = (self.query, self.query, 0, 0, 0)
+
+    def exclude(self, keys: Tensor, starts: Tensor) -> None:
+        """Take pairs that triton/kernels/excluded.py has sorted out of the score matrix; empty tensors are none."""
+        if not len(keys):
+            return
+        from losses.triton.kernels.excluded import Cells
+
+        cells = Cells.of(len(self.query), len(self.passage))
+        self.has_excluded = True
+        self.cell_keys = (keys, starts, cells.strips, cells.column_cells, cells.cell_bits)
+
+    def shape(self, kernel: str) -> Any:
+        from losses.triton.shapes import tile_shape
+
+        return tile_shape(kernel, self.width, self.dtype, self.product, self.device)
+
+    def described(self, matrix: Tensor, rows: int, columns: int) -> Any:
+        """Descriptor of [rows, columns] blocks of a matrix: beyond it zeros are read and nothing is written."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def sorted_excluded(pairs: Tensor | None, query: Tensor, passage: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Excluded pairs [R, 2] as `BlockRun.exclude` takes them; `options` are those of triton/kernels/excluded.py."""
+    if pairs is None or not len(query) or not len(passage):
+        return query.new_empty(0, dtype=torch.int64), query.new_empty(0, dtype=torch.int32)
+    from losses.triton.kernels.excluded import sorted_pairs
+
+    return sorted_pairs(pairs, len(query), len(passage), **options)
+
+
+def ranked(query_ids: Tensor | None, passage_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Ids as the kernels read them, if there are any: int32, equal where they were."""
+    from losses.triton.launch import ranked_ids
+
+    return (query_ids, passage_ids) if query_ids is None or passage_ids is None else ranked_ids(query_ids, passage_ids)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Scales finished sums into gradients; returns the shares of logit_scale's gradient if asked to."""
+
+    width: int
+    """Of sums and embeddings."""
+    logit_scale: Tensor
+    unit: Tensor
+    upstream: Tensor
+    divisor: float
+    """Of the upstream gradient: M, over W ranks M / W."""
+
+    def __call__(self, sums: Tensor, embeddings: Tensor, out: Tensor, scale: bool) -> Tensor:
+        import triton
+
+        from losses.triton.kernels.gradients import finish_kernel
+
+        rows = 8 if sums.is_cuda else 64
+        shares = sums.new_empty(triton.cdiv(len(sums), rows))
+        finish_kernel[(len(shares),)](
+            sums,
+            embeddings,
+            out,
+            self.logit_scale,
+            self.unit,
+            self.upstream,
+            shares,
+            self.divisor,
+            len(sums),
+            D=out.shape[1],
+            WIDTH=self.width,
+            BLOCK_ROWS=rows,
+            BLOCK_D=256,
+            SCALE=scale,
+        )
+        return shares
+
+
+def unit_of(dtype: torch.dtype, owners: Tensor | None, like: Tensor) -> Tensor:
+    """The power of two that dS is multiplied with. float16 needs one: most probabilities are below its 6e-8.
+
+    |M · dS| is at most 1, or half the number of queries that share a positive; 2^15 is float16's room above 1.
+    """
+    if dtype != torch.float16:
+        return like.new_ones(())
+    if owners is None:
+        return like.new_full((), 2.0**15)
+    return torch.exp2(15 - owners.max().clamp(min=1).log2().ceil())
+
+
+def padded_to_16_bytes(count: int, dtype: torch.dtype) -> int:
+    from losses.triton.block_sizes import padded
+
+    return padded(count, 16 // dtype.itemsize)
+
+
+def cells(lines: slice) -> int:
+    return lines.stop - lines.start

@@ -1,0 +1,123 @@
+"""What the kernels of this folder share: where a tile stands, its scores, which of its entries count.
+
+A tile is BLOCK_M queries by BLOCK_N passages of a block of scores [rows, columns] that begins at (first_row,
+first_column) of S. Descriptors see the block's own queries and passages, so tiles beyond its end read zeros.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A sum of 2^40 numbers below exp(60) is finite in float32, and what underflows beside one of at least exp(-60) is less
+# than exp(-27) of it.
+WIDEST_EXPONENT = tl.constexpr(60.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Rows of a cell of excluded pairs (triton/kernels/excluded.py), a power of two, and its logarithm.
+CELL_ROWS, CELL_ROW_BITS = tl.constexpr(128), tl.constexpr(7)
+
+
+@triton.jit
+def tile_place(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column of a tile: column by column in groups of GROUP rows, so that neighbours share what they read."""
+    group = tile // (GROUP * column_tiles)
+    height = min(row_tiles - group * GROUP, GROUP)
+    inside = tile % (GROUP * column_tiles)
+    return group * GROUP + inside % height, inside // height
+
+
+@triton.jit
+def tile_products(
+    query, passage, row, column, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] float32: products of the queries from `row` on and the passages from `column` on."""
+    products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for d in range(0, D, BLOCK_K):
+        products = tl.dot(query.load([row, d]), passage.load([column, d]).T, products, input_precision=PRODUCT)
+    return products
+
+
+@triton.jit
+def positives_inside(
+    positive_ptr, first_row, first_column, rows, row, row_index, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """The positives' places [BLOCK_M] among the block's columns, and whether any lies in the tile."""
+    if DIAGONAL:
+        # Query i's positive is passage i: whether the diagonal crosses the tile is known without a look at its rows.
+        place = row_index + (first_row - first_column)
+        first = row + (first_row - first_column)
+        crosses = (first < column + BLOCK_N) & (first + BLOCK_M > column)
+    else:
+        place = (tl.load(positive_ptr + first_row + row_index, mask=row_index < rows, other=-1) - first_column).to(
+            tl.int32
+        )
+        crosses = tl.max(((place >= column) & (place < column + BLOCK_N)).to(tl.int32), 0) > 0
+    return place, crosses
+
+
+@triton.jit
+def ids_inside(query_id_ptr, passage_id_ptr, row_index, column_index, row_valid, column_valid):
+    """Ids of the tile's queries and passages, no two of them equal beyond the block."""
+    query_id = tl.load(query_id_ptr + row_index, mask=row_valid, other=-1)
+    passage_id = tl.load(passage_id_ptr + column_index, mask=column_valid, other=-2)
+    return query_id, passage_id
+
+
+@triton.jit
+def without_masked(exponents, query_id, passage_id, place, column_index):
+    """Minus infinity where a passage carries a query's id and is not its positive."""
+    masked = (query_id[:, None] == passage_id[None, :]) & (place[:, None] != column_index[None, :])
+    return tl.where(masked, float("-inf"), exponents)
+
+
+@triton.jit
+def without_excluded(
+    exponents, key_ptr, start_ptr, strips, column_cells, cell_bits, row, column, row_index, column_index,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Minus infinity at excluded pairs. `row` and `column` are the tile's first in the whole matrix, and so are the
+    indices [BLOCK_M] and [BLOCK_N]; the rest is of triton/kernels/excluded.py."""
+    strip = row >> CELL_ROW_BITS
+    last_strip = min((row + BLOCK_M - 1) >> CELL_ROW_BITS, strips - 1)
+    first_cell = column >> cell_bits
+    last_cell = min((column + BLOCK_N - 1) >> cell_bits, column_cells - 1)
+    while strip <= last_strip:
+        first = strip * column_cells
+        entry = tl.load(start_ptr + first + first_cell)
+        stop = tl.load(start_ptr + first + last_cell + 1)
+        while entry < stop:
+            key = tl.load(key_ptr + entry)
+            line = key >> cell_bits
+            excluded_row = strip * CELL_ROWS + (line % CELL_ROWS).to(tl.int32)
+            excluded_column = (((line >> CELL_ROW_BITS) - first) << cell_bits).to(tl.int32)
+            excluded_column += (key - (line << cell_bits)).to(tl.int32)
+            # A cell may be wider or higher than the tile.
+            in_row = (excluded_row >= row) & (excluded_row < row + BLOCK_M)
+            if in_row & (excluded_column >= column) & (excluded_column < column + BLOCK_N):
+                here = (row_index == excluded_row)[:, None] & (column_index == excluded_column)[None, :]
+                exponents = tl.where(here, float("-inf"), exponents)
+            entry += 1
+        strip += 1
+    return exponents
+
+
+@triton.jit
+def tiles_to_visit(tiles, safe, SAFE: tl.constexpr):
+    """All tiles in the launch that the batch's bounds ask for, none in the other."""
+    return tl.where(safe, tiles, 0) if SAFE else tl.where(safe, 0, tiles)
+
+
+@triton.jit
+def scale_and_shift(bounds_ptr, scale_ptr):
+    """What turns a product into an exponent of 2 when one shift serves the whole matrix, and whether one does.
+
+    No score exceeds max‖q‖ · max‖k‖ · |logit_scale|, and no sum that the loss reads is below exp of its positive's
+    score; where the two are at most 2 · WIDEST_EXPONENT apart, exp(S − shift) neither overflows nor loses a sum.
+    """
+    scale = tl.load(scale_ptr)
+    bound = tl.sqrt(tl.load(bounds_ptr)) * tl.sqrt(tl.load(bounds_ptr + 1)) * tl.abs(scale)
+    safe = bound + tl.load(bounds_ptr + 2) <= 2 * WIDEST_EXPONENT
+    shift = tl.maximum(bound - WIDEST_EXPONENT, 0.0)
+    return scale * LOG2_E, shift * LOG2_E, safe
