@@ -37,7 +37,7 @@ class LearnedScaleCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What goes into a checkpoint: the values at this moment."""
-        return {"args": {}, "attributes": {"log_logit_scales": [float(each) for each in self._parameters]}}
+        return {"args": {}, "attributes": {"log_logit_scales": [each.item() for each in self._parameters]}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Restore the values of the checkpoint that training resumes from, if it does.
