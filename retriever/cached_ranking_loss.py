@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, has_static_embedding_input
 from sentence_transformers.util import cos_sim
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from retriever.duplicate_texts import Masks
 from retriever.ranking_loss import Direction, Features, InfCLRankingLoss
@@ -66,9 +65,11 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         super().__init__(model, scale, similarity_fct, gather_across_devices, directions, partition_mode, **options)
         if has_static_embedding_input(model):
             raise ValueError("model must not begin with a StaticEmbedding: use InfCLRankingLoss")
-        for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, found {value}")
+        name, value = "mini_batch_size", mini_batch_size
+        if mini_batch_num_tokens is not None:
+            name, value = "mini_batch_num_tokens", mini_batch_num_tokens
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, found {value!r:.40}")
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
@@ -76,6 +77,7 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch, as in `InfCLRankingLoss`; its backward runs the second passes."""
         columns = list(sentence_features)
+        self._check_scale_of_ranks()
         batch = _CachedBatch(self._masks(columns), self.infonce.logit_scale.detach())
         learned = self.infonce.log_logit_scale.requires_grad and torch.is_grad_enabled()
         batch.scale.requires_grad_(learned)
@@ -83,9 +85,8 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         if learned and any(weight != 1 for weight in weights):
             # They weight the embeddings' gradients after calculate_loss, which is not told.
             raise ValueError(f"learn_scale must be False under MatryoshkaLoss with weights {weights}")
-        with _no_buffers_sent(self.model):
-            given: Any = batch  # what they call labels goes to calculate_loss as it is
-            loss = self.forward_cached(columns, given)
+        given: Any = batch  # what they call labels goes to calculate_loss as it is
+        loss = self.forward_cached(columns, given)
         return _WithScale.apply(loss, self._scale(), batch.scale.grad) if learned else loss
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
@@ -140,20 +141,6 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
 def _autocast_of_now(device: str) -> Callable[[], Any]:
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)
-
-
-@contextlib.contextmanager
-def _no_buffers_sent(model: nn.Module) -> Iterator[None]:
-    """DDP's forward does not broadcast buffers: of ranks with other numbers of mini-batches one would wait forever."""
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, DistributedDataParallel):
-        yield
-        return
-    before, model.require_forward_param_sync = model.require_forward_param_sync, False
-    try:
-        yield
-    finally:
-        model.require_forward_param_sync = before
 
 
 class _WithScale(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from losses import InfCLLoss, inf_cl_loss
 from losses.batch import check_bool
+from losses.link import link_of
 from losses.over_ranks import Exchange
 from retriever import scale_checkpoint
 from retriever.duplicate_texts import Masks, duplicate_masks, text_hashes
@@ -35,7 +36,7 @@ class InfCLRankingLoss(nn.Module):
 
     Other than there by default, the scale is learned, equal texts are masked, and in training on several ranks all
     ranks' passages are negatives of all queries. ``learn_scale=False, mask_duplicates=False,
-    gather_across_devices=False`` gives their loss exactly.
+    gather_across_devices=False`` gives their loss.
 
     The batch is a list of columns, as their trainer gives it: queries (anchors) [M texts], positives [M], and any
     number of columns of hard negatives [M each], N = M · (columns − 1) passages in all. Labels are ignored. Texts may
@@ -43,8 +44,9 @@ class InfCLRankingLoss(nn.Module):
 
     **Several ranks.** With `gather_across_devices` the group is torch.distributed's default group, where it is
     initialized and has more than one rank. The value is then that of the whole batch and the same on every rank;
-    gradients, averaged over ranks as DDP does, are those of the whole batch. Ranks may have different numbers of rows.
-    Every rank calls forward and backward.
+    gradients, averaged over ranks as DDP does, are those of the whole batch. Ranks may have different numbers of rows
+    and columns. Every rank calls forward and backward. Where several data sets train together, ranks draw different
+    ones in the same step: give all of them the same loss object, if its scale is learned.
 
     **Learned scale.** The parameter `infonce.log_logit_scale` (0-dim, clamped as in Radford et al., arXiv 2103.00020)
     is in the optimizer of their trainer, since that takes the parameters of the loss. DDP does not know it: its
@@ -67,7 +69,7 @@ class InfCLRankingLoss(nn.Module):
         max_scale: the loss sees no larger scale. Default: 100.
         mask_duplicates: leave out false negatives (default): passages equal to the query's own positive, in whichever
             column, and passages equal to the positive of an equal query, on whichever rank. Texts are compared by
-            their token ids; columns of images or audio are refused.
+            their token ids, 8 bytes a text on the host each step; columns of images or audio are refused.
         exchange: how passages travel between ranks: "ring" (a block at a time), "gather" (all at once) or "auto"
             (default): as memory allows. The result is the same.
         workspace_mib: MiB that the loss may take beside embeddings and their gradients. Default: 256.
@@ -140,6 +142,7 @@ class InfCLRankingLoss(nn.Module):
             0-dim loss.
         """
         columns = list(sentence_features)
+        self._check_scale_of_ranks()
         masks = self._masks(columns)
         return self._loss(embed_columns(self.model, columns), masks, self._scale())
 
@@ -192,6 +195,22 @@ class InfCLRankingLoss(nn.Module):
         hashes = [text_hashes(each) for each in columns]
         _check_rows(hashes)
         return duplicate_masks(hashes, self._group())
+
+    def _check_scale_of_ranks(self) -> None:
+        """Gradients of several scales are not averaged as if they were those of one."""
+        if not _several_ranks():
+            return
+        learned = self.infonce.log_logit_scale.requires_grad
+        own = scale_checkpoint.number_of(self.infonce) if learned else -1
+        if (link_of(distributed.group.WORLD).gather_host(torch.tensor([own])) != own).any():
+            raise ValueError(
+                "loss must be the same object for all data sets when its scale is learned on several ranks, found "
+                "ranks with several in one step"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        scale_checkpoint.remember(self.infonce)
 
     def _scale(self) -> Tensor:
         """0-dim logit_scale, whose gradient is averaged over ranks."""

@@ -17,12 +17,18 @@ from transformers.trainer_callback import ExportableState
 from losses.learned_scale import LearnedScale
 
 logger = logging.getLogger(__name__)
-_known: weakref.WeakSet[LearnedScale] = weakref.WeakSet()
+# Each with its number among the scales that its trainer optimizes.
+_known: weakref.WeakKeyDictionary[LearnedScale, int] = weakref.WeakKeyDictionary()
 
 
 def remember(scale: LearnedScale) -> None:
     """Save and restore this module's `log_logit_scale` with the checkpoints of every trainer that optimizes it."""
-    _known.add(scale)
+    _known[scale] = 0
+
+
+def number_of(scale: LearnedScale) -> int:
+    """Its place among the scales that its trainer optimizes, the same on all ranks; 0 without a trainer."""
+    return _known.get(scale, 0)
 
 
 class LearnedScaleCallback(TrainerCallback, ExportableState):
@@ -45,7 +51,9 @@ class LearnedScaleCallback(TrainerCallback, ExportableState):
         Raises:
             ValueError: the checkpoint has another number of scales.
         """
-        self._parameters = _scales_in(optimizer)
+        scales = _scales_in(optimizer)
+        _known.update({scale: number for number, scale in enumerate(scales)})
+        self._parameters = [scale.log_logit_scale for scale in scales]
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name, {}).get("attributes", {}).get("log_logit_scales", [])
         # The trainer expects an entry of each callback, which a checkpoint written without this one lacks.
@@ -62,10 +70,10 @@ class LearnedScaleCallback(TrainerCallback, ExportableState):
                 parameter.fill_(value)
 
 
-def _scales_in(optimizer: Any) -> list[Parameter]:
-    scales = {id(each.log_logit_scale) for each in _known}
+def _scales_in(optimizer: Any) -> list[LearnedScale]:
+    scales = {id(each.log_logit_scale): each for each in _known}
     groups = [] if optimizer is None else optimizer.param_groups
-    return [parameter for group in groups for parameter in group["params"] if id(parameter) in scales]
+    return [scales[id(each)] for group in groups for each in group["params"] if id(each) in scales]
 
 
 def install() -> None:

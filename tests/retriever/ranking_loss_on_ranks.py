@@ -1,9 +1,8 @@
-"""Runs as `ranking_loss_on_ranks.py SIZE`: the losses for sentence-transformers over DDP, on processes of gloo."""
+"""Runs as `ranking_loss_on_ranks.py`: the losses for sentence-transformers over DDP, on two processes of gloo."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Any
 
 import torch
@@ -13,25 +12,28 @@ from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerState
 
 from losses import inf_cl_loss
+from retriever.scale_checkpoint import LearnedScaleCallback
 from retriever.sentence_transformers import CachedInfCLRankingLoss, InfCLRankingLoss
 
-ROWS = {2: [3, 6], 3: [4, 1, 5]}
-WIDTHS = {2: [3, 2], 3: [2, 4, 3]}
+# Of each rank: texts of a column, and columns.
+ROWS = [3, 7]
+WIDTHS = [3, 2]
 SYMMETRIC: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
-def columns_of(size: int) -> list[list[list[list[int]]]]:
+def columns_of_ranks() -> list[list[list[list[int]]]]:
     """[ranks][columns][rows] texts; of few tokens, so that many are equal, within a rank and across."""
-    return [random_texts(ROWS[size][rank], WIDTHS[size][rank], seed=rank, tokens=3, longest=3) for rank in range(size)]
+    return [random_texts(rows, WIDTHS[rank], seed=rank, tokens=3, longest=3) for rank, rows in enumerate(ROWS)]
 
 
-def expected(size: int, symmetric: bool, masked: bool) -> tuple[Tensor, list[Tensor]]:
+def expected(symmetric: bool, masked: bool) -> tuple[Tensor, list[Tensor]]:
     """Value and gradients of the whole batch on one process: the masks by comparing texts, the last gradient the
     scale's."""
     model, log_scale = Tokens(), torch.tensor(20.0).log().requires_grad_()
-    shares = columns_of(size)
+    shares = columns_of_ranks()
     queries = [text for share in shares for text in share[0]]
     positives = [text for share in shares for text in share[1]]
     passages = [text for share in shares for column in share[1:] for text in column]
@@ -54,20 +56,21 @@ def expected(size: int, symmetric: bool, masked: bool) -> tuple[Tensor, list[Ten
     return loss.detach(), [*(parameter.grad for parameter in model.parameters()), log_scale.grad]  # type: ignore[misc]
 
 
-def check(size: int) -> None:
+def check() -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
-    features = [padded(column) for column in columns_of(size)[rank]]
-    for symmetric, masked, exchange in itertools.product((False, True), (False, True), ("ring", "gather")):
-        value, wanted = expected(size, symmetric, masked)
+    features = [padded(column) for column in columns_of_ranks()[rank]]
+    for symmetric, masked in itertools.product((False, True), (False, True)):
+        exchange = "ring" if symmetric == masked else "gather"
+        value, wanted = expected(symmetric, masked)
         for kind, options in (
             (InfCLRankingLoss, {}),
             (CachedInfCLRankingLoss, {"mini_batch_size": 2}),
             (CachedInfCLRankingLoss, {"mini_batch_num_tokens": 5}),
         ):
             model = Tokens()
-            # Ranks have other numbers of mini-batches, and DDP sends a buffer before each forward that it may.
+            # Ranks have other numbers of mini-batches, and DDP broadcasts buffers in forward.
             model.register_buffer("something", torch.zeros(3))
             ddp = DistributedDataParallel(model)
             averaged: list[int] = []
@@ -90,6 +93,7 @@ def check(size: int) -> None:
                 found.backward()
                 torch.testing.assert_close([each.grad for each in parameters], wanted, rtol=1e-4, atol=1e-6)
     own_batches(rank, features)
+    several_losses(rank, features)
     distributed.destroy_process_group()
 
 
@@ -122,5 +126,25 @@ def own_batches(rank: int, features: Any) -> None:
         assert len({float(each) for each in values}) == len(grads)
 
 
+def several_losses(rank: int, features: Any) -> None:
+    """Ranks that train several learned scales in one step are refused, on every rank; fixed scales are not."""
+    for kind, learned in itertools.product((InfCLRankingLoss, CachedInfCLRankingLoss), (True, False)):
+        losses = [
+            kind(Tokens(), learn_scale=learned, mini_batch_size=2)
+            if kind is CachedInfCLRankingLoss
+            else kind(Tokens(), learn_scale=learned)
+            for _ in range(2)
+        ]
+        optimizer = torch.optim.SGD([each.infonce.log_logit_scale for each in losses], lr=1.0)
+        LearnedScaleCallback().on_train_begin(None, TrainerState(), None, optimizer=optimizer)
+        losses[1](features)
+        try:
+            losses[min(rank, 1)](features)
+        except ValueError as error:
+            assert learned and "loss must be the same object for all data sets" in str(error)
+        else:
+            assert not learned
+
+
 if __name__ == "__main__":
-    on_ranks(int(sys.argv[1]), lambda: check(int(sys.argv[1])))
+    on_ranks(len(ROWS), check)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from forks import LoadedPython
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import TrainerState
 
 pytest.importorskip("datasets")
 from ranking_loss_helpers import Tokens, end_to_end, padded, random_texts, scores_loss
@@ -19,6 +22,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, Mu
 from sentence_transformers.util import cos_sim, dot_score, euclidean_sim
 
 from retriever.duplicate_texts import duplicate_masks, text_hashes
+from retriever.scale_checkpoint import LearnedScaleCallback
 from retriever.sentence_transformers import CachedInfCLRankingLoss, InfCLRankingLoss
 
 SYMMETRIC: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -175,17 +179,20 @@ def test_matryoshka_loss_takes_both(weights: list[float]) -> None:
     columns, model = [padded(column) for column in random_texts(6, 3)], Tokens()
     model.get_embedding_dimension = lambda: 8
     embeddings = [model(column)["sentence_embedding"] for column in columns]
+    log_scale = torch.tensor(20.0).log().requires_grad_()
     expected = sum(
-        weight * scores_loss([each[:, :dim] for each in embeddings], 20.0)
+        weight * scores_loss([each[:, :dim] for each in embeddings], log_scale.exp())
         for weight, dim in zip(weights, (8, 4), strict=True)
     )
     parameters = list(model.parameters())
-    wanted = gradients(expected, *parameters)
+    wanted = gradients(expected, *parameters, log_scale)
     for kind in (InfCLRankingLoss, CachedInfCLRankingLoss):
         learned = kind is InfCLRankingLoss or weights == [1, 1]
-        value = MatryoshkaLoss(model, kind(model, learn_scale=learned), [8, 4], weights)(columns, None)
+        loss = kind(model, learn_scale=learned)
+        value = MatryoshkaLoss(model, loss, [8, 4], weights)(columns, None)
         torch.testing.assert_close(value, expected)
-        torch.testing.assert_close(gradients(value, *parameters), wanted, rtol=1e-4, atol=1e-6)
+        found = gradients(value, *parameters, loss.infonce.log_logit_scale)
+        torch.testing.assert_close(found, wanted if learned else [*wanted[:-1], torch.zeros(())], rtol=1e-4, atol=1e-6)
     if weights != [1, 1]:
         with pytest.raises(ValueError, match="learn_scale must be False"):
             MatryoshkaLoss(model, CachedInfCLRankingLoss(model), [8, 4], weights)(columns, None)
@@ -212,11 +219,16 @@ def test_an_argument_that_cannot_be_honoured_is_refused_by_name(options: dict[st
 
 
 @pytest.mark.parametrize("name", ["mini_batch_size", "mini_batch_num_tokens"])
-def test_mini_batches_of_nothing_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be positive, found 0"):
-        CachedInfCLRankingLoss(Tokens(), **{name: 0})
-    with pytest.raises(TypeError, match="hardness_mode"):
-        CachedInfCLRankingLoss(Tokens(), hardness_mode="hard_negatives")
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "8"])
+def test_mini_batches_of_other_than_a_positive_integer_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, found"):
+        CachedInfCLRankingLoss(Tokens(), **{name: value})
+
+
+def test_weighting_of_hard_negatives_is_refused_by_name() -> None:
+    for kind in (InfCLRankingLoss, CachedInfCLRankingLoss):
+        with pytest.raises(TypeError, match="hardness_mode"):
+            kind(Tokens(), hardness_mode="hard_negatives")
 
 
 @pytest.mark.parametrize("kind", [InfCLRankingLoss, CachedInfCLRankingLoss])
@@ -233,6 +245,23 @@ def test_a_batch_that_does_not_fit_is_refused(kind: Any) -> None:
 def test_over_ranks_value_and_averaged_gradients_are_those_of_the_whole_batch() -> None:
     """Ranks have other numbers of rows, columns and mini-batches; DDP averages once a step."""
     with LoadedPython("sentence_transformers", "torch.nn.parallel", "losses") as python:
-        for size in (2, 3):
-            done = python.run(Path(__file__).with_name("ranking_loss_on_ranks.py"), size)
-            assert done.returncode == 0, done.stderr[-4000:]
+        done = python.run(Path(__file__).with_name("ranking_loss_on_ranks.py"))
+        assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])  # noqa: S301
+def test_checkpoints_hold_the_scale_of_a_copy_too(again: Callable[[Any], Any]) -> None:
+    loss = CachedInfCLRankingLoss(Tokens(), scale=30.0)
+    copied = again(loss)
+    callback, state = LearnedScaleCallback(), TrainerState()
+    callback.on_train_begin(None, state, None, optimizer=torch.optim.SGD(copied.parameters()))
+    assert callback.state()["attributes"]["log_logit_scales"] == [copied.infonce.log_logit_scale.item()]
+    assert state.stateful_callbacks == {"LearnedScaleCallback": callback.state()}
+
+
+def test_a_checkpoint_of_other_losses_is_refused() -> None:
+    loss = InfCLRankingLoss(Tokens())
+    saved = {"LearnedScaleCallback": {"args": {}, "attributes": {"log_logit_scales": [3.0, 4.0]}}}
+    state = TrainerState(global_step=2, stateful_callbacks=saved)
+    with pytest.raises(ValueError, match="the checkpoint has 2 learned scales, the losses 1"):
+        LearnedScaleCallback().on_train_begin(None, state, None, optimizer=torch.optim.SGD(loss.parameters()))
