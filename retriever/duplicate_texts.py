@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losses.link import link_of
+from losses.distributed.communication import communication_of
 from retriever.data.false_negatives import FalseNegatives, find_false_negatives, ranks_rows
 
 _NOT_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
@@ -50,7 +50,7 @@ def duplicate_masks(columns: list[Tensor], group: Any = None) -> Masks:
         counts, rank = [(rows, columns_here)], 0
         pool = torch.cat(columns)
     else:
-        link = link_of(group)
+        link = communication_of(group)
         rank = link.rank
         counts = [tuple(each) for each in link.gather_host(torch.tensor([rows, columns_here])).tolist()]
         pool = link.gather_rows(torch.cat(columns), [count * width for count, width in counts])

@@ -13,9 +13,9 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import normalize
 
 from losses import InfCLLoss, inf_cl_loss
-from losses.batch import check_bool
-from losses.link import link_of
-from losses.over_ranks import Exchange
+from losses.distributed.api import Exchange
+from losses.distributed.communication import communication_of
+from losses.inputs import check_bool
 from retriever import scale_checkpoint
 from retriever.duplicate_texts import Masks, duplicate_masks, text_hashes
 
@@ -202,7 +202,7 @@ class InfCLRankingLoss(nn.Module):
             return
         learned = self.infonce.log_logit_scale.requires_grad
         own = scale_checkpoint.number_of(self.infonce) if learned else -1
-        if (link_of(distributed.group.WORLD).gather_host(torch.tensor([own])) != own).any():
+        if (communication_of(distributed.group.WORLD).gather_host(torch.tensor([own])) != own).any():
             raise ValueError(
                 "loss must be the same object for all data sets when its scale is learned on several ranks, found "
                 "ranks with several in one step"

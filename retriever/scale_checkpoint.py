@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from transformers import TrainerCallback, trainer
 from transformers.trainer_callback import ExportableState
 
-from losses.learned_scale import LearnedScale
+from losses.modules import LearnedScale
 
 logger = logging.getLogger(__name__)
 # Each with its number among the scales that its trainer optimizes.

@@ -66,6 +66,19 @@ def test_no_sub_packages_import_each_other(package: str) -> None:
     assert not below, f"import each other: {below}"
 
 
+def test_every_module_that_is_imported_exists() -> None:
+    # Imports inside functions, too, which no type checker and no import of the file itself would miss.
+    missing = set()
+    for path in (file for package in (*MAY_IMPORT, "scripts", "tests") for file in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if module.split(".")[0] in MAY_IMPORT and not (
+                (ROOT / module.replace(".", "/")).is_dir() or (ROOT / f"{module.replace('.', '/')}.py").exists()
+            ):
+                missing.add(f"{path.relative_to(ROOT)}: {module}")
+    assert not missing
+
+
 @pytest.mark.parametrize("module", ["retriever", "retriever.cli", "index.files"])
 def test_importing_the_project_loads_no_heavy_library(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('torch', 'transformers', 'faiss', 'triton') if m in sys.modules])"
