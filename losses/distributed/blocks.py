@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PassageBlock:
-    """Consecutive passages of the pool, as they travel: [n, width] in the products' precision, ids [n] or None."""
+    """Consecutive passages of the pool, as they backward: [n, width] in the products' precision, ids [n] or None."""
 
     passage: Tensor
     ids: Tensor | None
@@ -26,8 +26,8 @@ class PassageBlock:
 
 
 @dataclass(frozen=True)
-class LineSums:
-    """Of some lines of S, as one tensor [kinds, lines]: sums Σ exp(S − shift), the shift and the sum first."""
+class PartialSums:
+    """Of some size of S, as one tensor [kinds, size]: sums Σ exp(S − shift), the shift and the sum first."""
 
     table: Tensor
 
@@ -40,7 +40,7 @@ class LineSums:
         return self.table[1]
 
 
-class RowSums(LineSums):
+class RowSums(PartialSums):
     """Of M queries, [3, M]: sums over passages, and the scores of the positives."""
 
     @property
@@ -48,25 +48,25 @@ class RowSums(LineSums):
         return self.table[2]
 
 
-class ColumnSums(LineSums):
-    """Of n passages, [4, n], which travel: sums over queries, how many queries own each passage as their positive, and
+class ColumnSums(PartialSums):
+    """Of n passages, [4, n], which backward: sums over queries, how many queries own each passage as their positive, and
     the sum of those queries' scores with it."""
 
     @property
-    def owners(self) -> Tensor:
+    def positive_count(self) -> Tensor:
         return self.table[2]
 
 
 @dataclass(frozen=True)
-class LineWeights:
-    """What turns exp(S − shift) into unit · M · dS: of queries [M], of a block's passages [n], and the unit itself."""
+class GradientWeights:
+    """What turns exp(S − shift) into ds_scale · M · dS: of queries [M], of a block's passages [n], and the ds_scale itself."""
 
     row: Tensor
     column: Tensor | None
-    unit: Tensor
+    ds_scale: Tensor
 
 
-class BlockTiles(Protocol):
+class BlockBackend(Protocol):
     """Scores of this rank's queries with blocks of passages, `batch.positive` being rows of the whole pool.
 
     Made from (batch, precision, workspace_bytes, row of the pool at which this rank's own passages begin). Sums of
@@ -76,52 +76,52 @@ class BlockTiles(Protocol):
     query: Tensor
     width: int
 
-    def operand(self, passage: Tensor) -> Tensor:
+    def prepare_passages(self, passage: Tensor) -> Tensor:
         """[n, D] -> [n, width] as it travels."""
 
-    def bounds(self, own: PassageBlock, positives_here: bool) -> Tensor:
-        """[4] how large scores of this rank may get; the largest over ranks goes to `settle`."""
+    def score_bounds(self, own: PassageBlock, positives_local: bool) -> Tensor:
+        """[4] how large scores of this rank may get; the largest over ranks goes to `set_bounds`."""
 
-    def settle(self, bounds: Tensor) -> None:
+    def set_bounds(self, bounds: Tensor) -> None:
         """Decide by the bounds of all ranks how exponentials are shifted; the same on all of them."""
 
-    def no_sums(self, kinds: int, lines: int) -> Tensor:
-        """[kinds, lines]: the table that sums of lines begin with."""
+    def initial_sums(self, kinds: int, size: int) -> Tensor:
+        """[kinds, size]: the table that sums of size begin with."""
 
-    def add_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
+    def accumulate_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
         """Add a block's exponentials to the rows' sums and, where symmetric, its columns'; find positives' scores."""
 
-    def merge(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
+    def merge_columns(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
         """The sums over the queries of both; it may stand where one of them stood."""
 
-    def lower(self, columns: ColumnSums, before: Tensor) -> None:
+    def rescale_columns(self, columns: ColumnSums, before: Tensor) -> None:
         """Bring the sums, which are under shifts `before` [n], under the columns' present ones, which are higher."""
 
-    def loss(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
-        """0-dim float64: the row losses of all queries; with columns, half of them and half the columns' owners'. NaN
-        where `settle` was told of a number that is not finite."""
+    def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
+        """0-dim float64: the row losses of all queries; with columns, half of them and half the columns' positive_count'. NaN
+        where `set_bounds` was told of a number that is not finite."""
 
-    def unit(self, owners: Tensor | None) -> Tensor:
-        """0-dim: the power of two that dS is multiplied with, where at most `owners` queries own one passage."""
+    def choose_ds_scale(self, positive_count: Tensor | None) -> Tensor:
+        """0-dim: the power of two that dS is multiplied with, where at most `positive_count` queries own one passage."""
 
-    def line_weights(self, rows: RowSums, columns: ColumnSums | None, unit: Tensor) -> LineWeights:
+    def gradient_weights(self, rows: RowSums, columns: ColumnSums | None, ds_scale: Tensor) -> GradientWeights:
         """A line's share of the loss over its sum; of a column once for each query that owns it."""
 
-    def add_gradients(
+    def accumulate_gradients(
         self,
         block: PassageBlock,
         rows: RowSums,
         column_shift: Tensor,
-        weights: LineWeights,
+        weights: GradientWeights,
         query_sum: Tensor | None,
         passage_sum: Tensor | None,
         first: bool,
     ) -> None:
-        """Add unit · M · dS K to query_sum [M, width], over which it is written at the `first` of all blocks; write
+        """Add ds_scale · M · dS K to query_sum [M, width], over which it is written at the `first` of all blocks; write
         its transposed product to passage_sum [n, width]."""
 
-    def gradient(
-        self, sums: Tensor, unit: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+    def finish_gradient(
+        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """[lines, D] in dtype, if one is given, from finished sums, where the loss is `share` · Σ M · loss: the sums
+        """[size, D] in dtype, if one is given, from finished sums, where the loss is `share` · Σ M · loss: the sums
         may be used up. With `scale`, for which they must be the queries', also the gradient of logit_scale."""

@@ -25,7 +25,9 @@ class Communication(Protocol):
     def gather_host(self, numbers: Tensor) -> Tensor:
         """[k] int64 of the CPU, the same k everywhere -> [size, k]."""
 
-    def start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]) -> Callable[[], None]:
+    def start_exchange(
+        self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]
+    ) -> Callable[[], None]:
         """Begin to send to rank + step and to receive from rank − step; the call of what is returned waits for both.
 
         Both lists match the neighbours', tensor by tensor; empty tensors are not sent. On a GPU the transfer follows
@@ -33,10 +35,10 @@ class Communication(Protocol):
         """
 
     def reduce_max(self, tensor: Tensor) -> None:
-        """The elementwise largest over ranks, in place."""
+        """The elementwise largest over ranks, in target."""
 
     def reduce_sum(self, tensor: Tensor) -> None:
-        """The elementwise sum over ranks, in place."""
+        """The elementwise sum over ranks, in target."""
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """[counts[rank], …] -> [sum(counts), …], in the order of ranks."""
@@ -61,10 +63,12 @@ class GroupCommunication:
         _all_gather(gathered.view(-1), numbers.to(self._header_device), group=self.group)
         return gathered.cpu()
 
-    def start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]) -> Callable[[], None]:
-        ahead, behind = (self.rank + step) % self.size, (self.rank - step) % self.size
-        sends = [self._operation(distributed.isend, tensor, ahead) for tensor in outgoing if tensor.numel()]
-        receives = [self._operation(distributed.irecv, tensor, behind) for tensor in incoming if tensor.numel()]
+    def start_exchange(
+        self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]
+    ) -> Callable[[], None]:
+        target, source = (self.rank + step) % self.size, (self.rank - step) % self.size
+        sends = [self._operation(distributed.isend, tensor, target) for tensor in outgoing if tensor.numel()]
+        receives = [self._operation(distributed.irecv, tensor, source) for tensor in incoming if tensor.numel()]
         works = distributed.batch_isend_irecv(sends + receives) if sends or receives else []
 
         def wait() -> None:
@@ -98,8 +102,8 @@ class GroupCommunication:
         most = max(counts)
         if min(counts) < most:
             padded = rows.new_zeros(self.size, most, *rows.shape[1:])
-            for place, part in zip(padded, rows.split(list(counts)), strict=True):
-                place[: len(part)] = part
+            for target, part in zip(padded, rows.split(list(counts)), strict=True):
+                target[: len(part)] = part
             rows = padded.flatten(0, 1)
         own = rows.new_empty(most, *rows.shape[1:])
         _reduce_scatter(own, rows, group=self.group)

@@ -1,4 +1,4 @@
-"""InfoNCE over ranks with the whole pool of passages on each: one block of tiles, for pools that fit the workspace.
+"""InfoNCE over ranks with the whole pool of passages on each: one block of backend, for pools that fit the workspace.
 
 Each rank sends, in collectives whose bytes on the wire are for n passages a rank those of a ring of W − 1 hops: forward
 n (width·e + 8 ids) per hop, and the columns' sums of the pool, 4a W n, reduced to all; backward n · width · a per hop.
@@ -10,42 +10,42 @@ from __future__ import annotations
 from torch import Tensor
 
 from losses.distributed.agreement import Shards
-from losses.distributed.blocks import BlockTiles, ColumnSums, LineWeights, PassageBlock
+from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication
 from losses.distributed.forward_state import ForwardState
 from losses.inputs import ContrastiveBatch
 
 
-def gathered_forward(
-    tiles: BlockTiles, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
+def gather_forward(
+    backend: BlockBackend, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
 ) -> ForwardState:
     """Meet the whole pool at once. The columns of all passages are complete on every rank."""
     ids = None if own.ids is None else communication.gather_rows(own.ids, shards.passages)
     pool = PassageBlock(communication.gather_rows(own.passage, shards.passages), ids, 0)
-    visited = ForwardState.begun(tiles, own)
-    columns = visited.meet(tiles, pool, batch)
+    state = ForwardState.initial(backend, own)
+    columns = state.add_block(backend, pool, batch)
     if batch.symmetric:
         before = columns.shift.clone()
         communication.reduce_max(columns.shift)
-        tiles.lower(columns, before)
+        backend.rescale_columns(columns, before)
         communication.reduce_sum(columns.table[1:])
-    return visited.now_at(pool, columns)
+    return state.with_columns(pool, columns)
 
 
-def gathered_backward(
-    tiles: BlockTiles,
-    visited: ForwardState,
-    weights: LineWeights,
+def gather_backward(
+    backend: BlockBackend,
+    state: ForwardState,
+    weights: GradientWeights,
     query_sum: Tensor | None,
     want_passage: bool,
     shards: Shards,
     communication: Communication,
 ) -> Tensor | None:
     """As `ring_backward`; `weights` are those of the whole pool."""
-    pool = visited.block
-    here = visited.rows.table.new_empty(len(pool.passage), tiles.width) if want_passage else None
-    if len(visited.rows.score):
-        tiles.add_gradients(pool, visited.rows, visited.columns.shift, weights, query_sum, here, first=True)
+    pool = state.block
+    here = state.rows.table.new_empty(len(pool.passage), backend.width) if want_passage else None
+    if len(state.rows.score):
+        backend.accumulate_gradients(pool, state.rows, state.columns.shift, weights, query_sum, here, first=True)
     elif here is not None:
         here.zero_()
     return None if here is None else communication.scatter_sums(here, shards.passages)

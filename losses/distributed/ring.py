@@ -3,14 +3,14 @@
 Rank r of W holds queries [M_r, D] and passages [N_r, D], block r of the pool. Forward, blocks move to rank + 1: at step
 k = 0 … W − 1 rank r meets block r − k. The columns' sums follow their block one step behind it, merged with each rank's
 own, so that they are complete at rank r − 1, which met block r last and keeps it. Backward begins with these kept
-blocks and moves to rank − 1: at step k rank r meets block r + 1 + k, its own last. With a block travel its columns'
+blocks and moves to rank − 1: at step k rank r meets block r + 1 + k, its own last. With a block backward its columns'
 weights and, one step behind it, the sum of its gradient, which comes home when the last step ends.
 
-Every transfer runs beside the tiles of a step, and none waits for tiles of that step. Each rank sends, for shards of n
+Every transfer runs beside the backend of a step, and none waits for backend of that step. Each rank sends, for shards of n
 passages, `width` numbers wide as the products read them (e bytes each; the kernels pad D to 16 bytes), sums of a bytes
 (4; 8 in float64), ids of 8 bytes where given:
 
-    forward      (W − 1) n (width·e + 8 ids + 4a symmetric)      blocks, ids; shifts, sums, owners and their scores
+    forward      (W − 1) n (width·e + 8 ids + 4a symmetric)      blocks, ids; shifts, sums, positive_count and their scores
     backward     (W − 2) n (width·e + 8 ids)                     blocks again, but the kept one and one's own
                + (W − 1) n (width·a + 2a symmetric)              gradients; weights and shifts
 
@@ -25,43 +25,43 @@ import torch
 from torch import Tensor
 
 from losses.distributed.agreement import Shards
-from losses.distributed.blocks import BlockTiles, ColumnSums, LineWeights, PassageBlock
+from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication
 from losses.distributed.forward_state import ForwardState
 from losses.inputs import ContrastiveBatch
 
 
 def ring_forward(
-    tiles: BlockTiles, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
+    backend: BlockBackend, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
 ) -> ForwardState:
     """Meet all blocks once. The batch's positives are rows of the pool."""
-    visited = ForwardState.begun(tiles, own)
-    block, columns = own, visited.columns
+    state = ForwardState.initial(backend, own)
+    block, columns = own, state.columns
     for step in range(communication.size):
         outgoing: list[Tensor] = []
         incoming: list[Tensor] = []
         following = block
         if step < communication.size - 1:
-            following = room_for(block, (communication.rank - step - 1) % communication.size, shards)
+            following = receive_buffer(block, (communication.rank - step - 1) % communication.size, shards)
             outgoing, incoming = block.tensors(), following.tensors()
         before = columns
         if batch.symmetric and step:
             arriving = columns.table.new_empty(4, len(block.passage))
             outgoing, incoming = [*outgoing, before.table], [*incoming, arriving]
-        wait = communication.start(outgoing, incoming, 1)
-        columns = visited.meet(tiles, block, batch)
+        wait = communication.start_exchange(outgoing, incoming, 1)
+        columns = state.add_block(backend, block, batch)
         wait()
         if batch.symmetric and step:
-            columns = tiles.merge(columns, ColumnSums(arriving))
-        visited = visited.now_at(block, columns)
+            columns = backend.merge_columns(columns, ColumnSums(arriving))
+        state = state.with_columns(block, columns)
         block = following
-    return visited
+    return state
 
 
 def ring_backward(
-    tiles: BlockTiles,
-    visited: ForwardState,
-    weights: LineWeights,
+    backend: BlockBackend,
+    state: ForwardState,
+    weights: GradientWeights,
     query_sum: Tensor | None,
     want_passage: bool,
     shards: Shards,
@@ -71,29 +71,29 @@ def ring_backward(
 
     `weights` are those of the block that forward met last.
     """
-    block, symmetric = visited.block, weights.column is not None
-    factors = torch.stack([weights.column, visited.columns.shift]) if weights.column is not None else None
+    block, symmetric = state.block, weights.column is not None
+    factors = torch.stack([weights.column, state.columns.shift]) if weights.column is not None else None
     passage_sum: Tensor | None = None
     first = True
     for step in range(communication.size):
         outgoing: list[Tensor] = []
         incoming: list[Tensor] = []
-        following, arriving, sums = visited.own, factors, None
+        following, arriving, sums = state.own, factors, None
         if step < communication.size - 2:
-            following = room_for(block, (communication.rank + step + 2) % communication.size, shards)
+            following = receive_buffer(block, (communication.rank + step + 2) % communication.size, shards)
             outgoing, incoming = block.tensors(), following.tensors()
         if step < communication.size - 1 and factors is not None:
             arriving = factors.new_empty(2, shards.passages[(communication.rank + step + 2) % communication.size])
             outgoing, incoming = [*outgoing, factors], [*incoming, arriving]
         if passage_sum is not None:
-            sums = passage_sum.new_empty(len(block.passage), tiles.width)
+            sums = passage_sum.new_empty(len(block.passage), backend.width)
             outgoing, incoming = [*outgoing, passage_sum], [*incoming, sums]
-        wait = communication.start(outgoing, incoming, -1)
-        here = visited.rows.table.new_empty(len(block.passage), tiles.width) if want_passage else None
-        if len(visited.rows.score) and len(block.passage):
-            column, shift = (factors[0], factors[1]) if factors is not None else (None, visited.rows.shift)
-            line_weights = LineWeights(weights.row, column, weights.unit)
-            tiles.add_gradients(block, visited.rows, shift, line_weights, query_sum, here, first)
+        wait = communication.start_exchange(outgoing, incoming, -1)
+        here = state.rows.table.new_empty(len(block.passage), backend.width) if want_passage else None
+        if len(state.rows.score) and len(block.passage):
+            column, shift = (factors[0], factors[1]) if factors is not None else (None, state.rows.shift)
+            gradient_weights = GradientWeights(weights.row, column, weights.ds_scale)
+            backend.accumulate_gradients(block, state.rows, shift, gradient_weights, query_sum, here, first)
             first = False
         elif here is not None:
             here.zero_()
@@ -103,7 +103,7 @@ def ring_backward(
     return passage_sum
 
 
-def room_for(block: PassageBlock, rank: int, shards: Shards) -> PassageBlock:
+def receive_buffer(block: PassageBlock, rank: int, shards: Shards) -> PassageBlock:
     """Where a rank's passages will arrive."""
     rows = shards.passages[rank]
     ids = None if block.ids is None else block.ids.new_empty(rows)

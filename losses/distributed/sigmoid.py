@@ -21,38 +21,38 @@ from torch import Tensor
 
 from losses.distributed.api import DistributedBatch
 from losses.distributed.blocks import PassageBlock
-from losses.distributed.ring import room_for
+from losses.distributed.ring import receive_buffer
 from losses.distributed.torch_blocks import pairs_in_block
 from losses.inputs import ContrastiveBatch
-from losses.torch_tiles.sigmoid import held_dtype, tiled_values, times_upstream
+from losses.torch_tiles.sigmoid import saved_gradient_dtype, scale_by_upstream, tiled_sigmoid_values
 from losses.triton.sigmoid import sigmoid_values
 
 
-def sigmoid_loss_over_ranks(ranked: DistributedBatch, logit_bias: Tensor) -> Tensor:
+def sigmoid_loss_over_ranks(sharded: DistributedBatch, logit_bias: Tensor) -> Tensor:
     """Scalar sigmoid loss of all ranks' rows, the same bits on every rank; differentiable once.
 
     Gradients are W times this rank's share, so that their mean over ranks is the gradient of the whole batch's loss.
     """
-    batch = ranked.batch
-    return _SigmoidOverRanks.apply(batch.query, batch.passage, batch.logit_scale, logit_bias, ranked)
+    batch = sharded.batch
+    return _SigmoidOverRanks.apply(batch.query, batch.passage, batch.logit_scale, logit_bias, sharded)
 
 
 class _SigmoidOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *leaves, ranked = arguments
-        shards, communication = ranked.shards, ranked.communication
-        visits = _Visits(ranked, leaves[3], ctx.needs_input_grad[:4])
-        passage_sum = _round(visits, ranked)
+        *leaves, sharded = arguments
+        shards, communication = sharded.shards, sharded.communication
+        sums = _SigmoidSums(sharded, leaves[3], ctx.needs_input_grad[:4])
+        passage_sum = _ring_pass(sums, sharded)
         # One order of adding on all ranks: the same bits everywhere.
-        shares = communication.gather_rows(visits.loss[None], [1] * communication.size)
-        loss = (shares.sum() / shards.all_queries).to(ranked.batch.logit_scale.dtype)
-        share = communication.size / shards.all_queries
-        found = (visits.query_sum, passage_sum, visits.scale, visits.bias)
+        shares = communication.gather_rows(sums.loss[None], [1] * communication.size)
+        loss = (shares.sum() / shards.total_queries).to(sharded.batch.logit_scale.dtype)
+        share = communication.size / shards.total_queries
+        found = (sums.query_sum, passage_sum, sums.scale, sums.bias)
         ctx.dtypes = tuple(leaf.dtype for leaf in leaves)
         ctx.save_for_backward(
             *(
-                (each * share).to(held_dtype(dtype)) if wanted else None
+                (each * share).to(saved_gradient_dtype(dtype)) if wanted else None
                 for each, dtype, wanted in zip(found, ctx.dtypes, ctx.needs_input_grad, strict=False)
             )
         )
@@ -60,21 +60,21 @@ class _SigmoidOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*times_upstream(ctx.saved_tensors, upstream, ctx.dtypes), None)
+        return (*scale_by_upstream(ctx.saved_tensors, upstream, ctx.dtypes), None)
 
 
-class _Visits:
+class _SigmoidSums:
     """Sums over the blocks that this rank's queries have met: of losses, and of their gradients."""
 
-    def __init__(self, ranked: DistributedBatch, logit_bias: Tensor, wanted: tuple[bool, ...]) -> None:
-        batch = ranked.batch
-        self.ranked, self.logit_bias, self.wanted = ranked, logit_bias, wanted
+    def __init__(self, sharded: DistributedBatch, logit_bias: Tensor, wanted: tuple[bool, ...]) -> None:
+        batch = sharded.batch
+        self.sharded, self.logit_bias, self.wanted = sharded, logit_bias, wanted
         self.dtype = batch.logit_scale.dtype
         self.query_sum = torch.zeros_like(batch.query, dtype=self.dtype)
         self.loss, self.scale, self.bias = batch.query.new_zeros(3, dtype=torch.float64)
 
-    def meet(self, block: PassageBlock) -> Tensor:
-        """Visit the tiles of one block; returns the sum [n, D] that its passages' gradient gains here."""
+    def add_block(self, block: PassageBlock) -> Tensor:
+        """Visit the tiles of one block; returns the sum [n, D] that its passages' gradient gains block_sum."""
         queries = len(self.query_sum)
         if not queries or not len(block.passage):
             return self.query_sum.new_zeros(block.passage.shape)
@@ -90,64 +90,66 @@ class _Visits:
         return passage.to(self.dtype).mul_(queries) if self.wanted[1] else self.query_sum.new_zeros(0)
 
     def _values(self, block: PassageBlock) -> Any:
-        ranked, batch = self.ranked, self.ranked.batch
-        place = batch.positive - block.first
-        if not ranked.fused:
-            here = ContrastiveBatch(
+        sharded, batch = self.sharded, self.sharded.batch
+        block_positive = batch.positive - block.first
+        if not sharded.fused:
+            block_sum = ContrastiveBatch(
                 batch.query,
                 block.passage,
                 batch.logit_scale,
-                place,
+                block_positive,
                 batch.query_ids,
                 block.ids,
                 symmetric=True,
                 excluded=pairs_in_block(batch, block.first),
             )
-            return tiled_values(here, self.logit_bias, ranked.precision, ranked.workspace_bytes, self.wanted)
+            return tiled_sigmoid_values(
+                block_sum, self.logit_bias, sharded.precision, sharded.workspace_bytes, self.wanted
+            )
         return sigmoid_values(
             batch.query,
             block.passage,
             batch.logit_scale,
             self.logit_bias,
-            place,
+            block_positive,
             batch.query_ids,
             block.ids,
             batch.excluded,
-            batch.diagonal and block.first == ranked.shards.first_passage,
-            ranked.precision,
-            ranked.workspace_bytes,
+            batch.diagonal and block.first == sharded.shards.first_passage,
+            sharded.precision,
+            sharded.workspace_bytes,
             list(self.wanted),
             True,
             block.first,
         )
 
 
-def _round(visits: _Visits, ranked: DistributedBatch) -> Tensor:
+def _ring_pass(sums: _SigmoidSums, sharded: DistributedBatch) -> Tensor:
     """Meet all blocks once; returns the sum [n, D] of the gradient of this rank's passages."""
-    batch, shards, communication = ranked.batch, ranked.shards, ranked.communication
+    batch, shards, communication = sharded.batch, sharded.shards, sharded.communication
     block = PassageBlock(batch.passage.contiguous(), batch.passage_ids, shards.first_passage)
-    want_passage = visits.wanted[1]
-    at_home = travelling = visits.query_sum.new_zeros(0)
+    want_passage = sums.wanted[1]
+    own_sum = outgoing_sum = sums.query_sum.new_zeros(0)
     for step in range(communication.size):
         outgoing: list[Tensor] = []
         incoming: list[Tensor] = []
         following, arriving = block, None
         if step < communication.size - 1:
-            following = room_for(block, (communication.rank - step - 1) % communication.size, shards)
+            following = receive_buffer(block, (communication.rank - step - 1) % communication.size, shards)
             outgoing, incoming = block.tensors(), following.tensors()
         if step > 1 and want_passage:
-            arriving = torch.empty_like(block.passage, dtype=visits.dtype)
-            outgoing, incoming = [*outgoing, travelling], [*incoming, arriving]
-        wait = communication.start(outgoing, incoming, 1)
-        here = visits.meet(block)
+            arriving = torch.empty_like(block.passage, dtype=sums.dtype)
+            outgoing, incoming = [*outgoing, outgoing_sum], [*incoming, arriving]
+        wait = communication.start_exchange(outgoing, incoming, 1)
+        block_sum = sums.add_block(block)
         wait()
         if step == 0:
-            at_home = here
+            own_sum = block_sum
         else:
-            travelling = here if arriving is None else here.add_(arriving)
+            outgoing_sum = block_sum if arriving is None else block_sum.add_(arriving)
         block = following
     if communication.size > 1 and want_passage:
-        from_others = torch.empty_like(at_home)
-        communication.start([travelling], [from_others], 1)()
-        at_home.add_(from_others)
-    return at_home
+        from_others = torch.empty_like(own_sum)
+        communication.start_exchange([outgoing_sum], [from_others], 1)()
+        own_sum.add_(from_others)
+    return own_sum

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from losses.inputs import ContrastiveBatch, accumulator
+from losses.inputs import ContrastiveBatch, accumulator_dtype
 from losses.precision import BlockProducts, Precision
 
 # On a CPU a larger tile gains no speed in the products and leaves the cache before the passes over it.
@@ -20,7 +20,7 @@ class ScoreTiles:
 
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int) -> None:
         self.batch = batch
-        self.dtype = accumulator(batch.query.dtype)
+        self.dtype = accumulator_dtype(batch.query.dtype)
         self.device = batch.query.device
         self.products = BlockProducts(precision, self.device)
         self.tile_rows, self.tile_columns = self._tile_shape(workspace_bytes)
@@ -35,24 +35,24 @@ class ScoreTiles:
         )
 
     def _tile_shape(self, workspace_bytes: int) -> tuple[int, int]:
-        """The largest tile, square where M and N allow, that fits the workspace with all that is made beside it."""
+        """The largest tile, square where M and N allow, that fits the workspace with all that is made other_side it."""
         batch, width = self.batch, torch.finfo(self.dtype).bits // 8
         per_entry = width * (1 + batch.symmetric) + 2 * self.products.native_bf16 + (batch.passage_ids is not None)
         # A block of embeddings stands there up to three times: rounded, widened, and its gradient.
-        per_line = 3 * width * batch.query.shape[1]
-        most_entries = CPU_TILE_ENTRIES if self.device.type == "cpu" else workspace_bytes // per_entry
+        per_row = 3 * width * batch.query.shape[1]
+        max_entries = CPU_TILE_ENTRIES if self.device.type == "cpu" else workspace_bytes // per_entry
 
-        def beside(lines: int) -> int:
-            """How many lines of the other side go with `lines` of this one."""
-            room = (workspace_bytes - per_line * lines) // (per_entry * lines + per_line)
-            return max(1, min(room, most_entries // lines))
+        def other_side(count: int) -> int:
+            """How many count of the other side go with `count` of this one."""
+            available = (workspace_bytes - per_row * count) // (per_entry * count + per_row)
+            return max(1, min(available, max_entries // count))
 
-        square = (math.sqrt(per_line**2 + per_entry * workspace_bytes) - per_line) / per_entry
+        square = (math.sqrt(per_row**2 + per_entry * workspace_bytes) - per_row) / per_entry
         # Of several ranks one may hold no rows.
         queries, passages = (max(1, len(side)) for side in (batch.query, batch.passage))
-        rows = min(queries, max(1, min(int(square), math.isqrt(most_entries))))
-        columns = min(passages, beside(rows))
-        return min(queries, beside(columns)), columns
+        rows = min(queries, max(1, min(int(square), math.isqrt(max_entries))))
+        columns = min(passages, other_side(rows))
+        return min(queries, other_side(columns)), columns
 
     def row_blocks(self) -> Iterator[slice]:
         return _blocks(self.batch.query.shape[0], self.tile_rows)
@@ -75,8 +75,8 @@ class ScoreTiles:
         if self.batch.query_ids is not None and self.batch.passage_ids is not None:
             masked = self._view(self._masked, rows, columns)
             torch.eq(self.batch.query_ids[rows, None], self.batch.passage_ids[columns], out=masked)
-            place, inside = self.positive_places(rows, columns)
-            masked.scatter_(1, place, masked.gather(1, place) & ~inside)
+            column, inside = self.positive_columns(rows, columns)
+            masked.scatter_(1, column, masked.gather(1, column) & ~inside)
             tile.masked_fill_(masked, -torch.inf)
         if self.batch.excluded is not None:
             self._exclude(self.batch.excluded, rows, columns)
@@ -93,20 +93,20 @@ class ScoreTiles:
         """A second buffer of the tile's shape; the tile itself when the loss has one direction and needs none."""
         return self._view(self._scratch, rows, columns)
 
-    def positive_places(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+    def positive_columns(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """For each row, its positive's column in the tile and whether it lies there (else a column to leave alone).
 
         Both [rows, 1]. Selecting the rows inside would make a GPU tell the host how many they are.
         """
-        place = self.batch.positive[rows, None] - columns.start
+        column = self.batch.positive[rows, None] - columns.start
         last = columns.stop - columns.start - 1
-        return place.clamp(0, last), (place >= 0) & (place <= last)
+        return column.clamp(0, last), (column >= 0) & (column <= last)
 
     def _view(self, buffer: Tensor, rows: slice, columns: slice) -> Tensor:
         shape = rows.stop - rows.start, columns.stop - columns.start
         return buffer[: shape[0] * shape[1]].view(shape)
 
 
-def _blocks(lines: int, size: int) -> Iterator[slice]:
-    for start in range(0, lines, size):
-        yield slice(start, min(start + size, lines))
+def _blocks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

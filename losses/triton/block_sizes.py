@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Where exponentials can be kept, what is given beyond this keeps them.
-MOST_BLOCK_BYTES = 256 * 2**20
+MAX_BLOCK_BYTES = 256 * 2**20
 # The tensor cores cut off what each step adds to a sum: 8e-5 of a gradient with an inner side of this length, measured
 # beside blocks of 11,264.
-MOST_LINES = 2**16
+MAX_BLOCK_SIDE = 2**16
 # The vendor's products of half precision work on tiles of this shape.
-VENDOR_ROWS, VENDOR_COLUMNS = 128, 256
+CUBLAS_TILE_ROWS, CUBLAS_TILE_COLUMNS = 128, 256
 # A vendor's product whose inner side is this long runs at half of its peak; so much is lost at each block's start.
-HALF_SPEED_LINES = 800
+HALF_SPEED_DEPTH = 800
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """dS in blocks of at most `rows` × `columns`; rows below `kept_rows` have their exponentials kept by forward, and
-    there dS is written over them, in blocks of MOST_LINES."""
+    """dS in blocks of at max_size `rows` × `columns`; rows below `kept_rows` have their exponentials kept by forward, and
+    there dS is written over them, in blocks of MAX_BLOCK_SIDE."""
 
     rows: int
     columns: int
@@ -36,38 +36,38 @@ def choose_blocks(
 
     A block's two products have rows / 128 · dim / 256 and columns / 128 · dim / 256 tiles of output; the shape taken
     spends the least time in waves of `processors` tiles, a wave's being its inner side and a constant. With `keep`,
-    memory beyond MOST_BLOCK_BYTES keeps exponentials, in whole rows of blocks; without, blocks take it all.
+    memory beyond MAX_BLOCK_BYTES keeps exponentials, in whole rows of blocks; without, blocks take it all.
     """
-    block_bytes = min(workspace_bytes, MOST_BLOCK_BYTES) if keep else workspace_bytes
-    entries = max(VENDOR_ROWS**2, block_bytes // itemsize)
-    column_tiles = math.ceil(dim / VENDOR_COLUMNS)
+    block_bytes = min(workspace_bytes, MAX_BLOCK_BYTES) if keep else workspace_bytes
+    entries = max(CUBLAS_TILE_ROWS**2, block_bytes // itemsize)
+    column_tiles = math.ceil(dim / CUBLAS_TILE_COLUMNS)
 
-    def waves(lines: int, size: int) -> int:
-        whole, rest = divmod(lines, size)
+    def waves(count: int, size: int) -> int:
+        whole, rest = divmod(count, size)
         return whole * _waves(size, column_tiles, processors) + (_waves(rest, column_tiles, processors) if rest else 0)
 
     best: tuple[int, int, int] | None = None
-    for rows in _sizes(queries, entries // VENDOR_ROWS, column_tiles, processors):
-        for columns in _sizes(passages, entries // rows, column_tiles, processors):
+    for rows in _candidate_sizes(queries, entries // CUBLAS_TILE_ROWS, column_tiles, processors):
+        for columns in _candidate_sizes(passages, entries // rows, column_tiles, processors):
             if rows * columns > entries:
                 continue
             down, across = math.ceil(queries / rows), math.ceil(passages / columns)
-            cost = waves(queries, rows) * (passages + across * HALF_SPEED_LINES)
-            cost += waves(passages, columns) * (queries + down * HALF_SPEED_LINES)
+            cost = waves(queries, rows) * (passages + across * HALF_SPEED_DEPTH)
+            cost += waves(passages, columns) * (queries + down * HALF_SPEED_DEPTH)
             best = (cost, rows, columns) if best is None else min(best, (cost, rows, columns))
     assert best is not None
     _, rows, columns = best
     kept_rows = 0
     if keep:
-        spare = max(0, workspace_bytes - rows * columns * itemsize) // (padded(passages, 8) * itemsize)
+        spare = max(0, workspace_bytes - rows * columns * itemsize) // (round_up(passages, 8) * itemsize)
         kept_rows = queries if spare >= queries else spare // rows * rows
     return Blocks(rows, columns, kept_rows)
 
 
 def gradient_blocks(queries: int, passages: int, blocks: Blocks) -> Iterator[tuple[slice, list[slice], bool]]:
     """(rows, their columns, whether kept) in backward's order."""
-    for rows in spans(0, blocks.kept_rows, MOST_LINES):
-        yield rows, list(spans(0, passages, MOST_LINES)), True
+    for rows in spans(0, blocks.kept_rows, MAX_BLOCK_SIDE):
+        yield rows, list(spans(0, passages, MAX_BLOCK_SIDE)), True
     for rows in spans(blocks.kept_rows, queries, blocks.rows):
         yield rows, list(spans(0, passages, blocks.columns)), False
 
@@ -77,7 +77,7 @@ def forward_blocks(
 ) -> Iterator[tuple[slice, slice, bool]]:
     """(rows, columns, whether kept) of each forward launch: as large as tiles' sums and maxima fit the workspace."""
     per_entry = 8 * (1 / block_m + 1 / block_n)
-    entries = max(VENDOR_ROWS**2, int(min(workspace_bytes, MOST_BLOCK_BYTES) / per_entry))
+    entries = max(CUBLAS_TILE_ROWS**2, int(min(workspace_bytes, MAX_BLOCK_BYTES) / per_entry))
     for start, stop, kept in ((0, kept_rows, True), (kept_rows, queries, False)):
         if start == stop:
             continue
@@ -95,20 +95,20 @@ def spans(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, stop))
 
 
-def padded(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _waves(lines: int, column_tiles: int, processors: int) -> int:
-    return math.ceil(math.ceil(lines / VENDOR_ROWS) * column_tiles / processors)
+def _waves(count: int, column_tiles: int, processors: int) -> int:
+    return math.ceil(math.ceil(count / CUBLAS_TILE_ROWS) * column_tiles / processors)
 
 
-def _sizes(lines: int, most: int, column_tiles: int, processors: int) -> list[int]:
-    """Sizes worth trying: all lines, those that fill whole waves, powers of two; multiples of the vendor's tile."""
-    if lines <= VENDOR_ROWS:
-        return [lines]
-    sizes = {VENDOR_ROWS << power for power in range(12)}
-    wave = processors * VENDOR_ROWS // column_tiles // VENDOR_ROWS * VENDOR_ROWS
+def _candidate_sizes(count: int, max_size: int, column_tiles: int, processors: int) -> list[int]:
+    """Sizes worth trying: all count, those that fill whole waves, powers of two; multiples of the vendor's tile."""
+    if count <= CUBLAS_TILE_ROWS:
+        return [count]
+    sizes = {CUBLAS_TILE_ROWS << power for power in range(12)}
+    wave = processors * CUBLAS_TILE_ROWS // column_tiles // CUBLAS_TILE_ROWS * CUBLAS_TILE_ROWS
     sizes |= {wave * count for count in range(1, 9)}
-    sizes |= {lines}
-    return sorted(size for size in sizes if 0 < size <= min(lines, max(most, VENDOR_ROWS), MOST_LINES))
+    sizes |= {count}
+    return sorted(size for size in sizes if 0 < size <= min(count, max(max_size, CUBLAS_TILE_ROWS), MAX_BLOCK_SIDE))

@@ -1,4 +1,4 @@
-"""Where the kernels can run, and what they read: operands in one precision, descriptors, ids as small integers."""
+"""Where the kernels can kernel_batch, and what they read: operands in one precision, descriptors, ids as small integers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from losses.precision import Precision
-from losses.triton.block_sizes import padded
+from losses.triton.block_sizes import round_up
 
 # Tiles arrive by tensor-memory descriptors; the whole matrix is read by plain pointers.
-OLDEST_FUSED, OLDEST_DENSE = (9, 0), (8, 0)
+MIN_CAPABILITY_FUSED, MIN_CAPABILITY_DENSE = (9, 0), (8, 0)
 
 
 def interpreted() -> bool:
@@ -22,30 +22,30 @@ def interpreted() -> bool:
 
 
 def why_not_fused(query: Tensor) -> str | None:
-    """What keeps the tiles' kernels from these embeddings, in a few words; None where they run."""
-    return _why_not(query, OLDEST_FUSED)
+    """What keeps the tiles' kernels from these embeddings, in a few words; None where they kernel_batch."""
+    return _why_not(query, MIN_CAPABILITY_FUSED)
 
 
 def why_not_dense(query: Tensor) -> str | None:
     """The same of the kernels of the whole matrix."""
-    return _why_not(query, OLDEST_DENSE)
+    return _why_not(query, MIN_CAPABILITY_DENSE)
 
 
-def _why_not(query: Tensor, oldest: tuple[int, int]) -> str | None:
+def _why_not(query: Tensor, min_capability: tuple[int, int]) -> str | None:
     if query.dtype == torch.float64:
         return "the embeddings are float64, which it has no products for"
-    return why_not_on(query.device, interpreted(), oldest)
+    return why_not_on(query.device, interpreted(), min_capability)
 
 
 @functools.cache
 @torch.compiler.assume_constant_result  # While a graph is compiled it is called once, and is no part of it.
-def warn_of_step_down(implementation: str, reason: str) -> None:
-    """Say once why the kernels that were asked for do not run."""
+def warn_fallback(implementation: str, reason: str) -> None:
+    """Say once why the kernels that were asked for do not kernel_batch."""
     warnings.warn(f"implementation {implementation!r} steps down to 'chunked': {reason}", stacklevel=3)
 
 
 @functools.cache
-def why_not_on(device: torch.device, interpreted: bool, oldest: tuple[int, int]) -> str | None:
+def why_not_on(device: torch.device, interpreted: bool, min_capability: tuple[int, int]) -> str | None:
     """The same of any embeddings on a device."""
     try:
         import triton.tools.tensor_descriptor  # noqa: F401
@@ -58,8 +58,8 @@ def why_not_on(device: torch.device, interpreted: bool, oldest: tuple[int, int])
     if torch.version.hip is not None:
         return "the device is of ROCm, and its kernels run on CUDA"
     capability = torch.cuda.get_device_capability(device)
-    if capability < oldest:
-        needed, found = (".".join(map(str, version)) for version in (oldest, capability))
+    if capability < min_capability:
+        needed, found = (".".join(map(str, version)) for version in (min_capability, capability))
         return f"it needs a GPU of compute capability {needed} or newer, found {found}"
     return None
 
@@ -83,7 +83,7 @@ def operand(embeddings: Tensor, precision: Precision) -> Tensor:
         bits = embeddings.contiguous().view(torch.int32).add(0x1000).bitwise_and_(~0x1FFF)
         embeddings = torch.where(embeddings.isfinite(), bits.view(torch.float32), embeddings)
     embeddings = embeddings.to(dtype)
-    width = padded(embeddings.shape[1], 16 // dtype.itemsize)
+    width = round_up(embeddings.shape[1], 16 // dtype.itemsize)
     if width != embeddings.shape[1]:
         embeddings = torch.nn.functional.pad(embeddings, (0, width - embeddings.shape[1]))
     embeddings = embeddings.contiguous()
@@ -99,7 +99,7 @@ def product_of(precision: Precision, dtype: torch.dtype) -> str:
     return "tf32" if precision == "tf32" else "tf32x3"
 
 
-def ranked_ids(query_ids: Tensor, passage_ids: Tensor) -> tuple[Tensor, Tensor]:
+def compact_ids(query_ids: Tensor, passage_ids: Tensor) -> tuple[Tensor, Tensor]:
     """int32 numbers, equal where the ids [M], [N] are equal; −1 for a query whose id no passage carries."""
     ordered = passage_ids.sort().values
     of_query = torch.searchsorted(ordered, query_ids)

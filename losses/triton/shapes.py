@@ -58,10 +58,10 @@ class TileShape:
         }
 
 
-HALF = TileShape(128, 128, 64, warps=4, stages=3, group=8)
-SINGLE = TileShape(128, 128, 32, warps=8, stages=3, group=8)
+DEFAULT_HALF = TileShape(128, 128, 64, warps=4, stages=3, group=8)
+DEFAULT_FLOAT32 = TileShape(128, 128, 32, warps=8, stages=3, group=8)
 # Kept exponentials are read and written and not multiplied: many small programs, while some wait others move.
-MOVED = TileShape(64, 128, 64, warps=4, stages=1, group=8)
+DEFAULT_KEPT_GRADIENT = TileShape(64, 128, 64, warps=4, stages=1, group=8)
 INTERPRETED = TileShape(32, 16, 32, warps=1, stages=1, group=2)
 # The sums leave no room in shared memory taken by a store, so that two persistent programs fit a multiprocessor.
 PERSISTENT_KERNEL = "sums"
@@ -73,7 +73,9 @@ def tile_shape(kernel: str, dim: int, dtype: torch.dtype, product: str, device: 
         return replace(INTERPRETED, persistent=int(kernel == PERSISTENT_KERNEL))
     name = torch.cuda.get_device_name(device)
     found = _lookup(name, kernel, dim, str(dtype).removeprefix("torch."), product, os.environ.get(VARIABLE))
-    plain = MOVED if kernel == "kept_gradient" else HALF if dtype.itemsize == 2 else SINGLE
+    plain = (
+        DEFAULT_KEPT_GRADIENT if kernel == "kept_gradient" else DEFAULT_HALF if dtype.itemsize == 2 else DEFAULT_FLOAT32
+    )
     return found or replace(plain, persistent=int(kernel == PERSISTENT_KERNEL))
 
 

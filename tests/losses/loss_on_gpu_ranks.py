@@ -31,9 +31,11 @@ ALLOWED = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 1e-2}
 class HostCommunication(GroupCommunication):
     """Tensors of a GPU that several ranks share, carried by the host."""
 
-    def start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]) -> Callable[[], None]:
+    def start_exchange(
+        self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]
+    ) -> Callable[[], None]:
         arrived = [tensor.cpu() for tensor in incoming]
-        wait_here = super().start([tensor.cpu() for tensor in outgoing], arrived, step)
+        wait_here = super().start_exchange([tensor.cpu() for tensor in outgoing], arrived, step)
 
         def wait() -> None:
             wait_here()

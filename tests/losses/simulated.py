@@ -38,7 +38,7 @@ class SimulatedCommunication:
     def gather_host(self, numbers: Tensor) -> Tensor:
         return torch.stack(self.meeting.exchange(self.rank, numbers))
 
-    def start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: int) -> Callable[[], None]:
+    def start_exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: int) -> Callable[[], None]:
         ahead, behind = (self.rank + step) % self.size, (self.rank - step) % self.size
         for tensor in outgoing:
             self.sent.append(tensor.numel() * tensor.element_size())
@@ -80,7 +80,7 @@ class MirroredCommunication:
     def gather_host(self, numbers: Tensor) -> Tensor:
         return torch.stack([numbers] * 2)
 
-    def start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: int) -> Callable[[], None]:
+    def start_exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: int) -> Callable[[], None]:
         sent = [tensor.clone() for tensor in outgoing]
 
         def wait() -> None:

@@ -112,8 +112,8 @@ def test_cells_wider_than_a_tile_hold_the_same_pairs(device: str, monkeypatch: p
 
     given = batch(140, 200, 8, placed=False) | {"symmetric": True, "implementation": "triton"}
     narrow = run(inf_cl_loss, (20.0,), torch.float32, device, given)
-    monkeypatch.setattr(excluded, "MOST_CELLS_PER_LINE", 0.006)
-    assert excluded.Cells.of(140, 200) == excluded.Cells(strips=2, column_cells=1, cell_bits=8)
+    monkeypatch.setattr(excluded, "MAX_CELLS_PER_EMBEDDING", 0.006)
+    assert excluded.Cells.of(140, 200) == excluded.Cells(row_cells=2, column_cells=1, cell_bits=8)
     for found, expected in zip(run(inf_cl_loss, (20.0,), torch.float32, device, given), narrow, strict=True):
         assert torch.equal(found, expected)
 

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from losses import fused, inf_cl_loss
+from losses import inf_cl_loss
 from losses.inputs import ContrastiveBatch
+from losses.triton import inf_cl as triton_inf_cl
 from losses.triton import shapes
 from losses.triton.block_sizes import choose_blocks, forward_blocks, gradient_blocks
 from losses.triton.dense import dense_loss
 from losses.triton.inf_cl import fused_loss
 from losses.triton.launch import (
-    OLDEST_DENSE,
-    OLDEST_FUSED,
+    MIN_CAPABILITY_DENSE,
+    MIN_CAPABILITY_FUSED,
+    compact_ids,
     interpreted,
-    ranked_ids,
-    warn_of_step_down,
+    warn_fallback,
     why_not_fused,
     why_not_on,
 )
@@ -177,13 +178,13 @@ def test_a_positive_that_is_no_passage_gives_nan_where_nobody_looks_at_it(
 def test_nothing_is_kept_for_a_backward_that_cannot_come(monkeypatch: pytest.MonkeyPatch) -> None:
     query, passage = (side.bfloat16().requires_grad_() for side in embeddings(5, 9, 8, "cpu"))
     asked = []
-    real = fused.inf_cl_forward
+    real = triton_inf_cl.inf_cl_forward
 
     def watched(*arguments: Any) -> Any:
         asked.append(arguments[-1])
         return real(*arguments)
 
-    monkeypatch.setattr(fused, "inf_cl_forward", watched)
+    monkeypatch.setattr(triton_inf_cl, "inf_cl_forward", watched)
     inf_cl_loss(query, passage, logit_scale=5.0, implementation="triton")
     inf_cl_loss(query.detach(), passage.detach(), logit_scale=5.0, implementation="triton")
     for without in (torch.no_grad(), torch.inference_mode()):
@@ -239,7 +240,7 @@ def test_without_kept_exponentials_blocks_take_the_workspace() -> None:
 def test_ranked_ids_are_equal_where_ids_are() -> None:
     passage_ids = torch.tensor([2**62, -5, 2**62, 7, 2**62 + 1])
     query_ids = torch.tensor([7, 8, 2**62])
-    of_query, of_passage = ranked_ids(query_ids, passage_ids)
+    of_query, of_passage = compact_ids(query_ids, passage_ids)
     assert torch.equal(of_query[:, None] == of_passage, query_ids[:, None] == passage_ids)
     assert of_query[1] == -1
 
@@ -247,7 +248,7 @@ def test_ranked_ids_are_equal_where_ids_are() -> None:
 @pytest.mark.parametrize("implementation", ["triton", "dense"])
 def test_where_kernels_cannot_run_the_tiles_do_and_one_warning_says_why(implementation: Any) -> None:
     query, passage = embeddings(5, 5, 4, "cpu")
-    warn_of_step_down.cache_clear()
+    warn_fallback.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -261,7 +262,10 @@ def test_where_kernels_cannot_run_the_tiles_do_and_one_warning_says_why(implemen
 def test_an_old_gpu_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.version, "hip", None)
-    reasons = [why_not_on.__wrapped__(torch.device("cuda"), False, oldest) for oldest in (OLDEST_FUSED, OLDEST_DENSE)]
+    reasons = [
+        why_not_on.__wrapped__(torch.device("cuda"), False, min_capability)
+        for min_capability in (MIN_CAPABILITY_FUSED, MIN_CAPABILITY_DENSE)
+    ]
     assert reasons == ["it needs a GPU of compute capability 9.0 or newer, found 8.6", None]
 
 
@@ -273,7 +277,7 @@ def test_a_table_of_shapes_that_the_environment_names_goes_before_ours(
     def found(dim: int) -> shapes.TileShape:
         return shapes.tile_shape("sums", dim, torch.bfloat16, "ieee", torch.device("cuda"))
 
-    ours, made = found(768), replace(shapes.HALF, stages=2)
+    ours, made = found(768), replace(shapes.DEFAULT_HALF, stages=2)
     shapes.write_shapes(
         table := tmp_path / "own.json",
         [shapes.table_row("NVIDIA H200", "sums", "bfloat16", dim, replace(made, group=dim)) for dim in (128, 1024)],
@@ -285,7 +289,7 @@ def test_a_table_of_shapes_that_the_environment_names_goes_before_ours(
 
 
 def test_a_damaged_table_of_shapes_is_refused_by_name(tmp_path: Path) -> None:
-    row = shapes.table_row("GPU", "sums", "bfloat16", 768, shapes.HALF)
+    row = shapes.table_row("GPU", "sums", "bfloat16", 768, shapes.DEFAULT_HALF)
     good = tmp_path / "good.json"
     shapes.write_shapes(good, [row])
     assert shapes.read_shapes(good) == [row]

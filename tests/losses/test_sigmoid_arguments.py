@@ -77,7 +77,7 @@ def test_a_clamped_scale_stays_at_the_clamp_and_comes_back() -> None:
 
 def test_triton_steps_down_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    launch.warn_of_step_down.cache_clear()
+    launch.warn_fallback.cache_clear()
     options: dict[str, Any] = {"logit_scale": 10.0, "logit_bias": -10.0}
     with pytest.warns(UserWarning, match="'triton' steps down to 'chunked': the embeddings are on cpu"):
         loss = sigmoid_loss(QUERY, PASSAGE, implementation="triton", **options)

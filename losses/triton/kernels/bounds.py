@@ -27,21 +27,21 @@ def bounds_kernel(
     if block < query_blocks:
         rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         valid = rows < queries
-        place = tl.load(positive_ptr + rows, mask=valid, other=0)
-        known = (place >= 0) & (place < passages)
+        positive = tl.load(positive_ptr + rows, mask=valid, other=0)
+        known = (positive >= 0) & (positive < passages)
         product = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
         for d in range(0, D, BLOCK_D):
             inside = valid[:, None] & (d + columns < D)[None, :]
             offsets = (d + columns)[None, :]
             query = tl.load(query_ptr + rows.to(tl.int64)[:, None] * D + offsets, mask=inside, other=0).to(tl.float32)
             own = inside & known[:, None]
-            passage = tl.load(passage_ptr + place[:, None] * D + offsets, mask=own, other=0).to(tl.float32)
+            passage = tl.load(passage_ptr + positive[:, None] * D + offsets, mask=own, other=0).to(tl.float32)
             squares += tl.sum(query * query, 1)
             product += tl.sum(query * passage, 1)
             largest = tl.maximum(largest, tl.max(tl.where(query == query, tl.abs(query), float("inf")), 1))
         largest = tl.where(known, largest, float("inf"))
-        _raise_to(bounds_ptr + 2, -product * tl.load(scale_ptr))
-        _raise_to(bounds_ptr, squares)
+        _atomic_maximum(bounds_ptr + 2, -product * tl.load(scale_ptr))
+        _atomic_maximum(bounds_ptr, squares)
     else:
         rows = (block - query_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         valid = rows < passages
@@ -51,12 +51,12 @@ def bounds_kernel(
             passage = tl.load(passage_ptr + offsets, mask=inside, other=0).to(tl.float32)
             squares += tl.sum(passage * passage, 1)
             largest = tl.maximum(largest, tl.max(tl.where(passage == passage, tl.abs(passage), float("inf")), 1))
-        _raise_to(bounds_ptr + 1, squares)
-    _raise_to(bounds_ptr + 3, tl.where(largest < float("inf"), 0.0, 1.0))
+        _atomic_maximum(bounds_ptr + 1, squares)
+    _atomic_maximum(bounds_ptr + 3, tl.where(largest < float("inf"), 0.0, 1.0))
 
 
 @triton.jit
-def _raise_to(target_ptr, values):
+def _atomic_maximum(target_ptr, values):
     """Lift a number that is never negative to the largest of the values; NaN counts as infinite."""
     highest = tl.max(tl.where(values == values, tl.maximum(values, 0.0), float("inf")), 0)
     # Numbers that are not negative are ordered as their bits are.

@@ -20,15 +20,15 @@ from losses.triton.kernels.tile import CELL_ROW_BITS, CELL_ROWS
 # Sorts behind every key, for pairs that lie outside the block of passages.
 OUTSIDE = tl.constexpr(2**63 - 1)
 BLOCK = 1024
-LEAST_CELL_BITS = 7
-MOST_CELLS_PER_LINE = 4
+MIN_CELL_BITS = 7
+MAX_CELLS_PER_EMBEDDING = 4
 
 
 @dataclass(frozen=True)
 class Cells:
     """How a score matrix is cut into cells."""
 
-    strips: int
+    row_cells: int
     """Cells in a column of cells."""
     column_cells: int
     """Cells in a row of cells."""
@@ -38,11 +38,11 @@ class Cells:
     @classmethod
     def of(cls, queries: int, passages: int) -> Cells:
         """The narrowest cells of at least 128 columns whose number is linear in the size of the batch."""
-        strips = triton.cdiv(queries, CELL_ROWS.value)
-        cell_bits = LEAST_CELL_BITS
-        while strips * triton.cdiv(passages, 1 << cell_bits) > MOST_CELLS_PER_LINE * (queries + passages):
+        row_cells = triton.cdiv(queries, CELL_ROWS.value)
+        cell_bits = MIN_CELL_BITS
+        while row_cells * triton.cdiv(passages, 1 << cell_bits) > MAX_CELLS_PER_EMBEDDING * (queries + passages):
             cell_bits += 1
-        return cls(strips, triton.cdiv(passages, 1 << cell_bits), cell_bits)
+        return cls(row_cells, triton.cdiv(passages, 1 << cell_bits), cell_bits)
 
 
 def sorted_pairs(
@@ -62,19 +62,19 @@ def sorted_pairs(
     """
     cells = Cells.of(queries, passages)
     keys = torch.empty(len(pairs), dtype=torch.int64, device=pairs.device)
-    _keys_kernel[(triton.cdiv(len(pairs), BLOCK),)](
+    _pair_keys_kernel[(triton.cdiv(len(pairs), BLOCK),)](
         pairs, pairs if positive is None else positive, pairs if bounds is None else bounds, keys, len(pairs), queries,
         passages, first, cells.column_cells, cells.cell_bits,
         DIAGONAL=diagonal, CHECK=bounds is not None, BLOCK=BLOCK,
     )  # fmt: skip
     keys = keys.sort().values
     size = CELL_ROWS.value << cells.cell_bits
-    first_keys = torch.arange(0, (cells.strips * cells.column_cells + 1) * size, size, device=pairs.device)
+    first_keys = torch.arange(0, (cells.row_cells * cells.column_cells + 1) * size, size, device=pairs.device)
     return keys, torch.searchsorted(keys, first_keys, out_int32=True)
 
 
 @triton.jit
-def _keys_kernel(
+def _pair_keys_kernel(
     pair_ptr, positive_ptr, bounds_ptr, key_ptr, pairs, queries, passages, first, column_cells, cell_bits,
     DIAGONAL: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -92,6 +92,6 @@ def _keys_kernel(
         tl.atomic_max(bounds_ptr.to(tl.pointer_type(tl.int32)) + 3, worst.to(tl.int32, bitcast=True), sem="relaxed")
     column_cell = column >> cell_bits
     cell = (row >> CELL_ROW_BITS) * column_cells + column_cell
-    line = cell * CELL_ROWS + (row & (CELL_ROWS - 1))
-    key = (line << cell_bits) + (column - (column_cell << cell_bits))
+    index = cell * CELL_ROWS + (row & (CELL_ROWS - 1))
+    key = (index << cell_bits) + (column - (column_cell << cell_bits))
     tl.store(key_ptr + pair, tl.where(inside, key, OUTSIDE), mask=valid)
