@@ -90,7 +90,7 @@ def inf_cl_loss(
             warning that states the reason. "auto": on a CPU "chunked", which is faster than the whole matrix from
             about 1000 × 1000 scores; on a GPU "dense" if the matrix fits in the workspace, otherwise "triton" if
             available, otherwise "chunked". With a group, or under `torch.compile`, "auto" does not choose "dense".
-            Default: "auto".
+            With a group, "full" and "dense" are not available. Default: "auto".
         exchange: How passages are exchanged between the ranks of a group. "ring": one block at a time, overlapped with
             the computation of the previous block. "gather": all at once, computed as one block. "auto": "gather" with
             two ranks or if the pool and its gradient fit in the workspace, otherwise "ring". Default: "auto".

@@ -1,4 +1,4 @@
-"""What the ranks of a group tell each other before a loss: the sizes of their shards, and whether their calls agree."""
+"""What ranks exchange before a loss: the sizes of their shards, and whether their arguments agree."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ MAX_COMPARED_VALUES = 16
 
 @dataclass(frozen=True)
 class Shards:
-    """Rows of each rank, and where this rank's passages begin in the pool, which has the ranks' shards in order."""
+    """Sizes of the shards of all ranks. The pool is the concatenation of the ranks' passages, in rank order."""
 
     rank: int
     queries: tuple[int, ...]
     passages: tuple[int, ...]
     positive_given: bool
-    """Whether any rank gave `positive`, so that a positive may lie on another rank than its query."""
+    """Whether any rank gave `positive`; then a positive may be on another rank than its query."""
 
     @property
     def first_passage(self) -> int:
+        """Row of the pool at which this rank's passages begin."""
         return self.first(self.rank)
 
     def first(self, rank: int) -> int:
+        """Row of the pool at which the passages of `rank` begin."""
         return sum(self.passages[:rank])
 
     @property
@@ -40,6 +42,7 @@ class Shards:
 
     @property
     def pool_size(self) -> int:
+        """Number of passages on all ranks."""
         return sum(self.passages)
 
 
@@ -49,13 +52,19 @@ def agree_on_batch(
     positive: Tensor | None,
     must_match: Mapping[str, Any],
 ) -> tuple[ContrastiveBatch, Shards]:
-    """The checked batch of this rank and the shards of all, after one exchange of a few numbers through the host.
+    """Check this rank's batch and exchange sizes and errors with the other ranks, through the host.
 
-    `must_match` holds what must be the same everywhere, by the argument's name, once `checked` has returned.
+    Args:
+        checked: Returns the checked batch of this rank, or raises a ValueError.
+        positive: The argument `positive` of this rank.
+        must_match: Values that must be the same on all ranks, by argument name. Read after `checked` has returned.
+
+    Returns:
+        The checked batch of this rank, and the shards of all ranks.
 
     Raises:
-        ValueError: on every rank, when `checked` raises one on any, when `must_match` differs, when a positive lies
-            or an excluded pair lies outside the pool, or when no rank has a query.
+        ValueError: On every rank, if `checked` raises on any rank, a value of `must_match` differs, a positive or an
+            excluded pair is outside the pool, or no rank has a query.
     """
     problem, batch = "", None
     try:
@@ -91,7 +100,7 @@ def agree_on_batch(
             bad = header[4] if header[4] < 0 else header[5]
             raise ValueError(f"positive must index the pool's {shards.pool_size} passages, found {bad} on rank {rank}")
     if any(header[6] for header in headers):
-        # Only now are the positives' rows of the pool known.
+        # Excluded pairs can be checked only when the sizes of all shards are known.
         try:
             if excluded is not None:
                 check_excluded(excluded, positive, len(batch.query), shards.pool_size, shards.first_passage)
@@ -103,7 +112,7 @@ def agree_on_batch(
 
 
 def _raise_on_all_ranks(communication: Communication, problem: str) -> None:
-    """Raise a ValueError of all ranks' problems; a rank without one says an empty text."""
+    """Raise a ValueError with the problems of all ranks; a rank without a problem passes an empty string."""
     messages = [_decoded(message) for message in communication.gather_host(_encoded(problem))]
     found = "; ".join(
         f"rank {rank}: {text}" for rank, text in enumerate(messages) if text and rank != communication.rank
@@ -112,7 +121,7 @@ def _raise_on_all_ranks(communication: Communication, problem: str) -> None:
 
 
 def _number(logit_scale: Tensor) -> float | str:
-    # To look at a GPU's number would wait for it.
+    # The value of a GPU tensor is not read, to avoid a synchronization.
     return logit_scale.item() if logit_scale.device.type == "cpu" else "on a device"
 
 

@@ -1,4 +1,4 @@
-"""The loss of a batch whose rows lie on the ranks of a process group: agreement, choice of exchange, autograd."""
+"""The loss over a process group: checks across ranks, choice of the exchange, autograd."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DistributedImplementation = Literal["auto", "chunked", "triton"]
 
 @dataclass(frozen=True)
 class DistributedBatch:
-    """This rank's shard of a batch, `positive` being rows of the pool, and how it is to be computed."""
+    """This rank's shard of a batch, whose `positive` are rows of the pool, and how the loss is computed."""
 
     batch: ContrastiveBatch
     shards: Shards
@@ -65,10 +65,13 @@ def distributed_batch(
     workspace_mib: float,
     checks: Callable[[], dict[str, Any]] = dict,
 ) -> DistributedBatch:
-    """Check this rank's arguments and agree with the others on them; `checks` gives more that must be the same on all.
+    """Check this rank's arguments and compare them with those of the other ranks.
+
+    Args:
+        checks: Returns further values that must be the same on all ranks.
 
     Raises:
-        ValueError: on all ranks, if an argument does not fit on any.
+        ValueError: On all ranks, if an argument is invalid on any.
     """
     communication = communication_of(group)
     resolved: list[Precision] = []
@@ -102,7 +105,7 @@ def distributed_batch(
         first = shards.first_passage
         batch = replace(batch, given_positive=torch.arange(first, first + len(query), device=query.device))
     elif positive.is_cuda and len(positive):
-        # Nobody has looked at them.
+        # Positives on a GPU are not checked on the host: an invalid one makes logit_scale and the loss NaN.
         inside = batch.positive.clamp(0, shards.pool_size - 1)
         scale = torch.where((inside != batch.positive).any(), torch.nan, batch.logit_scale)
         batch = replace(batch, given_positive=inside, logit_scale=scale)
@@ -118,8 +121,8 @@ def distributed_batch(
     workspace_bytes = checked_workspace(workspace_mib)
     fused = bool(same["kernels"])
     width = round_up_to_16_bytes(query.shape[1], query.dtype) if fused else query.shape[1]
-    # Beside the pool in the products' precision stands the sum of its gradient. Of two ranks the ring holds no less:
-    # both blocks, and three sums.
+    # "gather" stores the pool in the operand dtype and the float32 sum of its gradient. With two ranks the ring stores
+    # no less: both blocks, and three gradient sums.
     fits = communication.size == 2 or shards.pool_size * width * (query.element_size() + 4) <= workspace_bytes
     chosen: Literal["ring", "gather"] = "gather" if exchange == "gather" or (exchange == "auto" and fits) else "ring"
     return DistributedBatch(batch, shards, communication, resolved[0], workspace_bytes, fused, chosen)
@@ -135,10 +138,10 @@ def _uses_kernels(query: Tensor, implementation: str) -> bool:
 
 
 def loss_over_ranks(sharded: DistributedBatch) -> Tensor:
-    """Scalar InfoNCE of all ranks' rows, the same bits on every rank; differentiable once.
+    """0-dim InfoNCE loss over the rows of all ranks, the same bits on every rank; differentiable once.
 
-    Gradients are W times this rank's share, so that their mean over ranks is the gradient of the whole batch's loss.
-    Backward exchanges too: every rank calls it, with the same upstream gradient.
+    Gradients are W times this rank's contribution, so their mean over ranks is the gradient of the whole batch.
+    Backward communicates too: every rank must call it, with the same upstream gradient.
     """
     batch = sharded.batch
     return _LossOverRanks.apply(batch.query, batch.passage, batch.logit_scale, sharded)
@@ -159,13 +162,13 @@ class _LossOverRanks(torch.autograd.Function):
             columns = state.columns
             here = own_columns(columns, shards) if sharded.exchange == "gather" else columns
             loss = backend.loss_sum(state.rows, here if batch.symmetric else None)
-            # One order of adding on all ranks: the same bits everywhere.
+            # The same order of summation on all ranks gives the same bits.
             shares = communication.gather_rows(loss[None], [1] * communication.size)
             loss = (shares.sum() / shards.total_queries).to(batch.logit_scale.dtype)
             ctx.ds_scale = backend.choose_ds_scale(
                 _max_positive_count(columns, backend, communication) if batch.symmetric else None
             )
-        # What the products read: where that is of half precision, the embeddings need not wait for backward.
+        # Save the operands instead of the embeddings, which can be freed if the operands are copies in half precision.
         ctx.save_for_backward(backend.query, own.passage, logit_scale)
         ctx.backend, ctx.state, ctx.shards, ctx.communication = backend, state, shards, communication
         ctx.precision, ctx.exchange, ctx.symmetric = sharded.precision, sharded.exchange, batch.symmetric
@@ -174,10 +177,11 @@ class _LossOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+        # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second
+        # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("the loss over ranks is differentiable once")
-        # Asked for: torch says so if one of them has been written over since.
+        # Reading saved_tensors makes autograd check that no input was modified in place.
         operand, *_ = ctx.saved_tensors
         want_query, want_passage, want_scale = ctx.needs_input_grad[:3]
         backend: BlockBackend = ctx.backend
@@ -203,7 +207,7 @@ class _LossOverRanks(torch.autograd.Function):
 
 
 def _max_positive_count(columns: ColumnSums, backend: BlockBackend, communication: Communication) -> Tensor | None:
-    """1-dim: on any rank, by how many queries a passage is is_positive at most; only half precision asks."""
+    """The largest number of queries, over all ranks, that share a positive; only float16 needs it."""
     if backend.query.dtype != torch.float16:
         return None
     most = torch.cat([columns.positive_count, columns.positive_count.new_ones(1)]).max()[None]

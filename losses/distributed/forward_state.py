@@ -1,4 +1,4 @@
-"""What forward over ranks collects: the sums of each row here, and of the columns of a block that visits."""
+"""State of forward over ranks: softmax sums of this rank's rows, and of the columns of the current block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from losses.inputs import ContrastiveBatch
 
 @dataclass(frozen=True)
 class ForwardState:
-    """This rank's rows with all blocks met so far, and the last of these with its columns."""
+    """Row sums of this rank over all blocks so far, and the last block with its column sums."""
 
     rows: RowSums
     own: PassageBlock
@@ -19,14 +19,16 @@ class ForwardState:
 
     @classmethod
     def initial(cls, backend: BlockBackend, own: PassageBlock) -> ForwardState:
+        """State before the first block."""
         rows = RowSums(backend.initial_sums(3, len(backend.query)))
         return cls(rows, own, own, ColumnSums(rows.table.new_empty(4, 0)))
 
     def with_columns(self, block: PassageBlock, columns: ColumnSums) -> ForwardState:
+        """A copy with another current block and its column sums."""
         return replace(self, block=block, columns=columns)
 
     def add_block(self, backend: BlockBackend, block: PassageBlock, batch: ContrastiveBatch) -> ColumnSums:
-        """Add a block to the rows, in column; returns what these queries give to its columns."""
+        """Add a block to the row sums, in place; returns the column sums over this rank's queries."""
         queries, passages = len(self.rows.score), len(block.passage)
         columns = ColumnSums(backend.initial_sums(4, passages))
         if not queries or not passages:
@@ -37,10 +39,10 @@ class ForwardState:
         return columns
 
     def _add_positives(self, columns: ColumnSums, block: PassageBlock, batch: ContrastiveBatch) -> None:
-        """Count the positive_count among these queries and add up their scores."""
+        """Count, for each passage of the block, the queries whose positive it is, and sum their scores."""
         _, _, positive_count, scores = columns.table
         if batch.diagonal:
-            # Positives are the own shard's rows in order: in no other, or in these rows of the pool.
+            # The positives are this rank's passages in order; the block holds all of them or none.
             first, queries = self.own.first - block.first, len(self.rows.score)
             if 0 <= first < len(block.passage):
                 positive_count[first : first + queries] = 1

@@ -1,8 +1,9 @@
-"""InfoNCE over ranks with the whole pool of passages on each: one block of backend, for pools that fit the workspace.
+"""InfoNCE over ranks by all_gather: every rank stores the whole pool of passages. For pools that fit in the workspace.
 
-Each rank sends, in collectives whose bytes on the wire are for n passages a rank those of a ring of W − 1 hops: forward
-n (width·e + 8 ids) per hop, and the columns' sums of the pool, 4a W n, reduced to all; backward n · width · a per hop.
-Held beside inputs and gradients: the pool, and the sum of its gradient, W·n·width·(e + a) bytes.
+Each rank sends, by collectives that move as many bytes as a ring of W − 1 hops: in forward n (width·e + 8 ids) per hop
+and an all_reduce of the column sums of the pool, 4a W n; in backward n · width · a per hop. The symbols are those of
+distributed/ring.py. Memory in addition to inputs and gradients: the pool and the sum of its gradient, W · n · width ·
+(e + a) bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from losses.inputs import ContrastiveBatch
 def gather_forward(
     backend: BlockBackend, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
 ) -> ForwardState:
-    """Meet the whole pool at once. The columns of all passages are complete on every rank."""
+    """Compute the whole pool as one block. The column sums of all passages are complete on every rank."""
     ids = None if own.ids is None else communication.gather_rows(own.ids, shards.passages)
     pool = PassageBlock(communication.gather_rows(own.passage, shards.passages), ids, 0)
     state = ForwardState.initial(backend, own)
@@ -52,5 +53,5 @@ def gather_backward(
 
 
 def own_columns(columns: ColumnSums, shards: Shards) -> ColumnSums:
-    """This rank's passages among the pool's."""
+    """The column sums of this rank's passages."""
     return ColumnSums(columns.table[:, shards.first_passage :][:, : shards.passages[shards.rank]])

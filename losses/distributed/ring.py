@@ -1,22 +1,24 @@
-"""InfoNCE over ranks by a ring: passages visit the queries, and nobody ever holds more than a few shards of them.
+"""InfoNCE over ranks by a ring: passages move from rank to rank, and no rank stores more than a few shards of them.
 
-Rank r of W holds queries [M_r, D] and passages [N_r, D], block r of the pool. Forward, blocks move to rank + 1: at step
-k = 0 … W − 1 rank r meets block r − k. The columns' sums follow their block one step behind it, merged with each rank's
-own, so that they are complete at rank r − 1, which met block r last and keeps it. Backward begins with these kept
-blocks and moves to rank − 1: at step k rank r meets block r + 1 + k, its own last. With a block backward its columns'
-weights and, one step behind it, the sum of its gradient, which comes home when the last step ends.
+Rank r of W holds queries [M_r, D] and passages [N_r, D], block r of the pool. In forward, blocks move to rank + 1: at
+step k = 0, …, W − 1, rank r computes block r − k. The column sums follow their block one step behind and are merged
+with the sums of each rank. They are complete at rank r − 1, which is the last to compute block r and keeps it.
+Backward starts with these kept blocks and moves them to rank − 1: at step k, rank r computes block r + 1 + k, its own
+block last. The weights of a block's columns move with it. The sum of its gradient follows one step behind and reaches
+the block's own rank when the last step ends.
 
-Every transfer runs beside the backend of a step, and none waits for backend of that step. Each rank sends, for shards of n
-passages, `width` numbers wide as the products read them (e bytes each; the kernels pad D to 16 bytes), sums of a bytes
-(4; 8 in float64), ids of 8 bytes where given:
+Every transfer overlaps with the computation of a step and depends on none of that step. Each rank sends the following,
+for shards of n passages, `width` values per passage in the operand dtype (e bytes each; the kernels pad D to 16
+bytes), a bytes per sum (4; 8 in float64), and ids of 8 bytes if given:
 
-    forward      (W − 1) n (width·e + 8 ids + 4a symmetric)      blocks, ids; shifts, sums, positive_count and their scores
-    backward     (W − 2) n (width·e + 8 ids)                     blocks again, but the kept one and one's own
+    forward      (W − 1) n (width·e + 8 ids + 4a symmetric)      blocks, ids; the four column sums
+    backward     (W − 2) n (width·e + 8 ids)                     blocks again, except the kept one and the own one
                + (W − 1) n (width·a + 2a symmetric)              gradients; weights and shifts
 
-and three exchanges of a few numbers: sizes, bounds of scores, the loss. Fewer hops there are not: W − 1 ranks must see
-a block forward, W − 1 have a share in its gradient, and W − 2 must see it again unless more than one foreign block is
-stored. Held beside inputs and gradients: two blocks; backward also the queries' sums and three of a block's gradient.
+and three times a few numbers: sizes, bounds of scores, the loss. The number of hops is minimal: W − 1 other ranks need
+a block in forward, W − 1 contribute to its gradient, and W − 2 need it again unless more than one foreign block is
+stored. Memory in addition to inputs and gradients: two blocks; in backward also the query sums and three sums of a
+block's gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from losses.inputs import ContrastiveBatch
 def ring_forward(
     backend: BlockBackend, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
 ) -> ForwardState:
-    """Meet all blocks once. The batch's positives are rows of the pool."""
+    """Compute all blocks once. The positives of the batch are rows of the pool."""
     state = ForwardState.initial(backend, own)
     block, columns = own, state.columns
     for step in range(communication.size):
@@ -67,9 +69,9 @@ def ring_backward(
     shards: Shards,
     communication: Communication,
 ) -> Tensor | None:
-    """Fill query_sum [M, width]; returns the sum [n, width] of this rank's passages, None where nobody wants it.
+    """Fill query_sum [M, width] and return the gradient sum [n, width] of this rank's passages, or None if not wanted.
 
-    `weights` are those of the block that forward met last.
+    `weights` are those of the block that forward computed last.
     """
     block, symmetric = state.block, weights.column is not None
     factors = torch.stack([weights.column, state.columns.shift]) if weights.column is not None else None
@@ -104,7 +106,7 @@ def ring_backward(
 
 
 def receive_buffer(block: PassageBlock, rank: int, shards: Shards) -> PassageBlock:
-    """Where a rank's passages will arrive."""
+    """An empty block for the passages of `rank`."""
     rows = shards.passages[rank]
     ids = None if block.ids is None else block.ids.new_empty(rows)
     return PassageBlock(block.passage.new_empty(rows, block.passage.shape[1]), ids, shards.first(rank))

@@ -1,15 +1,15 @@
-"""The sigmoid loss over ranks by a ring: no pair needs to know of another, so one round of passages gives all there is.
+"""The sigmoid loss over ranks: one pass of the passages around a ring in forward, which also computes the gradients.
 
-Rank r of W meets block r − k of the pool at step k, as in distributed/ring.py, and one visit takes both loss and
-gradients. The sum of a block's gradient follows it one step behind, without its own rank's part, which stays at home;
-one more hop brings it there. Each rank sends, for shards of n passages, D wide, of e bytes a number, sums of a bytes
-(4; 8 in float64), ids of 8 bytes where given:
+Rank r of W computes block r − k of the pool at step k, as in distributed/ring.py. The sum of a block's gradient
+follows the block one step behind. It excludes the part of the block's own rank, which stays there; one more hop
+returns the sum to that rank. Each rank sends the following, for shards of n passages of dimension D, e bytes per
+embedding value, a bytes per sum (4; 8 in float64), and ids of 8 bytes if given:
 
     forward      (W − 1) n (D·e + 8 ids)      blocks, ids
-               + (W − 1) n D·a                gradients, all but the last hop beside the tiles of a step
+               + (W − 1) n D·a                gradients; all but the last hop overlap with computation
 
-and two exchanges of a few numbers: sizes, and the loss. Backward sends nothing. Held beside inputs: two gradients until
-backward, and during forward two blocks and three sums of a block's gradient.
+and twice a few numbers: sizes, and the loss. Backward sends nothing. Memory in addition to inputs: two gradients until
+backward and, during forward, two blocks and three sums of a block's gradient.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from losses.triton.sigmoid import sigmoid_values
 
 
 def sigmoid_loss_over_ranks(sharded: DistributedBatch, logit_bias: Tensor) -> Tensor:
-    """Scalar sigmoid loss of all ranks' rows, the same bits on every rank; differentiable once.
+    """0-dim sigmoid loss over the rows of all ranks, the same bits on every rank; differentiable once.
 
-    Gradients are W times this rank's share, so that their mean over ranks is the gradient of the whole batch's loss.
+    Gradients are W times this rank's contribution, so their mean over ranks is the gradient of the whole batch.
     """
     batch = sharded.batch
     return _SigmoidOverRanks.apply(batch.query, batch.passage, batch.logit_scale, logit_bias, sharded)
@@ -44,7 +44,7 @@ class _SigmoidOverRanks(torch.autograd.Function):
         shards, communication = sharded.shards, sharded.communication
         sums = _SigmoidSums(sharded, leaves[3], ctx.needs_input_grad[:4])
         passage_sum = _ring_pass(sums, sharded)
-        # One order of adding on all ranks: the same bits everywhere.
+        # The same order of summation on all ranks gives the same bits.
         shares = communication.gather_rows(sums.loss[None], [1] * communication.size)
         loss = (shares.sum() / shards.total_queries).to(sharded.batch.logit_scale.dtype)
         share = communication.size / shards.total_queries
@@ -64,7 +64,7 @@ class _SigmoidOverRanks(torch.autograd.Function):
 
 
 class _SigmoidSums:
-    """Sums over the blocks that this rank's queries have met: of losses, and of their gradients."""
+    """Sums of the loss and its gradients over the blocks that this rank's queries have been scored against."""
 
     def __init__(self, sharded: DistributedBatch, logit_bias: Tensor, wanted: tuple[bool, ...]) -> None:
         batch = sharded.batch
@@ -74,12 +74,12 @@ class _SigmoidSums:
         self.loss, self.scale, self.bias = batch.query.new_zeros(3, dtype=torch.float64)
 
     def add_block(self, block: PassageBlock) -> Tensor:
-        """Visit the tiles of one block; returns the sum [n, D] that its passages' gradient gains block_sum."""
+        """Add one block; returns this rank's part [n, D] of the gradient of the block's passages."""
         queries = len(self.query_sum)
         if not queries or not len(block.passage):
             return self.query_sum.new_zeros(block.passage.shape)
         loss, query, passage, scale, bias = self._values(block)
-        # Each is a mean over this rank's queries.
+        # Each is a mean over the queries of this rank.
         self.loss += loss * queries
         if self.wanted[0]:
             self.query_sum.add_(query, alpha=queries)
@@ -125,7 +125,7 @@ class _SigmoidSums:
 
 
 def _ring_pass(sums: _SigmoidSums, sharded: DistributedBatch) -> Tensor:
-    """Meet all blocks once; returns the sum [n, D] of the gradient of this rank's passages."""
+    """Add all blocks; returns the gradient sum [n, D] of this rank's passages."""
     batch, shards, communication = sharded.batch, sharded.shards, sharded.communication
     block = PassageBlock(batch.passage.contiguous(), batch.passage_ids, shards.first_passage)
     want_passage = sums.wanted[1]

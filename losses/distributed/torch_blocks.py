@@ -1,4 +1,4 @@
-"""The tiles of one rank's queries with any block of passages, in PyTorch, on any device (torch_tiles/inf_cl.py)."""
+"""Scores of one rank's queries against a block of passages in PyTorch, on any device (torch_tiles/inf_cl.py)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SCALE_ROWS = 8192
 
 
 def pairs_in_block(batch: ContrastiveBatch, first: int) -> Tensor | None:
-    """[R, 2]: the excluded pairs of this rank's queries with rows of a block that begins at row `first` of the pool.
+    """[R, 2]: excluded pairs with passage rows relative to a block that begins at row `first` of the pool.
 
-    Pairs of other blocks stay, with a passage row outside the block.
+    Pairs of other blocks are kept, with passage rows outside the block.
     """
     if batch.excluded is None or not first:
         return batch.excluded
@@ -33,7 +33,7 @@ def pairs_in_block(batch: ContrastiveBatch, first: int) -> Tensor | None:
 
 
 class TorchBackend:
-    """`block_tiles.BlockBackend`; exponents are natural ones."""
+    """`BlockBackend` with tiles in PyTorch; shifts are exponents of e."""
 
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.batch, self.precision, self.workspace_bytes = batch, precision, workspace_bytes
@@ -64,13 +64,13 @@ class TorchBackend:
 
     def merge_columns(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
         shift = torch.maximum(one.shift, other.shift)
-        # A column that everybody masks has no maximum, and must not become the difference of two infinities.
+        # A fully masked column has maximum minus infinity; avoid subtracting infinities.
         base = torch.where(shift == -torch.inf, 0, shift)
         one_total, other_total = (sums.total * (sums.shift - base).exp() for sums in (one, other))
         return ColumnSums(torch.stack([shift, one_total + other_total, *(one.table[2:] + other.table[2:])]))
 
     def rescale_columns(self, columns: ColumnSums, before: Tensor) -> None:
-        # Where nobody has a maximum the sum is zero, and any finite difference will do.
+        # A fully masked column has sum zero, so any finite factor is right.
         columns.total.mul_((before - columns.shift).nan_to_num_(0, 0, -float("inf")).exp_())
 
     def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
@@ -79,7 +79,7 @@ class TorchBackend:
             shift, total, positive_count, scores = columns.table
             losses = negative_log_probability(scores / positive_count.clamp(min=1), shift, total)
             loss = (loss + torch.where(positive_count > 0, positive_count * losses, 0).sum(dtype=torch.float64)) / 2
-        # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
+        # A score of minus infinity adds zero to every sum, so the inputs themselves are checked.
         return torch.where(self._invalid, torch.nan, loss)
 
     def choose_ds_scale(self, positive_count: Tensor | None) -> Tensor:
@@ -120,7 +120,7 @@ class TorchBackend:
         return of_sums, of_scale
 
     def _scale_gradient(self, sums: Tensor) -> Tensor:
-        """Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K), a few rows at a time: the products are as large as the sums."""
+        """Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K), in chunks of rows to bound the size of the elementwise product."""
         parts = zip(sums.split(SCALE_ROWS), self.query.split(SCALE_ROWS), strict=True)
         return torch.stack([(span * rows.to(span.dtype)).sum() for span, rows in parts]).sum()
 

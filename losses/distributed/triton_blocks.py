@@ -1,4 +1,4 @@
-"""The tiles of one rank's queries with any block of passages, by Triton kernels (triton/inf_cl.py)."""
+"""Scores of one rank's queries against a block of passages by Triton kernels (triton/inf_cl.py)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ BLOCK = 1024
 
 
 class TritonBackend:
-    """`block_tiles.BlockBackend`; exponents are of 2, and the vendor's products add blocks of dS to the sums."""
+    """`BlockBackend` with Triton kernels; shifts are exponents of 2, and cuBLAS multiplies blocks of dS."""
 
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.precision, self.workspace_bytes = precision, workspace_bytes
         self._first_passage, self._dimensions = first_passage, batch.query.shape[1]
         self.query = self.prepare_passages(batch.query)
-        # The kernels read operands alone, and embeddings that wait on the host need not be here too until backward.
+        # The kernels read operands only, so the passage embeddings need not be held until backward.
         self.batch = replace(batch, query=self.query, passage=self.query[:0])
         self.width = self.query.shape[1]
         self._bounds = torch.empty(0)
@@ -62,7 +62,7 @@ class TritonBackend:
 
     def set_bounds(self, bounds: Tensor) -> None:
         if self._positives_remote:
-            # No positive's score is lower than minus the largest that any score may have.
+            # No positive score is below minus the bound of all scores.
             highest = bounds[0].sqrt() * bounds[1].sqrt() * self.batch.logit_scale.abs()
             bounds[2] = torch.minimum(bounds[2], highest)
         self._bounds = bounds
@@ -70,7 +70,7 @@ class TritonBackend:
     def initial_sums(self, kinds: int, size: int) -> Tensor:
         table = self.query.new_zeros(kinds, size, dtype=torch.float32)
         if not len(self.query):
-            # To the kernels a total of zero is one without any sum yet; these none will see.
+            # The kernels take a total of zero as "no sum yet"; without queries no kernel runs.
             table[0] = torch.finfo(torch.float32).min
         return table
 
@@ -129,7 +129,7 @@ class TritonBackend:
     def gradient_weights(self, rows: RowSums, columns: ColumnSums | None, ds_scale: Tensor) -> GradientWeights:
         from losses.triton.kernels.gradients import gradient_weights_kernel
 
-        # Without columns nobody reads what stands for theirs.
+        # Without columns the kernel does not read this table.
         table = rows.table if columns is None else columns.table
         row, column = torch.empty_like(rows.total), torch.empty_like(table[1])
         size = max(len(row), len(column))
@@ -209,8 +209,10 @@ class TritonBackend:
         return kernel_batch
 
     def _block_positive(self, block: PassageBlock) -> tuple[Tensor, bool]:
-        """The positives' places in the block, and whether they are its rows in order, which kernels need not read."""
-        # `diagonal` says that query i's positive is row i of this rank's own passages: of the block that begins there.
+        """Positives relative to the block, and whether they are the block's rows in order (kernels then do not read
+        them).
+        """
+        # `diagonal` means that the positives are this rank's passages in order, which only its own block holds.
         diagonal = self.batch.diagonal and block.first == self._first_passage
         positive = self.batch.positive
         return positive if diagonal or not block.first else positive - block.first, diagonal

@@ -1,7 +1,8 @@
-"""The tiled losses under torch.compile: one operator, so that the compiler does not unroll loops over tiles.
+"""The tiled losses under torch.compile, as one custom operator, so that the compiler does not unroll the loops over
+tiles.
 
-The operator computes the gradients with the loss, and they are held until backward: M·D and N·D numbers more than
-without the compiler.
+The operator computes the loss and its gradients in forward and stores the gradients until backward. This takes (M + N)
+· D numbers more memory than without the compiler.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from losses.torch_tiles.sigmoid import saved_gradient_dtype, scale_by_upstream, 
 def compiled_tiled_loss(
     batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """`tiled_loss` of the batch, or with a bias `tiled_sigmoid_loss`; differentiable once."""
+    """`tiled_loss` of the batch, or `tiled_sigmoid_loss` if `logit_bias` is given. Differentiable once."""
     leaves = (batch.query, batch.passage, batch.logit_scale, logit_bias)
     wanted = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     others = (batch.given_positive, batch.query_ids, batch.passage_ids, batch.symmetric, batch.diagonal, batch.excluded)
@@ -45,10 +46,12 @@ def tiled_loss_op(
     workspace_bytes: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients in query, passage, scale and bias for an upstream gradient of one; empty: not wanted.
+    """The loss and its gradients with respect to query, passage, logit_scale and logit_bias, for an upstream gradient
+       of 1.
+    Gradients that are not `wanted` are empty tensors.
 
     Raises:
-        ValueError: as the losses, whose checks of values the compiler has passed over.
+        ValueError: If a value is invalid. Values cannot be checked while the graph is compiled.
     """
     checked_number("logit_scale", logit_scale, query)
     if logit_bias is not None:
@@ -56,7 +59,7 @@ def tiled_loss_op(
     checked_positive(given_positive, query, passage, in_range=True)
     if excluded is not None and excluded.device.type == "cpu":
         check_excluded(excluded, given_positive, len(query), len(passage))
-    # Gradients of float16 wait in float32 for the loss scale that lifts them into its range.
+    # float16 gradients are stored in float32, because the loss scale that brings them into range arrives in backward.
     wide = [side.to(saved_gradient_dtype(side.dtype)) for side in (query, passage)]
     leaves = [
         side.detach().requires_grad_(want)

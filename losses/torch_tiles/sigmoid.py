@@ -1,7 +1,7 @@
-"""Sigmoid loss in tiles, in plain PyTorch on any device: memory linear in the batch, three products in all.
+"""Sigmoid loss in tiles, in PyTorch, on any device: memory linear in the batch size, three matrix products in total.
 
-No pair needs to know of another, so the visit that takes a tile's loss turns it into dS at once and adds dS K to dQ
-and dSᵀ Q to dK. Backward only multiplies what forward left by the upstream gradient.
+The terms of the loss are independent, so each tile gives its loss and dS in one pass, and dS K and dSᵀ Q are added to
+dQ and dK at once. Backward only multiplies the stored gradients by the upstream gradient.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from losses.torch_tiles.tiles import ScoreTiles
 def tiled_sigmoid_loss(
     batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int
 ) -> Tensor:
-    """Scalar sigmoid loss of a batch marked symmetric, differentiable once in query, passage, scale and bias.
+    """0-dim sigmoid loss of a symmetric batch, differentiable once with respect to query, passage, logit_scale and
+    logit_bias.
 
-    Beside inputs, two gradients held until backward and vectors of M numbers it holds at most `workspace_bytes` (one
-    tile at least), and float32 accumulators of the passage gradient when the embeddings are narrower.
+    In addition to inputs, two gradients stored until backward and vectors of M numbers, it uses at most
+    `workspace_bytes` (at least one tile), and a float32 accumulator of the passage gradient if the embeddings are in
+    half precision.
     """
     leaves = (batch.query, batch.passage, batch.logit_scale, logit_bias)
     wanted = tuple(torch.is_grad_enabled() and leaf.requires_grad for leaf in leaves)
@@ -57,8 +59,10 @@ class _TiledSigmoidLoss(torch.autograd.Function):
 def scale_by_upstream(
     gradients: tuple[Tensor | None, ...], upstream: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> list[Tensor | None]:
-    """The gradients for an upstream gradient of one, held since forward, for another, in the leaves' dtypes."""
-    # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+    """Multiply gradients stored in forward, for an upstream gradient of 1, by `upstream`; convert to the leaves'
+    dtypes.
+    """
+    # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second derivatives.
     if torch.is_grad_enabled():
         raise RuntimeError("this sigmoid loss is differentiable once: implementation='full' has second derivatives")
     return [
@@ -68,14 +72,14 @@ def scale_by_upstream(
 
 
 def saved_gradient_dtype(embeddings: torch.dtype) -> torch.dtype:
-    """How a gradient waits for backward: the loss scale that lifts it into float16's range comes only then."""
+    """Dtype of a gradient stored until backward: float32 for float16, because the loss scale is not applied yet."""
     return torch.float32 if embeddings == torch.float16 else embeddings
 
 
 def tiled_sigmoid_values(
     batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The loss and its gradients in query, passage, logit_scale and logit_bias, None where not wanted."""
+    """The loss and its gradients with respect to query, passage, logit_scale and logit_bias; None if not wanted."""
     want_query, want_passage, want_scale, want_bias = wanted
     (queries, width), passages = batch.query.shape, batch.passage.shape[0]
     with matmul_precision(precision, batch.query.device):
@@ -86,7 +90,7 @@ def tiled_sigmoid_values(
         zero = score_factor.new_zeros(())
         query_sum = zero.new_empty(tiles.tile_rows if need_query else 0, width)
         passage_sum = zero.new_zeros(passages if want_passage else 0, width)
-        # Terms far smaller than the sum are many: float64 keeps them.
+        # float64, because many terms are far smaller than the sum.
         loss_sum, bias_sum, scale_sum = zero.new_zeros(3, dtype=torch.float64)
         for rows in tiles.row_blocks():
             query_block = tiles.query_block(rows)
@@ -108,11 +112,11 @@ def tiled_sigmoid_values(
                 if want_passage:
                     add_product(passage_sum[columns], factor.T, query_block)
             if want_scale:
-                # Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K): a pass over M·D numbers in column of M·N.
+                # Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K), which costs M·D instead of M·N.
                 scale_sum += (block_sum * query_block).sum()
             if want_query:
                 query_gradient[rows] = block_sum.mul_(score_factor)
-        # A negative of minus infinity would vanish from the sum, so finiteness is asked of the inputs.
+        # A score of minus infinity adds zero to the sum, so the inputs themselves are checked.
         loss = torch.where(all_finite(batch.query, batch.passage), loss_sum / queries, torch.nan).to(tiles.dtype)
         return (
             loss,
@@ -124,6 +128,6 @@ def tiled_sigmoid_values(
 
 
 def _negate(tile: Tensor, column: Tensor, inside: Tensor) -> None:
-    """Turn the sign of the positives in column: their loss is softplus(−x), and its derivative −σ(−x)."""
+    """Negate the positives: their loss is softplus(−x) and its derivative −σ(−x)."""
     own = tile.gather(1, column)
     tile.scatter_(1, column, torch.where(inside, -own, own))
