@@ -1,6 +1,6 @@
-"""A visit of all tiles of a block of scores by the kernels: its sums in forward, its dS in backward.
+"""Kernel launches for one block of scores: softmax sums in forward, dS in backward.
 
-A block is a whole batch on one GPU (triton/inf_cl.py), or a rank's queries with one block of the ring
+A block is a whole batch on one GPU (triton/inf_cl.py), or a rank's queries against one block of passages
 (distributed/triton_blocks.py).
 """
 
@@ -15,9 +15,10 @@ from losses.triton.kernel_batch import KernelBatch, span_length
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """What forward leaves for backward: bounds [4], of queries [M], of passages [N]; in exponents of 2, float32.
+    """Softmax statistics that forward saves for backward, float32; shifts and scores are exponents of 2.
 
-    All in one tensor, so that one launch clears it.
+    `bounds` is [4]; `score`, `row_sum` and `row_shift` are [M]; `column_sum` and `column_shift` are [N]. All are views
+    of one tensor, so that one launch clears it.
     """
 
     bounds: Tensor
@@ -29,10 +30,12 @@ class SavedStatistics:
 
     @staticmethod
     def numel(queries: int, passages: int) -> int:
+        """Number of elements of the tensor."""
         return 4 + 3 * queries + 2 * passages
 
     @classmethod
     def split(cls, flat: Tensor, queries: int, passages: int) -> SavedStatistics:
+        """Views of the tensor `flat`."""
         return cls(*flat.split([4, queries, queries, queries, passages, passages]))
 
 
@@ -46,9 +49,10 @@ def add_sums(
     workspace_bytes: int,
     kept: Tensor | None = None,
 ) -> None:
-    """Bring a visit of all tiles into the sums of `statistics`: of a batch, or of one block of its passages.
+    """Add all tiles of a batch, or of one block of its passages, to the sums of `statistics`.
 
-    Places in `positive` outside the kernel_batch's passages belong to other blocks. `kept` takes the exponentials of its rows.
+    Values of `positive` outside the passages of `kernel_batch` belong to other blocks. `kept` receives the
+    exponentials of the rows that are kept.
     """
     import triton
 
@@ -56,23 +60,25 @@ def add_sums(
     from losses.triton.kernels.statistics import MERGE_BLOCK, MERGE_TILES, merge_sums_kernel, tile_sums_kernel
 
     queries, passages = len(kernel_batch.query), len(kernel_batch.passage)
-    # A kernel that also keeps tiles needs shared memory for their store, and other shapes suit it.
-    shape_plain, shape_keeping = kernel_batch.shape("sums"), kernel_batch.shape("kept_sums")
-    least_m, least_n = min(shape_plain.block_m, shape_keeping.block_m), min(shape_plain.block_n, shape_keeping.block_n)
-    launches = list(forward_blocks(queries, passages, kernel_batch.blocks.kept_rows, workspace_bytes, least_m, least_n))
+    # A kernel that also stores its tiles needs shared memory for the store, so it has a tile shape of its own.
+    sums_shape, kept_shape = kernel_batch.shape("sums"), kernel_batch.shape("kept_sums")
+    min_block_m, min_block_n = min(sums_shape.block_m, kept_shape.block_m), min(sums_shape.block_n, kept_shape.block_n)
+    launches = list(
+        forward_blocks(queries, passages, kernel_batch.blocks.kept_rows, workspace_bytes, min_block_m, min_block_n)
+    )
     buffer_size = max(
-        span_length(rows) * triton.cdiv(span_length(columns), least_n)
-        + span_length(columns) * triton.cdiv(span_length(rows), least_m)
+        span_length(rows) * triton.cdiv(span_length(columns), min_block_n)
+        + span_length(columns) * triton.cdiv(span_length(rows), min_block_m)
         for rows, columns, _ in launches
     )
     sums, maxima = statistics.bounds.new_empty(2, buffer_size)
     for rows, columns, keep_block in launches:
         height, width = span_length(rows), span_length(columns)
-        shape = shape_keeping if keep_block else shape_plain
+        shape = kept_shape if keep_block else sums_shape
         row_tiles, column_tiles = triton.cdiv(height, shape.block_m), triton.cdiv(width, shape.block_n)
         column_offset = height * column_tiles
         block = kept[rows, columns] if keep_block and kept is not None else kernel_batch.query
-        # Of the two launches the device takes the one that the batch's bounds allow; the other ends at once.
+        # Both variants are launched. The bounds on the device decide which one computes; the other returns at once.
         for safe in (True, False):
             launched = shape if safe else replace(shape, persistent=1)
             tile_sums_kernel[launched.grid(height, width, kernel_batch.processors)](
@@ -127,7 +133,10 @@ def add_sums(
 
 @dataclass(frozen=True)
 class ScoreGradientWeights:
-    """What turns exponentials into ds_scale · M · dS: row [M], column [N], and `ds_scale`, which stands for 1 at positives."""
+    """Factors that turn exponentials into ds_scale · M · dS.
+
+    `row` is [M], `column` is [N], and `ds_scale` (0-dim) is subtracted at the positives in place of 1.
+    """
 
     ds_scale: Tensor
     row: Tensor
@@ -147,7 +156,10 @@ def score_gradient(
     gradient: Tensor,
     kept: Tensor | None = None,
 ) -> None:
-    """Write ds_scale · M · dS [rows, columns] into `gradient`, from recomputed or, where they fit, kept exponentials."""
+    """Write ds_scale · M · dS[rows, columns] to `gradient`, from kept exponentials if given, otherwise recomputed.
+
+    Kept exponentials are used only if one shift is safe for the whole matrix, which the device decides.
+    """
     from losses.triton.kernels.gradients import score_gradient_kernel
 
     for safe in (True, False):

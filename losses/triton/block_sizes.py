@@ -1,4 +1,4 @@
-"""How the score matrix is cut: blocks of dS that a workspace holds and that fill the multiprocessors in whole waves."""
+"""Block sizes of the score matrix: blocks of dS that fit the workspace and fill the multiprocessors in whole waves."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Where exponentials can be kept, what is given beyond this keeps them.
+# Workspace beyond this keeps exponentials, if they can be kept.
 MAX_BLOCK_BYTES = 256 * 2**20
-# The tensor cores cut off what each step adds to a sum: 8e-5 of a gradient with an inner side of this length, measured
-# beside blocks of 11,264.
+# Tensor cores truncate when they accumulate: an inner dimension of this size gives an error of 8e-5 of a gradient,
+# measured against blocks of 11,264.
 MAX_BLOCK_SIDE = 2**16
-# The vendor's products of half precision work on tiles of this shape.
+# Output tile of half-precision products in cuBLAS.
 CUBLAS_TILE_ROWS, CUBLAS_TILE_COLUMNS = 128, 256
-# A vendor's product whose inner side is this long runs at half of its peak; so much is lost at each block's start.
+# Inner dimension at which a cuBLAS product reaches half of its peak: the cost of starting a block.
 HALF_SPEED_DEPTH = 800
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """dS in blocks of at max_size `rows` × `columns`; rows below `kept_rows` have their exponentials kept by forward, and
-    there dS is written over them, in blocks of MAX_BLOCK_SIDE."""
+    """dS is computed in blocks of at most `rows` × `columns`.
+
+    Forward keeps the exponentials of rows below `kept_rows`. There dS overwrites them, in blocks of MAX_BLOCK_SIDE.
+    """
 
     rows: int
     columns: int
@@ -32,11 +34,12 @@ class Blocks:
 def choose_blocks(
     queries: int, passages: int, dim: int, itemsize: int, workspace_bytes: int, processors: int, keep: bool
 ) -> Blocks:
-    """Blocks of dS for [queries, passages] scores, `itemsize` bytes a score, within `workspace_bytes`.
+    """Block sizes of dS for [queries, passages] scores of `itemsize` bytes within `workspace_bytes`.
 
-    A block's two products have rows / 128 · dim / 256 and columns / 128 · dim / 256 tiles of output; the shape taken
-    spends the least time in waves of `processors` tiles, a wave's being its inner side and a constant. With `keep`,
-    memory beyond MAX_BLOCK_BYTES keeps exponentials, in whole rows of blocks; without, blocks take it all.
+    The two products of a block have rows / 128 · dim / 256 and columns / 128 · dim / 256 output tiles. The shape with
+    the least total time is chosen: waves of `processors` tiles, each costing its inner dimension plus a constant. With
+    `keep`, memory beyond MAX_BLOCK_BYTES keeps exponentials, in whole rows of blocks; without it, blocks use all the
+    memory.
     """
     block_bytes = min(workspace_bytes, MAX_BLOCK_BYTES) if keep else workspace_bytes
     entries = max(CUBLAS_TILE_ROWS**2, block_bytes // itemsize)
@@ -65,7 +68,7 @@ def choose_blocks(
 
 
 def gradient_blocks(queries: int, passages: int, blocks: Blocks) -> Iterator[tuple[slice, list[slice], bool]]:
-    """(rows, their columns, whether kept) in backward's order."""
+    """(rows, list of columns, whether kept), in the order of backward."""
     for rows in spans(0, blocks.kept_rows, MAX_BLOCK_SIDE):
         yield rows, list(spans(0, passages, MAX_BLOCK_SIDE)), True
     for rows in spans(blocks.kept_rows, queries, blocks.rows):
@@ -75,13 +78,13 @@ def gradient_blocks(queries: int, passages: int, blocks: Blocks) -> Iterator[tup
 def forward_blocks(
     queries: int, passages: int, kept_rows: int, workspace_bytes: int, block_m: int, block_n: int
 ) -> Iterator[tuple[slice, slice, bool]]:
-    """(rows, columns, whether kept) of each forward launch: as large as tiles' sums and maxima fit the workspace."""
+    """(rows, columns, whether kept) of each forward launch, as large as the sums and maxima fit the workspace."""
     per_entry = 8 * (1 / block_m + 1 / block_n)
     entries = max(CUBLAS_TILE_ROWS**2, int(min(workspace_bytes, MAX_BLOCK_BYTES) / per_entry))
     for start, stop, kept in ((0, kept_rows, True), (kept_rows, queries, False)):
         if start == stop:
             continue
-        # Square blocks: a long one would leave few programs a long chain of sums to add.
+        # Square blocks: in a long one, few programs would add long lists of sums.
         side = math.isqrt(entries)
         width = min(passages, max(side, entries // (stop - start)) // block_n * block_n or passages)
         height = min(stop - start, max(1, entries // width // block_m) * block_m)
@@ -91,20 +94,23 @@ def forward_blocks(
 
 
 def spans(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover start … stop − 1."""
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))
 
 
 def round_up(count: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `count`."""
     return -(-count // multiple) * multiple
 
 
 def _waves(count: int, column_tiles: int, processors: int) -> int:
+    """Waves of `processors` output tiles for `count` rows."""
     return math.ceil(math.ceil(count / CUBLAS_TILE_ROWS) * column_tiles / processors)
 
 
 def _candidate_sizes(count: int, max_size: int, column_tiles: int, processors: int) -> list[int]:
-    """Sizes worth trying: all count, those that fill whole waves, powers of two; multiples of the vendor's tile."""
+    """Sizes to try: the whole side, sizes that fill whole waves, and powers of two times a cuBLAS tile."""
     if count <= CUBLAS_TILE_ROWS:
         return [count]
     sizes = {CUBLAS_TILE_ROWS << power for power in range(12)}

@@ -1,6 +1,6 @@
-"""InfoNCE of small batches on a GPU: the whole score matrix, in as few launches as its three products allow.
+"""InfoNCE of small batches on a GPU: the whole score matrix, with few kernel launches.
 
-Below some thousands of pairs a step takes as long as its launches: forward is a product and two kernels, backward a
+For a few thousand pairs or fewer, launches dominate the time. Forward is one product and two kernels; backward is one
 kernel and two products (triton/kernels/dense.py).
 """
 
@@ -16,18 +16,18 @@ from torch import Tensor
 from losses.inputs import ContrastiveBatch
 from losses.precision import BlockProducts, Precision, matmul_precision
 
-# Of the products, which wait for backward, and of dS.
+# Products Q Kᵀ, stored until backward, and dS.
 BYTES_PER_SCORE = 8
 LOSS_BLOCK = 1024
 
 
 def fits_dense(batch: ContrastiveBatch, workspace_bytes: int) -> bool:
-    """Whether the matrix stays within the workspace."""
+    """Whether the whole matrix fits in the workspace."""
     return batch.query.shape[0] * batch.passage.shape[0] * BYTES_PER_SCORE <= workspace_bytes
 
 
 def dense_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
-    """Scalar InfoNCE of the batch, differentiable once in query, passage and logit_scale."""
+    """0-dim InfoNCE loss of the batch, differentiable once with respect to query, passage and logit_scale."""
     return _DenseLoss.apply(batch.query, batch.passage, batch.logit_scale, batch, precision)
 
 
@@ -96,7 +96,8 @@ class _DenseLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+        # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second
+        # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("the dense loss is differentiable once: implementation='full' has second derivatives")
         kernels = _kernels()
@@ -105,7 +106,7 @@ class _DenseLoss(torch.autograd.Function):
         rows, columns = scores.shape
         positive_count = None
         if symmetric and not diagonal:
-            # Of a positive that is no passage the loss has told by then.
+            # An out-of-range positive has already made the loss NaN.
             own = given_positive.clamp(0, columns - 1)
             positive_count = statistics.new_zeros(columns).index_add_(0, own, statistics.new_ones(rows))
         grid = -(-rows // kernels.TILE_M), -(-columns // kernels.TILE_N)
@@ -144,14 +145,14 @@ class _DenseLoss(torch.autograd.Function):
 
 @functools.cache
 def _kernels() -> ModuleType:
-    """Triton is imported where it is used, and once."""
+    """The kernels' module; Triton is imported on first use."""
     from losses.triton.kernels import dense
 
     return dense
 
 
 def _product(factor: Tensor, block: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor · block in `dtype`; sums are float32, and rounded once."""
+    """factor @ block in `dtype`, accumulated in float32 and rounded once."""
     if factor.dtype == dtype:
         return factor @ block
     if factor.dtype == torch.float32:

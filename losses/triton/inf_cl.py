@@ -1,9 +1,9 @@
-"""InfoNCE by Triton kernels on one GPU: forward and backward over blocks of scores, as operators PyTorch knows.
+"""InfoNCE by Triton kernels on one GPU: forward and backward over blocks of scores, and their custom operators.
 
-Forward visits each tile of S once (triton/kernels/statistics.py). Backward writes dS, a block at a time, in half
-precision into the workspace or over the exponentials that forward kept (triton/kernels/gradients.py), and the vendor's
-products add it to float32 accumulators of dQ and dK. Nothing waits for the device: which arithmetic is safe is decided
-there (triton/kernels/tile.py).
+Forward computes each tile of S once (triton/kernels/statistics.py). Backward writes dS, one block at a time and in the
+operand dtype, to the workspace or over the exponentials kept by forward (triton/kernels/gradients.py). cuBLAS
+multiplies the block and accumulates into float32 sums for dQ and dK. Nothing synchronizes with the device: the device
+decides which arithmetic is safe (triton/kernels/tile.py).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from losses.triton.kernel_batch import (
 
 
 def fused_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: int) -> Tensor:
-    """Scalar InfoNCE of the batch, differentiable once in query, passage and logit_scale.
+    """0-dim InfoNCE loss of the batch, differentiable once with respect to query, passage and logit_scale.
 
-    Beside inputs and gradients it holds `workspace_bytes` (32 KiB at least), vectors of M and N numbers, copies of the
-    embeddings where precision or alignment ask for them, and float32 accumulators of gradients narrower than that: of
-    one block of queries, and of all passages. Where `workspace_bytes` exceeds what blocks of dS can use, bf16 forward
-    keeps exponentials in it until backward, which uses them up: a second one computes them again.
+    In addition to inputs and gradients it uses `workspace_bytes` (at least 32 KiB), vectors of M and N numbers, copies
+    of the embeddings if their precision or alignment requires it, and float32 accumulators of half-precision
+    gradients: of one block of queries, and of all passages. If `workspace_bytes` exceeds what blocks of dS can use,
+    bf16 forward keeps exponentials in it. Backward overwrites them; a second backward recomputes them.
     """
     leaves = (batch.query, batch.passage, batch.logit_scale)
     ids = compact_ids_if_given(batch.query_ids, batch.passage_ids)
     fixed = (batch.positive, *ids, batch.excluded, batch.symmetric, batch.diagonal)
-    # Without a backward nothing is kept for it.
+    # Keep exponentials only if backward can run.
     differentiable = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     return _FusedLoss.apply(*leaves, *fixed, precision, workspace_bytes, differentiable)
 
@@ -48,9 +48,9 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         query, passage, logit_scale, positive, query_ids, passage_ids, _, *options, _ = arguments
-        # A call of an operator costs more than the kernels of a small batch: it is for torch.compile alone.
+        # A custom operator costs more than the kernels of a small batch, so it is used under torch.compile only.
         if torch.compiler.is_compiling():
-            # Nothing is kept: what a compiled graph saves it may hand to its backward twice.
+            # Nothing is kept, because a compiled graph may run backward twice on what it saved.
             loss, statistics, keys, starts = inf_cl_forward_op(*arguments[:-1])
             kept = statistics.new_empty(0, dtype=query.dtype)
         else:
@@ -58,17 +58,18 @@ class _FusedLoss(torch.autograd.Function):
         masks = (query_ids, passage_ids, keys, starts)
         ctx.save_for_backward(query, passage, logit_scale, positive, *masks, statistics, kept)
         ctx.options = options
-        ctx.used_up = False
+        ctx.kept_overwritten = False
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+        # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second
+        # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("the fused loss is differentiable once: implementation='full' has second derivatives")
         *inputs, statistics, kept = ctx.saved_tensors
-        kept = kept[:0] if ctx.used_up else kept
-        ctx.used_up = True
+        kept = kept[:0] if ctx.kept_overwritten else kept
+        ctx.kept_overwritten = True
         wanted = list(ctx.needs_input_grad[:3])
         compute: Callable[..., Any] = inf_cl_backward_op if torch.compiler.is_compiling() else inf_cl_backward
         gradients = compute(*inputs, *ctx.options, statistics, kept, upstream, *wanted)
@@ -90,7 +91,7 @@ def inf_cl_forward(
     workspace_bytes: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics, sorted excluded pairs and their starts, kept exponentials) of a batch."""
+    """(loss, statistics, sorted excluded pairs, start of each cell, kept exponentials) of a batch."""
     import triton
 
     from losses.triton.kernels.bounds import measure_bounds
@@ -142,7 +143,7 @@ def inf_cl_forward_op(
     precision: str,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`inf_cl_forward` that keeps no exponentials."""
+    """`inf_cl_forward` without kept exponentials, as a custom operator."""
     fixed = (positive, query_ids, passage_ids, excluded, symmetric, diagonal, precision, workspace_bytes)
     *found, _ = inf_cl_forward(query, passage, logit_scale, *fixed, keep=False)
     loss, statistics, keys, starts = found
@@ -194,7 +195,7 @@ def inf_cl_backward(
     want_passage: bool,
     want_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, passage and logit_scale, empty those that nobody wants. Writes over `kept`."""
+    """Gradients of query, passage and logit_scale; empty tensors if not wanted. Overwrites `kept`."""
     import triton
 
     from losses.triton.block_sizes import gradient_blocks
@@ -207,7 +208,7 @@ def inf_cl_backward(
     statistics = SavedStatistics.split(saved, queries, passages)
     positive_count = None
     if symmetric and not diagonal:
-        # Of a positive that is no passage the loss has told by then.
+        # An out-of-range positive has already made the loss NaN.
         own = positive.clamp(0, passages - 1)
         positive_count = saved.new_zeros(passages).index_add_(0, own, saved.new_ones(queries))
     ds_scale = choose_ds_scale(kernel_batch.dtype, positive_count, saved)

@@ -256,7 +256,7 @@ def test_where_kernels_cannot_run_the_tiles_do_and_one_warning_says_why(implemen
     torch.testing.assert_close(found, inf_cl_loss(query, passage, logit_scale=3.0, implementation="full"))
     assert "float64" in str(why_not_fused(query))
     said = [str(warning.message) for warning in caught]
-    assert [f"implementation {implementation!r} steps down to 'chunked'" in each for each in said] == [True]
+    assert [f"implementation {implementation!r} falls back to 'chunked'" in each for each in said] == [True]
 
 
 def test_an_old_gpu_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

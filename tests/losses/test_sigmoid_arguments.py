@@ -79,6 +79,6 @@ def test_triton_steps_down_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     launch.warn_fallback.cache_clear()
     options: dict[str, Any] = {"logit_scale": 10.0, "logit_bias": -10.0}
-    with pytest.warns(UserWarning, match="'triton' steps down to 'chunked': the embeddings are on cpu"):
+    with pytest.warns(UserWarning, match="'triton' falls back to 'chunked': the embeddings are on cpu"):
         loss = sigmoid_loss(QUERY, PASSAGE, implementation="triton", **options)
     assert loss.item() == sigmoid_loss(QUERY, PASSAGE, implementation="chunked", **options).item()

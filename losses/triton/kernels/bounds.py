@@ -1,8 +1,8 @@
-"""How large a score can get: one pass over queries, passages and the pairs of positives.
+"""Bounds of the scores, from one pass over queries, passages and positive pairs.
 
-bounds [4] float32, all zeros before: max ‖q‖², max ‖k‖², max(0, −lowest positive score), 1 where a number is not
-finite or a positive is no passage. They decide, on the device and without the host, whether one shift serves all
-exponentials, and whether there is a loss at all.
+bounds [4] float32, initially zero: max ‖q‖², max ‖k‖², max(0, −lowest positive score), and 1 if a value is not finite
+or a positive is out of range. The kernels use them on the device, without the host, to decide whether one shift is
+safe for all exponentials and whether the loss is NaN.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def bounds_kernel(
 
 @triton.jit
 def _atomic_maximum(target_ptr, values):
-    """Lift a number that is never negative to the largest of the values; NaN counts as infinite."""
+    """Raise a non-negative number to the maximum of the values; NaN counts as infinity."""
     highest = tl.max(tl.where(values == values, tl.maximum(values, 0.0), float("inf")), 0)
-    # Numbers that are not negative are ordered as their bits are.
+    # Non-negative floats are ordered as their bits.
     tl.atomic_max(target_ptr.to(tl.pointer_type(tl.int32)), highest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 def measure_bounds(query: Tensor, passage: Tensor, positive: Tensor, logit_scale: Tensor, bounds: Tensor) -> None:
-    """Fill bounds [4] float32, zeros before, for contiguous query [M, D] and passage [N, D]."""
+    """Fill bounds [4] float32, initially zero, for contiguous query [M, D] and passage [N, D]."""
     (queries, dim), passages = query.shape, passage.shape[0]
     query_blocks = triton.cdiv(queries, BLOCK_ROWS)
     bounds_kernel[(query_blocks + triton.cdiv(passages, BLOCK_ROWS),)](

@@ -1,10 +1,10 @@
-"""InfoNCE where the score matrix exists whole: its denominators, the loss, and dS, each in one launch.
+"""InfoNCE with the whole score matrix in memory: softmax denominators, loss and dS, one launch each.
 
     row_sum_i = Σ_j 2^(x_ij − row_shift_i)      column_sum_j = Σ_i 2^(x_ij − column_shift_j)      x = S / log 2
 
-At these sizes a launch costs more than what it does, so kernels do all that lies between the vendor's products.
-`products` [M, N] float32 are Q Kᵀ, not yet scaled; `size` float32 hold row sums [M], row shifts [M], column sums [N]
-and column shifts [N]. Each program writes to places of its own: the same bits every run.
+At these sizes a launch costs more than its work, so each kernel does as much as possible between the cuBLAS products.
+`products` [M, N] float32 are Q Kᵀ, not yet scaled. `statistics` float32 holds the row sums [M], row shifts [M], column
+sums [N] and column shifts [N]. Each program writes its own elements, so results are deterministic.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import triton.language as tl
 
 from losses.triton.kernels.tile import LOG2_E
 
-# A program of `softmax_statistics_kernel` sums ROWS_PER_PROGRAM rows, or COLUMNS_PER_PROGRAM columns, a step of so many entries at a time.
+# A program of `softmax_statistics_kernel` reduces this many rows or columns, this many entries at a time.
 ROWS_PER_PROGRAM, ROW_STEP = 8, 512
 COLUMNS_PER_PROGRAM, COLUMN_STEP = 32, 128
 TILE_M, TILE_N = 32, 128
-# Stands in `products` for an excluded pair. Infinity would turn sums that must stay finite into NaN.
+# Marks an excluded pair in `products`. Infinity would turn sums that must stay finite into NaN.
 EXCLUDED = tl.constexpr(-3.4028234663852886e38)
 MARK_BLOCK = 256
 
@@ -27,8 +27,10 @@ MARK_BLOCK = 256
 def mark_excluded_kernel(
     product_ptr, pair_ptr, positive_ptr, pairs, rows, columns, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Put EXCLUDED at the pairs [R, 2] int64. A pair outside the matrix, or of a query with its own positive, makes the
-    loss NaN."""
+    """Store EXCLUDED at the pairs [R, 2] int64.
+
+    A pair outside the matrix, or of a query and its own positive, makes the loss NaN.
+    """
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = pair < pairs
     row = tl.load(pair_ptr + 2 * pair, mask=valid, other=0)
@@ -38,7 +40,7 @@ def mark_excluded_kernel(
     good = inside & (own != column)
     tl.store(product_ptr + row * columns + column, EXCLUDED, mask=valid & good)
     if tl.max((valid & (good == 0)).to(tl.int32), 0) > 0:
-        # No pair that may be excluded lies there: it is the first query's positive.
+        # The entry of the first query's positive, which no valid pair overwrites.
         first = 0
         if not DIAGONAL:
             first = tl.load(positive_ptr)
@@ -52,7 +54,7 @@ def softmax_statistics_kernel(
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
     ROW_STEP: tl.constexpr, COLUMNS_PER_PROGRAM: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums under them, of rows in programs (·, 0) and of columns in programs (·, 1)."""
+    """Maxima and sums of exponentials, of rows in programs (·, 0) and of columns in programs (·, 1)."""
     scale = tl.load(scale_ptr) * LOG2_E
     if tl.program_id(1) == 0:
         row = tl.program_id(0) * ROWS_PER_PROGRAM + tl.arange(0, ROWS_PER_PROGRAM)
@@ -66,7 +68,7 @@ def softmax_statistics_kernel(
                     product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
                     DIAGONAL, HAS_IDS, HAS_EXCLUDED,
                 )  # fmt: skip
-                # A negative of minus infinity would vanish from every sum; zero times it does not.
+                # A score of minus infinity adds zero to every sum; multiplied by zero it gives NaN.
                 worst += tl.sum(products * 0.0, 1)
                 highest, total = _update_softmax(exponents, highest, total, 1)
             tl.store(statistics_ptr + row, total + worst, mask=row < rows)
@@ -92,7 +94,7 @@ def _exponents(
     product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of products, zeros beyond the matrix, and of exponents of 2, minus infinity beyond it and where masked."""
+    """A tile of products, zero beyond the matrix, and of exponents of 2, minus infinity beyond it and where masked."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     products = tl.load(product_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
     counted = inside
@@ -110,7 +112,7 @@ def _exponents(
 
 @triton.jit
 def _positive_columns(positive_ptr, row, rows, columns, DIAGONAL: tl.constexpr):
-    """The columns of the rows' positives; −1 beyond the matrix, and where a positive is no passage."""
+    """Columns of the positives; −1 beyond the matrix and for out-of-range positives."""
     if DIAGONAL:
         return tl.where(row < rows, row, -1)
     else:
@@ -120,7 +122,7 @@ def _positive_columns(positive_ptr, row, rows, columns, DIAGONAL: tl.constexpr):
 
 @triton.jit
 def _update_softmax(exponents, highest, total, axis: tl.constexpr):
-    """The maximum and the sum under it of what was there and a tile; size without any finite exponent sum to zero."""
+    """Online softmax: add a tile to a running maximum and sum. Without any finite exponent the sum is zero."""
     new = tl.maximum(highest, tl.max(exponents, axis))
     base = tl.where(new == float("-inf"), 0.0, new)
     total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(exponents - tl.expand_dims(base, axis)), axis)
@@ -132,7 +134,7 @@ def mean_loss_kernel(
     product_ptr, scale_ptr, positive_ptr, statistics_ptr, loss_ptr, rows, columns,
     SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss, by one program: a mean over rows, and over their positives' columns."""
+    """The mean loss over rows and over their positives' columns, by one program."""
     scale = tl.load(scale_ptr) * LOG2_E
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, rows, BLOCK):
@@ -147,7 +149,7 @@ def mean_loss_kernel(
         if SYMMETRIC:
             column_ptr = statistics_ptr + 2 * rows + positive_column
             loss = (loss + _negative_log_probability(score, column_ptr, column_ptr + columns, valid & known)) * 0.5
-        # A positive that is no passage; on a GPU nobody has looked.
+        # An out-of-range positive, which is not checked on the host for GPU tensors.
         total += tl.where(valid & (known == 0), float("nan"), loss)
     tl.store(loss_ptr, tl.sum(total, 0) / (rows * LOG2_E))
 
@@ -160,12 +162,12 @@ def _negative_log_probability(score, sum_ptr, shift_ptr, valid):
 
 @triton.jit
 def dense_gradient_kernel(
-    product_ptr, scale_ptr, upstream_ptr, positive_ptr, positive_count_ptr, query_id_ptr, passage_id_ptr, statistics_ptr,
-    gradient_ptr, partial_ptr, rows, columns,
+    product_ptr, scale_ptr, upstream_ptr, positive_ptr, positive_count_ptr, query_id_ptr, passage_id_ptr,
+    statistics_ptr, gradient_ptr, partial_ptr, rows, columns,
     SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """logit_scale · upstream · dS in the operands' precision, and each program's part of Σ dS ∘ (Q Kᵀ) · upstream."""
+    """logit_scale · upstream · dS in the operand dtype, and each program's part of Σ dS ∘ (Q Kᵀ) · upstream."""
     logit_scale = tl.load(scale_ptr)
     row = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     column = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
@@ -186,7 +188,7 @@ def dense_gradient_kernel(
         is_positive = column_valid & (positive_count > 0)
         column_weight = half * positive_count / tl.load(statistics_ptr + 2 * rows + column, mask=is_positive, other=1.0)
         column_shift = tl.load(statistics_ptr + 2 * rows + columns + column, mask=is_positive, other=0.0)
-        # A column that nobody owns may hold nothing but masks; it counts for nothing.
+        # A column that is no positive may be fully masked; it has weight zero.
         exponentials = tl.exp2(tl.where(is_positive[None, :], exponents - column_shift[None, :], float("-inf")))
         values += exponentials * column_weight[None, :]
     positive_column = _positive_columns(positive_ptr, row, rows, columns, DIAGONAL)

@@ -1,10 +1,10 @@
-"""Backward of InfoNCE: a block of M·dS in half precision, from recomputed or kept exponentials.
+"""Backward of InfoNCE: a block of M · dS in the operand dtype, from recomputed or kept exponentials.
 
     M · dS_ij = exp(S_ij − shift) · (row_weight_i + column_weight_j) − 1[j = p(i)]
 
-Vendor products turn it into the gradients of queries and passages; `gradient_epilogue_kernel` scales those and takes the gradient
-of logit_scale from them, Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K). ScoreGradientWeights carry `ds_scale`, a power of two that brings dS into the
-range of the half precision, and so does what stands for 1.
+cuBLAS multiplies it into the gradients of queries and passages. `gradient_epilogue_kernel` scales them and computes
+the gradient of logit_scale, Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K). The weights and the subtracted 1 are multiplied by
+`ds_scale`, a power of two that brings dS into the range of half precision.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def gradient_weights_kernel(
     ds_scale_ptr, positive_count_ptr, row_sum_ptr, column_sum_ptr, row_weight_ptr, column_weight_ptr, rows, columns,
     SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What multiplies exp(S − shift): a index's partial of the loss over its sum, zero for a column that nobody owns."""
+    """Factors of exp(S − shift): the weight of a row or column in the loss, divided by its sum. Zero for columns that
+    are no positive.
+    """
     ds_scale = tl.load(ds_scale_ptr)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     half = 0.5 if SYMMETRIC else 1.0
@@ -54,7 +56,7 @@ def score_gradient_kernel(
     PERSISTENT: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """A block of ds_scale · M · dS. It does nothing where the batch is not as SAFE says."""
+    """A block of ds_scale · M · dS. Returns at once if SAFE does not match the bounds."""
     scale, shift, safe = scale_and_shift(bounds_ptr, scale_ptr)
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     tiles = active_tiles(row_tiles * column_tiles, safe, SAFE)
@@ -93,14 +95,14 @@ def _store_gradient(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Exponentials kept by forward, or products, into the gradient's tile."""
+    """Turn products, or exponentials kept by forward, into the tile of the gradient and store it."""
     row, column = m * BLOCK_M, n * BLOCK_N
     row_index, column_index = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     row_valid, column_valid = row_index < rows, column_index < columns
     row_weight = tl.load(row_weight_ptr + first_row + row_index, mask=row_valid, other=0.0)
     MASKED: tl.constexpr = HAS_IDS and not KEPT
     if MASKED:
-        # Before the threads wait for each other below.
+        # Loaded before the threads synchronize below.
         query_id, passage_id = load_ids(
             query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
         )
@@ -111,7 +113,7 @@ def _store_gradient(
         if not KEPT:
             values = values * scale - shift
             if MASKED:
-                # Positives too: theirs come from their scores below.
+                # This masks positives too; they are set from their scores below.
                 values = tl.where(query_id[:, None] == passage_id[None, :], float("-inf"), values)
             if HAS_EXCLUDED:
                 values = mask_excluded(
@@ -136,14 +138,14 @@ def _store_gradient(
         if SYMMETRIC:
             column_shift = tl.load(column_shift_ptr + first_column + column_index, mask=column_valid, other=0.0)
             column_weight = tl.load(column_weight_ptr + first_column + column_index, mask=column_valid, other=0.0)
-            # Above its maximum no score stands, but an unowned column may have none; its weight is zero.
+            # Scores do not exceed their maximum, except in columns that are no positive, which have none; their weight
+            # is zero.
             exponentials = tl.exp2(tl.minimum(exponents - column_shift[None, :], 0.0))
             values += tl.where(column_weight[None, :] > 0, exponentials * column_weight[None, :], 0.0)
     if has_positive:
         positive = positive_column[:, None] == column_index[None, :]
         if SAFE and (KEPT or HAS_IDS):
-            # A kept exponential is rounded, and the difference from one that follows would magnify that; one that was
-            # masked is gone.
+            # A kept exponential is rounded, and subtracting 1 would magnify the error; a masked one is zero.
             score = tl.load(score_ptr + first_row + row_index, mask=row_valid, other=0.0)
             exact = tl.exp2(score - shift)[:, None] + tl.zeros_like(values)
             exact = _apply_weights(
@@ -152,7 +154,7 @@ def _store_gradient(
             values = tl.where(positive, exact, values)
         values = tl.where(positive, values - tl.load(ds_scale_ptr), values)
     if PRODUCT == "tf32":
-        # To the nearest number of 10 bits: the tensor cores would cut the rest off, always towards zero.
+        # Round to tf32's 10 bits: tensor cores would truncate.
         values = ((values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     gradient.store([row, column], values.to(gradient.dtype))
 
@@ -170,11 +172,11 @@ def gradient_epilogue_kernel(
     sum_ptr, embedding_ptr, out_ptr, scale_ptr, ds_scale_ptr, upstream_ptr, partial_ptr, divisor, rows,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Turn sums [rows, WIDTH] of M·dS products into the gradient [rows, D]: times logit_scale · upstream / (divisor ·
-    ds_scale), where the divisor is M, over W ranks M / W.
+    """Scale sums [rows, WIDTH] of M · dS products to gradients [rows, D].
 
-    With SCALE, also each program's partial of the gradient of logit_scale, Σ sum ∘ embedding · upstream / (divisor ·
-    ds_scale). `out` may be the sums themselves.
+    The factor is logit_scale · upstream / (divisor · ds_scale); the divisor is M, or M / W over W ranks. With SCALE,
+    also write each program's part of the gradient of logit_scale, Σ sum ∘ embedding · upstream / (divisor · ds_scale).
+    `out` may be the sums themselves.
     """
     factor = tl.load(upstream_ptr) / (divisor * tl.load(ds_scale_ptr))
     scale = tl.load(scale_ptr)
@@ -187,7 +189,7 @@ def gradient_epilogue_kernel(
         if SCALE:
             embedding = tl.load(embedding_ptr + row[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
             partial += tl.sum(sums * embedding.to(tl.float32), 1)
-        positive_column = out_ptr + row[:, None] * D + column[None, :]
-        tl.store(positive_column, (sums * (factor * scale)).to(out_ptr.dtype.element_ty), mask=inside)
+        target_ptr = out_ptr + row[:, None] * D + column[None, :]
+        tl.store(target_ptr, (sums * (factor * scale)).to(out_ptr.dtype.element_ty), mask=inside)
     if SCALE:
         tl.store(partial_ptr + tl.program_id(0), tl.sum(partial, 0) * factor)

@@ -1,7 +1,7 @@
-"""Sums of rows and columns over several blocks and ranks: what an exchange does with them between visits of tiles.
+"""Operations on partial softmax sums of rows and columns that are computed in several blocks or on several ranks.
 
-Shifts are exponents of 2. A table of columns [4, n] has their shifts, sums of exponentials, how many queries own each
-as their positive, and the sum of those queries' scores with it.
+Shifts are exponents of 2. A table of columns [4, n] has the shifts, the sums of exponentials, the number of queries
+whose positive each passage is, and the sum of the scores of those queries.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from losses.triton.kernels.statistics import negative_log_probability
 
 @triton.jit
 def merge_columns_kernel(one_ptr, other_ptr, columns, BLOCK: tl.constexpr):
-    """Add another table of the same columns, over other queries, to one."""
+    """Add the table `other` to the table `one`: the same columns, over other queries."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = index < columns
     shift = tl.load(one_ptr + index, mask=valid, other=0.0)
     other_shift = tl.load(other_ptr + index, mask=valid, other=0.0)
     highest = tl.maximum(shift, other_shift)
-    # A column that everybody masks has no maximum, and must not become the difference of two infinities.
+    # A fully masked column has maximum minus infinity; avoid subtracting infinities.
     base = tl.where(highest == float("-inf"), 0.0, highest)
     offset = index + columns
     total = tl.load(one_ptr + offset, mask=valid, other=0.0) * tl.exp2(shift - base)
@@ -35,15 +35,15 @@ def merge_columns_kernel(one_ptr, other_ptr, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def rescale_columns_kernel(table_ptr, before_ptr, columns, BLOCK: tl.constexpr):
-    """Bring sums under the shifts that the table has now, which are none below those `before`."""
+    """Rescale sums from the shifts `before` to the table's present shifts, which are not smaller."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = index < columns
     shift = tl.load(table_ptr + index, mask=valid, other=0.0)
     before = tl.load(before_ptr + index, mask=valid, other=0.0)
     total = tl.load(table_ptr + columns + index, mask=valid, other=0.0)
-    # Where nobody has a maximum the sum is zero.
-    lowered = tl.where(shift == float("-inf"), 0.0, total * tl.exp2(before - shift))
-    tl.store(table_ptr + columns + index, lowered, mask=valid)
+    # The sum of a fully masked column is zero.
+    rescaled = tl.where(shift == float("-inf"), 0.0, total * tl.exp2(before - shift))
+    tl.store(table_ptr + columns + index, rescaled, mask=valid)
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def partial_loss_kernel(
     bounds_ptr, row_shift_ptr, row_sum_ptr, score_ptr, table_ptr, table_stride, partial_ptr, rows, columns,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each program's part of the sum of row losses; with SYMMETRIC, of half of it and half of the column losses."""
+    """Each program's partial sum of row losses; if SYMMETRIC, half the partial sums of row and column losses."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = index < rows
     score = tl.load(score_ptr + index, mask=valid, other=0.0)
@@ -62,8 +62,8 @@ def partial_loss_kernel(
         is_positive = inside & (positive_count > 0)
         scores = tl.load(table_ptr + 3 * table_stride + index, mask=is_positive, other=0.0)
         mean_score = scores / tl.where(is_positive, positive_count, 1.0)
-        of_column = negative_log_probability(mean_score, table_ptr + table_stride, table_ptr, index, is_positive)
-        loss = (loss + tl.where(is_positive, positive_count * of_column, 0.0)) * 0.5
-    # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
+        column_loss = negative_log_probability(mean_score, table_ptr + table_stride, table_ptr, index, is_positive)
+        loss = (loss + tl.where(is_positive, positive_count * column_loss, 0.0)) * 0.5
+    # A score of minus infinity adds zero to every sum, so the inputs themselves are checked.
     invalid = tl.load(bounds_ptr + 3) > 0
     tl.store(partial_ptr + tl.program_id(0), tl.where(invalid, float("nan"), tl.sum(loss, 0)))

@@ -1,10 +1,10 @@
-"""Sigmoid loss and its derivative in one visit of each tile, with one exponential a pair and no logarithm.
+"""Sigmoid loss and its derivative in one pass over each tile, with one exponential per pair and no logarithm.
 
     x = logit_scale · q_i · k_j + logit_bias, negated at the positive; u = exp(−|x|)
     loss = softplus(x) = max(x, 0) + log(1 + u)        M · dS_ij = ± σ(x) = ± (x ≥ 0 ? 1 : u) / (1 + u)
 
-log(1 + u) is u times a polynomial, which keeps terms far below a rounding of one, and next to the products costs less
-than the exponential ds_scale's logarithm. Each tile writes the sums of its losses and derivatives to places of its own.
+log(1 + u) is u times a polynomial. It keeps terms that are far below the rounding of 1 and costs less than a logarithm
+on the special function unit. Each tile writes its sums of losses and derivatives to its own elements of an array.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def sigmoid_kernel(
     PERSISTENT: tl.constexpr, PRODUCT: tl.constexpr, DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_EXCLUDED: tl.constexpr, GRADIENT: tl.constexpr, DS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """A block of DS_SCALE · M · dS where GRADIENT asks for it; sums [tiles, 2], of losses over log 2 and of M · dS."""
+    """Write sums [tiles, 2] of losses / log 2 and of M · dS and, if GRADIENT, a block of DS_SCALE · M · dS."""
     scale, bias = tl.load(scale_ptr) * LOG2_E, tl.load(bias_ptr) * LOG2_E
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     tiles = row_tiles * column_tiles
@@ -69,7 +69,7 @@ def _store_tile(
     positive_column, has_positive = find_positives(
         positive_ptr, first_row, first_column, rows, row, row_index, column, BLOCK_M, BLOCK_N, DIAGONAL
     )
-    # Exponents of 2: pairs that do not count are minus infinity, whose loss and derivative are zero.
+    # Exponents of 2. Masked pairs are minus infinity: their loss and derivative are zero.
     exponents = products * scale + bias
     if HAS_IDS:
         query_id, passage_id = load_ids(
@@ -83,7 +83,7 @@ def _store_tile(
         )  # fmt: skip
     if (row + BLOCK_M > rows) | (column + BLOCK_N > columns):
         exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
-    # Few tiles hold a positive; the others need not carry a mask through all this.
+    # Few tiles contain a positive; the others skip the mask.
     if has_positive:
         valid = row_valid[:, None] & column_valid[None, :]
         positive = (positive_column[:, None] == column_index[None, :]) & valid
@@ -99,7 +99,7 @@ def _store_tile(
 
 @triton.jit
 def _loss_and_derivative(exponents, EXACT: tl.constexpr):
-    """The sum of log2(1 + 2^x), and 2^x / (1 + 2^x) of each x."""
+    """The sum over all x of log2(1 + 2^x), and 2^x / (1 + 2^x) for each x."""
     above = tl.exp2(-tl.abs(exponents))
     losses = above * _log2_1p_over_u(above, EXACT) + tl.maximum(exponents, 0.0)
     reciprocal = _reciprocal_1p(above, EXACT)
@@ -108,7 +108,7 @@ def _loss_and_derivative(exponents, EXACT: tl.constexpr):
 
 @triton.jit
 def _log2_1p_over_u(u, EXACT: tl.constexpr):
-    """log2(1 + u) / u for u in [0, 1]: minimax in relative error, 7e-5 or, EXACT, 4e-8; exact towards zero."""
+    """log2(1 + u) / u for u in [0, 1]: minimax polynomial, relative error 7e-5 or, if EXACT, 4e-8; exact at zero."""
     if EXACT:
         p = 0.00773980322 * u - 0.0433757605
         p = p * u + 0.114267976
@@ -126,7 +126,7 @@ def _log2_1p_over_u(u, EXACT: tl.constexpr):
 
 @triton.jit
 def _reciprocal_1p(u, EXACT: tl.constexpr):
-    """1 / (1 + u) for u in [0, 1]: the quotient where EXACT, otherwise minimax to 4e-4, below a half's rounding."""
+    """1 / (1 + u) for u in [0, 1]: exact if EXACT, otherwise minimax to 4e-4, less than half-precision rounding."""
     if EXACT:
         reciprocal = 1.0 / (1.0 + u)
     else:
