@@ -138,8 +138,7 @@ def _store_gradient(
         if SYMMETRIC:
             column_shift = tl.load(column_shift_ptr + first_column + column_index, mask=column_valid, other=0.0)
             column_weight = tl.load(column_weight_ptr + first_column + column_index, mask=column_valid, other=0.0)
-            # Scores do not exceed their maximum, except in columns that are no positive, which have none; their weight
-            # is zero.
+            # Columns that are no positive may have no maximum: their weight is zero, and the clamp avoids an overflow.
             exponentials = tl.exp2(tl.minimum(exponents - column_shift[None, :], 0.0))
             values += tl.where(column_weight[None, :] > 0, exponentials * column_weight[None, :], 0.0)
     if has_positive:
