@@ -43,8 +43,9 @@ class ContrastiveBatch:
 
     @property
     def positive(self) -> Tensor:
-        """[M] int64. Created on each access and not stored: kernels with `diagonal` do not need it, and it costs a
-        launch.
+        """[M] int64, the positives.
+
+        The default is created on each access: kernels with `diagonal` do not need it, and creating it costs a launch.
         """
         return (
             torch.arange(len(self.query), device=self.query.device)
@@ -135,8 +136,9 @@ def _ids_of_positives(passage_ids: Tensor, positive: Tensor) -> Tensor:
 
 
 def can_check_values(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be checked: not on a GPU, to avoid a synchronization, and not under
-    torch.compile.
+    """Whether the values of a tensor can be checked.
+
+    Not on a GPU, to avoid a synchronization, and not under torch.compile.
     """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -124,10 +124,9 @@ def disco_clip_loss(query: Tensor, passage: Tensor, *, logit_scale: float | Tens
 
 
 def ring_clip_loss(query: Tensor, passage: Tensor, *, logit_scale: float | Tensor, group: Any) -> Tensor:
-    """CLIP loss over ranks by a ring: passages move from rank to rank, and one whole block of scores is computed at a
-    time.
+    """CLIP loss over ranks by a ring, one whole block of scores at a time.
 
-    This is Inf-CL (Cheng et al., arXiv 2410.17243) without its tiles. On a CPU a block is still computed in tiles that
+    Passages move from rank to rank. This is Inf-CL (Cheng et al., arXiv 2410.17243) without its tiles. On a CPU a block is still computed in tiles that
     fit in the cache.
 
     Args:

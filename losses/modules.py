@@ -94,8 +94,9 @@ class _LossWithScale(nn.Module):
 
     @property
     def group(self) -> Any:
-        """The process group, or None. Copies share it. After unpickling, a group other than the default must be set
-        again.
+        """The process group, or None. Copies share it.
+
+        After unpickling, a group other than the default must be set again.
         """
         return self._group.get()
 

@@ -50,8 +50,9 @@ def round_operand(block: Tensor, precision: Precision) -> Tensor:
 
 @contextlib.contextmanager
 def matmul_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Disable autocast, and allow tf32 in CUDA's float32 products only if `precision` says so; both are restored on
-    exit.
+    """Disable autocast, and allow tf32 in CUDA's float32 products only if `precision` is "tf32".
+
+    Both settings are restored on exit.
     """
     # Settings that already have the right value are not changed: setting them costs a tenth of a small batch's time.
     switched = torch.is_autocast_enabled(device.type)

@@ -1,6 +1,4 @@
-"""Reference implementations: the whole score matrix with plain autograd. All other implementations are tested against
-them.
-"""
+"""Reference implementations with the whole score matrix and plain autograd, which the tests compare against."""
 
 from __future__ import annotations
 

@@ -129,9 +129,7 @@ def sigmoid_loss(
 
 
 def _logit_bias_properties(logit_bias: Tensor) -> dict[str, Any]:
-    """Properties of logit_bias that must match on all ranks. The value of a GPU tensor is not read, to avoid a
-    synchronization.
-    """
+    """Properties of logit_bias that must match on all ranks; a GPU tensor's value is not read."""
     number = logit_bias.item() if logit_bias.device.type == "cpu" else "on a device"
     learned = torch.is_grad_enabled() and logit_bias.requires_grad
     return {"logit_bias": number, "requires_grad of logit_bias": learned}

@@ -39,8 +39,8 @@ class DistributedBatch:
     exchange: Literal["ring", "gather"]
 
     def backend(self) -> BlockBackend:
-        made = TritonBackend if self.fused else TorchBackend
-        return made(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
+        backend_class = TritonBackend if self.fused else TorchBackend
+        return backend_class(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
 
     def own_block(self, backend: BlockBackend) -> PassageBlock:
         return PassageBlock(
@@ -112,12 +112,12 @@ def distributed_batch(
     batch = with_nan_for_invalid_pairs(batch, shards.pool_size)
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
-        of_positives = (
+        positive_ids = (
             communication.gather_rows(ids, shards.passages)[batch.positive]
             if shards.positive_given
             else ids[: len(query)]
         )
-        batch = replace(batch, query_ids=of_positives)
+        batch = replace(batch, query_ids=positive_ids)
     workspace_bytes = checked_workspace(workspace_mib)
     fused = bool(same["kernels"])
     width = round_up_to_16_bytes(query.shape[1], query.dtype) if fused else query.shape[1]
@@ -160,8 +160,8 @@ class _LossOverRanks(torch.autograd.Function):
             forward = ring_forward if sharded.exchange == "ring" else gather_forward
             state = forward(backend, own, batch, shards, communication)
             columns = state.columns
-            here = own_columns(columns, shards) if sharded.exchange == "gather" else columns
-            loss = backend.loss_sum(state.rows, here if batch.symmetric else None)
+            loss_columns = own_columns(columns, shards) if sharded.exchange == "gather" else columns
+            loss = backend.loss_sum(state.rows, loss_columns if batch.symmetric else None)
             # The same order of summation on all ranks gives the same bits.
             shares = communication.gather_rows(loss[None], [1] * communication.size)
             loss = (shares.sum() / shards.total_queries).to(batch.logit_scale.dtype)
@@ -210,6 +210,6 @@ def _max_positive_count(columns: ColumnSums, backend: BlockBackend, communicatio
     """The largest number of queries, over all ranks, that share a positive; only float16 needs it."""
     if backend.query.dtype != torch.float16:
         return None
-    most = torch.cat([columns.positive_count, columns.positive_count.new_ones(1)]).max()[None]
-    communication.reduce_max(most)
-    return most
+    max_count = torch.cat([columns.positive_count, columns.positive_count.new_ones(1)]).max()[None]
+    communication.reduce_max(max_count)
+    return max_count

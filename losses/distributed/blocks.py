@@ -34,8 +34,9 @@ class PassageBlock:
 
 @dataclass(frozen=True)
 class PartialSums:
-    """Partial softmax sums of rows or columns of S, as one tensor [kinds, size]: first the shift, then Σ exp(S −
-    shift).
+    """Partial softmax sums of rows or columns of S.
+
+    `table` is [kinds, size]; its first rows are the shift and Σ exp(S − shift).
     """
 
     table: Tensor
@@ -108,8 +109,9 @@ class BlockBackend(Protocol):
         """[kinds, size]: the table of partial sums before the first block."""
 
     def accumulate_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
-        """Add a block to the row sums and, if symmetric, to its column sums; store the scores of positives in the
-        block.
+        """Add a block to the row sums and, if symmetric, to its column sums.
+
+        Also stores the scores of the positives that are in the block.
         """
 
     def merge_columns(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:

@@ -28,12 +28,11 @@ class Communication(Protocol):
     def start_exchange(
         self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]
     ) -> Callable[[], None]:
-        """Start sending `outgoing` to rank + step and receiving `incoming` from rank − step; returns a function that
-        waits.
+        """Start sending `outgoing` to rank + step and receiving `incoming` from rank − step.
 
-        The lists match those of the neighbours, tensor by tensor. Empty tensors are not sent. On a GPU the transfer is
-        ordered after the work on the current stream and overlaps with later work; waiting blocks the stream, not the
-        host.
+        Returns a function that waits for both. The lists match those of the neighbours, tensor by tensor. Empty
+        tensors are not sent. On a GPU the transfer is ordered after the work on the current stream and overlaps with
+        later work; waiting blocks the stream, not the host.
         """
 
     def reduce_max(self, tensor: Tensor) -> None:

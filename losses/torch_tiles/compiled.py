@@ -1,5 +1,4 @@
-"""The tiled losses under torch.compile, as one custom operator, so that the compiler does not unroll the loops over
-tiles.
+"""The tiled losses under torch.compile, as one custom operator, so that loops over tiles are not unrolled.
 
 The operator computes the loss and its gradients in forward and stores the gradients until backward. This takes (M + N)
 · D numbers more memory than without the compiler.
@@ -46,9 +45,10 @@ def tiled_loss_op(
     workspace_bytes: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss and its gradients with respect to query, passage, logit_scale and logit_bias, for an upstream gradient
-       of 1.
-    Gradients that are not `wanted` are empty tensors.
+    """The loss and its gradients for an upstream gradient of 1.
+
+    The gradients are those of query, passage, logit_scale and logit_bias. Those that are not `wanted` are empty
+    tensors.
 
     Raises:
         ValueError: If a value is invalid. Values cannot be checked while the graph is compiled.

@@ -146,8 +146,9 @@ def add_statistics(tiles: ScoreTiles, statistics: Statistics) -> None:
 
 
 def score_bounds(tiles: ScoreTiles, *, positives_local: bool = True) -> Tensor:
-    """Bounds of the scores, [4]: max ‖q‖, max ‖k‖, minus the lowest positive score, and 1 if a value is not finite,
-       else 0.
+    """Bounds of the scores, [4].
+
+    The bounds are max ‖q‖, max ‖k‖, minus the lowest positive score, and 1 if a value is not finite, otherwise 0.
     Bounds of several batches are combined by an elementwise maximum: a side without rows gives minus infinity. If the
     positives are not among the passages of `tiles` (`positives_local` is False), the third bound is infinity.
     """
@@ -168,10 +169,11 @@ def score_bounds(tiles: ScoreTiles, *, positives_local: bool = True) -> Tensor:
 
 
 def constant_shift(bounds: Tensor, logit_scale: Tensor) -> Tensor | None:
-    """One shift c for which exp(S − c) neither overflows nor underflows in a sum that matters, or None if there is
-       none.
+    """One shift c that is safe for exp(S − c) in all rows and columns, or None if there is none.
+
     No score exceeds max‖q‖ · max‖k‖ · |logit_scale|, and no denominator that the loss uses is below exp of its
-    positive score. If the two bounds are close enough, one shift is safe. On a GPU this synchronizes with the device.
+    positive score. If the two bounds are close enough, exp(S − c) does not overflow, and no sum that matters
+    underflows. On a GPU this synchronizes with the device.
     """
     bound = bounds[0] * bounds[1] * logit_scale.abs()
     if bound + torch.minimum(bounds[2], bound) <= 2 * MAX_EXPONENT:

@@ -19,8 +19,7 @@ from losses.torch_tiles.tiles import ScoreTiles
 def tiled_sigmoid_loss(
     batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int
 ) -> Tensor:
-    """0-dim sigmoid loss of a symmetric batch, differentiable once with respect to query, passage, logit_scale and
-    logit_bias.
+    """0-dim sigmoid loss of a symmetric batch, differentiable once.
 
     In addition to inputs, two gradients stored until backward and vectors of M numbers, it uses at most
     `workspace_bytes` (at least one tile), and a float32 accumulator of the passage gradient if the embeddings are in
@@ -59,9 +58,7 @@ class _TiledSigmoidLoss(torch.autograd.Function):
 def scale_by_upstream(
     gradients: tuple[Tensor | None, ...], upstream: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> list[Tensor | None]:
-    """Multiply gradients stored in forward, for an upstream gradient of 1, by `upstream`; convert to the leaves'
-    dtypes.
-    """
+    """Multiply gradients stored in forward by the upstream gradient and convert them to `dtypes`."""
     # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second derivatives.
     if torch.is_grad_enabled():
         raise RuntimeError("this sigmoid loss is differentiable once: implementation='full' has second derivatives")

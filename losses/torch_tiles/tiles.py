@@ -94,8 +94,7 @@ class ScoreTiles:
         return self._view(self._scratch, rows, columns)
 
     def positive_columns(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """For each row, the column of its positive within the tile, clamped to the tile, and whether it is inside the
-        tile.
+        """Columns of the positives relative to the tile, clamped to it, and whether they are inside it.
 
         Both are [rows, 1]. Selecting the rows inside would synchronize with the device.
         """

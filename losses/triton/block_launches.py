@@ -17,8 +17,8 @@ from losses.triton.kernel_batch import KernelBatch, span_length
 class SavedStatistics:
     """Softmax statistics that forward saves for backward, float32; shifts and scores are exponents of 2.
 
-    `bounds` is [4]; `score`, `row_sum` and `row_shift` are [M]; `column_sum` and `column_shift` are [N]. All are views
-    of one tensor, so that one launch clears it.
+    `bounds` is [4]; `score`, `row_sum` and `row_shift` are [M]; `column_sum` and `column_shift` are [N]. On one GPU
+    they are views of one tensor, so that one launch clears them.
     """
 
     bounds: Tensor
@@ -166,11 +166,11 @@ def score_gradient(
         from_kept = kept is not None and safe
         shape = kernel_batch.shape("kept_gradient" if from_kept else "gradient")
         launched = shape if safe else replace(shape, persistent=1)
-        descriptor = kept if kept is not None and safe else gradient
+        source = kept if kept is not None and safe else gradient
         score_gradient_kernel[launched.grid(span_length(rows), span_length(columns), kernel_batch.processors)](
             kernel_batch.descriptor(kernel_batch.query[rows], shape.block_m, shape.block_k),
             kernel_batch.descriptor(kernel_batch.passage[columns], shape.block_n, shape.block_k),
-            kernel_batch.descriptor(descriptor, shape.block_m, shape.block_n),
+            kernel_batch.descriptor(source, shape.block_m, shape.block_n),
             kernel_batch.descriptor(gradient, shape.block_m, shape.block_n),
             statistics.bounds,
             logit_scale,

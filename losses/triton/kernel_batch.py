@@ -134,10 +134,10 @@ class GradientEpilogue:
 
 
 def choose_ds_scale(dtype: torch.dtype, positive_count: Tensor | None, like: Tensor) -> Tensor:
-    """The power of two that dS is multiplied by. Only float16 needs one: most probabilities are below its smallest
-       value, 6e-8.
-    |M · dS| is at most 1, or half the largest number of queries that share a positive. 2^15 is the largest power of
-    two in float16.
+    """The power of two that dS is multiplied by, so that it does not underflow in float16.
+
+    Other dtypes use 1. Most probabilities are below the smallest float16 value, 6e-8. |M · dS| is at most 1, or half
+    the largest number of queries that share a positive. 2^15 is the largest power of two in float16.
     """
     if dtype != torch.float16:
         return like.new_ones(())

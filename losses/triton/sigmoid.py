@@ -81,10 +81,11 @@ def sigmoid_values(
     is_block: bool,
     first_passage: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss and its gradients with respect to query, passage, logit_scale and logit_bias; empty tensors if not
-       wanted.
-    With `is_block`, the passages are one block of a pool. A positive outside them belongs to another block.
-    `excluded`, already checked, then holds rows of the pool, in which the block begins at `first_passage`.
+    """The loss and its gradients for an upstream gradient of 1.
+
+    The gradients are those of query, passage, logit_scale and logit_bias; empty tensors if not `wanted`. With
+    `is_block`, the passages are one block of a pool. A positive outside them belongs to another block. `excluded`,
+    already checked, then holds rows of the pool, in which the block begins at `first_passage`.
     """
     from losses.triton.block_sizes import spans
     from losses.triton.kernels.bounds import measure_bounds

@@ -65,9 +65,7 @@ def errors(
     ids: bool,
     **options: Any,
 ) -> list[float]:
-    """Relative errors, against float64 in one process, of the value and of the averaged gradients of both sides and
-    logit_scale.
-    """
+    """Relative errors of value and averaged gradients (query, passage, logit_scale) against float64 in one process."""
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     passages = [queries + extra for queries, extra in zip(counts, more, strict=True)]
     query, passage = (side.to(dtype) for side in whole_batch(sum(counts), sum(passages)))

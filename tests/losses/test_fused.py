@@ -1,5 +1,6 @@
-"""Properties of the kernels: blocks, kept exponentials, determinism, operators. Without a GPU under Triton's
-interpreter.
+"""Properties of the kernels: blocks, kept exponentials, determinism, operators.
+
+Without a GPU they run under Triton's interpreter.
 """
 
 from __future__ import annotations

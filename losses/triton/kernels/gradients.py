@@ -29,8 +29,9 @@ def gradient_weights_kernel(
     ds_scale_ptr, positive_count_ptr, row_sum_ptr, column_sum_ptr, row_weight_ptr, column_weight_ptr, rows, columns,
     SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Factors of exp(S − shift): the weight of a row or column in the loss, divided by its sum. Zero for columns that
-    are no positive.
+    """Factors of exp(S − shift): the weight of a row or column in the loss, divided by its sum.
+
+    They are zero for columns that are no positive.
     """
     ds_scale = tl.load(ds_scale_ptr)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
