@@ -126,8 +126,8 @@ def disco_clip_loss(query: Tensor, passage: Tensor, *, logit_scale: float | Tens
 def ring_clip_loss(query: Tensor, passage: Tensor, *, logit_scale: float | Tensor, group: Any) -> Tensor:
     """CLIP loss over ranks by a ring, one whole block of scores at a time.
 
-    Passages move from rank to rank. This is Inf-CL (Cheng et al., arXiv 2410.17243) without its tiles. On a CPU a block is still computed in tiles that
-    fit in the cache.
+    Passages move from rank to rank. This is Inf-CL (Cheng et al., arXiv 2410.17243) without its tiles. On a CPU a block
+    is still computed in tiles that fit in the cache.
 
     Args:
         query: [M_r, D] embeddings of this rank; row i of `query` and row i of `passage` are a pair.

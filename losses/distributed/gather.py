@@ -44,12 +44,12 @@ def gather_backward(
 ) -> Tensor | None:
     """As `ring_backward`; `weights` are those of the whole pool."""
     pool = state.block
-    here = state.rows.table.new_empty(len(pool.passage), backend.width) if want_passage else None
+    pool_sum = state.rows.table.new_empty(len(pool.passage), backend.width) if want_passage else None
     if len(state.rows.score):
-        backend.accumulate_gradients(pool, state.rows, state.columns.shift, weights, query_sum, here, first=True)
-    elif here is not None:
-        here.zero_()
-    return None if here is None else communication.scatter_sums(here, shards.passages)
+        backend.accumulate_gradients(pool, state.rows, state.columns.shift, weights, query_sum, pool_sum, first=True)
+    elif pool_sum is not None:
+        pool_sum.zero_()
+    return None if pool_sum is None else communication.scatter_sums(pool_sum, shards.passages)
 
 
 def own_columns(columns: ColumnSums, shards: Shards) -> ColumnSums:

@@ -7,7 +7,7 @@ Backward starts with these kept blocks and moves them to rank − 1: at step k, 
 block last. The weights of a block's columns move with it. The sum of its gradient follows one step behind and reaches
 the block's own rank when the last step ends.
 
-Every transfer overlaps with the computation of a step and depends on none of that step. Each rank sends the following,
+Every transfer overlaps with the computation of a step and depends on none of that step. Each rank sends the next_block,
 for shards of n passages, `width` values per passage in the operand dtype (e bytes each; the kernels pad D to 16
 bytes), a bytes per sum (4; 8 in float64), and ids of 8 bytes if given:
 
@@ -42,21 +42,21 @@ def ring_forward(
     for step in range(communication.size):
         outgoing: list[Tensor] = []
         incoming: list[Tensor] = []
-        following = block
+        next_block = block
         if step < communication.size - 1:
-            following = receive_buffer(block, (communication.rank - step - 1) % communication.size, shards)
-            outgoing, incoming = block.tensors(), following.tensors()
-        before = columns
+            next_block = receive_buffer(block, (communication.rank - step - 1) % communication.size, shards)
+            outgoing, incoming = block.tensors(), next_block.tensors()
+        sent_columns = columns
         if batch.symmetric and step:
-            arriving = columns.table.new_empty(4, len(block.passage))
-            outgoing, incoming = [*outgoing, before.table], [*incoming, arriving]
+            received = columns.table.new_empty(4, len(block.passage))
+            outgoing, incoming = [*outgoing, sent_columns.table], [*incoming, received]
         wait = communication.start_exchange(outgoing, incoming, 1)
         columns = state.add_block(backend, block, batch)
         wait()
         if batch.symmetric and step:
-            columns = backend.merge_columns(columns, ColumnSums(arriving))
+            columns = backend.merge_columns(columns, ColumnSums(received))
         state = state.with_columns(block, columns)
-        block = following
+        block = next_block
     return state
 
 
@@ -80,28 +80,28 @@ def ring_backward(
     for step in range(communication.size):
         outgoing: list[Tensor] = []
         incoming: list[Tensor] = []
-        following, arriving, sums = state.own, factors, None
+        next_block, received, sums = state.own, factors, None
         if step < communication.size - 2:
-            following = receive_buffer(block, (communication.rank + step + 2) % communication.size, shards)
-            outgoing, incoming = block.tensors(), following.tensors()
+            next_block = receive_buffer(block, (communication.rank + step + 2) % communication.size, shards)
+            outgoing, incoming = block.tensors(), next_block.tensors()
         if step < communication.size - 1 and factors is not None:
-            arriving = factors.new_empty(2, shards.passages[(communication.rank + step + 2) % communication.size])
-            outgoing, incoming = [*outgoing, factors], [*incoming, arriving]
+            received = factors.new_empty(2, shards.passages[(communication.rank + step + 2) % communication.size])
+            outgoing, incoming = [*outgoing, factors], [*incoming, received]
         if passage_sum is not None:
             sums = passage_sum.new_empty(len(block.passage), backend.width)
             outgoing, incoming = [*outgoing, passage_sum], [*incoming, sums]
         wait = communication.start_exchange(outgoing, incoming, -1)
-        here = state.rows.table.new_empty(len(block.passage), backend.width) if want_passage else None
+        block_sum = state.rows.table.new_empty(len(block.passage), backend.width) if want_passage else None
         if len(state.rows.score) and len(block.passage):
             column, shift = (factors[0], factors[1]) if factors is not None else (None, state.rows.shift)
             gradient_weights = GradientWeights(weights.row, column, weights.ds_scale)
-            backend.accumulate_gradients(block, state.rows, shift, gradient_weights, query_sum, here, first)
+            backend.accumulate_gradients(block, state.rows, shift, gradient_weights, query_sum, block_sum, first)
             first = False
-        elif here is not None:
-            here.zero_()
+        elif block_sum is not None:
+            block_sum.zero_()
         wait()
-        passage_sum = here if here is None or sums is None else here.add_(sums)
-        block, factors = following, arriving if symmetric else None
+        passage_sum = block_sum if block_sum is None or sums is None else block_sum.add_(sums)
+        block, factors = next_block, received if symmetric else None
     return passage_sum
 
 

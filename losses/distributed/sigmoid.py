@@ -2,7 +2,7 @@
 
 Rank r of W computes block r − k of the pool at step k, as in distributed/ring.py. The sum of a block's gradient
 follows the block one step behind. It excludes the part of the block's own rank, which stays there; one more hop
-returns the sum to that rank. Each rank sends the following, for shards of n passages of dimension D, e bytes per
+returns the sum to that rank. Each rank sends the next_block, for shards of n passages of dimension D, e bytes per
 embedding value, a bytes per sum (4; 8 in float64), and ids of 8 bytes if given:
 
     forward      (W − 1) n (D·e + 8 ids)      blocks, ids
@@ -93,7 +93,7 @@ class _SigmoidSums:
         sharded, batch = self.sharded, self.sharded.batch
         block_positive = batch.positive - block.first
         if not sharded.fused:
-            block_sum = ContrastiveBatch(
+            block_batch = ContrastiveBatch(
                 batch.query,
                 block.passage,
                 batch.logit_scale,
@@ -104,7 +104,7 @@ class _SigmoidSums:
                 excluded=pairs_in_block(batch, block.first),
             )
             return tiled_sigmoid_values(
-                block_sum, self.logit_bias, sharded.precision, sharded.workspace_bytes, self.wanted
+                block_batch, self.logit_bias, sharded.precision, sharded.workspace_bytes, self.wanted
             )
         return sigmoid_values(
             batch.query,
@@ -133,21 +133,21 @@ def _ring_pass(sums: _SigmoidSums, sharded: DistributedBatch) -> Tensor:
     for step in range(communication.size):
         outgoing: list[Tensor] = []
         incoming: list[Tensor] = []
-        following, arriving = block, None
+        next_block, received = block, None
         if step < communication.size - 1:
-            following = receive_buffer(block, (communication.rank - step - 1) % communication.size, shards)
-            outgoing, incoming = block.tensors(), following.tensors()
+            next_block = receive_buffer(block, (communication.rank - step - 1) % communication.size, shards)
+            outgoing, incoming = block.tensors(), next_block.tensors()
         if step > 1 and want_passage:
-            arriving = torch.empty_like(block.passage, dtype=sums.dtype)
-            outgoing, incoming = [*outgoing, outgoing_sum], [*incoming, arriving]
+            received = torch.empty_like(block.passage, dtype=sums.dtype)
+            outgoing, incoming = [*outgoing, outgoing_sum], [*incoming, received]
         wait = communication.start_exchange(outgoing, incoming, 1)
         block_sum = sums.add_block(block)
         wait()
         if step == 0:
             own_sum = block_sum
         else:
-            outgoing_sum = block_sum if arriving is None else block_sum.add_(arriving)
-        block = following
+            outgoing_sum = block_sum if received is None else block_sum.add_(received)
+        block = next_block
     if communication.size > 1 and want_passage:
         from_others = torch.empty_like(own_sum)
         communication.start_exchange([outgoing_sum], [from_others], 1)()

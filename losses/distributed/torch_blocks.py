@@ -126,7 +126,7 @@ class TorchBackend:
 
     def _tiles(self, block: PassageBlock) -> ScoreTiles:
         batch = self.batch
-        here = ContrastiveBatch(
+        block_batch = ContrastiveBatch(
             batch.query,
             block.passage,
             batch.logit_scale,
@@ -136,7 +136,7 @@ class TorchBackend:
             batch.symmetric,
             excluded=pairs_in_block(batch, block.first),
         )
-        return ScoreTiles(here, self.precision, self.workspace_bytes)
+        return ScoreTiles(block_batch, self.precision, self.workspace_bytes)
 
     def _statistics(self, rows: RowSums, column_shift: Tensor, column_total: Tensor) -> Statistics:
         shift, total = (column_shift, column_total) if self.batch.symmetric else (None, None)

@@ -209,7 +209,7 @@ class TritonBackend:
         return kernel_batch
 
     def _block_positive(self, block: PassageBlock) -> tuple[Tensor, bool]:
-        """Positives relative to the block, and whether they are its rows in order, so that kernels need not read them."""
+        """Positives relative to the block, and whether they are its rows in order; kernels then do not read them."""
         # `diagonal` means that the positives are this rank's passages in order, which only its own block holds.
         diagonal = self.batch.diagonal and block.first == self._first_passage
         positive = self.batch.positive

@@ -51,12 +51,12 @@ class _FusedLoss(torch.autograd.Function):
         # A custom operator costs more than the kernels of a small batch, so it is used under torch.compile only.
         if torch.compiler.is_compiling():
             # Nothing is kept, because a compiled graph may run backward twice on what it saved.
-            loss, statistics, keys, starts = inf_cl_forward_op(*arguments[:-1])
-            kept = statistics.new_empty(0, dtype=query.dtype)
+            loss, flat_statistics, keys, starts = inf_cl_forward_op(*arguments[:-1])
+            kept = flat_statistics.new_empty(0, dtype=query.dtype)
         else:
-            loss, statistics, keys, starts, kept = inf_cl_forward(*arguments)
+            loss, flat_statistics, keys, starts, kept = inf_cl_forward(*arguments)
         masks = (query_ids, passage_ids, keys, starts)
-        ctx.save_for_backward(query, passage, logit_scale, positive, *masks, statistics, kept)
+        ctx.save_for_backward(query, passage, logit_scale, positive, *masks, flat_statistics, kept)
         ctx.options = options
         ctx.kept_overwritten = False
         return loss
@@ -67,12 +67,12 @@ class _FusedLoss(torch.autograd.Function):
         # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("the fused loss is differentiable once: implementation='full' has second derivatives")
-        *inputs, statistics, kept = ctx.saved_tensors
+        *inputs, flat_statistics, kept = ctx.saved_tensors
         kept = kept[:0] if ctx.kept_overwritten else kept
         ctx.kept_overwritten = True
         wanted = list(ctx.needs_input_grad[:3])
         compute: Callable[..., Any] = inf_cl_backward_op if torch.compiler.is_compiling() else inf_cl_backward
-        gradients = compute(*inputs, *ctx.options, statistics, kept, upstream, *wanted)
+        gradients = compute(*inputs, *ctx.options, flat_statistics, kept, upstream, *wanted)
         found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
         return (*found, *[None] * 9)
 
@@ -99,8 +99,8 @@ def inf_cl_forward(
 
     kernel_batch = KernelBatch(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
     queries, passages = query.shape[0], passage.shape[0]
-    flat = torch.zeros(SavedStatistics.numel(queries, passages), device=query.device)
-    statistics = SavedStatistics.split(flat, queries, passages)
+    flat_statistics = torch.zeros(SavedStatistics.numel(queries, passages), device=query.device)
+    statistics = SavedStatistics.split(flat_statistics, queries, passages)
     kept = kernel_batch.query.new_empty(
         kernel_batch.blocks.kept_rows, round_up_to_16_bytes(passages, kernel_batch.dtype)
     )
@@ -110,8 +110,8 @@ def inf_cl_forward(
     kernel_batch.set_excluded(keys, starts)
 
     add_sums(kernel_batch, statistics, logit_scale, positive, symmetric, diagonal, workspace_bytes, kept)
-    line_block = 1024 if query.is_cuda else 64
-    partials = flat.new_empty(triton.cdiv(queries, line_block))
+    block = 1024 if query.is_cuda else 64
+    partials = flat_statistics.new_empty(triton.cdiv(queries, block))
     loss_kernel[(len(partials),)](
         statistics.bounds,
         positive,
@@ -124,9 +124,9 @@ def inf_cl_forward(
         queries,
         SYMMETRIC=symmetric,
         DIAGONAL=diagonal,
-        BLOCK=line_block,
+        BLOCK=block,
     )
-    return partials.sum(), flat, keys, starts, kept
+    return partials.sum(), flat_statistics, keys, starts, kept
 
 
 @torch.library.custom_op("dense_retriever::inf_cl_forward", mutates_args=())
@@ -146,8 +146,8 @@ def inf_cl_forward_op(
     """`inf_cl_forward` without kept exponentials, as a custom operator."""
     fixed = (positive, query_ids, passage_ids, excluded, symmetric, diagonal, precision, workspace_bytes)
     *found, _ = inf_cl_forward(query, passage, logit_scale, *fixed, keep=False)
-    loss, statistics, keys, starts = found
-    return loss, statistics, keys, starts
+    loss, flat_statistics, keys, starts = found
+    return loss, flat_statistics, keys, starts
 
 
 @inf_cl_forward_op.register_fake
@@ -164,7 +164,7 @@ def _(
     from losses.triton.kernels.excluded import Cells
 
     queries, passages = query.shape[0], passage.shape[0]
-    statistics = query.new_empty(SavedStatistics.numel(queries, passages), dtype=torch.float32)
+    flat_statistics = query.new_empty(SavedStatistics.numel(queries, passages), dtype=torch.float32)
     keys, starts = query.new_empty(0, dtype=torch.int64), query.new_empty(0, dtype=torch.int32)
     if excluded is not None:
         cells = Cells.of(queries, passages)
@@ -172,7 +172,7 @@ def _(
             excluded.new_empty(len(excluded)),
             starts.new_empty(cells.row_cells * cells.column_cells + 1),
         )
-    return statistics.new_empty(()), statistics, keys, starts
+    return flat_statistics.new_empty(()), flat_statistics, keys, starts
 
 
 def inf_cl_backward(
@@ -188,7 +188,7 @@ def inf_cl_backward(
     diagonal: bool,
     precision: str,
     workspace_bytes: int,
-    saved: Tensor,
+    flat_statistics: Tensor,
     kept: Tensor,
     upstream: Tensor,
     want_query: bool,
@@ -205,13 +205,13 @@ def inf_cl_backward(
     kernel_batch = KernelBatch(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
     kernel_batch.set_excluded(keys, starts)
     queries, passages = query.shape[0], passage.shape[0]
-    statistics = SavedStatistics.split(saved, queries, passages)
+    statistics = SavedStatistics.split(flat_statistics, queries, passages)
     positive_count = None
     if symmetric and not diagonal:
         # An out-of-range positive has already made the loss NaN.
         own = positive.clamp(0, passages - 1)
-        positive_count = saved.new_zeros(passages).index_add_(0, own, saved.new_ones(queries))
-    ds_scale = choose_ds_scale(kernel_batch.dtype, positive_count, saved)
+        positive_count = flat_statistics.new_zeros(passages).index_add_(0, own, flat_statistics.new_ones(queries))
+    ds_scale = choose_ds_scale(kernel_batch.dtype, positive_count, flat_statistics)
     row_weight, column_weight = torch.empty_like(statistics.row_sum), torch.empty_like(statistics.column_sum)
     gradient_weights_kernel[(triton.cdiv(max(queries, passages), 1024),)](
         ds_scale,
@@ -236,10 +236,10 @@ def inf_cl_backward(
     epilogue = GradientEpilogue(kernel_batch.width, logit_scale, ds_scale, upstream, queries)
     query_gradient = _gradient_of(query, want_query)
     need_query = want_query or want_scale
-    query_sum = saved.new_empty(
+    query_sum = flat_statistics.new_empty(
         max(span_length(rows) for rows, _, _ in blocks) if need_query else 0, kernel_batch.width
     )
-    passage_sum = saved.new_empty(passages if want_passage else 0, kernel_batch.width)
+    passage_sum = flat_statistics.new_empty(passages if want_passage else 0, kernel_batch.width)
     partials: list[Tensor] = []
     with matmul_precision(cast(Precision, precision), query.device):
         for rows, all_columns, keeping in blocks:
@@ -268,7 +268,7 @@ def inf_cl_backward(
             passage_gradient = _gradient_of(passage, True)
         if want_passage:
             epilogue(passage_sum, passage_sum, passage_gradient, False)
-        scale_gradient = torch.cat(partials).sum() if want_scale else saved.new_empty(0)
+        scale_gradient = torch.cat(partials).sum() if want_scale else flat_statistics.new_empty(0)
     return query_gradient, passage_gradient, scale_gradient
 
 
@@ -289,14 +289,14 @@ def _(
     diagonal: bool,
     precision: str,
     workspace_bytes: int,
-    saved: Tensor,
+    flat_statistics: Tensor,
     kept: Tensor,
     upstream: Tensor,
     want_query: bool,
     want_passage: bool,
     want_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scale = saved.new_empty(()) if want_scale else saved.new_empty(0)
+    scale = flat_statistics.new_empty(()) if want_scale else flat_statistics.new_empty(0)
     return _gradient_of(query, want_query), _gradient_of(passage, want_passage), scale
 
 
