@@ -110,7 +110,7 @@ def inf_cl_loss(
             out-of-range `positive`.
     """
     if group is not None:
-        ranked = distributed_batch(
+        sharded = distributed_batch(
             group,
             query,
             passage,
@@ -125,7 +125,7 @@ def inf_cl_loss(
             exchange=exchange,
             workspace_mib=workspace_mib,
         )
-        return loss_over_ranks(ranked)
+        return loss_over_ranks(sharded)
     check_choice("implementation", implementation, Implementation)
     check_choice("exchange", exchange, Exchange)
     workspace_bytes = checked_workspace(workspace_mib)

@@ -162,7 +162,9 @@ class _LocalPairs:
         self.communication = communication_of(group)
         rows = self.communication.gather_host(torch.tensor([len(query), len(passage)]))
         if not bool((rows[:, 0] == rows[:, 1]).all()):
-            raise ValueError(f"passage has other rows than query: pairs of ranks [queries, passages] {rows.tolist()}")
+            raise ValueError(
+                f"passage must have as many rows as query, found [queries, passages] by rank {rows.tolist()}"
+            )
         self.counts: list[int] = rows[:, 0].tolist()
 
     def gathered(self, backward_collective: str) -> tuple[Tensor, Tensor]:
@@ -182,11 +184,11 @@ def _local_rows(pairs: _LocalPairs, backward_collective: str) -> Tensor:
     labels = torch.arange(first, first + own, device=queries.device)
     directions = ((pairs.query, passages), (pairs.passage, queries))
     losses = [cross_entropy(pairs.scale * (side @ all_.T), labels, reduction="sum") for side, all_ in directions]
-    share = (losses[0] + losses[1]) * communication.size / (2 * sum(counts))
-    mean = share.detach().clone()
+    rank_loss = (losses[0] + losses[1]) * communication.size / (2 * sum(counts))
+    mean = rank_loss.detach().clone()
     communication.reduce_sum(mean)
     # The value is that of all ranks, the gradient that of this rank.
-    return share + (mean / communication.size - share).detach()
+    return rank_loss + (mean / communication.size - rank_loss).detach()
 
 
 class _GatherRows(torch.autograd.Function):

@@ -75,7 +75,8 @@ def sigmoid_loss(
         implementation: How the loss is computed. "full": the whole matrix with plain autograd, the reference.
             "chunked": tiles in PyTorch, on any device. "triton": tiles with a Triton kernel, for GPUs of compute
             capability 9.0 or newer; if it cannot run, "chunked" is used, with one warning that states the reason.
-            "auto": on a GPU "triton" if available, otherwise "chunked". Default: "auto".
+            "auto": on a GPU "triton" if available, otherwise "chunked". With a group, "full" is not available. Default:
+            "auto".
         workspace_mib: Memory in MiB for tiles and temporaries, in addition to inputs and gradients. Default: 256.
 
     Returns:
@@ -91,7 +92,7 @@ def sigmoid_loss(
             assertion for an out-of-range `positive`.
     """
     if group is not None:
-        ranked = distributed_batch(
+        sharded = distributed_batch(
             group,
             query,
             passage,
@@ -107,7 +108,7 @@ def sigmoid_loss(
             workspace_mib=workspace_mib,
             checks=lambda: _logit_bias_properties(checked_number("logit_bias", logit_bias, query)),
         )
-        return sigmoid_loss_over_ranks(ranked, checked_number("logit_bias", logit_bias, query))
+        return sigmoid_loss_over_ranks(sharded, checked_number("logit_bias", logit_bias, query))
     check_choice("implementation", implementation, Implementation)
     workspace_bytes = checked_workspace(workspace_mib)
     # symmetric=True: gradients flow to both sides, and the tiles of a symmetric loss have the second buffer it needs.

@@ -88,25 +88,25 @@ class GroupCommunication:
         distributed.all_reduce(tensor, group=self.group)
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        most = max(counts)
-        padded = rows if len(rows) == most else rows.new_zeros(most, *rows.shape[1:])
+        max_count = max(counts)
+        padded = rows if len(rows) == max_count else rows.new_zeros(max_count, *rows.shape[1:])
         if padded is not rows:
             padded[: len(rows)] = rows
-        gathered = rows.new_empty(self.size * most, *rows.shape[1:])
+        gathered = rows.new_empty(self.size * max_count, *rows.shape[1:])
         # As bytes, because gloo does not support every dtype.
         _all_gather(_bytes(gathered), _bytes(padded.contiguous()), group=self.group)
-        if min(counts) == most:
+        if min(counts) == max_count:
             return gathered
-        return torch.cat([part[:count] for part, count in zip(gathered.split(most), counts, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(gathered.split(max_count), counts, strict=True)])
 
     def scatter_sums(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        most = max(counts)
-        if min(counts) < most:
-            padded = rows.new_zeros(self.size, most, *rows.shape[1:])
+        max_count = max(counts)
+        if min(counts) < max_count:
+            padded = rows.new_zeros(self.size, max_count, *rows.shape[1:])
             for target, part in zip(padded, rows.split(list(counts)), strict=True):
                 target[: len(part)] = part
             rows = padded.flatten(0, 1)
-        own = rows.new_empty(most, *rows.shape[1:])
+        own = rows.new_empty(max_count, *rows.shape[1:])
         _reduce_scatter(own, rows, group=self.group)
         return own[: counts[self.rank]]
 

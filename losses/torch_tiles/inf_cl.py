@@ -164,7 +164,7 @@ def score_bounds(tiles: ScoreTiles, *, positives_local: bool = True) -> Tensor:
     for columns in tiles.column_blocks():
         lengths[1].append(tiles.passage_block(columns).norm(dim=1).max().to(tiles.dtype))
     finite = all_finite(*(side for side in (batch.query, batch.passage) if side.numel()), unknown.new_zeros(1))
-    highest = [torch.stack(some).max() for some in (*lengths, lowest)]
+    highest = [torch.stack(values).max() for values in (*lengths, lowest)]
     return torch.stack([*highest, (~finite).to(tiles.dtype)])
 
 
