@@ -115,6 +115,6 @@ def _candidate_sizes(count: int, max_size: int, column_tiles: int, processors: i
         return [count]
     sizes = {CUBLAS_TILE_ROWS << power for power in range(12)}
     wave = processors * CUBLAS_TILE_ROWS // column_tiles // CUBLAS_TILE_ROWS * CUBLAS_TILE_ROWS
-    sizes |= {wave * count for count in range(1, 9)}
+    sizes |= {wave * waves for waves in range(1, 9)}
     sizes |= {count}
     return sorted(size for size in sizes if 0 < size <= min(count, max(max_size, CUBLAS_TILE_ROWS), MAX_BLOCK_SIDE))
