@@ -1,4 +1,4 @@
-"""Contrastive losses whose memory is linear in the batch, and the literature's losses beside them."""
+"""Contrastive losses with memory linear in the batch size, and baseline losses from the literature."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Measure tile shapes on this machine's GPU: `python -m losses.autotune [--out FILE]`.
 
-For each kernel, precision and number of dimensions the loss runs with each candidate, and the fastest is written to a
-table that DENSE_RETRIEVER_SHAPES=FILE makes the losses read. Candidates are compiled beforehand, by several processes.
+For each kernel, precision and embedding dimension, the loss is run with each candidate shape. The fastest is written
+to a table, which the losses read if the environment variable DENSE_RETRIEVER_SHAPES names it. Candidates are compiled
+first, in several processes.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Trial:
-    """A kernel with a shape, on embeddings of one precision and size."""
+    """One kernel with one tile shape, for embeddings of one precision and dimension."""
 
     kernel: str
     precision: str
@@ -72,14 +73,14 @@ class Trial:
     shape: TileShape
 
     def table(self, folder: Path) -> Path:
-        """A file that makes the losses use the shape."""
+        """Write a table with this shape alone and return its path."""
         path = folder / f"{self.kernel}-{self.precision}-{self.dim}-{'-'.join(map(str, asdict(self.shape).values()))}"
         name = torch.cuda.get_device_name()
         write_shapes(path, [table_row(name, self.kernel, self.precision, self.dim, self.shape)])
         return path
 
     def step(self, rows: int) -> Callable[[], None]:
-        """The loss, and its backward where the kernel belongs to that."""
+        """A function that runs the loss, with backward if the kernel belongs to backward."""
         dtype, precision = PRECISIONS[self.precision]
         generator = torch.Generator("cuda").manual_seed(0)
 
@@ -89,7 +90,7 @@ class Trial:
 
         query, passage = embeddings(), embeddings()
 
-        # What keeps all exponentials, and what keeps none.
+        # Enough memory to keep all exponentials, or none.
         workspace_mib = rows**2 / 2**19 + 256 if self.kernel.startswith("kept") else 256
 
         def run() -> None:
@@ -114,16 +115,18 @@ class Trial:
 
 
 def candidates(kernel: str, precision: str) -> tuple[TileShape, ...]:
-    """The shapes that are tried for a kernel."""
+    """The candidate shapes for a kernel."""
     return KEPT_GRADIENT_CANDIDATES if kernel == "kept_gradient" else CANDIDATES[PRECISIONS[precision][0].itemsize]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("shapes.json"), help="the table to write (%(default)s)")
-    parser.add_argument("--dims", type=int, nargs="+", default=[128, 384, 768, 1024], help="dimensions to measure")
-    parser.add_argument("--rows", type=int, default=32768, help="queries and passages of a trial (%(default)s)")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="those to measure (all)")
+    parser.add_argument("--out", type=Path, default=Path("shapes.json"), help="table to write (%(default)s)")
+    parser.add_argument(
+        "--dims", type=int, nargs="+", default=[128, 384, 768, 1024], help="embedding dimensions to measure"
+    )
+    parser.add_argument("--rows", type=int, default=32768, help="number of queries and passages (%(default)s)")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="kernels to measure (all)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("losses.autotune: expected a CUDA GPU, found none", file=sys.stderr)
@@ -131,7 +134,7 @@ def main() -> int:
     trials = [
         Trial(kernel, precision, dim, shape)
         for kernel, precision, dim in itertools.product(arguments.kernels, PRECISIONS, arguments.dims)
-        # Exponentials are kept in bf16 alone.
+        # Exponentials are kept in bf16 only.
         if not kernel.startswith("kept") or precision == "bfloat16"
         for shape in candidates(kernel, precision)
     ]
@@ -153,7 +156,7 @@ def main() -> int:
 
 
 def _compile(trial: Trial, folder: Path) -> bool:
-    """Run the trial at a small size, which leaves its kernels in Triton's cache; False where it needs too much."""
+    """Compile the trial's kernels into Triton's cache by a small run; False if they need too many resources."""
     from triton.runtime.errors import OutOfResources
 
     os.environ[VARIABLE] = str(trial.table(folder))
@@ -166,7 +169,7 @@ def _compile(trial: Trial, folder: Path) -> bool:
 
 
 def _milliseconds(trial: Trial, folder: Path, rows: int) -> float:
-    """Median time of a step."""
+    """Median time of a step in milliseconds."""
     os.environ[VARIABLE] = str(trial.table(folder))
     run = trial.step(rows)
     times = []

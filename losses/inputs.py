@@ -1,4 +1,4 @@
-"""The checked tensors of one contrastive loss: what every implementation computes from."""
+"""Checks of the loss arguments, and the checked batch that every implementation takes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,31 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# An exbibyte.
-MOST_MIB = 2**40
+# 2**40 MiB are an exbibyte.
+MAX_WORKSPACE_MIB = 2**40
 
 
 @dataclass(frozen=True)
 class ContrastiveBatch:
-    """Queries, passages, and which passage is whose positive.
+    """Checked tensors of one contrastive loss.
 
-    query [M, D], passage [N, D]: same dtype and device. logit_scale: 0-dim, in `accumulator(query.dtype)`.
-    given [M] int64, the positives, or None for 0 … M−1. `diagonal` where they are that, given or not. query_ids [M] and
-    passage_ids [N] int64, or both None. excluded [R, 2] int64 (query row, passage row), R ≥ 1, or None.
+    Attributes:
+        query: [M, D] embeddings.
+        passage: [N, D] embeddings of the same dtype and on the same device.
+        logit_scale: 0-dim, in `accumulator_dtype(query.dtype)`.
+        given_positive: [M] int64, the positives, or None for 0, …, M − 1.
+        query_ids: [M] int64, or None.
+        passage_ids: [N] int64, or None. Both ids are None or neither is, except in a shard whose `query_ids` are not
+            known yet.
+        symmetric: Whether the loss has a column part.
+        diagonal: Whether the positive of query i is passage i.
+        excluded: [R, 2] int64 pairs (query row, passage row) with R ≥ 1, or None.
     """
 
     query: Tensor
     passage: Tensor
     logit_scale: Tensor
-    given: Tensor | None
+    given_positive: Tensor | None
     query_ids: Tensor | None
     passage_ids: Tensor | None
     symmetric: bool
@@ -35,17 +43,24 @@ class ContrastiveBatch:
 
     @property
     def positive(self) -> Tensor:
-        """[M] int64. Made whenever it is asked for: beside the kernels of a small batch a launch is dear."""
-        return torch.arange(len(self.query), device=self.query.device) if self.given is None else self.given
+        """[M] int64, the positives.
+
+        The default is created on each access: kernels with `diagonal` do not need it, and creating it costs a launch.
+        """
+        return (
+            torch.arange(len(self.query), device=self.query.device)
+            if self.given_positive is None
+            else self.given_positive
+        )
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, sums and gradient accumulators: float64 for float64 embeddings, otherwise float32."""
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of scores, sums and gradient accumulators: float64 for float64 embeddings, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def all_finite(*tensors: Tensor) -> Tensor:
-    """0-dim bool, without a copy of the tensors and without waiting for their device."""
+    """0-dim bool, whether all values are finite; makes no copy and does not synchronize with the device."""
     extremes = [extreme for tensor in tensors for extreme in tensor.aminmax()]
     return torch.stack(extremes).isfinite().all()
 
@@ -62,70 +77,90 @@ def checked_batch(
     *,
     shard: bool = False,
 ) -> ContrastiveBatch:
-    """Fill in the defaults and raise a ValueError that names the first argument that does not fit.
+    """Fill in defaults and check the arguments of a loss.
 
-    A `shard` of a batch over ranks may be empty; its `positive` and the passages of `excluded` are rows of a pool whose
-    size is not known here, so that they are not checked and query_ids not taken from them.
+    Values (positives in range, a finite logit_scale) are checked for CPU tensors and Python numbers. For CUDA tensors
+    only shape, dtype and device are checked, because reading values would synchronize with the device.
 
-    Values (a positive in range, a finite logit_scale) are checked for CPU tensors and Python numbers; looking at the
-    values of a CUDA tensor would wait for the device, so there only shape, dtype and device are checked.
+    Args:
+        shard: Whether this is one rank's shard of a batch. A shard may be empty. Its `positive` and the passage rows
+            of `excluded` refer to the pool, whose size is not known here: they are not checked, and `query_ids` are
+            not derived from them.
+
+    Raises:
+        ValueError: If an argument is invalid. The message begins with the name of the first such argument.
     """
-    _check_embeddings(query, passage, least=0 if shard else 1)
+    _check_embeddings(query, passage, min_rows=0 if shard else 1)
     check_bool("symmetric", symmetric)
     scale = checked_number("logit_scale", logit_scale, query)
     diagonal = positive is None
-    given = checked_positive(positive, query, passage, in_range=not shard)
+    given_positive = checked_positive(positive, query, passage, in_range=not shard)
     excluded = _checked_excluded(excluded, query)
-    if excluded is not None and can_look_at(excluded) and not shard:
-        check_pairs(excluded, given, len(query), len(passage))
+    if excluded is not None and can_check_values(excluded) and not shard:
+        check_excluded(excluded, given_positive, len(query), len(passage))
     if passage_ids is None:
         if query_ids is not None:
             raise ValueError("query_ids needs passage_ids: ids of queries are compared with ids of passages")
-        return ContrastiveBatch(query, passage, scale, given, None, None, symmetric, diagonal, excluded)
+        return ContrastiveBatch(query, passage, scale, given_positive, None, None, symmetric, diagonal, excluded)
     passage_ids = _checked_indices("passage_ids", passage_ids, passage.shape[0], query.device)
     if query_ids is None:
-        query_ids = None if shard else passage_ids[: len(query)] if given is None else _of_positives(passage_ids, given)
+        query_ids = (
+            None
+            if shard
+            else passage_ids[: len(query)]
+            if given_positive is None
+            else _ids_of_positives(passage_ids, given_positive)
+        )
     else:
         query_ids = _checked_indices("query_ids", query_ids, query.shape[0], query.device)
-    return ContrastiveBatch(query, passage, scale, given, query_ids, passage_ids, symmetric, diagonal, excluded)
+    return ContrastiveBatch(
+        query, passage, scale, given_positive, query_ids, passage_ids, symmetric, diagonal, excluded
+    )
 
 
 def check_bool(name: str, value: bool) -> None:
-    """Whether `value` is True or False and nothing that stands for it; a ValueError says what it is."""
+    """Raise a ValueError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, found {value!r:.40}")
 
 
 def check_choice(name: str, value: str, kind: Any) -> None:
-    """Whether `value` is one of a Literal's; a ValueError says which there are."""
+    """Raise a ValueError unless `value` is one of the values of the Literal `kind`."""
     if value not in get_args(kind):
         raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, found {value!r}")
 
 
-def _of_positives(passage_ids: Tensor, positive: Tensor) -> Tensor:
-    # On a GPU nobody has looked at them, and one that is no passage would end the process here.
+def _ids_of_positives(passage_ids: Tensor, positive: Tensor) -> Tensor:
+    # Positives on a GPU are not checked. Clamping avoids a device-side assertion; the loss becomes NaN elsewhere.
     return passage_ids[positive.clamp(0, len(passage_ids) - 1) if positive.is_cuda else positive]
 
 
-def can_look_at(tensor: Tensor) -> bool:
-    """Whether its values can be checked now: not on a GPU, which would be waited for, nor while a graph is compiled."""
+def can_check_values(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be checked.
+
+    Not on a GPU, to avoid a synchronization, and not under torch.compile.
+    """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def checked_workspace(workspace_mib: float) -> int:
-    """In bytes."""
+    """The workspace in bytes.
+
+    Raises:
+        ValueError: If `workspace_mib` is not a positive number.
+    """
     numeric = isinstance(workspace_mib, int | float) and not isinstance(workspace_mib, bool)
-    if not numeric or not 0 < workspace_mib < MOST_MIB:
+    if not numeric or not 0 < workspace_mib < MAX_WORKSPACE_MIB:
         raise ValueError(f"workspace_mib must be a positive number of MiB, found {workspace_mib!r:.40}")
     return int(workspace_mib * 2**20)
 
 
-def _check_embeddings(query: Tensor, passage: Tensor, least: int) -> None:
+def _check_embeddings(query: Tensor, passage: Tensor, min_rows: int) -> None:
     for name, tensor in (("query", query), ("passage", passage)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, found {type(tensor).__name__}")
-        if tensor.dim() != 2 or len(tensor) < least or tensor.shape[1] == 0:
-            size = "non-empty " if least else ""
+        if tensor.dim() != 2 or len(tensor) < min_rows or tensor.shape[1] == 0:
+            size = "non-empty " if min_rows else ""
             raise ValueError(f"{name} must be a {size}matrix [rows, dimensions], found shape {list(tensor.shape)}")
         if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, found {tensor.dtype}")
@@ -138,8 +173,12 @@ def _check_embeddings(query: Tensor, passage: Tensor, least: int) -> None:
 
 
 def checked_number(name: str, value: float | Tensor, query: Tensor) -> Tensor:
-    """A number or 0-dim tensor, finite in the accumulator's dtype, as a tensor of that dtype on the query's device."""
-    dtype = accumulator(query.dtype)
+    """Convert a number or 0-dim tensor to a 0-dim tensor on the query's device, in the accumulator dtype.
+
+    Raises:
+        ValueError: If `value` is neither, or is not finite in that dtype.
+    """
+    dtype = accumulator_dtype(query.dtype)
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.dtype not in FLOAT_DTYPES:
             raise ValueError(
@@ -148,7 +187,7 @@ def checked_number(name: str, value: float | Tensor, query: Tensor) -> Tensor:
             )
         if value.device != query.device:
             raise ValueError(f"{name} is on {value.device}, query is on {query.device}")
-        if can_look_at(value):
+        if can_check_values(value):
             _check_finite(name, value.item(), dtype)
         return value.to(dtype)
     check_number(name, value, dtype, "a number or a 0-dim tensor")
@@ -156,27 +195,31 @@ def checked_number(name: str, value: float | Tensor, query: Tensor) -> Tensor:
 
 
 def check_number(name: str, value: float, dtype: torch.dtype = torch.float32, wanted: str = "a number") -> None:
-    """Whether `value` is a number that is finite in a dtype; a ValueError says what it is instead."""
+    """Raise a ValueError unless `value` is a number that is finite in `dtype`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be {wanted}, found {type(value).__name__}")
     _check_finite(name, value, dtype)
 
 
 def _check_finite(name: str, value: float, dtype: torch.dtype) -> None:
-    # Written so that NaN fails it.
+    # The comparison is negated so that NaN fails it.
     if not abs(value) <= torch.finfo(dtype).max:
         raise ValueError(f"{name} must be finite in {str(dtype).removeprefix('torch.')}, found {value!r:.40}")
 
 
 def checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in_range: bool) -> Tensor | None:
-    """The positives as int64, or None; a ValueError says what does not fit."""
+    """The positives as int64, or None for 0, …, M − 1.
+
+    Raises:
+        ValueError: If `positive` is invalid; with `in_range`, also if a value is not a row of `passage`.
+    """
     queries, passages = query.shape[0], passage.shape[0]
     if positive is None:
         if passages < queries:
             raise ValueError(f"passage has {passages} rows, fewer than the {queries} queries: give positive")
         return None
     positive = _checked_indices("positive", positive, queries, query.device)
-    if in_range and can_look_at(positive):
+    if in_range and can_check_values(positive):
         low, high = (int(extreme) for extreme in positive.aminmax())
         if low < 0 or high >= passages:
             raise ValueError(f"positive must index the {passages} passages, found {low if low < 0 else high}")
@@ -184,7 +227,7 @@ def checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in
 
 
 def _checked_excluded(excluded: Tensor | None, query: Tensor) -> Tensor | None:
-    """[R, 2] int64, contiguous; None where there is no pair."""
+    """[R, 2] int64 contiguous pairs, or None if there are none."""
     if excluded is None:
         return None
     if not isinstance(excluded, Tensor):
@@ -198,11 +241,14 @@ def _checked_excluded(excluded: Tensor | None, query: Tensor) -> Tensor | None:
     return excluded.to(torch.int64).contiguous() if len(excluded) else None
 
 
-def check_pairs(excluded: Tensor, positive: Tensor | None, queries: int, passages: int, first: int = 0) -> None:
-    """Refuse pairs [R, 2] of the CPU that lie outside the score matrix or join a query and its own positive.
+def check_excluded(excluded: Tensor, positive: Tensor | None, queries: int, passages: int, first: int = 0) -> None:
+    """Check the values of excluded pairs [R, 2] on the CPU.
 
     Args:
-        positive: [M], or None for first … first + M − 1.
+        positive: [M] rows of the positives, or None for first, …, first + M − 1.
+
+    Raises:
+        ValueError: If a pair is outside the score matrix, or is a query and its own positive.
     """
     rows, columns = excluded.unbind(1)
     outside = (rows < 0) | (rows >= queries) | (columns < 0) | (columns >= passages)
@@ -214,10 +260,13 @@ def check_pairs(excluded: Tensor, positive: Tensor | None, queries: int, passage
         raise ValueError(f"excluded must not hold a query's own positive, found {excluded[own][0].tolist()}")
 
 
-def with_checked_pairs(batch: ContrastiveBatch, passages: int) -> ContrastiveBatch:
-    """A batch whose values the host does not look at: where a pair of `excluded` does not fit, the logit_scale is NaN,
-    and so is the loss. `passages` is the size of the pool that `positive` and `excluded` index."""
-    if batch.excluded is None or can_look_at(batch.excluded):
+def with_nan_for_invalid_pairs(batch: ContrastiveBatch, passages: int) -> ContrastiveBatch:
+    """Set logit_scale, and thereby the loss, to NaN if a pair of `excluded` is invalid.
+
+    For pairs on a GPU, which are not checked on the host. `passages` is the size of the pool that `positive` and
+    `excluded` index.
+    """
+    if batch.excluded is None or can_check_values(batch.excluded):
         return batch
     if not len(batch.query):
         return replace(batch, excluded=None, logit_scale=batch.logit_scale * torch.nan)

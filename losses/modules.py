@@ -16,8 +16,8 @@ from losses.precision import Precision
 from losses.sigmoid import sigmoid_loss
 
 
-class HeldGroup:
-    """Holds a process group, or none, which torch can neither copy nor pickle."""
+class GroupHandle:
+    """Holds a process group or None. Copies share the group; pickling leaves it out."""
 
     def __init__(self, group: Any, missing: str = "") -> None:
         self._group = group
@@ -27,40 +27,41 @@ class HeldGroup:
         """The group, or None for the loss of one process.
 
         Raises:
-            ValueError: it stayed behind when the module was pickled.
+            ValueError: If the group was lost when the module was pickled.
         """
         if self._missing:
             raise ValueError(self._missing)
         return self._group
 
-    def __copy__(self) -> HeldGroup:
+    def __copy__(self) -> GroupHandle:
         return self
 
-    def __deepcopy__(self, memo: Any) -> HeldGroup:
+    def __deepcopy__(self, memo: Any) -> GroupHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._group is None or self._missing:
-            return HeldGroup, (None, self._missing)
-        return _restored, (distributed.get_world_size(self._group), self._group is distributed.group.WORLD)
+            return GroupHandle, (None, self._missing)
+        return _restore_group, (distributed.get_world_size(self._group), self._group is distributed.group.WORLD)
 
 
-def _restored(size: int, world: bool) -> HeldGroup:
-    """The default group where it was that one and is there again with as many processes; otherwise what is missing."""
+def _restore_group(size: int, world: bool) -> GroupHandle:
+    """Restore the default group if that was pickled and has the same size; otherwise a handle that raises when used."""
     if world and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() == size:
-        return HeldGroup(distributed.group.WORLD)
-    return HeldGroup(
+        return GroupHandle(distributed.group.WORLD)
+    return GroupHandle(
         None,
         f"group must be set again: this loss was pickled with a process group of {size} processes; set its attribute "
         "`group`, to None for the loss of one process",
     )
 
 
-class LearnedScale(nn.Module):
-    """A loss with the parameter `log_logit_scale`, 0-dim: steps in it are relative steps of the scale.
+class _LossWithScale(nn.Module):
+    """Base class of losses with the 0-dim parameter `log_logit_scale`.
 
-    Above the clamp the loss sees `max_logit_scale`; a gradient that asks for a smaller scale passes, one that asks for
-    a larger is dropped, so the parameter neither runs away nor gets stuck.
+    The parameter is the logarithm of the scale, so its steps are relative to the scale. The scale is clamped at
+    `max_logit_scale`. Above the clamp, a gradient that would increase the scale is dropped and one that would decrease
+    it passes, so that the parameter can leave the clamp again.
     """
 
     def __init__(
@@ -86,24 +87,27 @@ class LearnedScale(nn.Module):
         checked_workspace(workspace_mib)
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=learnable)
         self.max_logit_scale = max_logit_scale
-        self._group = HeldGroup(group)
+        self._group = GroupHandle(group)
         self.precision: Precision = precision
         self.implementation = implementation
         self.workspace_mib = workspace_mib
 
     @property
     def group(self) -> Any:
-        """The process group, or None; shared by copies, and to be set anew on a module that was pickled with one."""
+        """The process group, or None. Copies share it.
+
+        After unpickling, a group other than the default must be set again.
+        """
         return self._group.get()
 
     @group.setter
     def group(self, group: Any) -> None:
-        self._group = HeldGroup(group)
+        self._group = GroupHandle(group)
 
     @property
     def logit_scale(self) -> Tensor:
-        """0-dim: exp(log_logit_scale), at most max_logit_scale."""
-        # In float32 at least: a module cast to bf16 would take steps of 1/32 near log 100.
+        """0-dim tensor: exp(log_logit_scale), at most `max_logit_scale`."""
+        # At least float32: a module cast to bf16 would have steps of 1/32 near log 100.
         dtype = torch.promote_types(self.log_logit_scale.dtype, torch.float32)
         return _ClampFromAbove.apply(self.log_logit_scale.to(dtype), math.log(self.max_logit_scale)).exp()
 
@@ -115,7 +119,7 @@ class LearnedScale(nn.Module):
 
 
 class _ClampFromAbove(torch.autograd.Function):
-    """min(value, limit), whose gradient is dropped only where a descent step would push further above the limit."""
+    """min(value, limit); the gradient is dropped only if a descent step would move further above the limit."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, limit: float) -> Tensor:
@@ -129,11 +133,29 @@ class _ClampFromAbove(torch.autograd.Function):
         return torch.where((value >= ctx.limit) & (upstream < 0), 0, upstream), None
 
 
-class InfCLLoss(LearnedScale):
-    """`inf_cl_loss` with a learnable, clamped logit_scale.
+class InfCLLoss(_LossWithScale):
+    """`inf_cl_loss` as a module with a learnable, clamped logit_scale.
 
-    The clamp is that of Radford et al., arXiv 2103.00020. Keep `log_logit_scale` out of weight decay, which would pull
-    the scale towards 1.
+    See `inf_cl_loss` for the arguments it shares with this class. Exclude `log_logit_scale` from weight decay, which
+    would pull the scale towards 1.
+
+    Args:
+        logit_scale: Initial scale, 1 / temperature, in (0, max_logit_scale]. Default: 20.
+        learnable: Whether `log_logit_scale` requires a gradient. Default: True.
+        max_logit_scale: Upper clamp of the scale. Default: 100, as in CLIP (Radford et al., arXiv 2103.00020).
+        symmetric: Whether to add the column loss. Default: False.
+        group: A `torch.distributed` process group, or None. Default: None.
+        precision: "auto", "fp32", "tf32" or "bf16". Default: "auto".
+        implementation: "auto", "full", "dense", "chunked" or "triton". Default: "auto".
+        exchange: With a group, "auto", "ring" or "gather". Default: "auto".
+        workspace_mib: Memory in MiB for tiles and temporaries. Default: 256.
+
+    Attributes:
+        log_logit_scale: 0-dim parameter, the logarithm of the scale.
+        logit_scale: 0-dim tensor, the clamped scale.
+
+    Raises:
+        ValueError: If an argument is invalid. The message begins with the argument's name.
     """
 
     def __init__(
@@ -166,7 +188,22 @@ class InfCLLoss(LearnedScale):
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
-        """The loss of `inf_cl_loss`, which see for shapes and errors."""
+        """Compute the loss.
+
+        Args:
+            query: [M, D] query embeddings.
+            passage: [N, D] passage embeddings of the same dtype and on the same device.
+            positive: [M] integers, the row of each query's positive. Default: 0, …, M − 1.
+            excluded: [R, 2] integers, pairs (query row, passage row) to leave out. Default: None.
+            query_ids: [M] integers. Default: `passage_ids[positive]`.
+            passage_ids: [N] integers; passages with a query's id are not its negatives. Default: None.
+
+        Returns:
+            0-dim loss, as `inf_cl_loss` returns it.
+
+        Raises:
+            ValueError: If an argument is invalid, as in `inf_cl_loss`.
+        """
         return inf_cl_loss(
             query,
             passage,
@@ -187,11 +224,29 @@ class InfCLLoss(LearnedScale):
         return f"symmetric={self.symmetric}, {super().extra_repr()}"
 
 
-class SigmoidLoss(LearnedScale):
-    """`sigmoid_loss` with a learnable, clamped logit_scale and a learnable logit_bias, begun as in
-    SigLIP.
+class SigmoidLoss(_LossWithScale):
+    """`sigmoid_loss` as a module with a learnable, clamped logit_scale and a learnable logit_bias.
 
-    Keep `log_logit_scale` and `logit_bias` out of weight decay.
+    The initial values are those of SigLIP (Zhai et al., arXiv 2303.15343). See `sigmoid_loss` for the arguments it
+    shares with this class. Exclude `log_logit_scale` and `logit_bias` from weight decay.
+
+    Args:
+        logit_scale: Initial scale, 1 / temperature, in (0, max_logit_scale]. Default: 10.
+        logit_bias: Initial bias of the scores. Default: −10.
+        learnable: Whether `log_logit_scale` and `logit_bias` require a gradient. Default: True.
+        max_logit_scale: Upper clamp of the scale. Default: 100, as in CLIP (Radford et al., arXiv 2103.00020).
+        group: A `torch.distributed` process group, or None. Default: None.
+        precision: "auto", "fp32", "tf32" or "bf16". Default: "auto".
+        implementation: "auto", "full", "chunked" or "triton". Default: "auto".
+        workspace_mib: Memory in MiB for tiles and temporaries. Default: 256.
+
+    Attributes:
+        log_logit_scale: 0-dim parameter, the logarithm of the scale.
+        logit_bias: 0-dim parameter, the bias.
+        logit_scale: 0-dim tensor, the clamped scale.
+
+    Raises:
+        ValueError: If an argument is invalid. The message begins with the argument's name.
     """
 
     def __init__(
@@ -221,7 +276,22 @@ class SigmoidLoss(LearnedScale):
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
-        """The loss of `sigmoid_loss`, which see for shapes and errors."""
+        """Compute the loss.
+
+        Args:
+            query: [M, D] query embeddings.
+            passage: [N, D] passage embeddings of the same dtype and on the same device.
+            positive: [M] integers, the row of each query's positive. Default: 0, …, M − 1.
+            excluded: [R, 2] integers, pairs (query row, passage row) to leave out. Default: None.
+            query_ids: [M] integers. Default: `passage_ids[positive]`.
+            passage_ids: [N] integers; passages with a query's id are not its negatives. Default: None.
+
+        Returns:
+            0-dim loss, as `sigmoid_loss` returns it.
+
+        Raises:
+            ValueError: If an argument is invalid, as in `sigmoid_loss`.
+        """
         return sigmoid_loss(
             query,
             passage,

@@ -1,4 +1,4 @@
-"""How block products are computed: their operands' precision, always with a wide accumulator."""
+"""Precision of the matrix products: the dtype of their operands, with float32 or float64 accumulation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from losses.inputs import accumulator, check_choice
+from losses.inputs import accumulator_dtype, check_choice
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
 
 def resolve_precision(precision: Precision, query: Tensor) -> Precision:
-    """Turn "auto" into the precision of the inputs, or of the autocast region around the caller.
+    """Replace "auto" by the precision of the inputs, or of the surrounding autocast region.
 
-    bfloat16 -> "bf16". float16 -> "tf32", which holds every float16 number exactly. float32 -> "tf32" where the user
-    allowed it for CUDA products, otherwise "fp32". float64 is computed in float64 and takes "auto" only.
+    bfloat16 gives "bf16". float16 gives "tf32", which represents every float16 number exactly. float32 gives "tf32" if
+    the user allowed it for CUDA products, otherwise "fp32". float64 embeddings are computed in float64 and accept
+    "auto" only.
+
+    Raises:
+        ValueError: If `precision` is unknown or does not apply to float64 embeddings.
     """
     check_choice("precision", precision, Precision)
     if query.dtype == torch.float64:
@@ -36,18 +40,21 @@ def resolve_precision(precision: Precision, query: Tensor) -> Precision:
     return "tf32" if dtype == torch.float16 or allowed else "fp32"
 
 
-def rounded(block: Tensor, precision: Precision) -> Tensor:
-    """The block as a product with `precision` reads it, held in the accumulator's dtype."""
-    wide = accumulator(block.dtype)
+def round_operand(block: Tensor, precision: Precision) -> Tensor:
+    """Round a block to the operand precision and convert it to the accumulator dtype."""
+    wide = accumulator_dtype(block.dtype)
     if precision == "bf16" and block.dtype != torch.bfloat16:
         block = block.to(torch.bfloat16)
     return block.to(wide)
 
 
 @contextlib.contextmanager
-def plain_arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Autocast is off inside and CUDA's float32 products are tf32 only if `precision` says so; restored afterwards."""
-    # Switches that are as they should be are left alone: turning them takes a small batch a tenth of its time.
+def matmul_precision(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Disable autocast, and allow tf32 in CUDA's float32 products only if `precision` is "tf32".
+
+    Both settings are restored on exit.
+    """
+    # Settings that already have the right value are not changed: setting them costs a tenth of a small batch's time.
     switched = torch.is_autocast_enabled(device.type)
     with torch.autocast(device.type, enabled=False) if switched else contextlib.nullcontext():
         if device.type != "cuda" or precision == "bf16":
@@ -65,9 +72,9 @@ def plain_arithmetic(precision: Precision, device: torch.device) -> Iterator[Non
 class BlockProducts:
     """Products of blocks with float32 accumulation (float64 for float64 embeddings).
 
-    CUDA multiplies bf16 operands natively and accumulates them in float32. The CPU has no such product (its bf16
-    product returns bf16, steps of 0.25 near a logit of 50), so there operands are rounded to bf16 and multiplied in
-    float32: the same scores, and faster on processors without bf16 units.
+    CUDA multiplies bf16 operands natively and accumulates in float32. The CPU's bf16 product returns bf16 (steps of
+    0.25 near a logit of 50), so on a CPU operands are rounded to bf16 and multiplied in float32. The scores are the
+    same, and this is faster on processors without bf16 units.
     """
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
@@ -75,25 +82,25 @@ class BlockProducts:
         self.native_bf16 = precision == "bf16" and device.type == "cuda"
 
     def operand(self, block: Tensor) -> Tensor:
-        """[rows, D] embeddings as the products read them."""
-        return block.to(torch.bfloat16) if self.native_bf16 else rounded(block, self.precision)
+        """Convert embeddings [rows, D] to the operand dtype."""
+        return block.to(torch.bfloat16) if self.native_bf16 else round_operand(block, self.precision)
 
     def factor(self, tile: Tensor) -> Tensor:
-        """A tile of score gradients as `add_product` reads it."""
+        """Convert a tile of score gradients to the operand dtype for `add_product`."""
         return tile.to(torch.bfloat16) if self.native_bf16 else tile
 
     def scores(self, query: Tensor, passage: Tensor, out: Tensor) -> Tensor:
-        """out [m, n] = query [m, D] · passage [n, D]ᵀ."""
+        """out [m, n] = query [m, D] @ passage [n, D]ᵀ."""
         if self.native_bf16:
             return torch.mm(query, passage.T, out_dtype=torch.float32, out=out)
         return torch.mm(query, passage.T, out=out)
 
 
 def add_product(target: Tensor, factor: Tensor, block: Tensor, *, first: bool = False) -> None:
-    """target [a, D] += factor [a, b] · block [b, D] in place; with `first`, target is overwritten."""
+    """target [a, D] += factor [a, b] @ block [b, D], in place; with `first`, target is overwritten instead."""
     beta = 0 if first else 1
     if target.device.type == "cpu":
-        # The CPU has no product of half precision that accumulates in float32.
+        # The CPU has no half-precision product that accumulates in float32.
         factor, block = factor.to(target.dtype), block.to(target.dtype)
     if factor.dtype == target.dtype:
         target.addmm_(factor, block, beta=beta)

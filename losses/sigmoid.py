@@ -1,4 +1,4 @@
-"""Sigmoid loss over in-batch and hard negatives: the public function and the choice of implementation."""
+"""Sigmoid loss with in-batch and hard negatives: the public function and the choice of implementation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from losses.inputs import (
     checked_batch,
     checked_number,
     checked_workspace,
-    with_checked_pairs,
+    with_nan_for_invalid_pairs,
 )
 from losses.precision import Precision, resolve_precision
 from losses.reference import full_matrix_sigmoid_loss
 from losses.torch_tiles.compiled import compiled_tiled_loss
 from losses.torch_tiles.sigmoid import tiled_sigmoid_loss
-from losses.triton.launch import warn_of_step_down, why_not_fused
+from losses.triton.launch import warn_fallback, why_not_fused
 from losses.triton.sigmoid import fused_sigmoid_loss
 
 Implementation = Literal["auto", "full", "chunked", "triton"]
@@ -42,43 +42,57 @@ def sigmoid_loss(
     implementation: Implementation = "auto",
     workspace_mib: float = 256,
 ) -> Tensor:
-    """Sigmoid loss (SigLIP: Zhai et al., arXiv 2303.15343) in memory linear in the batch.
+    """Sigmoid loss with memory linear in the batch size.
 
-    With x = logit_scale · Q Kᵀ + logit_bias [M, N] and p(i) the positive of query i, each pair is a decision of its
-    own: the loss is −1/M Σ_ij log σ(z_ij x_ij), with z = 1 where j = p(i) and −1 elsewhere.
+    The loss is that of SigLIP (Zhai et al., arXiv 2303.15343). The score matrix is computed in tiles and never stored.
+
+    Let x = logit_scale · Q Kᵀ + logit_bias [M, N] and let p(i) be the row of query i's positive in `passage`. Each
+    pair is a binary classification: the loss is −1/M Σ_ij log σ(z_ij x_ij), with z_ij = 1 if j = p(i) and −1
+    otherwise.
 
     Args:
-        query: [M, D] embeddings; float32, bfloat16, float16 (or float64, computed in float64).
-        passage: [N, D] embeddings of the same dtype on the same device. Rows that are nobody's positive are hard
-            negatives of every query.
-        logit_scale, logit_bias: numbers or 0-dim floating-point tensors, which then get their gradients. The paper
-            begins with 10 and −10: nearly all pairs are negatives, and the bias says so from the first step.
-        positive: [M] integers, the row of each query's positive in `passage`; by default 0 … M−1. Queries may share
+        query: [M, D] query embeddings, in float32, bfloat16, float16 or float64. float64 embeddings are computed in
+            float64.
+        passage: [N, D] passage embeddings, of the same dtype and on the same device as `query`. A passage that is the
+            positive of no query is a hard negative of every query.
+        logit_scale: 1 / temperature, as a number or a 0-dim floating-point tensor. A tensor that requires a gradient
+            receives one. The paper initializes it to 10.
+        logit_bias: Bias of all scores, as a number or a 0-dim floating-point tensor. A tensor that requires a gradient
+            receives one. The paper initializes it to −10, because nearly all pairs are negatives.
+        positive: [M] integers, the row of each query's positive in `passage`. Default: 0, …, M − 1. Queries may share
             a positive.
-        excluded: [R, 2] integers (query row, passage row): pairs that are left out, as in `inf_cl_loss`.
-        query_ids, passage_ids: [M] and [N] integers. Pair (i, j) is left out when passage_ids[j] == query_ids[i] and
-            j != positive[i]. query_ids defaults to passage_ids[positive].
-        group: None, or a process group whose ranks each hold a shard of one batch, as in `inf_cl_loss`: the value is
-            that of the whole batch, the same on every rank, and gradients averaged over ranks are those of the whole
-            batch. distributed/sigmoid.py counts what is sent, all of it in forward.
-        precision: of the products' operands, as for `inf_cl_loss`; sums are float32 always.
-        implementation: "full" (whole matrix, plain autograd: the oracle), "chunked" (tiles in PyTorch), "triton" (a
-            kernel for GPUs of compute capability 9.0 on; elsewhere "chunked", with one warning that says why), or
-            "auto": on a GPU triton where it runs, otherwise chunked.
-        workspace_mib: MiB that tiles and their temporaries may take beside inputs and gradients.
+        excluded: [R, 2] integers, pairs (query row, passage row) that are left out of the sum, as in `inf_cl_loss`.
+            Default: None.
+        query_ids: [M] integers. Default: `passage_ids[positive]`. Requires `passage_ids`.
+        passage_ids: [N] integers. Pair (i, j) is left out of the sum if passage_ids[j] == query_ids[i] and j !=
+            positive[i]. Default: None, no masking by ids.
+        group: A `torch.distributed` process group whose ranks each hold a shard of one batch, as in `inf_cl_loss`, or
+            None. Default: None. The value is that of the whole batch and is the same on every rank. Gradients averaged
+            over ranks are those of the whole batch. All communication takes place in forward;
+            `losses/distributed/sigmoid.py` counts the bytes sent.
+        precision: Precision of the operands of the matrix products, as in `inf_cl_loss`: "fp32", "tf32", "bf16" or
+            "auto". Sums are always accumulated in float32. Default: "auto".
+        implementation: How the loss is computed. "full": the whole matrix with plain autograd, the reference.
+            "chunked": tiles in PyTorch, on any device. "triton": tiles with a Triton kernel, for GPUs of compute
+            capability 9.0 or newer; if it cannot run, "chunked" is used, with one warning that states the reason.
+            "auto": on a GPU "triton" if available, otherwise "chunked". With a group, "full" is not available. Default:
+            "auto".
+        workspace_mib: Memory in MiB for tiles and temporaries, in addition to inputs and gradients. Default: 256.
 
     Returns:
-        0-dim loss, float32 (float64 for float64 embeddings); not finite when an embedding is not. Except with "full"
-        it is differentiable once, and its gradients are computed with it, where any is asked for: they are held
+        0-dim loss in float32 (float64 for float64 embeddings). It is not finite if an embedding is not finite. Except
+        with "full", it is differentiable once, and forward computes the gradients that are required and stores them
         until backward, which multiplies them by the upstream gradient.
 
     Raises:
-        ValueError: an argument does not fit; the message begins with its name. To look at values of CUDA tensors would
-            wait for the device: there numbers that are not finite, an excluded pair that does not fit, and for the
-            kernel a positive that is no passage, make the loss NaN ("full" and "chunked" end in torch's own assertion).
+        ValueError: If an argument is invalid. The message begins with the argument's name. With a group, every rank
+            raises. Values of CUDA tensors are not read, because this would synchronize with the device. For CUDA
+            tensors, a non-finite `logit_scale` or `logit_bias`, an invalid pair in `excluded` and, for the kernel, an
+            out-of-range `positive` make the loss NaN; "full" and "chunked" fail with PyTorch's own device-side
+            assertion for an out-of-range `positive`.
     """
     if group is not None:
-        ranked = distributed_batch(
+        sharded = distributed_batch(
             group,
             query,
             passage,
@@ -92,31 +106,31 @@ def sigmoid_loss(
             implementation=implementation,
             exchange="ring",
             workspace_mib=workspace_mib,
-            checks=lambda: _described(checked_number("logit_bias", logit_bias, query)),
+            checks=lambda: _logit_bias_properties(checked_number("logit_bias", logit_bias, query)),
         )
-        return sigmoid_loss_over_ranks(ranked, checked_number("logit_bias", logit_bias, query))
+        return sigmoid_loss_over_ranks(sharded, checked_number("logit_bias", logit_bias, query))
     check_choice("implementation", implementation, Implementation)
     workspace_bytes = checked_workspace(workspace_mib)
-    # A pair counts for its query and its passage alike, and tiles of a symmetric loss have the second buffer it needs.
+    # symmetric=True: gradients flow to both sides, and the tiles of a symmetric loss have the second buffer it needs.
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, True, excluded)
     bias = checked_number("logit_bias", logit_bias, query)
     precision = resolve_precision(precision, query)
     if implementation == "full":
-        return full_matrix_sigmoid_loss(with_checked_pairs(batch, len(passage)), bias, precision)
+        return full_matrix_sigmoid_loss(with_nan_for_invalid_pairs(batch, len(passage)), bias, precision)
     if implementation == "triton" or (implementation == "auto" and query.is_cuda):
         reason = why_not_fused(query)
         if reason is None:
             return fused_sigmoid_loss(batch, bias, precision, workspace_bytes)
         if implementation == "triton":
-            warn_of_step_down("triton", reason)
-    batch = with_checked_pairs(replace(batch, given=batch.positive), len(passage))
+            warn_fallback("triton", reason)
+    batch = with_nan_for_invalid_pairs(replace(batch, given_positive=batch.positive), len(passage))
     if torch.compiler.is_compiling():
         return compiled_tiled_loss(batch, precision, workspace_bytes, bias)
     return tiled_sigmoid_loss(batch, bias, precision, workspace_bytes)
 
 
-def _described(logit_bias: Tensor) -> dict[str, Any]:
-    """What must be the same of it on all ranks; to look at a GPU's number would wait for it."""
+def _logit_bias_properties(logit_bias: Tensor) -> dict[str, Any]:
+    """Properties of logit_bias that must match on all ranks; a GPU tensor's value is not read."""
     number = logit_bias.item() if logit_bias.device.type == "cpu" else "on a device"
     learned = torch.is_grad_enabled() and logit_bias.requires_grad
     return {"logit_bias": number, "requires_grad of logit_bias": learned}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from losses import clip_loss, inf_cl_loss
-from losses.precision import Precision, plain_arithmetic
+from losses.precision import Precision, matmul_precision
 from losses.sigmoid import sigmoid_loss
 from losses.triton.launch import why_not_fused
 
@@ -136,7 +136,7 @@ def ours(
     kinds: str = "",
 ) -> Found:
     """`inf_cl_loss`, both directions."""
-    refuse_step_down(pairs, implementation)
+    refuse_fallback(pairs, implementation)
     loss = inf_cl_loss(
         pairs.query,
         pairs.passage,
@@ -152,7 +152,7 @@ def ours(
 
 def ours_sigmoid(pairs: Pairs, implementation: Literal["chunked", "triton"], mib: float) -> Found:
     """`sigmoid_loss` in bf16."""
-    refuse_step_down(pairs, implementation)
+    refuse_fallback(pairs, implementation)
     loss = sigmoid_loss(
         pairs.query,
         pairs.passage,
@@ -165,7 +165,7 @@ def ours_sigmoid(pairs: Pairs, implementation: Literal["chunked", "triton"], mib
     return through_autograd(loss, pairs)
 
 
-def refuse_step_down(pairs: Pairs, implementation: str) -> None:
+def refuse_fallback(pairs: Pairs, implementation: str) -> None:
     """A row must not be named after kernels that another implementation stood in for."""
     reason = why_not_fused(pairs.query) if implementation == "triton" else None
     if reason is not None:
@@ -212,7 +212,7 @@ def siglip_kernel(pairs: Pairs) -> Found:
 
 def full_matrix_tf32(pairs: Pairs) -> Found:
     """CLIP's loss as its paper writes it, float32 with tf32 products."""
-    with plain_arithmetic("tf32", pairs.query.device):
+    with matmul_precision("tf32", pairs.query.device):
         return through_autograd(clip_loss(pairs.query, pairs.passage, logit_scale=pairs.logit_scale), pairs)
 
 

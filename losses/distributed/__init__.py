@@ -1,1 +1,1 @@
-"""The losses of a batch whose rows lie on the ranks of a process group."""
+"""The losses over the ranks of a process group, each of which holds a shard of the batch."""

@@ -1,4 +1,4 @@
-"""The loss of a batch whose rows lie on the ranks of a process group: agreement, choice of exchange, autograd."""
+"""The loss over a process group: checks across ranks, choice of the exchange, autograd."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.distributed.agreement import Shards, agreed
-from losses.distributed.blocks import BlockTiles, ColumnSums, PassageBlock
+from losses.distributed.agreement import Shards, agree_on_batch
+from losses.distributed.blocks import BlockBackend, ColumnSums, PassageBlock
 from losses.distributed.communication import Communication, communication_of
 from losses.distributed.forward_state import ForwardState
-from losses.distributed.gather import gathered_backward, gathered_forward, own_columns
+from losses.distributed.gather import gather_backward, gather_forward, own_columns
 from losses.distributed.ring import ring_backward, ring_forward
-from losses.distributed.torch_blocks import TiledBlocks
-from losses.distributed.triton_blocks import FusedBlocks
-from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_checked_pairs
-from losses.precision import Precision, plain_arithmetic, resolve_precision
-from losses.triton.kernel_batch import padded_to_16_bytes
-from losses.triton.launch import warn_of_step_down, why_not_fused
+from losses.distributed.torch_blocks import TorchBackend
+from losses.distributed.triton_blocks import TritonBackend
+from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.precision import Precision, matmul_precision, resolve_precision
+from losses.triton.kernel_batch import round_up_to_16_bytes
+from losses.triton.launch import warn_fallback, why_not_fused
 
 Exchange = Literal["auto", "ring", "gather"]
-RankedImplementation = Literal["auto", "chunked", "triton"]
+DistributedImplementation = Literal["auto", "chunked", "triton"]
 
 
 @dataclass(frozen=True)
 class DistributedBatch:
-    """This rank's shard of a batch, `positive` being rows of the pool, and how it is to be computed."""
+    """This rank's shard of a batch, whose `positive` are rows of the pool, and how the loss is computed."""
 
     batch: ContrastiveBatch
     shards: Shards
@@ -38,12 +38,14 @@ class DistributedBatch:
     fused: bool
     exchange: Literal["ring", "gather"]
 
-    def tiles(self) -> BlockTiles:
-        made = FusedBlocks if self.fused else TiledBlocks
-        return made(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
+    def backend(self) -> BlockBackend:
+        backend_class = TritonBackend if self.fused else TorchBackend
+        return backend_class(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
 
-    def own_block(self, tiles: BlockTiles) -> PassageBlock:
-        return PassageBlock(tiles.operand(self.batch.passage), self.batch.passage_ids, self.shards.first_passage)
+    def own_block(self, backend: BlockBackend) -> PassageBlock:
+        return PassageBlock(
+            backend.prepare_passages(self.batch.passage), self.batch.passage_ids, self.shards.first_passage
+        )
 
 
 def distributed_batch(
@@ -63,16 +65,19 @@ def distributed_batch(
     workspace_mib: float,
     checks: Callable[[], dict[str, Any]] = dict,
 ) -> DistributedBatch:
-    """Check this rank's arguments and agree with the others on them; `checks` gives more that must be the same on all.
+    """Check this rank's arguments and compare them with those of the other ranks.
+
+    Args:
+        checks: Returns further values that must be the same on all ranks.
 
     Raises:
-        ValueError: on all ranks, if an argument does not fit on any.
+        ValueError: On all ranks, if an argument is invalid on any.
     """
     communication = communication_of(group)
     resolved: list[Precision] = []
 
     def checked() -> ContrastiveBatch:
-        check_choice("implementation with a group", implementation, RankedImplementation)
+        check_choice("implementation with a group", implementation, DistributedImplementation)
         check_choice("exchange", exchange, Exchange)
         checked_workspace(workspace_mib)
         batch = checked_batch(
@@ -89,117 +94,122 @@ def distributed_batch(
             query_ids="given" if query_ids is not None else "not given",
             passage_ids="given" if passage_ids is not None else "not given",
             precision=resolved[-1],
-            kernels=_by_kernels(query, implementation),
+            kernels=_uses_kernels(query, implementation),
             **checks(),
         )
         return batch
 
     same: dict[str, Any] = {"symmetric": symmetric, "exchange": exchange, "workspace_mib": workspace_mib}
-    batch, shards = agreed(communication, checked, positive, same)
+    batch, shards = agree_on_batch(communication, checked, positive, same)
     if positive is None:
         first = shards.first_passage
-        batch = replace(batch, given=torch.arange(first, first + len(query), device=query.device))
+        batch = replace(batch, given_positive=torch.arange(first, first + len(query), device=query.device))
     elif positive.is_cuda and len(positive):
-        # Nobody has looked at them.
-        inside = batch.positive.clamp(0, shards.pool - 1)
+        # Positives on a GPU are not checked on the host: an invalid one makes logit_scale and the loss NaN.
+        inside = batch.positive.clamp(0, shards.pool_size - 1)
         scale = torch.where((inside != batch.positive).any(), torch.nan, batch.logit_scale)
-        batch = replace(batch, given=inside, logit_scale=scale)
-    batch = with_checked_pairs(batch, shards.pool)
+        batch = replace(batch, given_positive=inside, logit_scale=scale)
+    batch = with_nan_for_invalid_pairs(batch, shards.pool_size)
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
-        of_positives = (
-            communication.gather_rows(ids, shards.passages)[batch.positive] if shards.placed else ids[: len(query)]
+        positive_ids = (
+            communication.gather_rows(ids, shards.passages)[batch.positive]
+            if shards.positive_given
+            else ids[: len(query)]
         )
-        batch = replace(batch, query_ids=of_positives)
+        batch = replace(batch, query_ids=positive_ids)
     workspace_bytes = checked_workspace(workspace_mib)
     fused = bool(same["kernels"])
-    width = padded_to_16_bytes(query.shape[1], query.dtype) if fused else query.shape[1]
-    # Beside the pool in the products' precision stands the sum of its gradient. Of two ranks the ring holds no less:
-    # both blocks, and three sums.
-    fits = communication.size == 2 or shards.pool * width * (query.element_size() + 4) <= workspace_bytes
+    width = round_up_to_16_bytes(query.shape[1], query.dtype) if fused else query.shape[1]
+    # "gather" stores the pool in the operand dtype and the float32 sum of its gradient. With two ranks the ring stores
+    # no less: both blocks, and three gradient sums.
+    fits = communication.size == 2 or shards.pool_size * width * (query.element_size() + 4) <= workspace_bytes
     chosen: Literal["ring", "gather"] = "gather" if exchange == "gather" or (exchange == "auto" and fits) else "ring"
     return DistributedBatch(batch, shards, communication, resolved[0], workspace_bytes, fused, chosen)
 
 
-def _by_kernels(query: Tensor, implementation: str) -> bool:
+def _uses_kernels(query: Tensor, implementation: str) -> bool:
     if implementation == "chunked" or (implementation == "auto" and not query.is_cuda):
         return False
     reason = why_not_fused(query)
     if reason is not None and implementation == "triton":
-        warn_of_step_down("triton", reason)
+        warn_fallback("triton", reason)
     return reason is None
 
 
-def loss_over_ranks(ranked: DistributedBatch) -> Tensor:
-    """Scalar InfoNCE of all ranks' rows, the same bits on every rank; differentiable once.
+def loss_over_ranks(sharded: DistributedBatch) -> Tensor:
+    """0-dim InfoNCE loss over the rows of all ranks, the same bits on every rank; differentiable once.
 
-    Gradients are W times this rank's share, so that their mean over ranks is the gradient of the whole batch's loss.
-    Backward exchanges too: every rank calls it, with the same upstream gradient.
+    Gradients are W times this rank's contribution, so their mean over ranks is the gradient of the whole batch.
+    Backward communicates too: every rank must call it, with the same upstream gradient.
     """
-    batch = ranked.batch
-    return _LossOverRanks.apply(batch.query, batch.passage, batch.logit_scale, ranked)
+    batch = sharded.batch
+    return _LossOverRanks.apply(batch.query, batch.passage, batch.logit_scale, sharded)
 
 
 class _LossOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, ranked: DistributedBatch) -> Tensor:
-        with plain_arithmetic(ranked.precision, query.device):
-            tiles = ranked.tiles()
-            own = ranked.own_block(tiles)
-            batch, shards, communication = ranked.batch, ranked.shards, ranked.communication
-            bounds = tiles.bounds(own, positives_here=not shards.placed)
+    def forward(ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, sharded: DistributedBatch) -> Tensor:
+        with matmul_precision(sharded.precision, query.device):
+            backend = sharded.backend()
+            own = sharded.own_block(backend)
+            batch, shards, communication = sharded.batch, sharded.shards, sharded.communication
+            bounds = backend.score_bounds(own, positives_local=not shards.positive_given)
             communication.reduce_max(bounds)
-            tiles.settle(bounds)
-            meet = ring_forward if ranked.exchange == "ring" else gathered_forward
-            visited = meet(tiles, own, batch, shards, communication)
-            columns = visited.columns
-            here = own_columns(columns, shards) if ranked.exchange == "gather" else columns
-            loss = tiles.loss(visited.rows, here if batch.symmetric else None)
-            # One order of adding on all ranks: the same bits everywhere.
+            backend.set_bounds(bounds)
+            forward = ring_forward if sharded.exchange == "ring" else gather_forward
+            state = forward(backend, own, batch, shards, communication)
+            columns = state.columns
+            loss_columns = own_columns(columns, shards) if sharded.exchange == "gather" else columns
+            loss = backend.loss_sum(state.rows, loss_columns if batch.symmetric else None)
+            # The same order of summation on all ranks gives the same bits.
             shares = communication.gather_rows(loss[None], [1] * communication.size)
-            loss = (shares.sum() / shards.all_queries).to(batch.logit_scale.dtype)
-            ctx.unit = tiles.unit(_most_owners(columns, tiles, communication) if batch.symmetric else None)
-        # What the products read: where that is of half precision, the embeddings need not wait for backward.
-        ctx.save_for_backward(tiles.query, own.passage, logit_scale)
-        ctx.tiles, ctx.visited, ctx.shards, ctx.communication = tiles, visited, shards, communication
-        ctx.precision, ctx.exchange, ctx.symmetric = ranked.precision, ranked.exchange, batch.symmetric
+            loss = (shares.sum() / shards.total_queries).to(batch.logit_scale.dtype)
+            ctx.ds_scale = backend.choose_ds_scale(
+                _max_positive_count(columns, backend, communication) if batch.symmetric else None
+            )
+        # Save the operands instead of the embeddings, which can be freed if the operands are copies in half precision.
+        ctx.save_for_backward(backend.query, own.passage, logit_scale)
+        ctx.backend, ctx.state, ctx.shards, ctx.communication = backend, state, shards, communication
+        ctx.precision, ctx.exchange, ctx.symmetric = sharded.precision, sharded.exchange, batch.symmetric
         ctx.dtypes = query.dtype, passage.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+        # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second
+        # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("the loss over ranks is differentiable once")
-        # Asked for: torch says so if one of them has been written over since.
+        # Reading saved_tensors makes autograd check that no input was modified in place.
         operand, *_ = ctx.saved_tensors
         want_query, want_passage, want_scale = ctx.needs_input_grad[:3]
-        tiles: BlockTiles = ctx.tiles
-        visited: ForwardState = ctx.visited
+        backend: BlockBackend = ctx.backend
+        state: ForwardState = ctx.state
         shards: Shards = ctx.shards
         communication: Communication = ctx.communication
-        with plain_arithmetic(ctx.precision, operand.device):
+        with matmul_precision(ctx.precision, operand.device):
             query_sum = None
             if want_query or want_scale:
-                query_sum = visited.rows.table.new_empty(len(operand), tiles.width)
-            travel = ring_backward if ctx.exchange == "ring" else gathered_backward
-            weights = tiles.line_weights(visited.rows, visited.columns if ctx.symmetric else None, ctx.unit)
-            passage_sum = travel(tiles, visited, weights, query_sum, want_passage, shards, communication)
-            factors = (ctx.unit, upstream, communication.size / shards.all_queries)
-            of_query, of_passage = ctx.dtypes
+                query_sum = state.rows.table.new_empty(len(operand), backend.width)
+            backward = ring_backward if ctx.exchange == "ring" else gather_backward
+            weights = backend.gradient_weights(state.rows, state.columns if ctx.symmetric else None, ctx.ds_scale)
+            passage_sum = backward(backend, state, weights, query_sum, want_passage, shards, communication)
+            factors = (ctx.ds_scale, upstream, communication.size / shards.total_queries)
+            query_dtype, passage_dtype = ctx.dtypes
             query_gradient = passage_gradient = scale_gradient = None
             if query_sum is not None:
-                wanted = of_query if want_query else None
-                query_gradient, scale_gradient = tiles.gradient(query_sum, *factors, wanted, want_scale)
+                wanted = query_dtype if want_query else None
+                query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, wanted, want_scale)
             if passage_sum is not None:
-                passage_gradient, _ = tiles.gradient(passage_sum, *factors, of_passage, False)
+                passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, passage_dtype, False)
         return query_gradient, passage_gradient, scale_gradient, None
 
 
-def _most_owners(columns: ColumnSums, tiles: BlockTiles, communication: Communication) -> Tensor | None:
-    """1-dim: on any rank, by how many queries a passage is owned at most; only half precision asks."""
-    if tiles.query.dtype != torch.float16:
+def _max_positive_count(columns: ColumnSums, backend: BlockBackend, communication: Communication) -> Tensor | None:
+    """The largest number of queries, over all ranks, that share a positive; only float16 needs it."""
+    if backend.query.dtype != torch.float16:
         return None
-    most = torch.cat([columns.owners, columns.owners.new_ones(1)]).max()[None]
-    communication.reduce_max(most)
-    return most
+    max_count = torch.cat([columns.positive_count, columns.positive_count.new_ones(1)]).max()[None]
+    communication.reduce_max(max_count)
+    return max_count

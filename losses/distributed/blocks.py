@@ -1,7 +1,7 @@
-"""The tiles of one rank's queries with any block of passages: one interface to kernels and to tiles in PyTorch.
+"""Scores of one rank's queries against a block of passages: one interface for Triton kernels and for tiles in PyTorch.
 
-The exchange over ranks (distributed/ring.py, distributed/gather.py) moves blocks and statistics and knows nothing of
-tiles; what computes them (distributed/triton_blocks.py, distributed/torch_blocks.py) knows nothing of ranks.
+The exchange (distributed/ring.py, distributed/gather.py) moves blocks and sums between ranks. The backends
+(distributed/triton_blocks.py, distributed/torch_blocks.py) compute one block and do not depend on ranks.
 """
 
 from __future__ import annotations
@@ -15,19 +15,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PassageBlock:
-    """Consecutive passages of the pool, as they travel: [n, width] in the products' precision, ids [n] or None."""
+    """Consecutive passages of the pool, as they are sent.
+
+    Attributes:
+        passage: [n, width], in the operand dtype.
+        ids: [n] int64, or None.
+        first: Row of the pool at which the block begins.
+    """
 
     passage: Tensor
     ids: Tensor | None
     first: int
 
     def tensors(self) -> list[Tensor]:
+        """The tensors to send."""
         return [self.passage] if self.ids is None else [self.passage, self.ids]
 
 
 @dataclass(frozen=True)
-class LineSums:
-    """Of some lines of S, as one tensor [kinds, lines]: sums Σ exp(S − shift), the shift and the sum first."""
+class PartialSums:
+    """Partial softmax sums of rows or columns of S.
+
+    `table` is [kinds, size]; its first rows are the shift and Σ exp(S − shift).
+    """
 
     table: Tensor
 
@@ -40,88 +50,114 @@ class LineSums:
         return self.table[1]
 
 
-class RowSums(LineSums):
-    """Of M queries, [3, M]: sums over passages, and the scores of the positives."""
+class RowSums(PartialSums):
+    """[3, M]: shift and sum over passages for each query, and the score of its positive."""
 
     @property
     def score(self) -> Tensor:
         return self.table[2]
 
 
-class ColumnSums(LineSums):
-    """Of n passages, [4, n], which travel: sums over queries, how many queries own each passage as their positive, and
-    the sum of those queries' scores with it."""
+class ColumnSums(PartialSums):
+    """[4, n]: sums for each passage, which are sent between ranks.
+
+    The rows are the shift, the sum over queries, the number of queries whose positive the passage is, and the sum of
+    the scores of those queries with it.
+    """
 
     @property
-    def owners(self) -> Tensor:
+    def positive_count(self) -> Tensor:
         return self.table[2]
 
 
 @dataclass(frozen=True)
-class LineWeights:
-    """What turns exp(S − shift) into unit · M · dS: of queries [M], of a block's passages [n], and the unit itself."""
+class GradientWeights:
+    """Factors that turn exp(S − shift) into ds_scale · M · dS.
+
+    Attributes:
+        row: [M].
+        column: [n] for the passages of a block, or None if the loss is not symmetric.
+        ds_scale: 0-dim, the factor of dS.
+    """
 
     row: Tensor
     column: Tensor | None
-    unit: Tensor
+    ds_scale: Tensor
 
 
-class BlockTiles(Protocol):
-    """Scores of this rank's queries with blocks of passages, `batch.positive` being rows of the whole pool.
+class BlockBackend(Protocol):
+    """Computes one rank's queries against blocks of passages.
 
-    Made from (batch, precision, workspace_bytes, row of the pool at which this rank's own passages begin). Sums of
-    queries and passages are `width` wide. What exponents are is for the tiles alone to know.
+    Constructed from (batch, precision, workspace_bytes, first_passage): `batch.positive` are rows of the whole pool,
+    and `first_passage` is the row of the pool at which this rank's passages begin. Gradient sums have `width` columns.
+    Whether shifts are exponents of e or of 2 is internal to the backend.
     """
 
     query: Tensor
     width: int
 
-    def operand(self, passage: Tensor) -> Tensor:
-        """[n, D] -> [n, width] as it travels."""
+    def prepare_passages(self, passage: Tensor) -> Tensor:
+        """[n, D] -> [n, width], in the operand dtype."""
 
-    def bounds(self, own: PassageBlock, positives_here: bool) -> Tensor:
-        """[4] how large scores of this rank may get; the largest over ranks goes to `settle`."""
+    def score_bounds(self, own: PassageBlock, positives_local: bool) -> Tensor:
+        """[4], bounds of this rank's scores; their maximum over ranks is passed to `set_bounds`."""
 
-    def settle(self, bounds: Tensor) -> None:
-        """Decide by the bounds of all ranks how exponentials are shifted; the same on all of them."""
+    def set_bounds(self, bounds: Tensor) -> None:
+        """Choose the shift of the exponentials from the bounds of all ranks; the choice is the same on all of them."""
 
-    def no_sums(self, kinds: int, lines: int) -> Tensor:
-        """[kinds, lines]: the table that sums of lines begin with."""
+    def initial_sums(self, kinds: int, size: int) -> Tensor:
+        """[kinds, size]: the table of partial sums before the first block."""
 
-    def add_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
-        """Add a block's exponentials to the rows' sums and, where symmetric, its columns'; find positives' scores."""
+    def accumulate_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
+        """Add a block to the row sums and, if symmetric, to its column sums.
 
-    def merge(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
-        """The sums over the queries of both; it may stand where one of them stood."""
+        Also stores the scores of the positives that are in the block.
+        """
 
-    def lower(self, columns: ColumnSums, before: Tensor) -> None:
-        """Bring the sums, which are under shifts `before` [n], under the columns' present ones, which are higher."""
+    def merge_columns(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
+        """Column sums over the queries of both arguments; may overwrite one of them."""
 
-    def loss(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
-        """0-dim float64: the row losses of all queries; with columns, half of them and half the columns' owners'. NaN
-        where `settle` was told of a number that is not finite."""
+    def rescale_columns(self, columns: ColumnSums, before: Tensor) -> None:
+        """Rescale column sums from the shifts `before` [n] to their present, larger shifts."""
 
-    def unit(self, owners: Tensor | None) -> Tensor:
-        """0-dim: the power of two that dS is multiplied with, where at most `owners` queries own one passage."""
+    def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
+        """0-dim float64: the sum of the row losses; with columns, half the sum of row and column losses.
 
-    def line_weights(self, rows: RowSums, columns: ColumnSums | None, unit: Tensor) -> LineWeights:
-        """A line's share of the loss over its sum; of a column once for each query that owns it."""
+        NaN if the bounds given to `set_bounds` report a value that is not finite.
+        """
 
-    def add_gradients(
+    def choose_ds_scale(self, positive_count: Tensor | None) -> Tensor:
+        """0-dim: the power of two that dS is multiplied by, if at most `positive_count` queries share a positive."""
+
+    def gradient_weights(self, rows: RowSums, columns: ColumnSums | None, ds_scale: Tensor) -> GradientWeights:
+        """The weight of each row in the loss divided by its sum, and the same for columns.
+
+        A column counts once for each query whose positive it is.
+        """
+
+    def accumulate_gradients(
         self,
         block: PassageBlock,
         rows: RowSums,
         column_shift: Tensor,
-        weights: LineWeights,
+        weights: GradientWeights,
         query_sum: Tensor | None,
         passage_sum: Tensor | None,
         first: bool,
     ) -> None:
-        """Add unit · M · dS K to query_sum [M, width], over which it is written at the `first` of all blocks; write
-        its transposed product to passage_sum [n, width]."""
+        """Add ds_scale · M · dS K to query_sum [M, width] and write ds_scale · M · dSᵀ Q to passage_sum [n, width].
 
-    def gradient(
-        self, sums: Tensor, unit: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+        With `first`, for the first block, query_sum is overwritten.
+        """
+
+    def finish_gradient(
+        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """[lines, D] in dtype, if one is given, from finished sums, where the loss is `share` · Σ M · loss: the sums
-        may be used up. With `scale`, for which they must be the queries', also the gradient of logit_scale."""
+        """Scale finished sums to gradients.
+
+        Args:
+            sums: [size, width]; may be overwritten.
+            share: The loss is `share` times the sum over queries.
+            dtype: Dtype of the returned gradient [size, D], or None to return none.
+            scale: Whether to return the gradient of logit_scale too; `sums` must then be those of the queries.
+        """

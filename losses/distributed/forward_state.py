@@ -1,16 +1,16 @@
-"""What forward over ranks collects: the sums of each row here, and of the columns of a block that visits."""
+"""State of forward over ranks: softmax sums of this rank's rows, and of the columns of the current block."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from losses.distributed.blocks import BlockTiles, ColumnSums, PassageBlock, RowSums
+from losses.distributed.blocks import BlockBackend, ColumnSums, PassageBlock, RowSums
 from losses.inputs import ContrastiveBatch
 
 
 @dataclass(frozen=True)
 class ForwardState:
-    """This rank's rows with all blocks met so far, and the last of these with its columns."""
+    """Row sums of this rank over all blocks so far, and the last block with its column sums."""
 
     rows: RowSums
     own: PassageBlock
@@ -18,36 +18,38 @@ class ForwardState:
     columns: ColumnSums
 
     @classmethod
-    def begun(cls, tiles: BlockTiles, own: PassageBlock) -> ForwardState:
-        rows = RowSums(tiles.no_sums(3, len(tiles.query)))
+    def initial(cls, backend: BlockBackend, own: PassageBlock) -> ForwardState:
+        """State before the first block."""
+        rows = RowSums(backend.initial_sums(3, len(backend.query)))
         return cls(rows, own, own, ColumnSums(rows.table.new_empty(4, 0)))
 
-    def now_at(self, block: PassageBlock, columns: ColumnSums) -> ForwardState:
+    def with_columns(self, block: PassageBlock, columns: ColumnSums) -> ForwardState:
+        """A copy with another current block and its column sums."""
         return replace(self, block=block, columns=columns)
 
-    def meet(self, tiles: BlockTiles, block: PassageBlock, batch: ContrastiveBatch) -> ColumnSums:
-        """Add a block to the rows, in place; returns what these queries give to its columns."""
+    def add_block(self, backend: BlockBackend, block: PassageBlock, batch: ContrastiveBatch) -> ColumnSums:
+        """Add a block to the row sums, in place; returns the column sums over this rank's queries."""
         queries, passages = len(self.rows.score), len(block.passage)
-        columns = ColumnSums(tiles.no_sums(4, passages))
+        columns = ColumnSums(backend.initial_sums(4, passages))
         if not queries or not passages:
             return columns
-        tiles.add_sums(block, self.rows, columns)
+        backend.accumulate_sums(block, self.rows, columns)
         if batch.symmetric:
-            self._own(columns, block, batch)
+            self._add_positives(columns, block, batch)
         return columns
 
-    def _own(self, columns: ColumnSums, block: PassageBlock, batch: ContrastiveBatch) -> None:
-        """Count the owners among these queries and add up their scores."""
-        _, _, owners, scores = columns.table
+    def _add_positives(self, columns: ColumnSums, block: PassageBlock, batch: ContrastiveBatch) -> None:
+        """Count, for each passage of the block, the queries whose positive it is, and sum their scores."""
+        _, _, positive_count, scores = columns.table
         if batch.diagonal:
-            # Positives are the own shard's rows in order: in no other, or in these rows of the pool.
+            # The positives are this rank's passages in order; the block holds all of them or none.
             first, queries = self.own.first - block.first, len(self.rows.score)
             if 0 <= first < len(block.passage):
-                owners[first : first + queries] = 1
+                positive_count[first : first + queries] = 1
                 scores[first : first + queries] = self.rows.score
             return
-        place = batch.positive - block.first
-        inside = ((place >= 0) & (place < len(block.passage))).to(owners.dtype)
-        place = place.clamp(0, len(block.passage) - 1)
-        owners.index_add_(0, place, inside)
-        scores.index_add_(0, place, self.rows.score * inside)
+        column = batch.positive - block.first
+        inside = ((column >= 0) & (column < len(block.passage))).to(positive_count.dtype)
+        column = column.clamp(0, len(block.passage) - 1)
+        positive_count.index_add_(0, column, inside)
+        scores.index_add_(0, column, self.rows.score * inside)

@@ -1,8 +1,9 @@
-"""InfoNCE over ranks with the whole pool of passages on each: one block of tiles, for pools that fit the workspace.
+"""InfoNCE over ranks by all_gather: every rank stores the whole pool of passages. For pools that fit in the workspace.
 
-Each rank sends, in collectives whose bytes on the wire are for n passages a rank those of a ring of W − 1 hops: forward
-n (width·e + 8 ids) per hop, and the columns' sums of the pool, 4a W n, reduced to all; backward n · width · a per hop.
-Held beside inputs and gradients: the pool, and the sum of its gradient, W·n·width·(e + a) bytes.
+Each rank sends, by collectives that move as many bytes as a ring of W − 1 hops: in forward n (width·e + 8 ids) per hop
+and an all_reduce of the column sums of the pool, 4a W n; in backward n · width · a per hop. The symbols are those of
+distributed/ring.py. Memory in addition to inputs and gradients: the pool and the sum of its gradient, W · n · width ·
+(e + a) bytes.
 """
 
 from __future__ import annotations
@@ -10,47 +11,47 @@ from __future__ import annotations
 from torch import Tensor
 
 from losses.distributed.agreement import Shards
-from losses.distributed.blocks import BlockTiles, ColumnSums, LineWeights, PassageBlock
+from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication
 from losses.distributed.forward_state import ForwardState
 from losses.inputs import ContrastiveBatch
 
 
-def gathered_forward(
-    tiles: BlockTiles, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
+def gather_forward(
+    backend: BlockBackend, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
 ) -> ForwardState:
-    """Meet the whole pool at once. The columns of all passages are complete on every rank."""
+    """Compute the whole pool as one block. The column sums of all passages are complete on every rank."""
     ids = None if own.ids is None else communication.gather_rows(own.ids, shards.passages)
     pool = PassageBlock(communication.gather_rows(own.passage, shards.passages), ids, 0)
-    visited = ForwardState.begun(tiles, own)
-    columns = visited.meet(tiles, pool, batch)
+    state = ForwardState.initial(backend, own)
+    columns = state.add_block(backend, pool, batch)
     if batch.symmetric:
         before = columns.shift.clone()
         communication.reduce_max(columns.shift)
-        tiles.lower(columns, before)
+        backend.rescale_columns(columns, before)
         communication.reduce_sum(columns.table[1:])
-    return visited.now_at(pool, columns)
+    return state.with_columns(pool, columns)
 
 
-def gathered_backward(
-    tiles: BlockTiles,
-    visited: ForwardState,
-    weights: LineWeights,
+def gather_backward(
+    backend: BlockBackend,
+    state: ForwardState,
+    weights: GradientWeights,
     query_sum: Tensor | None,
     want_passage: bool,
     shards: Shards,
     communication: Communication,
 ) -> Tensor | None:
     """As `ring_backward`; `weights` are those of the whole pool."""
-    pool = visited.block
-    here = visited.rows.table.new_empty(len(pool.passage), tiles.width) if want_passage else None
-    if len(visited.rows.score):
-        tiles.add_gradients(pool, visited.rows, visited.columns.shift, weights, query_sum, here, first=True)
-    elif here is not None:
-        here.zero_()
-    return None if here is None else communication.scatter_sums(here, shards.passages)
+    pool = state.block
+    pool_sum = state.rows.table.new_empty(len(pool.passage), backend.width) if want_passage else None
+    if len(state.rows.score):
+        backend.accumulate_gradients(pool, state.rows, state.columns.shift, weights, query_sum, pool_sum, first=True)
+    elif pool_sum is not None:
+        pool_sum.zero_()
+    return None if pool_sum is None else communication.scatter_sums(pool_sum, shards.passages)
 
 
 def own_columns(columns: ColumnSums, shards: Shards) -> ColumnSums:
-    """This rank's passages among the pool's."""
+    """The column sums of this rank's passages."""
     return ColumnSums(columns.table[:, shards.first_passage :][:, : shards.passages[shards.rank]])

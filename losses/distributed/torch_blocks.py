@@ -1,19 +1,19 @@
-"""The tiles of one rank's queries with any block of passages, in PyTorch, on any device (torch_tiles/inf_cl.py)."""
+"""Scores of one rank's queries against a block of passages in PyTorch, on any device (torch_tiles/inf_cl.py)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from losses.distributed.blocks import ColumnSums, LineWeights, PassageBlock, RowSums
-from losses.inputs import ContrastiveBatch, accumulator
+from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
+from losses.inputs import ContrastiveBatch, accumulator_dtype
 from losses.precision import Precision
 from losses.torch_tiles.inf_cl import (
     Statistics,
     add_row_gradients,
     add_statistics,
     constant_shift,
-    negative_log_share,
+    negative_log_probability,
     score_bounds,
 )
 from losses.torch_tiles.tiles import ScoreTiles
@@ -22,9 +22,9 @@ SCALE_ROWS = 8192
 
 
 def pairs_in_block(batch: ContrastiveBatch, first: int) -> Tensor | None:
-    """[R, 2]: the excluded pairs of this rank's queries with rows of a block that begins at row `first` of the pool.
+    """[R, 2]: excluded pairs with passage rows relative to a block that begins at row `first` of the pool.
 
-    Pairs of other blocks stay, with a passage row outside the block.
+    Pairs of other blocks are kept, with passage rows outside the block.
     """
     if batch.excluded is None or not first:
         return batch.excluded
@@ -32,71 +32,71 @@ def pairs_in_block(batch: ContrastiveBatch, first: int) -> Tensor | None:
     return torch.stack([rows, columns - first], 1)
 
 
-class TiledBlocks:
-    """`block_tiles.BlockTiles`; exponents are natural ones."""
+class TorchBackend:
+    """`BlockBackend` with tiles in PyTorch; shifts are exponents of e."""
 
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.batch, self.precision, self.workspace_bytes = batch, precision, workspace_bytes
         self.query = batch.query
         self.width = batch.query.shape[1]
-        self.dtype = accumulator(batch.query.dtype)
+        self.dtype = accumulator_dtype(batch.query.dtype)
         self._constant: Tensor | None = None
-        self._unfit = torch.empty(0)
+        self._invalid = torch.empty(0)
 
-    def operand(self, passage: Tensor) -> Tensor:
+    def prepare_passages(self, passage: Tensor) -> Tensor:
         return (passage.to(torch.bfloat16) if self.precision == "bf16" else passage).contiguous()
 
-    def bounds(self, own: PassageBlock, positives_here: bool) -> Tensor:
-        return score_bounds(self._tiles(own), all_positives_here=positives_here)
+    def score_bounds(self, own: PassageBlock, positives_local: bool) -> Tensor:
+        return score_bounds(self._tiles(own), positives_local=positives_local)
 
-    def settle(self, bounds: Tensor) -> None:
-        self._unfit = bounds[3] > 0
+    def set_bounds(self, bounds: Tensor) -> None:
+        self._invalid = bounds[3] > 0
         if self.batch.symmetric and bounds.device.type == "cpu":
             self._constant = constant_shift(bounds, self.batch.logit_scale)
 
-    def no_sums(self, kinds: int, lines: int) -> Tensor:
-        table = self.query.new_zeros(kinds, lines, dtype=self.dtype)
+    def initial_sums(self, kinds: int, size: int) -> Tensor:
+        table = self.query.new_zeros(kinds, size, dtype=self.dtype)
         table[0] = torch.finfo(self.dtype).min if self._constant is None else self._constant
         return table
 
-    def add_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
+    def accumulate_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
         add_statistics(self._tiles(block), self._statistics(rows, columns.shift, columns.total))
 
-    def merge(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
+    def merge_columns(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
         shift = torch.maximum(one.shift, other.shift)
-        # A column that everybody masks has no maximum, and must not become the difference of two infinities.
+        # A fully masked column has maximum minus infinity; avoid subtracting infinities.
         base = torch.where(shift == -torch.inf, 0, shift)
         one_total, other_total = (sums.total * (sums.shift - base).exp() for sums in (one, other))
         return ColumnSums(torch.stack([shift, one_total + other_total, *(one.table[2:] + other.table[2:])]))
 
-    def lower(self, columns: ColumnSums, before: Tensor) -> None:
-        # Where nobody has a maximum the sum is zero, and any finite difference will do.
+    def rescale_columns(self, columns: ColumnSums, before: Tensor) -> None:
+        # A fully masked column has sum zero, so any finite factor is right.
         columns.total.mul_((before - columns.shift).nan_to_num_(0, 0, -float("inf")).exp_())
 
-    def loss(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
-        loss = negative_log_share(rows.score, rows.shift, rows.total).sum(dtype=torch.float64)
+    def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
+        loss = negative_log_probability(rows.score, rows.shift, rows.total).sum(dtype=torch.float64)
         if columns is not None:
-            shift, total, owners, scores = columns.table
-            losses = negative_log_share(scores / owners.clamp(min=1), shift, total)
-            loss = (loss + torch.where(owners > 0, owners * losses, 0).sum(dtype=torch.float64)) / 2
-        # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
-        return torch.where(self._unfit, torch.nan, loss)
+            shift, total, positive_count, scores = columns.table
+            losses = negative_log_probability(scores / positive_count.clamp(min=1), shift, total)
+            loss = (loss + torch.where(positive_count > 0, positive_count * losses, 0).sum(dtype=torch.float64)) / 2
+        # A score of minus infinity adds zero to every sum, so the inputs themselves are checked.
+        return torch.where(self._invalid, torch.nan, loss)
 
-    def unit(self, owners: Tensor | None) -> Tensor:
+    def choose_ds_scale(self, positive_count: Tensor | None) -> Tensor:
         return self.query.new_ones((), dtype=self.dtype)
 
-    def line_weights(self, rows: RowSums, columns: ColumnSums | None, unit: Tensor) -> LineWeights:
+    def gradient_weights(self, rows: RowSums, columns: ColumnSums | None, ds_scale: Tensor) -> GradientWeights:
         if columns is None:
-            return LineWeights(unit / rows.total, None, unit)
-        column = torch.where(columns.owners > 0, unit * columns.owners / (2 * columns.total), 0)
-        return LineWeights(unit / (2 * rows.total), column, unit)
+            return GradientWeights(ds_scale / rows.total, None, ds_scale)
+        column = torch.where(columns.positive_count > 0, ds_scale * columns.positive_count / (2 * columns.total), 0)
+        return GradientWeights(ds_scale / (2 * rows.total), column, ds_scale)
 
-    def add_gradients(
+    def accumulate_gradients(
         self,
         block: PassageBlock,
         rows: RowSums,
         column_shift: Tensor,
-        weights: LineWeights,
+        weights: GradientWeights,
         query_sum: Tensor | None,
         passage_sum: Tensor | None,
         first: bool,
@@ -106,27 +106,27 @@ class TiledBlocks:
         if passage_sum is not None:
             passage_sum.zero_()
         tiles, statistics = self._tiles(block), self._statistics(rows, column_shift, column_shift)
-        for some in tiles.row_blocks():
-            sums = None if query_sum is None else query_sum[some]
-            line_weights = (weights.row, weights.column)
-            add_row_gradients(tiles, statistics, line_weights, some, tiles.query_block(some), sums, passage_sum)
+        for span in tiles.row_blocks():
+            sums = None if query_sum is None else query_sum[span]
+            gradient_weights = (weights.row, weights.column)
+            add_row_gradients(tiles, statistics, gradient_weights, span, tiles.query_block(span), sums, passage_sum)
 
-    def gradient(
-        self, sums: Tensor, unit: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+    def finish_gradient(
+        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        factor = upstream.to(self.dtype) * share / unit
+        factor = upstream.to(self.dtype) * share / ds_scale
         of_scale = self._scale_gradient(sums) * factor if scale else None
         of_sums = None if dtype is None else sums.mul_(factor * self.batch.logit_scale.detach()).to(dtype)
         return of_sums, of_scale
 
     def _scale_gradient(self, sums: Tensor) -> Tensor:
-        """Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K), a few rows at a time: the products are as large as the sums."""
+        """Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K), in chunks of rows to bound the size of the elementwise product."""
         parts = zip(sums.split(SCALE_ROWS), self.query.split(SCALE_ROWS), strict=True)
-        return torch.stack([(some * rows.to(some.dtype)).sum() for some, rows in parts]).sum()
+        return torch.stack([(span * rows.to(span.dtype)).sum() for span, rows in parts]).sum()
 
     def _tiles(self, block: PassageBlock) -> ScoreTiles:
         batch = self.batch
-        here = ContrastiveBatch(
+        block_batch = ContrastiveBatch(
             batch.query,
             block.passage,
             batch.logit_scale,
@@ -136,7 +136,7 @@ class TiledBlocks:
             batch.symmetric,
             excluded=pairs_in_block(batch, block.first),
         )
-        return ScoreTiles(here, self.precision, self.workspace_bytes)
+        return ScoreTiles(block_batch, self.precision, self.workspace_bytes)
 
     def _statistics(self, rows: RowSums, column_shift: Tensor, column_total: Tensor) -> Statistics:
         shift, total = (column_shift, column_total) if self.batch.symmetric else (None, None)

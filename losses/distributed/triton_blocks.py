@@ -1,4 +1,4 @@
-"""The tiles of one rank's queries with any block of passages, by Triton kernels (triton/inf_cl.py)."""
+"""Scores of one rank's queries against a block of passages by Triton kernels (triton/inf_cl.py)."""
 
 from __future__ import annotations
 
@@ -7,119 +7,135 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from losses.distributed.blocks import ColumnSums, LineWeights, PassageBlock, RowSums
+from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
 from losses.inputs import ContrastiveBatch, all_finite
 from losses.precision import Precision, add_product
-from losses.triton.block_launches import State, Weights, add_sums, score_gradient
-from losses.triton.kernel_batch import BlockRun, Finish, cells, padded_to_16_bytes, ranked, sorted_excluded, unit_of
+from losses.triton.block_launches import SavedStatistics, ScoreGradientWeights, add_sums, score_gradient
+from losses.triton.kernel_batch import (
+    GradientEpilogue,
+    KernelBatch,
+    choose_ds_scale,
+    compact_ids_if_given,
+    round_up_to_16_bytes,
+    sorted_excluded,
+    span_length,
+)
 
-LINES = 1024
+BLOCK = 1024
 
 
-class FusedBlocks:
-    """`block_tiles.BlockTiles`; exponents are of 2, and the vendor's products add blocks of dS to the sums."""
+class TritonBackend:
+    """`BlockBackend` with Triton kernels; shifts are exponents of 2, and cuBLAS multiplies blocks of dS."""
 
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.precision, self.workspace_bytes = precision, workspace_bytes
         self._first_passage, self._dimensions = first_passage, batch.query.shape[1]
-        self.query = self.operand(batch.query)
-        # The kernels read operands alone, and embeddings that wait on the host need not be here too until backward.
+        self.query = self.prepare_passages(batch.query)
+        # The kernels read operands only, so the passage embeddings need not be held until backward.
         self.batch = replace(batch, query=self.query, passage=self.query[:0])
         self.width = self.query.shape[1]
         self._bounds = torch.empty(0)
-        self._elsewhere = False
+        self._positives_remote = False
 
-    def operand(self, passage: Tensor) -> Tensor:
+    def prepare_passages(self, passage: Tensor) -> Tensor:
         from losses.triton.launch import operand
 
         return operand(passage, self.precision)
 
-    def bounds(self, own: PassageBlock, positives_here: bool) -> Tensor:
+    def score_bounds(self, own: PassageBlock, positives_local: bool) -> Tensor:
         from losses.triton.kernels.bounds import measure_bounds
 
         batch, bounds = self.batch, torch.zeros(4, device=self.query.device)
-        self._elsewhere = not positives_here
+        self._positives_remote = not positives_local
         if len(self.query) and len(own.passage):
-            place = batch.positive - own.first
-            if self._elsewhere:
-                place = place.clamp(0, len(own.passage) - 1)
-            measure_bounds(self.query, own.passage, place, batch.logit_scale, bounds)
+            block_positive = batch.positive - own.first
+            if self._positives_remote:
+                block_positive = block_positive.clamp(0, len(own.passage) - 1)
+            measure_bounds(self.query, own.passage, block_positive, batch.logit_scale, bounds)
         for side, squared in ((self.query, bounds[0]), (own.passage, bounds[1])):
             if len(side) and not (len(self.query) and len(own.passage)):
                 squared += torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).max() ** 2
                 bounds[3] = (~all_finite(side)).float()
-        if self._elsewhere and len(self.query):
+        if self._positives_remote and len(self.query):
             bounds[2] = torch.inf
         return bounds
 
-    def settle(self, bounds: Tensor) -> None:
-        if self._elsewhere:
-            # No positive's score is lower than minus the largest that any score may have.
+    def set_bounds(self, bounds: Tensor) -> None:
+        if self._positives_remote:
+            # No positive score is below minus the bound of all scores.
             highest = bounds[0].sqrt() * bounds[1].sqrt() * self.batch.logit_scale.abs()
             bounds[2] = torch.minimum(bounds[2], highest)
         self._bounds = bounds
 
-    def no_sums(self, kinds: int, lines: int) -> Tensor:
-        table = self.query.new_zeros(kinds, lines, dtype=torch.float32)
+    def initial_sums(self, kinds: int, size: int) -> Tensor:
+        table = self.query.new_zeros(kinds, size, dtype=torch.float32)
         if not len(self.query):
-            # To the kernels a total of zero is one without any sum yet; these none will see.
+            # The kernels take a total of zero as "no sum yet"; without queries no kernel runs.
             table[0] = torch.finfo(torch.float32).min
         return table
 
-    def add_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
+    def accumulate_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
         batch = self.batch
-        state = State(self._bounds, rows.score, rows.total, rows.shift, columns.total, columns.shift)
-        place, diagonal = self._place(block)
-        add_sums(self._run(block), state, batch.logit_scale, place, batch.symmetric, diagonal, self.workspace_bytes)
+        statistics = SavedStatistics(self._bounds, rows.score, rows.total, rows.shift, columns.total, columns.shift)
+        block_positive, diagonal = self._block_positive(block)
+        add_sums(
+            self._kernel_batch(block),
+            statistics,
+            batch.logit_scale,
+            block_positive,
+            batch.symmetric,
+            diagonal,
+            self.workspace_bytes,
+        )
 
-    def merge(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
-        from losses.triton.kernels.partial_sums import merge_kernel
+    def merge_columns(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
+        from losses.triton.kernels.partial_sums import merge_columns_kernel
 
         columns = len(one.shift)
         if columns:
-            merge_kernel[(_programs(columns),)](one.table, other.table, columns, BLOCK=LINES)
+            merge_columns_kernel[(_programs(columns),)](one.table, other.table, columns, BLOCK=BLOCK)
         return one
 
-    def lower(self, columns: ColumnSums, before: Tensor) -> None:
-        from losses.triton.kernels.partial_sums import lower_kernel
+    def rescale_columns(self, columns: ColumnSums, before: Tensor) -> None:
+        from losses.triton.kernels.partial_sums import rescale_columns_kernel
 
-        lower_kernel[(_programs(len(before)),)](columns.table, before, len(before), BLOCK=LINES)
+        rescale_columns_kernel[(_programs(len(before)),)](columns.table, before, len(before), BLOCK=BLOCK)
 
-    def loss(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
-        from losses.triton.kernels.partial_sums import line_loss_kernel
+    def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
+        from losses.triton.kernels.partial_sums import partial_loss_kernel
 
         table = rows.table if columns is None else columns.table
         queries, passages = len(rows.score), table.shape[1]
-        shares = rows.table.new_empty(_programs(max(queries, passages)))
-        if len(shares):
-            line_loss_kernel[(len(shares),)](
+        partials = rows.table.new_empty(_programs(max(queries, passages)))
+        if len(partials):
+            partial_loss_kernel[(len(partials),)](
                 self._bounds,
                 rows.shift,
                 rows.total,
                 rows.score,
                 table,
                 table.stride(0),
-                shares,
+                partials,
                 queries,
                 passages,
                 SYMMETRIC=columns is not None,
-                BLOCK=LINES,
+                BLOCK=BLOCK,
             )
-        return shares.sum(dtype=torch.float64)
+        return partials.sum(dtype=torch.float64)
 
-    def unit(self, owners: Tensor | None) -> Tensor:
-        return unit_of(self.query.dtype, owners, self._bounds)
+    def choose_ds_scale(self, positive_count: Tensor | None) -> Tensor:
+        return choose_ds_scale(self.query.dtype, positive_count, self._bounds)
 
-    def line_weights(self, rows: RowSums, columns: ColumnSums | None, unit: Tensor) -> LineWeights:
-        from losses.triton.kernels.gradients import weights_kernel
+    def gradient_weights(self, rows: RowSums, columns: ColumnSums | None, ds_scale: Tensor) -> GradientWeights:
+        from losses.triton.kernels.gradients import gradient_weights_kernel
 
-        # Without columns nobody reads what stands for theirs.
+        # Without columns the kernel does not read this table.
         table = rows.table if columns is None else columns.table
         row, column = torch.empty_like(rows.total), torch.empty_like(table[1])
-        lines = max(len(row), len(column))
-        if lines:
-            weights_kernel[(_programs(lines),)](
-                unit,
+        size = max(len(row), len(column))
+        if size:
+            gradient_weights_kernel[(_programs(size),)](
+                ds_scale,
                 table[2],
                 rows.total,
                 table[1],
@@ -129,65 +145,76 @@ class FusedBlocks:
                 len(column),
                 SYMMETRIC=columns is not None,
                 DIAGONAL=False,
-                BLOCK=LINES,
+                BLOCK=BLOCK,
             )
-        return LineWeights(row, None if columns is None else column, unit)
+        return GradientWeights(row, None if columns is None else column, ds_scale)
 
-    def add_gradients(
+    def accumulate_gradients(
         self,
         block: PassageBlock,
         rows: RowSums,
         column_shift: Tensor,
-        weights: LineWeights,
+        weights: GradientWeights,
         query_sum: Tensor | None,
         passage_sum: Tensor | None,
         first: bool,
     ) -> None:
         from losses.triton.block_sizes import spans
 
-        batch, run = self.batch, self._run(block)
-        place, diagonal = self._place(block)
+        batch, kernel_batch = self.batch, self._kernel_batch(block)
+        block_positive, diagonal = self._block_positive(block)
         of_columns = weights.row if weights.column is None else weights.column
-        state = State(self._bounds, rows.score, rows.total, rows.shift, column_shift, column_shift)
-        kernel_weights = Weights(weights.unit, weights.row, of_columns, batch.symmetric, diagonal)
-        blocks = run.blocks
-        workspace = run.query.new_empty(blocks.rows * padded_to_16_bytes(blocks.columns, run.dtype))
-        for some in spans(0, len(run.query), blocks.rows):
-            for columns in spans(0, len(run.passage), blocks.columns):
-                height, width = cells(some), cells(columns)
-                stride = padded_to_16_bytes(width, run.dtype)
+        statistics = SavedStatistics(self._bounds, rows.score, rows.total, rows.shift, column_shift, column_shift)
+        kernel_weights = ScoreGradientWeights(weights.ds_scale, weights.row, of_columns, batch.symmetric, diagonal)
+        blocks = kernel_batch.blocks
+        workspace = kernel_batch.query.new_empty(blocks.rows * round_up_to_16_bytes(blocks.columns, kernel_batch.dtype))
+        for span in spans(0, len(kernel_batch.query), blocks.rows):
+            for columns in spans(0, len(kernel_batch.passage), blocks.columns):
+                height, width = span_length(span), span_length(columns)
+                stride = round_up_to_16_bytes(width, kernel_batch.dtype)
                 gradient = workspace[: height * stride].view(height, stride)[:, :width]
-                score_gradient(run, state, kernel_weights, batch.logit_scale, place, some, columns, gradient)
+                score_gradient(
+                    kernel_batch,
+                    statistics,
+                    kernel_weights,
+                    batch.logit_scale,
+                    block_positive,
+                    span,
+                    columns,
+                    gradient,
+                )
                 if query_sum is not None:
-                    add_product(query_sum[some], gradient, run.passage[columns], first=first and not columns.start)
+                    add_product(
+                        query_sum[span], gradient, kernel_batch.passage[columns], first=first and not columns.start
+                    )
                 if passage_sum is not None:
-                    add_product(passage_sum[columns], gradient.T, run.query[some], first=not some.start)
+                    add_product(passage_sum[columns], gradient.T, kernel_batch.query[span], first=not span.start)
 
-    def gradient(
-        self, sums: Tensor, unit: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+    def finish_gradient(
+        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         out = sums
         if dtype is not None and (dtype != torch.float32 or self.width != self._dimensions):
             out = sums.new_empty(len(sums), self._dimensions, dtype=dtype)
         if not len(sums):
             return None if dtype is None else out, sums.new_zeros(()) if scale else None
-        finish = Finish(self.width, self.batch.logit_scale, unit, upstream, 1 / share)
-        shares = finish(sums, self.query, out, scale)
-        return None if dtype is None else out, shares.sum() if scale else None
+        epilogue = GradientEpilogue(self.width, self.batch.logit_scale, ds_scale, upstream, 1 / share)
+        partials = epilogue(sums, self.query, out, scale)
+        return None if dtype is None else out, partials.sum() if scale else None
 
-    def _run(self, block: PassageBlock) -> BlockRun:
-        ids = ranked(self.batch.query_ids, block.ids)
-        run = BlockRun(self.query, block.passage, *ids, self.precision, self.workspace_bytes, False)
-        run.exclude(*sorted_excluded(self.batch.excluded, self.query, block.passage, first=block.first))
-        return run
+    def _kernel_batch(self, block: PassageBlock) -> KernelBatch:
+        ids = compact_ids_if_given(self.batch.query_ids, block.ids)
+        kernel_batch = KernelBatch(self.query, block.passage, *ids, self.precision, self.workspace_bytes, False)
+        kernel_batch.set_excluded(*sorted_excluded(self.batch.excluded, self.query, block.passage, first=block.first))
+        return kernel_batch
 
-    def _place(self, block: PassageBlock) -> tuple[Tensor, bool]:
-        """The positives' places in the block, and whether they are its rows in order, which kernels need not read."""
-        # `diagonal` says that query i's positive is row i of this rank's own passages: of the block that begins there.
+    def _block_positive(self, block: PassageBlock) -> tuple[Tensor, bool]:
+        """Positives relative to the block, and whether they are its rows in order; kernels then do not read them."""
+        # `diagonal` means that the positives are this rank's passages in order, which only its own block holds.
         diagonal = self.batch.diagonal and block.first == self._first_passage
         positive = self.batch.positive
         return positive if diagonal or not block.first else positive - block.first, diagonal
 
 
-def _programs(lines: int) -> int:
-    return -(-lines // LINES)
+def _programs(size: int) -> int:
+    return -(-size // BLOCK)

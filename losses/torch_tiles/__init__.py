@@ -1,1 +1,1 @@
-"""The losses in tiles of the score matrix, in plain PyTorch on any device."""
+"""The losses in tiles of the score matrix, in PyTorch, on any device."""

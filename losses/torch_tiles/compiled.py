@@ -1,7 +1,7 @@
-"""The tiled losses under torch.compile: one operator, so that the compiler does not unroll loops over tiles.
+"""The tiled losses under torch.compile, as one custom operator, so that loops over tiles are not unrolled.
 
-The operator computes the gradients with the loss, and they are held until backward: M·D and N·D numbers more than
-without the compiler.
+The operator computes the loss and its gradients in forward and stores the gradients until backward. This takes (M + N)
+· D numbers more memory than without the compiler.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from losses.inputs import ContrastiveBatch, accumulator, check_pairs, checked_number, checked_positive
+from losses.inputs import ContrastiveBatch, accumulator_dtype, check_excluded, checked_number, checked_positive
 from losses.precision import Precision
 from losses.torch_tiles.inf_cl import tiled_loss
-from losses.torch_tiles.sigmoid import held_dtype, tiled_sigmoid_loss, times_upstream
+from losses.torch_tiles.sigmoid import saved_gradient_dtype, scale_by_upstream, tiled_sigmoid_loss
 
 
 def compiled_tiled_loss(
     batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """`tiled_loss` of the batch, or with a bias `tiled_sigmoid_loss`; differentiable once."""
+    """`tiled_loss` of the batch, or `tiled_sigmoid_loss` if `logit_bias` is given. Differentiable once."""
     leaves = (batch.query, batch.passage, batch.logit_scale, logit_bias)
     wanted = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
-    others = (batch.given, batch.query_ids, batch.passage_ids, batch.symmetric, batch.diagonal, batch.excluded)
+    others = (batch.given_positive, batch.query_ids, batch.passage_ids, batch.symmetric, batch.diagonal, batch.excluded)
     loss, *_ = tiled_loss_op(*leaves, *others, precision, workspace_bytes, wanted)
     return loss
 
@@ -35,7 +35,7 @@ def tiled_loss_op(
     passage: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor | None,
-    given: Tensor | None,
+    given_positive: Tensor | None,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
     symmetric: bool,
@@ -45,26 +45,29 @@ def tiled_loss_op(
     workspace_bytes: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients in query, passage, scale and bias for an upstream gradient of one; empty: not wanted.
+    """The loss and its gradients for an upstream gradient of 1.
+
+    The gradients are those of query, passage, logit_scale and logit_bias. Those that are not `wanted` are empty
+    tensors.
 
     Raises:
-        ValueError: as the losses, whose checks of values the compiler has passed over.
+        ValueError: If a value is invalid. Values cannot be checked while the graph is compiled.
     """
     checked_number("logit_scale", logit_scale, query)
     if logit_bias is not None:
         checked_number("logit_bias", logit_bias, query)
-    checked_positive(given, query, passage, in_range=True)
+    checked_positive(given_positive, query, passage, in_range=True)
     if excluded is not None and excluded.device.type == "cpu":
-        check_pairs(excluded, given, len(query), len(passage))
-    # Gradients of float16 wait in float32 for the loss scale that lifts them into its range.
-    wide = [side.to(held_dtype(side.dtype)) for side in (query, passage)]
+        check_excluded(excluded, given_positive, len(query), len(passage))
+    # float16 gradients are stored in float32, because the loss scale that brings them into range arrives in backward.
+    wide = [side.to(saved_gradient_dtype(side.dtype)) for side in (query, passage)]
     leaves = [
         side.detach().requires_grad_(want)
         for side, want in zip((*wide, logit_scale, logit_bias), wanted, strict=True)
         if side is not None
     ]
     masks = (query_ids, passage_ids, symmetric, diagonal, excluded)
-    batch = ContrastiveBatch(leaves[0], leaves[1], leaves[2], given, *masks)
+    batch = ContrastiveBatch(leaves[0], leaves[1], leaves[2], given_positive, *masks)
     with torch.enable_grad():
         if logit_bias is None:
             loss = tiled_loss(batch, cast(Precision, precision), workspace_bytes)
@@ -80,10 +83,12 @@ def tiled_loss_op(
 def _(
     query: Tensor, passage: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, *others: Any
 ) -> tuple[Tensor, ...]:
-    loss = query.new_empty((), dtype=accumulator(query.dtype))
+    loss = query.new_empty((), dtype=accumulator_dtype(query.dtype))
     leaves = (query, passage, logit_scale, logit_bias)
     return loss, *(
-        leaf.new_empty(leaf.shape, dtype=held_dtype(leaf.dtype)) if want and leaf is not None else loss.new_empty(0)
+        leaf.new_empty(leaf.shape, dtype=saved_gradient_dtype(leaf.dtype))
+        if want and leaf is not None
+        else loss.new_empty(0)
         for leaf, want in zip(leaves, others[-1], strict=True)
     )
 
@@ -96,7 +101,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     held = tuple(gradient if want else None for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True))
-    return (*times_upstream(held, upstream, ctx.dtypes), *[None] * 9)
+    return (*scale_by_upstream(held, upstream, ctx.dtypes), *[None] * 9)
 
 
 tiled_loss_op.register_autograd(_backward, setup_context=_keep_gradients)

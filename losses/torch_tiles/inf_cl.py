@@ -1,8 +1,8 @@
-"""InfoNCE in tiles, in plain PyTorch on any device: memory linear in the batch, four products counted in all.
+"""InfoNCE in tiles, in PyTorch, on any device: memory linear in the batch size, four matrix products in total.
 
-Forward visits each tile of S = logit_scale · Q Kᵀ once and takes from it the sums of its rows and of its columns;
-backward recomputes the tile, turns it into dS in place and adds dS K to dQ and dSᵀ Q to dK. README.md has the
-derivation and the counts.
+Forward computes each tile of S = logit_scale · Q Kᵀ once and accumulates the softmax statistics of its rows and
+columns. Backward recomputes the tile, turns it into dS in place, and adds dS K to dQ and dSᵀ Q to dK. README.md has
+the derivation and the counts.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch, all_finite
-from losses.precision import Precision, add_product, plain_arithmetic
+from losses.precision import Precision, add_product, matmul_precision
 from losses.torch_tiles.tiles import ScoreTiles
 
-# The largest exponent that a constant shift leaves. Sums of 2^40 times exp(60) stay finite in float32, and what
-# underflows beside a sum of at least exp(-60) is less than exp(-27) of it.
-WIDEST_EXPONENT = 60.0
+# Largest exponent after subtracting a constant shift. Sums of 2^40 terms exp(60) are finite in float32, and a term
+# that underflows is less than exp(-27) of a sum of at least exp(-60).
+MAX_EXPONENT = 60.0
 
 
 def tiled_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: int) -> Tensor:
-    """Scalar InfoNCE of the batch, differentiable once in query, passage and logit_scale.
+    """0-dim InfoNCE loss of the batch, differentiable once with respect to query, passage and logit_scale.
 
-    Beside inputs, gradients and vectors of M and N numbers it holds at most `workspace_bytes` (one tile at least),
-    and float32 accumulators of the passage gradient when the embeddings are narrower.
+    In addition to inputs, gradients and vectors of M and N numbers, it uses at most `workspace_bytes` (at least one
+    tile), and a float32 accumulator of the passage gradient if the embeddings are in half precision.
     """
     return _TiledLoss.apply(
         batch.query,
@@ -59,9 +59,9 @@ class _TiledLoss(torch.autograd.Function):
     ) -> Tensor:
         masks = (query_ids, passage_ids, symmetric, False, excluded)
         batch = ContrastiveBatch(query, passage, logit_scale, positive, *masks)
-        with plain_arithmetic(precision, query.device):
+        with matmul_precision(precision, query.device):
             statistics = score_statistics(ScoreTiles(batch, precision, workspace_bytes))
-            # A negative of minus infinity everywhere would vanish from the sums: finiteness is asked of the inputs.
+            # A score of minus infinity adds zero to every sum, so the inputs themselves are checked.
             loss = torch.where(all_finite(query, passage), loss_value(statistics, positive), torch.nan)
         ctx.save_for_backward(query, passage, logit_scale, positive, query_ids, passage_ids, excluded)
         ctx.symmetric, ctx.precision, ctx.workspace_bytes = symmetric, precision, workspace_bytes
@@ -70,13 +70,14 @@ class _TiledLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+        # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second
+        # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("the tiled loss is differentiable once: implementation='full' has second derivatives")
         query, passage, logit_scale, positive, query_ids, passage_ids, excluded = ctx.saved_tensors
         masks = (query_ids, passage_ids, ctx.symmetric, False, excluded)
         batch = ContrastiveBatch(query, passage, logit_scale, positive, *masks)
-        with plain_arithmetic(ctx.precision, query.device):
+        with matmul_precision(ctx.precision, query.device):
             tiles = ScoreTiles(batch, ctx.precision, ctx.workspace_bytes)
             gradients = score_gradients(tiles, ctx.statistics, upstream, *ctx.needs_input_grad[:3])
         return *gradients, None, None, None, None, None, None, None
@@ -86,9 +87,12 @@ class _TiledLoss(torch.autograd.Function):
 class Statistics:
     """Softmax denominators of S: Σ_j exp(S_ij) = exp(row_shift_i) · row_sum_i, and the same over i for columns.
 
-    `constant` is the one shift of all rows and columns, where one is safe: then a single exponential of a score
-    serves both directions. Row tensors are [M], column tensors [N] and None when the loss has one direction;
-    positive_score [M] holds S_i,p(i) as the tiles computed it.
+    Attributes:
+        positive_score: [M], the scores S_i,p(i).
+        row_shift, row_sum: [M].
+        column_shift, column_sum: [N], or None if the loss is not symmetric.
+        constant: 0-dim, one shift for all rows and columns if one is safe, otherwise None. Then one exponential per
+            score serves both directions.
     """
 
     positive_score: Tensor
@@ -100,17 +104,17 @@ class Statistics:
 
 
 def score_statistics(tiles: ScoreTiles) -> Statistics:
-    """Visit each tile of S once; row sums and, for a symmetric loss, column sums come from the same visit."""
+    """Compute each tile of S once, and from it the row sums and, for a symmetric loss, the column sums."""
     batch = tiles.batch
     constant = None
     if batch.symmetric and tiles.device.type == "cpu":
         constant = constant_shift(score_bounds(tiles), batch.logit_scale)
 
-    def vector(lines: int, value: float) -> Tensor:
-        return torch.full((lines,), value, dtype=tiles.dtype, device=tiles.device)
+    def vector(size: int, value: float) -> Tensor:
+        return torch.full((size,), value, dtype=tiles.dtype, device=tiles.device)
 
-    def shift(lines: int) -> Tensor:
-        return vector(lines, torch.finfo(tiles.dtype).min) if constant is None else constant.expand(lines)
+    def shift(size: int) -> Tensor:
+        return vector(size, torch.finfo(tiles.dtype).min) if constant is None else constant.expand(size)
 
     queries, passages = batch.query.shape[0], batch.passage.shape[0]
     positive_score, row_shift, row_sum = vector(queries, 0), shift(queries), vector(queries, 0)
@@ -121,7 +125,7 @@ def score_statistics(tiles: ScoreTiles) -> Statistics:
 
 
 def add_statistics(tiles: ScoreTiles, statistics: Statistics) -> None:
-    """Bring a visit of all tiles into statistics, in place: of a batch, or of one block of its passages."""
+    """Add all tiles to the statistics, in place. The tiles are those of a batch, or of one block of its passages."""
     row_shift, row_sum = statistics.row_shift, statistics.row_sum
     column_shift, column_sum = statistics.column_shift, statistics.column_sum
     positive_score, constant = statistics.positive_score, statistics.constant
@@ -129,73 +133,75 @@ def add_statistics(tiles: ScoreTiles, statistics: Statistics) -> None:
         query = tiles.query_block(rows)
         for columns in tiles.column_blocks():
             tile = tiles.scores(rows, columns, query, tiles.passage_block(columns))
-            place, inside = tiles.positive_places(rows, columns)
-            positive_score[rows] = torch.where(inside, tile.gather(1, place), positive_score[rows, None])[:, 0]
+            column, inside = tiles.positive_columns(rows, columns)
+            positive_score[rows] = torch.where(inside, tile.gather(1, column), positive_score[rows, None])[:, 0]
             if constant is not None and column_sum is not None:
                 tile.sub_(constant).exp_()
                 row_sum[rows] += tile.sum(1)
                 column_sum[columns] += tile.sum(0)
                 continue
-            _add_to_softmax(row_shift[rows], row_sum[rows], tile, 1, out=tiles.scratch(rows, columns))
+            _update_softmax(row_shift[rows], row_sum[rows], tile, 1, out=tiles.scratch(rows, columns))
             if column_shift is not None and column_sum is not None:
-                _add_to_softmax(column_shift[columns], column_sum[columns], tile, 0, out=tile)
+                _update_softmax(column_shift[columns], column_sum[columns], tile, 0, out=tile)
 
 
-def score_bounds(tiles: ScoreTiles, *, all_positives_here: bool = True) -> Tensor:
-    """[4]: max ‖q‖, max ‖k‖, minus the lowest positive's score, and 1 where a number is not finite, otherwise 0.
+def score_bounds(tiles: ScoreTiles, *, positives_local: bool = True) -> Tensor:
+    """Bounds of the scores, [4].
 
-    Over several batches the largest of each counts: a side without rows leaves minus infinity, and a positive that is
-    not in `tiles` infinity.
+    The bounds are max ‖q‖, max ‖k‖, minus the lowest positive score, and 1 if a value is not finite, otherwise 0.
+    Bounds of several batches are combined by an elementwise maximum: a side without rows gives minus infinity. If the
+    positives are not among the passages of `tiles` (`positives_local` is False), the third bound is infinity.
     """
     batch = tiles.batch
     unknown = torch.full((), -torch.inf, dtype=tiles.dtype, device=tiles.device)
-    lengths, lowest = ([unknown], [unknown]), [unknown if all_positives_here else -unknown]
+    lengths, lowest = ([unknown], [unknown]), [unknown if positives_local else -unknown]
     for rows in tiles.row_blocks():
         query = tiles.query_block(rows)
         lengths[0].append(query.norm(dim=1).max().to(tiles.dtype))
-        if all_positives_here:
+        if positives_local:
             own = tiles.products.operand(batch.passage[batch.positive[rows]])
             lowest.append(-(query * own).sum(1).mul_(batch.logit_scale).min().to(tiles.dtype))
     for columns in tiles.column_blocks():
         lengths[1].append(tiles.passage_block(columns).norm(dim=1).max().to(tiles.dtype))
     finite = all_finite(*(side for side in (batch.query, batch.passage) if side.numel()), unknown.new_zeros(1))
-    highest = [torch.stack(some).max() for some in (*lengths, lowest)]
+    highest = [torch.stack(values).max() for values in (*lengths, lowest)]
     return torch.stack([*highest, (~finite).to(tiles.dtype)])
 
 
 def constant_shift(bounds: Tensor, logit_scale: Tensor) -> Tensor | None:
-    """One c for which exp(S_ij − c) neither overflows nor loses a row or a column that counts, or None.
+    """One shift c that is safe for exp(S − c) in all rows and columns, or None if there is none.
 
-    No score exceeds max‖q‖ · max‖k‖ · |logit_scale|, and no denominator that the loss reads is below exp of its
-    positive's score: where these two bounds are close enough, exp(S − c) fits. Looking at them makes a GPU's host wait.
+    No score exceeds max‖q‖ · max‖k‖ · |logit_scale|, and no denominator that the loss uses is below exp of its
+    positive score. If the two bounds are close enough, exp(S − c) does not overflow, and no sum that matters
+    underflows. On a GPU this synchronizes with the device.
     """
     bound = bounds[0] * bounds[1] * logit_scale.abs()
-    if bound + torch.minimum(bounds[2], bound) <= 2 * WIDEST_EXPONENT:
-        return (bound - WIDEST_EXPONENT).clamp(min=0)
+    if bound + torch.minimum(bounds[2], bound) <= 2 * MAX_EXPONENT:
+        return (bound - MAX_EXPONENT).clamp(min=0)
     return None
 
 
 def loss_value(statistics: Statistics, positive: Tensor) -> Tensor:
-    """Mean negative log-probability of the positives: over rows, or over rows and the positives' columns alike."""
+    """Mean negative log-probability of the positives: over rows, or over rows and the positives' columns."""
     score = statistics.positive_score
-    loss = negative_log_share(score, statistics.row_shift, statistics.row_sum).mean()
+    loss = negative_log_probability(score, statistics.row_shift, statistics.row_sum).mean()
     if statistics.column_shift is None or statistics.column_sum is None:
         return loss
-    columns = negative_log_share(score, statistics.column_shift[positive], statistics.column_sum[positive])
+    columns = negative_log_probability(score, statistics.column_shift[positive], statistics.column_sum[positive])
     return (loss + columns.mean()) / 2
 
 
 def score_gradients(
     tiles: ScoreTiles, statistics: Statistics, upstream: Tensor, query: bool, passage: bool, logit_scale: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, passage and logit_scale, those asked for, from the recomputed tiles.
+    """Gradients of query, passage and logit_scale from the recomputed tiles; None for those not asked for.
 
-    The tiles hold M · dS; 1/M, logit_scale and the upstream gradient multiply the finished sums.
+    The tiles hold M · dS. The sums are multiplied by 1/M, logit_scale and the upstream gradient at the end.
     """
     batch, width = tiles.batch, tiles.batch.query.shape[1]
     queries, passages = batch.query.shape[0], batch.passage.shape[0]
-    through_mean = upstream.to(tiles.dtype) / queries
-    through_scores = through_mean * batch.logit_scale
+    mean_factor = upstream.to(tiles.dtype) / queries
+    score_factor = mean_factor * batch.logit_scale
     weights = softmax_weights(statistics, batch.positive)
     query_gradient = torch.empty_like(batch.query) if query else None
     query_sum = torch.empty(tiles.tile_rows, width, dtype=tiles.dtype, device=tiles.device)
@@ -207,12 +213,12 @@ def score_gradients(
         wanted_sum = block_sum if query or logit_scale else None
         add_row_gradients(tiles, statistics, weights, rows, query_block, wanted_sum, passage_sum)
         if logit_scale:
-            # Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K): a pass over M·D numbers in place of M·N.
+            # Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K), which costs M·D instead of M·N.
             scale_sum += (block_sum * query_block).sum()
         if query_gradient is not None:
-            query_gradient[rows] = block_sum.mul_(through_scores)
-    passage_gradient = passage_sum.mul_(through_scores).to(batch.passage.dtype) if passage_sum is not None else None
-    return query_gradient, passage_gradient, scale_sum * through_mean if logit_scale else None
+            query_gradient[rows] = block_sum.mul_(score_factor)
+    passage_gradient = passage_sum.mul_(score_factor).to(batch.passage.dtype) if passage_sum is not None else None
+    return query_gradient, passage_gradient, scale_sum * mean_factor if logit_scale else None
 
 
 def add_row_gradients(
@@ -224,7 +230,7 @@ def add_row_gradients(
     query_sum: Tensor | None,
     passage_sum: Tensor | None,
 ) -> None:
-    """Add M · dS K of these rows to query_sum [rows, D], and their M · dSᵀ Q to passage_sum [N, D]; None: not asked."""
+    """Add M · dS K of these rows to query_sum [rows, D] and M · dSᵀ Q to passage_sum [N, D]; None skips a sum."""
     for columns in tiles.column_blocks():
         passage_block = tiles.passage_block(columns)
         tile = tiles.scores(rows, columns, query_block, passage_block)
@@ -244,7 +250,7 @@ def _to_score_gradient(
     rows: slice,
     columns: slice,
 ) -> None:
-    """Turn S[rows, columns] into M · dS in place: the weighted softmaxes, minus one where the positive is."""
+    """Turn the tile S[rows, columns] into M · dS in place: weighted softmaxes, minus one at the positives."""
     row_weight, column_weight = weights
     if column_weight is None or statistics.column_shift is None:
         tile.sub_(statistics.row_shift[rows, None]).exp_().mul_(row_weight[rows, None])
@@ -256,30 +262,35 @@ def _to_score_gradient(
         scratch = tiles.scratch(rows, columns)
         torch.sub(tile, statistics.column_shift[columns], out=scratch).exp_().mul_(column_weight[columns])
         tile.sub_(statistics.row_shift[rows, None]).exp_().mul_(row_weight[rows, None]).add_(scratch)
-    place, inside = tiles.positive_places(rows, columns)
-    tile.scatter_(1, place, tile.gather(1, place) - inside.to(tile.dtype))
+    column, inside = tiles.positive_columns(rows, columns)
+    tile.scatter_(1, column, tile.gather(1, column) - inside.to(tile.dtype))
 
 
 def softmax_weights(statistics: Statistics, positive: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What multiplies exp(S − shift) in M · dS: for a row its share of the loss over its sum; for a column, counted
-    once for each query whose positive it is, the same; zero for a column that is nobody's positive."""
+    """Factors of exp(S − shift) in M · dS, for rows [M] and, for a symmetric loss, columns [N].
+
+    A factor is the weight of a row or column in the loss divided by its sum. A column counts once for each query whose
+    positive it is, so it is zero for hard negatives.
+    """
     if statistics.column_sum is None:
         return 1 / statistics.row_sum, None
-    owners = torch.zeros_like(statistics.column_sum).index_add_(0, positive, torch.ones_like(statistics.row_sum))
-    column_weight = torch.where(owners > 0, owners / (2 * statistics.column_sum), 0)
+    positive_count = torch.zeros_like(statistics.column_sum).index_add_(
+        0, positive, torch.ones_like(statistics.row_sum)
+    )
+    column_weight = torch.where(positive_count > 0, positive_count / (2 * statistics.column_sum), 0)
     return 1 / (2 * statistics.row_sum), column_weight
 
 
-def _add_to_softmax(shift: Tensor, total: Tensor, tile: Tensor, dim: int, out: Tensor) -> None:
-    """Bring a tile into running maxima and sums of exponentials, both in place; `out` may be the tile itself."""
+def _update_softmax(shift: Tensor, total: Tensor, tile: Tensor, dim: int, out: Tensor) -> None:
+    """Online softmax: add a tile to running maxima and sums of exponentials, in place; `out` may be the tile itself."""
     new_shift = torch.maximum(shift, tile.amax(dim))
     torch.sub(tile, new_shift.unsqueeze(dim), out=out).exp_()
     total.mul_((shift - new_shift).exp_()).add_(out.sum(dim))
     shift.copy_(new_shift)
 
 
-def negative_log_share(score: Tensor, shift: Tensor, total: Tensor) -> Tensor:
-    """−log(exp(score) / (exp(shift) · total)), never negative and exact where the share is near one."""
+def negative_log_probability(score: Tensor, shift: Tensor, total: Tensor) -> Tensor:
+    """−log(exp(score) / (exp(shift) · total)), accurate for probabilities near one and never negative."""
     margin = score - shift
     ratio = total / margin.exp()
     return torch.where(ratio < 1e30, ratio.log(), total.log() - margin)

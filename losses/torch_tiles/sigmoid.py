@@ -1,7 +1,7 @@
-"""Sigmoid loss in tiles, in plain PyTorch on any device: memory linear in the batch, three products in all.
+"""Sigmoid loss in tiles, in PyTorch, on any device: memory linear in the batch size, three matrix products in total.
 
-No pair needs to know of another, so the visit that takes a tile's loss turns it into dS at once and adds dS K to dQ
-and dSᵀ Q to dK. Backward only multiplies what forward left by the upstream gradient.
+The terms of the loss are independent, so each tile gives its loss and dS in one pass, and dS K and dSᵀ Q are added to
+dQ and dK at once. Backward only multiplies the stored gradients by the upstream gradient.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch, all_finite
-from losses.precision import Precision, add_product, plain_arithmetic
+from losses.precision import Precision, add_product, matmul_precision
 from losses.torch_tiles.tiles import ScoreTiles
 
 
 def tiled_sigmoid_loss(
     batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int
 ) -> Tensor:
-    """Scalar sigmoid loss of a batch marked symmetric, differentiable once in query, passage, scale and bias.
+    """0-dim sigmoid loss of a symmetric batch, differentiable once.
 
-    Beside inputs, two gradients held until backward and vectors of M numbers it holds at most `workspace_bytes` (one
-    tile at least), and float32 accumulators of the passage gradient when the embeddings are narrower.
+    In addition to inputs, two gradients stored until backward and vectors of M numbers, it uses at most
+    `workspace_bytes` (at least one tile), and a float32 accumulator of the passage gradient if the embeddings are in
+    half precision.
     """
     leaves = (batch.query, batch.passage, batch.logit_scale, logit_bias)
     wanted = tuple(torch.is_grad_enabled() and leaf.requires_grad for leaf in leaves)
     if not any(wanted):
-        return tiled_values(batch, logit_bias, precision, workspace_bytes, wanted)[0]
+        return tiled_sigmoid_values(batch, logit_bias, precision, workspace_bytes, wanted)[0]
     return _TiledSigmoidLoss.apply(*leaves, batch, precision, workspace_bytes, wanted)
 
 
@@ -44,21 +45,21 @@ class _TiledSigmoidLoss(torch.autograd.Function):
         workspace_bytes: int,
         wanted: tuple[bool, ...],
     ) -> Tensor:
-        loss, *gradients = tiled_values(batch, logit_bias, precision, workspace_bytes, wanted)
+        loss, *gradients = tiled_sigmoid_values(batch, logit_bias, precision, workspace_bytes, wanted)
         ctx.dtypes = tuple(leaf.dtype for leaf in (query, passage, logit_scale, logit_bias))
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*times_upstream(ctx.saved_tensors, upstream, ctx.dtypes), None, None, None, None)
+        return (*scale_by_upstream(ctx.saved_tensors, upstream, ctx.dtypes), None, None, None, None)
 
 
-def times_upstream(
+def scale_by_upstream(
     gradients: tuple[Tensor | None, ...], upstream: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> list[Tensor | None]:
-    """The gradients for an upstream gradient of one, held since forward, for another, in the leaves' dtypes."""
-    # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+    """Multiply gradients stored in forward by the upstream gradient and convert them to `dtypes`."""
+    # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second derivatives.
     if torch.is_grad_enabled():
         raise RuntimeError("this sigmoid loss is differentiable once: implementation='full' has second derivatives")
     return [
@@ -67,26 +68,26 @@ def times_upstream(
     ]
 
 
-def held_dtype(embeddings: torch.dtype) -> torch.dtype:
-    """How a gradient waits for backward: the loss scale that lifts it into float16's range comes only then."""
+def saved_gradient_dtype(embeddings: torch.dtype) -> torch.dtype:
+    """Dtype of a gradient stored until backward: float32 for float16, because the loss scale is not applied yet."""
     return torch.float32 if embeddings == torch.float16 else embeddings
 
 
-def tiled_values(
+def tiled_sigmoid_values(
     batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The loss and its gradients in query, passage, logit_scale and logit_bias, None where not wanted."""
+    """The loss and its gradients with respect to query, passage, logit_scale and logit_bias; None if not wanted."""
     want_query, want_passage, want_scale, want_bias = wanted
     (queries, width), passages = batch.query.shape, batch.passage.shape[0]
-    with plain_arithmetic(precision, batch.query.device):
+    with matmul_precision(precision, batch.query.device):
         tiles = ScoreTiles(batch, precision, workspace_bytes)
         need_query = want_query or want_scale
-        query_gradient = batch.query.new_empty(queries, width, dtype=held_dtype(batch.query.dtype))
-        through_scores = batch.logit_scale.detach() / queries
-        zero = through_scores.new_zeros(())
+        query_gradient = batch.query.new_empty(queries, width, dtype=saved_gradient_dtype(batch.query.dtype))
+        score_factor = batch.logit_scale.detach() / queries
+        zero = score_factor.new_zeros(())
         query_sum = zero.new_empty(tiles.tile_rows if need_query else 0, width)
         passage_sum = zero.new_zeros(passages if want_passage else 0, width)
-        # Terms far smaller than the sum are many: float64 keeps them.
+        # float64, because many terms are far smaller than the sum.
         loss_sum, bias_sum, scale_sum = zero.new_zeros(3, dtype=torch.float64)
         for rows in tiles.row_blocks():
             query_block = tiles.query_block(rows)
@@ -94,13 +95,13 @@ def tiled_values(
             for columns in tiles.column_blocks():
                 passage_block = tiles.passage_block(columns)
                 tile = tiles.scores(rows, columns, query_block, passage_block).add_(logit_bias)
-                place, inside = tiles.positive_places(rows, columns)
-                _negate(tile, place, inside)
+                column, inside = tiles.positive_columns(rows, columns)
+                _negate(tile, column, inside)
                 losses = torch.logaddexp(tile, zero, out=tiles.scratch(rows, columns))
                 loss_sum += losses.sum()
                 if not any(wanted):
                     continue
-                _negate(tile.sigmoid_(), place, inside)
+                _negate(tile.sigmoid_(), column, inside)
                 bias_sum += tile.sum()
                 factor = tiles.products.factor(tile)
                 if need_query:
@@ -108,22 +109,22 @@ def tiled_values(
                 if want_passage:
                     add_product(passage_sum[columns], factor.T, query_block)
             if want_scale:
-                # Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K): a pass over M·D numbers in place of M·N.
+                # Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K), which costs M·D instead of M·N.
                 scale_sum += (block_sum * query_block).sum()
             if want_query:
-                query_gradient[rows] = block_sum.mul_(through_scores)
-        # A negative of minus infinity would vanish from the sum, so finiteness is asked of the inputs.
+                query_gradient[rows] = block_sum.mul_(score_factor)
+        # A score of minus infinity adds zero to the sum, so the inputs themselves are checked.
         loss = torch.where(all_finite(batch.query, batch.passage), loss_sum / queries, torch.nan).to(tiles.dtype)
         return (
             loss,
             query_gradient if want_query else None,
-            passage_sum.mul_(through_scores).to(held_dtype(batch.passage.dtype)) if want_passage else None,
+            passage_sum.mul_(score_factor).to(saved_gradient_dtype(batch.passage.dtype)) if want_passage else None,
             (scale_sum / queries).to(tiles.dtype) if want_scale else None,
             (bias_sum / queries).to(tiles.dtype) if want_bias else None,
         )
 
 
-def _negate(tile: Tensor, place: Tensor, inside: Tensor) -> None:
-    """Turn the sign of the positives in place: their loss is softplus(−x), and its derivative −σ(−x)."""
-    own = tile.gather(1, place)
-    tile.scatter_(1, place, torch.where(inside, -own, own))
+def _negate(tile: Tensor, column: Tensor, inside: Tensor) -> None:
+    """Negate the positives: their loss is softplus(−x) and its derivative −σ(−x)."""
+    own = tile.gather(1, column)
+    tile.scatter_(1, column, torch.where(inside, -own, own))

@@ -1,1 +1,1 @@
-"""The losses by Triton kernels on one GPU: launches, shapes of tiles, autograd."""
+"""The losses by Triton kernels on one GPU: launches, tile shapes, autograd."""

@@ -1,6 +1,6 @@
-"""A visit of all tiles of a block of scores by the kernels: its sums in forward, its dS in backward.
+"""Kernel launches for one block of scores: softmax sums in forward, dS in backward.
 
-A block is a whole batch on one GPU (triton/inf_cl.py), or a rank's queries with one block of the ring
+A block is a whole batch on one GPU (triton/inf_cl.py), or a rank's queries against one block of passages
 (distributed/triton_blocks.py).
 """
 
@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from losses.triton.kernel_batch import BlockRun, cells
+from losses.triton.kernel_batch import KernelBatch, span_length
 
 
 @dataclass(frozen=True)
-class State:
-    """What forward leaves for backward: bounds [4], of queries [M], of passages [N]; in exponents of 2, float32.
+class SavedStatistics:
+    """Softmax statistics that forward saves for backward, float32; shifts and scores are exponents of 2.
 
-    All in one tensor, so that one launch clears it.
+    `bounds` is [4]; `score`, `row_sum` and `row_shift` are [M]; `column_sum` and `column_shift` are [N]. On one GPU
+    they are views of one tensor, so that one launch clears them.
     """
 
     bounds: Tensor
@@ -28,17 +29,19 @@ class State:
     column_shift: Tensor
 
     @staticmethod
-    def size(queries: int, passages: int) -> int:
+    def numel(queries: int, passages: int) -> int:
+        """Number of elements of the tensor."""
         return 4 + 3 * queries + 2 * passages
 
     @classmethod
-    def of(cls, flat: Tensor, queries: int, passages: int) -> State:
+    def split(cls, flat: Tensor, queries: int, passages: int) -> SavedStatistics:
+        """Views of the tensor `flat`."""
         return cls(*flat.split([4, queries, queries, queries, passages, passages]))
 
 
 def add_sums(
-    run: BlockRun,
-    state: State,
+    kernel_batch: KernelBatch,
+    statistics: SavedStatistics,
     logit_scale: Tensor,
     positive: Tensor,
     symmetric: bool,
@@ -46,89 +49,96 @@ def add_sums(
     workspace_bytes: int,
     kept: Tensor | None = None,
 ) -> None:
-    """Bring a visit of all tiles into the sums of `state`: of a batch, or of one block of its passages.
+    """Add all tiles of a batch, or of one block of its passages, to the sums of `statistics`.
 
-    Places in `positive` outside the run's passages belong to other blocks. `kept` takes the exponentials of its rows.
+    Values of `positive` outside the passages of `kernel_batch` belong to other blocks. `kept` receives the
+    exponentials of the rows that are kept.
     """
     import triton
 
     from losses.triton.block_sizes import forward_blocks
-    from losses.triton.kernels.statistics import MERGE_LINES, MERGE_TILES, merge_sums_kernel, tile_sums_kernel
+    from losses.triton.kernels.statistics import MERGE_BLOCK, MERGE_TILES, merge_sums_kernel, tile_sums_kernel
 
-    queries, passages = len(run.query), len(run.passage)
-    # A kernel that also keeps tiles needs shared memory for their store, and other shapes suit it.
-    plain, keeper = run.shape("sums"), run.shape("kept_sums")
-    least_m, least_n = min(plain.block_m, keeper.block_m), min(plain.block_n, keeper.block_n)
-    launches = list(forward_blocks(queries, passages, run.blocks.kept_rows, workspace_bytes, least_m, least_n))
-    room = max(
-        cells(rows) * triton.cdiv(cells(columns), least_n) + cells(columns) * triton.cdiv(cells(rows), least_m)
+    queries, passages = len(kernel_batch.query), len(kernel_batch.passage)
+    # A kernel that also stores its tiles needs shared memory for the store, so it has a tile shape of its own.
+    sums_shape, kept_shape = kernel_batch.shape("sums"), kernel_batch.shape("kept_sums")
+    min_block_m, min_block_n = min(sums_shape.block_m, kept_shape.block_m), min(sums_shape.block_n, kept_shape.block_n)
+    launches = list(
+        forward_blocks(queries, passages, kernel_batch.blocks.kept_rows, workspace_bytes, min_block_m, min_block_n)
+    )
+    buffer_size = max(
+        span_length(rows) * triton.cdiv(span_length(columns), min_block_n)
+        + span_length(columns) * triton.cdiv(span_length(rows), min_block_m)
         for rows, columns, _ in launches
     )
-    sums, maxima = state.bounds.new_empty(2, room)
-    for rows, columns, keeping in launches:
-        height, width = cells(rows), cells(columns)
-        shape = keeper if keeping else plain
+    sums, maxima = statistics.bounds.new_empty(2, buffer_size)
+    for rows, columns, keep_block in launches:
+        height, width = span_length(rows), span_length(columns)
+        shape = kept_shape if keep_block else sums_shape
         row_tiles, column_tiles = triton.cdiv(height, shape.block_m), triton.cdiv(width, shape.block_n)
-        column_place = height * column_tiles
-        block = kept[rows, columns] if keeping and kept is not None else run.query
-        # Of the two launches the device takes the one that the batch's bounds allow; the other ends at once.
+        column_offset = height * column_tiles
+        block = kept[rows, columns] if keep_block and kept is not None else kernel_batch.query
+        # Both variants are launched. The bounds on the device decide which one computes; the other returns at once.
         for safe in (True, False):
             launched = shape if safe else replace(shape, persistent=1)
-            tile_sums_kernel[launched.grid(height, width, run.processors)](
-                run.described(run.query[rows], shape.block_m, shape.block_k),
-                run.described(run.passage[columns], shape.block_n, shape.block_k),
-                run.described(block, shape.block_m, shape.block_n if keeping else shape.block_k),
-                state.bounds,
+            tile_sums_kernel[launched.grid(height, width, kernel_batch.processors)](
+                kernel_batch.descriptor(kernel_batch.query[rows], shape.block_m, shape.block_k),
+                kernel_batch.descriptor(kernel_batch.passage[columns], shape.block_n, shape.block_k),
+                kernel_batch.descriptor(block, shape.block_m, shape.block_n if keep_block else shape.block_k),
+                statistics.bounds,
                 logit_scale,
                 positive,
-                run.query_ids,
-                run.passage_ids,
-                state.score,
+                kernel_batch.query_ids,
+                kernel_batch.passage_ids,
+                statistics.score,
                 sums,
                 maxima,
-                sums[column_place:],
-                maxima[column_place:],
-                *run.cell_keys,
+                sums[column_offset:],
+                maxima[column_offset:],
+                *kernel_batch.excluded_arguments,
                 height,
                 width,
                 rows.start,
                 columns.start,
-                D=run.width,
-                PRODUCT=run.product,
+                D=kernel_batch.width,
+                PRODUCT=kernel_batch.product,
                 SAFE=safe,
                 SYMMETRIC=symmetric,
                 DIAGONAL=diagonal,
-                HAS_IDS=run.has_ids,
-                HAS_EXCLUDED=run.has_excluded,
-                KEEP=keeping,
+                HAS_IDS=kernel_batch.has_ids,
+                HAS_EXCLUDED=kernel_batch.has_excluded,
+                KEEP=keep_block,
                 **launched.meta(),
             )
-        lines = max(height, width) if symmetric else height
-        merge_sums_kernel[(triton.cdiv(lines, MERGE_LINES), 2 if symmetric else 1)](
-            state.bounds,
+        size = max(height, width) if symmetric else height
+        merge_sums_kernel[(triton.cdiv(size, MERGE_BLOCK), 2 if symmetric else 1)](
+            statistics.bounds,
             logit_scale,
-            state.row_sum[rows],
-            state.row_shift[rows],
+            statistics.row_sum[rows],
+            statistics.row_shift[rows],
             sums,
             maxima,
             height,
             column_tiles,
-            state.column_sum[columns],
-            state.column_shift[columns],
-            sums[column_place:],
-            maxima[column_place:],
+            statistics.column_sum[columns],
+            statistics.column_shift[columns],
+            sums[column_offset:],
+            maxima[column_offset:],
             width,
             row_tiles,
-            LINES=MERGE_LINES,
+            BLOCK=MERGE_BLOCK,
             TILES=MERGE_TILES,
         )
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What turns exponentials into unit · M · dS: row [M], column [N], and `unit`, which stands for 1 at positives."""
+class ScoreGradientWeights:
+    """Factors that turn exponentials into ds_scale · M · dS.
 
-    unit: Tensor
+    `row` is [M], `column` is [N], and `ds_scale` (0-dim) is subtracted at the positives in place of 1.
+    """
+
+    ds_scale: Tensor
     row: Tensor
     column: Tensor
     symmetric: bool
@@ -136,9 +146,9 @@ class Weights:
 
 
 def score_gradient(
-    run: BlockRun,
-    state: State,
-    weights: Weights,
+    kernel_batch: KernelBatch,
+    statistics: SavedStatistics,
+    weights: ScoreGradientWeights,
     logit_scale: Tensor,
     positive: Tensor,
     rows: slice,
@@ -146,42 +156,45 @@ def score_gradient(
     gradient: Tensor,
     kept: Tensor | None = None,
 ) -> None:
-    """Write unit · M · dS [rows, columns] into `gradient`, from recomputed or, where they fit, kept exponentials."""
+    """Write ds_scale · M · dS[rows, columns] to `gradient`, from kept exponentials if given, otherwise recomputed.
+
+    Kept exponentials are used only if one shift is safe for the whole matrix, which the device decides.
+    """
     from losses.triton.kernels.gradients import score_gradient_kernel
 
     for safe in (True, False):
         from_kept = kept is not None and safe
-        shape = run.shape("kept_gradient" if from_kept else "gradient")
+        shape = kernel_batch.shape("kept_gradient" if from_kept else "gradient")
         launched = shape if safe else replace(shape, persistent=1)
-        described = kept if kept is not None and safe else gradient
-        score_gradient_kernel[launched.grid(cells(rows), cells(columns), run.processors)](
-            run.described(run.query[rows], shape.block_m, shape.block_k),
-            run.described(run.passage[columns], shape.block_n, shape.block_k),
-            run.described(described, shape.block_m, shape.block_n),
-            run.described(gradient, shape.block_m, shape.block_n),
-            state.bounds,
+        source = kept if kept is not None and safe else gradient
+        score_gradient_kernel[launched.grid(span_length(rows), span_length(columns), kernel_batch.processors)](
+            kernel_batch.descriptor(kernel_batch.query[rows], shape.block_m, shape.block_k),
+            kernel_batch.descriptor(kernel_batch.passage[columns], shape.block_n, shape.block_k),
+            kernel_batch.descriptor(source, shape.block_m, shape.block_n),
+            kernel_batch.descriptor(gradient, shape.block_m, shape.block_n),
+            statistics.bounds,
             logit_scale,
-            weights.unit,
+            weights.ds_scale,
             positive,
-            run.query_ids,
-            run.passage_ids,
-            state.score,
+            kernel_batch.query_ids,
+            kernel_batch.passage_ids,
+            statistics.score,
             weights.row,
-            state.row_shift,
+            statistics.row_shift,
             weights.column,
-            state.column_shift,
-            *run.cell_keys,
-            cells(rows),
-            cells(columns),
+            statistics.column_shift,
+            *kernel_batch.excluded_arguments,
+            span_length(rows),
+            span_length(columns),
             rows.start,
             columns.start,
-            D=run.width,
-            PRODUCT=run.product,
+            D=kernel_batch.width,
+            PRODUCT=kernel_batch.product,
             SAFE=safe,
             SYMMETRIC=weights.symmetric,
             DIAGONAL=weights.diagonal,
-            HAS_IDS=run.has_ids,
-            HAS_EXCLUDED=run.has_excluded and not from_kept,
+            HAS_IDS=kernel_batch.has_ids,
+            HAS_EXCLUDED=kernel_batch.has_excluded and not from_kept,
             KEPT=from_kept,
             **launched.meta(),
         )

@@ -1,6 +1,6 @@
-"""InfoNCE of small batches on a GPU: the whole score matrix, in as few launches as its three products allow.
+"""InfoNCE of small batches on a GPU: the whole score matrix, with few kernel launches.
 
-Below some thousands of pairs a step takes as long as its launches: forward is a product and two kernels, backward a
+For a few thousand pairs or fewer, launches dominate the time. Forward is one product and two kernels; backward is one
 kernel and two products (triton/kernels/dense.py).
 """
 
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch
-from losses.precision import BlockProducts, Precision, plain_arithmetic
+from losses.precision import BlockProducts, Precision, matmul_precision
 
-# Of the products, which wait for backward, and of dS.
+# Products Q Kᵀ, stored until backward, and dS.
 BYTES_PER_SCORE = 8
 LOSS_BLOCK = 1024
 
 
 def fits_dense(batch: ContrastiveBatch, workspace_bytes: int) -> bool:
-    """Whether the matrix stays within the workspace."""
+    """Whether the whole matrix fits in the workspace."""
     return batch.query.shape[0] * batch.passage.shape[0] * BYTES_PER_SCORE <= workspace_bytes
 
 
 def dense_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
-    """Scalar InfoNCE of the batch, differentiable once in query, passage and logit_scale."""
+    """0-dim InfoNCE loss of the batch, differentiable once with respect to query, passage and logit_scale."""
     return _DenseLoss.apply(batch.query, batch.passage, batch.logit_scale, batch, precision)
 
 
@@ -38,7 +38,7 @@ class _DenseLoss(torch.autograd.Function):
     ) -> Tensor:
         kernels = _kernels()
         rows, columns = query.shape[0], passage.shape[0]
-        with plain_arithmetic(precision, query.device):
+        with matmul_precision(precision, query.device):
             products = BlockProducts(precision, query.device)
             operands = products.operand(query), products.operand(passage)
             scores = products.scores(*operands, query.new_empty(rows, columns, dtype=torch.float32))
@@ -47,40 +47,40 @@ class _DenseLoss(torch.autograd.Function):
             kernels.mark_excluded_kernel[(-(-len(pairs) // kernels.MARK_BLOCK),)](
                 scores,
                 pairs,
-                batch.given,
+                batch.given_positive,
                 len(pairs),
                 rows,
                 columns,
-                DIAGONAL=batch.given is None,
+                DIAGONAL=batch.given_positive is None,
                 BLOCK=kernels.MARK_BLOCK,
             )
-        lines = scores.new_empty(2 * (rows + columns))
-        programs = -(-rows // kernels.ROW_LINES)
+        statistics = scores.new_empty(2 * (rows + columns))
+        programs = -(-rows // kernels.ROWS_PER_PROGRAM)
         if batch.symmetric:
-            programs = max(programs, -(-columns // kernels.COLUMN_LINES))
-        kernels.line_sums_kernel[(programs, 2 if batch.symmetric else 1)](
+            programs = max(programs, -(-columns // kernels.COLUMNS_PER_PROGRAM))
+        kernels.softmax_statistics_kernel[(programs, 2 if batch.symmetric else 1)](
             scores,
             logit_scale,
-            batch.given,
+            batch.given_positive,
             batch.query_ids,
             batch.passage_ids,
-            lines,
+            statistics,
             rows,
             columns,
             DIAGONAL=batch.diagonal,
             HAS_IDS=batch.query_ids is not None,
             HAS_EXCLUDED=batch.excluded is not None,
-            ROW_LINES=kernels.ROW_LINES,
+            ROWS_PER_PROGRAM=kernels.ROWS_PER_PROGRAM,
             ROW_STEP=kernels.ROW_STEP,
-            COLUMN_LINES=kernels.COLUMN_LINES,
+            COLUMNS_PER_PROGRAM=kernels.COLUMNS_PER_PROGRAM,
             COLUMN_STEP=kernels.COLUMN_STEP,
         )
         loss = scores.new_empty(())
         kernels.mean_loss_kernel[(1,)](
             scores,
             logit_scale,
-            batch.given,
-            lines,
+            batch.given_positive,
+            statistics,
             loss,
             rows,
             columns,
@@ -88,38 +88,41 @@ class _DenseLoss(torch.autograd.Function):
             DIAGONAL=batch.diagonal,
             BLOCK=LOSS_BLOCK,
         )
-        ctx.save_for_backward(*operands, logit_scale, batch.given, batch.query_ids, batch.passage_ids, scores, lines)
+        ctx.save_for_backward(
+            *operands, logit_scale, batch.given_positive, batch.query_ids, batch.passage_ids, scores, statistics
+        )
         ctx.options = batch.symmetric, batch.diagonal, batch.excluded is not None, precision, query.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+        # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second
+        # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("the dense loss is differentiable once: implementation='full' has second derivatives")
         kernels = _kernels()
-        query, passage, logit_scale, given, query_ids, passage_ids, scores, lines = ctx.saved_tensors
+        query, passage, logit_scale, given_positive, query_ids, passage_ids, scores, statistics = ctx.saved_tensors
         symmetric, diagonal, has_excluded, precision, dtype = ctx.options
         rows, columns = scores.shape
-        owners = None
+        positive_count = None
         if symmetric and not diagonal:
-            # Of a positive that is no passage the loss has told by then.
-            own = given.clamp(0, columns - 1)
-            owners = lines.new_zeros(columns).index_add_(0, own, lines.new_ones(rows))
+            # An out-of-range positive has already made the loss NaN.
+            own = given_positive.clamp(0, columns - 1)
+            positive_count = statistics.new_zeros(columns).index_add_(0, own, statistics.new_ones(rows))
         grid = -(-rows // kernels.TILE_M), -(-columns // kernels.TILE_N)
-        shares = lines.new_empty(grid)
+        partials = statistics.new_empty(grid)
         gradient = query.new_empty(rows, columns)
         kernels.dense_gradient_kernel[grid](
             scores,
             logit_scale,
             upstream,
-            given,
-            owners,
+            given_positive,
+            positive_count,
             query_ids,
             passage_ids,
-            lines,
+            statistics,
             gradient,
-            shares,
+            partials,
             rows,
             columns,
             SYMMETRIC=symmetric,
@@ -130,11 +133,11 @@ class _DenseLoss(torch.autograd.Function):
             TILE_N=kernels.TILE_N,
         )
         of_query, of_passage, of_scale = ctx.needs_input_grad[:3]
-        with plain_arithmetic(precision, scores.device):
+        with matmul_precision(precision, scores.device):
             return (
                 _product(gradient, passage, dtype) if of_query else None,
                 _product(gradient.T, query, dtype) if of_passage else None,
-                shares.sum() if of_scale else None,
+                partials.sum() if of_scale else None,
                 None,
                 None,
             )
@@ -142,14 +145,14 @@ class _DenseLoss(torch.autograd.Function):
 
 @functools.cache
 def _kernels() -> ModuleType:
-    """Triton is imported where it is used, and once."""
+    """The kernels' module; Triton is imported on first use."""
     from losses.triton.kernels import dense
 
     return dense
 
 
 def _product(factor: Tensor, block: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor · block in `dtype`; sums are float32, and rounded once."""
+    """factor @ block in `dtype`, accumulated in float32 and rounded once."""
     if factor.dtype == dtype:
         return factor @ block
     if factor.dtype == torch.float32:

@@ -1,9 +1,9 @@
-"""InfoNCE by Triton kernels on one GPU: forward and backward over blocks of scores, as operators PyTorch knows.
+"""InfoNCE by Triton kernels on one GPU: forward and backward over blocks of scores, and their custom operators.
 
-Forward visits each tile of S once (triton/kernels/statistics.py). Backward writes dS, a block at a time, in half
-precision into the workspace or over the exponentials that forward kept (triton/kernels/gradients.py), and the vendor's
-products add it to float32 accumulators of dQ and dK. Nothing waits for the device: which arithmetic is safe is decided
-there (triton/kernels/tile.py).
+Forward computes each tile of S once (triton/kernels/statistics.py). Backward writes dS, one block at a time and in the
+operand dtype, to the workspace or over the exponentials kept by forward (triton/kernels/gradients.py). cuBLAS
+multiplies the block and accumulates into float32 sums for dQ and dK. Nothing synchronizes with the device: the device
+decides which arithmetic is safe (triton/kernels/tile.py).
 """
 
 from __future__ import annotations
@@ -15,23 +15,31 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch
-from losses.precision import Precision, add_product, plain_arithmetic
-from losses.triton.block_launches import State, Weights, add_sums, score_gradient
-from losses.triton.kernel_batch import BlockRun, Finish, cells, padded_to_16_bytes, ranked, sorted_excluded, unit_of
+from losses.precision import Precision, add_product, matmul_precision
+from losses.triton.block_launches import SavedStatistics, ScoreGradientWeights, add_sums, score_gradient
+from losses.triton.kernel_batch import (
+    GradientEpilogue,
+    KernelBatch,
+    choose_ds_scale,
+    compact_ids_if_given,
+    round_up_to_16_bytes,
+    sorted_excluded,
+    span_length,
+)
 
 
 def fused_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: int) -> Tensor:
-    """Scalar InfoNCE of the batch, differentiable once in query, passage and logit_scale.
+    """0-dim InfoNCE loss of the batch, differentiable once with respect to query, passage and logit_scale.
 
-    Beside inputs and gradients it holds `workspace_bytes` (32 KiB at least), vectors of M and N numbers, copies of the
-    embeddings where precision or alignment ask for them, and float32 accumulators of gradients narrower than that: of
-    one block of queries, and of all passages. Where `workspace_bytes` exceeds what blocks of dS can use, bf16 forward
-    keeps exponentials in it until backward, which uses them up: a second one computes them again.
+    In addition to inputs and gradients it uses `workspace_bytes` (at least 32 KiB), vectors of M and N numbers, copies
+    of the embeddings if their precision or alignment requires it, and float32 accumulators of half-precision
+    gradients: of one block of queries, and of all passages. If `workspace_bytes` exceeds what blocks of dS can use,
+    bf16 forward keeps exponentials in it. Backward overwrites them; a second backward recomputes them.
     """
     leaves = (batch.query, batch.passage, batch.logit_scale)
-    ids = ranked(batch.query_ids, batch.passage_ids)
+    ids = compact_ids_if_given(batch.query_ids, batch.passage_ids)
     fixed = (batch.positive, *ids, batch.excluded, batch.symmetric, batch.diagonal)
-    # Without a backward nothing is kept for it.
+    # Keep exponentials only if backward can run.
     differentiable = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     return _FusedLoss.apply(*leaves, *fixed, precision, workspace_bytes, differentiable)
 
@@ -40,30 +48,31 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         query, passage, logit_scale, positive, query_ids, passage_ids, _, *options, _ = arguments
-        # A call of an operator costs more than the kernels of a small batch: it is for torch.compile alone.
+        # A custom operator costs more than the kernels of a small batch, so it is used under torch.compile only.
         if torch.compiler.is_compiling():
-            # Nothing is kept: what a compiled graph saves it may hand to its backward twice.
-            loss, state, keys, starts = inf_cl_forward_op(*arguments[:-1])
-            kept = state.new_empty(0, dtype=query.dtype)
+            # Nothing is kept, because a compiled graph may run backward twice on what it saved.
+            loss, flat_statistics, keys, starts = inf_cl_forward_op(*arguments[:-1])
+            kept = flat_statistics.new_empty(0, dtype=query.dtype)
         else:
-            loss, state, keys, starts, kept = inf_cl_forward(*arguments)
+            loss, flat_statistics, keys, starts, kept = inf_cl_forward(*arguments)
         masks = (query_ids, passage_ids, keys, starts)
-        ctx.save_for_backward(query, passage, logit_scale, positive, *masks, state, kept)
+        ctx.save_for_backward(query, passage, logit_scale, positive, *masks, flat_statistics, kept)
         ctx.options = options
-        ctx.used_up = False
+        ctx.kept_overwritten = False
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would let create_graph pass when `upstream` is a constant, and second derivatives vanish.
+        # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second
+        # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("the fused loss is differentiable once: implementation='full' has second derivatives")
-        *inputs, state, kept = ctx.saved_tensors
-        kept = kept[:0] if ctx.used_up else kept
-        ctx.used_up = True
+        *inputs, flat_statistics, kept = ctx.saved_tensors
+        kept = kept[:0] if ctx.kept_overwritten else kept
+        ctx.kept_overwritten = True
         wanted = list(ctx.needs_input_grad[:3])
         compute: Callable[..., Any] = inf_cl_backward_op if torch.compiler.is_compiling() else inf_cl_backward
-        gradients = compute(*inputs, *ctx.options, state, kept, upstream, *wanted)
+        gradients = compute(*inputs, *ctx.options, flat_statistics, kept, upstream, *wanted)
         found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
         return (*found, *[None] * 9)
 
@@ -82,40 +91,42 @@ def inf_cl_forward(
     workspace_bytes: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, state, sorted excluded pairs and their starts, kept exponentials) of a batch."""
+    """(loss, statistics, sorted excluded pairs, start of each cell, kept exponentials) of a batch."""
     import triton
 
     from losses.triton.kernels.bounds import measure_bounds
     from losses.triton.kernels.statistics import loss_kernel
 
-    run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
+    kernel_batch = KernelBatch(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
     queries, passages = query.shape[0], passage.shape[0]
-    flat = torch.zeros(State.size(queries, passages), device=query.device)
-    state = State.of(flat, queries, passages)
-    kept = run.query.new_empty(run.blocks.kept_rows, padded_to_16_bytes(passages, run.dtype))
-    measure_bounds(run.query, run.passage, positive, logit_scale, state.bounds)
-    checks = {"positive": positive, "diagonal": diagonal, "bounds": state.bounds}
+    flat_statistics = torch.zeros(SavedStatistics.numel(queries, passages), device=query.device)
+    statistics = SavedStatistics.split(flat_statistics, queries, passages)
+    kept = kernel_batch.query.new_empty(
+        kernel_batch.blocks.kept_rows, round_up_to_16_bytes(passages, kernel_batch.dtype)
+    )
+    measure_bounds(kernel_batch.query, kernel_batch.passage, positive, logit_scale, statistics.bounds)
+    checks = {"positive": positive, "diagonal": diagonal, "bounds": statistics.bounds}
     keys, starts = sorted_excluded(excluded, query, passage, **checks)
-    run.exclude(keys, starts)
+    kernel_batch.set_excluded(keys, starts)
 
-    add_sums(run, state, logit_scale, positive, symmetric, diagonal, workspace_bytes, kept)
-    line_block = 1024 if query.is_cuda else 64
-    shares = flat.new_empty(triton.cdiv(queries, line_block))
-    loss_kernel[(len(shares),)](
-        state.bounds,
+    add_sums(kernel_batch, statistics, logit_scale, positive, symmetric, diagonal, workspace_bytes, kept)
+    block = 1024 if query.is_cuda else 64
+    partials = flat_statistics.new_empty(triton.cdiv(queries, block))
+    loss_kernel[(len(partials),)](
+        statistics.bounds,
         positive,
-        state.score,
-        state.row_sum,
-        state.row_shift,
-        state.column_sum,
-        state.column_shift,
-        shares,
+        statistics.score,
+        statistics.row_sum,
+        statistics.row_shift,
+        statistics.column_sum,
+        statistics.column_shift,
+        partials,
         queries,
         SYMMETRIC=symmetric,
         DIAGONAL=diagonal,
-        BLOCK=line_block,
+        BLOCK=block,
     )
-    return shares.sum(), flat, keys, starts, kept
+    return partials.sum(), flat_statistics, keys, starts, kept
 
 
 @torch.library.custom_op("dense_retriever::inf_cl_forward", mutates_args=())
@@ -132,11 +143,11 @@ def inf_cl_forward_op(
     precision: str,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`inf_cl_forward` that keeps no exponentials."""
+    """`inf_cl_forward` without kept exponentials, as a custom operator."""
     fixed = (positive, query_ids, passage_ids, excluded, symmetric, diagonal, precision, workspace_bytes)
     *found, _ = inf_cl_forward(query, passage, logit_scale, *fixed, keep=False)
-    loss, state, keys, starts = found
-    return loss, state, keys, starts
+    loss, flat_statistics, keys, starts = found
+    return loss, flat_statistics, keys, starts
 
 
 @inf_cl_forward_op.register_fake
@@ -153,12 +164,15 @@ def _(
     from losses.triton.kernels.excluded import Cells
 
     queries, passages = query.shape[0], passage.shape[0]
-    state = query.new_empty(State.size(queries, passages), dtype=torch.float32)
+    flat_statistics = query.new_empty(SavedStatistics.numel(queries, passages), dtype=torch.float32)
     keys, starts = query.new_empty(0, dtype=torch.int64), query.new_empty(0, dtype=torch.int32)
     if excluded is not None:
         cells = Cells.of(queries, passages)
-        keys, starts = excluded.new_empty(len(excluded)), starts.new_empty(cells.strips * cells.column_cells + 1)
-    return state.new_empty(()), state, keys, starts
+        keys, starts = (
+            excluded.new_empty(len(excluded)),
+            starts.new_empty(cells.row_cells * cells.column_cells + 1),
+        )
+    return flat_statistics.new_empty(()), flat_statistics, keys, starts
 
 
 def inf_cl_backward(
@@ -174,36 +188,36 @@ def inf_cl_backward(
     diagonal: bool,
     precision: str,
     workspace_bytes: int,
-    saved: Tensor,
+    flat_statistics: Tensor,
     kept: Tensor,
     upstream: Tensor,
     want_query: bool,
     want_passage: bool,
     want_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, passage and logit_scale, empty those that nobody wants. Writes over `kept`."""
+    """Gradients of query, passage and logit_scale; empty tensors if not wanted. Overwrites `kept`."""
     import triton
 
     from losses.triton.block_sizes import gradient_blocks
-    from losses.triton.kernels.gradients import weights_kernel
+    from losses.triton.kernels.gradients import gradient_weights_kernel
 
     keep = kept.shape[0] > 0
-    run = BlockRun(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
-    run.exclude(keys, starts)
+    kernel_batch = KernelBatch(query, passage, query_ids, passage_ids, precision, workspace_bytes, keep)
+    kernel_batch.set_excluded(keys, starts)
     queries, passages = query.shape[0], passage.shape[0]
-    state = State.of(saved, queries, passages)
-    owners = None
+    statistics = SavedStatistics.split(flat_statistics, queries, passages)
+    positive_count = None
     if symmetric and not diagonal:
-        # Of a positive that is no passage the loss has told by then.
+        # An out-of-range positive has already made the loss NaN.
         own = positive.clamp(0, passages - 1)
-        owners = saved.new_zeros(passages).index_add_(0, own, saved.new_ones(queries))
-    unit = unit_of(run.dtype, owners, saved)
-    row_weight, column_weight = torch.empty_like(state.row_sum), torch.empty_like(state.column_sum)
-    weights_kernel[(triton.cdiv(max(queries, passages), 1024),)](
-        unit,
-        unit if owners is None else owners,
-        state.row_sum,
-        state.column_sum,
+        positive_count = flat_statistics.new_zeros(passages).index_add_(0, own, flat_statistics.new_ones(queries))
+    ds_scale = choose_ds_scale(kernel_batch.dtype, positive_count, flat_statistics)
+    row_weight, column_weight = torch.empty_like(statistics.row_sum), torch.empty_like(statistics.column_sum)
+    gradient_weights_kernel[(triton.cdiv(max(queries, passages), 1024),)](
+        ds_scale,
+        ds_scale if positive_count is None else positive_count,
+        statistics.row_sum,
+        statistics.column_sum,
         row_weight,
         column_weight,
         queries,
@@ -213,42 +227,48 @@ def inf_cl_backward(
         BLOCK=1024,
     )
 
-    weights = Weights(unit, row_weight, column_weight, symmetric, diagonal)
-    blocks = list(gradient_blocks(queries, passages, run.blocks))
-    recomputed = min(run.blocks.rows, queries - run.blocks.kept_rows)
-    workspace = run.query.new_empty(recomputed * padded_to_16_bytes(run.blocks.columns, run.dtype))
-    finish = Finish(run.width, logit_scale, unit, upstream, queries)
+    weights = ScoreGradientWeights(ds_scale, row_weight, column_weight, symmetric, diagonal)
+    blocks = list(gradient_blocks(queries, passages, kernel_batch.blocks))
+    recomputed = min(kernel_batch.blocks.rows, queries - kernel_batch.blocks.kept_rows)
+    workspace = kernel_batch.query.new_empty(
+        recomputed * round_up_to_16_bytes(kernel_batch.blocks.columns, kernel_batch.dtype)
+    )
+    epilogue = GradientEpilogue(kernel_batch.width, logit_scale, ds_scale, upstream, queries)
     query_gradient = _gradient_of(query, want_query)
     need_query = want_query or want_scale
-    query_sum = saved.new_empty(max(cells(rows) for rows, _, _ in blocks) if need_query else 0, run.width)
-    passage_sum = saved.new_empty(passages if want_passage else 0, run.width)
-    shares: list[Tensor] = []
-    with plain_arithmetic(cast(Precision, precision), query.device):
+    query_sum = flat_statistics.new_empty(
+        max(span_length(rows) for rows, _, _ in blocks) if need_query else 0, kernel_batch.width
+    )
+    passage_sum = flat_statistics.new_empty(passages if want_passage else 0, kernel_batch.width)
+    partials: list[Tensor] = []
+    with matmul_precision(cast(Precision, precision), query.device):
         for rows, all_columns, keeping in blocks:
-            height = cells(rows)
+            height = span_length(rows)
             block_sum = query_sum[:height]
             for columns in all_columns:
                 if keeping:
                     gradient = exponentials = kept[rows, columns]
                 else:
-                    stride = padded_to_16_bytes(cells(columns), run.dtype)
-                    gradient = workspace[: height * stride].view(height, stride)[:, : cells(columns)]
+                    stride = round_up_to_16_bytes(span_length(columns), kernel_batch.dtype)
+                    gradient = workspace[: height * stride].view(height, stride)[:, : span_length(columns)]
                     exponentials = None
-                score_gradient(run, state, weights, logit_scale, positive, rows, columns, gradient, exponentials)
+                score_gradient(
+                    kernel_batch, statistics, weights, logit_scale, positive, rows, columns, gradient, exponentials
+                )
                 if need_query:
-                    add_product(block_sum, gradient, run.passage[columns], first=columns.start == 0)
+                    add_product(block_sum, gradient, kernel_batch.passage[columns], first=columns.start == 0)
                 if want_passage:
-                    add_product(passage_sum[columns], gradient.T, run.query[rows], first=rows.start == 0)
+                    add_product(passage_sum[columns], gradient.T, kernel_batch.query[rows], first=rows.start == 0)
             if need_query:
                 out = query_gradient[rows] if want_query else block_sum
-                shares.append(finish(block_sum, run.query[rows], out, want_scale))
+                partials.append(epilogue(block_sum, kernel_batch.query[rows], out, want_scale))
         del query_sum, workspace
         passage_gradient = passage_sum
-        if want_passage and (passage.dtype != torch.float32 or run.width != passage.shape[1]):
+        if want_passage and (passage.dtype != torch.float32 or kernel_batch.width != passage.shape[1]):
             passage_gradient = _gradient_of(passage, True)
         if want_passage:
-            finish(passage_sum, passage_sum, passage_gradient, False)
-        scale_gradient = torch.cat(shares).sum() if want_scale else saved.new_empty(0)
+            epilogue(passage_sum, passage_sum, passage_gradient, False)
+        scale_gradient = torch.cat(partials).sum() if want_scale else flat_statistics.new_empty(0)
     return query_gradient, passage_gradient, scale_gradient
 
 
@@ -269,14 +289,14 @@ def _(
     diagonal: bool,
     precision: str,
     workspace_bytes: int,
-    saved: Tensor,
+    flat_statistics: Tensor,
     kept: Tensor,
     upstream: Tensor,
     want_query: bool,
     want_passage: bool,
     want_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scale = saved.new_empty(()) if want_scale else saved.new_empty(0)
+    scale = flat_statistics.new_empty(()) if want_scale else flat_statistics.new_empty(0)
     return _gradient_of(query, want_query), _gradient_of(passage, want_passage), scale
 
 

@@ -1,4 +1,4 @@
-"""A batch as the kernels of the fused losses read it, the blocks it is cut into, and how their sums are finished."""
+"""A batch in the form that the kernels read, and the kernel that scales gradient sums."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from losses.precision import Precision
 
 
-class BlockRun:
-    """A batch as the kernels read it, and the blocks it is cut into. Its ids are `ranked`.
+class KernelBatch:
+    """A batch in the form that the kernels read, and its block sizes. Ids have been passed through `compact_ids`.
 
-    `exclude` gives it excluded pairs.
+    `set_excluded` adds excluded pairs.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class BlockRun:
         self.device = query.device
         self.processors = processors(query.device)
         self.dtype = operand_dtype(query.dtype, known)
-        self.width = padded_to_16_bytes(query.shape[1], self.dtype)
+        self.width = round_up_to_16_bytes(query.shape[1], self.dtype)
         self.product = product_of(known, self.dtype)
-        # Exponentials reach exp(60), beyond float16; kept ones are rounded, which only bf16 gradients are anyway.
+        # Exponentials reach exp(60), beyond float16. Kept ones are rounded, which only bf16 gradients tolerate.
         self.blocks = choose_blocks(
             query.shape[0],
             passage.shape[0],
@@ -48,38 +48,39 @@ class BlockRun:
         )
         self.query, self.passage = operand(query, known), operand(passage, known)
         self.has_ids = query_ids is not None and passage_ids is not None
-        # Kernels without ids never read these pointers.
+        # Placeholders: kernels without ids do not read these pointers.
         self.query_ids = self.passage_ids = self.query
         if query_ids is not None and passage_ids is not None:
             self.query_ids, self.passage_ids = query_ids, passage_ids
         self.has_excluded = False
-        # Pointers that are never read, and numbers that are never used.
-        self.cell_keys: tuple[Any, ...] = (self.query, self.query, 0, 0, 0)
+        # Placeholders: kernels without excluded pairs do not read them.
+        self.excluded_arguments: tuple[Any, ...] = (self.query, self.query, 0, 0, 0)
 
-    def exclude(self, keys: Tensor, starts: Tensor) -> None:
-        """Take pairs that triton/kernels/excluded.py has sorted out of the score matrix; empty tensors are none."""
+    def set_excluded(self, keys: Tensor, starts: Tensor) -> None:
+        """Exclude pairs, sorted by triton/kernels/excluded.py; empty tensors mean none."""
         if not len(keys):
             return
         from losses.triton.kernels.excluded import Cells
 
         cells = Cells.of(len(self.query), len(self.passage))
         self.has_excluded = True
-        self.cell_keys = (keys, starts, cells.strips, cells.column_cells, cells.cell_bits)
+        self.excluded_arguments = (keys, starts, cells.row_cells, cells.column_cells, cells.cell_bits)
 
     def shape(self, kernel: str) -> Any:
+        """The tile shape of a kernel."""
         from losses.triton.shapes import tile_shape
 
         return tile_shape(kernel, self.width, self.dtype, self.product, self.device)
 
-    def described(self, matrix: Tensor, rows: int, columns: int) -> Any:
-        """Descriptor of [rows, columns] blocks of a matrix: beyond it zeros are read and nothing is written."""
+    def descriptor(self, matrix: Tensor, rows: int, columns: int) -> Any:
+        """Tensor descriptor of [rows, columns] blocks; reads beyond the matrix give zeros, writes there are dropped."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 def sorted_excluded(pairs: Tensor | None, query: Tensor, passage: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Excluded pairs [R, 2] as `BlockRun.exclude` takes them; `options` are those of triton/kernels/excluded.py."""
+    """Excluded pairs [R, 2] in the form of `KernelBatch.set_excluded`; `options` are those of `sorted_pairs`."""
     if pairs is None or not len(query) or not len(passage):
         return query.new_empty(0, dtype=torch.int64), query.new_empty(0, dtype=torch.int32)
     from losses.triton.kernels.excluded import sorted_pairs
@@ -87,40 +88,40 @@ def sorted_excluded(pairs: Tensor | None, query: Tensor, passage: Tensor, **opti
     return sorted_pairs(pairs, len(query), len(passage), **options)
 
 
-def ranked(query_ids: Tensor | None, passage_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Ids as the kernels read them, if there are any: int32, equal where they were."""
-    from losses.triton.launch import ranked_ids
+def compact_ids_if_given(query_ids: Tensor | None, passage_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`compact_ids` of both ids, or the arguments if either is None."""
+    from losses.triton.launch import compact_ids
 
-    return (query_ids, passage_ids) if query_ids is None or passage_ids is None else ranked_ids(query_ids, passage_ids)
+    return (query_ids, passage_ids) if query_ids is None or passage_ids is None else compact_ids(query_ids, passage_ids)
 
 
 @dataclass(frozen=True)
-class Finish:
-    """Scales finished sums into gradients; returns the shares of logit_scale's gradient if asked to."""
+class GradientEpilogue:
+    """Scales sums of M · dS products to gradients; returns partial sums of the gradient of logit_scale."""
 
     width: int
-    """Of sums and embeddings."""
+    """Columns of the sums and of the embeddings."""
     logit_scale: Tensor
-    unit: Tensor
+    ds_scale: Tensor
     upstream: Tensor
     divisor: float
-    """Of the upstream gradient: M, over W ranks M / W."""
+    """Divides the upstream gradient: M, or M / W over W ranks."""
 
     def __call__(self, sums: Tensor, embeddings: Tensor, out: Tensor, scale: bool) -> Tensor:
         import triton
 
-        from losses.triton.kernels.gradients import finish_kernel
+        from losses.triton.kernels.gradients import gradient_epilogue_kernel
 
         rows = 8 if sums.is_cuda else 64
-        shares = sums.new_empty(triton.cdiv(len(sums), rows))
-        finish_kernel[(len(shares),)](
+        partials = sums.new_empty(triton.cdiv(len(sums), rows))
+        gradient_epilogue_kernel[(len(partials),)](
             sums,
             embeddings,
             out,
             self.logit_scale,
-            self.unit,
+            self.ds_scale,
             self.upstream,
-            shares,
+            partials,
             self.divisor,
             len(sums),
             D=out.shape[1],
@@ -129,26 +130,29 @@ class Finish:
             BLOCK_D=256,
             SCALE=scale,
         )
-        return shares
+        return partials
 
 
-def unit_of(dtype: torch.dtype, owners: Tensor | None, like: Tensor) -> Tensor:
-    """The power of two that dS is multiplied with. float16 needs one: most probabilities are below its 6e-8.
+def choose_ds_scale(dtype: torch.dtype, positive_count: Tensor | None, like: Tensor) -> Tensor:
+    """The power of two that dS is multiplied by, so that it does not underflow in float16.
 
-    |M · dS| is at most 1, or half the number of queries that share a positive; 2^15 is float16's room above 1.
+    Other dtypes use 1. Most probabilities are below the smallest float16 value, 6e-8. |M · dS| is at most 1, or half
+    the largest number of queries that share a positive. 2^15 is the largest power of two in float16.
     """
     if dtype != torch.float16:
         return like.new_ones(())
-    if owners is None:
+    if positive_count is None:
         return like.new_full((), 2.0**15)
-    return torch.exp2(15 - owners.max().clamp(min=1).log2().ceil())
+    return torch.exp2(15 - positive_count.max().clamp(min=1).log2().ceil())
 
 
-def padded_to_16_bytes(count: int, dtype: torch.dtype) -> int:
-    from losses.triton.block_sizes import padded
+def round_up_to_16_bytes(count: int, dtype: torch.dtype) -> int:
+    """The smallest number of elements, at least `count`, whose size is a multiple of 16 bytes."""
+    from losses.triton.block_sizes import round_up
 
-    return padded(count, 16 // dtype.itemsize)
+    return round_up(count, 16 // dtype.itemsize)
 
 
-def cells(lines: slice) -> int:
-    return lines.stop - lines.start
+def span_length(span: slice) -> int:
+    """Number of elements of a slice."""
+    return span.stop - span.start

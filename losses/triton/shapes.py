@@ -1,8 +1,8 @@
-"""Tile shapes: which BLOCK_M, BLOCK_N, BLOCK_K, warps and stages a kernel is launched with.
+"""Tile shapes: BLOCK_M, BLOCK_N, BLOCK_K, warps and stages of each kernel.
 
-The table beside this file, shapes.json, holds what was fastest on the devices it names; `python -m losses.autotune`
-measures a device and writes such a file. DENSE_RETRIEVER_SHAPES names a file that goes before the table. Nothing is
-tuned during training.
+The table shapes.json holds the fastest shapes on the devices it names; `python -m losses.autotune` measures a device
+and writes such a table. The environment variable DENSE_RETRIEVER_SHAPES names a table that takes precedence. Nothing
+is tuned during training.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ KERNELS = ("sums", "kept_sums", "gradient", "kept_gradient", "sigmoid")
 
 @dataclass(frozen=True)
 class TileShape:
-    """Launch parameters of a tile kernel; the interpreter, which has neither, ignores warps and stages."""
+    """Launch parameters of a tile kernel. Triton's interpreter ignores warps and stages."""
 
     block_m: int
-    """Queries a tile; a power of two."""
+    """Queries per tile; a power of two."""
     block_n: int
-    """Passages a tile; a power of two."""
+    """Passages per tile; a power of two."""
     block_k: int
-    """Dimensions a step of the product; a power of two."""
+    """Dimensions per step of the product; a power of two."""
     warps: int
     stages: int
-    """Steps of the product whose operands are loaded ahead."""
+    """Pipeline stages: steps of the product whose operands are loaded in advance."""
     group: int
-    """Rows of tiles that are visited together."""
+    """Rows of tiles that are computed together, to share operands in the L2 cache."""
     persistent: int = 0
-    """1: as many programs as fit the device, each with many tiles, whose loads go on across tiles; 0: one a tile."""
+    """1: persistent programs, each with many tiles, that prefetch across tiles; 0: one program per tile."""
 
     def grid(self, rows: int, columns: int, processors: int) -> tuple[int]:
-        """Programs for the tiles of a block of scores."""
+        """Number of programs for a block of [rows, columns] scores."""
         tiles = -(-rows // self.block_m) * -(-columns // self.block_n)
         resident = processors * (2 if self.block_m * self.block_n <= 128 * 128 else 1)
         return (min(tiles, resident) if self.persistent else tiles,)
 
     def meta(self) -> dict[str, Any]:
-        """The kernel's keyword arguments."""
+        """Keyword arguments of the kernel launch."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -58,44 +58,47 @@ class TileShape:
         }
 
 
-HALF = TileShape(128, 128, 64, warps=4, stages=3, group=8)
-SINGLE = TileShape(128, 128, 32, warps=8, stages=3, group=8)
-# Kept exponentials are read and written and not multiplied: many small programs, while some wait others move.
-MOVED = TileShape(64, 128, 64, warps=4, stages=1, group=8)
+DEFAULT_HALF = TileShape(128, 128, 64, warps=4, stages=3, group=8)
+DEFAULT_FLOAT32 = TileShape(128, 128, 32, warps=8, stages=3, group=8)
+# Kept exponentials are only read and written: many small programs hide the memory latency.
+DEFAULT_KEPT_GRADIENT = TileShape(64, 128, 64, warps=4, stages=1, group=8)
 INTERPRETED = TileShape(32, 16, 32, warps=1, stages=1, group=2)
-# The sums leave no room in shared memory taken by a store, so that two persistent programs fit a multiprocessor.
+# The sums kernel has no store in shared memory, so two persistent programs fit on a multiprocessor.
 PERSISTENT_KERNEL = "sums"
 
 
 def tile_shape(kernel: str, dim: int, dtype: torch.dtype, product: str, device: torch.device) -> TileShape:
-    """The shape for a kernel (one of KERNELS) on operands of `dim` dimensions and `dtype`."""
+    """The tile shape of a kernel (one of KERNELS) for operands of dimension `dim` and `dtype`."""
     if device.type != "cuda":
         return replace(INTERPRETED, persistent=int(kernel == PERSISTENT_KERNEL))
     name = torch.cuda.get_device_name(device)
     found = _lookup(name, kernel, dim, str(dtype).removeprefix("torch."), product, os.environ.get(VARIABLE))
-    plain = MOVED if kernel == "kept_gradient" else HALF if dtype.itemsize == 2 else SINGLE
+    plain = (
+        DEFAULT_KEPT_GRADIENT if kernel == "kept_gradient" else DEFAULT_HALF if dtype.itemsize == 2 else DEFAULT_FLOAT32
+    )
     return found or replace(plain, persistent=int(kernel == PERSISTENT_KERNEL))
 
 
 def precision_name(dtype: str, product: str) -> str:
-    """How a table calls the operands: their dtype, and for float32 how they are multiplied."""
+    """Name of the operand precision in a table: the dtype or, for float32, Triton's `input_precision`."""
     return product if dtype == "float32" else dtype
 
 
 def write_shapes(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a table; each row holds device, kernel, precision, dim and the fields of a TileShape."""
+    """Write a table; each row has device, kernel, precision, dim and the fields of a TileShape."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
 def table_row(device: str, kernel: str, precision: str, dim: int, shape: TileShape) -> dict[str, Any]:
+    """One row of a table."""
     return {"device": device, "kernel": kernel, "precision": precision, "dim": dim, **asdict(shape)}
 
 
 @functools.cache
 def _lookup(device: str, kernel: str, dim: int, dtype: str, product: str, override: str | None) -> TileShape | None:
-    """The row of this device, kernel and precision with the nearest number of dimensions; none without a row."""
+    """The row of this device, kernel and precision with the nearest dimension, or None if there is none."""
     precision = precision_name(dtype, product)
     for path in ([Path(override)] if override else []) + [TABLE]:
         rows = [
@@ -111,7 +114,11 @@ def _lookup(device: str, kernel: str, dim: int, dtype: str, product: str, overri
 
 @functools.cache
 def read_shapes(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table. Raises ValueError, naming the file, where it holds anything else."""
+    """Read the rows of a table.
+
+    Raises:
+        ValueError: If the file is not a table of tile shapes. The message begins with the path.
+    """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         for row in rows:

@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run under Triton's interpreter, which it must know before it is imported."""
+"""Without a GPU the kernels run under Triton's interpreter, which must be enabled before Triton is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One of two ranks: loss modules in loops that users write. Run by test_own_loops.py."""
+"""One of two ranks: loss modules in users' training loops. Run by test_own_loops.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from losses import InfCLLoss, SigmoidLoss
 
 
 class Model(nn.Module):
-    """A tower with its loss."""
+    """A tower and its loss."""
 
     def __init__(self, loss: InfCLLoss | SigmoidLoss) -> None:
         super().__init__()
@@ -24,13 +24,13 @@ class Model(nn.Module):
 
 
 def train(model: Model, queries: Tensor, passages: Tensor, *, ranks: bool) -> dict[str, Tensor]:
-    """Three steps of SGD on this rank's rows, or on all; the parameters, whole."""
+    """Three steps of SGD on this rank's rows, or on all rows; returns the full parameters."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     rows = slice(distributed.get_rank(), None, 2) if ranks else slice(None)
     for step in range(3):
         model(queries[step, rows], passages[step, rows]).backward()
         if ranks:
-            # As README.md says: FSDP2 averages what it shards, and no more.
+            # As in losses/README.md: FSDP2 averages the gradients of sharded parameters only.
             for parameter in model.loss.parameters():
                 distributed.all_reduce(parameter.grad)
                 parameter.grad /= 2

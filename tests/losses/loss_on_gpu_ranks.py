@@ -1,6 +1,6 @@
 """One rank of several on GPUs: the kernels' loss over ranks against float64. Run by test_loss_on_gpus.py.
 
-With a GPU for each rank NCCL carries the tensors; where ranks share one, the host does, by gloo.
+With one GPU per rank, tensors are sent by NCCL; ranks that share a GPU send them through the host, by gloo.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ ALLOWED = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 1e-2}
 
 
 class HostCommunication(GroupCommunication):
-    """Tensors of a GPU that several ranks share, carried by the host."""
+    """Sends GPU tensors through the host, for ranks that share a GPU."""
 
-    def start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]) -> Callable[[], None]:
+    def start_exchange(
+        self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], step: Literal[1, -1]
+    ) -> Callable[[], None]:
         arrived = [tensor.cpu() for tensor in incoming]
-        wait_here = super().start([tensor.cpu() for tensor in outgoing], arrived, step)
+        wait_here = super().start_exchange([tensor.cpu() for tensor in outgoing], arrived, step)
 
         def wait() -> None:
             wait_here()
@@ -57,8 +59,10 @@ class HostCommunication(GroupCommunication):
         return super().scatter_sums(rows.cpu(), counts).to(rows.device)
 
 
-def relative_errors(group: Any, size: int, dtype: torch.dtype, placed: bool, ids: bool, **options: Any) -> list[float]:
-    """Of value, averaged gradients of this rank's sides, and logit_scale's."""
+def relative_errors(
+    group: Any, size: int, dtype: torch.dtype, random_positive: bool, ids: bool, **options: Any
+) -> list[float]:
+    """Relative errors of the value and of the averaged gradients of this rank's embeddings and of logit_scale."""
     rank, (counts, more) = distributed.get_rank(), SHARDS[size]
     passages = [queries + extra for queries, extra in zip(counts, more, strict=True)]
     generator = torch.Generator().manual_seed(0)
@@ -66,11 +70,11 @@ def relative_errors(group: Any, size: int, dtype: torch.dtype, placed: bool, ids
     query, passage = (normalize(side, dim=1).to(dtype) for side in sides)
     firsts = [0, *itertools.accumulate(passages)]
     positive = torch.cat([torch.arange(count) + first for count, first in zip(counts, firsts, strict=False)])
-    if placed:
+    if random_positive:
         positive = torch.randperm(sum(passages), generator=generator)[: sum(counts)]
     passage_ids = torch.arange(sum(passages)) % 97 if ids else None
     excluded = None
-    if placed:
+    if random_positive:
         rows, columns = (torch.randint(size, (500,), generator=generator) for size in (sum(counts), sum(passages)))
         excluded = torch.stack([rows, columns], 1)[columns != positive[rows]]
     logit_scale = options.pop("logit_scale")
@@ -90,7 +94,7 @@ def relative_errors(group: Any, size: int, dtype: torch.dtype, placed: bool, ids
         excluded = (excluded[mine] - torch.tensor([first, 0])).cuda()
     loss = inf_cl_loss(
         *leaves[:2], logit_scale=leaves[2], group=group, excluded=excluded,
-        positive=positive.split(counts)[rank].cuda() if placed else None,
+        positive=positive.split(counts)[rank].cuda() if random_positive else None,
         passage_ids=None if passage_ids is None else passage_ids.split(passages)[rank].cuda(), **options,
     )  # fmt: skip
     query_gradient, passage_gradient, scale = (g.double().cpu() / size for g in torch.autograd.grad(loss, leaves))
@@ -105,17 +109,19 @@ def main(size: int) -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if own_gpus else 0)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpus else "gloo")
     group: Any = distributed.group.WORLD if own_gpus else HostCommunication(distributed.group.WORLD)
-    for dtype, exchange, symmetric, ids, placed, logit_scale in itertools.product(
+    for dtype, exchange, symmetric, ids, random_positive, logit_scale in itertools.product(
         ALLOWED, ("ring", "gather"), (False, True), (False, True), (False, True), (20.0, 300.0)
     ):
-        if dtype != torch.bfloat16 and not (symmetric and ids == placed):
-            # Each mixture of these is compiled anew, which takes longer than all the rest.
+        if dtype != torch.bfloat16 and not (symmetric and ids == random_positive):
+            # Each combination compiles new kernels, which takes most of the time.
             continue
         case: dict[str, Any] = {"exchange": exchange, "symmetric": symmetric, "logit_scale": logit_scale}
-        found = relative_errors(group, size, dtype, placed, ids, implementation="triton", workspace_mib=1, **case)
-        # A score's rounding grows with the scale.
+        found = relative_errors(
+            group, size, dtype, random_positive, ids, implementation="triton", workspace_mib=1, **case
+        )
+        # The rounding error of a score grows with the scale.
         allowed = ALLOWED[dtype] * max(1, logit_scale / 60)
-        assert max(found) <= allowed, (dtype, case, ids, placed, found)
+        assert max(found) <= allowed, (dtype, case, ids, random_positive, found)
     distributed.barrier()
     distributed.destroy_process_group()
 

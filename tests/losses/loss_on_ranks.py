@@ -1,4 +1,4 @@
-"""One rank of several: each case of the loss over a gloo group against one process. Run by test_loss_on_ranks.py."""
+"""One rank of several: the loss over a gloo group compared with one process. Run by test_loss_on_ranks.py."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def own(rows: Tensor | None, counts: list[int], rank: int) -> Tensor | None:
 
 
 def some_pairs(queries: int, passages: int, positive: Tensor) -> Tensor:
-    """Pairs to exclude, none of them a query with its own positive."""
+    """Random pairs to exclude; no query with its own positive."""
     generator = torch.Generator().manual_seed(2)
     rows, columns = (torch.randint(size, (2 * queries,), generator=generator) for size in (queries, passages))
     return torch.stack([rows, columns], 1)[columns != positive[rows]]
 
 
 def own_pairs(pairs: Tensor, counts: list[int], rank: int) -> Tensor:
-    """Those of this rank's queries, counted from its first; the last rank without queries gives an empty tensor."""
+    """Pairs of this rank's queries, with rows counted from its first query."""
     first = sum(counts[:rank])
     mine = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + counts[rank])]
     return mine - torch.tensor([first, 0])
@@ -56,18 +56,25 @@ def value_and_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
 
 
 def errors(
-    group: Any, counts: list[int], more: list[int], dtype: torch.dtype, *, placed: bool, ids: bool, **options: Any
+    group: Any,
+    counts: list[int],
+    more: list[int],
+    dtype: torch.dtype,
+    *,
+    random_positive: bool,
+    ids: bool,
+    **options: Any,
 ) -> list[float]:
-    """Relative errors of value, averaged gradients of both sides, and logit_scale's, against float64 in one process."""
+    """Relative errors of value and averaged gradients (query, passage, logit_scale) against float64 in one process."""
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     passages = [queries + extra for queries, extra in zip(counts, more, strict=True)]
     query, passage = (side.to(dtype) for side in whole_batch(sum(counts), sum(passages)))
     firsts = [0, *itertools.accumulate(passages)]
     positive = torch.cat([torch.arange(count) + first for count, first in zip(counts, firsts, strict=False)])
-    if placed:
+    if random_positive:
         positive = torch.randperm(sum(passages), generator=torch.Generator().manual_seed(1))[: sum(counts)]
     passage_ids = torch.arange(sum(passages)) % 11 if ids else None
-    # With and without ids, in one direction and in both.
+    # Covers excluded pairs with and without ids, and with and without symmetric.
     excluded = some_pairs(sum(counts), sum(passages), positive) if ids == options["symmetric"] else None
     logit_scale = options.pop("logit_scale")
     leaves = [*(side.double().requires_grad_() for side in (query, passage)), torch.tensor(logit_scale).double()]
@@ -81,7 +88,8 @@ def errors(
     shard = [query.split(counts)[rank].requires_grad_(), passage.split(passages)[rank].requires_grad_()]
     scale = torch.tensor(logit_scale, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     loss = inf_cl_loss(
-        shard[0], shard[1], logit_scale=scale, group=group, positive=own(positive, counts, rank) if placed else None,
+        shard[0], shard[1], logit_scale=scale, group=group,
+        positive=own(positive, counts, rank) if random_positive else None,
         passage_ids=own(passage_ids, passages, rank),
         excluded=None if excluded is None else own_pairs(excluded, counts, rank), **options,
     )  # fmt: skip
@@ -107,21 +115,28 @@ ALLOWED = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 6e-3}
 
 def check_values(size: int) -> None:
     counts, more = SHARDS[size]
-    for dtype, exchange, symmetric, ids, placed, logit_scale in itertools.product(
+    for dtype, exchange, symmetric, ids, random_positive, logit_scale in itertools.product(
         (torch.float64, torch.float32), ("ring", "gather"), (False, True), (False, True), (False, True), (20.0, 500.0)
     ):
         options: dict[str, Any] = {"symmetric": symmetric, "exchange": exchange, "logit_scale": logit_scale}
         found = errors(
-            distributed.group.WORLD, counts, more, dtype, placed=placed, ids=ids, workspace_mib=2**-8, **options
+            distributed.group.WORLD,
+            counts,
+            more,
+            dtype,
+            random_positive=random_positive,
+            ids=ids,
+            workspace_mib=2**-8,
+            **options,
         )
-        assert max(found) <= ALLOWED[dtype], (dtype, options, ids, placed, found)
+        assert max(found) <= ALLOWED[dtype], (dtype, options, ids, random_positive, found)
 
 
 def check_narrow_embeddings(size: int) -> None:
     counts, more = SHARDS[size]
     for exchange in ("ring", "gather"):
         found = errors(
-            distributed.group.WORLD, counts, more, torch.bfloat16, placed=True, ids=True, symmetric=True,
+            distributed.group.WORLD, counts, more, torch.bfloat16, random_positive=True, ids=True, symmetric=True,
             exchange=exchange, logit_scale=20.0,
         )  # fmt: skip
         assert max(found) <= ALLOWED[torch.bfloat16], (exchange, found)
@@ -182,31 +197,31 @@ def check_sigmoid(size: int) -> None:
 
 def check_kernels(size: int) -> None:
     counts, more = SHARDS[size]
-    for exchange, symmetric, placed, logit_scale in itertools.product(
+    for exchange, symmetric, random_positive, logit_scale in itertools.product(
         ("ring", "gather"), (False, True), (False, True), (20.0, 500.0)
     ):
         options: dict[str, Any] = {"exchange": exchange, "symmetric": symmetric, "logit_scale": logit_scale}
         found = errors(
-            distributed.group.WORLD, counts, more, torch.float32, placed=placed, ids=symmetric != placed,
-            implementation="triton", **options,
+            distributed.group.WORLD, counts, more, torch.float32, random_positive=random_positive,
+            ids=symmetric != random_positive, implementation="triton", **options,
         )  # fmt: skip
-        assert max(found) <= ALLOWED[torch.float32], (options, placed, found)
+        assert max(found) <= ALLOWED[torch.float32], (options, random_positive, found)
 
 
-def check_two_groups_at_once(size: int) -> None:
+def check_two_groups(size: int) -> None:
     pairs = [[0, 2], [1, 3]]
     groups = [distributed.new_group(pair) for pair in pairs]
     mine = groups[distributed.get_rank() % 2]
     for exchange in ("ring", "gather"):
         counts = [3, 4] if distributed.get_rank() % 2 else [9, 1]
         found = errors(
-            mine, counts, [1, 0], torch.float64, placed=False, ids=False, symmetric=True, exchange=exchange,
+            mine, counts, [1, 0], torch.float64, random_positive=False, ids=False, symmetric=True, exchange=exchange,
             logit_scale=20.0,
         )  # fmt: skip
         assert max(found) <= ALLOWED[torch.float64], found
 
 
-def check_errors_reach_all(size: int) -> None:
+def check_errors_on_all_ranks(size: int) -> None:
     rank, group = distributed.get_rank(), distributed.group.WORLD
     query, passage = whole_batch(4, 4)
 
@@ -236,12 +251,12 @@ def check_errors_reach_all(size: int) -> None:
     refused("requires_grad differs", query=query.clone().requires_grad_(last))
     refused("query is empty on all ranks", query=query[:0])
     refused("passage_ids differs", passage_ids=torch.arange(4) if last else None)
-    # The group is whole afterwards.
+    # The group still works afterwards.
     inf_cl_loss(query, passage, logit_scale=3.0, group=group)
 
 
-class FromLiterature(InfCLLoss):
-    """One of the literature's losses with a scale to learn."""
+class LiteratureLoss(InfCLLoss):
+    """A loss from the literature with a learnable scale."""
 
     def __init__(self, loss_of: Any) -> None:
         super().__init__(logit_scale=10.0)
@@ -265,17 +280,17 @@ class Pair(nn.Module):
 
 
 def check_parameters_under_ddp(size: int) -> None:
-    """Several optimizer steps of every loss, towers and scale, beside those of one process."""
+    """Several optimizer steps of every loss, for towers and scale, compared with those of one process."""
     counts, more = SHARDS[size]
     for exchange, symmetric, negatives in itertools.product(("ring", "gather"), (True, False), (False, True)):
         settings: dict[str, Any] = {"logit_scale": 10.0, "symmetric": symmetric, "exchange": exchange}
         compare_parameters(InfCLLoss(**settings), InfCLLoss(**settings), counts, more if negatives else [0] * size)
     for loss_of in (gathered_clip_loss, local_rows_loss, disco_clip_loss, ring_clip_loss):
-        compare_parameters(InfCLLoss(logit_scale=10.0, symmetric=True), FromLiterature(loss_of), counts, [0] * size)
+        compare_parameters(InfCLLoss(logit_scale=10.0, symmetric=True), LiteratureLoss(loss_of), counts, [0] * size)
 
 
 def compare_parameters(of_one: InfCLLoss, of_ranks: InfCLLoss, counts: list[int], more: list[int]) -> None:
-    """`more` negatives a rank; where there are any, equal ids are masked too."""
+    """`more` hard negatives per rank; if there are any, equal ids are masked too."""
     rank, passages = distributed.get_rank(), [a + b for a, b in zip(counts, more, strict=True)]
     firsts = [0, *itertools.accumulate(passages)]
     positive = torch.cat([torch.arange(count) + first for count, first in zip(counts, firsts, strict=False)])
@@ -305,14 +320,14 @@ def main(size: int) -> None:
     check_narrow_embeddings(size)
     check_literature(size)
     check_sigmoid(size)
-    check_errors_reach_all(size)
+    check_errors_on_all_ranks(size)
     check_parameters_under_ddp(size)
     if size == 3:
         check_kernels(size)
     if size == 4:
-        check_two_groups_at_once(size)
+        check_two_groups(size)
     distributed.barrier()
-    # gloo ends its threads with the last reference to the group, and DDP holds one in a circle.
+    # gloo ends its threads with the last reference to the group; DDP holds one in a reference cycle.
     gc.collect()
     distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""`python -m losses.autotune` writes the quickest shape that fits, of each case it was asked for."""
+"""`python -m losses.autotune` writes the fastest shape that fits, for each case asked for."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from losses import autotune
 from losses.triton.shapes import read_shapes
 
 
-def pretended_milliseconds(trial: autotune.Trial, folder: Path, rows: int) -> float:
-    """A different shape is the quickest for each kernel; what does not fit would be quicker still."""
+def fake_milliseconds(trial: autotune.Trial, folder: Path, rows: int) -> float:
+    """The fastest shape differs between kernels; a shape that does not fit would be the fastest of all."""
     shape = trial.shape
     if shape.stages == 4:
         return 0.0
     return abs(shape.block_n - 256) + shape.warps if trial.kernel == "sums" else shape.block_m + shape.block_n
 
 
-def test_the_quickest_that_fits_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_shape_that_fits_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
 
@@ -31,13 +31,13 @@ def test_the_quickest_that_fits_is_written(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(autotune, "ProcessPoolExecutor", threads)
     monkeypatch.setattr(autotune, "_compile", lambda trial, folder: trial.shape.stages != 4)
-    monkeypatch.setattr(autotune, "_milliseconds", pretended_milliseconds)
+    monkeypatch.setattr(autotune, "_milliseconds", fake_milliseconds)
     out = tmp_path / "shapes.json"
     words = ["--out", str(out), "--dims", "128", "768", "--kernels", "sums", "kept_gradient"]
     monkeypatch.setattr(sys, "argv", ["autotune", *words])
     assert autotune.main() == 0
     rows = read_shapes(out)
-    # Exponentials are kept in bf16 alone.
+    # Exponentials are kept in bf16 only.
     assert [(row["kernel"], row["precision"], row["dim"]) for row in rows] == [
         *(("sums", precision, dim) for precision in ("bfloat16", "float16", "tf32") for dim in (128, 768)),
         *(("kept_gradient", "bfloat16", dim) for dim in (128, 768)),
@@ -46,7 +46,7 @@ def test_the_quickest_that_fits_is_written(tmp_path: Path, monkeypatch: pytest.M
         tried = autotune.candidates(row["kernel"], row["precision"])
         best = min(
             (shape for shape in tried if shape.stages != 4),
-            key=lambda shape: pretended_milliseconds(
+            key=lambda shape: fake_milliseconds(
                 autotune.Trial(row["kernel"], row["precision"], row["dim"], shape), tmp_path, 0
             ),
         )
@@ -56,7 +56,9 @@ def test_the_quickest_that_fits_is_written(tmp_path: Path, monkeypatch: pytest.M
         assert row["device"] == "GPU"
 
 
-def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_error_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["autotune"])
     assert autotune.main() == 1

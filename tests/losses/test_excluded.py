@@ -1,4 +1,4 @@
-"""Excluded pairs leave the score matrix, for rows and columns alike, in every implementation."""
+"""Excluded pairs are removed from row and column sums in every implementation."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from losses import InfCLLoss, SigmoidLoss, inf_cl_loss, sigmoid_loss
 from losses.triton.launch import interpreted
 
 pytest.importorskip("triton")
-needs_interpreter = pytest.mark.skipif(not interpreted(), reason="a GPU is here: its own tests run the kernels")
+needs_interpreter = pytest.mark.skipif(not interpreted(), reason="kernels run on the GPU instead")
 DEVICES = [pytest.param("cpu", marks=needs_interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 IMPLEMENTATIONS = ["full", "dense", "chunked", "triton"]
 
 
-def batch(queries: int, passages: int, pairs: int, *, placed: bool, dims: int = 12, seed: int = 0) -> dict[str, Any]:
-    """float64 unit vectors, positives (the diagonal unless `placed`) and excluded pairs, some of them twice."""
+def batch(
+    queries: int, passages: int, pairs: int, *, random_positive: bool, dims: int = 12, seed: int = 0
+) -> dict[str, Any]:
+    """float64 unit vectors, positives (the diagonal unless `random_positive`), and excluded pairs with duplicates."""
     generator = torch.Generator().manual_seed(seed)
     sides = [torch.randn(rows, dims, dtype=torch.float64, generator=generator) for rows in (queries, passages)]
-    positive = torch.randint(passages, (queries,), generator=generator) if placed else torch.arange(queries)
+    positive = torch.randint(passages, (queries,), generator=generator) if random_positive else torch.arange(queries)
     rows, columns = (torch.randint(size, (pairs,), generator=generator) for size in (queries, passages))
     excluded = torch.stack([rows, columns], 1)[columns != positive[rows]]
     return {
         "query": normalize(sides[0], dim=1),
         "passage": normalize(sides[1], dim=1),
-        "positive": positive if placed else None,
+        "positive": positive if random_positive else None,
         "excluded": torch.cat([excluded, excluded[:3]]),
     }
 
 
 def run(loss: Any, numbers: tuple[float, ...], dtype: torch.dtype, device: str, given: dict[str, Any]) -> list[Tensor]:
-    """Loss and gradients of query, passage, logit_scale and, of the sigmoid loss, logit_bias."""
+    """The loss and its gradients with respect to query, passage, logit_scale and, for the sigmoid loss, logit_bias."""
     given = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in given.items()}
     leaves = [given.pop(side).detach().to(dtype).requires_grad_() for side in ("query", "passage")]
     wide = torch.promote_types(dtype, torch.float32)
@@ -51,24 +53,24 @@ def assert_close(found: list[Tensor], truth: list[Tensor], allowed: float) -> No
 
 
 def definition(given: dict[str, Any], logit_scale: float, symmetric: bool) -> float:
-    """The loss by its definition, an entry at a time."""
+    """The loss by its definition, entry by entry."""
     scores = logit_scale * given["query"] @ given["passage"].T
     queries, passages = scores.shape
     positive = given["positive"].tolist() if given["positive"] is not None else list(range(queries))
-    out = {tuple(pair) for pair in given["excluded"].tolist()}
+    removed = {tuple(pair) for pair in given["excluded"].tolist()}
     losses = []
     for i, own in enumerate(positive):
-        row = torch.stack([scores[i, j] for j in range(passages) if (i, j) not in out])
+        row = torch.stack([scores[i, j] for j in range(passages) if (i, j) not in removed])
         losses.append(row.logsumexp(0) - scores[i, own])
         if symmetric:
-            column = torch.stack([scores[k, own] for k in range(queries) if (k, own) not in out])
+            column = torch.stack([scores[k, own] for k in range(queries) if (k, own) not in removed])
             losses.append(column.logsumexp(0) - scores[i, own])
     return float(torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize(("symmetric", "placed"), itertools.product([False, True], repeat=2))
-def test_excluded_pairs_are_left_out_of_row_and_column_sums(symmetric: bool, placed: bool) -> None:
-    given = batch(9, 14, 40, placed=placed)
+@pytest.mark.parametrize(("symmetric", "random_positive"), itertools.product([False, True], repeat=2))
+def test_excluded_pairs_are_left_out_of_row_and_column_sums(symmetric: bool, random_positive: bool) -> None:
+    given = batch(9, 14, 40, random_positive=random_positive)
     loss = inf_cl_loss(**given, logit_scale=7.0, symmetric=symmetric, implementation="full")
     assert float(loss) == pytest.approx(definition(given, 7.0, symmetric), rel=1e-12)
     without = inf_cl_loss(**{**given, "excluded": None}, logit_scale=7.0, symmetric=symmetric, implementation="full")
@@ -81,22 +83,22 @@ def test_excluded_pairs_are_left_out_of_row_and_column_sums(symmetric: bool, pla
 def test_every_implementation_equals_the_full_matrix(logit_scale: float, implementation: str, device: str) -> None:
     shapes = [(131, 157, 24), (1, 7, 9)] if device == "cpu" else [(131, 157, 200), (1, 7, 9), (700, 1500, 4000)]
     for (queries, passages, pairs), symmetric in itertools.product(shapes, [False, True]):
-        # Both kinds of masks together, and each way of positives.
-        placed = symmetric != (logit_scale == 20.0)
-        given = batch(queries, passages, pairs, placed=placed) | {"symmetric": symmetric}
-        if placed:
+        # Covers ids together with excluded pairs, and default and random positives.
+        random_positive = symmetric != (logit_scale == 20.0)
+        given = batch(queries, passages, pairs, random_positive=random_positive) | {"symmetric": symmetric}
+        if random_positive:
             given["passage_ids"] = torch.arange(passages) % 31
         truth = run(inf_cl_loss, (logit_scale,), torch.float64, "cpu", given | {"implementation": "full"})
         settings = {"implementation": implementation, "workspace_mib": 0.1}
-        # A score's rounding grows with the scale.
+        # The rounding error of a score grows with the scale.
         allowed = 2e-5 if logit_scale == 20 else 1e-3
         assert_close(run(inf_cl_loss, (logit_scale,), torch.float32, device, given | settings), truth, allowed)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("workspace_mib", [0.1, 64.0])  # recomputed, kept
-def test_kept_and_recomputed_exponentials_know_excluded_pairs(workspace_mib: float, device: str) -> None:
-    given = batch(131, 157, 24, placed=False) | {"symmetric": True}
+def test_kept_and_recomputed_exponentials_exclude_pairs(workspace_mib: float, device: str) -> None:
+    given = batch(131, 157, 24, random_positive=False) | {"symmetric": True}
     given = {name: each.bfloat16().double() if name in ("query", "passage") else each for name, each in given.items()}
     truth = run(inf_cl_loss, (20.0,), torch.float64, "cpu", given | {"implementation": "full"})
     given |= {"implementation": "triton", "workspace_mib": workspace_mib}
@@ -106,22 +108,22 @@ def test_kept_and_recomputed_exponentials_know_excluded_pairs(workspace_mib: flo
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_cells_wider_than_a_tile_hold_the_same_pairs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A matrix of millions of rows would need more cells than rows; there cells are wider than a tile.
+def test_cells_wider_than_a_tile_give_the_same_result(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With millions of rows, narrow cells would outnumber the rows, so cells become wider than a tile.
     from losses.triton.kernels import excluded
 
-    given = batch(140, 200, 8, placed=False) | {"symmetric": True, "implementation": "triton"}
+    given = batch(140, 200, 8, random_positive=False) | {"symmetric": True, "implementation": "triton"}
     narrow = run(inf_cl_loss, (20.0,), torch.float32, device, given)
-    monkeypatch.setattr(excluded, "MOST_CELLS_PER_LINE", 0.006)
-    assert excluded.Cells.of(140, 200) == excluded.Cells(strips=2, column_cells=1, cell_bits=8)
+    monkeypatch.setattr(excluded, "MAX_CELLS_PER_EMBEDDING", 0.006)
+    assert excluded.Cells.of(140, 200) == excluded.Cells(row_cells=2, column_cells=1, cell_bits=8)
     for found, expected in zip(run(inf_cl_loss, (20.0,), torch.float32, device, given), narrow, strict=True):
         assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
-def test_the_sigmoid_loss_leaves_excluded_pairs_out(implementation: str, device: str) -> None:
-    given = batch(70, 90, 20, placed=False)
+def test_the_sigmoid_loss_excludes_pairs(implementation: str, device: str) -> None:
+    given = batch(70, 90, 20, random_positive=False)
     truth = run(sigmoid_loss, (10.0, -3.0), torch.float64, "cpu", given | {"implementation": "full"})
     x = 10 * given["query"] @ given["passage"].T - 3
     sign = 2 * torch.eye(70, 90) - 1
@@ -134,7 +136,7 @@ def test_the_sigmoid_loss_leaves_excluded_pairs_out(implementation: str, device:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_pairs_that_ids_would_mask_give_the_loss_with_ids(implementation: str) -> None:
-    given = batch(20, 30, 0, placed=False)
+    given = batch(20, 30, 0, random_positive=False)
     ids = torch.arange(30) % 13
     masked = (ids[:20, None] == ids[None]) & ~torch.eye(20, 30, dtype=torch.bool)
     options = {"symmetric": True, "implementation": implementation}
@@ -145,7 +147,7 @@ def test_pairs_that_ids_would_mask_give_the_loss_with_ids(implementation: str) -
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_query_without_negatives_has_no_row_loss(implementation: str) -> None:
-    given = batch(4, 6, 0, placed=False)
+    given = batch(4, 6, 0, random_positive=False)
     everything = torch.cartesian_prod(torch.arange(4), torch.arange(6))
     given["excluded"] = everything[everything[:, 0] != everything[:, 1]]
     for symmetric in (False, True):
@@ -154,8 +156,8 @@ def test_a_query_without_negatives_has_no_row_loss(implementation: str) -> None:
             assert each.abs().max() <= 1e-6
 
 
-def test_no_pair_is_no_mask() -> None:
-    given = batch(5, 8, 0, placed=True)
+def test_an_empty_list_of_pairs_equals_none() -> None:
+    given = batch(5, 8, 0, random_positive=True)
     loss = inf_cl_loss(**given, logit_scale=5.0)
     assert torch.equal(loss, inf_cl_loss(**{**given, "excluded": None}, logit_scale=5.0))
 
@@ -174,7 +176,7 @@ def test_no_pair_is_no_mask() -> None:
         (torch.tensor([[0, 1], [2, 2]]), r"must not hold a query's own positive, found \[2, 2\]"),
     ],
 )
-def test_pairs_that_do_not_fit_are_refused(loss: Any, excluded: Any, message: str) -> None:
+def test_invalid_pairs_are_refused(loss: Any, excluded: Any, message: str) -> None:
     query, passage = torch.randn(4, 3), torch.randn(6, 3)
     numbers = {} if isinstance(loss, torch.nn.Module) else {"logit_scale": 1.0}
     if loss is sigmoid_loss:
@@ -186,7 +188,7 @@ def test_pairs_that_do_not_fit_are_refused(loss: Any, excluded: Any, message: st
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pair", [[0, 6], [-1, 0], [4, 0], [2, 2], [2**40, 2**40]])
-def test_on_a_gpu_a_pair_that_does_not_fit_makes_the_loss_nan(pair: list[int], implementation: Any) -> None:
+def test_an_invalid_pair_on_a_gpu_makes_the_loss_nan(pair: list[int], implementation: Any) -> None:
     query, passage = (torch.randn(rows, 8, device="cuda") for rows in (4, 6))
     for positive in (None, torch.arange(4, device="cuda")):
         options = {"positive": positive, "implementation": implementation, "logit_scale": 5.0}
@@ -200,8 +202,8 @@ def test_on_a_gpu_a_pair_that_does_not_fit_makes_the_loss_nan(pair: list[int], i
 
 
 @pytest.mark.gpu
-def test_a_step_with_excluded_pairs_does_not_wait_for_the_device() -> None:
-    given = {name: each.cuda() for name, each in batch(300, 500, 200, placed=True).items()}
+def test_a_step_with_excluded_pairs_does_not_synchronize() -> None:
+    given = {name: each.cuda() for name, each in batch(300, 500, 200, random_positive=True).items()}
     query, passage = (given.pop(side).float().requires_grad_() for side in ("query", "passage"))
     options = {"logit_scale": torch.tensor(10.0, device="cuda"), "symmetric": True, **given}
     for implementation in ("dense", "chunked", "triton"):

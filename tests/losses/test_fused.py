@@ -1,4 +1,7 @@
-"""The kernels' own properties: blocks, kept exponentials, determinism, operators. On a CPU by Triton's interpreter."""
+"""Properties of the kernels: blocks, kept exponentials, determinism, operators.
+
+Without a GPU they run under Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,18 @@ from losses.triton.block_sizes import choose_blocks, forward_blocks, gradient_bl
 from losses.triton.dense import dense_loss
 from losses.triton.inf_cl import fused_loss
 from losses.triton.launch import (
-    OLDEST_DENSE,
-    OLDEST_FUSED,
+    MIN_CAPABILITY_DENSE,
+    MIN_CAPABILITY_FUSED,
+    compact_ids,
     interpreted,
-    ranked_ids,
-    warn_of_step_down,
+    warn_fallback,
     why_not_fused,
     why_not_on,
 )
 from losses.triton.sigmoid import fused_sigmoid_loss
 
 pytest.importorskip("triton")
-needs_interpreter = pytest.mark.skipif(not interpreted(), reason="a GPU is here: its own tests run the kernels")
+needs_interpreter = pytest.mark.skipif(not interpreted(), reason="kernels run on the GPU instead")
 DEVICES = [
     pytest.param("cpu", marks=needs_interpreter),
     pytest.param("cuda", marks=pytest.mark.gpu),
@@ -42,7 +45,7 @@ MIB = 2**20
 
 
 def embeddings(queries: int, passages: int, dims: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """float64 unit vectors; each of the first passages resembles its query a little."""
+    """float64 unit vectors; passage i is slightly similar to query i."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(queries, dims, dtype=torch.float64, generator=generator)
     passage = torch.randn(passages, dims, dtype=torch.float64, generator=generator)
@@ -67,7 +70,7 @@ def errors(
     implementation: str = "triton",
     **options: Any,
 ) -> list[float]:
-    """Relative errors of loss and gradients against float64 on the numbers that `dtype` holds."""
+    """Relative errors of loss and gradients against float64, on embeddings rounded to `dtype`."""
     query, passage = query.to(dtype), passage.to(dtype)
     same = {name: value for name, value in options.items() if name not in ("precision", "workspace_mib")}
     truth = step(query.double(), passage.double(), logit_scale, implementation="full", **same)
@@ -87,12 +90,12 @@ def test_kept_exponentials_give_the_gradients_of_recomputed_ones(
         query, passage, logit_scale, torch.bfloat16, symmetric=True, passage_ids=ids, workspace_mib=workspace_mib
     )
     assert loss <= 1e-4
-    # bf16 gradients alone err by 2^-9; the dS blocks and kept exponentials add theirs.
+    # bf16 gradients alone have errors of 2^-9; blocks of dS and kept exponentials add theirs.
     assert max(gradients) <= 5e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_results_are_the_same_from_run_to_run(device: str) -> None:
+def test_results_are_deterministic(device: str) -> None:
     query, passage = (side.float() for side in embeddings(97, 130, 24, device))
     positive = torch.randint(130, (97,), generator=torch.Generator().manual_seed(1)).to(device)
     options: dict[str, Any] = {
@@ -108,7 +111,7 @@ def test_results_are_the_same_from_run_to_run(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_columns_cut_by_the_workspace_meet_every_passage(device: str) -> None:
+def test_columns_cut_by_the_workspace_cover_every_passage(device: str) -> None:
     query, passage = (side.float() for side in embeddings(300, 700, 8, device))
     whole = step(query, passage, 10.0, symmetric=True, implementation="triton", workspace_mib=64)
     cut = step(query, passage, 10.0, symmetric=True, implementation="triton", workspace_mib=0.05)
@@ -117,8 +120,8 @@ def test_columns_cut_by_the_workspace_meet_every_passage(device: str) -> None:
 
 
 @needs_interpreter
-def test_nothing_unwritten_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Memory that was never written holds anything; NaN shows where it is read.
+def test_no_uninitialized_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fill new memory with NaN, so that reading it before writing shows.
     for name in ("empty", "empty_like"):
         original = getattr(torch, name)
 
@@ -142,12 +145,12 @@ def test_nothing_unwritten_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_interpreter
 @pytest.mark.filterwarnings("ignore")
-def test_operators_under_torch_compile_give_the_same() -> None:
+def test_operators_under_torch_compile_equal_eager() -> None:
     def loss(query: Tensor, passage: Tensor) -> Tensor:
         return inf_cl_loss(query, passage, logit_scale=7.0, symmetric=True, implementation="triton") * 2
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    # From the second size on the compiler's sizes are symbols.
+    # From the second size on, the compiler treats sizes as symbols.
     for queries, passages in ((19, 23), (23, 31), (12, 40)):
         query, passage = (side.float().requires_grad_() for side in embeddings(queries, passages, 8, "cpu"))
         plain = torch.autograd.grad(loss(query, passage), (query, passage))
@@ -159,15 +162,13 @@ def test_operators_under_torch_compile_give_the_same() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("wrong", [9, -1, 10**6, 2**32 + 3])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_positive_that_is_no_passage_gives_nan_where_nobody_looks_at_it(
-    wrong: int, symmetric: bool, device: str
-) -> None:
+def test_an_out_of_range_positive_gives_nan(wrong: int, symmetric: bool, device: str) -> None:
     query, passage = (side.float() for side in embeddings(5, 9, 8, device))
     positive, scale, bias = (torch.tensor(each, device=device) for each in ([0, 1, wrong, 3, 4], 5.0, -1.0))
     batch = ContrastiveBatch(query, passage, scale, positive, None, None, symmetric)
     assert fused_loss(batch, "fp32", MIB).isnan() and dense_loss(batch, "fp32").isnan()
     assert fused_sigmoid_loss(batch, bias, "fp32", MIB).isnan()
-    # Backward too looks up nothing that is not there.
+    # Backward reads nothing out of range either.
     leaf = replace(batch, query=query.requires_grad_())
     for loss in (fused_loss(leaf, "fp32", MIB), dense_loss(leaf, "fp32"), fused_sigmoid_loss(leaf, bias, "fp32", MIB)):
         (gradient,) = torch.autograd.grad(loss, query)
@@ -175,7 +176,7 @@ def test_a_positive_that_is_no_passage_gives_nan_where_nobody_looks_at_it(
 
 
 @needs_interpreter
-def test_nothing_is_kept_for_a_backward_that_cannot_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exponentials_are_kept_only_if_backward_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     query, passage = (side.bfloat16().requires_grad_() for side in embeddings(5, 9, 8, "cpu"))
     asked = []
     real = triton_inf_cl.inf_cl_forward
@@ -225,30 +226,30 @@ def test_blocks_cover_the_matrix_within_the_workspace() -> None:
             assert entries == queries * passages
 
 
-def test_more_workspace_keeps_more() -> None:
+def test_a_larger_workspace_keeps_more_exponentials() -> None:
     kept = [choose_blocks(65536, 65536, 768, 2, mib * MIB, 132, True).kept_rows for mib in (256, 2048, 4096, 9500)]
     assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 65536
 
 
-def test_without_kept_exponentials_blocks_take_the_workspace() -> None:
+def test_without_kept_exponentials_blocks_use_the_workspace() -> None:
     blocks = [choose_blocks(65536, 65536, 768, 2, mib * MIB, 132, False) for mib in (256, 1024, 9500)]
     sizes = [each.rows * each.columns for each in blocks]
     assert sizes == sorted(sizes) and sizes[0] <= 128 * MIB and sizes[-1] == 65536**2
     assert not any(each.kept_rows for each in blocks)
 
 
-def test_ranked_ids_are_equal_where_ids_are() -> None:
+def test_compact_ids_are_equal_where_ids_are() -> None:
     passage_ids = torch.tensor([2**62, -5, 2**62, 7, 2**62 + 1])
     query_ids = torch.tensor([7, 8, 2**62])
-    of_query, of_passage = ranked_ids(query_ids, passage_ids)
+    of_query, of_passage = compact_ids(query_ids, passage_ids)
     assert torch.equal(of_query[:, None] == of_passage, query_ids[:, None] == passage_ids)
     assert of_query[1] == -1
 
 
 @pytest.mark.parametrize("implementation", ["triton", "dense"])
-def test_where_kernels_cannot_run_the_tiles_do_and_one_warning_says_why(implementation: Any) -> None:
+def test_kernels_fall_back_to_tiles_with_one_warning(implementation: Any) -> None:
     query, passage = embeddings(5, 5, 4, "cpu")
-    warn_of_step_down.cache_clear()
+    warn_fallback.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -256,17 +257,20 @@ def test_where_kernels_cannot_run_the_tiles_do_and_one_warning_says_why(implemen
     torch.testing.assert_close(found, inf_cl_loss(query, passage, logit_scale=3.0, implementation="full"))
     assert "float64" in str(why_not_fused(query))
     said = [str(warning.message) for warning in caught]
-    assert [f"implementation {implementation!r} steps down to 'chunked'" in each for each in said] == [True]
+    assert [f"implementation {implementation!r} falls back to 'chunked'" in each for each in said] == [True]
 
 
-def test_an_old_gpu_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_names_the_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.version, "hip", None)
-    reasons = [why_not_on.__wrapped__(torch.device("cuda"), False, oldest) for oldest in (OLDEST_FUSED, OLDEST_DENSE)]
+    reasons = [
+        why_not_on.__wrapped__(torch.device("cuda"), False, min_capability)
+        for min_capability in (MIN_CAPABILITY_FUSED, MIN_CAPABILITY_DENSE)
+    ]
     assert reasons == ["it needs a GPU of compute capability 9.0 or newer, found 8.6", None]
 
 
-def test_a_table_of_shapes_that_the_environment_names_goes_before_ours(
+def test_a_table_of_shapes_named_by_the_environment_takes_precedence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
@@ -274,7 +278,7 @@ def test_a_table_of_shapes_that_the_environment_names_goes_before_ours(
     def found(dim: int) -> shapes.TileShape:
         return shapes.tile_shape("sums", dim, torch.bfloat16, "ieee", torch.device("cuda"))
 
-    ours, made = found(768), replace(shapes.HALF, stages=2)
+    ours, made = found(768), replace(shapes.DEFAULT_HALF, stages=2)
     shapes.write_shapes(
         table := tmp_path / "own.json",
         [shapes.table_row("NVIDIA H200", "sums", "bfloat16", dim, replace(made, group=dim)) for dim in (128, 1024)],
@@ -286,7 +290,7 @@ def test_a_table_of_shapes_that_the_environment_names_goes_before_ours(
 
 
 def test_a_damaged_table_of_shapes_is_refused_by_name(tmp_path: Path) -> None:
-    row = shapes.table_row("GPU", "sums", "bfloat16", 768, shapes.HALF)
+    row = shapes.table_row("GPU", "sums", "bfloat16", 768, shapes.DEFAULT_HALF)
     good = tmp_path / "good.json"
     shapes.write_shapes(good, [row])
     assert shapes.read_shapes(good) == [row]
@@ -297,7 +301,7 @@ def test_a_damaged_table_of_shapes_is_refused_by_name(tmp_path: Path) -> None:
             shapes.read_shapes(path)
 
 
-def test_the_committed_table_of_shapes_is_whole() -> None:
+def test_the_committed_table_of_shapes_is_valid() -> None:
     assert shapes.read_shapes(shapes.TABLE)
 
 
@@ -313,7 +317,7 @@ def test_the_committed_table_of_shapes_is_whole() -> None:
     ],
 )
 @pytest.mark.parametrize("implementation", ["triton", "dense"])
-def test_errors_on_the_gpu(
+def test_errors_against_float64_on_the_gpu(
     dtype: torch.dtype, precision: Any, gradient: float, value: float, symmetric: bool, implementation: str
 ) -> None:
     for queries, passages, dims in ((1, 1, 1), (257, 263, 65), (1024, 1536, 768), (515, 515, 1152)):
@@ -329,14 +333,14 @@ def test_errors_on_the_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dims", [64, 128, 384, 512, 640, 768, 1024, 1152, 4096])
-def test_every_number_of_dimensions_on_the_gpu(dims: int) -> None:
+def test_embedding_dimensions_on_the_gpu(dims: int) -> None:
     loss, query, passage, _ = errors(*embeddings(700, 900, dims, "cuda"), 50.0, torch.bfloat16, symmetric=True)
     assert loss <= 1e-4 and max(query, passage) <= 4e-3
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["triton", "dense"])
-def test_a_captured_graph_replays_the_step_on_new_numbers(implementation: Any) -> None:
+def test_a_captured_cuda_graph_replays_on_new_inputs(implementation: Any) -> None:
     query, passage = (side.bfloat16().requires_grad_() for side in embeddings(512, 512, 64, "cuda"))
     scale = torch.tensor(30.0, device="cuda", requires_grad=True)
 
@@ -362,7 +366,7 @@ def test_a_captured_graph_replays_the_step_on_new_numbers(implementation: Any) -
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_device() -> None:
+def test_a_step_does_not_synchronize() -> None:
     query, passage = (side.bfloat16() for side in embeddings(600, 600, 64, "cuda"))
     options: dict[str, Any] = {"symmetric": True, "passage_ids": torch.arange(600, device="cuda") // 2}
     scale = torch.tensor(30.0, device="cuda", requires_grad=True)
@@ -378,8 +382,8 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 @pytest.mark.gpu
-def test_rows_beyond_32_bits_of_elements() -> None:
-    # 3,000,000 rows of 768 numbers: the last begin past 2^31 elements.
+def test_offsets_beyond_32_bits() -> None:
+    # 3,000,000 rows of 768 values: the last rows begin beyond 2^31 elements.
     rows, dims = 3_000_000, 768
     passage = torch.zeros(rows, dims, dtype=torch.bfloat16, device="cuda")
     query, own = (side.bfloat16() for side in embeddings(8, 8, dims, "cuda"))

@@ -16,13 +16,13 @@ from torch.nn.functional import normalize
 from losses import inf_cl_loss
 from losses.triton.launch import interpreted
 
-# Without a GPU Triton's interpreter runs the kernels; where one is, tests/losses/test_fused.py runs them on it.
+# Without a GPU the kernels run under Triton's interpreter; with one, tests/losses/test_fused.py runs them.
 IMPLEMENTATIONS = ("chunked", "dense", "triton") if interpreted() else ("chunked",)
 TINY_MIB = 2**-7  # 8 KiB: many tiles, the last ones partial
 
 
 def embeddings(queries: int, passages: int, dims: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """float64 unit vectors; each of the first passages resembles its query."""
+    """float64 unit vectors; passage i is similar to query i."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(queries, dims, dtype=torch.float64, generator=generator)
     passage = torch.randn(passages, dims, dtype=torch.float64, generator=generator)
@@ -34,7 +34,7 @@ def embeddings(queries: int, passages: int, dims: int, seed: int = 0) -> tuple[T
 def value_and_gradients(
     query: Tensor, passage: Tensor, logit_scale: float, dtype: torch.dtype, **options: Any
 ) -> dict[str, Tensor]:
-    """The loss of embeddings cast to `dtype`, and its gradients under an upstream gradient that is not one."""
+    """The loss of embeddings cast to `dtype`, and its gradients for an upstream gradient of 0.7."""
     query, passage = (side.detach().to(dtype).requires_grad_() for side in (query, passage))
     scale = torch.tensor(logit_scale, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     loss = inf_cl_loss(query, passage, logit_scale=scale, **options)
@@ -48,13 +48,13 @@ def value_and_gradients(
 def assert_as_close_as_full_matrix(
     query: Tensor, passage: Tensor, logit_scale: float, dtype: torch.dtype = torch.float32, **options: Any
 ) -> None:
-    """Each implementation errs at most thrice what the full matrix errs in the same dtype, plus a few roundings."""
+    """The error is at most three times that of the full matrix in the same dtype, plus a few roundings."""
     query, passage = query.to(dtype).double(), passage.to(dtype).double()
     truth = value_and_gradients(query, passage, logit_scale, torch.float64, implementation="full", **options)
     plain = value_and_gradients(query, passage, logit_scale, dtype, implementation="full", **options)
     longest_query, longest_passage = float(query.norm(dim=1).max()), float(passage.norm(dim=1).max())
     largest_score = abs(logit_scale) * longest_query * longest_passage
-    # The size of one term of each sum: what a rounding of a score by its last bits is multiplied with.
+    # Size of one term of each sum, which multiplies the rounding error of a score.
     term = {
         "loss": 1.0,
         "query": abs(logit_scale) * longest_passage,
@@ -65,7 +65,7 @@ def assert_as_close_as_full_matrix(
         found = value_and_gradients(
             query, passage, logit_scale, dtype, implementation=implementation, **{"workspace_mib": TINY_MIB} | options
         )
-        # Dense rounds its logarithms once more, the kernels their exponents of 2.
+        # The dense kernels round logarithms once more, the tile kernels exponents of 2.
         roundings = 2 if implementation == "chunked" else 4
         for name, oracle in truth.items():
             allowed = 3 * float((plain[name] - oracle).norm())
@@ -108,7 +108,7 @@ def test_unnormalised_embeddings(length: float, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_embeddings_get_narrow_gradients_of_full_quality(dtype: torch.dtype, symmetric: bool) -> None:
+def test_half_precision_embeddings_get_accurate_half_precision_gradients(dtype: torch.dtype, symmetric: bool) -> None:
     assert_as_close_as_full_matrix(*embeddings(67, 101, 24), 30.0, dtype, symmetric=symmetric)
 
 
@@ -128,7 +128,7 @@ def test_masked_by_ids(logit_scale: float, symmetric: bool) -> None:
     options: dict[str, Any] = {"symmetric": symmetric}
     few = torch.arange(83) % 9
     assert_as_close_as_full_matrix(query, passage, logit_scale, passage_ids=few, **options)
-    # Ids further apart than int32 or a float's mantissa holds: neighbours must not be taken for equal.
+    # Ids beyond int32 and beyond a float mantissa: neighbouring values are not equal.
     far = torch.tensor([-(2**63), 2**63 - 1, 2**63 - 2, 2**53, 2**53 + 1, 0, 2**32])[torch.arange(83) % 7]
     assert_as_close_as_full_matrix(query, passage, logit_scale, passage_ids=far, **options)
     positive = torch.arange(61) % 19
@@ -147,12 +147,12 @@ def test_everything_but_the_positives_masked(logit_scale: float, symmetric: bool
     )  # fmt: skip
     assert found["loss"] == 0
     for name in ("query", "passage", "logit_scale"):
-        # P − 1 at the positives, where P is one up to its rounding.
+        # P − 1 at the positives, where P is 1 up to rounding.
         assert float(found[name].abs().max()) <= abs(logit_scale) * 2**-22, name
 
 
 def brute_force(query: Tensor, passage: Tensor, positive: list[int], ids: tuple[list[int], list[int]]) -> Tensor:
-    """The symmetric loss entry by entry, as the docstring of inf_cl_loss words it."""
+    """The symmetric loss entry by entry, by the docstring of inf_cl_loss."""
     total = torch.zeros((), dtype=torch.float64)
     scores = 3.0 * query @ passage.T
     rows, columns = range(len(query)), range(len(passage))
@@ -169,7 +169,7 @@ def brute_force(query: Tensor, passage: Tensor, positive: list[int], ids: tuple[
 
 @pytest.mark.parametrize("implementation", ["full", *IMPLEMENTATIONS])
 def test_meaning_of_ids_and_shared_positives(implementation: Any) -> None:
-    # The kernels have no float64; the others are held to it.
+    # The kernels do not support float64; the other implementations are tested in it.
     kernels = implementation in ("dense", "triton")
     query, passage = (side.float() if kernels else side for side in embeddings(6, 8, 4))
     for seed in range(5):
@@ -188,7 +188,7 @@ def test_meaning_of_ids_and_shared_positives(implementation: Any) -> None:
             torch.testing.assert_close(found, expected)
 
 
-def test_owners_of_one_row_compete_in_its_column_but_owners_of_equal_rows_do_not() -> None:
+def test_queries_compete_in_the_column_of_a_shared_positive_but_not_of_equal_ids() -> None:
     query = torch.eye(2, dtype=torch.float64)[:1].expand(2, 2).contiguous()
     shared = inf_cl_loss(
         query, query[:1], logit_scale=1.0, symmetric=True, positive=torch.zeros(2, dtype=torch.int64),
@@ -201,8 +201,8 @@ def test_owners_of_one_row_compete_in_its_column_but_owners_of_equal_rows_do_not
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("logit_scale", [41.3, 58.3, 99.7, 1000.0])
-def test_an_easy_batch_has_a_tiny_loss_to_full_relative_accuracy(logit_scale: float, symmetric: bool) -> None:
-    # Every two rows have cosine 0.75: a loss of about 39 exp(-logit_scale / 4), beside scores of logit_scale.
+def test_a_small_loss_is_accurate_relative_to_its_size(logit_scale: float, symmetric: bool) -> None:
+    # All pairs of rows have cosine 0.75: a loss of about 39 exp(-logit_scale / 4), with scores near logit_scale.
     query = normalize(torch.eye(40) + 0.2306, dim=1)
     options: dict[str, Any] = {"logit_scale": logit_scale, "symmetric": symmetric, "workspace_mib": TINY_MIB}
     truth = float(inf_cl_loss(query.double(), query.double(), **options, implementation="full"))
@@ -211,7 +211,7 @@ def test_an_easy_batch_has_a_tiny_loss_to_full_relative_accuracy(logit_scale: fl
     assert found == pytest.approx(truth, rel=logit_scale * 2**-21, abs=2**-22)
 
 
-def test_a_tiny_logit_scale_keeps_the_last_bits_of_the_loss() -> None:
+def test_a_small_logit_scale_is_accurate_to_the_last_bits() -> None:
     for seed in range(20):
         query, passage = embeddings(2, 2, 4, seed)
         truth = inf_cl_loss(query, passage, logit_scale=1e-3, symmetric=True, implementation="full")
@@ -230,7 +230,7 @@ def test_a_tiny_logit_scale_keeps_the_last_bits_of_the_loss() -> None:
     workspace_mib=st.sampled_from([2**-12, 2**-9, 2**-7, 2**-5]),
     seed=st.integers(0, 1000),
 )
-def test_tiles_equal_the_oracle_for_any_mixture(
+def test_tiles_equal_the_oracle_for_random_options(
     queries: int,
     more: int,
     dims: int,
@@ -266,7 +266,7 @@ def test_gradcheck(logit_scale: float, symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("wanted", [w for w in itertools.product([False, True], repeat=3) if any(w)])
-def test_only_the_gradients_asked_for_and_each_the_same(wanted: tuple[bool, bool, bool]) -> None:
+def test_only_required_gradients_are_computed(wanted: tuple[bool, bool, bool]) -> None:
     query, passage = embeddings(11, 13, 4)
     everything = value_and_gradients(query, passage, 9.0, torch.float64, symmetric=True, implementation="chunked")
     scale = torch.tensor(9.0, dtype=torch.float64)
@@ -286,7 +286,7 @@ def test_second_derivatives_raise_instead_of_vanishing(implementation: Any) -> N
         torch.autograd.grad(loss, query, create_graph=True)
 
 
-def test_inputs_changed_before_backward_are_noticed() -> None:
+def test_inputs_modified_before_backward_raise() -> None:
     query, passage = (side.requires_grad_() for side in embeddings(3, 3, 2))
     loss = inf_cl_loss(query, passage, logit_scale=1.0, implementation="chunked")
     with torch.no_grad():
@@ -316,10 +316,10 @@ def test_non_finite_embeddings_give_a_non_finite_loss(
         pair = [each.float().abs() for each in embeddings(7, 9, 3)]
         if row >= len(pair[side]):
             continue
-        # With nothing but positive components, minus infinity vanishes from every sum of exponentials.
+        # With positive components only, a component of minus infinity gives scores that add zero to every sum.
         pair[side][row, 1] = bad
         pair = [each.requires_grad_() for each in pair]
-        # Passage 8 is masked for every query, so that a bad one enters no sum at all.
+        # Passage 8 is masked for every query, so its values are in no sum.
         ids = {"query_ids": torch.ones(7, dtype=torch.int64), "passage_ids": (torch.arange(9) == 8).long()}
         loss = inf_cl_loss(*pair, logit_scale=4.0, symmetric=symmetric, implementation=implementation, **ids)
         loss.backward()

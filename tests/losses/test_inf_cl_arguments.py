@@ -1,4 +1,4 @@
-"""What inf_cl_loss, InfCLLoss and clip_loss refuse, and how precision follows the inputs."""
+"""Argument errors of inf_cl_loss, InfCLLoss and clip_loss, and the precision that the inputs give."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
         ("workspace_mib must be a positive number of MiB, found nan", {"workspace_mib": math.nan}),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(named: str, changed: dict[str, Any]) -> None:
+def test_invalid_arguments_are_named(named: str, changed: dict[str, Any]) -> None:
     arguments = {"query": QUERY, "passage": PASSAGE, "logit_scale": 10.0} | changed
     with pytest.raises(ValueError, match="^" + re.escape(named)) as refused:
         inf_cl_loss(arguments.pop("query"), arguments.pop("passage"), **arguments)
@@ -86,7 +86,7 @@ def test_precision_auto_follows_dtype_and_autocast() -> None:
 
 @pytest.mark.parametrize("implementation", ["full", "chunked"])
 def test_bf16_rounds_the_operands_and_nothing_else(implementation: Any) -> None:
-    """The loss of rounded embeddings to float32 accuracy, also inside autocast, which rounds whole scores."""
+    """The loss of the rounded embeddings to float32 accuracy, also under autocast, which would round the scores."""
     torch.manual_seed(0)
     query, passage = (normalize(torch.randn(rows, 16), dim=1).requires_grad_() for rows in (33, 47))
     rounded = [side.detach().bfloat16().double().requires_grad_() for side in (query, passage)]
@@ -102,7 +102,7 @@ def test_bf16_rounds_the_operands_and_nothing_else(implementation: Any) -> None:
         torch.testing.assert_close(ours.double(), theirs, atol=2e-6, rtol=1e-5)
 
 
-def test_autocast_around_forward_and_backward_leaves_fp32_tiles_alone() -> None:
+def test_autocast_does_not_change_fp32_tiles() -> None:
     torch.manual_seed(0)
     query, passage = (normalize(torch.randn(rows, 16), dim=1).requires_grad_() for rows in (33, 47))
     outside = inf_cl_loss(query, passage, logit_scale=50.0)
@@ -162,15 +162,15 @@ def test_module_equals_the_function_and_learns_its_scale() -> None:
     )
 
 
-@pytest.mark.parametrize("made", [InfCLLoss, SigmoidLoss])
-def test_module_hands_its_settings_on(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module_class", [InfCLLoss, SigmoidLoss])
+def test_module_passes_its_settings_on(module_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"precision": "tf32", "implementation": "triton", "workspace_mib": 7, "group": None}
-    settings |= {"exchange": "gather", "symmetric": True} if made is InfCLLoss else {}
+    settings |= {"exchange": "gather", "symmetric": True} if module_class is InfCLLoss else {}
     seen: dict[str, Any] = {}
-    name = "inf_cl_loss" if made is InfCLLoss else "sigmoid_loss"
-    monkeypatch.setattr(sys.modules[made.__module__], name, lambda query, passage, **given: seen.update(given))
+    name = "inf_cl_loss" if module_class is InfCLLoss else "sigmoid_loss"
+    monkeypatch.setattr(sys.modules[module_class.__module__], name, lambda query, passage, **given: seen.update(given))
     ids = {"positive": torch.arange(3), "query_ids": torch.arange(3), "passage_ids": torch.arange(5)}
-    made(**settings)(QUERY, PASSAGE, **ids)
+    module_class(**settings)(QUERY, PASSAGE, **ids)
     assert {given: seen[given] for given in settings} == settings
     assert all(seen[given] is value for given, value in ids.items())
 
@@ -188,21 +188,21 @@ WRONG: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("made", "wrong"),
+    ("module_class", "wrong"),
     [
-        *((made, wrong) for made in (InfCLLoss, SigmoidLoss) for wrong in WRONG),
+        *((module_class, wrong) for module_class in (InfCLLoss, SigmoidLoss) for wrong in WRONG),
         (InfCLLoss, {"symmetric": "no"}),
         (InfCLLoss, {"exchange": "x"}),
         (SigmoidLoss, {"logit_bias": 1e39}),
         (SigmoidLoss, {"logit_bias": "x"}),
     ],
 )
-def test_module_refuses_what_its_loss_would(made: Any, wrong: dict[str, Any]) -> None:
+def test_module_refuses_invalid_arguments(module_class: Any, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must"):
-        made(**wrong)
+        module_class(**wrong)
 
 
-def test_a_clamped_scale_stays_at_the_clamp_and_comes_back() -> None:
+def test_a_clamped_scale_can_leave_the_clamp() -> None:
     module = InfCLLoss(logit_scale=49.0, max_logit_scale=50.0)
     step = torch.optim.SGD(module.parameters(), lr=1.0)
     matched = torch.eye(2)
@@ -210,9 +210,9 @@ def test_a_clamped_scale_stays_at_the_clamp_and_comes_back() -> None:
     with torch.no_grad():
         module.log_logit_scale.fill_(math.log(80.0))
     assert float(module.logit_scale.detach()) == pytest.approx(50.0)
-    # Rows agree but for a rival: a larger scale would lower the loss, and that push is dropped.
-    rival = torch.nn.functional.normalize(torch.tensor([[1.0, 0.97], [0.97, 1.0]]), dim=1)
-    module(matched, rival).backward()
+    # The passages match their queries almost: a larger scale would lower the loss, so its gradient is dropped.
+    passage = torch.nn.functional.normalize(torch.tensor([[1.0, 0.97], [0.97, 1.0]]), dim=1)
+    module(matched, passage).backward()
     assert float(module.log_logit_scale.grad) == 0
     module.zero_grad()
     module(matched, mismatched).backward()
@@ -231,6 +231,6 @@ def test_a_clamped_scale_stays_at_the_clamp_and_comes_back() -> None:
         ("logit_scale", {"logit_scale": math.nan}),
     ],
 )
-def test_module_names_what_does_not_fit(named: str, options: dict[str, float]) -> None:
+def test_module_names_invalid_scales(named: str, options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"^{named} must be"):
         InfCLLoss(**options)

@@ -1,4 +1,4 @@
-"""Measured memory: the tiled loss of a large batch stays within inputs, gradients and its workspace."""
+"""Measured memory: the tiled loss of a large batch uses gradients and its workspace, and little more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# In a process of its own, because the peak resident size of a process never falls.
+# In a separate process, because the peak resident size of a process never falls.
 MEASURED = """
 import json, re, sys
 import torch
@@ -32,7 +32,7 @@ def step(pairs, workspace_mib):
     return peak() - before
 
 def peak():
-    # Not getrusage's: Linux lets a program begin with the peak of the one that started it, which would hide growth.
+    # Not getrusage: on Linux a process inherits the peak of its parent there, which would hide growth.
     (kib,) = re.findall(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
     return int(kib) / 1024
 
@@ -59,7 +59,7 @@ def test_peak_memory_of_32768_pairs_is_gradients_and_workspace() -> None:
     assert growth <= gradients_mib + vectors_mib + workspace_mib + 16
 
 
-def test_peak_memory_follows_the_workspace_asked_for() -> None:
+def test_peak_memory_follows_the_workspace() -> None:
     pairs, dims = 6_000, 32
     gradients_mib = 2 * pairs * dims * 4 / 2**20
     assert peak_growth_mib(pairs, dims, 2, ids=True) <= gradients_mib + 20 * pairs * 8 / 2**20 + 2 + 6

@@ -1,4 +1,4 @@
-"""The kernels' loss over ranks on real GPUs, one for each rank or one for all, equals float64 in one process."""
+"""The kernels' loss over ranks on real GPUs, shared or one per rank, equals float64 in one process."""
 
 from __future__ import annotations
 

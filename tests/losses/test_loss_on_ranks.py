@@ -1,4 +1,4 @@
-"""The loss over real processes of a gloo group equals that of one process: value, gradients, parameters."""
+"""The loss over the processes of a gloo group equals that of one process: value, gradients, parameters."""
 
 from __future__ import annotations
 

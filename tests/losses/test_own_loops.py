@@ -1,4 +1,4 @@
-"""Loss modules in loops that users write: copied, averaged, pickled, compiled, beside sharded towers."""
+"""Loss modules in users' training loops: copied, averaged, pickled, compiled, and with FSDP towers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
 
 
 def saved_and_loaded(module: nn.Module) -> Any:
-    box = io.BytesIO()
-    torch.save(module, box)
-    box.seek(0)
-    return torch.load(box, weights_only=False)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -55,12 +55,12 @@ def test_copies_share_the_group(groups: dict[str, Any], kind: Any, name: str) ->
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_a_pickled_loss_has_the_default_group_again_and_asks_for_another(groups: dict[str, Any], kind: Any) -> None:
+def test_a_pickled_loss_restores_the_default_group_and_asks_for_another(groups: dict[str, Any], kind: Any) -> None:
     loss = kind(group=groups["default"], logit_scale=3.0)
     assert torch.equal(saved_and_loaded(loss)(QUERY, PASSAGE), loss(QUERY, PASSAGE))
     assert saved_and_loaded(loss).group is groups["default"]
     loss.group = groups["another"]
-    # Twice, because what a loaded module lacks it lacks still when it is saved again.
+    # Saved and loaded twice: a module without its group can be saved again.
     loaded = saved_and_loaded(saved_and_loaded(loss))
     with pytest.raises(ValueError, match="group must be set again"):
         loaded(QUERY, PASSAGE)
@@ -69,17 +69,17 @@ def test_a_pickled_loss_has_the_default_group_again_and_asks_for_another(groups:
     assert saved_and_loaded(kind()).group is None
 
 
-def test_a_loss_pickled_with_the_default_group_is_no_loss_of_one_process_elsewhere(
+def test_a_pickled_group_of_another_size_is_not_restored(
     groups: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss = InfCLLoss(group=groups["default"])
-    box = io.BytesIO()
-    torch.save(loss, box)
+    buffer = io.BytesIO()
+    torch.save(loss, buffer)
     for name, value in (("is_initialized", False), ("get_world_size", 2)):
         with monkeypatch.context() as changed:
             changed.setattr(distributed, name, lambda *_, value=value: value)
-            box.seek(0)
-            loaded = torch.load(box, weights_only=False)
+            buffer.seek(0)
+            loaded = torch.load(buffer, weights_only=False)
         with pytest.raises(ValueError, match="process group of 1 processes"):
             loaded(QUERY, PASSAGE)
 
@@ -100,18 +100,18 @@ def values(loss: Any, query: Tensor, passage: Tensor, parameters: Any, **argumen
         (SigmoidLoss, {"implementation": "full"}),
     ],
 )
-def test_compiled_whole_on_a_cpu_equals_eager(kind: Any, options: dict[str, Any]) -> None:
+def test_compiled_on_a_cpu_equals_eager(kind: Any, options: dict[str, Any]) -> None:
     loss = kind(**options, logit_scale=5.0, workspace_mib=0.001)
     torch.compiler.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     ids = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 8])
     cases: list[Any] = [
         (7, 9, torch.float32, {"positive": torch.tensor([8, 1, 2, 3, 4, 5, 6]), "passage_ids": ids}),
-        # From the second size on the compiler's sizes are symbols.
+        # From the second size on, the compiler treats sizes as symbols.
         (61, 83, torch.bfloat16, {}),
         (67, 71, torch.bfloat16, {}),
     ]
-    # The whole matrix is compiled operation by operation, which takes seconds each time.
+    # The whole matrix is compiled operation by operation, which takes seconds per size.
     for queries, passages, dtype, arguments in cases[:1] if options["implementation"] == "full" else cases:
         query, passage = (torch.randn(rows, 5).to(dtype) for rows in (queries, passages))
         expected = values(loss, query, passage, loss.parameters(), **arguments)
@@ -124,7 +124,7 @@ def test_compiled_whole_on_a_cpu_equals_eager(kind: Any, options: dict[str, Any]
             torch.testing.assert_close(compiled(QUERY, PASSAGE), loss(QUERY, PASSAGE))
 
 
-def test_compiled_tiles_keep_small_gradients_of_float16() -> None:
+def test_compiled_tiles_do_not_underflow_float16_gradients() -> None:
     query, passage = (side.half() for side in (QUERY, PASSAGE))
     loss = InfCLLoss(logit_scale=1.0)
     torch.compiler.reset()
@@ -137,7 +137,7 @@ def test_compiled_tiles_keep_small_gradients_of_float16() -> None:
     torch.testing.assert_close(lifted(compiled), lifted(lambda *sides: 1e-6 * loss(*sides)), rtol=1e-2, atol=1e-4)
 
 
-def test_values_are_checked_in_a_compiled_graph_too() -> None:
+def test_values_are_checked_in_a_compiled_graph() -> None:
     torch.compiler.reset()
 
     def loss(scale: Tensor, positive: Tensor) -> Tensor:
@@ -150,13 +150,13 @@ def test_values_are_checked_in_a_compiled_graph_too() -> None:
         compiled(torch.tensor(torch.inf), torch.arange(7))
 
 
-def test_the_operator_is_given_every_field_of_a_batch() -> None:
-    # A field that the operator does not know of would be left out of compiled losses in silence.
+def test_the_operator_takes_every_field_of_a_batch() -> None:
+    # A field that the operator does not take would be ignored by compiled losses.
     given = {argument.name for argument in tiled_loss_op._opoverload._schema.arguments}
     assert {field.name for field in dataclasses.fields(ContrastiveBatch)} <= given
 
 
-def test_beside_towers_that_fsdp_shards() -> None:
+def test_with_towers_sharded_by_fsdp() -> None:
     with LoadedPython("losses", "torch.distributed.run", "torch.distributed.fsdp") as python:
         done = python.run(*torchrun(2, Path(__file__).with_name("loops_on_ranks.py")))
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""A ring of eight ranks, a thread each: loss and gradients of the whole batch, for the bytes that ring.py counts."""
+"""A ring of eight ranks, one thread each: loss and gradients of the whole batch, and the bytes that ring.py counts."""
 
 from __future__ import annotations
 
@@ -17,26 +17,24 @@ from losses.triton.launch import interpreted
 
 RANKS, ROWS, DIMENSIONS = 8, 6, 5
 DEVICES = [
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(not interpreted(), reason="a GPU is here: it runs the kernels itself")
-    ),
+    pytest.param("cpu", marks=pytest.mark.skipif(not interpreted(), reason="kernels run on the GPU instead")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 
 
 def bytes_of_the_ring(element: int, symmetric: bool, ids: bool) -> int:
-    """As the docstring of losses/distributed/ring.py has it; tiles in PyTorch do not pad the width."""
+    """The formula in the docstring of losses/distributed/ring.py; tiles in PyTorch do not pad the width."""
     block = DIMENSIONS * element + 8 * ids
     accumulator = max(4, element)
     forward = (RANKS - 1) * ROWS * (block + 4 * accumulator * symmetric)
-    home = (RANKS - 1) * ROWS * (DIMENSIONS * accumulator + 2 * accumulator * symmetric)
-    return forward + (RANKS - 2) * ROWS * block + home
+    gradients = (RANKS - 1) * ROWS * (DIMENSIONS * accumulator + 2 * accumulator * symmetric)
+    return forward + (RANKS - 2) * ROWS * block + gradients
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_eight_ranks_equal_one_process_for_the_bytes_of_the_formula(
+def test_eight_ranks_equal_one_process_and_send_the_documented_bytes(
     dtype: torch.dtype, ids: bool, symmetric: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +75,7 @@ def test_eight_ranks_equal_one_process_for_the_bytes_of_the_formula(
 
 @pytest.mark.parametrize("size", [1, 2, 8])
 @pytest.mark.parametrize("ids", [False, True])
-def test_the_sigmoid_loss_goes_round_once_for_the_bytes_of_its_formula(ids: bool, size: int) -> None:
+def test_the_sigmoid_loss_sends_the_documented_bytes(ids: bool, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     sides = (torch.randn(size * ROWS, DIMENSIONS, generator=generator) for _ in range(2))
     query, passage = (normalize(side, dim=1) for side in sides)
@@ -114,12 +112,12 @@ def test_the_sigmoid_loss_goes_round_once_for_the_bytes_of_its_formula(ids: bool
         assert (ours.double() - theirs).norm() <= 5e-6 * theirs.norm()
 
 
-def test_embeddings_do_not_wait_for_backward_beside_operands_of_half_precision() -> None:
+def test_embeddings_are_freed_if_operands_are_half_precision_copies() -> None:
     leaf = torch.randn(ROWS, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     def one_rank(communication: SimulatedCommunication) -> tuple[bool, Tensor]:
         query, passage = leaf.clone(), leaf.flip(0)
-        waiting = [weakref.ref(side) for side in (query, passage)]
+        references = [weakref.ref(side) for side in (query, passage)]
         loss = inf_cl_loss(
             query,
             passage,
@@ -131,11 +129,11 @@ def test_embeddings_do_not_wait_for_backward_beside_operands_of_half_precision()
         )
         del query, passage
         gc.collect()
-        gone = all(reference() is None for reference in waiting)
-        return gone, torch.autograd.grad(loss, leaf)[0]
+        freed = all(reference() is None for reference in references)
+        return freed, torch.autograd.grad(loss, leaf)[0]
 
-    ((gone, gradient),) = on_simulated_ranks(1, one_rank)
-    assert gone
+    ((freed, gradient),) = on_simulated_ranks(1, one_rank)
+    assert freed
     wide = leaf.detach().double().requires_grad_()
     truth = inf_cl_loss(wide, wide.flip(0), logit_scale=0.5, implementation="full")
     expected = torch.autograd.grad(truth, wide)[0]
@@ -146,7 +144,7 @@ def test_embeddings_do_not_wait_for_backward_beside_operands_of_half_precision()
 @pytest.mark.parametrize("exchange", ["ring", "gather"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("logit_scale", [20.0, 500.0])  # one shift, running maxima
-def test_kernels_of_mirrored_ranks_give_the_loss_of_the_batch_twice(
+def test_kernels_of_mirrored_ranks_give_the_loss_of_the_doubled_batch(
     logit_scale: float, symmetric: bool, exchange: Any, device: str
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -167,6 +165,7 @@ def test_kernels_of_mirrored_ranks_give_the_loss_of_the_batch_twice(
         *(torch.cat([side] * 2) for side in wide[:2]), logit_scale=wide[2], positive=positive, symmetric=symmetric,
         implementation="full",
     )  # fmt: skip
-    # Twice a rank's share, averaged over two alike, is the gradient of rows that stand in the batch twice.
+    # W = 2 times a rank's contribution, averaged over two equal ranks, is the gradient of rows that are in the batch
+    # twice.
     for ours, theirs in zip(found, [truth.detach(), *torch.autograd.grad(truth, wide)], strict=True):
         assert (ours.double() - theirs).norm() <= 1e-5 * theirs.norm()

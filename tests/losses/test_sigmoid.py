@@ -1,4 +1,4 @@
-"""The sigmoid loss against its definition in float64: its value and all four gradients, however it is computed."""
+"""The sigmoid loss against its definition in float64: value and all four gradients, in every implementation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from losses.triton.sigmoid import fused_sigmoid_loss, sigmoid_values_op
 
 TINY_MIB = 2**-7  # 8 KiB: many tiles, the last ones partial
 NAMES = ("loss", "query", "passage", "logit_scale", "logit_bias")
-# Kernels run on the CPU's tensors only there; tests/losses/test_sigmoid_gpu.py has those of a GPU.
+# Only then do kernels run on CPU tensors; tests/losses/test_sigmoid_gpu.py runs them on a GPU.
 interpreted_only = pytest.mark.skipif(not interpreted(), reason="kernels run on a CPU under Triton's interpreter")
 TILED = ["chunked", pytest.param("triton", marks=interpreted_only)]
 
 
 def embeddings(queries: int, passages: int, dims: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """float64 unit vectors; each of the first passages resembles its query."""
+    """float64 unit vectors; passage i is similar to query i."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(queries, dims, dtype=torch.float64, generator=generator)
     passage = torch.randn(passages, dims, dtype=torch.float64, generator=generator)
@@ -36,7 +36,7 @@ def embeddings(queries: int, passages: int, dims: int, seed: int = 0) -> tuple[T
 def value_and_gradients(
     query: Tensor, passage: Tensor, scale: float, bias: float, dtype: torch.dtype, **options: Any
 ) -> dict[str, Tensor]:
-    """The loss of embeddings cast to `dtype`, and its gradients under an upstream gradient that is not one."""
+    """The loss of embeddings cast to `dtype`, and its gradients for an upstream gradient of 0.7."""
     wide = torch.promote_types(dtype, torch.float32)
     leaves = [side.detach().to(dtype).requires_grad_() for side in (query, passage)]
     leaves += [torch.tensor(number, dtype=wide, requires_grad=True) for number in (scale, bias)]
@@ -47,7 +47,7 @@ def value_and_gradients(
     return dict(zip(NAMES, (each.detach().double() for each in (loss, *gradients)), strict=True))
 
 
-def assert_right(
+def assert_close_to_float64(
     implementation: Any, query: Tensor, passage: Tensor, scale: float = 10.0, bias: float = -10.0,
     dtype: torch.dtype = torch.float32, tolerance: float = 3e-6, **options: Any,
 ) -> None:  # fmt: skip
@@ -56,7 +56,7 @@ def assert_right(
     truth = value_and_gradients(query, passage, scale, bias, torch.float64, implementation="full", **known)
     options = {"workspace_mib": TINY_MIB, "implementation": implementation} | options
     found = value_and_gradients(query, passage, scale, bias, dtype, **options)
-    # The scale's gradient is a sum whose terms, positives' and negatives', cancel: their own roundings remain.
+    # The gradient of the scale is a sum of positive and negative terms that cancel; their rounding errors remain.
     products = query @ passage.T
     terms = float((products.abs() * torch.sigmoid(scale * products + bias)).sum()) / len(query)
     terms += float(products.abs().amax(1).mean())
@@ -83,20 +83,20 @@ def test_the_definition_of_open_clip(implementation: Any) -> None:
     [(1, 1, 1), (1, 37, 5), (2, 3, 1), (31, 31, 13), (29, 97, 17), (64, 64, 64), (67, 131, 40)],
 )
 def test_any_size(implementation: Any, queries: int, passages: int, dims: int) -> None:
-    assert_right(implementation, *embeddings(queries, passages, dims))
+    assert_close_to_float64(implementation, *embeddings(queries, passages, dims))
 
 
 @pytest.mark.parametrize("implementation", TILED)
 @pytest.mark.parametrize(("scale", "bias"), [(0.0, 0.0), (100.0, -10.0), (1e-3, 5.0), (-7.0, 3.0), (60.0, 60.0),
                                              (10.0, -80.0), (3.0, 90.0)])  # fmt: skip
 def test_any_scale_and_bias(implementation: Any, scale: float, bias: float) -> None:
-    """Relative to the loss, to which at a bias of −80 the terms of negatives add nothing, and to each gradient."""
-    assert_right(implementation, *embeddings(37, 53, 16), scale, bias, tolerance=1e-5)
+    """Relative to the loss, to which negatives add almost nothing at a bias of −80, and to each gradient."""
+    assert_close_to_float64(implementation, *embeddings(37, 53, 16), scale, bias, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("implementation", TILED)
-def test_terms_far_below_a_rounding_of_one_count(implementation: Any) -> None:
-    """41 terms of 1e-10 a query, each of which is lost when it is added to one before its logarithm is taken."""
+def test_small_terms_are_not_rounded_away(implementation: Any) -> None:
+    """41 terms of 1e-10 per query; each is lost if it is added to 1 before the logarithm."""
     query, passage = torch.zeros(40, 8), torch.zeros(80, 8)
     query[:, 0], passage[:40, 0] = 1.0, 1.0
     passage[40:, 0] = -1.0
@@ -110,7 +110,7 @@ def test_terms_far_below_a_rounding_of_one_count(implementation: Any) -> None:
 @pytest.mark.parametrize("implementation", TILED)
 def test_unnormalised_embeddings(implementation: Any) -> None:
     query, passage = embeddings(23, 41, 16)
-    assert_right(implementation, query * 7, passage * 5, 10.0, -3.0, tolerance=1e-5)
+    assert_close_to_float64(implementation, query * 7, passage * 5, 10.0, -3.0, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("implementation", TILED)
@@ -130,13 +130,13 @@ def test_positives_and_ids(implementation: Any, case: str) -> None:
         options["passage_ids"] *= 2**40
     if case == "all alike":
         options["passage_ids"] = torch.full((53,), 7)
-    assert_right(implementation, query, passage, **options)
+    assert_close_to_float64(implementation, query, passage, **options)
 
 
 @pytest.mark.parametrize("implementation", ["full", *TILED])
 def test_bf16_rounds_the_operands(implementation: Any) -> None:
     query, passage = embeddings(37, 53, 16)
-    assert_right(implementation, query, passage, dtype=torch.bfloat16, tolerance=4e-3)
+    assert_close_to_float64(implementation, query, passage, dtype=torch.bfloat16, tolerance=4e-3)
     # The scores are those of the rounded embeddings to float32 accuracy.
     query, passage = query.bfloat16(), passage.bfloat16()
     options: dict[str, Any] = {"logit_scale": 50.0, "logit_bias": -10.0}
@@ -147,8 +147,8 @@ def test_bf16_rounds_the_operands(implementation: Any) -> None:
 
 
 @pytest.mark.parametrize("implementation", TILED)
-def test_a_loss_scale_lifts_float16_gradients(implementation: Any) -> None:
-    """Every derivative is below float16's smallest number, and gradients are too until the loss scale comes."""
+def test_float16_gradients_with_a_loss_scale(implementation: Any) -> None:
+    """Every derivative, and every gradient before the loss scale is applied, is below the smallest float16 value."""
     basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).Q
     query, passage = (basis[:rows].half().requires_grad_() for rows in (37, 53))
     exact = [side.detach().double().requires_grad_() for side in (query, passage)]
@@ -164,8 +164,8 @@ def test_a_loss_scale_lifts_float16_gradients(implementation: Any) -> None:
 @pytest.mark.parametrize("implementation", TILED)
 @pytest.mark.parametrize("dims", [5, 40])
 def test_float16(implementation: Any, dims: int) -> None:
-    assert_right(implementation, *embeddings(37, 53, dims), dtype=torch.float16, tolerance=1e-3)
-    assert_right(
+    assert_close_to_float64(implementation, *embeddings(37, 53, dims), dtype=torch.float16, tolerance=1e-3)
+    assert_close_to_float64(
         implementation, *embeddings(37, 53, dims), dtype=torch.float16, tolerance=1e-3,
         positive=torch.arange(37) // 8, passage_ids=torch.arange(53) // 4,
     )  # fmt: skip
@@ -174,23 +174,23 @@ def test_float16(implementation: Any, dims: int) -> None:
 @pytest.mark.parametrize("implementation", TILED)
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 3e-6), ("tf32", 1e-3), ("bf16", 8e-3)])
 def test_precisions_of_float32_embeddings(implementation: Any, precision: str, tolerance: float) -> None:
-    assert_right(implementation, *embeddings(37, 53, 24), precision=precision, tolerance=tolerance)
+    assert_close_to_float64(implementation, *embeddings(37, 53, 24), precision=precision, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("implementation", TILED)
 @pytest.mark.parametrize("workspace_mib", [2**-10, 2**-5, 256])
 def test_any_workspace(implementation: Any, workspace_mib: float) -> None:
-    """On the kernel's path blocks of scores begin at rows and columns that divide by 128: several need more rows."""
-    assert_right(implementation, *embeddings(150, 270, 8), workspace_mib=workspace_mib)
+    """In the kernel's path, blocks of scores start at multiples of 128, so several blocks need more rows."""
+    assert_close_to_float64(implementation, *embeddings(150, 270, 8), workspace_mib=workspace_mib)
     positive = torch.arange(150).flip(0) + 100
-    assert_right(implementation, *embeddings(150, 270, 8), workspace_mib=workspace_mib, positive=positive,
+    assert_close_to_float64(implementation, *embeddings(150, 270, 8), workspace_mib=workspace_mib, positive=positive,
                  passage_ids=torch.arange(270) % 50)  # fmt: skip
 
 
 @interpreted_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_no_number_is_read_that_nobody_wrote(dtype: torch.dtype) -> None:
-    """With NaN in all new memory, and twice the same bits."""
+def test_no_uninitialized_memory_is_read(dtype: torch.dtype) -> None:
+    """With NaN in all new memory, the results have the same bits."""
     query, passage = embeddings(150, 270, 13)
     options: dict[str, Any] = {"workspace_mib": TINY_MIB, "implementation": "triton"}
     plain = value_and_gradients(query, passage, 10.0, -10.0, dtype, **options)
@@ -204,20 +204,20 @@ def test_no_number_is_read_that_nobody_wrote(dtype: torch.dtype) -> None:
 
 
 @interpreted_only
-def test_persistent_programs_visit_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_persistent_programs_compute_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "PERSISTENT_KERNEL", "sigmoid")
     assert shapes.tile_shape("sigmoid", 40, torch.float32, "ieee", torch.device("cpu")).persistent
-    assert_right("triton", *embeddings(67, 131, 40))
+    assert_close_to_float64("triton", *embeddings(67, 131, 40))
 
 
 @interpreted_only
-def test_compiled_into_one_graph_as_eager() -> None:
-    """The operator in it has the shapes and dtypes that it says it has."""
+def test_compiled_into_one_graph_equals_eager() -> None:
+    """The custom operator also returns the shapes and dtypes that its fake implementation declares."""
     query, passage = (side.half() for side in embeddings(29, 31, 8))
     positive = torch.arange(29)
 
     def loss_of(query: Tensor, passage: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        # The public function looks at the values of a CPU's tensors, which a graph cannot.
+        # The public function reads the values of CPU tensors, which a compiled graph cannot do.
         batch = ContrastiveBatch(query, passage, scale, positive, None, None, symmetric=True, diagonal=True)
         return fused_sigmoid_loss(batch, bias, "tf32", 2**13)
 
@@ -241,11 +241,11 @@ def test_compiled_into_one_graph_as_eager() -> None:
 
 def test_float64_is_exact() -> None:
     query, passage = embeddings(37, 53, 16)
-    assert_right("chunked", query, passage, dtype=torch.float64, tolerance=1e-13)
+    assert_close_to_float64("chunked", query, passage, dtype=torch.float64, tolerance=1e-13)
 
 
 @pytest.mark.parametrize("implementation", TILED)
-def test_views_are_read_as_they_stand(implementation: Any) -> None:
+def test_strided_views(implementation: Any) -> None:
     query, passage = embeddings(37, 53, 16)
     wide = torch.stack([passage, torch.full_like(passage, torch.nan)], 1)
     leaves = [query.T.contiguous().float().requires_grad_(), wide.float().requires_grad_()]
@@ -261,8 +261,8 @@ def test_views_are_read_as_they_stand(implementation: Any) -> None:
 @pytest.mark.parametrize("implementation", ["full", *TILED])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", [0, 1])
-def test_what_is_not_finite_makes_the_loss_nan(implementation: Any, bad: float, side: int) -> None:
-    """Also where the ids leave every pair of the passage out."""
+def test_non_finite_embeddings_make_the_loss_nan(implementation: Any, bad: float, side: int) -> None:
+    """Also if the ids mask every pair of the passage."""
     pair = [each.float() for each in embeddings(19, 37, 8)]
     pair[side][-1, 3] = bad
     options: dict[str, Any] = {"logit_scale": 10.0, "logit_bias": -10.0, "implementation": implementation}
@@ -285,7 +285,7 @@ def test_each_gradient_alone(implementation: Any, wanted: int) -> None:
 
 
 @pytest.mark.parametrize("implementation", TILED)
-def test_without_a_gradient_the_value_is_the_same(implementation: Any) -> None:
+def test_the_value_does_not_depend_on_requires_grad(implementation: Any) -> None:
     query, passage = (side.float().requires_grad_() for side in embeddings(29, 31, 8))
     options: dict[str, Any] = {"logit_scale": 10.0, "logit_bias": -9.0, "implementation": implementation}
     loss = sigmoid_loss(query, passage, **options)
@@ -296,7 +296,7 @@ def test_without_a_gradient_the_value_is_the_same(implementation: Any) -> None:
 
 
 @pytest.mark.parametrize("implementation", TILED)
-def test_the_graph_can_be_walked_twice_but_not_differentiated_twice(implementation: Any) -> None:
+def test_backward_can_run_twice_but_second_derivatives_raise(implementation: Any) -> None:
     query, passage = (side.float().requires_grad_() for side in embeddings(7, 9, 8))
     loss = sigmoid_loss(query, passage, logit_scale=10.0, logit_bias=-9.0, implementation=implementation)
     first = torch.autograd.grad(loss, query, retain_graph=True)[0]

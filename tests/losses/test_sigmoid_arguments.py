@@ -1,4 +1,4 @@
-"""What sigmoid_loss and SigmoidLoss refuse, and how the module begins and learns."""
+"""Argument errors of sigmoid_loss and SigmoidLoss; initialization and training of the module."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ QUERY, PASSAGE = torch.ones(3, 4), torch.ones(5, 4)
         ("workspace_mib must be a positive number of MiB, found 0", {"workspace_mib": 0}),
     ],
 )
-def test_what_does_not_fit_is_named(named: str, changed: dict[str, Any]) -> None:
+def test_invalid_arguments_are_named(named: str, changed: dict[str, Any]) -> None:
     arguments = {"query": QUERY, "passage": PASSAGE, "logit_scale": 10.0, "logit_bias": -10.0} | changed
     with pytest.raises(ValueError, match="^" + re.escape(named)) as refused:
         sigmoid_loss(arguments.pop("query"), arguments.pop("passage"), **arguments)
     assert "\n" not in str(refused.value)
 
 
-def test_module_begins_as_siglip_and_learns_scale_and_bias() -> None:
+def test_module_is_initialized_as_siglip_and_learns_scale_and_bias() -> None:
     torch.manual_seed(0)
     query, passage = (normalize(torch.randn(9, 8), dim=1) for _ in range(2))
     module = SigmoidLoss()
@@ -60,7 +60,7 @@ def test_module_begins_as_siglip_and_learns_scale_and_bias() -> None:
     assert not any(each.requires_grad for each in SigmoidLoss(learnable=False).parameters())
 
 
-def test_a_clamped_scale_stays_at_the_clamp_and_comes_back() -> None:
+def test_a_clamped_scale_can_leave_the_clamp() -> None:
     module = SigmoidLoss(max_logit_scale=50.0)
     with torch.no_grad():
         module.log_logit_scale.fill_(math.log(80.0))
@@ -75,10 +75,10 @@ def test_a_clamped_scale_stays_at_the_clamp_and_comes_back() -> None:
             SigmoidLoss(**arguments)
 
 
-def test_triton_steps_down_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    launch.warn_of_step_down.cache_clear()
+    launch.warn_fallback.cache_clear()
     options: dict[str, Any] = {"logit_scale": 10.0, "logit_bias": -10.0}
-    with pytest.warns(UserWarning, match="'triton' steps down to 'chunked': the embeddings are on cpu"):
+    with pytest.warns(UserWarning, match="'triton' falls back to 'chunked': the embeddings are on cpu"):
         loss = sigmoid_loss(QUERY, PASSAGE, implementation="triton", **options)
     assert loss.item() == sigmoid_loss(QUERY, PASSAGE, implementation="chunked", **options).item()

@@ -1,4 +1,4 @@
-"""The sigmoid loss's kernel on a real GPU: errors, no waiting for the device, the same bits each time, CUDA graphs."""
+"""The kernel of the sigmoid loss on a GPU: errors, no synchronization, determinism, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def test_errors_against_float64(
         for mib in (0.25, 256):
             found = value_and_gradients(leaves, "triton", precision=precision, workspace_mib=mib, **options)
             errors = relative_errors(found, truth)
-            # Of terms that cancel: in 1152 dimensions to a fortieth of what they are.
+            # Relative to the size of the terms, which cancel: in 1152 dimensions to a fortieth of their size.
             errors[3] = float((found[3].double() - truth[3]).abs() / size)
             assert errors[0] <= loss_error, errors
             if max(errors[1:]) <= gradient_error:
                 continue
-            # float16 has few bits for gradients as tiny as these: then the whole matrix in float16 is as far off.
+            # float16 has few bits for such small gradients: then the whole matrix in float16 has the same error.
             plain = relative_errors(value_and_gradients(leaves, "full", precision=precision, **options), truth)
             for error, of_plain in zip(errors[1:], plain[1:], strict=True):
                 assert error <= max(gradient_error, 1.5 * of_plain), (errors, plain)
@@ -80,7 +80,7 @@ def test_errors_against_float64(
 def size_of_scale_terms(
     leaves: list[Tensor], positive: Tensor | None = None, passage_ids: Tensor | None = None
 ) -> float:
-    """Σ |dS ∘ Q Kᵀ|, of whose terms the gradient of logit_scale is the sum."""
+    """Σ |dS ∘ Q Kᵀ|, the sum of the absolute terms of the gradient of logit_scale."""
     query, passage, scale, bias = (leaf.detach() for leaf in leaves)
     products = query @ passage.T
     gradient = torch.sigmoid(scale * products + bias)
@@ -92,7 +92,7 @@ def size_of_scale_terms(
     return float((gradient * products).abs().sum() / len(query))
 
 
-def test_same_bits_each_time_without_waiting_for_the_device() -> None:
+def test_same_bits_each_time_without_synchronizing() -> None:
     leaves = leaves_of(3001, 4099, 768, torch.bfloat16)
     first = value_and_gradients(leaves, "triton", workspace_mib=4)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,2 +1,4 @@
-"""Triton kernels of the losses: tiles of scores, their sums, their gradients. They are tested under Triton's
-interpreter on a CPU and on the GPU."""
+"""Triton kernels of the losses: scores of tiles, their sums and gradients.
+
+Tests run them on a GPU and, under Triton's interpreter, on a CPU.
+"""

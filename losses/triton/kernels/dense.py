@@ -1,10 +1,10 @@
-"""InfoNCE where the score matrix exists whole: its denominators, the loss, and dS, each in one launch.
+"""InfoNCE with the whole score matrix in memory: softmax denominators, loss and dS, one launch each.
 
     row_sum_i = Σ_j 2^(x_ij − row_shift_i)      column_sum_j = Σ_i 2^(x_ij − column_shift_j)      x = S / log 2
 
-At these sizes a launch costs more than what it does, so kernels do all that lies between the vendor's products.
-`products` [M, N] float32 are Q Kᵀ, not yet scaled; `lines` float32 hold row sums [M], row shifts [M], column sums [N]
-and column shifts [N]. Each program writes to places of its own: the same bits every run.
+At these sizes a launch costs more than its work, so each kernel does as much as possible between the cuBLAS products.
+`products` [M, N] float32 are Q Kᵀ, not yet scaled. `statistics` float32 holds the row sums [M], row shifts [M], column
+sums [N] and column shifts [N]. Each program writes its own elements, so results are deterministic.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import triton.language as tl
 
 from losses.triton.kernels.tile import LOG2_E
 
-# A program of `line_sums_kernel` sums ROW_LINES rows, or COLUMN_LINES columns, a step of so many entries at a time.
-ROW_LINES, ROW_STEP = 8, 512
-COLUMN_LINES, COLUMN_STEP = 32, 128
+# A program of `softmax_statistics_kernel` reduces this many rows or columns, this many entries at a time.
+ROWS_PER_PROGRAM, ROW_STEP = 8, 512
+COLUMNS_PER_PROGRAM, COLUMN_STEP = 32, 128
 TILE_M, TILE_N = 32, 128
-# Stands in `products` for an excluded pair. Infinity would turn sums that must stay finite into NaN.
+# Marks an excluded pair in `products`. Infinity would turn sums that must stay finite into NaN.
 EXCLUDED = tl.constexpr(-3.4028234663852886e38)
 MARK_BLOCK = 256
 
@@ -27,8 +27,10 @@ MARK_BLOCK = 256
 def mark_excluded_kernel(
     product_ptr, pair_ptr, positive_ptr, pairs, rows, columns, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Put EXCLUDED at the pairs [R, 2] int64. A pair outside the matrix, or of a query with its own positive, makes the
-    loss NaN."""
+    """Store EXCLUDED at the pairs [R, 2] int64.
+
+    A pair outside the matrix, or of a query and its own positive, makes the loss NaN.
+    """
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = pair < pairs
     row = tl.load(pair_ptr + 2 * pair, mask=valid, other=0)
@@ -38,7 +40,7 @@ def mark_excluded_kernel(
     good = inside & (own != column)
     tl.store(product_ptr + row * columns + column, EXCLUDED, mask=valid & good)
     if tl.max((valid & (good == 0)).to(tl.int32), 0) > 0:
-        # No pair that may be excluded lies there: it is the first query's positive.
+        # The entry of the first query's positive, which no valid pair overwrites.
         first = 0
         if not DIAGONAL:
             first = tl.load(positive_ptr)
@@ -47,44 +49,44 @@ def mark_excluded_kernel(
 
 
 @triton.jit
-def line_sums_kernel(
-    product_ptr, scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, line_ptr, rows, columns,
-    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, ROW_LINES: tl.constexpr,
-    ROW_STEP: tl.constexpr, COLUMN_LINES: tl.constexpr, COLUMN_STEP: tl.constexpr,
+def softmax_statistics_kernel(
+    product_ptr, scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, statistics_ptr, rows, columns,
+    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
+    ROW_STEP: tl.constexpr, COLUMNS_PER_PROGRAM: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums under them, of rows in programs (·, 0) and of columns in programs (·, 1)."""
+    """Maxima and sums of exponentials, of rows in programs (·, 0) and of columns in programs (·, 1)."""
     scale = tl.load(scale_ptr) * LOG2_E
     if tl.program_id(1) == 0:
-        row = tl.program_id(0) * ROW_LINES + tl.arange(0, ROW_LINES)
-        if tl.program_id(0) * ROW_LINES < rows:
-            highest = tl.full((ROW_LINES,), float("-inf"), tl.float32)
-            total = tl.zeros((ROW_LINES,), dtype=tl.float32)
-            worst = tl.zeros((ROW_LINES,), dtype=tl.float32)
+        row = tl.program_id(0) * ROWS_PER_PROGRAM + tl.arange(0, ROWS_PER_PROGRAM)
+        if tl.program_id(0) * ROWS_PER_PROGRAM < rows:
+            highest = tl.full((ROWS_PER_PROGRAM,), float("-inf"), tl.float32)
+            total = tl.zeros((ROWS_PER_PROGRAM,), dtype=tl.float32)
+            worst = tl.zeros((ROWS_PER_PROGRAM,), dtype=tl.float32)
             for first in range(0, columns, ROW_STEP):
                 column = first + tl.arange(0, ROW_STEP)
                 products, exponents = _exponents(
                     product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
                     DIAGONAL, HAS_IDS, HAS_EXCLUDED,
                 )  # fmt: skip
-                # A negative of minus infinity would vanish from every sum; zero times it does not.
+                # A score of minus infinity adds zero to every sum; multiplied by zero it gives NaN.
                 worst += tl.sum(products * 0.0, 1)
-                highest, total = _with_more(exponents, highest, total, 1)
-            tl.store(line_ptr + row, total + worst, mask=row < rows)
-            tl.store(line_ptr + rows + row, highest, mask=row < rows)
+                highest, total = _update_softmax(exponents, highest, total, 1)
+            tl.store(statistics_ptr + row, total + worst, mask=row < rows)
+            tl.store(statistics_ptr + rows + row, highest, mask=row < rows)
     else:
-        column = tl.program_id(0) * COLUMN_LINES + tl.arange(0, COLUMN_LINES)
-        if tl.program_id(0) * COLUMN_LINES < columns:
-            highest = tl.full((COLUMN_LINES,), float("-inf"), tl.float32)
-            total = tl.zeros((COLUMN_LINES,), dtype=tl.float32)
+        column = tl.program_id(0) * COLUMNS_PER_PROGRAM + tl.arange(0, COLUMNS_PER_PROGRAM)
+        if tl.program_id(0) * COLUMNS_PER_PROGRAM < columns:
+            highest = tl.full((COLUMNS_PER_PROGRAM,), float("-inf"), tl.float32)
+            total = tl.zeros((COLUMNS_PER_PROGRAM,), dtype=tl.float32)
             for first in range(0, rows, COLUMN_STEP):
                 row = first + tl.arange(0, COLUMN_STEP)
                 _, exponents = _exponents(
                     product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
                     DIAGONAL, HAS_IDS, HAS_EXCLUDED,
                 )  # fmt: skip
-                highest, total = _with_more(exponents, highest, total, 0)
-            tl.store(line_ptr + 2 * rows + column, total, mask=column < columns)
-            tl.store(line_ptr + 2 * rows + columns + column, highest, mask=column < columns)
+                highest, total = _update_softmax(exponents, highest, total, 0)
+            tl.store(statistics_ptr + 2 * rows + column, total, mask=column < columns)
+            tl.store(statistics_ptr + 2 * rows + columns + column, highest, mask=column < columns)
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def _exponents(
     product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of products, zeros beyond the matrix, and of exponents of 2, minus infinity beyond it and where masked."""
+    """A tile of products, zero beyond the matrix, and of exponents of 2, minus infinity beyond it and where masked."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     products = tl.load(product_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
     counted = inside
@@ -100,27 +102,27 @@ def _exponents(
         counted = inside & (products != EXCLUDED)
     exponents = tl.where(counted, products * scale, float("-inf"))
     if HAS_IDS:
-        place = _places(positive_ptr, row, rows, columns, DIAGONAL)
+        positive_column = _positive_columns(positive_ptr, row, rows, columns, DIAGONAL)
         query_id = tl.load(query_id_ptr + row, mask=row < rows, other=0)
         passage_id = tl.load(passage_id_ptr + column, mask=column < columns, other=0)
-        masked = (query_id[:, None] == passage_id[None, :]) & (place[:, None] != column[None, :])
+        masked = (query_id[:, None] == passage_id[None, :]) & (positive_column[:, None] != column[None, :])
         exponents = tl.where(masked, float("-inf"), exponents)
     return products, exponents
 
 
 @triton.jit
-def _places(positive_ptr, row, rows, columns, DIAGONAL: tl.constexpr):
-    """The columns of the rows' positives; −1 beyond the matrix, and where a positive is no passage."""
+def _positive_columns(positive_ptr, row, rows, columns, DIAGONAL: tl.constexpr):
+    """Columns of the positives; −1 beyond the matrix and for out-of-range positives."""
     if DIAGONAL:
         return tl.where(row < rows, row, -1)
     else:
-        place = tl.load(positive_ptr + row, mask=row < rows, other=-1)
-        return tl.where(place < columns, tl.maximum(place, -1), -1).to(tl.int32)
+        positive_column = tl.load(positive_ptr + row, mask=row < rows, other=-1)
+        return tl.where(positive_column < columns, tl.maximum(positive_column, -1), -1).to(tl.int32)
 
 
 @triton.jit
-def _with_more(exponents, highest, total, axis: tl.constexpr):
-    """The maximum and the sum under it of what was there and a tile; lines without any finite exponent sum to zero."""
+def _update_softmax(exponents, highest, total, axis: tl.constexpr):
+    """Online softmax: add a tile to a running maximum and sum. Without any finite exponent the sum is zero."""
     new = tl.maximum(highest, tl.max(exponents, axis))
     base = tl.where(new == float("-inf"), 0.0, new)
     total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(exponents - tl.expand_dims(base, axis)), axis)
@@ -129,41 +131,43 @@ def _with_more(exponents, highest, total, axis: tl.constexpr):
 
 @triton.jit
 def mean_loss_kernel(
-    product_ptr, scale_ptr, positive_ptr, line_ptr, loss_ptr, rows, columns,
+    product_ptr, scale_ptr, positive_ptr, statistics_ptr, loss_ptr, rows, columns,
     SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss, by one program: a mean over rows, and over their positives' columns."""
+    """The mean loss over rows and over their positives' columns, by one program."""
     scale = tl.load(scale_ptr) * LOG2_E
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, rows, BLOCK):
         row = first + tl.arange(0, BLOCK)
         valid = row < rows
-        place = _places(positive_ptr, row, rows, columns, DIAGONAL)
-        known = place >= 0
-        score = tl.load(product_ptr + row.to(tl.int64) * columns + place, mask=valid & known, other=0.0) * scale
-        loss = _negative_log_share(score, line_ptr + row, line_ptr + rows + row, valid)
+        positive_column = _positive_columns(positive_ptr, row, rows, columns, DIAGONAL)
+        known = positive_column >= 0
+        score = (
+            tl.load(product_ptr + row.to(tl.int64) * columns + positive_column, mask=valid & known, other=0.0) * scale
+        )
+        loss = _negative_log_probability(score, statistics_ptr + row, statistics_ptr + rows + row, valid)
         if SYMMETRIC:
-            column_ptr = line_ptr + 2 * rows + place
-            loss = (loss + _negative_log_share(score, column_ptr, column_ptr + columns, valid & known)) * 0.5
-        # A positive that is no passage; on a GPU nobody has looked.
+            column_ptr = statistics_ptr + 2 * rows + positive_column
+            loss = (loss + _negative_log_probability(score, column_ptr, column_ptr + columns, valid & known)) * 0.5
+        # An out-of-range positive, which is not checked on the host for GPU tensors.
         total += tl.where(valid & (known == 0), float("nan"), loss)
     tl.store(loss_ptr, tl.sum(total, 0) / (rows * LOG2_E))
 
 
 @triton.jit
-def _negative_log_share(score, sum_ptr, shift_ptr, valid):
+def _negative_log_probability(score, sum_ptr, shift_ptr, valid):
     total = tl.load(sum_ptr, mask=valid, other=1.0)
     return tl.log2(total) + (tl.load(shift_ptr, mask=valid, other=0.0) - score)
 
 
 @triton.jit
 def dense_gradient_kernel(
-    product_ptr, scale_ptr, upstream_ptr, positive_ptr, owners_ptr, query_id_ptr, passage_id_ptr, line_ptr,
-    gradient_ptr, share_ptr, rows, columns,
+    product_ptr, scale_ptr, upstream_ptr, positive_ptr, positive_count_ptr, query_id_ptr, passage_id_ptr,
+    statistics_ptr, gradient_ptr, partial_ptr, rows, columns,
     SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """logit_scale · upstream · dS in the operands' precision, and each program's part of Σ dS ∘ (Q Kᵀ) · upstream."""
+    """logit_scale · upstream · dS in the operand dtype, and each program's part of Σ dS ∘ (Q Kᵀ) · upstream."""
     logit_scale = tl.load(scale_ptr)
     row = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     column = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
@@ -173,25 +177,25 @@ def dense_gradient_kernel(
         DIAGONAL, HAS_IDS, HAS_EXCLUDED,
     )  # fmt: skip
     half = 0.5 if SYMMETRIC else 1.0
-    row_weight = half / tl.load(line_ptr + row, mask=row_valid, other=1.0)
-    row_shift = tl.load(line_ptr + rows + row, mask=row_valid, other=0.0)
+    row_weight = half / tl.load(statistics_ptr + row, mask=row_valid, other=1.0)
+    row_shift = tl.load(statistics_ptr + rows + row, mask=row_valid, other=0.0)
     values = tl.exp2(exponents - row_shift[:, None]) * row_weight[:, None]
     if SYMMETRIC:
         if DIAGONAL:
-            owners = (column < rows).to(tl.float32)
+            positive_count = (column < rows).to(tl.float32)
         else:
-            owners = tl.load(owners_ptr + column, mask=column_valid, other=0.0)
-        owned = column_valid & (owners > 0)
-        column_weight = half * owners / tl.load(line_ptr + 2 * rows + column, mask=owned, other=1.0)
-        column_shift = tl.load(line_ptr + 2 * rows + columns + column, mask=owned, other=0.0)
-        # A column that nobody owns may hold nothing but masks; it counts for nothing.
-        powers = tl.exp2(tl.where(owned[None, :], exponents - column_shift[None, :], float("-inf")))
-        values += powers * column_weight[None, :]
-    place = _places(positive_ptr, row, rows, columns, DIAGONAL)
-    values = tl.where(place[:, None] == column[None, :], values - 1.0, values)
+            positive_count = tl.load(positive_count_ptr + column, mask=column_valid, other=0.0)
+        is_positive = column_valid & (positive_count > 0)
+        column_weight = half * positive_count / tl.load(statistics_ptr + 2 * rows + column, mask=is_positive, other=1.0)
+        column_shift = tl.load(statistics_ptr + 2 * rows + columns + column, mask=is_positive, other=0.0)
+        # A column that is no positive may be fully masked; it has weight zero.
+        exponentials = tl.exp2(tl.where(is_positive[None, :], exponents - column_shift[None, :], float("-inf")))
+        values += exponentials * column_weight[None, :]
+    positive_column = _positive_columns(positive_ptr, row, rows, columns, DIAGONAL)
+    values = tl.where(positive_column[:, None] == column[None, :], values - 1.0, values)
     values *= tl.load(upstream_ptr) / rows
     inside = row_valid[:, None] & column_valid[None, :]
-    share = tl.sum(tl.sum(tl.where(inside, values * products, 0.0), 1), 0)
-    tl.store(share_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), share)
+    partial = tl.sum(tl.sum(tl.where(inside, values * products, 0.0), 1), 0)
+    tl.store(partial_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), partial)
     target = gradient_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(target, (values * logit_scale).to(gradient_ptr.dtype.element_ty), mask=inside)

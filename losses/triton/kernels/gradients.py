@@ -1,10 +1,10 @@
-"""Backward of InfoNCE: a block of M·dS in half precision, from recomputed or kept exponentials.
+"""Backward of InfoNCE: a block of M · dS in the operand dtype, from recomputed or kept exponentials.
 
     M · dS_ij = exp(S_ij − shift) · (row_weight_i + column_weight_j) − 1[j = p(i)]
 
-Vendor products turn it into the gradients of queries and passages; `finish_kernel` scales those and takes the gradient
-of logit_scale from them, Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K). Weights carry `unit`, a power of two that brings dS into the
-range of the half precision, and so does what stands for 1.
+cuBLAS multiplies it into the gradients of queries and passages. `gradient_epilogue_kernel` scales them and computes
+the gradient of logit_scale, Σ dS ∘ (Q Kᵀ) = Σ Q ∘ (dS K). The weights and the subtracted 1 are multiplied by
+`ds_scale`, a power of two that brings dS into the range of half precision.
 """
 
 from __future__ import annotations
@@ -13,71 +13,76 @@ import triton
 import triton.language as tl
 
 from losses.triton.kernels.tile import (
-    ids_inside,
-    positives_inside,
+    active_tiles,
+    find_positives,
+    load_ids,
+    mask_equal_ids,
+    mask_excluded,
     scale_and_shift,
-    tile_place,
+    tile_coordinates,
     tile_products,
-    tiles_to_visit,
-    without_excluded,
-    without_masked,
 )
 
 
 @triton.jit
-def weights_kernel(
-    unit_ptr, owners_ptr, row_sum_ptr, column_sum_ptr, row_weight_ptr, column_weight_ptr, rows, columns,
+def gradient_weights_kernel(
+    ds_scale_ptr, positive_count_ptr, row_sum_ptr, column_sum_ptr, row_weight_ptr, column_weight_ptr, rows, columns,
     SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What multiplies exp(S − shift): a line's share of the loss over its sum, zero for a column that nobody owns."""
-    unit = tl.load(unit_ptr)
-    line = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Factors of exp(S − shift): the weight of a row or column in the loss, divided by its sum.
+
+    They are zero for columns that are no positive.
+    """
+    ds_scale = tl.load(ds_scale_ptr)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     half = 0.5 if SYMMETRIC else 1.0
-    row_sum = tl.load(row_sum_ptr + line, mask=line < rows, other=1.0)
-    tl.store(row_weight_ptr + line, unit * half / row_sum, mask=line < rows)
+    row_sum = tl.load(row_sum_ptr + index, mask=index < rows, other=1.0)
+    tl.store(row_weight_ptr + index, ds_scale * half / row_sum, mask=index < rows)
     if SYMMETRIC:
-        valid = line < columns
-        owners = (line < rows).to(tl.float32) if DIAGONAL else tl.load(owners_ptr + line, mask=valid, other=0.0)
-        column_sum = tl.load(column_sum_ptr + line, mask=valid, other=1.0)
-        weight = tl.where(owners > 0, unit * half * owners / column_sum, 0.0)
-        tl.store(column_weight_ptr + line, weight, mask=valid)
+        valid = index < columns
+        positive_count = (
+            (index < rows).to(tl.float32) if DIAGONAL else tl.load(positive_count_ptr + index, mask=valid, other=0.0)
+        )
+        column_sum = tl.load(column_sum_ptr + index, mask=valid, other=1.0)
+        weight = tl.where(positive_count > 0, ds_scale * half * positive_count / column_sum, 0.0)
+        tl.store(column_weight_ptr + index, weight, mask=valid)
 
 
 @triton.jit
 def score_gradient_kernel(
-    query, passage, kept, gradient, bounds_ptr, scale_ptr, unit_ptr, positive_ptr, query_id_ptr, passage_id_ptr,
-    score_ptr, row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, strips,
+    query, passage, kept, gradient, bounds_ptr, scale_ptr, ds_scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr,
+    score_ptr, row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, row_cells,
     column_cells, cell_bits, rows, columns, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """A block of unit · M · dS. It does nothing where the batch is not as SAFE says."""
+    """A block of ds_scale · M · dS. Returns at once if SAFE does not match the bounds."""
     scale, shift, safe = scale_and_shift(bounds_ptr, scale_ptr)
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    tiles = tiles_to_visit(row_tiles * column_tiles, safe, SAFE)
+    tiles = active_tiles(row_tiles * column_tiles, safe, SAFE)
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            m, n = tile_place(tile, row_tiles, column_tiles, GROUP)
+            m, n = tile_coordinates(tile, row_tiles, column_tiles, GROUP)
             if KEPT:
                 values = kept.load([m * BLOCK_M, n * BLOCK_N]).to(tl.float32)
             else:
                 values = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
             _store_gradient(
-                values, gradient, scale, shift, unit_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-                row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, strips,
+                values, gradient, scale, shift, ds_scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
+                row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, row_cells,
                 column_cells, cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, PRODUCT, SAFE,
                 SYMMETRIC, DIAGONAL, HAS_IDS, HAS_EXCLUDED, KEPT,
             )  # fmt: skip
     elif tl.program_id(0) < tiles:
-        m, n = tile_place(tl.program_id(0), row_tiles, column_tiles, GROUP)
+        m, n = tile_coordinates(tl.program_id(0), row_tiles, column_tiles, GROUP)
         if KEPT:
             values = kept.load([m * BLOCK_M, n * BLOCK_N]).to(tl.float32)
         else:
             values = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
         _store_gradient(
-            values, gradient, scale, shift, unit_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-            row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, strips,
+            values, gradient, scale, shift, ds_scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
+            row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, row_cells,
             column_cells, cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, PRODUCT, SAFE,
             SYMMETRIC, DIAGONAL, HAS_IDS, HAS_EXCLUDED, KEPT,
         )  # fmt: skip
@@ -85,46 +90,48 @@ def score_gradient_kernel(
 
 @triton.jit
 def _store_gradient(
-    values, gradient, scale, shift, unit_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-    row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, strips, column_cells,
+    values, gradient, scale, shift, ds_scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
+    row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, row_cells, column_cells,
     cell_bits, rows, columns, first_row, first_column, m, n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Exponentials kept by forward, or products, into the gradient's tile."""
+    """Turn products, or exponentials kept by forward, into the tile of the gradient and store it."""
     row, column = m * BLOCK_M, n * BLOCK_N
     row_index, column_index = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     row_valid, column_valid = row_index < rows, column_index < columns
     row_weight = tl.load(row_weight_ptr + first_row + row_index, mask=row_valid, other=0.0)
     MASKED: tl.constexpr = HAS_IDS and not KEPT
     if MASKED:
-        # Before the threads wait for each other below.
-        query_id, passage_id = ids_inside(
+        # Loaded before the threads synchronize below.
+        query_id, passage_id = load_ids(
             query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
         )
-    place, crosses = positives_inside(
+    positive_column, has_positive = find_positives(
         positive_ptr, first_row, first_column, rows, row, row_index, column, BLOCK_M, BLOCK_N, DIAGONAL
     )
     if SAFE:
         if not KEPT:
             values = values * scale - shift
             if MASKED:
-                # Positives too: theirs come from their scores below.
+                # This masks positives too; they are set from their scores below.
                 values = tl.where(query_id[:, None] == passage_id[None, :], float("-inf"), values)
             if HAS_EXCLUDED:
-                values = without_excluded(
-                    values, key_ptr, start_ptr, strips, column_cells, cell_bits, first_row + row,
+                values = mask_excluded(
+                    values, key_ptr, start_ptr, row_cells, column_cells, cell_bits, first_row + row,
                     first_column + column, first_row + row_index, first_column + column_index, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             values = tl.exp2(values)
-        values = _weighted(values, row_weight, column_weight_ptr + first_column, column_index, column_valid, SYMMETRIC)
+        values = _apply_weights(
+            values, row_weight, column_weight_ptr + first_column, column_index, column_valid, SYMMETRIC
+        )
     else:
         exponents = values * scale
         if MASKED:
-            exponents = without_masked(exponents, query_id, passage_id, place, column_index)
+            exponents = mask_equal_ids(exponents, query_id, passage_id, positive_column, column_index)
         if HAS_EXCLUDED:
-            exponents = without_excluded(
-                exponents, key_ptr, start_ptr, strips, column_cells, cell_bits, first_row + row,
+            exponents = mask_excluded(
+                exponents, key_ptr, start_ptr, row_cells, column_cells, cell_bits, first_row + row,
                 first_column + column, first_row + row_index, first_column + column_index, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         row_shift = tl.load(row_shift_ptr + first_row + row_index, mask=row_valid, other=0.0)
@@ -132,58 +139,57 @@ def _store_gradient(
         if SYMMETRIC:
             column_shift = tl.load(column_shift_ptr + first_column + column_index, mask=column_valid, other=0.0)
             column_weight = tl.load(column_weight_ptr + first_column + column_index, mask=column_valid, other=0.0)
-            # Above its maximum no score stands, but an unowned column may have none; its weight is zero.
-            powers = tl.exp2(tl.minimum(exponents - column_shift[None, :], 0.0))
-            values += tl.where(column_weight[None, :] > 0, powers * column_weight[None, :], 0.0)
-    if crosses:
-        positive = place[:, None] == column_index[None, :]
+            # Columns that are no positive may have no maximum: their weight is zero, and the clamp avoids an overflow.
+            exponentials = tl.exp2(tl.minimum(exponents - column_shift[None, :], 0.0))
+            values += tl.where(column_weight[None, :] > 0, exponentials * column_weight[None, :], 0.0)
+    if has_positive:
+        positive = positive_column[:, None] == column_index[None, :]
         if SAFE and (KEPT or HAS_IDS):
-            # A kept exponential is rounded, and the difference from one that follows would magnify that; one that was
-            # masked is gone.
+            # A kept exponential is rounded, and subtracting 1 would magnify the error; a masked one is zero.
             score = tl.load(score_ptr + first_row + row_index, mask=row_valid, other=0.0)
             exact = tl.exp2(score - shift)[:, None] + tl.zeros_like(values)
-            exact = _weighted(
+            exact = _apply_weights(
                 exact, row_weight, column_weight_ptr + first_column, column_index, column_valid, SYMMETRIC
             )
             values = tl.where(positive, exact, values)
-        values = tl.where(positive, values - tl.load(unit_ptr), values)
+        values = tl.where(positive, values - tl.load(ds_scale_ptr), values)
     if PRODUCT == "tf32":
-        # To the nearest number of 10 bits: the tensor cores would cut the rest off, always towards zero.
+        # Round to tf32's 10 bits: tensor cores would truncate.
         values = ((values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     gradient.store([row, column], values.to(gradient.dtype))
 
 
 @triton.jit
-def _weighted(powers, row_weight, column_weight_ptr, column_index, column_valid, SYMMETRIC: tl.constexpr):
+def _apply_weights(exponentials, row_weight, column_weight_ptr, column_index, column_valid, SYMMETRIC: tl.constexpr):
     if SYMMETRIC:
         column_weight = tl.load(column_weight_ptr + column_index, mask=column_valid, other=0.0)
-        return powers * (row_weight[:, None] + column_weight[None, :])
-    return powers * row_weight[:, None]
+        return exponentials * (row_weight[:, None] + column_weight[None, :])
+    return exponentials * row_weight[:, None]
 
 
 @triton.jit
-def finish_kernel(
-    sum_ptr, embedding_ptr, out_ptr, scale_ptr, unit_ptr, upstream_ptr, share_ptr, divisor, rows,
+def gradient_epilogue_kernel(
+    sum_ptr, embedding_ptr, out_ptr, scale_ptr, ds_scale_ptr, upstream_ptr, partial_ptr, divisor, rows,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Turn sums [rows, WIDTH] of M·dS products into the gradient [rows, D]: times logit_scale · upstream / (divisor ·
-    unit), where the divisor is M, over W ranks M / W.
+    """Scale sums [rows, WIDTH] of M · dS products to gradients [rows, D].
 
-    With SCALE, also each program's share of the gradient of logit_scale, Σ sum ∘ embedding · upstream / (divisor ·
-    unit). `out` may be the sums themselves.
+    The factor is logit_scale · upstream / (divisor · ds_scale); the divisor is M, or M / W over W ranks. With SCALE,
+    also write each program's part of the gradient of logit_scale, Σ sum ∘ embedding · upstream / (divisor · ds_scale).
+    `out` may be the sums themselves.
     """
-    factor = tl.load(upstream_ptr) / (divisor * tl.load(unit_ptr))
+    factor = tl.load(upstream_ptr) / (divisor * tl.load(ds_scale_ptr))
     scale = tl.load(scale_ptr)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    share = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    partial = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     for d in range(0, D, BLOCK_D):
         column = d + tl.arange(0, BLOCK_D)
         inside = (row < rows)[:, None] & (column < D)[None, :]
         sums = tl.load(sum_ptr + row[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
         if SCALE:
             embedding = tl.load(embedding_ptr + row[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
-            share += tl.sum(sums * embedding.to(tl.float32), 1)
-        place = out_ptr + row[:, None] * D + column[None, :]
-        tl.store(place, (sums * (factor * scale)).to(out_ptr.dtype.element_ty), mask=inside)
+            partial += tl.sum(sums * embedding.to(tl.float32), 1)
+        target_ptr = out_ptr + row[:, None] * D + column[None, :]
+        tl.store(target_ptr, (sums * (factor * scale)).to(out_ptr.dtype.element_ty), mask=inside)
     if SCALE:
-        tl.store(share_ptr + tl.program_id(0), tl.sum(share, 0) * factor)
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(partial, 0) * factor)

@@ -1,11 +1,11 @@
-"""Forward of InfoNCE: the softmax denominators of all rows and columns of S, from one visit of each tile.
+"""Forward of InfoNCE: softmax denominators of all rows and columns of S, from one pass over each tile.
 
     row_sum_i = Σ_j exp(S_ij − shift_i)      column_sum_j = Σ_i exp(S_ij − shift_j)      score_i = S_i,p(i)
 
-Where one shift serves the whole matrix (`tile.scale_and_shift`), one exponential a score serves both sums; elsewhere
-rows and columns keep maxima of their own. Each tile writes its sums to places of its own and a second kernel adds them
-in a fixed order, so that results are the same from run to run. Saved for backward: sums, shifts, scores, and, where
-memory is given for it, the exponentials themselves in half precision.
+If one shift is safe for the whole matrix (`tile.scale_and_shift`), one exponential per score serves both sums;
+otherwise rows and columns have their own running maxima. Each tile writes its sums to its own elements of an array,
+and a second kernel adds them in a fixed order, so results are deterministic. Saved for backward: sums, shifts, scores
+and, if there is memory for them, the exponentials in half precision.
 """
 
 from __future__ import annotations
@@ -15,58 +15,58 @@ import triton.language as tl
 
 from losses.triton.kernels.tile import (
     LOG2_E,
-    ids_inside,
-    positives_inside,
+    active_tiles,
+    find_positives,
+    load_ids,
+    mask_equal_ids,
+    mask_excluded,
     scale_and_shift,
-    tile_place,
+    tile_coordinates,
     tile_products,
-    tiles_to_visit,
-    without_excluded,
-    without_masked,
 )
 
-MERGE_LINES = 64
+MERGE_BLOCK = 64
 MERGE_TILES = 16
 
 
 @triton.jit
 def tile_sums_kernel(
     query, passage, kept, bounds_ptr, scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-    row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, strips, column_cells, cell_bits,
+    row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, row_cells, column_cells, cell_bits,
     rows, columns, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The tiles' sums and, unless SAFE, maxima. It does nothing where the batch is not as SAFE says."""
+    """Sums of the tiles and, unless SAFE, their maxima. Returns at once if SAFE does not match the bounds."""
     scale, shift, safe = scale_and_shift(bounds_ptr, scale_ptr)
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    tiles = tiles_to_visit(row_tiles * column_tiles, safe, SAFE)
+    tiles = active_tiles(row_tiles * column_tiles, safe, SAFE)
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            m, n = tile_place(tile, row_tiles, column_tiles, GROUP)
+            m, n = tile_coordinates(tile, row_tiles, column_tiles, GROUP)
             products = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
-            _take_sums(
+            _store_tile_sums(
                 products, kept, scale, shift, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-                row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, strips, column_cells,
+                row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, row_cells, column_cells,
                 cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, SAFE, SYMMETRIC, DIAGONAL,
                 HAS_IDS, HAS_EXCLUDED, KEEP,
             )  # fmt: skip
     elif tl.program_id(0) < tiles:
-        m, n = tile_place(tl.program_id(0), row_tiles, column_tiles, GROUP)
+        m, n = tile_coordinates(tl.program_id(0), row_tiles, column_tiles, GROUP)
         products = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
-        _take_sums(
+        _store_tile_sums(
             products, kept, scale, shift, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-            row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, strips, column_cells,
+            row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, row_cells, column_cells,
             cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, SAFE, SYMMETRIC, DIAGONAL,
             HAS_IDS, HAS_EXCLUDED, KEEP,
         )  # fmt: skip
 
 
 @triton.jit
-def _take_sums(
+def _store_tile_sums(
     products, kept, scale, shift, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
-    row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, strips, column_cells, cell_bits,
+    row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, row_cells, column_cells, cell_bits,
     rows, columns, first_row, first_column, m, n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEEP: tl.constexpr,
@@ -74,96 +74,100 @@ def _take_sums(
     row, column = m * BLOCK_M, n * BLOCK_N
     row_index, column_index = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     row_valid, column_valid = row_index < rows, column_index < columns
-    place, crosses = positives_inside(
+    positive_column, has_positive = find_positives(
         positive_ptr, first_row, first_column, rows, row, row_index, column, BLOCK_M, BLOCK_N, DIAGONAL
     )
     exponents = products * scale
-    if crosses:
-        positive = place[:, None] == column_index[None, :]
+    if has_positive:
+        positive = positive_column[:, None] == column_index[None, :]
         score = tl.sum(tl.where(positive, exponents, 0.0), 1)
-        here = row_valid & (place >= column) & (place < column + BLOCK_N) & (place < columns)
+        here = (
+            row_valid & (positive_column >= column) & (positive_column < column + BLOCK_N) & (positive_column < columns)
+        )
         tl.store(score_ptr + first_row + row_index, score, mask=here)
     if HAS_IDS:
-        query_id, passage_id = ids_inside(
+        query_id, passage_id = load_ids(
             query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
         )
-        exponents = without_masked(exponents, query_id, passage_id, place, column_index)
+        exponents = mask_equal_ids(exponents, query_id, passage_id, positive_column, column_index)
     if HAS_EXCLUDED:
-        exponents = without_excluded(
-            exponents, key_ptr, start_ptr, strips, column_cells, cell_bits, first_row + row, first_column + column,
+        exponents = mask_excluded(
+            exponents, key_ptr, start_ptr, row_cells, column_cells, cell_bits, first_row + row, first_column + column,
             first_row + row_index, first_column + column_index, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if (row + BLOCK_M > rows) | (column + BLOCK_N > columns):
         exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
-    row_place = n.to(tl.int64) * rows + row_index
-    column_place = m.to(tl.int64) * columns + column_index
+    row_offset = n.to(tl.int64) * rows + row_index
+    column_offset = m.to(tl.int64) * columns + column_index
     if SAFE:
-        powers = tl.exp2(exponents - shift)
-        tl.store(row_sum_ptr + row_place, tl.sum(powers, 1), mask=row_valid)
+        exponentials = tl.exp2(exponents - shift)
+        tl.store(row_sum_ptr + row_offset, tl.sum(exponentials, 1), mask=row_valid)
         if SYMMETRIC:
-            tl.store(column_sum_ptr + column_place, tl.sum(powers, 0), mask=column_valid)
+            tl.store(column_sum_ptr + column_offset, tl.sum(exponentials, 0), mask=column_valid)
         if KEEP:
-            kept.store([row, column], powers.to(kept.dtype))
+            kept.store([row, column], exponentials.to(kept.dtype))
     else:
-        _sums_under_maxima(exponents, 1, row_sum_ptr, row_max_ptr, row_place, row_valid)
+        _store_sums_and_maxima(exponents, 1, row_sum_ptr, row_max_ptr, row_offset, row_valid)
         if SYMMETRIC:
-            _sums_under_maxima(exponents, 0, column_sum_ptr, column_max_ptr, column_place, column_valid)
+            _store_sums_and_maxima(exponents, 0, column_sum_ptr, column_max_ptr, column_offset, column_valid)
 
 
 @triton.jit
-def _sums_under_maxima(exponents, axis: tl.constexpr, sum_ptr, max_ptr, place, valid):
+def _store_sums_and_maxima(exponents, axis: tl.constexpr, sum_ptr, max_ptr, offset, valid):
     highest = tl.max(exponents, axis)
     finite = tl.where(highest == float("-inf"), 0.0, highest)
-    powers = tl.exp2(exponents - tl.expand_dims(finite, axis))
-    tl.store(sum_ptr + place, tl.sum(powers, axis), mask=valid)
-    tl.store(max_ptr + place, highest, mask=valid)
+    exponentials = tl.exp2(exponents - tl.expand_dims(finite, axis))
+    tl.store(sum_ptr + offset, tl.sum(exponentials, axis), mask=valid)
+    tl.store(max_ptr + offset, highest, mask=valid)
 
 
 @triton.jit
 def merge_sums_kernel(
     bounds_ptr, scale_ptr, row_total_ptr, row_shift_ptr, row_sum_ptr, row_max_ptr, rows, column_tiles,
     column_total_ptr, column_shift_ptr, column_sum_ptr, column_max_ptr, columns, row_tiles,
-    LINES: tl.constexpr, TILES: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Bring a block's sums into the totals: of rows in programs (·, 0), of columns in programs (·, 1)."""
+    """Add a block's tile sums to the totals: rows in programs (·, 0), columns in programs (·, 1)."""
     _, shift, safe = scale_and_shift(bounds_ptr, scale_ptr)
-    line = tl.program_id(0) * LINES
-    if (tl.program_id(1) == 0) & (line < rows):
-        _merge(row_total_ptr, row_shift_ptr, row_sum_ptr, row_max_ptr, rows, column_tiles, shift, safe, LINES, TILES)
-    if (tl.program_id(1) == 1) & (line < columns):
-        _merge(
-            column_total_ptr, column_shift_ptr, column_sum_ptr, column_max_ptr, columns, row_tiles, shift, safe, LINES,
+    index = tl.program_id(0) * BLOCK
+    if (tl.program_id(1) == 0) & (index < rows):
+        _merge_tile_sums(
+            row_total_ptr, row_shift_ptr, row_sum_ptr, row_max_ptr, rows, column_tiles, shift, safe, BLOCK, TILES
+        )
+    if (tl.program_id(1) == 1) & (index < columns):
+        _merge_tile_sums(
+            column_total_ptr, column_shift_ptr, column_sum_ptr, column_max_ptr, columns, row_tiles, shift, safe, BLOCK,
             TILES,
         )  # fmt: skip
 
 
 @triton.jit
-def _merge(
-    total_ptr, shift_ptr, tile_sum_ptr, tile_max_ptr, lines, tiles, shift, safe, LINES: tl.constexpr,
+def _merge_tile_sums(
+    total_ptr, shift_ptr, tile_sum_ptr, tile_max_ptr, size, tiles, shift, safe, BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """Sums [tiles, lines] into totals [lines]; a total of zero is one without any sum yet."""
-    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
-    valid = line < lines
-    total = tl.load(total_ptr + line, mask=valid, other=0.0)
-    highest = tl.load(shift_ptr + line, mask=valid, other=0.0)
+    """Add tile sums [tiles, size] to totals [size]; a total of zero means that there is no sum yet."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = index < size
+    total = tl.load(total_ptr + index, mask=valid, other=0.0)
+    highest = tl.load(shift_ptr + index, mask=valid, other=0.0)
     highest = tl.zeros_like(highest) + shift if safe else tl.where(total == 0.0, float("-inf"), highest)
     for first in range(0, tiles, TILES):
         tile = first + tl.arange(0, TILES)
-        place = tile.to(tl.int64)[:, None] * lines + line[None, :]
+        offset = tile.to(tl.int64)[:, None] * size + index[None, :]
         inside = (tile < tiles)[:, None] & valid[None, :]
-        sums = tl.load(tile_sum_ptr + place, mask=inside, other=0.0)
+        sums = tl.load(tile_sum_ptr + offset, mask=inside, other=0.0)
         if safe:
             total += tl.sum(sums, 0)
         else:
-            maxima = tl.load(tile_max_ptr + place, mask=inside, other=float("-inf"))
-            # No maximum at all (a column that everybody masks) must not become the difference of two infinities.
+            maxima = tl.load(tile_max_ptr + offset, mask=inside, other=float("-inf"))
+            # A fully masked column has maximum minus infinity; avoid subtracting infinities.
             new = tl.maximum(highest, tl.max(maxima, 0))
             base = tl.where(new == float("-inf"), 0.0, new)
             total = total * tl.exp2(highest - base) + tl.sum(sums * tl.exp2(maxima - base[None, :]), 0)
             highest = new
-    tl.store(total_ptr + line, total, mask=valid)
-    tl.store(shift_ptr + line, highest, mask=valid)
+    tl.store(total_ptr + index, total, mask=valid)
+    tl.store(shift_ptr + index, highest, mask=valid)
 
 
 @triton.jit
@@ -171,28 +175,28 @@ def loss_kernel(
     bounds_ptr, positive_ptr, score_ptr, row_sum_ptr, row_shift_ptr, column_sum_ptr, column_shift_ptr, loss_ptr, rows,
     SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each program's share of the mean loss: of its rows, and of their positives' columns. Exponents are of 2."""
+    """Each program's part of the mean loss, over rows and over their positives' columns. Exponents are of 2."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
     score = tl.load(score_ptr + row, mask=valid, other=0.0)
-    loss = negative_log_share(score, row_sum_ptr, row_shift_ptr, row, valid)
-    # A negative of minus infinity everywhere would vanish from the sums, so finiteness is asked of the inputs.
-    unfit = tl.load(bounds_ptr + 3) > 0
+    loss = negative_log_probability(score, row_sum_ptr, row_shift_ptr, row, valid)
+    # A score of minus infinity adds zero to every sum, so the inputs themselves are checked.
+    invalid = tl.load(bounds_ptr + 3) > 0
     if SYMMETRIC:
         column = row
         if not DIAGONAL:
-            # Where they are unfit a positive may be no passage.
-            column = tl.where(unfit, 0, tl.load(positive_ptr + row, mask=valid, other=0))
-        loss = (loss + negative_log_share(score, column_sum_ptr, column_shift_ptr, column, valid)) * 0.5
-    share = tl.sum(tl.where(valid, loss, 0.0), 0) / rows
-    tl.store(loss_ptr + tl.program_id(0), tl.where(unfit, float("nan"), share))
+            # With invalid inputs a positive may be out of range.
+            column = tl.where(invalid, 0, tl.load(positive_ptr + row, mask=valid, other=0))
+        loss = (loss + negative_log_probability(score, column_sum_ptr, column_shift_ptr, column, valid)) * 0.5
+    partial = tl.sum(tl.where(valid, loss, 0.0), 0) / rows
+    tl.store(loss_ptr + tl.program_id(0), tl.where(invalid, float("nan"), partial))
 
 
 @triton.jit
-def negative_log_share(score, sum_ptr, shift_ptr, line, valid):
-    """−log(2^score / (2^shift · sum)), exact where the share is near one."""
-    total = tl.load(sum_ptr + line, mask=valid, other=1.0)
-    margin = score - tl.load(shift_ptr + line, mask=valid, other=0.0)
+def negative_log_probability(score, sum_ptr, shift_ptr, index, valid):
+    """−log(2^score / (2^shift · sum)), accurate for probabilities near one."""
+    total = tl.load(sum_ptr + index, mask=valid, other=1.0)
+    margin = score - tl.load(shift_ptr + index, mask=valid, other=0.0)
     ratio = total * tl.exp2(-margin)
-    # The quotient of numbers far apart overflows; their logarithms do not.
+    # The quotient of numbers far apart overflows; the difference of their logarithms does not.
     return tl.where(ratio < 1e30, tl.log2(ratio), tl.log2(total) - margin) / LOG2_E

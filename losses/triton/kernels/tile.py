@@ -1,7 +1,7 @@
-"""What the kernels of this folder share: where a tile stands, its scores, which of its entries count.
+"""Helpers of the kernels: coordinates of a tile, its scores, and masks.
 
-A tile is BLOCK_M queries by BLOCK_N passages of a block of scores [rows, columns] that begins at (first_row,
-first_column) of S. Descriptors see the block's own queries and passages, so tiles beyond its end read zeros.
+A tile has BLOCK_M queries and BLOCK_N passages. It belongs to a block of scores [rows, columns] that begins at
+(first_row, first_column) of S. Descriptors cover the block only, so tiles beyond its end read zeros.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A sum of 2^40 numbers below exp(60) is finite in float32, and what underflows beside one of at least exp(-60) is less
-# than exp(-27) of it.
-WIDEST_EXPONENT = tl.constexpr(60.0)
+# Largest exponent after subtracting a constant shift. A sum of 2^40 terms exp(60) is finite in float32, and a term
+# that underflows is less than exp(-27) of a sum of at least exp(-60).
+MAX_EXPONENT = tl.constexpr(60.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Rows of a cell of excluded pairs (triton/kernels/excluded.py), a power of two, and its logarithm.
+# Rows of a cell of excluded pairs (triton/kernels/excluded.py), a power of two, and its base-2 logarithm.
 CELL_ROWS, CELL_ROW_BITS = tl.constexpr(128), tl.constexpr(7)
 
 
 @triton.jit
-def tile_place(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column of a tile: column by column in groups of GROUP rows, so that neighbours share what they read."""
+def tile_coordinates(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column of a tile: column by column in groups of GROUP rows, so that concurrent tiles share operands."""
     group = tile // (GROUP * column_tiles)
     height = min(row_tiles - group * GROUP, GROUP)
     inside = tile % (GROUP * column_tiles)
@@ -31,7 +31,7 @@ def tile_products(
     query, passage, row, column, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] float32: products of the queries from `row` on and the passages from `column` on."""
+    """[BLOCK_M, BLOCK_N] float32: products of the queries from `row` on with the passages from `column` on."""
     products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for d in range(0, D, BLOCK_K):
         products = tl.dot(query.load([row, d]), passage.load([column, d]).T, products, input_precision=PRODUCT)
@@ -39,85 +39,88 @@ def tile_products(
 
 
 @triton.jit
-def positives_inside(
+def find_positives(
     positive_ptr, first_row, first_column, rows, row, row_index, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """The positives' places [BLOCK_M] among the block's columns, and whether any lies in the tile."""
+    """Columns of the positives in the block [BLOCK_M], and whether the tile contains any of them."""
     if DIAGONAL:
-        # Query i's positive is passage i: whether the diagonal crosses the tile is known without a look at its rows.
-        place = row_index + (first_row - first_column)
+        # The diagonal crosses the tile or not: no positive has to be read.
+        positive_column = row_index + (first_row - first_column)
         first = row + (first_row - first_column)
-        crosses = (first < column + BLOCK_N) & (first + BLOCK_M > column)
+        has_positive = (first < column + BLOCK_N) & (first + BLOCK_M > column)
     else:
-        place = (tl.load(positive_ptr + first_row + row_index, mask=row_index < rows, other=-1) - first_column).to(
-            tl.int32
-        )
-        crosses = tl.max(((place >= column) & (place < column + BLOCK_N)).to(tl.int32), 0) > 0
-    return place, crosses
+        positive_column = (
+            tl.load(positive_ptr + first_row + row_index, mask=row_index < rows, other=-1) - first_column
+        ).to(tl.int32)
+        has_positive = tl.max(((positive_column >= column) & (positive_column < column + BLOCK_N)).to(tl.int32), 0) > 0
+    return positive_column, has_positive
 
 
 @triton.jit
-def ids_inside(query_id_ptr, passage_id_ptr, row_index, column_index, row_valid, column_valid):
-    """Ids of the tile's queries and passages, no two of them equal beyond the block."""
+def load_ids(query_id_ptr, passage_id_ptr, row_index, column_index, row_valid, column_valid):
+    """Ids of the tile's queries and passages; beyond the block no two are equal."""
     query_id = tl.load(query_id_ptr + row_index, mask=row_valid, other=-1)
     passage_id = tl.load(passage_id_ptr + column_index, mask=column_valid, other=-2)
     return query_id, passage_id
 
 
 @triton.jit
-def without_masked(exponents, query_id, passage_id, place, column_index):
-    """Minus infinity where a passage carries a query's id and is not its positive."""
-    masked = (query_id[:, None] == passage_id[None, :]) & (place[:, None] != column_index[None, :])
+def mask_equal_ids(exponents, query_id, passage_id, positive_column, column_index):
+    """Minus infinity where a passage has the query's id and is not its positive."""
+    masked = (query_id[:, None] == passage_id[None, :]) & (positive_column[:, None] != column_index[None, :])
     return tl.where(masked, float("-inf"), exponents)
 
 
 @triton.jit
-def without_excluded(
-    exponents, key_ptr, start_ptr, strips, column_cells, cell_bits, row, column, row_index, column_index,
+def mask_excluded(
+    exponents, key_ptr, start_ptr, row_cells, column_cells, cell_bits, row, column, row_index, column_index,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Minus infinity at excluded pairs. `row` and `column` are the tile's first in the whole matrix, and so are the
-    indices [BLOCK_M] and [BLOCK_N]; the rest is of triton/kernels/excluded.py."""
-    strip = row >> CELL_ROW_BITS
-    last_strip = min((row + BLOCK_M - 1) >> CELL_ROW_BITS, strips - 1)
+    """Minus infinity at excluded pairs.
+
+    `row` and `column` are the first of the tile, and `row_index` [BLOCK_M] and `column_index` [BLOCK_N] all of them,
+    in the whole matrix. The other arguments are described in triton/kernels/excluded.py.
+    """
+    cell_row = row >> CELL_ROW_BITS
+    last_cell_row = min((row + BLOCK_M - 1) >> CELL_ROW_BITS, row_cells - 1)
     first_cell = column >> cell_bits
     last_cell = min((column + BLOCK_N - 1) >> cell_bits, column_cells - 1)
-    while strip <= last_strip:
-        first = strip * column_cells
+    while cell_row <= last_cell_row:
+        first = cell_row * column_cells
         entry = tl.load(start_ptr + first + first_cell)
         stop = tl.load(start_ptr + first + last_cell + 1)
         while entry < stop:
             key = tl.load(key_ptr + entry)
-            line = key >> cell_bits
-            excluded_row = strip * CELL_ROWS + (line % CELL_ROWS).to(tl.int32)
-            excluded_column = (((line >> CELL_ROW_BITS) - first) << cell_bits).to(tl.int32)
-            excluded_column += (key - (line << cell_bits)).to(tl.int32)
-            # A cell may be wider or higher than the tile.
+            row_key = key >> cell_bits
+            excluded_row = cell_row * CELL_ROWS + (row_key % CELL_ROWS).to(tl.int32)
+            excluded_column = (((row_key >> CELL_ROW_BITS) - first) << cell_bits).to(tl.int32)
+            excluded_column += (key - (row_key << cell_bits)).to(tl.int32)
+            # A cell may be larger than the tile.
             in_row = (excluded_row >= row) & (excluded_row < row + BLOCK_M)
             if in_row & (excluded_column >= column) & (excluded_column < column + BLOCK_N):
                 here = (row_index == excluded_row)[:, None] & (column_index == excluded_column)[None, :]
                 exponents = tl.where(here, float("-inf"), exponents)
             entry += 1
-        strip += 1
+        cell_row += 1
     return exponents
 
 
 @triton.jit
-def tiles_to_visit(tiles, safe, SAFE: tl.constexpr):
-    """All tiles in the launch that the batch's bounds ask for, none in the other."""
+def active_tiles(tiles, safe, SAFE: tl.constexpr):
+    """The number of tiles if SAFE matches the bounds, otherwise zero."""
     return tl.where(safe, tiles, 0) if SAFE else tl.where(safe, 0, tiles)
 
 
 @triton.jit
 def scale_and_shift(bounds_ptr, scale_ptr):
-    """What turns a product into an exponent of 2 when one shift serves the whole matrix, and whether one does.
+    """Scale and shift that turn products into exponents of 2, and whether this one shift is safe for the whole matrix.
 
-    No score exceeds max‖q‖ · max‖k‖ · |logit_scale|, and no sum that the loss reads is below exp of its positive's
-    score; where the two are at most 2 · WIDEST_EXPONENT apart, exp(S − shift) neither overflows nor loses a sum.
+    No score exceeds max‖q‖ · max‖k‖ · |logit_scale|, and no sum that the loss uses is below exp of its positive score.
+    If the two are at most 2 · MAX_EXPONENT apart, exp(S − shift) neither overflows nor loses a sum.
     """
     scale = tl.load(scale_ptr)
     bound = tl.sqrt(tl.load(bounds_ptr)) * tl.sqrt(tl.load(bounds_ptr + 1)) * tl.abs(scale)
-    safe = bound + tl.load(bounds_ptr + 2) <= 2 * WIDEST_EXPONENT
-    shift = tl.maximum(bound - WIDEST_EXPONENT, 0.0)
+    safe = bound + tl.load(bounds_ptr + 2) <= 2 * MAX_EXPONENT
+    shift = tl.maximum(bound - MAX_EXPONENT, 0.0)
     return scale * LOG2_E, shift * LOG2_E, safe
