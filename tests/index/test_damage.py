@@ -22,7 +22,7 @@ from index.ann.merge import merge
 from index.ann.multi_index import open_all
 from index.ann.settings import core
 from index.ann.structure import list_table
-from index.ann.train import trained_part
+from index.ann.train import empty_trained_index
 from index.ann.tuning.recall import Target
 from index.files import InputError
 from index.manifest import INDEX, Manifest, entries, read_manifest, write_manifest
@@ -133,7 +133,7 @@ def test_training_is_the_one_that_the_manifest_states(tmp_path: Path, make_store
     build(store, tmp_path / "a", Plan(factory, part=(1, 3)))
     build(store, tmp_path / "b", Plan(train_from=tmp_path / "a", part=(2, 3)))
     data = bytearray((tmp_path / "a" / "index.faiss").read_bytes())
-    empty = bytes(faiss.serialize_index(trained_part(Index.open(tmp_path / "a"))))
+    empty = bytes(faiss.serialize_index(empty_trained_index(Index.open(tmp_path / "a"))))
     # The last bit of a trained number: of the longest stretch that the empty index and the filled one share.
     place = next(at for at in range(len(empty) // 2, len(empty)) if empty[at : at + 8] == data[at : at + 8] != bytes(8))
     data[place] ^= 1
@@ -156,7 +156,7 @@ def test_an_index_that_is_read_again_has_the_training_it_states(
     store = make_store(vectors_of(600), shard_rows=600)
     name, _, on_disk = factory.partition(" ")
     build(store, tmp_path / "index", Plan(name, on_disk=bool(on_disk)))
-    assert trained_part(Index.open(tmp_path / "index")).ntotal == 0
+    assert empty_trained_index(Index.open(tmp_path / "index")).ntotal == 0
 
 
 # What a child process does with every index for each of its damaged versions; after a crash its last line is missing.
@@ -178,7 +178,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
                 scores, rows = index.search(queries, 10)
                 for row in rows[rows >= 0].tolist():
                     index.passage(row)
-                index.ranked(queries, 3)
+                index.search_ids(queries, 3)
                 assert np.isfinite(scores[rows >= 0]).all()
                 answered += 1
             except InputError as error:
@@ -210,7 +210,7 @@ def test_lists_that_would_lie_outside_their_file_are_refused(
 ) -> None:
     folder = tmp_path / "index"
     build(make_store(vectors_of(200), shard_rows=200), folder, Plan("IVF4,SQ8", on_disk=True))
-    monkeypatch.setattr(opened, "HASHED_WHEN_MAPPED", 0)
+    monkeypatch.setattr(opened, "HASHED_MMAP_BYTES", 0)
     data = (folder / "index.faiss").read_bytes()
     index = Index.open(folder, mmap=True)
     table = list_table(faiss.downcast_InvertedLists(core(index.faiss).invlists))
@@ -235,7 +235,7 @@ def test_lists_that_would_lie_outside_their_file_are_refused(
 def test_rows_in_lists_on_disk_that_the_index_lacks_are_refused(
     tmp_path: Path, make_store: Callable, monkeypatch: pytest.MonkeyPatch, factory: str, row: int
 ) -> None:
-    monkeypatch.setattr(opened, "HASHED_WHEN_MAPPED", 0)
+    monkeypatch.setattr(opened, "HASHED_MMAP_BYTES", 0)
     refines = factory.endswith("RFlat")
     store, folder = make_store(vectors_of(200), shard_rows=200), tmp_path / "index"
     build(store, folder, Plan(factory, on_disk=not refines))

@@ -23,7 +23,7 @@ def test_one_two_and_four_ranks_find_the_same_bytes_with_any_block_size(rng, tmp
 def filled_ahead(shards: windows.Shards, block_rows: int, rows: int) -> Iterator[windows.Piece]:
     stop = threading.Event()
     copy = windows.HostCopy(CPU, stop)
-    return windows.ahead(lambda: windows._Filler(copy, block_rows, rows).fill(shards), stop, CPU)
+    return windows.prefetch(lambda: windows._WindowFiller(copy, block_rows, rows).fill(shards), stop, CPU)
 
 
 def test_windows_filled_ahead_bring_every_row_once_and_in_order(rng, monkeypatch) -> None:

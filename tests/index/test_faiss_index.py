@@ -106,7 +106,7 @@ def test_what_faiss_does_not_find_is_no_passage(tmp_path: Path, make_store: Call
     assert missing.any()
     assert (scores[missing] == -np.inf).all() and np.isfinite(scores[~missing]).all()
     assert not (missing[:, :-1] & ~missing[:, 1:]).any()
-    ranked = index.ranked(queries, 90)
+    ranked = index.search_ids(queries, 90)
     assert [len(pairs) for pairs in ranked] == (~missing).sum(axis=1).tolist()
     for pairs, some_rows in zip(ranked, rows.tolist(), strict=True):
         assert [id_ for id_, _ in pairs] == [index.ids[row] for row in some_rows if row >= 0]
@@ -116,7 +116,7 @@ def test_more_than_there_are_gives_all_there_are(flat, rng) -> None:
     index = Index.open(flat[1])
     scores, rows = index.search(clustered(rng, 3), 1000)
     assert scores.shape == rows.shape == (3, 50)
-    assert [len(pairs) for pairs in index.ranked(clustered(rng, 3), 1000)] == [50, 50, 50]
+    assert [len(pairs) for pairs in index.search_ids(clustered(rng, 3), 1000)] == [50, 50, 50]
 
 
 def test_equal_scores_rank_by_id_descending(tmp_path: Path, make_store: Callable) -> None:
@@ -124,7 +124,7 @@ def test_equal_scores_rank_by_id_descending(tmp_path: Path, make_store: Callable
     vectors = np.array([[1, 0], [1, 0], [2, 0], [1, 0], [1, 0], [0, 1]], np.float32)
     build(make_store(vectors, ids), tmp_path / "index")
     index, query = Index.open(tmp_path / "index"), np.array([[1, 0]], np.float32)
-    assert index.ranked(query, 6)[0] == [("a", 2.0), ("é", 1.0), ("b", 1.0), ("B", 1.0), ("10", 1.0), ("9", 0.0)]
+    assert index.search_ids(query, 6)[0] == [("a", 2.0), ("é", 1.0), ("b", 1.0), ("B", 1.0), ("10", 1.0), ("9", 0.0)]
     assert index.search(query, 6)[1].tolist() == [[2, 1, 0, 3, 4, 5]]
     assert index.search(query, 3)[1].tolist() == [[2, 1, 0]]
 
@@ -154,7 +154,7 @@ def test_what_an_approximate_index_finds_has_its_ties_in_order(
 ) -> None:
     build(make_store(rng.integers(0, 3, (200, 3)), shard_rows=128), tmp_path / "index", factory=factory)
     index = Index.open(tmp_path / "index")
-    for pairs in index.ranked(rng.integers(-1, 3, (20, 3)).astype(np.float32), 50):
+    for pairs in index.search_ids(rng.integers(-1, 3, (20, 3)).astype(np.float32), 50):
         assert pairs == sorted(pairs, key=lambda pair: (pair[1], pair[0]), reverse=True)
 
 

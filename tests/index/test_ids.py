@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from index.files import InputError
+from index.store import ids
 from index.store.ids import Ids, duplicate_id
-from index.store.reader import ids
 
 
 def write(path: Path, names: list[str]) -> tuple[Path, int]:
@@ -20,7 +20,7 @@ def write(path: Path, names: list[str]) -> tuple[Path, int]:
 @pytest.mark.parametrize("counts", [(), (0,), (1,), (8,), (7, 0, 9, 40), (17, 64)])
 def test_ids_read_like_a_list(tmp_path: Path, monkeypatch, block: int, counts: tuple[int, ...]) -> None:
     monkeypatch.setattr(ids, "BLOCK_BYTES", block)
-    monkeypatch.setattr(ids, "MAPPED", 1)
+    monkeypatch.setattr(ids, "MAX_MAPPED_FILES", 1)
     names = [f"d{row}{'é😀'[: row % 3]}\u2028"[: 2 + row % 4] for row in range(sum(counts))]
     firsts = [sum(counts[:n]) for n in range(len(counts))]
     files = [write(tmp_path / str(n), names[a : a + c]) for n, (a, c) in enumerate(zip(firsts, counts, strict=True))]

@@ -15,7 +15,7 @@ from index.ann.build import Plan, build
 from index.ann.edit import add_passages, delete_passages, retune
 from index.ann.index import Index
 from index.ann.merge import merge
-from index.ann.multi_index import Indexes
+from index.ann.multi_index import MultiIndex
 from index.ann.tuning.recall import Target
 from index.files import InputError
 from index.store.ids import duplicate_id
@@ -98,13 +98,13 @@ def test_a_deleted_passage_is_gone_and_the_others_are_as_they_were(
 ) -> None:
     build(store, tmp_path / "index", factory=factory)
     before = Index.open(tmp_path / "index")
-    expected = [[pair for pair in pairs if int(pair[0][1:]) % 3] for pairs in before.ranked(queries, 600)]
+    expected = [[pair for pair in pairs if int(pair[0][1:]) % 3] for pairs in before.search_ids(queries, 600)]
     gone = [f"d{row}" for row in range(0, 600, 3)]
     assert delete_passages(tmp_path / "index", [*gone, "unknown"]) == 200
     after = Index.open(tmp_path / "index", verify="hash")
     assert after.rows == 400 and list(after.ids) == [f"d{row}" for row in range(600) if row % 3]
     assert after.passage(0) == passages_of(["d1"])[0] and after.passage(399) == passages_of(["d599"])[0]
-    for ours, theirs in zip(after.ranked(queries, 400), expected, strict=True):
+    for ours, theirs in zip(after.search_ids(queries, 400), expected, strict=True):
         # Products are summed in another order where fewer are made at once, and fast-scan tables round by themselves.
         assert {id_ for id_, _ in ours} == {id_ for id_, _ in theirs}
         np.testing.assert_allclose([s for _, s in ours], [s for _, s in theirs], rtol=1e-4, atol=1e-5)
@@ -213,17 +213,17 @@ def test_several_flat_indexes_are_searched_as_one_ties_at_the_cut_included(
     store = make_store(rng.integers(0, 3, (600, 3)), [f"d{n}" for n in rng.permutation(600)], shard_rows=100)
     build(store, tmp_path / "whole")
     parts = build_parts(store, tmp_path, "Flat")
-    one, several = Index.open(tmp_path / "whole"), Indexes.open(parts)
+    one, several = Index.open(tmp_path / "whole"), MultiIndex.open(parts)
     some = rng.integers(-1, 3, (20, 3)).astype(np.float32)
     for ours, theirs in zip(several.search(some, k), one.search(some, k), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert several.ranked(some, k) == one.ranked(some, k)
+    assert several.search_ids(some, k) == one.search_ids(some, k)
     assert (several.rows, several.dim, list(several.ids)) == (600, 3, list(one.ids))
     assert [several.passage(row) for row in (0, 199, 200, 599)] == [one.passage(row) for row in (0, 199, 200, 599)]
     with pytest.raises(IndexError):
         several.passage(600)
     with pytest.raises(InputError, match=r"expected other passages than those of .*, found the same"):
-        Indexes.open([*parts, parts[1]])
+        MultiIndex.open([*parts, parts[1]])
 
 
 @pytest.mark.parametrize("k", [1, 7, 40, 700])
@@ -237,8 +237,8 @@ def test_a_passage_that_several_indexes_hold_is_found_once(
     one = Index.open(tmp_path / "whole")
     some = rng.integers(-1, 3, (20, 3)).astype(np.float32)
     for others in ([parts[1]], [tmp_path / "fewer"], [*parts, tmp_path / "fewer"]):
-        several = Indexes.open([tmp_path / "whole", *others])
-        assert several.ranked(some, k) == one.ranked(some, k)
+        several = MultiIndex.open([tmp_path / "whole", *others])
+        assert several.search_ids(some, k) == one.search_ids(some, k)
         scores, rows = several.search(some, k)
         assert scores.shape == rows.shape == (20, k)
         assert ((rows >= 0).sum(axis=1) == min(k, 600)).all() and (scores[rows < 0] == -np.inf).all()

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from index.ann.build import Plan, build
 from index.ann.edit import delete_passages, retune
-from index.ann.tuning.advice import advice, reaches_all
-from index.ann.tuning.graphs import truth_without
+from index.ann.tuning.advice import advice, exact_at_limit
+from index.ann.tuning.graphs import truth_for_held_out
 from index.ann.tuning.recall import ROUNDING, SPARE, Target, Truth, find_truth, recall_of_each
 from index.ann.tuning.tune import tune
 from index.passages import Passage
@@ -85,7 +85,7 @@ def test_an_index_that_was_deleted_from_meets_it_too(tmp_path: Path, make_store:
 def test_passages_that_come_into_a_graph_later_are_measured_alike(make_store: Callable) -> None:
     store, target = make_store(CORPORA["boilerplate"][0], shard_rows=100), Target(0.9, 10)
     held_out = target.held_out_rows(store.rows, 0)
-    truth = truth_without(store, target, held_out)
+    truth = truth_for_held_out(store, target, held_out)
     flat = faiss.IndexFlatIP(DIM)
     flat.add(np.delete(store.vectors(), held_out, axis=0))
     assert recall_of_each(flat.search(truth.queries, 10)[1], truth).min() == 1.0
@@ -181,7 +181,7 @@ def test_a_coarse_code_is_not_forgiven(make_store: Callable) -> None:
 def test_the_advice_fits_the_index(factory: str, words: str) -> None:
     index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
     given = advice(index, mean_reaches=False)
-    assert words in given and not reaches_all(index)
+    assert words in given and not exact_at_limit(index)
     assert ("add a refinement" in given) == ("add a refinement" in words)
     assert "by more queries" in advice(index, mean_reaches=True)
 
@@ -189,7 +189,7 @@ def test_the_advice_fits_the_index(factory: str, words: str) -> None:
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
 def test_of_an_exact_index_no_finer_code_is_asked_for(factory: str) -> None:
     index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
-    assert reaches_all(index) and "code" not in advice(index, mean_reaches=False)
+    assert exact_at_limit(index) and "code" not in advice(index, mean_reaches=False)
 
 
 def test_a_missed_target_says_what_to_change() -> None:

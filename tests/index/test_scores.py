@@ -10,8 +10,8 @@ import pytest
 import torch
 from index_helpers import same_bits
 
+from index.exact import products, scores
 from index.exact import search as exact
-from index.exact.search import products, scores
 
 
 @pytest.mark.parametrize("way", [scores._gathered_sums, scores._sampled_sums])
@@ -19,7 +19,7 @@ from index.exact.search import products, scores
 @pytest.mark.parametrize("pairs", [0, 1, 5000])
 def test_sums_of_pairs_are_those_of_the_vectors(rng, monkeypatch, way, dtype: torch.dtype, pairs: int) -> None:
     """In any order of pairs, some passages often and others never, more of them than fit one step."""
-    monkeypatch.setitem(scores.AT_ONCE, "cpu", 7 * 33)
+    monkeypatch.setitem(scores.FLOAT64_AT_ONCE, "cpu", 7 * 33)
     queries = torch.from_numpy(rng.standard_normal((20, 33)))
     passages = torch.from_numpy(rng.standard_normal((300, 33))).to(dtype)
     chosen = torch.from_numpy(rng.permutation(20 * 290)[:pairs])
