@@ -111,10 +111,10 @@ class PassageFile(Iterable[Passage]):
         self._found = file_state(path)
 
     def __iter__(self) -> Iterator[Passage]:
-        return (read() for read in self.unread())
+        return (read() for read in self.lazy())
 
-    def unread(self) -> Iterator[Callable[[], Passage]]:
-        """The passages as functions that parse one each, for a process that leaves most of them to others."""
+    def lazy(self) -> Iterator[Callable[[], Passage]]:
+        """Yield functions that parse one passage each, so that a process can skip most of them."""
         for row in lazy_rows(self.path):
             yield partial(_read, row)
         if file_state(self.path) != self._found:

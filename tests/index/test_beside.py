@@ -17,7 +17,7 @@ def fail(after: threading.Event | None = None) -> None:
     raise InputError("vectors: damaged")
 
 
-def test_the_block_ends_when_its_tasks_have() -> None:
+def test_leaving_the_block_waits_for_all_tasks() -> None:
     done: list[int] = []
     with BackgroundTasks() as background:
         for number in range(5):
@@ -26,7 +26,7 @@ def test_the_block_ends_when_its_tasks_have() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("faiss: NaN"), InputError("a line without an end")])
-def test_what_a_task_finds_is_told_in_place_of_what_follows_from_it(error: Exception) -> None:
+def test_a_task_error_replaces_the_error_of_the_block(error: Exception) -> None:
     failed = threading.Event()
     with pytest.raises(InputError, match="vectors: damaged"), BackgroundTasks() as background:
         background.submit(fail, failed)
@@ -34,7 +34,7 @@ def test_what_a_task_finds_is_told_in_place_of_what_follows_from_it(error: Excep
         raise error
 
 
-def test_a_failure_is_seen_while_the_block_goes_on() -> None:
+def test_failures_can_be_raised_within_the_block() -> None:
     with pytest.raises(InputError, match="damaged"), BackgroundTasks() as background:
         background.submit(fail)
         for _ in range(1000):
@@ -45,7 +45,7 @@ def test_a_failure_is_seen_while_the_block_goes_on() -> None:
         background.wait()
 
 
-def test_whoever_interrupts_does_not_wait_for_tasks_not_begun() -> None:
+def test_an_interrupt_cancels_tasks_that_have_not_started() -> None:
     begun: list[int] = []
     with pytest.raises(KeyboardInterrupt), BackgroundTasks() as background:
         for number in range(1000):

@@ -1,4 +1,4 @@
-"""Ids that were entered are suspected, others hardly ever, and none of them takes memory for its text."""
+"""Detection of duplicate ids: added ids are found, false positives are rare, and ids take no memory for their text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from index.duplicate_ids import DuplicateFinder
 
 
 @given(st.lists(st.lists(st.integers(0, 60), max_size=9), max_size=12))
-def test_suspects_are_those_that_a_set_would_find(pieces: list[list[int]]) -> None:
+def test_possible_duplicates_equal_those_of_a_set(pieces: list[list[int]]) -> None:
     ids, known = DuplicateFinder(Path()), set()
     for piece in pieces:
         texts = [str(number) for number in piece]
@@ -23,7 +23,7 @@ def test_suspects_are_those_that_a_set_would_find(pieces: list[list[int]]) -> No
         known |= set(texts)
 
 
-def test_long_runs_lie_on_the_disk_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_runs_are_unnamed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicate_ids, "_IN_MEMORY_ROWS", 1000)
     ids = DuplicateFinder(tmp_path)
     for start in range(0, 20_000, 100):
@@ -34,7 +34,7 @@ def test_long_runs_lie_on_the_disk_without_a_name(tmp_path: Path, monkeypatch: p
     assert ids.possible_duplicates(["20000", "7", "x", "19999", "x"]) == [1, 3, 4]
 
 
-def test_equal_hashes_of_unlike_ids_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_collisions_are_not_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from index.files import InputError
     from index.passages import Passage
     from index.store.writer import EmbeddingWriter

@@ -1,4 +1,4 @@
-"""A file summed while it is written holds what was written, and the sum is its own."""
+"""A file hashed while it is written has the right content and checksum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from index.hashing import BUFFER_BYTES, HashingFile
 
 
-def test_pieces_of_any_length_are_written_and_summed(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_writes_of_any_length_are_hashed(tmp_path: Path, rng: np.random.Generator) -> None:
     lengths = [
         0,
         1,
@@ -33,7 +33,7 @@ def test_pieces_of_any_length_are_written_and_summed(tmp_path: Path, rng: np.ran
     assert file.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
-def test_an_empty_file_has_its_sum(tmp_path: Path) -> None:
+def test_an_empty_file_is_hashed(tmp_path: Path) -> None:
     with HashingFile(tmp_path / "file") as file:
         pass
     assert (tmp_path / "file").read_bytes() == b"" and file.sha256 == hashlib.sha256().hexdigest()
