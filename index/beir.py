@@ -102,9 +102,9 @@ class BeirDataset:
             raise InputError(f"{qrels_path}: expected judgements, found none")
         queries_path = beir_file(folder, "queries.jsonl")
         queries = read_queries(queries_path)
-        lost = qrels.keys() - queries.keys()
-        if lost and (not dangling or len(lost) == len(qrels)):
-            raise _missing_ids_error(qrels_path, QUERY, lost, f"ids of {queries_path.name}")
+        missing = qrels.keys() - queries.keys()
+        if missing and (not dangling or len(missing) == len(qrels)):
+            raise _missing_ids_error(qrels_path, QUERY, missing, f"ids of {queries_path.name}")
         judged = {query: queries[query] for query in qrels if query in queries}
         return cls(folder.resolve().name, folder, split, judged, qrels, dangling)
 
@@ -134,15 +134,15 @@ class BeirDataset:
             InputError: passages are missing; the message names the first, its line, and how many there are.
         """
         known = corpus_ids if isinstance(corpus_ids, set | frozenset | dict) else set(corpus_ids)
-        lost = {passage for passage in self.judged if passage not in known}
-        if lost and not self.dangling:
-            raise _missing_ids_error(self.qrels_file, PASSAGE, lost, "passage ids of the corpus")
+        missing = {passage for passage in self.judged if passage not in known}
+        if missing and not self.dangling:
+            raise _missing_ids_error(self.qrels_file, PASSAGE, missing, "passage ids of the corpus")
 
 
-def _missing_ids_error(path: Path, column: int, lost: Collection[str], wanted: str) -> InputError:
+def _missing_ids_error(path: Path, column: int, missing: Collection[str], wanted: str) -> InputError:
     # Qrels that were created in memory may differ from those of the file.
-    id_, place = next(iter(first_locations(path, column, lost, most=1).items()), (min(lost), str(path)))
-    more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+    id_, place = next(iter(first_locations(path, column, missing, most=1).items()), (min(missing), str(path)))
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
     return InputError(f"{place}: expected {wanted}, found {id_}, which is not there{more}")
 
 

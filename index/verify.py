@@ -37,18 +37,18 @@ def verify(folder: Path, progress: Callable[[int], None] | None = None) -> Summa
         InputError: a file is missing or damaged (the message names it), or the folder contains neither.
     """
     manifest = read_manifest(folder)
-    held: EmbeddingStore | Index
+    target: EmbeddingStore | Index
     if manifest.format == EMBEDDINGS:
-        held = EmbeddingStore(manifest)
+        target = EmbeddingStore(manifest)
     elif manifest.format == INDEX:
         # Memory-mapped, so that an index larger than memory can be verified.
-        held = Index(manifest, mmap=True)
+        target = Index(manifest, mmap=True)
     else:
         raise InputError(f"{folder}: expected an embedding store or an index, found a {manifest.format}")
     # Before opening, so that a damaged file is reported by its checksum and not by an error of its reader.
-    held.check(progress)
-    if isinstance(held, Index):
-        held.open_files()
+    target.check(progress)
+    if isinstance(target, Index):
+        target.open_files()
     else:
         EmbeddingStore.open(folder)
-    return Summary(manifest.format, held.rows, held.dim, len(manifest.files), manifest.size)
+    return Summary(manifest.format, target.rows, target.dim, len(manifest.files), manifest.size)

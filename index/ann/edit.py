@@ -212,10 +212,10 @@ def _matching_rows(store: EmbeddingStore, index: Index) -> np.ndarray:
 
     Whole lines (id, title, text) are compared: if the text has changed, the vector has too.
     """
-    theirs = enumerate(_lines(store.files("jsonl")))
+    stored = enumerate(_lines(store.files("jsonl")))
     rows = np.empty(index.rows, np.int64)
     for row, ours in enumerate(_lines([index.folder / PASSAGES_FILE])):
-        rows[row] = next((place for place, line in theirs if line == ours), -1)
+        rows[row] = next((place for place, line in stored if line == ours), -1)
         if rows[row] < 0:
             behind = f" behind {index.ids[row - 1]!r}" if row else ""
             raise InputError(

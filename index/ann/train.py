@@ -116,8 +116,8 @@ def _clusterings(index: Any) -> Iterator[tuple[Any, int]]:
     for part in coded:
         quantizers += [getattr(part, name, None) for name in ("pq", "rq")]
         if hasattr(part, "prq"):
-            several = [part.prq.subquantizer(place) for place in range(part.prq.nsplits)]
-            quantizers += [faiss.downcast_AdditiveQuantizer(each) for each in several]
+            subquantizers = [part.prq.subquantizer(place) for place in range(part.prq.nsplits)]
+            quantizers += [faiss.downcast_AdditiveQuantizer(each) for each in subquantizers]
     for quantizer in quantizers:
         if isinstance(quantizer, faiss.ProductQuantizer):
             yield quantizer.cp, quantizer.ksub

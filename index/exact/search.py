@@ -20,7 +20,7 @@ from index.files import InputError
 
 __all__ = ["merge", "search", "search_on_ranks"]
 
-Each = Callable[[Callable[[TopK], None], list[TopK]], object]
+RunOnGroups = Callable[[Callable[[TopK], None], list[TopK]], object]
 
 # Passages per block.
 BLOCK_ROWS = {"cpu": 16384, "cuda": 65536}
@@ -29,7 +29,7 @@ PRODUCTS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 # Results searched for at once; there are several candidates per result.
 RESULTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**62}
 # Minimum number of queries per CPU thread.
-QUERIES_A_THREAD = 64
+MIN_QUERIES_PER_THREAD = 64
 # Queries whose results are exchanged between ranks at once.
 QUERIES_AT_ONCE = 4096
 
@@ -152,20 +152,20 @@ def _search(
         raise ValueError(f"k, block_rows: expected numbers above 0, found {k}, {block_rows}")
     if queries.ndim != 2:
         raise ValueError(f"queries: expected shape [Q, D], found {queries.shape}")
-    with full_precision(torch_device), _workers(torch_device, len(queries)) as (members, each):
+    with full_precision(torch_device), _workers(torch_device, len(queries)) as (workers, run_on_groups):
         half = half_type(torch_device)
         vectors = torch.tensor(np.ascontiguousarray(queries, dtype=np.float32), device=torch_device)
         largest = _largest_magnitude(vectors)
         rows_at_once = min(block_rows, SLICE_ROWS.get(torch_device.type, block_rows), max(1, len(ids)))
         at_once = min(PRODUCTS_AT_ONCE[torch_device.type] // rows_at_once, RESULTS_AT_ONCE[torch_device.type] // k)
-        at_once = max(1, min(at_once, -(-len(vectors) // members)))
+        at_once = max(1, min(at_once, -(-len(vectors) // workers)))
         parts = [TopK(Queries(part, half), k, ids) for part in vectors.split(at_once) if len(part)]
         window: Window | None = None
         # Closed on errors too, so that the prefetch thread stops.
         with contextlib.closing(pieces(shards, block_rows, len(ids), torch_device)) as stream:
             for piece in stream:
                 if window is not None and window is not piece.window:
-                    _rescore(parts, window, each)
+                    _rescore(parts, window, run_on_groups)
                 window = piece.window
                 block = Block.measured(piece.vectors, piece.first, piece.start, ids, half)
                 # Half of the float32 maximum: products in half precision may slightly exceed the exact ones.
@@ -173,31 +173,31 @@ def _search(
                     last = piece.first + piece.rows - 1
                     raise InputError(f"rows {piece.first} to {last}: inner products overflow float32")
                 window.set_rows(piece.start, piece.first, piece.rows, block.norm)
-                each(partial(TopK.update, block=block, window=window), parts)
+                run_on_groups(partial(TopK.update, block=block, window=window), parts)
                 if progress is not None:
                     progress(piece.rows)
         if window is not None:
-            _rescore(parts, window, each)
+            _rescore(parts, window, run_on_groups)
         tables = [to_arrays(part.query, part.score, part.row, part.count) for part in parts]
     if not tables:
         return np.empty((0, min(k, len(ids))), np.float32), np.empty((0, min(k, len(ids))), np.int64)
     return np.concatenate([scores for scores, _ in tables]), np.concatenate([rows for _, rows in tables])
 
 
-def _rescore(parts: list[TopK], window: Window, each: Each) -> None:
-    each(partial(TopK.rescore, window=window), parts)
+def _rescore(parts: list[TopK], window: Window, run_on_groups: RunOnGroups) -> None:
+    run_on_groups(partial(TopK.rescore, window=window), parts)
     window.release()
 
 
 @contextlib.contextmanager
-def _workers(torch_device: torch.device, queries: int) -> Iterator[tuple[int, Each]]:
+def _workers(torch_device: torch.device, queries: int) -> Iterator[tuple[int, RunOnGroups]]:
     """Yield the number of workers, and a function that runs a method on every group of queries.
 
     On a CPU, our own threads work on one group each. torch's intra-op threads would synchronize at every product, and
     candidate selection would run on a single one of them.
     """
     threads = torch.get_num_threads()
-    if torch_device.type != "cpu" or threads == 1 or queries < threads * QUERIES_A_THREAD:
+    if torch_device.type != "cpu" or threads == 1 or queries < threads * MIN_QUERIES_PER_THREAD:
         yield 1, _run_in_order
         return
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -17,9 +17,9 @@ import torch
 # Size of a window, of which there are two. Larger windows leave fewer candidates to score.
 WINDOW_BYTES = {"cpu": 2**28, "cuda": 2**30}
 # Pinned staging buffers for copies to a GPU, and the threads that fill them.
-STAGE_BYTES = 2**24
-STAGES = 4
-THREADS = 4
+STAGING_BYTES = 2**24
+STAGING_BUFFERS = 4
+COPY_THREADS = 4
 # Pieces copied to the device ahead of the search.
 PREFETCHED_PIECES = 2
 
@@ -29,11 +29,11 @@ Shards = Iterable[tuple[int, np.ndarray | torch.Tensor]]
 class Window:
     """Passage vectors on the device, with their row numbers."""
 
-    def __init__(self, vectors: torch.Tensor, most_rows: int | None = None) -> None:
-        """Start with `vectors` [n, D]; `append` may add more, up to `most_rows` rows (default n)."""
+    def __init__(self, vectors: torch.Tensor, capacity: int | None = None) -> None:
+        """Start with `vectors` [n, D]; `append` may add more, up to `capacity` rows (default n)."""
         self.parts = [(0, vectors)]
         """Where each part begins, and its vectors [n, D]."""
-        self.rows = torch.empty(most_rows or len(vectors), dtype=torch.int64, device=vectors.device)
+        self.rows = torch.empty(capacity or len(vectors), dtype=torch.int64, device=vectors.device)
         self.norm = 0.0
         """At least the largest norm."""
         self._free = threading.Event()
@@ -93,7 +93,7 @@ class Piece:
         return len(self.vectors)
 
 
-def pieces(shards: Shards, block_rows: int, most_rows: int, device: torch.device) -> Generator[Piece, None, None]:
+def pieces(shards: Shards, block_rows: int, total_rows: int, device: torch.device) -> Generator[Piece, None, None]:
     """Split shards into pieces of at most `block_rows` rows, copied into windows on the device.
 
     When a piece belongs to another window than the one before, the caller must release the former window. Tensors on
@@ -103,15 +103,15 @@ def pieces(shards: Shards, block_rows: int, most_rows: int, device: torch.device
     Args:
         shards: (first row, vectors [n, D]).
         block_rows: maximum rows of a piece.
-        most_rows: total number of rows.
+        total_rows: total number of rows.
         device: where the windows are.
     """
     if device.type == "cpu":
-        yield from _WindowFiller(HostCopy(device, threading.Event()), block_rows, most_rows).fill(shards)
+        yield from _WindowFiller(HostCopy(device, threading.Event()), block_rows, total_rows).fill(shards)
     else:
         stop = threading.Event()
         yield from prefetch(
-            lambda: _WindowFiller(CudaCopy(device, stop), block_rows, most_rows).fill(shards), stop, device
+            lambda: _WindowFiller(CudaCopy(device, stop), block_rows, total_rows).fill(shards), stop, device
         )
 
 
@@ -169,27 +169,29 @@ class CudaCopy(HostCopy):
     def __init__(self, device: torch.device, stop: threading.Event) -> None:
         super().__init__(device, stop)
         self._stream = torch.cuda.Stream(device)
-        self._pool = ThreadPoolExecutor(THREADS)
+        self._pool = ThreadPoolExecutor(COPY_THREADS)
         with torch.cuda.device(device):
-            self._stages = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(STAGES)]
-            self._copied = [torch.cuda.Event() for _ in range(STAGES)]
-        self._turn = 0
+            self._staging = [
+                torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(STAGING_BUFFERS)
+            ]
+            self._copied = [torch.cuda.Event() for _ in range(STAGING_BUFFERS)]
+        self._next_buffer = 0
 
     def allocate(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def copy(self, target: torch.Tensor, source: np.ndarray) -> None:
-        bytes_a_row = max(1, target.shape[1] * target.element_size())
-        if bytes_a_row > STAGE_BYTES:
-            raise ValueError(f"vectors: expected rows of at most {STAGE_BYTES} bytes, found {bytes_a_row}")
-        step = STAGE_BYTES // bytes_a_row
+        row_bytes = max(1, target.shape[1] * target.element_size())
+        if row_bytes > STAGING_BYTES:
+            raise ValueError(f"vectors: expected rows of at most {STAGING_BYTES} bytes, found {row_bytes}")
+        step = STAGING_BYTES // row_bytes
         for start in range(0, len(source), step):
             part = source[start : start + step]
-            self._turn = (self._turn + 1) % STAGES
-            copied = self._copied[self._turn]
+            self._next_buffer = (self._next_buffer + 1) % STAGING_BUFFERS
+            copied = self._copied[self._next_buffer]
             copied.synchronize()
-            room = self._stages[self._turn][: len(part) * bytes_a_row]
-            stage = room.view(target.dtype).view(len(part), target.shape[1])
+            staging = self._staging[self._next_buffer][: len(part) * row_bytes]
+            stage = staging.view(target.dtype).view(len(part), target.shape[1])
             self._copy_in_threads(stage.numpy(), part)
             with torch.cuda.stream(self._stream):
                 target[start : start + step].copy_(stage, non_blocking=True)
@@ -210,7 +212,7 @@ class CudaCopy(HostCopy):
         self._stream.synchronize()
 
     def _copy_in_threads(self, target: np.ndarray, source: np.ndarray) -> None:
-        step = -(-len(source) // THREADS)
+        step = -(-len(source) // COPY_THREADS)
         cuts = [slice(start, start + step) for start in range(0, len(source), step)]
         for _ in self._pool.map(lambda cut: np.copyto(target[cut], source[cut], casting="same_kind"), cuts):
             pass
@@ -219,10 +221,10 @@ class CudaCopy(HostCopy):
 class _WindowFiller:
     """Fills two windows alternately."""
 
-    def __init__(self, copy: HostCopy, block_rows: int, most_rows: int) -> None:
+    def __init__(self, copy: HostCopy, block_rows: int, total_rows: int) -> None:
         self._copy = copy
         self._block_rows = block_rows
-        self._most_rows = most_rows
+        self._total_rows = total_rows
         self._windows: list[Window] = []
         # Window of vectors that are used in place.
         self._resident_window: Window | None = None
@@ -233,16 +235,16 @@ class _WindowFiller:
         """Yield the pieces in order."""
         try:
             for first, vectors in shards:
-                usable_in_place = self._copy.usable_in_place(vectors, self._block_rows)
-                if usable_in_place is None:
+                in_place = self._copy.usable_in_place(vectors, self._block_rows)
+                if in_place is None:
                     self._resident_window = None
                     yield from self._add(first, np.asarray(vectors))
                 else:
-                    yield from self._finish()
+                    yield from self._end_piece()
                     # The consumer releases the current window when it gets a piece of another: add nothing more to it.
                     self._start = self._end = len(self._windows[-1].vectors) if self._windows else 0
-                    yield from self._resident(first, usable_in_place)
-            yield from self._finish()
+                    yield from self._use_in_place(first, in_place)
+            yield from self._end_piece()
         finally:
             self._copy.close()
 
@@ -251,10 +253,10 @@ class _WindowFiller:
         while len(vectors):
             window = self._windows[-1] if self._windows else None
             if window is None or window.vectors.dtype != dtype or self._end == len(window.vectors):
-                yield from self._finish()
+                yield from self._end_piece()
                 window = self._next_window(dtype, vectors.shape[1])
             elif self._first + self._end - self._start != row:
-                yield from self._finish()
+                yield from self._end_piece()
             if self._start == self._end:
                 self._first = row
             count = min(len(vectors), self._block_rows - (self._end - self._start), len(window.vectors) - self._end)
@@ -263,9 +265,9 @@ class _WindowFiller:
             row += count
             self._end += count
             if self._end - self._start == self._block_rows:
-                yield from self._finish()
+                yield from self._end_piece()
 
-    def _finish(self) -> Iterator[Piece]:
+    def _end_piece(self) -> Iterator[Piece]:
         """Yield the current piece, if it is not empty."""
         if self._end > self._start:
             window = self._windows[-1]
@@ -280,16 +282,16 @@ class _WindowFiller:
             self._windows.reverse()
             self._copy.reopen(self._windows[-1])
         else:
-            room = self._copy.allocate((self._window_rows(dimension * dtype.itemsize), dimension), dtype)
-            self._windows.append(Window(room))
+            vectors = self._copy.allocate((self._window_rows(dimension * dtype.itemsize), dimension), dtype)
+            self._windows.append(Window(vectors))
             self._copy.open(self._windows[-1])
         return self._windows[-1]
 
-    def _window_rows(self, bytes_a_row: int) -> int:
-        rows = max(self._block_rows, WINDOW_BYTES[self._copy.device.type] // max(1, bytes_a_row))
-        return min(rows, self._most_rows)
+    def _window_rows(self, row_bytes: int) -> int:
+        rows = max(self._block_rows, WINDOW_BYTES[self._copy.device.type] // max(1, row_bytes))
+        return min(rows, self._total_rows)
 
-    def _resident(self, first: int, vectors: torch.Tensor) -> Iterator[Piece]:
+    def _use_in_place(self, first: int, vectors: torch.Tensor) -> Iterator[Piece]:
         if vectors.dtype == torch.float64:
             vectors = vectors.float()
         begin = None if self._resident_window is None else self._resident_window.append(vectors)

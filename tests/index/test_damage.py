@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from index_helpers import MODEL, listing, passages_of
 
-from index.ann import index as opened
+from index.ann import index as index_module
 from index.ann.build import Plan, build
 from index.ann.edit import add_passages, delete_passages, retune
 from index.ann.index import Index
@@ -210,7 +210,7 @@ def test_lists_outside_their_file_are_refused(
 ) -> None:
     folder = tmp_path / "index"
     build(make_store(vectors_of(200), shard_rows=200), folder, Plan("IVF4,SQ8", on_disk=True))
-    monkeypatch.setattr(opened, "HASHED_MMAP_BYTES", 0)
+    monkeypatch.setattr(index_module, "HASHED_MMAP_BYTES", 0)
     data = (folder / "index.faiss").read_bytes()
     index = Index.open(folder, mmap=True)
     table = list_table(faiss.downcast_InvertedLists(core(index.faiss).invlists))
@@ -235,7 +235,7 @@ def test_lists_outside_their_file_are_refused(
 def test_invalid_rows_in_lists_on_disk_are_refused(
     tmp_path: Path, make_store: Callable, monkeypatch: pytest.MonkeyPatch, factory: str, row: int
 ) -> None:
-    monkeypatch.setattr(opened, "HASHED_MMAP_BYTES", 0)
+    monkeypatch.setattr(index_module, "HASHED_MMAP_BYTES", 0)
     refines = factory.endswith("RFlat")
     store, folder = make_store(vectors_of(200), shard_rows=200), tmp_path / "index"
     build(store, folder, Plan(factory, on_disk=not refines))

@@ -213,15 +213,15 @@ def test_multi_index_of_flat_indexes_equals_one_index(
     store = make_store(rng.integers(0, 3, (600, 3)), [f"d{n}" for n in rng.permutation(600)], shard_rows=100)
     build(store, tmp_path / "whole")
     parts = build_parts(store, tmp_path, "Flat")
-    one, several = Index.open(tmp_path / "whole"), MultiIndex.open(parts)
+    one, multi = Index.open(tmp_path / "whole"), MultiIndex.open(parts)
     some = rng.integers(-1, 3, (20, 3)).astype(np.float32)
-    for ours, theirs in zip(several.search(some, k), one.search(some, k), strict=True):
+    for ours, theirs in zip(multi.search(some, k), one.search(some, k), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert several.search_ids(some, k) == one.search_ids(some, k)
-    assert (several.rows, several.dim, list(several.ids)) == (600, 3, list(one.ids))
-    assert [several.passage(row) for row in (0, 199, 200, 599)] == [one.passage(row) for row in (0, 199, 200, 599)]
+    assert multi.search_ids(some, k) == one.search_ids(some, k)
+    assert (multi.rows, multi.dim, list(multi.ids)) == (600, 3, list(one.ids))
+    assert [multi.passage(row) for row in (0, 199, 200, 599)] == [one.passage(row) for row in (0, 199, 200, 599)]
     with pytest.raises(IndexError):
-        several.passage(600)
+        multi.passage(600)
     with pytest.raises(InputError, match=r"expected other passages than those of .*, found the same"):
         MultiIndex.open([*parts, parts[1]])
 
@@ -237,9 +237,9 @@ def test_multi_index_returns_shared_passages_once(
     one = Index.open(tmp_path / "whole")
     some = rng.integers(-1, 3, (20, 3)).astype(np.float32)
     for others in ([parts[1]], [tmp_path / "fewer"], [*parts, tmp_path / "fewer"]):
-        several = MultiIndex.open([tmp_path / "whole", *others])
-        assert several.search_ids(some, k) == one.search_ids(some, k)
-        scores, rows = several.search(some, k)
+        multi = MultiIndex.open([tmp_path / "whole", *others])
+        assert multi.search_ids(some, k) == one.search_ids(some, k)
+        scores, rows = multi.search(some, k)
         assert scores.shape == rows.shape == (20, k)
         assert ((rows >= 0).sum(axis=1) == min(k, 600)).all() and (scores[rows < 0] == -np.inf).all()
 

@@ -37,20 +37,20 @@ class Cagra:
 
 
 @pytest.fixture
-def there() -> list[Any]:
+def on_gpu() -> list[Any]:
     """Everything that was created on a GPU."""
     return []
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch, there: list[Any]) -> list[Any]:
-    """Make faiss find one GPU; returns what was moved there."""
+def gpus(monkeypatch: pytest.MonkeyPatch, on_gpu: list[Any]) -> list[Any]:
+    """Make faiss find one GPU; returns what was moved on_gpu."""
     moved: list[Any] = []
 
     def move(index: Any) -> Any:
         moved.append(faiss.downcast_index(index))
-        there.append(faiss.clone_index(index))
-        return there[-1]
+        on_gpu.append(faiss.clone_index(index))
+        return on_gpu[-1]
 
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
@@ -91,10 +91,10 @@ def test_gpu_builds_write_the_same_file_as_cpu_builds(
     assert len(gpus) == moves, "centroids are moved to be found, and before to be clustered"
 
 
-def test_gpu_memory_is_freed(tmp_path: Path, make_store: Callable, rng, gpus: list[Any], there: list[Any]) -> None:
+def test_gpu_memory_is_freed(tmp_path: Path, make_store: Callable, rng, gpus: list[Any], on_gpu: list[Any]) -> None:
     build(make_store(rng.standard_normal((700, 16))), tmp_path / "index", Plan("IVF8,Flat", gpu=True))
     # faiss owns the clustering index it is given, and never frees it.
-    assert [each.thisown for each in there] == [True, True]
+    assert [each.thisown for each in on_gpu] == [True, True]
 
 
 def test_gpu_assignment_compares_with_all_centroids(tmp_path: Path, make_store: Callable, rng, gpus: list[Any]) -> None:

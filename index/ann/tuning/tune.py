@@ -124,13 +124,15 @@ def tune(index: Any, truth: Truth, target: Target, progress: Callable[[str], Non
     if met:
         times = _times(index, truth, [point.settings for point in met])
         fastest = min(times)
-        chosen, spent_by_it = next(
-            (point, spent) for point, spent in zip(met, times, strict=True) if spent <= fastest * (1 + RESOLUTION)
+        chosen, core_time = next(
+            (point, cpu_time)
+            for point, cpu_time in zip(met, times, strict=True)
+            if cpu_time <= fastest * (1 + RESOLUTION)
         )
     else:
         chosen = max(points, key=lambda point: (point.at_least, -point.compared))
-        (spent_by_it,) = _times(index, truth, [chosen.settings])
-    chosen = replace(chosen, core_microseconds=spent_by_it)
+        (core_time,) = _times(index, truth, [chosen.settings])
+    chosen = replace(chosen, core_microseconds=core_time)
     points = [chosen if point.settings == chosen.settings else point for point in points]
     chosen.settings.apply(index)
     curve = sorted(points, key=lambda point: point.microseconds)
