@@ -67,7 +67,7 @@ def test_choose_on_disk_returns_a_supported_type(rows: int, factory: str) -> Non
     for memory_mib, even_norms in ((None, True), (0.001, True), (None, False)):
         assert choose(rows, 768, memory_mib, even_norms=even_norms, on_disk=True) == factory
     index = faiss.index_factory(768, factory, faiss.METRIC_INNER_PRODUCT)
-    lists_on_disk.check_kind(index, "--on-disk")
+    lists_on_disk.check_supported(index, "--on-disk")
 
 
 @pytest.mark.parametrize(
