@@ -17,7 +17,7 @@ from index.beir import (
     QUERY,
     Judgements,
     beir_file,
-    first_places,
+    first_locations,
     head_names,
     is_header,
     judgement_lines,
@@ -75,7 +75,7 @@ class Preflight:
     ) -> None:
         """Count a fault of the kind `what` for each of these ids in a column of qrels; `wanted` is what it is not."""
         if ids:
-            places = first_places(path, column, ids, PLACES_NAMED)
+            places = first_locations(path, column, ids, PLACES_NAMED)
             said = {id_: f"expected {wanted}, found {id_}, which is not there" if wanted else id_ for id_ in places}
             self.findings[what] = Finding(what, error, len(ids), [f"{places[id_]}: {said[id_]}" for id_ in places])
 

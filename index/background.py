@@ -1,4 +1,4 @@
-"""Work that goes on in threads beside other work, and whose error counts first."""
+"""Tasks that run in background threads while the caller works."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from index.files import SUMS_AT_ONCE
+from index.files import HASH_THREADS
 
 
-class Beside:
-    """A `with` block beside which tasks run; those not begun are dropped when it ends early.
+class BackgroundTasks:
+    """A context manager that runs tasks in background threads. Leaving the block waits for all of them.
 
-    Where the block fails because of something that a task finds as well, such as a damaged file, the task's error is
-    the one to tell: it is raised in place of any ValueError or RuntimeError of the block.
+    If the block raises a ValueError or RuntimeError, an error of a task takes precedence: a damaged file that a task
+    finds is often the cause of what went wrong in the block. On any other exception the tasks that have not started are
+    cancelled.
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(min(SUMS_AT_ONCE, os.cpu_count() or 1), "beside")
+        self._executor = ThreadPoolExecutor(min(HASH_THREADS, os.cpu_count() or 1), "background")
         self._tasks: list[Future[Any]] = []
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> BackgroundTasks:
         return self
 
-    def begin(self, task: Callable[..., object], *arguments: object) -> None:
-        """Run `task` as soon as a thread is free."""
-        self._tasks.append(self._pool.submit(task, *arguments))
+    def submit(self, task: Callable[..., object], *arguments: object) -> None:
+        """Run `task(*arguments)` as soon as a thread is free."""
+        self._tasks.append(self._executor.submit(task, *arguments))
 
-    def look(self) -> None:
-        """Raise what a task that has ended raised, if any did."""
+    def raise_failures(self) -> None:
+        """Raise the error of a task that has already failed, without waiting."""
         for task in self._tasks:
             if task.done():
                 task.result()
 
     def wait(self) -> None:
-        """Wait for all tasks, and raise what the first that failed raised."""
+        """Wait for all tasks; raise the error of the first that failed."""
         for task in self._tasks:
             task.result()
 
@@ -47,4 +48,4 @@ class Beside:
             if error is None or isinstance(error, ValueError | RuntimeError):
                 self.wait()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._executor.shutdown(cancel_futures=True)

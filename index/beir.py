@@ -1,4 +1,4 @@
-"""BEIR folders: corpus.jsonl, queries.jsonl and qrels/{split}.tsv, each plain or .gz; and the hub's Parquet folders."""
+"""BEIR folders: corpus.jsonl, queries.jsonl and qrels/{split}.tsv, plain or .gz, and their Parquet form on the Hub."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from index.passages import COMMENT, Passage, checked_id, checked_query_id, read_
 from index.records import Record, open_text, read_records
 
 Qrels = dict[str, dict[str, int]]
-"""Query id -> passage id -> grade; a grade above 0 is relevant."""
+"""Query id -> passage id -> grade. A grade above 0 means relevant."""
 
 QUERY_HEADS = ("query-id", "queryid", "query", "qid", "topic")
 PASSAGE_HEADS = ("corpus-id", "corpusid", "doc-id", "docid", "document-id", "passage-id", "pid", "doc", "passage")
 GRADE_HEADS = ("score", "relevance", "rel", "label", "grade")
-# Where they stand in a line of qrels.
+# Column positions in a line of qrels.
 QUERY, PASSAGE = 0, -2
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
-# Grades are kept as 64-bit integers; none in use comes near this.
+# Grades are stored as 64-bit integers; no data set in use has larger ones.
 GRADE_LIMIT = 2**31
 
 
 def beir_file(folder: Path, name: str) -> Path:
-    """The file `name` of a BEIR folder, or `name`.gz, or the Parquet file that stands for it on the hub.
+    """The file `name` of a BEIR folder: `name`, `name`.gz, or its Parquet file.
 
-    The hub's layout, NanoBEIR's for example, is a folder for each of corpus, queries and qrels, with one Parquet file.
-    There a split of the qrels is known by the file's name, and the only file of a folder is taken whatever its name.
+    Parquet data sets on the Hugging Face Hub, such as NanoBEIR, have one folder each for corpus, queries and qrels,
+    with one Parquet file. If the folder of qrels has several files, the split selects one by file name; a single file
+    is used whatever its name is.
 
     Raises:
-        InputError: none of them is there, or several.
+        InputError: no such file exists, or more than one.
     """
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
@@ -56,11 +57,11 @@ def beir_file(folder: Path, name: str) -> Path:
 
 
 def is_beir_folder(path: Path) -> bool:
-    """Whether there is a corpus with queries."""
+    """Whether `path` is a folder with a corpus and queries."""
     try:
         return path.is_dir() and bool(beir_file(path, "corpus.jsonl") and beir_file(path, "queries.jsonl"))
     except InputError:
-        # Of several Parquet files, too: what is wrong with the folder is said when it is opened.
+        # A folder with several Parquet files counts too: the error is reported when it is opened.
         return any((path / "corpus").glob("*.parquet"))
 
 
@@ -72,19 +73,25 @@ class BeirDataset:
     folder: Path
     split: str
     queries: dict[str, str]
-    """Query id -> text, of the split's judged queries only, in the order of the qrels."""
+    """Query id -> text of the judged queries of the split, in the order of the qrels."""
     qrels: Qrels
     dangling: bool = False
-    """Whether qrels may judge passages and queries that are not there. Such passages are never found, and such queries
-    count as 0, as in trec_eval."""
+    """Whether qrels may judge passages and queries that do not exist. Such passages are never retrieved, and such
+    queries count as 0, as in trec_eval.
+    """
 
     @classmethod
     def open(cls, folder: Path | str, split: str = "test", *, dangling: bool = False) -> BeirDataset:
         """Read the queries and qrels of a split.
 
+        Args:
+            folder: the BEIR folder.
+            split: name of the qrels file, without suffix.
+            dangling: accept qrels of queries and passages that do not exist.
+
         Raises:
-            InputError: a file is missing or broken, the qrels are empty, or, unless `dangling`, a judged query has no
-                text.
+            InputError: a file is missing or malformed, the qrels are empty, or, unless `dangling`, a judged query has
+                no text.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -95,20 +102,20 @@ class BeirDataset:
             raise InputError(f"{qrels_path}: expected judgements, found none")
         queries_path = beir_file(folder, "queries.jsonl")
         queries = read_queries(queries_path)
-        lost = qrels.keys() - queries.keys()
-        if lost and (not dangling or len(lost) == len(qrels)):
-            raise _not_there(qrels_path, QUERY, lost, f"ids of {queries_path.name}")
+        missing = qrels.keys() - queries.keys()
+        if missing and (not dangling or len(missing) == len(qrels)):
+            raise _missing_ids_error(qrels_path, QUERY, missing, f"ids of {queries_path.name}")
         judged = {query: queries[query] for query in qrels if query in queries}
         return cls(folder.resolve().name, folder, split, judged, qrels, dangling)
 
     @property
     def corpus_file(self) -> Path:
-        """corpus.jsonl, corpus.jsonl.gz or a Parquet file."""
+        """Path of corpus.jsonl, corpus.jsonl.gz or its Parquet file."""
         return beir_file(self.folder, "corpus.jsonl")
 
     @property
     def qrels_file(self) -> Path:
-        """qrels/{split}.tsv, its .gz or a Parquet file."""
+        """Path of qrels/{split}.tsv, its .gz or its Parquet file."""
         return beir_file(self.folder, f"qrels/{self.split}.tsv")
 
     def passages(self) -> Iterator[Passage]:
@@ -121,29 +128,32 @@ class BeirDataset:
         return {passage for grades in self.qrels.values() for passage in grades}
 
     def check(self, corpus_ids: Iterable[str]) -> None:
-        """Refuse qrels that judge passages the corpus lacks, unless `dangling`.
+        """Check that the corpus contains every judged passage, unless `dangling`.
 
         Raises:
-            InputError: names the first such passage, its line and their number.
+            InputError: passages are missing; the message names the first, its line, and how many there are.
         """
         known = corpus_ids if isinstance(corpus_ids, set | frozenset | dict) else set(corpus_ids)
-        lost = {passage for passage in self.judged if passage not in known}
-        if lost and not self.dangling:
-            raise _not_there(self.qrels_file, PASSAGE, lost, "passage ids of the corpus")
+        missing = {passage for passage in self.judged if passage not in known}
+        if missing and not self.dangling:
+            raise _missing_ids_error(self.qrels_file, PASSAGE, missing, "passage ids of the corpus")
 
 
-def _not_there(path: Path, column: int, lost: Collection[str], wanted: str) -> InputError:
-    # Qrels that were made in memory need not be those of the file.
-    id_, place = next(iter(first_places(path, column, lost, most=1).items()), (min(lost), str(path)))
-    more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+def _missing_ids_error(path: Path, column: int, missing: Collection[str], wanted: str) -> InputError:
+    # Qrels that were created in memory may differ from those of the file.
+    id_, place = next(iter(first_locations(path, column, missing, most=1).items()), (min(missing), str(path)))
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
     return InputError(f"{place}: expected {wanted}, found {id_}, which is not there{more}")
 
 
 def read_queries(path: Path) -> dict[str, str]:
-    """Query id -> text from a queries.jsonl[.gz] (or .csv, .tsv, .parquet) with `_id` (or `id`) and `text`.
+    """Read queries (id -> text) from a file with columns `_id` (or `id`) and `text`.
+
+    The file may be .jsonl, .jsonl.gz, .csv, .tsv or .parquet.
 
     Raises:
-        InputError: the file is missing or broken, an id comes twice, or a query has no text; names the line.
+        InputError: the file is missing or malformed, an id occurs twice, or a query has no text; the message names the
+            line.
     """
     queries: dict[str, str] = {}
     for record in read_records(path):
@@ -158,7 +168,7 @@ def parse_query(record: Record) -> tuple[str, str]:
     """Id and text of a row.
 
     Raises:
-        InputError: a column is missing, the id is unfit, or there is no text.
+        InputError: a column is missing, the id is invalid, or the text is empty.
     """
     fields = record.fields
     key = "_id" if "_id" in fields else "id"
@@ -173,15 +183,15 @@ def parse_query(record: Record) -> tuple[str, str]:
 
 
 def read_qrels(path: Path) -> Qrels:
-    """Read qrels: BEIR's `query passage grade` or TREC's `query 0 passage grade`, between tabs or blanks.
+    """Read qrels: BEIR's `query passage grade` or TREC's `query 0 passage grade`, separated by tabs or blanks.
 
-    The first line is data unless it is literally a header (query-id, corpus-id, score), and every line has as many
-    columns as the first. A line that begins with # is a comment, as in trec_eval 10. The same judgement twice is one
-    judgement; two different grades for one pair are refused. Grades are whole numbers, which may be written as 1.0. A
-    Parquet file has the columns query-id and corpus-id, and a score unless all are relevant (NanoBEIR).
+    The first line is data unless its columns are the names of a header (query-id, corpus-id, score). Every line has as
+    many columns as the first. Lines that begin with # are comments, as in trec_eval 10. A judgement may be repeated;
+    two different grades for one pair are refused. Grades are integers, which may be written as 1.0. A Parquet file has
+    columns query-id and corpus-id, and optionally score (without it all are relevant, as in NanoBEIR).
 
     Raises:
-        InputError: the file is missing or a line is broken; the message names the line.
+        InputError: the file is missing or a line is malformed; the message names the line.
     """
     judgements = Judgements()
     for line, (_, columns, place) in enumerate(judgement_lines(path)):
@@ -194,7 +204,9 @@ def read_qrels(path: Path) -> Qrels:
 
 
 def judgement_lines(path: Path) -> Iterator[tuple[int, list[str], str]]:
-    """(number, columns, place) of every line of a qrels file, its header included, but for empty lines and comments.
+    """Yield (line number, columns, "file:line") of every line of a qrels file.
+
+    The header is included; empty lines and comments are skipped.
 
     Raises:
         InputError: the file is missing or cannot be read.
@@ -224,53 +236,54 @@ def _judgement_rows(path: Path) -> Iterator[tuple[int, list[str], str]]:
 
 
 def _grade_text(value: Any) -> str:
-    """A grade of a Parquet file as text; what is no number by the name that JSON has for it."""
+    """A grade of a Parquet file as text; null and booleans as in JSON, so that they are refused as grades."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def first_places(path: Path, column: int, wanted: Collection[str], most: int) -> dict[str, str]:
-    """The first `most` of the `wanted` ids in a column of a qrels file -> the places where they come first.
+def first_locations(path: Path, column: int, wanted: Collection[str], most: int) -> dict[str, str]:
+    """Map the first `most` of the `wanted` ids in a column of a qrels file to where they first occur ("file:line").
 
-    Read again for it: the lines of all ids would take more memory than the qrels.
+    The file is read again: keeping the line of every id would take more memory than the qrels.
     """
-    places: dict[str, str] = {}
+    locations: dict[str, str] = {}
     for _, columns, place in judgement_lines(path):
-        if len(places) == min(most, len(wanted)):
+        if len(locations) == min(most, len(wanted)):
             break
         if len(columns) > 2 and columns[column] in wanted:
-            places.setdefault(columns[column], place)
-    return places
+            locations.setdefault(columns[column], place)
+    return locations
 
 
 def is_header(columns: list[str]) -> bool:
-    """Whether the columns of a line name a query's id first and a grade last."""
+    """Whether a line is a header: its first column names a query id and its last a grade."""
     heads = head_names(columns)
     return heads[0] in QUERY_HEADS and heads[-1] in GRADE_HEADS
 
 
 def head_names(columns: list[str]) -> list[str]:
-    """Columns as the names above are written."""
+    """Column names in the spelling of the lists above."""
     return [column.casefold().replace("_", "-") for column in columns]
 
 
 class Judgements:
-    """The qrels of a file, line by line: 3 or 4 columns, as many in every line as in the header or the first line."""
+    """Collects the qrels of a file line by line. All lines have 3 or 4 columns, as many as the header or first line."""
 
     def __init__(self) -> None:
         self.qrels: Qrels = {}
         self._width = 0
         self._source = ""
-        # Whether every first column so far was the number of its row, from 0 or 1; and the second columns, up to two.
+        # To detect row numbers: whether every first column so far was the row number (from 0 or 1), and up to two
+        # different values of the second column.
         self._rows = 0
         self._first = ""
         self._numbered = True
         self._second: set[str] = set()
 
     def begin(self, header: list[str], place: str) -> None:
-        """Take the columns that a header names.
+        """Set the columns from a header.
 
         Raises:
-            InputError: they are not 3 or 4, or the passage's does not stand before the grade's.
+            InputError: there are not 3 or 4 columns, or the passage id is not in the last column but one.
         """
         self._check_width(header, place)
         names = head_names(header)
@@ -280,10 +293,11 @@ class Judgements:
         self._width, self._source = len(header), f" (the header has {len(header)})"
 
     def add(self, columns: list[str], place: str) -> None:
-        """Enter a line.
+        """Add a line.
 
         Raises:
-            InputError: it has another width, its grade is no whole number, or its pair has another grade.
+            InputError: it has another number of columns, its grade is not an integer, or the pair already has another
+                grade.
         """
         self._check_width(columns, place)
         query, passage, grade = columns[QUERY], columns[PASSAGE], parse_grade(columns[-1], place)
@@ -299,12 +313,12 @@ class Judgements:
             raise InputError(f"{place}: expected one grade for query {query}, passage {passage}, found {found}")
 
     def check(self) -> None:
-        """Refuse a table that was written with the numbers of its rows and without a header.
+        """Refuse a table that was written with row numbers in the first column and without a header.
 
-        In TREC's four columns the second is the same in every line, as good as always 0.
+        In TREC's four columns the second is the same in every line, nearly always 0.
 
         Raises:
-            InputError: the first column numbers the rows and the second differs.
+            InputError: the first column numbers the rows and the second column varies.
         """
         if self._width == 4 and not self._source and self._rows > 1 and self._numbered and len(self._second) > 1:
             raise InputError(
@@ -319,10 +333,10 @@ class Judgements:
 
 
 def parse_grade(text: str, place: str) -> int:
-    """The grade that a cell holds: a whole number, which may be written as 1.0 or 1e0.
+    """Parse a grade: an integer, which may be written as 1.0 or 1e0.
 
     Raises:
-        InputError: it is another number or none, or too large.
+        InputError: it is not an integer, or too large.
     """
     grade = Decimal(text) if NUMBER.fullmatch(text) else None
     if grade is None or grade != grade.to_integral_value():

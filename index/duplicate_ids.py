@@ -1,4 +1,4 @@
-"""Which ids a store holds already, in eight bytes each and most of them on disk: a hash of 64 bits stands for an id."""
+"""Detecting duplicate ids with 8 bytes per id, most of them on disk: only a 64-bit hash of each id is kept."""
 
 from __future__ import annotations
 
@@ -9,48 +9,50 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-# Hashes that stay in memory as they are; longer runs lie in a file, whose pages the system takes back at need.
-_IN_MEMORY = 1 << 17
+# Sorted runs of up to this many hashes stay in memory; longer ones are memory-mapped files.
+_IN_MEMORY_ROWS = 1 << 17
 
 
-class SeenIds:
-    """A set of ids that tells which ones it may hold. Two ids of ten million share a hash once in 370,000 corpora, so
-    a suspect is looked at before it is refused.
+class DuplicateFinder:
+    """A set of ids that reports possible duplicates.
 
-    The hashes lie in sorted runs, each longer than all after it (O'Neil et al., "The Log-Structured Merge-Tree",
-    1996). Hashes are Python's own, other ones in every process.
+    Two different ids may share a hash (once in 370,000 corpora of ten million ids), so the caller must compare the ids
+    themselves before it reports a duplicate.
+
+    The hashes are stored in sorted runs, each longer than all later ones together (O'Neil et al., "The Log-Structured
+    Merge-Tree", 1996). They come from Python's `hash`, which differs between processes.
     """
 
     def __init__(self, folder: Path) -> None:
-        """`folder`: on the disk that long runs go to, in files without a name."""
+        """`folder` is where long runs are stored, in unnamed temporary files."""
         self._folder = folder
         self._runs: list[npt.NDArray[np.int64]] = []
 
-    def suspects(self, ids: Sequence[str]) -> list[int]:
-        """Places of the ids that were perhaps entered before, or stand earlier in `ids`; rising."""
+    def possible_duplicates(self, ids: Sequence[str]) -> list[int]:
+        """Positions in `ids`, ascending, of ids that may have been added before or may occur earlier in `ids`."""
         hashes = _hashes(ids)
-        # In this order the runs are read from their beginning to their end.
+        # Sorted queries read each run from its beginning to its end.
         order = np.argsort(hashes, kind="stable")
-        rising = hashes[order]
+        ascending = hashes[order]
         suspect = np.zeros(len(ids), dtype=bool)
-        suspect[1:] = rising[1:] == rising[:-1]
+        suspect[1:] = ascending[1:] == ascending[:-1]
         for run in self._runs:
-            place = np.minimum(np.searchsorted(run, rising), len(run) - 1)
-            suspect |= run[place] == rising
+            position = np.minimum(np.searchsorted(run, ascending), len(run) - 1)
+            suspect |= run[position] == ascending
         return sorted(order[suspect].tolist())
 
-    def enter(self, ids: Sequence[str]) -> None:
+    def add(self, ids: Sequence[str]) -> None:
         """Add ids."""
         if not ids:
             return
         run = np.sort(_hashes(ids))
         while self._runs and len(self._runs[-1]) <= len(run):
-            run = self._merged(self._runs.pop(), run)
+            run = self._merge(self._runs.pop(), run)
         self._runs.append(run)
 
-    def _merged(self, one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _merge(self, one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         size = len(one) + len(other)
-        if size <= _IN_MEMORY:
+        if size <= _IN_MEMORY_ROWS:
             merged = np.empty(size, dtype=np.int64)
         else:
             with tempfile.TemporaryFile(dir=self._folder) as file:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, locks, checksums, JSON, and the one error for bad input."""
+"""Atomic writes of files and folders, locks, checksums, JSON, and `InputError`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Files summed at the same time, and bytes of one that are read at once.
-SUMS_AT_ONCE = 4
-SUM_BYTES = 2**19
+# Files hashed at the same time, and bytes read at once from each.
+HASH_THREADS = 4
+HASH_BLOCK_BYTES = 2**19
 
 
 class InputError(ValueError):
@@ -32,7 +32,7 @@ class InputError(ValueError):
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut (a rename is durable only once its folder is)."""
+    """Make renames inside `folder` durable: a rename survives a power cut only after an fsync of its folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,20 +42,20 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone. The system drops the lock when the process ends, however it ends.
+    """Hold an exclusive lock on `folder`. The operating system releases it when the process ends, even if it is killed.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds the lock.
     """
-    with _opened(folder) as descriptor:
-        # Some network disks know no locks; there, not to start two writers is left to the user.
+    with _descriptor_of(folder) as descriptor:
+        # Some network file systems have no locks; there the user must not start two writers.
         if _lock(descriptor) is False:
             raise InputError(f"{folder}: another process is writing here")
         yield
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _descriptor_of(path: Path) -> Iterator[int]:
     descriptor = _open(path)
     try:
         yield descriptor
@@ -63,12 +63,12 @@ def _opened(path: Path) -> Iterator[int]:
         _close(descriptor)
 
 
-# What `_open` gave and `_close` has not yet taken.
+# File descriptors that are open now.
 _descriptors: set[int] = set()
 
 
 def _open(path: Path) -> int:
-    # Network disks lock a file only for those who may write it; a folder can only be read.
+    # Network file systems lock a file only if it is open for writing; a folder can only be opened for reading.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     _descriptors.add(descriptor)
     return descriptor
@@ -79,19 +79,24 @@ def _close(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _leave_locks_to_the_parent() -> None:
-    # A lock lasts until every process that has its descriptor is gone: workers would keep a killed parent's.
-    nothing = os.open(os.devnull, os.O_RDONLY)
+def _close_locks_in_child() -> None:
+    # A lock lasts until every process that inherited the descriptor has closed it: worker processes would keep the lock
+    # of a killed parent.
+    devnull = os.open(os.devnull, os.O_RDONLY)
     for descriptor in _descriptors:
-        os.dup2(nothing, descriptor)
-    os.close(nothing)
+        os.dup2(devnull, descriptor)
+    os.close(devnull)
 
 
-os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
+os.register_at_fork(after_in_child=_close_locks_in_child)
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Lock what was opened until it is closed: False when another process holds it, None when the disk has no locks."""
+    """Try to lock an open file or folder.
+
+    Returns:
+        True if locked, False if another process holds the lock, None if the file system has no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -104,8 +109,8 @@ def _lock(descriptor: int) -> bool | None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """A full disk is reported by the system without saying which file it was: add the name."""
+def _name_in_errors(path: Path) -> Iterator[None]:
+    """Add the file name to an OSError that lacks it, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -116,16 +121,16 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
-    """Yield a temporary file beside `final`, empty so far; on success it is flushed to disk and renamed to `final`.
+    """Yield a new, empty temporary file next to `final`; on success flush it to disk and rename it to `final`.
 
-    When the body raises, the temporary file is removed and `final` is left as it was. Files that a killed process
-    left behind are removed by the next call for the same `final`.
+    If the body raises, the temporary file is removed and `final` is left unchanged. Temporary files that a killed
+    process left behind are removed by the next call for the same `final`.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(final)
+    _remove_leftovers(final)
     temporary, descriptor = _new_temporary(final, partial(Path.touch, exist_ok=False))
     try:
-        with _naming(final):
+        with _name_in_errors(final):
             yield temporary
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
@@ -138,47 +143,48 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `final`; on success it takes the place of `final`, whatever stood there.
+    """Yield a new temporary folder next to `final`; on success it replaces `final`, whatever was there.
 
-    When the body raises, the temporary folder is removed and `final` is left as it was. What a killed process left
-    behind is mended by the next call for the same `final`, or by `recover_folder`.
+    If the body raises, the temporary folder is removed and `final` is left unchanged. What a killed process left behind
+    is cleaned up by the next call for the same `final`, or by `recover_folder`.
     """
-    # Without the links: the folder itself is replaced, and its neighbours lie on the same disk.
+    # Resolve symbolic links: the folder itself is replaced, and the temporary folder must be on the same file system.
     final = final.resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(final)
     temporary, descriptor = _new_temporary(final, Path.mkdir)
     try:
-        with _naming(final):
+        with _name_in_errors(final):
             yield temporary
             for path in temporary.rglob("*"):
                 if path.is_file() or path.is_dir():
                     fsync_folder(path)
-            _put_in_place(temporary, final)
+            _replace_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _close(descriptor)
 
 
 def recover_folder(final: Path) -> None:
-    """Undo what a process that was killed within `atomic_folder(final)` left; nothing happens if there is nothing.
+    """Clean up after a process that was killed within `atomic_folder(final)`.
 
-    Killed while it exchanged the folders, it left the old one under another name and none under its own: the old one
-    is put back. Half-written folders, and old ones already replaced, are removed. Those of living processes stay.
+    A process killed between the two renames leaves the old folder under a temporary name and none under its own: the
+    old folder is renamed back. Unfinished new folders, and old ones that were already replaced, are removed. Folders of
+    running processes are kept.
     """
     final = final.resolve()
     for retired in _siblings(final, "old"):
-        if _is_held(retired.with_suffix(".tmp")):
-            continue  # its owner lives, and is exchanging the two folders at this moment
+        if _is_locked(retired.with_suffix(".tmp")):
+            continue  # its process is running, between the two renames
         if final.exists():
             _remove(retired)
         else:
             os.rename(retired, final)
             fsync_folder(final.parent)
-    _remove_abandoned(final)
+    _remove_leftovers(final)
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
+def _replace_folder(temporary: Path, final: Path) -> None:
     retired = temporary.with_suffix(".old")
     if final.exists():
         os.rename(final, retired)
@@ -193,7 +199,10 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def _new_temporary(final: Path, create: Callable[[Path], None]) -> tuple[Path, int]:
-    """A new file or folder beside `final`, made by `create`, and a descriptor that holds its lock until closed."""
+    """Create a file or folder next to `final` with `create`.
+
+    Returns its path, and a descriptor that holds its lock until closed.
+    """
     while True:
         temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
         create(temporary)
@@ -201,22 +210,22 @@ def _new_temporary(final: Path, create: Callable[[Path], None]) -> tuple[Path, i
             descriptor = _open(temporary)
             if _lock(descriptor) is not False and temporary.exists():
                 return temporary, descriptor
-            # Before it was locked, another process took it for abandoned.
+            # Another process removed it as abandoned before it was locked.
             _close(descriptor)
 
 
-def _remove_abandoned(final: Path) -> None:
-    """Remove what killed processes were writing beside `final`; a living one holds the lock of what it writes."""
+def _remove_leftovers(final: Path) -> None:
+    """Remove what killed processes left next to `final`; a running process holds the lock of what it writes."""
     for temporary in _siblings(final, "tmp"):
-        # One of another user's is not ours to remove, and one that is gone needs no removing.
-        with contextlib.suppress(FileNotFoundError, PermissionError), _opened(temporary) as descriptor:
-            # On a disk without locks nobody can know, so everything stays.
+        # Files of other users cannot be removed, and some may already be gone.
+        with contextlib.suppress(FileNotFoundError, PermissionError), _descriptor_of(temporary) as descriptor:
+            # Without locks it is unknown whether its process still runs: keep it.
             if _lock(descriptor):
                 _remove(temporary)
 
 
-def _is_held(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError), _opened(path) as descriptor:
+def _is_locked(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), _descriptor_of(path) as descriptor:
         return _lock(descriptor) is False
     return False
 
@@ -233,9 +242,9 @@ def _remove(path: Path) -> None:
 
 
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Hexadecimal sha256 of a file's bytes, read in constant memory; `progress` gets the number of bytes just read."""
+    """Hexadecimal sha256 of a file, in constant memory. `progress` is called with the number of bytes just read."""
     digest = hashlib.sha256()
-    block = memoryview(bytearray(SUM_BYTES))
+    block = memoryview(bytearray(HASH_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as stream:
         while count := stream.readinto(block):
             digest.update(block[:count])
@@ -245,9 +254,10 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
 
 
 def sha256_files(paths: Sequence[Path], progress: Callable[[int], None] | None = None) -> Generator[str, None, None]:
-    """`sha256_file` of each path, in order; several are read at once, for one core sums slower than a disk reads.
+    """`sha256_file` of each path, in order.
 
-    `progress` is called from several threads, one at a time.
+    Files are read in parallel, because one core hashes slower than a disk reads. `progress` is called from several
+    threads, one at a time.
     """
     lock = threading.Lock()
 
@@ -260,7 +270,7 @@ def sha256_files(paths: Sequence[Path], progress: Callable[[int], None] | None =
     if len(paths) < 2:
         yield from map(sum_of, paths)
         return
-    with ThreadPoolExecutor(min(len(paths), SUMS_AT_ONCE, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(paths), HASH_THREADS, os.cpu_count() or 1)) as pool:
         try:
             yield from pool.map(sum_of, paths)
         finally:
@@ -268,11 +278,11 @@ def sha256_files(paths: Sequence[Path], progress: Callable[[int], None] | None =
 
 
 def parse_json(text: str, place: str) -> Any:
-    """The value that a JSON text holds; `place` is named in errors.
+    """Parse a JSON text; `place` ("file:line") begins error messages.
 
     Raises:
-        InputError: `text` is no JSON, is nested too deep, or holds half of a surrogate pair, which is no character
-            and could not be written again.
+        InputError: `text` is not JSON, is nested too deeply, or contains half of a surrogate pair, which cannot be
+            written as UTF-8.
     """
     try:
         value = json.loads(text)
@@ -283,7 +293,7 @@ def parse_json(text: str, place: str) -> Any:
     except UnicodeEncodeError:
         raise InputError(f"{place}: expected Unicode text, found half of a surrogate pair") from None
     except json.JSONDecodeError as error:
-        # Its own line number counts within `text`; `place` knows the file's.
+        # The line number of the error counts within `text`; `place` has that of the file.
         at = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
         raise InputError(f"{place}: expected JSON, found: {error.msg} at {at}") from None
     except (ValueError, RecursionError) as error:
@@ -291,7 +301,7 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` atomically as indented UTF-8 JSON; non-finite numbers are refused."""
+    """Write `value` atomically as indented UTF-8 JSON; NaN and infinity are refused."""
     with atomic_path(path) as temporary:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -301,7 +311,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: the file is missing or no JSON.
+        InputError: the file is missing or not JSON.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""A file whose sha256 is made while it is written, in a thread beside."""
+"""A file whose sha256 is computed in a background thread while it is written."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-# Less than this is gathered first: a thread is not woken for a few bytes.
-AT_ONCE = 2**20
+# Smaller writes are buffered up to this many bytes, so that the thread is not woken for each of them.
+BUFFER_BYTES = 2**20
 
 
-class SummedFile:
-    """A new file, as a context manager; `sha256` is that of everything written, once it is closed."""
+class HashingFile:
+    """A new file, as a context manager. After it is closed, `sha256` is that of what was written, in hex."""
 
     def __init__(self, path: Path) -> None:
         self.sha256 = ""
         self._stream = path.open("wb")
         self._digest = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1, "sum")
-        self._summing: Future[Any] | None = None
-        self._gathered = bytearray()
+        self._executor = ThreadPoolExecutor(1, "sha256")
+        self._pending: Future[Any] | None = None
+        self._buffer = bytearray()
 
-    def __enter__(self) -> SummedFile:
+    def __enter__(self) -> HashingFile:
         return self
 
     def write(self, data: bytes) -> int:
-        """Write `data`; returns its length."""
-        if len(data) >= AT_ONCE:
-            self._put_gathered()
-            self._put(data)
+        """Write `data`; return its length in bytes."""
+        if len(data) >= BUFFER_BYTES:
+            self._flush()
+            self._hash_and_write(data)
         else:
-            self._gathered += data
-            if len(self._gathered) >= AT_ONCE:
-                self._put_gathered()
+            self._buffer += data
+            if len(self._buffer) >= BUFFER_BYTES:
+                self._flush()
         return len(data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._stream, self._pool:
+        with self._stream, self._executor:
             if error is None:
-                self._put_gathered()
+                self._flush()
         self.sha256 = self._digest.hexdigest()
 
-    def _put_gathered(self) -> None:
-        gathered, self._gathered = self._gathered, bytearray()
-        self._put(gathered)
+    def _flush(self) -> None:
+        buffered, self._buffer = self._buffer, bytearray()
+        self._hash_and_write(buffered)
 
-    def _put(self, data: bytes | bytearray) -> None:
-        # One piece at a time, so that what waits for being summed takes no memory.
-        if self._summing is not None:
-            self._summing.result()
-        self._summing = self._pool.submit(self._digest.update, data)
+    def _hash_and_write(self, data: bytes | bytearray) -> None:
+        # One block at a time is hashed, so that no blocks queue up in memory.
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = self._executor.submit(self._digest.update, data)
         self._stream.write(data)

@@ -1,4 +1,4 @@
-"""Image files on disk: those in a folder, and where the bytes of one lie."""
+"""Image files: those of a folder, and images within tar files."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True, slots=True)
 class ImageAt:
-    """Where the bytes of an image lie: a file, or a part of a tar."""
+    """Location of an image: a file, or a byte range of a tar file."""
 
     path: Path
     name: str
-    """What it is called in the set: the path within a folder, or that within a tar after the tar's."""
+    """Its name in the data set: the path within the folder, or the path of the tar followed by that within it."""
     offset: int = 0
     size: int | None = None
-    """Bytes from `offset`; none: all that follow."""
+    """Bytes from `offset` on; None: up to the end of the file."""
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Read the bytes of the image.
 
         Raises:
-            InputError: the file is not there.
+            InputError: the file does not exist.
         """
         try:
             with open(self.path, "rb") as stream:
@@ -36,10 +36,10 @@ class ImageAt:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The files in a folder, and in those below it, whose ending is that of an image; sorted.
+    """The image files (by suffix) of a folder and its subfolders, sorted.
 
     Raises:
-        InputError: the name of one is no UTF-8, so that no id and no report could say it.
+        InputError: a file name is not UTF-8 and so cannot be used as an id or in a report.
     """
     found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
     for file in found:

@@ -1,4 +1,4 @@
-"""manifest.json: what a folder holds, with the bytes and sha256 of every file in it, and of the manifest itself."""
+"""manifest.json: the contents of a folder, with size and sha256 of every file in it and of the manifest itself."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file must be: its length in bytes and its sha256 in hexadecimal."""
+    """Size of a file in bytes and its sha256 in hexadecimal."""
 
     bytes: int
     sha256: str
 
     @classmethod
     def of(cls, path: Path) -> FileEntry:
-        """The entry of a file as it stands on disk."""
+        """The entry of a file on disk."""
         return cls(path.stat().st_size, sha256_file(path))
 
 
 def entries(folder: Path, names: Sequence[str]) -> dict[str, FileEntry]:
-    """The entries of files of `folder` as they stand on disk."""
+    """The entries of files in `folder`, read from disk."""
     paths = [folder / name for name in names]
     sums = sha256_files(paths)
     return {path.name: FileEntry(path.stat().st_size, sum_) for path, sum_ in zip(paths, sums, strict=True)}
@@ -54,30 +54,30 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all its files."""
+        """Total size of its files in bytes."""
         return sum(entry.bytes for entry in self.files.values())
 
     def of(self, names: Sequence[str]) -> Manifest:
-        """The same for some of its files alone."""
+        """A copy that lists only the files `names`."""
         return replace(self, files={name: self.files[name] for name in names})
 
     def field(self, name: str, kind: type[T]) -> T:
-        """The field `name`, which must be of type `kind`.
+        """The value of the field `name`.
 
         Raises:
-            InputError: the field is missing or of another type.
+            InputError: the field is missing or not of type `kind`.
         """
         value = self.fields.get(name)
-        # To Python True is an int; in a file it is another type.
+        # In Python True is an int; in JSON it is not.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise InputError(f"{self.folder / NAME}: expected {kind.__name__} in '{name}', found {value!r:.60}")
         return value
 
     def count(self, name: str) -> int:
-        """The field `name`, which must be a whole number of 0 or more.
+        """The value of the field `name`, an integer of 0 or more.
 
         Raises:
-            InputError: the field is missing, of another type or negative.
+            InputError: the field is missing, has another type or is negative.
         """
         value = self.field(name, int)
         if value < 0:
@@ -85,10 +85,10 @@ class Manifest:
         return value
 
     def texts(self, name: str) -> dict[str, str]:
-        """The field `name`, which must be an object of texts.
+        """The value of the field `name`, an object whose values are strings.
 
         Raises:
-            InputError: the field is missing or of another type.
+            InputError: the field is missing or has another type.
         """
         value = self.field(name, dict)
         if not all(isinstance(text, str) for text in value.values()):
@@ -97,16 +97,20 @@ class Manifest:
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Write `manifest.folder`/manifest.json atomically. The files it names must be whole on disk by then."""
+    """Write `manifest.folder`/manifest.json atomically. The files it lists must be complete on disk before."""
     with atomic_path(manifest.folder / NAME) as temporary:
         temporary.write_text(_render(manifest), encoding="utf-8")
 
 
 def read_manifest(folder: Path, format: str | None = None) -> Manifest:
-    """Read and check `folder`/manifest.json; `format` is the one expected, None takes any.
+    """Read and check `folder`/manifest.json.
+
+    Args:
+        folder: folder of the manifest.
+        format: the expected format; None accepts any.
 
     Raises:
-        InputError: there is none, it is damaged, of another format or made by a newer version, or it names a file
+        InputError: there is no manifest, it is damaged, has another format or a newer version, or it lists a file
             outside `folder`.
     """
     path = folder / NAME
@@ -125,19 +129,19 @@ def read_manifest(folder: Path, format: str | None = None) -> Manifest:
         raise InputError(f"{path}: expected version {VERSION} of the format, found {version!r:.60}")
     fields = {name: field for name, field in value.items() if name not in ("format", "version", "files", "sha256")}
     manifest = Manifest(folder, found, fields, _parse_files(path, value.get("files")))
-    # The manifest vouches for the other files, and its own sha256 for itself: it must be what we would write.
+    # Its own sha256 must match too: the manifest must be, byte for byte, what `write_manifest` would write.
     if not _is_rendered(manifest, path.read_bytes()):
         raise InputError(f"{path}: damaged: its text does not have the sha256 that it states")
     return manifest
 
 
 def verify_files(manifest: Manifest, level: Level, progress: Callable[[int], None] | None = None) -> None:
-    """Check every file of the manifest: that it is there and of the right length, and at "hash" its every byte.
+    """Check that every file of the manifest exists and has the right size and, at level "hash", the right sha256.
 
     Args:
-        manifest: of the files.
-        level: how much of them to check.
-        progress: called, at "hash", with the number of bytes just checked.
+        manifest: lists the files.
+        level: "size" or "hash".
+        progress: called at level "hash" with the number of bytes just checked.
 
     Raises:
         InputError: a file is missing or damaged; the message names it.
@@ -168,7 +172,7 @@ def _parse_files(path: Path, value: object) -> dict[str, FileEntry]:
         raise InputError(f"{path}: expected an object in 'files', found {value!r:.60}")
     files = {}
     for name, entry in value.items():
-        # A name that leads elsewhere would have us read, and vouch for, files that are none of this folder's.
+        # A path to another folder would make us read and trust files outside this one.
         if name in ("", ".", "..", NAME) or any(c in name for c in "/\\\0"):
             raise InputError(f"{path}: expected names of files in this folder, found {name!r:.60}")
         if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("sha256")) is not str:
@@ -180,7 +184,7 @@ def _parse_files(path: Path, value: object) -> dict[str, FileEntry]:
 def _is_rendered(manifest: Manifest, data: bytes) -> bool:
     try:
         return _render(manifest).encode() == data
-    except (ValueError, RecursionError):  # not a number, or nested deeper than we would ever write
+    except (ValueError, RecursionError):  # NaN, or nested too deeply
         return False
 
 

@@ -1,4 +1,4 @@
-"""Passages: what is embedded, indexed and shown as a search result."""
+"""Passages: the documents that are embedded, indexed and returned by a search."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from functools import partial
 from pathlib import Path
 
 from index.files import InputError
-from index.records import Record, UnreadRow, read_records, unread_rows
+from index.records import LazyRow, Record, lazy_rows, read_records
 
-# White space, control characters, and halves of surrogate pairs (which are no characters and cannot be written).
+# White space, control characters, and halves of surrogate pairs (which cannot be written as UTF-8).
 UNFIT_FOR_IDS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
-# Begins a line of qrels or of a run that is a comment.
+# Lines of qrels and run files that begin with this are comments.
 COMMENT = "#"
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A document with its id; `content` is what a tower reads, as BEIR has it."""
+    """A document and its id. `content` is the text that a tower encodes, as in BEIR."""
 
     id: str
     title: str
@@ -33,21 +33,23 @@ class Passage:
 
 
 def heading(title: str, text: str) -> str:
-    """The title to show above a text or before it: nothing where it says the same as the text."""
+    """The title to show with a text; empty if title and text are the same."""
     return "" if title.split() == text.split() else title
 
 
 def one_line(title: str, text: str) -> str:
-    """Title and text to show on one line."""
+    """Title and text on one line, for display."""
     return " ".join(f"{heading(title, text)} {text}".split())
 
 
 def checked_id(value: object, place: str) -> str:
-    """The id as text. Ids stand one a line in files and between blanks in TREC runs, so neither may be in them.
+    """The id as text, after checking that it can be stored.
+
+    Ids are stored one per line and separated by blanks in TREC runs, so they must not contain white space.
 
     Raises:
-        InputError: `value` is no text or whole number, is empty, or holds white space, a control character or half
-            of a surrogate pair.
+        InputError: `value` is not text or an integer, is empty, or contains white space, a control character or half of
+            a surrogate pair.
     """
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise InputError(f"{place}: expected an id of text or a whole number, found {value!r:.60}")
@@ -58,10 +60,10 @@ def checked_id(value: object, place: str) -> str:
 
 
 def checked_query_id(value: object, place: str) -> str:
-    """The id of a query as text: it begins lines of qrels and of runs, where # begins a comment (trec_eval 10).
+    """The id of a query as text. It is the first column of qrels and runs, where # begins a comment (trec_eval 10).
 
     Raises:
-        InputError: as `checked_id`, or it begins with #.
+        InputError: as `checked_id`, or the id begins with #.
     """
     text = checked_id(value, place)
     if text.startswith(COMMENT):
@@ -73,7 +75,7 @@ def parse_passage(record: Record) -> Passage:
     """Read `_id` (or `id`), optional `title`, and `text` from a row.
 
     Raises:
-        InputError: a column is missing or of the wrong type.
+        InputError: a column is missing or has the wrong type.
     """
     fields = record.fields
     key = "_id" if "_id" in fields else "id"
@@ -91,16 +93,17 @@ def parse_passage(record: Record) -> Passage:
 
 
 def read_passages(path: Path) -> Iterator[Passage]:
-    """Stream the passages of a JSONL, CSV, TSV or Parquet file. Duplicate ids are the store's to refuse."""
+    """Stream the passages of a JSONL, CSV, TSV or Parquet file. Duplicate ids are detected by the store, not here."""
     for record in read_records(path):
         yield parse_passage(record)
 
 
 class PassageFile(Iterable[Passage]):
-    """The passages of a file that `read_passages` reads, from its beginning each time.
+    """An iterable of the passages of a file that can be iterated more than once.
 
     Raises:
-        InputError: at the end, the file is not what it was when this was made; what was summed before is then another.
+        InputError: at the end of an iteration, if the file has changed since this object was made; a checksum computed
+            before would be that of another file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,18 +111,18 @@ class PassageFile(Iterable[Passage]):
         self._found = file_state(path)
 
     def __iter__(self) -> Iterator[Passage]:
-        return (read() for read in self.unread())
+        return (read() for read in self.lazy())
 
-    def unread(self) -> Iterator[Callable[[], Passage]]:
-        """Each as what reads it, for those who leave most of them to others."""
-        for row in unread_rows(self.path):
+    def lazy(self) -> Iterator[Callable[[], Passage]]:
+        """Yield functions that parse one passage each, so that a process can skip most of them."""
+        for row in lazy_rows(self.path):
             yield partial(_read, row)
         if file_state(self.path) != self._found:
             raise InputError(f"{self.path}: changed while it was read")
 
 
 def file_state(path: Path) -> tuple[int, int, int] | None:
-    """What a change of a file changes; none for a file that is not there, which reading it tells."""
+    """Inode, size and modification time of a file, to detect changes; None if the file does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -127,5 +130,5 @@ def file_state(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _read(row: UnreadRow) -> Passage:
+def _read(row: LazyRow) -> Passage:
     return parse_passage(row())

@@ -1,4 +1,4 @@
-"""Rows of text files, one at a time: JSON lines, CSV, TSV and Parquet, each with the line it came from."""
+"""Streaming the rows of JSON lines, CSV, TSV and Parquet files, each with its file and line number."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from typing import IO, Any
 
 from index.files import InputError, parse_json
 
-# What reading raises when the bytes are no UTF-8, or when a compressed file is cut short or damaged.
+# Raised on reading when the bytes are not UTF-8, or when a compressed file is truncated or damaged.
 UNREADABLE = (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error)
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row: its place for error messages ("corpus.jsonl:17"), and its columns."""
+    """One row: where it comes from ("corpus.jsonl:17", for error messages) and its columns."""
 
     place: str
     fields: dict[str, Any]
 
 
-UnreadRow = Callable[[], Record]
-"""A row that becomes a Record when it is called: of what another process reads, only the line is looked for."""
+LazyRow = Callable[[], Record]
+"""A function that parses the row when called, so that rows which are skipped are not parsed."""
 
 
 def open_text(path: Path, newline: str | None = None) -> IO[str]:
-    """Open a UTF-8 text file for reading, through gzip when its name ends in .gz; a byte order mark is skipped.
+    """Open a UTF-8 text file for reading, decompressed if its name ends in .gz. A byte order mark is skipped.
 
     Raises:
-        InputError: there is no such file.
+        InputError: the file does not exist.
     """
     try:
         if path.suffix == ".gz":
@@ -45,10 +45,10 @@ def open_text(path: Path, newline: str | None = None) -> IO[str]:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Stream the lines of a UTF-8 text file (also .gz), without their ends.
+    """Stream the lines of a UTF-8 text file (also .gz), without line ends.
 
     Raises:
-        InputError: there is no such file, or it cannot be read as text.
+        InputError: the file does not exist, or cannot be read as text.
     """
     with open_text(path) as stream:
         number = 0
@@ -64,16 +64,18 @@ def read_records(path: Path) -> Iterator[Record]:
     """Stream the rows of a .jsonl, .csv, .tsv (each also .gz) or .parquet file in constant memory.
 
     Raises:
-        InputError: the file is missing, of another kind, or broken; the message names the line.
+        InputError: the file is missing, has another suffix, or is malformed; the message names the line.
     """
-    return (row() for row in unread_rows(path))
+    return (row() for row in lazy_rows(path))
 
 
-def unread_rows(path: Path) -> Iterator[UnreadRow]:
-    """`read_records` without reading more of a row than it must. To pass over one of JSON takes a fifteenth of that.
+def lazy_rows(path: Path) -> Iterator[LazyRow]:
+    """Like `read_records`, but each row is parsed only when it is called.
+
+    Skipping a JSON row takes a fifteenth of the time of parsing it.
 
     Raises:
-        as `read_records`; what is wrong in a line of JSON, when its row is called.
+        InputError: as `read_records`; for a malformed JSON line, when the row is called.
     """
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     if kind == "jsonl":
@@ -86,7 +88,7 @@ def unread_rows(path: Path) -> Iterator[UnreadRow]:
         raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
 
 
-def _json_lines(path: Path) -> Iterator[UnreadRow]:
+def _json_lines(path: Path) -> Iterator[LazyRow]:
     for number, line in enumerate(read_lines(path), start=1):
         if line and not line.isspace():
             yield partial(_json_record, path, number, line)
@@ -100,16 +102,16 @@ def _json_record(path: Path, number: int, line: str) -> Record:
     return Record(place, fields)
 
 
-def _separated(path: Path, delimiter: str) -> Iterator[UnreadRow]:
-    # newline="" leaves line ends inside quoted cells to the csv module.
+def _separated(path: Path, delimiter: str) -> Iterator[LazyRow]:
+    # newline="" leaves line ends within quoted cells to the csv module.
     with open_text(path, newline="") as stream:
-        # A cell may hold a whole document; the module's own limit is 128 KiB.
+        # A cell may hold a long document; the default limit is 128 KiB.
         csv.field_size_limit(2**31 - 1)
         head: list[str] = []
         rows = csv.DictReader(_noting_first(stream, head), delimiter=delimiter, strict=True)
         try:
             columns = list(rows.fieldnames or ())
-            # Who quotes the names in the header quotes every cell, or knows what quotes are.
+            # If the header is quoted, the writer quotes every cell, or at least uses quotes as csv does.
             quoted = bool(head) and head[0].startswith('"')
             for column in columns:
                 if columns.count(column) > 1:
@@ -129,14 +131,14 @@ def _separated(path: Path, delimiter: str) -> Iterator[UnreadRow]:
                     raise InputError(f"{place}: expected {len(columns)} columns, found {found}")
                 yield partial(Record, place, dict(fields))
         except csv.Error as error:
-            # The row that failed begins after the last whole one.
+            # The failing row begins after the last complete one.
             raise InputError(f"{path}:{rows.line_num + 1}: expected a row of cells, found: {error}") from None
         except UNREADABLE as error:
             raise _unreadable(path, rows.line_num, error) from None
 
 
 def _noting_first(lines: Iterable[str], first: list[str]) -> Iterator[str]:
-    """The lines, the first of which is put into a list too."""
+    """Yield `lines`, and append the first of them to `first`."""
     for line in lines:
         if not first:
             first.append(line)
@@ -144,9 +146,10 @@ def _noting_first(lines: Iterable[str], first: list[str]) -> Iterator[str]:
 
 
 def _holds_rows(fields: dict[str, Any], columns: int) -> bool:
-    """Whether the lines that a row takes look like rows: three or more, each of as many cells as the table.
+    """Whether the lines within one row look like rows of the table: three or more lines, each with `columns` cells.
 
-    A text that merely begins with a quote, and a later one that ends with one, make such a row of all between them.
+    This happens when the text of a cell merely begins with a quote, and a later cell ends with one: everything between
+    is read as one row.
     """
     lines = "\t".join(cell for cell in fields.values() if isinstance(cell, str)).split("\n")
     return len(lines) > 2 and all(line.count("\t") == columns - 1 for line in lines)
@@ -155,7 +158,7 @@ def _holds_rows(fields: dict[str, Any], columns: int) -> bool:
 def _unreadable(path: Path, lines_read: int, error: Exception) -> InputError:
     if not isinstance(error, UnicodeDecodeError):
         return InputError(f"{path}: cannot be read after line {lines_read}: {error}")
-    # The text was decoded some thousand bytes ahead of its lines: look for the line that the byte stands in.
+    # Text is decoded ahead of the lines: search for the line that contains the invalid byte.
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
@@ -165,7 +168,7 @@ def _unreadable(path: Path, lines_read: int, error: Exception) -> InputError:
     return InputError(f"{path}: expected UTF-8, found: {error}")
 
 
-def _parquet(path: Path) -> Iterator[UnreadRow]:
+def _parquet(path: Path) -> Iterator[LazyRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -189,7 +192,7 @@ def _first_line(error: Exception) -> str:
 
 
 def count_records(path: Path) -> int:
-    """About how many rows a file has, for progress: the lines of a text file, the exact number of a Parquet file."""
+    """Approximate number of rows, for progress bars: the lines of a text file, the exact number of a Parquet file."""
     if path.name.endswith(".parquet"):
         import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""Checking a whole embedding store or index, every byte of it."""
+"""Checking every byte of an embedding store or index."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from index.store.reader import EmbeddingStore
 
 @dataclass(frozen=True)
 class Summary:
-    """What a folder holds that was found whole: its format, rows, dimensions, number of files, and their bytes."""
+    """What a verified folder contains: format, rows, dimensions, number of files, and size in bytes."""
 
     format: str
     rows: int
@@ -27,25 +27,28 @@ def verify(folder: Path, progress: Callable[[int], None] | None = None) -> Summa
     """Check every byte of the embedding store or index in `folder` against its manifest.
 
     Args:
-        folder: of the store or index.
+        folder: folder of the store or index.
         progress: called with the number of bytes just checked.
 
+    Returns:
+        What the folder contains.
+
     Raises:
-        InputError: a file is missing or damaged, the message names it; or the folder holds neither.
+        InputError: a file is missing or damaged (the message names it), or the folder contains neither.
     """
     manifest = read_manifest(folder)
-    held: EmbeddingStore | Index
+    target: EmbeddingStore | Index
     if manifest.format == EMBEDDINGS:
-        held = EmbeddingStore(manifest)
+        target = EmbeddingStore(manifest)
     elif manifest.format == INDEX:
-        # Mapped: an index that is larger than memory must be verifiable too.
-        held = Index(manifest, mmap=True)
+        # Memory-mapped, so that an index larger than memory can be verified.
+        target = Index(manifest, mmap=True)
     else:
         raise InputError(f"{folder}: expected an embedding store or an index, found a {manifest.format}")
-    # Before opening: a damaged file is reported as such, and not by what its reader makes of it.
-    held.check(progress)
-    if isinstance(held, Index):
-        held.open_files()
+    # Before opening, so that a damaged file is reported by its checksum and not by an error of its reader.
+    target.check(progress)
+    if isinstance(target, Index):
+        target.open_files()
     else:
         EmbeddingStore.open(folder)
-    return Summary(manifest.format, held.rows, held.dim, len(manifest.files), manifest.size)
+    return Summary(manifest.format, target.rows, target.dim, len(manifest.files), manifest.size)

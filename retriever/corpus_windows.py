@@ -110,7 +110,7 @@ def _oddities(passage: Passage) -> list[str]:
 def unread(passages: Iterable[Passage]) -> Iterator[Callable[[], Passage]]:
     """Each passage as what reads it."""
     if isinstance(passages, PassageFile):
-        return passages.unread()
+        return passages.lazy()
     return (partial(_unchanged, passage) for passage in passages)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from index.ann.index import Index
 from index.ann.layout import FAISS_FILE
-from index.ann.multi_index import Indexes, open_all
+from index.ann.multi_index import MultiIndex, open_all
 from index.files import InputError
 from index.passages import heading
 from retriever.checking import checking
@@ -53,7 +53,7 @@ class Answer:
 
 def open_indexes(
     folders: Sequence[Path], terminal: Terminal, *, mmap: bool = False, verify: bool = False
-) -> Index | Indexes:
+) -> Index | MultiIndex:
     """The index in the one folder, or those in several as one.
 
     Args:
@@ -72,7 +72,7 @@ def open_indexes(
 
 def search(
     towers: Towers,
-    index: Index | Indexes,
+    index: Index | MultiIndex,
     queries: Iterable[tuple[str, str | Path]],
     k: int,
     options: EncodeOptions,
@@ -118,6 +118,6 @@ def embed_queries(towers: Towers, queries: Sequence[str | Path], options: Encode
     return vectors
 
 
-def _result(index: Index | Indexes, score: float, row: int, rank: int) -> Result:
+def _result(index: Index | MultiIndex, score: float, row: int, rank: int) -> Result:
     passage = index.passage(row)
     return Result(rank, score, passage.id, passage.title, passage.text)

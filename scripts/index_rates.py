@@ -15,7 +15,7 @@ import numpy as np
 from index_sets import clustered
 
 from index.ann.factory import make
-from index.ann.settings import prepare_to_add
+from index.ann.settings import set_add_effort
 from index.ann.train import PER_CENTROID
 
 # Of the k-means whose rate is measured, and of the graph of centroids that vectors are looked up in.
@@ -38,7 +38,7 @@ class Rates:
         self._index = make(f"IVF{CENTROIDS}_HNSW32,Flat", dim)
         quantizer = faiss.downcast_index(self._index.quantizer)
         self._graph = _seconds(lambda: quantizer.add(vectors)) / CENTROIDS
-        prepare_to_add(self._index)
+        set_add_effort(self._index)
         self._look_up = _seconds(lambda: quantizer.search(self._vectors, 1)) / ADDED
 
     def clustering(self, lists: int) -> float:

@@ -14,7 +14,7 @@ from index.ann.build import add
 from index.ann.factory import make
 from index.ann.settings import Settings
 from index.ann.train import train
-from index.ann.tuning.graphs import add_held_out, is_graph, truth_without
+from index.ann.tuning.graphs import add_held_out, is_graph, truth_for_held_out
 from index.ann.tuning.recall import Target, Truth, find_truth, recall_of_each
 from index.ann.tuning.tune import K_FACTORS, measure, tune
 from index.store.parts import Part
@@ -48,7 +48,7 @@ def rows(sets: Path, only: str | None) -> Iterator[dict[str, Any]]:
             for tuned_on, truth in truths.items():
                 if is_graph(index) and truth.own is not None:
                     # Those it is measured by must come into it later; what it was is not needed any more.
-                    index, truth = make(factory, store.dim), truth_without(store, passages, held_out)
+                    index, truth = make(factory, store.dim), truth_for_held_out(store, passages, held_out)
                     add(index.add, Part(store), None, without=held_out)
                 started = time.perf_counter()
                 tuning = tune(index, truth, real)

@@ -1,4 +1,4 @@
-"""Building a FAISS index of an embedding store, or of a part of it, in the memory of the index and one shard."""
+"""Building a FAISS index of an embedding store or a part of it."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from index.ann import on_disk as lists_on_disk
 from index.ann.factory import import_faiss, reason
 from index.ann.index import Index
 from index.ann.layout import CURVE_FILE, FAISS_FILE, LISTS_FILE, check_replaceable, finish, write_faiss, write_passages
-from index.ann.settings import flat_codes, prepare_to_add, set_search_defaults
-from index.ann.train import fingerprint, sample_vectors, train, trained_part
+from index.ann.settings import flat_codes, set_add_effort, set_search_defaults
+from index.ann.train import empty_trained_index, fingerprint, sample_vectors, train
 from index.ann.tuning import curve
-from index.ann.tuning.graphs import add_held_out, is_graph, takes_rows_later, truth_without
+from index.ann.tuning.graphs import add_held_out, can_add_later, is_graph, truth_for_held_out
 from index.ann.tuning.recall import Target, find_truth
 from index.ann.tuning.tune import Tuning, tune
-from index.background import Beside
+from index.background import BackgroundTasks
 from index.files import InputError, atomic_folder
 from index.manifest import INDEX, read_manifest
 from index.store.parts import Part
 from index.store.reader import EmbeddingStore
 
-# Vectors whose lengths are looked at.
+# Vectors sampled to compare norms.
 NORMS = 4096
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How an index is built; what is left out is what most want."""
+    """Build options; the defaults suit most users."""
 
     factory: str = "Flat"
-    """A faiss factory string, or "auto" to choose by size and memory."""
+    """A faiss factory string, or "auto" to choose one by size and memory."""
     seed: int = 0
-    """Of the training sample and of k-means, 0 to 2**31 - 1."""
+    """Seed of the training sample and of k-means, 0 to 2**31 - 1."""
     memory_mib: float | None = None
-    """Most that "auto" may take for the index, and that `on_disk` may hold at once."""
+    """Memory budget in MiB: limits the size of an "auto" index, and what `on_disk` holds at once."""
     target: Target | None = None
-    """A recall to reach at the least cost."""
+    """Recall target that tuning must reach."""
     part: tuple[int, int] = (1, 1)
-    """Which part of the store, from 1, and of how many."""
+    """(number, count): which part of the store to index, from 1, and of how many."""
     train_from: Path | None = None
-    """An index whose training is taken over, so that the two can be merged."""
+    """Folder of an index whose training is reused, so that the two can be merged."""
     on_disk: bool = False
-    """Leave the inverted lists in a file of their own."""
+    """Store the inverted lists in a file of their own."""
     gpu: bool = False
-    """Train and fill on the GPUs that faiss finds."""
+    """Train and assign vectors to lists on all GPUs that faiss finds."""
 
 
 def build(
@@ -65,28 +65,29 @@ def build(
     note: Callable[[str], None] | None = None,
     checked: Callable[[int], None] | None = None,
 ) -> Tuning | None:
-    """Index the passages of `store` by inner product into the folder `out`, which is replaced when it is an index.
+    """Build a FAISS index of `store` by inner product in the folder `out`.
 
-    Holds the index, the training vectors before it is filled, and one piece of a shard in memory. Training vectors are
-    drawn at random from all rows, 39 to 256 a centroid. Every byte of the store is checked, beside the other work: the
-    index gets sums of its own, and they must not vouch for damage.
+    Training vectors are drawn at random from all rows, 64 per centroid (at least 16,384) where there are as many.
+    Every byte of the store is verified in background threads during the build, because the new index gets checksums
+    of its own. Memory: the index, the training vectors (before the index is filled) and one piece of a shard.
 
     Args:
-        store: what to index.
-        out: folder of the index.
-        plan: how.
-        factory, seed: short for a plan of these alone.
-        progress: called with the number of rows each time some were added.
-        note: called with a line before the index is trained, and each time a search setting was measured.
-        checked: called with the number of bytes each time some of the index `plan.train_from` were checked.
+        store: the passages to index.
+        out: folder of the index; an existing index is replaced.
+        plan: build options; None: the defaults.
+        factory: without a plan, its factory string; default "Flat".
+        seed: without a plan, its seed; default 0.
+        progress: called with the number of rows just added.
+        note: called with a line of text before training and after each measured search setting.
+        checked: called with the number of bytes of the index `plan.train_from` just checked.
 
     Returns:
-        What tuning found, where the plan has a target.
+        The result of tuning if `plan.target` is set, else None.
 
     Raises:
-        InputError: the store is empty or damaged, `seed` is out of range, `factory` is wrong, needs more training
-            vectors than there are or more memory than allowed, `out` holds something that is no index, or faiss is
-            missing.
+        InputError: the store is empty or damaged; `seed` is out of range; the factory string is invalid, needs more
+            training vectors than there are or more memory than allowed; `out` contains something other than an index;
+            or faiss is not installed.
         OSError: the disk is full.
     """
     plan = plan or Plan(factory or "Flat", seed or 0)
@@ -99,48 +100,48 @@ def build(
     if plan.target is not None and part.count > 1:
         raise InputError("--target-recall: expected a whole index; merge the parts, then `retriever index tune`")
     held_out = plan.target.held_out_rows(store.rows, plan.seed) if plan.target else np.empty(0, np.int64)
-    with atomic_folder(out) as folder, Beside() as beside:
+    with atomic_folder(out) as folder, BackgroundTasks() as background:
         if note is not None:
             note("training")
-        index, origin = _trained(part, plan, held_out, beside, checked, note)
-        # In a graph, those it is measured by must not be yet.
+        index, origin = _trained_index(part, plan, held_out, background, checked, note)
+        # A graph must not contain the passages it is measured with: they are added after tuning.
         added_last = held_out if is_graph(index) else held_out[:0]
-        if len(added_last) and not takes_rows_later(index):
+        if len(added_last) and not can_add_later(index):
             raise InputError(
                 f"factory {origin['factory']!r}: expected --queries to measure it by, for rows cannot come in later"
             )
-        beside.begin(write_passages, part.files("ids"), part.files("jsonl"), part.rows, folder)
+        background.submit(write_passages, part.files("ids"), part.files("jsonl"), part.rows, folder)
 
         def added(rows: int) -> None:
-            # What is found to be damaged is not added to for hours.
-            beside.look()
+            # Stop early if a background check has found damage.
+            background.raise_failures()
             if progress is not None:
                 progress(rows)
 
-        prepare_to_add(index)
+        set_add_effort(index)
         try:
-            put = gpu.adder(index) if plan.gpu else index.add
+            put = gpu.add_function(index) if plan.gpu else index.add
             if plan.on_disk:
                 lists_on_disk.fill(index, part, folder, out, plan.memory_mib, put, added)
-            elif plan.gpu and gpu.makes_graph(index):
-                index = gpu.graph(index, part.pieces(added_last), part.rows - len(added_last), added)
+            elif plan.gpu and gpu.can_build_graph(index):
+                index = gpu.build_graph(index, part.pieces(added_last), part.rows - len(added_last), added)
             else:
                 if not part.in_one_piece:
                     reserve(index, part.rows)
                 add(put, part, added, without=added_last)
         except RuntimeError as error:
-            raise _cannot(origin["factory"], part.rows, error) from None
-        # Nothing is measured beside other work.
-        beside.wait()
+            raise _build_error(origin["factory"], part.rows, error) from None
+        # Background work would disturb the measurements.
+        background.wait()
         set_search_defaults(index)
         tuning = None
         if plan.target is not None:
-            find = truth_without if len(added_last) else find_truth
+            find = truth_for_held_out if len(added_last) else find_truth
             tuning = tune(index, find(store, plan.target, held_out), plan.target, note)
         if len(added_last):
             add_held_out(index, store, added_last)
             added(len(added_last))
-        summed = write_faiss(index, folder / FAISS_FILE)
+        sha256 = write_faiss(index, folder / FAISS_FILE)
         fields = {
             **origin,
             "metric": "inner_product",
@@ -150,15 +151,15 @@ def build(
             "source": store.source,
             "sources": [source_of(part)],
         }
-        finish(folder, {**fields, **tuned(tuning, folder, origin["factory"], part.rows)}, summed)
+        finish(folder, {**fields, **tuning_fields(tuning, folder, origin["factory"], part.rows)}, sha256)
     return tuning
 
 
 def choose_for(store: EmbeddingStore, memory_mib: float | None, *, on_disk: bool = False) -> str:
-    """What `factory.choose` takes for the vectors of `store`, of which some thousand are looked at.
+    """The result of `factory.choose` for `store`; a sample of its vectors tells whether norms vary.
 
     Raises:
-        InputError: as `factory.choose`.
+        InputError: no index fits `memory_mib`.
     """
     sample = sample_vectors(store, min(store.rows, NORMS), 0)
     even = factories.has_even_norms(sample)
@@ -166,7 +167,7 @@ def choose_for(store: EmbeddingStore, memory_mib: float | None, *, on_disk: bool
 
 
 def reserve(index: Any, rows: int) -> None:
-    """Take the memory of flat codes at once: growing by doubling holds up to three times as much."""
+    """Reserve the memory of flat codes: growing by doubling takes up to three times as much."""
     faiss = import_faiss()
     for each in flat_codes(index):
         if isinstance(each, faiss.IndexFlatCodes) and hasattr(each.codes, "owned_data") and not each.ntotal:
@@ -181,7 +182,7 @@ def add(
     *,
     without: np.ndarray | None = None,
 ) -> None:
-    """Give `put` the vectors [n, D] float32 of `part`, in order, but those of the store's rows `without`."""
+    """Pass the vectors of `part` to `put` in pieces [n, D] float32, except the rows `without` of the store."""
     for vectors in part.pieces(without):
         put(vectors)
         if progress is not None:
@@ -189,14 +190,14 @@ def add(
 
 
 def source_of(part: Part) -> dict[str, Any]:
-    """What identifies the passages of `part`: the sums of its files of ids and vectors, and how many there are."""
+    """Identify the passages of `part` in a manifest: row count, and a hash of its files' checksums."""
     files = part.store.manifest.files
     sums = [files[path.name].sha256 for path in (*part.files("ids"), *part.files("npy"))]
     return {"rows": part.rows, "sha256": hashlib.sha256("\n".join(sums).encode()).hexdigest()}
 
 
-def tuned(tuning: Tuning | None, folder: Path, factory: str, rows: int) -> dict[str, Any]:
-    """The manifest's field of what was measured, beside its plot; nothing where nothing was."""
+def tuning_fields(tuning: Tuning | None, folder: Path, factory: str, rows: int) -> dict[str, Any]:
+    """The "tuning" field of the manifest; also draws the curve. Empty if nothing was tuned."""
     if tuning is None:
         return {}
     size = sum(path.stat().st_size for path in (folder / FAISS_FILE, folder / LISTS_FILE) if path.exists())
@@ -204,15 +205,15 @@ def tuned(tuning: Tuning | None, folder: Path, factory: str, rows: int) -> dict[
     return {"tuning": {**tuning.as_json(), "rows": rows, "index_bytes": size}}
 
 
-def _trained(
+def _trained_index(
     part: Part,
     plan: Plan,
     held_out: np.ndarray,
-    beside: Beside,
+    background: BackgroundTasks,
     checked: Callable[[int], None] | None,
     note: Callable[[str], None] | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """An empty trained index, and the manifest's fields that say how it came to be."""
+    """An empty trained index, and the manifest fields that describe its training."""
     store = part.store
     if plan.train_from is not None:
         trained = Index(read_manifest(plan.train_from, INDEX))
@@ -220,21 +221,21 @@ def _trained(
             raise InputError(f"{plan.train_from}: expected {store.dim} dimensions, found {trained.dim}")
         trained.check_model(store.model)
         trained.check(checked, [FAISS_FILE])
-        part.check_beside(beside)
-        index = trained_part(trained)
+        part.check_in_background(background)
+        index = empty_trained_index(trained)
         origin = {name: trained.manifest.fields.get(name) for name in ("factory", "seed", "trained_on", "trained")}
         return index, origin
     factory = plan.factory if plan.factory != "auto" else choose_for(store, plan.memory_mib, on_disk=plan.on_disk)
     index = factories.make(factory, store.dim)
-    # Trained on the whole store, the whole of it is read; a part of it otherwise.
-    (part if index.is_trained else Part(store)).check_beside(beside)
+    # Training reads the whole store; without training only the part is read.
+    (part if index.is_trained else Part(store)).check_in_background(background)
     try:
         trained_on = train(index, store, factory, plan.seed, without=held_out, gpu=plan.gpu, note=note)
     except RuntimeError as error:
-        raise _cannot(factory, part.rows, error) from None
+        raise _build_error(factory, part.rows, error) from None
     set_search_defaults(index)
     return index, {"factory": factory, "seed": plan.seed, "trained_on": trained_on, "trained": fingerprint(index)}
 
 
-def _cannot(factory: str, rows: int, error: Exception) -> InputError:
+def _build_error(factory: str, rows: int, error: Exception) -> InputError:
     return InputError(f"factory {factory!r}: cannot index {rows} vectors: {reason(error)}")

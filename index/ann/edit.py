@@ -1,4 +1,4 @@
-"""Changing an index that is there: adding passages, deleting some, tuning it anew. Each writes a whole new folder."""
+"""Adding passages to an index, deleting some, and tuning it again. Each operation writes a complete new folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from index.ann.build import add, source_of, tuned
+from index.ann.build import add, source_of, tuning_fields
 from index.ann.factory import import_faiss, reason
 from index.ann.index import Index
 from index.ann.layout import (
@@ -23,7 +23,7 @@ from index.ann.layout import (
     write_faiss,
     write_passages,
 )
-from index.ann.settings import Settings, flat_codes, parts, prepare_to_add
+from index.ann.settings import Settings, flat_codes, index_layers, set_add_effort
 from index.ann.tuning.graphs import is_graph
 from index.ann.tuning.recall import Target, find_truth
 from index.ann.tuning.tune import Tuning, tune
@@ -41,23 +41,26 @@ def add_passages(
     progress: Callable[[int], None] | None = None,
     checked: Callable[[int], None] | None = None,
 ) -> int:
-    """Add the passages of `store` to the index in `folder`; returns how many came in.
+    """Add the passages of `store` to the index in `folder`.
 
-    They get the rows after those that are there, encoded as the index was trained. A store that is in the index
-    already adds nothing: a run that was killed may be run again, whether or not it had come to its end.
+    New passages get the rows after the existing ones and are encoded with the index's training. A store that the index
+    already contains adds nothing, so that an interrupted run can be repeated.
 
     Args:
-        folder: the index.
+        folder: folder of the index.
         store: vectors of the same model.
-        out: folder of the new index; none replaces the old one.
-        progress: called with the number of rows each time some were added.
-        checked: called with the number of bytes each time some of the index or the store were checked.
+        out: folder of the new index; None (default) replaces the old one.
+        progress: called with the number of rows just added.
+        checked: called with the number of bytes of index and store just checked.
+
+    Returns:
+        Number of passages added.
 
     Raises:
-        InputError: an id is in the index already, the models or dimensions differ, one of the two is damaged, or the
-            index keeps its lists on disk.
+        InputError: an id is already in the index, the models or dimensions differ, the index or the store is damaged,
+            or the index has its lists on disk.
     """
-    index = _opened(folder, out, checked, "adding", "build an index of the new passages and merge the two")
+    index = _open_checked(folder, out, checked, "adding", "build an index of the new passages and merge the two")
     index.check_model(store.model)
     if store.dim != index.dim:
         raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
@@ -71,7 +74,7 @@ def add_passages(
     if (found := duplicate_id([folder / IDS_FILE, *part.files("ids")])) is not None:
         raise InputError(f"{store.folder}: expected ids that are not yet in {folder}, found {found!r}")
     settings = Settings.of(index.faiss)
-    prepare_to_add(index.faiss)
+    set_add_effort(index.faiss)
     try:
         add(index.faiss.add, part, progress)
     except RuntimeError as error:
@@ -81,30 +84,33 @@ def add_passages(
         ids, passages = [folder / IDS_FILE, *part.files("ids")], [folder / PASSAGES_FILE, *part.files("jsonl")]
         rows = index.rows + part.rows
         write_passages(ids, passages, rows, new)
-        summed = write_faiss(index.faiss, new / FAISS_FILE)
-        _carry_curve(index, new)
-        finish(new, {**index.manifest.fields, "rows": rows, "sources": [*sources, source]}, summed)
+        sha256 = write_faiss(index.faiss, new / FAISS_FILE)
+        _copy_curve(index, new)
+        finish(new, {**index.manifest.fields, "rows": rows, "sources": [*sources, source]}, sha256)
     return part.rows
 
 
 def delete_passages(
     folder: Path, ids: Sequence[str], out: Path | None = None, *, checked: Callable[[int], None] | None = None
 ) -> int:
-    """Take the passages of `ids` out of the index in `folder`; returns how many were in it.
+    """Delete the passages with the given ids from the index in `folder`.
 
-    Those left keep their order and close up, so that row n is still line n. Ids that are not in the index count for
-    nothing: a run that was killed may be run again.
+    The remaining rows keep their order and are renumbered without gaps. Ids that are not in the index are ignored, so
+    that an interrupted run can be repeated.
 
     Args:
-        folder: the index.
-        ids: of the passages to delete.
-        out: folder of the new index; none replaces the old one.
-        checked: called with the number of bytes each time some of the index were checked.
+        folder: folder of the index.
+        ids: ids of the passages to delete.
+        out: folder of the new index; None (default) replaces the old one.
+        checked: called with the number of bytes of the index just checked.
+
+    Returns:
+        Number of passages deleted.
 
     Raises:
-        InputError: its kind cannot delete, nothing would be left, or it is damaged.
+        InputError: this type of index does not support deletion, no passages would be left, or the index is damaged.
     """
-    index = _opened(folder, out, checked, "deleting", "build an index of the passages that are to stay")
+    index = _open_checked(folder, out, checked, "deleting", "build an index of the passages that are to stay")
     wanted = set(ids)
     keep = np.fromiter((id_ not in wanted for id_ in index.ids), bool, index.rows)
     deleted = int((~keep).sum())
@@ -116,11 +122,11 @@ def delete_passages(
         _delete_rows(index.faiss, keep, folder)
     with atomic_folder(out or folder) as new:
         write_passages([folder / IDS_FILE], [folder / PASSAGES_FILE], index.rows, new, keep)
-        summed = write_faiss(index.faiss, new / FAISS_FILE)
-        _carry_curve(index, new)
-        # Without a source's every passage the index no longer holds that source: adding it again must be possible.
+        sha256 = write_faiss(index.faiss, new / FAISS_FILE)
+        _copy_curve(index, new)
+        # The index no longer contains all of its sources: allow them to be added again.
         sources = [] if deleted else index.manifest.field("sources", list)
-        finish(new, {**index.manifest.fields, "rows": index.rows - deleted, "sources": sources}, summed)
+        finish(new, {**index.manifest.fields, "rows": index.rows - deleted, "sources": sources}, sha256)
     return deleted
 
 
@@ -133,22 +139,25 @@ def retune(
     note: Callable[[str], None] | None = None,
     checked: Callable[[int], None] | None = None,
 ) -> Tuning:
-    """Tune the index in `folder` to a recall target, measured against the vectors in `store`; it keeps its codes.
+    """Tune the search settings of the index in `folder` to a recall target. Its codes are not changed.
 
     Args:
-        folder: the index.
-        store: holds the vectors of all its passages, in the same order; those of passages that were deleted since, or
-            that it never held, are passed over.
-        target: the promise.
-        seed: of the passages that are taken for queries where the target has none.
-        note: called with a line each time a search setting was measured.
-        checked: called with the number of bytes each time some of the index or the store were checked.
+        folder: folder of the index.
+        store: contains the vectors of all its passages, in the same order; other passages, such as deleted ones, are
+            skipped.
+        target: the recall target.
+        seed: seed for sampling passages as queries if the target has none. Default 0.
+        note: called with a line of text for each measured search setting.
+        checked: called with the number of bytes of index and store just checked.
+
+    Returns:
+        What was measured and chosen.
 
     Raises:
-        InputError: `store` does not hold the passages of the index in their order, or is of another model or dimension;
-            one of the two is damaged; or a graph would be measured by its own passages.
+        InputError: `store` does not contain the passages of the index in their order, or has another model or
+            dimension; the index or the store is damaged; or a graph would be measured with its own passages.
     """
-    index = _opened(folder, None, checked)
+    index = _open_checked(folder, None, checked)
     index.check_model(store.model)
     if store.dim != index.dim:
         raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
@@ -157,9 +166,9 @@ def retune(
             f"{folder}: expected --queries to measure a graph by, for a passage in it finds its own neighbours far "
             "more easily than a query does; `retriever index build --target-recall` holds passages out of it"
         )
-    # The recall is measured against its vectors.
+    # Recall is measured against these vectors: verify them first.
     store.check(checked)
-    rows = _rows_in(store, index)
+    rows = _matching_rows(store, index)
     without = np.delete(np.arange(store.rows), rows)
     held_out = rows[target.held_out_rows(index.rows, seed)]
     tuning = tune(index.faiss, find_truth(store, target, held_out, without), target, note)
@@ -167,23 +176,25 @@ def retune(
         copy_rows(folder, new)
         if LISTS_FILE in index.manifest.files:
             (new / LISTS_FILE).hardlink_to(folder / LISTS_FILE)
-        summed = write_faiss(index.faiss, new / FAISS_FILE)
-        finish(new, {**index.manifest.fields, **tuned(tuning, new, index.factory, index.rows)}, summed)
+        sha256 = write_faiss(index.faiss, new / FAISS_FILE)
+        finish(new, {**index.manifest.fields, **tuning_fields(tuning, new, index.factory, index.rows)}, sha256)
     return tuning
 
 
-def _opened(
+def _open_checked(
     folder: Path,
     out: Path | None,
     checked: Callable[[int], None] | None,
     what: str | None = None,
     instead: str = "",
 ) -> Index:
-    """The index, its every byte checked: the new one gets sums of its own, and they must not vouch for damage.
+    """Open the index and verify every byte of it, because the new index gets checksums of its own.
 
-    For `what` its lists must be in memory; `instead` is what to do where they are on disk.
+    Args:
+        what: the operation, if it needs its lists in memory; None if not.
+        instead: what to do where they are on disk, for the error message.
     """
-    # A run that was killed while it exchanged the folders may have left none under the name, or the old one beside it.
+    # A run killed while it replaced the folder may have left none, or the old one under a temporary name.
     recover_folder(folder)
     if out is not None:
         check_replaceable(out)
@@ -196,15 +207,15 @@ def _opened(
     return index
 
 
-def _rows_in(store: EmbeddingStore, index: Index) -> np.ndarray:
-    """The rows [N] int64 of `store` that hold the passages of `index`, which must come in the same order.
+def _matching_rows(store: EmbeddingStore, index: Index) -> np.ndarray:
+    """The rows [N] int64 of `store` that contain the passages of `index`, in the same order.
 
-    Texts are compared with the ids: an id whose text has changed has another vector.
+    Whole lines (id, title, text) are compared: if the text has changed, the vector has too.
     """
-    theirs = enumerate(_lines(store.files("jsonl")))
+    stored = enumerate(_lines(store.files("jsonl")))
     rows = np.empty(index.rows, np.int64)
     for row, ours in enumerate(_lines([index.folder / PASSAGES_FILE])):
-        rows[row] = next((place for place, line in theirs if line == ours), -1)
+        rows[row] = next((place for place, line in stored if line == ours), -1)
         if rows[row] < 0:
             behind = f" behind {index.ids[row - 1]!r}" if row else ""
             raise InputError(
@@ -220,17 +231,17 @@ def _lines(files: Sequence[Path]) -> Iterator[bytes]:
             yield from stream
 
 
-def _carry_curve(index: Index, new: Path) -> None:
+def _copy_curve(index: Index, new: Path) -> None:
     if CURVE_FILE in index.manifest.files:
         (new / CURVE_FILE).write_bytes((index.folder / CURVE_FILE).read_bytes())
 
 
 def _delete_rows(index: Any, keep: np.ndarray, folder: Path) -> None:
-    """Remove the rows that are not kept, of `keep` [N] bool, and number the others anew."""
+    """Remove the rows where `keep` [N] bool is False, and renumber the others."""
     faiss = import_faiss()
     selector = faiss.IDSelectorBatch(np.flatnonzero(~keep))
     left = int(keep.sum())
-    layers = list(parts(index))
+    layers = list(index_layers(index))
     codes = [layers[-1], *flat_codes(index)[1:]]
     for each in codes:
         if not isinstance(each, faiss.IndexIVF | faiss.IndexFlatCodes | faiss.IndexFastScan):
@@ -250,11 +261,11 @@ def _delete_rows(index: Any, keep: np.ndarray, folder: Path) -> None:
 
 
 def _renumber(ivf: Any, new: np.ndarray) -> None:
-    """Give every entry of the lists its row's `new` number; faiss closes up flat codes and leaves lists as they are."""
+    """Map the ids in the inverted lists through `new`; faiss renumbers flat codes on removal, but not lists."""
     faiss = import_faiss()
     for number in range(ivf.nlist):
         size = ivf.invlists.list_size(number)
         if size:
-            # A view of faiss's own memory: what is written here is what it finds.
+            # A view of faiss's memory: assignment changes the index.
             ids = faiss.rev_swig_ptr(ivf.invlists.get_ids(number), size)
             ids[:] = new[ids]

@@ -1,4 +1,4 @@
-"""Which kind of index to take, how it searches, and what a vector costs in it."""
+"""Choosing a faiss factory string, creating the index, and estimating its memory."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from typing import Any
 
 from index.files import InputError
 
-# Below this, comparing with every passage is fast enough, and exact.
+# Below this number of rows, exhaustive search is fast enough, and exact.
 FLAT_ROWS = 200_000
 
-# From here on there are so many lists that a graph finds the nearest.
+# From this number of rows on, a graph finds the nearest of the many centroids.
 GRAPH_ROWS = 2_000_000
 
-# 10M vectors of 768 dimensions are 31 GB in float32, more than most machines hold: from there on, one byte a number.
+# 10M vectors of 768 dimensions take 31 GB in float32, more than most machines have: from here on, SQ8.
 QUANTISED_ROWS = 10_000_000
 
 
 def choose(
     rows: int, dim: int, memory_mib: float | None = None, *, even_norms: bool = True, on_disk: bool = False
 ) -> str:
-    """The faiss factory string that `auto` stands for with so many passages.
+    """The faiss factory string for `--factory auto`.
 
-    By size: all are compared below 200,000, and the nearest lists above. The numbers of centroids follow faiss's own
-    guideline (github.com/facebookresearch/faiss/wiki, "Guidelines to choose an index"): each gets the 39 training
-    vectors or more that its k-means asks for. By memory: the finest code that fits, of float32 (below 10 million),
-    float16, one byte a number, and 4-bit PQ of two, four and eight numbers a code. By metric: where lengths differ,
-    the longest vectors are near to queries that their list is far from, and a graph finds them with less work. On disk:
-    always lists, for nothing else can stay there, and whatever memory they would take.
+    By size: Flat below 200,000 passages, IVF above. The number of centroids follows faiss's guidelines
+    (github.com/facebookresearch/faiss/wiki, "Guidelines to choose an index"), with at least 39 training vectors each.
+    By memory: the finest codes that fit, of float32 (below 10 million passages), SQfp16, SQ8, and 4-bit PQ with 2, 4
+    and 8 dimensions per code. By norms: if they vary, long vectors have high inner products with queries that are far
+    from their centroid; IVF misses them, HNSW finds them with less work. On disk: always IVF, the only type whose data
+    can stay on disk.
 
     Args:
-        rows: passages.
-        dim: of their vectors.
-        memory_mib: most that the index may take in memory, in MiB.
-        even_norms: whether the vectors are about equally long, so that their inner products are about cosines.
-        on_disk: whether the index is to stay on disk.
+        rows: number of passages.
+        dim: dimension of their vectors.
+        memory_mib: memory budget of the index in MiB; None: unlimited. Ignored with `on_disk`.
+        even_norms: whether the norms are about equal, so that inner products are about cosines. Default True.
+        on_disk: whether the inverted lists stay on disk. Default False.
 
     Raises:
-        InputError: none fits.
+        InputError: no index fits the budget.
     """
     lists, code = _lists(rows), "Flat" if rows < QUANTISED_ROWS else "SQ8"
     if on_disk:
-        return f"{lists or _few_lists(rows)},{code}"
+        return f"{lists or _small_ivf(rows)},{code}"
     codes = [code] if memory_mib is None else ["Flat", "SQfp16", "SQ8", *_product_codes(dim)]
     choices = [f"{lists},{code}" if lists else code for code in codes]
     if lists and not even_norms and rows < QUANTISED_ROWS:
@@ -53,11 +53,11 @@ def choose(
     for factory in choices:
         if memory(factory, rows, dim) <= memory_mib * 2**20:
             return factory
-    raise _beyond(memory_mib, factory, rows, dim)
+    raise _over_budget(memory_mib, factory, rows, dim)
 
 
 def reason_of_choice(factory: str, rows: int, dim: int, *, on_disk: bool = False) -> str:
-    """What made `choose` take `factory` for `rows` vectors of `dim` dimensions, in a few words."""
+    """Why `choose` returned `factory` for `rows` vectors of `dim` dimensions, in a few words."""
     reached = [limit for limit in (FLAT_ROWS, GRAPH_ROWS, QUANTISED_ROWS) if rows >= limit]
     reasons = [f"{reached[-1]:,} passages or more" if reached else f"fewer than {FLAT_ROWS:,} passages"]
     if on_disk:
@@ -70,8 +70,8 @@ def reason_of_choice(factory: str, rows: int, dim: int, *, on_disk: bool = False
     return " and ".join(reasons)
 
 
-def _beyond(memory_mib: float, factory: str, rows: int, dim: int) -> InputError:
-    # Rounded up, so that who gives what is asked for is not refused again.
+def _over_budget(memory_mib: float, factory: str, rows: int, dim: int) -> InputError:
+    # Rounded up, so that the suggested budget is accepted.
     least = Context(prec=3, rounding=ROUND_CEILING).create_decimal(memory(factory, rows, dim) / 2**20)
     return InputError(
         f"--memory-budget-mib: expected at least {least:,f} for {rows:,} passages of {dim} dimensions ({factory}), "
@@ -87,34 +87,37 @@ def _lists(rows: int) -> str:
     return "IVF16384_HNSW32" if rows < QUANTISED_ROWS else "IVF65536_HNSW32"
 
 
-def _few_lists(rows: int) -> str:
-    """For less than lists are worth: as many, a power of two, as have their 39 training vectors each."""
+def _small_ivf(rows: int) -> str:
+    """IVF for fewer rows than `choose` uses it for: the largest power of two with 39 training vectors per centroid."""
     return f"IVF{1 << max(0, (rows // 39).bit_length() - 1)}"
 
 
 def _product_codes(dim: int) -> list[str]:
-    """4-bit PQ of fewer and fewer codes; their number must divide the dimensions, and faiss wants two or more."""
+    """Factory strings of 4-bit PQ with 2, 4 and 8 dimensions per code.
+
+    The number of codes must divide `dim`, and faiss requires at least 2.
+    """
     wanted = [dim // numbers for numbers in (2, 4, 8)]
     counts = [max((m for m in range(2, most + 1) if dim % m == 0), default=0) for most in wanted]
     return [f"PQ{count}x4fs" for count in dict.fromkeys(counts) if count]
 
 
 def explain(factory: str, rows: int, dim: int, memory_mib: float | None = None) -> str:
-    """One line that says what `factory` means for `rows` vectors of `dim` dimensions, and how much memory they take.
+    """One line that describes `factory` for `rows` vectors of `dim` dimensions, and its memory.
 
     Raises:
-        InputError: `factory` is no faiss factory string, does not fit `dim`, or takes more than `memory_mib`.
+        InputError: `factory` is not a faiss factory string, does not fit `dim`, or takes more than `memory_mib`.
     """
     each = bytes_per_vector(factory, dim)
     size = memory(factory, rows, dim) / 2**20
     if memory_mib is not None and size > memory_mib:
-        raise _beyond(memory_mib, factory, rows, dim)
+        raise _over_budget(memory_mib, factory, rows, dim)
     budget = "" if memory_mib is None else f", within {memory_mib:,g} MiB"
     size_text = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
-    return f"{factory}: {_why(factory)}; {each} bytes a vector, {size_text} MiB for {rows:,} passages{budget}"
+    return f"{factory}: {_describe(factory)}; {each} bytes a vector, {size_text} MiB for {rows:,} passages{budget}"
 
 
-def _why(factory: str) -> str:
+def _describe(factory: str) -> str:
     if factory == "Flat":
         return "compares with every passage, exact"
     if "IVF" in factory:
@@ -125,10 +128,10 @@ def _why(factory: str) -> str:
 
 
 def memory(factory: str, rows: int, dim: int) -> int:
-    """Bytes that an index of `rows` vectors takes in memory: theirs, and those of its centroids and their graph.
+    """Memory of an index of `rows` vectors in bytes, including centroids and their graph.
 
     Raises:
-        InputError: `factory` is no faiss factory string, or does not fit `dim`.
+        InputError: `factory` is not a faiss factory string, or does not fit `dim`.
     """
     faiss = import_faiss()
     whole = make(factory, dim)
@@ -138,9 +141,9 @@ def memory(factory: str, rows: int, dim: int) -> int:
 
 
 def has_even_norms(vectors: Any) -> bool:
-    """Whether `vectors` [n, D], a sample of a store, are about equally long: the middle 90 % within a fifth.
+    """Whether the norms of `vectors` [n, D] are about equal: the 95th percentile is at most 1.2 times the 5th.
 
-    Beyond that, lists were measured to lose recall: index/README.md has the figures.
+    Beyond that, IVF was measured to lose recall; see index/README.md.
     """
     import numpy as np
 
@@ -149,17 +152,17 @@ def has_even_norms(vectors: Any) -> bool:
 
 
 def make(factory: str, dim: int) -> Any:
-    """An empty faiss index of inner product.
+    """Create an empty faiss index for inner product.
 
     Raises:
-        InputError: `factory` is no faiss factory string, does not fit `dim`, cannot rank by inner product, or faiss
-            is not installed.
+        InputError: `factory` is not a faiss factory string, does not fit `dim`, does not support inner product, or
+            faiss is not installed.
     """
     faiss = import_faiss()
     if "IDMap" in factory:
         raise InputError(f"factory {factory!r}: expected one without IDMap, for the index keeps the ids itself")
     try:
-        # Counts of 0 pass faiss's parser, and some then end the whole process.
+        # faiss's parser accepts counts of 0, and some of them then crash the process.
         if re.search(r"(?<![0-9.])0+(?![0-9.])", factory):
             raise RuntimeError("a count of 0")
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
@@ -174,12 +177,12 @@ def make(factory: str, dim: int) -> Any:
 
 
 def bytes_per_vector(factory: str, dim: int) -> int:
-    """Bytes that one more vector takes in memory and on disk: its code, and its id and links where there are any.
+    """Bytes per vector in memory and on disk: the code, and the id and graph links if there are any.
 
     Raises:
-        InputError: `factory` is no faiss factory string, or does not fit `dim`.
+        InputError: `factory` is not a faiss factory string, or does not fit `dim`.
     """
-    # Named, so that it lives while its parts are looked at: they are views into it, not objects of their own.
+    # Keep a reference: the inner indexes are views that do not keep the outer one alive.
     whole = make(factory, dim)
     try:
         return _bytes_each(whole)
@@ -195,7 +198,7 @@ def _bytes_each(part: Any) -> int:
     if isinstance(index, faiss.IndexRefine):
         return _bytes_each(index.base_index) + _bytes_each(index.refine_index)
     if isinstance(index, faiss.IndexHNSW):
-        # 4 bytes a link: twice M on the ground level, and M more for one vector in M.
+        # 4 bytes per link: 2M links on the base level, and on average one more per vector on the upper levels.
         return _bytes_each(index.storage) + 4 * (index.hnsw.nb_neighbors(0) + 1)
     if isinstance(index, faiss.IndexNSG):
         return _bytes_each(index.storage) + 4 * index.nsg.R
@@ -205,7 +208,7 @@ def _bytes_each(part: Any) -> int:
 
 
 def reason(error: Exception) -> str:
-    """What a faiss error says, in one line and without the place in its source."""
+    """The message of a faiss error in one line, without the source location."""
     return re.sub(r"^.*? at \S+:\d+: ", "", " ".join(str(error).split()))
 
 
@@ -213,9 +216,9 @@ def import_faiss() -> Any:
     """The faiss module.
 
     Raises:
-        InputError: it is not installed.
+        InputError: faiss is not installed.
     """
-    # Before faiss: the two bring an OpenMP each, and with a GPU build the order decides whether it loads.
+    # torch must be imported before faiss: both load an OpenMP runtime, and a GPU build fails in the other order.
     importlib.import_module("torch")
     try:
         import faiss

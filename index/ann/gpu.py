@@ -1,8 +1,8 @@
-"""Building indexes on GPUs, where faiss knows some. What comes out is an index for processors, in the same file.
+"""Building indexes on GPUs. The result is a CPU index, in the same file format.
 
-Clustering and finding the list of each vector, the two that take the time, are done there; codes are made by the
-processor, from the same centroids. With cuVS a graph is built there too, by CAGRA (Ootomo and others, CAGRA: highly
-parallel graph construction and approximate nearest neighbor search for GPUs, arXiv 2308.15136).
+k-means and the assignment of vectors to inverted lists, which take most of the time, run on all GPUs; the CPU computes
+the codes from the same centroids. With cuVS, HNSW graphs are built by CAGRA (Ootomo et al., "CAGRA: Highly Parallel
+Graph Construction and Approximate Nearest Neighbor Search for GPUs", arXiv:2308.15136).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ INSTEAD = "pip install faiss-gpu-cu12 in place of faiss-cpu"
 
 
 def check_gpus() -> None:
-    """Refuse to go on where there is nothing to go on with.
+    """Check that GPUs can be used.
 
     Raises:
-        InputError: this faiss knows no GPU, or the machine has none.
+        InputError: this faiss has no GPU support, or finds no GPU.
     """
     faiss = import_faiss()
     if not hasattr(faiss, "StandardGpuResources"):
@@ -34,43 +34,43 @@ def check_gpus() -> None:
 
 
 @contextlib.contextmanager
-def clustering(index: Any) -> Iterator[None]:
-    """Let the k-means of an inverted file run on all GPUs."""
+def cluster_on_gpus(index: Any) -> Iterator[None]:
+    """Run the k-means of an IVF index on all GPUs within this context."""
     faiss = import_faiss()
     inner = core(index)
     if not isinstance(inner, faiss.IndexIVF):
         yield
         return
-    there = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(inner.d, inner.metric_type))
-    inner.clustering_index = there
+    on_gpus = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(inner.d, inner.metric_type))
+    inner.clustering_index = on_gpus
     try:
         yield
     finally:
         inner.clustering_index = None
-        # By then faiss had been given it, and would never free the memory of the GPUs.
-        there.thisown = True
+        # faiss took ownership of it and would never free its GPU memory.
+        on_gpus.thisown = True
 
 
-def adder(index: Any) -> Callable[[np.ndarray], None]:
-    """What adds vectors [n, D] float32 to a trained `index`, their lists found on all GPUs.
+def add_function(index: Any) -> Callable[[np.ndarray], None]:
+    """A function that adds vectors [n, D] float32 to a trained index, assigning them to inverted lists on all GPUs.
 
-    Where the centroids have a graph, the GPUs compare with all of them and find the nearest, as the graph nearly does.
-    Codes packed for fast scan, graphs and flat codes are added by the processor alone.
+    A quantizer with an HNSW graph is replaced by its centroids: the GPUs compare with all of them and find the nearest
+    exactly. Fast-scan codes, graphs and flat codes are added by the CPU alone.
     """
     faiss = import_faiss()
     inner = core(index)
     kinds = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
-    # Those derived from them may store otherwise.
+    # Exact types: subclasses may store their codes differently.
     if type(inner) not in kinds:
         return lambda vectors: index.add(vectors)
     quantizer = faiss.downcast_index(inner.quantizer)
     centroids = quantizer.storage if isinstance(quantizer, faiss.IndexHNSW) else quantizer
-    there = faiss.index_cpu_to_all_gpus(faiss.downcast_index(centroids))
-    return lambda vectors: _add(index, vectors, lambda some: there.search(some, 1)[1])
+    on_gpus = faiss.index_cpu_to_all_gpus(faiss.downcast_index(centroids))
+    return lambda vectors: _add(index, vectors, lambda some: on_gpus.search(some, 1)[1])
 
 
 def _add(index: Any, vectors: np.ndarray, lists_of: Callable[[np.ndarray], np.ndarray]) -> None:
-    """`index.add`, but that `lists_of` says which list a vector belongs to: int64 [n, 1]."""
+    """Like `index.add`, but `lists_of` assigns vectors [n, D] to inverted lists (int64 [n, 1])."""
     faiss = import_faiss()
     part = faiss.downcast_index(index)
     if isinstance(part, faiss.IndexPreTransform):
@@ -87,20 +87,20 @@ def _add(index: Any, vectors: np.ndarray, lists_of: Callable[[np.ndarray], np.nd
         part.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(lists))
 
 
-def makes_graph(index: Any) -> bool:
-    """Whether `graph` can make an index like the empty `index`: HNSW of float32 vectors, by a faiss with cuVS."""
+def can_build_graph(index: Any) -> bool:
+    """Whether `build_graph` can build an index like the empty `index`: HNSW of float32 vectors, and faiss with cuVS."""
     faiss = import_faiss()
     return hasattr(faiss, "GpuIndexCagra") and type(faiss.downcast_index(index)) is faiss.IndexHNSWFlat
 
 
-def graph(like: Any, pieces: Iterable[np.ndarray], rows: int, added: Callable[[int], None]) -> Any:
-    """A graph of vectors, built by CAGRA on a GPU that has to hold them all, with the links of `like`'s ground level.
+def build_graph(like: Any, pieces: Iterable[np.ndarray], rows: int, added: Callable[[int], None]) -> Any:
+    """Build an HNSW index with CAGRA on a GPU, whose memory must hold all vectors.
 
     Args:
-        like: an empty HNSW index.
-        pieces: vectors [n, D] float32, `rows` in all.
-        rows: how many.
-        added: called with the number of rows each time some were read.
+        like: an empty HNSW index, which gives the dimension and the links per vector of the base level.
+        pieces: vectors [n, D] float32.
+        rows: their total number.
+        added: called with the number of rows just read.
     """
     faiss = import_faiss()
     vectors = np.empty((rows, like.d), np.float32)
@@ -112,6 +112,6 @@ def graph(like: Any, pieces: Iterable[np.ndarray], rows: int, added: Callable[[i
     config = faiss.GpuIndexCagraConfig()
     config.graph_degree = like.hnsw.nb_neighbors(0)
     config.intermediate_graph_degree = 2 * config.graph_degree
-    there = faiss.GpuIndexCagra(faiss.StandardGpuResources(), like.d, faiss.METRIC_INNER_PRODUCT, config)
-    there.train(vectors)
-    return faiss.index_gpu_to_cpu(there)
+    on_gpus = faiss.GpuIndexCagra(faiss.StandardGpuResources(), like.d, faiss.METRIC_INNER_PRODUCT, config)
+    on_gpus.train(vectors)
+    return faiss.index_gpu_to_cpu(on_gpus)

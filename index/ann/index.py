@@ -1,4 +1,4 @@
-"""An index folder, opened for searching: checked, read whole or memory-mapped, its ties in order."""
+"""Opening and searching an index folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from index.ann.factory import import_faiss, reason
 from index.ann.layout import FAISS_FILE, FILES, IDS_FILE, LISTS_FILE, OFFSETS_FILE, OPTIONAL_FILES, PASSAGES_FILE
 from index.ann.settings import core
-from index.ann.silence_stdout import quiet
+from index.ann.silence_stdout import silence_stdout
 from index.ann.structure import check_structure
 from index.files import InputError, parse_json
 from index.manifest import INDEX, NAME, Level, Manifest, read_manifest, verify_files
@@ -22,15 +22,24 @@ from index.records import Record
 from index.store.arrays import map_array
 from index.store.ids import Ids
 
-# Beyond k, asked of a Flat index: ties across the cut are rarely longer.
+# Extra results requested from a Flat index, to break ties at rank k by id.
 SPARE = 16
-# A faiss file that is mapped is checked byte by byte up to this size, which takes a fraction of a second. Of a larger
-# one only the structure is checked: to read all of it is what mapping avoids.
-HASHED_WHEN_MAPPED = 2**28
+# A memory-mapped faiss file up to this size is hashed on opening, which takes a fraction of a second. Of larger ones
+# only the structure is checked: mapping avoids reading all of it.
+HASHED_MMAP_BYTES = 2**28
 
 
 class Index:
-    """An index of passages on disk, opened for searching. Made by `open`."""
+    """An index of passages on disk. Created by `Index.open`.
+
+    Attributes:
+        folder: folder of the index.
+        manifest: its manifest.
+        rows: N, the number of passages.
+        dim: D, the length of a vector.
+        factory: the faiss factory string.
+        model: identifies the model that embedded the passages (its sha256).
+    """
 
     def __init__(self, manifest: Manifest, *, mmap: bool = False) -> None:
         self.folder = manifest.folder
@@ -45,7 +54,7 @@ class Index:
                 f"{manifest.folder / NAME}: expected the files {', '.join(FILES)}, "
                 f"found {', '.join(manifest.files) or 'none'}"
             )
-        # Of the files that were checked: what a change of them changes.
+        # State of each file when it was verified, to detect later changes.
         self._checked: dict[str, tuple[int, int, int]] = {}
 
     @classmethod
@@ -57,45 +66,46 @@ class Index:
         mmap: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Index:
-        """Open the index in `folder`, checking the length of every file, or at "hash" its every byte.
+        """Open the index in `folder`.
 
-        The faiss file is checked byte by byte at "size" too, unless it is mapped and larger than 256 MiB: damage in it
-        could end the process. The sizes within it are checked in any case.
+        Sizes within the faiss file are always checked. Its sha256 is checked too, even with `verify="size"`, unless it
+        is memory-mapped and larger than 256 MiB, because a damaged faiss file can crash the process.
 
         Args:
-            folder: the index.
-            verify: how much of it to check.
-            mmap: leave the vectors on disk, and read what a search touches: for indexes larger than memory. Such an
-                index can be searched, not changed.
+            folder: folder of the index.
+            verify: "size" (default) checks the size of every file, "hash" also its sha256.
+            mmap: memory-map the index instead of loading it, for indexes larger than memory. Such an index can be
+                searched but not changed. Default False.
             progress: called with the number of bytes just checked.
 
         Raises:
-            InputError: `folder` holds no index, or a damaged one.
+            InputError: `folder` contains no index, or a damaged one.
         """
         index = cls(read_manifest(folder, INDEX), mmap=mmap)
         verify_files(index.manifest, "size")
         if verify == "hash":
             index.check(progress)
-        elif not mmap or index.manifest.files[FAISS_FILE].bytes <= HASHED_WHEN_MAPPED:
+        elif not mmap or index.manifest.files[FAISS_FILE].bytes <= HASHED_MMAP_BYTES:
             index.check(progress, [FAISS_FILE])
         index.open_files()
         return index
 
     def open_files(self) -> None:
-        """Open the files that a search reads, which otherwise happens when they are first needed.
+        """Open the files that a search reads; otherwise they are opened on first use.
 
         Raises:
-            InputError: one cannot be read, or does not hold what the manifest says.
+            InputError: a file cannot be read, or contradicts the manifest.
         """
         _ = self.faiss, self._offsets
 
     def check(self, progress: Callable[[int], None] | None = None, names: Sequence[str] | None = None) -> None:
-        """Check every byte of its files, or of those called `names`, except of those that have not changed since then.
+        """Verify the sha256 of files; files that have not changed since they were last verified are skipped.
 
-        Whatever makes a number or a file of an index calls it first.
+        Every command that computes results from an index calls this first.
 
         Args:
             progress: called with the number of bytes just checked.
+            names: names of the files; None: all.
 
         Raises:
             InputError: a file is missing or damaged; the message names it.
@@ -107,7 +117,7 @@ class Index:
 
     @cached_property
     def faiss(self) -> Any:
-        """The faiss index itself, row n of it being the passage of row n."""
+        """The faiss index. Its ids are row numbers."""
         path = self.folder / FAISS_FILE
         if FAISS_FILE in self._checked:
             self.check(names=[FAISS_FILE])
@@ -125,11 +135,11 @@ class Index:
         return map_array(self.folder / OFFSETS_FILE, np.dtype("<u8"), (self.rows,))
 
     def passage(self, row: int) -> Passage:
-        """The passage of `row`, 0 to N - 1, read from disk without reading the others.
+        """Read the passage of `row`, 0 to N - 1, without reading the others.
 
         Raises:
-            IndexError: there is no such row.
-            InputError: the line on disk is no passage, or not the one of this row.
+            IndexError: `row` is out of range.
+            InputError: the line on disk is not a passage, or has the id of another row.
         """
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of an index of {self.rows}")
@@ -156,10 +166,10 @@ class Index:
         return passage
 
     def check_model(self, model: dict[str, str]) -> None:
-        """Refuse to search with vectors of another model than the one that embedded the passages.
+        """Check that queries come from the model that embedded the passages.
 
         Raises:
-            InputError: the two differ.
+            InputError: the models differ.
         """
         for name in {**self.model, **model}:
             if self.model.get(name) != model.get(name):
@@ -169,19 +179,22 @@ class Index:
                 )
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """What faiss finds nearest to `queries` [Q, D] float32; equal scores rank by id, descending.
+        """Find the k nearest passages of each query by inner product.
 
-        That is the order of `exact.search`, and so of evaluation. A Flat index keeps to it at the cut too: of the
-        passages tied for the last places, those of highest id are taken. Other indexes cut as faiss does, and only
-        what they return is put in order. The two round products differently, by about 1e-7, which can still make a
-        tie in one that is none in the other.
+        Passages with equal scores are sorted by id, descending, as in `exact.search` and in evaluation. A Flat index
+        also breaks ties at rank k by id; other indexes return the k that faiss finds, and only their order is fixed.
+        faiss and `exact.search` round differently, by about 1e-7, so that scores equal in one may differ in the other.
+
+        Args:
+            queries: [Q, D] float32.
+            k: passages per query.
 
         Returns:
             scores [Q, min(k, N)] float32, descending, and rows [Q, min(k, N)] int64. An approximate index may find
-            fewer: the places left over, always the last, have row -1 and score -inf. `ranked` leaves them out.
+            fewer passages: the remaining entries, always the last, have row -1 and score -inf.
 
         Raises:
-            InputError: a query holds NaN or infinity, or what faiss finds are no rows of the index or no numbers.
+            InputError: a query contains NaN or infinity, or faiss returns invalid rows or scores (a damaged index).
             ValueError: `queries` has another shape, or `k` is below 1.
         """
         if queries.ndim != 2 or queries.shape[1] != self.dim:
@@ -195,13 +208,16 @@ class Index:
         return self._search(np.ascontiguousarray(queries, np.float32), min(k, self.rows), spare)
 
     def _search(self, queries: np.ndarray, k: int, spare: int) -> tuple[np.ndarray, np.ndarray]:
-        """The best `k` of the best `k + spare`; with a spare, more are asked for until no tie reaches the last."""
+        """The top k among the top k + `spare`.
+
+        With `spare` > 0, more results are requested while a tie at rank k reaches the last of them.
+        """
         asked = min(k + spare, self.rows)
         try:
             scores, rows = self.faiss.search(queries, asked)
         except RuntimeError as error:
             raise InputError(f"{self.folder / FAISS_FILE}: cannot be searched by faiss: {reason(error)}") from None
-        self._refuse_damage(scores, rows)
+        self._check_results(scores, rows)
         scores[rows < 0] = -np.inf
         self._order_ties(scores, rows)
         beyond = (scores[:, k - 1] == scores[:, -1]) & (k < asked < self.rows)
@@ -210,8 +226,8 @@ class Index:
             scores[beyond], rows[beyond] = self._search(queries[beyond], k, k + 2 * spare)
         return scores, rows
 
-    def _refuse_damage(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Lists on disk are not read as a whole before they are searched: damage in them is seen in what is found."""
+    def _check_results(self, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Refuse invalid rows and scores: lists on disk are not verified before a search, so damage shows up here."""
         path = self.folder / (LISTS_FILE if LISTS_FILE in self.manifest.files else FAISS_FILE)
         if (wrong := (rows < -1) | (rows >= self.rows)).any():
             found = f"found row {int(rows[wrong][0])}"
@@ -221,7 +237,7 @@ class Index:
             raise InputError(f"{path}: expected scores that are numbers, {found}: damaged, or its vectors are too long")
 
     def _order_ties(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Put the `rows` [Q, n] of equal `scores` [Q, n], descending, in the order of their ids, descending."""
+        """Sort the rows [Q, n] of equal scores [Q, n] (descending) by id, descending, in place."""
         tied = ((scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0)).any(axis=1)
         for query in np.flatnonzero(tied):
             found = rows[query][rows[query] >= 0].tolist()
@@ -229,11 +245,12 @@ class Index:
             ranked = sorted(zip(scores[query, : len(found)].tolist(), ids, found, strict=True), reverse=True)
             rows[query, : len(found)] = [row for _, _, row in ranked]
 
-    def ranked(self, queries: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
-        """For each of `queries` [Q, D], up to `k` pairs of id and score, in the order of `search`.
+    def search_ids(self, queries: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
+        """Like `search`, but return (id, score) pairs, at most k per query.
 
-        Raises:
-            as `search`.
+        Args:
+            queries: [Q, D] float32.
+            k: passages per query.
         """
         scores, rows = self.search(queries, k)
         return [
@@ -243,59 +260,59 @@ class Index:
 
 
 def read_faiss(path: Path, *, mmap: bool = False) -> Any:
-    """Read a faiss file; its lists on disk, where it has any, are looked for beside it and not written to.
+    """Read a faiss file. Lists on disk are expected in the same folder and opened read-only.
 
     Raises:
         InputError: faiss cannot read it.
     """
-    lists, rest = _maps_lists(path), getattr(import_faiss(), "IO_FLAG_MMAP_IFC", 0)
-    # One flag maps inverted lists and the other all else; faiss refuses the two together where there are both.
+    lists, rest = _mmap_lists_flag(path), getattr(import_faiss(), "IO_FLAG_MMAP_IFC", 0)
+    # One flag maps inverted lists and the other everything else; for some files faiss refuses the combination.
     return _read(path, [lists | rest, lists] if mmap else [0])
 
 
 def read_trained(path: Path) -> Any:
-    """Read a faiss file but for the vectors in it: a trained and empty index, which takes new ones.
+    """Read a faiss file without its vectors: a trained, empty index to which vectors can be added.
 
-    Inverted lists are not read, in whichever file they are.
+    Inverted lists are not read, whether in memory or on disk.
 
     Raises:
         InputError: faiss cannot read it.
     """
     faiss = import_faiss()
-    # The lists alone are mapped: what else is mapped cannot be emptied.
-    index = _read(path, [_maps_lists(path)])
+    # Map only the lists: other memory-mapped data cannot be reset.
+    index = _read(path, [_mmap_lists_flag(path)])
     inner = core(index)
     if isinstance(inner, faiss.IndexIVF) and isinstance(
         faiss.downcast_InvertedLists(inner.invlists), faiss.OnDiskInvertedLists
     ):
-        # Nor can these: others take their place.
+        # Lists on disk cannot be reset either: replace them.
         empty = faiss.ArrayInvertedLists(inner.nlist, inner.code_size)
         inner.replace_invlists(empty, True)
         empty.this.disown()
     index.reset()
     if isinstance(inner, faiss.IndexFastScan):
-        # faiss 1.15.1 leaves the number of places as it was, and would write it.
+        # faiss 1.15.1 does not reset this count, and would write it.
         inner.ntotal2 = 0
     return index
 
 
-def _maps_lists(path: Path) -> int:
-    """The flag that leaves the lists of a faiss file on disk; none where they have a file of their own.
+def _mmap_lists_flag(path: Path) -> int:
+    """The faiss flag that memory-maps inverted lists; 0 for lists in a file of their own.
 
-    That is mapped in any case; told to map, faiss 1.15.1 leaves it out, and the first search ends the process.
+    Those are mapped in any case; given the flag, faiss 1.15.1 ignores that file, and the first search crashes.
     """
     return 0 if (path.parent / LISTS_FILE).exists() else int(import_faiss().IO_FLAG_MMAP)
 
 
 def _read(path: Path, tries: list[int]) -> Any:
-    """Read a faiss file with the first flags of `tries` that it can be read with."""
+    """Read a faiss file with the first of the flags `tries` that faiss accepts for it."""
     faiss = import_faiss()
     flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
     on_disk = (path.parent / LISTS_FILE).exists()
     for mapped in tries:
         try:
-            with quiet() if on_disk else contextlib.nullcontext():
+            with silence_stdout() if on_disk else contextlib.nullcontext():
                 return faiss.read_index(str(path.absolute()), flags | mapped)
-        except (RuntimeError, MemoryError, UnicodeDecodeError) as error:  # of bytes that a message quotes
+        except (RuntimeError, MemoryError, UnicodeDecodeError) as error:  # a faiss message may quote invalid UTF-8
             why = reason(error)
     raise InputError(f"{path}: cannot be read by faiss: {why}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from index.ann.factory import import_faiss
 from index.files import InputError
-from index.hashing import SummedFile
+from index.hashing import HashingFile
 from index.manifest import INDEX, FileEntry, Manifest, entries, read_manifest, write_manifest
 
 FAISS_FILE = "index.faiss"
@@ -21,21 +21,21 @@ OFFSETS_FILE = "passages.offsets.npy"
 FILES = (FAISS_FILE, IDS_FILE, PASSAGES_FILE, OFFSETS_FILE)
 
 LISTS_FILE = "lists.ivfdata"
-"""The inverted lists of an index whose lists stay on disk."""
+"""Inverted lists, for an index whose lists stay on disk."""
 CURVE_FILE = "recall.png"
-"""The plot of what tuning measured."""
+"""Plot of the recall curve measured by tuning."""
 OPTIONAL_FILES = (LISTS_FILE, CURVE_FILE)
 
 
-# Bytes of ids or passages looked at together.
+# Bytes of ids or passages processed at once.
 BLOCK_BYTES = 2**24
 
 
 def check_replaceable(out: Path) -> None:
-    """Only an index or an empty folder may be replaced: a slip in `out` must not cost anyone their files.
+    """Check that `out` is new, empty or an index, so that a mistyped path does not delete other files.
 
     Raises:
-        InputError: `out` is something else.
+        InputError: `out` contains something else.
     """
     if out.is_dir() and not any(out.iterdir()):
         return
@@ -47,17 +47,17 @@ def check_replaceable(out: Path) -> None:
 
 
 def finish(folder: Path, fields: dict[str, Any], faiss_sha256: str) -> None:
-    """Write the manifest of an index whose other files stand in `folder`; `faiss_sha256` is from `write_faiss`."""
+    """Write the manifest of an index whose other files are in `folder`; `faiss_sha256` is from `write_faiss`."""
     faiss_file = {FAISS_FILE: FileEntry((folder / FAISS_FILE).stat().st_size, faiss_sha256)}
     names = [name for name in (*FILES[1:], *OPTIONAL_FILES) if (folder / name).exists()]
     write_manifest(Manifest(folder, INDEX, fields, {**faiss_file, **entries(folder, names)}))
 
 
 def write_faiss(index: Any, path: Path) -> str:
-    """Write what `faiss.read_index` reads; returns its sha256."""
+    """Write a faiss file; return its sha256."""
     faiss = import_faiss()
-    # Through Python's file: faiss's own writer only prints that a full disk has cut its last bytes off.
-    with SummedFile(path) as file:
+    # Through a Python file: faiss's own writer only prints a message when the disk is full and the file is truncated.
+    with HashingFile(path) as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
     return file.sha256
 
@@ -65,26 +65,26 @@ def write_faiss(index: Any, path: Path) -> str:
 def write_passages(
     ids: Sequence[Path], passages: Sequence[Path], rows: int, folder: Path, keep: np.ndarray | None = None
 ) -> None:
-    """Write the passages, one a line, the byte at which each line begins, and their ids.
+    """Write the ids, the passages, and the byte offset of each passage line.
 
     Args:
-        ids: files of ids, one a line, in the order of the rows.
-        passages: files of passages, one a line, in the same order.
-        rows: how many lines they have in all.
-        folder: of the index.
-        keep: [rows] bool, which to write; all when there is none.
+        ids: files of ids, one per line, in the order of the rows.
+        passages: files of passages as JSON lines, in the same order.
+        rows: total number of lines.
+        folder: folder of the index.
+        keep: [rows] bool, the rows to write; None: all.
 
     Raises:
-        InputError: the files have not as many lines.
+        InputError: the files have another number of lines.
     """
     keep = np.ones(rows, bool) if keep is None else keep
     with open(folder / IDS_FILE, "wb") as out:
-        for lines, _ in _kept(ids, keep, "ids"):
+        for lines, _ in _kept_lines(ids, keep, "ids"):
             out.write(lines.data)
     offsets = np.empty(int(keep.sum()), np.uint64)
     row = position = 0
     with open(folder / PASSAGES_FILE, "wb") as out:
-        for lines, lengths in _kept(passages, keep, "passages"):
+        for lines, lengths in _kept_lines(passages, keep, "passages"):
             out.write(lines.data)
             offsets[row : row + len(lengths)] = position + np.cumsum(lengths) - lengths
             row, position = row + len(lengths), position + len(lines)
@@ -92,8 +92,8 @@ def write_passages(
         np.save(out, offsets, allow_pickle=False)
 
 
-def _kept(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(bytes of some lines that are kept, uint8; how many bytes each line has), one block of a file after the other."""
+def _kept_lines(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (bytes of the kept lines [B] uint8, length of each line), one block of a file at a time."""
     row = 0
     for path in files:
         rest = b""
@@ -119,6 +119,6 @@ def _kept(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[tuple[
 
 
 def copy_rows(source: Path, folder: Path) -> None:
-    """Give `folder` the ids and passages of the index in `source`."""
+    """Copy the ids and passages of the index in `source` to `folder`."""
     for name in (IDS_FILE, PASSAGES_FILE, OFFSETS_FILE):
         shutil.copyfile(source / name, folder / name)

@@ -1,4 +1,4 @@
-"""Merging indexes that were trained alike into one."""
+"""Merging indexes with the same training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from index.ann.layout import (
     write_faiss,
     write_passages,
 )
-from index.ann.settings import parts, set_search_defaults
-from index.ann.train import trained_part
+from index.ann.settings import index_layers, set_search_defaults
+from index.ann.train import empty_trained_index
 from index.files import InputError, atomic_folder
 from index.store.ids import duplicate_id
 
@@ -33,32 +33,35 @@ def merge(
     progress: Callable[[int], None] | None = None,
     checked: Callable[[int], None] | None = None,
 ) -> int:
-    """Merge the indexes in `folders` into one in `out`; returns its rows.
+    """Merge the indexes in `folders` into one index in `out`.
 
-    The rows of the first come first, then those of the second, and so on: parts of a store that are merged in order
-    give the index that the whole store would have given. Memory: the merged index and one of the others; with
-    `on_disk` neither, for faiss merges the lists from file to file.
+    Rows are concatenated in the order of `folders`: merging the parts of a store in order gives the same index as
+    building it at once. Memory: the merged index and one of the others; with `on_disk` neither, because faiss merges
+    lists from file to file.
 
     Args:
-        folders: two indexes or more, built with the same training (`build` with `train_from`).
-        out: folder of the merged index, replaced when it is one.
-        on_disk: leave the inverted lists in a file of their own.
-        progress: called with the number of rows after each index.
-        checked: called with the number of bytes each time some of an index were checked.
+        folders: at least two indexes with the same training (`build` with `train_from`).
+        out: folder of the merged index; an existing index is replaced.
+        on_disk: store the inverted lists in a file of their own. Default False.
+        progress: called with the number of rows just merged.
+        checked: called with the number of bytes of the indexes just checked.
+
+    Returns:
+        Number of rows of the merged index.
 
     Raises:
-        InputError: the indexes differ in training, model or kind, share an id, or are damaged; or the kind cannot be
-            merged.
+        InputError: the indexes differ in training, model or factory, share an id, or are damaged; or indexes of this
+            type cannot be merged.
         OSError: the disk is full.
     """
     if len(folders) < 2:
         raise InputError(f"merge: expected two indexes or more, found {len(folders)}")
     check_replaceable(out)
     indexes = [Index.open(folder, verify="hash", mmap=True, progress=checked) for folder in folders]
-    _check_alike(indexes)
+    _check_compatible(indexes)
     for index in indexes:
         if index.manifest.count("trained_on"):
-            trained_part(index)
+            empty_trained_index(index)
     if (found := duplicate_id([folder / IDS_FILE for folder in folders])) is not None:
         raise InputError(f"merge: expected every id in one index alone, found {found!r} twice")
     rows = sum(index.rows for index in indexes)
@@ -70,15 +73,15 @@ def merge(
         else:
             whole = _merged_in_memory(indexes, progress)
         write_passages([f / IDS_FILE for f in folders], [f / PASSAGES_FILE for f in folders], rows, folder)
-        summed = write_faiss(whole, folder / FAISS_FILE)
-        # What was measured was measured on the parts.
+        sha256 = write_faiss(whole, folder / FAISS_FILE)
+        # The recall was measured on the parts, not on the merged index.
         fields = {name: field for name, field in indexes[0].manifest.fields.items() if name != "tuning"}
         sources = [source for index in indexes for source in index.manifest.field("sources", list)]
-        finish(folder, {**fields, "rows": rows, "sources": sources}, summed)
+        finish(folder, {**fields, "rows": rows, "sources": sources}, sha256)
     return rows
 
 
-def _check_alike(indexes: Sequence[Index]) -> None:
+def _check_compatible(indexes: Sequence[Index]) -> None:
     first = indexes[0]
     for other in indexes[1:]:
         other.check_model(first.model)
@@ -95,7 +98,7 @@ def _merged_in_memory(indexes: Sequence[Index], progress: Callable[[int], None] 
     for index in indexes:
         if LISTS_FILE in index.manifest.files:
             raise InputError(f"{index.folder}: has its lists on disk, expected --on-disk to merge it")
-    # Read whole, because what is mapped cannot grow.
+    # Read into memory, because a memory-mapped index cannot grow.
     whole = read_faiss(indexes[0].folder / FAISS_FILE)
     set_search_defaults(whole)
     if progress is not None:
@@ -115,9 +118,9 @@ def _merged_in_memory(indexes: Sequence[Index], progress: Callable[[int], None] 
 
 
 def _append(whole: Any, other: Any) -> None:
-    """Move the vectors of `other` behind those of `whole`, layer by layer: faiss does not know how for all of them."""
+    """Append the vectors of `other` to `whole` layer by layer; merge_from does not support all nested indexes."""
     faiss = import_faiss()
-    layers, others = list(parts(whole)), list(parts(other))
+    layers, others = list(index_layers(whole)), list(index_layers(other))
     before, rows = whole.ntotal, whole.ntotal + other.ntotal
     inner = layers[-1]
     inner.merge_from(others[-1], before if isinstance(inner, faiss.IndexIVF) else 0)
@@ -128,7 +131,7 @@ def _append(whole: Any, other: Any) -> None:
 
 
 def _merged_on_disk(indexes: Sequence[Index], folder: Path, out: Path) -> Any:
-    lists_on_disk.check_kind(indexes[0].faiss, "--on-disk")
-    whole = trained_part(indexes[0])
+    lists_on_disk.check_supported(indexes[0].faiss, "--on-disk")
+    whole = empty_trained_index(indexes[0])
     lists_on_disk.merge(whole, [index.folder / FAISS_FILE for index in indexes], folder, out)
     return whole

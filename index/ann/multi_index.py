@@ -1,4 +1,4 @@
-"""Searching several indexes as if they were one."""
+"""Searching several indexes as one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,18 @@ from index.passages import Passage
 from index.store.ids import Ids
 
 
-class Indexes:
-    """Several indexes of passages, searched together: the rows of the first come first, then those of the second.
+class MultiIndex:
+    """Several indexes searched as one, with the interface of `Index`. Created by `MultiIndex.open`.
 
-    Searches, ranks and gives passages as one `Index` does. Made by `open`.
+    Rows are numbered consecutively: those of the first index come first, then those of the second, and so on.
+
+    Attributes:
+        indexes: the indexes.
+        folder: folder of the first index.
+        rows: N, the total number of passages.
+        dim: D, the length of a vector.
+        model: identifies the model that embedded the passages.
+        factory: the factory strings, joined by " + ".
     """
 
     def __init__(self, indexes: Sequence[Index]) -> None:
@@ -35,7 +43,7 @@ class Indexes:
             index.check_model(first.model)
             if index.dim != first.dim:
                 raise InputError(f"{index.folder}: expected vectors of {first.dim} dimensions, found {index.dim}")
-        self._refuse_overlap()
+        self._check_disjoint()
 
     @classmethod
     def open(
@@ -45,12 +53,18 @@ class Indexes:
         verify: Level = "size",
         mmap: bool = False,
         progress: Callable[[int], None] | None = None,
-    ) -> Indexes:
-        """Open the indexes in `folders`, one at least, as `Index.open` does.
+    ) -> MultiIndex:
+        """Open the indexes in `folders` (at least one).
+
+        Args:
+            folders: folders of the indexes.
+            verify: as in `Index.open`.
+            mmap: as in `Index.open`.
+            progress: called with the number of bytes just checked.
 
         Raises:
-            InputError: a folder holds no index, a damaged one, one of another model or dimension, or one that was
-                built of the same store, or part of one, as another.
+            InputError: a folder contains no index, a damaged one, or one of another model or dimension; or two indexes
+                contain the same store or part of a store.
         """
         if not folders:
             raise InputError("expected an index or more to search, found none")
@@ -65,35 +79,39 @@ class Indexes:
         """The passage of `row`, 0 to N - 1.
 
         Raises:
-            IndexError: there is no such row.
-            InputError: the line on disk is no passage.
+            IndexError: `row` is out of range.
+            InputError: the line on disk is not a passage.
         """
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of indexes of {self.rows}")
-        index, within = self._place(row)
+        index, within = self._locate(row)
         return index.passage(within)
 
     def check_model(self, model: dict[str, str]) -> None:
-        """Refuse to search with vectors of another model than the one that embedded the passages.
+        """Check that queries come from the model that embedded the passages.
 
         Raises:
-            InputError: the two differ.
+            InputError: the models differ.
         """
         for index in self.indexes:
             index.check_model(model)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The best `k` of what every index finds, by score and then by id, both descending.
+        """Find the k nearest passages of all indexes, by score and then by id, both descending.
 
-        A passage that several find is given once, with the best of its scores. Of exact indexes the merge is exact,
-        ties at the cut included: each index gives the k of highest score and id that it holds, and the k of all are
-        among them.
+        A passage that occurs in several indexes is returned once, with its highest score. With exact indexes the result
+        is exact, including ties at rank k: the top k of all are among the top k of each.
+
+        Args:
+            queries: [Q, D] float32.
+            k: passages per query.
 
         Returns:
-            scores [Q, min(k, N)] float32 and rows [Q, min(k, N)] int64, as `Index.search` gives them.
+            scores [Q, min(k, N)] float32 and rows [Q, min(k, N)] int64, as `Index.search` returns them.
 
         Raises:
-            as `Index.search`.
+            InputError: as `Index.search`.
+            ValueError: as `Index.search`.
         """
         found = [index.search(queries, k) for index in self.indexes]
         scores = np.concatenate([some for some, _ in found], axis=1)
@@ -108,13 +126,14 @@ class Indexes:
             ids = [self.ids[row] for row in found_rows]
             ranked = sorted(zip(scores[query, there].tolist(), ids, found_rows, strict=True), reverse=True)
             rows[query, there] = [row for _, _, row in ranked]
-        return self._once(scores, rows, min(k, self.rows))
+        return self._drop_duplicates(scores, rows, min(k, self.rows))
 
-    def ranked(self, queries: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
-        """For each of `queries` [Q, D], up to `k` pairs of id and score, in the order of `search`.
+    def search_ids(self, queries: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
+        """Like `search`, but return (id, score) pairs, at most k per query.
 
-        Raises:
-            as `search`.
+        Args:
+            queries: [Q, D] float32.
+            k: passages per query.
         """
         scores, rows = self.search(queries, k)
         return [
@@ -122,23 +141,23 @@ class Indexes:
             for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True)
         ]
 
-    def _once(self, scores: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` of `scores` and `rows` [Q, n] but for those whose id came before, filled up at the end."""
+    def _drop_duplicates(self, scores: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keep the first result of each id in `scores` and `rows` [Q, n]; cut or pad to `count` columns."""
         first_scores = np.full((len(rows), count), -np.inf, np.float32)
         first_rows = np.full((len(rows), count), -1, np.int64)
         for query, found in enumerate(rows.tolist()):
-            places: dict[str, int] = {}
-            for place, row in enumerate(found):
-                if row < 0 or len(places) == count:
+            first_columns: dict[str, int] = {}
+            for column, row in enumerate(found):
+                if row < 0 or len(first_columns) == count:
                     break
-                places.setdefault(self.ids[row], place)
-            taken = list(places.values())
+                first_columns.setdefault(self.ids[row], column)
+            taken = list(first_columns.values())
             first_scores[query, : len(taken)] = scores[query, taken]
             first_rows[query, : len(taken)] = rows[query, taken]
         return first_scores, first_rows
 
-    def _refuse_overlap(self) -> None:
-        """No two may be built of the same store or part: one of them was meant to be another."""
+    def _check_disjoint(self) -> None:
+        """Refuse indexes that contain the same store or part, which is nearly always a mistake in the arguments."""
         holder: dict[str, Index] = {}
         for index in self.indexes:
             for source in index.manifest.field("sources", list):
@@ -147,7 +166,7 @@ class Indexes:
                     found = "found the same"
                     raise InputError(f"{index.folder}: expected other passages than those of {other.folder}, {found}")
 
-    def _place(self, row: int) -> tuple[Index, int]:
+    def _locate(self, row: int) -> tuple[Index, int]:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self.indexes[number], int(row - self._starts[number])
 
@@ -158,12 +177,12 @@ def open_all(
     verify: Level = "size",
     mmap: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> Index | Indexes:
-    """The index in the one folder, or those in several as one, opened as `Index.open` does.
+) -> Index | MultiIndex:
+    """Open one index, or several as a `MultiIndex`, with the arguments of `Index.open`.
 
     Raises:
-        InputError: as `Indexes.open`.
+        InputError: as `MultiIndex.open`.
     """
     if len(folders) == 1:
         return Index.open(folders[0], verify=verify, mmap=mmap, progress=progress)
-    return Indexes.open(folders, verify=verify, mmap=mmap, progress=progress)
+    return MultiIndex.open(folders, verify=verify, mmap=mmap, progress=progress)

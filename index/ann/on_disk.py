@@ -1,4 +1,4 @@
-"""Inverted lists that stay on disk: indexes larger than memory, filled group by group and merged by faiss."""
+"""IVF indexes whose inverted lists stay on disk: filled in groups that fit in memory, then merged by faiss."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 from index.ann.factory import import_faiss
 from index.ann.index import read_faiss
 from index.ann.layout import LISTS_FILE, write_faiss
-from index.ann.settings import parts
-from index.ann.silence_stdout import quiet
+from index.ann.settings import index_layers
+from index.ann.silence_stdout import silence_stdout
 from index.files import InputError
 from index.store.parts import Part
 
-# Codes and ids held at once where no memory budget says otherwise.
+# Memory for codes and ids where no budget is given.
 BYTES_AT_ONCE = 2**30
 
 
-def check_kind(index: Any, what: str) -> None:
-    """Refuse an index that faiss cannot keep so.
+def check_supported(index: Any, what: str) -> None:
+    """Check that the inverted lists of `index` can be stored on disk. `what` begins the error message.
 
     Raises:
-        InputError: it has no inverted lists, or of a layout that faiss knows in memory alone.
+        InputError: the index has no inverted lists, or lists of a type that faiss supports in memory only.
     """
     faiss = import_faiss()
-    for part in parts(index):
+    for part in index_layers(index):
         if isinstance(part, faiss.IndexRefine):
             break
         if isinstance(part, faiss.IndexIVF) and not isinstance(part, faiss.IndexIVFFastScan):
@@ -44,19 +44,19 @@ def fill(
     put: Callable[[np.ndarray], None],
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Put the vectors of `part` into lists in `folder`, holding as many codes at once as the memory budget allows.
+    """Add the vectors of `part` to inverted lists on disk, holding no more codes in memory than the budget allows.
 
     Args:
-        index: trained and empty; afterwards its lists are those on disk.
-        part: what to add.
-        folder: where the index is being written.
-        final: where it will stand: plain faiss looks for the lists there.
-        memory_mib: most to hold; 1 GiB when there is none.
+        index: trained and empty; afterwards its inverted lists are those on disk.
+        part: the vectors to add.
+        folder: folder in which the index is being written.
+        final: its path once complete: plain faiss looks for the lists there.
+        memory_mib: memory budget in MiB; None: 1 GiB.
         put: adds vectors [n, D] float32 to `index`.
-        progress: called with the number of rows each time some were added.
+        progress: called with the number of rows just added.
     """
     faiss = import_faiss()
-    check_kind(index, "--on-disk")
+    check_supported(index, "--on-disk")
     each = faiss.extract_index_ivf(index).code_size + 8
     most = max(1, int((memory_mib * 2**20 if memory_mib else BYTES_AT_ONCE) // each))
     groups: list[Path] = []
@@ -79,18 +79,18 @@ def fill(
 
 
 def merge(index: Any, files: Sequence[Path], folder: Path, final: Path) -> None:
-    """Merge the inverted lists of faiss `files`, one after the other, into lists in `folder`; rows are numbered on.
+    """Concatenate the inverted lists of several faiss files into lists on disk, with consecutive row numbers.
 
-    Memory: the trained index alone; the files, and those of their lists, are mapped.
+    Memory: the trained index; the files and their lists are memory-mapped.
 
     Args:
-        index: trained and empty; afterwards its lists are those on disk.
-        files: of indexes trained alike, each with its lists in it or beside it.
-        folder: where the index is being written.
-        final: where it will stand: plain faiss looks for the lists there.
+        index: trained and empty; afterwards its inverted lists are those on disk.
+        files: faiss files of indexes with the same training, with their lists in memory or on disk.
+        folder: folder in which the index is being written.
+        final: its path once complete: plain faiss looks for the lists there.
     """
     faiss = import_faiss()
-    # Kept until all is copied: the lists belong to them.
+    # The indexes own their lists: keep them alive until everything is copied.
     indexes = [read_faiss(path, mmap=True) for path in files]
     sources = [faiss.extract_index_ivf(each).invlists for each in indexes]
     pointers = faiss.InvertedListsPtrVector()
@@ -99,24 +99,24 @@ def merge(index: Any, files: Sequence[Path], folder: Path, final: Path) -> None:
     inner = faiss.extract_index_ivf(index)
     lists = faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(folder / LISTS_FILE))
     threads = faiss.omp_get_max_threads()
-    # One thread writes the lists in their order, and so the same file every time; the disk is what takes the time.
+    # A single thread writes the lists in a fixed order, so the file is deterministic; the disk is the bottleneck.
     faiss.omp_set_num_threads(1)
     try:
-        with quiet():
+        with silence_stdout():
             index.ntotal = inner.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size())
     finally:
         faiss.omp_set_num_threads(threads)
-    _number_on(lists, sources, [each.ntotal for each in indexes])
+    _shift_row_numbers(lists, sources, [each.ntotal for each in indexes])
     inner.replace_invlists(lists, True)
     lists.this.disown()
-    # The folder is still to be renamed. Ours looks beside index.faiss; plain faiss looks where the file says.
+    # The folder will be renamed to `final`. `read_faiss` looks next to index.faiss; plain faiss uses this path.
     lists.filename = str(final.resolve() / LISTS_FILE)
 
 
-def _number_on(lists: Any, sources: Sequence[Any], rows_of_each: Sequence[int]) -> None:
-    """Add to every entry's row the rows of the sources before its own.
+def _shift_row_numbers(lists: Any, sources: Sequence[Any], rows_of_each: Sequence[int]) -> None:
+    """Add to each id in the lists the number of rows of the preceding sources.
 
-    faiss's own `shift_ids` (1.15.1) adds the sum of the later files' sizes instead, which is right for two of one size.
+    faiss's own `shift_ids` (1.15.1) adds wrong offsets, which are right only for two sources of equal size.
     """
     faiss = import_faiss()
     for number in range(lists.nlist):

@@ -1,4 +1,4 @@
-"""How an index searches: the settings that weigh recall against time, wherever in a nested index they sit."""
+"""Search-time parameters (nprobe, efSearch, k_factor) of faiss indexes, including nested ones."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 
 from index.ann.factory import import_faiss
 
-LEAST_CENTROID_EFFORT = 128
-ADDING_CENTROID_EFFORT = 32
+MIN_CENTROID_EF_SEARCH = 128
+ADD_CENTROID_EF_SEARCH = 32
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a search looks at; None where the index has no such setting."""
+    """Search-time parameters; None where the index has no such parameter."""
 
     nprobe: int | None = None
-    """Lists visited, of an inverted file."""
+    """Inverted lists visited per query (IVF)."""
     ef_search: int | None = None
-    """Candidates kept while walking a graph."""
+    """Size of the candidate list of a graph search (HNSW efSearch)."""
     k_factor: float | None = None
-    """Candidates looked at again by a refining index, as a multiple of k."""
+    """Candidates that a refinement re-scores, as a multiple of k."""
 
     @classmethod
     def of(cls, index: Any) -> Settings:
-        """Those that `index` has now."""
+        """The current settings of a faiss index."""
         faiss = import_faiss()
         found: dict[str, Any] = {}
-        for part in parts(index):
+        for part in index_layers(index):
             if isinstance(part, faiss.IndexRefine):
                 found["k_factor"] = float(part.k_factor)
             elif isinstance(part, faiss.IndexIVF):
@@ -38,38 +38,38 @@ class Settings:
         return cls(**found)
 
     def apply(self, index: Any) -> None:
-        """Search `index` so from now on. The settings are saved in its faiss file: plain faiss searches alike."""
+        """Set these parameters in a faiss index. They are saved in its file, so plain faiss uses them too."""
         faiss = import_faiss()
-        for part in parts(index):
+        for part in index_layers(index):
             if isinstance(part, faiss.IndexRefine) and self.k_factor is not None:
                 part.k_factor = self.k_factor
             elif isinstance(part, faiss.IndexIVF) and self.nprobe is not None:
                 part.nprobe = self.nprobe
-                _set_centroid_effort(part, max(LEAST_CENTROID_EFFORT, self.nprobe))
+                _set_centroid_ef_search(part, max(MIN_CENTROID_EF_SEARCH, self.nprobe))
             elif isinstance(part, faiss.IndexHNSW) and self.ef_search is not None:
                 part.hnsw.efSearch = self.ef_search
 
     def known(self) -> dict[str, int | float]:
-        """Those that are there, by their names."""
+        """The settings that are not None, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value:g}" for name, value in self.known().items()) or "no settings"
 
 
-def prepare_to_add(index: Any) -> None:
-    """Let a graph of centroids look a little further than faiss's 16 for the one list that a vector goes to."""
+def set_add_effort(index: Any) -> None:
+    """Raise the efSearch of a graph over centroids from faiss's 16, so that added vectors go to their nearest list."""
     faiss = import_faiss()
     inner = core(index)
     if isinstance(inner, faiss.IndexIVF):
-        _set_centroid_effort(inner, ADDING_CENTROID_EFFORT)
+        _set_centroid_ef_search(inner, ADD_CENTROID_EF_SEARCH)
 
 
-def _set_centroid_effort(ivf: Any, effort: int) -> None:
-    """Set the efSearch of the graph that finds an inverted file's centroids, where it has one.
+def _set_centroid_ef_search(ivf: Any, effort: int) -> None:
+    """Set the efSearch of the HNSW graph that finds the nearest centroids of an IVF index, if it has one.
 
-    faiss leaves it at 16 whatever nprobe is: of 512 lists asked for, half were not the nearest (16,384 centroids of 128
-    dimensions), and no nprobe reached a recall of 0.8. With as much effort as lists, 0.998 of them are.
+    faiss leaves it at 16 whatever nprobe is: of 512 lists, half were not the nearest (16,384 centroids of 128
+    dimensions), and no nprobe reached a recall of 0.8. With efSearch = nprobe, 99.8 % of the lists are the nearest.
     """
     faiss = import_faiss()
     quantizer = faiss.downcast_index(ivf.quantizer)
@@ -77,8 +77,8 @@ def _set_centroid_effort(ivf: Any, effort: int) -> None:
         quantizer.hnsw.efSearch = effort
 
 
-def parts(index: Any) -> Iterator[Any]:
-    """`index` and what it wraps, from the outside to the core: transforms, refining indexes, then the index itself."""
+def index_layers(index: Any) -> Iterator[Any]:
+    """Yield `index` and the indexes that it wraps, outermost first: transforms, refinements, then the core index."""
     faiss = import_faiss()
     part = faiss.downcast_index(index)
     yield part
@@ -88,15 +88,15 @@ def parts(index: Any) -> Iterator[Any]:
 
 
 def core(index: Any) -> Any:
-    """The innermost part of `index`: an inverted file, a graph, or codes that are all compared."""
-    *_, last = parts(index)
+    """The innermost index: IVF, a graph, or flat codes."""
+    *_, last = index_layers(index)
     return last
 
 
 def flat_codes(index: Any) -> list[Any]:
-    """The parts of `index` that hold a code for every row: its core, or a graph's storage, and all refinements."""
+    """The indexes within `index` with one code per row: the core or the storage of a graph, and refinements."""
     faiss = import_faiss()
-    layers = list(parts(index))
+    layers = list(index_layers(index))
     inner = layers[-1]
     held = [inner.storage] if isinstance(inner, faiss.IndexHNSW) else [inner]
     held += [layer.refine_index for layer in layers if isinstance(layer, faiss.IndexRefine)]
@@ -104,9 +104,9 @@ def flat_codes(index: Any) -> list[Any]:
 
 
 def set_search_defaults(index: Any) -> None:
-    """Let a search look at enough of the index: with faiss's own defaults (1 list, no reserve) it finds far too little.
+    """Set default search parameters: nprobe nlist / 64 but at least 16, efSearch 64, k_factor 4.
 
-    For those who set no recall target: 1/64 of the lists and at least 16, efSearch 64, 4k candidates to refine.
+    faiss's own defaults (nprobe 1, k_factor 1) give far too low a recall. A recall target replaces these.
     """
     faiss = import_faiss()
     inner = core(index)

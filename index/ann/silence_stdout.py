@@ -1,4 +1,4 @@
-"""Standard output is for a command's answer: keeping faiss from printing there."""
+"""faiss prints to standard output, which belongs to the answer of a command."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what faiss prints about its files off standard output."""
+def silence_stdout() -> Iterator[None]:
+    """Discard what is written to standard output (file descriptor 1), including output of C++ code."""
     sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    saved, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 1)
+        os.dup2(devnull, 1)
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(devnull)

@@ -1,4 +1,4 @@
-"""What must hold of a faiss index that was read from disk: else a search could read outside its memory."""
+"""Consistency checks of a faiss index read from disk: inconsistent sizes would make a search read invalid memory."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 import numpy as np
 
 from index.ann.factory import import_faiss
-from index.ann.settings import flat_codes, parts
+from index.ann.settings import flat_codes, index_layers
 from index.files import InputError
 
-# Numbers of size_t that describe a list on disk: how many entries it has, room for how many, and where it begins.
+# Fields (size_t) of a list on disk: size, capacity, offset in the file.
 LIST_FIELDS = 3
 
 
 def check_structure(index: Any, path: Path, rows: int, dim: int) -> None:
-    """Check the sizes within an index, of which faiss trusts those of lists on disk and of refinements.
+    """Check the sizes within an index. faiss does not check those of lists on disk and of refinements.
 
-    Takes little time, and for lists on disk below a refinement that of reading the ids in them: those must be rows.
+    Fast, except for lists on disk below a refinement: all their ids are read, since they are used as row numbers.
 
     Args:
-        index: as read.
-        path: of the file, for messages.
-        rows: that it must have.
-        dim: of its vectors.
+        index: the faiss index.
+        path: its file, for messages.
+        rows: expected number of vectors.
+        dim: expected dimension.
 
     Raises:
-        InputError: a size does not fit.
+        InputError: a size is wrong.
     """
     faiss = import_faiss()
     if index.ntotal != rows or index.d != dim:
         raise InputError(f"{path}: expected {rows} vectors of {dim} dimensions, found {index.ntotal} of {index.d}")
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise InputError(f"{path}: expected an index by inner product, found faiss's metric {index.metric_type}")
-    layers = list(parts(index))
+    layers = list(index_layers(index))
     for layer in layers:
         if layer.ntotal != rows:
             raise InputError(
@@ -56,20 +56,20 @@ def check_structure(index: Any, path: Path, rows: int, dim: int) -> None:
             _check_lists(lists, inner.code_size, path)
             if any(isinstance(layer, faiss.IndexRefine) for layer in layers):
                 _check_ids(lists, path, rows)
-        # After the sizes of lists on disk, which it adds up.
+        # After `_check_lists`, because it reads those sizes.
         if (found := lists.compute_ntotal()) != rows:
             raise InputError(f"{path}: damaged: expected {rows} vectors in the lists, found {found}")
 
 
 def _check_lists(lists: Any, code_size: int, path: Path) -> None:
-    """Every list must lie within the file that is mapped, and hold codes of the size that the index reads."""
+    """Check that every list lies within the mapped file, and that its codes have the size the index reads."""
     if lists.code_size != code_size or lists.lists.size() != lists.nlist:
         found = f"found {lists.lists.size()} of {lists.code_size}"
         raise InputError(f"{path}: damaged: expected {lists.nlist} lists of {code_size} bytes a code, {found}")
     sizes = list_table(lists)
     end = min(int(lists.totsize), Path(lists.filename).stat().st_size if lists.filename else path.stat().st_size)
     each = int(lists.code_size) + 8
-    # Divided rather than multiplied: damaged numbers may be as large as 2**64 - 1.
+    # Divide instead of multiply: damaged numbers may be as large as 2**64 - 1, and the product would overflow.
     fits = (sizes[:, 0] <= sizes[:, 1]) & (sizes[:, 2] <= end)
     fits[fits] &= sizes[fits, 1] <= (end - sizes[fits, 2]) // each
     fits |= (sizes[:, :2] == 0).all(axis=1)
@@ -83,7 +83,7 @@ def _check_lists(lists: Any, code_size: int, path: Path) -> None:
 
 
 def _check_ids(lists: Any, path: Path, rows: int) -> None:
-    """A refinement looks its candidates up by their ids."""
+    """Check that all ids are valid rows: a refinement uses them to look up its candidates."""
     faiss = import_faiss()
     for number in range(lists.nlist):
         if size := lists.list_size(number):
@@ -94,7 +94,7 @@ def _check_ids(lists: Any, path: Path, rows: int) -> None:
 
 
 def list_table(lists: Any) -> np.ndarray:
-    """[nlist, LIST_FIELDS] uint64: size, capacity and offset of every list on disk."""
+    """Size, capacity and offset of every list on disk: [nlist, LIST_FIELDS] uint64."""
     count = lists.lists.size()
     if not count:
         return np.empty((0, LIST_FIELDS), np.uint64)

@@ -1,4 +1,4 @@
-"""Vectors on their way to the device: windows of constant size, filled block by block while the last is worked on."""
+"""Moving vectors to the device: two windows of constant size, one filled while the other is searched."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 
-# Vectors held on the device at a time, twice: the larger, the fewer candidates must be scored.
+# Size of a window, of which there are two. Larger windows leave fewer candidates to score.
 WINDOW_BYTES = {"cpu": 2**28, "cuda": 2**30}
-# Memory that a GPU copies from by itself, and the threads that fill it.
-STAGE_BYTES = 2**24
-STAGES = 4
-THREADS = 4
-# Pieces copied before they are asked for.
-AHEAD = 2
+# Pinned staging buffers for copies to a GPU, and the threads that fill them.
+STAGING_BYTES = 2**24
+STAGING_BUFFERS = 4
+COPY_THREADS = 4
+# Pieces copied to the device ahead of the search.
+PREFETCHED_PIECES = 2
 
 Shards = Iterable[tuple[int, np.ndarray | torch.Tensor]]
 
 
 class Window:
-    """Passages whose vectors are at hand, with their row numbers."""
+    """Passage vectors on the device, with their row numbers."""
 
-    def __init__(self, vectors: torch.Tensor, most_rows: int | None = None) -> None:
-        """Begin with vectors [n, D]; `join` may bring more, up to `most_rows` (n, if none)."""
+    def __init__(self, vectors: torch.Tensor, capacity: int | None = None) -> None:
+        """Start with `vectors` [n, D]; `append` may add more, up to `capacity` rows (default n)."""
         self.parts = [(0, vectors)]
         """Where each part begins, and its vectors [n, D]."""
-        self.rows = torch.empty(most_rows or len(vectors), dtype=torch.int64, device=vectors.device)
+        self.rows = torch.empty(capacity or len(vectors), dtype=torch.int64, device=vectors.device)
         self.norm = 0.0
         """At least the largest norm."""
         self._free = threading.Event()
@@ -41,12 +41,12 @@ class Window:
 
     @property
     def vectors(self) -> torch.Tensor:
-        """Those of its only part."""
+        """The vectors of its only part."""
         ((_, vectors),) = self.parts
         return vectors
 
-    def join(self, vectors: torch.Tensor) -> int | None:
-        """Hold these vectors too; returns where they begin, or none where there is no room for them."""
+    def append(self, vectors: torch.Tensor) -> int | None:
+        """Append vectors without copying them; return the position of the first, or None if the window is full."""
         begin, last = self.parts[-1]
         start = begin + len(last)
         if start + len(vectors) > len(self.rows) or vectors.dtype != last.dtype:
@@ -54,20 +54,20 @@ class Window:
         self.parts.append((start, vectors))
         return start
 
-    def enter(self, start: int, first: int, rows: int, norm: float) -> None:
-        """The passages `first` to `first + rows` lie from `start` on; their norms are at most `norm`."""
+    def set_rows(self, start: int, first: int, rows: int, norm: float) -> None:
+        """Record that the passages `first` to `first + rows` are at `start`, with norms of at most `norm`."""
         self.rows[start : start + rows] = torch.arange(first, first + rows, device=self.rows.device)
         self.norm = max(self.norm, norm)
 
     def release(self) -> None:
-        """Nothing more will be asked of what it holds now."""
+        """Mark the window as no longer in use, so that it may be filled again."""
         self.norm = 0.0
         if self.rows.is_cuda:
             self._done = torch.cuda.current_stream(self.rows.device).record_event()
         self._free.set()
 
     def wait_until_released(self, stop: threading.Event) -> Any:
-        """Wait for `release`, and return the CUDA event of the work that was then under way; `stop` ends the wait."""
+        """Wait for `release`; return the CUDA event that ends the work on this window. Setting `stop` ends the wait."""
         while not self._free.wait(0.1):
             if stop.is_set():
                 raise _Stopped
@@ -77,52 +77,60 @@ class Window:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `first` to `first + rows` of all, which lie from `start` on in `window`."""
+    """Rows `first` to `first + rows`, at position `start` in `window`."""
 
     window: Window
     start: int
     first: int
     vectors: torch.Tensor
-    """[rows, D] of the type they are stored in, float32 or float16."""
+    """[rows, D] float32 or float16, as stored."""
     ready: Any = None
-    """The CUDA event after which they are there; none when they already are."""
+    """CUDA event that ends the copy; None if the vectors are already there."""
 
     @property
     def rows(self) -> int:
-        """How many."""
+        """Number of rows."""
         return len(self.vectors)
 
 
-def pieces(shards: Shards, block_rows: int, most_rows: int, device: torch.device) -> Generator[Piece, None, None]:
-    """Cut shards into pieces of at most `block_rows` rows, copied into windows on the device.
+def pieces(shards: Shards, block_rows: int, total_rows: int, device: torch.device) -> Generator[Piece, None, None]:
+    """Split shards into pieces of at most `block_rows` rows, copied into windows on the device.
 
-    Who takes a piece of another window than before has to release the one before. Tensors that lie on the device
-    already are not copied, nor, for a processor, long arrays that nobody can write to, as memory-mapped shards are.
-    `most_rows` is the number of rows there are. A shard that is copied is so before the next is read.
+    When a piece belongs to another window than the one before, the caller must release the former window. Tensors on
+    the device are used in place, as are long read-only arrays on a CPU (memory-mapped shards). Each other shard is
+    copied completely before the next is read.
+
+    Args:
+        shards: (first row, vectors [n, D]).
+        block_rows: maximum rows of a piece.
+        total_rows: total number of rows.
+        device: where the windows are.
     """
     if device.type == "cpu":
-        yield from _Filler(HostCopy(device, threading.Event()), block_rows, most_rows).fill(shards)
+        yield from _WindowFiller(HostCopy(device, threading.Event()), block_rows, total_rows).fill(shards)
     else:
         stop = threading.Event()
-        yield from ahead(lambda: _Filler(CudaCopy(device, stop), block_rows, most_rows).fill(shards), stop, device)
+        yield from prefetch(
+            lambda: _WindowFiller(CudaCopy(device, stop), block_rows, total_rows).fill(shards), stop, device
+        )
 
 
 class _Stopped(Exception):
-    """Nobody takes the pieces any more."""
+    """The consumer has stopped."""
 
 
 class HostCopy:
-    """Copies into windows in main memory."""
+    """Copies vectors into windows in main memory."""
 
     def __init__(self, device: torch.device, stop: threading.Event) -> None:
         self.device = device
         self._stop = stop
 
-    def resident(self, vectors: np.ndarray | torch.Tensor, block_rows: int) -> torch.Tensor | None:
-        """The vectors where they lie, if they are on the device and stay as they are."""
+    def usable_in_place(self, vectors: np.ndarray | torch.Tensor, block_rows: int) -> torch.Tensor | None:
+        """The vectors as a tensor without a copy, if they are on the device and will not change; else None."""
         if isinstance(vectors, torch.Tensor):
             return vectors if vectors.device == self.device else None
-        # Short ones make windows too short: from window to window candidates have to be scored.
+        # Short arrays make short windows, and candidates must be scored at the end of each window.
         if self.device.type != "cpu" or vectors.flags.writeable or len(vectors) < block_rows:
             return None
         if vectors.dtype not in (np.float16, np.float32) or not vectors.flags.c_contiguous:
@@ -131,64 +139,66 @@ class HostCopy:
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             return torch.from_numpy(vectors)
 
-    def room(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory for a window."""
-        # numpy asks for large pages: to touch the small ones for the first time takes longer than to copy into them.
+    def allocate(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Allocate a window."""
+        # numpy uses huge pages; the page faults of small ones take longer than the copy.
         return torch.from_numpy(np.empty(shape, np.float16 if dtype == torch.float16 else np.float32))
 
     def copy(self, target: torch.Tensor, source: np.ndarray) -> None:
-        """Begin to copy `source` [n, D] into `target` [n, D]; `source` may be changed afterwards."""
+        """Start to copy `source` [n, D] into `target` [n, D]; `source` may be changed after the call."""
         np.copyto(target.numpy(), source, casting="same_kind")
 
     def open(self, window: Window) -> None:
-        """Get a new window ready for being filled."""
+        """Prepare a new window."""
 
     def reopen(self, window: Window) -> None:
-        """Wait until a window that was filled may be filled again."""
+        """Wait until a used window may be filled again."""
         window.wait_until_released(self._stop)
 
     def ready(self) -> Any:
-        """The CUDA event after which all that was copied is there."""
+        """CUDA event that ends all copies so far; None on a CPU."""
         return None
 
     def close(self) -> None:
-        """Finish what was begun."""
+        """Finish pending copies."""
 
 
 class CudaCopy(HostCopy):
-    """Copies into windows on a GPU, through memory that it can read by itself, beside whatever it computes."""
+    """Copies vectors into windows on a GPU through pinned memory, on a stream of its own."""
 
     def __init__(self, device: torch.device, stop: threading.Event) -> None:
         super().__init__(device, stop)
         self._stream = torch.cuda.Stream(device)
-        self._pool = ThreadPoolExecutor(THREADS)
+        self._pool = ThreadPoolExecutor(COPY_THREADS)
         with torch.cuda.device(device):
-            self._stages = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(STAGES)]
-            self._copied = [torch.cuda.Event() for _ in range(STAGES)]
-        self._turn = 0
+            self._staging = [
+                torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(STAGING_BUFFERS)
+            ]
+            self._copied = [torch.cuda.Event() for _ in range(STAGING_BUFFERS)]
+        self._next_buffer = 0
 
-    def room(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def copy(self, target: torch.Tensor, source: np.ndarray) -> None:
-        bytes_a_row = max(1, target.shape[1] * target.element_size())
-        if bytes_a_row > STAGE_BYTES:
-            raise ValueError(f"vectors: expected rows of at most {STAGE_BYTES} bytes, found {bytes_a_row}")
-        step = STAGE_BYTES // bytes_a_row
+        row_bytes = max(1, target.shape[1] * target.element_size())
+        if row_bytes > STAGING_BYTES:
+            raise ValueError(f"vectors: expected rows of at most {STAGING_BYTES} bytes, found {row_bytes}")
+        step = STAGING_BYTES // row_bytes
         for start in range(0, len(source), step):
             part = source[start : start + step]
-            self._turn = (self._turn + 1) % STAGES
-            copied = self._copied[self._turn]
+            self._next_buffer = (self._next_buffer + 1) % STAGING_BUFFERS
+            copied = self._copied[self._next_buffer]
             copied.synchronize()
-            room = self._stages[self._turn][: len(part) * bytes_a_row]
-            stage = room.view(target.dtype).view(len(part), target.shape[1])
+            staging = self._staging[self._next_buffer][: len(part) * row_bytes]
+            stage = staging.view(target.dtype).view(len(part), target.shape[1])
             self._copy_in_threads(stage.numpy(), part)
             with torch.cuda.stream(self._stream):
                 target[start : start + step].copy_(stage, non_blocking=True)
                 copied.record(self._stream)
 
     def open(self, window: Window) -> None:
-        # Its memory may have been another tensor's, which is still being read.
+        # The allocator may have reused memory that a running kernel still reads.
         torch.cuda.synchronize(self.device)
 
     def reopen(self, window: Window) -> None:
@@ -202,39 +212,39 @@ class CudaCopy(HostCopy):
         self._stream.synchronize()
 
     def _copy_in_threads(self, target: np.ndarray, source: np.ndarray) -> None:
-        step = -(-len(source) // THREADS)
+        step = -(-len(source) // COPY_THREADS)
         cuts = [slice(start, start + step) for start in range(0, len(source), step)]
         for _ in self._pool.map(lambda cut: np.copyto(target[cut], source[cut], casting="same_kind"), cuts):
             pass
 
 
-class _Filler:
-    """Fills windows, two of them in turns."""
+class _WindowFiller:
+    """Fills two windows alternately."""
 
-    def __init__(self, copy: HostCopy, block_rows: int, most_rows: int) -> None:
+    def __init__(self, copy: HostCopy, block_rows: int, total_rows: int) -> None:
         self._copy = copy
         self._block_rows = block_rows
-        self._most_rows = most_rows
+        self._total_rows = total_rows
         self._windows: list[Window] = []
-        # Of vectors that are used where they lie.
-        self._held: Window | None = None
-        # The piece begun: where it begins and ends in the last of the windows, and the row it begins with.
+        # Window of vectors that are used in place.
+        self._resident_window: Window | None = None
+        # The current piece: its start and end in the last window, and its first row.
         self._start = self._end = self._first = 0
 
     def fill(self, shards: Shards) -> Iterator[Piece]:
-        """The pieces, in order."""
+        """Yield the pieces in order."""
         try:
             for first, vectors in shards:
-                resident = self._copy.resident(vectors, self._block_rows)
-                if resident is None:
-                    self._held = None
+                in_place = self._copy.usable_in_place(vectors, self._block_rows)
+                if in_place is None:
+                    self._resident_window = None
                     yield from self._add(first, np.asarray(vectors))
                 else:
-                    yield from self._finish()
-                    # The window so far is released when a piece of another is taken: nothing more goes into it.
+                    yield from self._end_piece()
+                    # The consumer releases the current window when it gets a piece of another: add nothing more to it.
                     self._start = self._end = len(self._windows[-1].vectors) if self._windows else 0
-                    yield from self._resident(first, resident)
-            yield from self._finish()
+                    yield from self._use_in_place(first, in_place)
+            yield from self._end_piece()
         finally:
             self._copy.close()
 
@@ -243,10 +253,10 @@ class _Filler:
         while len(vectors):
             window = self._windows[-1] if self._windows else None
             if window is None or window.vectors.dtype != dtype or self._end == len(window.vectors):
-                yield from self._finish()
+                yield from self._end_piece()
                 window = self._next_window(dtype, vectors.shape[1])
             elif self._first + self._end - self._start != row:
-                yield from self._finish()
+                yield from self._end_piece()
             if self._start == self._end:
                 self._first = row
             count = min(len(vectors), self._block_rows - (self._end - self._start), len(window.vectors) - self._end)
@@ -255,10 +265,10 @@ class _Filler:
             row += count
             self._end += count
             if self._end - self._start == self._block_rows:
-                yield from self._finish()
+                yield from self._end_piece()
 
-    def _finish(self) -> Iterator[Piece]:
-        """The piece begun, if there is one."""
+    def _end_piece(self) -> Iterator[Piece]:
+        """Yield the current piece, if it is not empty."""
         if self._end > self._start:
             window = self._windows[-1]
             yield Piece(window, self._start, self._first, window.vectors[self._start : self._end], self._copy.ready())
@@ -272,29 +282,29 @@ class _Filler:
             self._windows.reverse()
             self._copy.reopen(self._windows[-1])
         else:
-            room = self._copy.room((self._window_rows(dimension * dtype.itemsize), dimension), dtype)
-            self._windows.append(Window(room))
+            vectors = self._copy.allocate((self._window_rows(dimension * dtype.itemsize), dimension), dtype)
+            self._windows.append(Window(vectors))
             self._copy.open(self._windows[-1])
         return self._windows[-1]
 
-    def _window_rows(self, bytes_a_row: int) -> int:
-        rows = max(self._block_rows, WINDOW_BYTES[self._copy.device.type] // max(1, bytes_a_row))
-        return min(rows, self._most_rows)
+    def _window_rows(self, row_bytes: int) -> int:
+        rows = max(self._block_rows, WINDOW_BYTES[self._copy.device.type] // max(1, row_bytes))
+        return min(rows, self._total_rows)
 
-    def _resident(self, first: int, vectors: torch.Tensor) -> Iterator[Piece]:
+    def _use_in_place(self, first: int, vectors: torch.Tensor) -> Iterator[Piece]:
         if vectors.dtype == torch.float64:
             vectors = vectors.float()
-        begin = None if self._held is None else self._held.join(vectors)
-        if self._held is None or begin is None:
+        begin = None if self._resident_window is None else self._resident_window.append(vectors)
+        if self._resident_window is None or begin is None:
             rows = self._window_rows(vectors.shape[1] * vectors.element_size())
-            self._held, begin = Window(vectors, max(rows, len(vectors))), 0
+            self._resident_window, begin = Window(vectors, max(rows, len(vectors))), 0
         for start in range(0, len(vectors), self._block_rows):
-            yield Piece(self._held, begin + start, first + start, vectors[start : start + self._block_rows])
+            yield Piece(self._resident_window, begin + start, first + start, vectors[start : start + self._block_rows])
 
 
-def ahead(fill: Callable[[], Iterator[Piece]], stop: threading.Event, device: torch.device) -> Iterator[Piece]:
-    """The pieces, filled by a thread of its own while those before are worked on; it sets `stop` when it ends."""
-    taken: queue.Queue[Piece | BaseException | None] = queue.Queue(AHEAD)
+def prefetch(fill: Callable[[], Iterator[Piece]], stop: threading.Event, device: torch.device) -> Iterator[Piece]:
+    """Run `fill` in a thread and yield its pieces; the queue is bounded. Sets `stop` at the end."""
+    taken: queue.Queue[Piece | BaseException | None] = queue.Queue(PREFETCHED_PIECES)
 
     def put(item: Piece | BaseException | None) -> None:
         while not stop.is_set():
@@ -309,7 +319,7 @@ def ahead(fill: Callable[[], Iterator[Piece]], stop: threading.Event, device: to
                     put(piece)
             except _Stopped:
                 raise
-            except BaseException as error:  # noqa: BLE001 - raised again where the pieces are taken
+            except BaseException as error:  # noqa: BLE001 - raised again in the consumer
                 put(error)
             put(None)
 

@@ -1,4 +1,4 @@
-"""Arrays in npy files, opened without trusting their bytes."""
+"""Opening npy files safely."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 
 from index.files import InputError
 
-# What numpy raises for headers that are damaged; it evaluates them as Python.
+# Raised by numpy for damaged headers, which it evaluates as Python literals.
 UNREADABLE = (ValueError, EOFError, TypeError, SyntaxError, OverflowError, RecursionError, tokenize.TokenError)
 
 
 def map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of an npy file in C order, memory-mapped and read-only.
+    """Memory-map the array of an npy file, read-only.
 
     Raises:
-        InputError: the file is no array of this dtype and shape.
+        InputError: the file is not a C-ordered array of this dtype and shape.
     """
     try:
         with warnings.catch_warnings():
-            # Of a header that is not as numpy writes it: what comes of it is checked below.
+            # numpy warns about unusual headers; the result is checked below.
             warnings.simplefilter("ignore")
             array = np.lib.format.open_memmap(path, mode="r")
     except UNREADABLE as error:

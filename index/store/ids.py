@@ -1,4 +1,4 @@
-"""Ids in files of one a line: read by row where they lie, and looked through for one that stands twice."""
+"""Ids in text files, one per line: random access by row, and detection of duplicates."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ import numpy as np
 
 from index.files import InputError
 
-# The byte at which every eighth line begins is kept in memory: a byte an id, where a list of texts takes about 60.
-EVERY = 8
+# Only the offset of every eighth line is kept in memory: 1 byte per id, where a list of strings takes about 60.
+LINES_PER_OFFSET = 8
 BLOCK_BYTES = 2**22
-# Files mapped at the same time; each takes one of the process's descriptors.
-MAPPED = 64
+# Files that are memory-mapped at the same time; each takes a file descriptor.
+MAX_MAPPED_FILES = 64
 
 
 class Ids(Sequence[str]):
-    """The ids of N rows, in files of one a line, UTF-8; mapped, and made text when asked for. Memory: 1 byte an id.
+    """The ids of N rows as a sequence of strings, read from memory-mapped UTF-8 files with one id per line.
 
-    To look at one costs some microseconds; to go through all of them no more than a list does.
+    Memory: 1 byte per id. Access to one id takes some microseconds; iteration is as fast as over a list.
 
     Args:
-        files: the files, in the order of their rows, each with its number of ids.
+        files: the files in the order of their rows, each with its number of ids.
 
     Raises:
-        InputError: a file has not as many ids, or is no UTF-8.
+        InputError: a file has another number of ids, or is not UTF-8.
     """
 
     def __init__(self, files: Sequence[tuple[Path, int]]) -> None:
         self._paths = [path for path, _ in files]
         self._firsts = [0, *accumulate(count for _, count in files)]
         self._starts = [_line_starts(path, count) for path, count in files]
-        self._mapped = lru_cache(MAPPED)(self._map)
+        self._mapped = lru_cache(MAX_MAPPED_FILES)(self._map)
 
     def __len__(self) -> int:
         return self._firsts[-1]
@@ -55,10 +55,10 @@ class Ids(Sequence[str]):
         count = len(self)
         if not -count <= row < count:
             raise IndexError(f"row {row} of {count} ids")
-        number, within = self._place(row + count if row < 0 else row)
-        starts, chunk = self._starts[number], within // EVERY
+        number, within = self._locate(row + count if row < 0 else row)
+        starts, chunk = self._starts[number], within // LINES_PER_OFFSET
         lines = self._mapped(number)[starts[chunk] : starts[chunk + 1]]
-        return lines.split(b"\n", within % EVERY + 1)[within % EVERY].decode()
+        return lines.split(b"\n", within % LINES_PER_OFFSET + 1)[within % LINES_PER_OFFSET].decode()
 
     def __iter__(self) -> Iterator[str]:
         for path in self._paths:
@@ -67,19 +67,19 @@ class Ids(Sequence[str]):
                     yield line[:-1]
 
     def _range(self, start: int, stop: int) -> list[str]:
-        """The ids from `start` to `stop`, which may lie in several files."""
+        """The ids of rows `start` to `stop`, which may be in several files."""
         ids: list[str] = []
         while start < stop:
-            number, within = self._place(start)
+            number, within = self._locate(start)
             count = min(stop, self._firsts[number + 1]) - start
-            starts, chunk = self._starts[number], within // EVERY
-            lines = self._mapped(number)[starts[chunk] : starts[-(-(within + count) // EVERY)]]
-            skipped = within % EVERY
+            starts, chunk = self._starts[number], within // LINES_PER_OFFSET
+            lines = self._mapped(number)[starts[chunk] : starts[-(-(within + count) // LINES_PER_OFFSET)]]
+            skipped = within % LINES_PER_OFFSET
             ids += lines.decode().split("\n")[skipped : skipped + count]
             start += count
         return ids
 
-    def _place(self, row: int) -> tuple[int, int]:
+    def _locate(self, row: int) -> tuple[int, int]:
         number = bisect_right(self._firsts, row) - 1
         return number, row - self._firsts[number]
 
@@ -89,7 +89,11 @@ class Ids(Sequence[str]):
 
 
 def _line_starts(path: Path, count: int) -> array[int]:
-    """The byte at which lines 0, EVERY, 2 EVERY … of the file begin, and the byte after the last of `count` lines."""
+    """Byte offsets of every LINES_PER_OFFSET-th line of a file, and the offset of its end.
+
+    Raises:
+        InputError: the file has not `count` lines, or is not UTF-8.
+    """
     starts = array("Q", [0])
     lines = position = 0
     rest = b""
@@ -101,7 +105,8 @@ def _line_starts(path: Path, count: int) -> array[int]:
                 rest = block[whole:]
                 block[:whole].decode()
                 ends = np.flatnonzero(np.frombuffer(block, np.uint8, whole) == ord("\n")) + (position + 1)
-                starts.frombytes(ends[EVERY - 1 - lines % EVERY :: EVERY].astype(np.uint64).tobytes())
+                first_end = LINES_PER_OFFSET - 1 - lines % LINES_PER_OFFSET
+                starts.frombytes(ends[first_end::LINES_PER_OFFSET].astype(np.uint64).tobytes())
                 lines += len(ends)
                 position += whole
         rest.decode()
@@ -115,18 +120,18 @@ def _line_starts(path: Path, count: int) -> array[int]:
 
 
 def duplicate_id(files: Sequence[Path]) -> str | None:
-    """An id that stands more than once in `files` of ids, one a line; None when all differ. Memory: 16 bytes an id."""
+    """An id that occurs more than once in `files` (one id per line); None if all differ. Memory: 16 bytes per id."""
     hashes = np.fromiter(map(_hash, _lines(files)), np.uint64)
     hashes.sort()
     suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-    seen: set[bytes] = set()
+    found: set[bytes] = set()
     if suspects:
         for line in _lines(files):
-            # Two ids may share a hash: only the ids themselves tell.
+            # Different ids may share a hash: compare the ids themselves.
             if _hash(line) in suspects:
-                if line in seen:
+                if line in found:
                     return line.decode()
-                seen.add(line)
+                found.add(line)
     return None
 
 

@@ -9,22 +9,22 @@ from typing import Literal
 
 import numpy as np
 
-from index.background import Beside
+from index.background import BackgroundTasks
 from index.files import InputError
 from index.manifest import verify_files
 from index.store.reader import EmbeddingStore
 
-# Vectors converted to float32 and given to faiss at once. Each call wakes faiss's threads anew: with 8 MiB, filling an
-# index of one byte a number took 1.7 times as long as with all of it at once, and with 64 MiB 1.05 times.
+# Vectors are converted to float32 and passed to faiss in pieces of this size. Each call starts faiss's threads again:
+# filling an SQ8 index takes 1.7 times as long in 8 MiB pieces as in a single one, and 1.05 times in 64 MiB pieces.
 PIECE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
 class Part:
-    """The `number`-th of `count` parts of a store, from 1: whole shards, in order. 1 of 1 is the store.
+    """Part `number` (from 1) of `count` parts of a store: a range of whole shards. Part 1 of 1 is the whole store.
 
     Raises:
-        InputError: there is no such part, or it would be empty.
+        InputError: `number` is out of range, or the part would be empty.
     """
 
     store: EmbeddingStore
@@ -49,7 +49,7 @@ class Part:
 
     @property
     def rows(self) -> int:
-        """How many rows it has."""
+        """Number of rows."""
         return min(self._shards.stop * self.store.shard_rows, self.store.rows) - self.first
 
     @property
@@ -58,12 +58,12 @@ class Part:
         return range(shards * (self.number - 1) // self.count, shards * self.number // self.count)
 
     def files(self, suffix: Literal["npy", "ids", "jsonl"]) -> list[Path]:
-        """The files of its shards."""
+        """Paths of its shard files with this suffix."""
         return self.store.files(suffix)[self._shards.start : self._shards.stop]
 
     @property
     def in_one_piece(self) -> bool:
-        """Whether `pieces` gives it all at once."""
+        """Whether `pieces` yields a single array."""
         return len(self._shards) == 1 and self.rows <= self._piece_rows
 
     @property
@@ -71,7 +71,11 @@ class Part:
         return max(1, PIECE_BYTES // (4 * self.store.dim))
 
     def pieces(self, without: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        """Its vectors [n, D] float32, at most 64 MiB at a time; those of the store's rows `without` are left out."""
+        """Yield its vectors as [n, D] float32 arrays of at most 64 MiB.
+
+        Args:
+            without: rows of the store, ascending int64, that are left out.
+        """
         step = self._piece_rows
         for number, (first, vectors) in enumerate(self.store.shards()):
             if number in self._shards:
@@ -82,8 +86,8 @@ class Part:
                         piece = np.delete(piece, rows[(rows >= 0) & (rows < len(piece))], axis=0)
                     yield piece
 
-    def check_beside(self, beside: Beside) -> None:
-        """Check every byte of its files beside other work, file by file, unless the store was checked before."""
+    def check_in_background(self, background: BackgroundTasks) -> None:
+        """Check every byte of its files in `background`, one task per file, unless the store was checked before."""
         if not self.store.checked:
             for path in (*self.files("npy"), *self.files("ids"), *self.files("jsonl")):
-                beside.begin(verify_files, self.store.manifest.of([path.name]), "hash")
+                background.submit(verify_files, self.store.manifest.of([path.name]), "hash")

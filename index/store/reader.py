@@ -1,4 +1,4 @@
-"""Reading embeddings from disk, through memory maps."""
+"""Reading embedding stores through memory maps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,20 @@ from index.store.shards import DTYPES, SUFFIXES, read_vectors
 
 
 class EmbeddingStore:
-    """A complete embedding store, read through memory maps. Made by `open`."""
+    """An embedding store on disk, read through memory maps. Created by `EmbeddingStore.open`.
+
+    Attributes:
+        folder: folder of the store.
+        manifest: its manifest.
+        rows: N, the number of passages.
+        dim: D, the length of a vector.
+        dtype: "float32" or "float16", as stored.
+        shard_rows: rows per shard; the last shard may have fewer.
+        model: identifies the model that computed the vectors (its sha256).
+        source: what was embedded (file, checksum, prompt).
+        complete: whether the store was closed by its writer.
+        checked: whether this process has verified (or written) every byte of its files.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self.folder = manifest.folder
@@ -34,19 +47,22 @@ class EmbeddingStore:
         if not self.dim or not self.shard_rows:
             raise InputError(f"{place}: expected 'dim' and 'shard_rows' above 0, found {self.dim}, {self.shard_rows}")
         shards = -(-self.rows // self.shard_rows)
-        # Counted first: a number of rows that no file stands for must not make us list them all.
+        # Compare counts first: a damaged number of rows must not make us build a huge list of names.
         if len(manifest.files) != shards * len(SUFFIXES) or set(manifest.files) != set(self._names(shards)):
             raise InputError(f"{place}: expected the files of {shards} shards, found {len(manifest.files)} others")
         self._shards = shards
         self.checked = False
-        """Whether this process has checked every byte of the files, or has written them."""
 
     @classmethod
     def open(cls, folder: Path, *, verify: Level = "size") -> EmbeddingStore:
-        """Open the store in `folder`, checking the length of every file, or at "hash" its every byte.
+        """Open the store in `folder`.
+
+        Args:
+            folder: folder of the store.
+            verify: "size" checks the size of every file, "hash" also its sha256.
 
         Raises:
-            InputError: `folder` holds no store, an incomplete or a damaged one.
+            InputError: `folder` contains no store, an incomplete one or a damaged one.
         """
         manifest = read_manifest(folder, EMBEDDINGS)
         store = cls(manifest)
@@ -60,9 +76,9 @@ class EmbeddingStore:
         return store
 
     def check(self, progress: Callable[[int], None] | None = None) -> None:
-        """Check every byte of its files, unless that was done before.
+        """Verify the sha256 of every file, once per process.
 
-        Whatever makes a number or a file of a store calls it first; opening a store checks only lengths.
+        Every command that computes results from a store calls this first; `open` checks only file sizes by default.
 
         Args:
             progress: called with the number of bytes just checked.
@@ -75,7 +91,9 @@ class EmbeddingStore:
             self.checked = True
 
     def shards(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, vectors [n, D] of the stored dtype, memory-mapped and read-only) of every shard, in order.
+        """Yield (first row, vectors) of every shard, in order.
+
+        `vectors` is [n, D] of the stored dtype, memory-mapped and read-only.
 
         Raises:
             InputError: a shard is not the array that the manifest describes.
@@ -86,29 +104,28 @@ class EmbeddingStore:
             yield first, read_vectors(path, self.dtype, shape)
 
     def vectors(self) -> np.ndarray:
-        """All vectors [N, D] in memory, of the stored dtype: the short way to a small store's numbers, for callers
-        of the library. Nothing here needs them all at once; `shards` reads a store of any size."""
+        """Load all vectors into memory: [N, D] of the stored dtype. Use `shards` for stores of any size."""
         whole = np.empty((self.rows, self.dim), DTYPES[self.dtype])
         for first, vectors in self.shards():
             whole[first : first + len(vectors)] = vectors
         return whole
 
     def ids(self) -> Ids:
-        """All ids, by row, left on disk.
+        """All ids by row, left on disk.
 
         Raises:
-            InputError: a shard has not as many ids as rows.
+            InputError: a shard has another number of ids than rows.
         """
         files = enumerate(self.files("ids"))
         return Ids([(path, min(self.shard_rows, self.rows - number * self.shard_rows)) for number, path in files])
 
     def passages(self) -> Iterator[Passage]:
-        """All passages, by row, streamed."""
+        """Stream all passages, by row."""
         for path in self.files("jsonl"):
             yield from read_passages(path)
 
     def files(self, suffix: Literal["npy", "ids", "jsonl"]) -> list[Path]:
-        """The files of every shard, in order: vectors ("npy"), ids ("ids") or passages ("jsonl")."""
+        """Paths of the shard files, in order: vectors ("npy"), ids ("ids") or passages ("jsonl")."""
         return [self.folder / f"{number:05d}.{suffix}" for number in range(self._shards)]
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Row numbers in the place of ids, where nobody reads them."""
+"""Row numbers in place of ids."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import overload
 
 
-class RowNames(Sequence[str]):
-    """The ids "0" to N - 1 as text, made when asked for: exact search by rows alone needs no list of real ids."""
+class RowNumberIds(Sequence[str]):
+    """The ids "0" to "N-1", created on access: a search that needs only rows does not load the real ids."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows

@@ -1,4 +1,4 @@
-"""The files of one shard of embeddings: vectors in npy format, ids one a line, passages as JSON lines."""
+"""The files of a shard of an embedding store: vectors (npy), ids (one per line), passages (JSON lines)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from index.manifest import FileEntry
 from index.passages import Passage, checked_id
 from index.store.arrays import map_array
 
-# Little-endian whatever the machine, so that a store is the same bytes everywhere.
+# Little-endian on every machine, so that a store has the same bytes everywhere.
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 SUFFIXES = ("npy", "ids", "jsonl")
 
 
 class ShardBuffer:
-    """The rows of a shard until it is written; takes the memory of the rows it holds, however long a shard may be."""
+    """The rows of a shard until it is written. Memory grows with the rows added."""
 
     def __init__(self) -> None:
         self.ids: list[str] = []
@@ -30,13 +30,19 @@ class ShardBuffer:
         return len(self.ids)
 
     def add(self, ids: Sequence[str], vectors: np.ndarray, lines: Sequence[bytes]) -> None:
-        """Add n rows: ids, vectors [n, D] in C order (kept, not copied), and passages as `passage_line`s."""
+        """Add n rows.
+
+        Args:
+            ids: n ids.
+            vectors: [n, D] in C order; kept, not copied.
+            lines: n passages as returned by `passage_line`.
+        """
         self.ids += ids
         self._vectors.append(vectors)
         self._lines += lines
 
     def write(self, folder: Path, number: int) -> dict[str, FileEntry]:
-        """Write the rows, one at least, as the shard `number` of the store in `folder`; returns what stands on disk."""
+        """Write the rows (at least one) as shard `number` of the store in `folder`; return its manifest entries."""
         vectors, ids, passages = (f"{number:05d}.{suffix}" for suffix in SUFFIXES)
         return {
             vectors: _write_vectors(folder / vectors, self._vectors),
@@ -46,11 +52,11 @@ class ShardBuffer:
 
 
 def _write_vectors(path: Path, pieces: Sequence[np.ndarray]) -> FileEntry:
-    """Write `pieces` [n, D], each in C order, as one array."""
+    """Write `pieces`, each [n, D] in C order, as one array."""
     shape = (sum(map(len, pieces)), pieces[0].shape[1])
     header = {"descr": np.lib.format.dtype_to_descr(pieces[0].dtype), "fortran_order": False, "shape": shape}
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        # np.save writes past Python's streams and so loses the reason why a write failed; a full disk must say so.
+        # np.save bypasses Python's file objects and loses the reason of a failed write, such as a full disk.
         np.lib.format.write_array_header_1_0(stream, header)
         for piece in pieces:
             stream.write(piece.data)
@@ -64,12 +70,23 @@ def _write_lines(path: Path, lines: Iterable[bytes]) -> FileEntry:
 
 
 def stored_vectors(vectors: np.ndarray, dtype: str, ids: Sequence[str], folder: Path, first: int) -> np.ndarray:
-    """`vectors` [n, D] of any floating dtype as the store in `folder` holds them; `first` is the row of the first.
+    """Convert vectors to the dtype of a store.
+
+    Args:
+        vectors: [n, D], any floating dtype.
+        dtype: "float32" or "float16".
+        ids: n ids, for error messages.
+        folder: folder of the store, for error messages.
+        first: row of the first vector, for error messages.
+
+    Returns:
+        [n, D] of `dtype`, C order.
 
     Raises:
-        InputError: one holds NaN or infinity or does not fit the dtype; the message names its id and row.
+        InputError: a vector contains NaN or infinity, or a value too large for `dtype`; the message names its id and
+            row.
     """
-    with np.errstate(over="ignore"):  # what does not fit float16 becomes infinite, and is refused as such
+    with np.errstate(over="ignore"):  # values too large for float16 become infinite and are refused below
         stored = vectors.astype(DTYPES[dtype], order="C")
     finite = np.isfinite(stored).all(axis=1)
     if not finite.all():
@@ -80,15 +97,15 @@ def stored_vectors(vectors: np.ndarray, dtype: str, ids: Sequence[str], folder: 
 
 
 def read_vectors(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
-    """The vectors of `path`, memory-mapped and read-only.
+    """Memory-map the vectors of `path`, read-only.
 
     Raises:
-        InputError: the file is no array of `dtype` ("float32" or "float16") and `shape`.
+        InputError: the file is not an array of `dtype` ("float32" or "float16") and `shape`.
     """
     return map_array(path, DTYPES[dtype], shape)
 
 
-# A text as JSON, characters outside ASCII as they are; json.dumps takes three times as long for a line.
+# Quotes a string as JSON without escaping non-ASCII characters; json.dumps takes three times as long.
 _quoted = json.encoder.encode_basestring
 
 
@@ -96,7 +113,7 @@ def passage_line(passage: Passage, place: str) -> bytes:
     """The passage as a line of JSON.
 
     Raises:
-        InputError: its id is unfit, or its text holds half of a surrogate pair; the message begins with `place`.
+        InputError: its id is invalid, or its text contains half of a surrogate pair; the message begins with `place`.
     """
     checked_id(passage.id, place)
     texts = map(_quoted, (passage.id, passage.title, passage.text))

@@ -1,4 +1,4 @@
-"""Writing embeddings to disk: fixed-size shards, each whole or absent, and a manifest that names the whole ones."""
+"""Writing embedding stores: fixed-size shards, and a manifest that lists the complete ones. Interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from index.duplicate_ids import SeenIds
+from index.duplicate_ids import DuplicateFinder
 from index.files import InputError, locked_folder
 from index.manifest import EMBEDDINGS, NAME, FileEntry, Manifest, read_manifest, verify_files, write_manifest
 from index.passages import Passage
@@ -25,28 +25,29 @@ TEMPORARY_FILE = re.compile(r"\.(manifest\.json|\d{5,}\.(npy|ids|jsonl))\.[0-9a-
 
 
 class EmbeddingWriter:
-    """Writes passages and their vectors to `folder`, shard by shard; a run that was killed goes on where it stopped.
+    """Writes passages and their vectors to an embedding store, shard by shard. An interrupted run can be resumed.
 
-    On opening, `rows` says how many rows are already on disk: the caller skips as many passages and appends the rest.
-    Rows count only once their shard is whole; what stood in memory is embedded again. Used as a context manager,
-    leaving it normally closes the store, and leaving it by an exception keeps the whole shards and nothing else.
-    What is already on disk is read and checked, every byte, before anything is added to it or it is used again.
-    Memory: the rows of the shard begun; of all ids eight bytes each, on disk (duplicate_ids.py).
+    After opening, `rows` is the number of rows already on disk: skip as many passages and append the rest. Only
+    complete shards count; rows of an unfinished shard are lost when the process is killed. As a context manager, normal
+    exit closes the store, and an exception keeps the complete shards only. Before anything is added to an existing
+    store, every byte of it is checked.
+
+    Memory: the rows of the current shard. Ids take 8 bytes each, most of them on disk (duplicate_ids.py).
 
     Args:
-        folder: the store; made when missing.
+        folder: folder of the store; created if missing.
         dim: D, the length of a vector.
-        dtype: "float32" or "float16", as stored.
-        model: what identifies the model (its sha256). Vectors of models that differ in it never mix.
-        source: what was embedded (file, checksum, prompt); any JSON object.
-        shard_rows: rows a shard.
-        checked: called with the number of bytes each time some of what is already there were checked.
-        same_rows: asked, where an incomplete store was begun with another source, whether all that it holds stands at
-            the beginning of this one: then this one's it becomes.
+        model: identifies the model (its sha256). Vectors of different models cannot be mixed in a store.
+        source: what is embedded (file, checksum, prompt); any JSON object.
+        dtype: "float32" (default) or "float16", as stored.
+        shard_rows: rows per shard; default 65536.
+        same_rows: called if an incomplete store was begun with another `source`: whether the new source begins with the
+            passages already stored. If so, the store is continued with the new source.
+        checked: called with the number of bytes of the existing store just checked.
 
     Raises:
-        InputError: `folder` holds something else, a store of another header, a damaged one, or is being written by
-            another process.
+        InputError: `folder` contains something else, a store with other arguments or a damaged one, or another process
+            is writing to it.
         ValueError: `dim`, `dtype` or `shard_rows` is out of range.
     """
 
@@ -71,39 +72,41 @@ class EmbeddingWriter:
         self.shard_rows = shard_rows
         self._same_rows = same_rows
         self._checked = checked
-        # As JSON gives it back (tuples become lists), so that it compares equal on resuming.
+        # Round trip through JSON (tuples become lists), so that it compares equal to the manifest on resuming.
         header = {"dim": dim, "dtype": dtype, "model": model, "source": source, "shard_rows": shard_rows}
         self._header: dict[str, Any] = json.loads(json.dumps(header))
-        self._held = contextlib.ExitStack()
+        self._resources = contextlib.ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(locked_folder(folder))
-        self._seen = SeenIds(folder)
+        self._resources.enter_context(locked_folder(folder))
+        self._duplicates = DuplicateFinder(folder)
         try:
-            self._manifest = self._resume() if (folder / NAME).exists() else self._begin()
+            self._manifest = self._resume() if (folder / NAME).exists() else self._create()
         except BaseException:
-            self._held.close()
+            self._resources.close()
             raise
         self._buffer = ShardBuffer()
         self._released = False
 
     @property
     def rows(self) -> int:
-        """Rows whole on disk: a multiple of `shard_rows` until the last shard is there."""
+        """Rows on disk in complete shards."""
         return self._manifest.count("rows")
 
     @property
     def complete(self) -> bool:
-        """Whether the store was closed, by this run or an earlier one."""
+        """Whether the store was closed, by this process or an earlier one."""
         return self._manifest.field("complete", bool)
 
     def append(self, passages: Sequence[Passage], vectors: np.ndarray) -> None:
-        """Add `passages` (n of them) with their `vectors` [n, D], any floating dtype.
+        """Add passages and their vectors. If any of them is refused, none is added.
 
-        Nothing of them is added when one of them is refused.
+        Args:
+            passages: n passages.
+            vectors: [n, D], any floating dtype.
 
         Raises:
-            InputError: an id is a duplicate or unfit, a vector holds NaN or infinity or does not fit the dtype, a
-                text cannot be written as UTF-8; the message names the id and the row.
+            InputError: an id is a duplicate or invalid, a vector contains NaN, infinity or a value too large for the
+                dtype, or a text cannot be written as UTF-8; the message names the id and the row.
             ValueError: `vectors` has another shape, or the store is complete.
             OSError: the disk is full.
         """
@@ -112,10 +115,17 @@ class EmbeddingWriter:
         self.append_lines([passage.id for passage in passages], lines, vectors)
 
     def append_lines(self, ids: list[str], lines: Sequence[bytes], vectors: np.ndarray) -> None:
-        """`append` of passages that are `passage_line`s already, with their ids.
+        """`append` for passages that are already serialized.
+
+        Args:
+            ids: n ids.
+            lines: n passages as returned by `passage_line`.
+            vectors: [n, D], any floating dtype.
 
         Raises:
-            as `append`, but for ids and texts, which passage_line has looked at.
+            InputError: an id is a duplicate, or a vector cannot be stored, as in `append`.
+            ValueError: `vectors` has another shape, or the store is complete.
+            OSError: the disk is full.
         """
         if self.complete:
             raise ValueError(f"{self.folder}: the store is complete, nothing can be appended")
@@ -123,18 +133,22 @@ class EmbeddingWriter:
             raise ValueError(f"vectors: expected shape {(len(ids), self.dim)}, found {vectors.shape}")
         first = self.rows + len(self._buffer)
         stored = stored_vectors(vectors, self._header["dtype"], ids, self.folder, first)
-        self._enter_ids(ids, first)
-        for start, stop in self._pieces(len(ids)):
+        self._check_new_ids(ids, first)
+        for start, stop in self._split_at_shards(len(ids)):
             self._buffer.add(ids[start:stop], stored[start:stop], lines[start:stop])
             if len(self._buffer) == self.shard_rows:
                 self._write_shard(complete=False)
 
     def adopt_shard(self, rows: int, files: dict[str, FileEntry]) -> None:
-        """Take in the next shard, of `rows` rows, that another process has written here with a ShardBuffer.
+        """Add the next shard, which another process has already written to this folder with `ShardBuffer.write`.
+
+        Args:
+            rows: rows of the shard.
+            files: what `ShardBuffer.write` returned.
 
         Raises:
-            InputError: an id is a duplicate, or the files are not here.
-            ValueError: rows were appended and are not in a shard yet, or the store is complete.
+            InputError: an id is a duplicate, or the files do not exist here.
+            ValueError: appended rows are still in memory, or the store is complete.
         """
         if self.complete or len(self._buffer):
             raise ValueError(f"{self.folder}: expected a store with nothing in memory and not complete")
@@ -143,11 +157,11 @@ class EmbeddingWriter:
             if not path.exists() or path.stat().st_size != entry.bytes:
                 raise InputError(f"{path}: expected what another process wrote; do all of them see one folder?")
         (ids,) = (name for name in files if name.endswith(".ids"))
-        self._enter_ids(list(Ids([(self.folder / ids, rows)])), self.rows)
-        self._list(rows, files, complete=False)
+        self._check_new_ids(list(Ids([(self.folder / ids, rows)])), self.rows)
+        self._add_to_manifest(rows, files, complete=False)
 
     def close(self) -> None:
-        """Write the last, shorter shard and mark the store complete. Closing a complete store does nothing."""
+        """Write the last shard, which may be shorter, and mark the store complete. No-op for a complete store."""
         try:
             if not self.complete:
                 self._write_shard(complete=True)
@@ -168,10 +182,10 @@ class EmbeddingWriter:
     def _release(self) -> None:
         self._released = True
         self._buffer = ShardBuffer()
-        self._held.close()
+        self._resources.close()
 
-    def _begin(self) -> Manifest:
-        # The manifest is the first file of a store, so without one a file of another name is not ours to touch.
+    def _create(self) -> Manifest:
+        # The manifest is the first file written to a store: without it, other files in the folder are not ours.
         for path in self.folder.iterdir():
             if not TEMPORARY_FILE.fullmatch(path.name):
                 raise InputError(
@@ -179,7 +193,7 @@ class EmbeddingWriter:
                     "choose another --out"
                 )
         manifest = Manifest(self.folder, EMBEDDINGS, {**self._header, "rows": 0, "complete": False}, {})
-        self._clean(manifest)
+        self._remove_leftovers(manifest)
         write_manifest(manifest)
         return manifest
 
@@ -189,46 +203,46 @@ class EmbeddingWriter:
         others = [name for name, ours in self._header.items() if manifest.fields.get(name) != ours]
         corrected = others == ["source"] and self._same_rows is not None and not store.complete
         if others and not corrected:
-            raise self._begun_with_another(others[0], manifest)
+            raise self._mismatch_error(others[0], manifest)
         verify_files(manifest, "hash", self._checked)
         if corrected and self._same_rows is not None and not self._same_rows(store):
-            raise self._begun_with_another("source", manifest)
-        self._clean(manifest)
+            raise self._mismatch_error("source", manifest)
+        self._remove_leftovers(manifest)
         if not store.complete:
             ids = store.ids()
             for start in range(0, len(ids), self.shard_rows):
-                self._seen.enter(ids[start : start + self.shard_rows])
+                self._duplicates.add(ids[start : start + self.shard_rows])
         return manifest
 
-    def _begun_with_another(self, name: str, manifest: Manifest) -> InputError:
+    def _mismatch_error(self, name: str, manifest: Manifest) -> InputError:
         ours, theirs = _difference(self._header[name], manifest.fields.get(name))
         return InputError(
             f"{self.folder}: was begun with another {name} ({theirs}, now {ours}); "
             "remove the folder or choose another --out"
         )
 
-    def _clean(self, manifest: Manifest) -> None:
-        """Remove what a killed run left: temporary files, and shard files that never entered the manifest."""
+    def _remove_leftovers(self, manifest: Manifest) -> None:
+        """Remove temporary files and unlisted shard files of a killed run."""
         for path in self.folder.iterdir():
             unlisted = SHARD_FILE.fullmatch(path.name) and path.name not in manifest.files
             if unlisted or TEMPORARY_FILE.fullmatch(path.name):
                 path.unlink()
 
-    def _enter_ids(self, ids: list[str], first: int) -> None:
-        for place in self._seen.suspects(ids):
-            known = [*self._ids_on_disk(), *self._buffer.ids, *ids[:place]]
-            if (duplicate := ids[place]) in known:
+    def _check_new_ids(self, ids: list[str], first: int) -> None:
+        for position in self._duplicates.possible_duplicates(ids):
+            known = [*self._ids_on_disk(), *self._buffer.ids, *ids[:position]]
+            if (duplicate := ids[position]) in known:
                 raise InputError(
                     f"{self.folder}: expected unique ids, found {duplicate!r} in rows {known.index(duplicate)} and "
-                    f"{first + place} (counted from 0)"
+                    f"{first + position} (counted from 0)"
                 )
-        self._seen.enter(ids)
+        self._duplicates.add(ids)
 
     def _ids_on_disk(self) -> Ids:
         return EmbeddingStore(self._manifest).ids()
 
-    def _pieces(self, count: int) -> Iterator[tuple[int, int]]:
-        """Cut `count` new rows at the shards' ends."""
+    def _split_at_shards(self, count: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) ranges of `count` new rows, split where a shard ends."""
         start = 0
         while start < count:
             stop = min(count, start + self.shard_rows - len(self._buffer))
@@ -237,11 +251,11 @@ class EmbeddingWriter:
 
     def _write_shard(self, *, complete: bool) -> None:
         files = self._buffer.write(self.folder, self.rows // self.shard_rows) if len(self._buffer) else {}
-        self._list(len(self._buffer), files, complete=complete)
+        self._add_to_manifest(len(self._buffer), files, complete=complete)
         self._buffer = ShardBuffer()
 
-    def _list(self, rows: int, files: dict[str, FileEntry], *, complete: bool) -> None:
-        """Add a shard's files to the manifest."""
+    def _add_to_manifest(self, rows: int, files: dict[str, FileEntry], *, complete: bool) -> None:
+        """Add the files of a shard to the manifest."""
         if self._released:
             raise ValueError(f"{self.folder}: no longer held by this writer")
         fields = {**self._header, "rows": self.rows + rows, "complete": complete}
@@ -251,7 +265,7 @@ class EmbeddingWriter:
 
 
 def _difference(ours: Any, theirs: Any) -> tuple[str, str]:
-    """Two unequal header values for an error message: of objects, only their first unequal entry."""
+    """Two unequal header values, for an error message; of objects only the first unequal entry."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         name = next(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
         ours, theirs = {name: ours.get(name)}, {name: theirs.get(name)}

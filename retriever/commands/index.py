@@ -38,11 +38,11 @@ class RecallTarget:
     """How many passages to measure by where there are no queries; they are kept out of the training sample."""
 
     def __post_init__(self) -> None:
-        from index.ann.tuning.recall import LEAST_QUERIES
+        from index.ann.tuning.recall import MIN_QUERIES
 
         check_counts(self, "k")
-        if self.held_out < LEAST_QUERIES:
-            raise ValueError(f"--held-out: expected at least {LEAST_QUERIES}, found {self.held_out}")
+        if self.held_out < MIN_QUERIES:
+            raise ValueError(f"--held-out: expected at least {MIN_QUERIES}, found {self.held_out}")
         if (self.queries is None) != (self.model is None):
             raise ValueError("--queries: expected together with --model, the one that embedded the passages")
 
@@ -179,7 +179,7 @@ class IndexBuild(RecallTarget):
         from index.ann.build import choose_for
         from index.ann.factory import make, reason_of_choice
         from index.ann.index import Index
-        from index.ann.on_disk import check_kind
+        from index.ann.on_disk import check_supported
         from index.manifest import INDEX, read_manifest
 
         if self.train_from is None and self.factory == "auto":
@@ -189,7 +189,7 @@ class IndexBuild(RecallTarget):
         # Its bytes are checked before they are used.
         factory = self.factory if self.train_from is None else Index(read_manifest(self.train_from, INDEX)).factory
         if self.on_disk:
-            check_kind(make(factory, store.dim), f"--on-disk with factory {factory!r}")
+            check_supported(make(factory, store.dim), f"--on-disk with factory {factory!r}")
         return factory, ""
 
 

@@ -19,7 +19,7 @@ from retriever.search import Answer, Result
 from retriever.towers import Towers
 
 if TYPE_CHECKING:
-    from index.ann.multi_index import Indexes
+    from index.ann.multi_index import MultiIndex
 
 
 class Busy(Exception):
@@ -56,7 +56,7 @@ class Engine:
         InputError: the index was made with another model.
     """
 
-    def __init__(self, towers: Towers, index: Index | Indexes, options: EncodeOptions, batching: Batching) -> None:
+    def __init__(self, towers: Towers, index: Index | MultiIndex, options: EncodeOptions, batching: Batching) -> None:
         index.check_model(towers.fingerprint())
         self.index = index
         self._towers = towers

@@ -18,7 +18,7 @@ from retriever.search import Result
 from retriever.serve.requests import Refused
 
 if TYPE_CHECKING:
-    from index.ann.multi_index import Indexes
+    from index.ann.multi_index import MultiIndex
 
 SIDE = 256
 KEPT = 512
@@ -38,7 +38,7 @@ class Pictures:
         InputError: there is no such folder, or it lacks the index's first picture.
     """
 
-    def __init__(self, folder: Path, index: Index | Indexes) -> None:
+    def __init__(self, folder: Path, index: Index | MultiIndex) -> None:
         self._folder = folder.resolve()
         self._index = index
         if not folder.is_dir():

@@ -13,7 +13,7 @@ from index.store.writer import EmbeddingWriter
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
-    """Writes `vectors` [N, D] as a store of small shards and opens it."""
+    """A function that writes `vectors` [N, D] as a store of small shards and opens it."""
 
     def make(
         vectors: np.ndarray, ids: list[str] | None = None, *, name: str = "emb", shard_rows: int = 7, dtype="float32"

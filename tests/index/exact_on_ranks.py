@@ -1,4 +1,4 @@
-"""Search by several processes. Runs as `exact_on_ranks.py FOLDER DEVICE NUMBER …`: by so many, forks of this one."""
+"""Exact search by several processes: `exact_on_ranks.py FOLDER DEVICE NUMBER …` forks each NUMBER of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCKS = (7, 100, 16384)
 
 
 def check_ranks(rng: np.random.Generator, folder: Path, numbers: Sequence[int], device: str) -> None:
-    """So many processes find the bytes that one alone finds on a processor, with any block size."""
+    """Each number of processes gives the bytes of a single process on a CPU, with any block size."""
     passages = rng.standard_normal((500, 16)).astype(np.float32)
     passages[250:] = passages[:250]  # every score twice, for ties across shards
     queries = rng.standard_normal((11, 16)).astype(np.float32)
@@ -38,7 +38,7 @@ def check_ranks(rng: np.random.Generator, folder: Path, numbers: Sequence[int], 
             for block_rows in BLOCKS:
                 assert found[f"scores{block_rows}"].tobytes() == scores.tobytes()
                 assert found[f"rows{block_rows}"].tobytes() == rows.tobytes()
-            # The last of 8 shards is the last rank's; nobody waits for it.
+            # The last of 8 shards belongs to the last rank; the others must not wait for it.
             expected = "InputError: row 499" if number == ranks - 1 else "RuntimeError: exact search: another rank"
             assert str(found["error"]).startswith(expected)
             other = f"on rank {ranks - 1}"
@@ -50,7 +50,7 @@ def check_ranks(rng: np.random.Generator, folder: Path, numbers: Sequence[int], 
 
 
 def search(folder: Path, device: str) -> None:
-    """One process of several: with three block sizes, then in a corpus with a NaN in its last shard."""
+    """One rank: three block sizes, then a corpus with a NaN in its last shard."""
     rank, ranks = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     if device == "cuda":
         torch.cuda.set_device(rank)

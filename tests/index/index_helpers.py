@@ -16,12 +16,12 @@ def passages_of(ids: list[str]) -> list[Passage]:
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    """Every file of `folder` with its bytes."""
+    """Map every file name in `folder` to its bytes."""
     return {name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))}
 
 
 def flipped_bytes(folder: Path, rng: np.random.Generator, places: int = 20) -> Iterator[str]:
-    """Flip one bit at a time, at the ends, in the middle and anywhere in every file; yields the name of the file."""
+    """Flip one bit at a time, at the ends, in the middle and at random positions of every file; yield the file name."""
     for name, data in listing(folder).items():
         for place in {0, len(data) // 2, len(data) - 1, *rng.integers(len(data), size=places).tolist()}:
             damaged = bytearray(data)
@@ -32,11 +32,11 @@ def flipped_bytes(folder: Path, rng: np.random.Generator, places: int = 20) -> I
 
 
 def shards_of(passages: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
-    """`passages` [N, D] cut into shards of `size` rows, as exact search reads them."""
+    """Split `passages` [N, D] into shards of `size` rows, as exact search reads them."""
     return [(start, passages[start : start + size]) for start in range(0, len(passages), size)]
 
 
 def same_bits(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:
-    """Scores and rows alike to the last bit: -0.0 is not 0.0."""
+    """Assert that scores and rows are equal bit for bit (-0.0 differs from 0.0)."""
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_array_equal(found[0].view(np.int32), expected[0].view(np.int32))

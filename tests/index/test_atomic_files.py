@@ -16,7 +16,7 @@ import pytest
 from index.files import InputError, atomic_folder, atomic_path, locked_folder, read_json, recover_folder, write_json
 
 
-def test_a_body_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_atomic_path_keeps_the_old_file_on_error(tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     target.write_text("old")
     with pytest.raises(RuntimeError, match="midway"), atomic_path(target) as temporary:
@@ -26,7 +26,7 @@ def test_a_body_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert os.listdir(tmp_path) == ["report.json"]
 
 
-def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch) -> None:
     steps: list[str] = []
 
     def recorded(name: str, act: Callable) -> Callable:
@@ -42,7 +42,7 @@ def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch) 
     assert steps == ["flush", "rename", "flush"]
 
 
-def test_a_body_that_raises_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
+def test_atomic_folder_keeps_the_old_folder_on_error(tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()
     (target / "weights").write_text("old")
@@ -64,7 +64,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_rename_restores_the_old_folder(tmp_path: Path, monkeypatch) -> None:
     target = tmp_path / "model"
     target.mkdir()
     (target / "weights").write_text("old")
@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path,
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+def test_a_symbolic_link_to_a_folder_is_kept(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     real = tmp_path / "disk" / "model"
     real.mkdir()
@@ -95,7 +95,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [atomic_path, atomic_folder])
-def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path, kind) -> None:
+def test_leftovers_of_killed_writers_are_removed_and_running_writers_kept(tmp_path: Path, kind) -> None:
     def write(temporary: Path, text: str) -> None:
         (temporary / "weights" if kind is atomic_folder else temporary).write_text(text)
 
@@ -122,9 +122,7 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_no
     assert sorted(os.listdir(tmp_path)) == [other.name, "mo[d]el"]
 
 
-def test_on_a_disk_without_locks_files_are_written_and_nothing_is_taken_for_abandoned(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_without_file_locks_no_temporary_file_is_removed(tmp_path: Path, monkeypatch) -> None:
     def no_locks(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -136,7 +134,7 @@ def test_on_a_disk_without_locks_files_are_written_and_nothing_is_taken_for_aban
     assert left.exists()
 
 
-def test_a_temporary_taken_for_abandoned_before_it_was_locked_is_made_anew(tmp_path: Path, monkeypatch) -> None:
+def test_a_temporary_file_removed_before_it_was_locked_is_created_again(tmp_path: Path, monkeypatch) -> None:
     flock, seen = fcntl.flock, []
 
     def robbed(descriptor: int, operation: int) -> None:
@@ -152,7 +150,7 @@ def test_a_temporary_taken_for_abandoned_before_it_was_locked_is_made_anew(tmp_p
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_new_files_and_folders_have_the_ordinary_permissions(tmp_path: Path) -> None:
+def test_new_files_and_folders_have_default_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     (tmp_path / "folder").mkdir()
     write_json(tmp_path / "a.json", 1)
@@ -163,14 +161,14 @@ def test_new_files_and_folders_have_the_ordinary_permissions(tmp_path: Path) -> 
 
 
 def exchange_killed(target: Path) -> None:
-    """What a process killed between the two renames of an exchange leaves: no `target`, the old folder, the new."""
+    """Create the state left by a process killed between the two renames: no `target`, the old and the new folder."""
     retired = target.with_name(f".{target.name}.abcd1234.old")
     retired.mkdir()
     (retired / "weights").write_text("old")
     target.with_name(f".{target.name}.abcd1234.tmp").mkdir()
 
 
-def test_an_old_folder_whose_exchange_was_killed_comes_back(tmp_path: Path) -> None:
+def test_recover_folder_restores_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "mo[d]el"
     exchange_killed(target)
     for _ in range(2):
@@ -179,7 +177,7 @@ def test_an_old_folder_whose_exchange_was_killed_comes_back(tmp_path: Path) -> N
         assert os.listdir(tmp_path) == ["mo[d]el"]
 
 
-def test_the_next_write_brings_an_old_folder_back_too(tmp_path: Path) -> None:
+def test_the_next_write_restores_the_old_folder(tmp_path: Path) -> None:
     exchange_killed(tmp_path / "model")
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model"):
         raise RuntimeError
@@ -195,7 +193,7 @@ def test_an_old_folder_that_was_replaced_is_removed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_an_exchange_under_way_is_left_to_its_living_process(tmp_path: Path) -> None:
+def test_a_replacement_by_a_running_process_is_not_touched(tmp_path: Path) -> None:
     exchange_killed(tmp_path / "model")
     before = sorted(os.listdir(tmp_path))
     with locked_folder(tmp_path / ".model.abcd1234.tmp"):
@@ -203,7 +201,7 @@ def test_an_exchange_under_way_is_left_to_its_living_process(tmp_path: Path) -> 
         assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_recovering_what_was_never_there_makes_nothing(tmp_path: Path) -> None:
+def test_recovering_a_missing_folder_is_a_no_op(tmp_path: Path) -> None:
     recover_folder(tmp_path / "model")
     recover_folder(tmp_path / "run" / "model")
     assert os.listdir(tmp_path) == []
@@ -221,14 +219,14 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_is_held_by_one_writer(tmp_path: Path) -> None:
+def test_locked_folder_excludes_other_processes(tmp_path: Path) -> None:
     with locked_folder(tmp_path), pytest.raises(InputError, match="another process is writing here"):
         locked_folder(tmp_path).__enter__()
     with locked_folder(tmp_path):
         assert tmp_path.is_dir()
 
 
-def test_a_child_that_outlives_its_killed_parent_does_not_keep_the_folder(tmp_path: Path) -> None:
+def test_a_child_process_does_not_inherit_the_lock(tmp_path: Path) -> None:
     script = """
         import os, sys, time
         from pathlib import Path
@@ -255,13 +253,13 @@ def test_a_child_that_outlives_its_killed_parent_does_not_keep_the_folder(tmp_pa
         parent.stdout.close()
 
 
-def test_json_comes_back_as_written(tmp_path: Path) -> None:
+def test_json_round_trip(tmp_path: Path) -> None:
     value = {"ü": [1, 2.5, None, "\u2028"]}
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
 
 
-def test_numbers_that_json_has_not_are_refused(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_refused_in_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a.json", float("nan"))
     assert os.listdir(tmp_path) == []
@@ -270,7 +268,7 @@ def test_numbers_that_json_has_not_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data", [b"{", b"\xff{}", b"[" * 100_000, b"1" * 5000, b'"\\ud83d"'], ids=["cut", "bytes", "deep", "huge", "half"]
 )
-def test_what_is_no_json_is_refused_in_one_line(tmp_path: Path, data: bytes) -> None:
+def test_invalid_json_is_refused_in_one_line(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"a\.json: expected (JSON|Unicode text), found") as caught:

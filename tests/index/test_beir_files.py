@@ -1,4 +1,4 @@
-"""BEIR folders: header or not, plain or compressed, and one-line errors with file and line."""
+"""BEIR folders: with or without header, plain or compressed, and one-line errors with file and line."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def as_text(rows: list[list[str]], separator: str = "\t") -> str:
 @pytest.mark.parametrize("separator", ["\t", " "])
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("header", [None, ["query-id", "corpus-id", "score"], ["", "query-id", "corpus-id", "score"]])
-def test_a_table_with_the_numbers_of_its_rows_is_refused(
+def test_qrels_with_row_numbers_are_refused(
     tmp_path: Path, header: list[str] | None, start: int, separator: str
 ) -> None:
     numbered = [[str(number), *row] for number, row in enumerate(TABLE, start=start)]
@@ -87,7 +87,7 @@ def test_a_table_with_the_numbers_of_its_rows_is_refused(
         read_qrels(path)
 
 
-def test_four_columns_whose_queries_are_numbered_are_no_row_numbers(tmp_path: Path) -> None:
+def test_numeric_query_ids_are_not_taken_for_row_numbers(tmp_path: Path) -> None:
     text = "0 0 d1 1\n1 0 d2 2\n2 0 d1 0\n"
     assert read_qrels(write(tmp_path / "q.qrels", text)) == {"0": {"d1": 1}, "1": {"d2": 2}, "2": {"d1": 0}}
 
@@ -107,21 +107,21 @@ def test_a_header_of_other_columns_is_refused(tmp_path: Path, header: str, messa
 
 
 @pytest.mark.parametrize("grade", ["1", "+1", "1.0", "1.", "1.000", "1e0", "1.0e+00", "10e-1"])
-def test_whole_numbers_are_grades_however_they_are_written(tmp_path: Path, grade: str) -> None:
+def test_integer_grades_in_any_notation(tmp_path: Path, grade: str) -> None:
     assert read_qrels(write(tmp_path / "test.tsv", f"q1\td1\t{grade}\n")) == {"q1": {"d1": 1}}
 
 
 @pytest.mark.parametrize(
     "grade", ["0.5", "1.5e0", "true", "True", "null", "None", "nan", "inf", "1_0", "1,0", "0x1", "१"]
 )
-def test_what_is_no_whole_number_is_no_grade(tmp_path: Path, grade: str) -> None:
+def test_non_integer_grades_are_refused(tmp_path: Path, grade: str) -> None:
     path = write(tmp_path / "test.tsv", HEADER + f"q1\td1\t1\nq1\td2\t{grade}\n")
     with pytest.raises(InputError, match=rf"test\.tsv:3: expected a whole number as grade, found '{grade}'"):
         read_qrels(path)
 
 
 @pytest.mark.parametrize("grade", ["99999999999999999999", "-1e300", "2147483648"])
-def test_a_grade_beyond_what_sums_hold_is_refused(tmp_path: Path, grade: str) -> None:
+def test_too_large_grades_are_refused(tmp_path: Path, grade: str) -> None:
     with pytest.raises(InputError, match=r"test\.tsv:1: expected a grade between -2147483648 and 2147483648"):
         read_qrels(write(tmp_path / "test.tsv", f"q1\td1\t{grade}\n"))
 
@@ -150,7 +150,7 @@ def test_grades_of_parquet_files(tmp_path: Path, grades: list[object], expected:
             read_qrels(path)
 
 
-def test_lines_that_begin_with_a_number_sign_are_comments(tmp_path: Path) -> None:
+def test_lines_beginning_with_hash_are_comments(tmp_path: Path) -> None:
     text = f"# made by hand\n\n#\n{HEADER}q1\td1\t1\n#q1\td2\t1\n  # indented\nq1\t#d3\t2\n"
     path = write(tmp_path / "test.tsv", text)
     assert read_qrels(path) == {"q1": {"d1": 1, "#d3": 2}}
@@ -158,7 +158,7 @@ def test_lines_that_begin_with_a_number_sign_are_comments(tmp_path: Path) -> Non
         read_qrels(write(path, text + "q1\td4\n"))
 
 
-def test_ids_of_queries_that_would_make_their_lines_comments_are_refused(tmp_path: Path) -> None:
+def test_query_ids_beginning_with_hash_are_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     with (folder / "queries.jsonl").open("a") as stream:
         stream.write('{"_id": "#4", "text": "ask 4"}\n')
@@ -171,11 +171,11 @@ def test_ids_of_queries_that_would_make_their_lines_comments_are_refused(tmp_pat
         read_qrels(tmp_path / "test.parquet")
 
 
-def test_the_same_judgement_twice_is_one(tmp_path: Path) -> None:
+def test_repeated_judgements_count_once(tmp_path: Path) -> None:
     assert read_qrels(write(tmp_path / "test.tsv", "q1\td1\t1\nq1\td1\t1\n")) == {"q1": {"d1": 1}}
 
 
-def test_torn_gzip_and_wrong_encoding_are_named(tmp_path: Path) -> None:
+def test_truncated_gzip_and_invalid_utf8_are_reported(tmp_path: Path) -> None:
     whole = gzip.compress((HEADER + "q1\td1\t1\n" * 2000).encode())
     (tmp_path / "test.tsv.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"test\.tsv\.gz:\d+: cannot be read"):
@@ -201,7 +201,7 @@ def test_bad_queries_name_the_line(tmp_path: Path, rows: list[dict[str, str]], m
 
 
 @pytest.mark.parametrize("gz", ["", ".gz"])
-def test_a_split_has_its_judged_queries_only(tmp_path: Path, gz: str) -> None:
+def test_a_split_contains_only_its_judged_queries(tmp_path: Path, gz: str) -> None:
     data = BeirDataset.open(folder_of(tmp_path, gz=gz))
     assert (data.name, data.split) == ("toy", "test")
     assert data.queries == {"q1": "ask 1", "q2": "ask 2"}
@@ -210,7 +210,7 @@ def test_a_split_has_its_judged_queries_only(tmp_path: Path, gz: str) -> None:
     data.check(passage.id for passage in data.passages())
 
 
-def test_reads_what_the_beir_package_reads(tmp_path: Path) -> None:
+def test_reads_the_same_data_as_the_beir_package(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     corpus, queries, qrels = GenericDataLoader(str(folder)).load("test")
     data = BeirDataset.open(folder)
@@ -223,7 +223,7 @@ def write_table(path: Path, columns: dict[str, list[object]]) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
-def test_a_folder_of_the_hub_is_read_as_it_was_downloaded(tmp_path: Path) -> None:
+def test_parquet_folders_of_the_hub_are_read(tmp_path: Path) -> None:
     name = "train-00000-of-00001.parquet"
     write_table(tmp_path / "corpus" / name, {"_id": ["d1", "d2"], "text": ["x1", "x2"]})
     write_table(tmp_path / "queries" / name, {"_id": ["q1", "q2"], "text": ["ask 1", "ask 2"]})

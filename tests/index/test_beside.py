@@ -1,4 +1,4 @@
-"""Work beside other work: all of it is done, and the error that tells most is the one raised."""
+"""Background tasks: all of them finish, and their error is raised in place of the block's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from index.background import Beside
+from index.background import BackgroundTasks
 from index.files import InputError
 
 
@@ -17,38 +17,38 @@ def fail(after: threading.Event | None = None) -> None:
     raise InputError("vectors: damaged")
 
 
-def test_the_block_ends_when_its_tasks_have() -> None:
+def test_leaving_the_block_waits_for_all_tasks() -> None:
     done: list[int] = []
-    with Beside() as beside:
+    with BackgroundTasks() as background:
         for number in range(5):
-            beside.begin(lambda number=number: (time.sleep(0.02), done.append(number)))
+            background.submit(lambda number=number: (time.sleep(0.02), done.append(number)))
     assert sorted(done) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("faiss: NaN"), InputError("a line without an end")])
-def test_what_a_task_finds_is_told_in_place_of_what_follows_from_it(error: Exception) -> None:
+def test_a_task_error_replaces_the_error_of_the_block(error: Exception) -> None:
     failed = threading.Event()
-    with pytest.raises(InputError, match="vectors: damaged"), Beside() as beside:
-        beside.begin(fail, failed)
+    with pytest.raises(InputError, match="vectors: damaged"), BackgroundTasks() as background:
+        background.submit(fail, failed)
         failed.set()
         raise error
 
 
-def test_a_failure_is_seen_while_the_block_goes_on() -> None:
-    with pytest.raises(InputError, match="damaged"), Beside() as beside:
-        beside.begin(fail)
+def test_failures_can_be_raised_within_the_block() -> None:
+    with pytest.raises(InputError, match="damaged"), BackgroundTasks() as background:
+        background.submit(fail)
         for _ in range(1000):
             time.sleep(0.01)
-            beside.look()
-    with pytest.raises(InputError, match="damaged"), Beside() as beside:
-        beside.begin(fail)
-        beside.wait()
+            background.raise_failures()
+    with pytest.raises(InputError, match="damaged"), BackgroundTasks() as background:
+        background.submit(fail)
+        background.wait()
 
 
-def test_whoever_interrupts_does_not_wait_for_tasks_not_begun() -> None:
+def test_an_interrupt_cancels_tasks_that_have_not_started() -> None:
     begun: list[int] = []
-    with pytest.raises(KeyboardInterrupt), Beside() as beside:
+    with pytest.raises(KeyboardInterrupt), BackgroundTasks() as background:
         for number in range(1000):
-            beside.begin(lambda number=number: (begun.append(number), time.sleep(0.01)))
+            background.submit(lambda number=number: (begun.append(number), time.sleep(0.01)))
         raise KeyboardInterrupt
     assert len(begun) < 1000

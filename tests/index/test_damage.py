@@ -1,4 +1,4 @@
-"""Damaged files: whatever makes a number or a file refuses them; a search answers in one line and never crashes."""
+"""Damaged files: commands that compute results refuse them; a search reports them in one line and never crashes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from index_helpers import MODEL, listing, passages_of
 
-from index.ann import index as opened
+from index.ann import index as index_module
 from index.ann.build import Plan, build
 from index.ann.edit import add_passages, delete_passages, retune
 from index.ann.index import Index
@@ -22,7 +22,7 @@ from index.ann.merge import merge
 from index.ann.multi_index import open_all
 from index.ann.settings import core
 from index.ann.structure import list_table
-from index.ann.train import trained_part
+from index.ann.train import empty_trained_index
 from index.ann.tuning.recall import Target
 from index.files import InputError
 from index.manifest import INDEX, Manifest, entries, read_manifest, write_manifest
@@ -39,7 +39,9 @@ def vectors_of(rows: int, seed: int = 0) -> np.ndarray:
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-    """Other bytes: a bit flipped, a piece overwritten, cut, or grown; half of the time near the beginning."""
+    """The bytes with one change: a flipped bit, an overwritten range, a truncation or an extension; half of the changes
+    are near the beginning.
+    """
     while True:
         found = bytearray(data)
         place = int(rng.integers(len(data) if rng.random() < 0.5 else min(len(data), 400)))
@@ -58,10 +60,10 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def damages(folder: Path, rng: np.random.Generator, each: int) -> Iterator[str]:
-    """Damage every file of `folder` a few times, one at a time; yields the file's name."""
+    """Damage every file of `folder` several times, one file at a time; yield its name."""
     for name, data in listing(folder).items():
         for _ in range(each):
-            # A new file: what an index maps must not be cut short under it.
+            # A new file: an index may still map the old one, which must not be truncated.
             (folder / name).unlink()
             (folder / name).write_bytes(damaged(data, rng))
             yield name
@@ -76,14 +78,14 @@ def refuses(run: Callable[[], object], folder: Path, name: str) -> None:
 
 
 def forge(folder: Path, name: str, data: bytes) -> None:
-    """Write other bytes and the sums that go with them."""
+    """Write other bytes to a file and update the checksums in the manifest."""
     (folder / name).write_bytes(data)
     old = read_manifest(folder)
     write_manifest(Manifest(folder, old.format, old.fields, entries(folder, list(old.files))))
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,SQ8"])
-def test_whatever_is_made_of_damaged_files_is_refused_by_their_names(
+def test_every_command_refuses_damaged_files_by_name(
     tmp_path: Path, make_store: Callable, rng: np.random.Generator, factory: str
 ) -> None:
     store = make_store(vectors_of(120), shard_rows=60)
@@ -119,7 +121,7 @@ def test_whatever_is_made_of_damaged_files_is_refused_by_their_names(
             for run in runs:
                 refuses(run, folder, name)
         assert listing(folder) == before and not out.exists()
-    # Of an index whose training is taken over, the faiss file alone matters.
+    # With --train-from only the faiss file of that index is read.
     for name in damages(index, rng, 4):
         if name in ("index.faiss", "manifest.json"):
             refuses(lambda: build(more, out, Plan(train_from=index)), index, name)
@@ -127,14 +129,14 @@ def test_whatever_is_made_of_damaged_files_is_refused_by_their_names(
 
 
 @pytest.mark.parametrize("factory", ["PQ4x4fs", "IVF8,Flat", "OPQ4,IVF8,PQ4x4fs,RFlat", "PCA8,SQ8"])
-def test_training_is_the_one_that_the_manifest_states(tmp_path: Path, make_store: Callable, factory: str) -> None:
-    """Sums that were made after the damage vouch for it; the sha256 of the training, which is copied, does not."""
+def test_training_must_match_its_hash_in_the_manifest(tmp_path: Path, make_store: Callable, factory: str) -> None:
+    """Checksums computed after the damage match it; the hash of the training, which is copied, does not."""
     store = make_store(vectors_of(300), shard_rows=100)
     build(store, tmp_path / "a", Plan(factory, part=(1, 3)))
     build(store, tmp_path / "b", Plan(train_from=tmp_path / "a", part=(2, 3)))
     data = bytearray((tmp_path / "a" / "index.faiss").read_bytes())
-    empty = bytes(faiss.serialize_index(trained_part(Index.open(tmp_path / "a"))))
-    # The last bit of a trained number: of the longest stretch that the empty index and the filled one share.
+    empty = bytes(faiss.serialize_index(empty_trained_index(Index.open(tmp_path / "a"))))
+    # Flip the last bit of a trained number: in the longest common block of the empty and the filled index.
     place = next(at for at in range(len(empty) // 2, len(empty)) if empty[at : at + 8] == data[at : at + 8] != bytes(8))
     data[place] ^= 1
     forge(tmp_path / "a", "index.faiss", bytes(data))
@@ -150,16 +152,14 @@ def test_training_is_the_one_that_the_manifest_states(tmp_path: Path, make_store
 
 
 @pytest.mark.parametrize("factory", [*FACTORIES, "NSG8", "IVF8,RQ4x4", "RaBitQ", "PCA8,IVF8,Flat", "IVF8,Flat on disk"])
-def test_an_index_that_is_read_again_has_the_training_it_states(
-    tmp_path: Path, make_store: Callable, factory: str
-) -> None:
+def test_an_empty_trained_index_matches_its_training_hash(tmp_path: Path, make_store: Callable, factory: str) -> None:
     store = make_store(vectors_of(600), shard_rows=600)
     name, _, on_disk = factory.partition(" ")
     build(store, tmp_path / "index", Plan(name, on_disk=bool(on_disk)))
-    assert trained_part(Index.open(tmp_path / "index")).ntotal == 0
+    assert empty_trained_index(Index.open(tmp_path / "index")).ntotal == 0
 
 
-# What a child process does with every index for each of its damaged versions; after a crash its last line is missing.
+# A child process searches every damaged version of an index; if it crashes, its last line is missing.
 SEARCH = """
 import sys
 from pathlib import Path
@@ -178,7 +178,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
                 scores, rows = index.search(queries, 10)
                 for row in rows[rows >= 0].tolist():
                     index.passage(row)
-                index.ranked(queries, 3)
+                index.search_ids(queries, 3)
                 assert np.isfinite(scores[rows >= 0]).all()
                 answered += 1
             except InputError as error:
@@ -188,7 +188,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def test_no_damage_crashes_a_process_that_searches(tmp_path: Path, make_store: Callable) -> None:
+def test_damaged_indexes_never_crash_a_search(tmp_path: Path, make_store: Callable) -> None:
     store = make_store(vectors_of(200), shard_rows=200)
     for number, factory in enumerate(FACTORIES):
         build(store, tmp_path / "indexes" / str(number), Plan(factory))
@@ -205,12 +205,12 @@ def test_no_damage_crashes_a_process_that_searches(tmp_path: Path, make_store: C
         assert int(refused) > 25 and int(refused) + int(answered) in (40, 48)
 
 
-def test_lists_that_would_lie_outside_their_file_are_refused(
+def test_lists_outside_their_file_are_refused(
     tmp_path: Path, make_store: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "index"
     build(make_store(vectors_of(200), shard_rows=200), folder, Plan("IVF4,SQ8", on_disk=True))
-    monkeypatch.setattr(opened, "HASHED_WHEN_MAPPED", 0)
+    monkeypatch.setattr(index_module, "HASHED_MMAP_BYTES", 0)
     data = (folder / "index.faiss").read_bytes()
     index = Index.open(folder, mmap=True)
     table = list_table(faiss.downcast_InvertedLists(core(index.faiss).invlists))
@@ -232,16 +232,16 @@ def test_lists_that_would_lie_outside_their_file_are_refused(
 
 @pytest.mark.parametrize("factory", ["IVF4,SQ8", "IVF4,SQ8,RFlat"])
 @pytest.mark.parametrize("row", [200, 2**31, -5, 2**62])
-def test_rows_in_lists_on_disk_that_the_index_lacks_are_refused(
+def test_invalid_rows_in_lists_on_disk_are_refused(
     tmp_path: Path, make_store: Callable, monkeypatch: pytest.MonkeyPatch, factory: str, row: int
 ) -> None:
-    monkeypatch.setattr(opened, "HASHED_WHEN_MAPPED", 0)
+    monkeypatch.setattr(index_module, "HASHED_MMAP_BYTES", 0)
     refines = factory.endswith("RFlat")
     store, folder = make_store(vectors_of(200), shard_rows=200), tmp_path / "index"
     build(store, folder, Plan(factory, on_disk=not refines))
     path = folder / ("index.faiss" if refines else "lists.ivfdata")
     data = path.read_bytes()
-    # Where row 150 stands in its list.
+    # Position of row 150 in its list.
     (place,) = [at for at in range(len(data) - 7) if data[at : at + 8] == np.int64(150).tobytes()]
     path.write_bytes(data[:place] + np.int64(row).tobytes() + data[place + 8 :])
     with pytest.raises(InputError, match=rf"{path.name}: damaged: expected rows from 0 to 199"):
@@ -288,8 +288,8 @@ def test_a_search_names_the_damaged_file(tmp_path: Path, make_store: Callable) -
     assert Index.open(folder).passage(3) == whole
 
 
-def test_arrays_are_opened_without_trusting_their_headers(tmp_path: Path, make_store: Callable, rng) -> None:
-    """Whatever the header of vectors says, they are the array of the manifest or refused."""
+def test_damaged_npy_headers_are_refused(tmp_path: Path, make_store: Callable, rng) -> None:
+    """For any damaged header, the result is the array of the manifest or an error."""
     store = make_store(vectors_of(10), shard_rows=10)
     path = store.folder / "00000.npy"
     data = path.read_bytes()
@@ -307,7 +307,7 @@ def test_arrays_are_opened_without_trusting_their_headers(tmp_path: Path, make_s
     assert refused > 100
 
 
-def test_what_was_checked_is_not_read_again(
+def test_verified_files_are_not_read_again(
     tmp_path: Path, make_store: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make_store(vectors_of(40), shard_rows=20)
@@ -327,7 +327,7 @@ def test_what_was_checked_is_not_read_again(
     assert sum(read) == index.manifest.size and len(read) == len(index.manifest.files)
 
 
-def test_what_changed_since_it_was_checked_is_read_again(tmp_path: Path, make_store: Callable) -> None:
+def test_changed_files_are_verified_again(tmp_path: Path, make_store: Callable) -> None:
     build(make_store(vectors_of(40), shard_rows=20), tmp_path / "index")
     index = Index(read_manifest(tmp_path / "index", INDEX))
     index.check()

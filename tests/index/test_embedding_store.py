@@ -23,7 +23,7 @@ HEADER: dict[str, Any] = {"dim": 3, "model": MODEL, "source": {"file": "c.jsonl"
 
 
 def five_rows(folder: Path, complete: bool) -> Path:
-    """A shard and a row; a run that did not complete keeps the shard."""
+    """Write a complete shard and one more row; an interrupted run keeps only the shard."""
     writer = EmbeddingWriter(folder, **HEADER)
     writer.append(passages_of(list("abcde")), np.arange(15).reshape(5, 3))
     if complete:
@@ -36,7 +36,7 @@ def five_rows(folder: Path, complete: bool) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 13])
 @pytest.mark.parametrize("batch", [1, 3, 100])
-def test_what_is_appended_comes_back(tmp_path: Path, rng, dtype: str, rows: int, batch: int) -> None:
+def test_store_round_trip(tmp_path: Path, rng, dtype: str, rows: int, batch: int) -> None:
     vectors = rng.standard_normal((rows, 3))
     passages = passages_of([f"d{row}" for row in range(rows)])
     with EmbeddingWriter(tmp_path / "emb", **HEADER, dtype=dtype) as writer:
@@ -53,7 +53,7 @@ def test_what_is_appended_comes_back(tmp_path: Path, rng, dtype: str, rows: int,
     assert all(isinstance(shard, np.memmap) and not shard.flags.writeable for _, shard in store.shards())
 
 
-def test_the_bytes_do_not_depend_on_how_they_were_appended(tmp_path: Path, rng) -> None:
+def test_batch_sizes_do_not_change_the_bytes_of_a_store(tmp_path: Path, rng) -> None:
     vectors, passages = rng.standard_normal((11, 3)), passages_of([f"d{n}" for n in range(11)])
     for name, batch in (("one", 11), ("two", 3)):
         with EmbeddingWriter(tmp_path / name, **HEADER) as writer:
@@ -62,7 +62,7 @@ def test_the_bytes_do_not_depend_on_how_they_were_appended(tmp_path: Path, rng) 
     assert listing(tmp_path / "one") == listing(tmp_path / "two")
 
 
-def test_a_shard_that_another_process_wrote_is_taken_in(tmp_path: Path, rng) -> None:
+def test_adopt_shard_adds_a_shard_of_another_process(tmp_path: Path, rng) -> None:
     vectors, passages = rng.standard_normal((9, 3)).astype(np.float32), passages_of(list("abcdefghi"))
     with EmbeddingWriter(tmp_path / "one", **HEADER) as writer:
         writer.append(passages, vectors)
@@ -91,7 +91,7 @@ def test_a_shard_that_another_process_wrote_is_taken_in(tmp_path: Path, rng) -> 
     assert listing(tmp_path / "one") == listing(tmp_path / "two")
 
 
-def test_a_writer_that_has_let_its_folder_go_lists_nothing_more(tmp_path: Path) -> None:
+def test_a_closed_writer_does_not_change_the_manifest(tmp_path: Path) -> None:
     five_rows(tmp_path / "one", complete=True)
     writer = EmbeddingWriter(tmp_path / "two", **HEADER)
     writer.__exit__(RuntimeError, None, None)
@@ -103,7 +103,7 @@ def test_a_writer_that_has_let_its_folder_go_lists_nothing_more(tmp_path: Path) 
     assert read_manifest(tmp_path / "two").count("rows") == 0
 
 
-def test_files_are_readable_without_us(tmp_path: Path, make_store: Callable, rng) -> None:
+def test_store_files_are_readable_by_numpy_and_json(tmp_path: Path, make_store: Callable, rng) -> None:
     vectors = rng.standard_normal((9, 3)).astype(np.float32)
     make_store(vectors)
     np.testing.assert_array_equal(np.load(tmp_path / "emb" / "00001.npy"), vectors[7:])
@@ -112,7 +112,7 @@ def test_files_are_readable_without_us(tmp_path: Path, make_store: Callable, rng
     assert json.loads(lines[0]) == {"_id": "d0", "title": "title d0", "text": "text of d0\nsecond line \u2028 é"}
 
 
-def test_odd_ids_come_back(make_store: Callable) -> None:
+def test_ids_of_any_characters_are_kept(make_store: Callable) -> None:
     ids = ["é", "e\u0301", "😀", "\u200b", "٣", "a/../b", '"quoted"', "\ufeffbom", "x" * 5000, "\ufffd", "-1"]
     store = make_store(np.ones((len(ids), 2)), ids, shard_rows=2)
     assert list(store.ids()) == ids
@@ -120,7 +120,7 @@ def test_odd_ids_come_back(make_store: Callable) -> None:
 
 
 @pytest.mark.parametrize("bad", ["a b", "", "a\u2028", "\ud83d"])
-def test_an_unfit_id_is_refused_with_its_row(tmp_path: Path, bad: str) -> None:
+def test_an_invalid_id_is_refused_with_its_row(tmp_path: Path, bad: str) -> None:
     with (
         pytest.raises(InputError, match="row 1: expected an id without white space"),
         EmbeddingWriter(tmp_path / "emb", **HEADER) as writer,
@@ -148,7 +148,7 @@ def test_a_duplicate_id_is_refused_naming_both_rows(tmp_path: Path, first: int, 
             writer.append(passages_of(ids[start : start + 5]), np.ones((5, 3)))
 
 
-def test_a_refused_batch_leaves_no_trace(tmp_path: Path, rng) -> None:
+def test_a_refused_batch_adds_no_rows(tmp_path: Path, rng) -> None:
     vectors, passages = rng.standard_normal((6, 3)), passages_of([f"d{n}" for n in range(6)])
     with EmbeddingWriter(tmp_path / "emb", **HEADER) as writer:
         writer.append(passages[:3], vectors[:3])
@@ -161,7 +161,7 @@ def test_a_refused_batch_leaves_no_trace(tmp_path: Path, rng) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_vector_that_is_not_finite_is_refused_with_its_passage(tmp_path: Path, value: float) -> None:
+def test_non_finite_vectors_are_refused_with_their_passage(tmp_path: Path, value: float) -> None:
     vectors = np.ones((3, 3), np.float32)
     vectors[2, 1] = value
     with (
@@ -186,7 +186,7 @@ def test_vectors_of_another_shape_are_refused(tmp_path: Path) -> None:
                 writer.append(passages_of(["a", "b"]), np.ones(shape))
 
 
-def test_a_run_that_raises_keeps_whole_shards_only_and_goes_on_from_there(tmp_path: Path, rng) -> None:
+def test_an_interrupted_run_resumes_after_the_last_complete_shard(tmp_path: Path, rng) -> None:
     vectors, passages = rng.standard_normal((11, 3)), passages_of([f"d{n}" for n in range(11)])
     folder = tmp_path / "emb"
     with pytest.raises(KeyboardInterrupt), EmbeddingWriter(folder, **HEADER) as writer:
@@ -206,7 +206,7 @@ def test_a_run_that_raises_keeps_whole_shards_only_and_goes_on_from_there(tmp_pa
     assert listing(folder) == listing(tmp_path / "undisturbed")
 
 
-def test_a_complete_store_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_complete_store_is_not_changed(tmp_path: Path) -> None:
     folder = tmp_path / "emb"
     with EmbeddingWriter(folder, **HEADER) as writer:
         writer.append(passages_of(["a"]), np.ones((1, 3)))
@@ -230,7 +230,7 @@ def test_a_complete_store_is_left_as_it_is(tmp_path: Path) -> None:
     ids=lambda value: str(value)[:20],
 )
 @pytest.mark.parametrize("complete", [False, True])
-def test_a_store_of_another_header_is_not_continued(tmp_path: Path, change: dict, message: str, complete: bool) -> None:
+def test_a_store_with_another_header_is_not_resumed(tmp_path: Path, change: dict, message: str, complete: bool) -> None:
     folder = five_rows(tmp_path / "emb", complete)
     before = listing(folder)
     with pytest.raises(InputError, match=message + "; remove the folder or choose another --out") as caught:
@@ -239,7 +239,7 @@ def test_a_store_of_another_header_is_not_continued(tmp_path: Path, change: dict
     assert listing(folder) == before
 
 
-def test_files_of_others_are_neither_used_nor_touched(tmp_path: Path) -> None:
+def test_folders_with_other_files_are_refused_and_not_changed(tmp_path: Path) -> None:
     for name in ("00000.npy", "notes.txt"):
         folder = tmp_path / name.partition(".")[2]
         folder.mkdir()
@@ -276,8 +276,10 @@ def test_two_writers_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [100, 240, 600, 1000, 1300])
-def test_a_full_disk_leaves_only_whole_shards(tmp_path: Path, rng, limit: int) -> None:
-    """The system refuses to write any file beyond `limit` bytes: the manifest, the vectors or the passages fail."""
+def test_a_full_disk_leaves_only_complete_shards(tmp_path: Path, rng, limit: int) -> None:
+    """The system refuses files beyond `limit` bytes, so that the manifest, the vectors or the passages cannot be
+    written.
+    """
     header = {**HEADER, "shard_rows": 10}
     vectors, passages = rng.standard_normal((25, 3)), passages_of([f"d{n}" for n in range(25)])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -297,7 +299,7 @@ def test_a_full_disk_leaves_only_whole_shards(tmp_path: Path, rng, limit: int) -
     assert listing(tmp_path / "emb") == listing(tmp_path / "undisturbed")
 
 
-def test_any_flipped_byte_is_found_in_its_file(tmp_path: Path, make_store: Callable, rng) -> None:
+def test_any_flipped_byte_is_detected_and_its_file_named(tmp_path: Path, make_store: Callable, rng) -> None:
     folder = make_store(rng.standard_normal((9, 3))).folder
     assert verify(folder).rows == 9
     for name in flipped_bytes(folder, rng):
@@ -307,7 +309,7 @@ def test_any_flipped_byte_is_found_in_its_file(tmp_path: Path, make_store: Calla
 
 
 @pytest.mark.parametrize("complete", [False, True])
-def test_no_run_goes_on_from_a_flipped_byte(tmp_path: Path, rng, complete: bool) -> None:
+def test_damaged_stores_are_not_resumed(tmp_path: Path, rng, complete: bool) -> None:
     folder = five_rows(tmp_path / "emb", complete)
     for name in flipped_bytes(folder, rng, places=3):
         with pytest.raises(InputError, match=f"{name}: "):
@@ -316,7 +318,7 @@ def test_no_run_goes_on_from_a_flipped_byte(tmp_path: Path, rng, complete: bool)
         assert (writer.rows, writer.complete) == (5 if complete else 4, complete)
 
 
-def test_memory_is_that_of_the_rows_there_are_and_not_of_a_whole_shard(tmp_path: Path) -> None:
+def test_memory_depends_on_rows_added_not_on_shard_size(tmp_path: Path) -> None:
     with EmbeddingWriter(tmp_path / "emb", **{**HEADER, "shard_rows": 10**12}) as writer:
         writer.append(passages_of(["a"]), np.ones((1, 3)))
         writer.append(passages_of(["b"]), np.zeros((1, 3)))
@@ -324,8 +326,8 @@ def test_memory_is_that_of_the_rows_there_are_and_not_of_a_whole_shard(tmp_path:
     np.testing.assert_array_equal(store.vectors(), np.array([[1, 1, 1], [0, 0, 0]], np.float32))
 
 
-def test_what_was_appended_is_the_callers_to_change(tmp_path: Path) -> None:
-    """And may lie in memory in any order."""
+def test_appended_arrays_are_copied(tmp_path: Path) -> None:
+    """In any memory layout."""
     vectors = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
     with EmbeddingWriter(tmp_path / "emb", **HEADER) as writer:
         writer.append(passages_of(["a", "b"]), vectors)
@@ -333,7 +335,7 @@ def test_what_was_appended_is_the_callers_to_change(tmp_path: Path) -> None:
     np.testing.assert_array_equal(EmbeddingStore.open(tmp_path / "emb").vectors(), np.arange(6).reshape(2, 3))
 
 
-def test_a_cut_or_missing_file_is_refused_on_opening_and_on_resuming(tmp_path: Path, make_store: Callable, rng) -> None:
+def test_truncated_or_missing_files_are_refused(tmp_path: Path, make_store: Callable, rng) -> None:
     store = make_store(rng.standard_normal((9, 3)))
     header = {"dim": 3, "model": MODEL, "source": {"file": "corpus.jsonl"}, "shard_rows": 7}
     for name, data in listing(store.folder).items():
@@ -377,7 +379,7 @@ def test_a_forged_header_is_refused_in_one_line(make_store: Callable, rng, chang
     assert "\n" not in str(caught.value)
 
 
-def test_arrays_other_than_described_are_refused(make_store: Callable, rng) -> None:
+def test_arrays_of_another_shape_or_dtype_are_refused(make_store: Callable, rng) -> None:
     folder = make_store(rng.standard_normal((9, 3))).folder
     old = read_manifest(folder)
     for change, found in (({"dim": 4}, r"expected float32 \(7, 4\)"), ({"dtype": "float16"}, "expected float16")):
@@ -396,7 +398,7 @@ def test_a_pickle_is_never_loaded(make_store: Callable, rng) -> None:
         store.vectors()
 
 
-def test_an_index_is_no_store(tmp_path: Path) -> None:
+def test_opening_an_index_as_a_store_is_refused(tmp_path: Path) -> None:
     write_manifest(Manifest(tmp_path, "index", {}, {}))
     for reopen in (lambda: EmbeddingStore.open(tmp_path), lambda: EmbeddingWriter(tmp_path, **HEADER)):
         with pytest.raises(InputError, match="expected an embedding store, found an index"):

@@ -1,4 +1,4 @@
-"""Exact search on a GPU gives the bits of a processor. Needs torch, numpy and pytest alone."""
+"""Exact search on a GPU equals that on a CPU, bit for bit. Needs only torch, numpy and pytest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["whole numbers", "real numbers", "normalised", "collapsed", "huge"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("window", [2**14, 2**30])
-def test_the_gpu_finds_the_same_bits_as_the_cpu(rng, monkeypatch, kind: str, dtype: type, window: int) -> None:
+def test_gpu_results_equal_cpu_results_bit_for_bit(rng, monkeypatch, kind: str, dtype: type, window: int) -> None:
     monkeypatch.setitem(windows.WINDOW_BYTES, "cuda", window)
     passages = rng.standard_normal((5000, 48)).astype(np.float32)
     queries = rng.standard_normal((50, 48)).astype(np.float32)
@@ -38,7 +38,7 @@ def test_the_gpu_finds_the_same_bits_as_the_cpu(rng, monkeypatch, kind: str, dty
     same_bits(exact.search(queries, there, ids, 100, device="cuda"), expected)
 
 
-def test_a_fault_found_on_the_gpu_is_reported_and_the_next_search_works(rng) -> None:
+def test_an_error_on_the_gpu_does_not_affect_the_next_search(rng) -> None:
     passages = rng.standard_normal((40000, 32)).astype(np.float32)
     ids = [f"d{n}" for n in range(40000)]
     bad = passages.copy()
@@ -52,7 +52,7 @@ def test_a_fault_found_on_the_gpu_is_reported_and_the_next_search_works(rng) -> 
     same_bits(exact.search(passages[:5], shards, ids, 10, device="cuda"), expected)
 
 
-def test_the_gpu_gives_the_same_bits_where_tf32_is_asked_for_by_the_older_function(rng) -> None:
+def test_legacy_tf32_settings_do_not_change_gpu_results(rng) -> None:
     passages, queries = rng.standard_normal((3000, 64)).astype(np.float32), rng.standard_normal((20, 64))
     ids = [f"d{n}" for n in range(3000)]
     expected = exact.search(queries, [(0, passages)], ids, 50)

@@ -1,4 +1,4 @@
-"""Exact search by several GPUs gives the bits of a processor. Needs torch, numpy and pytest alone."""
+"""Exact search on several GPUs equals that on a CPU, bit for bit. Needs only torch, numpy and pytest."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from exact_on_ranks import check_ranks
 pytestmark = pytest.mark.multigpu
 
 
-def test_gpus_find_the_bytes_of_a_processor(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_results_on_several_gpus_equal_cpu_results(rng: np.random.Generator, tmp_path: Path) -> None:
     gpus = torch.cuda.device_count()
     check_ranks(rng, tmp_path, [number for number in (1, 2, 4, 8) if number <= gpus], "cuda")

@@ -1,4 +1,4 @@
-"""Exact search by several real processes, and the thread that brings vectors to a GPU."""
+"""Exact search by several processes, and the prefetch thread for GPUs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from index.exact import windows
 CPU = torch.device("cpu")
 
 
-def test_one_two_and_four_ranks_find_the_same_bytes_with_any_block_size(rng, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_ranks_and_block_size(rng, tmp_path: Path) -> None:
     check_ranks(rng, tmp_path, (1, 2, 4), "cpu")
 
 
-def filled_ahead(shards: windows.Shards, block_rows: int, rows: int) -> Iterator[windows.Piece]:
+def prefetched(shards: windows.Shards, block_rows: int, rows: int) -> Iterator[windows.Piece]:
     stop = threading.Event()
     copy = windows.HostCopy(CPU, stop)
-    return windows.ahead(lambda: windows._Filler(copy, block_rows, rows).fill(shards), stop, CPU)
+    return windows.prefetch(lambda: windows._WindowFiller(copy, block_rows, rows).fill(shards), stop, CPU)
 
 
-def test_windows_filled_ahead_bring_every_row_once_and_in_order(rng, monkeypatch) -> None:
+def test_prefetch_yields_every_row_once_in_order(rng, monkeypatch) -> None:
     monkeypatch.setitem(windows.WINDOW_BYTES, "cpu", 200)
     vectors = rng.standard_normal((101, 3)).astype(np.float32)
     seen, current = [], None
-    for piece in filled_ahead([(0, vectors[:40]), (40, vectors[40:])], 7, 101):
+    for piece in prefetched([(0, vectors[:40]), (40, vectors[40:])], 7, 101):
         if current is not None and current is not piece.window:
             current.release()
         current = piece.window
@@ -39,21 +39,21 @@ def test_windows_filled_ahead_bring_every_row_once_and_in_order(rng, monkeypatch
     np.testing.assert_array_equal(np.concatenate(seen), vectors)
 
 
-def test_a_fault_while_filling_ahead_is_raised_where_pieces_are_taken(rng) -> None:
+def test_prefetch_raises_errors_in_the_consumer(rng) -> None:
     def shards() -> Iterator[tuple[int, np.ndarray]]:
         yield 0, np.ones((5, 3), np.float32)
         raise OSError("disk gone")
 
     with pytest.raises(OSError, match="disk gone"):
-        list(filled_ahead(shards(), 2, 50))
+        list(prefetched(shards(), 2, 50))
 
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("taken", [1, 2])
-def test_the_thread_ends_when_nobody_takes_its_pieces(monkeypatch, taken: int) -> None:
-    """Whether it waits for a place in the queue or for a window."""
+def test_the_prefetch_thread_ends_with_its_consumer(monkeypatch, taken: int) -> None:
+    """Whether it waits for space in the queue or for a window."""
     monkeypatch.setitem(windows.WINDOW_BYTES, "cpu", 24)
-    stream = filled_ahead([(0, np.ones((100, 3), np.float32))], 1 if taken == 1 else 2, 100)
+    stream = prefetched([(0, np.ones((100, 3), np.float32))], 1 if taken == 1 else 2, 100)
     for _ in range(taken):
         next(stream)
     stream.close()

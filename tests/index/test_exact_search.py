@@ -27,14 +27,14 @@ def ranking(scores: np.ndarray, ids: list[str], k: int) -> tuple[np.ndarray, np.
 
 
 def exact_oracle(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every score by a sum without rounding, for the ranking of `oracle`."""
+    """Scores by math.fsum, ranked by `oracle`."""
     products = queries.astype(np.float64)[:, None] * passages.astype(np.float64)
     scores = np.array([[math.fsum(pair) for pair in row] for row in products.tolist()]).astype(np.float32) + 0
     return ranking(scores, ids, k)
 
 
 def oracle(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every product in float64; equal float32 scores by the bytes of the id, descending, as trec_eval sorts them."""
+    """Scores in float64; equal float32 scores are sorted by the bytes of the id, descending, as in trec_eval."""
     return ranking((queries.astype(np.float64) @ passages.astype(np.float64).T).astype(np.float32), ids, k)
 
 
@@ -50,7 +50,7 @@ def oracle(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: int) ->
     dtype=st.sampled_from([np.float16, np.float32]),
     writeable=st.booleans(),
 )
-def test_ranking_equals_brute_force_however_many_tie(
+def test_results_equal_brute_force_with_many_ties(
     seed: int,
     rows: int,
     count: int,
@@ -61,7 +61,7 @@ def test_ranking_equals_brute_force_however_many_tie(
     dtype: type,
     writeable: bool,
 ) -> None:
-    """Small whole numbers, whose products no block size rounds: few levels tie everywhere, at the cut too."""
+    """Small integers, whose products are exact: there are ties everywhere, including at rank k."""
     rng = np.random.default_rng(seed)
     passages = rng.integers(0, levels, (rows, 3)).astype(dtype)
     queries = rng.integers(-1, levels, (count, 3)).astype(np.float32)
@@ -76,8 +76,8 @@ def test_ranking_equals_brute_force_however_many_tie(
 
 @pytest.mark.parametrize("order", ["random", "ascending", "descending", "all equal", "one query's"])
 @pytest.mark.parametrize("k", [1, 7, 64, 300])
-def test_every_path_through_the_blocks_ranks_the_same(rng, monkeypatch, order: str, k: int) -> None:
-    """Many blocks, and few queries at a time: passages that get better, worse, stay equal, or crowd into one query."""
+def test_every_candidate_selection_path_gives_the_same_results(rng, monkeypatch, order: str, k: int) -> None:
+    """Many blocks and few queries at a time; scores increase, decrease, stay equal, or concentrate on one query."""
     passages = rng.integers(-3, 4, (1500, 8)).astype(np.float32)
     queries = rng.integers(-3, 4, (11, 8)).astype(np.float32)
     if order in ("ascending", "descending"):
@@ -95,7 +95,7 @@ def test_every_path_through_the_blocks_ranks_the_same(rng, monkeypatch, order: s
     np.testing.assert_array_equal(scores, expected_scores)
 
 
-def test_real_numbers_rank_as_in_float64_and_as_faiss_flat(rng) -> None:
+def test_results_equal_float64_and_faiss_flat(rng) -> None:
     passages = rng.standard_normal((3000, 48)).astype(np.float32)
     queries = rng.standard_normal((40, 48)).astype(np.float32)
     ids = [f"d{n}" for n in range(3000)]
@@ -108,7 +108,7 @@ def test_real_numbers_rank_as_in_float64_and_as_faiss_flat(rng) -> None:
     np.testing.assert_array_equal(found, oracle(queries, passages, ids, 20)[1])
 
 
-def test_results_have_the_same_bits_whatever_the_blocks_shards_windows_and_products(rng, monkeypatch) -> None:
+def test_results_do_not_depend_on_blocks_shards_windows_and_products(rng, monkeypatch) -> None:
     passages = rng.standard_normal((1000, 37)).astype(np.float32)
     queries = rng.standard_normal((9, 37)).astype(np.float32)
     passages[500:] = passages[:500] * np.float32(1 + 2e-7)  # pairs that only the last bits tell apart
@@ -118,7 +118,7 @@ def test_results_have_the_same_bits_whatever_the_blocks_shards_windows_and_produ
         monkeypatch.setattr(exact, "half_type", lambda device, half=half: half)
         for block_rows, shard_rows, window in ((1, 1000, 2**20), (17, 90, 9000), (100, 7, 2**20), (5000, 333, 40000)):
             monkeypatch.setitem(windows.WINDOW_BYTES, "cpu", window)
-            # What can be written to is copied; of what cannot, long shards are read where they lie.
+            # Writable arrays are copied; long read-only shards are used in place.
             for writeable in (True, False):
                 passages.setflags(write=writeable)
                 found = exact.search(queries, shards_of(passages, shard_rows), ids, 30, block_rows=block_rows)
@@ -126,7 +126,7 @@ def test_results_have_the_same_bits_whatever_the_blocks_shards_windows_and_produ
             passages.setflags(write=True)
 
 
-def test_shards_that_are_copied_and_others_may_take_turns(rng, monkeypatch) -> None:
+def test_copied_and_in_place_shards_can_alternate(rng, monkeypatch) -> None:
     passages = rng.standard_normal((900, 16)).astype(np.float32)
     queries = rng.standard_normal((6, 16)).astype(np.float32)
     ids = [f"d{n}" for n in rng.permutation(900)]
@@ -141,7 +141,7 @@ def test_shards_that_are_copied_and_others_may_take_turns(rng, monkeypatch) -> N
     "kind", ["collapsed", "far from zero", "cancelling", "sparse", "of every size", "tiny", "huge"]
 )
 @pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
-def test_vectors_that_products_cannot_tell_apart_rank_by_their_exact_scores(rng, monkeypatch, kind: str, half) -> None:
+def test_nearly_equal_vectors_are_ordered_by_exact_scores(rng, monkeypatch, kind: str, half) -> None:
     monkeypatch.setattr(exact, "half_type", lambda device: half)
     noise = rng.standard_normal((2000, 24)).astype(np.float32)
     queries = rng.standard_normal((5, 24)).astype(np.float32)
@@ -170,23 +170,23 @@ def test_vectors_that_products_cannot_tell_apart_rank_by_their_exact_scores(rng,
 
 
 def test_scores_of_half_precision_vectors_are_exact(rng) -> None:
-    """Their sums are often just between two float32 numbers, where float64 sums in another order may fall."""
+    """Their sums often lie halfway between two float32 numbers, where the order of float64 additions matters."""
     passages = rng.standard_normal((3000, 64)).astype(np.float16)
     queries = rng.standard_normal((20, 64)).astype(np.float16).astype(np.float32)
     ids = [f"d{n}" for n in range(3000)]
     same_bits(exact.search(queries, [(0, passages)], ids, 50), exact_oracle(queries, passages, ids, 50))
 
 
-def test_a_score_is_the_exact_sum_rounded() -> None:
-    """Sums that no order of float64 additions gets right, and a zero without a sign."""
+def test_scores_are_exact_sums_rounded_once() -> None:
+    """Sums that are wrong for any order of float64 additions, and a zero without a sign."""
     passages = np.array([[2**60, 1, -(2**60)], [2**60, -1, -(2**60)], [-1, 0, 1]], np.float32)
     scores, rows = exact.search(np.ones((1, 3), np.float32), [(0, passages)], ["a", "b", "c"], 3)
     assert (scores.tolist(), rows.tolist()) == ([[1.0, 0.0, -1.0]], [[0, 2, 1]])
     assert not np.signbit(scores[0, 1])
 
 
-def test_many_queries_crowded_with_candidates_stay_within_memory(rng, monkeypatch) -> None:
-    """Candidates are scored before their window is full when there are too many of them."""
+def test_many_candidates_stay_within_memory(rng, monkeypatch) -> None:
+    """Too many candidates are scored before their window is full."""
     monkeypatch.setattr("index.exact.top_k.CANDIDATES", 10)
     passages = (1 + 1e-4 * rng.standard_normal((3000, 16))).astype(np.float32)
     ids = [f"d{n}" for n in range(3000)]
@@ -194,7 +194,7 @@ def test_many_queries_crowded_with_candidates_stay_within_memory(rng, monkeypatc
     same_bits(found, exact_oracle(passages[:7], passages, ids, 3))
 
 
-def test_shards_may_use_their_memory_again(rng) -> None:
+def test_shards_may_reuse_their_memory(rng) -> None:
     passages = rng.standard_normal((50, 4)).astype(np.float32)
     ids = [f"d{n}" for n in range(50)]
 
@@ -208,7 +208,7 @@ def test_shards_may_use_their_memory_again(rng) -> None:
     same_bits(exact.search(passages[:3], shards(), ids, 9), exact_oracle(passages[:3], passages, ids, 9))
 
 
-def test_tensors_are_searched_where_they_are(rng) -> None:
+def test_tensors_are_searched_in_place(rng) -> None:
     passages = rng.standard_normal((500, 8)).astype(np.float32)
     ids = [f"d{n}" for n in range(500)]
     shards = [(0, torch.from_numpy(passages[:300])), (300, passages[300:])]
@@ -216,7 +216,7 @@ def test_tensors_are_searched_where_they_are(rng) -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 5])
-def test_lists_of_parts_merge_to_the_list_of_the_whole(rng, pieces: int) -> None:
+def test_merged_partial_results_equal_one_search(rng, pieces: int) -> None:
     passages = rng.integers(-2, 3, (200, 5)).astype(np.float32)
     queries = rng.integers(-2, 3, (6, 5)).astype(np.float32)
     ids = [f"d{n}" for n in rng.permutation(200)]
@@ -227,7 +227,7 @@ def test_lists_of_parts_merge_to_the_list_of_the_whole(rng, pieces: int) -> None
     same_bits(exact.merge(parts, ids, 70), exact_oracle(queries, passages, ids, 70))
 
 
-def test_places_left_over_do_not_count_in_a_merge() -> None:
+def test_merge_ignores_padding() -> None:
     left = (np.array([[2.0, 1.0], [5.0, -np.inf]], np.float32), np.array([[0, 1], [1, -1]]))
     right = (np.array([[1.0], [-np.inf]], np.float32), np.array([[2], [-1]]))
     scores, rows = exact.merge([left, right], ["a", "b", "c"], 3)
@@ -237,7 +237,7 @@ def test_places_left_over_do_not_count_in_a_merge() -> None:
         exact.merge([left, (right[0][:1], right[1][:1])], ["a", "b", "c"], 3)
 
 
-def test_fewer_passages_than_asked_for_are_all_there_are(rng) -> None:
+def test_k_larger_than_the_corpus_returns_all_passages(rng) -> None:
     passages = rng.standard_normal((5, 4)).astype(np.float32)
     scores, rows = exact.search(passages[:2], [(0, passages)], list("abcde"), 100)
     assert scores.shape == rows.shape == (2, 5)
@@ -283,7 +283,7 @@ def set_by_backend() -> None:
 
 
 @pytest.mark.parametrize("set_low", [set_legacy, set_by_backend])
-def test_products_are_in_full_precision_whatever_is_set_outside(rng, set_low: Callable[[], None]) -> None:
+def test_global_precision_settings_do_not_change_results(rng, set_low: Callable[[], None]) -> None:
     passages = rng.standard_normal((200, 64)).astype(np.float32)
     queries = rng.standard_normal((5, 64)).astype(np.float32)
     ids = [f"d{n}" for n in range(200)]

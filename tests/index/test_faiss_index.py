@@ -34,7 +34,7 @@ def flat(tmp_path: Path, make_store: Callable, rng) -> tuple[EmbeddingStore, Pat
     return store, tmp_path / "index"
 
 
-def test_flat_ranks_as_exact_search(flat, rng) -> None:
+def test_flat_results_equal_exact_search(flat, rng) -> None:
     store, folder = flat
     index = Index.open(folder, verify="hash")
     queries = clustered(rng, 9)
@@ -73,10 +73,8 @@ def test_plain_faiss_reads_the_same_results_from_the_file(
 
 
 @pytest.mark.parametrize("factory", ["IVF32,Flat", "IVF32_HNSW8,SQ8", "HNSW16", "PQ16x4fs,RFlat"])
-def test_approximate_indexes_find_nearly_all_that_is_there(
-    tmp_path: Path, make_store: Callable, rng, factory: str
-) -> None:
-    """Vectors without clusters: with faiss's own search settings none of the four would reach this recall."""
+def test_approximate_indexes_reach_high_recall(tmp_path: Path, make_store: Callable, rng, factory: str) -> None:
+    """Vectors without clusters: faiss's default search parameters would not reach this recall with any of the four."""
     vectors = rng.standard_normal((3050, 16))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     queries = vectors[3000:]
@@ -96,8 +94,8 @@ def test_a_store_in_float16_is_indexed(tmp_path: Path, make_store: Callable, rng
     np.testing.assert_array_equal(Index.open(tmp_path / "index").search(queries, 5)[1], expected)
 
 
-def test_what_faiss_does_not_find_is_no_passage(tmp_path: Path, make_store: Callable, rng) -> None:
-    """64 lists of a vector or two, of which 16 are visited: fewer than asked for are found."""
+def test_missing_results_are_padded(tmp_path: Path, make_store: Callable, rng) -> None:
+    """64 lists with one or two vectors each, of which 16 are visited: fewer than k passages are found."""
     build(make_store(clustered(rng, 100), shard_rows=64), tmp_path / "index", factory="IVF64,Flat")
     index = Index.open(tmp_path / "index")
     queries = clustered(rng, 6)
@@ -106,17 +104,17 @@ def test_what_faiss_does_not_find_is_no_passage(tmp_path: Path, make_store: Call
     assert missing.any()
     assert (scores[missing] == -np.inf).all() and np.isfinite(scores[~missing]).all()
     assert not (missing[:, :-1] & ~missing[:, 1:]).any()
-    ranked = index.ranked(queries, 90)
+    ranked = index.search_ids(queries, 90)
     assert [len(pairs) for pairs in ranked] == (~missing).sum(axis=1).tolist()
     for pairs, some_rows in zip(ranked, rows.tolist(), strict=True):
         assert [id_ for id_, _ in pairs] == [index.ids[row] for row in some_rows if row >= 0]
 
 
-def test_more_than_there_are_gives_all_there_are(flat, rng) -> None:
+def test_k_larger_than_the_index_returns_all_passages(flat, rng) -> None:
     index = Index.open(flat[1])
     scores, rows = index.search(clustered(rng, 3), 1000)
     assert scores.shape == rows.shape == (3, 50)
-    assert [len(pairs) for pairs in index.ranked(clustered(rng, 3), 1000)] == [50, 50, 50]
+    assert [len(pairs) for pairs in index.search_ids(clustered(rng, 3), 1000)] == [50, 50, 50]
 
 
 def test_equal_scores_rank_by_id_descending(tmp_path: Path, make_store: Callable) -> None:
@@ -124,17 +122,17 @@ def test_equal_scores_rank_by_id_descending(tmp_path: Path, make_store: Callable
     vectors = np.array([[1, 0], [1, 0], [2, 0], [1, 0], [1, 0], [0, 1]], np.float32)
     build(make_store(vectors, ids), tmp_path / "index")
     index, query = Index.open(tmp_path / "index"), np.array([[1, 0]], np.float32)
-    assert index.ranked(query, 6)[0] == [("a", 2.0), ("é", 1.0), ("b", 1.0), ("B", 1.0), ("10", 1.0), ("9", 0.0)]
+    assert index.search_ids(query, 6)[0] == [("a", 2.0), ("é", 1.0), ("b", 1.0), ("B", 1.0), ("10", 1.0), ("9", 0.0)]
     assert index.search(query, 6)[1].tolist() == [[2, 1, 0, 3, 4, 5]]
     assert index.search(query, 3)[1].tolist() == [[2, 1, 0]]
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
 @pytest.mark.parametrize("k", [1, 5, 40, 150, 300])
-def test_flat_ranks_ties_as_exact_search_at_the_cut_too(
+def test_flat_breaks_ties_at_rank_k_as_exact_search(
     tmp_path: Path, make_store: Callable, rng, levels: int, k: int
 ) -> None:
-    """Small whole numbers, which nothing rounds: ties of a few passages, of many, and of all."""
+    """Small integers, whose products are exact: ties of a few passages, of many, and of all."""
     store = make_store(
         rng.integers(0, levels, (300, 3)), [f"d{n}" for n in rng.permutation(300)], name=f"emb{levels}", shard_rows=128
     )
@@ -149,12 +147,10 @@ def test_flat_ranks_ties_as_exact_search_at_the_cut_too(
 
 
 @pytest.mark.parametrize("factory", ["IVF4,Flat", "HNSW8", "SQ8"])
-def test_what_an_approximate_index_finds_has_its_ties_in_order(
-    tmp_path: Path, make_store: Callable, rng, factory: str
-) -> None:
+def test_ties_of_approximate_indexes_are_ordered_by_id(tmp_path: Path, make_store: Callable, rng, factory: str) -> None:
     build(make_store(rng.integers(0, 3, (200, 3)), shard_rows=128), tmp_path / "index", factory=factory)
     index = Index.open(tmp_path / "index")
-    for pairs in index.ranked(rng.integers(-1, 3, (20, 3)).astype(np.float32), 50):
+    for pairs in index.search_ids(rng.integers(-1, 3, (20, 3)).astype(np.float32), 50):
         assert pairs == sorted(pairs, key=lambda pair: (pair[1], pair[0]), reverse=True)
 
 
@@ -178,8 +174,8 @@ def test_a_seed_out_of_range_is_named(tmp_path: Path, make_store: Callable, rng,
         build(make_store(clustered(rng, 30)), tmp_path / "index", factory=factory, seed=seed)
 
 
-def test_the_training_sample_is_seeded_and_spread(tmp_path: Path, make_store: Callable, rng) -> None:
-    """The first third of the rows is all alike; an index trained on it alone would have lists of nothing."""
+def test_the_training_sample_is_seeded_and_covers_all_rows(tmp_path: Path, make_store: Callable, rng) -> None:
+    """The first third of the rows is identical; an index trained on it alone would have empty lists."""
     vectors = clustered(rng, 3000)
     vectors[:1000] = vectors[0]
     store = make_store(vectors, shard_rows=700)
@@ -204,7 +200,7 @@ def test_the_training_sample_is_seeded_and_spread(tmp_path: Path, make_store: Ca
         ("IDMap,Flat", "'IDMap,Flat': expected one without IDMap"),
     ],
 )
-def test_a_factory_that_does_not_fit_is_refused_and_nothing_is_left(
+def test_invalid_factory_strings_are_refused_and_leave_no_files(
     tmp_path: Path, make_store: Callable, rng, factory: str, message: str
 ) -> None:
     store = make_store(clustered(rng, 50))
@@ -214,7 +210,7 @@ def test_a_factory_that_does_not_fit_is_refused_and_nothing_is_left(
     assert os.listdir(tmp_path) == ["emb"]
 
 
-def test_auto_chooses_and_says_what(tmp_path: Path, make_store: Callable, rng) -> None:
+def test_auto_records_its_factory_string(tmp_path: Path, make_store: Callable, rng) -> None:
     build(make_store(clustered(rng, 30)), tmp_path / "index", factory="auto")
     assert Index.open(tmp_path / "index").factory == "Flat"
 
@@ -288,7 +284,7 @@ def test_queries_of_another_shape_are_refused(flat) -> None:
         index.search(np.ones((1, 16), np.float32), 0)
 
 
-def test_any_flipped_byte_is_found_in_its_file(flat, rng) -> None:
+def test_any_flipped_byte_is_detected_and_its_file_named(flat, rng) -> None:
     folder = flat[1]
     for name in flipped_bytes(folder, rng):
         with pytest.raises(InputError, match=f"{name}: "):
@@ -298,8 +294,8 @@ def test_any_flipped_byte_is_found_in_its_file(flat, rng) -> None:
     assert verify(folder).files == 4
 
 
-def test_every_single_byte_matters(tmp_path: Path, make_store: Callable, rng) -> None:
-    """Not a sample: each byte of a small store and of its index, the manifests' too, in turn."""
+def test_every_flipped_byte_is_detected(tmp_path: Path, make_store: Callable, rng) -> None:
+    """Every byte of a small store and its index, including the manifests."""
     store = make_store(rng.standard_normal((3, 2)), shard_rows=2)
     build(store, tmp_path / "index", factory="Flat")
     for folder in (store.folder, tmp_path / "index"):
@@ -315,7 +311,7 @@ def test_every_single_byte_matters(tmp_path: Path, make_store: Callable, rng) ->
         verify(folder)
 
 
-def test_a_cut_file_is_refused_on_opening(flat) -> None:
+def test_truncated_files_are_refused_on_opening(flat) -> None:
     folder = flat[1]
     for name, data in listing(folder).items():
         (folder / name).write_bytes(data[:-1])
@@ -337,7 +333,7 @@ def test_a_forged_index_is_refused_in_one_line(flat) -> None:
         Index.open(folder)
 
 
-def test_a_store_is_no_index(flat) -> None:
+def test_opening_a_store_as_an_index_is_refused(flat) -> None:
     store, folder = flat
     with pytest.raises(InputError, match="expected an index, found an embedding store"):
         Index.open(store.folder)
@@ -345,7 +341,7 @@ def test_a_store_is_no_index(flat) -> None:
         EmbeddingStore.open(folder)
 
 
-def test_verify_refuses_what_is_neither(tmp_path: Path) -> None:
+def test_verify_refuses_other_folders(tmp_path: Path) -> None:
     write_manifest(Manifest(tmp_path, "checkpoint", {}, {}))
     with pytest.raises(InputError, match="expected an embedding store or an index, found a checkpoint"):
         verify(tmp_path)

@@ -1,4 +1,4 @@
-"""Few training vectors are told once, in one line with the numbers, and faiss is silent about each clustering."""
+"""Few training vectors are reported once, in one line with the numbers; faiss's own warnings are silenced."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
         ("IVF16(PQ2x4),Flat", 16),
     ],
 )
-def test_few_vectors_are_told_once(
+def test_few_training_vectors_are_reported_once(
     store: EmbeddingStore, factory: str, centroids: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def made() -> Any:
@@ -59,7 +59,7 @@ def test_few_vectors_are_told_once(
         f"factory '{factory}': trained on {ROWS} vectors; to find {centroids} centroids well takes "
         f"{39 * centroids:,}, 39 for each"
     ]
-    # What faiss warns of, and what it makes of the same vectors.
+    # faiss's own warning, and the index it trains on the same vectors.
     if isinstance(core(plain), faiss.IndexIVF):
         core(plain).cp.seed = 0
     plain.train(np.concatenate([np.array(vectors) for _, vectors in store.shards()]))
@@ -67,7 +67,7 @@ def test_few_vectors_are_told_once(
     assert fingerprint(index) == fingerprint(plain)
 
 
-def test_enough_vectors_are_not_told(store: EmbeddingStore, tmp_path: Path) -> None:
+def test_enough_training_vectors_are_not_reported(store: EmbeddingStore, tmp_path: Path) -> None:
     notes: list[str] = []
     build(store, tmp_path / "i", factory="IVF4,Flat", note=notes.append)
     assert notes == ["training"]

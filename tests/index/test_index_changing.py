@@ -1,4 +1,4 @@
-"""Indexes built in parts, merged, added to and deleted from are those that one build would have made."""
+"""Indexes that are built in parts, merged, extended or reduced equal those of a single build."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from index.ann.build import Plan, build
 from index.ann.edit import add_passages, delete_passages, retune
 from index.ann.index import Index
 from index.ann.merge import merge
-from index.ann.multi_index import Indexes
+from index.ann.multi_index import MultiIndex
 from index.ann.tuning.recall import Target
 from index.files import InputError
 from index.store.ids import duplicate_id
@@ -51,7 +51,7 @@ def build_parts(store: EmbeddingStore, folder: Path, factory: str, count: int = 
 
 
 def assert_alike(ours: Path, theirs: Path, queries: np.ndarray) -> None:
-    """The same bytes but for the manifest; fast-scan codes come in blocks whose empty places may hold anything."""
+    """Equal bytes except for the manifest; unused bytes of fast-scan blocks may differ."""
     assert verify(ours).rows == verify(theirs).rows
     expected, found = listing(theirs), listing(ours)
     for name in set(expected) - {"manifest.json", "index.faiss"}:
@@ -63,7 +63,7 @@ def assert_alike(ours: Path, theirs: Path, queries: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("factory", CAN_CHANGE)
-def test_merged_parts_are_the_whole_byte_for_byte(
+def test_merged_parts_are_byte_identical_to_one_build(
     tmp_path: Path, store: EmbeddingStore, queries: np.ndarray, factory: str
 ) -> None:
     build(store, tmp_path / "whole", factory=factory)
@@ -74,7 +74,7 @@ def test_merged_parts_are_the_whole_byte_for_byte(
 
 
 @pytest.mark.parametrize("factory", CAN_CHANGE)
-def test_an_index_added_to_is_the_whole_byte_for_byte(
+def test_an_extended_index_is_byte_identical_to_one_build(
     tmp_path: Path, make_store: Callable, vectors: np.ndarray, queries: np.ndarray, factory: str
 ) -> None:
     ids = [f"d{row}" for row in range(600)]
@@ -93,19 +93,19 @@ def test_an_index_added_to_is_the_whole_byte_for_byte(
 
 
 @pytest.mark.parametrize("factory", CAN_CHANGE)
-def test_a_deleted_passage_is_gone_and_the_others_are_as_they_were(
+def test_deletion_keeps_the_results_of_other_passages(
     tmp_path: Path, store: EmbeddingStore, vectors: np.ndarray, queries: np.ndarray, factory: str
 ) -> None:
     build(store, tmp_path / "index", factory=factory)
     before = Index.open(tmp_path / "index")
-    expected = [[pair for pair in pairs if int(pair[0][1:]) % 3] for pairs in before.ranked(queries, 600)]
+    expected = [[pair for pair in pairs if int(pair[0][1:]) % 3] for pairs in before.search_ids(queries, 600)]
     gone = [f"d{row}" for row in range(0, 600, 3)]
     assert delete_passages(tmp_path / "index", [*gone, "unknown"]) == 200
     after = Index.open(tmp_path / "index", verify="hash")
     assert after.rows == 400 and list(after.ids) == [f"d{row}" for row in range(600) if row % 3]
     assert after.passage(0) == passages_of(["d1"])[0] and after.passage(399) == passages_of(["d599"])[0]
-    for ours, theirs in zip(after.ranked(queries, 400), expected, strict=True):
-        # Products are summed in another order where fewer are made at once, and fast-scan tables round by themselves.
+    for ours, theirs in zip(after.search_ids(queries, 400), expected, strict=True):
+        # Rounding differs with the number of products, and between fast-scan tables.
         assert {id_ for id_, _ in ours} == {id_ for id_, _ in theirs}
         np.testing.assert_allclose([s for _, s in ours], [s for _, s in theirs], rtol=1e-4, atol=1e-5)
     assert delete_passages(tmp_path / "index", gone) == 0
@@ -114,7 +114,7 @@ def test_a_deleted_passage_is_gone_and_the_others_are_as_they_were(
 
 
 @pytest.mark.parametrize("factory", ["HNSW8", "HNSW8_SQ8"])
-def test_a_kind_that_cannot_delete_or_merge_says_which_can(tmp_path: Path, store: EmbeddingStore, factory: str) -> None:
+def test_unsupported_delete_and_merge_name_supported_types(tmp_path: Path, store: EmbeddingStore, factory: str) -> None:
     build(store, tmp_path / "index", factory=factory)
     old = listing(tmp_path / "index")
     with pytest.raises(InputError, match=r"cannot delete; Flat, SQ…, PQ… and IVF… can") as caught:
@@ -129,10 +129,10 @@ def test_a_kind_that_cannot_delete_or_merge_says_which_can(tmp_path: Path, store
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("factory", ["IVF8,SQ8", "PCA8,IVF8,Flat", "IVF8,PQ4np"])
-def test_lists_on_disk_find_what_lists_in_memory_find(
+def test_lists_on_disk_give_the_results_of_lists_in_memory(
     tmp_path: Path, store: EmbeddingStore, queries: np.ndarray, factory: str, count: int
 ) -> None:
-    """Merged from parts of different sizes, and filled by groups of different sizes."""
+    """Merged from parts of different sizes, and filled in groups of different sizes."""
     build(store, tmp_path / "whole", factory=factory)
     expected = Index.open(tmp_path / "whole").search(queries, 20)
     parts = build_parts(store, tmp_path, factory, count)
@@ -152,10 +152,10 @@ def test_lists_on_disk_find_what_lists_in_memory_find(
 
 @pytest.mark.parametrize("factory", ["IVF8,SQ8", "PCA8,IVF8,Flat", "IVF8_HNSW8,PQ4np"])
 @pytest.mark.parametrize(("first", "second"), [(True, False), (False, True), (True, True)])
-def test_what_is_new_is_merged_into_lists_on_disk(
+def test_new_passages_are_merged_into_lists_on_disk(
     tmp_path: Path, store: EmbeddingStore, queries: np.ndarray, factory: str, first: bool, second: bool
 ) -> None:
-    """The second is trained from the first, and merged with it into the first's own folder, which it replaces."""
+    """The second index is trained from the first and merged with it into the first's folder, which is replaced."""
     build(store, tmp_path / "whole", factory=factory)
     build(store, tmp_path / "index", Plan(factory, part=(1, 3), on_disk=first))
     build(store, tmp_path / "new", Plan(part=(2, 3), train_from=tmp_path / "index", on_disk=second))
@@ -169,7 +169,7 @@ def test_what_is_new_is_merged_into_lists_on_disk(
 
 
 @pytest.mark.parametrize("factory", ["IVF8,SQ8", "PCA8,IVF8,Flat", "IVF8_HNSW8,PQ4np"])
-def test_lists_on_disk_find_the_same_where_all_else_is_mapped_too(
+def test_lists_on_disk_give_the_same_results_with_mmap(
     tmp_path: Path, store: EmbeddingStore, queries: np.ndarray, factory: str
 ) -> None:
     build(store, tmp_path / "index", Plan(factory, on_disk=True))
@@ -178,7 +178,7 @@ def test_lists_on_disk_find_the_same_where_all_else_is_mapped_too(
 
 
 @pytest.mark.parametrize("factory", ["Flat", "PQ8x4fs", "IVF8,PQ8x4fs,RFlat", "HNSW8"])
-def test_lists_on_disk_are_for_kinds_that_have_them(tmp_path: Path, store: EmbeddingStore, factory: str) -> None:
+def test_lists_on_disk_are_refused_for_unsupported_types(tmp_path: Path, store: EmbeddingStore, factory: str) -> None:
     with pytest.raises(InputError, match=r"--on-disk: expected IVF…,Flat"):
         build(store, tmp_path / "index", Plan(factory, on_disk=True))
     assert os.listdir(tmp_path) == ["emb"]
@@ -197,7 +197,7 @@ def test_lists_on_disk_are_not_changed_in_place(tmp_path: Path, store: Embedding
 
 
 @pytest.mark.parametrize("factory", [*CAN_CHANGE, "HNSW8", "IVF8,PQ4np"])
-def test_a_mapped_index_finds_the_same(
+def test_a_memory_mapped_index_gives_the_same_results(
     tmp_path: Path, store: EmbeddingStore, queries: np.ndarray, factory: str
 ) -> None:
     build(store, tmp_path / "index", factory=factory)
@@ -207,27 +207,27 @@ def test_a_mapped_index_finds_the_same(
 
 
 @pytest.mark.parametrize("k", [1, 7, 40, 700])
-def test_several_flat_indexes_are_searched_as_one_ties_at_the_cut_included(
+def test_multi_index_of_flat_indexes_equals_one_index(
     tmp_path: Path, make_store: Callable, rng: np.random.Generator, k: int
 ) -> None:
     store = make_store(rng.integers(0, 3, (600, 3)), [f"d{n}" for n in rng.permutation(600)], shard_rows=100)
     build(store, tmp_path / "whole")
     parts = build_parts(store, tmp_path, "Flat")
-    one, several = Index.open(tmp_path / "whole"), Indexes.open(parts)
+    one, multi = Index.open(tmp_path / "whole"), MultiIndex.open(parts)
     some = rng.integers(-1, 3, (20, 3)).astype(np.float32)
-    for ours, theirs in zip(several.search(some, k), one.search(some, k), strict=True):
+    for ours, theirs in zip(multi.search(some, k), one.search(some, k), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert several.ranked(some, k) == one.ranked(some, k)
-    assert (several.rows, several.dim, list(several.ids)) == (600, 3, list(one.ids))
-    assert [several.passage(row) for row in (0, 199, 200, 599)] == [one.passage(row) for row in (0, 199, 200, 599)]
+    assert multi.search_ids(some, k) == one.search_ids(some, k)
+    assert (multi.rows, multi.dim, list(multi.ids)) == (600, 3, list(one.ids))
+    assert [multi.passage(row) for row in (0, 199, 200, 599)] == [one.passage(row) for row in (0, 199, 200, 599)]
     with pytest.raises(IndexError):
-        several.passage(600)
+        multi.passage(600)
     with pytest.raises(InputError, match=r"expected other passages than those of .*, found the same"):
-        Indexes.open([*parts, parts[1]])
+        MultiIndex.open([*parts, parts[1]])
 
 
 @pytest.mark.parametrize("k", [1, 7, 40, 700])
-def test_a_passage_that_several_indexes_hold_is_found_once(
+def test_multi_index_returns_shared_passages_once(
     tmp_path: Path, make_store: Callable, rng: np.random.Generator, k: int
 ) -> None:
     store = make_store(rng.integers(0, 3, (600, 3)), [f"d{n}" for n in rng.permutation(600)], shard_rows=100)
@@ -237,14 +237,14 @@ def test_a_passage_that_several_indexes_hold_is_found_once(
     one = Index.open(tmp_path / "whole")
     some = rng.integers(-1, 3, (20, 3)).astype(np.float32)
     for others in ([parts[1]], [tmp_path / "fewer"], [*parts, tmp_path / "fewer"]):
-        several = Indexes.open([tmp_path / "whole", *others])
-        assert several.ranked(some, k) == one.ranked(some, k)
-        scores, rows = several.search(some, k)
+        multi = MultiIndex.open([tmp_path / "whole", *others])
+        assert multi.search_ids(some, k) == one.search_ids(some, k)
+        scores, rows = multi.search(some, k)
         assert scores.shape == rows.shape == (20, k)
         assert ((rows >= 0).sum(axis=1) == min(k, 600)).all() and (scores[rows < 0] == -np.inf).all()
 
 
-def test_indexes_that_do_not_fit_are_not_merged(tmp_path: Path, make_store: Callable, vectors: np.ndarray) -> None:
+def test_incompatible_indexes_are_not_merged(tmp_path: Path, make_store: Callable, vectors: np.ndarray) -> None:
     def made(name: str, rows: slice, factory: str = "IVF8,Flat", seed: int = 0) -> Path:
         ids = [f"d{row}" for row in range(600)][rows]
         build(make_store(vectors[rows], ids, name=f"{name}-emb"), tmp_path / name, factory=factory, seed=seed)
@@ -264,7 +264,7 @@ def test_indexes_that_do_not_fit_are_not_merged(tmp_path: Path, make_store: Call
     assert not (tmp_path / "out").exists()
 
 
-def test_what_another_model_embedded_is_not_added(tmp_path: Path, store: EmbeddingStore, vectors: np.ndarray) -> None:
+def test_vectors_of_another_model_are_not_added(tmp_path: Path, store: EmbeddingStore, vectors: np.ndarray) -> None:
     build(store, tmp_path / "index")
     with EmbeddingWriter(tmp_path / "other", dim=16, model={"sha256": "cd"}, source={}) as writer:
         writer.append(passages_of(["new"]), vectors[:1])
@@ -275,7 +275,7 @@ def test_what_another_model_embedded_is_not_added(tmp_path: Path, store: Embeddi
         build(other, tmp_path / "more", Plan(train_from=tmp_path / "index"))
 
 
-def test_an_id_that_is_there_is_not_added_twice(tmp_path: Path, make_store: Callable, vectors: np.ndarray) -> None:
+def test_existing_ids_are_not_added_again(tmp_path: Path, make_store: Callable, vectors: np.ndarray) -> None:
     build(make_store(vectors[:300]), tmp_path / "index")
     more = make_store(vectors[300:302], ["new", "d7"], name="more")
     with pytest.raises(InputError, match=r"expected ids that are not yet in .*index, found 'd7'"):
@@ -298,7 +298,7 @@ def test_more_parts_than_shards_are_refused(tmp_path: Path, store: EmbeddingStor
         build(store, tmp_path / "index", Plan("Flat", part=(3, 2)))
 
 
-def test_any_flipped_byte_of_a_tuned_index_with_lists_on_disk_is_found_in_its_file(
+def test_any_flipped_byte_of_a_tuned_on_disk_index_is_detected(
     tmp_path: Path, store: EmbeddingStore, rng: np.random.Generator
 ) -> None:
     out = tmp_path / "index"
@@ -311,10 +311,10 @@ def test_any_flipped_byte_of_a_tuned_index_with_lists_on_disk_is_found_in_its_fi
 
 
 @pytest.mark.parametrize("before_exchange", [True, False])
-def test_what_was_killed_while_it_exchanged_the_folders_is_put_right_first(
+def test_edits_first_recover_an_interrupted_replacement(
     tmp_path: Path, make_store: Callable, vectors: np.ndarray, before_exchange: bool
 ) -> None:
-    """The two states between the renames, for either of which a run of the same again must do."""
+    """Both states between the renames; repeating the command must work for either."""
     build(make_store(vectors[:300]), tmp_path / "index")
     more = make_store(vectors[300:], [f"n{row}" for row in range(300)], name="more")
     add_passages(tmp_path / "index", more, tmp_path / "new")

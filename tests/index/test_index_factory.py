@@ -15,7 +15,7 @@ from index.files import InputError
     ("rows", "factory"),
     [(1, "Flat"), (199_999, "Flat"), (200_000, "IVF4096,Flat"), (5_000_000, "IVF16384_HNSW32,Flat")],
 )
-def test_size_chooses(rows: int, factory: str) -> None:
+def test_choose_depends_on_size(rows: int, factory: str) -> None:
     assert choose(rows, 64) == factory
 
 
@@ -32,13 +32,13 @@ def test_size_chooses(rows: int, factory: str) -> None:
         (10_000_000, 3_000, "IVF65536_HNSW32,PQ384x4fs"),
     ],
 )
-def test_a_memory_budget_takes_the_finest_code_that_fits(rows: int, mib: float, factory: str) -> None:
+def test_choose_takes_the_finest_codes_within_the_budget(rows: int, mib: float, factory: str) -> None:
     assert choose(rows, 768, mib) == factory
     assert memory(factory, rows, 768) <= mib * 2**20
     assert f"within {mib:,g} MiB" in explain(factory, rows, 768, mib)
 
 
-def test_a_budget_too_small_for_anything_says_what_is_needed() -> None:
+def test_too_small_a_budget_names_the_required_memory() -> None:
     with pytest.raises(InputError, match=r"--memory-budget-mib: expected at least 65\.5 for 1,000,000 .* found 10"):
         choose(1_000_000, 768, 10)
     assert choose(1_000_000, 768, 65.5) == "IVF4096,PQ96x4fs"
@@ -48,7 +48,7 @@ def test_a_budget_too_small_for_anything_says_what_is_needed() -> None:
         assert choose(1000, dim, 1) == "Flat"
 
 
-def test_a_kind_beyond_the_budget_is_not_said_to_be_within_it() -> None:
+def test_explain_refuses_a_factory_beyond_the_budget() -> None:
     with pytest.raises(InputError, match=r"at least 0\.586 for 400 passages of 384 dimensions \(Flat\), found 0\.1"):
         explain("Flat", 400, 384, 0.1)
 
@@ -63,11 +63,11 @@ def test_a_kind_beyond_the_budget_is_not_said_to_be_within_it() -> None:
         (10_000_000, "IVF65536_HNSW32,SQ8"),
     ],
 )
-def test_on_disk_a_kind_is_chosen_that_can_be_there(rows: int, factory: str) -> None:
+def test_choose_on_disk_returns_a_supported_type(rows: int, factory: str) -> None:
     for memory_mib, even_norms in ((None, True), (0.001, True), (None, False)):
         assert choose(rows, 768, memory_mib, even_norms=even_norms, on_disk=True) == factory
     index = faiss.index_factory(768, factory, faiss.METRIC_INNER_PRODUCT)
-    lists_on_disk.check_kind(index, "--on-disk")
+    lists_on_disk.check_supported(index, "--on-disk")
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_on_disk_a_kind_is_chosen_that_can_be_there(rows: int, factory: str) -> 
         (10_000_000, 1_500, {}, "10,000,000 passages or more and the memory budget"),
     ],
 )
-def test_a_choice_has_its_reason(rows: int, mib: float | None, how: dict[str, bool], reason: str) -> None:
+def test_reason_of_choice(rows: int, mib: float | None, how: dict[str, bool], reason: str) -> None:
     factory = choose(rows, 384, mib, **how)
     assert reason_of_choice(factory, rows, 384, on_disk=how.get("on_disk", False)) == reason
 
 
-def test_vectors_of_uneven_length_are_given_a_graph(rng) -> None:
+def test_uneven_norms_choose_hnsw(rng) -> None:
     vectors = rng.standard_normal((5000, 64))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     assert has_even_norms(vectors)
@@ -99,7 +99,7 @@ def test_vectors_of_uneven_length_are_given_a_graph(rng) -> None:
 
 
 @pytest.mark.parametrize("rows", [200_000, 1_999_999, 2_000_000, 9_999_999, 10_000_000, 1_000_000_000])
-def test_every_choice_has_the_training_vectors_it_asks_for(rows: int) -> None:
+def test_every_choice_has_enough_training_vectors(rows: int) -> None:
     index = faiss.index_factory(64, choose(rows, 64), faiss.METRIC_INNER_PRODUCT)
     assert rows >= 39 * faiss.extract_index_ivf(index).nlist
 
@@ -117,12 +117,12 @@ def test_every_choice_has_the_training_vectors_it_asks_for(rows: int) -> None:
         ("PCA64,Flat", 256),
     ],
 )
-def test_bytes_a_vector_are_those_of_the_code_and_the_id(factory: str, size: int) -> None:
+def test_bytes_per_vector_include_code_and_id(factory: str, size: int) -> None:
     assert bytes_per_vector(factory, 768) == size
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQ8", "HNSW16", "HNSW32", "NSG16"])
-def test_bytes_a_vector_are_what_the_file_grows_by(rng, factory: str) -> None:
+def test_bytes_per_vector_equal_the_growth_of_the_file(rng, factory: str) -> None:
     def size(rows: int) -> int:
         index = faiss.index_factory(16, factory, faiss.METRIC_INNER_PRODUCT)
         vectors = rng.standard_normal((rows, 16)).astype(np.float32)
@@ -162,12 +162,12 @@ def test_a_wrong_factory_is_refused_in_one_line_that_names_it(factory: str) -> N
         ("IVF4,Flat,IDMap2", "expected one without IDMap"),
     ],
 )
-def test_a_kind_that_does_not_serve_is_refused_by_its_reason(factory: str, message: str) -> None:
+def test_unsuitable_factory_strings_are_refused_with_a_reason(factory: str, message: str) -> None:
     with pytest.raises(InputError, match=f"'{factory}': {message}"):
         bytes_per_vector(factory, 32)
 
 
-def test_a_missing_faiss_is_answered_with_the_command_that_installs_it(monkeypatch) -> None:
+def test_missing_faiss_names_the_install_command(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(InputError, match="pip install faiss-cpu"):
         import_faiss()

@@ -1,4 +1,4 @@
-"""Building on GPUs, with a processor in the place of each: what is asked of faiss, and that the file is the same."""
+"""Building on GPUs that are replaced by CPUs: the calls to faiss, and that the file is the same."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from index.verify import verify
 
 
 class Config:
-    """Of `Cagra`."""
+    """Stands in for faiss.GpuIndexCagraConfig."""
 
     graph_degree = intermediate_graph_degree = 0
 
 
 class Cagra:
-    """A graph made by faiss on the processor, with the calls of faiss.GpuIndexCagra."""
+    """Stands in for faiss.GpuIndexCagra; faiss builds the graph on the CPU."""
 
     def __init__(self, resources: object, dim: int, metric: int, config: Config) -> None:
         assert metric == faiss.METRIC_INNER_PRODUCT and config.intermediate_graph_degree >= config.graph_degree
@@ -37,20 +37,20 @@ class Cagra:
 
 
 @pytest.fixture
-def there() -> list[Any]:
-    """Everything that was made on a GPU."""
+def on_gpu() -> list[Any]:
+    """Everything that was created on a GPU."""
     return []
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch, there: list[Any]) -> list[Any]:
-    """Lets faiss find one; what was moved there."""
+def gpus(monkeypatch: pytest.MonkeyPatch, on_gpu: list[Any]) -> list[Any]:
+    """Make faiss find one GPU; returns what was moved on_gpu."""
     moved: list[Any] = []
 
     def move(index: Any) -> Any:
         moved.append(faiss.downcast_index(index))
-        there.append(faiss.clone_index(index))
-        return there[-1]
+        on_gpu.append(faiss.clone_index(index))
+        return on_gpu[-1]
 
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
@@ -60,7 +60,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, there: list[Any]) -> list[Any]:
 
 @pytest.fixture
 def cuvs(gpus: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets it be a faiss with cuVS."""
+    """Make faiss a build with cuVS."""
     monkeypatch.setattr(faiss, "GpuIndexCagra", Cagra, raising=False)
     monkeypatch.setattr(faiss, "GpuIndexCagraConfig", Config, raising=False)
     monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda index: index.made, raising=False)
@@ -78,7 +78,7 @@ def cuvs(gpus: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         ("SQ8", False, 0),
     ],
 )
-def test_the_file_is_that_of_the_processor(
+def test_gpu_builds_write_the_same_file_as_cpu_builds(
     tmp_path: Path, make_store: Callable, rng, gpus: list[Any], factory: str, on_disk: bool, moves: int
 ) -> None:
     store = make_store(rng.standard_normal((700, 16)), shard_rows=300)
@@ -91,15 +91,13 @@ def test_the_file_is_that_of_the_processor(
     assert len(gpus) == moves, "centroids are moved to be found, and before to be clustered"
 
 
-def test_the_memory_of_a_gpu_is_freed_with_what_was_made_there(
-    tmp_path: Path, make_store: Callable, rng, gpus: list[Any], there: list[Any]
-) -> None:
+def test_gpu_memory_is_freed(tmp_path: Path, make_store: Callable, rng, gpus: list[Any], on_gpu: list[Any]) -> None:
     build(make_store(rng.standard_normal((700, 16))), tmp_path / "index", Plan("IVF8,Flat", gpu=True))
-    # What faiss is given as a clustering index it owns, and never frees.
-    assert [each.thisown for each in there] == [True, True]
+    # faiss owns the clustering index it is given, and never frees it.
+    assert [each.thisown for each in on_gpu] == [True, True]
 
 
-def test_centroids_with_a_graph_are_all_compared(tmp_path: Path, make_store: Callable, rng, gpus: list[Any]) -> None:
+def test_gpu_assignment_compares_with_all_centroids(tmp_path: Path, make_store: Callable, rng, gpus: list[Any]) -> None:
     vectors = rng.standard_normal((700, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     build(make_store(vectors), tmp_path / "index", Plan("IVF8_HNSW8,Flat", gpu=True))
@@ -108,7 +106,7 @@ def test_centroids_with_a_graph_are_all_compared(tmp_path: Path, make_store: Cal
     np.testing.assert_array_equal(found[:, 0], np.arange(20))
 
 
-def test_a_faiss_with_cuvs_builds_the_graph(tmp_path: Path, make_store: Callable, rng, cuvs: None) -> None:
+def test_cuvs_builds_the_graph(tmp_path: Path, make_store: Callable, rng, cuvs: None) -> None:
     vectors = rng.standard_normal((700, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     counted: list[int] = []
@@ -123,12 +121,12 @@ def test_a_faiss_with_cuvs_builds_the_graph(tmp_path: Path, make_store: Callable
     assert (index.search(vectors, 1)[1][:, 0] == np.arange(700)).mean() > 0.95, "rows are those of the store"
 
 
-def test_a_graph_is_the_processors_without_cuvs(tmp_path: Path, make_store: Callable, rng, gpus: list[Any]) -> None:
+def test_without_cuvs_the_cpu_builds_the_graph(tmp_path: Path, make_store: Callable, rng, gpus: list[Any]) -> None:
     build(make_store(rng.standard_normal((100, 16))), tmp_path / "index", Plan("HNSW8", gpu=True))
     assert type(Index.open(tmp_path / "index").faiss) is faiss.IndexHNSWFlat and gpus == []
 
 
-def test_no_gpu_is_said_before_anything_is_read(
+def test_a_missing_gpu_is_reported_before_reading_data(
     tmp_path: Path, make_store: Callable, rng, gpus: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)

@@ -1,4 +1,4 @@
-"""Building holds the index and a piece of a shard, however large the store is."""
+"""Building takes the memory of the index and a piece of a shard, for stores of any size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from index.store.writer import EmbeddingWriter
 
 ROWS, DIM = 60_000, 256
 MIB = 2**20
-# Peak of anonymous memory, which the mapped files of the store are no part of.
+# Peak of anonymous memory, which excludes the mapped files of the store.
 BUILD = """
 import sys, threading, time
 from pathlib import Path
@@ -66,10 +66,10 @@ def peak(store: Path, out: Path, factory: str, budget: float = 0, train_from: Pa
 
 
 @pytest.mark.parametrize(("factory", "copies"), [("Flat", 1), ("SQfp16", 1), ("IVF64,SQ8", 1.5)])
-def test_a_build_holds_the_index_and_a_piece_of_a_shard(
+def test_build_memory_is_the_index_and_a_piece_of_a_shard(
     tmp_path: Path, store: Path, factory: str, copies: float
 ) -> None:
-    """The lists of an inverted file grow by doubling, and are half empty at worst."""
+    """Inverted lists grow by doubling, so that up to half of their memory is unused."""
     sample = 2 * 16384 * DIM * 4 if "SQ8" in factory else 0  # faiss copies what it trains on, and this is before
     shard = 6000 * DIM * 4
     limit = max(sample, copies * memory(factory, ROWS, DIM)) + 2 * shard + 8 * MIB
@@ -77,12 +77,12 @@ def test_a_build_holds_the_index_and_a_piece_of_a_shard(
     assert factory == "Flat" or limit < ROWS * DIM * 4
 
 
-def test_lists_on_disk_are_built_in_less_than_their_size(tmp_path: Path, store: Path) -> None:
+def test_on_disk_build_takes_less_memory_than_the_lists(tmp_path: Path, store: Path) -> None:
     assert peak(store, tmp_path / "index", "IVF16,Flat", budget=10) < memory("IVF16,Flat", ROWS, DIM) * 0.7
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
-def test_an_index_to_train_from_is_not_read_whole(tmp_path: Path, store: Path, on_disk: bool) -> None:
+def test_train_from_does_not_load_the_vectors(tmp_path: Path, store: Path, on_disk: bool) -> None:
     peak(store, tmp_path / "whole", "IVF16,Flat", budget=100 if on_disk else 0)
     tenth = memory("IVF16,Flat", ROWS // 10, DIM)
     assert peak(store, tmp_path / "tenth", "", train_from=tmp_path / "whole") < 4 * tenth + 8 * MIB

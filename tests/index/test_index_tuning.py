@@ -1,4 +1,4 @@
-"""A recall target is met on other queries than those it was measured on, at no more cost than it needs."""
+"""A recall target holds for other queries than those it was measured with, at the lowest cost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DIM = 32
 
 
 def spread(rows: int, seed: int) -> np.ndarray:
-    """Unit vectors around 200 centres, of which neighbouring ones overlap."""
+    """Unit vectors around 200 centres; neighbouring clusters overlap."""
     centres = np.random.default_rng(0).standard_normal((200, DIM))
     rng = np.random.default_rng(seed)
     vectors = centres[rng.integers(200, size=rows)] + 0.9 * rng.standard_normal((rows, DIM))
@@ -44,7 +44,7 @@ NONE = np.empty(0, np.int64)
 
 
 @pytest.mark.parametrize("factory", ["IVF64,Flat", "HNSW16", "IVF64,PQ16x4fs,RFlat", "PQ16x4fs,Refine(SQ8)", "Flat"])
-def test_the_recall_of_other_queries_is_what_was_promised(tmp_path: Path, store, factory: str) -> None:
+def test_the_target_holds_for_other_queries(tmp_path: Path, store, factory: str) -> None:
     target = Target(0.9, 10, spread(1500, seed=2))
     tuning = build(store, tmp_path / "index", Plan(factory, target=target))
     assert tuning is not None and tuning.met and tuning.chosen.at_least >= 0.9
@@ -54,7 +54,7 @@ def test_the_recall_of_other_queries_is_what_was_promised(tmp_path: Path, store,
 
 
 @pytest.mark.parametrize(("factory", "name"), [("IVF64,Flat", "nprobe"), ("HNSW16", "ef_search")])
-def test_no_smaller_setting_meets_the_target(store, factory: str, name: str) -> None:
+def test_the_chosen_setting_is_the_smallest_that_reaches_the_target(store, factory: str, name: str) -> None:
     index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
     index.train(store.vectors())
     index.add(store.vectors())
@@ -66,8 +66,8 @@ def test_no_smaller_setting_meets_the_target(store, factory: str, name: str) -> 
     assert measure(index, truth, Settings(**{name: int(value * 0.97) - 1})).at_least < 0.9
 
 
-def test_of_the_pairs_of_a_refining_index_none_of_a_fine_grid_is_much_cheaper(store) -> None:
-    """By codes compared and vectors looked at again, which no other work on the machine can change."""
+def test_the_chosen_pair_is_nearly_the_cheapest_of_a_fine_grid(store) -> None:
+    """Cost is counted in codes compared and candidates re-scored, independent of machine load."""
     index = faiss.index_factory(DIM, "IVF64,PQ8np,RFlat", faiss.METRIC_INNER_PRODUCT)
     index.train(store.vectors())
     index.add(store.vectors())
@@ -75,7 +75,7 @@ def test_of_the_pairs_of_a_refining_index_none_of_a_fine_grid_is_much_cheaper(st
     truth = find_truth(store, target, NONE)
     tuning = tune(index, truth, target)
     pairs = [point for point in tuning.curve if point.at_least >= 0.9]
-    # On the frontier: whatever needs fewer lists needs more to be looked at again, and the other way round.
+    # The Pareto frontier: fewer lists need a larger k_factor, and vice versa.
     chosen = tuning.chosen.settings
     for point in pairs:
         lists, again = point.settings.nprobe, point.settings.k_factor
@@ -84,7 +84,7 @@ def test_of_the_pairs_of_a_refining_index_none_of_a_fine_grid_is_much_cheaper(st
         assert measure(index, truth, Settings(nprobe=nprobe, k_factor=chosen.k_factor)).at_least < 0.905
 
 
-def test_a_target_out_of_reach_is_said_to_be(tmp_path: Path, store) -> None:
+def test_an_unreachable_target_is_reported(tmp_path: Path, store) -> None:
     tuning = build(store, tmp_path / "index", Plan("IVF64,PQ4x4fs", target=Target(0.95)))
     assert tuning is not None and not tuning.met
     assert "NOT met" in tuning.line() and "\n" not in tuning.line()
@@ -92,7 +92,7 @@ def test_a_target_out_of_reach_is_said_to_be(tmp_path: Path, store) -> None:
     assert kept["met"] is False and kept["chosen"]["recall"] == max(point["recall"] for point in kept["curve"])
 
 
-def test_the_curve_stays_with_the_index(tmp_path: Path, store) -> None:
+def test_the_curve_is_stored_with_the_index(tmp_path: Path, store) -> None:
     out = tmp_path / "index"
     tuning = build(store, out, Plan("IVF64,SQ8", target=Target(0.9, 5)))
     assert tuning is not None
@@ -122,7 +122,7 @@ def test_a_passage_is_not_its_own_neighbour(store) -> None:
     assert measure(flat, truth, Settings()).recall == 1
 
 
-def test_what_is_measured_by_is_not_trained_on() -> None:
+def test_held_out_rows_are_not_trained_on() -> None:
     barred = Target(0.9, 10).held_out_rows(10_000, seed=3)
     assert len(np.unique(barred)) == 2000
     for count in (10, 5000, 8000):
@@ -130,13 +130,13 @@ def test_what_is_measured_by_is_not_trained_on() -> None:
         assert len(np.unique(rows)) == count and not np.isin(rows, barred).any()
 
 
-def test_ties_with_the_last_place_count_as_found() -> None:
+def test_ties_at_rank_k_count_as_correct() -> None:
     truth = Truth(np.zeros((2, 1), np.float32), None, np.array([[1, 2, 3, 4], [5, 6, -1, -1]]), 2)
     assert recall_of_each(np.array([[4, 2], [5, -1]]), truth).tolist() == [1.0, 0.5]
     assert recall_of_each(np.array([[-1, -1], [9, 6]]), truth).tolist() == [0.0, 0.5]
 
 
-def test_equal_vectors_are_tied_in_the_truth(make_store: Callable) -> None:
+def test_equal_vectors_are_listed_as_ties(make_store: Callable) -> None:
     vectors = np.repeat(spread(50, 1), 3, axis=0)
     truth = find_truth(make_store(vectors), Target(0.9, 1, spread(40, 2)), NONE)
     assert ((truth.rows >= 0).sum(axis=1) == 3).all()
@@ -151,7 +151,7 @@ def test_equal_vectors_are_tied_in_the_truth(make_store: Callable) -> None:
         ({"queries": np.ones((29, DIM), np.float32)}, "--queries: expected at least 30 to measure by, found 29"),
     ],
 )
-def test_a_target_that_cannot_be_measured_is_refused(change: dict, message: str) -> None:
+def test_invalid_targets_are_refused(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Target(**{"recall": 0.9, **change})
 
@@ -162,25 +162,25 @@ def test_queries_of_another_dimension_are_refused(tmp_path: Path, store) -> None
         build(store, tmp_path / "index", plan)
 
 
-def test_too_few_passages_to_measure_by_are_refused(tmp_path: Path, make_store: Callable) -> None:
+def test_too_few_passages_for_tuning_are_refused(tmp_path: Path, make_store: Callable) -> None:
     with pytest.raises(InputError, match=r"expected at least 60 passages to measure by 30, .* found 20"):
         build(make_store(spread(20, 1)), tmp_path / "index", Plan("Flat", target=Target(0.9)))
 
 
 @pytest.mark.parametrize("factory", ["HNSW16", "HNSW16_SQ8,RFlat"])
-def test_a_graph_is_measured_by_passages_that_come_into_it_later(tmp_path: Path, store, factory: str) -> None:
+def test_a_graph_is_tuned_with_held_out_passages(tmp_path: Path, store, factory: str) -> None:
     tuning = build(store, tmp_path / "index", Plan(factory, target=Target(0.9, 10)))
     assert tuning is not None and tuning.met and tuning.queries == 2000
     index = Index.open(tmp_path / "index")
     truth = find_truth(store, Target(0.9, 10, spread(1500, seed=3)), NONE)
     assert recall_of_each(index.search(truth.queries, 10)[1], truth).mean() >= 0.89
-    # Every passage is there, under its own row.
+    # Every passage is in the index, under its own row.
     Settings(ef_search=200, k_factor=4.0).apply(index.faiss)
     assert (index.search(store.vectors(), 1)[1][:, 0] == np.arange(store.rows)).mean() > 0.999
     assert index.ids[:3] == store.ids()[:3] and index.faiss.ntotal == store.rows
 
 
-def test_a_graph_is_not_measured_by_the_passages_in_it(tmp_path: Path, store) -> None:
+def test_retuning_a_graph_requires_queries(tmp_path: Path, store) -> None:
     build(store, tmp_path / "index", Plan("HNSW8"))
     with pytest.raises(InputError, match="expected --queries to measure a graph by"):
         retune(tmp_path / "index", store, Target(0.9))
@@ -188,8 +188,8 @@ def test_a_graph_is_not_measured_by_the_passages_in_it(tmp_path: Path, store) ->
         build(store, tmp_path / "other", Plan("NSG8", target=Target(0.9)))
 
 
-def test_an_index_is_not_tuned_by_other_passages(tmp_path: Path, make_store: Callable) -> None:
-    """Of the same number, dimension and model, which would measure nonsense."""
+def test_retuning_with_other_passages_is_refused(tmp_path: Path, make_store: Callable) -> None:
+    """Their number, dimension and model are the same, but recall would be meaningless."""
     vectors, ids = spread(2000, seed=1), [f"d{row}" for row in range(2000)]
     store = make_store(vectors, ids, shard_rows=1000)
     build(store, tmp_path / "part1", Plan("IVF16,SQ8", part=(1, 2), target=None))
@@ -209,7 +209,7 @@ def test_an_index_is_not_tuned_by_other_passages(tmp_path: Path, make_store: Cal
         assert listing(tmp_path / name) == old
 
 
-def test_an_index_is_not_tuned_by_passages_whose_text_changed(tmp_path: Path, make_store: Callable) -> None:
+def test_retuning_with_changed_texts_is_refused(tmp_path: Path, make_store: Callable) -> None:
     store = make_store(spread(100, seed=1))
     build(store, tmp_path / "index", Plan("IVF2,Flat"))
     passages = store.folder / "00000.jsonl"
@@ -221,7 +221,7 @@ def test_an_index_is_not_tuned_by_passages_whose_text_changed(tmp_path: Path, ma
 
 
 @pytest.mark.parametrize("by_queries", [True, False])
-def test_an_index_that_was_deleted_from_is_tuned_by_what_it_was_built_of(
+def test_retuning_after_deletion_uses_the_original_store(
     tmp_path: Path, make_store: Callable, by_queries: bool
 ) -> None:
     vectors, ids = spread(3000, seed=1), [f"d{row}" for row in range(3000)]
@@ -237,8 +237,8 @@ def test_an_index_that_was_deleted_from_is_tuned_by_what_it_was_built_of(
 
 
 @pytest.mark.parametrize("recall", [0.5, 0.9, 0.99, 1.0])
-def test_any_recall_is_reached_where_every_list_can_be_visited(make_store: Callable, rng, recall: float) -> None:
-    """Without clusters a few lists find little, and more and more with every doubling at first."""
+def test_ivf_flat_reaches_any_recall(make_store: Callable, rng, recall: float) -> None:
+    """Without clusters a few lists have low recall, and at first each doubling gains more than the one before."""
     vectors = rng.standard_normal((7000, 48)).astype(np.float32)
     index = faiss.index_factory(48, "IVF512,Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(vectors[:6500])
@@ -248,8 +248,8 @@ def test_any_recall_is_reached_where_every_list_can_be_visited(make_store: Calla
     assert tuning.met, tuning.line()
 
 
-def test_a_graph_of_centroids_finds_the_lists_that_are_asked_for(rng) -> None:
-    """With faiss's own effort of 16 it misses many of the nearest, and no number of lists makes up for it."""
+def test_a_centroid_graph_finds_the_nearest_lists(rng) -> None:
+    """With faiss's default efSearch of 16 it misses many of the nearest lists."""
     vectors = rng.standard_normal((20_000, 32)).astype(np.float32)
     index = faiss.index_factory(32, "IVF512_HNSW8,Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)

@@ -1,6 +1,6 @@
-"""Killed at random moments while an index is written, merged or changed: nothing torn is accepted, and again is whole.
+"""Processes that write, merge or change an index are killed at random moments. No incomplete result is accepted.
 
-KILLS says how many times in all; the default is what a test run has time for.
+KILLS is the total number of kills; the default keeps the test run short.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KILLS = int(os.environ.get("KILLS", "16"))
 ROWS = 12_000
 WORKS = ("write", "build", "build on disk", "merge", "merge on disk", "add", "delete", "tune")
 
-# Imports once, and forks for every work: most of a kill would hit the imports otherwise.
+# Import once and fork for every run: otherwise most kills would hit the imports.
 SPAWN = multiprocessing.get_context("forkserver")
 DRAWING = ["scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 SPAWN.set_forkserver_preload(
@@ -40,7 +40,7 @@ SPAWN.set_forkserver_preload(
 
 
 def write_store(folder: Path, first: int, last: int) -> None:
-    """The rows from `first` to `last` of vectors that are the same every time."""
+    """Write rows `first` to `last` of vectors that are always the same."""
     with EmbeddingWriter(folder, dim=16, model={"sha256": "ab"}, source={}, shard_rows=1000) as writer:
         for row in range(first + writer.rows, last, 250):
             vectors = np.random.default_rng(row).standard_normal((250, 16), np.float32)
@@ -48,7 +48,7 @@ def write_store(folder: Path, first: int, last: int) -> None:
 
 
 def work(what: str, made: Path, out: Path, started: object = None) -> None:
-    """Do one thing, on what stands in `made`, to `out`."""
+    """Run the command `what` on the stores and indexes in `made`; write to `out`."""
     if started is not None:
         started.set()  # type: ignore[attr-defined]
     store = made / "store"
@@ -69,7 +69,7 @@ def work(what: str, made: Path, out: Path, started: object = None) -> None:
 
 
 def files(what: str, folder: Path) -> dict[str, bytes]:
-    """What `what` leaves in `folder`; of tuning but what holds the times that were measured."""
+    """The files that `what` leaves in `folder`; without the measured times of tuning."""
     timed = (NAME, CURVE_FILE) if what == "tune" else ()
     return {name: data for name, data in listing(folder).items() if name not in timed}
 
@@ -88,7 +88,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def run(what: str, made: Path, out: Path, kill_after: float | None = None) -> float:
-    """Do it in another process, which dies after so many seconds; returns how long it took from its start."""
+    """Run `what` in another process and kill it after `kill_after` seconds; return how long it ran."""
     started = SPAWN.Event()
     process = SPAWN.Process(target=work, args=(what, made, out, started))
     process.start()
@@ -139,7 +139,7 @@ def test_killed_at_random_moments(tmp_path: Path, made: Path, place: int, record
 
 @pytest.fixture(scope="module")
 def record():
-    """Counts what the kills left; printed at the end (pytest -s)."""
+    """Count what the kills left; printed at the end (pytest -s)."""
     counts: dict[tuple[str, str], int] = {}
 
     def add(what: str, state: str) -> None:

@@ -1,4 +1,4 @@
-"""A writer that is killed, by the system and at any moment, is continued to the same bytes."""
+"""A writer that is killed at any moment is resumed to the same bytes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def encode(folder: Path, stop_before: int = 0) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[dict[str, bytes], int]:
-    """The files of a run that nothing disturbed, and how many steps it took."""
+    """The files of an uninterrupted run, and its number of disk operations."""
     folder = tmp_path_factory.mktemp("undisturbed") / "emb"
     done = encode(folder)
     assert done.returncode == 0, done.stderr
@@ -76,10 +76,10 @@ def undisturbed(tmp_path_factory) -> tuple[dict[str, bytes], int]:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.13, 0.3, 0.31, 0.32, 0.33, 0.7, 0.98, 1.0])
-def test_killed_before_a_step_it_completes_to_the_same_bytes(tmp_path: Path, undisturbed, share: float) -> None:
+def test_a_writer_killed_before_any_step_resumes_to_the_same_bytes(tmp_path: Path, undisturbed, share: float) -> None:
     whole, steps = undisturbed
     folder = tmp_path / "emb"
-    # The last two steps only flush the folder after the last rename: by then the store is complete.
+    # The last two steps only flush the folder after the last rename: the store is already complete.
     killed = encode(folder, stop_before=1 + round(share * (steps - 3)))
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(InputError, match=r"incomplete|found no manifest\.json"):
@@ -89,7 +89,7 @@ def test_killed_before_a_step_it_completes_to_the_same_bytes(tmp_path: Path, und
     assert listing(folder) == whole
 
 
-def test_killed_again_and_again_at_random_times_it_completes_to_the_same_bytes(tmp_path: Path, undisturbed) -> None:
+def test_a_writer_killed_repeatedly_resumes_to_the_same_bytes(tmp_path: Path, undisturbed) -> None:
     whole = undisturbed[0]
     folder = tmp_path / "emb"
     for kill in range(4):
@@ -106,7 +106,7 @@ def test_killed_again_and_again_at_random_times_it_completes_to_the_same_bytes(t
     assert listing(folder) == whole
 
 
-def test_a_build_killed_before_a_late_step_leaves_a_whole_index_or_none(tmp_path: Path) -> None:
+def test_a_killed_build_leaves_a_complete_index_or_none(tmp_path: Path) -> None:
     assert encode(tmp_path / "emb").returncode == 0
     store, out = EmbeddingStore.open(tmp_path / "emb"), tmp_path / "index"
     build(store, out, factory="SQ8")
@@ -115,10 +115,10 @@ def test_a_build_killed_before_a_late_step_leaves_a_whole_index_or_none(tmp_path
     assert done.returncode == 0, done.stderr
     new, steps = listing(out), int(done.stdout.split()[-1])
     build(store, out, factory="SQ8")
-    # From the last step back: flush the neighbours, rename the new folder, rename the old one, flush a file.
+    # In reverse: flush the parent folder, rename the new folder, rename the old one, flush a file.
     for step in range(steps, steps - 4, -1):
         assert run(BUILD, out, step, store.folder, "Flat").returncode == -signal.SIGKILL
-        if step == steps - 1:  # between the two renames that exchange the folders
+        if step == steps - 1:  # between the two renames
             assert not out.exists()
         else:
             assert listing(out) == (new if step == steps else old)

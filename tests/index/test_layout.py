@@ -1,4 +1,4 @@
-"""Ids and passages on their way into an index folder."""
+"""Writing ids and passages into an index folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from index.files import InputError
 
 
 @pytest.mark.parametrize("block", [1, 7, 2**24])
-def test_kept_lines_and_their_offsets_are_those_of_the_files(tmp_path: Path, monkeypatch, rng, block: int) -> None:
-    """Lines of any length, empty ones too, cut anywhere by the blocks that are read."""
+def test_write_passages_keeps_lines_and_offsets(tmp_path: Path, monkeypatch, rng, block: int) -> None:
+    """Lines of any length, including empty ones, split anywhere between blocks."""
     monkeypatch.setattr(layout, "BLOCK_BYTES", block)
     lines = [b"x" * int(length) + "é\u2028".encode() * (length % 2) + b"\n" for length in rng.integers(0, 20, 60)]
     files = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
@@ -29,7 +29,7 @@ def test_kept_lines_and_their_offsets_are_those_of_the_files(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(("text", "found"), [(b"a\nb\n", "found 2"), (b"a\nb\nc\nd\n", "more"), (b"a\nb\nc", "end")])
-def test_other_numbers_of_lines_are_refused(tmp_path: Path, text: bytes, found: str) -> None:
+def test_a_wrong_number_of_lines_is_refused(tmp_path: Path, text: bytes, found: str) -> None:
     (tmp_path / "ids").write_bytes(text)
     with pytest.raises(InputError, match=rf"ids: expected .*found .*{found.removeprefix('found ')}"):
         layout.write_passages([tmp_path / "ids"], [tmp_path / "ids"], 3, tmp_path)

@@ -21,7 +21,7 @@ def write_example(folder: Path, fields: dict | None = None, format: str = INDEX)
 
 
 def rewrite(folder: Path, change: dict) -> None:
-    """A forger's manifest: changed, and with a sha256 that fits."""
+    """Change fields of the manifest and update its sha256."""
     value = json.loads((folder / manifests.NAME).read_text())
     value.update(change)
     value.pop("sha256")
@@ -30,7 +30,7 @@ def rewrite(folder: Path, change: dict) -> None:
     (folder / manifests.NAME).write_text(text + "\n")
 
 
-def test_a_manifest_comes_back_as_written(tmp_path: Path) -> None:
+def test_manifest_round_trip(tmp_path: Path) -> None:
     written = write_example(tmp_path)
     assert read_manifest(tmp_path, INDEX) == written
     assert read_manifest(tmp_path) == written
@@ -45,7 +45,7 @@ def test_the_file_has_the_documented_shape(tmp_path: Path) -> None:
     assert value["files"]["a.bin"]["sha256"].startswith("84d89877f0d4041e")
 
 
-def test_any_flipped_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
+def test_any_flipped_byte_of_the_manifest_is_detected(tmp_path: Path) -> None:
     write_example(tmp_path)
     path = tmp_path / "manifest.json"
     data = path.read_bytes()
@@ -94,7 +94,7 @@ def test_a_forged_manifest_of_wrong_types_is_refused_in_one_line(tmp_path: Path,
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{}", "{", '{"format": NaN}', "[" * 100_000], ids=lambda t: t[:9])
-def test_what_is_no_manifest_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+def test_invalid_manifests_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=r"manifest\.json: expected") as caught:
         read_manifest(tmp_path)
@@ -135,7 +135,7 @@ def test_counts_and_objects_of_texts_are_checked(tmp_path: Path) -> None:
         holder.texts("model")
 
 
-def test_a_wrong_file_is_named_at_the_level_that_sees_it(tmp_path: Path) -> None:
+def test_verify_files_names_damaged_files_at_each_level(tmp_path: Path) -> None:
     holder = write_example(tmp_path)
     path = tmp_path / "a.bin"
     path.write_bytes(b"0123456780")

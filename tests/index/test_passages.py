@@ -48,7 +48,7 @@ def test_ids_of_other_types_are_refused(value: object) -> None:
         ({"_id": "a", "text": None}, Passage("a", "", "")),
     ],
 )
-def test_a_row_gives_its_passage(fields: dict, passage: Passage) -> None:
+def test_parse_passage(fields: dict, passage: Passage) -> None:
     assert parse_passage(Record("f:1", fields)) == passage
 
 
@@ -78,7 +78,7 @@ def test_a_file_is_streamed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "parquet"])
-def test_a_passage_that_is_not_read_is_passed_over(tmp_path: Path, suffix: str) -> None:
+def test_lazy_passages_are_parsed_when_called(tmp_path: Path, suffix: str) -> None:
     rows = [{"_id": f"d{n}", "text": f"text {n}"} for n in range(9)]
     path = tmp_path / f"corpus.{suffix}"
     if suffix == "csv":
@@ -90,19 +90,19 @@ def test_a_passage_that_is_not_read_is_passed_over(tmp_path: Path, suffix: str) 
             stream.write("\n\n".join(map(json.dumps, rows)))
     passages = PassageFile(path)
     assert list(passages) == list(passages) == list(read_passages(path))
-    unread = list(passages.unread())
-    assert len(unread) == 9 and unread[7]() == Passage("d7", "", "text 7")
+    lazy = list(passages.lazy())
+    assert len(lazy) == 9 and lazy[7]() == Passage("d7", "", "text 7")
 
 
-def test_what_is_wrong_in_a_line_is_told_when_it_is_read(tmp_path: Path) -> None:
+def test_malformed_lines_are_reported_when_parsed(tmp_path: Path) -> None:
     (path := tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": ""}\n{"_id"\n{"_id": "c", "text": ""}\n')
-    first, second, third = PassageFile(path).unread()
+    first, second, third = PassageFile(path).lazy()
     assert [first().id, third().id] == ["a", "c"]
     with pytest.raises(InputError, match=f"^{path}:2: expected JSON, found"):
         second()
 
 
-def test_a_file_that_changes_while_it_is_read_is_told_at_its_end(tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     (path := tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": ""}\n')
     passages = PassageFile(path)
     assert len(list(passages)) == len(list(passages)) == 1
@@ -114,7 +114,7 @@ def test_a_file_that_changes_while_it_is_read_is_told_at_its_end(tmp_path: Path)
         list(PassageFile(tmp_path / "none.jsonl"))
 
 
-def test_a_title_is_not_shown_twice() -> None:
+def test_a_title_equal_to_the_text_is_not_shown() -> None:
     assert one_line("Paris", "is a city\nin France") == "Paris is a city in France"
     assert heading("Paris", " Paris\n") == "" and one_line("Paris", " Paris\n") == "Paris"
     assert heading("Paris", "Paris is a city") == "Paris"

@@ -1,4 +1,4 @@
-"""Recall counts a result as right by its exact score, so that an exact index has all of it however many tie."""
+"""Results count as correct by their exact score, so that an exact index has recall 1 with any number of ties."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from index.ann.build import Plan, build
 from index.ann.edit import delete_passages, retune
-from index.ann.tuning.advice import advice, reaches_all
-from index.ann.tuning.graphs import truth_without
+from index.ann.tuning.advice import advice, exact_at_limit
+from index.ann.tuning.graphs import truth_for_held_out
 from index.ann.tuning.recall import ROUNDING, SPARE, Target, Truth, find_truth, recall_of_each
 from index.ann.tuning.tune import tune
 from index.passages import Passage
@@ -31,12 +31,12 @@ def unit(rows: int, seed: int) -> np.ndarray:
 
 
 def nearly_orthogonal(rows: int, seed: int) -> np.ndarray:
-    """Two halves that have about nothing in common: products of 1 - 1 + a trifle."""
+    """Two halves whose products nearly cancel: 1 - 1 + a small number."""
     half = unit(rows, seed)[:, : DIM // 2]
     return np.concatenate([half, half + 1e-7 * unit(rows, seed + 1)[:, : DIM // 2]], axis=1).astype(np.float32)
 
 
-# Passages [N, D] and queries [Q, D] of which many score alike, exactly or but for rounding.
+# Passages [N, D] and queries [Q, D] with many equal scores, exactly or up to rounding.
 CORPORA: dict[str, tuple[np.ndarray, np.ndarray]] = {
     "three texts": (np.repeat(unit(3, 1), 80, axis=0), unit(50, 2)),
     "one text": (np.repeat(unit(1, 1), 240, axis=0), unit(50, 2)),
@@ -73,7 +73,7 @@ def test_an_index_of_duplicates_is_built_to_a_target(tmp_path: Path, make_store:
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
-def test_an_index_that_was_deleted_from_meets_it_too(tmp_path: Path, make_store: Callable, factory: str) -> None:
+def test_an_index_with_deletions_reaches_the_target(tmp_path: Path, make_store: Callable, factory: str) -> None:
     passages, queries = CORPORA["three texts"]
     store = make_store(passages, shard_rows=100)
     build(store, tmp_path / "ix", Plan(factory))
@@ -82,10 +82,10 @@ def test_an_index_that_was_deleted_from_meets_it_too(tmp_path: Path, make_store:
         assert retune(tmp_path / "ix", store, target).chosen.recall == 1.0
 
 
-def test_passages_that_come_into_a_graph_later_are_measured_alike(make_store: Callable) -> None:
+def test_held_out_passages_of_a_graph_are_scored_with_ties(make_store: Callable) -> None:
     store, target = make_store(CORPORA["boilerplate"][0], shard_rows=100), Target(0.9, 10)
     held_out = target.held_out_rows(store.rows, 0)
-    truth = truth_without(store, target, held_out)
+    truth = truth_for_held_out(store, target, held_out)
     flat = faiss.IndexFlatIP(DIM)
     flat.add(np.delete(store.vectors(), held_out, axis=0))
     assert recall_of_each(flat.search(truth.queries, 10)[1], truth).min() == 1.0
@@ -93,8 +93,8 @@ def test_passages_that_come_into_a_graph_later_are_measured_alike(make_store: Ca
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_a_result_is_right_if_its_exact_score_reaches_the_kth(data: st.DataObject) -> None:
-    """Small whole numbers, whose products are exact, so that most of them tie."""
+def test_a_result_is_correct_if_its_score_reaches_the_kth(data: st.DataObject) -> None:
+    """Small integers, whose products are exact, so that most of them tie."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     rows, count = data.draw(st.sampled_from([30, 60, 200])), data.draw(st.integers(1, 40))
     vectors = rng.integers(-1, 2, (rows, 3)).astype(np.float32)
@@ -114,7 +114,7 @@ def test_a_result_is_right_if_its_exact_score_reaches_the_kth(data: st.DataObjec
 
 
 class _Stored:
-    """What a truth asks of a store."""
+    """The part of `EmbeddingStore` that `find_truth` uses."""
 
     def __init__(self, vectors: np.ndarray) -> None:
         self.vectors = np.ascontiguousarray(vectors, np.float32)
@@ -129,15 +129,15 @@ class _Stored:
 
 
 class _Asked:
-    """A target of fewer queries than an interval needs."""
+    """A `Target` with fewer queries than a confidence interval needs."""
 
     def __init__(self, queries: np.ndarray, k: int) -> None:
         self.queries, self.k = queries, k
 
 
 @pytest.mark.parametrize("ties", [1, SPARE + 50])
-def test_what_scores_less_than_rounding_allows_is_wrong(tmp_path: Path, ties: int) -> None:
-    """Norms of 1: within 2e-6 of the k-th score is right and beyond it wrong, listed or not."""
+def test_results_below_the_rounding_tolerance_are_incorrect(tmp_path: Path, ties: int) -> None:
+    """Norms of 1: scores within 2e-6 of the k-th are correct, and others are not, whether listed or not."""
     near, far = 1 - ROUNDING, 1 - 4 * ROUNDING
     scores = np.r_[np.ones(ties), near, far, far].astype(np.float32)
     vectors = np.stack([scores, np.sqrt(1 - scores.astype(np.float64) ** 2)], axis=1).astype(np.float32)
@@ -150,8 +150,8 @@ def test_what_scores_less_than_rounding_allows_is_wrong(tmp_path: Path, ties: in
         assert set(recall_of_each(np.full((30, 1), row), truth)) == {right}
 
 
-def test_a_coarse_code_is_not_forgiven(make_store: Callable) -> None:
-    """Duplicates of three texts are found by any code; different passages are not."""
+def test_coarse_codes_lose_recall(make_store: Callable) -> None:
+    """Any code finds duplicates of three texts, but not different passages."""
     for name, least, most in (("three texts", 1.0, 1.0), ("all different", 0.1, 0.9)):
         passages, queries = CORPORA[name]
         index = faiss.index_factory(DIM, "PQ4x4", faiss.METRIC_INNER_PRODUCT)
@@ -178,21 +178,21 @@ def test_a_coarse_code_is_not_forgiven(make_store: Callable) -> None:
         ("HNSW8_SQ8,RFlat", "finer code (SQfp16, Flat)"),
     ],
 )
-def test_the_advice_fits_the_index(factory: str, words: str) -> None:
+def test_advice_depends_on_the_index(factory: str, words: str) -> None:
     index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
     given = advice(index, mean_reaches=False)
-    assert words in given and not reaches_all(index)
+    assert words in given and not exact_at_limit(index)
     assert ("add a refinement" in given) == ("add a refinement" in words)
     assert "by more queries" in advice(index, mean_reaches=True)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
-def test_of_an_exact_index_no_finer_code_is_asked_for(factory: str) -> None:
+def test_exact_indexes_are_not_advised_to_use_finer_codes(factory: str) -> None:
     index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
-    assert reaches_all(index) and "code" not in advice(index, mean_reaches=False)
+    assert exact_at_limit(index) and "code" not in advice(index, mean_reaches=False)
 
 
-def test_a_missed_target_says_what_to_change() -> None:
+def test_a_missed_target_comes_with_advice() -> None:
     passages, queries = CORPORA["all different"]
     index = faiss.index_factory(DIM, "PQ4x4", faiss.METRIC_INNER_PRODUCT)
     index.train(passages.astype(np.float32))
@@ -204,7 +204,7 @@ def test_a_missed_target_says_what_to_change() -> None:
     assert isinstance(truth, Truth) and truth.ties is None
 
 
-def test_a_met_target_is_not_said_to_be_met_by_no_settings() -> None:
+def test_the_result_line_omits_empty_settings() -> None:
     passages, queries = CORPORA["all different"]
     index = faiss.IndexFlatIP(DIM)
     index.add(passages.astype(np.float32))

@@ -27,14 +27,14 @@ def written(path: Path, data: str | bytes) -> Path:
 
 
 def write_as_pandas(path: Path, names: list[str], cells: Sequence[Sequence[str]], separator: str) -> None:
-    """What `DataFrame.to_csv(path, sep=separator, index=False)` writes, which has its quotes from the csv module."""
+    """Write what `DataFrame.to_csv(path, sep=separator, index=False)` writes; pandas uses the csv module."""
     text = io.StringIO()
     csv.writer(text, delimiter=separator, lineterminator="\n").writerows([names, *cells])
     written(path, text.getvalue())
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_json_lines_are_read_with_their_places(tmp_path: Path, name: str) -> None:
+def test_json_lines_are_read_with_line_numbers(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / name, '{"a": 1}\n\n  \n{"a": "\u2028x\\n"}')
     assert [(r.place, r.fields) for r in read_records(path)] == [
         (f"{path}:1", {"a": 1}),
@@ -66,7 +66,7 @@ def test_a_whole_surrogate_pair_is_one_character(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv.gz"])
-def test_bytes_that_are_no_utf8_are_found_in_their_line(tmp_path: Path, name: str) -> None:
+def test_invalid_utf8_is_reported_with_its_line(tmp_path: Path, name: str) -> None:
     line = b'{"a": 1}\n' if "jsonl" in name else b"a\n"
     path = written(tmp_path / name, line * 3 + b"\xe9\n" + line * 3)
     with pytest.raises(InputError) as caught:
@@ -75,7 +75,7 @@ def test_bytes_that_are_no_utf8_are_found_in_their_line(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv"])
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path, name: str) -> None:
+def test_a_byte_order_mark_is_skipped(tmp_path: Path, name: str) -> None:
     text = '{"a": "1"}\n' if name == "a.jsonl" else "a\n1\n"
     assert rows(written(tmp_path / name, b"\xef\xbb\xbf" + text.encode())) == [{"a": "1"}]
 
@@ -92,7 +92,7 @@ def test_a_cell_may_hold_a_long_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("row", "found"), [("1", 1), ("1,2,3", 3), ("1,2,3,4", 4)])
-def test_a_row_of_another_width_is_named_with_both_widths(tmp_path: Path, row: str, found: int) -> None:
+def test_rows_with_a_wrong_number_of_cells_are_refused(tmp_path: Path, row: str, found: int) -> None:
     path = written(tmp_path / "a.csv", f"q,p\n1,2\n{row}\n")
     with pytest.raises(InputError) as caught:
         rows(path)
@@ -105,7 +105,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
         rows(path)
 
 
-def test_an_open_quote_is_an_error_and_not_the_rest_of_the_file(tmp_path: Path) -> None:
+def test_an_unclosed_quote_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "a.csv", 'q,p\n"1,2\n3,4\n')
     with pytest.raises(InputError, match=r"a\.csv:2: expected a row of cells, found: "):
         rows(path)
@@ -156,14 +156,14 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         rows(tmp_path / name)
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.parquet"):
         (tmp_path / name).mkdir()
         with pytest.raises(InputError, match=name):
             rows(tmp_path / name)
 
 
-def test_another_kind_of_file_is_refused_with_the_kinds_there_are(tmp_path: Path) -> None:
+def test_unknown_suffixes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.xlsx: expected a file ending in \.jsonl"):
         rows(tmp_path / "a.xlsx")
 
@@ -174,12 +174,12 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
     assert rows(written(tmp_path / "b.csv", "q,p\n")) == []
 
 
-def test_a_quote_that_swallows_rows_of_tabs_is_refused(tmp_path: Path) -> None:
+def test_a_quote_that_spans_rows_of_a_tsv_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tsv", '_id\ttext\n1\tone\n2\t"Quoted start\n3\tx\n4\tends with"\n5\ty\n')
     with pytest.raises(InputError, match=r"a\.tsv:3: expected a quote that closes in its row, .* closes in line 5"):
         rows(path)
     assert rows(written(path, '_id\ttext\n1\t"two\nlines"\n'))[0]["text"] == "two\nlines"
-    # With quotes in the header it is no accident.
+    # With a quoted header it is accepted.
     assert [row["_id"] for row in rows(written(path, '"_id"\ttext\n2\t"Quoted\n3\tx\n4\tend"\n5\ty\n'))] == ["2", "5"]
 
 
@@ -187,7 +187,7 @@ def test_a_quote_that_swallows_rows_of_tabs_is_refused(tmp_path: Path) -> None:
 @given(
     cells=st.lists(
         st.tuples(*[st.text(alphabet='ab\t\n",\u00e9', max_size=12)] * 3).filter(
-            # What looks like whole rows is the test above; a row of nothing is none.
+            # Cells that look like whole rows are tested above; an empty row is skipped.
             lambda row: any(row) and "\t".join(row).count("\n") < 2
         ),
         min_size=1,
@@ -195,7 +195,7 @@ def test_a_quote_that_swallows_rows_of_tabs_is_refused(tmp_path: Path) -> None:
     )
 )
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_pandas_writes_is_read(kind: str, cells: list[tuple[str, ...]], tmp_path: Path) -> None:
+def test_tables_written_by_pandas_are_read(kind: str, cells: list[tuple[str, ...]], tmp_path: Path) -> None:
     names = ["q", "p", "n"]
     separator = "," if kind.startswith("csv") else "\t"
     path = tmp_path / f"a.{kind}"
@@ -211,7 +211,7 @@ def test_a_quoted_cell_may_hold_tabs_and_several_line_ends(tmp_path: Path) -> No
         assert list(rows(path)[0].values()) == row
 
 
-def test_lines_of_a_file_that_is_no_text(tmp_path: Path) -> None:
+def test_read_lines_reads_gzip_and_reports_invalid_utf8(tmp_path: Path) -> None:
     assert list(read_lines(written(tmp_path / "a.txt.gz", "a\n\nb"))) == ["a", "", "b"]
     with pytest.raises(InputError, match=r"a\.txt:2: expected UTF-8, found byte 0xff"):
         list(read_lines(written(tmp_path / "a.txt", b"a\n\xff\n")))

@@ -1,4 +1,4 @@
-"""A file summed while it is written holds what was written, and the sum is its own."""
+"""A file hashed while it is written has the right content and checksum."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index.hashing import AT_ONCE, SummedFile
+from index.hashing import BUFFER_BYTES, HashingFile
 
 
-def test_pieces_of_any_length_are_written_and_summed(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_writes_of_any_length_are_hashed(tmp_path: Path, rng: np.random.Generator) -> None:
     lengths = [
         0,
         1,
         7,
-        AT_ONCE - 1,
+        BUFFER_BYTES - 1,
         3,
-        AT_ONCE,
-        AT_ONCE + 5,
+        BUFFER_BYTES,
+        BUFFER_BYTES + 5,
         1,
-        AT_ONCE // 2,
-        AT_ONCE // 2 + 1,
+        BUFFER_BYTES // 2,
+        BUFFER_BYTES // 2 + 1,
         *[4] * 1000,
-        3 * AT_ONCE,
+        3 * BUFFER_BYTES,
     ]
     pieces = [rng.bytes(length) for length in lengths]
-    with SummedFile(tmp_path / "file") as file:
+    with HashingFile(tmp_path / "file") as file:
         assert [file.write(piece) for piece in pieces] == lengths
     assert (tmp_path / "file").read_bytes() == b"".join(pieces)
     assert file.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
-def test_an_empty_file_has_its_sum(tmp_path: Path) -> None:
-    with SummedFile(tmp_path / "file") as file:
+def test_an_empty_file_is_hashed(tmp_path: Path) -> None:
+    with HashingFile(tmp_path / "file") as file:
         pass
     assert (tmp_path / "file").read_bytes() == b"" and file.sha256 == hashlib.sha256().hexdigest()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-@pytest.mark.parametrize("length", [3, 3 * AT_ONCE])
+@pytest.mark.parametrize("length", [3, 3 * BUFFER_BYTES])
 def test_a_full_disk_is_reported(length: int) -> None:
-    with pytest.raises(OSError, match="No space left"), SummedFile(Path("/dev/full")) as file:
+    with pytest.raises(OSError, match="No space left"), HashingFile(Path("/dev/full")) as file:
         file.write(b"x" * length)

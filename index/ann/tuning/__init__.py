@@ -1,1 +1,1 @@
-"""Search settings that meet a recall target, measured against exact search."""
+"""Finding search settings that reach a recall target, measured against exact search."""

@@ -1,4 +1,4 @@
-"""The plot of recall against time that tuning measured."""
+"""Plot of recall against time per query, as measured by tuning."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from index.ann.tuning.tune import Tuning
 
 
 def draw(tuning: Tuning, title: str, path: Path) -> None:
-    """Write the PNG `path`: every setting measured, the target, and the setting chosen.
+    """Write a PNG with every measured setting, the target, and the chosen setting.
 
-    Nothing is written where matplotlib, an extra, is not installed; the manifest holds the figures in any case.
+    No-op if matplotlib (an optional dependency) is not installed; the manifest contains the figures anyway.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return
@@ -31,7 +31,7 @@ def draw(tuning: Tuning, title: str, path: Path) -> None:
     label = str(chosen.settings)
     axes.plot(chosen.microseconds, chosen.recall, "o", markersize=9, fillstyle="none", color="C3", label=label)
     axes.set_xscale("log")
-    # 20 and 50 rather than powers of ten, of which few curves span two.
+    # Ticks at 1, 2 and 5: few curves span two powers of ten.
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

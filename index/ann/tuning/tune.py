@@ -1,10 +1,10 @@
-"""The cheapest search settings of an index that meet a recall target, found by measuring against exact search.
+"""Finding the cheapest search settings of an index that reach a recall target, measured against exact search.
 
-Recall rises with every setting, and so does the work. With one setting (nprobe, or efSearch) the cheapest that meets
-the target is therefore the least, and is found by doubling and bisection, without a clock: the answer does not depend
-on how busy the machine is. A refining index has two, which trade for each other: for every k_factor the least nprobe
-is found the same way, and only those few pairs are timed: in turns, on one thread, by the processor time of each one's
-fastest round, which other work on the machine disturbs far less than the time on the clock.
+Recall and cost increase with every setting. With a single setting (nprobe or efSearch), the cheapest is therefore the
+smallest that reaches the target. It is found by doubling and bisection without timing, so the result does not depend on
+the load of the machine. An index with a refinement has two settings: for every k_factor the smallest nprobe is found in
+the same way, and only these pairs are timed, in turns, on one thread. Each pair's fastest round counts, in processor
+time, which other load disturbs far less than wall-clock time.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from typing import Any
 import numpy as np
 
 from index.ann.factory import import_faiss
-from index.ann.settings import Settings, core, parts
-from index.ann.tuning.advice import advice, reaches_all
-from index.ann.tuning.recall import CONFIDENCE, Target, Truth, lower_end, recall_of_each, without_own
+from index.ann.settings import Settings, core, index_layers
+from index.ann.tuning.advice import advice, exact_at_limit
+from index.ann.tuning.recall import CONFIDENCE, Target, Truth, lower_bound, recall_of_each, without_own
 
 K_FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
-# A setting is found to this share of itself, and times closer than this count as equal.
+# Relative resolution of a setting; times closer than this count as equal.
 RESOLUTION = 0.02
-# Two doublings in a row that gain less have found all that the codes can tell apart.
-LEAST_GAIN = 0.001
-# Seconds: what is over sooner is easily disturbed, and is measured by the quickest of three.
-SHORT = 1.0
-ROUNDS = 4
-TIMED = 1000
+# The search stops after two consecutive doublings that gain less recall: the codes cannot distinguish more.
+MIN_GAIN = 0.001
+# A search faster than this many seconds is easily disturbed: take the fastest of three.
+SHORT_SECONDS = 1.0
+TIMING_ROUNDS = 4
+TIMED_QUERIES = 1000
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting, measured."""
+    """One measured setting."""
 
     settings: Settings
     recall: float
-    """The mean over the queries."""
+    """Mean recall over the queries."""
     at_least: float
-    """The lower end of its interval."""
+    """Lower end of the confidence interval of the mean recall."""
     microseconds: float
-    """A query, in a batch of all of them, on `Tuning.threads` threads, by the clock."""
+    """Wall-clock time per query, in one batch on `Tuning.threads` threads."""
     compared: float
-    """Codes compared with a query, where faiss counts them: a cost that no other work on the machine can change."""
+    """Codes compared per query, as counted by faiss: a cost that does not depend on the load of the machine."""
     core_microseconds: float | None = None
-    """Of processor time a query, on one thread; only of the settings that were compared by it."""
+    """Processor time per query on one thread; only for settings that were timed."""
 
     def as_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The entry of the manifest."""
         return {
             **self.settings.known(),
             "recall": round(self.recall, 6),
@@ -62,24 +62,24 @@ class Point:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured, and what was chosen."""
+    """What was measured and chosen."""
 
     target: Target
     chosen: Point
     curve: list[Point]
-    """Every setting measured, by time."""
+    """Every measured setting, by time."""
     queries: int
     threads: int
     advice: str = ""
-    """What to change, where the target is not met."""
+    """What to change if the target is not reached."""
 
     @property
     def met(self) -> bool:
-        """Whether the chosen setting meets the target."""
+        """Whether the chosen setting reaches the target."""
         return self.chosen.at_least >= self.target.recall
 
     def line(self) -> str:
-        """What came of it, for a person."""
+        """The result in one line of text."""
         measured = f"recall@{self.target.k} {self.chosen.recall:.4f}, at least {self.chosen.at_least:.4f}"
         cost = f"{self.chosen.core_microseconds:,.0f} µs of one core a query"
         settings = str(self.chosen.settings) if self.chosen.settings.known() else ""
@@ -90,7 +90,7 @@ class Tuning:
         return f"recall target {self.target.recall:g} NOT met: the best found is {measured}{by}; {self.advice}"
 
     def as_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The "tuning" field of the manifest."""
         return {
             "target_recall": self.target.recall,
             "k": self.target.k,
@@ -105,33 +105,38 @@ class Tuning:
 
 
 def tune(index: Any, truth: Truth, target: Target, progress: Callable[[str], None] | None = None) -> Tuning:
-    """Find the cheapest settings of `index` that meet `target`, or the best there are, and apply them.
+    """Find the cheapest search settings that reach `target`, or those of highest recall if none do, and apply them.
 
     Args:
-        index: filled, of the rows that `truth` is about.
-        truth: from `find_truth`.
-        target: the promise.
-        progress: called with each setting and its recall.
+        index: a faiss index of the rows that `truth` is about.
+        truth: exact neighbours, from `find_truth`.
+        target: the recall target.
+        progress: called with a line of text for each measured setting.
+
+    Returns:
+        What was measured and chosen.
     """
-    search = _Search(index, truth, target.recall, progress)
-    refines = any(isinstance(part, import_faiss().IndexRefine) for part in parts(index))
-    found = search.least_pairs() if refines else [search.least(None, 1, search.limit)]
+    search = _SettingSearch(index, truth, target.recall, progress)
+    refines = any(isinstance(part, import_faiss().IndexRefine) for part in index_layers(index))
+    found = search.smallest_pairs() if refines else [search.least(None, 1, search.limit)]
     met = [point for point in found if point is not None]
     points = list(search.measured.values())
     if met:
         times = _times(index, truth, [point.settings for point in met])
         fastest = min(times)
-        chosen, spent_by_it = next(
-            (point, spent) for point, spent in zip(met, times, strict=True) if spent <= fastest * (1 + RESOLUTION)
+        chosen, core_time = next(
+            (point, cpu_time)
+            for point, cpu_time in zip(met, times, strict=True)
+            if cpu_time <= fastest * (1 + RESOLUTION)
         )
     else:
         chosen = max(points, key=lambda point: (point.at_least, -point.compared))
-        (spent_by_it,) = _times(index, truth, [chosen.settings])
-    chosen = replace(chosen, core_microseconds=spent_by_it)
+        (core_time,) = _times(index, truth, [chosen.settings])
+    chosen = replace(chosen, core_microseconds=core_time)
     points = [chosen if point.settings == chosen.settings else point for point in points]
     chosen.settings.apply(index)
     curve = sorted(points, key=lambda point: point.microseconds)
-    # Of fewer than k passages, all are what was measured.
+    # With fewer than k passages, recall was measured at their number.
     target = replace(target, k=truth.k)
     missed = chosen.at_least < target.recall
     change = advice(index, mean_reaches=chosen.recall >= target.recall) if missed else ""
@@ -139,7 +144,7 @@ def tune(index: Any, truth: Truth, target: Target, progress: Callable[[str], Non
 
 
 def measure(index: Any, truth: Truth, settings: Settings) -> Point:
-    """Recall and time of `index` with `settings`, which stay applied."""
+    """Measure recall and time of `index` with `settings`, which stay applied."""
     faiss = import_faiss()
     settings.apply(index)
     faiss.cvar.indexIVF_stats.reset()
@@ -148,23 +153,23 @@ def measure(index: Any, truth: Truth, settings: Settings) -> Point:
     inner = core(index)
     counted = faiss.cvar.hnsw_stats if isinstance(inner, faiss.IndexHNSW) else faiss.cvar.indexIVF_stats
     compared = counted.ndis if isinstance(inner, faiss.IndexHNSW | faiss.IndexIVF) else index.ntotal * len(found)
-    if seconds < SHORT:
+    if seconds < SHORT_SECONDS:
         seconds = min(seconds, *(_timed(index, truth)[1] for _ in range(2)))
     recalls = recall_of_each(found, truth)
     mean = float(recalls.mean())
     each = 1 / len(found)
-    return Point(settings, mean, lower_end(recalls), 1e6 * seconds * each, float(compared) * each)
+    return Point(settings, mean, lower_bound(recalls), 1e6 * seconds * each, float(compared) * each)
 
 
 def _timed(index: Any, truth: Truth) -> tuple[np.ndarray, float]:
-    """What `_found` gives, and the seconds it took."""
+    """The result of `_found`, and its wall-clock time in seconds."""
     started = time.perf_counter()
     found = _found(index, truth)
     return found, time.perf_counter() - started
 
 
 def _found(index: Any, truth: Truth) -> np.ndarray:
-    """The k rows that `index` finds for each query."""
+    """The k rows that `index` returns for each query: [Q, k] int64."""
     if truth.own is None:
         return index.search(truth.queries, truth.k)[1]
     scores, rows = index.search(truth.queries, truth.k + 1)
@@ -172,14 +177,16 @@ def _found(index: Any, truth: Truth) -> np.ndarray:
 
 
 def _times(index: Any, truth: Truth, settings: list[Settings]) -> list[float]:
-    """Microseconds of processor time a query of each setting: its fastest round of several, in turns, on one thread."""
+    """Processor time per query of each setting in µs: the fastest of several rounds, in turns, on one thread."""
     faiss = import_faiss()
-    some = replace(truth, queries=truth.queries[:TIMED], own=None if truth.own is None else truth.own[:TIMED])
+    some = replace(
+        truth, queries=truth.queries[:TIMED_QUERIES], own=None if truth.own is None else truth.own[:TIMED_QUERIES]
+    )
     best = [np.inf] * len(settings)
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        for _ in range(ROUNDS):
+        for _ in range(TIMING_ROUNDS):
             for place, each in enumerate(settings):
                 each.apply(index)
                 started = time.thread_time()
@@ -190,8 +197,8 @@ def _times(index: Any, truth: Truth, settings: list[Settings]) -> list[float]:
     return [1e6 * seconds / len(some.queries) for seconds in best]
 
 
-class _Search:
-    """Looks for the least settings that meet a target, and keeps all that it measures on the way."""
+class _SettingSearch:
+    """Searches for the smallest settings that reach a target, and records every measurement."""
 
     def __init__(self, index: Any, truth: Truth, recall: float, progress: Callable[[str], None] | None) -> None:
         faiss = import_faiss()
@@ -201,18 +208,18 @@ class _Search:
         self._progress = progress
         inner = core(index)
         self._kind = "nprobe" if isinstance(inner, faiss.IndexIVF) else "ef_search"
-        # The largest value of the one setting that costs something; 0 where there is none.
+        # Largest value of the setting; 0 if the index has none.
         self.limit = 0
         if isinstance(inner, faiss.IndexIVF):
             self.limit = int(inner.nlist)
         elif isinstance(inner, faiss.IndexHNSW):
             self.limit = int(min(max(index.ntotal, 1), 8192))
-        # Whether the largest value finds everything, so that none is given up before it.
-        self._exact = reaches_all(index)
+        # If the largest value is exact, the search must not stop before it.
+        self._exact = exact_at_limit(index)
         self.measured: dict[Settings, Point] = {}
 
     def at(self, value: int, k_factor: float | None) -> Point:
-        """The setting's measurement, made at most once."""
+        """The measurement of a setting, cached."""
         settings = Settings(k_factor=k_factor)
         if self.limit:
             settings = replace(settings, **{self._kind: value})
@@ -226,15 +233,15 @@ class _Search:
         return point.at_least >= self._recall
 
     def least(self, k_factor: float | None, low: int, high: int) -> Point | None:
-        """The least value from `low` to `high` that meets the target; None when none does."""
+        """The smallest value from `low` to `high` that reaches the target; None if none does."""
         failed, value, recall, gain = low - 1, max(1, low), -1.0, np.inf
         while not self.meets(point := self.at(value, k_factor)):
             before, gain, recall = gain, point.recall - recall, point.recall
-            # From about half of the recall on, each doubling gains less than the one before: when this one's gain, at
-            # each of those left, is too little, so are they. Below that gains may rise, and only their end tells.
+            # Above a recall of about one half, each doubling gains less than the one before: stop if even the present
+            # gain, repeated at every remaining doubling, would not reach the target. Below, gains may still grow.
             doublings = np.ceil(np.log2(high / value)) if high > value else 0
             too_little = recall >= 0.5 and gain < before and recall + gain * doublings < self._recall
-            if value >= high or (not self._exact and (too_little or max(gain, before) < LEAST_GAIN)):
+            if value >= high or (not self._exact and (too_little or max(gain, before) < MIN_GAIN)):
                 return None
             failed, value = value, min(2 * value, high)
         met = value
@@ -244,11 +251,14 @@ class _Search:
                 met = middle
             else:
                 failed = middle
-        self._look_beyond(met, k_factor)
+        self._extend_curve(met, k_factor)
         return self.at(met, k_factor)
 
-    def least_pairs(self) -> list[Point | None]:
-        """For every k_factor that lets the other setting be smaller, the least of it that meets the target."""
+    def smallest_pairs(self) -> list[Point | None]:
+        """The smallest nprobe (or efSearch) that reaches the target, for each k_factor.
+
+        Stops when a larger k_factor no longer reduces it.
+        """
         found: list[Point | None] = []
         high = self.limit
         for k_factor in K_FACTORS:
@@ -266,8 +276,8 @@ class _Search:
             high = int(value)
         return found
 
-    def _look_beyond(self, met: int, k_factor: float | None) -> None:
-        """Measure a little past the target, so that the curve shows what more would cost."""
+    def _extend_curve(self, met: int, k_factor: float | None) -> None:
+        """Measure settings beyond the target, so that the curve shows the cost of a higher recall."""
         for value in (met * 3 // 2, 2 * met, 4 * met):
             if k_factor is not None or value > self.limit or self.at(value, k_factor).recall > 0.999:
                 break
