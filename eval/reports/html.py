@@ -29,7 +29,7 @@ def html_of(report: Report, draw: bool = True) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("eval"),
+        loader=PackageLoader("eval.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

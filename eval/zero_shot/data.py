@@ -19,7 +19,7 @@ CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 DATASET_TYPE = "dataset_type.txt"
 SPLITS = ("train", "val", "valid", "validation", "dev", "test")
-OWN_TEMPLATES = Path(__file__).resolve().parent.parent / "templates" / "prompts.txt"
+OWN_TEMPLATES = Path(__file__).resolve().parent.parent / "reports" / "templates" / "prompts.txt"
 
 
 @dataclass(frozen=True, slots=True)

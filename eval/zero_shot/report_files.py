@@ -71,7 +71,7 @@ def html_of(folder: Path, report: ZeroShotReport, drawn: Drawn) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("eval"),
+        loader=PackageLoader("eval.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
