@@ -128,7 +128,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("questions", [0, 1, 7, 8])
 def test_a_search_by_parts_finds_what_one_search_does(monkeypatch: pytest.MonkeyPatch, questions: int) -> None:
-    monkeypatch.setattr(approximate, "QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr(approximate, "QUERY_BATCH", 4)
     told: list[int] = []
 
     def find(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -80,7 +80,7 @@ def test_a_cut_run_is_the_top_of_the_whole_one() -> None:
 def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [{f"q{q}": {f"d{d}": (q * d * run) % 7 / 7 for d in range(q, 9)} for q in range(8)} for run in (1, 2)]
     whole = {method: fuse(runs, method) for method in METHODS}
-    monkeypatch.setattr(fusion, "QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr(fusion, "QUERY_BATCH", 3)
     for method, one in whole.items():
         assert {query: list(found.items()) for query, found in fuse(runs, method).items()} == {
             query: list(found.items()) for query, found in one.items()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.long_documents import MARK, best_of_windows, documents_of, window_id
+from eval.long_documents import WINDOW_SEPARATOR, best_of_windows, documents_of, window_id
 from eval.ranking import RankedRun
 from index.exact.search import search
 
 
 def test_windows_are_gathered_by_document() -> None:
-    ids = [window_id("a", 0), window_id("a", 1), window_id(f"b{MARK}1", 0), window_id("b", 0)]
+    ids = [window_id("a", 0), window_id("a", 1), window_id(f"b{WINDOW_SEPARATOR}1", 0), window_id("b", 0)]
     documents, rows = documents_of(ids)
-    assert documents == ["a", f"b{MARK}1", "b"] and rows.tolist() == [0, 0, 1, 2]
+    assert documents == ["a", f"b{WINDOW_SEPARATOR}1", "b"] and rows.tolist() == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -180,7 +180,7 @@ def test_the_sample_is_bounded_and_the_same_on_every_run(tmp_path: Path) -> None
 
 
 def test_progress_is_told_of_the_passages_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "READ_AT_ONCE", 4)
+    monkeypatch.setattr(checking, "PROGRESS_STEP", 4)
     told: list[int] = []
     preflight(write(tmp_path / "s", passages(11), questions(1), test=HEADER + "q0\td1\t1\n"), progress=told.append)
     assert told == [4, 4]

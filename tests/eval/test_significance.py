@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from eval import significance
-from eval.significance import holm, paired_test, randomisation_test
+from eval.significance import holm, paired_test, randomization_test
 
 
 def test_every_sign_pattern_is_counted_by_hand() -> None:
@@ -18,9 +18,9 @@ def test_every_sign_pattern_is_counted_by_hand() -> None:
     nonzero = difference[difference != 0]
     observed = abs(nonzero.sum())
     sums = [abs(float(np.dot(signs, nonzero))) for signs in product((1, -1), repeat=4)]
-    assert randomisation_test(difference) == sum(s >= observed for s in sums) / 16
+    assert randomization_test(difference) == sum(s >= observed for s in sums) / 16
     # All of one sign: only that pattern and its mirror are as extreme.
-    assert randomisation_test(np.array([0.1, 0.2, 0.3])) == 2 / 8
+    assert randomization_test(np.array([0.1, 0.2, 0.3])) == 2 / 8
 
 
 def test_exact_p_is_scipys() -> None:
@@ -32,7 +32,7 @@ def test_exact_p_is_scipys() -> None:
         n_resamples=np.inf,
         vectorized=True,
     )
-    assert randomisation_test(difference) == pytest.approx(theirs.pvalue, abs=1e-12)
+    assert randomization_test(difference) == pytest.approx(theirs.pvalue, abs=1e-12)
 
 
 def test_drawn_p_is_scipys_within_its_error() -> None:
@@ -46,30 +46,30 @@ def test_drawn_p_is_scipys_within_its_error() -> None:
         vectorized=True,
         rng=np.random.default_rng(1),
     ).pvalue
-    ours = randomisation_test(difference, permutations=20_000)
+    ours = randomization_test(difference, permutations=20_000)
     error = math.sqrt(theirs * (1 - theirs) / 20_000)
     assert 0.02 < theirs < 0.5 and abs(ours - theirs) < 5 * math.sqrt(2) * error
 
 
 def test_drawing_approaches_the_exact_p() -> None:
     difference = np.random.default_rng(7).normal(0.4, 1, size=15)
-    exact = randomisation_test(difference, permutations=2**15)
-    assert randomisation_test(difference, permutations=2**15 - 1) == pytest.approx(exact, abs=0.01)
+    exact = randomization_test(difference, permutations=2**15)
+    assert randomization_test(difference, permutations=2**15 - 1) == pytest.approx(exact, abs=0.01)
 
 
 def test_ties_in_the_last_digit_count_as_ties() -> None:
     # 0.1 + 0.2 - 0.3 is not 0 in binary; all eight patterns of ±(0.1, 0.2, 0.3) are at least as extreme as a sum of 0.
-    assert randomisation_test(np.array([0.1, 0.2, -0.3])) == 1.0
+    assert randomization_test(np.array([0.1, 0.2, -0.3])) == 1.0
 
 
 def test_p_is_never_zero_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     difference = np.full(500, 0.25) + np.linspace(0, 0.1, 500)
-    assert randomisation_test(difference, permutations=999) == 1 / 1000
+    assert randomization_test(difference, permutations=999) == 1 / 1000
     noise = np.random.default_rng(0).normal(0.05, 1, size=64)
-    whole = randomisation_test(noise, permutations=5000, seed=4)
+    whole = randomization_test(noise, permutations=5000, seed=4)
     monkeypatch.setattr(significance, "BLOCK_SIGNS", 64 * 7)
-    assert randomisation_test(noise, permutations=5000, seed=4) == whole
-    assert randomisation_test(noise, permutations=5000, seed=5) != whole
+    assert randomization_test(noise, permutations=5000, seed=4) == whole
+    assert randomization_test(noise, permutations=5000, seed=5) != whole
 
 
 def test_false_alarms_under_the_null_are_as_many_as_promised() -> None:
@@ -77,7 +77,7 @@ def test_false_alarms_under_the_null_are_as_many_as_promised() -> None:
     # Skewed, heavy with zeros, as differences of nDCG are; symmetric, so that the null is true.
     trials = generator.choice([-1.0, 1.0], size=(1000, 40)) * generator.exponential(0.1, size=(1000, 40))
     trials *= generator.random((1000, 40)) < 0.6
-    alarms = sum(randomisation_test(row, permutations=999, seed=i) <= 0.05 for i, row in enumerate(trials))
+    alarms = sum(randomization_test(row, permutations=999, seed=i) <= 0.05 for i, row in enumerate(trials))
     low, high = stats.binom.interval(0.999, 1000, 0.05)
     assert low <= alarms <= high
 
@@ -85,7 +85,7 @@ def test_false_alarms_under_the_null_are_as_many_as_promised() -> None:
 def test_corrected_false_alarms_stay_below_alpha_for_a_family() -> None:
     generator = np.random.default_rng(13)
     families = [
-        [randomisation_test(generator.normal(size=12), permutations=4096) for _ in range(6)] for _ in range(150)
+        [randomization_test(generator.normal(size=12), permutations=4096) for _ in range(6)] for _ in range(150)
     ]
     alarms = sum(min(holm(family)) <= 0.05 for family in families)
     raw = sum(min(family) <= 0.05 for family in families)
@@ -123,4 +123,4 @@ def test_bad_input_is_refused() -> None:
         with pytest.raises(ValueError, match="expected"):
             paired_test(a, b)
     with pytest.raises(ValueError, match="permutations: expected at least 1"):
-        randomisation_test(np.array([1.0]), permutations=0)
+        randomization_test(np.array([1.0]), permutations=0)
