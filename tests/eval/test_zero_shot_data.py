@@ -120,7 +120,7 @@ def test_a_set_of_broken_images_is_refused(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.zero_shot.evaluate.SHARD_ROWS", 4)
-    monkeypatch.setattr("eval.zero_shot.evaluate.IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr("eval.zero_shot.evaluate.IMAGE_BATCH", 2)
     folder = write_folder(tmp_path / "set")
     (folder / "blue" / "1.png").write_bytes(b"no picture")
     dataset = open_set(folder)

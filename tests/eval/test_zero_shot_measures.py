@@ -68,7 +68,7 @@ def test_acc5_is_absent_under_five_classes(chance: np.random.Generator) -> None:
 def test_classification_equals_the_whole_matrix(
     at_once: int, chance: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "BLOCK_SCORES", at_once)
     images, vectors = unit(chance.normal(size=(211, 16))), unit(chance.normal(size=(13, 16)))
     labels = chance.integers(12, size=211)
     found = classify(images, vectors, labels, names(13))
@@ -86,7 +86,7 @@ def test_classification_equals_the_whole_matrix(
 def test_average_precision_equals_the_whole_matrix(
     at_once: int, chance: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "BLOCK_SCORES", at_once)
     images, vectors = unit(chance.normal(size=(149, 8))), unit(chance.normal(size=(11, 8)))
     dense = chance.random((149, 11)) < 0.2
     dense[:, 4] = False
@@ -133,7 +133,7 @@ def test_retrieval_by_hand() -> None:
 def test_retrieval_equals_the_whole_matrix(
     at_once: int, chance: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "BLOCK_SCORES", at_once)
     images = unit(chance.normal(size=(37, 8)))
     owner = chance.permutation(np.concatenate([np.arange(31), chance.integers(31, size=70)]))
     texts = unit(images[owner] + chance.normal(size=(101, 8)))
