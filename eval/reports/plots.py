@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours on a white background. In SVG each one becomes a CSS variable, so that the page can have a dark mode; the
-# hexadecimal values are the keys and must be distinct. The series follows the colour-blind safe palette of Okabe and Ito.
+# hexadecimal values are the keys and must be distinct. SERIES follows the colour-blind safe palette of Okabe and Ito.
 INK, MUTED, LINE = "#222223", "#5f6670", "#c4c9d0"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#a0529a", "#b07d00", "#3a8fc4")
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", **{colour: f"s{i}" for i, colour in enumerate(SERIES)}}

@@ -1,4 +1,4 @@
-"""Paired tests: equal to scipy and to hand-counted cases, honest under the null, the same for the same seed."""
+"""Paired tests equal scipy and enumerated cases, hold their level under the null, and are reproducible."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from eval import significance
 from eval.significance import holm, paired_test, randomization_test
 
 
-def test_every_sign_pattern_is_counted_by_hand() -> None:
+def test_exact_p_equals_the_enumeration_of_sign_patterns() -> None:
     difference = np.array([0.5, 0.25, -0.125, 0.0, 1.0])
     nonzero = difference[difference != 0]
     observed = abs(nonzero.sum())
     sums = [abs(float(np.dot(signs, nonzero))) for signs in product((1, -1), repeat=4)]
     assert randomization_test(difference) == sum(s >= observed for s in sums) / 16
-    # All of one sign: only that pattern and its mirror are as extreme.
+    # All differences have one sign: only that pattern and its negation are as extreme.
     assert randomization_test(np.array([0.1, 0.2, 0.3])) == 2 / 8
 
 
-def test_exact_p_is_scipys() -> None:
+def test_exact_p_equals_scipy() -> None:
     difference = np.random.default_rng(3).normal(0.3, 1, size=13)
     theirs = stats.permutation_test(
         (difference,),
@@ -35,7 +35,7 @@ def test_exact_p_is_scipys() -> None:
     assert randomization_test(difference) == pytest.approx(theirs.pvalue, abs=1e-12)
 
 
-def test_drawn_p_is_scipys_within_its_error() -> None:
+def test_sampled_p_equals_scipy_within_sampling_error() -> None:
     difference = np.random.default_rng(5).normal(0.15, 1, size=150)
     theirs = stats.permutation_test(
         (difference,),
@@ -51,18 +51,18 @@ def test_drawn_p_is_scipys_within_its_error() -> None:
     assert 0.02 < theirs < 0.5 and abs(ours - theirs) < 5 * math.sqrt(2) * error
 
 
-def test_drawing_approaches_the_exact_p() -> None:
+def test_sampled_p_approaches_the_exact_p() -> None:
     difference = np.random.default_rng(7).normal(0.4, 1, size=15)
     exact = randomization_test(difference, permutations=2**15)
     assert randomization_test(difference, permutations=2**15 - 1) == pytest.approx(exact, abs=0.01)
 
 
-def test_ties_in_the_last_digit_count_as_ties() -> None:
+def test_sums_that_differ_by_rounding_are_ties() -> None:
     # 0.1 + 0.2 - 0.3 is not 0 in binary; all eight patterns of ±(0.1, 0.2, 0.3) are at least as extreme as a sum of 0.
     assert randomization_test(np.array([0.1, 0.2, -0.3])) == 1.0
 
 
-def test_p_is_never_zero_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p_is_never_zero_and_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     difference = np.full(500, 0.25) + np.linspace(0, 0.1, 500)
     assert randomization_test(difference, permutations=999) == 1 / 1000
     noise = np.random.default_rng(0).normal(0.05, 1, size=64)
@@ -72,9 +72,9 @@ def test_p_is_never_zero_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPat
     assert randomization_test(noise, permutations=5000, seed=5) != whole
 
 
-def test_false_alarms_under_the_null_are_as_many_as_promised() -> None:
+def test_the_false_positive_rate_under_the_null_is_alpha() -> None:
     generator = np.random.default_rng(11)
-    # Skewed, heavy with zeros, as differences of nDCG are; symmetric, so that the null is true.
+    # Heavy-tailed with many zeros, like differences of nDCG; symmetric, so that the null holds.
     trials = generator.choice([-1.0, 1.0], size=(1000, 40)) * generator.exponential(0.1, size=(1000, 40))
     trials *= generator.random((1000, 40)) < 0.6
     alarms = sum(randomization_test(row, permutations=999, seed=i) <= 0.05 for i, row in enumerate(trials))
@@ -82,7 +82,7 @@ def test_false_alarms_under_the_null_are_as_many_as_promised() -> None:
     assert low <= alarms <= high
 
 
-def test_corrected_false_alarms_stay_below_alpha_for_a_family() -> None:
+def test_holm_controls_the_family_wise_error_rate() -> None:
     generator = np.random.default_rng(13)
     families = [
         [randomization_test(generator.normal(size=12), permutations=4096) for _ in range(6)] for _ in range(150)
@@ -92,7 +92,7 @@ def test_corrected_false_alarms_stay_below_alpha_for_a_family() -> None:
     assert alarms <= 16 < raw
 
 
-def test_t_test_interval_and_counts_are_scipys() -> None:
+def test_t_test_and_interval_equal_scipy_and_counts_are_correct() -> None:
     generator = np.random.default_rng(2)
     a, b = generator.random(60), generator.random(60)
     b[:10] = a[:10]
@@ -105,7 +105,7 @@ def test_t_test_interval_and_counts_are_scipys() -> None:
     assert (mirrored.wins, mirrored.losses, mirrored.p_randomisation) == (ours.losses, ours.wins, ours.p_randomisation)
 
 
-def test_no_difference_and_one_constant_difference_are_defined() -> None:
+def test_zero_and_constant_differences_are_defined() -> None:
     same = paired_test([0.5, 0.25, 1.0], [0.5, 0.25, 1.0])
     assert (same.p_t, same.p_randomisation, same.t, same.ties) == (1.0, 1.0, 0.0, 3)
     shifted = paired_test([0.0, 0.0, 0.0], [0.5, 0.5, 0.5])
