@@ -51,13 +51,13 @@ def fuse(
         ValueError: the method is unknown, there are fewer than two runs, the weights are invalid, or `k` or `rrf_k` is
             below 1.
     """
-    run_weights = [1.0] * len(runs) if weights is None else [float(weight) for weight in weights]
+    shares = [1.0] * len(runs) if weights is None else [float(weight) for weight in weights]
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
     if len(runs) < 2:
         raise ValueError(f"runs: expected at least two to fuse, found {len(runs)}")
-    if len(run_weights) != len(runs) or not all(0 <= weight < np.inf for weight in run_weights) or not any(run_weights):
-        raise ValueError(f"weights: expected {len(runs)} numbers of 0 or more, not all 0, found {run_weights}")
+    if len(shares) != len(runs) or not all(0 <= share < np.inf for share in shares) or not any(shares):
+        raise ValueError(f"weights: expected {len(runs)} numbers of 0 or more, not all 0, found {shares}")
     for name, value in (("k", k), ("rrf_k", rrf_k)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, found {value}")
@@ -73,15 +73,15 @@ def fuse(
     for start in range(0, len(queries), QUERY_BATCH):
         part = slice(start, start + QUERY_BATCH)
         found, contributions, absent_scores = [], [], np.zeros(len(queries[part]))
-        for run, rows, position, weight in zip(ranked, rows_in, positions, run_weights, strict=True):
+        for run, rows, position, share in zip(ranked, rows_in, positions, shares, strict=True):
             query_rows = np.where(position[part, None] >= 0, rows[position[part]], -1) if len(run) else rows[:0]
             if not query_rows.size:
                 continue
             values, lowest = _normalized(query_rows >= 0, run.scores[position[part]].astype(np.float64), method, rrf_k)
             found.append(query_rows)
             # `absent_scores` is the sum for a passage in no run; each run adds its value above its absent score.
-            contributions.append(weight * (values - lowest[:, None]))
-            absent_scores += weight * lowest
+            contributions.append(share * (values - lowest[:, None]))
+            absent_scores += share * lowest
         if found:
             best = _top_k(np.hstack(found), np.hstack(contributions), absent_scores, id_rank, width)
             fused_rows[part], fused_scores[part] = best

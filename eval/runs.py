@@ -87,7 +87,7 @@ class _Lines:
         query, _, passage, rank, score_text, _ = columns
         try:
             int(rank)
-            if "_" in score_text:  # Python's float accepts underscores between digits
+            if "_" in score_text:  # which Python allows between digits
                 raise ValueError
             score = float(score_text)
         except ValueError:

@@ -106,7 +106,9 @@ def _set_plots(found: ReportSet) -> Iterator[Plot]:
     for changes in found.changes:
         pair = changes.pair
         drawn = plots.scatter(pair, found.systems[pair.a], found.systems[pair.b])
-        yield _plot(drawn, f"each query under {pair.b} (up) and {pair.a} (across); larger points are more queries")
+        yield _plot(
+            drawn, f"values by query: {pair.b} (vertical) against {pair.a} (horizontal); larger points are more queries"
+        )
     for system, run in found.runs.items():
         figure = plots.score_distributions(system, run, found.qrels)
         if figure is not None:
