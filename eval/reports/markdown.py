@@ -153,7 +153,7 @@ def _set_parts(found: ReportSet) -> list[str]:
     parts = [f"## {cell(found.name)}\n", comparison_table(found.systems, head="system")]
     parts += [line + "\n" for line in notes_of(found)]
     if found.pairs:
-        parts.append(f"By query, {measure_name(found.pairs[0].measure)}, the second against the first:\n")
+        parts.append(f"{measure_name(found.pairs[0].measure)} by query, the second system against the first:\n")
         parts.append(_pair_table(found.pairs))
     for changes in found.changes:
         parts += _changes_parts(changes)
@@ -182,7 +182,7 @@ def _changes_parts(changes: Changes) -> Iterator[str]:
     pair = changes.pair
     for word, queries in (("better", changes.better), ("worse", changes.worse)):
         if queries:
-            yield f"### {cell(pair.b)} is {word} than {cell(pair.a)}\n"
+            yield f"### Queries on which {cell(pair.b)} is {word} than {cell(pair.a)}\n"
         for query in queries:
             yield (
                 f"**{cell(query.text)}** ({cell(query.id)}): {measure_name(pair.measure)} "
