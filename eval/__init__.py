@@ -1,1 +1,1 @@
-"""Retrieval evaluation: BEIR folders, trec_eval metrics, run files, baselines and reports."""
+"""Retrieval evaluation: BEIR sets, trec_eval metrics, run files, BM25, fusion, significance tests and reports."""

@@ -1,4 +1,4 @@
-"""A trained model for the beir package, whose own wrapper knows neither towers nor which prompt is whose."""
+"""An adapter that evaluates a trained model with the beir package, using its prompts and both towers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from index.passages import Passage
 
 
 class BeirModel:
-    """What beir's DenseRetrievalExactSearch asks for, by a sentence-transformers model.
+    """The model interface of beir's DenseRetrievalExactSearch, for a sentence-transformers model.
 
-    beir's SentenceBERT calls `encode` for both sides, which leaves out prompts and, of two towers, takes one for all.
+    beir's own SentenceBERT calls `encode` for queries and for passages: it ignores prompts and uses one tower for both.
 
     Args:
-        model: has `encode_query` and `encode_document`, as SentenceTransformer does.
+        model: an object with `encode_query` and `encode_document`, such as SentenceTransformer.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def encode_queries(self, queries: list[str], batch_size: int = 16, **options: Any) -> Any:
-        """Vectors [M, D] of queries; `options` are those of `encode`."""
+        """Embed queries as [M, D]; `options` are passed to `encode_query`."""
         return self._model.encode_query(queries, batch_size=batch_size, **options)
 
     def encode_corpus(self, corpus: Sequence[Mapping[str, str]], batch_size: int = 8, **options: Any) -> Any:
-        """Vectors [N, D] of passages, each with `text` and perhaps `title`."""
+        """Embed passages, each with `text` and an optional `title`, as [N, D]; `options` go to `encode_document`."""
         texts = [Passage("", passage.get("title") or "", passage["text"]).content for passage in corpus]
         return self._model.encode_document(texts, batch_size=batch_size, **options)

@@ -1,4 +1,4 @@
-"""The lexical baseline: BM25 over a corpus in memory, through bm25s."""
+"""The lexical baseline: BM25 over a corpus in memory, computed by bm25s."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from index.passages import Passage
 
 K1, B = 0.9, 0.4
 
-# Han and Hiragana, which are written without blanks: each character is a token, as in Lucene's StandardTokenizer.
-# Katakana and Hangul are left as words, as there.
-_ALONE = "\u3005-\u3007\u3041-\u3096\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# Signs within words that Python's \w leaves out: the vowels of Hindi and its kin, accents that stand for themselves.
+# Han and Hiragana have no spaces between words: each character is a token, as in Lucene's StandardTokenizer.
+# Katakana and Hangul form words, as in Lucene.
+_SINGLE = "\u3005-\u3007\u3041-\u3096\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# Combining marks, which Python's \w does not match: vowel signs of Hindi and related scripts, combining accents.
 _MARKS = "".join(sign for sign in map(chr, range(0x300, 0x20000)) if unicodedata.category(sign).startswith("M"))
-# Anything else is a token from two letters on, as in scikit-learn and bm25s.
-TOKEN = rf"[{_ALONE}]|[^\W{_ALONE}](?:[^\W{_ALONE}]+|[{_MARKS}]+)+"
+# Any other token has at least two letters, as in scikit-learn and bm25s.
+TOKEN = rf"[{_SINGLE}]|[^\W{_SINGLE}](?:[^\W{_SINGLE}]+|[{_MARKS}]+)+"
 
 
 def bm25_run(
@@ -35,25 +35,25 @@ def bm25_run(
 ) -> RankedRun:
     """Rank passages by BM25 (Robertson and Zaragoza 2009; Lucene's variant, after Kamphuis et al. 2020).
 
-    The defaults of k1 and b are Anserini's and BEIR's. A token is a word of two letters or more in lower case, or one
-    Chinese character or Hiragana, without stop words and without stemming. As in Lucene, passages that share no token
-    with the query are not returned. The ranking is deterministic: score descending, then id descending, also at the
-    cut.
+    The defaults of k1 and b are those of Anserini and BEIR. A token is a lower-case word of at least two letters, or a
+    single Chinese character or Hiragana. Stop words are removed; there is no stemming. As in Lucene, passages without
+    a token of the query are not returned. The ranking is deterministic: score descending, then id descending, also at
+    the cut-off.
 
     Args:
-        passages: the corpus; title and text are read as one.
+        passages: the corpus; title and text are concatenated.
         queries: query id -> text.
-        k: passages a query at most.
-        k1: saturation of a token's count in a passage.
-        b: how much long passages are held back, 0 to 1.
-        stopwords: the language whose stop words are dropped (bm25s's names), or None for none.
-        progress: called with 1 after every query.
+        k: maximum number of passages per query.
+        k1: term frequency saturation.
+        b: document length normalization, 0 to 1.
+        stopwords: language of the stop words to remove (a name of bm25s), or None to remove none.
+        progress: called with 1 after each query.
 
     Returns:
-        The run over the corpus's passages; a query that matches nothing has no passages.
+        The run; a query that matches no passage has an empty result.
 
     Raises:
-        InputError: bm25s is not installed or has no stop words of that language, or the corpus is empty.
+        InputError: bm25s is not installed or lacks stop words for the language, or the corpus is empty.
         ValueError: `k` is below 1.
     """
     if k < 1:
@@ -69,7 +69,7 @@ def bm25_run(
     options: dict[str, Any] = {"token_pattern": TOKEN, "stopwords": stopwords or [], "show_progress": False}
     tokens = bm25s.tokenize(texts, **options)
     if not tokens.vocab:
-        # Nothing but stop words: bm25s cannot index it, and no query matches.
+        # The corpus contains only stop words: bm25s cannot index it, and no query matches.
         return RankedRun.of({query: {} for query in queries})
     scorer = bm25s.BM25(method="lucene", k1=k1, b=b)
     scorer.index(tokens, show_progress=False)
@@ -90,10 +90,10 @@ def bm25_run(
 
 
 def bm25s_with(stopwords: str | None) -> Any:
-    """The bm25s module, if it has the stop words of that language.
+    """Import bm25s and check that it has stop words for the language.
 
     Raises:
-        InputError: it has not, or is not installed.
+        InputError: bm25s is not installed or lacks the language.
     """
     try:
         import bm25s
@@ -110,10 +110,10 @@ def bm25s_with(stopwords: str | None) -> Any:
 
 
 def _top(scores: np.ndarray, id_order: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and scores of the k best of `scores` [N] above 0; ties by `id_order` [N], the ids' rank, descending."""
+    """Rows and values of the k highest positive `scores` [N]; ties by `id_order` [N] (rank of the id) descending."""
     rows = np.flatnonzero(scores > 0)
     if len(rows) > k:
-        # Everything that ties with the k-th score stays until the ids have decided.
+        # Keep all ties with the k-th score, so that ids decide which of them make the cut-off.
         cut = np.partition(scores[rows], -k)[-k]
         rows = rows[scores[rows] >= cut]
     rows = rows[np.lexsort((-id_order[rows], -scores[rows]))][:k]

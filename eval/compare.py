@@ -1,4 +1,4 @@
-"""Two or more systems on the same queries: who is better, by how much, by more than chance, and where."""
+"""Pairwise comparison of systems on the same queries: significance tests and the queries that changed most."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from index.passages import Passage, one_line
 
 @dataclass(frozen=True)
 class Pair:
-    """System b against system a, by one measure."""
+    """The comparison of system b with system a by one measure."""
 
     a: str
     b: str
@@ -26,36 +26,36 @@ class Pair:
     mean_b: float
     test: PairedTest
     p_corrected: float
-    """The randomisation test's p-value, corrected by Holm for the pairs that were tested together."""
+    """p-value of the randomization test after Holm's correction over all pairs tested together."""
 
 
 @dataclass(frozen=True)
 class ShownPassage:
-    """A passage of a query that changed: what it is, and where each system has it."""
+    """A passage that explains a change, with its rank in both systems."""
 
     id: str
     text: str
     grade: int | None
-    """None: not judged."""
+    """None if not judged."""
     rank_a: int | None
     rank_b: int | None
-    """From 1; None: not in the run."""
+    """Ranks from 1; None if not in the run."""
 
 
 @dataclass(frozen=True)
 class ChangedQuery:
-    """A query on which two systems differ much."""
+    """A query whose value differs most between two systems."""
 
     id: str
     text: str
     value_a: float
     value_b: float
     passages: list[ShownPassage]
-    """The first passages of both, and the relevant ones."""
+    """The top passages of both systems, and relevant passages."""
 
 
 def values_of(metrics: Metrics, measure: str, name: str = "metrics") -> np.ndarray:
-    """One measure by query, float64 [Q], in the order of the qrels.
+    """The values of one measure by query, float64 [Q], in the order of the qrels.
 
     Raises:
         InputError: the measure was not computed.
@@ -75,21 +75,23 @@ def compare(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> list[Pair]:
-    """Test the systems against each other, paired by query.
+    """Test systems pairwise with the paired t-test and the paired randomization test.
+
+    The p-values of the randomization test are corrected with Holm's method over all tested pairs.
 
     Args:
         systems: name -> metrics over the same queries.
-        measure: what they are compared by.
-        baseline: test each system against this one only; by default every pair is tested. Fewer tests are corrected
-            for less.
-        permutations: of the randomisation test.
-        seed: of the randomisation test.
+        measure: the measure to compare.
+        baseline: compare each system with this one only, which leaves fewer tests to correct for; by default every
+            pair is tested.
+        permutations: number of permutations of the randomization test.
+        seed: seed of the randomization test.
 
     Returns:
-        A pair for every test, in the systems' order; none for fewer than two systems or queries.
+        One result per pair, in the order of `systems`; an empty list for fewer than two systems or queries.
 
     Raises:
-        InputError: the measure or the baseline is not there, or the systems were scored on different queries.
+        InputError: the measure or the baseline does not exist, or the systems were scored on different queries.
     """
     names = list(systems)
     if baseline is not None and baseline not in systems:
@@ -113,25 +115,31 @@ def compare(
 
 
 def most_changed(a: Metrics, b: Metrics, measure: str, count: int) -> tuple[list[str], list[str]]:
-    """The queries that b improves most and those that it worsens most, at most `count` each, largest change first.
+    """The ids of the queries that b improves most and worsens most, at most `count` each, largest change first.
 
-    Equal changes go by the order of the qrels.
+    Equal changes keep the order of the qrels.
     """
     difference = values_of(b, measure) - values_of(a, measure)
     queries = list(a.per_query)
     order = np.argsort(-difference, kind="stable")
-    better = [queries[place] for place in order[:count].tolist() if difference[place] > 0]
+    better = [queries[position] for position in order[:count].tolist() if difference[position] > 0]
     order = np.argsort(difference, kind="stable")
-    worse = [queries[place] for place in order[:count].tolist() if difference[place] < 0]
+    worse = [queries[position] for position in order[:count].tolist() if difference[position] < 0]
     return better, worse
 
 
 def passages_to_show(
     query: str, qrels: Qrels, a: RankedRun, b: RankedRun, *, top: int = 2, relevant: int = 2
 ) -> list[tuple[str, int | None, int | None]]:
-    """(passage id, rank in a, rank in b) of the passages that explain a change: the first of both, and relevant ones.
+    """The passages that explain a change, as (passage id, rank in a, rank in b), best rank first.
 
-    Of the relevant passages those with the highest grade, then those ranked best by either system.
+    Args:
+        query: the query id.
+        qrels: the judgements.
+        a: the run of the first system.
+        b: the run of the second system.
+        top: number of top passages of each system.
+        relevant: number of relevant passages: highest grade first, then best rank in either system.
     """
     ranks_a, ranks_b = _ranks(a, query), _ranks(b, query)
     unranked = max(len(ranks_a), len(ranks_b)) + 1
@@ -147,7 +155,7 @@ def passages_to_show(
 
 
 def _ranks(run: RankedRun, query: str) -> dict[str, int]:
-    found = run[query] if run.place(query) is not None else {}
+    found = run[query] if run.position(query) is not None else {}
     return {passage: rank for rank, passage in enumerate(found, start=1)}
 
 
@@ -160,9 +168,16 @@ def changed_queries(
     measure: str,
     texts: Mapping[str, str],
 ) -> list[ChangedQuery]:
-    """What is shown of the `wanted` queries; `texts` holds those of `passages_to_show`.
+    """Collect the queries `wanted` with their passages, for a report.
 
-    A run of another program may answer a query that is judged but has no text here.
+    Args:
+        wanted: query ids.
+        queries: query id -> text; a judged query may lack a text.
+        qrels: the judgements.
+        metrics: metrics of both systems.
+        runs: runs of both systems.
+        measure: the measure that changed.
+        texts: passage id -> text of the passages of `passages_to_show`.
     """
     found = []
     for query in wanted:
@@ -176,7 +191,7 @@ def changed_queries(
 
 
 def texts_of(passages: Iterable[Passage], wanted: set[str], length: int = 300) -> dict[str, str]:
-    """The beginnings of the wanted passages' texts, in one pass over the corpus; no more than them is held."""
+    """Passage id -> text of the `wanted` passages, shortened to `length` characters; reads the corpus once."""
     return {
         passage.id: shorten(one_line(passage.title, passage.text), length)
         for passage in passages
@@ -185,7 +200,7 @@ def texts_of(passages: Iterable[Passage], wanted: set[str], length: int = 300) -
 
 
 def shorten(text: str, length: int) -> str:
-    """On one line, and cut at a word where it is longer than `length`."""
+    """The text on one line, truncated at a word boundary if it is longer than `length` characters."""
     text = " ".join(text.split())
     if len(text) <= length:
         return text

@@ -1,4 +1,4 @@
-"""Texts known by their digests: which of them come twice, and a sample that is the same on every run."""
+"""Duplicate detection by digests, and a reproducible sample of texts."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ SAMPLE = 4096
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that stand for a text."""
+    """A 16-byte BLAKE2b digest of a text."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def repetitions(digests: bytearray) -> dict[int, int]:
-    """Position -> the first position with the same digest, of every digest that came before."""
+    """Map the position of each repeated 16-byte digest to the first position with the same digest."""
     if not digests:
         return {}
     keys = np.frombuffer(digests, np.uint64).reshape(-1, 2)
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     same = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
-    # Runs of equal digests: the last place before a run of `same` begins is the first of its kind.
+    # In sorted order, each group of equal digests is preceded by the position where it starts.
     firsts = np.maximum.accumulate(np.where(np.concatenate(([True], ~same)), np.arange(len(order)), 0))[1:]
     later = np.flatnonzero(same) + 1
     return dict(zip(order[later].tolist(), order[firsts[later - 1]].tolist(), strict=True))
 
 
 class Sample:
-    """Up to SAMPLE texts, drawn evenly by the hash of their ids in constant memory."""
+    """A uniform sample of up to SAMPLE texts by the hash of their ids, in constant memory and without a seed."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[int, str]] = []

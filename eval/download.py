@@ -1,4 +1,4 @@
-"""Fetch the public sets of BEIR by name, whole and checked against the sums that BEIR publishes."""
+"""Download the public BEIR sets by name and verify them against the published md5 checksums."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from eval.suite import BY_NAME, SetDefinition
 from index.files import InputError, atomic_folder, atomic_path
 
 MIRROR = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
-PIECE = 2**20
-# Seconds without a byte.
-PATIENCE = 60
+CHUNK_BYTES = 2**20
+# Seconds without a received byte.
+TIMEOUT_S = 60
 
 
 def download(name: str, home: Path, *, mirror: str = MIRROR, progress: Callable[[int], None] | None = None) -> Path:
-    """Bring a public set to `home`/`name`, unless it is there.
+    """Download a public set to `home`/`name` unless that folder exists.
 
-    The zip file is written beside, checked, unpacked into a folder that takes its name when whole, and removed.
+    The zip file is downloaded into `home`, verified, unpacked and removed. The folder appears only when it is complete.
 
     Args:
-        name: one of BEIR's public sets.
-        home: made if it is not there.
-        mirror: where `name`.zip is.
-        progress: called with the bytes that arrived since the last call.
+        name: the name of a public BEIR set.
+        home: the folder of the sets; created if missing.
+        mirror: the URL of the folder that holds `name`.zip.
+        progress: called with the number of bytes received since the last call.
+
+    Returns:
+        The folder of the set.
 
     Raises:
-        InputError: there is no such set, it is not public, it cannot be reached, or what came is not what BEIR
-            published.
+        InputError: the set does not exist or is not public, the server cannot be reached, or the checksum differs
+            from the published one.
         OSError: the disk is full.
     """
     definition = BY_NAME.get(name)
@@ -44,7 +47,7 @@ def download(name: str, home: Path, *, mirror: str = MIRROR, progress: Callable[
     if folder.is_dir():
         return folder
     archive = home / f"{name}.zip"
-    # An archive that an earlier call left is whole, but need not be the right one.
+    # An archive left by an earlier call is complete, but its checksum is still unverified.
     if not archive.exists():
         with atomic_path(archive) as temporary:
             _fetch(f"{mirror}/{name}.zip", temporary, progress)
@@ -59,11 +62,11 @@ def download(name: str, home: Path, *, mirror: str = MIRROR, progress: Callable[
 
 def _fetch(url: str, path: Path, progress: Callable[[int], None] | None) -> None:
     try:
-        with urllib.request.urlopen(url, timeout=PATIENCE) as answer, open(path, "wb") as stream:
-            while piece := answer.read(PIECE):
-                stream.write(piece)
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer, open(path, "wb") as stream:
+            while chunk := answer.read(CHUNK_BYTES):
+                stream.write(chunk)
                 if progress is not None:
-                    progress(len(piece))
+                    progress(len(chunk))
             missing = answer.length
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or str(error) or type(error).__name__
@@ -80,7 +83,7 @@ def _md5(path: Path) -> str:
 
 
 def _unpack(archive: Path, definition: SetDefinition, folder: Path) -> None:
-    """The members below `NAME/` in the archive, as `folder`."""
+    """Unpack the members below `NAME/` of the archive into `folder`."""
     try:
         with zipfile.ZipFile(archive) as members, atomic_folder(folder) as temporary:
             for member in members.infolist():
@@ -92,7 +95,7 @@ def _unpack(archive: Path, definition: SetDefinition, folder: Path) -> None:
                 target = temporary.joinpath(*parts[1:])
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with members.open(member) as source, open(target, "wb") as stream:
-                    while piece := source.read(PIECE):
-                        stream.write(piece)
+                    while chunk := source.read(CHUNK_BYTES):
+                        stream.write(chunk)
     except (zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{archive}: expected a zip file, found: {error}") from None

@@ -1,4 +1,4 @@
-"""Score a model on a BEIR split: embed the queries, search the embedded corpus, evaluate as trec_eval does."""
+"""Evaluate a model on a BEIR split: embed the queries, search the embedded corpus exactly, compute the metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from eval.long_documents import WINDOWS, best_of_windows, documents_of
 from eval.metrics import KS, Metrics, evaluate_run
-from eval.ranking import RankedRun, own_rows, rows_of
+from eval.ranking import RankedRun, identical_id_rows, rows_of
 from index.beir import BeirDataset
 from index.files import InputError
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from index.store.reader import EmbeddingStore
 
 Embed = Callable[[Sequence[str]], np.ndarray]
-"""Texts of M queries -> float array [M, D]."""
+"""Embed M texts as a float array [M, D]."""
 
 Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-"""(queries [M, D] float32, k) -> scores [M, K] float32 and rows [M, K] int64, -1 for a place that stays empty."""
+"""(queries float32 [M, D], k) -> scores float32 [M, K] and rows int64 [M, K], padded with row -1."""
 
 Products = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Pairs of (places of queries, rows of passages), [P] each -> exact inner products and how float32 may round them."""
+"""P pairs of query rows [P] and passage rows [P] -> exact inner products [P] and bounds of their float32 error [P]."""
 
-# Bytes of vectors whose products are made at once.
+# Bytes of passage embeddings per block of products.
 PRODUCTS_BYTES = 2**26
 
 
@@ -41,26 +41,26 @@ def evaluate_beir(
     on_ranks: bool = False,
     keep_identical_ids: bool = False,
 ) -> tuple[RankedRun, Metrics]:
-    """Search `store` with every query of the split, by inner product in fp32, and score the ranking.
+    """Search the corpus exactly by inner product with every query of a split, and compute the metrics.
 
     Args:
-        dataset: the split; it may have a single query.
-        store: the embedded corpus, N passages of D dimensions, or their windows (eval.long_documents).
-        embed_queries: in the same space and, where the model normalises, of unit length.
-        k: passages a query, at least 1.
-        ks: cut-offs; those above `k` are left out, since the run is not that deep.
-        device: where the products are computed ("cpu", "cuda").
-        progress: called with the rows of the corpus searched since the last call.
-        on_ranks: as in `exact_search`.
-        keep_identical_ids: as in `ranked_run`.
+        dataset: the split.
+        store: the embedded corpus of N passages [N, D], or the windows of long documents (eval.long_documents).
+        embed_queries: embeds query texts in the same space, normalized if the model normalizes.
+        k: passages per query, at least 1.
+        ks: cut-offs of the measures; those above `k` are omitted.
+        device: where the products are computed, "cpu" or "cuda".
+        progress: called with the number of corpus rows searched since the last call.
+        on_ranks: see `exact_search`.
+        keep_identical_ids: see `ranked_run`.
 
     Returns:
-        The run, each query's passages best first, and its metrics.
+        The run, with at most `k` passages per query, and its metrics.
 
     Raises:
-        InputError: the store is damaged, the qrels judge a passage that it lacks, or the vectors hold NaN or have
-            another dimension.
-        ValueError: `k` is below 1, or no cut-off is within it.
+        InputError: the store is damaged, the qrels judge a passage that it lacks, or the query embeddings contain NaN
+            or have another dimension.
+        ValueError: `k` is below 1, or every cut-off is above `k`.
     """
     if k < 1:
         raise ValueError(f"k: expected at least 1, found {k}")
@@ -80,23 +80,23 @@ def evaluate_beir(
 
 
 def is_windows(store: EmbeddingStore) -> bool:
-    """Whether the rows of the store are windows of documents."""
+    """Whether the rows of the store are windows of long documents."""
     return WINDOWS in store.source
 
 
 def score(
     dataset: BeirDataset, run: RankedRun, k: int, ks: Sequence[int] = KS, *, keep_identical_ids: bool = False
 ) -> Metrics:
-    """The metrics of a run of depth `k` at those cut-offs that are within it."""
+    """Compute the metrics of a run of depth `k`, at the cut-offs up to `k`."""
     cuts = [cut for cut in ks if cut <= k]
     return evaluate_run(dataset.qrels, run, cuts, drop_identical=not keep_identical_ids)
 
 
 def query_vectors(dataset: BeirDataset, embed_queries: Embed, dim: int) -> np.ndarray:
-    """The split's queries as float32 [M, D].
+    """Embed the queries of the split as float32 [M, D].
 
     Raises:
-        InputError: they have another dimension than the corpus.
+        InputError: the embeddings have another shape.
     """
     queries = np.asarray(embed_queries(list(dataset.queries.values())), dtype=np.float32)
     if queries.shape != (len(dataset.queries), dim):
@@ -116,11 +116,16 @@ def exact_search(
     block_rows: int | None = None,
     on_ranks: bool = False,
 ) -> Find:
-    """Exact search of a store.
+    """Make an exact search function over a store.
 
     Args:
-        on_ranks: all ranks of torch.distributed search together, called with the same arguments; each gets the result
-            that one process alone would get, bit by bit.
+        store: the embedded corpus.
+        ids: the ids of its rows, which order ties.
+        device: where the products are computed, "cpu" or "cuda".
+        progress: called with the number of rows searched since the last call.
+        block_rows: rows per block; by default chosen by the search. The result does not depend on it.
+        on_ranks: share the work among all ranks of torch.distributed, which must call with the same arguments. Every
+            rank gets the result of a single process, bitwise.
     """
     from index.exact import search as exact
 
@@ -133,9 +138,14 @@ def exact_search(
 
 
 def exact_products(store: EmbeddingStore, queries: np.ndarray) -> Products:
-    """The products of single pairs of `queries` [Q, D] and passages: rows of the store, or documents of its windows.
+    """Make a function that computes exact inner products of (query, passage) pairs.
 
-    Rows number the passages as `ranked_run` does; a document's product is that of its best window.
+    Passages are numbered as in `ranked_run`. If the store holds windows, a passage is a document, and its product is
+    the maximum over its windows.
+
+    Args:
+        store: the embedded corpus.
+        queries: float32 [Q, D].
     """
     from index.ann.train import read_rows
     from index.ann.tuning import recall
@@ -145,22 +155,22 @@ def exact_products(store: EmbeddingStore, queries: np.ndarray) -> Products:
         document_of_row = documents_of(store.ids())[1]
         starts = np.searchsorted(document_of_row, np.arange(document_of_row.max(initial=-1) + 2))
 
-    def of_rows(places: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def of_rows(query_rows: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         products, errors = np.empty(len(rows)), np.empty(len(rows))
         step = max(1, PRODUCTS_BYTES // (8 * store.dim))
         for start in range(0, len(rows), step):
-            some = slice(start, start + step)
-            unique, inverse = np.unique(rows[some], return_inverse=True)
-            pairs = queries[places[some]], read_rows(store, unique)[inverse]
-            products[some], errors[some] = recall.exact_products(*pairs)
+            block = slice(start, start + step)
+            unique, inverse = np.unique(rows[block], return_inverse=True)
+            pairs = queries[query_rows[block]], read_rows(store, unique)[inverse]
+            products[block], errors[block] = recall.exact_products(*pairs)
         return products, errors
 
-    def of_documents(places: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def of_documents(query_rows: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         assert starts is not None
         counts = starts[rows + 1] - starts[rows]
         firsts = counts.cumsum() - counts
         windows = np.arange(counts.sum()) + np.repeat(starts[rows] - firsts, counts)
-        products, errors = of_rows(np.repeat(places, counts), windows)
+        products, errors = of_rows(np.repeat(query_rows, counts), windows)
         return np.maximum.reduceat(products, firsts), np.maximum.reduceat(errors, firsts)
 
     return of_rows if starts is None else of_documents
@@ -176,15 +186,19 @@ def ranked_run(
     *,
     keep_identical_ids: bool = False,
 ) -> RankedRun:
-    """Rank the passages `ids` for the split's queries, `k` each (or the corpus).
+    """Retrieve `k` passages for each query of the split (or all, if the corpus is smaller).
 
-    A passage that has its query's id is left out, unless the qrels judge the pair; the query still gets `k` others.
+    As in BEIR, a passage with the id of its query is removed, but only if the qrels do not judge the pair. The query
+    still gets `k` other passages.
 
     Args:
+        dataset: the split.
+        ids: passage ids of the rows that `find` returns.
         find: exact or approximate search over the rows of `ids`.
-        vectors: gives the queries [M, D]; asked after the qrels have been checked against `ids`.
-        windows: the rows are windows: a document scores as its best one does.
-        keep_identical_ids: leave no passage out.
+        vectors: returns the query embeddings [M, D]; called after the qrels have been checked against `ids`.
+        k: passages per query.
+        windows: the rows are windows of documents; a document gets the score of its best window (MaxP).
+        keep_identical_ids: do not remove any passage.
 
     Raises:
         InputError: the qrels judge a passage that `ids` lacks.
@@ -192,12 +206,12 @@ def ranked_run(
     if windows:
         ids, document_of_row = documents_of(ids)
         find = best_of_windows(find, document_of_row)
-    sought = dataset.judged | dataset.qrels.keys()
-    row_of = rows_of(ids, sought)
+    wanted = dataset.judged | dataset.qrels.keys()
+    row_of = rows_of(ids, wanted)
     dataset.check(row_of)
-    own = own_rows(dataset.queries, {} if keep_identical_ids else row_of, dataset.qrels)
-    # One more, so that leaving out a query's own passage still leaves k.
-    scores, rows = find(vectors(), k + 1 if (own >= 0).any() else k)
+    identical = identical_id_rows(dataset.queries, {} if keep_identical_ids else row_of, dataset.qrels)
+    # One more, so that k passages remain after the removal of an identical id.
+    scores, rows = find(vectors(), k + 1 if (identical >= 0).any() else k)
     run = RankedRun(list(dataset.queries), ids, rows, scores)
-    run.remember(sought, row_of)
-    return run.without(own, k)
+    run.cache_rows(wanted, row_of)
+    return run.without(identical, k)

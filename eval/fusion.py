@@ -1,4 +1,4 @@
-"""Hybrid rankings: several runs of the same queries fused into one, by rank or by score."""
+"""Fusion of runs into a hybrid ranking: reciprocal rank fusion and score fusion."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from index.files import InputError
 
 METHODS = ("rrf", "minmax", "zscore")
 RRF_K = 60
-# Some arrays of all their places are held at once.
-QUERIES_AT_ONCE = 1024
+# Queries per batch; several arrays of their rankings are in memory at once.
+QUERY_BATCH = 1024
 
 
 def fuse(
@@ -23,30 +23,33 @@ def fuse(
     k: int = 1000,
     rrf_k: int = RRF_K,
 ) -> RankedRun:
-    """Rank the union of what the runs found; a passage's score is the weighted sum of what each run gives it.
+    """Fuse runs: rank the union of their passages by the weighted sum of their normalized scores.
 
-    What a run gives to a passage that it ranked:
+    The methods normalize the score of a passage in a run as follows:
 
-    - "rrf": 1 / (rrf_k + rank), ranks from 1 in trec_eval's order. Reciprocal rank fusion (Cormack, Clarke and
-      Büttcher, SIGIR 2009; there rrf_k is 60). Scores play no part.
-    - "minmax": (score − min) / (max − min), over the passages that the run has for the query; 1 where all are equal.
-    - "zscore": (score − mean) / standard deviation (of that population), likewise; 0 where all are equal.
+    - "rrf": 1 / (rrf_k + rank), with ranks from 1 in trec_eval's order. Reciprocal rank fusion (Cormack, Clarke and
+      Büttcher, SIGIR 2009, with rrf_k = 60) ignores the scores.
+    - "minmax": (score − min) / (max − min) over the passages of the run for the query; 1 if all scores are equal.
+    - "zscore": (score − mean) / standard deviation (population) over the same passages; 0 if all scores are equal.
 
-    To a passage that it did not rank, a run gives 0; under "zscore" its lowest value for that query, because there 0
-    is the mean. A query that a run lacks gets nothing from it.
+    A passage that a run did not return gets 0 from it, or with "zscore" the run's lowest value for the query, since 0
+    would be the mean. A run without the query contributes nothing.
 
     Args:
-        runs: at least two.
-        weights: one a run, 0 or more, not all 0; all 1 if not given. For score fusion α and 1 − α are usual.
-        k: passages a query in the fused run at most.
-        rrf_k: how slowly "rrf" falls with the rank.
+        runs: at least two runs.
+        method: "rrf", "minmax" or "zscore".
+        weights: one weight per run, at least 0 and not all 0; by default 1 each. Score fusion often takes α
+            and 1 − α.
+        k: maximum number of passages per query in the fused run.
+        rrf_k: the constant of "rrf", at least 1; larger values flatten the differences between ranks.
 
     Returns:
-        The queries of all runs, those of the first run first.
+        The fused run with the queries of all runs, those of the first run first.
 
     Raises:
-        InputError: an infinite score under a method that adds scores.
-        ValueError: an unknown method, fewer than two runs, wrong weights, or `k` or `rrf_k` below 1.
+        InputError: a score is infinite and the method uses scores.
+        ValueError: the method is unknown, there are fewer than two runs, the weights are invalid, or `k` or `rrf_k` is
+            below 1.
     """
     shares = [1.0] * len(runs) if weights is None else [float(weight) for weight in weights]
     if method not in METHODS:
@@ -66,40 +69,40 @@ def fuse(
     width = max(1, min(k, sum(run.rows.shape[1] for run in ranked)))
     fused_rows = np.full((len(queries), width), -1, dtype=np.int64)
     fused_scores = np.full(fused_rows.shape, -np.inf)
-    places = [np.array([-1 if (at := run.place(query)) is None else at for query in queries]) for run in ranked]
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        part = slice(start, start + QUERIES_AT_ONCE)
-        found, given, absent = [], [], np.zeros(len(queries[part]))
-        for run, rows, place, share in zip(ranked, rows_in, places, shares, strict=True):
-            own_rows = np.where(place[part, None] >= 0, rows[place[part]], -1) if len(run) else rows[:0]
-            if not own_rows.size:
+    positions = [np.array([-1 if (row := run.position(query)) is None else row for query in queries]) for run in ranked]
+    for start in range(0, len(queries), QUERY_BATCH):
+        part = slice(start, start + QUERY_BATCH)
+        found, contributions, absent_scores = [], [], np.zeros(len(queries[part]))
+        for run, rows, position, share in zip(ranked, rows_in, positions, shares, strict=True):
+            query_rows = np.where(position[part, None] >= 0, rows[position[part]], -1) if len(run) else rows[:0]
+            if not query_rows.size:
                 continue
-            values, lowest = _values(own_rows >= 0, run.scores[place[part]].astype(np.float64), method, rrf_k)
-            found.append(own_rows)
-            # Every passage starts from what those absent get, so a passage's own value stands above that.
-            given.append(share * (values - lowest[:, None]))
-            absent += share * lowest
+            values, lowest = _normalized(query_rows >= 0, run.scores[position[part]].astype(np.float64), method, rrf_k)
+            found.append(query_rows)
+            # `absent_scores` is the sum for a passage in no run; each run adds its value above its absent score.
+            contributions.append(share * (values - lowest[:, None]))
+            absent_scores += share * lowest
         if found:
-            best = _best(np.hstack(found), np.hstack(given), absent, id_rank, width)
+            best = _top_k(np.hstack(found), np.hstack(contributions), absent_scores, id_rank, width)
             fused_rows[part], fused_scores[part] = best
     deepest = max(1, int((fused_rows >= 0).sum(axis=1).max(initial=0)))
     return RankedRun(queries, table, fused_rows[:, :deepest], fused_scores[:, :deepest])
 
 
 def _common_rows(runs: Sequence[RankedRun]) -> tuple[list[str], list[np.ndarray]]:
-    """One table of the passages that the runs name, and each run's rows [Q, K] as rows of that table."""
+    """A common table of the passages of all runs, and the rows [Q, K] of each run translated to that table."""
     row_of: dict[str, int] = {}
     translated = []
     for run in runs:
         used = np.unique(run.rows[run.rows >= 0])
         ours = np.array([row_of.setdefault(run.passages[row], len(row_of)) for row in used.tolist()], dtype=np.int64)
-        places = np.searchsorted(used, run.rows).clip(max=max(0, len(used) - 1))
-        translated.append(np.where(run.rows >= 0, ours[places], -1) if len(used) else run.rows.astype(np.int64))
+        positions = np.searchsorted(used, run.rows).clip(max=max(0, len(used) - 1))
+        translated.append(np.where(run.rows >= 0, ours[positions], -1) if len(used) else run.rows.astype(np.int64))
     return list(row_of), translated
 
 
-def _values(ranked: np.ndarray, scores: np.ndarray, method: str, rrf_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a run gives to the places [n, K] that are `ranked`, best first, and to passages that it did not rank [n]."""
+def _normalized(ranked: np.ndarray, scores: np.ndarray, method: str, rrf_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normalized scores [n, K] of the `ranked` passages, and the normalized score [n] of a passage not in the run."""
     if method == "rrf":
         values = np.broadcast_to(1.0 / (rrf_k + np.arange(1, scores.shape[1] + 1)), scores.shape)
         return values, np.zeros(len(scores))
@@ -118,26 +121,28 @@ def _values(ranked: np.ndarray, scores: np.ndarray, method: str, rrf_k: int) -> 
     return values, np.where(ranked, values, np.inf).min(axis=1, where=ranked, initial=0.0)
 
 
-def _best(
-    rows: np.ndarray, given: np.ndarray, absent: np.ndarray, id_rank: np.ndarray, k: int
+def _top_k(
+    rows: np.ndarray, contributions: np.ndarray, absent_scores: np.ndarray, id_rank: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best distinct rows of each query and their summed scores, [n, k] each; ties go by id, descending.
+    """The top k distinct rows of each query and their summed scores, [n, k] each; ties by id descending.
 
     Args:
-        rows: [n, K] of the common table; -1 for none.
-        given: [n, K], what they add to `absent` [n].
-        id_rank: of each row of the table, its id's place in ascending order.
+        rows: [n, K], rows of the common table; -1 for padding.
+        contributions: [n, K], the values to add to `absent_scores`.
+        absent_scores: [n], the sum for a passage in no run.
+        id_rank: for each row of the table, the rank of its id in ascending order.
+        k: passages per query.
     """
     queries, columns = np.nonzero(rows >= 0)
     keys, inverse = np.unique(queries * np.int64(len(id_rank)) + rows[queries, columns], return_inverse=True)
     query, row = keys // len(id_rank), keys % len(id_rank)
-    # float32, as the run keeps and compares them.
-    sums = (absent[query] + np.bincount(inverse, weights=given[queries, columns])).astype(np.float32)
+    # Rounded to float32 before sorting, because runs store and compare float32 scores.
+    sums = (absent_scores[query] + np.bincount(inverse, weights=contributions[queries, columns])).astype(np.float32)
     order = np.lexsort((-id_rank[row], -sums, query))
     counts = np.bincount(query, minlength=len(rows))
-    place = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
-    order, place = order[place < k], place[place < k]
+    position = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
+    order, position = order[position < k], position[position < k]
     best_rows = np.full((len(rows), k), -1, dtype=np.int64)
     best_scores = np.full(best_rows.shape, -np.inf)
-    best_rows[query[order], place], best_scores[query[order], place] = row[order], sums[order]
+    best_rows[query[order], position], best_scores[query[order], position] = row[order], sums[order]
     return best_rows, best_scores

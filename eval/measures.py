@@ -1,4 +1,4 @@
-"""How measures are named in print, and which of them a report shows first."""
+"""Printed names of the measures, and the measures that a report shows first."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NAMES = {
 
 
 def measure_name(measure: str) -> str:
-    """How a measure is printed: "ndcg@10" -> "nDCG@10"."""
+    """The printed name of a measure: "ndcg@10" -> "nDCG@10"."""
     name, _, k = measure.partition("@")
     return f"{NAMES.get(name, name)}@{k}"
 
 
 def shown(wanted: Sequence[str], found: Collection[str]) -> list[str]:
-    """Those of the `wanted` measures that were found; where runs are not that deep, at the deepest cut-off there is."""
+    """The `wanted` measures that exist in `found`, each at the deepest available cut-off up to the wanted one."""
     return list(dict.fromkeys(measure for one in wanted if (measure := _deepest(one, found)) is not None))
 
 
@@ -36,6 +36,6 @@ def _deepest(wanted: str, found: Collection[str]) -> str | None:
 
 
 def cutoffs(measures: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The names and the cut-offs of measures ("ndcg@10"), each once, in the order found."""
+    """The distinct names and cut-offs of measures such as "ndcg@10", in order of occurrence."""
     found = [measure.partition("@") for measure in measures]
     return list(dict.fromkeys(name for name, _, _ in found)), list(dict.fromkeys(k for _, _, k in found))

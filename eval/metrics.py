@@ -1,4 +1,4 @@
-"""nDCG, MAP, recall, precision, MRR, capped recall and success at k: trec_eval's numbers, from arrays."""
+"""nDCG, MAP, recall, precision, MRR, capped recall and success at k, equal to trec_eval's values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.ranking import RankedRun, Run, own_rows, trec_order
+from eval.ranking import RankedRun, Run, identical_id_rows, trec_order
 from index.beir import Qrels
 from index.files import InputError
 
@@ -18,28 +18,31 @@ KS = (1, 3, 5, 10, 100, 1000)
 
 MEASURES = ("ndcg", "map", "recall", "precision", "mrr", "rcap", "success")
 
-# Queries scored at a time: some arrays of that many rankings are held at once.
-QUERIES_AT_ONCE = 1024
+# Queries per batch; several arrays of their rankings are in memory at once.
+QUERY_BATCH = 1024
 
 
 class PerQuery(Mapping[str, dict[str, float]]):
-    """Query id -> measure -> value, kept as one array.
+    """A mapping of query id -> measure -> value, stored as one array.
 
-    `queries` are its rows, in the order of the qrels; `measures` its columns; `values` float64 [queries, measures].
+    Args:
+        queries: the Q query ids, in the order of the qrels.
+        measures: the names of the C columns, such as "ndcg@10".
+        values: float64 [Q, C].
     """
 
     def __init__(self, queries: Sequence[str], measures: Sequence[str], values: np.ndarray) -> None:
         self.queries = list(queries)
         self.measures = list(measures)
         self.values_array = values
-        self._places = {query: place for place, query in enumerate(self.queries)}
+        self._positions = {query: position for position, query in enumerate(self.queries)}
 
     def column(self, measure: str) -> np.ndarray:
-        """One measure's value for every query, float64 [queries]."""
+        """The values of one measure, float64 [Q]."""
         return self.values_array[:, self.measures.index(measure)]
 
     def __getitem__(self, query: str) -> dict[str, float]:
-        return dict(zip(self.measures, self.values_array[self._places[query]].tolist(), strict=True))
+        return dict(zip(self.measures, self.values_array[self._positions[query]].tolist(), strict=True))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.queries)
@@ -50,25 +53,25 @@ class PerQuery(Mapping[str, dict[str, float]]):
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a run scored. Keys are "ndcg@10", "map@100", "recall@100", "precision@10", "mrr@10", "rcap@100",
-    "success@5", …; values in [0, 1]."""
+    """The metrics of a run. Keys are "ndcg@10", "map@100", "recall@100", "precision@10", "mrr@10", "rcap@100",
+    "success@5", …; values are in [0, 1]."""
 
     mean: dict[str, float]
     """Mean of each measure over every query of the qrels."""
     per_query: Mapping[str, dict[str, float]]
-    """Query id -> measure -> value, in the order of the qrels; a PerQuery where evaluate_run made it."""
+    """Query id -> measure -> value, in the order of the qrels; `evaluate_run` returns a PerQuery."""
     missing: list[str]
-    """Queries of the qrels for which the run has nothing; each counts as 0 in the mean."""
+    """Judged queries without results in the run; each counts as 0 in the mean."""
     identical_ids_left_out: int = 0
-    """Passages that were left out of the run because they have their query's id and no judgement names the pair."""
+    """Number of passages removed from the run because they have their query's id and the pair is not judged."""
 
 
 def drop_identical_ids(
     run: Mapping[str, Mapping[str, float]], qrels: Mapping[str, Mapping[str, int]] | None = None
 ) -> Run:
-    """The run without passages whose id is their query's own id, unless the qrels judge the pair.
+    """Remove passages whose id equals their query's id, unless the qrels judge the pair.
 
-    BEIR leaves them out too (it matters for ArguAna), but judged ones as well.
+    BEIR also removes judged pairs. The rule matters for ArguAna, whose queries are passages of the corpus.
     """
     judged = qrels or {}
     return {
@@ -82,26 +85,29 @@ def drop_identical_ids(
 def evaluate_run(
     qrels: Qrels, run: Mapping[str, Mapping[str, float]], ks: Sequence[int] = KS, *, drop_identical: bool = True
 ) -> Metrics:
-    """Score a run.
+    """Compute the metrics of a run against qrels.
 
-    The numbers are trec_eval's with its option -c (Buckley; https://github.com/usnistgov/trec_eval): ties go by
-    passage id, descending, scores are compared as float32, unjudged passages and grades below 1 count as not relevant,
-    and the mean is over every query of the qrels, so that a query the run misses, or one without a relevant passage,
-    counts as 0. nDCG takes the grade as gain and 1/log2(rank + 1) as discount (Järvelin and Kekäläinen 2002, as
-    trec_eval's ndcg_cut). MRR@k is the reciprocal rank of the first relevant passage within the first k, else 0.
-    rcap@k, BEIR's capped recall, divides by the smaller of k and the number of relevant passages. success@k is 1 when
-    a relevant passage is within the first k. The `beir` package agrees wherever the run has every query.
+    The values equal those of trec_eval with its option -c (Buckley; https://github.com/usnistgov/trec_eval). Ties are
+    broken by passage id, descending. Scores are compared as float32. Unjudged passages and grades below 1 are not
+    relevant. The mean is over all queries of the qrels; a query without results or without a relevant passage counts
+    as 0. The `beir` package agrees if the run has every query.
+
+    nDCG@k uses the grade as gain and the discount 1/log2(rank + 1) (Järvelin and Kekäläinen 2002; trec_eval's
+    ndcg_cut). MRR@k is the reciprocal rank of the first relevant passage in the top k, or 0. rcap@k is BEIR's capped
+    recall, which divides by the smaller of k and the number of relevant passages. success@k is 1 if the top k contain
+    a relevant passage.
 
     Args:
-        qrels: the judgements; not empty.
-        run: the ranked passages; queries that the qrels lack are ignored. A RankedRun is scored in little memory.
+        qrels: query id -> passage id -> grade; not empty.
+        run: query id -> passage id -> score; queries without judgements are ignored. A RankedRun needs the least
+            memory.
         ks: cut-offs, each at least 1.
-        drop_identical: first drop passages whose id is the query's id, as BEIR does, unless the qrels judge the pair.
-            trec_eval drops none.
+        drop_identical: first remove passages whose id equals the query's id, unless the qrels judge the pair (BEIR's
+            rule; trec_eval removes none).
 
     Raises:
-        ValueError: `ks` is empty or holds a number below 1.
-        InputError: the qrels are empty, or a score is not a number.
+        ValueError: `ks` is empty or contains a number below 1.
+        InputError: the qrels are empty, or a score is NaN.
     """
     if not ks or min(ks) < 1:
         raise ValueError(f"ks: expected cut-offs of at least 1, found {list(ks)}")
@@ -113,19 +119,19 @@ def evaluate_run(
     names = [f"{measure}@{k}" for measure in MEASURES for k in cuts]
     values = np.zeros((len(qrels), len(names)))
     answered = np.zeros(len(qrels), dtype=bool)
-    places = np.array([-1 if (place := ranked.place(query)) is None else place for query in qrels])
-    # One more than the deepest cut-off, for a passage that is its own query.
+    positions = np.array([-1 if (position := ranked.position(query)) is None else position for query in qrels])
+    # One more than the deepest cut-off, in case an identical id is removed.
     depth = cuts[-1] + 1
     left_out = ranked.left_out
-    for start in range(0, len(qrels), QUERIES_AT_ONCE):
-        part = slice(start, start + QUERIES_AT_ONCE)
-        rows = np.where(places[part, None] >= 0, ranked.rows[places[part]], -1) if len(ranked) else None
+    for start in range(0, len(qrels), QUERY_BATCH):
+        part = slice(start, start + QUERY_BATCH)
+        rows = np.where(positions[part, None] >= 0, ranked.rows[positions[part]], -1) if len(ranked) else None
         if rows is None or not rows.size:
             break
         if drop_identical:
-            dropped = (rows == judged.own_rows[part, None]) & (rows >= 0)
+            dropped = (rows == judged.identical_id_rows[part, None]) & (rows >= 0)
             left_out += int(dropped.sum())
-            rows = _without(rows[:, :depth], dropped[:, :depth])
+            rows = _drop(rows[:, :depth], dropped[:, :depth])
         rows = rows[:, :depth]
         answered[part] = (rows >= 0).any(axis=1)
         values[part] = np.hstack(_measures(judged.grades(part, rows), judged.counts[part], judged.ideal(part), cuts))
@@ -135,19 +141,19 @@ def evaluate_run(
 
 
 class _Judgements:
-    """The qrels as arrays over the rows of a run's passages."""
+    """The qrels as arrays indexed by the passage rows of a run."""
 
     def __init__(self, qrels: Qrels, run: RankedRun) -> None:
         wanted = {passage for grades in qrels.values() for passage in grades}
         row_of = run.rows_of(wanted | qrels.keys())
-        self.own_rows = own_rows(qrels, row_of, qrels)
-        """[Q]: the row of the unjudged passage that has the query's own id; -1 without one."""
+        self.identical_id_rows = identical_id_rows(qrels, row_of, qrels)
+        """int64 [Q]: the row of the unjudged passage with the query's id; -1 if there is none."""
         positive = [
             sorted((grade for grade in grades.values() if grade > 0), reverse=True) for grades in qrels.values()
         ]
         self._positive = positive
         self.counts = np.array(list(map(len, positive)), dtype=np.int64)
-        """[Q]: relevant passages, those that the run lacks included."""
+        """int64 [Q]: number of relevant passages, retrieved or not."""
         self._width = max(1, len(run.passages))
         found = [
             (query * self._width + row_of[passage], grade)
@@ -159,16 +165,16 @@ class _Judgements:
         self._keys, self._grades = pairs[:, 0], pairs[:, 1]
 
     def grades(self, part: slice, rows: np.ndarray) -> np.ndarray:
-        """The grades of ranked `rows` [n, K] of the queries `part`; 0 for what is not relevant."""
+        """Grades [n, K] of the ranked `rows` [n, K] of the queries `part`; 0 if not relevant."""
         if not len(self._keys):
             return np.zeros(rows.shape, dtype=np.int64)
         queries = np.arange(part.start, part.start + len(rows), dtype=np.int64)[:, None]
         keys = queries * self._width + rows
-        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where((self._keys[places] == keys) & (rows >= 0), self._grades[places], 0)
+        positions = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where((self._keys[positions] == keys) & (rows >= 0), self._grades[positions], 0)
 
     def ideal(self, part: slice) -> np.ndarray:
-        """The positive grades of the queries `part`, best first, filled up with 0: [n, R]."""
+        """Positive grades of the queries `part` in descending order, padded with 0: [n, R]."""
         positive = self._positive[part]
         ideal = np.zeros((len(positive), max(1, *map(len, positive))))
         for row, grades in zip(ideal, positive, strict=True):
@@ -176,8 +182,8 @@ class _Judgements:
         return ideal
 
 
-def _without(rows: np.ndarray, dropped: np.ndarray) -> np.ndarray:
-    """`rows` [n, K] without those `dropped` (bool [n, K]); what stands behind them moves up."""
+def _drop(rows: np.ndarray, dropped: np.ndarray) -> np.ndarray:
+    """Remove the entries `dropped` (bool [n, K]) from `rows` [n, K] and shift later entries up, in place."""
     for query in np.flatnonzero(dropped.any(axis=1)):
         kept = rows[query][~dropped[query]]
         rows[query, : len(kept)], rows[query, len(kept) :] = kept, -1
@@ -185,35 +191,35 @@ def _without(rows: np.ndarray, dropped: np.ndarray) -> np.ndarray:
 
 
 def _measures(grades: np.ndarray, relevant: np.ndarray, ideal: np.ndarray, cuts: Sequence[int]) -> list[np.ndarray]:
-    """The values of MEASURES, each [n, cuts], from ranked grades [n, K], relevant passages [n], ideal grades [n, R]."""
+    """Values of MEASURES, [n, cuts] each, from ranked grades [n, K], relevant counts [n] and ideal grades [n, R]."""
     ranks = np.arange(1, grades.shape[1] + 1)
-    hit = grades > 0
-    hits = hit.cumsum(axis=1)
-    # cumsum adds one rank after the other, as trec_eval does: the sums have the same bits.
+    is_relevant = grades > 0
+    hits = is_relevant.cumsum(axis=1)
+    # cumsum adds in rank order, as trec_eval does, so the sums are bitwise equal.
     gain = (grades / _discounts(grades.shape[1])).cumsum(axis=1)
     best = (ideal / _discounts(ideal.shape[1])).cumsum(axis=1)
-    precise = np.where(hit, hits / ranks, 0.0).cumsum(axis=1)
-    first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)[:, None]
-    wide = np.array(cuts)
-    found, total = _at(hits, cuts), relevant[:, None]
+    precision_sums = np.where(is_relevant, hits / ranks, 0.0).cumsum(axis=1)
+    first_rank = np.where(is_relevant.any(axis=1), is_relevant.argmax(axis=1) + 1, 0)[:, None]
+    cutoffs = np.array(cuts)
+    found, total = _at_cutoffs(hits, cuts), relevant[:, None]
     return [
-        _ratio(_at(gain, cuts), _at(best, cuts)),
-        _ratio(_at(precise, cuts), total),
+        _ratio(_at_cutoffs(gain, cuts), _at_cutoffs(best, cuts)),
+        _ratio(_at_cutoffs(precision_sums, cuts), total),
         _ratio(found, total),
-        found / wide,
-        np.where((first > 0) & (first <= wide), _ratio(np.ones_like(first), first), 0.0),
-        _ratio(found, np.minimum(total, wide)),
+        found / cutoffs,
+        np.where((first_rank > 0) & (first_rank <= cutoffs), _ratio(np.ones_like(first_rank), first_rank), 0.0),
+        _ratio(found, np.minimum(total, cutoffs)),
         (found > 0).astype(np.float64),
     ]
 
 
 def _discounts(depth: int) -> np.ndarray:
-    # The C library's log2, because trec_eval's is; numpy's own may differ in the last bit.
+    # math.log2 is the C library's, as in trec_eval; numpy's may differ in the last bit.
     return np.array([math.log2(rank + 1) for rank in range(1, depth + 1)])
 
 
-def _at(sums: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
-    """Columns of running sums [n, K] at the cut-offs; a ranking that is shorter stays at its last."""
+def _at_cutoffs(sums: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
+    """Columns of cumulative sums [n, K] at the cut-offs; cut-offs beyond K take the last column."""
     return sums[:, [min(k, sums.shape[1]) - 1 for k in cuts]]
 
 

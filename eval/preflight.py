@@ -1,4 +1,4 @@
-"""What is wrong with a BEIR folder, found by reading it once, before a model spends hours on it."""
+"""Validation of a BEIR folder before an evaluation; reads the files once."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from index.files import InputError
 from index.passages import Passage, parse_passage
 from index.records import Record, read_records
 
-PLACES_NAMED = 3
-# Passages from one call of `progress` to the next.
-READ_AT_ONCE = 10_000
+LOCATIONS_SHOWN = 3
+# Passages between two calls of `progress`.
+PROGRESS_STEP = 10_000
 
 
 @dataclass
 class Finding:
-    """One kind of fault: how often, and where first."""
+    """A kind of error or warning, with its count and first locations."""
 
     what: str
     error: bool
@@ -48,49 +48,49 @@ class Finding:
 
 @dataclass
 class Preflight:
-    """What a folder holds and what is wrong with it."""
+    """The contents of a BEIR folder and the findings of its validation."""
 
     name: str
     split: str
     passages: int = 0
     queries: int = 0
-    """Judged ones of the split."""
+    """Number of judged queries of the split."""
     judgements: int = 0
     bytes: int = 0
-    """Of the corpus's texts, in UTF-8."""
+    """Bytes of the corpus texts in UTF-8."""
     findings: dict[str, Finding] = field(default_factory=dict)
     query_sample: list[str] = field(default_factory=list)
     passage_sample: list[str] = field(default_factory=list)
-    """Up to 4096 texts of each side, drawn by the hash of the id: the same ones on every run."""
+    """Samples of up to 4096 queries and passages, chosen by the hash of the id and therefore reproducible."""
 
     def add(self, what: str, place: str, *, error: bool = False) -> None:
-        """Count a fault of the kind `what`."""
+        """Count one occurrence of the finding `what` at the location `place`."""
         finding = self.findings.setdefault(what, Finding(what, error))
         finding.count += 1
-        if len(finding.places) < PLACES_NAMED:
+        if len(finding.places) < LOCATIONS_SHOWN:
             finding.places.append(place)
 
     def add_judged(
         self, what: str, path: Path, column: int, ids: Collection[str], *, wanted: str = "", error: bool = False
     ) -> None:
-        """Count a fault of the kind `what` for each of these ids in a column of qrels; `wanted` is what it is not."""
+        """Count the finding `what` for each id in a column of the qrels; `wanted` says what was expected instead."""
         if ids:
-            places = first_locations(path, column, ids, PLACES_NAMED)
+            places = first_locations(path, column, ids, LOCATIONS_SHOWN)
             said = {id_: f"expected {wanted}, found {id_}, which is not there" if wanted else id_ for id_ in places}
             self.findings[what] = Finding(what, error, len(ids), [f"{places[id_]}: {said[id_]}" for id_ in places])
 
     @property
     def errors(self) -> list[Finding]:
-        """What keeps the set from being evaluated."""
+        """Findings that prevent an evaluation."""
         return [finding for finding in self.findings.values() if finding.error]
 
     @property
     def warnings(self) -> list[Finding]:
-        """What a reader of the numbers should know."""
+        """Findings that affect the interpretation of the metrics."""
         return [finding for finding in self.findings.values() if not finding.error]
 
     def refuse(self) -> None:
-        """Raise the first error, with the number of the others."""
+        """Raise an InputError with the first error and the number of the others, if there are errors."""
         if self.errors:
             others = sum(finding.count for finding in self.errors) - 1
             more = f" (and {others:,} more errors in {self.name})" if others else ""
@@ -106,17 +106,20 @@ def preflight(
     keep_identical_ids: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Preflight:
-    """Read a BEIR folder and count its faults; memory: about 100 bytes a passage.
+    """Validate a BEIR folder and count errors and warnings. Takes about 100 bytes of memory per passage.
 
-    Errors: files missing or broken, rows without id or text, duplicate ids, two grades for one pair, judged passages
-    or queries that are not there (warnings with `dangling`), header mistakes. Warnings: empty texts, texts that come
-    twice, queries without a relevant passage, queries of this split in another split too (by id, or by text whatever
-    its case and blanks), other numbers than BEIR publishes, a first line that the beir package would drop.
+    Errors: missing or broken files, rows without id or text, duplicate ids, two grades for one pair, judged passages
+    or queries that do not exist (warnings with `dangling`), wrong headers. Warnings: empty texts, duplicate texts,
+    queries without a relevant passage, queries that also occur in another split (by id, or by text ignoring case and
+    white space), counts that differ from those BEIR publishes, a first line that the beir package would drop.
 
     Args:
-        name: of the set, to compare with what BEIR publishes; the folder's unless given.
-        keep_identical_ids: no passage is left out of a ranking for having its query's id, and none is counted.
-        progress: called with the passages read since the last call.
+        folder: the BEIR folder.
+        split: the split of the qrels.
+        name: the name of the set, for the comparison with BEIR's counts; by default the name of the folder.
+        dangling: report judged passages and queries that do not exist as warnings instead of errors.
+        keep_identical_ids: passages with the id of their query stay in rankings, so they are not counted.
+        progress: called with the number of passages read since the last call.
     """
     found = Preflight(name or folder.resolve().name, split)
     try:
@@ -151,7 +154,7 @@ def _read_qrels(found: Preflight, path: Path) -> Qrels:
                     found.add("header mistakes", str(error), error=True)
                 continue
             if line == 0 and path.suffix != ".parquet":
-                if _mistaken_header(found, columns, place):
+                if _is_wrong_header(found, columns, place):
                     continue
                 found.add("no header: the beir package would drop the first judgement", place)
             elif is_header(columns) and path.suffix != ".parquet":
@@ -166,13 +169,13 @@ def _read_qrels(found: Preflight, path: Path) -> Qrels:
         found.add("files that cannot be read", str(error), error=True)
     if not judgements.qrels:
         found.add("no judgements", f"{path}: expected judgements, found none", error=True)
-    vain = {query for query, grades in judgements.qrels.items() if max(grades.values()) < 1}
-    found.add_judged("queries without a relevant passage, which count as 0", path, QUERY, vain)
+    without_relevant = {query for query, grades in judgements.qrels.items() if max(grades.values()) < 1}
+    found.add_judged("queries without a relevant passage, which count as 0", path, QUERY, without_relevant)
     return judgements.qrels
 
 
-def _mistaken_header(found: Preflight, columns: list[str], place: str) -> bool:
-    """Whether a first line is a header with something wrong, which is counted."""
+def _is_wrong_header(found: Preflight, columns: list[str], place: str) -> bool:
+    """Whether the first line is a wrong header; if so, add the error."""
     if head_names(columns)[0] in PASSAGE_HEADS:
         what = f"expected the query's id in the first column, found {columns[0]!r:.40}"
         found.add("header mistakes", f"{place}: {what}", error=True)
@@ -185,7 +188,7 @@ def _mistaken_header(found: Preflight, columns: list[str], place: str) -> bool:
 
 
 def _read_queries(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, dangling: bool) -> dict[str, str]:
-    """Query id -> its text without case and blanks, of every query in the file."""
+    """Read all queries; query id -> text with case and white space normalized."""
     texts: dict[str, str] = {}
     first: dict[str, str] = {}
     sample = Sample()
@@ -205,11 +208,15 @@ def _read_queries(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, d
             earlier = first.setdefault(texts[query], query)
             if earlier != query:
                 found.add("judged queries with the text of another", f"{record.place} (as {earlier})")
-    lost = qrels.keys() - texts.keys()
-    fatal = not dangling or len(lost) == len(qrels)
+    missing = qrels.keys() - texts.keys()
+    fatal = not dangling or len(missing) == len(qrels)
     wanted = f"ids of {path.name}"
-    found.add_judged("judged queries that are not there", judged_in, QUERY, lost, wanted=wanted, error=fatal)
-    if lost and len(lost) == len(qrels) and any(passage in texts for grades in qrels.values() for passage in grades):
+    found.add_judged("judged queries that are not there", judged_in, QUERY, missing, wanted=wanted, error=fatal)
+    if (
+        missing
+        and len(missing) == len(qrels)
+        and any(passage in texts for grades in qrels.values() for passage in grades)
+    ):
         what = f"{judged_in}: expected query, then passage, found passages in the first column"
         found.add("columns in the wrong order", what, error=True)
     found.query_sample = sample.texts()
@@ -230,8 +237,8 @@ def _read_corpus(
     ids, texts, numbers = bytearray(), bytearray(), array("q")
     sample = Sample()
     for number, record in enumerate(_records(found, path)):
-        if progress is not None and number % READ_AT_ONCE == READ_AT_ONCE - 1:
-            progress(READ_AT_ONCE)
+        if progress is not None and number % PROGRESS_STEP == PROGRESS_STEP - 1:
+            progress(PROGRESS_STEP)
         try:
             passage = parse_passage(record)
         except InputError as error:
@@ -244,7 +251,7 @@ def _read_corpus(
         content = passage.content
         found.bytes += len(content.encode(errors="replace"))
         ids += digest(passage.id)
-        # Empty ones are counted as such, not as repetitions of each other.
+        # Empty texts have a finding of their own and are not duplicates of each other.
         texts += digest(content or f"\0{number}")
         numbers.append(number)
         if content:
@@ -254,25 +261,27 @@ def _read_corpus(
     if not found.passages and not found.errors:
         found.add("no passages", f"{path}: expected passages, found none", error=True)
     found.passage_sample = sample.texts()
-    _name_repeated(found, path, ids, texts, numbers)
-    lost = {passage_id for passage_id, here in judged.items() if not here}
+    _add_duplicates(found, path, ids, texts, numbers)
+    missing = {passage_id for passage_id, here in judged.items() if not here}
     wanted = "passage ids of the corpus"
-    found.add_judged("judged passages that are not there", judged_in, PASSAGE, lost, wanted=wanted, error=not dangling)
+    found.add_judged(
+        "judged passages that are not there", judged_in, PASSAGE, missing, wanted=wanted, error=not dangling
+    )
     if own and not keep_identical_ids:
         what = "queries with the id of a passage that is not judged for them, which is left out of their ranking"
         found.add(what, f"{own:,} of {len(qrels):,}; --keep-identical-ids keeps them")
         found.findings[what].count = own
 
 
-def _name_repeated(found: Preflight, path: Path, ids: bytearray, texts: bytearray, numbers: array) -> None:
-    """Count ids and texts that an earlier passage has; only then is the corpus read again, for their lines."""
+def _add_duplicates(found: Preflight, path: Path, ids: bytearray, texts: bytearray, numbers: array) -> None:
+    """Add findings for duplicate ids and texts; reads the corpus again, for line numbers, only if there are any."""
     same_id, same_text = repetitions(ids), repetitions(texts)
     same_text = {later: earlier for later, earlier in same_text.items() if later not in same_id}
     if not same_id and not same_text:
         return
     wanted: dict[int, str] = {}
     for repeated in (same_id, same_text):
-        for later in sorted(repeated)[:PLACES_NAMED]:
+        for later in sorted(repeated)[:LOCATIONS_SHOWN]:
             wanted |= {numbers[later]: "", numbers[repeated[later]]: ""}
     named: dict[int, Passage] = {}
     for number, record in enumerate(read_records(path)):
@@ -284,7 +293,7 @@ def _name_repeated(found: Preflight, path: Path, ids: bytearray, texts: bytearra
         (same_id, "duplicate passage ids", True),
         (same_text, "passages with the text of an earlier one", False),
     ):
-        for later in sorted(repeated)[:PLACES_NAMED]:
+        for later in sorted(repeated)[:LOCATIONS_SHOWN]:
             here, there = wanted[numbers[later]], wanted[numbers[repeated[later]]]
             id_ = named[numbers[later]].id
             said = f"expected each passage id once, found {id_} again, first in {there}" if error else f"as {there}"
@@ -294,7 +303,7 @@ def _name_repeated(found: Preflight, path: Path, ids: bytearray, texts: bytearra
 
 
 def _compare_splits(found: Preflight, folder: Path, qrels: Qrels, texts: dict[str, str]) -> None:
-    """Count queries of this split that another split has too: what was trained on must not be tested on."""
+    """Add warnings for queries that also occur in another split, since the model may have been trained on them."""
     ours = {texts[query] for query in qrels if query in texts}
     for other in ("train", "dev", "validation", "test"):
         path = folder / "qrels" / f"{other}.tsv"
@@ -313,7 +322,7 @@ def _compare_splits(found: Preflight, folder: Path, qrels: Qrels, texts: dict[st
 
 
 def _records(found: Preflight, path: Path) -> Iterator[Record]:
-    """The rows of a file up to the first that cannot be read, which is counted."""
+    """Yield the rows of a file up to the first unreadable one, which is added as an error."""
     try:
         yield from read_records(path)
     except InputError as error:

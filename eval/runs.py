@@ -1,4 +1,4 @@
-"""TREC run files: `query Q0 passage rank score tag`, a ranked passage a line."""
+"""TREC run files: one line `query Q0 passage rank score tag` per ranked passage."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ COLUMNS = "query Q0 passage rank score tag"
 
 
 def write_trec_run(path: Path, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
-    """Write a run atomically, each query's passages in trec_eval's order, ranks from 1.
+    """Write a run file atomically, in trec_eval's order, with ranks from 1.
 
-    Scores are written as float32, which is how trec_eval compares them, with the nine digits that bring every one back
-    exactly, so that the file scores as the run does.
+    Scores are float32, as trec_eval compares them, and written with nine digits, so that reading the file restores them
+    exactly.
+
+    Args:
+        path: the file to write.
+        run: query id -> passage id -> score.
+        tag: the name of the system, for the last column.
 
     Raises:
-        InputError: an id or the tag is empty or holds white space, a query's id begins with #, which would make its
-            lines comments, or a score is not a number.
+        InputError: an id or the tag is empty or contains white space, a query id begins with # (its lines would be
+            comments), or a score is NaN.
     """
     checked_id(tag, f"{path}: tag")
     ranked = RankedRun.of(run)
@@ -44,12 +49,13 @@ def write_trec_run(path: Path, run: Mapping[str, Mapping[str, float]], tag: str)
 
 
 def read_trec_run(path: Path) -> RankedRun:
-    """Read a TREC run file (.gz too). As in trec_eval the order comes from the scores; the rank column is not used.
+    """Read a TREC run file, also gzip-compressed (.gz).
 
-    A line that begins with # is a comment, as in trec_eval 10.
+    As in trec_eval, scores determine the order and the rank column is ignored. A line that begins with # is a comment,
+    as in trec_eval 10.
 
     Raises:
-        InputError: the file is missing or a line is broken: the wrong number of columns, a rank or score that is no
+        InputError: the file is missing, or a line has the wrong number of columns, a rank or score that is not a
             number, or a passage that its query already has. The message names the line.
     """
     lines = _Lines(path)
@@ -65,7 +71,7 @@ def read_trec_run(path: Path) -> RankedRun:
 
 
 class _Lines:
-    """The lines of a run file as columns, 24 bytes a line; ids are kept once."""
+    """The lines of a run file as columns, 24 bytes per line; each id is stored once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -98,7 +104,7 @@ class _Lines:
         queries, rows = np.array(self._queries, dtype=np.int64), np.array(self._rows, dtype=np.int64)
         scores = np.array(self._scores)
         names, passages = list(self._query_of), list(self._row_of)
-        # By query, then passage, then line: the second line of a pair follows its first.
+        # Sort by query, then passage, then line, so that repeated pairs are adjacent.
         order = np.lexsort((rows, queries))
         queries, rows, scores = queries[order], rows[order], scores[order]
         twice = (queries[1:] == queries[:-1]) & (rows[1:] == rows[:-1])

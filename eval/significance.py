@@ -1,4 +1,4 @@
-"""Is a difference between two systems more than chance? Paired tests over queries, and their correction."""
+"""Paired significance tests over queries, and Holm's correction for multiple comparisons."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from dataclasses import dataclass
 import numpy as np
 
 PERMUTATIONS = 100_000
-# Signs drawn at once: small enough for a few tens of MB, large enough that the matrix product is what takes the time.
+# Random signs per block: a few tens of MB, and large enough that the matrix product dominates the time.
 BLOCK_SIGNS = 4_000_000
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two systems on the same queries."""
+    """The result of the paired tests of system b against system a."""
 
     difference: float
     """Mean of b − a over the queries."""
     low: float
     high: float
-    """The 95 % confidence interval of that mean, by Student's t."""
+    """95 % confidence interval of that mean, by Student's t."""
     wins: int
     losses: int
     ties: int
-    """Queries on which b is better, worse, the same."""
+    """Number of queries on which b is better, worse, equal."""
     t: float
-    """Student's statistic; infinite where every query differs by the same amount."""
+    """Student's t statistic; infinite if all queries differ by the same nonzero amount."""
     p_t: float
     """Two-sided p-value of the paired t-test."""
     p_randomisation: float
-    """Two-sided p-value of the paired randomisation test."""
+    """Two-sided p-value of the paired randomization test."""
 
 
 def paired_test(
@@ -41,13 +41,20 @@ def paired_test(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> PairedTest:
-    """Compare two systems by a measure's values on the same queries [Q] each.
+    """Run the paired t-test (scipy) and the paired randomization test on the values of two systems.
 
-    The paired t-test is scipy's. The two agree on most retrieval measures (Smucker, Allan and Carterette, CIKM 2007);
-    where they do not, the randomisation test assumes less.
+    The two tests agree on most retrieval measures (Smucker, Allan and Carterette, CIKM 2007); the randomization test
+    makes fewer assumptions.
+
+    Args:
+        a: values of system a by query, [Q].
+        b: values of system b on the same queries, [Q].
+        permutations: see `randomization_test`.
+        seed: see `randomization_test`.
 
     Raises:
-        ValueError: fewer than two queries, different lengths, values that are not finite, or `permutations` below 1.
+        ValueError: there are fewer than two queries, the lengths differ, a value is not finite, or `permutations` is
+            below 1.
     """
     from scipy import stats
 
@@ -59,7 +66,7 @@ def paired_test(
         raise ValueError("expected finite values, found NaN or infinity")
     mean = float(difference.mean())
     if np.ptp(difference) == 0:
-        # Without spread the t statistic is 0/0 or ∞, and scipy warns.
+        # With zero variance the t statistic is 0/0 or infinite, and scipy warns.
         t, p_t, low, high = (0.0, 1.0, 0.0, 0.0) if mean == 0 else (math.copysign(math.inf, mean), 0.0, mean, mean)
     else:
         found = stats.ttest_1samp(difference, 0.0)
@@ -74,21 +81,22 @@ def paired_test(
         ties=int((difference == 0).sum()),
         t=t,
         p_t=p_t,
-        p_randomisation=randomisation_test(difference, permutations=permutations, seed=seed),
+        p_randomisation=randomization_test(difference, permutations=permutations, seed=seed),
     )
 
 
-def randomisation_test(difference: np.ndarray, *, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
-    """Two-sided p-value of the paired randomisation test (Fisher 1935): by chance alone, any sign could be the other.
+def randomization_test(difference: np.ndarray, *, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
+    """Two-sided p-value of the paired randomization test (Fisher 1935), which flips the signs of the differences.
 
-    The statistic is the absolute mean. With at most `permutations` sign patterns all of them are counted, and the
-    p-value is exact; otherwise so many are drawn, and p = (hits + 1) / (draws + 1), which is never 0 and never too
-    small on average (Phipson and Smyth 2010). Queries without a difference have no sign and are left out.
+    The statistic is the absolute mean difference. If there are at most `permutations` sign patterns, all of them are
+    enumerated and the p-value is exact. Otherwise `permutations` random patterns are drawn and p = (hits + 1) /
+    (draws + 1), which is never 0 and does not underestimate p on average (Phipson and Smyth 2010). Queries without a
+    difference are ignored.
 
     Args:
         difference: b − a by query, [Q].
-        permutations: patterns counted or drawn.
-        seed: of the draws (numpy's PCG64); the same seed gives the same p-value.
+        permutations: maximum number of sign patterns, enumerated or drawn.
+        seed: seed of numpy's PCG64; the same seed gives the same p-value.
 
     Raises:
         ValueError: `permutations` is below 1.
@@ -98,7 +106,7 @@ def randomisation_test(difference: np.ndarray, *, permutations: int = PERMUTATIO
     values = difference[difference != 0].astype(np.float64)
     if not len(values):
         return 1.0
-    # Sums of the same values in another order differ in their last digits; those are ties, and ties count.
+    # Tolerance for rounding: sums of the same values in another order are ties, and ties count as hits.
     threshold = abs(values.sum()) - 1e-12 * np.abs(values).sum()
     count = len(values)
     exact = count < 63 and 2**count <= permutations
@@ -120,13 +128,13 @@ def randomisation_test(difference: np.ndarray, *, permutations: int = PERMUTATIO
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number, in the order given (Holm 1979): the chance of any false alarm stays below α.
+    """Holm's step-down correction of n p-values, in the given order (Holm 1979); controls the family-wise error rate.
 
-    The smallest is multiplied by n, the next by n − 1, …; none falls below an earlier one, none exceeds 1.
+    The smallest p-value is multiplied by n, the next by n − 1, and so on. Corrected values are monotone and at most 1.
     """
     corrected = [1.0] * len(p_values)
     largest = 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = largest
+    for rank, position in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[position]))
+        corrected[position] = largest
     return corrected

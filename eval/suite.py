@@ -1,4 +1,4 @@
-"""The sets of the BEIR benchmark as data, where they lie on disk, and the rows of the table at the end."""
+"""The BEIR benchmark: definitions of its sets, finding them on disk, and the result table."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class SetDefinition:
     """A set as BEIR publishes it (https://github.com/beir-cellar/beir, table of available datasets)."""
 
     name: str
-    """BEIR's name: of the zip file, and of the folder in it."""
+    """BEIR's name, used for the zip file and the folder in it."""
     title: str
     queries: int
     """Judged queries of the split that is reported."""
     passages: int
-    """Of the corpus; of the sets that are not public, rounded as in BEIR's table."""
+    """Size of the corpus; rounded for sets that are not public, as in BEIR's table."""
     md5: str | None = None
-    """Of the public zip file; none where the licence of the texts lets BEIR publish only how to make the set."""
+    """Checksum of the public zip file; None for sets that BEIR may not distribute."""
     split: str = "test"
     parts: tuple[str, ...] = ()
-    """Folders in the folder that are sets of their own; the row is the unweighted mean of theirs."""
+    """Subfolders that are sets themselves; the row of the table is their unweighted mean."""
 
 
 BEIR = (
@@ -79,32 +79,32 @@ class Task:
     """One BEIR folder to evaluate."""
 
     name: str
-    """What its folder in the report is called: that of the set, "cqadupstack/android" for a part."""
+    """Folder in the report: the name of the set, or "cqadupstack/android" for a part."""
     folder: Path
     split: str
     row: str
-    """The row of the table that it counts for."""
+    """The row of the result table to which the task belongs."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command line asks for: the folders that are here, and the sets that are not."""
+    """The requested sets: those that exist on disk, and the names of those that do not."""
 
     tasks: list[Task]
     absent: list[str]
 
 
 def plan(data: Sequence[str | Path], home: Path | None = None, split: str | None = None) -> Plan:
-    """Find the folders of what was asked for.
+    """Find the folders of the requested sets.
 
     Args:
-        data: BEIR folders; folders of BEIR folders (each a row of its own, but the forums of CQADupStack one row
-            together); names of BEIR's sets, looked for in `home`; or "beir", all of them, here or not.
-        home: where sets lie under their names.
-        split: the qrels to take; by default the one that BEIR reports: dev of MS MARCO, test of all others.
+        data: BEIR folders; folders that contain BEIR folders (one row each, but a single row for the forums of
+            CQADupStack); names of BEIR sets, looked up in `home`; or "beir" for all sets, which may be missing.
+        home: the folder that contains sets by name.
+        split: the split of the qrels; by default the one that BEIR reports: dev for MS MARCO, test for the others.
 
     Raises:
-        InputError: a folder or a named set is not there or holds no set, or two have the same name.
+        InputError: a folder or a named set does not exist or contains no set, or two sets have the same name.
     """
     tasks: list[Task] = []
     absent: list[str] = []
@@ -148,10 +148,10 @@ def _tasks(folder: Path, split: str | None) -> list[Task]:
 
 
 def check_outside(out: Path, tasks: Sequence[Task]) -> None:
-    """Refuse a report whose files would come to lie in a set.
+    """Check that the report would not be written into the folder of a set.
 
     Raises:
-        InputError: names the set.
+        InputError: it would; the message names the set.
     """
     for task in tasks:
         place = (out / task.name).resolve()
@@ -160,7 +160,7 @@ def check_outside(out: Path, tasks: Sequence[Task]) -> None:
 
 
 def rows_of_tasks(tasks: Sequence[Task], found: Mapping[str, Metrics]) -> dict[str, Metrics]:
-    """The table's rows from the metrics of every task, by its name: parts of a row become their unweighted mean."""
+    """Row -> metrics, from the metrics of all tasks by name; rows with several parts get their unweighted mean."""
     parts: dict[str, dict[str, Metrics]] = {}
     for task in tasks:
         parts.setdefault(task.row, {})[task.name] = found[task.name]
@@ -168,9 +168,9 @@ def rows_of_tasks(tasks: Sequence[Task], found: Mapping[str, Metrics]) -> dict[s
 
 
 def mean_of(parts: Mapping[str, Metrics]) -> Metrics:
-    """The unweighted mean of sets, whatever their numbers of queries, as BEIR has it for CQADupStack.
+    """The unweighted mean over sets, as BEIR defines it for CQADupStack; set sizes do not matter.
 
-    Its `per_query` holds the queries of all of them, named "part/query".
+    `per_query` of the result contains the queries of all sets, named "part/query".
     """
     first = next(iter(parts.values()))
     measures = [measure for measure in first.mean if all(measure in metrics.mean for metrics in parts.values())]
@@ -183,9 +183,9 @@ def mean_of(parts: Mapping[str, Metrics]) -> Metrics:
 
 
 def suite_table(rows: Mapping[str, Metrics], absent: Sequence[str], measure: str = "ndcg@10") -> str:
-    """A Markdown table of every set asked for, in BEIR's order, with 'not here' where a set is missing.
+    """A Markdown table of the requested sets in BEIR's order; missing sets read 'not here'.
 
-    Below stand the means of the sets that are here, of `lines_of_means`.
+    The last lines are the means of `lines_of_means` over the sets that were evaluated.
     """
     known = [definition.name for definition in BEIR if definition.name in rows or definition.name in absent]
     names = [*known, *(name for name in rows if name not in known)]
@@ -204,10 +204,10 @@ def suite_table(rows: Mapping[str, Metrics], absent: Sequence[str], measure: str
 
 
 def lines_of_means(rows: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """(title, sets counted) of the means below a table of the sets `rows`.
+    """The means below a table of the sets `rows`, as (title, sets in the mean).
 
-    BEIR's paper leaves MS MARCO out, because models are trained on it; MTEB counts its dev split as one set more. Where
-    it is among the sets both means are given.
+    BEIR's paper excludes MS MARCO, because models are trained on it; MTEB includes its dev split. If MS MARCO is among
+    the sets, both means are given. A mean over a single set is omitted.
     """
     without = [name for name in rows if name != "msmarco"]
     lines = [(f"mean of {len(without)} sets", without)]

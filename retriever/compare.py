@@ -220,7 +220,7 @@ def _set(
 def _judged_run(path: Path, dataset: BeirDataset, keep_identical_ids: bool) -> RankedRun:
     """The run's judged queries, without what has its query's id and is not judged for it, unless that is kept."""
     run = read_trec_run(path)
-    places = [place for query in dataset.qrels if (place := run.place(query)) is not None]
+    places = [place for query in dataset.qrels if (place := run.position(query)) is not None]
     if not places:
         first = next(iter(run.queries), "none at all")
         raise InputError(f"{path}: expected queries of {dataset.folder}, split {dataset.split}, found {first}")

@@ -1,4 +1,4 @@
-"""A report on disk: JSON for programs, Markdown, one HTML page, and a plot."""
+"""Write a report to disk: JSON, Markdown, one HTML page and a plot."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ log = logging.getLogger(__name__)
 
 
 def write(folder: Path, report: Report) -> list[Path]:
-    """Write report.json, report.md, report.html and, where matplotlib is installed, report.png; each whole or absent.
+    """Write report.json, report.md, report.html and, if matplotlib is installed, report.png, each atomically.
 
-    Without matplotlib the page has no plots, and a log line says what to install.
+    Without matplotlib the page has no plots, and a warning is logged.
+
+    Args:
+        folder: the folder of the report.
+        report: its content.
 
     Returns:
         The files written.
 
     Raises:
-        InputError: there is nothing to report.
+        InputError: the report has no sets, or no set has a system.
     """
     if not report.sets or not all(found.systems for found in report.sets):
         raise InputError(f"{folder}: expected at least one result to report, found none")
@@ -42,7 +46,7 @@ def write(folder: Path, report: Report) -> list[Path]:
 
 
 def json_of(report: Report) -> dict[str, Any]:
-    """The report for programs; the values of single queries are in the run files and need not be kept twice."""
+    """The report as JSON. Values by query are omitted; they can be computed from the run files."""
     return {
         "title": report.title,
         "measure": report.measure,
@@ -69,7 +73,7 @@ def json_of(report: Report) -> dict[str, Any]:
 def _pair_json(pair: Pair) -> dict[str, Any]:
     values = dataclasses.asdict(pair)
     test = values.pop("test")
-    # JSON knows no infinity; the statistic has none where every query differs by the same amount.
+    # JSON has no infinity; t is infinite if all queries differ by the same amount.
     test["t"] = test["t"] if abs(test["t"]) < float("inf") else None
     return {**values, **test}
 
@@ -84,7 +88,7 @@ def _changes_json(changes: Changes) -> dict[str, Any]:
 
 
 def plot(path: Path, report: Report) -> bool:
-    """Draw the headline measures as bars to a PNG file; False (and a log line) where not every system has one."""
+    """Draw the headline measures as bars to a PNG file; False, with a warning, if the systems share none of them."""
     known = [metrics.mean.keys() for found in report.sets for metrics in found.systems.values()]
     measures = shown(PLOTTED, set(known[0]).intersection(*known[1:]))
     if not measures:

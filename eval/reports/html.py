@@ -1,4 +1,4 @@
-"""A report as one HTML page: no script, nothing loaded from elsewhere, everything that comes from data escaped."""
+"""A report as one HTML page without scripts or external resources; all text from data is escaped."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG element and what stands under it."""
+    """An SVG element and its caption."""
 
     svg: Markup
     caption: str
 
 
 def html_of(report: Report, draw: bool = True) -> str:
-    """The page, with plots or without."""
+    """Render the page; `draw` says whether to include plots."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -55,32 +55,32 @@ def html_of(report: Report, draw: bool = True) -> str:
 
 
 def best_of(values: list[float | None]) -> float | None:
-    """The value that a row of several systems shows in bold; none for a single system."""
+    """The highest value of a row, which is shown in bold; None for a single system."""
     known = [value for value in values if value is not None]
     return max(known) if len(values) > 1 and known else None
 
 
 def number(value: float | None) -> str:
-    """A value as the tables print it."""
+    """A value with four digits, or a dash for None."""
     return "–" if value is None else f"{value:.4f}"
 
 
 def headline(report: Report) -> list[str]:
-    """The measures of the table by set: the report's own first."""
+    """The measures of the tables by set; the measure of the report comes first."""
     found = {measure for one in report.sets for metrics in one.systems.values() for measure in metrics.mean}
     return [measure for measure in dict.fromkeys((report.measure, *shown(HEADLINE, found))) if measure in found]
 
 
 def cutoff_rows(metrics: Metrics) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The cut-offs, and a row of values for each measure."""
+    """The cut-offs, and one row (name, values) per measure."""
     names, ks = cutoffs(metrics.mean)
     return ks, [(NAMES.get(name, name), [number(metrics.mean.get(f"{name}@{k}")) for k in ks]) for name in names]
 
 
-def detail_rows(details: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """The details as a flat list; those of a nested mapping are named after it."""
+def detail_rows(details: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Flatten nested details to (name, text) rows; nested names are joined by commas."""
     for key, value in details.items():
-        name = f"{above}, {key}" if above else key
+        name = f"{prefix}, {key}" if prefix else key
         if isinstance(value, Mapping):
             yield from detail_rows(value, name)
         else:
@@ -88,7 +88,7 @@ def detail_rows(details: Mapping[str, Any], above: str = "") -> Iterator[tuple[s
 
 
 def _plots(report: Report) -> dict[str, list[Plot]]:
-    """Set name -> its plots; "" -> those of the overview."""
+    """Set name -> its plots; "" -> the plots of the overview."""
     from eval.reports import plots
 
     with plots.style():
@@ -106,7 +106,9 @@ def _set_plots(found: ReportSet) -> Iterator[Plot]:
     for changes in found.changes:
         pair = changes.pair
         drawn = plots.scatter(pair, found.systems[pair.a], found.systems[pair.b])
-        yield _plot(drawn, f"each query under {pair.b} (up) and {pair.a} (across); larger points are more queries")
+        yield _plot(
+            drawn, f"values by query: {pair.b} (vertical) against {pair.a} (horizontal); larger points are more queries"
+        )
     for system, run in found.runs.items():
         figure = plots.score_distributions(system, run, found.qrels)
         if figure is not None:
@@ -118,5 +120,5 @@ def _plot(figure: Any, caption: str) -> Plot:
 
     from eval.reports.plots import to_svg
 
-    # Its texts were escaped by matplotlib, its label by to_svg.
+    # Safe as markup: matplotlib escapes the texts, to_svg the label.
     return Plot(Markup(to_svg(figure, caption)), caption)

@@ -1,4 +1,4 @@
-"""A report as Markdown: tables that are readable as text."""
+"""A report as Markdown."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def comparison_table(rows: Mapping[str, Metrics], measures: Sequence[str] | None = None, head: str = "model") -> str:
-    """A Markdown table, a line per row, values with four digits; measures that no row has are left out.
+    """A Markdown table of mean values with four digits; measures that no row has are omitted.
 
     Args:
-        rows: name -> metrics, in the order wanted ("BM25", "before training", "after training").
-        measures: the columns; by default the usual ones, at the deepest cut-offs that there are.
-        head: what a row is ("model", "dataset").
+        rows: name -> metrics, in the order of the table ("BM25", "before training", "after training").
+        measures: the columns; by default the headline measures, at the deepest available cut-offs.
+        head: the heading of the first column ("model", "dataset").
     """
     known = {measure for metrics in rows.values() for measure in metrics.mean}
     columns = shown(HEADLINE, known) if measures is None else [measure for measure in measures if measure in known]
@@ -33,13 +33,13 @@ def comparison_table(rows: Mapping[str, Metrics], measures: Sequence[str] | None
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns but the first are numbers."""
+    """A Markdown table; all columns but the first are right-aligned."""
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def cell(text: str) -> str:
-    """Text of the data in a table's cell: one line, no bars, nothing that Markdown or HTML would take for its own."""
+    """Escape text for a table cell: one line, without characters that Markdown or HTML would interpret."""
     text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "/").replace("&", "&amp;").replace("<", "&lt;")
     for sign in "*_`[]":
         text = text.replace(sign, f"\\{sign}")
@@ -47,7 +47,7 @@ def cell(text: str) -> str:
 
 
 def overview_rows(report: Report) -> Iterator[tuple[str, str, list[float | None]]]:
-    """(set, its number of queries, a value for each system) of the table with a row per set, and their mean below."""
+    """Rows (set, number of queries, one value per system) of the overview, followed by the means over sets."""
     systems = report.systems
     rows: dict[str, list[ReportSet]] = {}
     for found in report.sets:
@@ -68,17 +68,17 @@ def _value(report: Report, found: ReportSet, system: str) -> float | None:
 
 def _mean(column: Sequence[float | None]) -> float | None:
     known = [value for value in column if value is not None]
-    # A mean over fewer sets than the others' would be compared with them.
+    # A mean over fewer sets is not comparable with the other systems' means.
     return math.fsum(known) / len(known) if len(known) == len(column) else None
 
 
 def p_text(p: float) -> str:
-    """A p-value as it is printed."""
+    """A p-value with four digits."""
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def overview_table(report: Report) -> str:
-    """A row per set, a column per system, by the report's measure; sets that are not here at the end."""
+    """The overview: a row per set, a column per system, by the measure of the report; missing sets at the end."""
     head = ["set", "queries", *map(cell, report.systems)]
     rows = [
         [cell(name), queries, *("–" if value is None else f"{value:.4f}" for value in values)]
@@ -89,7 +89,7 @@ def overview_table(report: Report) -> str:
 
 
 def summary_of(report: Report) -> str:
-    """What a terminal shows: every set with its systems, and how they compare."""
+    """The report for a terminal: the systems and their comparisons by set, and the overview."""
     parts = []
     for found in report.sets:
         parts.append(comparison_table(found.systems, head=cell(found.name)))
@@ -106,7 +106,7 @@ def _pair_table(pairs: Sequence[Pair]) -> str:
 
 
 def markdown_of(report: Report, plotted: bool) -> str:
-    """The whole report; `plotted` says whether report.png lies beside it."""
+    """The complete report; `plotted` says whether report.png exists."""
     parts = [f"# {cell(report.title)}\n", f"{measure_name(report.measure)} by set:\n", overview_table(report)]
     if plotted:
         parts.append("![nDCG and recall by set](report.png)\n")
@@ -118,7 +118,7 @@ def markdown_of(report: Report, plotted: bool) -> str:
 
 
 def detail(value: Any) -> str:
-    """A value of the details on one line."""
+    """Format a value of the details on one line."""
     if isinstance(value, Mapping):
         return "; ".join(f"{key} {detail(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
@@ -127,7 +127,7 @@ def detail(value: Any) -> str:
 
 
 def notes_of(found: ReportSet) -> list[str]:
-    """What is said of systems that did not answer every query, or of whose runs passages were left out."""
+    """Notes on queries without results and on passages removed because of identical ids."""
     lines = []
     for name, metrics in found.systems.items():
         if metrics.missing:
@@ -142,7 +142,7 @@ def notes_of(found: ReportSet) -> list[str]:
 
 
 def left_out_line(name: str, count: int) -> str:
-    """What is said of a run that lost `count` passages which have their query's id and are not judged for it."""
+    """The note on a run from which `count` unjudged passages with their query's id were removed."""
     return (
         f"{name}: passages left out because they have the id of their query and are not judged for it: {count:,} "
         "(--keep-identical-ids keeps them)"
@@ -153,7 +153,7 @@ def _set_parts(found: ReportSet) -> list[str]:
     parts = [f"## {cell(found.name)}\n", comparison_table(found.systems, head="system")]
     parts += [line + "\n" for line in notes_of(found)]
     if found.pairs:
-        parts.append(f"By query, {measure_name(found.pairs[0].measure)}, the second against the first:\n")
+        parts.append(f"{measure_name(found.pairs[0].measure)} by query, the second system against the first:\n")
         parts.append(_pair_table(found.pairs))
     for changes in found.changes:
         parts += _changes_parts(changes)
@@ -167,7 +167,7 @@ PAIR_HEAD = ("pair", "difference", "95 % interval", "better", "worse", "same", "
 
 
 def pair_cells(pair: Pair) -> list[str]:
-    """A row of the table of comparisons."""
+    """The cells of one row of the table of comparisons (PAIR_HEAD)."""
     test = pair.test
     return [
         f"{pair.a} → {pair.b}",
@@ -182,7 +182,7 @@ def _changes_parts(changes: Changes) -> Iterator[str]:
     pair = changes.pair
     for word, queries in (("better", changes.better), ("worse", changes.worse)):
         if queries:
-            yield f"### {cell(pair.b)} is {word} than {cell(pair.a)}\n"
+            yield f"### Queries on which {cell(pair.b)} is {word} than {cell(pair.a)}\n"
         for query in queries:
             yield (
                 f"**{cell(query.text)}** ({cell(query.id)}): {measure_name(pair.measure)} "
@@ -196,7 +196,7 @@ def _changes_parts(changes: Changes) -> Iterator[str]:
 
 
 def _cutoff_table(metrics: Metrics) -> str:
-    """Measures down, cut-offs across."""
+    """A table with measures as rows and cut-offs as columns."""
     names, ks = cutoffs(metrics.mean)
     rows = [
         [

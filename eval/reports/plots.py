@@ -1,4 +1,4 @@
-"""The plots of a report, by matplotlib: PNG files for Markdown, SVG that follows the page's colours for HTML."""
+"""Plots of a report with matplotlib: PNG files for Markdown, and SVG with CSS colours for HTML."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# As they are on white paper. In SVG each becomes a CSS variable, so that a page can be dark; the hexadecimal
-# values are the keys, so they differ. The series are those of Okabe and Ito, who see without red or green.
+# Colours on a white background. In SVG each one becomes a CSS variable, so that the page can have a dark mode; the
+# hexadecimal values are the keys and must be distinct. SERIES follows the colour-blind safe palette of Okabe and Ito.
 INK, MUTED, LINE = "#222223", "#5f6670", "#c4c9d0"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#a0529a", "#b07d00", "#3a8fc4")
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", **{colour: f"s{i}" for i, colour in enumerate(SERIES)}}
 MARKERS = "os^Dvp"
 WIDTH, HEIGHT = 4.4, 3.3
-# Above so many points a scatter is a picture within the SVG.
+# Scatter plots with more points are rasterized within the SVG.
 VECTOR_POINTS = 1500
 
 
 def available() -> bool:
-    """Whether matplotlib is installed; if not, a log line says what to install."""
+    """Whether matplotlib is installed; if not, log a warning with the package to install."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -48,7 +48,7 @@ def available() -> bool:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Our settings for the plots made within; names from data are text, never formulas."""
+    """A context with the matplotlib settings of the reports; text from data is never parsed as math."""
     import matplotlib
 
     settings: Any = {
@@ -72,13 +72,13 @@ def style() -> Iterator[None]:
         "legend.fontsize": 9,
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Names in scripts that matplotlib's font lacks: the browser's font has them.
+        # Glyphs missing from matplotlib's font are rendered by the browser's font.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
 def bars(sets: Mapping[str, Mapping[str, Metrics]], measures: Sequence[str]) -> Figure:
-    """A bar for each system, grouped by set, with its value; a panel for each measure."""
+    """Bars of the systems grouped by set and labelled with their values; one panel per measure."""
     systems = list(dict.fromkeys(system for rows in sets.values() for system in rows))
     count = sum(len(rows) for rows in sets.values()) + 0.6 * len(sets)
     grouped = len(systems) > 1 < len(sets)
@@ -128,8 +128,8 @@ def _bars(axes: Axes, sets: Mapping[str, Mapping[str, Metrics]], measure: str, s
 
 
 def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
-    """Recall at every cut-off that was computed, over a logarithmic k."""
-    # Room for the legend, which takes a line for each of more than a few.
+    """Recall@k of each system over k on a logarithmic axis."""
+    # Extra height for the legend, which has one line per system if there are many.
     figure, (axes,) = _figure(height=HEIGHT + (0.17 * len(rows) if len(rows) > 2 else 0))
     for place, (name, metrics) in enumerate(rows.items()):
         found = sorted((int(m.partition("@")[2]), v) for m, v in metrics.mean.items() if m.startswith("recall@"))
@@ -149,7 +149,7 @@ def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
 
 
 def scatter(pair: Pair, a: Metrics, b: Metrics) -> Figure:
-    """Each query's value under b over that under a; equal points are one, the larger the more they are."""
+    """Scatter plot of the values by query, b against a; coinciding points are merged into a larger one."""
     figure, (axes,) = _figure(height=3.9)
     points = np.stack([values_of(a, pair.measure), values_of(b, pair.measure)], axis=1).round(3)
     distinct, counts = np.unique(points, axis=0, return_counts=True)
@@ -179,13 +179,13 @@ def scatter(pair: Pair, a: Metrics, b: Metrics) -> Figure:
 
 
 def score_distributions(name: str, run: RankedRun, qrels: Qrels) -> Figure | None:
-    """How a system scores relevant passages and others, among those it returned; None if it returned neither."""
+    """Histograms of the scores of relevant and other retrieved passages; None if the run is empty."""
     relevant, other = split_scores(run, qrels)
     scores = np.concatenate([relevant, other])
     if not len(scores):
         return None
     figure, (axes,) = _figure()
-    # A few of the others may lie far below all the rest.
+    # Clip low outliers among the other passages.
     low, high = min(np.quantile(scores, 0.0005), relevant.min(initial=np.inf)), scores.max()
     edges = np.linspace(low, high if high > low else low + 1e-6, 41)
     for values, colour, label in ((other, MUTED, "not relevant"), (relevant, _colour(0), "relevant")):
@@ -202,7 +202,7 @@ def score_distributions(name: str, run: RankedRun, qrels: Qrels) -> Figure | Non
 
 
 def split_scores(run: RankedRun, qrels: Qrels) -> tuple[np.ndarray, np.ndarray]:
-    """The finite scores of the relevant passages that a run returned, and of all its others (unjudged ones too)."""
+    """Finite scores of the retrieved relevant passages, and of all other retrieved passages (also unjudged ones)."""
     relevant = np.zeros(run.rows.shape, dtype=bool)
     judged = np.zeros(len(run), dtype=bool)
     row_of: dict[str, int] = {}
@@ -221,17 +221,17 @@ def split_scores(run: RankedRun, qrels: Qrels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_svg(figure: Figure, label: str) -> str:
-    """An <svg> element for a page that defines --ink, --muted, --line and --s0 … --s5; `label` is read aloud."""
+    """Render an <svg> element; the page must define --ink, --muted, --line, --s0 … --s5. `label` is the ARIA label."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    # Groups are numbered in every figure alike; two of a page must not share an id.
+    # Remove group ids: matplotlib numbers them alike in each figure, and ids must be unique in the page.
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    # A hundredth of a point is enough, and a third of the bytes.
+    # Two decimals are precise enough and save two thirds of the bytes.
     text = re.sub(r'="[^"]*"', lambda value: re.sub(r"(\.\d\d)\d+", r"\1", value[0]), text)
-    # The page's own font, in the plot's size.
+    # Use the font of the page at the size of the plot.
     text = re.sub(r"font: ([0-9.]+px) [^;\"]*", r"font-size: \1", text)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub("#[0-9a-f]{6}", lambda colour: _variable(colour[0]), text)
@@ -239,7 +239,7 @@ def to_svg(figure: Figure, label: str) -> str:
 
 
 def to_png(figure: Figure, path: Path, dpi: int = 160) -> None:
-    """Write a PNG file, whole or not at all."""
+    """Write a PNG file atomically."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
 

@@ -1,4 +1,4 @@
-"""What a report says: data sets, the systems measured on them, and how those differ. files.py writes it."""
+"""The content of a report: data sets, the metrics of the systems, and their comparisons. files.py writes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eval.ranking import RankedRun
 
 @dataclass(frozen=True)
 class Changes:
-    """Where two systems of a set differ most, largest change first."""
+    """The queries on which two systems differ most, largest change first."""
 
     pair: Pair
     better: list[ChangedQuery]
@@ -22,40 +22,40 @@ class Changes:
 
 @dataclass(frozen=True)
 class ReportSet:
-    """One data set: what each system scored on it, and how they compare."""
+    """One data set: the metrics of each system and their comparisons."""
 
     name: str
     systems: Mapping[str, Metrics]
-    """System -> metrics, in the order wanted; not empty."""
+    """System -> metrics, in the order of the report; not empty."""
     pairs: list[Pair] = field(default_factory=list)
     changes: list[Changes] = field(default_factory=list)
     runs: Mapping[str, RankedRun] = field(default_factory=dict)
-    """System -> run, for the score distributions; those that are not there have none."""
+    """System -> run, for the score distributions; optional for each system."""
     qrels: Qrels = field(default_factory=dict)
-    """Needed with `runs`."""
+    """The judgements; needed with `runs`."""
     row: str = ""
-    """Sets with the same row share one in the overview, their unweighted mean (the forums of CQADupStack)."""
+    """Sets with the same `row` share a row of the overview: their unweighted mean (the forums of CQADupStack)."""
 
     @property
     def queries(self) -> int:
-        """Judged queries."""
+        """Number of judged queries."""
         return len(next(iter(self.systems.values())).per_query)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, on what, by what."""
+    """A complete report."""
 
     title: str
     sets: list[ReportSet]
     details: Mapping[str, Any]
-    """What is needed to do it again: models and their hashes, configuration, versions, seeds."""
+    """What is needed to reproduce the report: models and their hashes, configuration, versions, seeds."""
     measure: str = "ndcg@10"
-    """What the overview shows and the systems are compared by."""
+    """The measure of the overview and of the comparisons."""
     absent: list[str] = field(default_factory=list)
-    """Sets that were asked for and are not here."""
+    """Requested sets that do not exist on disk."""
 
     @property
     def systems(self) -> list[str]:
-        """Every system of any set, in the order they come in."""
+        """The systems of all sets, in order of first occurrence."""
         return list(dict.fromkeys(system for found in self.sets for system in found.systems))

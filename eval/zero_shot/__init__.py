@@ -1,1 +1,1 @@
-"""Image-text models judged without training on the task: classification by prompts, retrieval in both directions."""
+"""Zero-shot evaluation of image–text models: classification with prompt templates, and retrieval in both directions."""

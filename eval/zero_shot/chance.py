@@ -1,4 +1,4 @@
-"""What a ranking without any knowledge is expected to score."""
+"""Chance levels: exact expectations of the measures under a random ranking."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 
 def chance_average_precision(positives: int, items: int) -> float:
-    """The expected average precision of `positives` among `items` in random order; 0 without a positive.
+    """Expected average precision of a random order of N = `items` with P = `positives`; 0 without a positive.
 
-    An item at place r is relevant with probability P/N, and (r - 1)(P - 1)/(N - 1) relevant ones stand before it.
+    The item at rank r is positive with probability P/N; then (r - 1)(P - 1)/(N - 1) positives are expected before it.
     """
     if positives == 0:
         return 0.0
@@ -22,19 +22,19 @@ def chance_average_precision(positives: int, items: int) -> float:
 
 
 def chance_recall(positives: Mapping[int, int], items: int, k: int) -> float:
-    """The expected share of queries with any of their positives within the first `k` places of a random order.
+    """Expected recall@k of a random order: the share of queries with at least one positive in the top `k`.
 
     Args:
-        positives: number of positives -> how many queries have so many.
-        items: N, all that are ranked.
-        k: places that count.
+        positives: number of positives -> number of queries with that many.
+        items: number N of ranked items.
+        k: the cut-off.
     """
     queries = sum(positives.values())
-    return sum(count * (1 - _none_within(own, items, k)) for own, count in positives.items()) / queries
+    return sum(count * (1 - _miss_probability(own, items, k)) for own, count in positives.items()) / queries
 
 
 def chance_median_rank(positives: Mapping[int, int], items: int) -> int:
-    """The median place of the first positive in random orders: the first k whose chance recall is one half."""
+    """Median rank of the first positive in a random order: the smallest k with expected recall@k of at least 1/2."""
     low, high = 1, items
     while low < high:
         middle = (low + high) // 2
@@ -45,9 +45,9 @@ def chance_median_rank(positives: Mapping[int, int], items: int) -> int:
     return low
 
 
-def _none_within(positives: int, items: int, k: int) -> float:
-    """The probability that the first k of N in random order hold none of P: C(N - P, k) / C(N, k)."""
+def _miss_probability(positives: int, items: int, k: int) -> float:
+    """Probability that the top k of a random order of N contain none of P positives: C(N - P, k) / C(N, k)."""
     if k + positives > items:
         return 0.0
-    places = np.arange(positives)
-    return float(np.prod((items - k - places) / (items - places)))
+    drawn = np.arange(positives)
+    return float(np.prod((items - k - drawn) / (items - drawn)))

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a vector for each class from its prompts, and how often images come nearest to their own.
+"""Zero-shot classification: class embeddings from prompt templates; accuracy, recall and average precision.
 
 The measures are those of CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark, zeroshot_classification.py).
 """
@@ -15,35 +15,35 @@ from eval.zero_shot.scores import blocks, checked, ranks_of
 from index.files import InputError
 
 EmbedTexts = Callable[[Sequence[str]], np.ndarray]
-"""Texts -> float32 [texts, D]."""
+"""Embed T texts as float32 [T, D]."""
 
-# Prompts embedded together; the prompts of one class always are.
-PROMPTS_AT_ONCE = 4096
+# Prompts per batch; all prompts of a class are in the same batch.
+PROMPT_BATCH = 4096
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """What one class scored."""
+    """The result of one class."""
 
     name: str
     images: int
     value: float | None
-    """Recall, or average precision where images have several labels; none for a class without an image."""
+    """Recall, or average precision for multilabel sets; None for a class without an image."""
 
 
 @dataclass(frozen=True)
 class Classification:
-    """How well images find their classes."""
+    """The result of zero-shot classification."""
 
     measures: dict[str, float]
-    """acc1, acc5 (not under five classes) and mean_per_class_recall; or mean_average_precision."""
+    """acc1, acc5 (with at least five classes) and mean_per_class_recall; mean_average_precision for multilabel sets."""
     chance: dict[str, float]
-    """What a random ranking of the classes, or of the images, is expected to score."""
+    """Expected measures of a random ranking of the classes, or for multilabel sets of the images."""
     per_class: list[ClassResult]
     labels: np.ndarray
-    """[N]: the class of each image; empty where images have several."""
+    """int64 [N]: the class of each image; empty for multilabel sets."""
     predicted: np.ndarray
-    """[N]: the class nearest to each image; empty where images have several."""
+    """int64 [N]: the predicted class of each image; empty for multilabel sets."""
 
 
 def class_vectors(
@@ -52,23 +52,26 @@ def class_vectors(
     embed_texts: EmbedTexts,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """A vector for each class: the mean of its prompts' unit vectors, of unit length again (arXiv:2103.00020, 3.1.4).
+    """Class embeddings by prompt ensembling: the normalized mean of the normalized embeddings of a class's prompts.
+
+    The method is that of CLIP (Radford et al. 2021, arXiv:2103.00020, section 3.1.4).
 
     Args:
-        classes: C names.
-        templates: T prompts, `{c}` or `{}` standing for the name.
-        embed_texts: embeds prompts; their lengths do not matter.
+        classes: the C class names.
+        templates: the prompt templates, with `{c}` or `{}` in place of the class name.
+        embed_texts: embeds prompts; the embeddings need not be normalized.
         progress: called with the number of prompts embedded since the last call.
 
     Returns:
-        float32 [C, D].
+        float32 [C, D], normalized.
 
     Raises:
-        InputError: the prompts of a class cancel out, or a vector is not finite.
+        InputError: an embedding or the mean of a class is zero, or an embedding is not finite.
+        ValueError: there are no classes or templates, or `embed_texts` returned another number of rows.
     """
     if not classes or not templates:
         raise ValueError("expected at least one class and one template")
-    at_once = max(1, PROMPTS_AT_ONCE // len(templates))
+    at_once = max(1, PROMPT_BATCH // len(templates))
     found = []
     for start in range(0, len(classes), at_once):
         some = classes[start : start + at_once]
@@ -76,19 +79,19 @@ def class_vectors(
         vectors = checked(embed_texts(prompts), "prompts").astype(np.float64)
         if len(vectors) != len(prompts):
             raise ValueError(f"embed_texts: expected {len(prompts)} vectors, found {len(vectors)}")
-        mean = _unit(vectors, prompts).reshape(len(some), len(templates), -1).mean(axis=1)
-        found.append(_unit(mean, some).astype(np.float32))
+        mean = _normalized(vectors, prompts).reshape(len(some), len(templates), -1).mean(axis=1)
+        found.append(_normalized(mean, some).astype(np.float32))
         if progress is not None:
             progress(len(prompts))
     return np.concatenate(found)
 
 
 def prompt_of(template: str, name: str) -> str:
-    """A template with the name of a class in it; whatever else stands in braces stays as it is."""
+    """Insert a class name into a prompt template; other braces are left unchanged."""
     return template.replace("{c}", name).replace("{}", name)
 
 
-def _unit(vectors: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def _normalized(vectors: np.ndarray, names: Sequence[str]) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not (lengths > 0).all():
         raise InputError(f"{names[int(np.argmin(lengths))]!r}: expected a vector with a direction, found zeros")
@@ -96,20 +99,20 @@ def _unit(vectors: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def classify(images: np.ndarray, vectors: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> Classification:
-    """Score images of one label each; equal scores go to the class of lower number, in the order of `classes`.
+    """Evaluate single-label classification; ties go to the class with the lower index.
 
-    acc1 and acc5 are the shares of images whose class is among the nearest one and five. mean_per_class_recall is the
-    mean of the classes' acc1, over the classes that have an image (scikit-learn's balanced accuracy).
+    acc1 and acc5 are top-1 and top-5 accuracy. mean_per_class_recall is the mean of the recall of each class over the
+    classes that have an image (scikit-learn's balanced accuracy).
 
     Args:
-        images: [N, D], of unit length, N at least 1.
-        vectors: [C, D], those of the classes.
-        labels: [N], the number of each image's class.
-        classes: C names.
+        images: image embeddings [N, D], normalized, N at least 1.
+        vectors: class embeddings [C, D].
+        labels: class index of each image, [N].
+        classes: the C class names.
 
     Raises:
-        InputError: a vector is not finite.
-        ValueError: shapes do not fit together.
+        InputError: an embedding is not finite.
+        ValueError: the shapes do not match.
     """
     vectors = checked(vectors, "classes")
     images = checked(images, "images", vectors.shape[1])
@@ -135,20 +138,20 @@ def classify(images: np.ndarray, vectors: np.ndarray, labels: Sequence[int], cla
 def classify_multilabel(
     images: np.ndarray, vectors: np.ndarray, labels: Sequence[Sequence[int]], classes: Sequence[str]
 ) -> Classification:
-    """Score images of any number of labels by the mean over the classes of their average precision.
+    """Evaluate multilabel classification by mean average precision.
 
-    A class's average precision is the mean, over its images, of the precision at the place of each, all images being
-    ranked by their score for the class; equal scores go by the number of the image. A class without an image counts
-    as 0, as in CLIP_benchmark.
+    The average precision of a class ranks all images by their score for the class, ties by image index, and averages
+    the precision at the rank of each of its images. A class without an image counts as 0, as in CLIP_benchmark.
 
     Args:
-        images: [N, D], of unit length, N at least 1.
-        vectors: [C, D], those of the classes.
-        labels: for each image the numbers of its classes.
-        classes: C names.
+        images: image embeddings [N, D], normalized, N at least 1.
+        vectors: class embeddings [C, D].
+        labels: class indices of each image.
+        classes: the C class names.
 
     Raises:
-        as `classify`.
+        InputError: an embedding is not finite.
+        ValueError: the shapes do not match.
     """
     vectors = checked(vectors, "classes")
     images = checked(images, "images", vectors.shape[1])
@@ -166,20 +169,20 @@ def classify_multilabel(
     counts = np.diff(starts)
     chance = np.mean([chance_average_precision(int(count), len(images)) for count in counts])
     shown = np.where(counts > 0, precision, np.nan)
-    nothing = np.empty(0, dtype=np.int64)
+    empty = np.empty(0, dtype=np.int64)
     return Classification(
         {"mean_average_precision": float(precision.mean())},
         {"mean_average_precision": float(chance)},
         _per_class(classes, counts, shown),
-        nothing,
-        nothing,
+        empty,
+        empty,
     )
 
 
 def _average_precision(scores: np.ndarray, rows: np.ndarray) -> float:
-    place = np.empty(len(scores), dtype=np.int64)
-    place[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
-    found = np.sort(place[rows])
+    rank = np.empty(len(scores), dtype=np.int64)
+    rank[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    found = np.sort(rank[rows])
     return float((np.arange(1, len(found) + 1) / found).mean())
 
 

@@ -1,4 +1,4 @@
-"""Image sets to be judged on: what a sample is, and which layout a path holds."""
+"""Image sets for zero-shot evaluation: samples, classes and prompt templates."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 DATASET_TYPE = "dataset_type.txt"
 SPLITS = ("train", "val", "valid", "validation", "dev", "test")
-OWN_TEMPLATES = Path(__file__).resolve().parent.parent / "templates" / "prompts.txt"
+DEFAULT_TEMPLATES = Path(__file__).resolve().parent.parent / "reports" / "templates" / "prompts.txt"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image with what is known of it."""
+    """An image with its labels or captions."""
 
     image: ImageAt
     labels: tuple[int, ...] = ()
-    """Numbers of its classes: one, or any number where the task is multilabel."""
+    """Class indices: exactly one, or any number if the task is multilabel."""
     captions: tuple[str, ...] = ()
 
 
@@ -41,15 +41,15 @@ class ZeroShotSet:
     layout: Literal["folder", "webdataset", "table"]
     task: Task
     samples: list[Sample]
-    """Every image, in the order of the set."""
+    """All images, in the order of the set."""
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
-    """Prompts for a class, with {c} or {} for its name; those of the project where the set has none."""
+    """Prompt templates with {c} or {} for the class name; the default templates if the set has none."""
     own_templates: bool = False
-    """Whether the prompts came with the set."""
+    """Whether the templates belong to the set."""
 
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
-        """Of all that a score depends on: images, labels, captions, classes and prompts."""
+        """Hash of everything that the metrics depend on: images, labels, captions, classes and templates."""
         digest = hashlib.sha256(json.dumps([self.task, self.classes, self.templates]).encode())
         for sample in self.samples:
             known = json.dumps([sample.image.name, sample.labels, sample.captions])
@@ -60,10 +60,10 @@ class ZeroShotSet:
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
-    """The lines of a text file, without white space around them, up to the last that holds any.
+    """Read the stripped lines of a text file; empty lines at the end are ignored.
 
     Raises:
-        InputError: it is missing, no UTF-8, empty, or a line within it is.
+        InputError: the file is missing, not UTF-8 or empty, or has an empty line before the last text.
     """
     with open_text(path) as stream:
         try:
@@ -79,10 +79,10 @@ def read_lines(path: Path) -> tuple[str, ...]:
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """Prompts, one a line, each with {c} or {} where the name of the class stands.
+    """Read prompt templates, one per line, each with {c} or {} for the class name.
 
     Raises:
-        InputError: as `read_lines`, or a line has no place for the name.
+        InputError: see `read_lines`; or a line contains neither {c} nor {}.
     """
     lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
@@ -92,15 +92,15 @@ def read_templates(path: Path) -> tuple[str, ...]:
 
 
 def templates_of(*folders: Path) -> tuple[tuple[str, ...], bool]:
-    """The prompts that lie in the first of some folders that has any, or the project's; and whether they are the set's.
+    """The templates from the first folder that has some, and True; otherwise the default templates, and False.
 
     Raises:
-        InputError: as `read_templates`.
+        InputError: see `read_templates`.
     """
     own = first_file(folders, TEMPLATES)
-    return (read_templates(OWN_TEMPLATES), False) if own is None else (read_templates(own), True)
+    return (read_templates(DEFAULT_TEMPLATES), False) if own is None else (read_templates(own), True)
 
 
 def first_file(folders: Iterable[Path], name: str) -> Path | None:
-    """The file of this name in the first of some folders that has one."""
+    """The path of the file `name` in the first folder that has it; None if there is none."""
     return next((folder / name for folder in folders if (folder / name).is_file()), None)

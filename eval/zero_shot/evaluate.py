@@ -1,4 +1,4 @@
-"""A model on a set of images: embed images and texts, score; what was embedded is kept and used again."""
+"""Zero-shot evaluation of a model on an image set; image embeddings are stored and reused."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from index.passages import Passage
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
 
-IMAGES_AT_ONCE = 256
-# Images a shard; at most so many are lost when a run is killed.
+IMAGE_BATCH = 256
+# Images per shard; an interrupted run loses at most one shard.
 SHARD_ROWS = 4096
 
 EmbedImages = Callable[[Sequence[ImageAt]], tuple[np.ndarray, dict[int, str]]]
-"""n images -> float32 [n, D], of unit length, and why which of them cannot be read; their vectors are not looked at."""
+"""Embed n images as normalized float32 [n, D]; also returns index -> reason for unreadable images (rows ignored)."""
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """The images of a set that can be read, with their vectors."""
+    """The readable images of a set with their embeddings."""
 
     samples: list[Sample]
     vectors: np.ndarray
-    """[N, D], float32, of the `samples`."""
+    """Embeddings of `samples`, float32 [N, D]."""
     broken: dict[str, str]
-    """Name of each image that cannot be read -> why."""
+    """Name of each unreadable image -> reason."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a model scored on a set."""
+    """The evaluation of a model on one set."""
 
     dataset: ZeroShotSet
     result: Classification | Retrieval
     images: Embedded
     texts: np.ndarray
-    """[C, D] of the classes, or [T, D] of the captions, in the order of `captions`."""
+    """Embeddings of the classes, [C, D], or of the `captions`, [T, D]."""
     captions: list[str]
     owners: list[int]
-    """The number of each caption's image among `images.samples`."""
+    """For each caption, the index of its image in `images.samples`."""
     sha256: str
-    """Of the set."""
+    """Hash of the set."""
     seconds: dict[str, float]
 
 
@@ -67,42 +67,42 @@ def embed_set(
     source: dict[str, str],
     progress: Progress | None = None,
 ) -> Embedded:
-    """Embed the images of a set into a store in `folder`, which is continued or used again if it is there.
+    """Embed the images of a set into an embedding store; an existing store is continued or reused.
 
-    The store has a row for every image, so that the next run knows where to go on; an image that cannot be read has a
-    row of zeros, and its text says why.
+    The store has one row per image, so that an interrupted run can resume. An unreadable image has a row of zeros, and
+    the reason as its text.
 
     Args:
-        dataset: the images.
-        embed: embeds some of them.
-        folder: of the store.
-        dim: D.
-        model: what identifies the model.
-        source: what identifies the images and the arithmetic.
-        progress: called with the number of images done since the last call, those of an earlier run included.
+        dataset: the set.
+        embed: embeds a batch of images.
+        folder: the folder of the store.
+        dim: the dimension D of the embeddings.
+        model: identifies the model in the manifest of the store.
+        source: identifies the images and the arithmetic in the manifest.
+        progress: called with the number of images embedded since the last call, including those of an earlier run.
 
     Raises:
-        InputError: `folder` holds something else, or no image can be read.
+        InputError: `folder` holds a store of something else, or no image is readable.
     """
     header = {"set": dataset.name, **source}
     with EmbeddingWriter(folder, dim=dim, model=model, source=header, shard_rows=SHARD_ROWS) as writer:
         if progress is not None and writer.rows:
             progress(writer.rows)
         last = writer.rows if writer.complete else len(dataset.samples)
-        for start in range(writer.rows, last, IMAGES_AT_ONCE):
-            images = [sample.image for sample in dataset.samples[start : start + IMAGES_AT_ONCE]]
+        for start in range(writer.rows, last, IMAGE_BATCH):
+            images = [sample.image for sample in dataset.samples[start : start + IMAGE_BATCH]]
             vectors, broken = embed(images)
             vectors = np.array(vectors, dtype=np.float32)
             vectors[list(broken)] = 0
-            # Names may come twice, and may hold what ids may not.
+            # Image names may repeat and may contain characters that ids may not.
             ids = [f"{start + n}:{quote(image.name)}" for n, image in enumerate(images)]
             writer.append([Passage(id_, "", broken.get(n, "")) for n, id_ in enumerate(ids)], vectors)
             if progress is not None:
                 progress(len(images))
-    return _readable(dataset, EmbeddingStore.open(folder))
+    return _readable_images(dataset, EmbeddingStore.open(folder))
 
 
-def _readable(dataset: ZeroShotSet, store: EmbeddingStore) -> Embedded:
+def _readable_images(dataset: ZeroShotSet, store: EmbeddingStore) -> Embedded:
     if store.rows != len(dataset.samples):
         raise InputError(f"{store.folder}: expected {len(dataset.samples)} images, found {store.rows}")
     pairs = zip(dataset.samples, store.passages(), strict=True)
@@ -124,17 +124,17 @@ def score(
     sha256: str,
     progress: Progress | None = None,
 ) -> Evaluated:
-    """Embed the prompts or captions of a set, and measure.
+    """Embed the prompts or captions of a set and compute the measures.
 
     Args:
         dataset: the set.
-        images: what can be read of it, embedded.
-        embed_texts: embeds prompts and captions, in the same space and of unit length.
-        sha256: of the set.
-        progress: called with the number of texts done since the last call.
+        images: its readable images, embedded.
+        embed_texts: embeds prompts and captions in the same space; captions must be normalized.
+        sha256: the hash of the set.
+        progress: called with the number of texts embedded since the last call.
 
     Raises:
-        InputError: a vector is not finite, or no image that can be read has a caption.
+        InputError: an embedding is not finite, or no readable image has a caption.
     """
     started = time.perf_counter()
     captions = [text for sample in images.samples for text in sample.captions]

@@ -1,4 +1,4 @@
-"""Sets in folders: a folder of images for each class, and webdataset tars in the layout of CLIP_benchmark."""
+"""Image sets in folders: one subfolder per class, or webdataset tars in CLIP_benchmark's layout."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from eval.zero_shot.data import (
 from index.files import InputError
 from index.image_files import IMAGES, ImageAt, images_in
 
-PACKED_IMAGES = ("jpg", "jpeg", "png", "webp")
-# Larger members that are no images are no labels or captions either.
-MOST_BYTES = 2**24
+TAR_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Larger members cannot be labels or captions.
+MAX_MEMBER_BYTES = 2**24
 
 TASKS: dict[str, tuple[Task, str]] = {
     "classification": ("classification", "cls"),
@@ -35,10 +35,10 @@ TASKS: dict[str, tuple[Task, str]] = {
 
 
 def open_image_folder(path: Path, base: Path) -> ZeroShotSet:
-    """BASE/CLASS/….jpg: the classes are the folders, sorted by name; classnames.txt may name them otherwise.
+    """Read BASE/CLASS/….jpg. The classes are the folders in order of name; classnames.txt may rename them.
 
     Raises:
-        InputError: there are no such folders, one has no image, or classnames.txt has another number of lines.
+        InputError: there are no folders, a folder has no image, or classnames.txt has another number of lines.
     """
     folders = sorted(entry for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files = [images_in(folder) for folder in folders]
@@ -48,7 +48,7 @@ def open_image_folder(path: Path, base: Path) -> ZeroShotSet:
         if not found:
             raise InputError(f"{folder}: expected images ({', '.join(IMAGES)}), found none")
     classes = tuple(folder.name.replace("_", " ") for folder in folders)
-    if (names := _beside(path, base, CLASS_NAMES)) is not None:
+    if (names := _description_file(path, base, CLASS_NAMES)) is not None:
         classes = read_lines(names)
         if len(classes) != len(folders):
             raise InputError(f"{names}: expected a line for each of {len(folders)} folders, found {len(classes)}")
@@ -63,16 +63,16 @@ def open_image_folder(path: Path, base: Path) -> ZeroShotSet:
 
 
 def open_webdataset(path: Path, base: Path) -> ZeroShotSet:
-    """PATH/SPLIT/{0,1,…}.tar of KEY.jpg|png|webp with KEY.cls, KEY.npy or KEY.txt, as CLIP_benchmark reads it.
+    """Read PATH/SPLIT/{0,1,…}.tar of KEY.jpg|png|webp with KEY.cls, KEY.npy or KEY.txt, as CLIP_benchmark does.
 
-    dataset_type.txt says which: classification (KEY.cls is the number of a line in classnames.txt, from 0; also where
-    there is no such file), multilabel (KEY.npy is a vector of 0 and 1) or retrieval (KEY.txt has a caption a line).
+    dataset_type.txt gives the task: classification (the default; KEY.cls is a 0-based line number of classnames.txt),
+    multilabel (KEY.npy is a vector of 0 and 1) or retrieval (KEY.txt has one caption per line).
 
     Raises:
-        InputError: a file that describes the set is missing or wrong, or a tar is not there.
+        InputError: a file that describes the set is missing or invalid, or a tar is missing.
     """
     kind = "classification"
-    if (described := _beside(path, base, DATASET_TYPE)) is not None:
+    if (described := _description_file(path, base, DATASET_TYPE)) is not None:
         (kind,) = read_lines(described)[:1]
         if kind.lower() not in TASKS:
             raise InputError(f"{described}:1: expected {', '.join(TASKS)}, found {kind!r:.60}")
@@ -81,14 +81,14 @@ def open_webdataset(path: Path, base: Path) -> ZeroShotSet:
     if task == "retrieval":
         samples = [Sample(at, captions=_captions(text, place)) for at, text, place in _members(shards, base, label)]
         return ZeroShotSet(_name(path), path, "webdataset", task, samples)
-    names = _beside(path, base, CLASS_NAMES)
+    names = _description_file(path, base, CLASS_NAMES)
     if names is None:
         raise InputError(
             f"{path / CLASS_NAMES}: no such file; expected the name of a class on each line, or, for images with "
             f"captions, {DATASET_TYPE} with the word retrieval"
         )
     classes = read_lines(names)
-    read: Callable[[bytes, str, int], tuple[int, ...]] = _class if task == "classification" else _multi_hot
+    read: Callable[[bytes, str, int], tuple[int, ...]] = _class_index if task == "classification" else _multi_hot
     members = _members(shards, base, label)
     samples = [Sample(image, labels=read(text, place, len(classes))) for image, text, place in members]
     templates, own = templates_of(path, base)
@@ -98,7 +98,9 @@ def open_webdataset(path: Path, base: Path) -> ZeroShotSet:
 def _shards(base: Path) -> list[Path]:
     listed = base / "nshards.txt"
     if not listed.is_file():
-        return sorted(base.glob("*.tar"), key=lambda path: [int(p) if p.isdigit() else p for p in _pieces(path.name)])
+        return sorted(
+            base.glob("*.tar"), key=lambda path: [int(p) if p.isdigit() else p for p in _split_digits(path.name)]
+        )
     text = read_lines(listed)[0]
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < 10**6):
         raise InputError(f"{listed}:1: expected the number of tars, found {text!r:.60}")
@@ -109,30 +111,30 @@ def _shards(base: Path) -> list[Path]:
     return shards
 
 
-def _pieces(name: str) -> list[str]:
+def _split_digits(name: str) -> list[str]:
     return re.split(r"(\d+)", name)
 
 
 def _members(shards: list[Path], base: Path, label: str) -> Iterator[tuple[ImageAt, bytes, str]]:
-    """(image, content of the member with the extension `label`, place for errors) of each sample."""
+    """Yield (image, content of the member with extension `label`, location for errors) of each sample."""
     for shard in shards:
         name = shard.relative_to(base).as_posix()
-        for key, members in _groups(shard):
+        for key, members in _tar_samples(shard):
             place = f"{shard}: {key}"
-            image = next((members[kind] for kind in PACKED_IMAGES if kind in members), None)
+            image = next((members[kind] for kind in TAR_IMAGE_EXTENSIONS if kind in members), None)
             if image is None or label not in members:
-                wanted = f".{label}" if image is not None else "|".join(PACKED_IMAGES)
+                wanted = f".{label}" if image is not None else "|".join(TAR_IMAGE_EXTENSIONS)
                 found = ", ".join(f".{kind}" for kind in members)
                 raise InputError(f"{place}: expected a member {wanted}, found {found}")
             entry = members[label]
-            if entry.size > MOST_BYTES:
-                raise InputError(f"{place}.{label}: expected at most {MOST_BYTES} bytes, found {entry.size}")
+            if entry.size > MAX_MEMBER_BYTES:
+                raise InputError(f"{place}.{label}: expected at most {MAX_MEMBER_BYTES} bytes, found {entry.size}")
             text = ImageAt(shard, "", entry.offset_data, entry.size).read()
             yield ImageAt(shard, f"{name}/{image.name}", image.offset_data, image.size), text, f"{place}.{label}"
 
 
-def _groups(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Neighbouring members of the same name up to the first point after the last slash, by their extensions."""
+def _tar_samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Yield (key, extension -> member) of each sample: adjacent members with the same path up to the first dot."""
     group: dict[str, tarfile.TarInfo] = {}
     last = ""
     try:
@@ -150,7 +152,7 @@ def _groups(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
                     group = {}
                 last = key
                 group[kind.lower()] = member
-                # tarfile remembers every member that it has passed.
+                # Keep memory constant: tarfile stores every member that it has read.
                 tar.members = []  # type: ignore[attr-defined]
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{shard}: cannot be read as tar: {error}") from None
@@ -158,7 +160,7 @@ def _groups(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
         yield last, group
 
 
-def _class(content: bytes, place: str, classes: int) -> tuple[int, ...]:
+def _class_index(content: bytes, place: str, classes: int) -> tuple[int, ...]:
     text = content.decode("ascii", "replace").strip()
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < classes):
         raise InputError(f"{place}: expected a number from 0 to {classes - 1}, found {text!r:.60}")
@@ -167,7 +169,7 @@ def _class(content: bytes, place: str, classes: int) -> tuple[int, ...]:
 
 def _multi_hot(content: bytes, place: str, classes: int) -> tuple[int, ...]:
     try:
-        # Not np.load, which would also take an archive of arrays.
+        # np.load would also accept an archive of arrays.
         values = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError) as error:
         raise InputError(f"{place}: expected an array in npy format, found: {error}") from None
@@ -184,8 +186,8 @@ def _captions(content: bytes, place: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def _beside(path: Path, base: Path, name: str) -> Path | None:
-    """A file that describes the set, in its folder or in that of the split."""
+def _description_file(path: Path, base: Path, name: str) -> Path | None:
+    """A file that describes the set, from its folder or the folder of the split."""
     return first_file((path, base), name)
 
 

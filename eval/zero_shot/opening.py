@@ -1,4 +1,4 @@
-"""Sets of images by their layout: a table, a webdataset, or folders of images."""
+"""Open an image set in any supported layout: a table, a webdataset, or folders of images."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from index.files import InputError
 
 
 def open_set(path: Path, split: str = "test") -> ZeroShotSet:
-    """Find out which layout `path` holds, and read what describes the set.
+    """Detect the layout of an image set and read its samples; images are not decoded.
 
-    A file is a table of images; a folder with tars, or with nshards.txt, is a webdataset; any other holds a folder of
-    images for each class. In a folder, the one named after the split is taken where there is one.
+    A file is a table of images. A folder with tars or nshards.txt is a webdataset. Any other folder has one subfolder
+    of images per class. If a folder has a subfolder named after the split, that subfolder is read.
+
+    Args:
+        path: the file or folder of the set.
+        split: the name of the split.
 
     Raises:
-        InputError: it holds none of them, or what it says of itself is wrong.
+        InputError: the path has none of these layouts, the split is missing, or a file that describes the set is
+            invalid.
     """
     if path.suffix == ".tar" and not path.is_dir():
-        # The files that describe a set lie beside its tars, or above the folder of the split.
+        # The files that describe a set are in the folder of its tars, or in the parent of the split's folder.
         folder = path.parent.parent if path.parent.name in SPLITS else path.parent
         raise InputError(f"{path}: expected the folder of a set, found tars; give {folder}")
     if path.is_file():
@@ -37,19 +42,19 @@ def open_set(path: Path, split: str = "test") -> ZeroShotSet:
         base = path / split if (path / split).is_dir() else path
         if base == path and (others := _splits_in(path)):
             raise InputError(f"{path}: expected a folder for the split {split!r}, found {', '.join(others)}")
-        found = open_webdataset(path, base) if _is_packed(base) else open_image_folder(path, base)
+        found = open_webdataset(path, base) if _has_tars(base) else open_image_folder(path, base)
     if not found.samples or (found.task == "retrieval" and not any(sample.captions for sample in found.samples)):
         raise InputError(f"{path}: expected images{' with captions' if found.samples else ''}, found none")
     return found
 
 
 def _splits_in(folder: Path) -> list[str]:
-    """The splits that a folder holds, which are no classes: all its folders have the names of some, or hold tars."""
+    """The subfolders of a folder if all of them are splits, by name or because they hold tars; otherwise none."""
     inner = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if _is_packed(folder) or not all(entry.name in SPLITS or _is_packed(entry) for entry in inner):
+    if _has_tars(folder) or not all(entry.name in SPLITS or _has_tars(entry) for entry in inner):
         return []
     return [entry.name for entry in inner]
 
 
-def _is_packed(folder: Path) -> bool:
+def _has_tars(folder: Path) -> bool:
     return (folder / "nshards.txt").is_file() or any(folder.glob("*.tar"))

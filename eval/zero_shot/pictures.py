@@ -1,4 +1,4 @@
-"""What a zero-shot report shows: which classes are taken for which, and the images nearest to a text."""
+"""Plots of a zero-shot report: the confusion matrix, and a sheet of the nearest images of some texts."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 OpenImage = Callable[[bytes, str], "Image"]
-"""(bytes of a file, name for errors) -> the image in RGB."""
+"""(content of an image file, name for errors) -> the decoded RGB image."""
 
-WHOLE, PART = 40, 30
+# Up to MAX_CLASSES classes are drawn completely; of more, the SHOWN_CLASSES with most errors.
+MAX_CLASSES, SHOWN_CLASSES = 40, 30
 ROWS, COLUMNS = 12, 8
 TILE = 80
-RIGHT, WRONG = SERIES[2], SERIES[1]
+CORRECT = SERIES[2]
 
 
 def confusion(result: Classification) -> Figure:
-    """The shares of each class's images that are taken for which class; of many classes those with most errors."""
+    """Confusion matrix normalized by class; of many classes, only those with most errors."""
     names = [_short(row.name) for row in result.per_class]
     counts = np.bincount(result.labels, minlength=len(names))
     errors = np.bincount(result.labels[result.labels != result.predicted], minlength=len(names))
     rows = np.flatnonzero(counts > 0)
-    there = len(rows)
-    if there > WHOLE:
-        rows = np.sort(np.argsort(-errors, kind="stable")[:PART])
+    present = len(rows)
+    if present > MAX_CLASSES:
+        rows = np.sort(np.argsort(-errors, kind="stable")[:SHOWN_CLASSES])
     named = np.isin(result.labels, rows)
     columns = np.unique(np.concatenate([rows, result.predicted[named]]))
-    if len(columns) > WHOLE:
+    if len(columns) > MAX_CLASSES:
         frequent = np.argsort(-np.bincount(result.predicted[named], minlength=len(names)), kind="stable")
-        columns = np.sort(frequent[:PART])
-    # One more column, for the classes that have none.
+        columns = np.sort(frequent[:SHOWN_CLASSES])
+    # The last column collects all predictions without a column of their own.
     place = np.full(len(names), len(columns))
     place[columns] = np.arange(len(columns))
     matrix = np.zeros((len(rows), len(columns) + 1))
@@ -57,7 +58,7 @@ def confusion(result: Classification) -> Figure:
     axes.tick_params(length=0)
     axes.set_xlabel("predicted")
     axes.set_ylabel("class")
-    some = "" if len(rows) == there else f", the {len(rows)} of {there} classes with most errors"
+    some = "" if len(rows) == present else f", the {len(rows)} of {present} classes with most errors"
     axes.set_title(f"share of a class's images{some}")
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, format=lambda value, _: f"{value:.0%}")
     bar.outline.set_visible(False)
@@ -66,26 +67,28 @@ def confusion(result: Classification) -> Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """A text and the images nearest to it."""
+    """A text and its nearest images."""
 
     text: str
     wanted: ImageAt | None
-    """The image that the text belongs to; none where it is a class."""
+    """The image of the caption; None if the text is a class."""
     images: list[tuple[ImageAt, bool]]
-    """Nearest first, and whether each is right."""
+    """The images, nearest first, and whether each is correct."""
 
 
 def nearest(found: Evaluated, rows: int = ROWS, columns: int = COLUMNS) -> list[Row]:
-    """Some classes or captions, evenly spread over those there are, with the images nearest to each."""
+    """The nearest images of up to `rows` classes or captions, evenly spaced over all of them."""
     samples = found.images.samples
     if isinstance(found.result, Classification):
-        there = [number for number, row in enumerate(found.result.per_class) if row.images]
+        present = [number for number, row in enumerate(found.result.per_class) if row.images]
         texts = list(found.dataset.classes)
     else:
         # The first caption of each image.
-        there = np.unique(found.owners, return_index=True)[1].tolist()
+        present = np.unique(found.owners, return_index=True)[1].tolist()
         texts = found.captions
-    chosen = [there[n] for n in np.unique(np.linspace(0, len(there) - 1, min(rows, len(there))).round().astype(int))]
+    chosen = [
+        present[n] for n in np.unique(np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int))
+    ]
     result: list[Row] = []
     for part, scores in blocks(found.texts[chosen], found.images.vectors):
         order = np.argsort(-scores, axis=1, kind="stable")[:, :columns]
@@ -99,7 +102,7 @@ def nearest(found: Evaluated, rows: int = ROWS, columns: int = COLUMNS) -> list[
 
 
 def sheet(rows: Sequence[Row], open_image: OpenImage) -> Figure:
-    """A line for each text: what was wanted, where that is one image, and what was found, right ones framed."""
+    """Draw one row per text: the wanted image of a caption, then the nearest images, with correct ones framed."""
     wanted = any(row.wanted is not None for row in rows)
     columns = max(len(row.images) for row in rows)
     first = 1.25 if wanted else 0.0
@@ -111,7 +114,7 @@ def sheet(rows: Sequence[Row], open_image: OpenImage) -> Figure:
         if row.wanted is not None:
             _tile(axes, row.wanted, 0, y, LINE, open_image)
         for x, (image, right) in enumerate(row.images):
-            _tile(axes, image, first + x, y, RIGHT if right else None, open_image)
+            _tile(axes, image, first + x, y, CORRECT if right else None, open_image)
     if wanted:
         axes.text(0.5, -0.08, "wanted", ha="center", va="bottom", fontsize=8, color=MUTED)
     axes.text(first + 0.04, -0.08, "nearest first", ha="left", va="bottom", fontsize=8, color=MUTED)

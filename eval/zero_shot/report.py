@@ -1,4 +1,4 @@
-"""What a zero-shot report says of each set, as rows for tables; and as JSON for programs and Markdown for people."""
+"""The content of a zero-shot report: table rows and notes of each set, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ SHOWN_CONFUSIONS = 10
 
 @dataclass(frozen=True)
 class ZeroShotReport:
-    """What was measured, on what, by what."""
+    """A zero-shot evaluation of a model on several sets."""
 
     title: str
     sets: list[Evaluated]
     details: Mapping[str, Any]
-    """What is needed to do it again: the model and its hash, versions, seeds, arithmetic."""
+    """What is needed to reproduce it: the model and its hash, versions, seeds, arithmetic."""
 
 
 @dataclass(frozen=True)
 class MeasureRow:
-    """A measure as the tables print it."""
+    """A formatted row of the table of measures."""
 
     name: str
     value: str
     chance: str
     times: str
-    """How many times chance; of a rank, which falls, how many times below it."""
+    """The ratio of the value to chance; inverted for ranks, for which lower is better."""
 
 
 def measure_rows(found: Evaluated) -> list[MeasureRow]:
-    """Every measure of a set beside its chance level."""
+    """The measures of a set with their chance levels."""
     rows = []
     for name, value in found.result.measures.items():
         chance, is_rank = found.result.chance[name], name.endswith("rank")
@@ -52,18 +52,18 @@ def measure_rows(found: Evaluated) -> list[MeasureRow]:
 
 
 def title_of(measure: str) -> str:
-    """A measure's name in words: image_retrieval_recall@5 -> "image retrieval recall@5"."""
+    """The printed name of a measure: image_retrieval_recall@5 -> "image retrieval recall@5"."""
     return measure.replace("_", " ")
 
 
 def class_rows(result: Classification) -> list[tuple[str, str, str]]:
-    """(class, images, recall or average precision), best first, those without an image last."""
+    """Rows (class, images, recall or average precision), best first; classes without an image last."""
     ordered = sorted(result.per_class, key=lambda row: (row.value is None, -(row.value or 0.0), row.name))
     return [(row.name, f"{row.images:,}", "–" if row.value is None else f"{row.value:.4f}") for row in ordered]
 
 
 def confusions(result: Classification) -> list[tuple[str, str, int]]:
-    """(class, class predicted instead, images) of every error that was made, most frequent first."""
+    """Errors as (class, predicted class, number of images), most frequent first."""
     wrong = result.labels != result.predicted
     pairs = Counter(zip(result.labels[wrong].tolist(), result.predicted[wrong].tolist(), strict=True))
     names = [row.name for row in result.per_class]
@@ -72,12 +72,12 @@ def confusions(result: Classification) -> list[tuple[str, str, int]]:
 
 
 def value_of_class(result: Classification) -> str:
-    """What the table by class holds."""
+    """The name of the values in the table by class."""
     return "recall" if len(result.labels) else "average precision"
 
 
 def notes(found: Evaluated) -> Iterator[str]:
-    """What the numbers of a set stand for, in sentences."""
+    """Notes that explain the measures of a set."""
     dataset, result = found.dataset, found.result
     images = len(found.images.samples)
     if isinstance(result, Classification):
@@ -96,26 +96,26 @@ def notes(found: Evaluated) -> Iterator[str]:
             largest = np.bincount(result.labels).max() / images
             yield f"Always naming the most frequent class would have acc1 {largest:.4f}."
     else:
-        silent = images - len(result.text_ranks)
+        uncaptioned = images - len(result.text_ranks)
         yield (
             f"{images:,} images, {len(found.captions):,} captions. Image retrieval: captions are the queries; text "
             "retrieval: images are, and any of their captions counts. Chance: a random order."
         )
-        if silent:
-            yield f"{silent:,} images have no caption: they are ranked, and ask for nothing."
+        if uncaptioned:
+            yield f"{uncaptioned:,} images have no caption: they are ranked but are not queries."
     if found.images.broken:
         broken = [f"{name} ({why})" for name, why in found.images.broken.items()]
         yield f"{len(broken):,} images cannot be read and are left out: {listed(broken)}."
 
 
 def listed(names: list[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """Join the first SHOWN_BROKEN names, followed by the number of the others."""
     more = len(names) - SHOWN_BROKEN
     return ", ".join(names[:SHOWN_BROKEN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def json_of(report: ZeroShotReport) -> dict[str, Any]:
-    """The report for programs."""
+    """The report as JSON."""
     return {
         "title": report.title,
         "details": dict(report.details),
@@ -146,19 +146,19 @@ def _set_json(found: Evaluated) -> dict[str, Any]:
     return about
 
 
-def markdown_of(report: ZeroShotReport, pictures: Mapping[str, list[tuple[str, str]]]) -> str:
-    """The report for people, as text.
+def markdown_of(report: ZeroShotReport, images: Mapping[str, list[tuple[str, str]]]) -> str:
+    """The report as Markdown.
 
     Args:
         report: the report.
-        pictures: set -> (path from the report, what it shows) of its plots and sheets.
+        images: set -> (relative path, caption) of its plots and sheets.
     """
     parts = [f"# {cell(report.title)}\n"]
     for found in report.sets:
         name = found.dataset.name
         parts += [f"## {cell(name)}\n", summary_table(found)]
         parts += [f"{cell(note)}\n" for note in notes(found)]
-        parts += [f"![{caption}]({quote(path)})\n" for path, caption in pictures.get(name, [])]
+        parts += [f"![{caption}]({quote(path)})\n" for path, caption in images.get(name, [])]
         if isinstance(found.result, Classification):
             parts += _class_parts(found.result)
     parts.append("## How\n")

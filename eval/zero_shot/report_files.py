@@ -1,4 +1,4 @@
-"""A zero-shot report on disk: JSON, Markdown, one HTML page, and pictures as PNG."""
+"""Write a zero-shot report to disk: JSON, Markdown, one HTML page, and images as PNG."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from eval.zero_shot.report import (
 )
 from index.files import atomic_path, write_json
 
-# Photographs, of which a page may hold several sheets.
+# Lower than for plots: a page may contain several sheets of photographs.
 SHEET_DPI = 110
 
 Drawn = dict[str, list[tuple[str, str]]]
-"""Set -> (path from the report, what it shows) of its pictures."""
+"""Set -> (path relative to the report, caption) of its images."""
 
 
 def write(folder: Path, report: ZeroShotReport, open_image: OpenImage) -> list[Path]:
-    """Write report.json, report.md, report.html and, where matplotlib is installed, SET/*.png; each whole or absent.
+    """Write report.json, report.md, report.html and, if matplotlib is installed, SET/*.png, each atomically.
 
     Args:
-        folder: of the report.
-        report: what it says.
+        folder: the folder of the report.
+        report: its content.
         open_image: decodes the images that are shown.
 
     Returns:
@@ -53,21 +53,21 @@ def write(folder: Path, report: ZeroShotReport, open_image: OpenImage) -> list[P
     for path, text in ((paths[1], markdown_of(report, drawn)), (paths[2], html_of(folder, report, drawn))):
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return [*paths, *(folder / path for some in drawn.values() for path, _ in some)]
+    return [*paths, *(folder / path for images in drawn.values() for path, _ in images)]
 
 
 def _draw(folder: Path, found: Evaluated, open_image: OpenImage) -> Iterator[tuple[str, str]]:
     name = found.dataset.name
     plots.to_png(pictures.sheet(pictures.nearest(found), open_image), folder / name / "nearest.png", SHEET_DPI)
     what = "classes" if isinstance(found.result, Classification) else "captions"
-    yield f"{name}/nearest.png", f"the images nearest to some {what}; right ones are framed"
+    yield f"{name}/nearest.png", f"the nearest images of some {what}; correct ones are framed"
     if isinstance(found.result, Classification) and len(found.result.labels):
         plots.to_png(pictures.confusion(found.result), folder / name / "confusion.png")
-        yield f"{name}/confusion.png", "what the images of each class are taken for"
+        yield f"{name}/confusion.png", "confusion matrix, normalized by class"
 
 
 def html_of(folder: Path, report: ZeroShotReport, drawn: Drawn) -> str:
-    """The page; the pictures stand in it."""
+    """Render the page; images are embedded as data URIs."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -77,18 +77,18 @@ def html_of(folder: Path, report: ZeroShotReport, drawn: Drawn) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sets = [_shown(folder, found, drawn.get(found.dataset.name, [])) for found in report.sets]
+    sets = [_set_context(folder, found, drawn.get(found.dataset.name, [])) for found in report.sets]
     page = environment.get_template("zero_shot.html")
     return page.render(title=report.title, sets=sets, details=list(detail_rows(report.details)))
 
 
-def _shown(folder: Path, found: Evaluated, drawn: list[tuple[str, str]]) -> dict[str, Any]:
+def _set_context(folder: Path, found: Evaluated, drawn: list[tuple[str, str]]) -> dict[str, Any]:
     result = found.result
     shown: dict[str, Any] = {
         "name": found.dataset.name,
         "rows": measure_rows(found),
         "notes": list(notes(found)),
-        "pictures": [(_data_address(folder / path), caption) for path, caption in drawn],
+        "pictures": [(_data_uri(folder / path), caption) for path, caption in drawn],
         "errors": [],
         "classes": [],
     }
@@ -98,5 +98,5 @@ def _shown(folder: Path, found: Evaluated, drawn: list[tuple[str, str]]) -> dict
     return shown
 
 
-def _data_address(path: Path) -> str:
+def _data_uri(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,7 +1,7 @@
-"""Zero-shot retrieval of images by captions and of captions by images, where an image may have several captions.
+"""Zero-shot retrieval of images by captions and of captions by images; an image may have several captions.
 
-Recall@k is that of the CLIP papers and of CLIP_benchmark (zeroshot_retrieval.py): the share of queries with any of
-their positives among the first k.
+Recall@k is defined as in the CLIP papers and CLIP_benchmark (zeroshot_retrieval.py): the share of queries with at
+least one positive in the top k.
 """
 
 from __future__ import annotations
@@ -20,50 +20,49 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well captions find their images, and images their captions."""
+    """The result of zero-shot retrieval in both directions."""
 
     measures: dict[str, float]
-    """image_retrieval_recall@k and image_retrieval_median_rank (captions are the queries); text_retrieval_… likewise
-    (images are the queries). Places count from 1; a recall is absent where fewer than k are ranked."""
+    """image_retrieval_recall@k and image_retrieval_median_rank (queries are captions); text_retrieval_… (queries are
+    images). Ranks start at 1; recall@k is omitted if there are fewer than k items."""
     chance: dict[str, float]
-    """What random orders are expected to score."""
+    """Expected measures of a random order."""
     image_ranks: np.ndarray
-    """[texts]: the place of each caption's image among the images."""
+    """int64 [T]: the rank of each caption's image."""
     text_ranks: np.ndarray
-    """[images with a caption]: the place of each image's first caption among the captions."""
+    """int64 [images with a caption]: the rank of the best caption of each image."""
 
 
 def retrieve(images: np.ndarray, texts: np.ndarray, image_of_text: Sequence[int], ks: Sequence[int] = KS) -> Retrieval:
-    """Rank all images for each caption and all captions for each image, and measure.
+    """Rank all images for each caption and all captions for each image, and compute recall@k and median rank.
 
-    Equal scores go by number: the image or caption that comes first in the data ranks first. Images without a caption
-    are ranked and ask for nothing.
+    Ties are broken by index in the data, lower first. Images without a caption are ranked but are not queries.
 
     Args:
-        images: [N, D], of unit length.
-        texts: [T, D], of unit length; N and T at least 1.
-        image_of_text: [T], the number of each caption's image.
-        ks: places that count.
+        images: image embeddings [N, D], normalized, N at least 1.
+        texts: caption embeddings [T, D], normalized, T at least 1.
+        image_of_text: for each caption, the index of its image, [T].
+        ks: the cut-offs.
 
     Raises:
-        InputError: a vector is not finite.
-        ValueError: shapes do not fit together.
+        InputError: an embedding is not finite.
+        ValueError: the shapes do not match.
     """
     images = checked(images, "images")
     texts = checked(texts, "captions", images.shape[1])
     owner = np.asarray(image_of_text, dtype=np.int64)
     if owner.shape != (len(texts),) or not len(texts) or owner.min() < 0 or owner.max() >= len(images):
         raise ValueError(f"image_of_text: expected {len(texts)} numbers of {len(images)} images")
-    captioned, asking = np.unique(owner, return_inverse=True)
-    order = np.argsort(asking, kind="stable")
+    captioned, query_of_text = np.unique(owner, return_inverse=True)
+    order = np.argsort(query_of_text, kind="stable")
     image_ranks = first_ranks(texts, images, np.stack([np.arange(len(texts)), owner], axis=1))
-    text_ranks = first_ranks(images[captioned], texts, np.stack([asking[order], order], axis=1))
+    text_ranks = first_ranks(images[captioned], texts, np.stack([query_of_text[order], order], axis=1))
     measures: dict[str, float] = {}
     chance: dict[str, float] = {}
-    several = Counter(np.bincount(asking).tolist())
+    caption_counts = Counter(np.bincount(query_of_text).tolist())
     for name, ranks, positives, items in (
         ("image_retrieval", image_ranks, {1: len(texts)}, len(images)),
-        ("text_retrieval", text_ranks, several, len(texts)),
+        ("text_retrieval", text_ranks, caption_counts, len(texts)),
     ):
         for k in ks:
             if k <= items:
@@ -75,12 +74,12 @@ def retrieve(images: np.ndarray, texts: np.ndarray, image_of_text: Sequence[int]
 
 
 def first_ranks(queries: np.ndarray, items: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """The place of the best positive of each query among all items, from 1.
+    """The rank, from 1, of the best positive of each query among all items.
 
     Args:
-        queries: [Q, D], float32.
-        items: [N, D], float32.
-        pairs: [P, 2], (query, item) of every positive, by query; each query has one at the least.
+        queries: float32 [Q, D].
+        items: float32 [N, D].
+        pairs: [P, 2], the (query, item) index pairs of all positives, sorted by query; at least one per query.
 
     Returns:
         int64 [Q].
@@ -92,7 +91,7 @@ def first_ranks(queries: np.ndarray, items: np.ndarray, pairs: np.ndarray) -> np
     for part, scores in blocks(queries, items):
         own = pairs[starts[part.start] : starts[part.stop]]
         query, item = own[:, 0] - part.start, own[:, 1]
-        # The positive that ranks first: highest score, then lowest number.
+        # The best positive has the highest score, then the lowest index.
         order = np.lexsort((item, -scores[query, item], query))
         first = np.searchsorted(query[order], np.arange(part.stop - part.start))
         ranks[part] = ranks_of(scores, item[order][first])

@@ -1,4 +1,4 @@
-"""Inner products that do not depend on how they are cut into blocks, and the one order that ranks go by."""
+"""Blocked inner products whose values do not depend on the block size, and ranks with ties by index."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 
 from index.files import InputError
 
-# Scores held at once, 12 bytes each: the float64 products and what they are rounded to.
-SCORES_AT_ONCE = 2**22
+# Scores per block, 12 bytes each: the float64 products and their float32 values.
+BLOCK_SCORES = 2**22
 
 
 def blocks(rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Inner products of some rows at a time with all columns, float32.
+    """Compute inner products of blocks of rows with all columns.
 
-    They are summed in float64 and rounded once, so that equal vectors score equal wherever a block begins.
+    Products are summed in float64 and rounded to float32 once, so that equal vectors get equal scores in every block.
 
     Args:
-        rows: [Q, D], float32.
-        columns: [N, D], float32.
+        rows: float32 [Q, D].
+        columns: float32 [N, D].
 
     Yields:
-        which rows, and their scores [q, N].
+        A slice of q rows and their scores, float32 [q, N].
     """
     right = columns.astype(np.float64).T
     for part in parts(len(rows), len(columns)):
@@ -30,18 +30,18 @@ def blocks(rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[slice, np.nd
 
 
 def parts(rows: int, columns: int) -> Iterator[slice]:
-    """The rows in groups whose scores with all columns fit into SCORES_AT_ONCE; one row at a time at the least."""
-    at_once = max(1, SCORES_AT_ONCE // max(1, columns))
+    """Slices of rows whose scores with all columns number at most BLOCK_SCORES; at least one row each."""
+    at_once = max(1, BLOCK_SCORES // max(1, columns))
     for start in range(0, rows, at_once):
         yield slice(start, min(rows, start + at_once))
 
 
 def ranks_of(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The place of one column of each row, from 1, when columns go by score, descending, and then by their number.
+    """The rank, from 1, of one column of each row; columns are sorted by score descending, then index.
 
     Args:
-        scores: [Q, N], float32.
-        chosen: [Q], a column of each row.
+        scores: float32 [Q, N].
+        chosen: int [Q], a column of each row.
 
     Returns:
         int64 [Q].
@@ -52,11 +52,16 @@ def ranks_of(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def checked(vectors: np.ndarray, what: str, dim: int | None = None) -> np.ndarray:
-    """Embeddings as float32 [N, D], refused where they are no such thing.
+    """Convert embeddings to contiguous float32 [N, D] and check that they are finite.
+
+    Args:
+        vectors: the embeddings.
+        what: their name in error messages.
+        dim: the expected dimension D, if known.
 
     Raises:
-        InputError: a value is NaN or infinite; the message names its row.
-        ValueError: another shape.
+        InputError: a value is NaN or infinite; the message names the row.
+        ValueError: the shape is not [N, D].
     """
     found = np.ascontiguousarray(vectors, dtype=np.float32)
     if found.ndim != 2 or (dim is not None and found.shape[1] != dim):

@@ -1,4 +1,4 @@
-"""Sets in tables: JSON lines, CSV, TSV or Parquet with the path of an image and its label, labels or captions."""
+"""Image sets in tables: JSON lines, CSV, TSV or Parquet with image paths and labels or captions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CAPTION_COLUMNS = ("captions", "caption", "text")
 
 
 def open_table(path: Path) -> ZeroShotSet:
-    """A row for each image: `image`, a path from the table's folder, and either `label` or `captions`.
+    """Read a table with one image per row: `image`, a path relative to the table, and either `label` or `captions`.
 
-    A label is the name of a class; a list of names makes the task multilabel. Captions are a text or a list of texts;
-    rows of the same image are one image with the captions of all. classnames.txt beside the table gives the classes
-    and their order; without it they are the labels found, sorted.
+    A label is a class name; a list of names makes the task multilabel. Captions are a text or a list of texts; rows
+    with the same image are merged. The file classnames.txt in the same folder gives the classes and their order;
+    without it the classes are the sorted labels.
 
     Raises:
-        InputError: there is no row, or one lacks a column or has another type in it.
+        InputError: the table is empty, or a row lacks a column, has a value of the wrong type or names a missing image.
     """
     rows = list(read_records(path))
     if not rows:

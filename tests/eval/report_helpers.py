@@ -1,4 +1,4 @@
-"""Reports to be written in tests."""
+"""Example reports for tests."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ AFTER: Run = {"q1": {"a": 1.0}, "q2": {"b": 1.0, "a": 0.5}, "q3": {"a": 1.0}}
 
 
 def rows() -> dict[str, Metrics]:
-    """Two systems on three queries; the first answers two of them."""
+    """Two systems on three queries; the first has results for two of them."""
     return {"before": evaluate_run(QRELS, BEFORE), "after": evaluate_run(QRELS, AFTER)}
 
 
 def whole_report() -> Report:
-    """Two sets and everything that a report may hold, with names that would break a careless page."""
+    """A report with two sets, all optional parts, and names that need escaping."""
     systems = {"<b>before</b> $x$": rows()["before"], "after & co|": rows()["after"]}
     runs = {name: RankedRun.of(run) for name, run in zip(systems, (BEFORE, AFTER), strict=True)}
     pairs = compare(systems)
@@ -36,7 +36,7 @@ def whole_report() -> Report:
 
 
 def large_set(queries: int = 3000) -> ReportSet:
-    """So many queries of different values that their scatter is drawn as a picture."""
+    """A set with so many distinct values that the scatter plot is rasterized."""
     generator = random.Random(0)
     qrels: Qrels = {
         f"q{q}": {f"d{generator.randrange(40)}": generator.randint(1, 3) for _ in range(6)} for q in range(queries)

@@ -1,4 +1,4 @@
-"""What an index returns is right if its exact score reaches that of the last exact result, whichever id it has."""
+"""A result of an index is correct if its exact score reaches the last exact result's, whatever its id."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def store_of(folder: Path, ids: list[str], vectors: np.ndarray, **source: object
     return EmbeddingStore.open(folder)
 
 
-def whole_numbers(rng: np.random.Generator, rows: int) -> np.ndarray:
-    """Vectors whose products are exact and often equal."""
+def integer_vectors(rng: np.random.Generator, rows: int) -> np.ndarray:
+    """Integer vectors, whose products are exact and often tie."""
     return rng.integers(-1, 2, (rows, 3)).astype(np.float32)
 
 
@@ -37,11 +37,11 @@ def whole_numbers(rng: np.random.Generator, rows: int) -> np.ndarray:
 def test_overlap_counts_results_by_their_exact_score(tmp_path: Path, seed: int, depth: int) -> None:
     rng = np.random.default_rng(seed)
     ids = [f"d{row:02}" for row in range(40)]
-    vectors, queries = whole_numbers(rng, 40), whole_numbers(rng, 3)
+    vectors, queries = integer_vectors(rng, 40), integer_vectors(rng, 3)
     store = store_of(tmp_path / "emb", ids, vectors)
     scores, rows = exact_search(store, ids)(queries, 20)
     exact = RankedRun(QUERIES, ids, rows, scores)
-    # An index of the same passages in another order, which finds any of them in any order.
+    # An index over the same passages in another order, which returns random passages in random order.
     order = rng.permutation(40)
     picked = np.array([rng.permutation(40)[:20] for _ in QUERIES])
     found = RankedRun(QUERIES, [ids[row] for row in order], picked, -np.sort(rng.random((3, 20))))
@@ -67,11 +67,11 @@ def test_duplicates_in_any_order_are_all_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_documents_count_by_their_best_window(tmp_path: Path, seed: int) -> None:
+def test_overlap_of_documents_uses_their_best_window(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, 5, 30)
     windows = [window_id(f"d{row:02}", number) for row, count in enumerate(counts) for number in range(count)]
-    vectors, queries = whole_numbers(rng, len(windows)), whole_numbers(rng, 3)
+    vectors, queries = integer_vectors(rng, len(windows)), integer_vectors(rng, 3)
     store = store_of(tmp_path / "emb", windows, vectors, **{WINDOWS: "overlap 32"})
     ids, document_of_row = documents_of(windows)
     scores, rows = best_of_windows(exact_search(store, windows), document_of_row)(queries, 8)
@@ -85,7 +85,7 @@ def test_documents_count_by_their_best_window(tmp_path: Path, seed: int) -> None
     assert result.overlap == pytest.approx(np.mean(shares), abs=1e-12)
 
 
-def test_missing_results_are_not_right_and_strange_ones_refused(tmp_path: Path) -> None:
+def test_missing_results_lower_the_overlap_and_unknown_passages_are_refused(tmp_path: Path) -> None:
     vectors = np.eye(3, dtype=np.float32)
     store = store_of(tmp_path / "emb", ["a", "b", "c"], vectors)
     exact = RankedRun(["q"], ["a", "b", "c"], np.array([[0, 1]]), np.array([[1.0, 0.0]]))

@@ -1,4 +1,4 @@
-"""Where the beir package errs (2.2.0): what it does, held by running it, and what is done here instead."""
+"""Faults of the beir package (2.2.0), reproduced by running it, and the behaviour of this package."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def store_of(folder: Path, vectors: np.ndarray) -> EmbeddingStore:
 
 
 class Embedded:
-    """A model that gives these vectors."""
+    """A model with fixed embeddings."""
 
     def __init__(self, corpus: np.ndarray, queries: np.ndarray) -> None:
         self._corpus, self._queries = torch.from_numpy(corpus), torch.from_numpy(queries)
@@ -82,10 +82,10 @@ def test_nan_is_refused_and_not_ranked_as_minus_one(tmp_path: Path) -> None:
         evaluate_run({"q1": {"b": 1}}, {"q1": {"c": math.nan}})
 
 
-def test_a_place_that_an_index_leaves_empty_is_no_passage() -> None:
+def test_row_minus_one_of_an_index_is_not_a_passage() -> None:
     rows, scores = np.array([[1, -1]]), np.array([[0.5, -np.inf]], np.float32)
     ids = ["a", "b", "last"]
-    assert [ids[row] for row in rows[0]] == ["b", "last"]  # what indexing by faiss's -1 gives, there
+    assert [ids[row] for row in rows[0]] == ["b", "last"]  # beir indexes the ids with faiss's -1
     assert RankedRun(["q"], ids, rows, scores) == {"q": {"b": 0.5}}
 
 
@@ -109,17 +109,17 @@ def test_missing_queries_count_as_zero_in_every_measure() -> None:
     run = {"q1": {"a": 1.0}}
     ndcg, *_ = EvaluateRetrieval.evaluate(qrels, run, [10])
     mrr = EvaluateRetrieval.evaluate_custom(qrels, run, [10], "mrr")
-    assert (ndcg["NDCG@10"], mrr["MRR@10"]) == (1.0, 0.5)  # two rules for one run
+    assert (ndcg["NDCG@10"], mrr["MRR@10"]) == (1.0, 0.5)  # the two measures treat the missing query differently
     ours = evaluate_run(qrels, run, (10,))
     assert {value for name, value in ours.mean.items() if not name.startswith("precision")} == {0.5}
     assert ours.missing == ["q2"]
 
 
-def test_ties_go_by_one_rule_in_every_measure() -> None:
+def test_all_measures_break_ties_by_id() -> None:
     qrels, run = {"q": {"b": 1}}, {"q": {"a": 1.0, "b": 1.0}}
     ndcg, *_ = EvaluateRetrieval.evaluate(qrels, run, [1])
     mrr = EvaluateRetrieval.evaluate_custom(qrels, run, [1], "mrr")
-    assert (ndcg["NDCG@1"], mrr["MRR@1"]) == (1.0, 0.0)  # by id, and by the order of the dictionary
+    assert (ndcg["NDCG@1"], mrr["MRR@1"]) == (1.0, 0.0)  # ties by id, and by dictionary order
     assert {value for value in evaluate_run(qrels, run, (1,)).mean.values()} == {1.0}
 
 
@@ -139,6 +139,6 @@ def test_a_judged_passage_with_its_querys_id_counts() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logging_again() -> Any:
+def _restore_logging() -> Any:
     yield
     logging.disable(logging.NOTSET)

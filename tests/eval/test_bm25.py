@@ -1,4 +1,4 @@
-"""BM25 is Lucene's formula, deterministic, and returns matching passages only."""
+"""BM25 equals Lucene's formula, is deterministic, and returns only matching passages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lucene_bm25(words: list[str], query: list[str], corpus: list[list[str]]) -> 
     return total
 
 
-def test_scores_are_lucenes_formula() -> None:
+def test_scores_equal_lucenes_formula() -> None:
     tokens = [
         ["red", "fox", "jumps"],
         ["red", "red", "barn", "burning", "brightly", "today"],
@@ -44,7 +44,7 @@ def test_scores_are_lucenes_formula() -> None:
     assert next(iter(run["q"])) == "d1"
 
 
-def test_queries_that_match_nothing_get_nothing() -> None:
+def test_queries_without_a_match_have_empty_results() -> None:
     assert bm25_run(CORPUS, {"q1": "zebra", "q2": "the", "q3": "wolf"}) == {
         "q1": {},
         "q2": {},
@@ -52,7 +52,7 @@ def test_queries_that_match_nothing_get_nothing() -> None:
     }
 
 
-def test_ties_at_the_cut_go_by_id_descending() -> None:
+def test_ties_at_the_cut_off_are_broken_by_id_descending() -> None:
     corpus = [Passage(f"d{i:02}", "", "same words") for i in (5, 31, 2, 17, 40, 9)]
     assert list(bm25_run(corpus, {"q": "same"}, k=3)["q"]) == ["d40", "d31", "d17"]
     assert bm25_run(corpus[::-1], {"q": "same"}, k=3) == bm25_run(corpus, {"q": "same"}, k=3)
@@ -74,7 +74,7 @@ def test_tokens_of_several_scripts(text: str, tokens: list[str]) -> None:
     assert re.findall(TOKEN, text) == tokens
 
 
-def test_stop_words_are_those_of_the_language_asked_for() -> None:
+def test_stop_words_follow_the_requested_language() -> None:
     corpus = [Passage("d1", "", "der Hund"), Passage("d2", "", "the dog")]
     queries = {"q": "der the"}
     found = {language: list(bm25_run(corpus, queries, stopwords=language)["q"]) for language in ("en", "de", None)}
@@ -89,7 +89,7 @@ def test_progress_counts_queries() -> None:
     assert sum(seen) == 2
 
 
-def test_a_corpus_of_stop_words_finds_nothing() -> None:
+def test_a_corpus_of_stop_words_gives_empty_results() -> None:
     assert bm25_run([Passage("d1", "", "the")], {"q": "fox the"}) == {"q": {}}
 
 

@@ -1,4 +1,4 @@
-"""Systems compared by query: every pair tested once, corrected together, and the queries that changed named."""
+"""Comparison of systems by query: pairs, Holm correction, and the queries that changed most."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_with_a_baseline_the_others_are_tested_against_it_only() -> None:
     assert [(pair.a, pair.b) for pair in pairs] == [("good", "bad"), ("good", "same")]
 
 
-def test_nothing_to_compare_is_no_comparison() -> None:
+def test_fewer_than_two_systems_or_queries_give_no_pairs() -> None:
     assert compare({"one": systems()["good"]}) == []
     single = evaluate_run({"q": {"d": 1}}, {"q": {"d": 1.0}})
     assert compare({"one": single, "two": single}) == []
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_unknown_measures_and_different_queries_are_refused() -> None:
     with pytest.raises(InputError, match="found ndcg@7"):
         compare(systems(), "ndcg@7")
     with pytest.raises(InputError, match="baseline: expected one of bad, good, same, found best"):
@@ -70,7 +70,7 @@ def test_queries_that_changed_most_come_largest_change_first() -> None:
     assert most_changed(first, second, "ndcg@10", 1) == (["q2"], ["q1"])
 
 
-def test_shown_passages_are_the_first_of_both_and_the_relevant_ones_with_their_ranks() -> None:
+def test_shown_passages_are_the_top_of_both_runs_and_relevant_ones_with_ranks() -> None:
     a = RankedRun.of({"q": {"x": 3.0, "y": 2.0, "w": 1.5, "d": 1.0}})
     b = RankedRun.of({"q": {"d": 3.0, "x": 2.0}})
     qrels: Qrels = {"q": {"d": 2, "lost": 1, "y": 0}}
@@ -84,7 +84,7 @@ def test_shown_passages_are_the_first_of_both_and_the_relevant_ones_with_their_r
     ]
 
 
-def test_only_wanted_texts_are_kept_and_cut_at_a_word() -> None:
+def test_only_wanted_texts_are_kept_and_truncated_at_a_word() -> None:
     corpus = (Passage(f"d{i}", "Title", "several words here " * 50) for i in range(1000))
     kept = texts_of(corpus, {"d7"}, length=30)
     assert kept == {"d7": "Title several words here …"}

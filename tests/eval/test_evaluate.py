@@ -1,4 +1,4 @@
-"""Scoring a model on a BEIR split: exact, also with one query, ties, and passages that are their own query."""
+"""Evaluation on a BEIR split is exact, also with a single query, ties and identical ids."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_query_that_is_a_passage_still_gets_k_others(tmp_path: Path) -> None:
     assert next(iter(run["q"])) == "d1"
 
 
-def test_a_corpus_smaller_than_k_is_returned_whole(tmp_path: Path) -> None:
+def test_a_corpus_smaller_than_k_is_returned_completely(tmp_path: Path) -> None:
     corpus = np.ones((3, DIM), dtype=np.float32)
     dataset, store = make(tmp_path, ["a", "b", "c"], {"q": {"b": 1}}, corpus)
     run, metrics = evaluate_beir(dataset, store=store, embed_queries=embedder(corpus[:1]))
@@ -98,7 +98,7 @@ def test_cut_offs_deeper_than_the_run_are_left_out(tmp_path: Path) -> None:
 def test_rankings_are_the_same_bytes_for_any_block_size(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     corpus, queries = unit(generator, 60), unit(generator, 11)
-    corpus[40:] = corpus[:20]  # ties, decided by id
+    corpus[40:] = corpus[:20]  # ties, broken by id
     qrels = {f"q{i}": {f"d{i}": 1} for i in range(11)}
     dataset, store = make(tmp_path, [f"d{i}" for i in range(60)], qrels, corpus)
     ids = store.ids()
@@ -127,8 +127,8 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("questions", [0, 1, 7, 8])
-def test_a_search_by_parts_finds_what_one_search_does(monkeypatch: pytest.MonkeyPatch, questions: int) -> None:
-    monkeypatch.setattr(approximate, "QUERIES_AT_ONCE", 4)
+def test_search_in_batches_equals_one_search(monkeypatch: pytest.MonkeyPatch, questions: int) -> None:
+    monkeypatch.setattr(approximate, "QUERY_BATCH", 4)
     told: list[int] = []
 
     def find(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

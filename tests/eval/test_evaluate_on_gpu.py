@@ -1,4 +1,4 @@
-"""On a GPU an evaluation ranks as on a processor, byte for byte. Needs torch, numpy and pytest alone."""
+"""Evaluation on a GPU is bitwise equal to the CPU. Needs only torch, numpy and pytest."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PASSAGES, QUERIES, DIM = 20_011, 101, 96
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_runs_and_metrics_are_those_of_a_processor(tmp_path: Path, dtype: str) -> None:
+def test_runs_and_metrics_equal_the_cpu(tmp_path: Path, dtype: str) -> None:
     generator = np.random.default_rng(0)
     corpus = generator.standard_normal((PASSAGES, DIM), dtype=np.float32)
-    corpus[15_000:] = corpus[:5011]  # ties, decided by id
+    corpus[15_000:] = corpus[:5011]  # ties, broken by id
     queries = corpus[:QUERIES] + generator.standard_normal((QUERIES, DIM), dtype=np.float32)
     (tmp_path / "qrels").mkdir()
     rows = [json.dumps({"_id": f"d{n}", "text": f"text {n}"}) for n in range(PASSAGES)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(rows))
-    # The first query is a passage: it gets k others.
+    # The first query has the id of a passage and must get k other passages.
     asked = ["d0", *(f"q{n}" for n in range(1, QUERIES))]
     (tmp_path / "queries.jsonl").write_text("\n".join(json.dumps({"_id": one, "text": "a"}) for one in asked))
     (tmp_path / "qrels" / "test.tsv").write_text("".join(f"{one}\td{n + 1}\t1\n" for n, one in enumerate(asked)))

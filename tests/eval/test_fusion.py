@@ -1,4 +1,4 @@
-"""Fused runs are the formulas, for every query and passage that any run has."""
+"""Fused runs equal the formulas for all queries and passages of the runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_reciprocal_ranks_by_hand() -> None:
     expected = {"y": 1 / 62 + 1 / 61, "x": 1 / 61, "w": 1 / 62, "z": 1 / 63}
     assert fused["q1"] == pytest.approx(expected) and list(fused["q1"]) == ["y", "x", "w", "z"]
     assert fused["q2"] == pytest.approx({"x": 1 / 61})
-    # Tied scores have ranks all the same: trec_eval's, by id descending.
+    # Tied scores are ranked in trec_eval's order, by id descending.
     assert list(fused["q3"].items()) == [("v", pytest.approx(1 / 61)), ("u", pytest.approx(1 / 62))]
     assert list(fused) == ["q1", "q2", "q3"]
 
@@ -33,7 +33,7 @@ def test_min_max_by_hand() -> None:
     assert fused["q2"] == pytest.approx({"x": 0.3}) and fused["q3"] == pytest.approx({"u": 0.7, "v": 0.7})
 
 
-def test_z_scores_by_hand_with_the_lowest_for_absent_passages() -> None:
+def test_z_scores_by_hand_with_the_lowest_value_for_absent_passages() -> None:
     fused = fuse([A, B], "zscore")
     mean, deviation = statistics.fmean([9, 7, 1]), statistics.pstdev([9, 7, 1])
     z = {passage: (score - mean) / deviation for passage, score in A["q1"].items()}
@@ -41,7 +41,7 @@ def test_z_scores_by_hand_with_the_lowest_for_absent_passages() -> None:
     assert fused["q1"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_fusion_of_random_runs_equals_the_plain_sum() -> None:
+def test_fusion_of_random_runs_equals_a_direct_sum() -> None:
     generator = random.Random(1)
     runs: list[Run] = [
         {
@@ -69,7 +69,7 @@ def test_fusion_of_random_runs_equals_the_plain_sum() -> None:
         assert fused[query] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_cut_run_is_the_top_of_the_whole_one() -> None:
+def test_a_run_fused_to_depth_k_is_the_top_k_of_the_full_one() -> None:
     generator = random.Random(3)
     runs = [{"q": {f"d{d:02}": float(generator.randint(0, 3)) for d in range(40)}} for _ in range(2)]
     whole = list(fuse(runs, "minmax")["q"].items())
@@ -77,17 +77,17 @@ def test_a_cut_run_is_the_top_of_the_whole_one() -> None:
         assert list(fuse(runs, "minmax", k=k)["q"].items()) == whole[:k]
 
 
-def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_query_batch_size_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [{f"q{q}": {f"d{d}": (q * d * run) % 7 / 7 for d in range(q, 9)} for q in range(8)} for run in (1, 2)]
     whole = {method: fuse(runs, method) for method in METHODS}
-    monkeypatch.setattr(fusion, "QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr(fusion, "QUERY_BATCH", 3)
     for method, one in whole.items():
         assert {query: list(found.items()) for query, found in fuse(runs, method).items()} == {
             query: list(found.items()) for query, found in one.items()
         }
 
 
-def test_a_run_over_a_large_table_touches_what_it_names_only() -> None:
+def test_only_passages_of_the_runs_enter_the_fused_table() -> None:
     passages = [f"d{row}" for row in range(100_000)]
     one = RankedRun(["q"], passages, np.array([[7, 99_999, -1]]), np.array([[2.0, 1.0, 0.0]]))
     fused = fuse([one, {"q": {"d7": 1.0}, "empty": {}}])

@@ -1,4 +1,4 @@
-"""A passage with its query's id is left out where the qrels do not judge the pair, counted, and kept on request."""
+"""A passage with its query's id is removed unless the qrels judge the pair, counted, and kept on request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUTS = ",".join(map(str, KS))
 ASKED = {f"{name}.{CUTS}" for name in ("ndcg_cut", "map_cut", "recall", "P", "success")}
 THEIRS = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "success": "success"}
 
-# Queries and passages are numbered alike, each from 0.
+# Queries and passages share their ids.
 NUMBERS = st.sampled_from([str(number) for number in range(7)])
 QRELS = st.dictionaries(NUMBERS, st.dictionaries(NUMBERS, st.integers(0, 3), min_size=1), min_size=1)
 RUNS = st.dictionaries(NUMBERS, st.dictionaries(NUMBERS, st.sampled_from([0.0, 0.5, 1.0, 1.0 + 1e-9, 2.0])))
@@ -36,8 +36,8 @@ def by_trec_eval(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
 
 @settings(max_examples=150, deadline=None)
 @given(QRELS, RUNS)
-def test_sets_numbered_alike_score_as_in_trec_eval(qrels: Qrels, run: Run) -> None:
-    """Also at cut-offs deeper than any run, which has seven passages at most."""
+def test_sets_with_shared_ids_score_as_in_trec_eval(qrels: Qrels, run: Run) -> None:
+    """Includes cut-offs deeper than any run; runs have at most seven passages."""
     rest = {
         query: {passage: score for passage, score in scores.items() if passage != query or query in qrels[query]}
         for query, scores in run.items()
@@ -54,12 +54,12 @@ def test_sets_numbered_alike_score_as_in_trec_eval(qrels: Qrels, run: Run) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(QRELS, RUNS)
-def test_runs_are_rid_of_the_same_passages_whichever_way(qrels: Qrels, run: Run) -> None:
+def test_all_ways_to_remove_identical_ids_agree(qrels: Qrels, run: Run) -> None:
     plain = drop_identical_ids(run, qrels)
     ranked = without_identical_ids(RankedRun.of(run), qrels)
     assert ranked == RankedRun.of(plain)
     assert ranked.left_out == sum(len(scores) - len(plain[query]) for query, scores in run.items())
-    # Counted once, whether they were left out before or are now.
+    # Counted once, whether removed before or during the evaluation.
     judged = RankedRun.of({query: scores for query, scores in run.items() if query in qrels})
     first = evaluate_run(qrels, without_identical_ids(judged, qrels), KS)
     assert first == evaluate_run(qrels, judged, KS)
@@ -72,13 +72,13 @@ def test_a_judged_pair_of_equal_ids_counts_whatever_its_grade(grade: int) -> Non
     assert found.mean["mrr@2"] == (1.0 if grade > 0 else 0.5) and found.identical_ids_left_out == 0
 
 
-def test_the_deepest_place_is_counted_too() -> None:
+def test_removals_below_the_cut_off_are_counted() -> None:
     run = {"q": {f"d{i}": 9.0 - i for i in range(5)} | {"q": 0.5}}
     assert evaluate_run({"q": {"d1": 1}}, run, (1,)).identical_ids_left_out == 1
     cut = without_identical_ids(RankedRun.of(run), {"q": {"d1": 1}}, 2)
     assert (list(cut["q"]), cut.left_out, cut.cut(1).left_out, cut.depth) == (["d0", "d1"], 1, 1, 2)
 
 
-def test_the_mean_of_several_sets_counts_what_all_of_them_left_out() -> None:
+def test_the_mean_of_sets_sums_their_removed_passages() -> None:
     parts = {name: evaluate_run({"1": {"2": 1}}, {"1": {"1": 1.0, "2": 0.5}}, (1,)) for name in ("a", "b")}
     assert mean_of(parts).identical_ids_left_out == 2 and np.isclose(mean_of(parts).mean["mrr@1"], 1.0)

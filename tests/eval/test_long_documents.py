@@ -1,19 +1,19 @@
-"""Long documents score as their best window does, whatever the number of windows, with ties by the document's id."""
+"""The score of a document is the maximum over its windows, with ties broken by the document's id."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from eval.long_documents import MARK, best_of_windows, documents_of, window_id
+from eval.long_documents import WINDOW_SEPARATOR, best_of_windows, documents_of, window_id
 from eval.ranking import RankedRun
 from index.exact.search import search
 
 
 def test_windows_are_gathered_by_document() -> None:
-    ids = [window_id("a", 0), window_id("a", 1), window_id(f"b{MARK}1", 0), window_id("b", 0)]
+    ids = [window_id("a", 0), window_id("a", 1), window_id(f"b{WINDOW_SEPARATOR}1", 0), window_id("b", 0)]
     documents, rows = documents_of(ids)
-    assert documents == ["a", f"b{MARK}1", "b"] and rows.tolist() == [0, 0, 1, 2]
+    assert documents == ["a", f"b{WINDOW_SEPARATOR}1", "b"] and rows.tolist() == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -21,7 +21,7 @@ def test_windows_are_gathered_by_document() -> None:
 def test_equals_the_maximum_over_all_windows(seed: int, ties: bool) -> None:
     generator = np.random.default_rng(seed)
     counts = generator.choice([1, 1, 2, 60], 40)
-    # Ids that sort otherwise than those of their windows do.
+    # Document ids whose order differs from the order of their window ids.
     names = ["a" * (1 + n % 5) + str(n) for n in range(len(counts))]
     ids = [window_id(name, n) for name, count in zip(names, counts, strict=True) for n in range(count)]
     vectors = generator.integers(-2, 3, (len(ids), 3)) if ties else generator.normal(size=(len(ids), 3))
@@ -37,8 +37,8 @@ def test_equals_the_maximum_over_all_windows(seed: int, ties: bool) -> None:
             assert list(run[str(place)].items()) == [(name, pytest.approx(value)) for value, name in wanted]
 
 
-def test_ties_beyond_the_windows_first_asked_for_count_too() -> None:
-    # In the order of the windows' ids, b comes first and bzb, the highest document, third.
+def test_ties_beyond_the_first_batch_of_windows_are_found() -> None:
+    # By window id, b is first and bzb, the highest document id, is third.
     documents, of_row = documents_of([window_id(name, 0) for name in ("b", "bz", "bza", "bzb")])
     ids, vectors = [window_id(name, 0) for name in documents], np.ones((4, 1), np.float32)
     find = best_of_windows(lambda q, k: search(q, [(0, vectors)], ids, k), of_row)

@@ -1,4 +1,4 @@
-"""Metrics equal trec_eval's to the last bit and, where it is right, the beir package's."""
+"""Metrics are bitwise equal to trec_eval's, and equal to the beir package's where it is correct."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_means_equal_the_beir_package_when_every_query_is_answered(ties: bool) -
             assert ours[f"mrr@{k}"] == pytest.approx(theirs[f"MRR@{k}"], abs=5.1e-6)
 
 
-# pytrec_eval crashed in this test (a segmentation fault) when grades went down to -2: those have a test of their own.
+# Grades below 0 are tested separately: pytrec_eval crashed here with grades of -2.
 GRADES = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 5), min_size=1)
 QRELS = st.dictionaries(st.sampled_from(["q1", "q2", "q3"]), GRADES, min_size=1)
 SCORES = st.dictionaries(
@@ -108,7 +108,7 @@ def test_ties_and_missing_queries_score_as_in_trec_eval(qrels: Qrels, run: Run) 
 
 @pytest.mark.parametrize("queries", [1024, 1025, 2500])
 def test_many_queries_score_as_in_trec_eval(queries: int) -> None:
-    """More than are scored at a time; ties, missing, empty and strange queries, in another order than the qrels'."""
+    """More queries than one batch; ties; missing, empty and unjudged queries; another order than the qrels."""
     generator = np.random.default_rng(queries)
     qrels, run = random_case(queries, ties=True, queries=queries, passages=40)
     for query in generator.choice(list(qrels), 40, replace=False).tolist():
@@ -137,7 +137,7 @@ def test_grades_below_zero_are_not_relevant() -> None:
     assert below == zero
 
 
-def test_hand_computed() -> None:
+def test_measures_by_hand() -> None:
     qrels = {"q": {"a": 2, "b": 1, "c": 1, "x": 0}}
     run = {"q": {"x": 4.0, "a": 3.0, "unjudged": 2.0, "b": 1.0}}
     row = evaluate_run(qrels, run, (1, 3, 10)).per_query["q"]
@@ -150,7 +150,7 @@ def test_hand_computed() -> None:
     assert (row["mrr@1"], row["mrr@3"]) == (0.0, 0.5)
 
 
-def test_ties_go_by_id_descending() -> None:
+def test_ties_are_broken_by_id_descending() -> None:
     run = {"q": {"a": 1.0, "b": 1.0}}
     assert evaluate_run({"q": {"b": 1}}, run, (1,)).mean["mrr@1"] == 1.0
     assert evaluate_run({"q": {"a": 1}}, run, (1,)).mean["mrr@1"] == 0.0
@@ -167,14 +167,14 @@ ID = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_categ
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(ID, st.floats(width=32, allow_nan=False), min_size=1, max_size=8))
-def test_trec_order_is_trec_evals_order(scores: dict[str, float]) -> None:
+def test_trec_order_equals_trec_eval(scores: dict[str, float]) -> None:
     for rank, (passage, _) in enumerate(trec_order(scores), start=1):
         found = pytrec_eval.RelevanceEvaluator({"q": {passage: 1}}, {"recip_rank"}).evaluate({"q": scores})
         assert found["q"]["recip_rank"] == pytest.approx(1 / rank)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 7, 49, 93, 100, 101, 997, 1000])
-def test_mrr_cuts_exactly_at_k(rank: int) -> None:
+def test_mrr_ignores_ranks_below_k(rank: int) -> None:
     run = {"q": {f"d{i:04}": float(-i) for i in range(1, 1101)}}
     mean = evaluate_run({"q": {f"d{rank:04}": 1}}, run, (rank, max(1, rank - 1))).mean
     assert mean[f"mrr@{rank}"] == pytest.approx(1 / rank, abs=1e-12)
@@ -201,7 +201,7 @@ def test_a_query_without_relevant_passages_counts_as_in_trec_eval() -> None:
     assert EvaluateRetrieval.evaluate(qrels, run, [10])[0]["NDCG@10"] == 0.5
 
 
-def test_identical_ids_are_dropped_as_beir_does_and_the_run_is_left_alone() -> None:
+def test_identical_ids_are_dropped_as_in_beir_without_changing_the_run() -> None:
     qrels = {"q": {"a": 1}}
     run = {"q": {"q": 2.0, "a": 1.0}}
     assert evaluate_run(qrels, run, (1,)).mean["ndcg@1"] == 1.0
@@ -210,7 +210,7 @@ def test_identical_ids_are_dropped_as_beir_does_and_the_run_is_left_alone() -> N
     assert run == {"q": {"q": 2.0, "a": 1.0}}
 
 
-def test_a_query_that_is_its_own_passage_keeps_the_depth_of_the_cut() -> None:
+def test_measures_after_a_removal_use_k_remaining_passages() -> None:
     qrels = {"q": {"a": 1}, "p": {"b": 1}}
     run = {"q": {"q": 3.0, "b": 2.0, "a": 1.0}, "p": {"p": 2.0, "q": 1.0, "b": 0.5}}
     assert evaluate_run(qrels, run, (2,)).mean["recall@2"] == 1.0
@@ -224,7 +224,7 @@ def test_capped_recall_and_success() -> None:
     assert [row[f"success@{k}"] for k in (1, 2, 10)] == [0.0, 1.0, 1.0]
 
 
-def test_one_measure_of_all_queries_is_a_column() -> None:
+def test_column_returns_one_measure_of_all_queries() -> None:
     qrels, run = random_case(3, ties=True)
     found = evaluate_run(qrels, run, KS)
     assert found.per_query.column("ndcg@10").tolist() == [row["ndcg@10"] for row in found.per_query.values()]
@@ -235,7 +235,7 @@ def test_nan_is_refused_by_name() -> None:
         evaluate_run({"q": {"a": 1}}, {"q": {"a": 1.0, "b": math.nan}})
 
 
-def test_empty_qrels_and_bad_cuts_are_refused() -> None:
+def test_empty_qrels_and_invalid_cut_offs_are_refused() -> None:
     with pytest.raises(InputError, match="at least one judged query"):
         evaluate_run({}, {"q": {"a": 1.0}})
     with pytest.raises(ValueError, match="ks"):

@@ -1,4 +1,4 @@
-"""Plots show the numbers they are given, in colours that the page may change."""
+"""Plots show the given values, in colours that the page can change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eval.ranking import RankedRun
 from eval.reports import plots
 
 
-def test_scores_are_parted_by_relevance_over_judged_queries() -> None:
+def test_scores_are_split_by_relevance_over_judged_queries() -> None:
     qrels: Qrels = {"q1": {"a": 2, "b": 0, "lost": 1}, "q2": {"b": 1}}
     run = RankedRun.of({"q1": {"a": 5.0, "b": 4.0, "c": float("-inf")}, "q2": {"a": 3.0, "b": 2.0}, "q9": {"a": 9.0}})
     relevant, others = plots.split_scores(run, qrels)
@@ -26,7 +26,7 @@ def test_a_run_without_scores_has_no_distribution() -> None:
         assert plots.score_distributions("constant", constant, {"q": {"a": 1}}) is not None
 
 
-def test_bars_carry_their_values_and_names() -> None:
+def test_bars_show_values_and_names() -> None:
     with plots.style():
         svg = plots.to_svg(plots.bars({"one": rows(), "two": rows()}, ["ndcg@10"]), "bars")
         single = plots.to_svg(plots.bars({"one": rows()}, ["ndcg@10", "recall@100"]), "bars")
@@ -60,7 +60,7 @@ def test_svg_takes_its_colours_and_fonts_from_the_page_and_has_unique_ids() -> N
 
 
 @pytest.mark.parametrize("name", ["$x_1$", "a_very_long_name_that_goes_on_and_on_and_on", "日本語"])
-def test_names_are_shown_as_they_are_or_cut(name: str) -> None:
+def test_names_are_shown_unchanged_or_truncated(name: str) -> None:
     with plots.style():
         svg = plots.to_svg(plots.recall_curves({name: rows()["before"], "other": rows()["after"]}), "x")
     assert (name if len(name) <= 30 else name[:29] + "…") in svg

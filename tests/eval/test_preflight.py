@@ -1,4 +1,4 @@
-"""Faults of a BEIR folder are found in one reading, counted, and named with file and line."""
+"""Errors and warnings of a BEIR folder are found, counted, and reported with file and line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def kinds(found: Preflight) -> dict[str, int]:
     return {finding.what: finding.count for finding in found.findings.values()}
 
 
-def test_a_sound_folder_has_no_findings(tmp_path: Path) -> None:
+def test_a_valid_folder_has_no_findings(tmp_path: Path) -> None:
     found = preflight(write(tmp_path / "s", passages(5), questions(3), test=HEADER + "q0\td1\t1\nq2\td4\t2\n"))
     assert not found.findings and (found.passages, found.queries, found.judgements) == (5, 2, 2)
     assert sorted(found.query_sample) == ["ask 0", "ask 2"] and len(found.passage_sample) == 5
@@ -71,7 +71,7 @@ def test_duplicates_and_repeated_texts_are_named_with_both_lines(tmp_path: Path)
         found.refuse()
 
 
-def test_many_repetitions_are_counted_and_three_named(tmp_path: Path) -> None:
+def test_many_duplicates_are_counted_and_three_located(tmp_path: Path) -> None:
     corpus = [*passages(40), *passages(40), *passages(7)]
     found = preflight(write(tmp_path / "s", corpus, questions(1), test="q0\td1\t1\n"))
     finding = found.findings["duplicate passage ids"]
@@ -114,7 +114,7 @@ def test_mistakes_in_qrels_are_errors_with_their_line(tmp_path: Path, text: str,
     assert line in found.findings[what].places[0] and found.findings[what].error
 
 
-def test_of_many_dangling_ids_the_first_three_lines_are_named(tmp_path: Path) -> None:
+def test_the_first_three_of_many_dangling_ids_are_located(tmp_path: Path) -> None:
     judged = "".join(f"q0\tgone{i % 5}\t1\n" for i in range(10))
     found = preflight(write(tmp_path / "s", passages(2), questions(1), test=f"{HEADER}one\n{judged}q0\td0\t1\n"))
     finding = found.findings["judged passages that are not there"]
@@ -148,7 +148,7 @@ def test_queries_of_the_training_split_are_counted_by_id_and_by_text(tmp_path: P
     assert not found.errors
 
 
-def test_queries_that_cannot_score_or_are_passages_are_warned_of(tmp_path: Path) -> None:
+def test_queries_without_relevant_passages_or_with_passage_ids_give_warnings(tmp_path: Path) -> None:
     corpus = [*passages(2), {"_id": "q1", "text": "ask 1"}]
     folder = write(tmp_path / "s", corpus, questions(2), test=HEADER + "q0\td1\t0\nq1\td0\t1\n")
     found = preflight(folder)
@@ -158,7 +158,7 @@ def test_queries_that_cannot_score_or_are_passages_are_warned_of(tmp_path: Path)
     ]
 
 
-def test_other_numbers_than_published_are_warned_of(tmp_path: Path) -> None:
+def test_counts_that_differ_from_the_published_ones_give_a_warning(tmp_path: Path) -> None:
     folder = write(tmp_path / "scifact", passages(2), questions(1), test=HEADER + "q0\td1\t1\n")
     found = preflight(folder)
     assert found.findings["other number of passages than published"].places[0].endswith("expected 5,183, found 2")
@@ -179,8 +179,8 @@ def test_the_sample_is_bounded_and_the_same_on_every_run(tmp_path: Path) -> None
     assert SAMPLE // 4 < len(sample) <= SAMPLE and sample == preflight(folder).passage_sample
 
 
-def test_progress_is_told_of_the_passages_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "READ_AT_ONCE", 4)
+def test_progress_counts_the_passages_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "PROGRESS_STEP", 4)
     told: list[int] = []
     preflight(write(tmp_path / "s", passages(11), questions(1), test=HEADER + "q0\td1\t1\n"), progress=told.append)
     assert told == [4, 4]
@@ -196,7 +196,7 @@ def test_lengths_are_counted_against_the_maximum() -> None:
     assert len(found.warnings) == 1 and "20.0% of a sample of 5, longest 300 of 64" in str(found.warnings[0])
 
 
-def test_the_estimate_grows_with_the_corpus_and_knows_the_disk(tmp_path: Path) -> None:
+def test_the_estimate_grows_with_the_corpus_and_reports_free_disk_space(tmp_path: Path) -> None:
     lengths = {"query": Lengths(np.array([8]), 64), "document": Lengths(np.array([50, 150]), 100)}
     small, large = (
         estimate(
@@ -214,7 +214,7 @@ def test_the_estimate_grows_with_the_corpus_and_knows_the_disk(tmp_path: Path) -
     assert "75 s of encoding" in str(small)
 
 
-def test_the_estimate_has_the_index_that_is_searched_or_built_too(tmp_path: Path) -> None:
+def test_the_estimate_includes_an_index_that_is_searched_or_built(tmp_path: Path) -> None:
     lengths = {side: Lengths(np.array([8]), 64) for side in ("query", "document")}
     found = Preflight("s", "test", passages=1000, queries=10, bytes=500_000)
 
@@ -226,7 +226,7 @@ def test_the_estimate_has_the_index_that_is_searched_or_built_too(tmp_path: Path
     assert none.disk < given.disk < none.disk + 2**20 and built.disk > none.disk + 2**30 + 500_000
 
 
-def test_faults_of_qrels_that_would_be_read_shifted_are_named(tmp_path: Path) -> None:
+def test_qrels_with_shifted_columns_are_errors(tmp_path: Path) -> None:
     rows = "0\tq0\td1\t1\n1\tq1\td2\t1\n"
     for name, header, kind in (("one", HEADER, "broken judgements"), ("two", "", "files that cannot be read")):
         found = preflight(write(tmp_path / name, passages(3), questions(2), test=header + rows))
@@ -240,7 +240,7 @@ def test_faults_of_qrels_that_would_be_read_shifted_are_named(tmp_path: Path) ->
     assert kinds(found)["header mistakes"] == 1
 
 
-def test_whole_grades_and_comments_are_no_faults(tmp_path: Path) -> None:
+def test_integer_grades_written_as_floats_and_comments_are_valid(tmp_path: Path) -> None:
     text = "# judged by hand\n" + HEADER + "q0\td1\t1.0\n# the second query\nq1\td2\t2\n"
     assert not preflight(write(tmp_path / "s", passages(3), questions(2), test=text)).findings
     found = preflight(
@@ -251,7 +251,7 @@ def test_whole_grades_and_comments_are_no_faults(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("keep", "count"), [(False, 1), (True, None)])
 def test_queries_with_the_id_of_an_unjudged_passage_are_counted(tmp_path: Path, keep: bool, count: int | None) -> None:
-    """Query d0 judges itself; d1 does not."""
+    """The pair (d0, d0) is judged, (d1, d1) is not."""
     asked: list[object] = [{"_id": f"d{i}", "text": f"ask {i}"} for i in range(2)]
     folder = write(tmp_path / "s", passages(3), asked, test=HEADER + "d0\td0\t1\nd1\td2\t1\n")
     found = preflight(folder, keep_identical_ids=keep)
@@ -259,8 +259,8 @@ def test_queries_with_the_id_of_an_unjudged_passage_are_counted(tmp_path: Path, 
     assert kinds(found).get(what) == count
 
 
-def test_another_split_that_would_be_read_shifted_is_not_compared(tmp_path: Path) -> None:
-    """The numbers of its rows are ids of this split's queries."""
+def test_another_split_with_shifted_columns_is_not_compared(tmp_path: Path) -> None:
+    """The row numbers of the other split equal query ids of this split."""
     asked: list[object] = [{"_id": str(i), "text": f"ask {i}"} for i in range(3)]
     train = HEADER + "0\t7\td1\t1\n1\t8\td2\t1\n"
     folder = write(tmp_path / "s", passages(3), asked, test=HEADER + "0\td1\t1\n1\td2\t1\n", train=train)

@@ -1,4 +1,4 @@
-"""Reports: whole files, one number in all of them, and no plot without matplotlib."""
+"""Report files agree, escape text from data, and omit plots without matplotlib."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_report_files_agree(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_sets_have_a_row_each_and_parts_of_one_set_share_theirs(tmp_path: Path) -> None:
+def test_sets_have_one_row_each_and_parts_of_a_set_share_one(tmp_path: Path) -> None:
     runs = {"minilm": RankedRun.of(BEFORE)}
     sets = [
         ReportSet("one", {"minilm": rows()["before"]}, runs=runs, qrels=QRELS),
@@ -84,13 +84,13 @@ def test_everything_that_comes_from_data_is_escaped(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "<b>before" not in page and "p<i>" not in page and "one <&>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    # In the plots a dollar sign is one, not a formula.
+    # A dollar sign in a plot is text, not math.
     assert "$x$" in page
     text = (tmp_path / "report.md").read_text()
     assert "<script" not in text and "\n# heading" not in text and "[x](" not in text
 
 
-def test_a_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+def test_a_page_has_no_scripts_or_external_resources(tmp_path: Path) -> None:
     write(tmp_path, whole_report())
     page = (tmp_path / "report.html").read_text()
     for loading in ("src=", "url(http", "@import", "<link", "<iframe", "<script", "javascript:y)<"):
@@ -98,22 +98,22 @@ def test_a_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
     assert "default-src 'none'" in page
 
 
-def test_the_same_report_is_the_same_page(tmp_path: Path) -> None:
+def test_the_same_report_gives_the_same_page(tmp_path: Path) -> None:
     write(tmp_path / "one", whole_report())
     write(tmp_path / "two", whole_report())
     for name in FILES[:3]:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
-def test_sets_that_are_not_here_have_a_row(tmp_path: Path) -> None:
+def test_missing_sets_have_a_row(tmp_path: Path) -> None:
     write(tmp_path, whole_report())
     assert "| robust04 |  | not here | not here |" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["absent"] == ["robust04"]
-    # A system that one set lacks has no mean that could be compared with the others'.
+    # A system that is missing on one set has no mean.
     assert "| mean of 2 sets |  | – | 1.0000 |" in (tmp_path / "report.md").read_text()
 
 
-def test_without_matplotlib_there_is_a_hint_and_no_plot(
+def test_without_matplotlib_a_warning_is_logged_and_plots_are_omitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -125,6 +125,6 @@ def test_without_matplotlib_there_is_a_hint_and_no_plot(
     assert "<svg" not in (tmp_path / "report.html").read_text()
 
 
-def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
+def test_an_empty_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one result"):
         write(tmp_path, Report("toy", [], {}))

@@ -1,4 +1,4 @@
-"""The HTML report in a real browser: on a phone, on a desk, in the dark and on paper."""
+"""The HTML report in Chromium: phone and desktop widths, dark mode and print."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eval.reports.files import write
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no chromium here (Debian's package chromium)")
 
-# WCAG 2.1's contrast of every text with the page behind it, of what is shown.
+# WCAG 2.1 contrast of all visible text with its background.
 LEAST_CONTRAST = """(() => {
   const channel = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const light = c => { const [r, g, b] = c.match(/[0-9.]+/g).map(Number);
@@ -52,12 +52,12 @@ def test_page_fits_loads_nothing_else_and_reports_no_error(browser: Chromium, pa
     assert browser.said("Log.entryAdded") == [] and browser.said("Runtime.exceptionThrown") == []
     requested = [event["request"]["url"] for event in browser.said("Network.requestWillBeSent")]
     assert [url for url in requested if not url.startswith("data:")] == [page.resolve().as_uri()]
-    # Whatever is cut off can be scrolled to, in its own box.
+    # Elements that overflow are scrollable.
     outside = "[...document.querySelectorAll('td, th, svg, summary, dd')].filter(e => !e.closest('.wide') && "
     assert browser.evaluate(f"{outside}e.getBoundingClientRect().right > {width}).length") == 0
 
 
-def test_every_picture_loads_and_every_plot_has_a_name(browser: Chromium, page: Path) -> None:
+def test_all_images_load_and_all_plots_have_a_label(browser: Chromium, page: Path) -> None:
     browser.open(page, 1200)
     pictures = "[...document.querySelectorAll('img, image')].map(e => e.src || e.href.baseVal)"
     assert browser.evaluate(f"{pictures}.length") >= 1
@@ -67,7 +67,7 @@ def test_every_picture_loads_and_every_plot_has_a_name(browser: Chromium, page: 
     assert len(plots) >= 9 and all(width > 200 and label for width, label in plots)
 
 
-def test_hostile_names_are_text(browser: Chromium, page: Path) -> None:
+def test_names_with_markup_are_shown_as_text(browser: Chromium, page: Path) -> None:
     browser.open(page, 1200)
     assert browser.evaluate("document.title") == "toy <title>"
     assert browser.evaluate("document.querySelectorAll('script, td b b, i').length") == 0
@@ -75,14 +75,14 @@ def test_hostile_names_are_text(browser: Chromium, page: Path) -> None:
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_text_stands_out_from_the_page(browser: Chromium, page: Path, dark: bool) -> None:
+def test_text_has_sufficient_contrast(browser: Chromium, page: Path, dark: bool) -> None:
     browser.open(page, 1200, dark=dark)
     paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") is not dark
     assert browser.evaluate(LEAST_CONTRAST) >= 4.5
 
 
-def test_paper_is_white_and_has_what_the_screen_folds_away(browser: Chromium, page: Path, tmp_path: Path) -> None:
+def test_print_is_white_and_includes_collapsed_sections(browser: Chromium, page: Path, tmp_path: Path) -> None:
     shown = (
         "document.querySelector('details li').checkVisibility({contentVisibilityAuto: true, visibilityProperty: true})"
     )

@@ -1,4 +1,4 @@
-"""TREC run files bring the same run back, in trec_eval's order, and name broken lines."""
+"""TREC run files round-trip in trec_eval's order; invalid lines are reported by number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_float32_scores_round_trip_exactly(tmp_path: Path) -> None:
     assert evaluate_run(qrels, again) == evaluate_run(qrels, run)
 
 
-def test_lines_are_what_trec_eval_reads(tmp_path: Path) -> None:
+def test_lines_have_trec_evals_format(tmp_path: Path) -> None:
     write_trec_run(tmp_path / "run.trec", {"q": {"a": 0.5, "b": 0.5, "c": 2}}, "mine")
     text = (tmp_path / "run.trec").read_text()
     assert text == "q Q0 c 1 2 mine\nq Q0 b 2 0.5 mine\nq Q0 a 3 0.5 mine\n"
@@ -56,7 +56,7 @@ def test_lines_that_begin_with_a_number_sign_are_comments(tmp_path: Path) -> Non
         ("q Q0 a 2 0.5 tag", "run.trec:2: expected each passage once a query, found a again for query q"),
     ],
 )
-def test_broken_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+def test_invalid_lines_are_refused_with_their_number(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "run.trec").write_text(f"q Q0 a 1 1.0 tag\n{line}\n")
     with pytest.raises(InputError, match=message):
         read_trec_run(tmp_path / "run.trec")
@@ -72,7 +72,9 @@ def test_broken_lines_are_named(tmp_path: Path, line: str, message: str) -> None
         ({"q": {"a": math.nan}}, "t"),
     ],
 )
-def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, run: dict[str, dict[str, float]], tag: str) -> None:
+def test_ids_and_scores_that_cannot_round_trip_are_refused(
+    tmp_path: Path, run: dict[str, dict[str, float]], tag: str
+) -> None:
     with pytest.raises(InputError):
         write_trec_run(tmp_path / "run.trec", run, tag)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The benchmark's sets as data: found on disk, downloaded whole or not at all, averaged as BEIR averages them."""
+"""BEIR sets are found on disk, downloaded completely or not at all, and averaged as in BEIR."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_definitions_are_the_published_ones() -> None:
     assert BY_NAME["msmarco"].split == "dev" and len(FORUMS) == 12
 
 
-def test_every_set_of_the_benchmark_gets_a_row_here_or_not(tmp_path: Path) -> None:
+def test_every_set_of_the_benchmark_has_a_row(tmp_path: Path) -> None:
     write_set(tmp_path / "scifact")
     write_set(tmp_path / "msmarco", "dev")
     for forum in FORUMS:
@@ -64,11 +64,11 @@ def test_every_set_of_the_benchmark_gets_a_row_here_or_not(tmp_path: Path) -> No
         and "| NQ | 3,452 | not here |" in table
     )
     assert "| BioASQ | 500 | not here (not public) |" in table
-    # As BEIR's paper averages, and as MTEB does.
+    # The means of BEIR's paper and of MTEB.
     assert table[-2:] == ["| mean of 2 sets | | 0.5000 |", "| mean of 3 sets, MS MARCO among them | | 0.6667 |"]
 
 
-def test_forums_count_alike_whatever_their_number_of_queries() -> None:
+def test_the_mean_weights_sets_equally() -> None:
     mean = mean_of({"a": scored(1.0, 9), "b": scored(0.0, 1)})
     assert mean.mean["ndcg@10"] == 0.5
     assert len(mean.per_query) == 10 and mean.missing == ["b/q0"]
@@ -87,7 +87,7 @@ def test_folders_names_and_folders_of_folders_are_found(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
+def test_missing_folders_and_sets_are_one_line_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing: no such folder"):
         plan([tmp_path / "nothing"])
     with pytest.raises(InputError, match=r"scifact: no such folder, and the set of that name is not in .*home"):
@@ -103,7 +103,7 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
-    """A server on this machine that has scifact.zip, and the definition changed to that file's sum."""
+    """A local server with scifact.zip; the published md5 is replaced by that of the file."""
     folder = tmp_path / "served"
     folder.mkdir()
     write_set(tmp_path / "scifact")
@@ -141,7 +141,7 @@ def test_a_set_is_downloaded_checked_and_evaluated_by_name(tmp_path: Path, mirro
     assert download("scifact", tmp_path / "home", mirror="http://127.0.0.1:9") == folder
 
 
-def test_nothing_is_left_of_a_download_that_is_torn_or_not_what_was_published(
+def test_incomplete_or_wrong_downloads_leave_no_files(
     tmp_path: Path, mirror: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"

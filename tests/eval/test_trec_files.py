@@ -1,4 +1,4 @@
-"""Qrels and runs in files, with comments, blank lines and ties, score as trec_eval scores what stands in them."""
+"""Qrels and run files with comments, blank lines and ties score as in trec_eval."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from index.beir import read_qrels
 
 KS = (1, 3, 10, 1000)
 NAMES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "success": "success"}
-# Some are ids on both sides, and some hold the sign that begins a comment.
+# Some ids are used on both sides, and some contain the comment character.
 QUERIES, PASSAGES = ["1", "2", "q#3"], ["1", "2", "#d", "é", "10", "9"]
 QRELS = st.dictionaries(
     st.sampled_from(QUERIES), st.dictionaries(st.sampled_from(PASSAGES), st.integers(0, 3), min_size=1), min_size=1
 )
 SCORES = st.sampled_from(["1", "1.0", "1.000000001", "0.5", "5e-1", "-3", "1e39", "0"])
 RUNS = st.dictionaries(st.sampled_from(QUERIES), st.dictionaries(st.sampled_from(PASSAGES), SCORES, min_size=1))
-PASSED_OVER = st.sampled_from(["", "\n", "# a comment\n", "#\n", "#1 0 d 1\n", "   \n"])
+IGNORED_LINES = st.sampled_from(["", "\n", "# a comment\n", "#\n", "#1 0 d 1\n", "   \n"])
 
 
 def lines(data: st.DataObject, rows: list[str]) -> str:
-    return "".join(data.draw(PASSED_OVER) + row + "\n" for row in rows) + data.draw(PASSED_OVER)
+    return "".join(data.draw(IGNORED_LINES) + row + "\n" for row in rows) + data.draw(IGNORED_LINES)
 
 
 def written(data: st.DataObject, grade: int) -> str:

@@ -1,4 +1,4 @@
-"""Image sets are read alike from every layout, and what is wrong in one is said with file and line."""
+"""Image sets are read equally from all layouts, and invalid sets are reported with file and line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zero_shot_sets import (
     COLOURS,
     embed_images,
     embed_texts,
-    picture,
+    image_bytes,
     write_folder,
     write_table,
     write_tar,
@@ -47,7 +47,7 @@ def test_three_layouts_of_the_same_images_score_alike(tmp_path: Path) -> None:
         assert [row.images for row in result.per_class] == [3, 3, 3, 3]
 
 
-def test_a_split_folder_and_names_beside_it_are_found(tmp_path: Path) -> None:
+def test_split_folders_and_description_files_are_found(tmp_path: Path) -> None:
     write_folder(tmp_path / "set" / "test")
     (tmp_path / "set" / "classnames.txt").write_text("blue one\ngreen one\ngrey one\nred one\n")
     (tmp_path / "set" / "zeroshot_classification_templates.txt").write_text("the {c}\n")
@@ -61,7 +61,7 @@ def test_a_split_folder_and_names_beside_it_are_found(tmp_path: Path) -> None:
     assert (within.classes, within.templates) == (dataset.classes, dataset.templates)
 
 
-def test_a_set_without_prompts_gets_those_of_the_project(tmp_path: Path) -> None:
+def test_a_set_without_templates_gets_the_default_ones(tmp_path: Path) -> None:
     dataset = open_set(write_folder(tmp_path / "set"))
     assert not dataset.own_templates
     assert len(dataset.templates) > 1
@@ -80,7 +80,7 @@ def test_webdatasets_of_other_types(kind: str, tmp_path: Path) -> None:
         assert result.measures["image_retrieval_recall@5"] == 1.0
 
 
-def test_rows_of_one_image_are_one_image_with_all_captions(tmp_path: Path) -> None:
+def test_rows_of_the_same_image_are_merged(tmp_path: Path) -> None:
     write_folder(tmp_path / "set")
     rows = [
         {"image": "set/red/0.png", "captions": ["red", "a red thing"]},
@@ -102,7 +102,7 @@ def test_lists_of_labels_make_the_task_multilabel(tmp_path: Path) -> None:
 
 def test_broken_images_are_named_and_left_out(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set")
-    (folder / "red" / "1.png").write_bytes(picture((1, 2, 3))[:40])
+    (folder / "red" / "1.png").write_bytes(image_bytes((1, 2, 3))[:40])
     (folder / "blue" / "x.jpg").write_bytes(b"no picture")
     found = evaluated(open_set(folder), tmp_path / "store")
     assert list(found.images.broken) == ["blue/x.jpg", "red/1.png"]
@@ -118,9 +118,9 @@ def test_a_set_of_broken_images_is_refused(tmp_path: Path) -> None:
         evaluated(open_set(tmp_path / "set"), tmp_path / "store")
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_with_equal_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.zero_shot.evaluate.SHARD_ROWS", 4)
-    monkeypatch.setattr("eval.zero_shot.evaluate.IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr("eval.zero_shot.evaluate.IMAGE_BATCH", 2)
     folder = write_folder(tmp_path / "set")
     (folder / "blue" / "1.png").write_bytes(b"no picture")
     dataset = open_set(folder)
@@ -145,16 +145,16 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypat
     assert seen == []
 
 
-def test_another_image_under_the_same_name_is_another_set(tmp_path: Path) -> None:
+def test_the_hash_depends_on_the_image_content(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set")
     before = open_set(folder).sha256()
     assert open_set(folder).sha256() == before
-    (folder / "red" / "0.png").write_bytes(picture((1, 2, 3)))
+    (folder / "red" / "0.png").write_bytes(image_bytes((1, 2, 3)))
     assert open_set(folder).sha256() != before
 
 
 def broken_sets(root: Path) -> dict[str, tuple[Path, str]]:
-    """What is wrong -> (the set, what the error says)."""
+    """Kind of error -> (the set, pattern of the message)."""
     cases: dict[str, tuple[Path, str]] = {"nothing there": (root / "none", r"none: no such file or folder")}
     (root / "empty").mkdir()
     cases["empty folder"] = (root / "empty", r"empty: expected \.tar files, or a folder of images for each class")
@@ -176,7 +176,7 @@ def broken_sets(root: Path) -> dict[str, tuple[Path, str]]:
             (folder / file.replace("__", "/")).with_suffix(".txt").write_text(text)
         return folder
 
-    image = picture((1, 2, 3))
+    image = image_bytes((1, 2, 3))
     cases["label"] = (packed("label", {"a.png": image, "a.cls": "9"}), r"0\.tar: a\.cls: expected a number from 0 to 3")
     cases["no label"] = (packed("lost", {"a.png": image, "a.json": "{}"}), r"a: expected a member \.cls, found \.png, ")
     cases["no image"] = (packed("blind", {"a.gif": image, "a.cls": "1"}), r"expected a member jpg\|jpeg\|png\|webp")
@@ -234,7 +234,7 @@ def broken_sets(root: Path) -> dict[str, tuple[Path, str]]:
     return cases
 
 
-def test_what_is_wrong_is_said_in_one_line_with_its_place(tmp_path: Path) -> None:
+def test_invalid_sets_are_one_line_errors_with_their_location(tmp_path: Path) -> None:
     for what, (path, message) in broken_sets(tmp_path).items():
         with pytest.raises(InputError, match=message) as caught:
             open_set(path)

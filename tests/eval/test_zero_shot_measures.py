@@ -1,4 +1,4 @@
-"""Zero-shot measures: equal to CLIP_benchmark's definitions over whole matrices, and to sums made by hand."""
+"""Zero-shot measures equal CLIP_benchmark's definitions on full matrices, and hand-computed values."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_prompts_that_cancel_out_are_refused() -> None:
         class_vectors(["cat"], ["{c}", "no {c}"], lambda texts: np.array([[1.0, 0.0], [-1.0, 0.0]]))
 
 
-def test_a_class_name_stands_in_a_prompt_as_it_is() -> None:
+def test_a_class_name_is_inserted_unchanged() -> None:
     assert prompt_of("a {c} and {other} {", "{0.__class__}") == "a {0.__class__} and {other} {"
 
 
 def test_accuracy_by_hand() -> None:
-    # Class 0 is right for images 0 and 1, class 1 wrong for 2, class 2 has no image.
+    # Images 0 and 1 are correct, image 2 is not; class 2 has no image.
     images = np.array([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.8, 0.6, 0.0], [0.0, 1.0, 0.0]])
     found = classify(images, np.eye(3), [0, 0, 1, 1], names(3))
     assert found.measures == {"acc1": 0.75, "mean_per_class_recall": 0.75}
@@ -50,7 +50,7 @@ def test_accuracy_by_hand() -> None:
     assert found.predicted.tolist() == [0, 0, 0, 1]
 
 
-def test_equal_scores_go_to_the_class_of_lower_number() -> None:
+def test_ties_go_to_the_class_of_lower_index() -> None:
     found = classify(np.ones((6, 1)), np.ones((6, 1)), [0, 1, 2, 3, 4, 5], names(6))
     assert found.predicted.tolist() == [0] * 6
     assert (found.measures["acc1"], found.measures["acc5"]) == (1 / 6, 5 / 6)
@@ -65,10 +65,10 @@ def test_acc5_is_absent_under_five_classes(chance: np.random.Generator) -> None:
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 @pytest.mark.parametrize("at_once", [1, 97, 2**22])
-def test_classification_equals_the_whole_matrix(
+def test_classification_equals_the_full_matrix(
     at_once: int, chance: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "BLOCK_SCORES", at_once)
     images, vectors = unit(chance.normal(size=(211, 16))), unit(chance.normal(size=(13, 16)))
     labels = chance.integers(12, size=211)
     found = classify(images, vectors, labels, names(13))
@@ -83,10 +83,10 @@ def test_classification_equals_the_whole_matrix(
 
 
 @pytest.mark.parametrize("at_once", [1, 500, 2**22])
-def test_average_precision_equals_the_whole_matrix(
+def test_average_precision_equals_the_full_matrix(
     at_once: int, chance: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "BLOCK_SCORES", at_once)
     images, vectors = unit(chance.normal(size=(149, 8))), unit(chance.normal(size=(11, 8)))
     dense = chance.random((149, 11)) < 0.2
     dense[:, 4] = False
@@ -104,7 +104,7 @@ def test_average_precision_equals_the_whole_matrix(
 
 
 def test_average_precision_by_hand() -> None:
-    # The image's places for class 0 are 1 and 3: (1/1 + 2/3) / 2. Class 1 has its only image last of three.
+    # The ranks for class 0 are 1 and 3: (1/1 + 2/3) / 2. The only image of class 1 is last of three.
     images = np.array([[0.9, 0.1], [0.5, 0.5], [0.3, 0.7]])
     found = classify_multilabel(images, np.eye(2), [[0, 1], [], [0]], names(2))
     assert [row.value for row in found.per_class] == pytest.approx([5 / 6, 1 / 3])
@@ -117,7 +117,7 @@ def test_retrieval_by_hand() -> None:
     found = retrieve(images, texts, [0, 0, 1, 2], ks=(1, 2, 5))
     # Caption 1 of image 0 ranks it last; caption 2 finds image 1 first.
     assert found.image_ranks.tolist() == [1, 3, 1, 1]
-    # Captions 1 and 3 tie for image 2: the one that stands first in the data ranks first.
+    # Captions 1 and 3 tie for image 2: the first one in the data ranks first.
     assert found.text_ranks.tolist() == [1, 1, 2]
     assert found.measures == {
         "image_retrieval_recall@1": 0.75,
@@ -130,15 +130,15 @@ def test_retrieval_by_hand() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 333, 2**22])
-def test_retrieval_equals_the_whole_matrix(
+def test_retrieval_equals_the_full_matrix(
     at_once: int, chance: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "BLOCK_SCORES", at_once)
     images = unit(chance.normal(size=(37, 8)))
     owner = chance.permutation(np.concatenate([np.arange(31), chance.integers(31, size=70)]))
     texts = unit(images[owner] + chance.normal(size=(101, 8)))
     found = retrieve(images, texts, owner)
-    # CLIP_benchmark's recall_at_k over dense one-hot matrices; images without captions are no queries here.
+    # CLIP_benchmark's recall_at_k over dense one-hot matrices; images without captions are not queries here.
     whole, positive = torch.from_numpy(texts @ images.T), torch.zeros(101, 37, dtype=torch.bool)
     positive[torch.arange(101), torch.from_numpy(owner)] = True
     for name, table, truth in (("image", whole, positive), ("text", whole.T[:31], positive.T[:31])):
@@ -151,7 +151,7 @@ def test_retrieval_equals_the_whole_matrix(
         assert found.measures[f"{name}_retrieval_median_rank"] == np.median(first)
 
 
-def test_one_vector_for_everything_scores_chance() -> None:
+def test_identical_embeddings_score_chance() -> None:
     found = retrieve(np.ones((20, 2)), np.ones((20, 2)), list(range(20)))
     for measure in ("image_retrieval_recall@5", "text_retrieval_recall@10"):
         assert found.measures[measure] == pytest.approx(found.chance[measure])

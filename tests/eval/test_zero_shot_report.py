@@ -1,4 +1,4 @@
-"""A zero-shot report says the numbers, their chance levels and what was left out, and shows the nearest images."""
+"""A zero-shot report contains measures, chance levels, excluded images and the nearest images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from zero_shot_sets import COLOURS, embed_images, embed_texts, picture, write_folder, write_webdataset
+from zero_shot_sets import COLOURS, embed_images, embed_texts, image_bytes, write_folder, write_webdataset
 
 from eval.reports import plots
 from eval.zero_shot import pictures
@@ -35,8 +35,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Evalua
     root = tmp_path_factory.mktemp("zero-shot")
     folder = write_folder(root / "<colours>")
     (folder / "blue" / "a_broken|one.jpg").write_bytes(b"no picture")
-    # A picture in the wrong folder, so that there is an error to show.
-    (folder / "red" / "9.png").write_bytes(picture(COLOURS["green"]))
+    # An image in the wrong folder, which is a classification error.
+    (folder / "red" / "9.png").write_bytes(image_bytes(COLOURS["green"]))
     packed = [write_webdataset(root / kind, kind) for kind in ("retrieval", "multilabel")]
     sets = [evaluated(path, root / f"store{n}") for n, path in enumerate([folder, *packed])]
     out = root / "report"
@@ -46,7 +46,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Evalua
     return out, sets
 
 
-def test_json_holds_measures_chance_classes_and_what_was_left_out(written: tuple[Path, list[Evaluated]]) -> None:
+def test_json_contains_measures_chance_classes_and_unreadable_images(written: tuple[Path, list[Evaluated]]) -> None:
     sets = json.loads((written[0] / "report.json").read_text())["sets"]
     colours = sets["<colours>"]
     assert colours["measures"] == {"acc1": 12 / 13, "mean_per_class_recall": (3 + 0.75) / 4}
@@ -58,7 +58,7 @@ def test_json_holds_measures_chance_classes_and_what_was_left_out(written: tuple
     assert sets["multilabel"]["measures"] == {"mean_average_precision": 1.0}
 
 
-def test_markdown_and_page_say_the_same(written: tuple[Path, list[Evaluated]]) -> None:
+def test_markdown_and_html_contain_the_same_values(written: tuple[Path, list[Evaluated]]) -> None:
     text, page = ((written[0] / name).read_text() for name in ("report.md", "report.html"))
     for said in ("0.9231", "0.2500", "acc5 is undefined under five classes", "1 images cannot be read"):
         assert said in text
@@ -68,7 +68,7 @@ def test_markdown_and_page_say_the_same(written: tuple[Path, list[Evaluated]]) -
     assert "![" in text and "nearest.png" in text
 
 
-def test_what_comes_from_data_is_escaped_and_nothing_is_loaded(written: tuple[Path, list[Evaluated]]) -> None:
+def test_text_from_data_is_escaped_and_nothing_external_is_loaded(written: tuple[Path, list[Evaluated]]) -> None:
     page = (written[0] / "report.html").read_text()
     assert "<colours>" not in page and "&lt;colours&gt;" in page
     assert "none &amp; &lt;nothing&gt;" in page
@@ -79,7 +79,7 @@ def test_what_comes_from_data_is_escaped_and_nothing_is_loaded(written: tuple[Pa
     assert "<colours>" not in text and "(%3Ccolours%3E/nearest.png)" in text
 
 
-def test_the_sheet_shows_the_nearest_images_and_frames_the_right_ones(
+def test_the_sheet_shows_the_nearest_images_and_frames_correct_ones(
     written: tuple[Path, list[Evaluated]],
 ) -> None:
     colours, retrieval, _ = written[1]
@@ -100,7 +100,7 @@ def test_the_sheet_holds_the_images_colours(written: tuple[Path, list[Evaluated]
 
 
 @pytest.mark.parametrize("classes", [3, 40, 70])
-def test_the_confusion_of_any_number_of_classes_is_drawn_whole_or_by_its_errors(classes: int) -> None:
+def test_the_confusion_matrix_shows_all_classes_or_those_with_most_errors(classes: int) -> None:
     labels = np.arange(4 * classes) % classes
     chance = np.random.default_rng(0)
     vectors = np.eye(classes)

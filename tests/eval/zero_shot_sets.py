@@ -1,4 +1,4 @@
-"""Small real image sets in the three layouts, and functions that embed them without a model."""
+"""Small image sets in the three layouts, and embedding functions without a model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (128, 128, 128)}
 
 
-def picture(colour: tuple[int, int, int], shade: int = 0, kind: str = "PNG") -> bytes:
-    """An image of one colour, as bytes of a file."""
+def image_bytes(colour: tuple[int, int, int], shade: int = 0, kind: str = "PNG") -> bytes:
+    """The encoded file of an image of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", (12, 10), tuple(max(0, value - shade) for value in colour)).save(buffer, kind)
     return buffer.getvalue()
@@ -26,12 +26,12 @@ def write_folder(folder: Path, each: int = 3) -> Path:
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
         for number in range(each):
-            (folder / name / f"{number}.png").write_bytes(picture(colour, 4 * number))
+            (folder / name / f"{number}.png").write_bytes(image_bytes(colour, 4 * number))
     return folder
 
 
 def write_tar(path: Path, members: Mapping[str, bytes | str]) -> Path:
-    """A tar with these members, in their order."""
+    """Write a tar with these members in order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
@@ -43,7 +43,7 @@ def write_tar(path: Path, members: Mapping[str, bytes | str]) -> Path:
 
 
 def write_webdataset(folder: Path, kind: str = "classification", each: int = 3) -> Path:
-    """The same images as a webdataset of two tars, with JPEG, PNG and WebP in it."""
+    """Write the same images as a webdataset of two tars with JPEG, PNG and WebP members."""
     kinds = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))
     tars: list[dict[str, bytes | str]] = [{}, {}]
     number = 0
@@ -51,7 +51,7 @@ def write_webdataset(folder: Path, kind: str = "classification", each: int = 3) 
         for shade in range(each):
             encoder, suffix = kinds[number % 3]
             members, key = tars[number % 2], f"s{number:07d}"
-            members[f"{key}.{suffix}"] = picture(colour, 4 * shade, encoder)
+            members[f"{key}.{suffix}"] = image_bytes(colour, 4 * shade, encoder)
             if kind == "classification":
                 members[f"{key}.cls"] = str(label)
             elif kind == "multilabel":
@@ -80,12 +80,12 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of unit length, float32."""
+    """Normalize rows, float32."""
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 def embed_images(images: Sequence) -> tuple[np.ndarray, dict[int, str]]:
-    """The mean colour of each image, as a model that knows colours."""
+    """Embed images as their mean colour."""
     vectors, broken = np.ones((len(images), 3)), {}
     for row, image in enumerate(images):
         try:
@@ -97,7 +97,7 @@ def embed_images(images: Sequence) -> tuple[np.ndarray, dict[int, str]]:
 
 
 def embed_texts(texts: Sequence[str]) -> np.ndarray:
-    """The colour that a text names, and a little of its own."""
+    """Embed a text as the colour it names, with a small offset by its length."""
     rows = []
     for text in texts:
         colour = next((COLOURS[word] for word in text.split() if word in COLOURS), (1, 1, 1))
