@@ -24,8 +24,8 @@ from index.structure import check_structure
 
 # Beyond k, asked of a Flat index: ties across the cut are rarely longer.
 SPARE = 16
-# A faiss file that is mapped is checked byte by byte up to this size, which takes a fraction of a second. Of a larger
-# one only the structure is checked: to read all of it is what mapping avoids.
+# A file that is mapped is checked byte by byte up to this size, which takes a fraction of a second. Of a larger one
+# only the structure is checked: to read all of it is what mapping avoids.
 HASHED_WHEN_MAPPED = 2**28
 
 
@@ -60,7 +60,8 @@ class Index:
         """Open the index in `folder`, checking the length of every file, or at "hash" its every byte.
 
         The faiss file is checked byte by byte at "size" too, unless it is mapped and larger than 256 MiB: damage in it
-        could end the process. The sizes within it are checked in any case.
+        could end the process. The sizes within it are checked in any case. So are lists in a file of their own, which
+        is always mapped: damage in them could find other passages, or none.
 
         Args:
             folder: the index.
@@ -76,8 +77,16 @@ class Index:
         verify_files(index.manifest, "size")
         if verify == "hash":
             index.check(progress)
-        elif not mmap or index.manifest.files[FAISS_FILE].bytes <= HASHED_WHEN_MAPPED:
-            index.check(progress, [FAISS_FILE])
+        else:
+            mapped = {FAISS_FILE: mmap, LISTS_FILE: True}
+            index.check(
+                progress,
+                [
+                    name
+                    for name, entry in index.manifest.files.items()
+                    if name in mapped and not (mapped[name] and entry.bytes > HASHED_WHEN_MAPPED)
+                ],
+            )
         index.open_files()
         return index
 
@@ -211,7 +220,7 @@ class Index:
         return scores, rows
 
     def _refuse_damage(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Lists on disk are not read as a whole before they are searched: damage in them is seen in what is found."""
+        """Large lists on disk are not read as a whole before a search: damage in them is seen in what is found."""
         path = self.folder / (LISTS_FILE if LISTS_FILE in self.manifest.files else FAISS_FILE)
         if (wrong := (rows < -1) | (rows >= self.rows)).any():
             found = f"found row {int(rows[wrong][0])}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from index.faiss_index import Index
 from index.files import InputError
-from index.layout import FAISS_FILE
+from index.layout import FAISS_FILE, LISTS_FILE
 from index.passages import heading
 from index.several import Indexes, open_all
 from retriever.checking import checking
@@ -66,7 +66,7 @@ def open_indexes(
     Raises:
         InputError: as `index.several.open_all`, or a file is damaged.
     """
-    with checking(terminal, folders, None if verify else [FAISS_FILE]) as checked:
+    with checking(terminal, folders, None if verify else [FAISS_FILE, LISTS_FILE]) as checked:
         return open_all(folders, verify="hash" if verify else "size", mmap=mmap, progress=checked)
 
 
