@@ -219,8 +219,8 @@ def _judgement_rows(path: Path) -> Iterator[tuple[int, list[str], str]]:
                 raise InputError(f"{record.place}: expected a column '{column}', found {', '.join(record.fields)}")
         query = checked_query_id(record.fields["query-id"], record.place)
         passage = checked_id(record.fields["corpus-id"], record.place)
-        column = _grade_column(record)
-        yield number, [query, passage, _grade_text(record.fields[column] if column else 1)], record.place
+        grades = _grade_column(record)
+        yield number, [query, passage, _grade_text(record.fields[grades] if grades else 1)], record.place
 
 
 def _grade_column(record: Record) -> str | None:
