@@ -9,6 +9,7 @@ import numpy as np
 from eval.ranking import RankedRun
 from index.files import InputError
 
+WEIGHTS = "numbers that are 0 or from 1e-6 to 1e6, not all 0"
 METHODS = ("rrf", "minmax", "zscore")
 RRF_K = 60
 # Queries per batch; several arrays of their rankings are in memory at once.
@@ -38,7 +39,7 @@ def fuse(
     Args:
         runs: at least two runs.
         method: "rrf", "minmax" or "zscore".
-        weights: one weight per run, at least 0 and not all 0; by default 1 each. Score fusion often takes α
+        weights: one weight per run, 0 or from 1e-6 to 1e6, not all 0; by default 1 each. Score fusion often takes α
             and 1 − α.
         k: maximum number of passages per query in the fused run.
         rrf_k: the constant of "rrf", at least 1; larger values flatten the differences between ranks.
@@ -56,8 +57,8 @@ def fuse(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
     if len(runs) < 2:
         raise ValueError(f"runs: expected at least two to fuse, found {len(runs)}")
-    if len(shares) != len(runs) or not all(0 <= share < np.inf for share in shares) or not any(shares):
-        raise ValueError(f"weights: expected {len(runs)} numbers of 0 or more, not all 0, found {shares}")
+    if len(shares) != len(runs) or not are_weights(shares):
+        raise ValueError(f"weights: expected {len(runs)} of {WEIGHTS}, found {shares}")
     for name, value in (("k", k), ("rrf_k", rrf_k)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, found {value}")
@@ -87,6 +88,11 @@ def fuse(
             fused_rows[part], fused_scores[part] = best
     deepest = max(1, int((fused_rows >= 0).sum(axis=1).max(initial=0)))
     return RankedRun(queries, table, fused_rows[:, :deepest], fused_scores[:, :deepest])
+
+
+def are_weights(values: Sequence[float]) -> bool:
+    """Whether float32, in which sums are ranked, holds what these weights give."""
+    return all(value == 0 or 1e-6 <= value <= 1e6 for value in values) and any(values)
 
 
 def _common_rows(runs: Sequence[RankedRun]) -> tuple[list[str], list[np.ndarray]]:

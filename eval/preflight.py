@@ -25,7 +25,7 @@ from index.beir import (
     read_qrels,
 )
 from index.files import InputError
-from index.passages import Passage, parse_passage
+from index.passages import Passage, folded, parse_passage
 from index.records import Record, read_records
 
 LOCATIONS_SHOWN = 3
@@ -202,7 +202,7 @@ def _read_queries(found: Preflight, path: Path, qrels: Qrels, judged_in: Path, d
             what = f"{record.place}: expected each query id once, found {query} again"
             found.add("duplicate query ids", what, error=True)
             continue
-        texts[query] = " ".join(text.casefold().split())
+        texts[query] = folded(text)
         if query in qrels:
             sample.add(query, text)
             earlier = first.setdefault(texts[query], query)

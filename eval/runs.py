@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 from array import array
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import numpy as np
 from eval.ranking import RankedRun
 from index.files import InputError, atomic_path
 from index.passages import COMMENT, checked_id, checked_query_id
-from index.records import open_text
+from index.records import read_lines
 
 COLUMNS = "query Q0 passage rank score tag"
 
@@ -59,14 +58,9 @@ def read_trec_run(path: Path) -> RankedRun:
             number, or a passage that its query already has. The message names the line.
     """
     lines = _Lines(path)
-    with open_text(path) as stream:
-        number = 0
-        try:
-            for number, line in enumerate(stream, start=1):
-                if line.strip() and not line.lstrip().startswith(COMMENT):
-                    lines.add(line, number)
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}:{number + 1}: cannot be read: {error}") from None
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip() and not line.lstrip().startswith(COMMENT):
+            lines.add(line, number)
     return lines.run()
 
 
@@ -87,7 +81,8 @@ class _Lines:
         query, _, passage, rank, score_text, _ = columns
         try:
             int(rank)
-            if "_" in score_text:  # which Python allows between digits
+            # Python allows _ between digits, and digits of other scripts.
+            if "_" in score_text or not score_text.isascii():
                 raise ValueError
             score = float(score_text)
         except ValueError:

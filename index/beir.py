@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 from index.files import InputError
 from index.passages import COMMENT, Passage, checked_id, checked_query_id, read_passages
-from index.records import Record, open_text, read_records
+from index.records import Record, read_lines, read_records
 
 Qrels = dict[str, dict[str, int]]
 """Query id -> passage id -> grade. A grade above 0 means relevant."""
@@ -24,6 +23,8 @@ GRADE_HEADS = ("score", "relevance", "rel", "label", "grade")
 # Column positions in a line of qrels.
 QUERY, PASSAGE = 0, -2
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+# Words that stand for values, and not for columns.
+NO_GRADES = ("nan", "inf", "infinity", "true", "false", "none", "null")
 # Grades are stored as 64-bit integers; no data set in use has larger ones.
 GRADE_LIMIT = 2**31
 
@@ -188,7 +189,8 @@ def read_qrels(path: Path) -> Qrels:
     The first line is data unless its columns are the names of a header (query-id, corpus-id, score). Every line has as
     many columns as the first. Lines that begin with # are comments, as in trec_eval 10. A judgement may be repeated;
     two different grades for one pair are refused. Grades are integers, which may be written as 1.0. A Parquet file has
-    columns query-id and corpus-id, and optionally score (without it all are relevant, as in NanoBEIR).
+    columns query-id and corpus-id, and a score under any of GRADE_HEADS. Without a third column all are relevant, as in
+    NanoBEIR.
 
     Raises:
         InputError: the file is missing or a line is malformed; the message names the line.
@@ -197,6 +199,8 @@ def read_qrels(path: Path) -> Qrels:
     for line, (_, columns, place) in enumerate(judgement_lines(path)):
         if line == 0 and is_header(columns):
             judgements.begin(columns, place)
+        elif line == 0 and path.suffix != ".parquet" and (mistake := header_mistake(columns)):
+            raise InputError(f"{place}: {mistake}")
         else:
             judgements.add(columns, place)
     judgements.check()
@@ -214,15 +218,10 @@ def judgement_lines(path: Path) -> Iterator[tuple[int, list[str], str]]:
     if path.suffix == ".parquet":
         yield from _judgement_rows(path)
         return
-    with open_text(path) as stream:
-        number = 0
-        try:
-            for number, line in enumerate(stream, start=1):
-                columns = line.split()
-                if columns and not columns[0].startswith(COMMENT):
-                    yield number, columns, f"{path}:{number}"
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}:{number + 1}: cannot be read: {error}") from None
+    for number, line in enumerate(read_lines(path), start=1):
+        columns = line.split()
+        if columns and not columns[0].startswith(COMMENT):
+            yield number, columns, f"{path}:{number}"
 
 
 def _judgement_rows(path: Path) -> Iterator[tuple[int, list[str], str]]:
@@ -232,7 +231,25 @@ def _judgement_rows(path: Path) -> Iterator[tuple[int, list[str], str]]:
                 raise InputError(f"{record.place}: expected a column '{column}', found {', '.join(record.fields)}")
         query = checked_query_id(record.fields["query-id"], record.place)
         passage = checked_id(record.fields["corpus-id"], record.place)
-        yield number, [query, passage, _grade_text(record.fields.get("score", 1))], record.place
+        grades = _grade_column(record)
+        yield number, [query, passage, _grade_text(record.fields[grades] if grades else 1)], record.place
+
+
+def _grade_column(record: Record) -> str | None:
+    """The column of a Parquet file that holds the grades; none where it has only ids.
+
+    Raises:
+        InputError: it has other columns, and none or several of them are called a grade: to take all judgements for
+            relevant would be a guess.
+    """
+    others = [column for column in record.fields if column not in ("query-id", "corpus-id")]
+    if "score" in others:
+        return "score"
+    named = [column for column in others if head_names([column])[0] in GRADE_HEADS]
+    others = [column for column in others if not column.startswith("__index_level_")]  # of pandas
+    if len(named) == 1 or not others:
+        return named[0] if named else None
+    raise InputError(f"{record.place}: expected one column of grades, called 'score', found {', '.join(others)}")
 
 
 def _grade_text(value: Any) -> str:
@@ -258,6 +275,17 @@ def is_header(columns: list[str]) -> bool:
     """Whether a line is a header: its first column names a query id and its last a grade."""
     heads = head_names(columns)
     return heads[0] in QUERY_HEADS and heads[-1] in GRADE_HEADS
+
+
+def header_mistake(columns: list[str]) -> str:
+    """What is wrong with a first line that is no header and cannot be a judgement; empty for one that can."""
+    last = columns[-1].strip("\"'").casefold()
+    # A line of another width, or with a value that is no grade, is a broken judgement.
+    if len(columns) not in (3, 4) or not last[:1].isalpha() or last in NO_GRADES:
+        return ""
+    if head_names(columns)[0] in PASSAGE_HEADS:
+        return f"expected the query's id in the first column, found {columns[0]!r:.40}"
+    return f"expected a header (query-id, corpus-id, score) or a judgement, found {' '.join(columns)!r:.60}"
 
 
 def head_names(columns: list[str]) -> list[str]:

@@ -37,6 +37,11 @@ def heading(title: str, text: str) -> str:
     return "" if title.split() == text.split() else title
 
 
+def folded(text: str) -> str:
+    """The text without case, and with one blank for any white space: texts that agree in it say the same."""
+    return " ".join(text.casefold().split())
+
+
 def one_line(title: str, text: str) -> str:
     """Title and text on one line, for display."""
     return " ".join(f"{heading(title, text)} {text}".split())

@@ -192,10 +192,24 @@ def _first_line(error: Exception) -> str:
 
 
 def count_records(path: Path) -> int:
-    """Approximate number of rows, for progress bars: the lines of a text file, the exact number of a Parquet file."""
+    """Approximate number of rows, for progress bars: the lines of a text file, the exact number of a Parquet file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     if path.name.endswith(".parquet"):
+        import pyarrow
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_metadata(path).num_rows
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
-        return sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))
+        try:
+            return pyarrow.parquet.read_metadata(path).num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from None
+    lines = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
+            while block := stream.read(2**20):
+                lines += block.count(b"\n")
+    except UNREADABLE as error:
+        raise _unreadable(path, lines, error) from None
+    return lines

@@ -56,7 +56,7 @@ def _restore_group(size: int, world: bool) -> GroupHandle:
     )
 
 
-class _LossWithScale(nn.Module):
+class LossWithScale(nn.Module):
     """Base class of losses with the 0-dim parameter `log_logit_scale`.
 
     The parameter is the logarithm of the scale, so its steps are relative to the scale. The scale is clamped at
@@ -133,7 +133,7 @@ class _ClampFromAbove(torch.autograd.Function):
         return torch.where((value >= ctx.limit) & (upstream < 0), 0, upstream), None
 
 
-class InfCLLoss(_LossWithScale):
+class InfCLLoss(LossWithScale):
     """`inf_cl_loss` as a module with a learnable, clamped logit_scale.
 
     See `inf_cl_loss` for the arguments it shares with this class. Exclude `log_logit_scale` from weight decay, which
@@ -224,7 +224,7 @@ class InfCLLoss(_LossWithScale):
         return f"symmetric={self.symmetric}, {super().extra_repr()}"
 
 
-class SigmoidLoss(_LossWithScale):
+class SigmoidLoss(LossWithScale):
     """`sigmoid_loss` as a module with a learnable, clamped logit_scale and a learnable logit_bias.
 
     The initial values are those of SigLIP (Zhai et al., arXiv 2303.15343). See `sigmoid_loss` for the arguments it

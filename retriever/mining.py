@@ -14,6 +14,7 @@ from eval.ranking import rows_of
 from index.beir import BeirDataset
 from index.exact import search as exact
 from index.files import atomic_path
+from index.passages import folded
 from index.store.reader import EmbeddingStore
 from retriever.encode import EncodeOptions
 from retriever.encode_files import embed_corpus, embed_queries
@@ -32,10 +33,19 @@ def mine_with_towers(
     negatives: int,
     depth: int,
     max_share: float,
+    keep_identical_ids: bool = False,
 ) -> tuple[int, int]:
     """Embed corpus and queries, then `mine`. `embeddings` is the corpus's store; none for a temporary one."""
     # Before hours of encoding, not after.
-    dataset.check(passage.id for passage in dataset.passages())
+    sought = dataset.judged | dataset.queries.keys()
+    found = {passage.id for passage in dataset.passages() if passage.id in sought}
+    dataset.check(found)
+    own = sum(query in found and query not in dataset.qrels[query] for query in dataset.queries)
+    if own and not keep_identical_ids:
+        terminal.line(
+            f"{dataset.name}: passages that are no negatives of a query because they have its id and are not judged "
+            f"for it: {own:,} (--keep-identical-ids takes them)"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = embeddings or Path(temporary) / "embeddings"
         store = embed_corpus(towers, dataset.corpus_file, folder, options, terminal)
@@ -54,6 +64,7 @@ def mine_with_towers(
                 device=str(towers.device),
                 progress=advance,
                 keys=keys,
+                keep_identical_ids=keep_identical_ids,
             )
 
 
@@ -69,12 +80,14 @@ def mine(
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     keys: np.ndarray | None = None,
+    keep_identical_ids: bool = False,
 ) -> tuple[int, int]:
     """Write one JSON line a query with its text, its positives, and its hardest negatives, best first.
 
-    Passages are compared by their text (title and text, stripped), not by their id. Candidates are the `depth`
-    different texts that score best for the query, without empty ones, without the positives of any query of the same
-    text, and without the passage that has the query's id, unless the qrels judge it. Of them, those that score above
+    Passages are compared by their text (title and text), not by their id, and queries likewise: texts that differ only
+    in case or white space are the same. Candidates are the `depth` different texts that score best for the query,
+    without empty ones, without the positives of any query of the same text, and without the passage that has the
+    query's id, unless the qrels judge it. Of them, those that score above
     `max_share` of the best positive are dropped: many of these are unjudged positives (positive-aware mining,
     NV-Retriever, arXiv 2407.15831). A text that several passages have scores as the best of them. The file serves as a
     training source as it is; a query is not in it when all its positives are empty.
@@ -91,6 +104,7 @@ def mine(
         progress: called with the rows of the corpus searched since the last call. Where copies leave a query too few
             candidates, the corpus is searched again for it.
         keys: what `text_keys` gives for the store; computed here when left out.
+        keep_identical_ids: passages that have their query's id and are not judged for it are candidates too.
 
     Returns:
         Queries written, and how many of them got fewer than `negatives`.
@@ -111,7 +125,7 @@ def mine(
     best = _best_positive_scores(queries, relevant, store)
     limits = best - (1.0 - max_share) * np.abs(np.where(np.isfinite(best), best, 0))
     banned = [
-        keys[[*positives, *_own_passage(dataset, query, row_of)]]
+        keys[[*positives, *([] if keep_identical_ids else _own_passage(dataset, query, row_of))]]
         for query, positives in zip(dataset.queries, relevant, strict=True)
     ]
 
@@ -126,7 +140,7 @@ def mine(
     short = written = 0
     with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for text, positives, found in zip(dataset.queries.values(), own_positives, chosen, strict=True):
-            positive_texts = list({int(keys[row]): texts[row] for row in positives if texts[row]}.values())
+            positive_texts = list({_as_read(texts[row]): texts[row] for row in positives if texts[row]}.values())
             if positive_texts:
                 line = {"query": text, "positive": positive_texts, "negatives": [texts[row] for row in found]}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -136,7 +150,7 @@ def mine(
 
 
 def text_keys(store: EmbeddingStore, progress: Callable[[int], None] | None = None) -> np.ndarray:
-    """64 bits of a hash of every passage's text, uint64 [N]: equal texts have equal keys.
+    """64 bits of a hash of every passage's text, uint64 [N]: texts that differ only in case and white space share one.
 
     Two of ten million different texts share a key once in 370,000 corpora, and then one candidate less is found.
     """
@@ -148,9 +162,13 @@ def text_keys(store: EmbeddingStore, progress: Callable[[int], None] | None = No
     return keys
 
 
-def _key(text: str) -> int:
+def _as_read(text: str) -> str:
     # Training reads U+FFFD for NUL.
-    content = text.replace("\0", "\ufffd").encode()
+    return text.replace("\0", "\ufffd")
+
+
+def _key(text: str) -> int:
+    content = folded(_as_read(text)).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
@@ -158,9 +176,9 @@ def _shared_by_text(queries: Sequence[str], positives: Sequence[list[int]]) -> l
     """For each query, the rows of the positives of all queries that have its text."""
     by_text: dict[str, list[int]] = {}
     for query, rows in zip(queries, positives, strict=True):
-        by_text.setdefault(query.strip(), []).extend(rows)
+        by_text.setdefault(folded(query), []).extend(rows)
     shared = {text: list(dict.fromkeys(rows)) for text, rows in by_text.items()}
-    return [shared[query.strip()] for query in queries]
+    return [shared[folded(query)] for query in queries]
 
 
 def _own_passage(dataset: BeirDataset, query: str, row_of: dict[str, int]) -> list[int]:

@@ -14,19 +14,19 @@ from torch.nn import Parameter
 from transformers import TrainerCallback, trainer
 from transformers.trainer_callback import ExportableState
 
-from losses.modules import LearnedScale
+from losses.modules import LossWithScale
 
 logger = logging.getLogger(__name__)
 # Each with its number among the scales that its trainer optimizes.
-_known: weakref.WeakKeyDictionary[LearnedScale, int] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[LossWithScale, int] = weakref.WeakKeyDictionary()
 
 
-def remember(scale: LearnedScale) -> None:
+def remember(scale: LossWithScale) -> None:
     """Save and restore this module's `log_logit_scale` with the checkpoints of every trainer that optimizes it."""
     _known[scale] = 0
 
 
-def number_of(scale: LearnedScale) -> int:
+def number_of(scale: LossWithScale) -> int:
     """Its place among the scales that its trainer optimizes, the same on all ranks; 0 without a trainer."""
     return _known.get(scale, 0)
 
@@ -70,7 +70,7 @@ class LearnedScaleCallback(TrainerCallback, ExportableState):
                 parameter.fill_(value)
 
 
-def _scales_in(optimizer: Any) -> list[LearnedScale]:
+def _scales_in(optimizer: Any) -> list[LossWithScale]:
     scales = {id(each.log_logit_scale): each for each in _known}
     groups = [] if optimizer is None else optimizer.param_groups
     return [scales[id(each)] for group in groups for each in group["params"] if id(each) in scales]

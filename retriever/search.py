@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from index.ann.index import Index
-from index.ann.layout import FAISS_FILE
+from index.ann.layout import FAISS_FILE, LISTS_FILE
 from index.ann.multi_index import MultiIndex, open_all
 from index.files import InputError
 from index.passages import heading
@@ -66,7 +66,7 @@ def open_indexes(
     Raises:
         InputError: as `index.ann.multi_index.open_all`, or a file is damaged.
     """
-    with checking(terminal, folders, None if verify else [FAISS_FILE]) as checked:
+    with checking(terminal, folders, None if verify else [FAISS_FILE, LISTS_FILE]) as checked:
         return open_all(folders, verify="hash" if verify else "size", mmap=mmap, progress=checked)
 
 

@@ -69,7 +69,8 @@ class Index:
         """Open the index in `folder`.
 
         Sizes within the faiss file are always checked. Its sha256 is checked too, even with `verify="size"`, unless it
-        is memory-mapped and larger than 256 MiB, because a damaged faiss file can crash the process.
+        is memory-mapped and larger than 256 MiB, because a damaged faiss file can crash the process. The same holds for
+        inverted lists in a file of their own, which is always memory-mapped: damaged lists give other results.
 
         Args:
             folder: folder of the index.
@@ -85,8 +86,16 @@ class Index:
         verify_files(index.manifest, "size")
         if verify == "hash":
             index.check(progress)
-        elif not mmap or index.manifest.files[FAISS_FILE].bytes <= HASHED_MMAP_BYTES:
-            index.check(progress, [FAISS_FILE])
+        else:
+            mapped = {FAISS_FILE: mmap, LISTS_FILE: True}
+            index.check(
+                progress,
+                [
+                    name
+                    for name, entry in index.manifest.files.items()
+                    if name in mapped and not (mapped[name] and entry.bytes > HASHED_MMAP_BYTES)
+                ],
+            )
         index.open_files()
         return index
 
@@ -227,7 +236,7 @@ class Index:
         return scores, rows
 
     def _check_results(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Refuse invalid rows and scores: lists on disk are not verified before a search, so damage shows up here."""
+        """Refuse invalid rows and scores: large lists on disk are not verified before a search."""
         path = self.folder / (LISTS_FILE if LISTS_FILE in self.manifest.files else FAISS_FILE)
         if (wrong := (rows < -1) | (rows >= self.rows)).any():
             found = f"found row {int(rows[wrong][0])}"

@@ -74,8 +74,11 @@ class EvaluateCompare:
                 raise ValueError(f"--fuse: expected names joined by +, found {names!r}")
             if self.weights and len(self.weights) != len(parts):
                 raise ValueError(f"--weights: expected {len(parts)} for {names}, found {len(self.weights)}")
-        if self.weights and (min(self.weights) < 0 or not any(self.weights)):
-            raise ValueError("--weights: expected numbers of 0 or more, not all 0")
+        if self.weights:
+            from eval.fusion import WEIGHTS, are_weights
+
+            if not are_weights(self.weights):
+                raise ValueError(f"--weights: expected {WEIGHTS}, found {' '.join(map(str, self.weights))}")
 
     def run(self, terminal: Terminal) -> int:
         from eval.reports.files import json_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from index.files import InputError
-from retriever.commands.common import Embedding, answer, check_counts
+from retriever.commands.common import Embedding, Switch, answer, check_counts
 from retriever.progress import Terminal
 
 
@@ -28,6 +28,9 @@ class Mine(Embedding):
     """Candidates a query: the texts that score best for it, copies, empty ones and positives left out."""
     max_share: float = 0.95
     """A candidate above this share of the best positive's score is taken for an unjudged positive and dropped."""
+
+    keep_identical_ids: Switch = False
+    """Take passages that have their query's id and are not judged for it; they are left out as in evaluation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +56,7 @@ class Mine(Embedding):
             negatives=self.negatives,
             depth=self.depth,
             max_share=self.max_share,
+            keep_identical_ids=self.keep_identical_ids,
         )
         answer(self.json, {"out": str(self.out), "queries": written, "with_fewer_negatives": short})
         return 0

@@ -49,7 +49,7 @@ class Search(Embedding):
     """Leave the index on disk and read what a search touches, for indexes larger than memory."""
     verify: Switch = False
     """Check the sha256 of every file of the index first, which reads all of it. Without, that of index.faiss is checked
-    (with --mmap, up to 256 MiB), and of the other files what is read."""
+    (with --mmap, up to 256 MiB) and that of lists on disk (up to 256 MiB), and of the other files what is read."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ class Serve(Embedding):
     """Leave the index on disk and read what a search touches, for indexes larger than memory."""
     verify: Switch = False
     """Check the sha256 of every file of the index first, which reads all of it. Without, that of index.faiss is checked
-    (with --mmap, up to 256 MiB), and of the other files what is read."""
+    (with --mmap, up to 256 MiB) and that of lists on disk (up to 256 MiB), and of the other files what is read."""
     pictures: Path | None = None
     """The folder whose pictures were indexed: the page shows those that were found."""
     host: str = "127.0.0.1"

@@ -101,6 +101,11 @@ def test_bad_arguments_are_refused() -> None:
         ({"runs": [A, B], "method": "borda"}, "rrf, minmax, zscore"),
         ({"runs": [A, B], "weights": [1.0]}, "weights: expected 2"),
         ({"runs": [A, B], "weights": [0.0, 0.0]}, "not all 0"),
+        # Sums of these would all be infinite, or all 0.
+        *(
+            ({"runs": [A, B], "weights": [weight, 1.0]}, "0 or from 1e-6 to 1e6")
+            for weight in (float("nan"), float("inf"), 1e308, 1e-320, -1.0)
+        ),
         ({"runs": [A, B], "k": 0}, "k: expected at least 1"),
         ({"runs": [{"q": {"d": float("inf")}}, B], "method": "minmax"}, "infinity"),
     ):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from beir.datasets.data_loader import GenericDataLoader
 
+from eval.runs import read_trec_run
 from index.beir import BeirDataset, is_beir_folder, read_qrels, read_queries
 from index.files import InputError
 
@@ -106,6 +109,28 @@ def test_a_header_of_other_columns_is_refused(tmp_path: Path, header: str, messa
         read_qrels(write(tmp_path / "test.tsv", f"{header}\n" + as_text(TABLE)))
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("corpus-id\tquery-id\tscore", "expected the query's id in the first column, found 'corpus-id'"),
+        ("query-id\tscore\tcorpus-id", "expected a header .* found 'query-id score corpus-id'"),
+        ("score\tquery-id\tcorpus-id", "expected a header .* found 'score query-id corpus-id'"),
+        ("id\tquery-id\tcorpus-id\tscore", "expected a header .* found 'id query-id corpus-id score'"),
+        ('"query-id"\t"corpus-id"\t"score"', 'expected a header .* found \'"query-id" '),
+        ("doc\td1\ttrue", "expected a whole number as grade, found 'true'"),
+    ],
+)
+def test_a_first_line_that_is_neither_a_header_nor_a_judgement_is_named(
+    tmp_path: Path, header: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=rf"test\.tsv:1: {message}"):
+        read_qrels(write(tmp_path / "test.tsv", f"{header}\n" + as_text(TABLE)))
+
+
+def test_a_query_may_be_called_as_a_column_is(tmp_path: Path) -> None:
+    assert read_qrels(write(tmp_path / "test.tsv", "doc\td1\t1\n")) == {"doc": {"d1": 1}}
+
+
 @pytest.mark.parametrize("grade", ["1", "+1", "1.0", "1.", "1.000", "1e0", "1.0e+00", "10e-1"])
 def test_integer_grades_in_any_notation(tmp_path: Path, grade: str) -> None:
     assert read_qrels(write(tmp_path / "test.tsv", f"q1\td1\t{grade}\n")) == {"q1": {"d1": 1}}
@@ -150,6 +175,30 @@ def test_grades_of_parquet_files(tmp_path: Path, grades: list[object], expected:
             read_qrels(path)
 
 
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({}, {"d1": 1, "d2": 1}),
+        ({"__index_level_0__": [0, 1]}, {"d1": 1, "d2": 1}),
+        ({"Score": [0, 2]}, {"d1": 0, "d2": 2}),
+        ({"relevance": [0, 2], "iteration": [0, 0]}, {"d1": 0, "d2": 2}),
+        ({"score": [0, 2], "label": [1, 1]}, {"d1": 0, "d2": 2}),
+        ({"label": [0, 2], "grade": [1, 1]}, "found label, grade"),
+        ({"judgement": [0, 2]}, "found judgement"),
+    ],
+)
+def test_grades_of_a_parquet_file_are_never_guessed(
+    tmp_path: Path, columns: dict[str, list[object]], expected: object
+) -> None:
+    path = tmp_path / "qrels" / "test.parquet"
+    write_table(path, {"query-id": ["q", "q"], "corpus-id": ["d1", "d2"], **columns})
+    if isinstance(expected, dict):
+        assert read_qrels(path) == {"q": expected}
+    else:
+        with pytest.raises(InputError, match=rf"row 1: expected one column of grades, called 'score', {expected}"):
+            read_qrels(path)
+
+
 def test_lines_beginning_with_hash_are_comments(tmp_path: Path) -> None:
     text = f"# made by hand\n\n#\n{HEADER}q1\td1\t1\n#q1\td2\t1\n  # indented\nq1\t#d3\t2\n"
     path = write(tmp_path / "test.tsv", text)
@@ -178,11 +227,22 @@ def test_repeated_judgements_count_once(tmp_path: Path) -> None:
 def test_truncated_gzip_and_invalid_utf8_are_reported(tmp_path: Path) -> None:
     whole = gzip.compress((HEADER + "q1\td1\t1\n" * 2000).encode())
     (tmp_path / "test.tsv.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"test\.tsv\.gz:\d+: cannot be read"):
+    with pytest.raises(InputError, match=r"test\.tsv\.gz: cannot be read after line \d+: "):
         read_qrels(tmp_path / "test.tsv.gz")
-    (tmp_path / "latin.tsv").write_bytes("q1\té\t1\n".encode("latin-1"))
-    with pytest.raises(InputError, match=r"latin\.tsv:1: cannot be read"):
+    (tmp_path / "latin.tsv").write_bytes("q1\td\t1\nq1\té\t1\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.tsv:2: expected UTF-8, found byte 0xe9"):
         read_qrels(tmp_path / "latin.tsv")
+
+
+@pytest.mark.parametrize("read", [read_qrels, read_trec_run])
+def test_a_damaged_gzip_file_is_refused_wherever_its_damage_lies(tmp_path: Path, read: Callable) -> None:
+    line = "q{0} 0 d{0} 1\n" if read is read_qrels else "q{0} Q0 d{0} 1 {0} t\n"
+    whole = gzip.compress("".join(line.format(number) for number in range(3000)).encode())
+    path, rng = tmp_path / "file.gz", np.random.default_rng(0)
+    for place in [3, 10, 12, *rng.integers(18, len(whole), 30).tolist()]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with pytest.raises(InputError, match=r"file\.gz(: cannot be read after line \d+|:\d+: expected)"):
+            read(path)
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,22 @@ def test_invalid_rows_in_lists_on_disk_are_refused(
         Index.open(folder, mmap=True).search(vectors_of(200), 10)
 
 
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("value", [b"\0", b"\xff", None])
+def test_lists_on_disk_that_can_be_read_quickly_are_checked_before_a_search(
+    tmp_path: Path, make_store: Callable, mmap: bool, value: bytes | None
+) -> None:
+    folder = tmp_path / "index"
+    build(make_store(vectors_of(200), shard_rows=200), folder, Plan("IVF4,SQ8", on_disk=True))
+    assert Index.open(folder, mmap=mmap).search(vectors_of(1), 10)[1][0, 0] == 0
+    data = bytearray((folder / "lists.ivfdata").read_bytes())
+    # Rows of -1 alone, with which nothing is found; of 0 alone; and one bit of a vector.
+    data[:] = bytes([data[0] ^ 1]) + data[1:] if value is None else value * len(data)
+    (folder / "lists.ivfdata").write_bytes(data)
+    with pytest.raises(InputError, match=r"lists\.ivfdata: damaged: expected sha256"):
+        Index.open(folder, mmap=mmap)
+
+
 def test_a_search_names_the_damaged_file(tmp_path: Path, make_store: Callable) -> None:
     build(make_store(vectors_of(20), shard_rows=20), tmp_path / "index")
     folder = tmp_path / "index"

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from index.files import InputError
-from index.records import read_lines, read_records
+from index.records import count_records, read_lines, read_records
 
 
 def rows(path: Path) -> list[dict]:
@@ -215,3 +215,21 @@ def test_read_lines_reads_gzip_and_reports_invalid_utf8(tmp_path: Path) -> None:
     assert list(read_lines(written(tmp_path / "a.txt.gz", "a\n\nb"))) == ["a", "", "b"]
     with pytest.raises(InputError, match=r"a\.txt:2: expected UTF-8, found byte 0xff"):
         list(read_lines(written(tmp_path / "a.txt", b"a\n\xff\n")))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_rows_of_a_damaged_file_are_not_counted(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith(".gz"):
+        whole = gzip.compress("".join(f'{{"_id": "{number}"}}\n' for number in range(3000)).encode())
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"_id": list(range(3000))}), path)
+        whole = path.read_bytes()
+    path.write_bytes(whole)
+    assert count_records(path) == 3000
+    middle = len(whole) // 2
+    damaged = whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]
+    for data in (whole[:middle], b"neither", *([damaged] if name.endswith(".gz") else [])):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=rf"{name}: cannot be read"):
+            count_records(path)

@@ -281,6 +281,10 @@ def test_judged_queries_without_text_are_refused_or_allowed_and_count(place: Pat
         (["{p}/poor", "--out", "{p}/poor"], 1, "--out: expected a folder of its own"),
         (["{p}/poor", "--fuse", "poor"], 2, "--fuse: expected names joined by +"),
         (["{p}/poor", "{p}/good", "--fuse", "poor+good", "--weights", "1"], 2, "--weights: expected 2"),
+        *(
+            (["{p}/poor", "{p}/good", "--fuse", "poor+good", "--weights", weight, "1"], 2, f"found {weight} 1.0")
+            for weight in ("nan", "inf", "1e+308", "1e-320", "-1.0")
+        ),
         (["{p}/poor", "{p}/good", "--baseline", "best"], 1, "--baseline: expected one of poor, good, found best"),
         (["{p}/poor", "{p}/good", "--measure", "ndcg@7"], 1, "--measure: expected one of ndcg, map"),
         (["{p}/poor", "--permutations", "0"], 2, "--permutations: expected at least 1"),

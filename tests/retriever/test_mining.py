@@ -65,14 +65,14 @@ def test_negatives_are_those_of_a_full_sort(tmp_path: Path) -> None:
 
 
 # Few texts, so that copies are common: " a" and ("a", "") are "a" once title and text are joined and stripped.
-TEXTS = st.sampled_from(["", " ", "a", " a", "b", "b ", "c", "d", "e\0", "e\ufffd"])
+TEXTS = st.sampled_from(["", " ", "a", " a", "A", "b", "b ", "c", "d", "D  d", "d\td", "e\0", "e\ufffd"])
 PASSAGES = st.lists(st.tuples(st.sampled_from(["", "a", "t"]), TEXTS), min_size=1, max_size=14)
 
 
 @st.composite
 def corpora(draw: st.DrawFn) -> dict:
     passages = draw(PASSAGES)
-    queries = draw(st.lists(st.sampled_from(["q", "q ", "r"]), min_size=1, max_size=4))
+    queries = draw(st.lists(st.sampled_from(["q", "q ", "Q", "q q", "q  Q", "r"]), min_size=1, max_size=4))
     grades = st.dictionaries(st.integers(0, len(passages) - 1), st.integers(0, 2), min_size=1, max_size=4)
     numbers = st.integers(-3, 3)
     vector = st.tuples(numbers, numbers)
@@ -87,6 +87,7 @@ def corpora(draw: st.DrawFn) -> dict:
         "negatives": draw(st.integers(1, 4)),
         "depth": draw(st.integers(1, 6)),
         "max_share": draw(st.sampled_from([0.5, 1.0])),
+        "keep_identical_ids": draw(st.booleans()),
     }
 
 
@@ -100,12 +101,24 @@ COPIES = {
     "negatives": 3,
     "depth": 1,
     "max_share": 1.0,
+    "keep_identical_ids": False,
+}
+# What differs in case and white space says the same.
+ALIKE = {
+    **COPIES,
+    "passages": [("", "A thing"), ("", "a  THING"), ("", "B"), ("", "b"), ("", "c\nc"), ("C", "c"), ("", "d")],
+    "queries": ["what is it", "What  is it"],
+    "judged": [{0: 1}, {2: 1}],
+    "negatives": 4,
 }
 
 
 @settings(max_examples=30, deadline=None)
 @given(corpora())
 @example(COPIES)
+@example(ALIKE)
+@example({**COPIES, "prefix": "q"})
+@example({**COPIES, "prefix": "q", "keep_identical_ids": True})
 def test_negatives_are_distinct_texts_and_no_positives_of_an_equal_query(corpus: dict) -> None:
     """Against a plain search over texts: all that the corpus has are found, however many copies stand before them."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -115,24 +128,31 @@ def test_negatives_are_distinct_texts_and_no_positives_of_an_equal_query(corpus:
     expected = []
     for q, (text, vector) in enumerate(zip(corpus["queries"], corpus["query_vectors"], strict=True)):
         scores = [float(np.dot(vector, passage)) for passage in corpus["vectors"]]
-        equal = [other for other, its in enumerate(corpus["queries"]) if its.strip() == text.strip()]
+        equal = [other for other, its in enumerate(corpus["queries"]) if _folded(its) == _folded(text)]
         relevant = {row for other in equal for row, grade in corpus["judged"][other].items() if grade > 0}
-        barred = {"", *(content[row] for row in relevant)}
-        if corpus["prefix"] == "q" and q < len(ids) and q not in corpus["judged"][q]:
-            barred.add(content[q])
+        barred = {"", *(_folded(content[row]) for row in relevant)}
+        own = corpus["prefix"] == "q" and q < len(ids) and q not in corpus["judged"][q]
+        if own and not corpus["keep_identical_ids"]:
+            barred.add(_folded(content[q]))
         best = max((scores[row] for row in relevant), default=-np.inf)
         ranked = sorted(range(len(ids)), key=lambda row: (scores[row], ids[row]), reverse=True)
-        first = {content[row]: scores[row] for row in reversed(ranked) if content[row] not in barred}
-        candidates = [each for each in dict.fromkeys(content[row] for row in ranked) if each in first]
-        candidates = candidates[: max(corpus["depth"], corpus["negatives"])]
+        candidates: dict[str, int] = {}
+        for row in ranked:
+            if _folded(content[row]) not in barred:
+                candidates.setdefault(_folded(content[row]), row)
+        looked_at = list(candidates.values())[: max(corpus["depth"], corpus["negatives"])]
         limit = best - (1 - corpus["max_share"]) * abs(best)
-        negatives = [each for each in candidates if first[each] <= limit][: corpus["negatives"]]
+        negatives = [content[row] for row in looked_at if scores[row] <= limit][: corpus["negatives"]]
         positives = {content[row] for row, grade in corpus["judged"][q].items() if grade > 0} - {""}
         if positives:
             expected.append((text, positives, negatives))
     found = [(row["query"], row["positive"], [_read(text) for text in row["negatives"]]) for row in mined]
     assert [(query, {*map(_read, positives)}, negatives) for query, positives, negatives in found] == expected
     assert all(len({*map(_read, positives)}) == len(positives) for _, positives, _ in found)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _read(text: str) -> str:
@@ -158,7 +178,7 @@ def _mined(corpus: dict, folder: Path) -> list[dict]:
         store=EmbeddingStore.open(folder / "store"),
         queries=np.array(corpus["query_vectors"], np.float32),
         out=out,
-        **{name: corpus[name] for name in ("negatives", "depth", "max_share")},
+        **{name: corpus[name] for name in ("negatives", "depth", "max_share", "keep_identical_ids")},
     )
     mined = [json.loads(line) for line in out.read_text().splitlines()]
     assert written == len(mined) and short == sum(len(row["negatives"]) < corpus["negatives"] for row in mined)
