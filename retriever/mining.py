@@ -15,6 +15,7 @@ from index import exact
 from index.beir import BeirDataset
 from index.embeddings import EmbeddingStore
 from index.files import atomic_path
+from retriever.data.false_negatives import without_spacing
 from retriever.encode import EncodeOptions
 from retriever.encode_files import embed_corpus, embed_queries
 from retriever.progress import Terminal
@@ -72,7 +73,7 @@ def mine(
 ) -> tuple[int, int]:
     """Write one JSON line a query with its text, its positives, and its hardest negatives, best first.
 
-    Passages are compared by their text (title and text, stripped), not by their id. Candidates are the `depth`
+    Passages are compared by their text (title and text, without their spacing), not by their id. Candidates are the `depth`
     different texts that score best for the query, without empty ones, without the positives of any query of the same
     text, and without the passage that has the query's id, unless the qrels judge it. Of them, those that score above
     `max_share` of the best positive are dropped: many of these are unjudged positives (positive-aware mining,
@@ -150,7 +151,7 @@ def text_keys(store: EmbeddingStore, progress: Callable[[int], None] | None = No
 
 def _key(text: str) -> int:
     # Training reads U+FFFD for NUL.
-    content = text.replace("\0", "\ufffd").encode()
+    content = without_spacing(text.replace("\0", "\ufffd")).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
@@ -158,9 +159,9 @@ def _shared_by_text(queries: Sequence[str], positives: Sequence[list[int]]) -> l
     """For each query, the rows of the positives of all queries that have its text."""
     by_text: dict[str, list[int]] = {}
     for query, rows in zip(queries, positives, strict=True):
-        by_text.setdefault(query.strip(), []).extend(rows)
+        by_text.setdefault(without_spacing(query), []).extend(rows)
     shared = {text: list(dict.fromkeys(rows)) for text, rows in by_text.items()}
-    return [shared[query.strip()] for query in queries]
+    return [shared[without_spacing(query)] for query in queries]
 
 
 def _own_passage(dataset: BeirDataset, query: str, row_of: dict[str, int]) -> list[int]:
