@@ -13,7 +13,7 @@ from torch import nn
 from index.files import InputError
 from retriever.folder_checks import check_folder, own_class
 from retriever.model_trial import Trial
-from retriever.text_settings import Side, check_settings, limit_lengths, text_tokenizer
+from retriever.text_settings import Side, check_lengths, check_settings, limit_lengths, text_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -166,14 +166,15 @@ def settle_tokenizer(transformer: Any, path: str) -> None:
     # Absolute positions (GPT-2) count the padding on the left; with it on the right, every family agrees.
     transformer.tokenizer.padding_side = "right"
     limit, longest = position_limit(transformer), transformer.max_seq_length
-    if limit is None:
-        return
-    if limit <= (special := text_tokenizer(transformer, "document").special_count):
+    special = text_tokenizer(transformer, "document").special_count
+    if limit is not None and limit <= special:
         raise InputError(f"{path}: expected more than {special} positions, the number of special tokens, found {limit}")
-    if longest is None or longest > limit:
+    if limit is not None and (longest is None or longest > limit):
         transformer.max_seq_length = limit
     try:
-        limit_lengths(transformer, limit)
+        if limit is not None:
+            limit_lengths(transformer, limit)
+        check_lengths(transformer)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

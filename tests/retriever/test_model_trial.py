@@ -84,7 +84,7 @@ def test_every_module_that_keeps_texts_apart_is_honoured(encoder: str, tmp_path:
 
 def test_a_module_that_mixes_tokens_is_refused_and_never_runs_across_texts(encoder: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", transformer(encoder), CNN(32, 8, [1, 3]), Pooling(16))
-    refuse(folder, "a text's embedding depends on the texts beside it: a module of it mixes padding")
+    refuse(folder, "a text's embedding depends on the texts beside it: its encoder or a module mixes padding")
     assert_embeds_alike(
         model_folder(tmp_path / "one", transformer(encoder), CNN(32, 8, [1]), Pooling(8)), padding_free=False
     )
