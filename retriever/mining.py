@@ -73,7 +73,7 @@ def mine(
 ) -> tuple[int, int]:
     """Write one JSON line a query with its text, its positives, and its hardest negatives, best first.
 
-    Passages are compared by their text (title and text, without their spacing), not by their id. Candidates are the `depth`
+    Passages are compared by their text (title and text, without spacing), not by their id. Candidates are the `depth`
     different texts that score best for the query, without empty ones, without the positives of any query of the same
     text, and without the passage that has the query's id, unless the qrels judge it. Of them, those that score above
     `max_share` of the best positive are dropped: many of these are unjudged positives (positive-aware mining,

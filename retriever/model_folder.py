@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from index.files import InputError
 from retriever.folder_checks import check_folder, own_class
-from retriever.model_trial import Trial
+from retriever.missing_weights import reported_missing, used_without_value
+from retriever.model_trial import Trial, trial_embeddings
 from retriever.text_settings import Side, check_lengths, check_settings, limit_lengths, text_tokenizer
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
     # fp32 whatever the file holds: training in bf16 weights loses small updates, and encoding chooses by autocast.
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     try:
-        model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
+        with reported_missing() as missing:
+            model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
     except faults as error:
         if "trust_remote_code" in str(error):
             raise InputError(f"{path}: the model has code of its own, which is not run") from error
@@ -81,6 +84,18 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
         settle_tokenizer(transformer, path)
     _cut_by_module(model, path)
     trial.check(model)
+    for side, transformer in towers.items():
+        made_up = used_without_value(
+            transformer.auto_model,
+            missing,
+            partial(trial_embeddings, model, transformer, side, path, faults),
+        )
+        if made_up:
+            kind = type(transformer.auto_model).__name__
+            raise InputError(
+                f"{path}: its files lack {len(made_up)} weights of the {kind} that its configuration describes "
+                f"({made_up[0]}, …)"
+            )
     return model
 
 

@@ -283,9 +283,9 @@ class Trainer:
                 if not told_of_no_negatives and self._step.lacks_negatives(batch):
                     told_of_no_negatives = True
                     self.terminal.line(
-                        f"step {state.step + 1}: no query of the batch has a negative, since its passages are positives of all "
-                        f"its queries in the data, or share queries with such: nothing is learnt from it (smaller batches "
-                        f"may have negatives; loss.mask_duplicates false keeps all; said once)"
+                        f"step {state.step + 1}: no query of the batch has a negative, since its passages are "
+                        f"positives of all its queries in the data, or share queries with such: nothing is learnt from it "
+                        f"(smaller batches may have negatives; loss.mask_duplicates false keeps all; said once)"
                     )
                 loss, grad_norm = self._step(batch, state.step)
                 state.step += 1

@@ -12,8 +12,8 @@ Integers = npt.NDArray[np.int64]
 
 MOST_PAIRS_A_QUERY = 32
 MOST_PAIRS = 2**22
-"""Of a batch: this many in any case (64 MiB; all pairs of 2,048 queries and passages), and so many a query on average in
-large batches. Lists that are longer cost more time in the loss than an exact mask is worth."""
+"""Of a batch: this many in any case (64 MiB; all pairs of 2,048 queries and passages), and so many a query on average
+in large batches. Lists that are longer cost more time in the loss than an exact mask is worth."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def find_false_negatives(
     A passage answers a query if the texts of both form a pair: one of the batch (a query with its positive), or one of
     `known`. Passages that answer the same queries of the batch share an id, the one of the queries that have such a
     passage as their positive. This covers duplicates, and all the passages of a label, without a list. The remaining
-    pairs are listed in `excluded`. If they are more than MOST_PAIRS, and more than MOST_PAIRS_A_QUERY times the queries,
-    ids become connected components of the graph of pairs instead: still no passage is a negative of a query that it
-    answers, but some passages that do not answer a query are left out too, and in the worst case all.
+    pairs are listed in `excluded`. If they are more than MOST_PAIRS, and more than MOST_PAIRS_A_QUERY times the
+    queries, ids become connected components of the graph of pairs instead: still no passage is a negative of a query
+    that it answers, but some passages that do not answer a query are left out too, and in the worst case all.
 
     Args:
         queries, positives: [M] integers, equal for equal texts.
