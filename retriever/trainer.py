@@ -284,8 +284,8 @@ class Trainer:
                     told_of_no_negatives = True
                     self.terminal.line(
                         f"step {state.step + 1}: no query of the batch has a negative, since its passages are "
-                        f"positives of all its queries in the data, or share queries with such: nothing is learnt from it "
-                        f"(smaller batches may have negatives; loss.mask_duplicates false keeps all; said once)"
+                        f"positives of all its queries in the data, or share queries with such: nothing is learnt "
+                        f"from it (smaller batches may have negatives; loss.mask_duplicates false keeps all; said once)"
                     )
                 loss, grad_norm = self._step(batch, state.step)
                 state.step += 1

@@ -215,3 +215,10 @@ def test_lines_of_a_file_that_is_no_text(tmp_path: Path) -> None:
     assert list(read_lines(written(tmp_path / "a.txt.gz", "a\n\nb"))) == ["a", "", "b"]
     with pytest.raises(InputError, match=r"a\.txt:2: expected UTF-8, found byte 0xff"):
         list(read_lines(written(tmp_path / "a.txt", b"a\n\xff\n")))
+
+
+def test_a_quote_that_closes_inside_a_cell_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('query\tpositive\nwhat\t"the" 5 inch disk\n')
+    with pytest.raises(InputError, match=r'a\.tsv:2: expected a row of cells.*write "" for each quote of its text'):
+        list(read_records(path))
