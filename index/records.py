@@ -132,7 +132,10 @@ def _separated(path: Path, delimiter: str) -> Iterator[LazyRow]:
                 yield partial(Record, place, dict(fields))
         except csv.Error as error:
             # The failing row begins after the last complete one.
-            raise InputError(f"{path}:{rows.line_num + 1}: expected a row of cells, found: {error}") from None
+            hint = ""
+            if "expected after" in str(error):
+                hint = '; a cell that begins with a quote ends at the next one: write "" for each quote of its text'
+            raise InputError(f"{path}:{rows.line_num + 1}: expected a row of cells, found: {error}{hint}") from None
         except UNREADABLE as error:
             raise _unreadable(path, rows.line_num, error) from None
 

@@ -99,8 +99,8 @@ class LossConfig:
     auto chooses by size."""
     mask_duplicates: bool = True
     """A passage that any row of the sources gives as a positive of a query's text is no negative of that query, for
-    inf_cl and sigmoid (where a batch holds more than 32 such pairs a query, groups of passages that share queries are
-    left out as a whole)."""
+    inf_cl and sigmoid; texts that differ in spacing alone are the same. (Where a batch holds more than 4,194,304 such
+    pairs, and more than 32 a query, passages that are connected by shared queries are left out as a whole.)"""
 
     def __post_init__(self) -> None:
         if not _positive(self.max_logit_scale):
@@ -115,6 +115,11 @@ class LossConfig:
         if self.name == "sigmoid" and self.implementation == "dense":
             raise ValueError("loss.implementation: expected auto, full, chunked or triton for the sigmoid loss")
         _check_least(self, "loss.", 1, "workspace_mib")
+
+    @property
+    def masks_false_negatives(self) -> bool:
+        """The literature's CLIP loss counts every other passage of the batch as a negative."""
+        return self.mask_duplicates and self.name != "clip"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from torch import nn
 
 from index.files import InputError
 from retriever.folder_checks import check_folder, own_class
-from retriever.model_trial import Trial
-from retriever.text_settings import Side, check_settings, limit_lengths, text_tokenizer
+from retriever.missing_weights import reported_missing, used_without_value
+from retriever.model_trial import Trial, trial_embeddings
+from retriever.text_settings import Side, check_lengths, check_settings, limit_lengths, text_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -60,7 +62,8 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
     # fp32 whatever the file holds: training in bf16 weights loses small updates, and encoding chooses by autocast.
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     try:
-        model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
+        with reported_missing() as missing:
+            model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
     except faults as error:
         if "trust_remote_code" in str(error):
             raise InputError(f"{path}: the model has code of its own, which is not run") from error
@@ -81,6 +84,18 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
         settle_tokenizer(transformer, path)
     _cut_by_module(model, path)
     trial.check(model)
+    for side, transformer in towers.items():
+        made_up = used_without_value(
+            transformer.auto_model,
+            missing,
+            partial(trial_embeddings, model, transformer, side, path, faults),
+        )
+        if made_up:
+            kind = type(transformer.auto_model).__name__
+            raise InputError(
+                f"{path}: its files lack {len(made_up)} weights of the {kind} that its configuration describes "
+                f"({made_up[0]}, …)"
+            )
     return model
 
 
@@ -166,14 +181,15 @@ def settle_tokenizer(transformer: Any, path: str) -> None:
     # Absolute positions (GPT-2) count the padding on the left; with it on the right, every family agrees.
     transformer.tokenizer.padding_side = "right"
     limit, longest = position_limit(transformer), transformer.max_seq_length
-    if limit is None:
-        return
-    if limit <= (special := text_tokenizer(transformer, "document").special_count):
+    special = text_tokenizer(transformer, "document").special_count
+    if limit is not None and limit <= special:
         raise InputError(f"{path}: expected more than {special} positions, the number of special tokens, found {limit}")
-    if longest is None or longest > limit:
+    if limit is not None and (longest is None or longest > limit):
         transformer.max_seq_length = limit
     try:
-        limit_lengths(transformer, limit)
+        if limit is not None:
+            limit_lengths(transformer, limit)
+        check_lengths(transformer)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

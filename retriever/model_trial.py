@@ -120,7 +120,7 @@ class Trial:
                 self.transformers[side].token_types = types
                 found = trial_embeddings(model, self.transformers[side], side, self.path, self.faults)
             if _differ(found, expected):
-                self._check_batch(model, side, "a module of it mixes padding into texts")
+                self._check_batch(model, side, "its encoder or a module mixes padding into texts")
                 raise InputError(
                     f"{self.path}: expected the embeddings of sentence-transformers, found others; a module of the "
                     f"folder, a setting or what its tokenizer gives beside token ids is not supported"

@@ -55,7 +55,7 @@ def open_training(
     if config.data.images:
         raise ConfigError("data.images: pictures need an image tower: set model.image.name")
     tables = open_tables(config.data, cache, terminal)
-    known = find_known_positives(tables, cache, terminal) if config.loss.mask_duplicates else None
+    known = find_known_positives(tables, cache, terminal) if config.loss.masks_false_negatives else None
     batches = open_batches(config, tables, towers, token_budget, share, known)
     for line in [*batches.schedule.lines(), *describe_source_prompts(towers, config.data.sources)]:
         terminal.line(line)

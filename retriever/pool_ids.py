@@ -49,5 +49,6 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
         np.concatenate([first_ids[own_pairs], last_ids[own_negatives]]),
         np.stack([rows[mine] - own_pairs.start, pool_rows[columns[mine]]], axis=1),
         masked=found.any,
+        nothing_left=found.no_negatives,
     )
     return replace(batch, false_negatives=own)

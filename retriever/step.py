@@ -107,10 +107,14 @@ class TrainStep:
             keep = -int(self.ranks.most(-(sum(counts) if keep == len(sizes) else keep)))
         return [MicroBatch(group, rows) for group, some in zip(batch.groups, lists, strict=True) for rows in some], keep
 
+    def lacks_negatives(self, batch: PreparedBatch) -> bool:
+        """Whether the masks leave no query of a batch a negative; the same on all ranks."""
+        found = batch.false_negatives
+        return found is not None and self.config.loss.masks_false_negatives and found.no_negatives
+
     def _masks(self, batch: PreparedBatch, device: torch.device) -> dict[str, Tensor]:
-        found, loss = batch.false_negatives, self.config.loss
-        # The literature's CLIP loss counts every other passage of the batch as a negative.
-        if found is None or loss.name == "clip" or not loss.mask_duplicates or not found.any:
+        found = batch.false_negatives
+        if found is None or not self.config.loss.masks_false_negatives or not found.any:
             return {}
         masks = {"query_ids": found.query_ids, "passage_ids": found.passage_ids, "excluded": found.excluded}
         return {name: to_device(torch.from_numpy(array), device) for name, array in masks.items()}

@@ -100,9 +100,11 @@ def check_settings(transformer: Any) -> None:
     if transformer.transformer_task != "feature-extraction":
         raise InputError(f"transformer_task: expected feature-extraction, found {transformer.transformer_task}")
     call = call_settings(transformer)
-    for name in ("query_length", "document_length"):
+    for name in ("max_seq_length", "query_length", "document_length"):
         length = getattr(transformer, name, None)
-        if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        # Of a tokenizer without a limit, max_seq_length may be 1e30 as a float.
+        kinds = (int, float) if name == "max_seq_length" else (int,)
+        if length is not None and (not isinstance(length, kinds) or isinstance(length, bool) or length < 1):
             raise InputError(f"{name}: expected a number above 0, found {length!r}")
     if expansion_of(transformer) is not None:
         if transformer.tokenizer.padding_side != "right":
@@ -114,6 +116,18 @@ def check_settings(transformer: Any) -> None:
         fixed = [text_tokenizer(transformer, side).max_length for side in SIDES]
         if expansion_of(transformer) is not None or fixed[0] != fixed[1]:
             raise InputError("processing_kwargs: return_attention_mask: expected true, or one length for both sides")
+
+
+def check_lengths(transformer: Any) -> None:
+    """Raises InputError where the lengths of a side leave no token for the text."""
+    for side in SIDES:
+        # Where special tokens alone are more than a text may have, transformers does not cut it at all.
+        tokenizer = text_tokenizer(transformer, side)
+        if tokenizer.max_length is not None and tokenizer.max_length <= tokenizer.special_count:
+            raise InputError(
+                f"a {side}'s length: expected more than {tokenizer.special_count}, the number of special tokens, found "
+                f"{tokenizer.max_length}"
+            )
 
 
 def limit_lengths(transformer: Any, limit: int) -> None:

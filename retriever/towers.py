@@ -257,7 +257,10 @@ def load_towers(
         from sentence_transformers.sentence_transformer.modules import Normalize
 
         model.append(Normalize())
-    towers = Towers(model).to(device).eval()
+    try:
+        towers = Towers(model).to(device).eval()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     if towers.device.type == "cuda":
         towers.drop_padding()
     return towers

@@ -268,6 +268,7 @@ class Trainer:
         if profile and self.ranks.first:
             loader = step_profile.StepProfile(self.device, self.run).watch(loader, self.terminal.line)
         meter = Meter(self.device, self.ranks)
+        told_of_no_negatives = False
         self.towers.train()
         if config.cuda_graphs:
             replay_small_passes(self.towers)
@@ -279,6 +280,13 @@ class Trainer:
                     where = " (the first process)" if self.ranks.size > 1 else ""
                     self.terminal.line(self.graphs.described(batch.micro_batch_tokens) + where)
                 batch = with_pool_false_negatives(batch, self.ranks, self.batches.known)
+                if not told_of_no_negatives and self._step.lacks_negatives(batch):
+                    told_of_no_negatives = True
+                    self.terminal.line(
+                        f"step {state.step + 1}: no query of the batch has a negative, since its passages are "
+                        f"positives of all its queries in the data, or share queries with such: nothing is learnt "
+                        f"from it (smaller batches may have negatives; loss.mask_duplicates false keeps all; said once)"
+                    )
                 loss, grad_norm = self._step(batch, state.step)
                 state.step += 1
                 meter.add(batch)

@@ -33,7 +33,8 @@ class Prompts:
 
 @dataclass(frozen=True)
 class PairKeys:
-    """Integers for the texts of a batch, or of one rank's share of it: equal for equal texts, and only for these."""
+    """Integers for the texts of a batch, or of one rank's share of it: equal for texts that are equal but for
+    spacing, and only for these."""
 
     queries: Integers
     """[M]"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy.typing as npt
 Integers = npt.NDArray[np.int64]
 
 MOST_PAIRS_A_QUERY = 32
-"""On average. Lists that are longer cost more time in the loss than an exact mask is worth."""
+MOST_PAIRS = 2**22
+"""Of a batch: this many in any case (64 MiB; all pairs of 2,048 queries and passages), and so many a query on average
+in large batches. Lists that are longer cost more time in the loss than an exact mask is worth."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class FalseNegatives:
     """[R, 2]: a query's row and the row of a passage that is no negative of it, beside those with its id."""
     masked: bool | None = None
     """Whether any of the ranks' shares has something to mask; none for a whole batch."""
+    nothing_left: bool | None = None
+    """`no_negatives` of all ranks' shares together; none for a whole batch."""
 
     @property
     def any(self) -> bool:
@@ -33,6 +37,15 @@ class FalseNegatives:
         if self.masked is not None:
             return self.masked
         return bool(len(self.excluded)) or len(np.unique(self.passage_ids)) < len(self.passage_ids)
+
+    @property
+    def no_negatives(self) -> bool:
+        """Whether every passage is masked for every query, so that the batch tells nothing apart; the same on all
+        ranks."""
+        if self.nothing_left is not None:
+            return self.nothing_left
+        # If all pairs are known, all passages answer the same queries, and share one id.
+        return bool((self.passage_ids == self.passage_ids[0]).all())
 
 
 def find_false_negatives(
@@ -43,9 +56,9 @@ def find_false_negatives(
     A passage answers a query if the texts of both form a pair: one of the batch (a query with its positive), or one of
     `known`. Passages that answer the same queries of the batch share an id, the one of the queries that have such a
     passage as their positive. This covers duplicates, and all the passages of a label, without a list. The remaining
-    pairs are listed in `excluded`. If they are more than MOST_PAIRS_A_QUERY times the queries, ids become connected
-    components of the graph of pairs instead: still no passage is a negative of a query that it answers, but some
-    passages that do not answer a query are left out too.
+    pairs are listed in `excluded`. If they are more than MOST_PAIRS, and more than MOST_PAIRS_A_QUERY times the
+    queries, ids become connected components of the graph of pairs instead: still no passage is a negative of a query
+    that it answers, but some passages that do not answer a query are left out too, and in the worst case all.
 
     Args:
         queries, positives: [M] integers, equal for equal texts.
@@ -68,17 +81,23 @@ def find_false_negatives(
     count = int(classes.max(initial=-1)) + 1
     # Pairs of query texts and classes, sorted by query.
     of_query, of_class = np.divmod(np.unique(of_query * count + classes[of_passage]), max(1, count))
-    excluded = _excluded_pairs(of_query, of_class, query, query_ids, passage_ids, MOST_PAIRS_A_QUERY * len(query))
+    most = max(MOST_PAIRS, MOST_PAIRS_A_QUERY * len(query))
+    excluded = _excluded_pairs(of_query, of_class, query, query_ids, passage_ids, most)
     if excluded is None:
         component = _components(of_query, of_class, len(query_texts), count)
         return FalseNegatives(component[query_ids], component[passage_ids], np.empty((0, 2), np.int64))
     return FalseNegatives(query_ids, passage_ids, excluded)
 
 
-def numbered(texts: Iterable[Hashable]) -> Integers:
-    """Equal texts get equal numbers, counted from 0."""
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
+def without_spacing(text: str) -> str:
+    """What is compared of a text: copies of one often differ in spaces and line ends alone."""
+    return " ".join(text.split())
+
+
+def numbered(texts: Iterable[str]) -> Integers:
+    """Texts that are equal but for spacing get equal numbers, counted from 0."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(without_spacing(text), len(numbers)) for text in texts], dtype=np.int64)
 
 
 def _places(values: Integers, wanted: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:

@@ -15,20 +15,21 @@ from pathlib import Path
 import numpy as np
 
 from index.files import InputError, atomic_path
-from retriever.data.false_negatives import Integers, ranges
+from retriever.data.false_negatives import Integers, ranges, without_spacing
 from retriever.data.table import ExampleTable
 from retriever.progress import Terminal
 
-VERSION = 1
+VERSION = 2
 ROWS_AT_ONCE = 2**16
 PAIRS_AT_ONCE = 2**22
 """Pairs that are sorted in memory at once; more are split by their query first."""
 
 
 def digests(texts: Iterable[str]) -> Integers:
-    """64 bits of BLAKE2b of each text, int64. Two of a million texts share theirs once in 37 million batches, and then
-    a passage is not a negative of one query."""
-    content = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    """64 bits of BLAKE2b of each text without its spacing, int64. Two of a million texts share theirs once in 37
+    million batches, and then a passage is not a negative of one query."""
+    compared = (without_spacing(text).encode() for text in texts)
+    content = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in compared)
     return np.frombuffer(content, dtype="<i8").astype(np.int64)
 
 
@@ -103,7 +104,8 @@ def find_known_positives(tables: Sequence[ExampleTable], cache: Path, terminal: 
     with terminal.bar("find queries with several positives", rows, "rows") as advance:
         known = open_known_positives(tables, cache, progress=advance)
     if len(known):
-        terminal.line(f"queries with several positives: {len(known):,}; none of these is a negative of its query")
+        have = "1 query has" if len(known) == 1 else f"{len(known):,} queries have"
+        terminal.line(f"{have} several positives in the data, which are never used as negatives of the same query")
     return known
 
 

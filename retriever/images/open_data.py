@@ -92,7 +92,7 @@ def open_image_batches(
         padded=not towers.padding_free,
         device=towers.device.type,
         say=terminal.line,
-        known=find_known_positives(tables, cache, terminal) if tables and config.loss.mask_duplicates else None,
+        known=find_known_positives(tables, cache, terminal) if tables and config.loss.masks_false_negatives else None,
         share=share,
     )
     return batches, tuple(pairs.sha256 for pairs in sources)

@@ -233,3 +233,10 @@ def test_rows_of_a_damaged_file_are_not_counted(tmp_path: Path, name: str) -> No
         path.write_bytes(data)
         with pytest.raises(InputError, match=rf"{name}: cannot be read"):
             count_records(path)
+
+
+def test_a_quote_that_closes_inside_a_cell_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('query\tpositive\nwhat\t"the" 5 inch disk\n')
+    with pytest.raises(InputError, match=r'a\.tsv:2: expected a row of cells.*write "" for each quote of its text'):
+        list(read_records(path))

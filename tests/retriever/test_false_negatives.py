@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,6 +26,8 @@ from retriever.prepare import PreparedBatch
 from retriever.ranks import Ranks
 
 NONE = np.empty((0, 2), dtype=np.int64)
+SAME = [{0, 2, 4}, {1}, {0, 2, 4}, {3}, {0, 2, 4}, {5}]
+
 letters = st.sampled_from("abcdefgh")
 pair_lists = st.lists(st.tuples(letters, letters), max_size=12)
 
@@ -61,6 +64,7 @@ def test_exactly_the_known_pairs_are_masked(
     assert found.query_ids.dtype == found.passage_ids.dtype == found.excluded.dtype == np.int64
     others = expected & ~np.eye(len(pairs), len(passages), dtype=bool)
     assert found.any or not others.any()
+    assert found.no_negatives == expected.all()
 
 
 @settings(deadline=None)
@@ -70,6 +74,7 @@ def test_with_too_many_pairs_for_a_list_no_known_pair_is_left_either(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(false_negatives, "MOST_PAIRS_A_QUERY", 0)
+        patch.setattr(false_negatives, "MOST_PAIRS", 0)
         found = of_letters(pairs, negatives, known)
     answered = {*pairs, *known}
     passages = [positive for _, positive in pairs] + negatives
@@ -86,8 +91,42 @@ def test_passages_of_one_label_need_no_list() -> None:
     np.testing.assert_array_equal(found.query_ids[:, None] == found.passage_ids, queries[:, None] == queries)
 
 
-def test_equal_texts_get_equal_numbers() -> None:
-    assert numbered(["b", "a", "b", "c"]).tolist() == [0, 1, 0, 2]
+def test_passages_that_each_answer_many_queries_stay_negatives_of_the_others() -> None:
+    """Tags: 30 queries, each passage answers 9 of them, so that all are connected."""
+    chance = np.random.default_rng(0)
+    tags = np.stack([chance.permutation(30)[:9] for _ in range(512)])
+    known = np.stack([tags.reshape(-1), np.repeat(np.arange(512), 9)], axis=1)
+    found = find_false_negatives(tags[:, 0], np.arange(512), np.empty(0, np.int64), known)
+    answers = np.zeros((30, 512), bool)
+    answers[tuple(known.T)] = True
+    np.testing.assert_array_equal(masked(found), answers[tags[:, 0]])
+    assert not found.no_negatives
+
+
+@pytest.mark.parametrize("number", [numbered, digests])
+def test_texts_that_are_equal_but_for_spacing_get_equal_numbers(number: Callable[[list[str]], np.ndarray]) -> None:
+    texts = ["b c", "a", " b\n c\t", "bc", "b\u00a0 c", "A"]
+    found = number(texts)
+    np.testing.assert_array_equal(found[:, None] == found, [[i in same for i in range(6)] for same in SAME])
+
+
+def test_copies_with_other_spacing_are_no_negatives(tmp_path: Path) -> None:
+    rows = [("q", ["a b"], []), ("r ", ["c"], ["n"]), ("s", ["a  b "], []), ("r", ["d"], ["a\nb"])]
+    tables = [converted(tmp_path, "rows", rows)]
+    known = open_known_positives(tables, tmp_path / "cache")
+    for index in (known, None):
+        data = BatchDataset(
+            tables, BatchSchedule([4], batch_size=4, seed=0, epochs=2), as_given, negatives_per_query=1, known=index
+        )
+        answered = {("q", "a b"), ("s", "a b")} | {("r", "c"), ("r", "d")}
+        for step in range(len(data)):
+            batch = data.batch(step)
+            assert batch.false_negatives is not None
+            expected = [
+                [(query.strip(), " ".join(text.split())) in answered for text in batch.passages]
+                for query in batch.queries
+            ]
+            np.testing.assert_array_equal(masked(batch.false_negatives), expected)
 
 
 class TogetherRanks(Ranks):
@@ -142,6 +181,7 @@ def test_the_shares_of_several_processes_mask_what_the_whole_batch_masks(data: s
         for rank, keys in enumerate(TogetherRanks.said)
     ]
     assert len({each.any for each in found if each is not None}) == 1
+    nothing_left = {each.no_negatives for each in found if each is not None}
     # The pool: each rank's positives and negatives after those of the rank before.
     pool = [text for some, more, _ in shards for text in [*(p for _, p in some), *more]]
     answered = {pair for some, _, known in shards for pair in [*some, *known]} | set(everywhere or [])
@@ -151,6 +191,8 @@ def test_the_shares_of_several_processes_mask_what_the_whole_batch_masks(data: s
         entries = each.query_ids[:, None] == pool_ids
         entries[tuple(each.excluded.T)] = True
         np.testing.assert_array_equal(entries, [[(query, text) in answered for text in pool] for query, _ in some])
+    queries = [query for some, _, _ in shards for query, _ in some]
+    assert nothing_left == {all((query, text) in answered for query in queries for text in pool)}
 
 
 def converted(folder: Path, name: str, rows: list[tuple[str, list[str], list[str]]]) -> ExampleTable:

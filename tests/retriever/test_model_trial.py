@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from folder_helpers import (
     theirs,
     transformer,
 )
+from safetensors.torch import load_file, save_file
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import (
     CNN,
@@ -38,6 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5To
 from index.files import InputError
 from retriever.config import ConfigError, ModelConfig
 from retriever.images.folder import load_vision_modules
+from retriever.missing_weights import reported_missing
 from retriever.towers import Towers, build_towers, load_towers
 
 
@@ -84,7 +87,7 @@ def test_every_module_that_keeps_texts_apart_is_honoured(encoder: str, tmp_path:
 
 def test_a_module_that_mixes_tokens_is_refused_and_never_runs_across_texts(encoder: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", transformer(encoder), CNN(32, 8, [1, 3]), Pooling(16))
-    refuse(folder, "a text's embedding depends on the texts beside it: a module of it mixes padding")
+    refuse(folder, "a text's embedding depends on the texts beside it: its encoder or a module mixes padding")
     assert_embeds_alike(
         model_folder(tmp_path / "one", transformer(encoder), CNN(32, 8, [1]), Pooling(8)), padding_free=False
     )
@@ -378,3 +381,36 @@ def test_the_trial_leaves_the_tokenizer_as_it_was(encoder: str, tmp_path: Path) 
     build(folder).save(tmp_path / "trained")
     assert json.loads((tmp_path / "trained" / "tokenizer.json").read_text()) == before
     assert len(TEXTS) == len(ours(load_towers(folder), "query"))
+
+
+@pytest.mark.parametrize("silenced", [False, True])
+def test_a_folder_that_lacks_weights_is_refused(
+    silenced: bool, encoder: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if silenced:
+        request.addfinalizer(lambda: logging.disable(logging.NOTSET))
+        logging.disable(logging.CRITICAL)
+    folder = model_folder(tmp_path / "model", transformer(encoder), Pooling(32))
+    rewrite(Path(folder) / "config.json", num_hidden_layers=SMALL["num_hidden_layers"] + 2)
+    refuse(folder, r"its files lack \d+ weights of the BertModel .*layer\.")
+    assert logging.root.manager.disable == (logging.CRITICAL if silenced else logging.NOTSET)
+
+
+def test_a_folder_that_lacks_only_what_embeddings_do_not_need_is_loaded(encoder: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", transformer(encoder), Pooling(32))
+    expected = theirs(folder, "query")
+    file = Path(folder) / "model.safetensors"
+    weights = load_file(file)
+    pooler = [name for name in weights if "pooler" in name]
+    assert pooler
+    save_file({name: weights[name] for name in weights if name not in pooler}, file, metadata={"format": "pt"})
+    np.testing.assert_allclose(ours(load_towers(folder), "query"), expected, atol=2e-6)
+
+
+def test_names_of_missing_weights_are_read_from_the_reports() -> None:
+    with reported_missing() as names:
+        logging.getLogger("transformers.modeling_utils").warning(
+            "Key | Status |\nlayer.{0, 1}.{key, value}.weight | \x1b[31mMISSING\x1b[0m | \n"
+            "b | UNEXPECTED |\nc | MISSING |"
+        )
+    assert names == {*(f"layer.{n}.{kind}.weight" for n in (0, 1) for kind in ("key", "value")), "c"}

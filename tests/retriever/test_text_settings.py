@@ -49,6 +49,12 @@ REFUSED: dict[str, dict[str, Any]] = {
     "max_length: expected a number above 0, found 0": {"processing_kwargs": {"text": {"max_length": 0}}},
     "expected text, common, .*found txt": {"processing_kwargs": {"txt": {"max_length": 9}}},
     "query_length: expected a number above 0, found 0": {"query_length": 0},
+    "a query's length: expected more than 2, the number of special tokens, found 1": {"query_length": 1},
+    "a document's length: expected more than 2": {"document_length": 2},
+    "a query's length: expected more than 2, .* found 2": {"processing_kwargs": {"text": {"max_length": 2}}},
+    "a document's length: expected more than 2, .* found 1": {"document_length": 1},
+    "max_seq_length: expected a number above 0, found 0": {"max_seq_length": 0},
+    "max_seq_length: expected a number above 0, found '30'": {"max_seq_length": "30"},
     "transformer_task: expected feature-extraction, found fill-mask": {"transformer_task": "fill-mask"},
     "depends on the texts beside it: its tokenizer pads on the left": {
         "processing_kwargs": {"text": {"padding_side": "left"}}
@@ -82,7 +88,7 @@ def test_a_setting_is_honoured_and_kept(name: str, encoder: str, tmp_path: Path)
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_honoured_is_refused_by_name(message: str, encoder: str, tmp_path: Path) -> None:
     settings = REFUSED[message]
-    later = {key: settings[key] for key in settings if key == "transformer_task"}
+    later = {key: settings[key] for key in settings if key in ("transformer_task", "max_seq_length")}
     kept = {key: value for key, value in settings.items() if key not in later}
     folder = model_folder(tmp_path / "model", transformer(encoder, **kept), Pooling(32))
     rewrite(Path(folder) / "sentence_bert_config.json", **later)
