@@ -107,11 +107,6 @@ class TrainStep:
             keep = -int(self.ranks.most(-(sum(counts) if keep == len(sizes) else keep)))
         return [MicroBatch(group, rows) for group, some in zip(batch.groups, lists, strict=True) for rows in some], keep
 
-    def lacks_negatives(self, batch: PreparedBatch) -> bool:
-        """Whether the masks leave no query of a batch a negative; the same on all ranks."""
-        found = batch.false_negatives
-        return found is not None and self.config.loss.masks_false_negatives and found.no_negatives
-
     def _masks(self, batch: PreparedBatch, device: torch.device) -> dict[str, Tensor]:
         found = batch.false_negatives
         if found is None or not self.config.loss.masks_false_negatives or not found.any:

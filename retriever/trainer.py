@@ -280,7 +280,8 @@ class Trainer:
                     where = " (the first process)" if self.ranks.size > 1 else ""
                     self.terminal.line(self.graphs.described(batch.micro_batch_tokens) + where)
                 batch = with_pool_false_negatives(batch, self.ranks, self.batches.known)
-                if not told_of_no_negatives and self._step.lacks_negatives(batch):
+                found = batch.false_negatives if config.loss.masks_false_negatives else None
+                if not told_of_no_negatives and found is not None and found.no_negatives:
                     told_of_no_negatives = True
                     self.terminal.line(
                         f"step {state.step + 1}: no query of the batch has a negative, since its passages are "
