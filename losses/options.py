@@ -1,0 +1,158 @@
+"""Options of the losses that take more than one value, as small frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Further positives of queries, beside the one in `positive`.
+
+    Let P_i be all positives of query i. With "mean", the row loss is the mean over p ∈ P_i of
+    log(exp S_ip + Σ_{j ∉ P_i} exp S_ij) − S_ip. With "sum", it is log Σ_j exp S_ij − log Σ_{p ∈ P_i} exp S_ip, as in
+    supervised contrastive learning (Khosla et al., arXiv 2004.11362).
+
+    Attributes:
+        pairs: [P, 2] int64 pairs (query row, passage row). Repeated pairs count once.
+        reduction: How the positives of a query are combined. Default: "mean".
+    """
+
+    pairs: Tensor
+    reduction: Literal["mean", "sum"] = "mean"
+
+
+@dataclass(frozen=True)
+class NegativeLimit:
+    """Removes negatives that score higher than the query's positive allows, because they are probably false negatives.
+
+    Let c_ij = q_i · k_j. Negative (i, j) is removed if c_ij > c_i,p(i) + margin, or if
+    c_ij > c_i,p(i) − (1 − share) · |c_i,p(i)| (NV-Retriever, arXiv 2407.15831, uses share 0.95). The threshold is a
+    constant for the gradient.
+
+    Attributes:
+        margin: In units of c; may be negative. Default: None, no limit by margin.
+        share: Share of the positive's score that a negative may reach. Default: None, no limit by share.
+    """
+
+    margin: float | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Removes negatives that another model scores near its score of the positive (GISTEmbed, arXiv 2402.16829).
+
+    Negative (i, j) is removed if g_ij > g_i,p(i) − margin, where g_ij is the product of the guide's embeddings.
+
+    Attributes:
+        query: [M, G] the guide's embeddings of the queries; they get no gradient.
+        passage: [N, G] the guide's embeddings of the passages.
+        margin: In units of g. Default: 0.
+    """
+
+    query: Tensor
+    passage: Tensor
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different number for each query.
+
+    Attributes:
+        values: [H, D] the rows of query 0, then of query 1, and so on.
+        offsets: [M + 1] int64, the rows of query i are values[offsets[i] : offsets[i + 1]].
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """What counts as a negative of a query, beside the passages of the batch.
+
+    Attributes:
+        limit: Removes negatives by their score relative to the positive's. Default: None.
+        guide: Removes negatives by the scores of another model. Default: None.
+        own: Hard negatives that only their own query sees. Default: None.
+        frozen: [F, D] passages that are negatives of every query and get no gradient, on the device or on the host,
+            from where they are streamed in blocks; or the reader of an embedding store. Default: None.
+        frozen_excluded: [R, 2] int64 pairs (query row, frozen row) that are no negatives. Default: None.
+        same_side: Whether queries are negatives of queries and passages of passages, in a single partition function
+            (GTE, arXiv 2308.03281, equation 6). Default: False.
+        hardness: β of the weights exp(β · c_ij) of negatives, constant for the gradient (Robinson et al.,
+            arXiv 2010.04592). Default: 0, equal weights.
+    """
+
+    limit: NegativeLimit | None = None
+    guide: Guide | None = None
+    own: Ragged | None = None
+    frozen: Any = None
+    frozen_excluded: Tensor | None = None
+    same_side: bool = False
+    hardness: float = 0.0
+
+
+@dataclass(frozen=True)
+class Matryoshka:
+    """The weighted sum of the loss over prefixes of the embeddings (Kusupati et al., arXiv 2205.13147).
+
+    Each prefix is normalized again.
+
+    Attributes:
+        dims: Sizes of the prefixes, increasing; the last may be D.
+        weights: Weight of each prefix. Default: None, 1 each.
+    """
+
+    dims: Sequence[int]
+    weights: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Distillation from a teacher's embeddings over the whole pool.
+
+    Adds weight · mean over queries of KL(softmax_j(scale · t_i · t_j) ‖ softmax_j(S_ij)).
+
+    Attributes:
+        query: [M, T] the teacher's embeddings of the queries; they get no gradient.
+        passage: [N, T] the teacher's embeddings of the passages.
+        scale: 1 / temperature of the teacher's scores.
+        weight: Factor of the divergence. Default: 1.
+    """
+
+    query: Tensor
+    passage: Tensor
+    scale: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What `statistics=True` returns beside the loss; nothing here has a gradient.
+
+    Attributes:
+        rank: [M] int64, one plus the number of negatives that score higher than the query's positive.
+        hardest: [M] int64, the row of the highest-scoring negative in the pool; −1 if a query has none.
+        hardest_score: [M] float32, its S_ij; −inf if a query has none.
+        entropy: [M] float32, entropy in nats of the softmax over the query's row of S.
+        masked: [M] int64, number of the row's entries that are removed from S.
+        accuracy: 0-dim float32, share of the queries of all ranks whose positive has rank 1.
+        mrr: 0-dim float32, mean of 1 / rank over the queries of all ranks.
+        masked_share: 0-dim float32, share of all entries of S that are removed.
+    """
+
+    rank: Tensor
+    hardest: Tensor
+    hardest_score: Tensor
+    entropy: Tensor
+    masked: Tensor
+    accuracy: Tensor
+    mrr: Tensor
+    masked_share: Tensor
