@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from retriever import own_packages
+from retriever.utils import own_packages
 
 __version__ = "0.1.0"
 
@@ -21,12 +21,12 @@ _PUBLIC = {
     "Index": "index.ann.index",
     "BeirDataset": "index.beir",
     "evaluate_run": "eval.metrics",
-    "TrainConfig": "retriever.config",
+    "TrainConfig": "retriever.config.run",
     "split": "retriever.data.split",
-    "Towers": "retriever.towers",
-    "Trainer": "retriever.trainer",
-    "embed_texts": "retriever.encode",
-    "encode_passages": "retriever.encode_corpus",
+    "Towers": "retriever.models.towers",
+    "Trainer": "retriever.training.trainer",
+    "embed_texts": "retriever.encoding.encoder",
+    "encode_passages": "retriever.encoding.corpus",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -3,13 +3,13 @@
 import os
 import sys
 
-from retriever.own_packages import HOME, PackageClash
+from retriever.utils.own_packages import HOME, PackageClash
 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
     try:
-        from retriever.cli import main
+        from retriever.cli.command_line import main
     except PackageClash as error:
         print(f"retriever: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ Ours reads JSON lines, tokenizes, embeds and writes the checksummed store; their
 the same texts, after a first pass over a tenth of them. Theirs is tried on that tenth at each of --their-batches,
 padded, and without padding where flash-attention is installed; its best setting is measured on all. Our embeddings are
 held to theirs before our times are printed. Beside the measured peak of GPU memory stands the planned one
-(retriever/graph_memory.py). Each row goes to scripts/results/encode.csv as soon as it is measured, those of --memory to
+(models/memory.py). Each row goes to scripts/results/encode.csv as soon as it is measured, those of --memory to
 encode_memory.csv.
 """
 
@@ -46,14 +46,14 @@ from machine import machine
 from sized_texts import PASSAGE, SizedTexts
 
 from index.passages import PassageFile
-from retriever.corpus_windows import WINDOW
-from retriever.device import choose_precision
-from retriever.encode import EncodeOptions, embed_windows
-from retriever.encode_corpus import encode_passages
-from retriever.graph_memory import EncodeMemory
-from retriever.half_weights import arithmetic
-from retriever.tokens import TokenizedTexts
-from retriever.towers import Towers, build_towers
+from retriever.encoding.corpus import encode_passages
+from retriever.encoding.encoder import EncodeOptions, embed_windows
+from retriever.encoding.windows import WINDOW
+from retriever.models.memory import EncodeMemory
+from retriever.models.mixed_precision import arithmetic
+from retriever.models.tokenizer import TokenizedTexts
+from retriever.models.towers import Towers, build_towers
+from retriever.utils.device import choose_precision
 
 TINY = {
     "model_type": "bert",

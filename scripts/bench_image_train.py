@@ -44,19 +44,19 @@ from machine import machine
 
 from index.files import atomic_path
 from losses import InfCLLoss
-from retriever.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.device import Precision, autocast, to_device
-from retriever.graph_memory import GraphMemory
-from retriever.half_weights import arithmetic
-from retriever.images.batches import ImageGroup
-from retriever.images.config import ImageConfig
-from retriever.images.towers import ImageTextTowers, build_image_text_towers
-from retriever.optim import build_optimizer
-from retriever.packing import pack
-from retriever.plan import plan_step
-from retriever.prepare import PreparedBatch, TextGroup
-from retriever.step import MicroBatch, TrainStep
-from retriever.tokens import TokenizedTexts
+from retriever.config.images import ImageConfig
+from retriever.config.run import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.data.images.batches import ImageGroup
+from retriever.data.length_sorting import pack
+from retriever.data.micro_batches import PreparedBatch, TextGroup
+from retriever.models.images.towers import ImageTextTowers, build_image_text_towers
+from retriever.models.memory import GraphMemory
+from retriever.models.mixed_precision import arithmetic
+from retriever.models.tokenizer import TokenizedTexts
+from retriever.training.optim import build_optimizer
+from retriever.training.plan import plan_step
+from retriever.training.step import MicroBatch, TrainStep
+from retriever.utils.device import Precision, autocast, to_device
 
 MIB = 2**20
 # OpenAI CLIP's text tower beside ViT-B/16 (arXiv 2103.00020, table 20), as a BERT: attention both ways.

@@ -40,13 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 
 from index.files import InputError, atomic_path
+from retriever.config.images import ImageSource
+from retriever.data.images.batches import ImageBatches
+from retriever.data.images.chunks import PairReader
+from retriever.data.images.sources import PairSource, open_pairs
 from retriever.data.schedule import BatchSchedule
-from retriever.images.batches import ImageBatches
-from retriever.images.chunks import PairReader
-from retriever.images.config import ImageSource
-from retriever.images.sources import PairSource, open_pairs
-from retriever.images.transforms import ImageTransform, random_crop
-from retriever.tokens import TextTokenizer
+from retriever.models.images.transforms import ImageTransform, random_crop
+from retriever.models.tokenizer import TextTokenizer
 
 # Batches before the clock starts.
 WARM = 6

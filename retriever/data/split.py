@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from index.beir import beir_file
 from index.files import InputError, atomic_folder
-from retriever.config import ConfigError
+from retriever.config.sources import SourceConfig
 from retriever.data.false_negatives import Integers
 from retriever.data.query_groups import (
     DEV,
@@ -27,9 +27,10 @@ from retriever.data.query_groups import (
     reaches,
     size_of,
 )
-from retriever.data.sources import Notices, SourceConfig, resolve_format
+from retriever.data.sources import Notices, resolve_format
 from retriever.data.split_rows import SplitRows
-from retriever.progress import Terminal
+from retriever.errors import ConfigError
+from retriever.utils.progress import Terminal
 
 By = Literal["component", "query"]
 Format = Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"]

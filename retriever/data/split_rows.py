@@ -14,9 +14,10 @@ import numpy as np
 
 from index.files import InputError
 from index.passages import PassageFile, file_state
+from retriever.config.sources import SourceConfig
 from retriever.data.false_negatives import Integers
 from retriever.data.query_groups import Digests
-from retriever.data.sources import Notices, SourceConfig, read_examples, source_files
+from retriever.data.sources import Notices, read_examples, source_files
 
 PENDING = 2**20
 """Texts whose places are held before those that were met before are left out."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from index.files import InputError, atomic_path, read_json, sha256_file, write_json
-from retriever.data.sources import Example, Notices, SourceConfig, read_examples, resolve_format, source_files
+from retriever.config.sources import SourceConfig
+from retriever.data.sources import Example, Notices, read_examples, resolve_format, source_files
 
 VERSION = 3
 """Raised when the conversion changes, so that files of an older one are not taken for its result."""

@@ -16,10 +16,10 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from retriever.search import Answer
+from retriever.searching.search import Answer
 from retriever.serve import page
 from retriever.serve.batching import Busy, Closed, Engine
-from retriever.serve.pictures import Pictures
+from retriever.serve.images import Pictures
 from retriever.serve.requests import Limits, Refused, Wanted, from_address, from_json, read_body
 
 DEFAULT_K = 10

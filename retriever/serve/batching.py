@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from index.ann.index import Index
-from retriever.encode import EncodeOptions, embed_texts
-from retriever.search import Answer, Result
-from retriever.towers import Towers
+from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.models.towers import Towers
+from retriever.searching.search import Answer, Result
 
 if TYPE_CHECKING:
     from index.ann.multi_index import MultiIndex

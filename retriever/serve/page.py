@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from retriever.search import Answer, Result
+from retriever.searching.search import Answer, Result
 
 STATIC = Path(__file__).resolve().parent / "static"
 Images = Callable[[Result], str | None]

@@ -14,8 +14,8 @@ from unittest import mock
 
 import yaml
 
-from retriever.cli import main
-from retriever.config import ModelConfig
+from retriever.cli.command_line import main
+from retriever.config.run import ModelConfig
 
 MEANINGS = {
     "cat": "small domestic animal that purrs",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cli_helpers import command, write_beir, write_config, write_pairs
 
-from retriever.config import ModelConfig
+from retriever.config.run import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-import retriever.evaluate_suite
-import retriever.trainer  # noqa: F401 - before the forks, which then share the libraries
-from retriever import cli, run_folder
+import retriever.evaluation.suite
+import retriever.training.trainer  # noqa: F401 - before the forks, which then share the libraries
+from retriever.cli.command_line import run as cli
+from retriever.training import run_dir as run_folder
 
 SECONDS = 30.0
 

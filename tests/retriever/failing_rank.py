@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from index.files import InputError
-from retriever import grad_cache
-from retriever.cli import main
+from retriever.cli.command_line import main
+from retriever.training import grad_cache
 
 AT_CALL = 6
 

@@ -15,10 +15,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from retriever.config import ModelConfig
-from retriever.encode import EncodeOptions, embed_texts
-from retriever.text_settings import SIDES, Side
-from retriever.towers import Towers, load_towers
+from retriever.config.run import ModelConfig
+from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.models.loading.text_settings import SIDES, Side
+from retriever.models.towers import Towers, load_towers
 
 SMALL = {
     "hidden_size": 32,

@@ -16,9 +16,9 @@ from typing import Any
 
 from run_helpers import assert_same, results
 
-from retriever.config_file import load_config
-from retriever.progress import Terminal
-from retriever.trainer import Trainer
+from retriever.config.yaml_file import load_config
+from retriever.training.trainer import Trainer
+from retriever.utils.progress import Terminal
 
 
 def forked(run: Callable[[], object], kill_at: int = 0) -> int:

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerState
 
 from losses import inf_cl_loss
-from retriever.scale_checkpoint import LearnedScaleCallback
 from retriever.sentence_transformers import CachedInfCLRankingLoss, InfCLRankingLoss
+from retriever.sentence_transformers.scale_checkpoint import LearnedScaleCallback
 
 # Of each rank: texts of a column, and columns.
 ROWS = [3, 7]

@@ -16,12 +16,12 @@ from forks import on_ranks
 from run_helpers import assert_near, results
 from safetensors.torch import load_file
 
-from retriever.config import TrainConfig
-from retriever.config_file import load_config
-from retriever.divided import own_part
-from retriever.progress import Terminal
-from retriever.ranks import SilentTerminal, joined_ranks
-from retriever.trainer import Trainer
+from retriever.config.run import TrainConfig
+from retriever.config.yaml_file import load_config
+from retriever.distributed.context import SilentTerminal, joined_ranks
+from retriever.models.sharded_tensors import own_part
+from retriever.training.trainer import Trainer
+from retriever.utils.progress import Terminal
 
 
 def trained(config: TrainConfig, out: Path, *, resume: bool = False) -> Callable[[], None]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from retriever.ahead import ahead, behind, giving_way
+from retriever.utils.prefetch import ahead, behind, giving_way
 
 
 def test_items_come_in_order_and_are_made_before_they_are_taken() -> None:
@@ -120,7 +120,7 @@ def test_an_error_of_the_body_waits_for_calls_that_come_back(abandon: bool) -> N
 def test_a_call_that_was_abandoned_does_not_keep_the_program() -> None:
     script = """
 import time
-from retriever.ahead import behind
+from retriever.utils.prefetch import behind
 with behind(time.sleep, 2, abandon=True) as later:
     later(600)
     raise ValueError("torn")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from losses import InfCLLoss, SigmoidLoss
-from retriever.build_loss import build_loss
-from retriever.config import LossConfig
-from retriever.ranks import Ranks
+from retriever.config.run import LossConfig
+from retriever.distributed.context import Ranks
+from retriever.training.loss import build_loss
 
 SETTINGS: dict[str, Any] = {
     "implementation": "chunked",

@@ -25,10 +25,10 @@ import retriever
 from eval.runs import read_trec_run
 from index.ann.index import Index
 from index.store.reader import EmbeddingStore
-from retriever.config import ModelConfig
-from retriever.encode import EncodeOptions
-from retriever.search import search
-from retriever.towers import load_towers
+from retriever.config.run import ModelConfig
+from retriever.encoding.encoder import EncodeOptions
+from retriever.models.towers import load_towers
+from retriever.searching.search import search
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -298,7 +298,7 @@ def test_answers_go_to_standard_output_while_bars_are_drawn(world: Any, tmp_path
     terminal, errors = pty.openpty()
     fcntl.ioctl(errors, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
     code = (
-        "import sys; from retriever.cli import main; "
+        "import sys; from retriever.cli.command_line import main; "
         f"main(['encode', '--model', {str(world.model)!r}, '--data', {str(world.beir)!r}, '--out', 'e', '--json']); "
         f"sys.exit(main(['search', '--model', {str(world.model)!r}, '--index', {str(world.index)!r}, '--json', 'oak']))"
     )

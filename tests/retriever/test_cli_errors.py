@@ -19,7 +19,7 @@ import pytest
 import yaml
 from cli_helpers import Outcome, command, write_beir, write_config, write_lines
 
-from retriever.config import ModelConfig
+from retriever.config.run import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = {"question": "what is a cat?", "answer": "a small animal", "wrong": ["a tool"]}

@@ -64,8 +64,8 @@ def test_predictions_are_those_of_transformers(clip: Any, sets: tuple[Path, Path
     found = json.loads(command("evaluate", "zero-shot", *words).out)["sets"]["colours"]
     assert found["templates"] == ["a picture of {c}", "{c} all over"]
 
-    from retriever.encode import EncodeOptions
-    from retriever.images.towers import load_image_text_towers
+    from retriever.encoding.encoder import EncodeOptions
+    from retriever.models.images.towers import load_image_text_towers
 
     towers = load_image_text_towers(str(clip[2]))
     names = sorted(COLOURS)

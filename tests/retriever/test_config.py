@@ -14,11 +14,12 @@ import pytest
 import yaml
 from cli_helpers import command
 
-from retriever.cli import _parse
-from retriever.config import ConfigError, DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.config_file import load_config, save_config
-from retriever.data.sources import SourceConfig
-from retriever.images.config import ImageConfig, ImageSource
+from retriever.cli.command_line import _parse
+from retriever.config.images import ImageConfig, ImageSource
+from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.sources import SourceConfig
+from retriever.config.yaml_file import load_config, save_config
+from retriever.errors import ConfigError
 
 FULL = TrainConfig(
     out="runs/ä ö",

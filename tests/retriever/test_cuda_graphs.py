@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from retriever.config import ConfigError, ModelConfig, TrainConfig
-from retriever.cuda_graphs import Inputs, check_replayable, replay_small_passes, rounded
-from retriever.half_weights import arithmetic, half_weights
-from retriever.images.config import ImageConfig
-from retriever.padding_free.attention import Spans
-from retriever.progress import Terminal
-from retriever.towers import Towers, build_towers
-from retriever.trainer import Trainer
+from retriever.config.images import ImageConfig
+from retriever.config.run import ModelConfig, TrainConfig
+from retriever.errors import ConfigError
+from retriever.models.mixed_precision import arithmetic, half_weights
+from retriever.models.packed.attention import Spans
+from retriever.models.towers import Towers, build_towers
+from retriever.training.cuda_graphs import Inputs, check_replayable, replay_small_passes, rounded
+from retriever.training.trainer import Trainer
+from retriever.utils.progress import Terminal
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 

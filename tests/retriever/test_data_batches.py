@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from retriever.config.sources import SourceConfig
 from retriever.data.batches import BatchDataset, Prompts, TrainingBatch, batch_loader
 from retriever.data.schedule import BatchSchedule, Share
-from retriever.data.sources import SourceConfig
 from retriever.data.table import ExampleTable, open_source
 
 

@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from index.files import InputError
-from retriever.data.sources import Example, Notices, SourceConfig, read_examples
+from retriever.config.sources import SourceConfig
+from retriever.data.sources import Example, Notices, read_examples
 
 ROWS: list[dict[str, Any]] = [
     {"query": "große Frage", "positive": "an answer", "negatives": ["wrong", "also\nwrong"]},

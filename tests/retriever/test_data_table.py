@@ -15,7 +15,8 @@ import pytest
 
 import retriever.data.table as table_module
 from index.files import InputError
-from retriever.data.sources import Example, Notices, SourceConfig, read_examples
+from retriever.config.sources import SourceConfig
+from retriever.data.sources import Example, Notices, read_examples
 from retriever.data.table import open_source
 
 
@@ -140,7 +141,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import numpy, pyarrow
-from retriever.data.sources import SourceConfig
+from retriever.config.sources import SourceConfig
 from retriever.data.table import open_source
 
 def memory(name):

@@ -20,10 +20,10 @@ from cli_helpers import command, write_lines
 from index.files import InputError
 from index.passages import Passage, PassageFile, read_passages
 from index.store.reader import EmbeddingStore
-from retriever.config import ModelConfig
-from retriever.encode import EncodeOptions, embed_texts
-from retriever.encode_corpus import corpus_source, encode_passages
-from retriever.towers import Towers, build_towers, load_towers
+from retriever.config.run import ModelConfig
+from retriever.encoding.corpus import corpus_source, encode_passages
+from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.models.towers import Towers, build_towers, load_towers
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("cat", "dog", "oak", "pine", "river", "piano", "bread", "cheese", "hammer", "eagle", "ship", "winter")
@@ -107,7 +107,7 @@ def test_interrupted_store_ends_with_the_bytes_of_an_undisturbed_one(
     towers: Towers, corpus: Path, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Windows smaller than the corpus, and no multiple of the shards.
-    monkeypatch.setattr("retriever.corpus_windows.FIRST_WINDOW", 4)
+    monkeypatch.setattr("retriever.encoding.windows.FIRST_WINDOW", 4)
     source, options = corpus_source(corpus), EncodeOptions(micro_batch_tokens=200)
 
     def encode(out: Path, passages: object = None) -> EmbeddingStore:
@@ -231,8 +231,8 @@ def test_loaded_model_gives_the_vectors_of_the_one_saved(towers: Towers, texts: 
 def test_workers_make_the_store_that_threads_make(
     towers: Towers, corpus: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retriever.corpus_windows.FIRST_WINDOW", 4)
-    monkeypatch.setattr("retriever.window_workers.PIECE", 3)
+    monkeypatch.setattr("retriever.encoding.windows.FIRST_WINDOW", 4)
+    monkeypatch.setattr("retriever.encoding.window_workers.PIECE", 3)
     options: dict[str, Any] = {"source": corpus_source(corpus), "shard_rows": 16, "window": 10}
     encoding = EncodeOptions(micro_batch_tokens=200)
     encode_passages(towers, read_passages(corpus), tmp_path / "threads", encoding, **options)

@@ -23,10 +23,10 @@ from eval.suite import BY_NAME, FORUMS
 from index.beir import BeirDataset
 from index.files import InputError
 from index.store.reader import EmbeddingStore
-from retriever.encode import EncodeOptions, embed_texts
-from retriever.set_settings import AdjustedTowers, SetSettings, read_settings
-from retriever.split_documents import split_documents
-from retriever.towers import Towers, load_towers
+from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.evaluation.long_documents import split_documents
+from retriever.evaluation.set_settings import AdjustedTowers, SetSettings, read_settings
+from retriever.models.towers import Towers, load_towers
 
 
 @pytest.fixture(scope="module")

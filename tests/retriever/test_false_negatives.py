@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from index.files import InputError
+from retriever.config.sources import SourceConfig
 from retriever.data import false_negatives, known_positives
 from retriever.data.batches import BatchDataset, PairKeys, Prompts, TrainingBatch
 from retriever.data.false_negatives import FalseNegatives, find_false_negatives, numbered
 from retriever.data.known_positives import KnownPositives, digests, open_known_positives
+from retriever.data.micro_batches import PreparedBatch
 from retriever.data.schedule import BatchSchedule
-from retriever.data.sources import SourceConfig
 from retriever.data.table import ExampleTable, open_source
-from retriever.pool_ids import with_pool_false_negatives
-from retriever.prepare import PreparedBatch
-from retriever.ranks import Ranks
+from retriever.distributed.context import Ranks
+from retriever.training.false_negatives import with_pool_false_negatives
 
 NONE = np.empty((0, 2), dtype=np.int64)
 SAME = [{0, 2, 4}, {1}, {0, 2, 4}, {3}, {0, 2, 4}, {5}]

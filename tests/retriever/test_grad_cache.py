@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from losses import InfCLLoss
-from retriever import grad_cache
+from retriever.training import grad_cache
 
 CPU = torch.device("cpu")
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from retriever import graph_memory
-from retriever.config import ModelConfig
-from retriever.corpus_windows import WINDOW
-from retriever.encode import EncodeOptions, embed_windows
-from retriever.graph_memory import LEAST_TOKENS, MOST_TOKENS, EncodeMemory, GraphMemory, fitting_tokens
-from retriever.half_weights import arithmetic
-from retriever.towers import build_towers
+from retriever.config.run import ModelConfig
+from retriever.encoding.encoder import EncodeOptions, embed_windows
+from retriever.encoding.windows import WINDOW
+from retriever.models import memory as graph_memory
+from retriever.models.memory import LEAST_TOKENS, MOST_TOKENS, EncodeMemory, GraphMemory, fitting_tokens
+from retriever.models.mixed_precision import arithmetic
+from retriever.models.towers import build_towers
 
 
 @pytest.mark.parametrize("most", [10_000, 40_000, 150_000, 300_000, 423_000, 1_000_000])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retriever.config import ModelConfig
-from retriever.half_weights import full_outputs, half_weights
-from retriever.towers import build_towers
+from retriever.config.run import ModelConfig
+from retriever.models.mixed_precision import full_outputs, half_weights
+from retriever.models.towers import build_towers
 
 
 class Encoder(nn.Module):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from image_helpers import draw, picture_bytes, save_checkpoint, write_tar
 
-import retriever.images.features as features
-from retriever.images.config import ImageSource
-from retriever.images.features import FeatureStore, compute_features
-from retriever.images.sources import BrokenPairError, PairSource, open_pairs
-from retriever.images.towers import ImageTextTowers, load_image_text_towers
+import retriever.data.images.features as features
+from retriever.config.images import ImageSource
+from retriever.data.images.features import FeatureStore, compute_features
+from retriever.data.images.sources import BrokenPairError, PairSource, open_pairs
+from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
 
 
 @pytest.fixture(scope="module")

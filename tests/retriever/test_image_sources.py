@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from image_helpers import captioned, draw, picture_bytes, write_shards, write_tar
 
-import retriever.images.shards as shards_module
+import retriever.data.images.tars as shards_module
 from index.files import InputError
-from retriever.images.config import ImageSource
-from retriever.images.shards import expand_braces, index_shards
-from retriever.images.sources import BrokenPairError, PairSource, open_pairs
+from retriever.config.images import ImageSource
+from retriever.data.images.sources import BrokenPairError, PairSource, open_pairs
+from retriever.data.images.tars import expand_braces, index_shards
 
 
 def opened(source: ImageSource, tmp_path: Path, workers: int = 0) -> PairSource:

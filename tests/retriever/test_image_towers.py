@@ -20,12 +20,13 @@ from image_helpers import (
 )
 
 from index.files import InputError
-from retriever.config import ConfigError, ModelConfig
-from retriever.encode import EncodeOptions
-from retriever.images.architectures import vision_settings
-from retriever.images.config import ImageConfig
-from retriever.images.folder import is_image_text_model
-from retriever.images.towers import ImageTextTowers, build_image_text_towers, load_image_text_towers
+from retriever.config.images import ImageConfig
+from retriever.config.run import ModelConfig
+from retriever.encoding.encoder import EncodeOptions
+from retriever.errors import ConfigError
+from retriever.models.images.architectures import vision_settings
+from retriever.models.images.folder import is_image_text_model
+from retriever.models.images.towers import ImageTextTowers, build_image_text_towers, load_image_text_towers
 
 BERT = {"model_type": "bert", **SMALL, "max_position_embeddings": 16}
 

@@ -19,24 +19,25 @@ from image_helpers import SMALL, captioned, draw, letter_tokenizer, picture_byte
 from run_helpers import assert_same, results
 
 from index.files import InputError
-from retriever import grad_cache
-from retriever.config import ConfigError, DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.config_file import save_config
+from retriever.config.images import ImageConfig, ImageSource
+from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.yaml_file import save_config
+from retriever.data.images import chunks
+from retriever.data.images.batches import ImageGroup
+from retriever.data.images.chunks import PairReader
+from retriever.data.images.loading import open_image_batches
+from retriever.data.micro_batches import PreparedBatch
 from retriever.data.schedule import Share
-from retriever.encode import EncodeOptions
-from retriever.graph_memory import held_bytes
-from retriever.images import chunks
-from retriever.images.batches import ImageGroup
-from retriever.images.chunks import PairReader
-from retriever.images.config import ImageConfig, ImageSource
-from retriever.images.open_data import open_image_batches
-from retriever.images.towers import build_image_text_towers, load_image_text_towers
-from retriever.interrupt import Interrupted
-from retriever.plan import plan_step
-from retriever.prepare import PreparedBatch
-from retriever.progress import Terminal
-from retriever.step import MicroBatch, TrainStep
-from retriever.trainer import Trainer
+from retriever.encoding.encoder import EncodeOptions
+from retriever.errors import ConfigError
+from retriever.models.images.towers import build_image_text_towers, load_image_text_towers
+from retriever.models.memory import held_bytes
+from retriever.training import grad_cache
+from retriever.training.plan import plan_step
+from retriever.training.step import MicroBatch, TrainStep
+from retriever.training.trainer import Trainer
+from retriever.utils.interrupt import Interrupted
+from retriever.utils.progress import Terminal
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import torch
 from image_helpers import draw, noise
 from PIL import Image
 
-import retriever.images.transforms as transforms
+import retriever.models.images.transforms as transforms
 from index.files import InputError
-from retriever.images.transforms import ImageTransform, open_image, random_crop
+from retriever.models.images.transforms import ImageTransform, open_image, random_crop
 
 
 def saved(image: Image.Image, path: Path, **options: object) -> Path:

@@ -14,8 +14,9 @@ from index.beir import BeirDataset
 from index.passages import Passage
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
-from retriever.data.sources import Notices, SourceConfig, read_examples
-from retriever.mining import mine
+from retriever.config.sources import SourceConfig
+from retriever.data.sources import Notices, read_examples
+from retriever.searching.mining import mine
 
 
 def test_negatives_are_those_of_a_full_sort(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from cli_helpers import command
 from test_cli_errors import assert_refused
 
 from index.files import InputError
-from retriever.model_sums import SUMS_FILE, check_sums
+from retriever.models.loading.hashes import SUMS_FILE, check_sums
 
 
 @pytest.fixture

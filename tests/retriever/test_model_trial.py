@@ -38,10 +38,11 @@ from sentence_transformers.sentence_transformer.modules import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from index.files import InputError
-from retriever.config import ConfigError, ModelConfig
-from retriever.images.folder import load_vision_modules
-from retriever.missing_weights import reported_missing
-from retriever.towers import Towers, build_towers, load_towers
+from retriever.config.run import ModelConfig
+from retriever.errors import ConfigError
+from retriever.models.images.folder import load_vision_modules
+from retriever.models.loading.missing_weights import reported_missing
+from retriever.models.towers import Towers, build_towers, load_towers
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from cli_helpers import write_beir, write_config
 
-from retriever import own_packages
-from retriever.config import ModelConfig
-from retriever.own_packages import HOME, PACKAGES, PackageClash, check_imported, need
+from retriever.config.run import ModelConfig
+from retriever.utils import own_packages
+from retriever.utils.own_packages import HOME, PACKAGES, PackageClash, check_imported, need
 
 
 def lay(folder: Path, name: str, kind: str) -> Path:
@@ -112,8 +112,8 @@ def test_what_python_says_of_a_clash_inside_is_explained(beside: Path, monkeypat
 
     file = lay(beside, "index", "module")
     imported_by(str(beside / "script.py"), "index")
-    monkeypatch.delitem(sys.modules, "retriever.search", raising=False)
-    monkeypatch.setitem(retriever._PUBLIC, "open_indexes", "retriever.search")
+    monkeypatch.delitem(sys.modules, "retriever.searching.search", raising=False)
+    monkeypatch.setitem(retriever._PUBLIC, "open_indexes", "retriever.searching.search")
     with pytest.raises(PackageClash, match=str(file)):
         _ = retriever.open_indexes
 
@@ -147,7 +147,7 @@ import json, sys
 from pathlib import Path
 import eval as mine
 from retriever import InfCLLoss, Trainer, encode_passages
-from retriever.cli import main
+from retriever.cli.command_line import main
 assert mine.mine and InfCLLoss().logit_scale > 0
 if __name__ == "__main__":
     codes = [main(["train", "run.yaml", "--steps", "1", "--data.workers", "1"])]

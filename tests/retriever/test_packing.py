@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever.config import ModelConfig
+from retriever.config.run import ModelConfig
 from retriever.data.batches import TrainingBatch
-from retriever.packing import pack
-from retriever.prepare import BatchPreparer
-from retriever.towers import build_towers
+from retriever.data.length_sorting import pack
+from retriever.data.micro_batches import BatchPreparer
+from retriever.models.towers import build_towers
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(1, 2000))

@@ -14,9 +14,9 @@ import pytest
 import torch
 from cli_helpers import command, write_lines
 
-from retriever.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.config_file import save_config
-from retriever.data.sources import SourceConfig
+from retriever.config.run import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.sources import SourceConfig
+from retriever.config.yaml_file import save_config
 
 HERE = Path(__file__).parent
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever.config import ConfigError
 from retriever.data.known_positives import digests
 from retriever.data.query_groups import DEV, TEST, TRAIN, check_size, choose_splits, connected_groups, reaches, size_of
+from retriever.errors import ConfigError
 
 
 def texts(count: int) -> np.ndarray:

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever import rank_agreement
-from retriever.config import DataConfig, DevConfig, ModelConfig, TrainConfig
-from retriever.data.sources import SourceConfig
-from retriever.rank_agreement import RanksDifferError, agree_on_folder, config_fields, difference, settings_of
-from retriever.ranks import Ranks
+from retriever.config.run import DataConfig, DevConfig, ModelConfig, TrainConfig
+from retriever.config.sources import SourceConfig
+from retriever.distributed import agreement as rank_agreement
+from retriever.distributed.agreement import RanksDifferError, agree_on_folder, config_fields, difference, settings_of
+from retriever.distributed.context import Ranks
 
 
 def test_the_line_names_values_ranks_and_the_other_fields() -> None:

@@ -21,9 +21,9 @@ from ranking_loss_helpers import Tokens, end_to_end, padded, random_texts, score
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 from sentence_transformers.util import cos_sim, dot_score, euclidean_sim
 
-from retriever.duplicate_texts import duplicate_masks, text_hashes
-from retriever.scale_checkpoint import LearnedScaleCallback
 from retriever.sentence_transformers import CachedInfCLRankingLoss, InfCLRankingLoss
+from retriever.sentence_transformers.duplicate_texts import duplicate_masks, text_hashes
+from retriever.sentence_transformers.scale_checkpoint import LearnedScaleCallback
 
 SYMMETRIC: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 letters = st.sampled_from("abcde")

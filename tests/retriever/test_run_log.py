@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from index.files import InputError
-from retriever.run_log import RunLog
+from retriever.training.run_log import RunLog
 
 
 def test_a_torn_last_row_later_than_the_checkpoint_goes(tmp_path: Path) -> None:

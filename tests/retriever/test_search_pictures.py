@@ -21,8 +21,8 @@ from test_cli_errors import assert_refused
 
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
-from retriever.encode import EncodeOptions
-from retriever.images.towers import load_image_text_towers
+from retriever.encoding.encoder import EncodeOptions
+from retriever.models.images.towers import load_image_text_towers
 
 
 @pytest.fixture(scope="module")

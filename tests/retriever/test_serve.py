@@ -25,13 +25,13 @@ from serve_helpers import ROOT, Server, serving
 
 from index.ann.index import Index
 from index.files import InputError
-from retriever.encode import EncodeOptions
-from retriever.search import Result, search
+from retriever.encoding.encoder import EncodeOptions
+from retriever.models.towers import load_towers
+from retriever.searching.search import Result, search
 from retriever.serve import batching, page
 from retriever.serve.app import make_app
 from retriever.serve.batching import Batching, Busy, Closed, Engine
 from retriever.serve.requests import Limits
-from retriever.towers import load_towers
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -152,7 +152,7 @@ def test_the_page_shows_passages_and_problems_and_escapes_everything(server: Ser
 
 
 def test_a_page_shows_an_image_where_a_passage_has_one() -> None:
-    from retriever.search import Answer
+    from retriever.searching.search import Answer
 
     results = [Result(1, 0.5, "a", "<b>", "text & more"), Result(2, 0.25, "b", "", "plain")]
     text = page.render(

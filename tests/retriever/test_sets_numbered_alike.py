@@ -12,13 +12,14 @@ import pytest
 from cli_helpers import MEANINGS, command, write_config, write_lines
 
 from eval.runs import read_trec_run, write_trec_run
-from retriever.config import ConfigError, DevConfig
-from retriever.dev import TextDev
-from retriever.encode import EncodeOptions
-from retriever.images.dev import ImageDev
-from retriever.progress import Terminal
-from retriever.ranks import Ranks
-from retriever.towers import load_towers
+from retriever.config.run import DevConfig
+from retriever.distributed.context import Ranks
+from retriever.encoding.encoder import EncodeOptions
+from retriever.errors import ConfigError
+from retriever.models.towers import load_towers
+from retriever.training.image_validation import ImageDev
+from retriever.training.validation import TextDev
+from retriever.utils.progress import Terminal
 
 WORDS = list(MEANINGS)
 

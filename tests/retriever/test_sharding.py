@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import distributed
 
-from retriever.config import ModelConfig, OptimConfig, TrainConfig
-from retriever.divided import clip_gradients, whole
-from retriever.images.config import ImageConfig
-from retriever.images.towers import build_image_text_towers
-from retriever.sharding import is_sharded, shard_encoders
-from retriever.tokens import TokenizedTexts
+from retriever.config.images import ImageConfig
+from retriever.config.run import ModelConfig, OptimConfig, TrainConfig
+from retriever.models.fsdp import is_sharded, shard_encoders
+from retriever.models.images.towers import build_image_text_towers
+from retriever.models.sharded_tensors import clip_gradients, whole
+from retriever.models.tokenizer import TokenizedTexts
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from forks import LoadedPython, torchrun
 from index.files import InputError
 from index.manifest import read_manifest, verify_files
 from index.passages import Passage, PassageFile
-from retriever.encode import EncodeOptions
-from retriever.encode_corpus import corpus_source, encode_passages
-from retriever.towers import load_towers
+from retriever.encoding.corpus import corpus_source, encode_passages
+from retriever.encoding.encoder import EncodeOptions
+from retriever.models.towers import load_towers
 
 
 def corpus_of(path: Path, rows: int) -> Path:

@@ -12,12 +12,13 @@ from cli_helpers import command, write_beir, write_lines
 from folder_helpers import encoder_folder, model_folder, transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from retriever.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from retriever.config.run import DataConfig, ModelConfig, TrainConfig
+from retriever.config.sources import SourceConfig
 from retriever.data.batches import Prompts
-from retriever.data.sources import SourceConfig
-from retriever.run_folder import build_configured_towers
-from retriever.set_settings import AdjustedTowers, SetSettings
-from retriever.source_prompts import describe_source_prompts, source_prompts
+from retriever.data.source_prompts import describe_source_prompts, source_prompts
+from retriever.errors import ConfigError
+from retriever.evaluation.set_settings import AdjustedTowers, SetSettings
+from retriever.training.run_dir import build_configured_towers
 
 
 def source(path: str, query: str | None = None, passage: str | None = None) -> SourceConfig:

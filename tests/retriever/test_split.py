@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 import retriever
 from index.beir import BeirDataset
 from index.files import InputError
-from retriever.config import ConfigError, ModelConfig
-from retriever.data.sources import Notices, SourceConfig, read_examples
+from retriever.config.run import ModelConfig
+from retriever.config.sources import SourceConfig
+from retriever.data.sources import Notices, read_examples
+from retriever.errors import ConfigError
 
 SPLITS = ("train", "dev", "test")
 COLUMNS = {"query": "question", "positive": "answer", "negatives": "wrong"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retriever import grad_cache
-from retriever.staging import Staging
+from retriever.training import grad_cache
+from retriever.utils.staging import Staging
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -12,8 +12,8 @@ import pytest
 from cli_helpers import command
 from run_helpers import assert_same, results
 
-from retriever import graph_memory
-from retriever.step_profile import STEPS, TRACE
+from retriever.models import memory as graph_memory
+from retriever.training.profiler import STEPS, TRACE
 
 PHASES = ("wait for a batch", "forward without graph", "second forward", "loss", "backward", "optimizer", "between")
 

@@ -14,7 +14,8 @@ from index.beir import read_queries
 from index.files import InputError
 from index.passages import read_passages
 from index.records import read_records
-from retriever.data.sources import Notices, SourceConfig, read_examples
+from retriever.config.sources import SourceConfig
+from retriever.data.sources import Notices, read_examples
 
 
 def examples(path: Path) -> Iterable[object]:

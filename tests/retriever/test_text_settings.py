@@ -14,12 +14,13 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers.normalizers import BertNormalizer
 
 from index.files import InputError
-from retriever.config import ConfigError, ModelConfig
+from retriever.config.run import ModelConfig
 from retriever.data.batches import TrainingBatch
-from retriever.prepare import BatchPreparer
-from retriever.set_settings import AdjustedTowers, SetSettings
-from retriever.text_settings import SIDES
-from retriever.towers import build_towers, load_towers
+from retriever.data.micro_batches import BatchPreparer
+from retriever.errors import ConfigError
+from retriever.evaluation.set_settings import AdjustedTowers, SetSettings
+from retriever.models.loading.text_settings import SIDES
+from retriever.models.towers import build_towers, load_towers
 
 HONOURED: dict[str, dict[str, Any]] = {
     "lengths by side": {"query_length": 8, "document_length": 30},

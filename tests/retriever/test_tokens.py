@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from retriever.tokens import TextTokenizer
+from retriever.models.tokenizer import TextTokenizer
 
 TEXTS = ["a", "", "two words", "[SEP] and [MASK] in a text", "naïve Ünïcode 漢字 🙂", "long " * 60]
 
@@ -57,7 +57,7 @@ FORKED = """
 import sys
 from transformers import AutoTokenizer
 from retriever.data.batches import batch_loader
-from retriever.tokens import TextTokenizer
+from retriever.models.tokenizer import TextTokenizer
 
 tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(sys.argv[1]), 32)
 

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from cli_helpers import command
 
-from retriever import cli
-from retriever.commands.encode import Encode
-from retriever.commands.evaluate import EvaluateBeir
-from retriever.commands.index import IndexBuild
-from retriever.commands.mine import Mine
-from retriever.commands.search import Search
-from retriever.commands.serve import Serve
-from retriever.commands.split import Split
-from retriever.commands.train import Train
-from retriever.config import ConfigError
-from retriever.launch import process_count
+from retriever.cli.command_line import run as cli
+from retriever.cli.commands.encode import Encode
+from retriever.cli.commands.evaluate import EvaluateBeir
+from retriever.cli.commands.index import IndexBuild
+from retriever.cli.commands.mine import Mine
+from retriever.cli.commands.search import Search
+from retriever.cli.commands.serve import Serve
+from retriever.cli.commands.split import Split
+from retriever.cli.commands.train import Train
+from retriever.errors import ConfigError
+from retriever.utils.torchrun import process_count
 
 EMBED = ("--model", "m", "--data", "d", "--out", "o")
 # Words of each command -> whether several processes share its work; the others are refused.
@@ -174,7 +174,7 @@ def test_each_process_has_the_gpu_of_its_number(
 ) -> None:
     import torch
 
-    from retriever.ranks import own_device
+    from retriever.distributed.context import own_device
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for name, value in environment.items():

@@ -13,9 +13,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from index.files import InputError
-from retriever.config import ModelConfig
-from retriever.encode import EncodeOptions, embed_texts
-from retriever.towers import Towers, build_towers, load_towers
+from retriever.config.run import ModelConfig
+from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.models.towers import Towers, build_towers, load_towers
 
 TEXTS = ["a small domesticated feline", "", "move fast " * 40, "the act of walking", "Ångström, naïve — 中文"]
 

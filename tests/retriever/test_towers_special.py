@@ -15,9 +15,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router, StaticEmbedding
 
 from index.files import InputError
-from retriever.config import ConfigError, ModelConfig
-from retriever.encode import EncodeOptions, embed_texts
-from retriever.towers import SIDES, Side, Towers, build_towers, load_towers
+from retriever.config.run import ModelConfig
+from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.errors import ConfigError
+from retriever.models.towers import SIDES, Side, Towers, build_towers, load_towers
 
 TEXTS = ["a small domesticated feline", "walk", "move fast " * 40, "the act of walking", "Ångström, naïve"]
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}

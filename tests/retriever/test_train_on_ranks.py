@@ -20,10 +20,10 @@ from forks import LoadedPython, environment, torchrun
 from run_helpers import assert_near, results
 from torch import distributed
 
-from retriever.config import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.config_file import save_config
-from retriever.data.sources import SourceConfig
-from retriever.ranks import Ranks
+from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.sources import SourceConfig
+from retriever.config.yaml_file import save_config
+from retriever.distributed.context import Ranks
 
 HERE = Path(__file__).parent
 WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", "stone", "blue", "red", "small", "old"]
@@ -144,7 +144,9 @@ def test_who_waits_for_the_others_ends_with_a_signal_or_its_parent(tmp_path: Pat
             "WORLD_SIZE": "2",
             "RANK": "0",
         }
-    script = "from retriever.ranks import joined_ranks; print('here', flush=True); joined_ranks().__enter__()"
+    script = (
+        "from retriever.distributed.context import joined_ranks; print('here', flush=True); joined_ranks().__enter__()"
+    )
     waits = [sys.executable, "-c", script]
     waiting = subprocess.Popen(waits, env=environment() | meeting, stdout=subprocess.PIPE)
     assert waiting.stdout is not None and waiting.stdout.readline() == b"here\n"

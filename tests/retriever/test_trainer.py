@@ -18,17 +18,17 @@ from forks import LoadedPython
 from run_helpers import assert_same, results
 from safetensors.torch import load_file
 
-import retriever.dev as dev_module
+import retriever.training.validation as dev_module
 from index.files import InputError
-from retriever import graph_memory
-from retriever.checkpoint import load_checkpoint
-from retriever.config import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.config_file import CONFIG_FILE, load_config, save_config
-from retriever.data.sources import SourceConfig
-from retriever.interrupt import Interrupted
-from retriever.progress import Terminal
-from retriever.step import TrainStep
-from retriever.trainer import Trainer
+from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.sources import SourceConfig
+from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
+from retriever.models import memory as graph_memory
+from retriever.training.checkpoint import load_checkpoint
+from retriever.training.step import TrainStep
+from retriever.training.trainer import Trainer
+from retriever.utils.interrupt import Interrupted
+from retriever.utils.progress import Terminal
 
 WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", "stone", "blue", "red", "small", "old"]
 

@@ -16,18 +16,18 @@ import torch
 from transformers import AutoTokenizer
 
 from index.passages import Passage
-from retriever.corpus_windows import Cut, WindowMaker
-from retriever.tokens import TextTokenizer
-from retriever.window_workers import corpus_windows, workers_for
+from retriever.encoding.window_workers import corpus_windows, workers_for
+from retriever.encoding.windows import Cut, WindowMaker
+from retriever.models.tokenizer import TextTokenizer
 
 # Windows larger than a pipe, of a corpus that takes its time before the row asked for.
 SLOW = """
 import sys, time
 from transformers import AutoTokenizer
 from index.passages import Passage
-from retriever.corpus_windows import Cut, WindowMaker
-from retriever.tokens import TextTokenizer
-from retriever.window_workers import corpus_windows
+from retriever.encoding.windows import Cut, WindowMaker
+from retriever.models.tokenizer import TextTokenizer
+from retriever.encoding.window_workers import corpus_windows
 
 def corpus():
     for number in range(10**6):

@@ -15,8 +15,8 @@ import torch
 from forks import on_ranks
 from run_helpers import assert_near, results
 
-import retriever.trainer  # noqa: F401 - before the forks, which then share the libraries
-from retriever.cli import main as command_line
+import retriever.training.trainer  # noqa: F401 - before the forks, which then share the libraries
+from retriever.cli.command_line import main as command_line
 
 
 def trained(config: str, out: Path, *more: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from retriever.config_file import load_config
+from retriever.config.yaml_file import load_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))

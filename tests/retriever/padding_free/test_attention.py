@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retriever.padding_free import attention
-from retriever.padding_free.attention import Spans, spans_attention
+from retriever.models.packed import attention
+from retriever.models.packed.attention import Spans, spans_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

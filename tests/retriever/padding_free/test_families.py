@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from retriever.config import ModelConfig
-from retriever.padding_free import families, sublayers
-from retriever.towers import Towers, build_towers
+from retriever.config.run import ModelConfig
+from retriever.models.packed import families, sublayers
+from retriever.models.towers import Towers, build_towers
 
 # Special tokens inside a text, the padding token among them, are tokens like others.
 TEXTS = [
@@ -260,7 +260,7 @@ def test_compiled_layers_are_not_compiled_anew_for_other_sizes(
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_outputs_equal_those_of_the_padded_path_to_rounding_on_a_gpu(kind: str, tiny: ModelConfig) -> None:
-    from retriever.half_weights import arithmetic
+    from retriever.models.mixed_precision import arithmetic
 
     towers = towers_of(kind, tiny, dropout=0.0, pooling="lasttoken" if kind in families.DECODERS else "mean").cuda()
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from retriever.padding_free.sublayers import residual_norm
+from retriever.models.packed.sublayers import residual_norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

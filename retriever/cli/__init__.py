@@ -1,0 +1,5 @@
+"""The command line: a thin layer over the functions of this package."""
+
+from retriever.cli.command_line import main
+
+__all__ = ["main"]

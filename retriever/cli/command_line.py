@@ -1,0 +1,203 @@
+"""The command line: words to a command, and whatever goes wrong to one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import arg, subcommand
+
+from index.files import InputError
+from retriever import __version__
+from retriever.cli.commands.compare import EvaluateCompare, EvaluateRun
+from retriever.cli.commands.encode import Encode
+from retriever.cli.commands.evaluate import EvaluateBeir
+from retriever.cli.commands.index import IndexBuild, IndexTune
+from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
+from retriever.cli.commands.mine import Mine
+from retriever.cli.commands.search import Search
+from retriever.cli.commands.serve import Serve
+from retriever.cli.commands.split import Split
+from retriever.cli.commands.train import Train
+from retriever.cli.commands.zero_shot import EvaluateZeroShot
+from retriever.config.flags import as_switches
+from retriever.config.yaml_file import load_config
+from retriever.errors import ConfigError
+from retriever.utils.interrupt import sigterm_interrupts
+from retriever.utils.own_packages import PackageClash
+from retriever.utils.progress import Terminal
+from retriever.utils.torchrun import check_environment, process_count
+
+DESCRIPTION = (
+    "Train dense retrieval models, embed and index a corpus, search it, measure how well it retrieves. "
+    "`retriever --version` prints the version."
+)
+
+IndexCommand = (
+    Annotated[IndexBuild, subcommand("build")]
+    | Annotated[IndexVerify, subcommand("verify")]
+    | Annotated[IndexTune, subcommand("tune")]
+    | Annotated[IndexMerge, subcommand("merge")]
+    | Annotated[IndexAdd, subcommand("add")]
+    | Annotated[IndexDelete, subcommand("delete")]
+)
+EvaluateCommand = (
+    Annotated[EvaluateBeir, subcommand("beir")]
+    | Annotated[EvaluateZeroShot, subcommand("zero-shot")]
+    | Annotated[EvaluateRun, subcommand("run")]
+    | Annotated[EvaluateCompare, subcommand("compare")]
+)
+
+# What the processes of a torchrun do together (of train --dry-run and evaluate beir --preflight the first one answers).
+# All other commands are for one process alone.
+SHARED = (Train, Encode, EvaluateBeir, IndexBuild)
+
+
+@dataclass(frozen=True)
+class IndexGroup:
+    """Build, tune, merge, change and verify indexes."""
+
+    command: Annotated[IndexCommand, arg(name="")]
+
+    def run(self, terminal: Terminal) -> int:
+        return self.command.run(terminal)
+
+
+@dataclass(frozen=True)
+class EvaluateGroup:
+    """Measure how well models and other programs retrieve."""
+
+    command: Annotated[EvaluateCommand, arg(name="")]
+
+    def run(self, terminal: Terminal) -> int:
+        return self.command.run(terminal)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0 done, 1 failed, 2 bad arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"retriever {__version__}")
+        return 0
+    try:
+        command = _parse(arguments)
+        _check_processes(command, arguments)
+        with sigterm_interrupts(), Terminal() as terminal:
+            code = command.run(terminal)
+        # Here rather than at the interpreter's end, where a failure could no longer be answered.
+        sys.stdout.flush()
+        return code
+    except ConfigError as error:
+        return _fail(error, 2)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough; what is left would fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
+    except (InputError, PackageClash) as error:
+        return _fail(error, 1)
+    except MemoryError:
+        return _fail("out of memory", 1)
+    except RuntimeError as error:
+        # By name, because the command line does without torch: its error for a full GPU.
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail("out of GPU memory: lower --micro-batch-tokens, or the batch", 1)
+        if str(error).startswith("DataLoader worker"):
+            return _fail("a process that prepares data was killed, for want of memory perhaps", 1)
+        raise
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+
+
+def _check_processes(command: Any, arguments: Sequence[str]) -> None:
+    """Refuse several processes where each of them would do the same and write the same files, and an environment that
+    torchrun does not make.
+
+    Raises:
+        ConfigError: names the command, or the variable.
+    """
+    asked, words = (command.command, 2) if isinstance(command, IndexGroup | EvaluateGroup) else (command, 1)
+    if (count := process_count()) > 1 and not isinstance(asked, SHARED):
+        name = " ".join(arguments[:words])
+        raise ConfigError(f"{name}: works in one process; start it without torchrun (WORLD_SIZE is {count})")
+    if count == 1:
+        # Of several, all that they share is checked when they meet.
+        check_environment()
+
+
+def _parse(arguments: list[str]) -> Any:
+    file = _config_file(arguments)
+    defaults = Train() if file is None else Train(file=file, config=load_config(Path(file)))
+    commands = (
+        Annotated[Train, subcommand("train", default=defaults)]
+        | Annotated[Encode, subcommand("encode")]
+        | Annotated[IndexGroup, subcommand("index")]
+        | Annotated[Search, subcommand("search")]
+        | Annotated[Serve, subcommand("serve")]
+        | Annotated[Mine, subcommand("mine")]
+        | Annotated[Split, subcommand("split")]
+        | Annotated[EvaluateGroup, subcommand("evaluate")]
+    )
+    box = io.StringIO()
+    words = as_switches(arguments) if arguments[:1] == ["train"] else arguments
+    try:
+        with contextlib.redirect_stderr(box):
+            command: Any = tyro.cli(commands, prog="retriever", description=DESCRIPTION, args=words)
+    except SystemExit as end:
+        if end.code:
+            raise ConfigError(_one_line(box.getvalue())) from None
+        raise
+    except ValueError as error:
+        # A check of TrainConfig's own fields, which tyro lets through.
+        raise ConfigError(str(error)) from None
+    if isinstance(command, Train) and command.file != file:
+        raise ConfigError(f"{command.file}: expected a configuration file, *.yaml, before any flag")
+    return command
+
+
+def _config_file(arguments: list[str]) -> str | None:
+    """The configuration of `train`, needed before the flags are parsed, because it gives their defaults."""
+    if arguments[:1] != ["train"]:
+        return None
+    names = (
+        name
+        for place, name in enumerate(arguments[1:])
+        if not name.startswith("-") and (place == 0 or name.endswith((".yaml", ".yml")))
+    )
+    return next(names, None)
+
+
+def _one_line(box: str) -> str:
+    """What is said in the box that tyro draws around an error: the error, and the first thing it proposes."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    # The first row is a title. Where the output is not UTF-8, rules are made of hyphens and there are no corners.
+    rows = " ".join(row.strip("╭╮│╰╯ ") for row in text.splitlines()[1:])
+    sections = [" ".join(section.split()) for section in re.split(r"[─-]{3,}", rows) if section.strip()]
+    # The checks of our own dataclasses name the flag themselves.
+    message = re.sub(r"^Error parsing (\S+: (?=--|\S+: expected))?(__tyro\S+: )?", "", sections[0])
+    message = re.sub(r"invalid literal for int\(\) with base 10:", "expected a whole number, found", message)
+    message = re.sub(
+        r"no type matching \{None\}\|(\S+) could be instantiated from \[(.*?)\]\. .*",
+        r"expected \1 or none, found \2",
+        message,
+    )
+    message = re.sub(r"could not convert string to float:", "expected a number, found", message)
+    proposal = sections[1]
+    if near := re.search(r"Perhaps you meant: .*?(--[\w.-]+)", proposal):
+        return f"{message}; did you mean {near[1]}?"
+    return f"{message}; {proposal}" if proposal.startswith("Available") else message
+
+
+def _fail(error: object, code: int) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"retriever: {text}", file=sys.stderr)
+    return code

@@ -1,0 +1,122 @@
+"""The commands that change an index, or check one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from retriever.cli.commands.common import Switch, answer
+from retriever.utils.progress import Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexMerge:
+    """Merge indexes that were trained alike (index build --train-from), parts of one store in their order."""
+
+    indexes: Positional[tuple[Path, ...]]
+    """Two or more."""
+    out: Path
+    """Folder of the merged index."""
+    on_disk: Switch = False
+    """Merge from file to file and leave the inverted lists on disk: takes next to no memory."""
+    json: Switch = False
+    """Print the summary as JSON."""
+
+    def __post_init__(self) -> None:
+        if len(self.indexes) < 2:
+            raise ValueError(f"indexes: expected two or more to merge, found {len(self.indexes)}")
+
+    def run(self, terminal: Terminal) -> int:
+        from index.ann.merge import merge
+        from retriever.utils.check_progress import checking
+
+        with checking(terminal, self.indexes) as checked, terminal.bar("merge", None, "vectors") as advance:
+            rows = merge(self.indexes, self.out, on_disk=self.on_disk, progress=advance, checked=checked)
+        answer(self.json, {"index": str(self.out), "rows": rows})
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexAdd:
+    """Add the passages of an embedding store to an index."""
+
+    index: Positional[Path]
+    """The index."""
+    embeddings: Path
+    """Folder of the new passages' vectors, of the same model."""
+    out: Path | None = None
+    """Folder of the new index; empty to replace the old one."""
+    json: Switch = False
+    """Print the summary as JSON."""
+
+    def run(self, terminal: Terminal) -> int:
+        from index.ann.edit import add_passages
+        from index.store.reader import EmbeddingStore
+        from retriever.utils.check_progress import checking
+
+        store = EmbeddingStore.open(self.embeddings)
+        with (
+            checking(terminal, [self.index, self.embeddings]) as checked,
+            terminal.bar("add", store.rows, "vectors") as advance,
+        ):
+            added = add_passages(self.index, store, self.out, progress=advance, checked=checked)
+        answer(self.json, {"index": str(self.out or self.index), "added": added})
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexDelete:
+    """Delete passages from an index by their ids."""
+
+    index: Positional[Path]
+    """The index."""
+    ids: tuple[str, ...] = ()
+    """Ids of the passages."""
+    ids_file: Path | None = None
+    """A file of ids instead, one a line."""
+    out: Path | None = None
+    """Folder of the new index; empty to replace the old one."""
+    json: Switch = False
+    """Print the summary as JSON."""
+
+    def __post_init__(self) -> None:
+        if bool(self.ids) == bool(self.ids_file):
+            raise ValueError("--ids: expected ids here or in --ids-file, one of the two")
+
+    def run(self, terminal: Terminal) -> int:
+        from index.ann.edit import delete_passages
+        from index.passages import checked_id
+        from index.records import read_lines
+        from retriever.utils.check_progress import checking
+
+        ids = list(self.ids)
+        if self.ids_file is not None:
+            lines = enumerate(read_lines(self.ids_file), start=1)
+            ids = [checked_id(line.strip(), f"{self.ids_file}:{number}") for number, line in lines if line.strip()]
+        with checking(terminal, [self.index]) as checked:
+            deleted = delete_passages(self.index, ids, self.out, checked=checked)
+        summary = {"index": str(self.out or self.index), "deleted": deleted, "not_there": len(set(ids)) - deleted}
+        answer(self.json, summary)
+        return 0
+
+
+@dataclass(frozen=True)
+class IndexVerify:
+    """Check every file of an index or an embedding store against its checksum."""
+
+    folder: Positional[Path]
+    """The index or the store."""
+    json: Switch = False
+    """Print the summary as JSON."""
+
+    def run(self, terminal: Terminal) -> int:
+        from index.verify import verify
+        from retriever.utils.check_progress import checking
+
+        with checking(terminal, [self.folder]) as checked:
+            found = verify(self.folder, checked)
+        answer(self.json, dataclasses.asdict(found))
+        return 0

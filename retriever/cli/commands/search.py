@@ -1,0 +1,159 @@
+"""`retriever search`."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional, UseAppendAction
+
+from index.files import InputError
+from index.passages import one_line
+from retriever.cli.commands.common import Embedding, Switch, check_counts
+from retriever.utils.progress import Terminal
+
+if TYPE_CHECKING:
+    from retriever.searching.search import Answer
+
+# Of scripts and of emoji: they change neither direction nor screen.
+JOINERS = "\u200c\u200d"
+# Categories of Unicode: control, format (directions), surrogate, line and paragraph separator.
+CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Embedding):
+    """Find passages or pictures for queries: texts given as arguments, in a file, or one a line on standard input; or
+    pictures. Of each query a line, then one for each passage found: on a terminal a table; elsewhere rank, score, id
+    and passage, separated by tabs, with control characters escaped."""
+
+    query: Positional[tuple[str, ...]]
+    """The queries."""
+    index: UseAppendAction[tuple[Path, ...]]
+    """Folder that `retriever index build` wrote; given several times, the folders are searched as one."""
+    queries: Path | None = None
+    """A file of queries instead: .jsonl, .csv, .tsv or .parquet with _id (or id) and text."""
+    image: UseAppendAction[tuple[Path, ...]] = ()
+    """A picture as the query; given several times, each is one. The model embeds pictures and texts."""
+    k: int = 10
+    """Passages a query."""
+    mmap: Switch = False
+    """Leave the index on disk and read what a search touches, for indexes larger than memory."""
+    verify: Switch = False
+    """Check the sha256 of every file of the index first, which reads all of it. Without, that of index.faiss is checked
+    (with --mmap, up to 256 MiB) and that of lists on disk (up to 256 MiB), and of the other files what is read."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "k")
+        if not self.index:
+            raise ValueError("--index: expected at least one folder, found none")
+        if self.query and self.queries:
+            raise ValueError("--queries: give queries as arguments or in a file, not both")
+        if self.image and (self.query or self.queries):
+            raise ValueError("--image: give pictures or texts as queries, not both")
+        for number, text in enumerate(self.query, start=1):
+            _check_utf8(text, f"query:{number}")
+            if not text.strip():
+                raise InputError(f"query:{number}: expected text, found none")
+
+    def run(self, terminal: Terminal) -> int:
+        from retriever.searching.search import BATCH, open_indexes, search
+
+        index = open_indexes(self.index, terminal, mmap=self.mmap, verify=self.verify)
+        towers = self.towers(terminal)
+        typed = not self.query and not self.image and self.queries is None and sys.stdin.isatty()
+        if typed:
+            terminal.line("queries, one a line; Ctrl-D ends")
+        for answer in search(towers, index, self._queries(), self.k, self.options(), batch=1 if typed else BATCH):
+            if self.json:
+                print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
+            else:
+                _print_answer(answer)
+        return 0
+
+    def _queries(self) -> Iterator[tuple[str, str | Path]]:
+        """(id, text) of each query, or (id, file) of each picture; those without an id are numbered."""
+        from index.beir import read_queries
+
+        if self.queries:
+            yield from read_queries(self.queries).items()
+            return
+        if self.image:
+            yield from ((str(number), file) for number, file in enumerate(self.image, start=1))
+            return
+        texts: Sequence[str] | Iterator[str] = self.query or _typed()
+        found = False
+        for number, text in enumerate(texts, start=1):
+            if text.strip():
+                found = True
+                yield str(number), text
+        if not found:
+            raise InputError("expected at least one query, found none")
+
+
+def _typed() -> Iterator[str]:
+    """The lines of standard input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Python would otherwise refuse the whole block that a wrong byte is in.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    for number, line in enumerate(sys.stdin, start=1):
+        _check_utf8(line, f"standard input:{number}")
+        yield line.rstrip("\n")
+
+
+def _check_utf8(text: str, place: str) -> None:
+    """Bytes that are no text come from the command line as halves of surrogate pairs."""
+    if wrong := re.search("[\udc80-\udcff]", text):
+        raise InputError(f"{place}: expected UTF-8, found byte 0x{ord(wrong[0]) - 0xDC00:02x}")
+
+
+def _print_answer(answer: Answer) -> None:
+    if sys.stdout.isatty():
+        _draw_answer(answer)
+        return
+    lines = [escaped(" ".join(answer.query.split()))]
+    for result in answer.results:
+        text = one_line(result.title, result.text)
+        lines.append(f"{result.rank}\t{result.score:.4f}\t{escaped(result.id)}\t{escaped(text)}")
+    print("\n".join(lines), flush=True)
+
+
+def _draw_answer(answer: Answer) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("score", justify="right")
+    table.add_column("id", style="cyan", overflow="fold")
+    table.add_column("passage", overflow="ellipsis")
+    for result in answer.results:
+        text = one_line(result.title, result.text)
+        # Text, because a passage may hold what rich would take for markup.
+        table.add_row(str(result.rank), f"{result.score:.4f}", Text(printable(result.id)), Text(printable(text[:300])))
+    console = Console()
+    console.print(printable(answer.query), style="bold", markup=False, highlight=False)
+    console.print(table)
+
+
+def printable(text: str) -> str:
+    """The text with a replacement character for what would command a terminal, or turn its lines around."""
+    return "".join(c if c.isprintable() or c in JOINERS or c.isspace() else "\ufffd" for c in text)
+
+
+def escaped(text: str) -> str:
+    """The text with tabs, line ends and other control characters written as \\t, \\n, \\x1b."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in CONTROLS and c not in JOINERS else c
+        for c in text
+    )

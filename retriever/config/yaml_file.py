@@ -1,0 +1,156 @@
+"""A training run's configuration as YAML: read with every key and type checked, written beside the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from index.files import atomic_path
+from retriever.config.run import TrainConfig
+from retriever.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+"""In the folder of a run: how it was configured."""
+# How people write that a number is not given.
+NOTHING = ("none", "null")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The keys and values below a node."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{key.value} twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a YAML file into a TrainConfig.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key (the nearest known one is named), or a wrong type.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text: {error}") from None
+    try:
+        tree = yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: expected YAML, found: {getattr(error, 'problem', None) or error}") from None
+    return _build(TrainConfig, {} if tree is None else tree, str(path), "")
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration with every local path absolute, so that a run resumes from wherever it is called."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).resolve()) if path and Path(path).exists() else path
+
+    def absolute_shards(path: str) -> str:
+        # A brace range is the name of no file.
+        return str(Path(path).absolute()) if path.endswith(".tar") else absolute(path)
+
+    sources = tuple(dataclasses.replace(source, path=absolute(source.path)) for source in config.data.sources)
+    images = tuple(dataclasses.replace(source, path=absolute_shards(source.path)) for source in config.data.images)
+    cache, tokenizer, tower = config.data.cache, config.model.tokenizer, config.model.image
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model,
+            name=absolute(config.model.name),
+            tokenizer=tokenizer and absolute(tokenizer),
+            image=dataclasses.replace(tower, name=tower.name if tower.is_new else absolute(tower.name)),
+        ),
+        data=dataclasses.replace(
+            config.data, sources=sources, images=images, cache=cache and str(Path(cache).resolve())
+        ),
+        dev=dataclasses.replace(config.dev, path=absolute(config.dev.path)),
+    )
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved configuration, atomically, as YAML that `load_config` reads back to an equal one."""
+    tree = _with_lists(dataclasses.asdict(config))
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _with_lists(tree: Any) -> Any:
+    """The tree with lists for tuples, which YAML does not have."""
+    if isinstance(tree, dict):
+        return {key: _with_lists(value) for key, value in tree.items()}
+    return [_with_lists(value) for value in tree] if isinstance(tree, tuple | list) else tree
+
+
+def _build(kind: Any, tree: Any, file: str, where: str) -> Any:
+    """Make a dataclass of the tree below the key `where`, refusing unknown keys and wrong types."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: {where or 'the file'}: expected keys and values, found {_shown(tree)}")
+    known = typing.get_type_hints(kind)
+    values = {}
+    for key, value in tree.items():
+        place = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{file}: {place}: unknown key; {hint}")
+        values[key] = _convert(known[key], value, file, place)
+    try:
+        return kind(**values)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        # The dataclass's own check, which names the field.
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _convert(kind: Any, value: Any, file: str, place: str) -> Any:
+    """Check `value` against a field's type; whole numbers serve as floats, and so does YAML's text '1e-4'."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        if value is None or (inner is not str and isinstance(value, str) and value.lower() in NOTHING):
+            return None
+        return _convert(inner, value, file, place)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, file, place)
+    if origin is tuple and isinstance(value, list):
+        inner = arguments[0] if arguments[-1] is Ellipsis else None
+        if inner is None and len(value) != len(arguments):
+            raise ConfigError(f"{file}: {place}: expected {len(arguments)} values, found {len(value)}")
+        kinds = [inner] * len(value) if inner is not None else list(arguments)
+        return tuple(_convert(k, v, file, f"{place}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{file}: {place}: expected one of {', '.join(map(str, arguments))}, found {_shown(value)}")
+    if origin is dict and isinstance(value, dict):
+        return value
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    expected = "a list" if origin is tuple else getattr(origin or kind, "__name__", kind)
+    raise ConfigError(f"{file}: {place}: expected {expected}, found {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.40} ({type(value).__name__})"

@@ -1,0 +1,99 @@
+"""From a run's configuration to its batches of pictures and captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from retriever.config.run import TrainConfig
+from retriever.data.images.batches import ImageBatches
+from retriever.data.images.chunks import PairReader
+from retriever.data.images.features import FeatureStore, PlannedFeatures, compute_features
+from retriever.data.images.sources import FilePairs, PairSource, open_pairs
+from retriever.data.known_positives import find_known_positives
+from retriever.data.schedule import BatchSchedule, Share
+from retriever.errors import ConfigError
+from retriever.models.images.towers import ImageTextTowers
+from retriever.utils.device import Precision
+from retriever.utils.progress import Terminal
+
+
+def open_image_batches(
+    config: TrainConfig,
+    towers: ImageTextTowers,
+    cache: Path,
+    *,
+    precision: Precision,
+    token_budget: int,
+    terminal: Terminal,
+    share: Share | None = None,
+    planned: bool = False,
+) -> tuple[ImageBatches, tuple[str, ...]]:
+    """Every batch of a run on pictures, in order, and what identifies its sources.
+
+    With a locked image tower the features of all pictures are computed first, unless the cache holds them or the run
+    is only `planned`.
+
+    Raises:
+        ConfigError: there is no source.
+        InputError: a source is missing, broken, empty, or has too few pairs for a batch.
+    """
+    if not config.data.images or config.data.sources:
+        raise ConfigError("data: expected data.images, and no data.sources, for a model with an image tower")
+    image, workers = config.model.image, config.data.workers
+    sources: list[PairSource] = []
+    for source in config.data.images:
+        with terminal.bar(f"index {source.path}", None, "parts") as advance:
+            sources.append(open_pairs(source, cache, workers=workers, progress=advance))
+        terminal.line(f"{source.path}: {len(sources[-1]):,} pairs")
+        for notice in sources[-1].notices:
+            terminal.line(f"{source.path}: {notice}")
+    features: list[FeatureStore | PlannedFeatures | None] = [None] * len(sources)
+    if image.lock == "image" and planned:
+        features = [PlannedFeatures(towers.image_width) for _ in sources]
+    elif image.lock == "image":
+        at_once = max(1, token_budget // towers.image_tokens)
+        for number, pairs in enumerate(sources):
+            with terminal.bar(f"features of {pairs.name}", len(pairs), "pictures") as advance:
+                features[number] = compute_features(
+                    towers, pairs, cache / "features", precision, at_once=at_once, workers=workers, progress=advance
+                )
+    schedule = BatchSchedule(
+        [len(pairs) for pairs in sources],
+        batch_size=config.batch_size,
+        seed=config.seed,
+        weights=[source.weight for source in config.data.images],
+        epochs=None if config.steps else config.epochs,
+        steps=config.steps,
+        names=[source.path for source in config.data.images],
+        processes=1 if share is None else share.size,
+    )
+    for line in schedule.lines():
+        terminal.line(line)
+    readers = [
+        PairReader(
+            source=pairs,
+            transform=dataclasses.replace(towers.transform, flip=image.flip),
+            augment=image.augment,
+            tokenizer=towers.tokenizer("document"),
+            prompt=towers.prompt("document"),
+            max_broken=source.max_broken,
+            features=store,
+        )
+        for pairs, source, store in zip(sources, config.data.images, features, strict=True)
+    ]
+    # A tar or a dataset shows an image once, with all its captions; rows of a table may name it several times.
+    tables = [pairs.table for pairs in sources if isinstance(pairs, FilePairs)]
+    batches = ImageBatches(
+        readers,
+        schedule,
+        # Features of a locked tower pass through its projection alone.
+        image_tokens=1 if image.lock == "image" else towers.image_tokens,
+        token_budget=token_budget,
+        padded=not towers.padding_free,
+        device=towers.device.type,
+        say=terminal.line,
+        known=find_known_positives(tables, cache, terminal) if tables and config.loss.masks_false_negatives else None,
+        share=share,
+    )
+    return batches, tuple(pairs.sha256 for pairs in sources)

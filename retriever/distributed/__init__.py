@@ -1,0 +1,1 @@
+"""Several processes that train, encode or evaluate together (torchrun)."""

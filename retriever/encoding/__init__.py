@@ -1,0 +1,1 @@
+"""Texts, corpora and images to embeddings."""

@@ -1,0 +1,1 @@
+"""Evaluation of models on BEIR and zero-shot sets."""

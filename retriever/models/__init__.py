@@ -1,0 +1,1 @@
+"""Towers: tokenizers, text and image encoders, their memory and arithmetic."""

@@ -1,0 +1,1 @@
+"""Image towers: loading them, transforms of images, patch dropout."""

@@ -1,0 +1,1 @@
+"""Model folders: reading them, checking them, and adapting what they hold to a run."""

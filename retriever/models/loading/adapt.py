@@ -1,0 +1,120 @@
+"""A loaded model made into what a run's configuration asks for: pooling, projection, lengths, dropout, prompts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from index.files import InputError
+from retriever.config.run import ModelConfig
+from retriever.errors import ConfigError
+from retriever.models.loading.folder import (
+    ends_in_normalize,
+    load_faults,
+    position_limit,
+    read_plain_texts,
+    text_towers,
+)
+from retriever.models.loading.text_settings import forget_lengths, text_tokenizer
+from retriever.models.loading.trial import trial_embeddings
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def set_text_options(model: SentenceTransformer, transformers: Iterable[Any], config: ModelConfig) -> None:
+    """Give a model, and the transformers in it that read texts, the lengths, dropout and prompts of a configuration.
+
+    Raises:
+        ConfigError: texts cannot be that long.
+    """
+    for transformer in transformers:
+        read_plain_texts(transformer)
+        if config.max_length is not None:
+            _set_max_length(transformer, config.max_length)
+    if config.dropout is not None:
+        _set_dropout(model, config.dropout)
+    for name, prompt in (("query", config.query_prompt), ("document", config.passage_prompt)):
+        if prompt is not None:
+            model.prompts[name] = prompt
+
+
+def adapt_model(model: SentenceTransformer, config: ModelConfig) -> SentenceTransformer:
+    """Apply pooling, projection, normalisation and separation of the towers to a loaded model."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Router
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    modules: list[Any] = list(model)
+    routed = isinstance(modules[0], Router)
+    if routed and (config.pooling or config.projection):
+        raise ConfigError(f"{config.name}: has two towers already; pooling and projection are the folder's own")
+    normalized = ends_in_normalize(modules)
+    poolings = [i for i, module in enumerate(modules) if isinstance(module, Pooling)]
+    if config.pooling:
+        if len(poolings) != 1:
+            raise ConfigError(f"model.pooling: expected none for {config.name}, which has {len(poolings)} poolings")
+        _replace_pooling(modules, poolings[0], config.pooling)
+    if config.projection:
+        modules = modules[:-1] if normalized else modules
+        width = SentenceTransformer(modules=modules, device="cpu").get_embedding_dimension() or 0
+        modules.append(Dense(width, config.projection, bias=False, activation_function=nn.Identity()))
+    normalized = normalized or config.normalize
+    if normalized and not ends_in_normalize(modules):
+        modules.append(Normalize())
+    if not config.shared and not routed:
+        modules = [Router.for_query_document(modules, copy.deepcopy(modules))]
+    adapted = SentenceTransformer(
+        modules=modules,
+        device="cpu",
+        prompts={name: prompt or "" for name, prompt in model.prompts.items()},
+        default_prompt_name=model.default_prompt_name,
+        # What the loss compares by, whatever the folder said.
+        similarity_fn_name="cosine" if normalized else "dot",
+    )
+    for side, transformer in text_towers(adapted).items():
+        trial_embeddings(adapted, transformer, side, config.name or "model.architecture", load_faults())
+    return adapted
+
+
+def _replace_pooling(modules: list[Any], place: int, mode: str) -> None:
+    """Pool in another way what the folder's pooling reads; what follows must be able to read it."""
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    old = modules[place]
+    modules[place] = new = Pooling(old.embedding_dimension, mode, include_prompt=old.include_prompt)
+    before, after = old.pooling_output_dimension, new.pooling_output_dimension
+    readers = [type(module).__name__ for module in modules[place + 1 :] if not isinstance(module, Normalize)]
+    if before != after and readers:
+        raise ConfigError(
+            f"model.pooling: {mode} gives {after} dimensions, but the {readers[0]} of the folder expects {before}"
+        )
+
+
+def _set_max_length(transformer: Any, longest: int) -> None:
+    special = text_tokenizer(transformer, "document").special_count
+    limit = position_limit(transformer)
+    if longest <= special:
+        raise ConfigError(
+            f"model.max_length: expected at least {special + 1}, since {special} tokens are special, found {longest}"
+        )
+    if limit is not None and longest > limit:
+        raise ConfigError(f"model.max_length: expected at most {limit}, the model's own limit, found {longest}")
+    transformer.max_seq_length = longest
+    try:
+        forget_lengths(transformer)
+    except InputError as error:
+        raise ConfigError(f"model.max_length: {error}") from error
+
+
+def _set_dropout(model: nn.Module, rate: float) -> None:
+    """Dropout modules, and the rates that attention functions read off their modules as plain numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        for name, value in vars(module).items():
+            if isinstance(value, float) and name.endswith("dropout"):
+                setattr(module, name, rate)

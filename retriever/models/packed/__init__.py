@@ -1,0 +1,1 @@
+"""Attention over packed sequences: the texts of a micro-batch are concatenated, without padding."""

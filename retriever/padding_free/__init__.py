@@ -1,1 +1,0 @@
-"""Padding-free towers: the texts of a micro-batch laid end to end, each attending to itself alone."""

@@ -1,0 +1,1 @@
+"""Training: the trainer, the optimizer step, the gradient cache, checkpoints and validation."""

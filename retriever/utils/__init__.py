@@ -1,0 +1,1 @@
+"""Devices, worker processes, progress and signals: helpers without a model."""
