@@ -36,7 +36,7 @@ from scale_plots import draw
 from tower_steps import Attempt, Baseline, Search, TowerSteps, Way, as_planned, none_kept
 
 from losses import InfCLLoss
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 
 OFFLOAD = "ours, embeddings on the host"
 LITERATURE = [name for name in METHODS if not name.startswith("ours")]

@@ -21,7 +21,7 @@ from ring_plots import Spans, kernel_spans
 from torch import Tensor, distributed
 
 from losses import disco_clip_loss, gathered_clip_loss, inf_cl_loss, local_rows_loss, ring_clip_loss
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.utils.device import to_device, to_host
 
 MIB = 2**20

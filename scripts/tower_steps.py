@@ -23,7 +23,7 @@ from losses import InfCLLoss
 from retriever.config.run import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from retriever.data.length_sorting import pack
 from retriever.data.micro_batches import PreparedBatch, TextGroup
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.models.loading.folder import Side
 from retriever.models.memory import GraphMemory
 from retriever.models.tokenizer import TokenizedTexts

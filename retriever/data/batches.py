@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from retriever.data.false_negatives import FalseNegatives, Integers, find_false_negatives, numbered
 from retriever.data.known_positives import KnownPositives, digests
-from retriever.data.schedule import BatchSchedule, Share
+from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable
+from retriever.distributed.share import Share
 from retriever.utils.workers import become_worker
 
 T = TypeVar("T")

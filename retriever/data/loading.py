@@ -10,9 +10,10 @@ from retriever.config.run import DataConfig, TrainConfig
 from retriever.data.batches import BatchDataset
 from retriever.data.known_positives import KnownPositives, find_known_positives
 from retriever.data.micro_batches import BatchPreparer, PreparedBatch
-from retriever.data.schedule import BatchSchedule, Share
+from retriever.data.schedule import BatchSchedule
 from retriever.data.source_prompts import describe_source_prompts, source_prompts
 from retriever.data.table import ExampleTable, open_source
+from retriever.distributed.share import Share
 from retriever.errors import ConfigError
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,18 +12,6 @@ from index.files import InputError
 
 # The second word of every random generator's key, so that no two uses draw the same numbers.
 _SOURCES, _ORDER = 1, 2
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of every batch that one of several processes has: consecutive rows, as many as others or one more."""
-
-    rank: int = 0
-    size: int = 1
-
-    def of(self, rows: int) -> range:
-        """Places within a batch of so many rows."""
-        return range(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
 
 
 class BatchSchedule:

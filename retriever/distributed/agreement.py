@@ -27,7 +27,7 @@ from retriever.distributed.errors import CommonError
 
 if TYPE_CHECKING:
     from retriever.config.run import TrainConfig
-    from retriever.distributed.context import Ranks
+    from retriever.distributed.ranks import Ranks
 
 # Of the values of one field, and of the other fields, that a message names.
 MOST_NAMED = 4

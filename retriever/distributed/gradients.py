@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 
 # Smaller gradients travel together: a transfer costs as much time as some hundred KiB.
 _TOGETHER = 1 << 20

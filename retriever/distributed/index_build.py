@@ -18,7 +18,7 @@ from index.files import InputError
 from index.manifest import INDEX, read_manifest
 from index.store.reader import EmbeddingStore
 from retriever.distributed.agreement import Content, agree, agree_on_folder
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 
 # Parts a process. The others wait while the first trains and fills one of its own: the more parts, the shorter.
 PARTS = 4

@@ -16,7 +16,7 @@ from index.passages import Passage, PassageFile
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
 from retriever.distributed.agreement import Content, agree, agree_on_folder
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.encoding.distributed_store import SharedWriter
 from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.window_workers import corpus_windows

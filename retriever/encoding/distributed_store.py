@@ -12,7 +12,7 @@ import numpy as np
 from index.manifest import FileEntry
 from index.store.shards import ShardBuffer, stored_vectors
 from index.store.writer import EmbeddingWriter
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.encoding.windows import CorpusWindow
 
 

@@ -12,7 +12,7 @@ from index.passages import PassageFile
 from index.records import count_records
 from index.store.reader import EmbeddingStore
 from retriever.data.sources import Notices
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.windows import WINDOW

@@ -13,8 +13,8 @@ from typing import Any
 
 from index.passages import Passage, PassageFile
 from index.store.shards import passage_line
-from retriever.data.schedule import Share
 from retriever.data.sources import HUGE_TEXT
+from retriever.distributed.share import Share
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
 
 # Passages read, tokenized and sorted by length at a time. Each window costs its threads their turns at Python's lock

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from index.beir import BeirDataset
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.files import embed_corpus, embed_queries, ticking
 from retriever.models.towers import Towers

@@ -25,7 +25,7 @@ from index.passages import Passage, PassageFile
 from index.records import count_records
 from index.store.reader import EmbeddingStore
 from retriever.distributed.agreement import Content, agree, agree_on_folder
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.files import embed_queries

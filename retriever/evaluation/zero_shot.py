@@ -18,7 +18,7 @@ from eval.zero_shot.opening import open_set
 from eval.zero_shot.report import ZeroShotReport
 from eval.zero_shot.report_files import write
 from index.files import InputError
-from retriever.encoding.encoder import EncodeOptions
+from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.images import Decoder, embed_readable
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers
@@ -121,7 +121,7 @@ def _evaluated(
             dataset,
             images,
             # Progress as texts pass, which a function of texts alone could not tell.
-            lambda texts: towers.embed_texts(texts, options, advance),
+            lambda texts: embed_texts(towers, texts, "document", options, advance),
             sha256=sha256,
         )
     return dataclasses.replace(found, seconds={"images": seconds, **found.seconds})

@@ -15,6 +15,7 @@ from index.ann.multi_index import MultiIndex, open_all
 from index.files import InputError
 from index.passages import heading
 from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.encoding.image_encoder import embed_images
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import checking
@@ -114,7 +115,7 @@ def embed_queries(towers: Towers, queries: Sequence[str | Path], options: Encode
     vectors = np.empty((len(queries), towers.dimension), dtype=np.float32)
     vectors[texts] = embed_texts(towers, [str(queries[row]) for row in texts], "query", options)
     if isinstance(towers, ImageTextTowers):
-        vectors[files] = towers.embed_images(pictures, options)
+        vectors[files] = embed_images(towers, pictures, options)
     return vectors
 
 

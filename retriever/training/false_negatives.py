@@ -9,7 +9,7 @@ import numpy as np
 from retriever.data.false_negatives import FalseNegatives, find_false_negatives, ranks_rows
 from retriever.data.known_positives import KnownPositives
 from retriever.data.micro_batches import PreparedBatch
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 
 
 def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPositives | None) -> PreparedBatch:

@@ -15,8 +15,8 @@ from eval.zero_shot.evaluate import Embedded, score
 from eval.zero_shot.opening import open_set
 from index.files import InputError
 from retriever.config.run import DevConfig
-from retriever.distributed.context import Ranks
-from retriever.encoding.encoder import EncodeOptions
+from retriever.distributed.ranks import Ranks
+from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.files import ticking
 from retriever.encoding.images import AT_ONCE, Decoder, embed_readable
 from retriever.errors import ConfigError
@@ -89,7 +89,7 @@ class ImageDev:
         found = score(
             self.dataset,
             images,
-            lambda texts: towers.embed_texts(texts, options, ticking(lambda count: None, tick)),
+            lambda texts: embed_texts(towers, texts, "document", options, ticking(lambda count: None, tick)),
             sha256=self.fingerprint,
         )
         measures = dict(found.result.measures)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from losses import InfCLLoss, SigmoidLoss, gathered_clip_loss
 from retriever.config.run import LossConfig, TrainConfig
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
 from retriever.data.source_prompts import save_source_prompts
 from retriever.distributed.agreement import Content
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.models.loading.hashes import write_sums
 from retriever.models.sharded_tensors import gathered
 from retriever.models.towers import build_towers

@@ -12,8 +12,8 @@ from torch import Tensor
 from losses import InfCLLoss, SigmoidLoss
 from retriever.config.run import TrainConfig
 from retriever.data.micro_batches import Group, PreparedBatch
-from retriever.distributed.context import Ranks
 from retriever.distributed.gradients import average_gradients
+from retriever.distributed.ranks import Ranks
 from retriever.models.fsdp import is_sharded
 from retriever.models.memory import GraphMemory
 from retriever.models.mixed_precision import arithmetic

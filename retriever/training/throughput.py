@@ -7,7 +7,7 @@ import time
 import torch
 
 from retriever.data.micro_batches import PreparedBatch
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.utils.device import memory_mib
 
 

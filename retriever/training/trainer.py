@@ -19,7 +19,8 @@ from retriever.config.yaml_file import with_absolute_paths
 from retriever.data.loading import open_training
 from retriever.data.micro_batches import PreparedBatch
 from retriever.distributed.agreement import Content, agree, agree_on_folder, config_fields
-from retriever.distributed.context import PlannedRanks, Ranks, own_device
+from retriever.distributed.context import own_device
+from retriever.distributed.ranks import PlannedRanks, Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.models.fsdp import shard_encoders
 from retriever.models.memory import GraphMemory

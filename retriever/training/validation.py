@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from index.beir import BeirDataset
 from retriever.config.run import DevConfig, TrainConfig
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import corpus_source
 from retriever.encoding.encoder import EncodeOptions
 from retriever.evaluation.beir import evaluate_towers

@@ -8,7 +8,7 @@ import pytest
 
 from losses import InfCLLoss, SigmoidLoss
 from retriever.config.run import LossConfig
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.training.loss import build_loss
 
 SETTINGS: dict[str, Any] = {

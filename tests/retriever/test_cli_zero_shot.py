@@ -64,17 +64,20 @@ def test_predictions_are_those_of_transformers(clip: Any, sets: tuple[Path, Path
     found = json.loads(command("evaluate", "zero-shot", *words).out)["sets"]["colours"]
     assert found["templates"] == ["a picture of {c}", "{c} all over"]
 
-    from retriever.encoding.encoder import EncodeOptions
+    from retriever.encoding.encoder import EncodeOptions, embed_texts
+    from retriever.encoding.image_encoder import embed_images
     from retriever.models.images.towers import load_image_text_towers
 
     towers = load_image_text_towers(str(clip[2]))
     names = sorted(COLOURS)
     texts = torch.from_numpy(
-        towers.embed_texts([t.replace("{c}", n) for n in names for t in found["templates"]], EncodeOptions())
+        embed_texts(
+            towers, [t.replace("{c}", n) for n in names for t in found["templates"]], "document", EncodeOptions()
+        )
     )
     classes = torch.nn.functional.normalize(texts.view(3, 2, -1).mean(1), dim=-1)
     files = [file for name in names for file in sorted((sets[0] / name).iterdir())]
-    scores = torch.from_numpy(towers.embed_images(files, EncodeOptions())) @ classes.T
+    scores = torch.from_numpy(embed_images(towers, files, EncodeOptions())) @ classes.T
     labels = np.repeat(np.arange(3), 2)
     assert found["measures"]["acc1"] == pytest.approx((scores.argmax(1).numpy() == labels).mean())
 

@@ -13,8 +13,9 @@ import torch
 
 from retriever.config.sources import SourceConfig
 from retriever.data.batches import BatchDataset, Prompts, TrainingBatch, batch_loader
-from retriever.data.schedule import BatchSchedule, Share
+from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
+from retriever.distributed.share import Share
 
 
 def as_given(batch: TrainingBatch) -> TrainingBatch:

@@ -22,7 +22,7 @@ from retriever.data.known_positives import KnownPositives, digests, open_known_p
 from retriever.data.micro_batches import PreparedBatch
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.training.false_negatives import with_pool_false_negatives
 
 NONE = np.empty((0, 2), dtype=np.int64)

@@ -22,7 +22,8 @@ from image_helpers import (
 from index.files import InputError
 from retriever.config.images import ImageConfig
 from retriever.config.run import ModelConfig
-from retriever.encoding.encoder import EncodeOptions
+from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.encoding.image_encoder import embed_images
 from retriever.errors import ConfigError
 from retriever.models.images.architectures import vision_settings
 from retriever.models.images.folder import is_image_text_model
@@ -52,8 +53,8 @@ def saved(towers: ImageTextTowers, folder: Path) -> Path:
 
 def embeddings(towers: ImageTextTowers) -> tuple[np.ndarray, np.ndarray]:
     # One token at a time is one picture or text at a time.
-    images = towers.embed_images(pictures(), EncodeOptions(micro_batch_tokens=40))
-    return images, towers.embed_texts(differing_texts(), EncodeOptions())
+    images = embed_images(towers, pictures(), EncodeOptions(micro_batch_tokens=40))
+    return images, embed_texts(towers, differing_texts(), "document", EncodeOptions())
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -125,13 +126,13 @@ def test_files_and_pictures_embed_alike_whatever_stands_beside_them(tmp_path: Pa
         image.save(tmp_path / f"{number}.png")
         paths.append(tmp_path / f"{number}.png")
     counts: list[int] = []
-    together = towers.embed_images(paths, EncodeOptions(), counts.append)
-    alone = np.concatenate([towers.embed_images([image], EncodeOptions()) for image in pictures()])
+    together = embed_images(towers, paths, EncodeOptions(), counts.append)
+    alone = np.concatenate([embed_images(towers, [image], EncodeOptions()) for image in pictures()])
     np.testing.assert_allclose(together, alone, atol=1e-6)
-    assert sum(counts) == 4 and towers.embed_images([], EncodeOptions()).shape == (0, 20)
+    assert sum(counts) == 4 and embed_images(towers, [], EncodeOptions()).shape == (0, 20)
     (tmp_path / "2.png").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"2\.png: expected a picture"):
-        towers.embed_images(paths, EncodeOptions(micro_batch_tokens=1))
+        embed_images(towers, paths, EncodeOptions(micro_batch_tokens=1))
 
 
 def test_locked_towers_keep_their_weights_and_stay_in_evaluation(tokenizer: str) -> None:

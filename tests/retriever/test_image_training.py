@@ -27,8 +27,9 @@ from retriever.data.images.batches import ImageGroup
 from retriever.data.images.chunks import PairReader
 from retriever.data.images.loading import open_image_batches
 from retriever.data.micro_batches import PreparedBatch
-from retriever.data.schedule import Share
-from retriever.encoding.encoder import EncodeOptions
+from retriever.distributed.share import Share
+from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.encoding.image_encoder import embed_images
 from retriever.errors import ConfigError
 from retriever.models.images.towers import build_image_text_towers, load_image_text_towers
 from retriever.models.memory import held_bytes
@@ -110,7 +111,9 @@ def test_training_learns_and_keeps_the_model_that_retrieves_best(loss: str, conf
     assert len(scores) == 2 and max(scores) > 0.3
     towers = load_image_text_towers(str(model))
     pictures, captions = zip(*captioned(), strict=True)
-    similarity = towers.embed_images(pictures, EncodeOptions()) @ towers.embed_texts(captions, EncodeOptions()).T
+    similarity = (
+        embed_images(towers, pictures, EncodeOptions()) @ embed_texts(towers, captions, "document", EncodeOptions()).T
+    )
     assert (similarity.argmax(axis=1) == np.arange(len(captions))).mean() > 0.3
 
 

@@ -19,7 +19,7 @@ from retriever.config.run import DataConfig, DevConfig, ModelConfig, TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.distributed import agreement as rank_agreement
 from retriever.distributed.agreement import RanksDifferError, agree_on_folder, config_fields, difference, settings_of
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 
 
 def test_the_line_names_values_ranks_and_the_other_fields() -> None:

@@ -22,6 +22,7 @@ from test_cli_errors import assert_refused
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
 from retriever.encoding.encoder import EncodeOptions
+from retriever.encoding.image_encoder import embed_images
 from retriever.models.images.towers import load_image_text_towers
 
 
@@ -59,7 +60,7 @@ def test_a_folder_of_pictures_is_embedded_as_the_towers_embed_its_files(world: P
     passages = list(store.passages())
     assert passages[0].id == quote(passages[0].text) == "blue%20ones/circle.png"
     towers = load_image_text_towers(str(world / "model"))
-    expected = towers.embed_images([world / "drawn" / passage.text for passage in passages], EncodeOptions())
+    expected = embed_images(towers, [world / "drawn" / passage.text for passage in passages], EncodeOptions())
     assert np.allclose(store.vectors(), expected, atol=1e-6)
 
 

@@ -13,7 +13,7 @@ from cli_helpers import MEANINGS, command, write_config, write_lines
 
 from eval.runs import read_trec_run, write_trec_run
 from retriever.config.run import DevConfig
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.errors import ConfigError
 from retriever.models.towers import load_towers

@@ -23,7 +23,7 @@ from torch import distributed
 from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.config.yaml_file import save_config
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 
 HERE = Path(__file__).parent
 WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", "stone", "blue", "red", "small", "old"]

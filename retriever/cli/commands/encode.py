@@ -13,7 +13,7 @@ from retriever.utils.progress import Terminal
 
 if TYPE_CHECKING:
     from index.store.reader import EmbeddingStore
-    from retriever.distributed.context import Ranks
+    from retriever.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from index.ann.tuning.recall import Target
     from index.ann.tuning.tune import Tuning
     from index.store.reader import EmbeddingStore
-    from retriever.distributed.context import Ranks
+    from retriever.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)

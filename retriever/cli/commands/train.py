@@ -17,7 +17,7 @@ from retriever.utils.progress import Terminal
 from retriever.utils.torchrun import attempt, check_environment, process_count, rank
 
 if TYPE_CHECKING:
-    from retriever.distributed.context import Ranks
+    from retriever.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Train:
             return self._train(terminal if ranks.first else SilentTerminal(), ranks)
 
     def _plan(self, terminal: Terminal) -> int:
-        from retriever.distributed.context import PlannedRanks
+        from retriever.distributed.ranks import PlannedRanks
         from retriever.training.new_run import NewRun
         from retriever.training.run_dir import cache_of, written_config
         from retriever.training.trainer import Trainer

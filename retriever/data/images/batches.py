@@ -20,7 +20,8 @@ from retriever.data.images.sources import check_broken
 from retriever.data.known_positives import KnownPositives, digests
 from retriever.data.length_sorting import pack
 from retriever.data.micro_batches import PreparedBatch, TextGroup
-from retriever.data.schedule import BatchSchedule, Share
+from retriever.data.schedule import BatchSchedule
+from retriever.distributed.share import Share
 from retriever.models.tokenizer import TokenizedTexts
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from index.files import InputError
 from retriever.data.images.features import FeatureStore, PlannedFeatures
 from retriever.data.images.sources import BrokenPairError, PairSource
-from retriever.data.schedule import BatchSchedule, Share
+from retriever.data.schedule import BatchSchedule
+from retriever.distributed.share import Share
 from retriever.models.images.transforms import ImageTransform
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
 from retriever.utils.workers import become_worker

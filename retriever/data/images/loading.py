@@ -11,7 +11,8 @@ from retriever.data.images.chunks import PairReader
 from retriever.data.images.features import FeatureStore, PlannedFeatures, compute_features
 from retriever.data.images.sources import FilePairs, PairSource, open_pairs
 from retriever.data.known_positives import find_known_positives
-from retriever.data.schedule import BatchSchedule, Share
+from retriever.data.schedule import BatchSchedule
+from retriever.distributed.share import Share
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers
 from retriever.utils.device import Precision

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import psutil
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from retriever.config.run import ModelConfig
-from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.errors import ConfigError
 from retriever.models.images.folder import (
     image_processor,
@@ -29,21 +24,16 @@ from retriever.models.images.folder import (
     settings_folder,
 )
 from retriever.models.images.patch_dropout import PatchDropout
-from retriever.models.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, ImageTransform, open_image
+from retriever.models.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, ImageTransform
 from retriever.models.loading.adapt import set_text_options
 from retriever.models.loading.folder import Side
 from retriever.models.loading.hashes import check_sums
-from retriever.models.memory import encode_tokens
-from retriever.models.mixed_precision import arithmetic
 from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer
 from retriever.models.towers import Towers, _without_provenance
 from retriever.utils.device import to_device
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-Picture = Image.Image | Path | str
-Progress = Callable[[int], None] | None
 
 
 class ImageTextTowers(Towers):
@@ -147,33 +137,6 @@ class ImageTextTowers(Towers):
         output = self._text_model[0](dict(features), task=side)["sentence_embedding"]
         return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
-    def embed_images(self, images: Sequence[Picture], options: EncodeOptions, progress: Progress = None) -> np.ndarray:
-        """Embeddings of pictures, in their order: float32 [images, dimension], of unit length.
-
-        Args:
-            images: files, or pictures that Pillow has opened; decoded as they are needed.
-            options: arithmetic, and how many tokens (patches here) pass through at once.
-            progress: called with the number of pictures done since the last call.
-
-        Raises:
-            InputError: a file is missing, broken or too large; the message names it.
-        """
-        at_once = max(1, (options.micro_batch_tokens or encode_tokens(self.device)) // self.image_tokens)
-        embeddings = np.empty((len(images), self.dimension), dtype=np.float32)
-        done = 0
-        with arithmetic(self, options.precision), torch.inference_mode():
-            for pixels in self._decoded(images, at_once):
-                vectors = self({"pixels": to_device(pixels, self.device)})
-                embeddings[done : done + len(vectors)] = vectors.cpu().numpy()
-                done += len(vectors)
-                if progress is not None:
-                    progress(len(vectors))
-        return embeddings
-
-    def embed_texts(self, texts: Sequence[str], options: EncodeOptions, progress: Progress = None) -> np.ndarray:
-        """Embeddings of texts, in their order: float32 [texts, dimension], of unit length."""
-        return embed_texts(self, texts, "document", options, progress)
-
     def fingerprint(self) -> dict[str, str]:
         """What identifies the vectors, of pictures too: a sha256 as of `Towers`, over the image transform beside it."""
         settings = _without_provenance(self._image[0].auto_model.config.to_dict())
@@ -223,21 +186,6 @@ class ImageTextTowers(Towers):
             return [self._image[0] if which == "image" else texts]
         names = ("vision_model", "visual_projection") if which == "image" else ("text_model", "text_projection")
         return [getattr(encoder, name) for name in names if hasattr(encoder, name)]
-
-    def _decoded(self, images: Sequence[Picture], at_once: int) -> Iterator[Tensor]:
-        """uint8 [n, 3, height, width] of each group of pictures; the next is decoded while one is embedded."""
-
-        def pixels(number: int) -> Tensor:
-            return self.transform.pixels(open_image(images[number], f"picture {number}"))
-
-        groups = [range(start, min(start + at_once, len(images))) for start in range(0, len(images), at_once)]
-        # Pillow lets other threads run while it decodes and resizes.
-        with ThreadPoolExecutor(len(psutil.Process().cpu_affinity() or [0])) as pool:
-            ahead = [pool.submit(pixels, number) for group in groups[:1] for number in group]
-            for place, _ in enumerate(groups):
-                now = ahead
-                ahead = [pool.submit(pixels, number) for group in groups[place + 1 : place + 2] for number in group]
-                yield torch.stack([work.result() for work in now])
 
 
 def load_image_text_towers(
