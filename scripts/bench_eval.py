@@ -37,8 +37,8 @@ from machine import machine
 
 from eval.evaluate import exact_search, ranked_run, score
 from eval.metrics import Metrics
-from eval.preflight import preflight
 from eval.ranking import RankedRun
+from eval.sets.preflight import preflight
 from index.beir import BeirDataset
 from index.files import atomic_path
 from index.store.reader import EmbeddingStore

@@ -36,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 from sized_texts import SizedTexts
 
+from retriever.cli.terminal import Terminal
 from retriever.config.run import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.models.towers import build_towers
 from retriever.training.trainer import Trainer
 from retriever.utils.device import Precision, autocast
-from retriever.utils.progress import Terminal
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20

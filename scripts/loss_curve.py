@@ -31,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_train import RESULTS, quiet, write
 from machine import machine
 
+from retriever.cli.terminal import Terminal
 from retriever.config.run import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.data.batches import TrainingBatch
 from retriever.models.towers import Towers, build_towers
 from retriever.training.trainer import Trainer
 from retriever.utils.device import Precision
-from retriever.utils.progress import Terminal
 
 WORDNET = Path(__file__).resolve().parent / "data" / "wordnet"
 PLAIN = "plain"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eval.compare import Pair
 from eval.measures import HEADLINE, NAMES, cutoffs, measure_name, shown
 from eval.metrics import Metrics
-from eval.suite import lines_of_means
+from eval.sets.plan import lines_of_means
 
 if TYPE_CHECKING:
     from eval.reports.report import Changes, Report, ReportSet

@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import arg, subcommand
 
 from index.files import InputError
+from index.progress import Reporter
 from retriever import __version__
 from retriever.cli.commands.compare import EvaluateCompare, EvaluateRun
 from retriever.cli.commands.encode import Encode
@@ -28,12 +29,12 @@ from retriever.cli.commands.serve import Serve
 from retriever.cli.commands.split import Split
 from retriever.cli.commands.train import Train
 from retriever.cli.commands.zero_shot import EvaluateZeroShot
+from retriever.cli.terminal import Terminal
 from retriever.config.flags import as_switches
 from retriever.config.yaml_file import load_config
 from retriever.errors import ConfigError
 from retriever.utils.interrupt import sigterm_interrupts
 from retriever.utils.own_packages import PackageClash
-from retriever.utils.progress import Terminal
 from retriever.utils.torchrun import check_environment, process_count
 
 DESCRIPTION = (
@@ -67,8 +68,8 @@ class IndexGroup:
 
     command: Annotated[IndexCommand, arg(name="")]
 
-    def run(self, terminal: Terminal) -> int:
-        return self.command.run(terminal)
+    def run(self, reporter: Reporter) -> int:
+        return self.command.run(reporter)
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class EvaluateGroup:
 
     command: Annotated[EvaluateCommand, arg(name="")]
 
-    def run(self, terminal: Terminal) -> int:
-        return self.command.run(terminal)
+    def run(self, reporter: Reporter) -> int:
+        return self.command.run(reporter)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from index.files import InputError, atomic_path
+from index.progress import Reporter
 from retriever.data.false_negatives import Integers, ranges, without_spacing
 from retriever.data.table import ExampleTable
-from retriever.utils.progress import Terminal
 
 VERSION = 2
 ROWS_AT_ONCE = 2**16
@@ -98,14 +98,14 @@ class KnownPositives:
         return np.concatenate(pairs)
 
 
-def find_known_positives(tables: Sequence[ExampleTable], cache: Path, terminal: Terminal) -> KnownPositives:
+def find_known_positives(tables: Sequence[ExampleTable], cache: Path, reporter: Reporter) -> KnownPositives:
     """`open_known_positives`, with a progress bar and a line that says how many queries have several positives."""
     rows = sum(len(table) for table in tables)
-    with terminal.bar("find queries with several positives", rows, "rows") as advance:
+    with reporter.bar("find queries with several positives", rows, "rows") as advance:
         known = open_known_positives(tables, cache, progress=advance)
     if len(known):
         have = "1 query has" if len(known) == 1 else f"{len(known):,} queries have"
-        terminal.line(f"{have} several positives in the data, which are never used as negatives of the same query")
+        reporter.line(f"{have} several positives in the data, which are never used as negatives of the same query")
     return known
 
 

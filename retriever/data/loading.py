@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from index.files import InputError
+from index.progress import Reporter
 from retriever.config.run import DataConfig, TrainConfig
 from retriever.data.batches import BatchDataset
 from retriever.data.known_positives import KnownPositives, find_known_positives
@@ -17,7 +18,6 @@ from retriever.distributed.share import Share
 from retriever.errors import ConfigError
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision
-from retriever.utils.progress import Terminal
 
 
 def open_training(
@@ -27,7 +27,7 @@ def open_training(
     *,
     precision: Precision,
     token_budget: int,
-    terminal: Terminal,
+    reporter: Reporter,
     share: Share | None = None,
     planned: bool = False,
 ) -> tuple[Any, tuple[str, ...]]:
@@ -50,21 +50,21 @@ def open_training(
             cache,
             precision=precision,
             token_budget=token_budget,
-            terminal=terminal,
+            reporter=reporter,
             share=share,
             planned=planned,
         )
     if config.data.images:
         raise ConfigError("data.images: pictures need an image tower: set model.image.name")
-    tables = open_tables(config.data, cache, terminal)
-    known = find_known_positives(tables, cache, terminal) if config.loss.masks_false_negatives else None
+    tables = open_tables(config.data, cache, reporter)
+    known = find_known_positives(tables, cache, reporter) if config.loss.masks_false_negatives else None
     batches = open_batches(config, tables, towers, token_budget, share, known)
     for line in [*batches.schedule.lines(), *describe_source_prompts(towers, config.data.sources)]:
-        terminal.line(line)
+        reporter.line(line)
     return batches, tuple(table.sha256 for table in tables)
 
 
-def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[ExampleTable]:
+def open_tables(config: DataConfig, cache: Path, reporter: Reporter) -> list[ExampleTable]:
     """The examples of every source, memory-mapped; their sizes and counted warnings are shown.
 
     Raises:
@@ -74,11 +74,11 @@ def open_tables(config: DataConfig, cache: Path, terminal: Terminal) -> list[Exa
         raise ConfigError("data.sources: expected at least one source of training pairs, found none")
     tables = []
     for source in config.sources:
-        with terminal.bar(f"read {source.path}", None, "rows") as advance:
+        with reporter.bar(f"read {source.path}", None, "rows") as advance:
             table = open_source(source, cache, progress=advance)
-        terminal.line(f"{source.path}: {len(table):,} examples")
+        reporter.line(f"{source.path}: {len(table):,} examples")
         for notice in table.notices:
-            terminal.line(f"{source.path}: {notice}")
+            reporter.line(f"{source.path}: {notice}")
         tables.append(table)
     if config.negatives and not any(table.rows_with_negatives for table in tables):
         raise InputError(f"data.negatives: {config.negatives} a query asked for, but no source has any")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from index.beir import beir_file
 from index.files import InputError, atomic_folder
+from index.progress import Reporter
 from retriever.config.sources import SourceConfig
 from retriever.data.false_negatives import Integers
 from retriever.data.query_groups import (
@@ -30,7 +31,6 @@ from retriever.data.query_groups import (
 from retriever.data.sources import Notices, resolve_format
 from retriever.data.split_rows import SplitRows
 from retriever.errors import ConfigError
-from retriever.utils.progress import Terminal
 
 By = Literal["component", "query"]
 Format = Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"]
@@ -80,7 +80,7 @@ def split(
     positive: str = SourceConfig.positive,
     negatives: str = SourceConfig.negatives,
     split: str = SourceConfig.split,
-    terminal: Terminal | None = None,
+    reporter: Reporter | None = None,
 ) -> SplitReport:
     """Split pairs into a BEIR folder with train, dev and test, for training, validation and evaluation.
 
@@ -106,7 +106,7 @@ def split(
         positive: column with the positive passage, or a list of them.
         negatives: column with the hard negatives; * in a name stands for several columns.
         split: of a BEIR folder or Hugging Face dataset.
-        terminal: where progress and notes are shown; none: standard error.
+        reporter: where progress and notes are shown; none: standard error.
 
     Raises:
         ConfigError: an argument cannot be meant.
@@ -119,7 +119,7 @@ def split(
     if not str(source):
         raise ConfigError("source: expected a file or a folder, found nothing")
     config = SourceConfig(str(source), format=format, split=split, query=query, positive=positive, negatives=negatives)
-    terminal = terminal or Terminal()
+    reporter = reporter or Reporter()
     out = Path(out)
     _refuse_existing(out)
     _refuse_inside(out, config)
@@ -127,12 +127,12 @@ def split(
     notices, known = Notices(), 0
     with atomic_folder(out) as folder, tempfile.TemporaryFile(dir=folder) as file:
         rows = SplitRows(file)
-        with terminal.bar(f"read {config.path}", None, "rows") as advance:
+        with reporter.bar(f"read {config.path}", None, "rows") as advance:
             rows.read_source(config, notices, advance)
         if corpus is not None:
-            with terminal.bar(f"read {corpus}", None, "passages") as advance:
+            with reporter.bar(f"read {corpus}", None, "passages") as advance:
                 known = rows.read_passages(corpus, notices, advance)
-        report = _split(rows, folder, config, out, dev=dev, test=test, by=by, seed=seed, terminal=terminal)
+        report = _split(rows, folder, config, out, dev=dev, test=test, by=by, seed=seed, reporter=reporter)
         again = {
             "pairs that come again, which qrels list once": rows.listed_pairs - sum(report.pairs.values()),
             "further passages skipped because their text is there already": known,
@@ -146,7 +146,7 @@ def split(
     if resolve_format(config) == "beir":
         report.notes.append(_about_beir(config, whole=corpus is not None))
     for line in report.notes:
-        terminal.line(line)
+        reporter.line(line)
     return report
 
 
@@ -160,7 +160,7 @@ def _split(
     test: int | float | None,
     by: By | None,
     seed: int,
-    terminal: Terminal,
+    reporter: Reporter,
 ) -> SplitReport:
     queries = rows.queries.sorted()[0]
     pair_queries, positives = rows.pairs()
@@ -171,7 +171,7 @@ def _split(
             f"{config.path}: expected more than {wanted[DEV]:,} dev and {wanted[TEST]:,} test queries, "
             f"so that some are left for training, found {len(queries):,} different queries"
         )
-    with terminal.bar("find groups of queries", len(positives), "pairs"):
+    with reporter.bar("find groups of queries", len(positives), "pairs"):
         groups = connected_groups(queries, of_query, positives)
     largest = int(np.bincount(groups).max())
     chosen, splits, notes = _choose(config.path, groups, largest, queries, wanted, by, seed)
@@ -185,7 +185,7 @@ def _split(
             "hard negatives of the training rows are in train.jsonl, for which qrels have no place; those of dev and "
             "test are passages of the corpus"
         )
-    _write(folder, rows, (pair_queries, positives, pair_splits), row_splits, wanted, terminal)
+    _write(folder, rows, (pair_queries, positives, pair_splits), row_splits, wanted, reporter)
     return SplitReport(
         out=str(out),
         by=chosen,
@@ -243,14 +243,14 @@ def _write(
     pairs: tuple[Digests, Digests, Splits],
     row_splits: Splits,
     wanted: dict[int, int],
-    terminal: Terminal,
+    reporter: Reporter,
 ) -> None:
     queries, passages = rows.queries.sorted(), rows.passages.sorted()
     starts, lengths = rows.row_spans()
     training = row_splits == TRAIN
     total = len(queries[0]) + len(passages[0]) + len(pairs[0]) + int(training.sum())
     (folder / "qrels").mkdir()
-    with terminal.bar("write", total, "lines") as advance:
+    with reporter.bar("write", total, "lines") as advance:
         for name, letter, texts in (("corpus", "p", passages), ("queries", "q", queries)):
             lines = (
                 b'{"_id": "%b%016x", "text": %b}\n' % (letter.encode(), digest, text)

@@ -11,23 +11,21 @@ import torch
 from torch import distributed
 
 from index.files import InputError
+from index.progress import Reporter
 from retriever.distributed.agreement import agree
 from retriever.distributed.errors import first_error_shown
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
 from retriever.utils.interrupt import signals_end_at_once
-from retriever.utils.progress import Terminal
 from retriever.utils.torchrun import attempt, check_environment, local_rank, process_count
-from retriever.utils.versions import versions
+from retriever.utils.versions import COMPUTING, versions
 from retriever.utils.workers import ended_with_parent
 
 # One rank may build an index while the others wait; a rank that dies is noticed by torchrun, not by the clock.
 PATIENCE = datetime.timedelta(days=1)
-# Packages of which other versions may give other numbers.
-COMPUTING = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
 
 
-class SilentTerminal(Terminal):
+class SilentReporter(Reporter):
     """For all ranks but the first: one of them speaks."""
 
     def line(self, text: str) -> None:

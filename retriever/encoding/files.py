@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from index.passages import PassageFile
+from index.progress import Reporter
 from index.records import count_records
 from index.store.reader import EmbeddingStore
 from retriever.data.sources import Notices
@@ -18,7 +19,6 @@ from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.windows import WINDOW
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import checking
-from retriever.utils.progress import Terminal
 
 Tick = Callable[[], None] | None
 """Called after every micro-batch; may raise to end the work."""
@@ -40,7 +40,7 @@ def embed_corpus(
     corpus: Path,
     folder: Path,
     options: EncodeOptions,
-    terminal: Terminal,
+    reporter: Reporter,
     *,
     dtype: Literal["float32", "float16"] = "float32",
     shard_rows: int = 65536,
@@ -58,8 +58,8 @@ def embed_corpus(
         InputError: the file or a row of it is bad or there is none, or `folder` holds something else.
     """
     notices = Notices()
-    total = count_records(corpus) if terminal.is_live else None
-    with checking(terminal, [folder]) as checked, terminal.bar(f"encode {corpus.name}", total, "passages") as advance:
+    total = count_records(corpus) if reporter.is_live else None
+    with checking(reporter, [folder]) as checked, reporter.bar(f"encode {corpus.name}", total, "passages") as advance:
         store = encode_passages(
             towers,
             PassageFile(corpus),
@@ -77,13 +77,13 @@ def embed_corpus(
             checked=checked,
         )
     for notice in notices.lines():
-        terminal.line(f"{corpus.name}: {notice}")
+        reporter.line(f"{corpus.name}: {notice}")
     return store
 
 
 def embed_queries(
-    towers: Towers, texts: Sequence[str], options: EncodeOptions, terminal: Terminal, *, tick: Tick = None
+    towers: Towers, texts: Sequence[str], options: EncodeOptions, reporter: Reporter, *, tick: Tick = None
 ) -> np.ndarray:
     """Vectors of queries, float32 [texts, dimension]."""
-    with terminal.bar("encode queries", len(texts), "queries") as advance:
+    with reporter.bar("encode queries", len(texts), "queries") as advance:
         return embed_texts(towers, texts, "query", options, ticking(advance, tick))

@@ -17,6 +17,7 @@ from torch import Tensor
 from index.files import InputError, sha256_file
 from index.image_files import IMAGES, ImageAt, images_in
 from index.passages import Passage
+from index.progress import Reporter
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
 from retriever.encoding.encoder import EncodeOptions
@@ -26,7 +27,6 @@ from retriever.models.memory import encode_tokens
 from retriever.models.mixed_precision import arithmetic
 from retriever.utils.check_progress import checking
 from retriever.utils.device import to_device
-from retriever.utils.progress import Terminal
 
 # Pictures decoded together, ahead of the tower.
 AT_ONCE = 256
@@ -112,7 +112,7 @@ def encode_pictures(
     folder: Path,
     out: Path,
     options: EncodeOptions,
-    terminal: Terminal,
+    reporter: Reporter,
     *,
     dtype: Literal["float32", "float16"] = "float32",
     shard_rows: int = 65536,
@@ -127,10 +127,10 @@ def encode_pictures(
     """
     files = picture_files(folder)
     names = [file.relative_to(folder).as_posix() for file in files]
-    with terminal.bar(f"read {folder.name}", len(files), "pictures") as advance:
+    with reporter.bar(f"read {folder.name}", len(files), "pictures") as advance:
         sha256 = _sha256(files, names, advance)
     with (
-        checking(terminal, [out]) as checked,
+        checking(reporter, [out]) as checked,
         EmbeddingWriter(
             out,
             dim=towers.dimension,
@@ -143,7 +143,7 @@ def encode_pictures(
     ):
         if not writer.complete:
             broken: dict[str, str] = {}
-            with terminal.bar(f"encode {folder.name}", len(files), "pictures") as advance, Decoder(towers) as decoder:
+            with reporter.bar(f"encode {folder.name}", len(files), "pictures") as advance, Decoder(towers) as decoder:
                 done, row = writer.rows, 0
                 for some, pixels in _readable(decoder, files, names, broken):
                     # What an earlier run embedded is only counted: which pictures can be read is seen by reading them.
@@ -154,9 +154,9 @@ def encode_pictures(
                     row += len(some)
                     advance(len(some))
             for name, why in list(broken.items())[:SHOWN]:
-                terminal.line(f"{folder.name}: left out: {name}: {why}")
+                reporter.line(f"{folder.name}: left out: {name}: {why}")
             if len(broken) > SHOWN:
-                terminal.line(f"{folder.name}: {len(broken):,} pictures left out in all")
+                reporter.line(f"{folder.name}: {len(broken):,} pictures left out in all")
             if row == 0:
                 raise InputError(f"{folder}: expected pictures, found none that can be read")
             writer.close()

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from index.beir import BeirDataset
+from index.progress import Reporter
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.files import embed_corpus, embed_queries, ticking
 from retriever.models.towers import Towers
-from retriever.utils.progress import Terminal
 
 if TYPE_CHECKING:
     from eval.metrics import Metrics
@@ -26,7 +26,7 @@ def evaluate_towers(
     dataset: BeirDataset,
     embeddings: Path,
     options: EncodeOptions,
-    terminal: Terminal,
+    reporter: Reporter,
     *,
     k: int = 1000,
     tick: Callable[[], None] | None = None,
@@ -54,7 +54,7 @@ def evaluate_towers(
         dataset.corpus_file,
         embeddings,
         options,
-        terminal,
+        reporter,
         # A window is the least that one rank embeds; those of one process are the same.
         shard_rows=SHARED if several else 65536,
         window=SHARED,
@@ -62,11 +62,11 @@ def evaluate_towers(
         ranks=ranks,
         same_model=same_model,
     )
-    with terminal.bar(f"{dataset.name}: search", store.rows, "passages") as advance:
+    with reporter.bar(f"{dataset.name}: search", store.rows, "passages") as advance:
         return evaluate_beir(
             dataset,
             store=store,
-            embed_queries=lambda texts: embed_queries(towers, texts, options, terminal, tick=tick),
+            embed_queries=lambda texts: embed_queries(towers, texts, options, reporter, tick=tick),
             k=k,
             ks=KS,
             device=str(towers.device),

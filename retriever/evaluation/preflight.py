@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
-from eval.preflight import Preflight, preflight
-from eval.suite import Plan, Task
+from eval.sets.estimate import Estimate, Lengths, estimate, warn_of_lengths
+from eval.sets.plan import Plan, Task
+from eval.sets.preflight import Preflight, preflight
 from index.ann.factory import choose, make, memory
 from index.ann.layout import FAISS_FILE
 from index.ann.settings import core
 from index.beir import beir_file
 from index.files import InputError
 from index.manifest import INDEX, read_manifest
+from index.progress import Reporter
 from index.records import count_records
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.evaluation.set_settings import towers_for
 from retriever.models.towers import SIDES, Side, Towers
-from retriever.utils.progress import Terminal
 
 if TYPE_CHECKING:
     from retriever.evaluation.suite import SuiteOptions
@@ -40,7 +40,7 @@ def check_sets(
     out: Path,
     encode: EncodeOptions,
     options: SuiteOptions,
-    terminal: Terminal,
+    reporter: Reporter,
     *,
     thorough: bool = False,
     processes: int = 1,
@@ -61,7 +61,7 @@ def check_sets(
         raise InputError(f"expected at least one set that is here, found none of {', '.join(plan.absent)}")
     found = []
     for task in plan.tasks:
-        with terminal.bar(f"{task.name}: check", _passages(task) if terminal.is_live else None, "passages") as advance:
+        with reporter.bar(f"{task.name}: check", _passages(task) if reporter.is_live else None, "passages") as advance:
             of_set = preflight(
                 task.folder,
                 task.split,
@@ -80,7 +80,7 @@ def check_sets(
         lengths: dict[str, Lengths] = {side: _lengths(own, side, of_set) for side in SIDES}
         if not options.windows:
             warn_of_lengths(of_set, lengths)
-        _print_findings(task, of_set, terminal)
+        _print_findings(task, of_set, reporter)
         reports[task.name] = _json(of_set, lengths)
         if not broken and (thorough or of_set.passages >= WORTH_A_TRIAL):
             expected = estimate(
@@ -96,7 +96,7 @@ def check_sets(
                 build=options.factory is not None,
             )
             reports[task.name]["estimate"] = dataclasses.asdict(expected)
-            _print_estimate(lengths, expected, out, terminal)
+            _print_estimate(lengths, expected, out, reporter)
     for of_set in found:
         of_set.refuse()
     return reports
@@ -133,21 +133,21 @@ def _passages(task: Task) -> int | None:
         return None
 
 
-def _print_findings(task: Task, found: Preflight, terminal: Terminal) -> None:
+def _print_findings(task: Task, found: Preflight, reporter: Reporter) -> None:
     counts = f"{found.passages:,} passages, {found.queries:,} queries, {found.judgements:,} judgements"
     errors, warnings = (sum(finding.count for finding in kind) for kind in (found.errors, found.warnings))
-    terminal.line(f"{task.name} ({task.split}): {counts}; {errors:,} errors, {warnings:,} warnings")
+    reporter.line(f"{task.name} ({task.split}): {counts}; {errors:,} errors, {warnings:,} warnings")
     for kind, findings in (("error", found.errors), ("warning", found.warnings)):
         for finding in findings:
-            terminal.line(f"  {kind}: {finding}")
+            reporter.line(f"  {kind}: {finding}")
 
 
-def _print_estimate(lengths: dict[str, Lengths], expected: Estimate, out: Path, terminal: Terminal) -> None:
+def _print_estimate(lengths: dict[str, Lengths], expected: Estimate, out: Path, reporter: Reporter) -> None:
     for side in SIDES:
-        terminal.line(f"  {side} lengths: {lengths[side]}")
-    terminal.line(f"  estimate: {expected}")
+        reporter.line(f"  {side} lengths: {lengths[side]}")
+    reporter.line(f"  estimate: {expected}")
     if expected.disk > expected.free:
-        terminal.line(f"  warning: not enough room on the disk of {out}")
+        reporter.line(f"  warning: not enough room on the disk of {out}")
 
 
 def _json(found: Preflight, lengths: dict[str, Lengths]) -> dict[str, Any]:

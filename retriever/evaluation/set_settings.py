@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from eval.suite import Task
+from eval.sets.plan import Task
 from index.files import InputError
 from retriever.models.loading.folder import Side
 from retriever.models.tokenizer import TextTokenizer

@@ -17,11 +17,13 @@ from eval.long_documents import WINDOWS
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
 from eval.reports.markdown import left_out_line
+from eval.reports.suite import SetResult, SuiteResult, sums, write_suite
 from eval.runs import write_trec_run
-from eval.suite import Plan, Task, check_outside, rows_of_tasks
+from eval.sets.plan import Plan, Task, check_outside, rows_of_tasks
 from index.beir import BeirDataset
 from index.files import InputError, sha256_file
 from index.passages import Passage, PassageFile
+from index.progress import Reporter
 from index.records import count_records
 from index.store.reader import EmbeddingStore
 from retriever.distributed.agreement import Content, agree, agree_on_folder
@@ -31,11 +33,9 @@ from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.files import embed_queries
 from retriever.evaluation.long_documents import split_documents
 from retriever.evaluation.set_settings import SetSettings, towers_for
-from retriever.evaluation.suite_report import SetResult, SuiteResult, sums, write_suite
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import checking
-from retriever.utils.progress import Terminal
-from retriever.utils.versions import device_name
+from retriever.utils.versions import COMPUTING, device_name, versions
 
 if TYPE_CHECKING:
     from index.ann.index import Index
@@ -77,7 +77,7 @@ class Suite:
         out: Path,
         encode: EncodeOptions,
         options: SuiteOptions,
-        terminal: Terminal,
+        reporter: Reporter,
         ranks: Ranks | None = None,
     ) -> None:
         self._towers = towers
@@ -86,7 +86,7 @@ class Suite:
         self._encode = encode
         self._options = options
         self._ranks = ranks or Ranks()
-        self._terminal = terminal
+        self._terminal = reporter
         self._sources: dict[str, dict[str, str]] = {}
         check_outside(out, plan.tasks)
         self._index = self._checked_index()
@@ -103,7 +103,7 @@ class Suite:
         found = {name: result.approximation for name, result in results.items() if result.approximation}
         whole = SuiteResult(rows_of_tasks(self._plan.tasks, exact), self._plan.absent, exact, found)
         if self._ranks.first:
-            how = {**details, **self._details()}
+            how = {**details, **self._details(), "versions": versions(*COMPUTING)}
             write_suite(self._out, self._plan.tasks, whole, results, how, checked)
         self._ranks.wait()
         return whole

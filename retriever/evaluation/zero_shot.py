@@ -18,12 +18,12 @@ from eval.zero_shot.opening import open_set
 from eval.zero_shot.report import ZeroShotReport
 from eval.zero_shot.report_files import write
 from index.files import InputError
+from index.progress import Reporter
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.images import Decoder, embed_readable
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.images.transforms import open_image
-from retriever.utils.progress import Terminal
 
 
 def open_sets(data: Iterable[Path], split: str, templates: Path | None) -> list[ZeroShotSet]:
@@ -60,7 +60,7 @@ def evaluate_zero_shot(
     sets: Sequence[ZeroShotSet],
     out: Path,
     options: EncodeOptions,
-    terminal: Terminal,
+    reporter: Reporter,
     *,
     details: dict[str, Any],
 ) -> ZeroShotReport:
@@ -71,13 +71,13 @@ def evaluate_zero_shot(
         sets: what to score it on.
         out: folder of the report; OUT/SET/images holds the embeddings.
         options: arithmetic and micro-batch size.
-        terminal: shows progress.
+        reporter: shows progress.
         details: what the report states beside what is known here.
 
     Raises:
         InputError: a set cannot be read, or `out` holds something else.
     """
-    found = [_evaluated(towers, one, out / one.name, options, terminal) for one in sets]
+    found = [_evaluated(towers, one, out / one.name, options, reporter) for one in sets]
     how = {
         **details,
         "model sha256": towers.fingerprint()["sha256"],
@@ -94,12 +94,12 @@ def evaluate_zero_shot(
 
 
 def _evaluated(
-    towers: ImageTextTowers, dataset: ZeroShotSet, folder: Path, options: EncodeOptions, terminal: Terminal
+    towers: ImageTextTowers, dataset: ZeroShotSet, folder: Path, options: EncodeOptions, reporter: Reporter
 ) -> Evaluated:
-    with terminal.bar(f"{dataset.name}: read", len(dataset.samples), "images") as advance:
+    with reporter.bar(f"{dataset.name}: read", len(dataset.samples), "images") as advance:
         sha256 = dataset.sha256(advance)
     started = time.perf_counter()
-    with terminal.bar(f"{dataset.name}: embed", len(dataset.samples), "images") as advance, Decoder(towers) as decoder:
+    with reporter.bar(f"{dataset.name}: embed", len(dataset.samples), "images") as advance, Decoder(towers) as decoder:
         images = embed_set(
             dataset,
             lambda some: embed_readable(towers, decoder, some, options),
@@ -111,12 +111,12 @@ def _evaluated(
         )
     seconds = time.perf_counter() - started
     for name, why in list(images.broken.items())[:3]:
-        terminal.line(f"{dataset.name}: left out: {name}: {why}")
+        reporter.line(f"{dataset.name}: left out: {name}: {why}")
     if len(images.broken) > 3:
-        terminal.line(f"{dataset.name}: {len(images.broken):,} images left out; report.json names them all")
+        reporter.line(f"{dataset.name}: {len(images.broken):,} images left out; report.json names them all")
     captions = sum(len(sample.captions) for sample in images.samples)
     total = captions or len(dataset.classes) * len(dataset.templates)
-    with terminal.bar(f"{dataset.name}: embed", total, "texts") as advance:
+    with reporter.bar(f"{dataset.name}: embed", total, "texts") as advance:
         found = score(
             dataset,
             images,

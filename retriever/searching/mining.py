@@ -15,11 +15,11 @@ from index.beir import BeirDataset
 from index.exact import search as exact
 from index.files import atomic_path
 from index.passages import folded
+from index.progress import Reporter
 from index.store.reader import EmbeddingStore
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.files import embed_corpus, embed_queries
 from retriever.models.towers import Towers
-from retriever.utils.progress import Terminal
 
 
 def mine_with_towers(
@@ -27,7 +27,7 @@ def mine_with_towers(
     dataset: BeirDataset,
     out: Path,
     options: EncodeOptions,
-    terminal: Terminal,
+    reporter: Reporter,
     *,
     embeddings: Path | None,
     negatives: int,
@@ -42,17 +42,17 @@ def mine_with_towers(
     dataset.check(found)
     own = sum(query in found and query not in dataset.qrels[query] for query in dataset.queries)
     if own and not keep_identical_ids:
-        terminal.line(
+        reporter.line(
             f"{dataset.name}: passages that are no negatives of a query because they have its id and are not judged "
             f"for it: {own:,} (--keep-identical-ids takes them)"
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = embeddings or Path(temporary) / "embeddings"
-        store = embed_corpus(towers, dataset.corpus_file, folder, options, terminal)
-        queries = embed_queries(towers, list(dataset.queries.values()), options, terminal)
-        with terminal.bar("read texts", store.rows, "passages") as advance:
+        store = embed_corpus(towers, dataset.corpus_file, folder, options, reporter)
+        queries = embed_queries(towers, list(dataset.queries.values()), options, reporter)
+        with reporter.bar("read texts", store.rows, "passages") as advance:
             keys = text_keys(store, advance)
-        with terminal.bar("search", store.rows, "passages") as advance:
+        with reporter.bar("search", store.rows, "passages") as advance:
             return mine(
                 dataset,
                 store=store,

@@ -14,12 +14,12 @@ from index.ann.layout import FAISS_FILE, LISTS_FILE
 from index.ann.multi_index import MultiIndex, open_all
 from index.files import InputError
 from index.passages import heading
+from index.progress import Reporter
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import embed_images
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import checking
-from retriever.utils.progress import Terminal
 
 # Queries embedded and searched at a time.
 BATCH = 256
@@ -53,13 +53,13 @@ class Answer:
 
 
 def open_indexes(
-    folders: Sequence[Path], terminal: Terminal, *, mmap: bool = False, verify: bool = False
+    folders: Sequence[Path], reporter: Reporter, *, mmap: bool = False, verify: bool = False
 ) -> Index | MultiIndex:
     """The index in the one folder, or those in several as one.
 
     Args:
         folders: of the indexes.
-        terminal: shows how much has been checked.
+        reporter: shows how much has been checked.
         mmap: leave them on disk and read what a search touches.
         verify: check every byte of every file first; else of the faiss files that are read whole or take little time,
             and of the others the length.
@@ -67,7 +67,7 @@ def open_indexes(
     Raises:
         InputError: as `index.ann.multi_index.open_all`, or a file is damaged.
     """
-    with checking(terminal, folders, None if verify else [FAISS_FILE, LISTS_FILE]) as checked:
+    with checking(reporter, folders, None if verify else [FAISS_FILE, LISTS_FILE]) as checked:
         return open_all(folders, verify="hash" if verify else "size", mmap=mmap, progress=checked)
 
 

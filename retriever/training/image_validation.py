@@ -14,6 +14,7 @@ from eval.zero_shot.data import Sample, ZeroShotSet
 from eval.zero_shot.evaluate import Embedded, score
 from eval.zero_shot.opening import open_set
 from index.files import InputError
+from index.progress import Reporter
 from retriever.config.run import DevConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions, embed_texts
@@ -21,7 +22,6 @@ from retriever.encoding.files import ticking
 from retriever.encoding.images import AT_ONCE, Decoder, embed_readable
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers
-from retriever.utils.progress import Terminal
 
 _METRICS = {"retrieval": "recall@1", "classification": "acc1", "multilabel": "mean_average_precision"}
 
@@ -60,19 +60,19 @@ class ImageDev:
         towers: Any,
         embeddings: Path,
         options: EncodeOptions,
-        terminal: Terminal,
+        reporter: Reporter,
         *,
         tick: Callable[[], None] | None,
         ranks: Ranks,
     ) -> dict[str, float]:
         """Those of `evaluate`, which the first rank makes alone; none on the others."""
-        return self.evaluate(towers, options, terminal, tick=tick) if ranks.first else {}
+        return self.evaluate(towers, options, reporter, tick=tick) if ranks.first else {}
 
     def evaluate(
         self,
         towers: ImageTextTowers,
         options: EncodeOptions,
-        terminal: Terminal,
+        reporter: Reporter,
         *,
         tick: Callable[[], None] | None = None,
     ) -> dict[str, float]:
@@ -85,7 +85,7 @@ class ImageDev:
         Raises:
             InputError: no picture can be read.
         """
-        images = self._embedded(towers, options, terminal, tick)
+        images = self._embedded(towers, options, reporter, tick)
         found = score(
             self.dataset,
             images,
@@ -99,13 +99,13 @@ class ImageDev:
         return measures
 
     def _embedded(
-        self, towers: ImageTextTowers, options: EncodeOptions, terminal: Terminal, tick: Callable[[], None] | None
+        self, towers: ImageTextTowers, options: EncodeOptions, reporter: Reporter, tick: Callable[[], None] | None
     ) -> Embedded:
         dataset = self.dataset
         samples: list[Sample] = []
         vectors: list[np.ndarray] = []
         broken: dict[str, str] = {}
-        bar = terminal.bar(f"{dataset.name}: pictures", len(dataset.samples), "pictures")
+        bar = reporter.bar(f"{dataset.name}: pictures", len(dataset.samples), "pictures")
         with bar as advance, Decoder(towers) as decoder:
             progress = ticking(advance, tick)
             for start in range(0, len(dataset.samples), AT_ONCE):

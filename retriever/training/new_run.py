@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from index.progress import Reporter
 from retriever.config.yaml_file import CONFIG_FILE
 from retriever.training.run_log import METRICS_FILE
-from retriever.utils.progress import Terminal
 
 # Bytes from which what was read of the data is kept for the next start, which would have to read it again.
 WORTH_KEEPING = 2**20
@@ -18,8 +18,8 @@ WORTH_KEEPING = 2**20
 class NewRun:
     """The folders that do not exist yet when a run is started, and what is written into them."""
 
-    def __init__(self, out: Path, cache: Path, terminal: Terminal):
-        self.out, self.cache, self.terminal = out, cache, terminal
+    def __init__(self, out: Path, cache: Path, reporter: Reporter):
+        self.out, self.cache, self.reporter = out, cache, reporter
         self.begun = False
         """Whether this run has written its configuration: what stands there is its own."""
         self._missing = {path for path in (out, *out.parents, cache, *cache.parents) if not path.exists()}
@@ -47,7 +47,7 @@ class NewRun:
             if sum(path.stat().st_size for path in self.cache.rglob("*") if path.is_file()) < WORTH_KEEPING:
                 shutil.rmtree(self.cache, ignore_errors=True)
             else:
-                self.terminal.line(f"{self.cache}: kept for the next start, which need not read the data again")
+                self.reporter.line(f"{self.cache}: kept for the next start, which need not read the data again")
         for folder in sorted(self._missing, key=lambda path: len(path.parts), reverse=True):
             # Only empty ones.
             with contextlib.suppress(OSError):

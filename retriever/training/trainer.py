@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from index.files import InputError
+from index.progress import Reporter
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import with_absolute_paths
 from retriever.data.loading import open_training
@@ -39,7 +40,6 @@ from retriever.training.throughput import Meter
 from retriever.training.validation import open_dev
 from retriever.utils.device import choose_device, choose_precision
 from retriever.utils.interrupt import Interrupted, StopRequest
-from retriever.utils.progress import Terminal
 from retriever.utils.torchrun import attempt
 
 
@@ -54,9 +54,9 @@ class Trainer:
     set, folder and checkpoint are compared before the first step; where they differ, RanksDifferError is raised on all.
     """
 
-    def __init__(self, config: TrainConfig, run: Path, terminal: Terminal, ranks: Ranks | None = None):
+    def __init__(self, config: TrainConfig, run: Path, reporter: Reporter, ranks: Ranks | None = None):
         self.run = run
-        self.terminal = terminal
+        self.reporter = reporter
         self.ranks = ranks = ranks or Ranks()
         self._folder = RunFolder(run, ranks)
         agree(ranks, config_fields(config))
@@ -86,9 +86,9 @@ class Trainer:
             shard_encoders(self.towers, self.precision, self.device, ranks.size)
         self.towers.to(self.device)
         if note := self.towers.padding_note():
-            terminal.line(note)
+            reporter.line(note)
         if frozen := self.towers.frozen_note():
-            terminal.line(frozen)
+            reporter.line(frozen)
         self.loss = build_loss(config.loss, ranks).to(self.device)
         self.graphs = graphs = GraphMemory.plan(
             self.towers,
@@ -115,7 +115,7 @@ class Trainer:
                 cache,
                 precision=self.precision,
                 token_budget=graphs.micro_batch_tokens,
-                terminal=terminal,
+                reporter=reporter,
                 share=ranks.share,
                 planned=isinstance(ranks, PlannedRanks),
             )
@@ -135,7 +135,7 @@ class Trainer:
 
     @classmethod
     def start(
-        cls, config: TrainConfig, terminal: Terminal, ranks: Ranks | None = None, *, profile: bool = False
+        cls, config: TrainConfig, reporter: Reporter, ranks: Ranks | None = None, *, profile: bool = False
     ) -> Trainer:
         """Begin a run in the folder `config.out`.
 
@@ -149,28 +149,28 @@ class Trainer:
         config = with_absolute_paths(config)
         agree_on_folder(ranks or Ranks(), "out", Path(config.out))
         check_new(Path(config.out))
-        new = NewRun(Path(config.out), cache_of(config, Path(config.out)), terminal)
+        new = NewRun(Path(config.out), cache_of(config, Path(config.out)), reporter)
         writes = ranks is None or ranks.first
         with new.removed_on_failure() if writes else contextlib.nullcontext():
-            trainer = cls(config, Path(config.out), terminal, ranks)
+            trainer = cls(config, Path(config.out), reporter, ranks)
             if profile:
                 trainer._check_profile()
             trainer._folder.begin(trainer.config)
             new.begun = True
             if attempt():
-                terminal.line(f"{_restarted()}starting from the beginning")
+                reporter.line(f"{_restarted()}starting from the beginning")
         trainer._new = new if writes else None
         return trainer
 
     @classmethod
-    def resume(cls, run: Path, terminal: Terminal, ranks: Ranks | None = None) -> Trainer:
+    def resume(cls, run: Path, reporter: Reporter, ranks: Ranks | None = None) -> Trainer:
         """Go on with a run from its newest checkpoint, or from its beginning where there is none.
 
         Raises:
             InputError: no such run, a damaged checkpoint, or data that has changed since.
         """
         agree_on_folder(ranks or Ranks(), "out", run)
-        trainer = cls(written_config(run), run, terminal, ranks)
+        trainer = cls(written_config(run), run, reporter, ranks)
         # Another process that trains here holds the lock, and its checkpoints come and go.
         with trainer._folder.locked(), trainer.ranks.first_before_others():
             trainer._load_newest()
@@ -181,7 +181,7 @@ class Trainer:
     def _load_newest(self) -> None:
         loaded = self._folder.load_newest(self.modules, self.optimizer)
         if loaded is None:
-            self.terminal.line(f"{_restarted()}{self.run}: no checkpoint yet; starting from the beginning")
+            self.reporter.line(f"{_restarted()}{self.run}: no checkpoint yet; starting from the beginning")
             return
         if (loaded.sources, loaded.dev) != (self.state.sources, self.state.dev):
             raise InputError(
@@ -189,7 +189,7 @@ class Trainer:
             )
         self.state = loaded
         assert self._folder.loaded is not None
-        self.terminal.line(
+        self.reporter.line(
             f"{_restarted()}resuming from {self._folder.loaded.place} (step {loaded.step} of {len(self.batches)})"
         )
         if loaded.scaler is not None:
@@ -267,24 +267,24 @@ class Trainer:
         config, state, total = self.config, self.state, len(self.batches)
         loader: Iterable[Any] = self.batches.loader(start=state.step, workers=config.data.workers)
         if profile and self.ranks.first:
-            loader = step_profile.StepProfile(self.device, self.run).watch(loader, self.terminal.line)
+            loader = step_profile.StepProfile(self.device, self.run).watch(loader, self.reporter.line)
         meter = Meter(self.device, self.ranks)
         told_of_no_negatives = False
         self.towers.train()
         if config.cuda_graphs:
             replay_small_passes(self.towers)
-        with self.terminal.bar("train", total, "steps", done=state.step) as advance:
+        with self.reporter.bar("train", total, "steps", done=state.step) as advance:
             # A run that was stopped while it evaluated evaluates first.
             self._evaluate_if_due(log, stop)
             for number, batch in enumerate(self._until_early_stop(loader)):
                 if number == 0:
                     where = " (the first process)" if self.ranks.size > 1 else ""
-                    self.terminal.line(self.graphs.described(batch.micro_batch_tokens) + where)
+                    self.reporter.line(self.graphs.described(batch.micro_batch_tokens) + where)
                 batch = with_pool_false_negatives(batch, self.ranks, self.batches.known)
                 found = batch.false_negatives if config.loss.masks_false_negatives else None
                 if not told_of_no_negatives and found is not None and found.no_negatives:
                     told_of_no_negatives = True
-                    self.terminal.line(
+                    self.reporter.line(
                         f"step {state.step + 1}: no query of the batch has a negative, since its passages are "
                         f"positives of all its queries in the data, or share queries with such: nothing is learnt "
                         f"from it (smaller batches may have negatives; loss.mask_duplicates false keeps all; said once)"
@@ -301,9 +301,9 @@ class Trainer:
                 if row_due:
                     log.write(row)
                     advance(0, line := described(row))
-                    if last or not self.terminal.is_live:
+                    if last or not self.reporter.is_live:
                         left = meter.time_left(total - state.step)
-                        self.terminal.line(f"step {state.step}/{total}  {line}  left {left}")
+                        self.reporter.line(f"step {state.step}/{total}  {line}  left {left}")
                 advance(1)
                 self._evaluate_if_due(log, stop)
                 # After the evaluation, so that a checkpoint never lacks what its step has brought.
@@ -326,7 +326,7 @@ class Trainer:
         for batch in loader:
             if patience is not None and self.state.evaluations_without_gain >= patience:
                 step, metric = self.state.step, self.dev_metric
-                self.terminal.line(f"stopped early at step {step}: no better dev {metric} in {patience} evaluations")
+                self.reporter.line(f"stopped early at step {step}: no better dev {metric} in {patience} evaluations")
                 return
             yield batch
 
@@ -378,7 +378,7 @@ class Trainer:
         score = measures[self.dev_metric.lower()]
         log.write({"step": state.step, **{f"dev_{name}": value for name, value in measures.items()}})
         better = state.best_score is None or score > state.best_score
-        self.terminal.line(
+        self.reporter.line(
             f"step {state.step}  dev {self.dev_metric} {score:.4f}"
             + ("  best so far" if better else f"  (best {state.best_score:.4f} at step {state.best_step})")
         )
@@ -402,7 +402,7 @@ class Trainer:
         # Of several ranks none may leave the work that they share.
         tick = stop.check if self.ranks.size == 1 else None
         try:
-            measures = self.dev.measures(self.towers, embeddings, options, self.terminal, tick=tick, ranks=ranks)
+            measures = self.dev.measures(self.towers, embeddings, options, self.reporter, tick=tick, ranks=ranks)
             return self.ranks.told(measures)
         finally:
             if ranks.first:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from index.beir import BeirDataset
+from index.progress import Reporter
 from retriever.config.run import DevConfig, TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import corpus_source
 from retriever.encoding.encoder import EncodeOptions
 from retriever.evaluation.beir import evaluate_towers
 from retriever.utils import own_packages
-from retriever.utils.progress import Terminal
 
 # Passages a query that are scored.
 DEPTH = 100
@@ -40,7 +40,7 @@ class DevSet(Protocol):
         towers: Any,
         embeddings: Path,
         options: EncodeOptions,
-        terminal: Terminal,
+        reporter: Reporter,
         *,
         tick: Callable[[], None] | None,
         ranks: Ranks,
@@ -93,7 +93,7 @@ class TextDev:
         towers: Any,
         embeddings: Path,
         options: EncodeOptions,
-        terminal: Terminal,
+        reporter: Reporter,
         *,
         tick: Callable[[], None] | None,
         ranks: Ranks,
@@ -103,7 +103,7 @@ class TextDev:
             self.dataset,
             embeddings,
             options,
-            terminal,
+            reporter,
             k=DEPTH,
             tick=tick,
             ranks=ranks,
@@ -112,7 +112,7 @@ class TextDev:
             same_model=True,
         )
         if metrics.identical_ids_left_out:
-            terminal.line(
+            reporter.line(
                 f"{self.dataset.name}: passages left out because they have the id of their query and are not judged "
                 f"for it: {metrics.identical_ids_left_out:,} (dev.keep_identical_ids keeps them)"
             )

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from index.manifest import NAME, read_manifest
-from retriever.utils.progress import Terminal
+from index.progress import Reporter
 
 MIB = 2**20
 
 
 @contextlib.contextmanager
 def checking(
-    terminal: Terminal, folders: Sequence[Path], names: Sequence[str] | None = None
+    reporter: Reporter, folders: Sequence[Path], names: Sequence[str] | None = None
 ) -> Iterator[Callable[[int], None]]:
     """`checking_bytes` for the files of stores and indexes.
 
     Args:
-        terminal: where the bar is drawn.
+        reporter: where the bar is drawn.
         folders: stores and indexes; one that is not there has no bytes.
         names: of the files that are checked; all of them when left out.
 
@@ -30,12 +30,12 @@ def checking(
     if names is not None:
         manifests = [manifest.of([name for name in names if name in manifest.files]) for manifest in manifests]
     what = folders[0].name if len(folders) == 1 else f"{len(folders)} folders"
-    with checking_bytes(terminal, what, sum(manifest.size for manifest in manifests)) as checked:
+    with checking_bytes(reporter, what, sum(manifest.size for manifest in manifests)) as checked:
         yield checked
 
 
 @contextlib.contextmanager
-def checking_bytes(terminal: Terminal, what: str, total: int) -> Iterator[Callable[[int], None]]:
+def checking_bytes(reporter: Reporter, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield what is called with the number of bytes just checked, of `total`.
 
     The bar is there from the first of them to the last.
@@ -47,7 +47,7 @@ def checking_bytes(terminal: Terminal, what: str, total: int) -> Iterator[Callab
         def checked(count: int) -> None:
             nonlocal advance, done
             if advance is None:
-                advance = shown.enter_context(terminal.bar(f"check {what}", total // MIB, "MiB"))
+                advance = shown.enter_context(reporter.bar(f"check {what}", total // MIB, "MiB"))
             before, done = done, done + count
             advance(done // MIB - before // MIB)
             if done >= total:

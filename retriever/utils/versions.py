@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-
-import torch
+from typing import TYPE_CHECKING
 
 from retriever import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+# Packages of which other versions may give other numbers.
+COMPUTING = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -17,6 +22,8 @@ def versions(*packages: str) -> dict[str, str]:
 
 def device_name(device: torch.device) -> str:
     """The device and what it is: "cuda:0 (NVIDIA H200)"."""
+    import torch
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return f"{device} ({name})"
 

@@ -17,8 +17,8 @@ from beir.retrieval.search.dense import DenseRetrievalExactSearch
 
 from eval.evaluate import evaluate_beir
 from eval.metrics import evaluate_run
-from eval.preflight import preflight
 from eval.ranking import RankedRun
+from eval.sets.preflight import preflight
 from index.beir import BeirDataset
 from index.files import InputError
 from index.store.reader import EmbeddingStore

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from eval.bm25 import K1, TOKEN, B, bm25_run
+from eval.bm25.search import K1, TOKEN, B, bm25_run
 from index.files import InputError
 from index.passages import Passage
 

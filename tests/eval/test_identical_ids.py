@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eval.metrics import Qrels, Run, drop_identical_ids, evaluate_run
 from eval.ranking import RankedRun, without_identical_ids
-from eval.suite import mean_of
+from eval.sets.plan import mean_of
 
 KS = (1, 2, 5, 1000)
 CUTS = ",".join(map(str, KS))

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval import preflight as checking
-from eval.digests import SAMPLE
-from eval.estimate import Estimate, Lengths, estimate, warn_of_lengths
+from eval.sets.digests import SAMPLE
 from eval.evaluate import evaluate_beir
-from eval.preflight import Preflight, preflight
+from eval.sets import preflight as checking
+from eval.sets.estimate import Estimate, Lengths, estimate, warn_of_lengths
+from eval.sets.preflight import Preflight, preflight
 from index.beir import BeirDataset
 from index.files import InputError
 from index.store.reader import EmbeddingStore

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from eval import download as download_module
-from eval.download import download
 from eval.metrics import Metrics, evaluate_run
-from eval.suite import BEIR, BY_NAME, FORUMS, mean_of, plan, rows_of_tasks, suite_table
+from eval.sets import download as download_module
+from eval.sets.download import download
+from eval.sets.plan import BEIR, BY_NAME, FORUMS, mean_of, plan, rows_of_tasks, suite_table
 from index.files import InputError
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from run_helpers import assert_same, results
 
+from retriever.cli.terminal import Terminal
 from retriever.config.yaml_file import load_config
 from retriever.training.trainer import Trainer
-from retriever.utils.progress import Terminal
 
 
 def forked(run: Callable[[], object], kill_at: int = 0) -> int:

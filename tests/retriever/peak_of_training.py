@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from retriever.cli.terminal import Terminal
 from retriever.config.yaml_file import load_config
 from retriever.distributed.context import joined_ranks
 from retriever.training.trainer import Trainer
-from retriever.utils.progress import Terminal
 
 torch.set_num_threads(1)
 with joined_ranks(on_devices=torch.cuda.is_available()) as ranks:

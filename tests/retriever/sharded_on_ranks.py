@@ -16,12 +16,12 @@ from forks import on_ranks
 from run_helpers import assert_near, results
 from safetensors.torch import load_file
 
+from retriever.cli.terminal import Terminal
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import load_config
-from retriever.distributed.context import SilentTerminal, joined_ranks
+from retriever.distributed.context import SilentReporter, joined_ranks
 from retriever.models.sharded_tensors import own_part
 from retriever.training.trainer import Trainer
-from retriever.utils.progress import Terminal
 
 
 def trained(config: TrainConfig, out: Path, *, resume: bool = False) -> Callable[[], None]:
@@ -31,7 +31,7 @@ def trained(config: TrainConfig, out: Path, *, resume: bool = False) -> Callable
     def run() -> None:
         torch.set_num_threads(1)
         with joined_ranks() as ranks:
-            terminal = Terminal() if ranks.first else SilentTerminal()
+            terminal = Terminal() if ranks.first else SilentReporter()
             trainer = Trainer.resume(out, terminal, ranks) if resume else Trainer.start(begun, terminal, ranks)
             trainer.train()
             held = [p for group in trainer.optimizer.param_groups for p in group["params"]]

@@ -14,8 +14,8 @@ from pathlib import Path
 from forks import on_ranks
 from killed_runs import forked
 
+from eval.reports import suite as suite_report
 from retriever.cli.command_line import main as command_line
-from retriever.evaluation import suite_report
 from retriever.models.towers import load_towers
 
 # The report has no part in this, and takes longer than all the rest.

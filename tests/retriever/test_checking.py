@@ -9,8 +9,8 @@ from typing import Any
 
 from index.manifest import read_manifest
 from index.store.reader import EmbeddingStore
+from retriever.cli.terminal import Terminal
 from retriever.utils.check_progress import MIB, checking, checking_bytes
-from retriever.utils.progress import Terminal
 
 
 class Bars(Terminal):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from retriever.cli.terminal import Terminal
 from retriever.config.images import ImageConfig
 from retriever.config.run import ModelConfig, TrainConfig
 from retriever.errors import ConfigError
@@ -18,7 +19,6 @@ from retriever.models.packed.attention import Spans
 from retriever.models.towers import Towers, build_towers
 from retriever.training.cuda_graphs import Inputs, check_replayable, replay_small_passes, rounded
 from retriever.training.trainer import Trainer
-from retriever.utils.progress import Terminal
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 

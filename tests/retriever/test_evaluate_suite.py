@@ -19,7 +19,7 @@ from cli_helpers import MEANINGS, command, write_beir, write_config, write_lines
 from forks import LoadedPython
 
 from eval.runs import read_trec_run
-from eval.suite import BY_NAME, FORUMS
+from eval.sets.plan import BY_NAME, FORUMS
 from index.beir import BeirDataset
 from index.files import InputError
 from index.store.reader import EmbeddingStore

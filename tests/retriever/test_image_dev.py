@@ -10,12 +10,12 @@ from cli_helpers import command
 from image_helpers import COLOURS, SHAPES, draw, save_checkpoint
 
 from index.files import InputError
+from retriever.cli.terminal import Terminal
 from retriever.config.run import DevConfig
 from retriever.encoding.encoder import EncodeOptions
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
 from retriever.training.image_validation import ImageDev
-from retriever.utils.progress import Terminal
 
 OPTIONS = EncodeOptions(micro_batch_tokens=16)
 

@@ -19,6 +19,7 @@ from image_helpers import SMALL, captioned, draw, letter_tokenizer, picture_byte
 from run_helpers import assert_same, results
 
 from index.files import InputError
+from retriever.cli.terminal import Terminal
 from retriever.config.images import ImageConfig, ImageSource
 from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from retriever.config.yaml_file import save_config
@@ -38,7 +39,6 @@ from retriever.training.plan import plan_step
 from retriever.training.step import MicroBatch, TrainStep
 from retriever.training.trainer import Trainer
 from retriever.utils.interrupt import Interrupted
-from retriever.utils.progress import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +342,7 @@ def test_sources_give_batches_by_their_weights_and_ranks_read_their_shares_alone
             Path(config.out) / "cache",
             precision="fp32",
             token_budget=100,
-            terminal=Terminal(),
+            reporter=Terminal(),
             share=Share(rank, 3),
         )
         shares.append(list(batches.loader()))

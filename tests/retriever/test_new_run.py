@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from cli_helpers import command, write_config, write_lines, write_pairs
 
+from retriever.cli.terminal import Terminal
 from retriever.config.run import ModelConfig
 from retriever.training import new_run
 from retriever.training.run_dir import RunFolder
 from retriever.training.step import TrainStep
-from retriever.utils.progress import Terminal
 
 
 @pytest.fixture

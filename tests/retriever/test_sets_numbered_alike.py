@@ -12,6 +12,7 @@ import pytest
 from cli_helpers import MEANINGS, command, write_config, write_lines
 
 from eval.runs import read_trec_run, write_trec_run
+from retriever.cli.terminal import Terminal
 from retriever.config.run import DevConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions
@@ -19,7 +20,6 @@ from retriever.errors import ConfigError
 from retriever.models.towers import load_towers
 from retriever.training.image_validation import ImageDev
 from retriever.training.validation import TextDev
-from retriever.utils.progress import Terminal
 
 WORDS = list(MEANINGS)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from retriever.cli.commands.search import escaped, printable
-from retriever.utils.progress import Terminal
+from retriever.cli.terminal import Terminal
 
 
 def test_without_a_terminal_a_bar_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([0.0, 30.0, 61.0, 62.0, 200.0, 300.0])
-    monkeypatch.setattr("retriever.utils.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("retriever.cli.terminal.time.monotonic", lambda: next(clock))
     with Terminal() as terminal, terminal.bar("encode", 1200, "passages") as advance:
         for _ in range(3):
             advance(100)

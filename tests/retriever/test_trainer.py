@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import retriever.training.validation as dev_module
 from index.files import InputError
+from retriever.cli.terminal import Terminal
 from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
@@ -28,7 +29,6 @@ from retriever.training.checkpoint import load_checkpoint
 from retriever.training.step import TrainStep
 from retriever.training.trainer import Trainer
 from retriever.utils.interrupt import Interrupted
-from retriever.utils.progress import Terminal
 
 WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", "stone", "blue", "red", "small", "old"]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retriever.cli.terminal import Terminal
 from retriever.config.images import ImageConfig
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import load_config, save_config
 from retriever.data.images.tars import expand_braces
 from retriever.training.optim import lr_factor
 from retriever.training.trainer import Trainer
-from retriever.utils.progress import Terminal
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "retriever"))
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff
 
 if TYPE_CHECKING:
+    from index.progress import Reporter
     from retriever.encoding.encoder import EncodeOptions
     from retriever.models.images.towers import ImageTextTowers
     from retriever.models.towers import Towers
-    from retriever.utils.progress import Terminal
 
 Switch = Annotated[bool, FlagCreatePairsOff]
 
@@ -37,7 +37,7 @@ class Embedding:
     def __post_init__(self) -> None:
         check_counts(self, "micro_batch_tokens")
 
-    def towers(self, terminal: Terminal) -> Towers:
+    def towers(self, reporter: Reporter) -> Towers:
         """The model, in evaluation mode on the device; says where it is slower than most."""
         from retriever.models.images.folder import is_image_text_model
         from retriever.models.images.towers import load_image_text_towers
@@ -48,10 +48,10 @@ class Embedding:
 
         load = load_image_text_towers if is_image_text_model(self.model) else load_towers
         size = sum(path.stat().st_size for path in known_sums(self.model))
-        with checking_bytes(terminal, Path(self.model).name, size) as checked:
+        with checking_bytes(reporter, Path(self.model).name, size) as checked:
             towers = load(self.model, choose_device(self.device), checked=checked)
         if note := towers.padding_note():
-            terminal.line(note)
+            reporter.line(note)
         return towers
 
     def picture_towers(self) -> ImageTextTowers:

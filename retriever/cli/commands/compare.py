@@ -9,8 +9,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from index.progress import Reporter
 from retriever.cli.commands.common import Switch, check_counts
-from retriever.utils.progress import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +80,11 @@ class EvaluateCompare:
             if not are_weights(self.weights):
                 raise ValueError(f"--weights: expected {WEIGHTS}, found {' '.join(map(str, self.weights))}")
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
+        from eval.reports.comparison import Fusion, Request, compare_to_report, named_systems
         from eval.reports.files import json_of
         from eval.reports.markdown import summary_of
-        from retriever.evaluation.compare import Fusion, Request, compare_to_report, named_systems
+        from retriever.utils.versions import versions
 
         request = Request(
             systems=named_systems(self.systems),
@@ -103,12 +104,12 @@ class EvaluateCompare:
             seed=self.seed,
             changed=self.changed,
         )
-        report = compare_to_report(request, self.out, terminal)
+        report = compare_to_report(request, self.out, reporter, versions("numpy", "scipy"))
         if self.json:
             print(json.dumps(json_of(report), ensure_ascii=False))
         else:
             print(summary_of(report), end="")
-            terminal.line(f"report: {self.out / 'report.html'}")
+            reporter.line(f"report: {self.out / 'report.html'}")
         return 0
 
 

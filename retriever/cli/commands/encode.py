@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from index.files import InputError
+from index.progress import Reporter
 from retriever.cli.commands.common import Embedding, answer, check_counts, same_settings
 from retriever.errors import ConfigError
-from retriever.utils.progress import Terminal
 
 if TYPE_CHECKING:
     from index.store.reader import EmbeddingStore
@@ -40,18 +40,18 @@ class Encode(Embedding):
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers: expected a number from 0 on, found {self.workers}")
 
-    def run(self, terminal: Terminal) -> int:
-        from retriever.distributed.context import SilentTerminal, joined_ranks
+    def run(self, reporter: Reporter) -> int:
+        from retriever.distributed.context import SilentReporter, joined_ranks
 
         same = same_settings("encode", self, self.device, "model", "data", "out", "device", "workers", "json")
         with joined_ranks(same) as ranks:
-            terminal = terminal if ranks.first else SilentTerminal()
+            reporter = reporter if ranks.first else SilentReporter()
             if not self._is_pictures():
-                store = self._corpus(terminal, ranks)
+                store = self._corpus(reporter, ranks)
             elif ranks.size > 1:
                 raise ConfigError("--data: pictures are embedded by one process; start it without torchrun")
             else:
-                store = self._pictures(terminal)
+                store = self._pictures(reporter)
             if ranks.first:
                 answer(self.json, {"store": str(self.out), "rows": store.rows, "dim": store.dim, "dtype": store.dtype})
         return 0
@@ -62,15 +62,15 @@ class Encode(Embedding):
 
         return self.data.is_dir() and not is_beir_folder(self.data) and is_image_text_model(self.model)
 
-    def _pictures(self, terminal: Terminal) -> EmbeddingStore:
+    def _pictures(self, reporter: Reporter) -> EmbeddingStore:
         from retriever.encoding.images import encode_pictures, picture_files
 
         # Before the model, which takes longer to load.
         picture_files(self.data)
         how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows}
-        return encode_pictures(self.picture_towers(), self.data, self.out, self.options(), terminal, **how)
+        return encode_pictures(self.picture_towers(), self.data, self.out, self.options(), reporter, **how)
 
-    def _corpus(self, terminal: Terminal, ranks: Ranks) -> EmbeddingStore:
+    def _corpus(self, reporter: Reporter, ranks: Ranks) -> EmbeddingStore:
         from index.beir import beir_file, is_beir_folder
         from index.image_files import images_in
         from retriever.distributed.context import own_device
@@ -78,7 +78,7 @@ class Encode(Embedding):
         from retriever.encoding.window_workers import workers_for
 
         # Before the folder is judged: a name that no model has cannot be said to embed texts alone.
-        towers = self.towers(terminal)
+        towers = self.towers(reporter)
         if self.data.is_dir() and not is_beir_folder(self.data) and images_in(self.data):
             raise InputError(
                 f"{self.data}: expected a corpus for {self.model}, which embeds texts alone, found a folder of pictures"
@@ -87,4 +87,4 @@ class Encode(Embedding):
         towers.to(own_device(towers.device))
         workers = workers_for(towers.device) if self.workers is None else self.workers
         how: dict[str, Any] = {"dtype": self.dtype, "shard_rows": self.shard_rows, "workers": workers}
-        return embed_corpus(towers, corpus, self.out, self.options(), terminal, ranks=ranks, **how)
+        return embed_corpus(towers, corpus, self.out, self.options(), reporter, ranks=ranks, **how)

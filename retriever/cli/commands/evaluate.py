@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from index.progress import Reporter
 from retriever.cli.commands.common import Embedding, Switch, check_counts, same_settings
-from retriever.utils.progress import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,9 @@ class EvaluateBeir(Embedding):
         if self.overlap < 0:
             raise ValueError(f"--overlap: expected 0 or more, found {self.overlap}")
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from retriever.distributed.agreement import settings_of
-        from retriever.distributed.context import SilentTerminal, joined_ranks, own_device
+        from retriever.distributed.context import SilentReporter, joined_ranks, own_device
         from retriever.evaluation.preflight import check_sets
         from retriever.evaluation.set_settings import read_settings, unused
         from retriever.evaluation.suite import Suite, SuiteOptions
@@ -88,20 +88,20 @@ class EvaluateBeir(Embedding):
         same |= {"--index": self.index is not None}
         same |= {f"--{name}": value for name, value in settings_of(options).items() if name.startswith("settings")}
         with joined_ranks(same) as ranks:
-            terminal = terminal if ranks.first else SilentTerminal()
-            plan = self._plan(ranks, terminal)
+            reporter = reporter if ranks.first else SilentReporter()
+            plan = self._plan(ranks, reporter)
             for name in unused(options.settings, plan.tasks):
-                terminal.line(f"warning: {self.settings}: no set here is called {name}")
-            towers = self.towers(terminal)
+                reporter.line(f"warning: {self.settings}: no set here is called {name}")
+            towers = self.towers(reporter)
             towers.to(own_device(towers.device))
-            suite = Suite(towers, plan, self.out, self.options(), options, terminal, ranks)
+            suite = Suite(towers, plan, self.out, self.options(), options, reporter, ranks)
             checked = check_sets(
                 towers,
                 plan,
                 self.out,
                 self.options(),
                 options,
-                terminal,
+                reporter,
                 thorough=self.preflight,
                 processes=ranks.size,
             )
@@ -111,33 +111,33 @@ class EvaluateBeir(Embedding):
                 return 0
             found = suite.run({"model": self.model}, checked)
             if ranks.first:
-                self._print(found, terminal)
+                self._print(found, reporter)
         return 0
 
-    def _plan(self, ranks: Any, terminal: Terminal) -> Any:
-        from eval.suite import plan
+    def _plan(self, ranks: Any, reporter: Reporter) -> Any:
+        from eval.sets.plan import plan
 
         if self.download and ranks.first:
-            self._download(terminal)
+            self._download(reporter)
         ranks.wait()
         return plan(self.data, self.home, self.split)
 
-    def _download(self, terminal: Terminal) -> None:
-        from eval.download import MIRROR, download
-        from eval.suite import BEIR, BY_NAME, WHOLE
+    def _download(self, reporter: Reporter) -> None:
+        from eval.sets.download import MIRROR, download
+        from eval.sets.plan import BEIR, BY_NAME, WHOLE
 
         assert self.home is not None
         public = [definition.name for definition in BEIR if definition.md5]
         asked = [name for entry in self.data for name in (public if entry == WHOLE else [entry])]
         for name in asked:
             if name in BY_NAME and not Path(name).is_dir() and not (self.home / name).is_dir():
-                with terminal.bar(f"download {name}", None, "bytes") as advance:
+                with reporter.bar(f"download {name}", None, "bytes") as advance:
                     download(name, self.home, mirror=self.mirror or MIRROR, progress=advance)
 
-    def _print(self, found: Any, terminal: Terminal) -> None:
+    def _print(self, found: Any, reporter: Reporter) -> None:
         from eval.approximate import approximation_table
         from eval.reports.markdown import comparison_table
-        from eval.suite import suite_table
+        from eval.sets.plan import suite_table
 
         if self.json:
             print(json.dumps(found.as_json()))
@@ -147,4 +147,4 @@ class EvaluateBeir(Embedding):
             print("\n" + approximation_table(found.exact, found.approximations, found.measure), end="")
         if found.absent or len(found.rows) > 1:
             print("\n" + suite_table(found.rows, found.absent, found.measure), end="")
-        terminal.line(f"report: {self.out / 'report.md'}")
+        reporter.line(f"report: {self.out / 'report.md'}")

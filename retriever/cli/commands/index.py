@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from index.files import InputError
+from index.progress import Reporter
 from retriever.cli.commands.common import Switch, answer, check_counts, same_settings
 from retriever.errors import ConfigError
-from retriever.utils.progress import Terminal
 from retriever.utils.torchrun import process_count
 
 if TYPE_CHECKING:
@@ -46,14 +46,14 @@ class RecallTarget:
         if (self.queries is None) != (self.model is None):
             raise ValueError("--queries: expected together with --model, the one that embedded the passages")
 
-    def target(self, recall: float, store: EmbeddingStore, terminal: Terminal) -> Target:
+    def target(self, recall: float, store: EmbeddingStore, reporter: Reporter) -> Target:
         """The recall to reach, with the queries embedded."""
         from index.ann.tuning.recall import Target
 
-        queries = None if self.queries is None else self._embedded(self.queries, store, terminal)
+        queries = None if self.queries is None else self._embedded(self.queries, store, reporter)
         return Target(recall, self.k, queries, self.held_out)
 
-    def _embedded(self, path: Path, store: EmbeddingStore, terminal: Terminal) -> np.ndarray:
+    def _embedded(self, path: Path, store: EmbeddingStore, reporter: Reporter) -> np.ndarray:
         from index.beir import read_queries
         from retriever.encoding.encoder import EncodeOptions, embed_texts
         from retriever.models.towers import load_towers
@@ -65,7 +65,7 @@ class RecallTarget:
         towers.eval()
         if (found := towers.fingerprint()) != store.model:
             raise InputError(f"{self.model}: expected the model of {store.folder} ({store.model}), found {found}")
-        with terminal.bar(f"encode {path.name}", len(texts), "queries") as advance:
+        with reporter.bar(f"encode {path.name}", len(texts), "queries") as advance:
             return embed_texts(towers, texts, "query", EncodeOptions(), advance)
 
 
@@ -112,10 +112,10 @@ class IndexBuild(RecallTarget):
         if self.train_from is not None and self.factory != "auto":
             raise ValueError("--factory: leave it out with --train-from, which gives the factory")
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         if process_count() == 1:
-            return self._build(terminal, None)
-        from retriever.distributed.context import SilentTerminal, joined_ranks
+            return self._build(reporter, None)
+        from retriever.distributed.context import SilentReporter, joined_ranks
 
         if self.part != "1/1":
             raise ConfigError("--part: leave it out under torchrun, whose processes share the embeddings by themselves")
@@ -123,9 +123,9 @@ class IndexBuild(RecallTarget):
             raise ConfigError("--gpu: leave it out under torchrun; one process trains and fills on all GPUs")
         paths = ("embeddings", "out", "queries", "model", "train_from")
         with joined_ranks(same_settings("index build", self, "cpu", *paths, "json")) as ranks:
-            return self._build(terminal if ranks.first else SilentTerminal(), ranks)
+            return self._build(reporter if ranks.first else SilentReporter(), ranks)
 
-    def _build(self, terminal: Terminal, ranks: Ranks | None) -> int:
+    def _build(self, reporter: Reporter, ranks: Ranks | None) -> int:
         from index.ann.build import Plan, build
         from index.ann.factory import explain
         from index.ann.layout import FAISS_FILE
@@ -138,11 +138,11 @@ class IndexBuild(RecallTarget):
         rows = Part(store, number, count).rows
         factory, reason = self._chosen(store)
         # What stays on disk may be larger than memory.
-        terminal.line(explain(factory, rows, store.dim, None if self.on_disk else self.memory_budget_mib) + reason)
+        reporter.line(explain(factory, rows, store.dim, None if self.on_disk else self.memory_budget_mib) + reason)
         first = ranks is None or ranks.first
         target = None
         if self.target_recall is not None and first:
-            target = self.target(self.target_recall, store, terminal)
+            target = self.target(self.target_recall, store, reporter)
         plan = Plan(
             factory,
             self.seed,
@@ -154,14 +154,14 @@ class IndexBuild(RecallTarget):
             self.gpu,
         )
         with (
-            checking(terminal, [self.train_from] if self.train_from else [], [FAISS_FILE]) as checked,
-            terminal.bar(f"index {factory}", rows if ranks is None else None, "vectors") as advance,
+            checking(reporter, [self.train_from] if self.train_from else [], [FAISS_FILE]) as checked,
+            reporter.bar(f"index {factory}", rows if ranks is None else None, "vectors") as advance,
         ):
 
             def note(text: str) -> None:
                 if text.startswith("factory "):
                     # Of the result, and not of what is done at the moment.
-                    terminal.line(text)
+                    reporter.line(text)
                 else:
                     advance(0, text)
 
@@ -172,7 +172,7 @@ class IndexBuild(RecallTarget):
 
                 tuning = build_on_ranks(ranks, store, self.out, plan, progress=advance, note=note)
         summary = {"index": str(self.out), "factory": factory, "rows": rows, "dim": store.dim}
-        return _finish(self.json, summary, tuning, terminal) if first else 0
+        return _finish(self.json, summary, tuning, reporter) if first else 0
 
     def _chosen(self, store: EmbeddingStore) -> tuple[str, str]:
         """The factory, and why it was chosen where nobody named it; one that cannot be on disk is refused."""
@@ -210,21 +210,21 @@ class IndexTune(RecallTarget):
         super().__post_init__()
         _check_recall(self.target_recall)
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from index.ann.edit import retune
         from index.manifest import INDEX, read_manifest
         from index.store.reader import EmbeddingStore
         from retriever.utils.check_progress import checking
 
         store = EmbeddingStore.open(self.embeddings)
-        target = self.target(self.target_recall, store, terminal)
+        target = self.target(self.target_recall, store, reporter)
         with (
-            checking(terminal, [self.index, self.embeddings]) as checked,
-            terminal.bar("tune", None, "settings") as advance,
+            checking(reporter, [self.index, self.embeddings]) as checked,
+            reporter.bar("tune", None, "settings") as advance,
         ):
             tuning = retune(self.index, store, target, note=lambda text: advance(1, text), checked=checked)
         rows = read_manifest(self.index, INDEX).count("rows")
-        return _finish(self.json, {"index": str(self.index), "rows": rows}, tuning, terminal)
+        return _finish(self.json, {"index": str(self.index), "rows": rows}, tuning, reporter)
 
 
 def _check_recall(recall: float | None) -> None:
@@ -232,16 +232,16 @@ def _check_recall(recall: float | None) -> None:
         raise ValueError(f"--target-recall: expected more than 0 and at most 1, found {recall}")
 
 
-def _finish(as_json: bool, summary: dict[str, Any], tuning: Tuning | None, terminal: Terminal) -> int:
+def _finish(as_json: bool, summary: dict[str, Any], tuning: Tuning | None, reporter: Reporter) -> int:
     """Answer, with what tuning found; a promise that could not be kept is a failure, though the index stands."""
     if tuning is None:
         answer(as_json, summary)
         return 0
     from index.ann.layout import CURVE_FILE
 
-    terminal.line(tuning.line())
+    reporter.line(tuning.line())
     if not (Path(str(summary["index"])) / CURVE_FILE).exists():
-        terminal.line('the curve is in the manifest alone; to have it drawn: pip install "dense-retriever[plot]"')
+        reporter.line('the curve is in the manifest alone; to have it drawn: pip install "dense-retriever[plot]"')
     chosen = tuning.chosen
     answer(as_json, {**summary, "target_met": tuning.met, "recall": round(chosen.recall, 4), **chosen.settings.known()})
     return 0 if tuning.met else 1

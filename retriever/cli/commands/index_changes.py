@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from index.progress import Reporter
 from retriever.cli.commands.common import Switch, answer
-from retriever.utils.progress import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,11 @@ class IndexMerge:
         if len(self.indexes) < 2:
             raise ValueError(f"indexes: expected two or more to merge, found {len(self.indexes)}")
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from index.ann.merge import merge
         from retriever.utils.check_progress import checking
 
-        with checking(terminal, self.indexes) as checked, terminal.bar("merge", None, "vectors") as advance:
+        with checking(reporter, self.indexes) as checked, reporter.bar("merge", None, "vectors") as advance:
             rows = merge(self.indexes, self.out, on_disk=self.on_disk, progress=advance, checked=checked)
         answer(self.json, {"index": str(self.out), "rows": rows})
         return 0
@@ -52,15 +52,15 @@ class IndexAdd:
     json: Switch = False
     """Print the summary as JSON."""
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from index.ann.edit import add_passages
         from index.store.reader import EmbeddingStore
         from retriever.utils.check_progress import checking
 
         store = EmbeddingStore.open(self.embeddings)
         with (
-            checking(terminal, [self.index, self.embeddings]) as checked,
-            terminal.bar("add", store.rows, "vectors") as advance,
+            checking(reporter, [self.index, self.embeddings]) as checked,
+            reporter.bar("add", store.rows, "vectors") as advance,
         ):
             added = add_passages(self.index, store, self.out, progress=advance, checked=checked)
         answer(self.json, {"index": str(self.out or self.index), "added": added})
@@ -86,7 +86,7 @@ class IndexDelete:
         if bool(self.ids) == bool(self.ids_file):
             raise ValueError("--ids: expected ids here or in --ids-file, one of the two")
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from index.ann.edit import delete_passages
         from index.passages import checked_id
         from index.records import read_lines
@@ -96,7 +96,7 @@ class IndexDelete:
         if self.ids_file is not None:
             lines = enumerate(read_lines(self.ids_file), start=1)
             ids = [checked_id(line.strip(), f"{self.ids_file}:{number}") for number, line in lines if line.strip()]
-        with checking(terminal, [self.index]) as checked:
+        with checking(reporter, [self.index]) as checked:
             deleted = delete_passages(self.index, ids, self.out, checked=checked)
         summary = {"index": str(self.out or self.index), "deleted": deleted, "not_there": len(set(ids)) - deleted}
         answer(self.json, summary)
@@ -112,11 +112,11 @@ class IndexVerify:
     json: Switch = False
     """Print the summary as JSON."""
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from index.verify import verify
         from retriever.utils.check_progress import checking
 
-        with checking(terminal, [self.folder]) as checked:
+        with checking(reporter, [self.folder]) as checked:
             found = verify(self.folder, checked)
         answer(self.json, dataclasses.asdict(found))
         return 0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from index.files import InputError
+from index.progress import Reporter
 from retriever.cli.commands.common import Embedding, Switch, answer, check_counts
-from retriever.utils.progress import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,16 @@ class Mine(Embedding):
         if not 0 < self.max_share <= 1:
             raise ValueError(f"--max-share: expected more than 0 and at most 1, found {self.max_share}")
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from index.beir import BeirDataset
         from retriever.searching.mining import mine_with_towers
 
         written, short = mine_with_towers(
-            self.towers(terminal),
+            self.towers(reporter),
             BeirDataset.open(self.data, self.split),
             self.out,
             self.options(),
-            terminal,
+            reporter,
             embeddings=self.embeddings,
             negatives=self.negatives,
             depth=self.depth,

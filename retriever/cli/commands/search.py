@@ -17,8 +17,8 @@ from tyro.conf import Positional, UseAppendAction
 
 from index.files import InputError
 from index.passages import one_line
+from index.progress import Reporter
 from retriever.cli.commands.common import Embedding, Switch, check_counts
-from retriever.utils.progress import Terminal
 
 if TYPE_CHECKING:
     from retriever.searching.search import Answer
@@ -65,14 +65,14 @@ class Search(Embedding):
             if not text.strip():
                 raise InputError(f"query:{number}: expected text, found none")
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from retriever.searching.search import BATCH, open_indexes, search
 
-        index = open_indexes(self.index, terminal, mmap=self.mmap, verify=self.verify)
-        towers = self.towers(terminal)
+        index = open_indexes(self.index, reporter, mmap=self.mmap, verify=self.verify)
+        towers = self.towers(reporter)
         typed = not self.query and not self.image and self.queries is None and sys.stdin.isatty()
         if typed:
-            terminal.line("queries, one a line; Ctrl-D ends")
+            reporter.line("queries, one a line; Ctrl-D ends")
         for answer in search(towers, index, self._queries(), self.k, self.options(), batch=1 if typed else BATCH):
             if self.json:
                 print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
@@ -147,7 +147,7 @@ def _draw_answer(answer: Answer) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with a replacement character for what would command a terminal, or turn its lines around."""
+    """The text with a replacement character for what would command a reporter, or turn its lines around."""
     return "".join(c if c.isprintable() or c in JOINERS or c.isspace() else "\ufffd" for c in text)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from tyro.conf import UseAppendAction
 
 from index.files import InputError
+from index.progress import Reporter
 from retriever.cli.commands.common import Embedding, Switch, check_counts
-from retriever.utils.progress import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Serve(Embedding):
         if not 0 <= self.batch_ms <= 1000:
             raise ValueError(f"--batch-ms: expected a number from 0 to 1000, found {self.batch_ms}")
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         try:
             import jinja2  # noqa: F401
             import starlette  # noqa: F401
@@ -74,16 +74,16 @@ class Serve(Embedding):
 
         limits = Limits(self.max_body_bytes, self.max_query_chars, self.max_queries, self.max_k)
         batching = Batching(self.batch, self.batch_ms / 1000, max(self.max_waiting, self.max_queries))
-        index = open_indexes(self.index, terminal, mmap=self.mmap, verify=self.verify)
+        index = open_indexes(self.index, reporter, mmap=self.mmap, verify=self.verify)
         pictures = None if self.pictures is None else Pictures(self.pictures, index)
         # Listening before the model is loaded makes a port in use known at once.
         with (
             _listening(self.host, self.port) as listener,
-            Engine(self.towers(terminal), index, self.options(), batching) as engine,
+            Engine(self.towers(reporter), index, self.options(), batching) as engine,
         ):
             warm_up(engine)
             config = uvicorn.Config(
-                make_app(engine, limits, terminal.line, pictures),
+                make_app(engine, limits, reporter.line, pictures),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -94,11 +94,11 @@ class Serve(Embedding):
             )
             host = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{host}:{listener.getsockname()[1]}/"
-            terminal.line(f"serving {index.rows} passages on {address}; Ctrl-C ends")
+            reporter.line(f"serving {index.rows} passages on {address}; Ctrl-C ends")
             # The server ends in good order at a signal, and then hands the signal on.
             with contextlib.suppress(KeyboardInterrupt):
                 uvicorn.Server(config).run(sockets=[listener])
-        terminal.line("ended")
+        reporter.line("ended")
         return 0
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from index.progress import Reporter
 from retriever.cli.commands.common import Switch
-from retriever.utils.progress import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Split:
         check_size("--dev", self.dev)
         check_size("--test", self.test)
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from retriever.data.split import split
 
         report = split(
@@ -74,7 +74,7 @@ class Split:
             positive=self.positive,
             negatives=self.negatives,
             split=self.split,
-            terminal=terminal,
+            reporter=reporter,
         )
         if self.json:
             print(json.dumps(dataclasses.asdict(report), ensure_ascii=False))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from index.progress import Reporter
 from retriever.cli.commands.common import Switch, check_counts
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import CONFIG_FILE, load_config, with_absolute_paths
 from retriever.errors import ConfigError
 from retriever.utils.interrupt import Interrupted
-from retriever.utils.progress import Terminal
 from retriever.utils.torchrun import attempt, check_environment, process_count, rank
 
 if TYPE_CHECKING:
@@ -43,19 +43,19 @@ class Train:
         if self.profile and self.dry_run:
             raise ValueError("--profile: expected without --dry-run, which trains no steps")
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from retriever.distributed.agreement import config_fields
-        from retriever.distributed.context import SilentTerminal, joined_ranks, uses_gpus
+        from retriever.distributed.context import SilentReporter, joined_ranks, uses_gpus
 
         if self.dry_run:
-            return self._plan(terminal)
+            return self._plan(reporter)
         gpus = uses_gpus(self.config.device)
         same = {"command": "train", "--resume": self.resume is not None, "--profile": self.profile}
         same |= {"device": "cuda" if gpus else "cpu", **config_fields(self.config)}
         with joined_ranks(same, on_devices=gpus) as ranks:
-            return self._train(terminal if ranks.first else SilentTerminal(), ranks)
+            return self._train(reporter if ranks.first else SilentReporter(), ranks)
 
-    def _plan(self, terminal: Terminal) -> int:
+    def _plan(self, reporter: Reporter) -> int:
         from retriever.distributed.ranks import PlannedRanks
         from retriever.training.new_run import NewRun
         from retriever.training.run_dir import cache_of, written_config
@@ -68,36 +68,36 @@ class Train:
 
         config = with_absolute_paths(self.config if self.resume is None else written_config(Path(self.resume)))
         run = Path(config.out if self.resume is None else self.resume)
-        with NewRun(run, cache_of(config, run), terminal).removed_on_failure():
-            plan = Trainer(config, run, terminal, PlannedRanks(size=self.processes or process_count())).plan()
+        with NewRun(run, cache_of(config, run), reporter).removed_on_failure():
+            plan = Trainer(config, run, reporter, PlannedRanks(size=self.processes or process_count())).plan()
         print("\n".join(plan.lines()))
         if not plan.fits:
-            terminal.line("this does not fit: fewer --micro-batch-tokens, a smaller --batch-size, or more processes")
+            reporter.line("this does not fit: fewer --micro-batch-tokens, a smaller --batch-size, or more processes")
         return 0 if plan.fits else 1
 
-    def _train(self, terminal: Terminal, ranks: Ranks) -> int:
+    def _train(self, reporter: Reporter, ranks: Ranks) -> int:
         from retriever.training.trainer import Trainer
 
         if self.resume is not None:
             if self.file is not None or self.config != TrainConfig():
                 raise ConfigError("--resume: a run goes on with its own configuration; give no file and no other flag")
-            trainer = Trainer.resume(Path(self.resume), terminal, ranks)
+            trainer = Trainer.resume(Path(self.resume), reporter, ranks)
         elif ranks.told(ranks.first and is_restarted(self.config, ranks)):
-            trainer = Trainer.resume(Path(self.config.out), terminal, ranks)
+            trainer = Trainer.resume(Path(self.config.out), reporter, ranks)
         else:
-            trainer = Trainer.start(self.config, terminal, ranks, profile=self.profile)
+            trainer = Trainer.start(self.config, reporter, ranks, profile=self.profile)
         try:
             with trainer.removed_without_a_step():
                 model = trainer.train(profile=self.profile)
         except Interrupted as signal:
-            terminal.line(
+            reporter.line(
                 f"{signal} at step {trainer.state.step}: checkpoint saved; "
                 f"go on with: retriever train --resume {trainer.run}"
             )
             return 1
         best = trainer.state.best_score
         kept = "" if best is None else f" (step {trainer.state.best_step}, dev {trainer.dev_metric} {best:.4f})"
-        terminal.line(f"model: {model}{kept}")
+        reporter.line(f"model: {model}{kept}")
         return 0
 
 

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from index.progress import Reporter
 from retriever.cli.commands.common import Embedding
-from retriever.utils.progress import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class EvaluateZeroShot(Embedding):
         if not self.data:
             raise ValueError("--data: expected at least one set of images, found none")
 
-    def run(self, terminal: Terminal) -> int:
+    def run(self, reporter: Reporter) -> int:
         from eval.zero_shot.report import json_of, summary_table
         from retriever.evaluation.zero_shot import check_out, evaluate_zero_shot, open_sets
 
@@ -39,10 +39,10 @@ class EvaluateZeroShot(Embedding):
         sets = open_sets(self.data, self.split, self.templates)
         check_out(self.out, sets)
         towers = self.picture_towers()
-        report = evaluate_zero_shot(towers, sets, self.out, self.options(), terminal, details={"model": self.model})
+        report = evaluate_zero_shot(towers, sets, self.out, self.options(), reporter, details={"model": self.model})
         if self.json:
             print(json.dumps(json_of(report), ensure_ascii=False))
         else:
             print("\n".join(summary_table(found) for found in report.sets), end="")
-            terminal.line(f"report: {self.out / 'report.html'}")
+            reporter.line(f"report: {self.out / 'report.html'}")
         return 0

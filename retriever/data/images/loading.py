@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from index.progress import Reporter
 from retriever.config.run import TrainConfig
 from retriever.data.images.batches import ImageBatches
 from retriever.data.images.chunks import PairReader
@@ -16,7 +17,6 @@ from retriever.distributed.share import Share
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers
 from retriever.utils.device import Precision
-from retriever.utils.progress import Terminal
 
 
 def open_image_batches(
@@ -26,7 +26,7 @@ def open_image_batches(
     *,
     precision: Precision,
     token_budget: int,
-    terminal: Terminal,
+    reporter: Reporter,
     share: Share | None = None,
     planned: bool = False,
 ) -> tuple[ImageBatches, tuple[str, ...]]:
@@ -44,18 +44,18 @@ def open_image_batches(
     image, workers = config.model.image, config.data.workers
     sources: list[PairSource] = []
     for source in config.data.images:
-        with terminal.bar(f"index {source.path}", None, "parts") as advance:
+        with reporter.bar(f"index {source.path}", None, "parts") as advance:
             sources.append(open_pairs(source, cache, workers=workers, progress=advance))
-        terminal.line(f"{source.path}: {len(sources[-1]):,} pairs")
+        reporter.line(f"{source.path}: {len(sources[-1]):,} pairs")
         for notice in sources[-1].notices:
-            terminal.line(f"{source.path}: {notice}")
+            reporter.line(f"{source.path}: {notice}")
     features: list[FeatureStore | PlannedFeatures | None] = [None] * len(sources)
     if image.lock == "image" and planned:
         features = [PlannedFeatures(towers.image_width) for _ in sources]
     elif image.lock == "image":
         at_once = max(1, token_budget // towers.image_tokens)
         for number, pairs in enumerate(sources):
-            with terminal.bar(f"features of {pairs.name}", len(pairs), "pictures") as advance:
+            with reporter.bar(f"features of {pairs.name}", len(pairs), "pictures") as advance:
                 features[number] = compute_features(
                     towers, pairs, cache / "features", precision, at_once=at_once, workers=workers, progress=advance
                 )
@@ -70,7 +70,7 @@ def open_image_batches(
         processes=1 if share is None else share.size,
     )
     for line in schedule.lines():
-        terminal.line(line)
+        reporter.line(line)
     readers = [
         PairReader(
             source=pairs,
@@ -93,8 +93,8 @@ def open_image_batches(
         token_budget=token_budget,
         padded=not towers.padding_free,
         device=towers.device.type,
-        say=terminal.line,
-        known=find_known_positives(tables, cache, terminal) if tables and config.loss.masks_false_negatives else None,
+        say=reporter.line,
+        known=find_known_positives(tables, cache, reporter) if tables and config.loss.masks_false_negatives else None,
         share=share,
     )
     return batches, tuple(pairs.sha256 for pairs in sources)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from eval.bm25 import K1, B, bm25_run, bm25s_with
+from eval.bm25.search import K1, B, bm25_run, bm25s_with
 from eval.ranking import RankedRun, without_identical_ids
 from eval.runs import read_trec_run, write_trec_run
 from index.beir import BeirDataset, beir_file
 from index.files import InputError, read_json, sha256_file, write_json
-from retriever.utils.progress import Terminal
+from index.progress import Reporter
 
 BM25 = "BM25"
 
@@ -22,7 +22,7 @@ def kept_bm25_run(
     dataset: BeirDataset,
     folder: Path,
     k: int,
-    terminal: Terminal,
+    reporter: Reporter,
     stopwords: str | None = "en",
     *,
     keep_identical_ids: bool = False,
@@ -32,10 +32,10 @@ def kept_bm25_run(
     FOLDER/BM25.json says what it was made of. Passages that have their query's id and are not judged for it are left
     out, unless `keep_identical_ids`. A line warns where most queries find nothing.
     """
-    run = _kept_or_made(dataset, folder, k, terminal, stopwords, keep_identical_ids)
+    run = _kept_or_made(dataset, folder, k, reporter, stopwords, keep_identical_ids)
     lost = int((run.rows < 0).all(axis=1).sum())
     if 2 * lost > len(run.queries):
-        terminal.line(
+        reporter.line(
             f"warning: {dataset.name}: BM25 finds nothing for {lost:,} of {len(run.queries):,} queries: none of their "
             "words, stop words aside, is in the corpus"
         )
@@ -43,7 +43,7 @@ def kept_bm25_run(
 
 
 def _kept_or_made(
-    dataset: BeirDataset, folder: Path, k: int, terminal: Terminal, stopwords: str | None, keep_identical_ids: bool
+    dataset: BeirDataset, folder: Path, k: int, reporter: Reporter, stopwords: str | None, keep_identical_ids: bool
 ) -> RankedRun:
     run_path, made_path = folder / f"{BM25}.trec", folder / f"{BM25}.json"
     made = {
@@ -61,7 +61,7 @@ def _kept_or_made(
         run = RankedRun.of({query: found.get(query, {}) for query in dataset.queries})
         run.left_out = left_out
         return run
-    with terminal.bar(f"{dataset.name}: {BM25}", len(dataset.queries), "queries") as advance:
+    with reporter.bar(f"{dataset.name}: {BM25}", len(dataset.queries), "queries") as advance:
         # One more than is kept, for a passage that is left out.
         found = bm25_run(dataset.passages(), dataset.queries, k + 1, stopwords=stopwords, progress=advance)
         run = found.cut(k) if keep_identical_ids else without_identical_ids(found, dataset.qrels, k)

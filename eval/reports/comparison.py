@@ -9,22 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.bm25 import bm25s_with
+from eval.bm25.search import bm25s_with
+from eval.bm25.search.runs import BM25, bm25_details, kept_bm25_run
 from eval.compare import Pair, changed_queries, compare, most_changed, passages_to_show, texts_of
 from eval.fusion import RRF_K, fuse
 from eval.metrics import KS, MEASURES, Metrics, evaluate_run
 from eval.ranking import RankedRun, without_identical_ids
 from eval.reports.files import write
 from eval.reports.report import Changes, Report, ReportSet
+from eval.reports.run_hashes import check_run
 from eval.runs import read_trec_run, write_trec_run
+from eval.sets.plan import check_outside, plan
 from eval.significance import PERMUTATIONS
-from eval.suite import check_outside, plan
 from index.beir import BeirDataset, beir_file
 from index.files import InputError, read_json, sha256_file
-from retriever.evaluation.bm25_runs import BM25, bm25_details, kept_bm25_run
-from retriever.evaluation.run_hashes import check_run
-from retriever.utils.progress import Terminal
-from retriever.utils.versions import versions
+from index.progress import Reporter
 
 # Between the usual cut-offs, for the curves.
 CUTS = tuple(sorted({*KS, 2, 20, 50, 200, 500}))
@@ -100,7 +99,7 @@ def named_systems(words: Sequence[str]) -> dict[str, Path]:
     return systems
 
 
-def compare_to_report(request: Request, out: Path, terminal: Terminal) -> Report:
+def compare_to_report(request: Request, out: Path, reporter: Reporter, versions: Mapping[str, str]) -> Report:
     """Score every system on every set, test them against each other, and write the report into `out`.
 
     OUT/report.json, report.md, report.html, report.png, and OUT/DATA/NAME.trec for the runs that were made here.
@@ -150,11 +149,11 @@ def compare_to_report(request: Request, out: Path, terminal: Terminal) -> Report
     }
     sets = []
     for task, dataset in zip(here.tasks, datasets, strict=True):
-        found = _set(request, dataset, runs[dataset.name], measure, out, terminal)
+        found = _set(request, dataset, runs[dataset.name], measure, out, reporter)
         sets.append(dataclasses.replace(found, row=task.row))
     splits = ", ".join(dict.fromkeys(task.split for task in here.tasks))
     title = request.title or f"{', '.join(dict.fromkeys(task.row for task in here.tasks))} ({splits})"
-    details = _details(request, datasets, files, sets)
+    details = {**_details(request, datasets, files, sets), "versions": dict(versions)}
     report = Report(title, sets, details, measure, here.absent)
     write(out, report)
     return report
@@ -187,7 +186,7 @@ def _set(
     given: Mapping[str, RankedRun],
     measure: str,
     out: Path,
-    terminal: Terminal,
+    reporter: Reporter,
 ) -> ReportSet:
     """All systems on one set, each by itself: what a run scores does not depend on the other runs."""
     whole = dict(given)
@@ -196,7 +195,7 @@ def _set(
             dataset,
             out / dataset.name,
             request.k,
-            terminal,
+            reporter,
             request.stopwords,
             keep_identical_ids=request.keep_identical_ids,
         )
@@ -209,7 +208,7 @@ def _set(
     runs = {name: run.cut(request.k) for name, run in whole.items()}
     depths = sorted(run.depth for run in runs.values())
     depth = f"{depths[0]:,}" if depths[0] == depths[-1] else f"{depths[0]:,} to {depths[-1]:,}"
-    terminal.line(f"{dataset.name}: {len(runs)} runs, {len(dataset.qrels):,} queries, {depth} passages a query")
+    reporter.line(f"{dataset.name}: {len(runs)} runs, {len(dataset.qrels):,} queries, {depth} passages a query")
     keep = request.keep_identical_ids
     systems = {name: evaluate_run(dataset.qrels, run, CUTS, drop_identical=not keep) for name, run in runs.items()}
     pairs = compare(systems, measure, baseline=request.baseline, permutations=request.permutations, seed=request.seed)
@@ -289,7 +288,6 @@ def _details(
         f"paired by query, two-sided; randomisation with {request.permutations:,} sign patterns, seed {request.seed}; "
         f"Holm over {'all pairs' if request.baseline is None else f'the pairs with {request.baseline}'} of a set"
     )
-    details["versions"] = versions("numpy", "scipy")
     return details
 
 

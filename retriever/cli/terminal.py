@@ -1,4 +1,4 @@
-"""What a person sees while a command works: bars with rate and time left, and lines; on standard error."""
+"""Progress bars with rate and time left, and messages, on standard error."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from index.progress import Reporter
+
 # Seconds between the lines that stand for a bar where there is no terminal.
 LINE_EVERY = 60.0
 
 
-class Terminal:
-    """Bars where standard error is a terminal, elsewhere a line a minute. Use as a context manager."""
+class Terminal(Reporter):
+    """Draws progress bars if standard error is a terminal, otherwise prints a line a minute.
+
+    Use as a context manager.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self._bars: Any = None
 
     def __enter__(self) -> Terminal:
@@ -42,32 +48,34 @@ class Terminal:
             print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
-    def bar(self, what: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
-        """Yield `advance(count, note=None)`: so many more of `total` are done; a note takes the place of the rate. Work
-        that notes what it does prints its own lines where there is no bar."""
+    def bar(self, task: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
+        """Draw one progress bar; see `Reporter.bar`.
+
+        A note replaces the rate. Without bars, tasks with notes print nothing here: they log their own lines.
+        """
         if self._bars is None:
-            yield self._lines(what, total, unit, done)
+            yield self._lines(task, total, unit, done)
             return
-        task = self._bars.add_task(what, total=total, completed=done, note="")
+        bar = self._bars.add_task(task, total=total, completed=done, note="")
         noted = False
 
         def advance(count: int, note: str | None = None) -> None:
             nonlocal noted
-            self._bars.advance(task, count)
+            self._bars.advance(bar, count)
             noted = noted or note is not None
-            speed = next(t for t in self._bars.tasks if t.id == task).speed
+            speed = next(t for t in self._bars.tasks if t.id == bar).speed
             if not noted and speed:
                 note = f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2f} {unit}/s"
             if note is not None:
-                self._bars.update(task, note=note)
+                self._bars.update(bar, note=note)
 
         try:
             yield advance
         finally:
-            self._bars.remove_task(task)
+            self._bars.remove_task(bar)
 
     def _lines(self, what: str, total: int | None, unit: str, done: int) -> Callable[..., None]:
-        """What a log says of a bar: how much is done, rate and time left."""
+        """Print how much is done, the rate and the time left, once a minute."""
         began = told = time.monotonic()
         count, noted = done, False
 

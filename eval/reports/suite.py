@@ -13,12 +13,11 @@ from eval.metrics import Metrics, Qrels
 from eval.ranking import RankedRun
 from eval.reports.files import write
 from eval.reports.report import Report, ReportSet
-from eval.suite import Task
+from eval.reports.run_hashes import RUNS
+from eval.sets.plan import Task
 from index.beir import BeirDataset, beir_file
 from index.files import sha256_file, write_json
 from index.store.reader import EmbeddingStore
-from retriever.evaluation.run_hashes import RUNS
-from retriever.utils.versions import versions
 
 
 @dataclass
@@ -93,7 +92,7 @@ def write_suite(
     Args:
         tasks: what was evaluated.
         results: by the names of the tasks.
-        details: "model", and how all sets were evaluated.
+        details: "model", "versions", and how all sets were evaluated.
         checked: by the names of the tasks, what the check of the sets found.
     """
     indexes = {name: result.index for name, result in results.items() if result.index}
@@ -104,7 +103,6 @@ def write_suite(
         "data": {name: result.data for name, result in results.items()},
         **({"index": indexes} if indexes else {}),
         "seed": "that of the index; nothing else is drawn at random" if indexes else "none: nothing is drawn at random",
-        "versions": versions("torch", "transformers", "sentence-transformers", "tokenizers", "numpy"),
     }
     found = {name: _set_json(result, checked.get(name, {})) for name, result in results.items()}
     write_json(out / "evaluation.json", {"details": how, "absent": whole.absent, "sets": found})

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from eval.suite import BY_NAME, SetDefinition
+from eval.sets.plan import BY_NAME, SetDefinition
 from index.files import InputError, atomic_folder, atomic_path
 
 MIRROR = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.digests import Sample, digest, repetitions
+from eval.sets.digests import Sample, digest, repetitions
 from eval.metrics import Qrels
-from eval.suite import BY_NAME
+from eval.sets.plan import BY_NAME
 from index.beir import (
     NUMBER,
     PASSAGE,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.preflight import Preflight
+from eval.sets.preflight import Preflight
 
 MIB = 2**20
 # A Python string of about ten characters and its entry in a set, which finds duplicate ids during encoding.

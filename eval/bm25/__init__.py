@@ -1,0 +1,1 @@
+"""BM25: the search, and its runs kept on disk."""

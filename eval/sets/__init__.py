@@ -1,0 +1,1 @@
+"""The data sets of an evaluation: which ones, what is wrong with them, and what they will take."""

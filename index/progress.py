@@ -1,0 +1,75 @@
+"""Progress of long operations: events for a callback, and messages for `logging`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+logger = logging.getLogger("retriever")
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """One step of a long operation.
+
+    Attributes:
+        task: What is being done, for example "encode corpus".
+        done: Number of units done.
+        total: Number of units in all, or None if it is not known.
+        unit: What is counted, for example "passages".
+        note: Further facts, for example the loss of a training step, or None.
+    """
+
+    task: str
+    done: int
+    total: int | None
+    unit: str
+    note: str | None = None
+
+
+ProgressCallback = Callable[[ProgressEvent], None]
+
+
+class Reporter:
+    """Reports progress to a callback and messages to the logger "retriever".
+
+    Args:
+        callback: Called with a `ProgressEvent` at each step. Default: None, progress is not reported.
+    """
+
+    def __init__(self, callback: ProgressCallback | None = None) -> None:
+        self._callback = callback
+
+    @property
+    def is_live(self) -> bool:
+        """Whether progress is drawn as it changes, so that messages need not repeat it."""
+        return self._callback is not None
+
+    def line(self, text: str) -> None:
+        """Report one message; a message that begins with "warning: " is logged as a warning."""
+        level = logging.WARNING if text.startswith("warning: ") else logging.INFO
+        logger.log(level, "%s", text.removeprefix("warning: "))
+
+    @contextlib.contextmanager
+    def bar(self, task: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
+        """Report the progress of one task.
+
+        Args:
+            task: What is being done.
+            total: Number of units in all, or None if it is not known.
+            unit: What is counted.
+            done: Number of units that were done before.
+
+        Yields:
+            `advance(count, note=None)`, to be called when `count` more units are done.
+        """
+
+        def advance(count: int, note: str | None = None) -> None:
+            nonlocal done
+            done += count
+            if self._callback is not None:
+                self._callback(ProgressEvent(task, done, total, unit, note))
+
+        yield advance
