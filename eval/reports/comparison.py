@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.bm25.runs import BM25, bm25_details, kept_bm25_run
 from eval.bm25.search import bm25s_with
-from eval.bm25.search.runs import BM25, bm25_details, kept_bm25_run
 from eval.compare import Pair, changed_queries, compare, most_changed, passages_to_show, texts_of
 from eval.fusion import RRF_K, fuse
 from eval.metrics import KS, MEASURES, Metrics, evaluate_run

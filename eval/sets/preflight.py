@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.sets.digests import Sample, digest, repetitions
 from eval.metrics import Qrels
+from eval.sets.digests import Sample, digest, repetitions
 from eval.sets.plan import BY_NAME
 from index.beir import (
     NUMBER,

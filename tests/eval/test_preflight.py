@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.sets.digests import SAMPLE
 from eval.evaluate import evaluate_beir
 from eval.sets import preflight as checking
+from eval.sets.digests import SAMPLE
 from eval.sets.estimate import Estimate, Lengths, estimate, warn_of_lengths
 from eval.sets.preflight import Preflight, preflight
 from index.beir import BeirDataset

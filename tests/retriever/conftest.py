@@ -1,11 +1,19 @@
-"""What the tests of the command line share: one tiny run, and what encode and index make of it."""
+"""Shared by the tests: Triton's interpreter, one tiny run, and what encode and index make of it."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU the kernels run under Triton's interpreter, which must be enabled before Triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    import triton.language  # noqa: F401
+
 from cli_helpers import command, write_beir, write_config, write_pairs
 
 from retriever.config.run import ModelConfig

@@ -21,7 +21,7 @@ import torch
 
 import retriever.evaluation.suite
 import retriever.training.trainer  # noqa: F401 - before the forks, which then share the libraries
-from retriever.cli.command_line import run as cli
+from retriever.cli import command_line as cli
 from retriever.training import run_dir as run_folder
 
 SECONDS = 30.0

@@ -147,7 +147,7 @@ def _draw_answer(answer: Answer) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with a replacement character for what would command a reporter, or turn its lines around."""
+    """The text with a replacement character for what would control a terminal, or turn its lines around."""
     return "".join(c if c.isprintable() or c in JOINERS or c.isspace() else "\ufffd" for c in text)
 
 

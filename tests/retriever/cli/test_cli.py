@@ -30,7 +30,7 @@ from retriever.encoding.encoder import EncodeOptions
 from retriever.models.towers import load_towers
 from retriever.searching.search import search
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cli_helpers import command
 
-from retriever.cli.command_line import run as cli
+from retriever.cli import command_line as cli
 from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluate import EvaluateBeir
 from retriever.cli.commands.index import IndexBuild

@@ -387,7 +387,7 @@ def test_any_number_of_processes_trains_the_same(
         device="cpu",
     )
     save_config(config, tmp_path / "run.yaml")
-    done = python.run(Path(__file__).with_name("pictures_on_ranks.py"), tmp_path / "run.yaml", folder=tmp_path)
+    done = python.run(Path(__file__).parents[1] / "pictures_on_ranks.py", tmp_path / "run.yaml", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["pixels", "features"]
 

@@ -18,7 +18,7 @@ from retriever.config.run import DataConfig, LossConfig, ModelConfig, OptimConfi
 from retriever.config.sources import SourceConfig
 from retriever.config.yaml_file import save_config
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from retriever.config.run import ModelConfig
 from retriever.sentence_transformers import CachedInfCLRankingLoss, InfCLRankingLoss
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 README = HERE.parent.parent / "README.md"
 
 

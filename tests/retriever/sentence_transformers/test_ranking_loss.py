@@ -245,7 +245,7 @@ def test_a_batch_that_does_not_fit_is_refused(kind: Any) -> None:
 def test_over_ranks_value_and_averaged_gradients_are_those_of_the_whole_batch() -> None:
     """Ranks have other numbers of rows, columns and mini-batches; DDP averages once a step."""
     with LoadedPython("sentence_transformers", "torch.nn.parallel", "losses") as python:
-        done = python.run(Path(__file__).with_name("ranking_loss_on_ranks.py"))
+        done = python.run(Path(__file__).parents[1] / "ranking_loss_on_ranks.py")
         assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -21,7 +21,7 @@ from cli_helpers import Outcome, command, write_beir, write_config, write_lines
 
 from retriever.config.run import ModelConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROW = {"question": "what is a cat?", "answer": "a small animal", "wrong": ["a tool"]}
 
 

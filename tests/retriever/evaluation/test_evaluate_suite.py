@@ -44,7 +44,7 @@ def evaluate(world: Any, out: Path, *arguments: object) -> dict[str, Any]:
 def test_rankings_are_the_same_bytes_on_1_2_and_4_processes_and_after_kills(
     python: LoadedPython, world: Any, tmp_path: Path
 ) -> None:
-    script = Path(__file__).with_name("suite_on_ranks.py")
+    script = Path(__file__).parents[1] / "suite_on_ranks.py"
     done = python.run(script, world.model, world.beir, tmp_path, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if len(line) < 4] == ["2", "4", "0.2", "0.7"]

@@ -301,7 +301,7 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(
     config = dataclasses.replace(config, out="", keep_checkpoints=1, checkpoint_every=2, steps=6)
     save_config(config, tmp_path / "run.yaml")
     parts = ["0.02", "0.2", "0.35", "0.45", "0.55", "0.7", "0.85", "0.99"]
-    script = Path(__file__).with_name("killed_runs.py")
+    script = Path(__file__).parents[1] / "killed_runs.py"
     done = python.run(script, tmp_path / "run.yaml", *parts, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == parts

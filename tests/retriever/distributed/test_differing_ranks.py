@@ -14,7 +14,7 @@ from cli_helpers import write_beir
 from forks import LoadedPython
 from safetensors.torch import load_file, save_file
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 # Case -> what each process ended with: exit code, standard output, standard error.
 Outcomes = dict[str, list[tuple[int, str, str]]]
 

@@ -25,7 +25,7 @@ from retriever.config.sources import SourceConfig
 from retriever.config.yaml_file import save_config
 from retriever.distributed.ranks import Ranks
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", "stone", "blue", "red", "small", "old"]
 
 

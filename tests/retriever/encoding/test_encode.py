@@ -25,7 +25,7 @@ from retriever.encoding.corpus import corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.models.towers import Towers, build_towers, load_towers
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WORDS = ("cat", "dog", "oak", "pine", "river", "piano", "bread", "cheese", "hammer", "eagle", "ship", "winter")
 
 
