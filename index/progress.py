@@ -73,3 +73,19 @@ class Reporter:
                 self._callback(ProgressEvent(task, done, total, unit, note))
 
         yield advance
+
+
+class SilentReporter(Reporter):
+    """Reports nothing: for all processes of a job but the first."""
+
+    def line(self, text: str) -> None:
+        """Do nothing."""
+
+
+Progress = ProgressCallback | Reporter | None
+"""What public functions take: a callback, a reporter, or None for messages to `logging` alone."""
+
+
+def as_reporter(progress: Progress) -> Reporter:
+    """The reporter for what a caller passed as `progress`."""
+    return progress if isinstance(progress, Reporter) else Reporter(progress)

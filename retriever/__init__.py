@@ -6,32 +6,81 @@ The public names load on first use, so that `import retriever` and `retriever --
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retriever.utils import own_packages
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from eval.metrics import evaluate_run as evaluate_run
+    from index.ann.index import Index as Index
+    from index.beir import BeirDataset as BeirDataset
+    from index.files import InputError as InputError
+    from index.progress import ProgressEvent as ProgressEvent
+    from index.store.reader import EmbeddingStore as EmbeddingStore
+    from losses import InfCLLoss as InfCLLoss
+    from losses import SigmoidLoss as SigmoidLoss
+    from losses import inf_cl_loss as inf_cl_loss
+    from losses import sigmoid_loss as sigmoid_loss
+    from retriever.config.run import TrainConfig as TrainConfig
+    from retriever.data.split import split as split
+    from retriever.encoding.encode import encode as encode
+    from retriever.encoding.model import Model as Model
+    from retriever.encoding.model import load as load
+    from retriever.errors import ConfigError as ConfigError
+    from retriever.evaluation.compare_runs import Comparison as Comparison
+    from retriever.evaluation.compare_runs import compare as compare
+    from retriever.evaluation.evaluate import Evaluation as Evaluation
+    from retriever.evaluation.evaluate import evaluate as evaluate
+    from retriever.evaluation.zero_shot_sets import ZeroShotEvaluation as ZeroShotEvaluation
+    from retriever.evaluation.zero_shot_sets import zero_shot as zero_shot
+    from retriever.searching.index import build_index as build_index
+    from retriever.searching.mine import mine as mine
+    from retriever.searching.query import search as search
+    from retriever.training.train import TrainingRun as TrainingRun
+    from retriever.training.train import train as train
+    from retriever.utils.interrupt import Interrupted as Interrupted
+
+# Public name -> the module that defines it.
 _PUBLIC = {
+    "train": "retriever.training.train",
+    "load": "retriever.encoding.model",
+    "encode": "retriever.encoding.encode",
+    "build_index": "retriever.searching.index",
+    "search": "retriever.searching.query",
+    "evaluate": "retriever.evaluation.evaluate",
+    "compare": "retriever.evaluation.compare_runs",
+    "mine": "retriever.searching.mine",
+    "zero_shot": "retriever.evaluation.zero_shot_sets",
+    "split": "retriever.data.split",
+    "Model": "retriever.encoding.model",
+    "TrainConfig": "retriever.config.run",
+    "TrainingRun": "retriever.training.train",
+    "EmbeddingStore": "index.store.reader",
+    "Index": "index.ann.index",
+    "Evaluation": "retriever.evaluation.evaluate",
+    "Comparison": "retriever.evaluation.compare_runs",
+    "ZeroShotEvaluation": "retriever.evaluation.zero_shot_sets",
+    "BeirDataset": "index.beir",
+    "evaluate_run": "eval.metrics",
+    "ProgressEvent": "index.progress",
+    "InputError": "index.files",
+    "ConfigError": "retriever.errors",
+    "Interrupted": "retriever.utils.interrupt",
     "InfCLLoss": "losses",
     "SigmoidLoss": "losses",
     "inf_cl_loss": "losses",
     "sigmoid_loss": "losses",
-    "EmbeddingStore": "index.store.reader",
-    "Index": "index.ann.index",
-    "BeirDataset": "index.beir",
-    "evaluate_run": "eval.metrics",
-    "TrainConfig": "retriever.config.run",
-    "split": "retriever.data.split",
-    "Towers": "retriever.models.towers",
-    "Trainer": "retriever.training.trainer",
-    "embed_texts": "retriever.encoding.encoder",
-    "encode_passages": "retriever.encoding.corpus",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 own_packages.install()
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -64,9 +64,9 @@ def _compare(store: EmbeddingStore, queries: np.ndarray, factory: str, folder: P
     )
     ours, theirs = Index.open(ours_at), faiss.read_index(str(theirs_at))
     if "HNSW" not in factory:  # two threads that build a graph never build the same one twice
-        np.testing.assert_array_equal(ours.search(queries, K)[1][:, 0], theirs.search(queries, K)[1][:, 0])
+        np.testing.assert_array_equal(ours.search_rows(queries, K)[1][:, 0], theirs.search(queries, K)[1][:, 0])
     # One and the same index, so that what differs is what ours does besides.
-    searches = _in_turns(faiss=lambda: ours.faiss.search(queries, K), search=lambda: ours.search(queries, K))
+    searches = _in_turns(faiss=lambda: ours.faiss.search(queries, K), search=lambda: ours.search_rows(queries, K))
     row: dict[str, Any] = {"factory": factory, "threads": faiss.omp_get_max_threads(), "rounds": len(builds["faiss"])}
     row["build_faiss_s"] = round(median(clock for clock, _ in builds["faiss"]), 4)
     row["search_faiss_s"] = round(median(clock for clock, _ in searches["faiss"]), 4)

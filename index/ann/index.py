@@ -60,7 +60,7 @@ class Index:
     @classmethod
     def open(
         cls,
-        folder: Path,
+        folder: Path | str,
         *,
         verify: Level = "size",
         mmap: bool = False,
@@ -82,7 +82,7 @@ class Index:
         Raises:
             InputError: `folder` contains no index, or a damaged one.
         """
-        index = cls(read_manifest(folder, INDEX), mmap=mmap)
+        index = cls(read_manifest(Path(folder), INDEX), mmap=mmap)
         verify_files(index.manifest, "size")
         if verify == "hash":
             index.check(progress)
@@ -98,6 +98,9 @@ class Index:
             )
         index.open_files()
         return index
+
+    def __repr__(self) -> str:
+        return f"Index({str(self.folder)!r}, factory={self.factory!r}, rows={self.rows}, dim={self.dim})"
 
     def open_files(self) -> None:
         """Open the files that a search reads; otherwise they are opened on first use.
@@ -187,7 +190,27 @@ class Index:
                     f"{self.model.get(name)}), found another ({name} {model.get(name)})"
                 )
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+        """Find the k nearest passages of each query by inner product, with their ids.
+
+        Passages with equal scores are sorted by id, descending.
+
+        Args:
+            queries: [Q, D] float32, for example from `Model.encode_queries`.
+            k: passages per query. Default: 10.
+
+        Returns:
+            scores [Q, min(k, N)] float32, descending, and ids [Q, min(k, N)] of type str. An approximate index may
+            find fewer passages: the remaining entries, always the last, have id "" and score -inf.
+
+        Raises:
+            InputError: as `search_rows`.
+            ValueError: as `search_rows`.
+        """
+        scores, rows = self.search_rows(queries, k)
+        return scores, ids_of_rows(self.ids, rows)
+
+    def search_rows(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find the k nearest passages of each query by inner product.
 
         Passages with equal scores are sorted by id, descending, as in `exact.search` and in evaluation. A Flat index
@@ -254,18 +277,13 @@ class Index:
             ranked = sorted(zip(scores[query, : len(found)].tolist(), ids, found, strict=True), reverse=True)
             rows[query, : len(found)] = [row for _, _, row in ranked]
 
-    def search_ids(self, queries: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
-        """Like `search`, but return (id, score) pairs, at most k per query.
 
-        Args:
-            queries: [Q, D] float32.
-            k: passages per query.
-        """
-        scores, rows = self.search(queries, k)
-        return [
-            [(self.ids[row], score) for score, row in zip(some_scores, some_rows, strict=True) if row >= 0]
-            for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True)
-        ]
+def ids_of_rows(ids: Ids, rows: np.ndarray) -> np.ndarray:
+    """The ids of rows [Q, k], an object array of str [Q, k]; "" for row -1."""
+    found = np.full(rows.shape, "", dtype=object)
+    for place in zip(*np.nonzero(rows >= 0), strict=True):
+        found[place] = ids[int(rows[place])]
+    return found
 
 
 def read_faiss(path: Path, *, mmap: bool = False) -> Any:

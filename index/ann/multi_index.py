@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from index.ann.index import Index
+from index.ann.index import Index, ids_of_rows
 from index.ann.layout import IDS_FILE
 from index.files import InputError
 from index.manifest import Level
@@ -70,6 +70,9 @@ class MultiIndex:
             raise InputError("expected an index or more to search, found none")
         return cls([Index.open(folder, verify=verify, mmap=mmap, progress=progress) for folder in folders])
 
+    def __repr__(self) -> str:
+        return f"MultiIndex({[str(index.folder) for index in self.indexes]}, rows={self.rows}, dim={self.dim})"
+
     @cached_property
     def ids(self) -> Ids:
         """The id of every row, left on disk."""
@@ -96,7 +99,27 @@ class MultiIndex:
         for index in self.indexes:
             index.check_model(model)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+        """Find the k nearest passages of each query by inner product, with their ids.
+
+        Passages with equal scores are sorted by id, descending.
+
+        Args:
+            queries: [Q, D] float32, for example from `Model.encode_queries`.
+            k: passages per query. Default: 10.
+
+        Returns:
+            scores [Q, min(k, N)] float32, descending, and ids [Q, min(k, N)] of type str. An approximate index may
+            find fewer passages: the remaining entries, always the last, have id "" and score -inf.
+
+        Raises:
+            InputError: as `search_rows`.
+            ValueError: as `search_rows`.
+        """
+        scores, rows = self.search_rows(queries, k)
+        return scores, ids_of_rows(self.ids, rows)
+
+    def search_rows(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find the k nearest passages of all indexes, by score and then by id, both descending.
 
         A passage that occurs in several indexes is returned once, with its highest score. With exact indexes the result
@@ -107,13 +130,13 @@ class MultiIndex:
             k: passages per query.
 
         Returns:
-            scores [Q, min(k, N)] float32 and rows [Q, min(k, N)] int64, as `Index.search` returns them.
+            scores [Q, min(k, N)] float32 and rows [Q, min(k, N)] int64, as `Index.search_rows` returns them.
 
         Raises:
-            InputError: as `Index.search`.
-            ValueError: as `Index.search`.
+            InputError: as `Index.search_rows`.
+            ValueError: as `Index.search_rows`.
         """
-        found = [index.search(queries, k) for index in self.indexes]
+        found = [index.search_rows(queries, k) for index in self.indexes]
         scores = np.concatenate([some for some, _ in found], axis=1)
         shifted = [np.where(rows < 0, -1, rows + self._starts[n]) for n, (_, rows) in enumerate(found)]
         rows = np.concatenate(shifted, axis=1)
@@ -127,19 +150,6 @@ class MultiIndex:
             ranked = sorted(zip(scores[query, there].tolist(), ids, found_rows, strict=True), reverse=True)
             rows[query, there] = [row for _, _, row in ranked]
         return self._drop_duplicates(scores, rows, min(k, self.rows))
-
-    def search_ids(self, queries: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
-        """Like `search`, but return (id, score) pairs, at most k per query.
-
-        Args:
-            queries: [Q, D] float32.
-            k: passages per query.
-        """
-        scores, rows = self.search(queries, k)
-        return [
-            [(self.ids[row], score) for score, row in zip(some_scores, some_rows, strict=True) if row >= 0]
-            for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True)
-        ]
 
     def _drop_duplicates(self, scores: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Keep the first result of each id in `scores` and `rows` [Q, n]; cut or pad to `count` columns."""

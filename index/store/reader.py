@@ -53,8 +53,11 @@ class EmbeddingStore:
         self._shards = shards
         self.checked = False
 
+    def __repr__(self) -> str:
+        return f"EmbeddingStore({str(self.folder)!r}, rows={self.rows}, dim={self.dim}, dtype={self.dtype!r})"
+
     @classmethod
-    def open(cls, folder: Path, *, verify: Level = "size") -> EmbeddingStore:
+    def open(cls, folder: Path | str, *, verify: Level = "size") -> EmbeddingStore:
         """Open the store in `folder`.
 
         Args:
@@ -64,7 +67,7 @@ class EmbeddingStore:
         Raises:
             InputError: `folder` contains no store, an incomplete one or a damaged one.
         """
-        manifest = read_manifest(folder, EMBEDDINGS)
+        manifest = read_manifest(Path(folder), EMBEDDINGS)
         store = cls(manifest)
         verify_files(manifest, "size")
         if not store.complete:

@@ -32,7 +32,7 @@ from retriever.cli.commands.zero_shot import EvaluateZeroShot
 from retriever.cli.terminal import Terminal
 from retriever.config.flags import as_switches
 from retriever.config.yaml_file import load_config
-from retriever.errors import ConfigError
+from retriever.errors import ArgumentError, ConfigError
 from retriever.utils.interrupt import sigterm_interrupts
 from retriever.utils.own_packages import PackageClash
 from retriever.utils.torchrun import check_environment, process_count
@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Here rather than at the interpreter's end, where a failure could no longer be answered.
         sys.stdout.flush()
         return code
+    except ArgumentError as error:
+        return _fail(f"--{error.argument.replace('_', '-')}: {error.problem}", 2)
     except ConfigError as error:
         return _fail(error, 2)
     except BrokenPipeError:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,59 @@ def load_config(path: Path) -> TrainConfig:
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{place}: expected YAML, found: {getattr(error, 'problem', None) or error}") from None
     return _build(TrainConfig, {} if tree is None else tree, str(path), "")
+
+
+def config_from_mapping(tree: Mapping[str, Any]) -> TrainConfig:
+    """A TrainConfig from a mapping with the keys of the YAML file, checked like the file.
+
+    Raises:
+        ConfigError: An unknown key (the nearest known one is named), or a value of the wrong type.
+    """
+    return _build(TrainConfig, _plain(tree), "config", "")
+
+
+def with_overrides(config: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with other values for some fields.
+
+    Args:
+        config: The configuration.
+        overrides: Field -> value. The value of a section may be a mapping of some of its fields. A field of a section
+            may be given by its own name if only one section has it.
+
+    Raises:
+        ConfigError: An unknown or ambiguous field, or a value of the wrong type.
+    """
+    tree = _with_lists(dataclasses.asdict(config))
+    sections = {name: set(value) for name, value in tree.items() if isinstance(value, dict)}
+    for name, value in _plain(overrides).items():
+        owners = [section for section, fields in sections.items() if name in fields]
+        if name in tree or not owners:
+            _merge(tree, {name: value})
+        elif len(owners) == 1:
+            _merge(tree, {owners[0]: {name: value}})
+        else:
+            fields = " or ".join(f"{section}={{'{name}': ...}}" for section in owners)
+            raise ConfigError(f"{name}: expected the field of one section: {fields}")
+    return _build(TrainConfig, tree, "config", "")
+
+
+def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _plain(value: Any) -> Any:
+    """Mappings, dataclasses, sequences and paths as dicts, lists and strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

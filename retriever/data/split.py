@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from index.beir import beir_file
 from index.files import InputError, atomic_folder
-from index.progress import Reporter
+from index.progress import Progress, Reporter, as_reporter
 from retriever.config.sources import SourceConfig
 from retriever.data.false_negatives import Integers
 from retriever.data.query_groups import (
@@ -80,7 +80,7 @@ def split(
     positive: str = SourceConfig.positive,
     negatives: str = SourceConfig.negatives,
     split: str = SourceConfig.split,
-    reporter: Reporter | None = None,
+    progress: Progress = None,
 ) -> SplitReport:
     """Split pairs into a BEIR folder with train, dev and test, for training, validation and evaluation.
 
@@ -106,7 +106,7 @@ def split(
         positive: column with the positive passage, or a list of them.
         negatives: column with the hard negatives; * in a name stands for several columns.
         split: of a BEIR folder or Hugging Face dataset.
-        reporter: where progress and notes are shown; none: standard error.
+        progress: Called with a `ProgressEvent` at each step. Default: None, messages go to the logger "retriever".
 
     Raises:
         ConfigError: an argument cannot be meant.
@@ -119,7 +119,7 @@ def split(
     if not str(source):
         raise ConfigError("source: expected a file or a folder, found nothing")
     config = SourceConfig(str(source), format=format, split=split, query=query, positive=positive, negatives=negatives)
-    reporter = reporter or Reporter()
+    reporter = as_reporter(progress)
     out = Path(out)
     _refuse_existing(out)
     _refuse_inside(out, config)

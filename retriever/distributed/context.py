@@ -11,7 +11,6 @@ import torch
 from torch import distributed
 
 from index.files import InputError
-from index.progress import Reporter
 from retriever.distributed.agreement import agree
 from retriever.distributed.errors import first_error_shown
 from retriever.distributed.ranks import Ranks
@@ -23,13 +22,6 @@ from retriever.utils.workers import ended_with_parent
 
 # One rank may build an index while the others wait; a rank that dies is noticed by torchrun, not by the clock.
 PATIENCE = datetime.timedelta(days=1)
-
-
-class SilentReporter(Reporter):
-    """For all ranks but the first: one of them speaks."""
-
-    def line(self, text: str) -> None:
-        """Say nothing."""
 
 
 @contextlib.contextmanager
@@ -86,6 +78,18 @@ def _met(backend: str) -> tuple[Any, Any, int, int]:
 def uses_gpus(device: str) -> bool:
     """Whether a process that is asked for that device, "auto" perhaps, will compute on a GPU."""
     return device != "cpu" and torch.cuda.is_available()
+
+
+def same_settings(command: str, device: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What all ranks of one command must have been given, for `joined_ranks`.
+
+    Args:
+        command: Name of the command, for example "encode".
+        device: The device that was asked for; only whether it is a GPU is compared.
+        settings: Argument -> value; messages name them as flags.
+    """
+    flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+    return {"command": command, "device": "cuda" if uses_gpus(device) else "cpu", **flags}
 
 
 def own_device(device: torch.device) -> torch.device:

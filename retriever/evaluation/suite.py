@@ -243,7 +243,7 @@ class Suite:
             raise InputError(f"{index.folder}: {expected}, found {index.rows}")
         began = time.perf_counter()
         with self._terminal.bar(f"{task.name}: search by index", len(vectors), "queries") as advance:
-            run = self._ranked(dataset, index.ids, search_by_parts(index.search, advance), vectors, store)
+            run = self._ranked(dataset, index.ids, search_by_parts(index.search_rows, advance), vectors, store)
         exact.seconds["search by index"] = time.perf_counter() - began
         made = {name: index.manifest.fields.get(name) for name in ("factory", "seed", "trained_on")}
         exact.index = {**made, **Settings.of(index.faiss).known(), "faiss": faiss.__version__}

@@ -96,7 +96,7 @@ def search(
     stream = iter(queries)
     while some := list(itertools.islice(stream, batch)):
         vectors = embed_queries(towers, [query for _, query in some], options)
-        for (name, query), scores, rows in zip(some, *index.search(vectors, k), strict=True):
+        for (name, query), scores, rows in zip(some, *index.search_rows(vectors, k), strict=True):
             found = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row >= 0]
             yield Answer(name, str(query), [_result(index, *place, rank) for rank, place in enumerate(found, start=1)])
 

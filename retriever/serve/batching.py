@@ -160,7 +160,7 @@ class Engine:
         for k in {job.k for job in jobs}:
             alike = [(job, start) for job, start in zip(jobs, starts[:-1], strict=True) if job.k == k]
             rows = np.concatenate([np.arange(start, start + len(job.queries)) for job, start in alike])
-            found = iter(zip(*self.index.search(vectors[rows], k), strict=True))
+            found = iter(zip(*self.index.search_rows(vectors[rows], k), strict=True))
             for job, _ in alike:
                 answers = [self._ranked(text, *next(found)) for text in job.queries]
                 self._waits_no_more(job)

@@ -6,12 +6,21 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 
 class Interrupted(Exception):
-    """A signal asked the program to end; `str(error)` is the signal's name."""
+    """A signal asked the program to stop; `str(error)` is the name of the signal.
+
+    Attributes:
+        run: Folder of the training run that was interrupted, or None.
+        step: Its last step, of which a checkpoint was saved.
+    """
+
+    run: Path | None = None
+    step: int = 0
 
 
 class StopRequest:

@@ -40,3 +40,12 @@ def same_bits(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, 
     """Assert that scores and rows are equal bit for bit (-0.0 differs from 0.0)."""
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_array_equal(found[0].view(np.int32), expected[0].view(np.int32))
+
+
+def pairs_of(found: tuple[np.ndarray, np.ndarray]) -> list[list[tuple[str, float]]]:
+    """What `Index.search` found, as (id, score) pairs for each query."""
+    scores, ids = found
+    return [
+        [(id_, score) for id_, score in zip(some_ids, some_scores, strict=True) if score > -np.inf]
+        for some_ids, some_scores in zip(ids.tolist(), scores.tolist(), strict=True)
+    ]

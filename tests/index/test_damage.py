@@ -175,10 +175,10 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
         for name in damages(folder, rng, 8):
             try:
                 index = Index.open(folder, mmap=mmap)
-                scores, rows = index.search(queries, 10)
+                scores, rows = index.search_rows(queries, 10)
                 for row in rows[rows >= 0].tolist():
                     index.passage(row)
-                index.search_ids(queries, 3)
+                pairs_of(index.search(queries, 3))
                 assert np.isfinite(scores[rows >= 0]).all()
                 answered += 1
             except InputError as error:
@@ -245,7 +245,7 @@ def test_invalid_rows_in_lists_on_disk_are_refused(
     (place,) = [at for at in range(len(data) - 7) if data[at : at + 8] == np.int64(150).tobytes()]
     path.write_bytes(data[:place] + np.int64(row).tobytes() + data[place + 8 :])
     with pytest.raises(InputError, match=rf"{path.name}: damaged: expected rows from 0 to 199"):
-        Index.open(folder, mmap=True).search(vectors_of(200), 10)
+        Index.open(folder, mmap=True).search_rows(vectors_of(200), 10)
 
 
 @pytest.mark.parametrize("mmap", [False, True])
@@ -255,7 +255,7 @@ def test_lists_on_disk_that_can_be_read_quickly_are_checked_before_a_search(
 ) -> None:
     folder = tmp_path / "index"
     build(make_store(vectors_of(200), shard_rows=200), folder, Plan("IVF4,SQ8", on_disk=True))
-    assert Index.open(folder, mmap=mmap).search(vectors_of(1), 10)[1][0, 0] == 0
+    assert Index.open(folder, mmap=mmap).search_rows(vectors_of(1), 10)[1][0, 0] == 0
     data = bytearray((folder / "lists.ivfdata").read_bytes())
     # Rows of -1 alone, with which nothing is found; of 0 alone; and one bit of a vector.
     data[:] = bytes([data[0] ^ 1]) + data[1:] if value is None else value * len(data)

@@ -9,7 +9,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from index_helpers import MODEL, flipped_bytes, listing, passages_of
+from index_helpers import MODEL, flipped_bytes, listing, pairs_of, passages_of
 
 from index.ann.build import build
 from index.ann.index import Index
@@ -38,7 +38,7 @@ def test_flat_results_equal_exact_search(flat, rng) -> None:
     store, folder = flat
     index = Index.open(folder, verify="hash")
     queries = clustered(rng, 9)
-    scores, rows = index.search(queries, 12)
+    scores, rows = index.search_rows(queries, 12)
     expected_scores, expected = exact.search(queries, store.shards(), store.ids(), 12)
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
@@ -65,7 +65,7 @@ def test_plain_faiss_reads_the_same_results_from_the_file(
     index = Index.open(tmp_path / "index")
     queries = clustered(rng, 5)
     scores, rows = faiss.read_index(str(tmp_path / "index" / "index.faiss")).search(queries, 7)
-    ours_scores, ours_rows = index.search(queries, 7)
+    ours_scores, ours_rows = index.search_rows(queries, 7)
     np.testing.assert_array_equal(ours_rows, rows)
     np.testing.assert_array_equal(ours_scores, scores)
     assert index.factory == factory
@@ -80,7 +80,7 @@ def test_approximate_indexes_reach_high_recall(tmp_path: Path, make_store: Calla
     queries = vectors[3000:]
     store = make_store(vectors[:3000], shard_rows=1000)
     build(store, tmp_path / "index", factory=factory)
-    found = Index.open(tmp_path / "index").search(queries, 10)[1]
+    found = Index.open(tmp_path / "index").search_rows(queries, 10)[1]
     expected = exact.search(queries, store.shards(), store.ids(), 10)[1]
     recall = np.mean([len({*ours} & {*theirs}) / 10 for ours, theirs in zip(found, expected, strict=True)])
     assert recall >= 0.96
@@ -91,7 +91,7 @@ def test_a_store_in_float16_is_indexed(tmp_path: Path, make_store: Callable, rng
     build(store, tmp_path / "index")
     queries = clustered(rng, 4)
     expected = exact.search(queries, store.shards(), store.ids(), 5)[1]
-    np.testing.assert_array_equal(Index.open(tmp_path / "index").search(queries, 5)[1], expected)
+    np.testing.assert_array_equal(Index.open(tmp_path / "index").search_rows(queries, 5)[1], expected)
 
 
 def test_missing_results_are_padded(tmp_path: Path, make_store: Callable, rng) -> None:
@@ -99,12 +99,12 @@ def test_missing_results_are_padded(tmp_path: Path, make_store: Callable, rng) -
     build(make_store(clustered(rng, 100), shard_rows=64), tmp_path / "index", factory="IVF64,Flat")
     index = Index.open(tmp_path / "index")
     queries = clustered(rng, 6)
-    scores, rows = index.search(queries, 90)
+    scores, rows = index.search_rows(queries, 90)
     missing = rows < 0
     assert missing.any()
     assert (scores[missing] == -np.inf).all() and np.isfinite(scores[~missing]).all()
     assert not (missing[:, :-1] & ~missing[:, 1:]).any()
-    ranked = index.search_ids(queries, 90)
+    ranked = pairs_of(index.search(queries, 90))
     assert [len(pairs) for pairs in ranked] == (~missing).sum(axis=1).tolist()
     for pairs, some_rows in zip(ranked, rows.tolist(), strict=True):
         assert [id_ for id_, _ in pairs] == [index.ids[row] for row in some_rows if row >= 0]
@@ -112,9 +112,9 @@ def test_missing_results_are_padded(tmp_path: Path, make_store: Callable, rng) -
 
 def test_k_larger_than_the_index_returns_all_passages(flat, rng) -> None:
     index = Index.open(flat[1])
-    scores, rows = index.search(clustered(rng, 3), 1000)
+    scores, rows = index.search_rows(clustered(rng, 3), 1000)
     assert scores.shape == rows.shape == (3, 50)
-    assert [len(pairs) for pairs in index.search_ids(clustered(rng, 3), 1000)] == [50, 50, 50]
+    assert [len(pairs) for pairs in pairs_of(index.search(clustered(rng, 3), 1000))] == [50, 50, 50]
 
 
 def test_equal_scores_rank_by_id_descending(tmp_path: Path, make_store: Callable) -> None:
@@ -122,9 +122,16 @@ def test_equal_scores_rank_by_id_descending(tmp_path: Path, make_store: Callable
     vectors = np.array([[1, 0], [1, 0], [2, 0], [1, 0], [1, 0], [0, 1]], np.float32)
     build(make_store(vectors, ids), tmp_path / "index")
     index, query = Index.open(tmp_path / "index"), np.array([[1, 0]], np.float32)
-    assert index.search_ids(query, 6)[0] == [("a", 2.0), ("é", 1.0), ("b", 1.0), ("B", 1.0), ("10", 1.0), ("9", 0.0)]
-    assert index.search(query, 6)[1].tolist() == [[2, 1, 0, 3, 4, 5]]
-    assert index.search(query, 3)[1].tolist() == [[2, 1, 0]]
+    assert pairs_of(index.search(query, 6))[0] == [
+        ("a", 2.0),
+        ("é", 1.0),
+        ("b", 1.0),
+        ("B", 1.0),
+        ("10", 1.0),
+        ("9", 0.0),
+    ]
+    assert index.search_rows(query, 6)[1].tolist() == [[2, 1, 0, 3, 4, 5]]
+    assert index.search_rows(query, 3)[1].tolist() == [[2, 1, 0]]
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
@@ -141,7 +148,7 @@ def test_flat_breaks_ties_at_rank_k_as_exact_search(
     for count in (3, 60):  # faiss multiplies few queries in one way and many in another
         queries = rng.integers(-1, 3, (count, 3)).astype(np.float32)
         expected_scores, expected = exact.search(queries, store.shards(), store.ids(), k)
-        scores, rows = index.search(queries, k)
+        scores, rows = index.search_rows(queries, k)
         np.testing.assert_array_equal(rows, expected)
         np.testing.assert_array_equal(scores, expected_scores)
 
@@ -150,7 +157,7 @@ def test_flat_breaks_ties_at_rank_k_as_exact_search(
 def test_ties_of_approximate_indexes_are_ordered_by_id(tmp_path: Path, make_store: Callable, rng, factory: str) -> None:
     build(make_store(rng.integers(0, 3, (200, 3)), shard_rows=128), tmp_path / "index", factory=factory)
     index = Index.open(tmp_path / "index")
-    for pairs in index.search_ids(rng.integers(-1, 3, (20, 3)).astype(np.float32), 50):
+    for pairs in pairs_of(index.search(rng.integers(-1, 3, (20, 3)).astype(np.float32), 50)):
         assert pairs == sorted(pairs, key=lambda pair: (pair[1], pair[0]), reverse=True)
 
 
@@ -272,16 +279,16 @@ def test_a_query_that_is_not_finite_is_named(flat, value: float) -> None:
     queries = np.ones((3, 16), np.float32)
     queries[2, 5] = value
     with pytest.raises(InputError, match="query 2: expected a finite vector"):
-        Index.open(flat[1]).search(queries, 3)
+        Index.open(flat[1]).search_rows(queries, 3)
 
 
 def test_queries_of_another_shape_are_refused(flat) -> None:
     index = Index.open(flat[1])
     for queries in (np.ones((1, 15), np.float32), np.ones(16, np.float32)):
         with pytest.raises(ValueError, match=r"queries: expected shape \[Q, 16\]"):
-            index.search(queries, 3)
+            index.search_rows(queries, 3)
     with pytest.raises(ValueError, match="k: expected a number above 0"):
-        index.search(np.ones((1, 16), np.float32), 0)
+        index.search_rows(np.ones((1, 16), np.float32), 0)
 
 
 def test_any_flipped_byte_is_detected_and_its_file_named(flat, rng) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from index_helpers import flipped_bytes, listing, passages_of
+from index_helpers import flipped_bytes, listing, pairs_of, passages_of
 
 from index.ann.build import Plan, build
 from index.ann.edit import add_passages, delete_passages, retune
@@ -57,7 +57,9 @@ def assert_alike(ours: Path, theirs: Path, queries: np.ndarray) -> None:
     for name in set(expected) - {"manifest.json", "index.faiss"}:
         assert found[name] == expected[name], name
     if b"4fs" in expected["manifest.json"]:
-        np.testing.assert_array_equal(Index.open(ours).search(queries, 50), Index.open(theirs).search(queries, 50))
+        np.testing.assert_array_equal(
+            Index.open(ours).search_rows(queries, 50), Index.open(theirs).search_rows(queries, 50)
+        )
     else:
         assert found["index.faiss"] == expected["index.faiss"]
 
@@ -98,13 +100,13 @@ def test_deletion_keeps_the_results_of_other_passages(
 ) -> None:
     build(store, tmp_path / "index", factory=factory)
     before = Index.open(tmp_path / "index")
-    expected = [[pair for pair in pairs if int(pair[0][1:]) % 3] for pairs in before.search_ids(queries, 600)]
+    expected = [[pair for pair in pairs if int(pair[0][1:]) % 3] for pairs in pairs_of(before.search(queries, 600))]
     gone = [f"d{row}" for row in range(0, 600, 3)]
     assert delete_passages(tmp_path / "index", [*gone, "unknown"]) == 200
     after = Index.open(tmp_path / "index", verify="hash")
     assert after.rows == 400 and list(after.ids) == [f"d{row}" for row in range(600) if row % 3]
     assert after.passage(0) == passages_of(["d1"])[0] and after.passage(399) == passages_of(["d599"])[0]
-    for ours, theirs in zip(after.search_ids(queries, 400), expected, strict=True):
+    for ours, theirs in zip(pairs_of(after.search(queries, 400)), expected, strict=True):
         # Rounding differs with the number of products, and between fast-scan tables.
         assert {id_ for id_, _ in ours} == {id_ for id_, _ in theirs}
         np.testing.assert_allclose([s for _, s in ours], [s for _, s in theirs], rtol=1e-4, atol=1e-5)
@@ -134,20 +136,20 @@ def test_lists_on_disk_give_the_results_of_lists_in_memory(
 ) -> None:
     """Merged from parts of different sizes, and filled in groups of different sizes."""
     build(store, tmp_path / "whole", factory=factory)
-    expected = Index.open(tmp_path / "whole").search(queries, 20)
+    expected = Index.open(tmp_path / "whole").search_rows(queries, 20)
     parts = build_parts(store, tmp_path, factory, count)
     merge(parts, tmp_path / "merged", on_disk=True)
     build(store, tmp_path / "filled", Plan(factory, on_disk=True, memory_mib=0.0009 * count))
     for name in ("merged", "filled"):
         index = Index.open(tmp_path / name, verify="hash")
         assert "lists.ivfdata" in index.manifest.files
-        for ours, theirs in zip(index.search(queries, 20), expected, strict=True):
+        for ours, theirs in zip(index.search_rows(queries, 20), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
         plain = faiss.read_index(str(tmp_path / name / "index.faiss"))
-        np.testing.assert_array_equal(plain.search(queries, 20)[1], expected[1])
+        np.testing.assert_array_equal(plain.search_rows(queries, 20)[1], expected[1])
     assert listing(tmp_path / "merged")["lists.ivfdata"] == listing(tmp_path / "filled")["lists.ivfdata"]
     os.rename(tmp_path / "merged", tmp_path / "moved")
-    np.testing.assert_array_equal(Index.open(tmp_path / "moved").search(queries, 20)[1], expected[1])
+    np.testing.assert_array_equal(Index.open(tmp_path / "moved").search_rows(queries, 20)[1], expected[1])
 
 
 @pytest.mark.parametrize("factory", ["IVF8,SQ8", "PCA8,IVF8,Flat", "IVF8_HNSW8,PQ4np"])
@@ -165,7 +167,7 @@ def test_new_passages_are_merged_into_lists_on_disk(
     assert verify(tmp_path / "index").rows == 600
     ours, theirs = Index.open(tmp_path / "index"), Index.open(tmp_path / "whole")
     assert list(ours.ids) == list(theirs.ids)
-    np.testing.assert_array_equal(ours.search(queries, 50), theirs.search(queries, 50))
+    np.testing.assert_array_equal(ours.search_rows(queries, 50), theirs.search_rows(queries, 50))
 
 
 @pytest.mark.parametrize("factory", ["IVF8,SQ8", "PCA8,IVF8,Flat", "IVF8_HNSW8,PQ4np"])
@@ -173,7 +175,7 @@ def test_lists_on_disk_give_the_same_results_with_mmap(
     tmp_path: Path, store: EmbeddingStore, queries: np.ndarray, factory: str
 ) -> None:
     build(store, tmp_path / "index", Plan(factory, on_disk=True))
-    mapped, read = (Index.open(tmp_path / "index", mmap=mmap).search(queries, 20) for mmap in (True, False))
+    mapped, read = (Index.open(tmp_path / "index", mmap=mmap).search_rows(queries, 20) for mmap in (True, False))
     np.testing.assert_array_equal(mapped, read)
 
 
@@ -201,7 +203,7 @@ def test_a_memory_mapped_index_gives_the_same_results(
     tmp_path: Path, store: EmbeddingStore, queries: np.ndarray, factory: str
 ) -> None:
     build(store, tmp_path / "index", factory=factory)
-    mapped, read = (Index.open(tmp_path / "index", mmap=mmap).search(queries, 20) for mmap in (True, False))
+    mapped, read = (Index.open(tmp_path / "index", mmap=mmap).search_rows(queries, 20) for mmap in (True, False))
     np.testing.assert_array_equal(mapped[1], read[1])
     np.testing.assert_array_equal(mapped[0], read[0])
 
@@ -215,9 +217,9 @@ def test_multi_index_of_flat_indexes_equals_one_index(
     parts = build_parts(store, tmp_path, "Flat")
     one, multi = Index.open(tmp_path / "whole"), MultiIndex.open(parts)
     some = rng.integers(-1, 3, (20, 3)).astype(np.float32)
-    for ours, theirs in zip(multi.search(some, k), one.search(some, k), strict=True):
+    for ours, theirs in zip(multi.search_rows(some, k), one.search_rows(some, k), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert multi.search_ids(some, k) == one.search_ids(some, k)
+    assert pairs_of(multi.search(some, k)) == pairs_of(one.search(some, k))
     assert (multi.rows, multi.dim, list(multi.ids)) == (600, 3, list(one.ids))
     assert [multi.passage(row) for row in (0, 199, 200, 599)] == [one.passage(row) for row in (0, 199, 200, 599)]
     with pytest.raises(IndexError):
@@ -238,8 +240,8 @@ def test_multi_index_returns_shared_passages_once(
     some = rng.integers(-1, 3, (20, 3)).astype(np.float32)
     for others in ([parts[1]], [tmp_path / "fewer"], [*parts, tmp_path / "fewer"]):
         multi = MultiIndex.open([tmp_path / "whole", *others])
-        assert multi.search_ids(some, k) == one.search_ids(some, k)
-        scores, rows = multi.search(some, k)
+        assert pairs_of(multi.search(some, k)) == pairs_of(one.search(some, k))
+        scores, rows = multi.search_rows(some, k)
         assert scores.shape == rows.shape == (20, k)
         assert ((rows >= 0).sum(axis=1) == min(k, 600)).all() and (scores[rows < 0] == -np.inf).all()
 

@@ -102,7 +102,7 @@ def test_gpu_assignment_compares_with_all_centroids(tmp_path: Path, make_store: 
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     build(make_store(vectors), tmp_path / "index", Plan("IVF8_HNSW8,Flat", gpu=True))
     assert isinstance(gpus[-1], faiss.IndexFlat) and gpus[-1].ntotal == 8
-    found = Index.open(tmp_path / "index").search(vectors[:20], 1)[1]
+    found = Index.open(tmp_path / "index").search_rows(vectors[:20], 1)[1]
     np.testing.assert_array_equal(found[:, 0], np.arange(20))
 
 
@@ -118,7 +118,7 @@ def test_cuvs_builds_the_graph(tmp_path: Path, make_store: Callable, rng, cuvs: 
     index = Index.open(tmp_path / "index")
     assert isinstance(index.faiss, faiss.IndexHNSWCagra) and index.faiss.ntotal == 700
     assert faiss.read_index(str(tmp_path / "index" / "index.faiss")).ntotal == 700
-    assert (index.search(vectors, 1)[1][:, 0] == np.arange(700)).mean() > 0.95, "rows are those of the store"
+    assert (index.search_rows(vectors, 1)[1][:, 0] == np.arange(700)).mean() > 0.95, "rows are those of the store"
 
 
 def test_without_cuvs_the_cpu_builds_the_graph(tmp_path: Path, make_store: Callable, rng, gpus: list[Any]) -> None:

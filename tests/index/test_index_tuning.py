@@ -49,7 +49,7 @@ def test_the_target_holds_for_other_queries(tmp_path: Path, store, factory: str)
     tuning = build(store, tmp_path / "index", Plan(factory, target=target))
     assert tuning is not None and tuning.met and tuning.chosen.at_least >= 0.9
     truth = find_truth(store, Target(0.9, 10, spread(1500, seed=3)), NONE)
-    found = Index.open(tmp_path / "index").search(truth.queries, 10)[1]
+    found = Index.open(tmp_path / "index").search_rows(truth.queries, 10)[1]
     assert recall_of_each(found, truth).mean() >= 0.89
 
 
@@ -173,10 +173,10 @@ def test_a_graph_is_tuned_with_held_out_passages(tmp_path: Path, store, factory:
     assert tuning is not None and tuning.met and tuning.queries == 2000
     index = Index.open(tmp_path / "index")
     truth = find_truth(store, Target(0.9, 10, spread(1500, seed=3)), NONE)
-    assert recall_of_each(index.search(truth.queries, 10)[1], truth).mean() >= 0.89
+    assert recall_of_each(index.search_rows(truth.queries, 10)[1], truth).mean() >= 0.89
     # Every passage is in the index, under its own row.
     Settings(ef_search=200, k_factor=4.0).apply(index.faiss)
-    assert (index.search(store.vectors(), 1)[1][:, 0] == np.arange(store.rows)).mean() > 0.999
+    assert (index.search_rows(store.vectors(), 1)[1][:, 0] == np.arange(store.rows)).mean() > 0.999
     assert index.ids[:3] == store.ids()[:3] and index.faiss.ntotal == store.rows
 
 

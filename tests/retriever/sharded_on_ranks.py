@@ -16,10 +16,11 @@ from forks import on_ranks
 from run_helpers import assert_near, results
 from safetensors.torch import load_file
 
+from index.progress import SilentReporter
 from retriever.cli.terminal import Terminal
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import load_config
-from retriever.distributed.context import SilentReporter, joined_ranks
+from retriever.distributed.context import joined_ranks
 from retriever.models.sharded_tensors import own_part
 from retriever.training.trainer import Trainer
 

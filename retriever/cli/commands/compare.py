@@ -10,13 +10,15 @@ from typing import Literal
 from tyro.conf import Positional
 
 from index.progress import Reporter
-from retriever.cli.commands.common import Switch, check_counts
+from retriever.cli.commands.common import Switch
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCompare:
-    """Compare runs query by query, on one or more BEIR folders: who is better, by more than chance, and on which
-    queries. Writes one report as HTML, Markdown and JSON."""
+    """Compare runs query by query on BEIR sets: which system is better, whether significantly, and on which queries.
+
+    Writes one report as HTML, Markdown and JSON.
+    """
 
     systems: Positional[tuple[str, ...]]
     """Reports of `retriever evaluate beir` (folders) or TREC run files, each as PATH or NAME=PATH."""
@@ -25,86 +27,68 @@ class EvaluateCompare:
     out: Path
     """Folder of the report."""
     home: Path | None = None
-    """Where sets lie that --data names."""
+    """Folder of the sets that --data names."""
     split: str | None = None
-    """Which qrels; empty: test, and dev of MS MARCO."""
+    """Split of the qrels. None: test, and dev for MS MARCO."""
     title: str = ""
-    """Of the report; empty: the names of the sets."""
+    """Title of the report. Empty: the names of the sets."""
     allow_dangling: Switch = False
-    """Go on where qrels judge queries that are not there (score 0)."""
+    """Accept qrels with queries that do not exist (score 0)."""
     keep_identical_ids: Switch = False
-    """Rank passages that have their query's id and are not judged for it; BEIR leaves them out, trec_eval does not."""
+    """Rank passages that have their query's id and are not judged for it. BEIR leaves them out, trec_eval does not."""
     bm25: Switch = False
     """Add BM25 over the same corpus."""
     bm25_stopwords: str = "en"
-    """Language whose stop words BM25 drops, as bm25s names it: en, de, fr, zh …; or none."""
+    """Language of BM25's stop words, as bm25s names it: en, de, fr, zh …; or none."""
     fuse: tuple[str, ...] = ()
-    """Add hybrids: names joined by +, as in MiniLM+BM25."""
+    """Hybrids to add: names joined by +, for example MiniLM+BM25."""
     method: Literal["rrf", "minmax", "zscore"] = "rrf"
-    """How hybrids are fused: by reciprocal ranks, or by scores brought to 0 … 1 or to mean 0 and deviation 1."""
+    """Fusion of the hybrids: rrf: by reciprocal ranks; minmax, zscore: by normalized scores."""
     weights: tuple[float, ...] = ()
-    """Of a hybrid's parts; empty: equal."""
+    """Weights of a hybrid's parts. Empty: equal."""
     measure: str | None = None
-    """What systems are compared by: ndcg, map, recall, precision, mrr, rcap or success @ 1 … 1000; empty: ndcg@10. A
-    run that is not that deep is scored by what it has."""
+    """Measure of the comparison: ndcg, map, recall, precision, mrr, rcap or success @ 1 … 1000. None: ndcg@10. A
+    measure may be deeper than a run."""
     baseline: str | None = None
-    """Test the others against this system only; empty: every pair."""
+    """Only test the others against this system. None: every pair."""
     k: int = 1000
-    """Passages a query that are scored; also what BM25 and hybrids return at most."""
+    """Passages per query that are scored, and that BM25 and hybrids return at most."""
     permutations: int = 100_000
-    """Sign patterns of the randomisation test; all there are, where they are fewer."""
+    """Sign patterns of the randomization test; all possible ones if they are fewer."""
     seed: int = 0
-    """Of the randomisation test."""
+    """Seed of the randomization test."""
     changed: int = 4
-    """Queries to show that a system does better than the first, and as many that it does worse."""
+    """Number of queries to show on which a system is better than the first, and on which it is worse."""
     json: Switch = False
     """Print the answer as JSON."""
 
-    def __post_init__(self) -> None:
-        check_counts(self, "k", "permutations")
-        if not self.data:
-            raise ValueError("--data: expected at least one BEIR folder, found none")
-        if not self.systems and not self.bm25:
-            raise ValueError("systems: expected at least one report or run file, or --bm25, found none")
-        if self.changed < 0 or self.seed < 0:
-            raise ValueError("--changed, --seed: expected 0 or more")
-        for names in self.fuse:
-            parts = names.split("+")
-            if len(parts) < 2 or not all(parts):
-                raise ValueError(f"--fuse: expected names joined by +, found {names!r}")
-            if self.weights and len(self.weights) != len(parts):
-                raise ValueError(f"--weights: expected {len(parts)} for {names}, found {len(self.weights)}")
-        if self.weights:
-            from eval.fusion import WEIGHTS, are_weights
-
-            if not are_weights(self.weights):
-                raise ValueError(f"--weights: expected {WEIGHTS}, found {' '.join(map(str, self.weights))}")
-
     def run(self, reporter: Reporter) -> int:
-        from eval.reports.comparison import Fusion, Request, compare_to_report, named_systems
         from eval.reports.files import json_of
         from eval.reports.markdown import summary_of
-        from retriever.utils.versions import versions
+        from retriever.evaluation.compare_runs import compare
 
-        request = Request(
-            systems=named_systems(self.systems),
-            data=self.data,
+        report = compare(
+            self.systems,
+            self.data,
+            out=self.out,
             home=self.home,
             split=self.split,
             title=self.title,
-            dangling=self.allow_dangling,
+            allow_dangling=self.allow_dangling,
             keep_identical_ids=self.keep_identical_ids,
             bm25=self.bm25,
-            stopwords=None if self.bm25_stopwords == "none" else self.bm25_stopwords,
-            fusions=[Fusion(tuple(names.split("+")), self.method, self.weights) for names in self.fuse],
+            bm25_stopwords=None if self.bm25_stopwords == "none" else self.bm25_stopwords,
+            fuse=self.fuse,
+            method=self.method,
+            weights=self.weights,
             measure=self.measure,
             baseline=self.baseline,
             k=self.k,
             permutations=self.permutations,
             seed=self.seed,
             changed=self.changed,
-        )
-        report = compare_to_report(request, self.out, reporter, versions("numpy", "scipy"))
+            progress=reporter,
+        ).report
         if self.json:
             print(json.dumps(json_of(report), ensure_ascii=False))
         else:

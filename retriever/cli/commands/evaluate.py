@@ -1,150 +1,108 @@
-"""`retriever evaluate …`."""
+"""`retriever evaluate beir`."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from index.progress import Reporter
-from retriever.cli.commands.common import Embedding, Switch, check_counts, same_settings
+from retriever.cli.commands.common import Embedding, Switch
+from retriever.utils.torchrun import rank
+
+if TYPE_CHECKING:
+    from eval.reports.suite import SuiteResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateBeir(Embedding):
-    """Score a model on BEIR folders: nDCG, MAP, recall, precision, MRR, R-cap and success, with run files and a
-    report. The sets are checked first. Under torchrun all processes share the work."""
+    """Score a model on BEIR sets: nDCG, MAP, recall, precision, MRR, capped recall and success.
+
+    Writes run files and a report. The sets are checked first. Under torchrun all processes share the work.
+    """
 
     data: tuple[str, ...]
     """BEIR folders, folders of them, names of BEIR's sets (scifact …), or beir for all of them."""
     out: Path
-    """Folder of the report; embeddings found there are used again."""
+    """Folder of the report; embeddings found there are reused."""
     split: str | None = None
-    """Which qrels; empty: test, and dev of MS MARCO."""
+    """Split of the qrels. None: test, and dev for MS MARCO."""
     k: int = 1000
-    """Passages a query in the run; also the deepest cut-off of the measures."""
+    """Passages per query in the run, and the deepest cut-off of the measures."""
     home: Path | None = None
-    """Where sets lie that --data names."""
+    """Folder of the sets that --data names."""
     download: Switch = False
-    """Fetch public sets that --data names into --home, checked against BEIR's sums."""
+    """Download public sets that --data names to --home and check them against BEIR's checksums."""
     mirror: str | None = None
-    """Where to fetch from; empty: BEIR's own address."""
+    """Address to download from. None: BEIR's own."""
     preflight: Switch = False
-    """Only check the sets: errors, warnings, lengths, an estimate of time, memory and disk."""
+    """Only check the sets: errors, warnings, lengths, and an estimate of time, memory and disk."""
     allow_dangling: Switch = False
-    """Go on where qrels judge passages (never found) or queries (score 0) that are not there."""
+    """Accept qrels with passages (never found) or queries (score 0) that do not exist."""
     keep_identical_ids: Switch = False
-    """Rank passages that have their query's id and are not judged for it; BEIR leaves them out, trec_eval does not."""
+    """Rank passages that have their query's id and are not judged for it. BEIR leaves them out, trec_eval does not."""
     settings: Path | None = None
     """YAML file with prompts and maximum lengths by set (query_prompt, passage_prompt, query_max_length,
-    passage_max_length), under the set's name or default."""
+    passage_max_length), under the name of the set or under default."""
     windows: Switch = False
-    """Score long documents by their best window, instead of cutting them at the model's maximum."""
+    """Score long documents by their best window, instead of truncating them at the model's maximum length."""
     overlap: int = 32
-    """Tokens that a window shares with the one before."""
+    """Tokens that consecutive windows share."""
     factory: str | None = None
-    """Evaluate a FAISS index beside exact search, built by this factory string (auto, IVF1024,Flat …)."""
+    """Evaluate a FAISS index, too, built with this factory string (auto, IVF1024,Flat …)."""
     index: Path | None = None
-    """Evaluate this index beside exact search; it was built of the same corpus by the same model."""
+    """Evaluate this index, too; it must be of the same corpus and model."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Of the vectors on disk."""
+    """Dtype of the embeddings on disk."""
     shard_rows: int = 65536
-    """Passages a shard; at most so many a process are lost when a run is killed."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, "k", "shard_rows")
-        if not self.data:
-            raise ValueError("--data: expected at least one BEIR folder, found none")
-        if self.download and self.home is None:
-            raise ValueError("--download: expected --home, the folder to bring sets to")
-        if self.factory is not None and self.index is not None:
-            raise ValueError("--factory: give a factory string or an index, not both")
-        if self.overlap < 0:
-            raise ValueError(f"--overlap: expected 0 or more, found {self.overlap}")
+    """Passages per shard; at most so many per process are lost when a run is killed."""
 
     def run(self, reporter: Reporter) -> int:
-        from retriever.distributed.agreement import settings_of
-        from retriever.distributed.context import SilentReporter, joined_ranks, own_device
-        from retriever.evaluation.preflight import check_sets
-        from retriever.evaluation.set_settings import read_settings, unused
-        from retriever.evaluation.suite import Suite, SuiteOptions
+        from retriever.evaluation.evaluate import evaluate
 
-        options = SuiteOptions(
+        found = evaluate(
+            self.model,
+            self.data,
+            out=self.out,
+            split=self.split,
             k=self.k,
+            home=self.home,
+            download=self.download,
+            mirror=self.mirror,
+            allow_dangling=self.allow_dangling,
+            keep_identical_ids=self.keep_identical_ids,
+            settings=self.settings,
             windows=self.windows,
             overlap=self.overlap,
             factory=self.factory,
             index=self.index,
-            settings=read_settings(self.settings) if self.settings else {},
-            dangling=self.allow_dangling,
-            keep_identical_ids=self.keep_identical_ids,
             dtype=self.dtype,
             shard_rows=self.shard_rows,
+            preflight=self.preflight,
+            **self.embedding_options(),
+            progress=reporter,
         )
-        paths = ("model", "data", "out", "home", "mirror", "settings", "index")
-        same = same_settings("evaluate beir", self, self.device, *paths, "device", "json")
-        same |= {"--index": self.index is not None}
-        same |= {f"--{name}": value for name, value in settings_of(options).items() if name.startswith("settings")}
-        with joined_ranks(same) as ranks:
-            reporter = reporter if ranks.first else SilentReporter()
-            plan = self._plan(ranks, reporter)
-            for name in unused(options.settings, plan.tasks):
-                reporter.line(f"warning: {self.settings}: no set here is called {name}")
-            towers = self.towers(reporter)
-            towers.to(own_device(towers.device))
-            suite = Suite(towers, plan, self.out, self.options(), options, reporter, ranks)
-            checked = check_sets(
-                towers,
-                plan,
-                self.out,
-                self.options(),
-                options,
-                reporter,
-                thorough=self.preflight,
-                processes=ranks.size,
-            )
-            if self.preflight:
-                if self.json and ranks.first:
-                    print(json.dumps({"sets": checked, "absent": plan.absent}))
-                return 0
-            found = suite.run({"model": self.model}, checked)
-            if ranks.first:
-                self._print(found, reporter)
+        if rank() != 0:
+            return 0
+        if found.result is None:
+            if self.json:
+                print(json.dumps({"sets": found.checks, "absent": found.absent}))
+        elif self.json:
+            print(json.dumps(found.result.as_json()))
+        else:
+            _print_tables(found.result)
+            reporter.line(f"report: {self.out / 'report.md'}")
         return 0
 
-    def _plan(self, ranks: Any, reporter: Reporter) -> Any:
-        from eval.sets.plan import plan
 
-        if self.download and ranks.first:
-            self._download(reporter)
-        ranks.wait()
-        return plan(self.data, self.home, self.split)
+def _print_tables(found: SuiteResult) -> None:
+    from eval.approximate import approximation_table
+    from eval.reports.markdown import comparison_table
+    from eval.sets.plan import suite_table
 
-    def _download(self, reporter: Reporter) -> None:
-        from eval.sets.download import MIRROR, download
-        from eval.sets.plan import BEIR, BY_NAME, WHOLE
-
-        assert self.home is not None
-        public = [definition.name for definition in BEIR if definition.md5]
-        asked = [name for entry in self.data for name in (public if entry == WHOLE else [entry])]
-        for name in asked:
-            if name in BY_NAME and not Path(name).is_dir() and not (self.home / name).is_dir():
-                with reporter.bar(f"download {name}", None, "bytes") as advance:
-                    download(name, self.home, mirror=self.mirror or MIRROR, progress=advance)
-
-    def _print(self, found: Any, reporter: Reporter) -> None:
-        from eval.approximate import approximation_table
-        from eval.reports.markdown import comparison_table
-        from eval.sets.plan import suite_table
-
-        if self.json:
-            print(json.dumps(found.as_json()))
-            return
-        print(comparison_table(found.rows, head="data"), end="")
-        if found.approximations:
-            print("\n" + approximation_table(found.exact, found.approximations, found.measure), end="")
-        if found.absent or len(found.rows) > 1:
-            print("\n" + suite_table(found.rows, found.absent, found.measure), end="")
-        reporter.line(f"report: {self.out / 'report.md'}")
+    print(comparison_table(found.rows, head="data"), end="")
+    if found.approximations:
+        print("\n" + approximation_table(found.exact, found.approximations, found.measure), end="")
+    if found.absent or len(found.rows) > 1:
+        print("\n" + suite_table(found.rows, found.absent, found.measure), end="")

@@ -1,4 +1,4 @@
-"""The commands that change an index, or check one."""
+"""`retriever index merge`, `add`, `delete` and `verify`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from retriever.cli.commands.common import Switch, answer
 
 @dataclass(frozen=True, kw_only=True)
 class IndexMerge:
-    """Merge indexes that were trained alike (index build --train-from), parts of one store in their order."""
+    """Merge indexes of the same training (index build --train-from), for example the parts of one store in order."""
 
     indexes: Positional[tuple[Path, ...]]
     """Two or more."""
     out: Path
     """Folder of the merged index."""
     on_disk: Switch = False
-    """Merge from file to file and leave the inverted lists on disk: takes next to no memory."""
+    """Merge from file to file and leave the inverted lists on disk, which needs little memory."""
     json: Switch = False
     """Print the summary as JSON."""
 
@@ -46,9 +46,9 @@ class IndexAdd:
     index: Positional[Path]
     """The index."""
     embeddings: Path
-    """Folder of the new passages' vectors, of the same model."""
+    """Folder of the embeddings of the new passages, from the same model."""
     out: Path | None = None
-    """Folder of the new index; empty to replace the old one."""
+    """Folder of the new index. None: the old one is replaced."""
     json: Switch = False
     """Print the summary as JSON."""
 
@@ -76,15 +76,15 @@ class IndexDelete:
     ids: tuple[str, ...] = ()
     """Ids of the passages."""
     ids_file: Path | None = None
-    """A file of ids instead, one a line."""
+    """File of ids instead, one per line."""
     out: Path | None = None
-    """Folder of the new index; empty to replace the old one."""
+    """Folder of the new index. None: the old one is replaced."""
     json: Switch = False
     """Print the summary as JSON."""
 
     def __post_init__(self) -> None:
         if bool(self.ids) == bool(self.ids_file):
-            raise ValueError("--ids: expected ids here or in --ids-file, one of the two")
+            raise ValueError("--ids: expected ids, or a file of them by --ids-file; found both or neither")
 
     def run(self, reporter: Reporter) -> int:
         from index.ann.edit import delete_passages

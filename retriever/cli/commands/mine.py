@@ -5,58 +5,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from index.files import InputError
 from index.progress import Reporter
-from retriever.cli.commands.common import Embedding, Switch, answer, check_counts
+from retriever.cli.commands.common import Embedding, Switch, answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mine(Embedding):
-    """Find hard negatives for the queries of a BEIR folder; the file written is a training source as it is."""
+    """Find hard negatives for the queries of a BEIR folder; the file is a training source as it is."""
 
     data: Path
     """BEIR folder."""
     out: Path
-    """The .jsonl file, of query, positive and negatives."""
+    """The .jsonl file to write, with query, positive and negatives."""
     embeddings: Path | None = None
-    """Folder of the corpus's embeddings, continued or used again if there; empty for a temporary one."""
+    """Folder of the corpus's embeddings, continued or reused. None: a temporary folder."""
     split: str = "train"
-    """Which qrels."""
+    """Split of the qrels."""
     negatives: int = 7
-    """Most negatives a query."""
+    """Most negatives per query."""
     depth: int = 100
-    """Candidates a query: the texts that score best for it, copies, empty ones and positives left out."""
+    """Candidates per query: the highest-scoring texts, without duplicates, empty texts and positives."""
     max_share: float = 0.95
-    """A candidate above this share of the best positive's score is taken for an unjudged positive and dropped."""
-
+    """Drop candidates that score above this share of the best positive's score: many are unjudged positives."""
     keep_identical_ids: Switch = False
-    """Take passages that have their query's id and are not judged for it; they are left out as in evaluation."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, "negatives", "depth")
-        if self.out.suffix != ".jsonl":
-            raise ValueError(f"--out: expected a .jsonl file, found {self.out}")
-        if self.out.is_dir():
-            raise InputError(f"--out: expected a file, found the folder {self.out}")
-        if not 0 < self.max_share <= 1:
-            raise ValueError(f"--max-share: expected more than 0 and at most 1, found {self.max_share}")
+    """Use passages that have their query's id and are not judged for it; they are left out as in evaluation."""
 
     def run(self, reporter: Reporter) -> int:
-        from index.beir import BeirDataset
-        from retriever.searching.mining import mine_with_towers
+        from retriever.searching.mine import mine
 
-        written, short = mine_with_towers(
-            self.towers(reporter),
-            BeirDataset.open(self.data, self.split),
+        mined = mine(
+            self.model,
+            self.data,
             self.out,
-            self.options(),
-            reporter,
             embeddings=self.embeddings,
+            split=self.split,
             negatives=self.negatives,
             depth=self.depth,
             max_share=self.max_share,
             keep_identical_ids=self.keep_identical_ids,
+            **self.embedding_options(),
+            progress=reporter,
         )
-        answer(self.json, {"out": str(self.out), "queries": written, "with_fewer_negatives": short})
+        values = {"out": str(mined.path), "queries": mined.queries, "with_fewer_negatives": mined.with_fewer_negatives}
+        answer(self.json, values)
         return 0

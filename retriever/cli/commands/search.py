@@ -18,48 +18,51 @@ from tyro.conf import Positional, UseAppendAction
 from index.files import InputError
 from index.passages import one_line
 from index.progress import Reporter
-from retriever.cli.commands.common import Embedding, Switch, check_counts
+from retriever.cli.commands.common import Embedding, Switch
+from retriever.errors import check_at_least
 
 if TYPE_CHECKING:
     from retriever.searching.search import Answer
 
-# Of scripts and of emoji: they change neither direction nor screen.
+# Zero-width joiners, of scripts and emoji; they are harmless on a terminal.
 JOINERS = "\u200c\u200d"
-# Categories of Unicode: control, format (directions), surrogate, line and paragraph separator.
+# Unicode categories: control, format (text direction), surrogate, line and paragraph separator.
 CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Embedding):
-    """Find passages or pictures for queries: texts given as arguments, in a file, or one a line on standard input; or
-    pictures. Of each query a line, then one for each passage found: on a terminal a table; elsewhere rank, score, id
-    and passage, separated by tabs, with control characters escaped."""
+    """Find passages or images for queries.
+
+    Queries are texts given as arguments, in a file, or one per line on standard input; or images. For each query the
+    command prints the query, then one line per result: a table on a terminal; otherwise rank, score, id and passage,
+    separated by tabs, with control characters escaped.
+    """
 
     query: Positional[tuple[str, ...]]
     """The queries."""
     index: UseAppendAction[tuple[Path, ...]]
-    """Folder that `retriever index build` wrote; given several times, the folders are searched as one."""
+    """Folder of `retriever index build`. May be repeated: the indexes are searched as one."""
     queries: Path | None = None
-    """A file of queries instead: .jsonl, .csv, .tsv or .parquet with _id (or id) and text."""
+    """File of queries instead: .jsonl, .csv, .tsv or .parquet with the columns _id (or id) and text."""
     image: UseAppendAction[tuple[Path, ...]] = ()
-    """A picture as the query; given several times, each is one. The model embeds pictures and texts."""
+    """An image as the query; may be repeated. Needs an image–text model."""
     k: int = 10
-    """Passages a query."""
+    """Results per query."""
     mmap: Switch = False
-    """Leave the index on disk and read what a search touches, for indexes larger than memory."""
+    """Memory-map the index instead of loading it, for indexes larger than memory."""
     verify: Switch = False
-    """Check the sha256 of every file of the index first, which reads all of it. Without, that of index.faiss is checked
-    (with --mmap, up to 256 MiB) and that of lists on disk (up to 256 MiB), and of the other files what is read."""
+    """Check the sha256 of every file of the index first, which reads all of it. Otherwise index.faiss is checked (with
+    --mmap up to 256 MiB), lists on disk up to 256 MiB, and of the other files what is read."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, "k")
+        check_at_least(1, k=self.k)
         if not self.index:
             raise ValueError("--index: expected at least one folder, found none")
         if self.query and self.queries:
             raise ValueError("--queries: give queries as arguments or in a file, not both")
         if self.image and (self.query or self.queries):
-            raise ValueError("--image: give pictures or texts as queries, not both")
+            raise ValueError("--image: give images or texts as queries, not both")
         for number, text in enumerate(self.query, start=1):
             _check_utf8(text, f"query:{number}")
             if not text.strip():
@@ -69,11 +72,12 @@ class Search(Embedding):
         from retriever.searching.search import BATCH, open_indexes, search
 
         index = open_indexes(self.index, reporter, mmap=self.mmap, verify=self.verify)
-        towers = self.towers(reporter)
+        model = self.load(reporter)
         typed = not self.query and not self.image and self.queries is None and sys.stdin.isatty()
         if typed:
             reporter.line("queries, one a line; Ctrl-D ends")
-        for answer in search(towers, index, self._queries(), self.k, self.options(), batch=1 if typed else BATCH):
+        batch = 1 if typed else BATCH
+        for answer in search(model.towers, index, self._queries(), self.k, model.options, batch=batch):
             if self.json:
                 print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
             else:
@@ -81,7 +85,7 @@ class Search(Embedding):
         return 0
 
     def _queries(self) -> Iterator[tuple[str, str | Path]]:
-        """(id, text) of each query, or (id, file) of each picture; those without an id are numbered."""
+        """(id, text) of each query, or (id, file) of each image; queries without an id are numbered."""
         from index.beir import read_queries
 
         if self.queries:
@@ -111,7 +115,7 @@ def _typed() -> Iterator[str]:
 
 
 def _check_utf8(text: str, place: str) -> None:
-    """Bytes that are no text come from the command line as halves of surrogate pairs."""
+    """Raise an InputError for bytes that are not UTF-8, which Python passes on as lone surrogates."""
     if wrong := re.search("[\udc80-\udcff]", text):
         raise InputError(f"{place}: expected UTF-8, found byte 0x{ord(wrong[0]) - 0xDC00:02x}")
 
@@ -139,7 +143,7 @@ def _draw_answer(answer: Answer) -> None:
     table.add_column("passage", overflow="ellipsis")
     for result in answer.results:
         text = one_line(result.title, result.text)
-        # Text, because a passage may hold what rich would take for markup.
+        # Text, because rich would interpret markup in a passage.
         table.add_row(str(result.rank), f"{result.score:.4f}", Text(printable(result.id)), Text(printable(text[:300])))
     console = Console()
     console.print(printable(answer.query), style="bold", markup=False, highlight=False)
@@ -147,7 +151,7 @@ def _draw_answer(answer: Answer) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with a replacement character for what would control a terminal, or turn its lines around."""
+    """The text with control characters, which could change the terminal or the text direction, replaced by U+FFFD."""
     return "".join(c if c.isprintable() or c in JOINERS or c.isspace() else "\ufffd" for c in text)
 
 

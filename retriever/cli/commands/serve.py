@@ -7,49 +7,58 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import UseAppendAction
+from tyro.conf import UseAppendAction, arg
 
 from index.files import InputError
 from index.progress import Reporter
-from retriever.cli.commands.common import Embedding, Switch, check_counts
+from retriever.cli.commands.common import Embedding, Switch
+from retriever.errors import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(Embedding):
-    """Answer queries over HTTP: JSON at /search, a page for people at /, /healthz; Ctrl-C or SIGTERM ends it."""
+    """Answer queries over HTTP: JSON at /search, a page at /, and /healthz. Ctrl-C or SIGTERM stops the service."""
 
     index: UseAppendAction[tuple[Path, ...]]
-    """Folder that `retriever index build` wrote; given several times, the folders are searched as one."""
+    """Folder of `retriever index build`. May be repeated: the indexes are searched as one."""
     mmap: Switch = False
-    """Leave the index on disk and read what a search touches, for indexes larger than memory."""
+    """Memory-map the index instead of loading it, for indexes larger than memory."""
     verify: Switch = False
-    """Check the sha256 of every file of the index first, which reads all of it. Without, that of index.faiss is checked
-    (with --mmap, up to 256 MiB) and that of lists on disk (up to 256 MiB), and of the other files what is read."""
-    pictures: Path | None = None
-    """The folder whose pictures were indexed: the page shows those that were found."""
+    """Check the sha256 of every file of the index first, which reads all of it. Otherwise index.faiss is checked (with
+    --mmap up to 256 MiB), lists on disk up to 256 MiB, and of the other files what is read."""
+    images: Annotated[Path | None, arg(aliases=["--pictures"])] = None
+    """Folder of the images that were indexed; the page then shows the images found."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, for whom nothing is asked but queries."""
+    """Address to listen on. 0.0.0.0 accepts requests from other machines; there is no authentication."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0: a free port."""
     max_k: int = 100
-    """Most passages a query."""
+    """Most results per query."""
     max_queries: int = 64
-    """Most queries a request."""
+    """Most queries per request."""
     max_query_chars: int = 4096
-    """Most characters a query."""
+    """Most characters per query."""
     max_body_bytes: int = 262144
-    """Most bytes of a request."""
+    """Most bytes per request."""
     max_waiting: int = 512
-    """Most queries waiting for their answer; more are refused with status 429."""
+    """Most queries waiting for an answer; further ones are refused with status 429."""
     batch: int = 32
-    """Most queries embedded together; 1 turns that off."""
+    """Most queries per batch of the model; 1: no batching."""
     batch_ms: float = 3.0
-    """Milliseconds that a query waits for others to be embedded with."""
+    """Milliseconds that a query waits for others to share a batch with."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, "max_k", "max_queries", "max_query_chars", "max_body_bytes", "max_waiting", "batch")
+        check_at_least(
+            1,
+            max_k=self.max_k,
+            max_queries=self.max_queries,
+            max_query_chars=self.max_query_chars,
+            max_body_bytes=self.max_body_bytes,
+            max_waiting=self.max_waiting,
+            batch=self.batch,
+        )
         if not self.index:
             raise ValueError("--index: expected at least one folder, found none")
         if not 0 <= self.port < 2**16:
@@ -75,30 +84,30 @@ class Serve(Embedding):
         limits = Limits(self.max_body_bytes, self.max_query_chars, self.max_queries, self.max_k)
         batching = Batching(self.batch, self.batch_ms / 1000, max(self.max_waiting, self.max_queries))
         index = open_indexes(self.index, reporter, mmap=self.mmap, verify=self.verify)
-        pictures = None if self.pictures is None else Pictures(self.pictures, index)
-        # Listening before the model is loaded makes a port in use known at once.
-        with (
-            _listening(self.host, self.port) as listener,
-            Engine(self.towers(reporter), index, self.options(), batching) as engine,
-        ):
+        images = None if self.images is None else Pictures(self.images, index)
+        # Before the model is loaded, so that a port in use is reported at once.
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(_listening(self.host, self.port))
+            model = self.load(reporter)
+            engine = stack.enter_context(Engine(model.towers, index, model.options, batching))
             warm_up(engine)
             config = uvicorn.Config(
-                make_app(engine, limits, reporter.line, pictures),
+                make_app(engine, limits, reporter.line, images),
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                # Connections: far more than can be answered at a time, far fewer than a machine has.
+                # Connections: many more than can be answered at once, far fewer than the machine allows.
                 limit_concurrency=1024,
                 timeout_keep_alive=15,
                 timeout_graceful_shutdown=10,
             )
             host = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{host}:{listener.getsockname()[1]}/"
-            reporter.line(f"serving {index.rows} passages on {address}; Ctrl-C ends")
-            # The server ends in good order at a signal, and then hands the signal on.
+            reporter.line(f"serving {index.rows} passages on {address}; Ctrl-C stops")
+            # uvicorn shuts down gracefully on a signal, then raises it again.
             with contextlib.suppress(KeyboardInterrupt):
                 uvicorn.Server(config).run(sockets=[listener])
-        reporter.line("ended")
+        reporter.line("stopped")
         return 0
 
 

@@ -14,39 +14,38 @@ from retriever.cli.commands.common import Switch
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Split pairs into a BEIR folder with a train, a dev and a test set that share no query and no positive."""
+    """Split pairs into a BEIR folder whose train, dev and test sets share no query and no positive."""
 
     data: str
-    """What `retriever train` reads pairs from: a .jsonl, .csv, .tsv (each also .gz) or .parquet file, a BEIR folder, a
-    Hugging Face dataset folder."""
+    """Pairs, as `retriever train` reads them: a .jsonl, .csv, .tsv (each also .gz) or .parquet file, a BEIR folder, or
+    a Hugging Face dataset folder."""
     out: Path
-    """Folder to make: corpus.jsonl, queries.jsonl, qrels/train.tsv, dev.tsv and test.tsv, and train.jsonl, the training
-    rows with their hard negatives, for which qrels have no place. Every text is in the corpus or the queries once,
-    without white space around it, with an id made of the text."""
+    """New folder for corpus.jsonl, queries.jsonl, qrels/train.tsv, qrels/dev.tsv, qrels/test.tsv, and train.jsonl, the
+    training rows with their hard negatives. Each text is written once, without surrounding white space; its id is a
+    hash of the text."""
     dev: int | float | None = None
-    """Queries of the dev set, or their share (0.1); 0: no dev set; empty: a share of 0.05, at most 1000. A share is at
-    least 1 query. Groups are kept whole, so there may be some more or fewer."""
+    """Number of dev queries, or their share (0.1); 0: no dev set. None: a share of 0.05, at most 1000. A share is at
+    least 1 query. Groups are kept together, so the number may differ a little."""
     test: int | float | None = None
-    """Likewise of the test set."""
+    """Number of test queries, or their share, as for --dev."""
     by: Literal["component", "query"] | None = None
-    """component: queries that share positives, directly or through others, stay in one split. query: splits share no
-    query, but may share positives. Empty: component, and query, with a line that says so, where groups are too large
-    to give at least half and at most twice the sizes asked for."""
+    """component: queries that share positives, directly or through others, stay in one set. query: sets share no query
+    but may share positives. None: component; query, with a message, if the groups are too large to give between half
+    and twice the requested sizes."""
     seed: int = 0
-    """Of the random choice, which does not depend on the order of the rows."""
+    """Seed of the random choice, which does not depend on the order of the rows."""
     passages: Path | None = None
-    """File (_id, title, text) or BEIR folder with further passages for the corpus; their ids are made of the texts."""
+    """File (_id, title, text) or BEIR folder with further passages for the corpus."""
     format: Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"] = "auto"
-    """How to read --data; auto goes by what is found there."""
+    """Format of --data; auto: by what is found there."""
     query: str = "query"
-    """Column with the query's text."""
+    """Column with the text of the query."""
     positive: str = "positive"
     """Column with the positive passage, or a list of them."""
     negatives: str = "negatives"
-    """Column with the hard negative passage, or a list of them; may be absent. negative_* stands for every column that
-    matches."""
+    """Column with the hard negative, or a list of them; may be absent. negative_* means every column that matches."""
     split: str = "train"
-    """Split of a BEIR folder (qrels/SPLIT.tsv) or a Hugging Face dataset that is split further."""
+    """Split of a BEIR folder (qrels/SPLIT.tsv) or Hugging Face dataset to split further."""
     json: Switch = False
     """Print the answer as JSON."""
 
@@ -74,7 +73,7 @@ class Split:
             positive=self.positive,
             negatives=self.negatives,
             split=self.split,
-            reporter=reporter,
+            progress=reporter,
         )
         if self.json:
             print(json.dumps(dataclasses.asdict(report), ensure_ascii=False))

@@ -115,7 +115,7 @@ def test_bm25_is_used_again_until_the_data_or_the_file_changes(place: Path, tmp_
     folder, out = tmp_path / "set", tmp_path / "out"
     shutil.copytree(place / "rocks", folder)
     words = ["evaluate", "run", "--bm25", "--data", folder, "--out", out, "--json"]
-    with mock.patch("eval.bm25.search.runs.bm25_run", wraps=bm25_run) as computed:
+    with mock.patch("eval.bm25.runs.bm25_run", wraps=bm25_run) as computed:
         first = command(*words)
         assert (first.code, command(*words).out, computed.call_count) == (0, first.out, 1)
         kept = out / "set" / "BM25.trec"

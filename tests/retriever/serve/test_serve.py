@@ -251,7 +251,7 @@ def test_busy_services_say_429_and_end_after_what_they_took(world: Any) -> None:
         time.sleep(0.2)
         code, log = server.end(signal.SIGTERM)
         assert last.result()[0] == 200
-    assert code == 0 and log.splitlines()[-1] == "ended"
+    assert code == 0 and log.splitlines()[-1] == "stopped"
     assert log.count(" POST /search 200 ") == statuses.count(200) + 1
 
 

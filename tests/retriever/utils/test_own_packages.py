@@ -146,7 +146,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import eval as mine
-from retriever import InfCLLoss, Trainer, encode_passages
+from retriever import InfCLLoss, Model, encode
 from retriever.cli.command_line import main
 assert mine.mine and InfCLLoss().logit_scale > 0
 if __name__ == "__main__":

@@ -1,0 +1,187 @@
+"""A loaded model: queries, passages and images to embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from index.files import InputError
+from index.passages import Passage
+from index.progress import Progress, as_reporter
+from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.encoding.image_encoder import ImageInput, embed_images
+from retriever.errors import check_at_least, check_choice
+from retriever.models.images.folder import is_image_text_model
+from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
+from retriever.models.loading.hashes import known_sums
+from retriever.models.towers import Towers, load_towers
+from retriever.utils.check_progress import checking_bytes
+from retriever.utils.device import choose_device
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+PassageInput = str | Mapping[str, str] | Passage
+
+
+class Model:
+    """A model that embeds queries and passages, and images if it has an image tower. Created by `retriever.load`.
+
+    Attributes:
+        name: The folder or hub name that it was loaded from.
+        towers: The towers, in evaluation mode.
+        options: Precision and micro-batch size.
+    """
+
+    def __init__(self, name: str, towers: Towers, options: EncodeOptions) -> None:
+        self.name = name
+        self.towers = towers
+        self.options = options
+
+    def __repr__(self) -> str:
+        kind = "image and text" if self.embeds_images else "text"
+        return (
+            f"Model({self.name!r}, dimension={self.dimension}, {kind}, device={str(self.device)!r}, "
+            f"precision={self.options.precision!r})"
+        )
+
+    @property
+    def dimension(self) -> int:
+        """D, the length of an embedding."""
+        return self.towers.dimension
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the towers are on."""
+        return self.towers.device
+
+    @property
+    def embeds_images(self) -> bool:
+        """Whether the model has an image tower."""
+        return isinstance(self.towers, ImageTextTowers)
+
+    def encode_queries(self, queries: Sequence[str], *, progress: Progress = None) -> np.ndarray:
+        """Embed queries, with the model's query prompt.
+
+        Args:
+            queries: M texts, without prompts.
+            progress: Called with a `ProgressEvent` after each micro-batch. Default: None.
+
+        Returns:
+            [M, D] float32 embeddings, in the order of the queries.
+
+        Raises:
+            TypeError: `queries` is one string, or contains something other than strings.
+        """
+        texts = _checked_texts("queries", queries)
+        with as_reporter(progress).bar("encode queries", len(texts), "queries") as advance:
+            return embed_texts(self.towers, texts, "query", self.options, advance)
+
+    def encode_passages(self, passages: Sequence[PassageInput], *, progress: Progress = None) -> np.ndarray:
+        """Embed passages, with the model's passage prompt.
+
+        Args:
+            passages: N texts, or mappings with "text" and an optional "title". A title is put before the text, as in
+                the encoding of a corpus.
+            progress: Called with a `ProgressEvent` after each micro-batch. Default: None.
+
+        Returns:
+            [N, D] float32 embeddings, in the order of the passages.
+
+        Raises:
+            TypeError: `passages` is one string, or an item is neither a text nor a mapping with a "text".
+        """
+        texts = _checked_texts("passages", passages)
+        with as_reporter(progress).bar("encode passages", len(texts), "passages") as advance:
+            return embed_texts(self.towers, texts, "document", self.options, advance)
+
+    def encode_images(self, images: Sequence[ImageInput], *, progress: Progress = None) -> np.ndarray:
+        """Embed images.
+
+        Args:
+            images: N files, or images that Pillow has opened.
+            progress: Called with a `ProgressEvent` after each batch. Default: None.
+
+        Returns:
+            [N, D] float32 embeddings of unit length, in the order of the images.
+
+        Raises:
+            InputError: The model has no image tower, or a file is missing, broken or too large.
+        """
+        with as_reporter(progress).bar("encode images", len(images), "images") as advance:
+            return embed_images(self.image_towers(), images, self.options, advance)
+
+    def image_towers(self) -> ImageTextTowers:
+        """The towers, of which one must be an image tower.
+
+        Raises:
+            InputError: The model embeds texts only.
+        """
+        if not isinstance(self.towers, ImageTextTowers):
+            raise InputError(f"{self.name}: expected a model of images and texts, found one of texts only")
+        return self.towers
+
+
+ModelInput = Model | str | Path
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    micro_batch_tokens: int | None = None,
+    progress: Progress = None,
+) -> Model:
+    """Load a model for encoding.
+
+    Args:
+        model: A model folder of a training run, a sentence-transformers or transformers folder, or a hub name.
+        device: "cpu", "cuda", "cuda:1" and so on. Default: "auto", CUDA if there is a GPU.
+        precision: Precision of the towers: "fp32", or "bf16" or "fp16" by autocast; on a GPU "bf16" also stores the
+            weights in bf16. Default: "fp32".
+        micro_batch_tokens: Tokens per forward pass, padding included. Default: None, chosen from the free memory.
+        progress: Called with a `ProgressEvent` while the files are checked. Default: None.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: There is no such model, one of its files is damaged, or it cannot embed texts.
+        ConfigError: The device is not available, or an argument is invalid.
+    """
+    check_choice(get_args(Precision), precision=precision)
+    check_at_least(1, micro_batch_tokens=micro_batch_tokens)
+    name, reporter = str(model), as_reporter(progress)
+    loader = load_image_text_towers if is_image_text_model(name) else load_towers
+    size = sum(path.stat().st_size for path in known_sums(name))
+    with checking_bytes(reporter, Path(name).name, size) as checked:
+        towers = loader(name, choose_device(device), checked=checked)
+    if note := towers.padding_note():
+        reporter.line(note)
+    return Model(name, towers, EncodeOptions(precision, micro_batch_tokens))
+
+
+def as_model(model: ModelInput, progress: Progress = None) -> Model:
+    """The model, loaded with default options if it is given by its folder or name."""
+    return model if isinstance(model, Model) else load(model, progress=progress)
+
+
+def _checked_texts(name: str, items: Sequence[PassageInput]) -> list[str]:
+    if isinstance(items, str | bytes | Mapping):
+        raise TypeError(f"{name}: expected a list of texts, found one {type(items).__name__}")
+    texts = []
+    for number, item in enumerate(items):
+        if isinstance(item, Mapping) and isinstance(item.get("text"), str) and name == "passages":
+            texts.append(Passage("", item.get("title") or "", item["text"]).content)
+        elif isinstance(item, Passage) and name == "passages":
+            texts.append(item.content)
+        elif isinstance(item, str):
+            texts.append(item)
+        else:
+            raise TypeError(f"{name}[{number}]: expected text, found {type(item).__name__}")
+    return texts

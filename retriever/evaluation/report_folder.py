@@ -1,0 +1,36 @@
+"""The folder of a report, temporary unless the caller named one."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from index.files import InputError
+
+# Large folders that are needed to compute a report, but are no part of it.
+WORKING_FOLDERS = ("embeddings", "windows", "index", "images")
+
+
+class ReportFolder:
+    """A folder for a report; a temporary one is removed with this object.
+
+    Args:
+        out: The folder, or None for a temporary one.
+    """
+
+    def __init__(self, out: str | Path | None) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="retriever-") if out is None else None
+        self.path = Path(self._temporary.name) if self._temporary is not None else Path(str(out))
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the report to `folder`, which must be new or empty, without embeddings and indexes; returns it.
+
+        Raises:
+            InputError: `folder` contains something.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: expected a new or empty folder, found {next(folder.iterdir()).name} in it")
+        shutil.copytree(self.path, folder, ignore=shutil.ignore_patterns(*WORKING_FOLDERS, ".*"), dirs_exist_ok=True)
+        return folder

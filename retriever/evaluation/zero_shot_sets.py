@@ -1,0 +1,89 @@
+"""The public function `retriever.zero_shot`: an image–text model on sets of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.zero_shot.report import ZeroShotReport
+from index.progress import Progress, as_reporter
+from retriever.encoding.model import Model, ModelInput, Precision, load
+from retriever.errors import ArgumentError
+from retriever.evaluation.report_folder import ReportFolder
+from retriever.evaluation.zero_shot import check_out, evaluate_zero_shot, open_sets
+
+
+@dataclass(frozen=True)
+class ZeroShotEvaluation:
+    """What `retriever.zero_shot` returns.
+
+    Attributes:
+        folder: Folder of the report; temporary if no `out` was given.
+        report: The measures of each set in the form that reports are written from.
+    """
+
+    folder: ReportFolder
+    report: ZeroShotReport
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Set -> measure, such as "acc1" or "image_retrieval_recall@5", -> value."""
+        return {found.dataset.name: dict(found.result.measures) for found in self.report.sets}
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the report to a new or empty folder; returns it."""
+        return self.folder.save(folder)
+
+    def __repr__(self) -> str:
+        return f"ZeroShotEvaluation({self.metrics})"
+
+
+def zero_shot(
+    model: ModelInput,
+    data: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    split: str = "test",
+    templates: str | Path | None = None,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    micro_batch_tokens: int | None = None,
+    progress: Progress = None,
+) -> ZeroShotEvaluation:
+    """Score an image–text model on classification by prompts and on retrieval, without training on the sets.
+
+    Args:
+        model: A model from `retriever.load`, or its folder or hub name.
+        data: One or more sets: a folder with a folder of images for each class, a webdataset folder in CLIP_benchmark's
+            layout, or a table (.jsonl, .csv, .tsv, .parquet) with the columns image and label, labels or captions.
+        out: Folder of the report; embeddings found there are reused. Default: None, a temporary folder, from which
+            `ZeroShotEvaluation.save` copies the report.
+        split: Folder within a set, if there is one of that name. Default: "test".
+        templates: File with prompts, one per line with {c} for the class, instead of the sets' own. Default: None.
+        device: Device, if `model` is a folder or name. Default: "auto".
+        precision: As for `retriever.load`, if `model` is a folder or name.
+        micro_batch_tokens: As for `retriever.load`, if `model` is a folder or name.
+        progress: Called with a `ProgressEvent` at each step. Default: None.
+
+    Returns:
+        The measures of each set, and the report.
+
+    Raises:
+        InputError: A set cannot be read, or the model has no image tower.
+        ConfigError: An argument is invalid.
+    """
+    paths = [Path(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    if not paths:
+        raise ArgumentError("data", "expected at least one set of images, found none")
+    folder, reporter = ReportFolder(out), as_reporter(progress)
+    # Before the model, which takes longer to load than a wrong folder takes to notice.
+    sets = open_sets(paths, split, None if templates is None else Path(templates))
+    check_out(folder.path, sets)
+    if not isinstance(model, Model):
+        model = load(
+            model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
+        )
+    towers = model.image_towers()
+    report = evaluate_zero_shot(towers, sets, folder.path, model.options, reporter, details={"model": model.name})
+    return ZeroShotEvaluation(folder, report)

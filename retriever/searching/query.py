@@ -1,0 +1,68 @@
+"""The public function `retriever.search`: queries to the passages or images found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from index.ann.index import Index
+from index.ann.multi_index import MultiIndex
+from index.progress import Progress, as_reporter
+from retriever.encoding.model import ModelInput, as_model
+from retriever.errors import ArgumentError, check_at_least
+from retriever.searching.search import Answer, open_indexes
+from retriever.searching.search import search as search_each
+
+IndexInput = Index | MultiIndex | str | Path | Sequence[str | Path]
+
+
+def search(
+    model: ModelInput,
+    index: IndexInput,
+    queries: str | Path | Sequence[str | Path] | Mapping[str, str],
+    k: int = 10,
+    *,
+    progress: Progress = None,
+) -> list[Answer]:
+    """Find the passages or images of an index that are nearest to queries.
+
+    Args:
+        model: A model from `retriever.load`, or its folder or hub name; the one that embedded the passages.
+        index: An index from `retriever.build_index` or `retriever.Index.open`, its folder, or several folders that
+            are searched as one.
+        queries: A text, several texts, or a mapping of ids to texts. A `pathlib.Path` is an image file, if the model
+            embeds images. Queries without an id are numbered from 1.
+        k: Results per query. Default: 10.
+        progress: Called with a `ProgressEvent` for each batch of queries. Default: None.
+
+    Returns:
+        One `Answer` for each query, in order: `id`, `query` and `results`, each with `rank`, `score`, `id`, `title` and
+        `text`, best first. An approximate index may find fewer than k.
+
+    Raises:
+        InputError: The index belongs to another model or is damaged, or an image cannot be read.
+        ConfigError: An argument is invalid.
+    """
+    check_at_least(1, k=k)
+    if isinstance(queries, str | Path):
+        queries = [queries]
+    if isinstance(queries, Mapping):
+        named: list[tuple[str, str | Path]] = list(queries.items())
+    else:
+        named = [(str(number), query) for number, query in enumerate(queries, start=1)]
+    for name, query in named:
+        if not isinstance(query, str | Path):
+            raise ArgumentError("queries", f"query {name}: expected text, found {type(query).__name__}")
+        if isinstance(query, str) and not query.strip():
+            raise ArgumentError("queries", f"query {name}: expected text, found none")
+    reporter = as_reporter(progress)
+    if not isinstance(index, Index | MultiIndex):
+        folders = [index] if isinstance(index, str | Path) else list(index)
+        index = open_indexes([Path(folder) for folder in folders], reporter)
+    loaded = as_model(model, progress)
+    answers = []
+    with reporter.bar("search", len(named), "queries") as advance:
+        for answer in search_each(loaded.towers, index, named, k, loaded.options):
+            answers.append(answer)
+            advance(1)
+    return answers
