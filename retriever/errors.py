@@ -9,7 +9,7 @@ class ConfigError(InputError):
     """A setting that is not valid; the command line answers with exit code 2."""
 
 
-class ArgumentError(ConfigError, ValueError):
+class ArgumentError(ConfigError):
     """An argument of a public function that is not valid.
 
     Attributes:

@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ArgumentError as error:
-        return _fail(f"--{error.argument.replace('_', '-')}: {error.problem}", 2)
+        # Other arguments that the problem mentions become flags, too.
+        problem = re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda name: _flag(name[0]), error.problem)
+        return _fail(f"{_flag(error.argument)}: {problem}", 2)
     except ConfigError as error:
         return _fail(error, 2)
     except BrokenPipeError:
@@ -198,6 +200,10 @@ def _one_line(box: str) -> str:
     if near := re.search(r"Perhaps you meant: .*?(--[\w.-]+)", proposal):
         return f"{message}; did you mean {near[1]}?"
     return f"{message}; {proposal}" if proposal.startswith("Available") else message
+
+
+def _flag(argument: str) -> str:
+    return f"--{argument.replace('_', '-')}"
 
 
 def _fail(error: object, code: int) -> int:

@@ -120,7 +120,7 @@ def build_tuned_index(
 ) -> tuple[EmbeddingStore, str, int, Tuning | None]:
     """`build_index`, but return the store, the factory string, the number of rows, and what tuning found (if asked)."""
     if not 1 <= part[0] <= part[1]:
-        raise ArgumentError("part", f"expected a part and their number, as in 2/8, found {part[0]}/{part[1]}")
+        raise ArgumentError("part", f"expected a part and their number, as in 2/8, found '{part[0]}/{part[1]}'")
     if memory_budget_mib is not None and not memory_budget_mib > 0:
         raise ArgumentError("memory_budget_mib", f"expected more than 0, found {memory_budget_mib}")
     if not 0 <= seed < 2**31:
@@ -222,7 +222,7 @@ def _chosen_factory(
         # Its bytes are checked before they are used.
         factory = Index(read_manifest(train_from, INDEX)).factory
     if on_disk:
-        check_supported(make(factory, store.dim), f"on_disk with factory {factory!r}")
+        check_supported(make(factory, store.dim), f"factory {factory!r} on disk")
     return factory, ""
 
 

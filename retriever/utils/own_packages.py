@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 PACKAGES = ("losses", "index", "eval")
 # The folder that holds all four packages.
-HOME = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 
 class PackageClash(ImportError):

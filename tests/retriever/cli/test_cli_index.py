@@ -188,7 +188,7 @@ def test_on_disk_auto_takes_a_kind_that_can_be_there_and_says_why(world: Any, tm
     done = command(*build, "--factory", "SQ8")
     assert "chosen" not in done.err
     done = command(*build, "--factory", "SQ8", "--on-disk")
-    assert done.code == 1 and done.err.startswith("retriever: --on-disk with factory 'SQ8': expected IVF…,Flat")
+    assert done.code == 1 and done.err.startswith("retriever: factory 'SQ8' on disk: expected IVF…,Flat")
 
 
 def test_a_recall_is_said_to_be_of_as_many_as_there_are(world: Any, tmp_path: Path, queries: Path) -> None:
