@@ -161,6 +161,8 @@ def _parse(arguments: list[str]) -> Any:
         if end.code:
             raise ConfigError(_one_line(box.getvalue())) from None
         raise
+    except ArgumentError:
+        raise
     except ValueError as error:
         # A check of TrainConfig's own fields, which tyro lets through.
         raise ConfigError(str(error)) from None
