@@ -56,7 +56,6 @@ class Search(Embedding):
     --mmap up to 256 MiB), lists on disk up to 256 MiB, and of the other files what is read."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, k=self.k)
         if not self.index:
             raise ValueError("--index: expected at least one folder, found none")
         if self.query and self.queries:
@@ -69,6 +68,7 @@ class Search(Embedding):
                 raise InputError(f"query:{number}: expected text, found none")
 
     def run(self, reporter: Reporter) -> int:
+        check_at_least(1, k=self.k)
         from retriever.searching.search import BATCH, open_indexes, search
 
         index = open_indexes(self.index, reporter, mmap=self.mmap, verify=self.verify)

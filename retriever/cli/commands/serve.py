@@ -50,6 +50,14 @@ class Serve(Embedding):
     """Milliseconds that a query waits for others to share a batch with."""
 
     def __post_init__(self) -> None:
+        if not self.index:
+            raise ValueError("--index: expected at least one folder, found none")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port: expected a number from 0 to 65535, found {self.port}")
+        if not 0 <= self.batch_ms <= 1000:
+            raise ValueError(f"--batch-ms: expected a number from 0 to 1000, found {self.batch_ms}")
+
+    def run(self, reporter: Reporter) -> int:
         check_at_least(
             1,
             max_k=self.max_k,
@@ -59,14 +67,6 @@ class Serve(Embedding):
             max_waiting=self.max_waiting,
             batch=self.batch,
         )
-        if not self.index:
-            raise ValueError("--index: expected at least one folder, found none")
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"--port: expected a number from 0 to 65535, found {self.port}")
-        if not 0 <= self.batch_ms <= 1000:
-            raise ValueError(f"--batch-ms: expected a number from 0 to 1000, found {self.batch_ms}")
-
-    def run(self, reporter: Reporter) -> int:
         try:
             import jinja2  # noqa: F401
             import starlette  # noqa: F401

@@ -32,13 +32,13 @@ class Train:
     """Number of processes to plan for with --dry-run, without starting them. None: those that torchrun started."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, processes=self.processes)
         if self.processes is not None and not self.dry_run:
             raise ValueError("--processes: expected together with --dry-run; torchrun starts the processes of a run")
         if self.profile and self.dry_run:
             raise ValueError("--profile: expected without --dry-run, which trains no steps")
 
     def run(self, reporter: Reporter) -> int:
+        check_at_least(1, processes=self.processes)
         if self.dry_run:
             return self._plan(reporter)
         from retriever.training.train import train
