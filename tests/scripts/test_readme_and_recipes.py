@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from retriever.config.yaml_file import load_config
+from scripts import ROOT
+from scripts.benchmarks.tables import readme_tables
+from scripts.benchmarks.tables.throughput_tables import train_table
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 
 
-@pytest.fixture
-def readme_tables(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module("readme_tables")
-
-
-def test_readme_tables_are_those_of_the_committed_results(readme_tables: Any) -> None:
+def test_readme_tables_are_those_of_the_committed_results() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = readme_tables.tables()
     assert "| nDCG@10 | recall@100 |" in readme
@@ -29,17 +23,15 @@ def test_readme_tables_are_those_of_the_committed_results(readme_tables: Any) ->
     assert readme_tables.filled(damaged, tables) == readme
 
 
-@pytest.mark.parametrize(("folder", "made"), [("retriever", "throughput"), ("retriever/images", "pictures")])
-def test_other_tables_are_those_of_the_committed_results(readme_tables: Any, folder: str, made: str) -> None:
+@pytest.mark.parametrize(("folder", "made"), [("retriever", "throughput"), ("retriever/data/images", "pictures")])
+def test_other_tables_are_those_of_the_committed_results(folder: str, made: str) -> None:
     readme = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     tables = getattr(readme_tables, made)()
     assert tables
     assert all(f"<!-- {name} -->\n{table}<!-- /{name} -->" in readme for name, table in tables.items())
 
 
-def test_tables_of_several_hardwares_compare_within_each(readme_tables: Any) -> None:
-    from throughput_tables import train_table
-
+def test_tables_of_several_hardwares_compare_within_each() -> None:
     def row(hardware: str, method: str, rate: float, peak: str = "0", planned: str = "") -> dict[str, str]:
         rates = {"pairs_per_second": str(rate), "tokens_per_second": str(80 * rate), "flop_utilisation": "0.361"}
         memory = {"peak_mib": peak, "planned_mib": planned}
