@@ -1,4 +1,4 @@
-"""What a measured result must state: hardware, versions, commit."""
+"""The hardware, versions and commit that every measured row states."""
 
 from __future__ import annotations
 
@@ -12,20 +12,29 @@ import torch
 from scripts import ROOT
 
 
-def machine() -> dict[str, str]:
-    """Columns for a row of scripts/results/*.csv."""
-    return {"commit": commit(), "hardware": hardware(), "python": platform.python_version(), "torch": torch.__version__}
+def machine(commit: str | None = None) -> dict[str, str]:
+    """Columns of a row of scripts/results/*.csv: commit, hardware, and versions of Python and PyTorch.
+
+    Args:
+        commit: The commit to state where the checkout has no git repository. Default: the checked-out commit.
+    """
+    return {
+        "commit": commit or checked_out_commit(),
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def hardware() -> str:
-    """The GPU's name, or the processor's with the number of cores this process may use."""
+    """Name of the GPU, or of the CPU with the number of cores that this process may use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {_processor()}"
+    return f"{cores} cores of {_cpu_name()}"
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -34,10 +43,10 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """Short hash of the checkout; "unknown" outside one."""
-    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+def checked_out_commit() -> str:
+    """Short hash of the checked-out commit, or "unknown" outside a git repository."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

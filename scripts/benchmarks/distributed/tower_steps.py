@@ -30,7 +30,7 @@ from retriever.models.towers import Towers, build_towers
 from retriever.training.optim import build_optimizer
 from retriever.training.step import TrainStep
 from retriever.utils.device import choose_precision
-from scripts.benchmarks.retriever.bench_image_train import Pictures, build, made_texts
+from scripts.benchmarks.retriever.bench_image_train import RepeatedImages, build_towers_of, random_captions
 
 MIB = 2**20
 VOCABULARY = 30522
@@ -101,7 +101,7 @@ class TowerSteps:
         """`towers`: a name of BERT_SIZES for two of them on texts of `tokens` tokens; or that of a vision tower."""
         self.device, self.ranks, self._tokens = device, ranks or Ranks(), tokens
         self._pictures = towers not in BERT_SIZES
-        made = build(towers, False) if self._pictures else bert_towers(towers, tokens)
+        made = build_towers_of(towers, lock=False) if self._pictures else bert_towers(towers, tokens)
         self.towers: Any = made.to(device)
         if device.type == "cuda":
             self.towers.drop_padding()
@@ -175,11 +175,11 @@ class TowerSteps:
             self._pixels = torch.randint(0, 256, (PICTURES, *shape), dtype=torch.uint8)
         at_once = min(max(1, budget // each), PICTURES)
         places = [np.arange(first, min(first + at_once, pairs)) for first in range(0, pairs, at_once)]
-        texts = made_texts(pairs)
+        texts = random_captions(pairs)
         padded = not self.towers.padding_free
         cut = pack(texts.lengths, budget, padded=padded, device=self.towers.device.type)
         group = TextGroup("document", texts, cut)
-        return [Pictures(self._pixels, each, places, pairs), group]
+        return [RepeatedImages(self._pixels, each, places, pairs), group]
 
     def _reset(self) -> None:
         """Leave nothing of the step before."""

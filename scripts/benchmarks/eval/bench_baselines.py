@@ -1,18 +1,14 @@
-"""BM25, models and a hybrid on the three bundled sets, by the commands a user would type.
+"""BM25, dense models and a hybrid on the three bundled sets, with the commands that a user would type.
 
     python scripts/benchmarks/eval/bench_baselines.py --model MiniLM-L6=FOLDER trained=runs/quickstart/run/model
 
-Rows go to scripts/results/baselines.csv, the report to scripts/results/baselines.html.
+Rows are written to scripts/results/baselines.csv, the full report to report/report.html in the folder --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,13 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 
 from scripts import DATA, RESULTS, ROOT
+from scripts.benchmarks.commands import retriever, shell
 from scripts.benchmarks.machine import machine
+from scripts.benchmarks.result_rows import write_rows
 
 MEASURES = ("ndcg@10", "recall@100", "mrr@10", "map@100")
 
 
 def main() -> None:
-    """Evaluate every model on every set, compare them, keep the numbers and the report."""
+    """Evaluate every model on every set, compare them, and write the rows."""
     options = parse_arguments()
     models = dict(word.split("=", 1) for word in options.model)
     first = next(iter(models))
@@ -41,51 +39,40 @@ def main() -> None:
     retriever("evaluate", "compare", *systems, *flags, "--data", *data, "--out", options.out / "report")
     report = json.loads((options.out / "report" / "report.json").read_text(encoding="utf-8"))
     write_csv(RESULTS / "baselines.csv", report)
-    shutil.copyfile(options.out / "report" / "report.html", RESULTS / "baselines.html")
+    print(f"report: {options.out / 'report' / 'report.html'}")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument(
         "--model",
         nargs="+",
         required=True,
         metavar="NAME=MODEL",
-        help="models; the others are tested against the first",
+        help="models by name; the others are tested against the first",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/baselines"), help="to fill; continued if there")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/baselines"),
+        help="folder to write; a previous run there is continued (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
-def retriever(*words: object) -> None:
-    """Run a command of this environment, which need not be on the PATH."""
-    shell(sys.executable, "-m", "retriever", *words)
-
-
-def shell(*words: object) -> None:
-    """Print a command and run it."""
-    command = [str(word) for word in words]
-    print(f"\n$ {shlex.join(command)}".replace(f"{sys.executable} -m retriever", "retriever"), flush=True)
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
 def write_csv(path: Path, report: dict[str, Any]) -> None:
-    """A row for each set and system: its measures, and how it compares with the first model by nDCG@10."""
+    """Write a row for each set and system: its measures, and its comparison with the first model by nDCG@10."""
     compared = ("difference", "low", "high", "wins", "losses", "ties", "p_t", "p_randomisation", "p_corrected")
-    measured = machine()
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["set", "queries", "system", *MEASURES, *compared, *measured])
-        for name, found in report["sets"].items():
-            pairs = {pair["b"]: pair for pair in found["comparisons"]}
-            for system, scored in found["systems"].items():
-                values = [f"{scored['mean'][measure]:.6f}" for measure in MEASURES]
-                pair = pairs.get(system, {})
-                tests = [f"{pair[key]:.6g}" if key in pair else "" for key in compared]
-                writer.writerow([name, found["queries"], system, *values, *tests, *measured.values()])
+    rows, about = [], machine()
+    for name, found in report["sets"].items():
+        pairs = {pair["b"]: pair for pair in found["comparisons"]}
+        for system, scored in found["systems"].items():
+            values = {measure: f"{scored['mean'][measure]:.6f}" for measure in MEASURES}
+            pair = pairs.get(system, {})
+            tests = {column: f"{pair[column]:.6g}" if column in pair else "" for column in compared}
+            rows.append({"set": name, "queries": found["queries"], "system": system, **values, **tests, **about})
+    write_rows(rows, path)
 
 
 if __name__ == "__main__":

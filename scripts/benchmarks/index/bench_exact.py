@@ -1,21 +1,19 @@
-"""Exact search against the bare product with top-k, and on a CPU against faiss and beir, in one process.
+"""Exact search against a plain matrix product with top-k, and on a CPU against faiss and beir, in one process.
 
-python scripts/benchmarks/index/bench_exact.py --device cuda --rows 1000000 --dim 768 --queries 10000 --k 100
+    python scripts/benchmarks/index/bench_exact.py --device cuda --rows 1000000 --dim 768 --queries 10000 --k 100
 
-Every method's ranking is checked against float64 before its time is printed, and the bits of ours against those of
-other block sizes and, for some queries, of the processor. Rows go to exact.csv, in scripts/results or where --results
-says; `of_bare` is the share of the quickest bare product with top-k, which on a GPU is in half precision.
-Needs torch and numpy; on a CPU faiss and beir too.
+Every ranking is checked against float64 before its time is printed. The bits of our results must not depend on the
+block size or, for some queries, on the device. Rows are written to exact.csv; `of_bare` is the time divided by that of
+the fastest plain product with top-k, which on a GPU is in half precision. Needs torch and numpy; on a CPU also faiss
+and beir.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,19 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from index.exact import search as exact
 from scripts import RESULTS
 from scripts.benchmarks.machine import machine
+from scripts.benchmarks.result_rows import update_rows
+from scripts.benchmarks.timing import Times, synchronize, time_alternately
 
 BLOCK = 16384
-# Of the products, 5 GiB for 10,000 queries: what a GPU's memory allows and a careful program would not.
+# Takes 5 GiB of products for 10,000 queries, which most programs would not spend.
 LARGE_BLOCK = 131072
 CHECKED = 50
-# Sizes of ours, beside the default, that must give the same bits.
+# Block sizes that must give the same bits as the default.
 OTHER_BLOCKS = (5000, 16384)
 
 Found = tuple[np.ndarray, np.ndarray]
 
 
 def main() -> None:
-    """Measure one size and keep its rows."""
+    """Measure one size and write its rows."""
     options = parse_arguments()
     check_installed(options.device)
     if options.threads:
@@ -49,59 +49,64 @@ def main() -> None:
     passages, queries = vectors(options)
     expected = best_in_float64(passages, queries, options.k)
     ids = [f"d{row}" for row in range(options.rows)]
-    ways_there = gpu_ways if options.device == "cuda" else cpu_ways
-    ways = ways_there(passages, queries, ids, options.k)
-    if unknown := set(options.profile) - set(ways):
-        sys.exit(f"--profile: expected some of {', '.join(map(repr, ways))}, found {unknown.pop()!r}")
+    make_methods = gpu_methods if options.device == "cuda" else cpu_methods
+    methods = make_methods(passages, queries, ids, options.k)
+    if unknown := set(options.profile) - set(methods):
+        sys.exit(f"--profile: expected some of {', '.join(map(repr, methods))}, found {unknown.pop()!r}")
     same_bits(passages, queries, ids, options.k)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for turn in range(options.repeats + 1):
-        # In turns, so that a noisy neighbour disturbs all of them alike; the first turn warms up and is checked.
-        for name, way in ways.items():
-            synchronize()
-            started, worked = time.perf_counter(), time.process_time()
-            found = way()
-            synchronize()
-            if turn:
-                seconds[name].append((time.perf_counter() - started, time.process_time() - worked))
-            else:
-                check(name, found, expected, options.k)
-    write(options, {name: tuple(map(statistics.median, zip(*times, strict=True))) for name, times in seconds.items()})
+
+    def check_first(name: str, number: int, found: Found) -> None:
+        if number == 0:
+            check(name, found, expected, options.k)
+
+    times = time_alternately(methods, options.repeats, on_result=check_first)
+    medians = {name: Times(*map(statistics.median, zip(*each, strict=True))) for name, each in times.items()}
+    write(options, medians)
     for name in options.profile:
-        profile(name, ways[name])
+        profile(name, methods[name])
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Sizes, and where."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--dim", type=int, default=384)
-    parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--k", type=int, default=100)
-    parser.add_argument("--data", choices=("uniform", "clustered"), default="clustered", help="on the unit sphere")
-    parser.add_argument("--threads", type=int, default=0, help="of torch and faiss; 0 leaves them as they are")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile", nargs="*", default=[], metavar="METHOD", help="say what its time goes into")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for exact.csv")
-    parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=100_000, help="passages (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=384, help="dimensions (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=1000, help="queries (default: %(default)s)")
+    parser.add_argument("--k", type=int, default=100, help="results per query (default: %(default)s)")
+    parser.add_argument(
+        "--data",
+        choices=("uniform", "clustered"),
+        default="clustered",
+        help="distribution on the unit sphere (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="threads of torch and faiss; 0 keeps their default (default: %(default)s)",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default: %(default)s)")
+    parser.add_argument("--profile", nargs="*", default=[], metavar="METHOD", help="methods to profile by operation")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for exact.csv (default: %(default)s)")
+    parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
     return parser.parse_args()
 
 
 def check_installed(device: str) -> None:
-    """Say what is missing before anything is generated."""
+    """Exit with one line if a GPU or a package is missing, before anything is generated."""
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: expected a GPU that torch can use, found none")
     packages = {"faiss": "faiss-cpu", "beir": "beir"} if device == "cpu" else {}
     missing = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"not installed, and compared with: pip install {' '.join(missing)}")
+        sys.exit(f"expected packages that ours is compared with: pip install {' '.join(missing)}")
 
 
 def vectors(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Passages [N, D] and queries [Q, D] of unit length, made where they are searched.
+    """Passages [N, D] and queries [Q, D] of unit length, generated on the device that searches them.
 
-    Clustered ones lie around N / 200 centres, as topics do.
+    Clustered vectors lie around N / 200 centres, like topics.
     """
     device = torch.device(options.device)
     generator = torch.Generator(device).manual_seed(0)
@@ -119,8 +124,8 @@ def vectors(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     return some(options.rows), some(options.queries)
 
 
-def gpu_ways(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -> dict[str, Callable[[], Found]]:
-    """Ours and the bare product with top-k, from main memory and from the GPU's."""
+def gpu_methods(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -> dict[str, Callable[[], Found]]:
+    """On a GPU: ours and the plain product with top-k, from main memory and from GPU memory."""
     passages, queries = there.cpu().numpy(), asked.cpu().numpy()
 
     def ours(source: Any, block: int | None = None) -> Found:
@@ -143,8 +148,8 @@ def gpu_ways(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -
     }
 
 
-def cpu_ways(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -> dict[str, Callable[[], Found]]:
-    """Ours, the bare product with top-k, faiss and beir."""
+def cpu_methods(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -> dict[str, Callable[[], Found]]:
+    """On a CPU: ours, the plain product with top-k, faiss and beir."""
     import faiss
 
     passages, queries = there.numpy(), asked.numpy()
@@ -157,7 +162,7 @@ def cpu_ways(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -
         return exact.search(queries, [(0, passages)], ids, k)
 
     def ours_as_a_run() -> Found:
-        # What beir returns, and evaluation needs: a dictionary of scores for each query.
+        # The format that beir returns: a dictionary of scores per query.
         scores, rows = ours()
         for some_scores, some_rows in zip(scores.tolist(), rows.tolist(), strict=True):
             dict(zip([ids[row] for row in some_rows], some_scores, strict=True))
@@ -174,12 +179,12 @@ def cpu_ways(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -
 
 
 def product(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
-    """In float32, whatever the vectors are."""
+    """Product in float32."""
     return queries @ passages.T
 
 
 def half_product(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
-    """In float16, summed and returned in float32."""
+    """Product in float16, accumulated and returned in float32."""
     return torch.mm(queries.half(), passages.half().T, out_dtype=torch.float32)
 
 
@@ -191,7 +196,7 @@ def bare(
     block: int = BLOCK,
     top: bool = True,
 ) -> Found:
-    """What anyone would write: products by blocks, the top k of each, and of those kept; no promise about ties."""
+    """Plain top-k: products in blocks, the top k of each block, and of those the top k. Ties are not ordered."""
     best = queries.new_full((len(queries), k), -torch.inf)
     rows = torch.full((len(queries), k), -1, device=queries.device)
     for first in range(0, len(passages), block):
@@ -204,7 +209,7 @@ def bare(
 
 
 def beir_search(passages: np.ndarray, queries: np.ndarray, k: int) -> Callable[[], Found]:
-    """beir's search, with a model that has its vectors ready."""
+    """beir's search with a model that returns precomputed vectors."""
     from beir.retrieval.search.dense import DenseRetrievalExactSearch
 
     class Ready:
@@ -215,7 +220,7 @@ def beir_search(passages: np.ndarray, queries: np.ndarray, k: int) -> Callable[[
             first = int(documents[0]["text"])
             return torch.from_numpy(passages[first : first + len(documents)])
 
-    # beir sorts the corpus by the length of its texts: equal lengths keep their order.
+    # beir sorts the corpus by text length, so all texts have equal length.
     corpus = {f"d{row}": {"text": f"{row:09d}"} for row in range(len(passages))}
     asked = {f"q{query}": "" for query in range(len(queries))}
 
@@ -229,7 +234,7 @@ def beir_search(passages: np.ndarray, queries: np.ndarray, k: int) -> Callable[[
 
 
 def best_in_float64(passages: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[np.ndarray, Found]:
-    """A sample of the queries, and the scores [S, k], as float32, and rows [S, k] that float64 finds for it."""
+    """A sample of the queries, and their scores [S, k] as float32 and rows [S, k] in float64 precision."""
     sample = np.linspace(0, len(queries) - 1, min(CHECKED, len(queries))).astype(int)
     asked = queries[torch.from_numpy(sample).to(queries.device)].double()
     products = torch.cat([asked @ part.double().T for part in passages.split(65536)], dim=1)
@@ -238,7 +243,7 @@ def best_in_float64(passages: torch.Tensor, queries: torch.Tensor, k: int) -> tu
 
 
 def same_bits(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) -> None:
-    """Search with other block sizes, and on a GPU also by the processor: every bit must be that of the default."""
+    """Check that other block sizes, and on a GPU also the CPU, give the same bits."""
     queries, device = asked.cpu().numpy(), there.device.type
     expected = exact.search(queries, [(0, there)], ids, k, device=device)
     for block in OTHER_BLOCKS:
@@ -251,42 +256,40 @@ def same_bits(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int) 
 
 
 def compare(name: str, found: Found, expected: Found) -> None:
-    """Stop where a bit differs."""
+    """Exit if any bit differs."""
     if not all(one.tobytes() == other.tobytes() for one, other in zip(found, expected, strict=True)):
         sys.exit(f"{name}: expected the bits of the default block size, found others")
     print(f"{name}: the same bits", file=sys.stderr)
 
 
 def check(name: str, found: Found, truth: tuple[np.ndarray, Found], k: int) -> None:
-    """Compare a sample with float64: ours must have its scores to the last bit, the others to 1e-3 and 97 % of rows."""
+    """Check a sample against float64: ours must have its exact scores, the others 97 % of its rows and 1e-3."""
     if name == "bare float32 product":
         return
     sample, (expected, rows) = truth
     scores = found[0][sample]
     if name.startswith("ours"):
-        # Of a million float64 sums a few round to another float32 number than the exact sum does.
+        # Of a million float64 sums, a few round to another float32 number than the exact sum.
         if not (scores == expected).mean() > 0.9999 or np.abs(scores - expected).max() > 2.0**-23:
             sys.exit(f"{name}: expected the scores of float64, found others")
     elif np.abs(scores - expected).max() > 1e-3:
         sys.exit(f"{name}: expected scores within 1e-3 of float64's, found {np.abs(scores - expected).max()}")
-    # A passage that scores as the last of the best does is as good as one of them.
+    # A passage that ties with the last of the top k is as good.
     right = (found[1][sample][:, :, None] == rows[:, None, :]).any(axis=2) | (scores == expected[:, -1:])
     same = right.mean()
     print(f"{name}: {same:.4%} of the rows of float64 on {len(sample)} queries", file=sys.stderr)
     least = 0.9999 if name.startswith("ours") else 0.97
     if same < least:
-        sys.exit(f"{name}: expected {least:.2%} of the passages of float64, found {same:.2%} of them")
+        sys.exit(f"{name}: expected {least:.2%} of the passages of float64, found {same:.2%}")
 
 
-def write(options: argparse.Namespace, medians: dict[str, tuple[float, ...]]) -> None:
-    """Print the table, and put its rows in the place of those of the same size and hardware.
-
-    Beside the time on the clock stand the seconds that processors worked, which other programs disturb less.
-    """
+def write(options: argparse.Namespace, medians: dict[str, Times]) -> None:
+    """Print the table and update its rows in exact.csv. Processor time is given besides wall time, because other
+    programs disturb it less."""
     size = {name: str(getattr(options, name)) for name in ("device", "rows", "dim", "queries", "k", "data")}
     size["threads"] = str(torch.get_num_threads()) if options.device == "cpu" else ""
-    here = {**machine(), **({"commit": options.commit} if options.commit else {})}
-    # The quickest bare product with top-k: in half precision on a GPU.
+    here = machine(options.commit)
+    # The fastest plain product with top-k, which on a GPU is in half precision.
     base = min(both for name, both in medians.items() if "top-k" in name or name.startswith("bare float16"))
     rows = []
     for name, (seconds, worked) in medians.items():
@@ -295,35 +298,19 @@ def write(options: argparse.Namespace, medians: dict[str, tuple[float, ...]]) ->
         ratios = {"of_bare": shares[0], "processor_of_bare": shares[1]}
         rows.append({**size, "method": name, **times, **ratios, **here})
         print(f"{seconds:8.3f} s ({shares[0]} of bare)  {worked:8.3f} processor s ({shares[1]})  {name}")
-    kept = []
-    target = options.results / "exact.csv"
-    if target.exists():
-        with target.open(encoding="utf-8", newline="") as stream:
-            same = {**size, "hardware": here["hardware"]}
-            kept = [row for row in csv.DictReader(stream) if any(row[name] != same[name] for name in same)]
-    options.results.mkdir(parents=True, exist_ok=True)
-    with target.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
+    update_rows(rows, options.results / "exact.csv", key=(*size, "hardware"))
 
 
-def profile(name: str, way: Callable[[], Found]) -> None:
-    """Print what one more turn of a method spends its time on, the largest first."""
+def profile(name: str, call: Callable[[], Found]) -> None:
+    """Print which operations one more call of a method spends its time on, the slowest first."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as found:
-        way()
+        call()
         synchronize()
     column = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     print(name, found.key_averages().table(sort_by=column, row_limit=25, max_name_column_width=60), sep="\n")
-
-
-def synchronize() -> None:
-    """Wait for the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

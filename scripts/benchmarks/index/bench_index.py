@@ -1,19 +1,19 @@
-"""Measure the indexes: what sizes cost, whether recall targets are kept, and what ours adds to plain faiss.
+"""FAISS indexes: memory and time by size, recall targets on new queries, and the overhead over plain faiss.
 
-    python scripts/datasets/index_sets.py clustered-1m --out SETS  write a set (also wordnet, clustered-10m …)
+    python scripts/datasets/index_sets.py clustered-1m --out SETS               writes a set (or wordnet, …)
     python scripts/benchmarks/index/bench_index.py sizes --sets SETS [--only clustered-1m] [--factory IVF4096,SQ8]
-    python scripts/benchmarks/index/bench_index.py computed  what no machine here holds (with sizes as well)
+    python scripts/benchmarks/index/bench_index.py computed                     estimates for larger sizes
     OMP_NUM_THREADS=1 python scripts/benchmarks/index/bench_index.py targets --sets SETS
     python scripts/benchmarks/index/bench_index.py overhead --sets SETS
-    python scripts/benchmarks/index/bench_index.py plots  and the tables of index/README.md
+    python scripts/benchmarks/index/bench_index.py plots                        also the tables of index/README.md
 
-Each writes its rows to scripts/results/index_*.csv, in place of earlier ones of the same set and factory.
+Rows are written to scripts/results/index_*.csv, in place of earlier rows of the same set and factory. `sizes` includes
+`computed`.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import resource
 import subprocess
@@ -35,8 +35,10 @@ from index.ann.factory import choose, make, memory
 from index.ann.index import Index
 from index.ann.tuning.recall import Target, Truth, find_truth, recall_of_each
 from scripts import RESULTS, ROOT
+from scripts.benchmarks import result_rows
 from scripts.benchmarks.index import index_overhead, index_plots, index_rates, index_targets
 from scripts.benchmarks.machine import machine
+from scripts.benchmarks.result_rows import read_rows, update_rows
 from scripts.benchmarks.tables import index_tables
 from scripts.datasets.index_sets import read_set
 
@@ -56,9 +58,9 @@ def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("sizes", "computed", "targets", "overhead", "plots", "one-size"))
-    parser.add_argument("--sets", type=Path, help="folder that scripts/datasets/index_sets.py wrote")
-    parser.add_argument("--only", help="one set")
-    parser.add_argument("--factory", help="one factory")
+    parser.add_argument("--sets", type=Path, help="folder that scripts/datasets/index_sets.py has written")
+    parser.add_argument("--only", help="measure only this set")
+    parser.add_argument("--factory", help="measure only this factory string")
     options = parser.parse_args()
     if options.what == "sizes":
         sizes(options.sets, options.only, options.factory)
@@ -78,7 +80,7 @@ def main() -> None:
 
 
 def sizes(sets: Path, only: str | None, factory: str | None) -> None:
-    """Every set and factory in a process of its own, whose peak of memory is then theirs; and the computed rows."""
+    """Measure every set and factory, each in its own process, so that peak memory is separate; then the estimates."""
     for name, factories in SIZES.items():
         if only not in (None, name):
             continue
@@ -93,17 +95,17 @@ def sizes(sets: Path, only: str | None, factory: str | None) -> None:
 
 
 def one_size(folder: Path, factory: str) -> dict[str, Any]:
-    """Build the index of a set to the recall target on half of its queries, and measure it on the other half."""
+    """Build the index of a set, tune it to the recall target on half of its queries, and measure the other half."""
     store, queries = read_set(folder)
-    # Exact search of thousands in 10 million would take longer than all the rest.
+    # Exact search of thousands of queries in 10 million vectors would take longer than everything else.
     half = 2_000 if store.rows < 5_000_000 else 500
-    before = _anonymous_mib()
+    before = _peak_mib()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         out = Path(temporary) / "index"
         started = time.perf_counter()
         build(store, out, Plan(factory))
         built = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = _peak_mib()
 
         started = time.perf_counter()
         tuning = retune(out, store, Target(TARGET, K, queries[:half]))
@@ -137,14 +139,14 @@ def one_size(folder: Path, factory: str) -> dict[str, Any]:
 
 
 def other_recall(index: Index, truth: Truth) -> float:
-    """Mean recall of an opened index for queries that it was not tuned on."""
-    return float(recall_of_each(index.search_rows(truth.queries, truth.k)[1], truth).mean())
+    """Mean recall of an open index on queries that it was not tuned on."""
+    return float(recall_of_each(index.search(truth.queries, truth.k)[1], truth).mean())
 
 
 def computed_sizes() -> list[dict[str, Any]]:
-    """What no machine here holds: memory by the same sums that `auto` makes, and time by rates measured on this one.
+    """Estimates for sizes that fit no machine here: memory by the formulas of `auto`, time by rates measured here.
 
-    Recall would be a guess: it is what tuning finds.
+    Recall is left out, because only tuning tells it.
     """
     found = []
     for dim in (128, 768):
@@ -172,28 +174,19 @@ def computed_sizes() -> list[dict[str, Any]]:
 
 
 def write_rows(name: str, rows: list[dict[str, Any]], key: tuple[str, ...]) -> None:
-    """Put `rows` into a CSV, in place of those with the same key; the others stay."""
-    path = RESULTS / name
-    old: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as stream:
-            old = list(csv.DictReader(stream))
-    new = {tuple(str(row[column]) for column in key) for row in rows}
-    kept = [row for row in old if tuple(row[column] for column in key) not in new]
-    # What no row fills any more is left out: a measurement may have other columns than it had.
-    columns = list(dict.fromkeys(column for row in (*rows, *kept) for column in row if row[column] not in ("", None)))
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
+    """Update rows in a CSV file. Columns that no row fills any more are left out."""
+    update_rows(rows, RESULTS / name, key)
+    written = read_rows(RESULTS / name)
+    filled = {column for row in written for column, value in row.items() if value}
+    result_rows.write_rows([{k: v for k, v in row.items() if k in filled} for row in written], RESULTS / name)
 
 
 def measured_on() -> dict[str, str]:
-    """Where and with what."""
+    """Hardware and versions."""
     return {**machine(), "faiss": faiss.__version__}
 
 
-def _anonymous_mib() -> float:
+def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

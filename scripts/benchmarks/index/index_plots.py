@@ -1,19 +1,19 @@
-"""Plots of what scripts/benchmarks/index/bench_index.py measured."""
+"""Plots of the index benchmarks."""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
+
+from scripts.benchmarks.result_rows import read_rows
 
 
 def draw(results: Path) -> None:
-    """Write index_sizes.png: memory and time of every measured size at the recall target."""
+    """Draw index_sizes.png: memory and time of every measured index at the recall target."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    with (results / "index_sizes.csv").open(encoding="utf-8", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["kind"] == "measured"]
+    rows = [row for row in read_rows(results / "index_sizes.csv") if row["kind"] == "measured"]
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -30,7 +30,11 @@ def draw(results: Path) -> None:
             for row, place in zip(points, places, strict=True):
                 axes.annotate(row["factory"], place, fontsize=6, xytext=(3, 3), textcoords="offset points")
     left.set(
-        xscale="log", yscale="log", xlabel="bytes a vector", ylabel="µs of one core a query", title="at recall@10 0.95"
+        xscale="log",
+        yscale="log",
+        xlabel="bytes per vector",
+        ylabel="µs of one core per query",
+        title="at recall@10 0.95",
     )
     right.set(xscale="log", yscale="log", xlabel="vectors", ylabel="seconds to build", title="building")
     left.xaxis.set_minor_formatter(NullFormatter())

@@ -1,7 +1,7 @@
-"""How long building takes where no machine here can: from the work it is, and rates measured on this one.
+"""Estimated build time of indexes that fit no machine here, from the amount of work and rates measured on this one.
 
-Clustering N vectors is a known number of products, all vectors of the sample with all centroids, ten times over;
-adding a vector is to find its list and to make its code. Measured by processor time, so for one core.
+Clustering multiplies all vectors of the sample with all centroids, ten times; adding a vector finds its list and
+computes its code. Rates are processor time, hence of one core.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from index.ann.settings import set_add_effort
 from index.ann.train import PER_CENTROID
 from scripts.datasets.index_sets import clustered
 
-# Of the k-means whose rate is measured, and of the graph of centroids that vectors are looked up in.
+# Centroids of the measured k-means, and of the graph that vectors are looked up in.
 KMEANS_LISTS = 1024
 CENTROIDS = 65536
 ADDED = 20_000
 
 
 class Rates:
-    """Of vectors of `dim` dimensions, measured once."""
+    """Rates for vectors of `dim` dimensions, measured once."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -34,7 +34,7 @@ class Rates:
         index = make(f"IVF{KMEANS_LISTS},Flat", dim)
         cost = _seconds(lambda: index.train(vectors))
         self._product = cost / (index.cp.niter * len(vectors) * KMEANS_LISTS)
-        # Only its graph: with as many centroids as it asks for, it is not clustered.
+        # Only the graph is built. The vectors serve as centroids, without clustering.
         self._index = make(f"IVF{CENTROIDS}_HNSW32,Flat", dim)
         quantizer = faiss.downcast_index(self._index.quantizer)
         self._graph = _seconds(lambda: quantizer.add(vectors)) / CENTROIDS
@@ -42,19 +42,19 @@ class Rates:
         self._look_up = _seconds(lambda: quantizer.search(self._vectors, 1)) / ADDED
 
     def clustering(self, lists: int) -> float:
-        """Seconds of one core to find so many centroids, and to make their graph."""
+        """Core seconds to train `lists` centroids and to build their graph."""
         sample = PER_CENTROID * lists
         return float(self._product * self._index.cp.niter * sample * lists + self._graph * lists)
 
     def adding(self, code: str, rows: int) -> float:
-        """Seconds of one core to add so many vectors, each with a `code` such as SQ8."""
+        """Core seconds to add `rows` vectors, each with a `code` such as SQ8."""
         index: Any = make(code, self.dim)
         index.train(self._vectors)
         return float(rows * (self._look_up + _seconds(lambda: index.add(self._vectors)) / ADDED))
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Processor time of one thread."""
+    """Processor time of `work` on one thread."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:

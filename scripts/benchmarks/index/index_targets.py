@@ -1,4 +1,4 @@
-"""Whether a recall target is kept on other queries, and how near the settings found are to the cheapest."""
+"""Whether a recall target is kept on new queries, and how close the tuned settings are to the cheapest ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROUNDS = 5
 
 
 def rows(sets: Path, only: str | None) -> Iterator[dict[str, Any]]:
-    """A row for every set, factory and kind of queries to tune on: real ones, or passages held out."""
+    """A row for every set, factory and kind of tuning queries: real queries, or held-out passages."""
     for name, factories in FACTORIES.items():
         if only not in (None, name):
             continue
@@ -47,7 +47,7 @@ def rows(sets: Path, only: str | None) -> Iterator[dict[str, Any]]:
             add(index.add, Part(store), None)
             for tuned_on, truth in truths.items():
                 if is_graph(index) and truth.own is not None:
-                    # Those it is measured by must come into it later; what it was is not needed any more.
+                    # A graph cannot lose vectors, so it is built again without the held-out passages.
                     index, truth = make(factory, store.dim), truth_for_held_out(store, passages, held_out)
                     add(index.add, Part(store), None, without=held_out)
                 started = time.perf_counter()
@@ -72,13 +72,13 @@ def rows(sets: Path, only: str | None) -> Iterator[dict[str, Any]]:
 
 
 def _against_grid(index: Any, other: Truth, chosen: Settings) -> dict[str, Any]:
-    """The cheapest setting of a fine grid that has the chosen one's recall, or the target's, on the other queries."""
+    """The cheapest setting of a fine grid that has the chosen setting's recall, or the target's, on the new queries."""
     grid = [settings for settings in _grid(chosen) if settings != chosen]
     recalls = {settings: _measured(index, other, settings)[0] for settings in grid}
     ours = _measured(index, other, chosen)[0]
     found: dict[str, Any] = {"grid": len(grid)}
     if chosen.k_factor is None:
-        # One setting alone: more of it is more work, and the codes compared tell how much without a clock.
+        # With a single setting, the number of compared codes measures the work without a clock.
         compared = {settings: measure(index, other, settings).compared for settings in (chosen, *grid)}
         for column, recall in (("at_this_recall", ours), ("at_the_target", TARGET)):
             best = min(
@@ -92,7 +92,7 @@ def _against_grid(index: Any, other: Truth, chosen: Settings) -> dict[str, Any]:
         if not reach:
             found[f"cheaper_{column}"] = 0.0
             continue
-        # Those that could be cheapest by the work they do; then by time, in turns with the chosen one.
+        # Candidates by the amount of work, then timed alternately with the chosen setting.
         best = sorted(reach, key=lambda settings: _work(settings, chosen))[:4]
         times = {settings: np.inf for settings in (chosen, *best)}
         for _ in range(ROUNDS):
@@ -105,7 +105,7 @@ def _against_grid(index: Any, other: Truth, chosen: Settings) -> dict[str, Any]:
 
 
 def _grid(chosen: Settings) -> Iterator[Settings]:
-    """Around the chosen setting: in steps of 5 % of the one, and every k_factor near it that tuning knows."""
+    """Settings around the chosen one: in steps of 5 %, with every k_factor near it that tuning tries."""
     shares = [0.55 + 0.05 * step for step in range(18)]
     if chosen.ef_search is not None:
         for value in sorted({round(share * chosen.ef_search) for share in shares}):
@@ -120,7 +120,7 @@ def _grid(chosen: Settings) -> Iterator[Settings]:
 
 
 def _work(settings: Settings, chosen: Settings) -> float:
-    """In lists and candidates, each as a share of the chosen setting's."""
+    """Lists and candidates, each relative to the chosen setting."""
     return sum(
         value / (reference or 1)
         for (name, value), reference in zip(settings.known().items(), chosen.known().values(), strict=True)
@@ -128,7 +128,7 @@ def _work(settings: Settings, chosen: Settings) -> float:
 
 
 def _measured(index: Any, truth: Truth, settings: Settings) -> tuple[float, float]:
-    """Mean recall and seconds of processor time; run on one thread (OMP_NUM_THREADS=1), of which alone it is known."""
+    """Mean recall and processor seconds. Run on one thread (OMP_NUM_THREADS=1), whose time alone is measured."""
     settings.apply(index)
     started = time.thread_time()
     found = index.search(truth.queries, truth.k)[1]

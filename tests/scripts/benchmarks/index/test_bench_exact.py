@@ -1,4 +1,4 @@
-"""The benchmark of exact search writes where and whose commit it is told, and stops at a wrong result."""
+"""bench_exact.py writes its rows to the given folder with the given commit, and stops at a wrong result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("beir")
 SMALL = ("--rows", "3000", "--dim", "16", "--queries", "40", "--k", "5", "--repeats", "1", "--commit", "abc1234")
 
 
-def test_rows_go_to_the_folder_named_in_place_of_those_before(
+def test_rows_replace_earlier_ones_in_the_given_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
@@ -33,20 +33,20 @@ def test_rows_go_to_the_folder_named_in_place_of_those_before(
     assert "blocks of 5000: the same bits" in told.err and "aten::mm" in told.out
 
 
-def test_a_method_that_is_not_there_is_not_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profiling_an_unknown_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_exact.py", *SMALL, "--profile", "theirs"])
     with pytest.raises(SystemExit, match=r"--profile: expected some of 'bare float32 product', .*, found 'theirs'"):
         bench_exact.main()
 
 
-def test_a_single_bit_that_differs_ends_it() -> None:
+def test_a_single_different_bit_is_refused() -> None:
     scores, rows = np.zeros((2, 3), np.float32), np.arange(6).reshape(2, 3)
     bench_exact.compare("blocks", (scores.copy(), rows), (scores, rows))
     with pytest.raises(SystemExit, match="expected the bits"):
         bench_exact.compare("blocks", (-scores, rows), (scores, rows))
 
 
-def test_another_passage_of_the_last_score_is_no_fault_and_any_other_is() -> None:
+def test_only_a_tie_with_the_last_score_may_differ() -> None:
     scores, rows = np.array([[3.0, 2.0]], np.float32), np.array([[7, 4]])
     truth = np.array([0]), (scores, rows)
     bench_exact.check("ours", (scores, np.array([[7, 9]])), truth, 2)

@@ -1,4 +1,4 @@
-"""The benchmark of training on pictures measures each of its parts and writes what it measured."""
+"""bench_image_train.py measures each of its parts and writes their rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_part_is_measured_and_written(python: LoadedPython, tmp_path: Path
         "loss and its gradients",
         "towers: forward, backward, forward",
         "LiT step on features",
-        "LiT step that encodes its pictures",
+        "LiT step that encodes its images",
         "LiT step on features, data offload",
         "step, data offload",
     ]
