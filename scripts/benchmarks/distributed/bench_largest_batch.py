@@ -1,13 +1,14 @@
-"""The largest batch that one GPU trains on, by each way of computing the loss, found by trying whole optimizer steps.
+"""The largest batch that one GPU can train on, for each loss, found with whole optimizer steps.
 
-python scripts/benchmarks/distributed/bench_largest_batch.py
-python scripts/benchmarks/distributed/bench_largest_batch.py --device cpu --quick
+    python scripts/benchmarks/distributed/bench_largest_batch.py
+    python scripts/benchmarks/distributed/bench_largest_batch.py --device cpu --quick
 
-Two towers of BERT-base's size with random weights, AdamW, bf16; texts of --tokens tokens. A batch is doubled until it
-runs out of memory, then the last gap is halved --halvings times; ours stops at --goal. Token ids wait on the host and
-micro-batches of them visit the GPU. Rows go to largest_batch.csv, memory against the batch to largest_batch.png, in
-scripts/results or where --results says. A step that would probably end after --budget seconds is not begun, and has a
-row that says so; the ways are tried in the order of what their figures are worth.
+Two towers of the size of BERT-base with random weights, AdamW, bf16, and texts of --tokens tokens. The batch is doubled
+until it runs out of memory; then the last gap is bisected --halvings times. Ours stops at --goal. Token ids stay on the
+host and are copied to the GPU by micro-batch.
+
+Rows are written to largest_batch.csv; memory by batch size is plotted in largest_batch.png. A step that would probably
+end after --budget is not started and gets a row that says so.
 """
 
 from __future__ import annotations
@@ -25,115 +26,122 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from losses import InfCLLoss, clip_loss
 from scripts import RESULTS
 from scripts.benchmarks.distributed.tower_steps import (
-    Attempt,
-    Baseline,
+    LiteratureLoss,
     Search,
+    StepResult,
     TowerSteps,
-    Way,
-    all_kept,
-    as_planned,
-    none_kept,
+    TrainingMethod,
+    keep_all_graphs,
+    keep_no_graphs,
+    keep_planned_graphs,
 )
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import write_rows
 
-WAYS = [
-    Way("ours", lambda: InfCLLoss(symmetric=True), as_planned, endless=True),
-    Way("no gradient cache, whole matrix", lambda: Baseline(clip_loss), all_kept),
-    Way("gradient cache, whole matrix", lambda: Baseline(clip_loss), none_kept),
-    Way(
+METHODS = [
+    TrainingMethod("ours", lambda: InfCLLoss(symmetric=True), keep_planned_graphs, linear_memory=True),
+    TrainingMethod("no gradient cache, whole matrix", lambda: LiteratureLoss(clip_loss), keep_all_graphs),
+    TrainingMethod("gradient cache, whole matrix", lambda: LiteratureLoss(clip_loss), keep_no_graphs),
+    TrainingMethod(
         "ours, embeddings on the host",
         lambda: InfCLLoss(symmetric=True),
-        as_planned,
-        on_host=True,
-        endless=True,
+        keep_planned_graphs,
+        offload=True,
+        linear_memory=True,
     ),
 ]
 
 
 def main() -> None:
-    """Try every way."""
+    """Search the largest batch of every method."""
     began = time.monotonic()
     options = arguments()
     bench = Bench(options, began + options.budget)
-    for way in WAYS:
-        if not options.ways or any(part in way.name for part in options.ways):
-            bench.search(way)
+    for method in METHODS:
+        if not options.methods or any(part in method.name for part in options.methods):
+            bench.search(method)
     print(f"{time.monotonic() - began:.0f} s", flush=True)
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="cpu or cuda")
-    parser.add_argument("--tokens", type=int, default=16, help="of each text")
-    parser.add_argument("--goal", type=int, default=2**20, help="pairs at which ours stops")
-    parser.add_argument("--ways", nargs="*", help="those with one of these in their name")
-    parser.add_argument("--halvings", type=int, default=2, help="of the gap between what fits and what does not")
-    parser.add_argument("--budget", type=float, default=240, help="seconds in all; what is left then is left out")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", default="", help="of the code, where the checkout is not at hand")
-    parser.add_argument("--quick", action="store_true", help="tiny towers and batches, to see that everything runs")
+    parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens per text (default: %(default)s)")
+    parser.add_argument("--goal", type=int, default=2**20, help="pairs at which ours stops (default: %(default)s)")
+    parser.add_argument("--methods", nargs="*", help="only methods whose name contains one of these")
+    parser.add_argument(
+        "--halvings",
+        type=int,
+        default=2,
+        help="bisection steps after running out of memory (default: %(default)s)",
+    )
+    parser.add_argument("--budget", type=float, default=240, help="time limit in seconds (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder for the CSV file and the plot (default: %(default)s)"
+    )
+    parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
+    parser.add_argument("--quick", action="store_true", help="tiny towers and batches, to test the script")
     return parser.parse_args()
 
 
 class Bench:
-    """Rows in the making."""
+    """Searches the largest batches and collects the rows."""
 
     def __init__(self, options: argparse.Namespace, deadline: float) -> None:
         self.options, self.deadline = options, deadline
         self.goal = 256 if options.quick else options.goal
-        self.here = machine() | ({"commit": options.commit} if options.commit else {})
+        self.here = machine(options.commit)
         self.rows: list[dict[str, Any]] = []
         self.steps = TowerSteps(
             "bert-tiny" if options.quick else "bert-base", options.tokens, torch.device(options.device)
         )
 
-    def search(self, way: Way) -> None:
-        """The most pairs that fit; a row for each that was tried."""
+    def search(self, method: TrainingMethod) -> None:
+        """Find the largest batch that fits; adds a row for every attempt."""
         search = Search(
             self.steps,
-            way,
+            method,
             first=64 if self.options.quick else 4096,
             goal=self.goal,
-            factor=16 if way.endless else 2,
+            factor=16 if method.linear_memory else 2,
             halvings=self.options.halvings,
             late=lambda seconds: time.monotonic() + seconds > self.deadline,
             report=self.add_row,
         )
-        while search.one_more():
+        while search.try_next():
             pass
-        beyond = ", no time for more"
+        beyond = ", then out of time"
         if search.fails:
-            beyond = f", not {search.fails:,}"
+            beyond = f", out of memory at {search.fails:,}"
         elif search.fits == self.goal:
-            beyond = ": the goal"
-        print(f"{way.name}: {search.fits:,} pairs{beyond}", flush=True)
+            beyond = " (the goal)"
+        print(f"{method.name}: {search.fits:,} pairs{beyond}", flush=True)
 
-    def add_row(self, way: Way, pairs: int, made: Attempt) -> None:
-        """A row of a step that was made, or could not be, with the memory that it took."""
+    def add_row(self, method: TrainingMethod, pairs: int, result: StepResult) -> None:
+        """Add the row of an attempt."""
         row = {
-            "method": way.name,
+            "method": method.name,
             "pairs": pairs,
             "tokens": self.options.tokens,
             "parameters": self.steps.parameters,
-            "seconds": "" if made.problem else f"{made.seconds:.4g}",
-            "peak_mib": "" if made.problem else f"{made.peak_mib:.0f}",
-            "loss": "" if made.problem else f"{made.loss:.5g}",
-            "status": made.problem or "trained",
+            "seconds": "" if result.problem else f"{result.seconds:.4g}",
+            "peak_mib": "" if result.problem else f"{result.peak_mib:.0f}",
+            "loss": "" if result.problem else f"{result.loss:.5g}",
+            "status": result.problem or "trained",
             **self.here,
         }
         self.rows.append(row)
         write_rows(self.rows, self.options.results / "largest_batch.csv")
         draw(self.rows, self.options.results / "largest_batch.png")
         print(
-            f"{way.name:<34}{pairs:>10,} pairs  {row['seconds'] or row['status']:>14} s {row['peak_mib']:>8} MiB",
+            f"{method.name:<34}{pairs:>10,} pairs  {row['seconds'] or row['status']:>14} s {row['peak_mib']:>8} MiB",
             flush=True,
         )
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Peak memory of the steps that fitted, a cross where one did not."""
+    """Plot the peak memory of the steps that fit, and a cross for each that did not."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,14 +1,16 @@
-"""The loss over ranks: its speed beside one GPU, the literature's losses beside it, and what its transfers cost.
+"""The distributed loss: its speed against one GPU, losses of the literature, and the cost of communication.
 
-torchrun --nproc-per-node 2 scripts/benchmarks/distributed/bench_ring.py
-torchrun --nproc-per-node 2 scripts/benchmarks/distributed/bench_ring.py --device cpu --quick
+    torchrun --nproc-per-node 2 scripts/benchmarks/distributed/bench_ring.py
+    torchrun --nproc-per-node 2 scripts/benchmarks/distributed/bench_ring.py --device cpu --quick
 
-Part "speed": one rank alone with the whole batch, then all ranks by the ring and by gathering; on GPUs also behind
-other work, as in training, and by replaying a CUDA graph, since small batches by themselves wait for their host. Part
-"ablation": memory and time of each way at one size. Every way is checked against float64 first. Part "profile" (GPUs):
-how much of the ring's transfers runs beside its tiles, with ring_profile.png. Rows go to ring.csv as they come and the
-ablation to ring.png, in scripts/results or where --results says; what --budget seconds do not suffice for has a row
-that says so. Embeddings are fp32, products bf16 by autocast, the loss symmetric.
+Part "speed": one rank alone with the whole batch, then all ranks with the ring exchange and with all-gather. On a GPU
+also behind other work, as in training, and as replays of a CUDA graph, because small batches are limited by kernel
+launches. Part "ablation": memory and time of every method at one size. Part "profile" (GPU): how much of the ring's
+communication overlaps with computation.
+
+Every method is checked against float64 first. Embeddings are fp32, products bf16 by autocast, the loss symmetric. Rows
+are written to ring.csv as they are measured; the ablation is plotted in ring.png, the profile in ring_profile.png.
+Measurements that do not fit into --budget get a row that says so.
 """
 
 from __future__ import annotations
@@ -24,17 +26,25 @@ from torch import distributed
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from scripts import RESULTS
-from scripts.benchmarks.distributed.rank_clock import BEHIND, CALLS, GRAPH, METHODS, OURS, RankClock, joined
+from scripts.benchmarks.distributed.rank_clock import (
+    BACK_TO_BACK,
+    BEHIND_WORK,
+    CUDA_GRAPH,
+    METHODS,
+    OURS,
+    RankClock,
+    init_ranks,
+)
 from scripts.benchmarks.distributed.ring_plots import draw_ablation, draw_profile, hidden_share
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import write_rows
 
 
 def main() -> None:
-    """Measure what was asked for on every rank; the first one writes."""
+    """Measure on every rank; the first rank writes."""
     began = time.monotonic()
     options = arguments()
-    ranks = joined(options.device)
+    ranks = init_ranks(options.device)
     bench = Bench(options, RankClock(ranks, options.device, options.dim, options.samples, began + options.budget))
     bench.checks()
     for size in options.sizes:
@@ -48,17 +58,21 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; --quick fills in small sizes."""
+    """Parse the command line. --quick sets small sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--sizes", type=int, nargs="+", help="pairs, of the speed-up")
-    parser.add_argument("--ablation-size", type=int, help="pairs, of the comparison")
-    parser.add_argument("--dim", type=int)
-    parser.add_argument("--samples", type=int, help="calls that the median is taken of, fewer of long ones")
-    parser.add_argument("--budget", type=float, default=150, help="seconds after which no further row is begun")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", help="of the code, where there is no checkout to ask")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
+    parser.add_argument("--sizes", type=int, nargs="+", help="pairs of the part speed")
+    parser.add_argument("--ablation-size", type=int, help="pairs of the part ablation")
+    parser.add_argument("--dim", type=int, help="dimensions")
+    parser.add_argument("--samples", type=int, help="samples per median; fewer for long calls")
+    parser.add_argument(
+        "--budget", type=float, default=150, help="seconds after which no measurement is started (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder for the CSV file and the plots (default: %(default)s)"
+    )
+    parser.add_argument("--commit", help="commit of the code, for a copy without git")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the script")
     options = parser.parse_args()
     small = {"sizes": [256], "ablation_size": 256, "dim": 32, "samples": 2}
     large = {"sizes": [16384, 131072], "ablation_size": 65536, "dim": 768, "samples": 15}
@@ -69,40 +83,39 @@ def arguments() -> argparse.Namespace:
 
 
 class Bench:
-    """Rows in the making."""
+    """Measures the parts and collects the rows."""
 
     def __init__(self, options: argparse.Namespace, clock: RankClock) -> None:
         self.options, self.clock, self.ranks = options, clock, clock.ranks
-        self.here = machine() | ({"commit": options.commit} if options.commit else {})
+        self.here = machine(options.commit)
         self.rows: list[dict[str, str]] = []
         self.errors: dict[str, float] = {}
         self.profiled: dict[str, Any] = {}
 
     def checks(self) -> None:
-        """Each method's largest relative error of loss and gradients against float64."""
+        """Largest relative error of each method's loss and gradients against float64."""
         self.errors = self.clock.errors(256 if self.options.quick else 2048, METHODS)
         for name in OURS:
             if self.errors[name] > 0.02:
-                raise SystemExit(f"{name}: off by {self.errors[name]:.1e}")
+                raise SystemExit(f"{name}: expected a relative error of at most 0.02, found {self.errors[name]:.1e}")
 
     def speed(self, pairs: int) -> None:
-        """The first rank alone, each alone at once (the slowest of them), and all together; on GPUs once more in ways
-        that leave out what the host takes."""
-        for way in (CALLS, BEHIND, GRAPH) if self.clock.cuda else (CALLS,):
-            alone = self.measure("one rank alone", pairs, "speed", way=way)
-            self.measure("each rank alone", pairs, "speed", alone, way=way)
+        """One rank alone, each rank alone at the same time (the slowest counts), and all ranks together."""
+        for mode in (BACK_TO_BACK, BEHIND_WORK, CUDA_GRAPH) if self.clock.cuda else (BACK_TO_BACK,):
+            alone = self.measure("one rank alone", pairs, "speed", mode=mode)
+            self.measure("each rank alone", pairs, "speed", alone, mode=mode)
             for name in OURS:
-                self.measure(name, pairs, "speed", alone, way=way)
+                self.measure(name, pairs, "speed", alone, mode=mode)
 
-    def measure(self, name: str, pairs: int, part: str, alone: float = 0.0, *, way: str = CALLS) -> float:
-        """A row: median milliseconds of the slowest rank, and the most memory that any has beside the embeddings."""
+    def measure(self, name: str, pairs: int, part: str, alone: float = 0.0, *, mode: str = BACK_TO_BACK) -> float:
+        """Add a row: median milliseconds of the slowest rank, and the largest memory beyond the embeddings."""
         clock = self.clock
         team = {"one rank alone": clock.alone, "each rank alone": clock.each}.get(name, clock.everyone)
-        found = clock.measure(METHODS.get(name, METHODS["ours: auto"]), pairs, team, way=way)
+        found = clock.measure(METHODS.get(name, METHODS["ours: auto"]), pairs, team, mode=mode)
         failed = bool(found.problem)
         row = {
             "part": part,
-            "method": f"{name}, {way}" if way else name,
+            "method": f"{name}, {mode}" if mode else name,
             "pairs": str(pairs),
             "dim": str(self.options.dim),
             "ranks": str(team.size),
@@ -124,8 +137,8 @@ class Bench:
         return found.milliseconds
 
     def profile(self, pairs: int) -> None:
-        """One step of the ring under the profiler: how much of its transfers lies beside other kernels."""
-        if self.clock.no_time_left():
+        """Profile one step of the ring: how much of its communication overlaps with other kernels."""
+        if self.clock.out_of_time():
             return
         spans = self.clock.spans(METHODS["ours: ring + tiles"], pairs, self.clock.everyone)
         if spans is None:
@@ -146,7 +159,7 @@ class Bench:
         print(row["status"], flush=True)
 
     def finish(self) -> None:
-        """Table and plots."""
+        """Write the table and the plots."""
         self.write()
         if not self.ranks.first:
             return
@@ -156,7 +169,7 @@ class Bench:
             draw_profile(self.profiled["spans"], self.profiled["title"], folder / "ring_profile.png")
 
     def write(self) -> None:
-        """The table so far."""
+        """Write the rows so far."""
         if self.ranks.first:
             write_rows(self.rows, self.options.results / "ring.csv")
 

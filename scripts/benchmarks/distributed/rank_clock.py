@@ -1,4 +1,4 @@
-"""The loss over ranks on synthetic embeddings: checked, timed and its memory measured, by all ranks or the first few.
+"""Checks, times and measures the memory of losses over ranks on synthetic embeddings, by all ranks or the first few.
 
 Embeddings are fp32, products bf16 by autocast, the loss symmetric. Every rank calls the same methods in the same order.
 """
@@ -6,7 +6,6 @@ Embeddings are fp32, products bf16 by autocast, the loss symmetric. Every rank c
 from __future__ import annotations
 
 import datetime
-import gc
 import os
 import statistics
 import time
@@ -23,8 +22,8 @@ from retriever.distributed.ranks import Ranks
 from retriever.utils.device import to_device, to_host
 from scripts.benchmarks.distributed.ring_plots import Spans, kernel_spans
 from scripts.benchmarks.losses.loss_check import COSINE
+from scripts.benchmarks.timing import MIB, peak_mib, release_memory, synchronize
 
-MIB = 2**20
 Loss = Callable[..., Tensor]
 # The order of the paper's table.
 METHODS: dict[str, Loss] = {
@@ -37,49 +36,49 @@ METHODS: dict[str, Loss] = {
     "ours: auto": partial(inf_cl_loss, symmetric=True),
 }
 OURS = tuple(name for name in METHODS if name.startswith("ours"))
-# A rank that waits so long for another waits in vain: one of them has run out of memory alone.
-PATIENCE = datetime.timedelta(seconds=120)
+# Timeout of collectives. It is reached when one rank alone has run out of memory.
+TIMEOUT = datetime.timedelta(seconds=120)
 ROW_SECONDS, FEWEST_SAMPLES, SAMPLE_SECONDS = 4.0, 3, 0.25
-# How calls follow one another: at their host's pace; behind work that keeps the device busy until the host has launched
-# the whole of them, as towers do in training; or as replays of one that was captured.
-CALLS, BEHIND, GRAPH = "", "behind other work", "in a CUDA graph"
-# Some 20 ms of an H200.
+# How calls are issued: one after the other; behind products that keep the device busy until all kernels of the call are
+# launched, as the towers do in training; or as replays of a CUDA graph.
+BACK_TO_BACK, BEHIND_WORK, CUDA_GRAPH = "", "behind other work", "in a CUDA graph"
+# About 20 ms on an H200.
 LEAD_PRODUCTS, LEAD_SIZE = 16, 8192
-MOST_LED = 8
+MAX_CALLS_BEHIND_WORK = 8
 PROFILED_CALLS = 2
-# Of a GPU's memory: ranks of equal shares then meet the end of it at the same allocation, and none waits for another.
-MEMORY = 0.94
+# Share of GPU memory that a rank may use. With equal shares all ranks run out of memory at the same allocation.
+MEMORY_FRACTION = 0.94
 
 
-def joined(device: str) -> Ranks:
-    """The processes that torchrun started, as one group: NCCL between GPUs, gloo between CPUs."""
+def init_ranks(device: str) -> Ranks:
+    """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_per_process_memory_fraction(MEMORY)
+        torch.cuda.set_per_process_memory_fraction(MEMORY_FRACTION)
     else:
         torch.set_num_threads(1)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
 @dataclass(frozen=True)
 class Team:
-    """The first ranks, which compute a loss together."""
+    """The first `size` ranks, which compute one loss."""
 
     size: int
     group: Any
-    """None where each has the whole batch and exchanges nothing."""
+    """None if each rank has the whole batch and does not communicate."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the slowest rank, and of the one with the most memory; `problem` says why there is no figure."""
+    """Largest time and memory over ranks, or the reason why there is none."""
 
     milliseconds: float = 0.0
     held_mib: float = 0.0
-    """Before and after a call: the embeddings."""
+    """Allocated before and after a call: the embeddings."""
     peak_mib: float = 0.0
-    """In all, within a call."""
+    """Largest allocation within a call."""
     problem: str = ""
 
 
@@ -101,9 +100,9 @@ class RankClock:
         return self.everyone if size == self.ranks.size else Team(size, distributed.new_group(list(range(size))))
 
     def pairs(self, count: int, team: Team, rank: int | None = None) -> list[Tensor]:
-        """This (or that) rank's queries and passages and the logit_scale; one batch, whatever the team.
+        """Queries and passages of this (or the given) rank, and logit_scale. The batch is the same for every team.
 
-        A pair's cosine is about COSINE: an easy batch, whose loss is nothing but rounding, would tell of no error.
+        The cosine of a pair is about COSINE. With an easier batch the loss would be mostly rounding error.
         """
         generator = torch.Generator(self.device).manual_seed(0)
         rank = self.ranks.rank if rank is None else rank
@@ -124,13 +123,13 @@ class RankClock:
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     def step_from_host(self, method: Loss, leaves: list[Tensor], team: Team) -> list[Tensor]:
-        """The same, where embeddings lie on the host before and their gradients after."""
+        """The same with embeddings that start on the host, and gradients that end there."""
         here = [to_device(leaf.detach(), self.device).requires_grad_() for leaf in leaves]
         loss, *gradients = self.step(method, here, team)
         return [loss, *(to_host(gradient) for gradient in gradients)]
 
     def errors(self, count: int, methods: Mapping[str, Loss]) -> dict[str, float]:
-        """Each method's largest relative error of loss and gradients against float64, of all ranks."""
+        """Largest relative error of each method's loss and gradients against float64, over all ranks."""
         wide = [leaf.detach().double().requires_grad_() for leaf in self.pairs(count, self.alone, rank=0)]
         truth = inf_cl_loss(*wide[:2], logit_scale=wide[2], symmetric=True, implementation="full")
         expected = [truth.detach(), *torch.autograd.grad(truth, wide)]
@@ -147,27 +146,29 @@ class RankClock:
             )
         return found
 
-    def measure(self, method: Loss, count: int, team: Team, *, from_host: bool = False, way: str = CALLS) -> Measured:
-        """Median of some samples, each of calls that follow one another in that way, and memory."""
+    def measure(
+        self, method: Loss, count: int, team: Team, *, from_host: bool = False, mode: str = BACK_TO_BACK
+    ) -> Measured:
+        """Median time of samples of consecutive calls in the given mode, and memory."""
         problem, found = "", (0.0, 0.0, 0.0)
-        if self.no_time_left():
+        if self.out_of_time():
             problem = "no time left"
         elif self.ranks.rank < team.size:
             try:
-                found = self._timed(method, count, team, from_host, way)
+                found = self._timed(method, count, team, from_host, mode)
             except torch.OutOfMemoryError:
                 problem = "out of memory"
             except torch.AcceleratorError as error:
                 problem = f"failed: {str(error).splitlines()[0]}"
-        self.release()
+        release_memory()
         if self.ranks.any(bool(problem)):
             return Measured(problem=problem or "out of memory")
         return Measured(*(self.ranks.most(figure) for figure in found))
 
     def spans(self, method: Loss, count: int, team: Team) -> Spans | None:
-        """The kernels of a call that follows another, on the first rank under the profiler; None on the others.
+        """Profile the kernels of a call that follows another one. Returns them on the first rank, None on the others.
 
-        The host is then ahead of the device, as in training; at a first call the device waits for it.
+        The host is then ahead of the device, as in training.
         """
         from torch.profiler import ProfilerActivity, profile
 
@@ -176,83 +177,74 @@ class RankClock:
             leaves = self.pairs(count, team)
             for _ in range(2):
                 self.step(method, leaves, team)
-            # Else a transfer's time is that of waiting for a rank that begins later.
+            # Otherwise the first transfer would include waiting for a rank that starts later.
             self.barrier(team)
             with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
                 for _ in range(PROFILED_CALLS):
                     self.step(method, leaves, team)
-                self.wait()
+                synchronize(self.device)
             spans = kernel_spans(recorded.events(), PROFILED_CALLS) if self.ranks.first else None
-        self.release()
+        release_memory()
         self.ranks.wait()
         return spans
 
     def captured(self, call: Callable[[], object]) -> Callable[[], object]:
-        """What replays the kernels of a call, which was made before."""
+        """Capture a call, which has run before, in a CUDA graph. Returns a function that replays it."""
         graph = torch.cuda.CUDAGraph()
-        # Threads of the process groups ask the device for things while this one captures.
+        # Threads of the process groups may call CUDA during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             call()
         return graph.replay
 
-    def no_time_left(self, seconds: float = 0.0) -> bool:
-        """Whether something of so many seconds would end too late by the clock of any rank."""
+    def out_of_time(self, seconds: float = 0.0) -> bool:
+        """Whether work of `seconds` would end after the deadline, on the clock of any rank."""
         return self.ranks.any(time.monotonic() + seconds > self.deadline)
 
     def barrier(self, team: Team) -> None:
-        """Until all of the team have come here and their devices are done."""
+        """Wait for all ranks of the team and their devices."""
         if team.group is not None:
             distributed.barrier(team.group, device_ids=[self.device.index] if self.cuda else None)
-        self.wait()
+        synchronize(self.device)
 
-    def wait(self) -> None:
-        """Until the device is done."""
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def release(self) -> None:
-        """Give memory back."""
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
-
-    def _timed(self, method: Loss, count: int, team: Team, from_host: bool, way: str) -> tuple[float, float, float]:
+    def _timed(self, method: Loss, count: int, team: Team, from_host: bool, mode: str) -> tuple[float, float, float]:
         leaves, step = self.pairs(count, team), self.step
         if from_host:
             leaves, step = [to_host(leaf.detach()) for leaf in leaves], self.step_from_host
         call: Callable[[], object] = partial(step, method, leaves, team)
 
-        lead = torch.randn(3 if way == BEHIND else 0, LEAD_SIZE, LEAD_SIZE, device=self.device, dtype=torch.bfloat16)
+        lead = torch.randn(
+            3 if mode == BEHIND_WORK else 0, LEAD_SIZE, LEAD_SIZE, device=self.device, dtype=torch.bfloat16
+        )
 
-        def led(calls: int) -> float:
+        def time_behind_work(calls: int) -> float:
             self.barrier(team)
             spans = []
             for _ in range(calls):
                 for _ in range(LEAD_PRODUCTS):
                     torch.mm(lead[0], lead[1], out=lead[2])
                 if team.group is not None:
-                    # One device may have been quicker, and would wait for the other within the call.
+                    # Synchronize the devices, so that none waits for another within the call.
                     distributed.all_reduce(lead[0, 0], group=team.group)
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 call()
                 end.record()
                 spans.append((start, end))
-            self.wait()
+            synchronize(self.device)
             return sum(start.elapsed_time(end) for start, end in spans) / 1000 / calls
 
         def sample(calls: int = 1) -> float:
-            if way == BEHIND:
-                return led(min(calls, MOST_LED))
+            if mode == BEHIND_WORK:
+                return time_behind_work(min(calls, MAX_CALLS_BEHIND_WORK))
             self.barrier(team)
             began = time.perf_counter()
             for _ in range(calls):
                 call()
-            self.wait()
+            synchronize(self.device)
             return (time.perf_counter() - began) / calls
 
         sample()
-        if way == GRAPH:
+        if mode == CUDA_GRAPH:
             call = self.captured(call)
         held = 0.0
         if self.cuda:
@@ -263,7 +255,7 @@ class RankClock:
             distributed.all_reduce(first, distributed.ReduceOp.MAX, group=team.group)
         calls = max(1, round(SAMPLE_SECONDS / float(first)))
         samples = min(self.samples, max(FEWEST_SAMPLES, int(ROW_SECONDS / (calls * float(first)))))
-        # One call that takes longer than a row should says enough.
+        # A single call is enough if it takes longer than a row should.
         long = float(first) > ROW_SECONDS
         seconds = float(first) if long else statistics.median(sample(calls) for _ in range(samples))
-        return 1000 * seconds, held, torch.cuda.max_memory_allocated() / MIB if self.cuda else 0.0
+        return 1000 * seconds, held, peak_mib() if self.cuda else 0.0

@@ -1,4 +1,4 @@
-"""What bench_ring.py shows: bars of the methods, and the kernels of one step of the ring over time."""
+"""Plots of the ring benchmark: the ablation as bars, and the kernels of one step over time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 Spans = dict[str, list[tuple[float, float]]]
 TRANSFER, PRODUCT, TILES, OTHER = "transfers (NCCL)", "products", "tiles (Triton)", "other"
-# An exchange of four numbers, at which the quicker rank waits for the slower one.
+# An all_reduce of four numbers, in which the faster rank waits for the slower one.
 AGREEMENT = "agreement (NCCL)"
 
 
 def kernel_spans(events: Iterable[Any], calls: int = 1) -> Spans:
-    """Begin and end of every kernel of the last of so many equal calls, ms from its first one, by kind."""
+    """Start and end of every kernel in the last of `calls` equal calls, in ms from its first kernel, by kind."""
     found: list[tuple[float, float, str]] = []
     for event in events:
-        # NCCL's calls are marked on the GPU's lane too, beside the kernels that they start.
+        # The profiler annotates NCCL calls on the GPU's lane, besides the kernels that they start.
         if "CUDA" not in str(event.device_type) or event.is_user_annotation:
             continue
         name = event.name.lower()
@@ -35,16 +35,16 @@ def kernel_spans(events: Iterable[Any], calls: int = 1) -> Spans:
 
 
 def hidden_share(spans: Spans) -> tuple[float, float, float]:
-    """Of the time in transfers, the share in which another kernel ran too; the time in transfers; the whole, ms."""
-    transfers = joined(spans[TRANSFER])
-    work = joined([span for kind in (PRODUCT, TILES, OTHER) for span in spans[kind]])
+    """Share of the communication time in which another kernel runs, communication time, and total time in ms."""
+    transfers = merge_spans(spans[TRANSFER])
+    work = merge_spans([span for kind in (PRODUCT, TILES, OTHER) for span in spans[kind]])
     both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in transfers for b in work)
     length = sum(end - start for start, end in transfers)
     return both / length if length else 1.0, length, max((end for some in spans.values() for _, end in some), default=0)
 
 
-def joined(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same times in spans that do not overlap."""
+def merge_spans(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Merge overlapping spans."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -55,7 +55,7 @@ def joined(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw_profile(spans: Spans, title: str, path: Path) -> None:
-    """A lane for each kind of kernel."""
+    """Draw a lane for each kind of kernel."""
     figure, axes = new_figure(11, 2.6)
     for lane, (kind, some) in enumerate(spans.items()):
         axes.broken_barh([(start, end - start) for start, end in some], (lane - 0.4, 0.8), color=f"C{lane}")
@@ -66,14 +66,10 @@ def draw_profile(spans: Spans, title: str, path: Path) -> None:
 
 
 def draw_ablation(rows: list[dict[str, str]], path: Path) -> None:
-    """Time and memory of each method, side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.4))
-    FigureCanvasAgg(figure)
-    columns = [("milliseconds", "ms, forward and backward"), ("extra_mib", "MiB beside the embeddings")]
-    for axes, (column, unit) in zip(figure.subplots(1, 2, sharey=True), columns, strict=True):
+    """Draw time and memory of each method as bars."""
+    figure, both_axes = new_figure(10, 3.4, columns=2, sharey=True)
+    columns = [("milliseconds", "ms, forward and backward"), ("extra_mib", "MiB beyond the embeddings")]
+    for axes, (column, unit) in zip(both_axes, columns, strict=True):
         values = [float(row[column] or 0) for row in rows]
         colors = ["C0" if row["method"].startswith("ours") else "C7" for row in rows]
         axes.barh([row["method"] for row in rows], values, color=colors)
@@ -87,11 +83,11 @@ def draw_ablation(rows: list[dict[str, str]], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None}, bbox_inches="tight")
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> Any:
-    """A figure, and its axes (a row of them where there are several columns)."""
+def new_figure(width: float, height: float, columns: int = 1, *, sharey: bool = False) -> Any:
+    """A figure and its axes (a row of them if there are several columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained" if columns > 1 else None)
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(1, columns, sharey=sharey)

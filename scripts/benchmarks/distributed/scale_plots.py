@@ -1,4 +1,4 @@
-"""What bench_scale.py shows: memory and time of the losses against the batch, and what more GPUs bring."""
+"""Plots of the scale benchmark: memory and time of the losses by batch size, and the speed-up with more GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Rows = list[dict[str, str]]
 
 
 def draw(rows: Rows, results: Path) -> None:
-    """scale_memory.png and scale_speed.png, of the parts that were measured."""
+    """Draw scale_memory.png and scale_speed.png, of the parts that were measured."""
     losses = [{**row, "size": row["pairs"], "kind": "softmax"} for row in rows if row["part"] == "loss"]
     if losses:
         about = f"{losses[0]['ranks']} × {losses[0]['hardware']}, {losses[0]['dim']} dimensions"
@@ -25,7 +25,7 @@ def draw(rows: Rows, results: Path) -> None:
 
 
 def draw_speed(scaling: Rows, steps: Rows, path: Path) -> None:
-    """The loss by more ranks beside what is perfect, and microseconds a pair of whole steps of each towers."""
+    """Draw the loss by number of ranks, and microseconds per pair of whole steps for each pair of towers."""
     parts = [(scaling, fill_scaling)] if scaling else []
     parts += [([row for row in steps if row["towers"] == towers], fill_steps) for towers in unique(steps, "towers")]
     figure, axes = new_figure(5 * len(parts), 3.8, columns=len(parts))
@@ -39,12 +39,12 @@ def draw_speed(scaling: Rows, steps: Rows, path: Path) -> None:
 
 
 def unique(rows: Rows, column: str) -> list[str]:
-    """The column's values, in the order of the rows."""
+    """Distinct values of a column, in the order of the rows."""
     return list(dict.fromkeys(row[column] for row in rows))
 
 
 def fill_scaling(axes: Any, rows: Rows) -> None:
-    """A line for each size of batch, and a dotted one as it would be if ranks shared all of it."""
+    """A line for each batch size, and a dotted line for perfect scaling."""
     for number, size in enumerate(unique(rows, "pairs")):
         some = [row for row in rows if row["pairs"] == size]
         ranks = [int(row["ranks"]) for row in some]
@@ -62,7 +62,7 @@ def fill_steps(axes: Any, rows: Rows) -> None:
         points = sorted((int(row["pairs"]), 1000 * float(row["milliseconds"]) / int(row["pairs"])) for row in some)
         style = {"lw": 2.4} if method.startswith("ours") else {"lw": 1}
         axes.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{number}", label=method, **style)
-    ylabel = "µs a pair of a whole step"
+    ylabel = "µs per pair of a whole step"
     axes.set(title=rows[0]["towers"], xlabel="pairs in the batch", ylabel=ylabel, xscale="log", ylim=(0, None))
     axes.title.set_size(10)
     sizes = sorted({int(row["pairs"]) for row in rows if int(row["pairs"]).bit_count() == 1})

@@ -1,12 +1,12 @@
-"""Whole optimizer steps of large towers on synthetic batches, by one process or several: what fits, and its time.
+"""Whole optimizer steps of large towers on synthetic batches, on one process or several: what fits, and the time it
+takes.
 
-Towers have random weights, which cost what trained ones cost. Token ids or pixels wait on the host and micro-batches of
-them visit the device; every way but the one without a gradient cache runs both towers on micro-batches.
+Towers have random weights, which cost the same as trained ones. Token ids or pixels stay on the host and are copied to
+the device by micro-batch. All methods but the one without a gradient cache run both towers on micro-batches.
 """
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,62 +31,62 @@ from retriever.training.optim import build_optimizer
 from retriever.training.step import TrainStep
 from retriever.utils.device import choose_precision
 from scripts.benchmarks.retriever.bench_image_train import RepeatedImages, build_towers_of, random_captions
+from scripts.benchmarks.timing import peak_mib, reset_peak_memory, synchronize
 
-MIB = 2**20
 VOCABULARY = 30522
 BERT_SIZES = {"bert-base": (768, 12, 12), "bert-tiny": (32, 2, 2)}
-# Of a step's time beside that of a smaller one: the loss's is a small part, but grows with the square.
+# Expected growth of the time per pair from one size to the next, for the quadratic part of the loss.
 GROWTH = 1.3
-# An attempt makes so many, unless they are as long as this, in seconds.
+# Steps of an attempt, and the seconds from which a single step is enough.
 STEPS, LONG_STEP = 2, 5.0
-# Different pictures of a batch; more are the same ones again.
-PICTURES = 4096
+# Distinct images of a batch; larger batches repeat them.
+DISTINCT_IMAGES = 4096
 
 
-class Baseline(InfCLLoss):
-    """A loss of the literature with a logit_scale that is learned."""
+class LiteratureLoss(InfCLLoss):
+    """A loss of the literature with a learned logit_scale."""
 
     def __init__(self, loss_of: Callable[..., Tensor], group: Any = None) -> None:
         super().__init__(symmetric=True)
         self._loss_of = partial(loss_of, group=group) if group is not None else loss_of
 
     def forward(self, query: Tensor, passage: Tensor, **ids: Tensor) -> Tensor:
-        """As its paper has it, without ids."""
+        """The loss as in its paper. Ids are ignored."""
         return self._loss_of(query, passage, logit_scale=self.logit_scale)
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a batch is trained on."""
+class TrainingMethod:
+    """A method of training on a batch."""
 
     name: str
     loss: Callable[[], InfCLLoss]
     graphs: Callable[[GraphMemory], GraphMemory]
-    on_host: bool = False
-    """Whether embeddings and their gradients wait there too."""
-    endless: bool = False
-    """Whether to stop at the goal."""
+    offload: bool = False
+    """Whether embeddings and their gradients are offloaded to the host."""
+    linear_memory: bool = False
+    """Whether memory is linear in the batch. The search then grows faster and ends at the goal."""
 
 
-def all_kept(planned: GraphMemory) -> GraphMemory:
-    """No gradient cache: every graph waits for the loss."""
+def keep_all_graphs(planned: GraphMemory) -> GraphMemory:
+    """No gradient cache: keep the graph of every micro-batch until the loss."""
     return GraphMemory(planned.micro_batch_tokens, 2**62)
 
 
-def none_kept(planned: GraphMemory) -> GraphMemory:
-    """A gradient cache that leaves all memory to the loss."""
+def keep_no_graphs(planned: GraphMemory) -> GraphMemory:
+    """A gradient cache that keeps no graphs and leaves all memory to the loss."""
     return GraphMemory(planned.micro_batch_tokens, 0)
 
 
-def as_planned(planned: GraphMemory) -> GraphMemory:
-    """A gradient cache, with as many kept graphs as memory holds beside the loss."""
+def keep_planned_graphs(planned: GraphMemory) -> GraphMemory:
+    """A gradient cache that keeps as many graphs as fit beside the loss."""
     return planned
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """Why no step could be made, or time and loss of the last one, on the slowest rank, and the peak of all, on the
-    fullest."""
+class StepResult:
+    """Result of a training step: the problem, or time (slowest rank), loss, and peak memory (of the rank that uses
+    most)."""
 
     problem: str = ""
     seconds: float = 0.0
@@ -95,56 +95,58 @@ class Attempt:
 
 
 class TowerSteps:
-    """Makes steps of one pair of towers; each attempt begins with a fresh optimizer."""
+    """Runs steps of one pair of towers. Every attempt starts with a new optimizer.
+
+    `towers` is a key of BERT_SIZES for two text towers with texts of `tokens` tokens, or the name of an image tower.
+    """
 
     def __init__(self, towers: str, tokens: int, device: torch.device, ranks: Ranks | None = None) -> None:
-        """`towers`: a name of BERT_SIZES for two of them on texts of `tokens` tokens; or that of a vision tower."""
         self.device, self.ranks, self._tokens = device, ranks or Ranks(), tokens
-        self._pictures = towers not in BERT_SIZES
-        made = build_towers_of(towers, lock=False) if self._pictures else bert_towers(towers, tokens)
-        self.towers: Any = made.to(device)
+        self._image_text = towers not in BERT_SIZES
+        result = build_towers_of(towers, lock=False) if self._image_text else bert_towers(towers, tokens)
+        self.towers: Any = result.to(device)
         if device.type == "cuda":
             self.towers.drop_padding()
         self.parameters = sum(parameter.numel() for parameter in self.towers.parameters())
         self._pixels: Tensor | None = None
 
-    def attempt(self, way: Way, pairs: int) -> Attempt:
-        """A step of so many pairs in all: the second one, unless they are long. At the first the allocator asks the
-        device for memory, which is no part of a step's time."""
+    def attempt(self, method: TrainingMethod, pairs: int) -> StepResult:
+        """Run a step with `pairs` pairs over all ranks. The second step is measured, unless steps are long: in the
+        first one the allocator requests memory from the device."""
         self._reset()
         step = batch = None
         problem, seconds, loss = "", 0.0, 0.0
         for number in range(STEPS):
             try:
                 if step is None or batch is None:
-                    step, batch = self._prepared(way, pairs)
+                    step, batch = self._prepared(method, pairs)
                 self.ranks.wait()
-                self._wait()
+                synchronize(self.device)
                 began = time.perf_counter()
                 loss = float(step(batch, number)[0])
-                self._wait()
+                synchronize(self.device)
                 seconds = time.perf_counter() - began
             except torch.OutOfMemoryError:
                 problem = "out of memory"
             if self.ranks.any(bool(problem)):
-                return Attempt("out of memory")
+                return StepResult("out of memory")
             if self.ranks.most(seconds) > LONG_STEP:
                 break
         if not np.isfinite(loss):
-            raise SystemExit(f"{way.name} at {pairs}: the loss is {loss}")
-        peak = torch.cuda.max_memory_allocated() / MIB if self.device.type == "cuda" else 0.0
-        return Attempt("", self.ranks.most(seconds), self.ranks.most(peak), loss)
+            raise SystemExit(f"{method.name} at {pairs} pairs: expected a finite loss, found {loss}")
+        peak = peak_mib() if self.device.type == "cuda" else 0.0
+        return StepResult("", self.ranks.most(seconds), self.ranks.most(peak), loss)
 
-    def _prepared(self, way: Way, pairs: int) -> tuple[TrainStep, PreparedBatch]:
-        """A step that has not been made, and this rank's share of a batch for it."""
+    def _prepared(self, method: TrainingMethod, pairs: int) -> tuple[TrainStep, PreparedBatch]:
+        """A new step, and this rank's shard of a batch."""
         ranks, towers, precision = self.ranks, self.towers, choose_precision("auto", self.device)
         towers.train()
-        loss = way.loss().to(self.device)
+        loss = method.loss().to(self.device)
         config = TrainConfig(
             loss=LossConfig(symmetric=True),
             optim=OptimConfig(lr=1e-6),
             batch_size=pairs,
-            offload_embeddings=way.on_host,
+            offload_embeddings=method.offload,
         )
         first, last = (pairs * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
         planned = GraphMemory.plan(
@@ -153,11 +155,11 @@ class TowerSteps:
             texts=2 * (last - first),
             workspace_mib=config.loss.workspace_mib,
             micro_batch_tokens=None,
-            offload_embeddings=way.on_host,
+            offload_embeddings=method.offload,
         )
-        # Alike on all ranks, so that none runs out of memory while others wait for it.
+        # Equal on all ranks, so that none runs out of memory while others wait for it.
         alike = (-int(ranks.most(-tokens)) for tokens in (planned.micro_batch_tokens, planned.graph_tokens))
-        graphs = way.graphs(GraphMemory(*alike))
+        graphs = method.graphs(GraphMemory(*alike))
         optimizer = build_optimizer([*towers.named_parameters(), *loss.named_parameters()], config.optim)
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         groups = self._groups(last - first, graphs.micro_batch_tokens)
@@ -166,14 +168,14 @@ class TowerSteps:
 
     def _groups(self, pairs: int, budget: int) -> list[Any]:
         """Random inputs of both towers."""
-        if not self._pictures:
+        if not self._image_text:
             sides: tuple[Side, Side] = ("query", "document")
             return [text_group(side, pairs, self._tokens, budget, self.towers) for side in sides]
         each = self.towers.image_tokens
         shape = (3, *self.towers.transform.size)
         if self._pixels is None:
-            self._pixels = torch.randint(0, 256, (PICTURES, *shape), dtype=torch.uint8)
-        at_once = min(max(1, budget // each), PICTURES)
+            self._pixels = torch.randint(0, 256, (DISTINCT_IMAGES, *shape), dtype=torch.uint8)
+        at_once = min(max(1, budget // each), DISTINCT_IMAGES)
         places = [np.arange(first, min(first + at_once, pairs)) for first in range(0, pairs, at_once)]
         texts = random_captions(pairs)
         padded = not self.towers.padding_free
@@ -182,53 +184,50 @@ class TowerSteps:
         return [RepeatedImages(self._pixels, each, places, pairs), group]
 
     def _reset(self) -> None:
-        """Leave nothing of the step before."""
+        """Release everything that the previous step holds."""
         self.towers.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        reset_peak_memory()
 
 
 class Search:
-    """The most pairs whose step is made, and the fewest that run out of memory, 0 for none, by trying.
+    """Search for the largest batch that fits in memory.
 
-    From `first` pairs on the batch grows by `factor` up to `goal`, then the last gap is halved. `report` hears of every
-    step; one of which `late` says that it would end too late, by its expected seconds, is not made.
+    The batch grows from `first` by `factor` up to `goal`; then the gap between the largest batch that fits and the
+    smallest that does not is bisected `halvings` times. `report` receives every attempt. A step is not run if `late`,
+    given its expected seconds, returns True.
+
+    Attributes `fits` and `fails` are the largest number of pairs that fits and the smallest that runs out of memory, or
+    0.
     """
 
     def __init__(
         self,
         steps: TowerSteps,
-        way: Way,
+        method: TrainingMethod,
         *,
         first: int,
         goal: int,
         factor: int,
         halvings: int,
         late: Callable[[float], bool],
-        report: Callable[[Way, int, Attempt], None],
+        report: Callable[[TrainingMethod, int, StepResult], None],
     ) -> None:
         self.fits, self.fails = 0, 0
-        self._steps, self._way, self._late, self._report = steps, way, late, report
-        self._a_pair = 0.0
+        self._steps, self._way, self._late, self._report = steps, method, late, report
+        self._seconds_per_pair = 0.0
         self._sizes = self._all_sizes(first, goal, factor, halvings)
 
-    def one_more(self) -> bool:
-        """Try the next size; False where there is none."""
+    def try_next(self) -> bool:
+        """Try the next size. Returns False if there is none."""
         pairs = next(self._sizes, None)
         if pairs is None:
             return False
-        expected = GROWTH * self._a_pair * pairs
+        expected = GROWTH * self._seconds_per_pair * pairs
         late = self._late(expected * (STEPS if expected < LONG_STEP else 1))
-        attempt = Attempt("no time left") if late else self._steps.attempt(self._way, pairs)
+        attempt = StepResult("no time left") if late else self._steps.attempt(self._way, pairs)
         self._report(self._way, pairs, attempt)
         if not attempt.problem:
-            self.fits, self._a_pair = pairs, attempt.seconds / pairs
+            self.fits, self._seconds_per_pair = pairs, attempt.seconds / pairs
         elif attempt.problem == "out of memory":
             self.fails = pairs
         else:
@@ -237,7 +236,7 @@ class Search:
 
     def _all_sizes(self, first: int, goal: int, factor: int, halvings: int) -> Iterator[int]:
         if not self._late(0.0):
-            # What kernels compile at their first run is no part of a step's time.
+            # Compile the kernels outside of the measured steps.
             self._steps.attempt(self._way, max(first // 8, self._steps.ranks.size))
         size = first
         while True:
@@ -250,16 +249,16 @@ class Search:
 
 
 def text_group(side: Side, pairs: int, tokens: int, budget: int, towers: Towers) -> TextGroup:
-    """Random texts of one length for one tower."""
-    chance = np.random.default_rng(len(side))
-    ids = chance.integers(5, VOCABULARY, pairs * tokens, dtype=np.int32)
+    """Random texts of equal length for one tower."""
+    rng = np.random.default_rng(len(side))
+    ids = rng.integers(5, VOCABULARY, pairs * tokens, dtype=np.int32)
     texts = TokenizedTexts(ids, np.arange(pairs + 1, dtype=np.int64) * tokens)
     cut = pack(texts.lengths, budget, padded=not towers.padding_free, device=towers.device.type)
     return TextGroup(side, texts, cut)
 
 
 def bert_towers(size: str, tokens: int) -> Towers:
-    """Two BERTs with random weights; their tokenizer is not used."""
+    """Two BERT towers with random weights. Their tokenizer is not used."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,17 +1,16 @@
 """Contrastive losses side by side: time and memory of forward and backward, on the same tensors in one process.
 
-python scripts/benchmarks/losses/bench_loss.py --device cuda
-python scripts/benchmarks/losses/bench_loss.py --device cpu --quick
+    python scripts/benchmarks/losses/bench_loss.py --device cuda
+    python scripts/benchmarks/losses/bench_loss.py --device cpu --quick
 
-Every method's loss and gradients are checked against float64 before its time is printed; when ours miss their
-tolerance the script says so and exits with 1 after writing. Rows go to loss.csv, lines to loss_memory.png and
-loss_time.png, all in scripts/results or where --results says.
+Every method's loss and gradients are compared with float64 before its time is printed. If one of ours exceeds its
+tolerance, the script exits with 1 after writing. Rows are written to loss.csv, plots to loss_memory.png and
+loss_time.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
@@ -20,12 +19,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from index.files import atomic_path
 from scripts import RESULTS
-from scripts.benchmarks.losses.loss_check import FIGURES, Check, compared, release, unit_pairs
+from scripts.benchmarks.losses.loss_check import FIGURES, Check, compared, unit_pairs
 from scripts.benchmarks.losses.loss_clock import Clock, Outcome, Problem, best_product
 from scripts.benchmarks.losses.loss_methods import Method, Pairs, methods, open_workspace, with_masks
 from scripts.benchmarks.machine import machine
+from scripts.benchmarks.result_rows import write_rows
+from scripts.benchmarks.timing import release_memory
 
 SIZES = [1024, 4096, 16384, 65536, 262144, 1048576]
 DIMS = [64, 128, 384, 512, 640, 768, 1024, 1152, 4096]
@@ -34,7 +34,7 @@ WORKSPACES = [64, 128, 512, 1024, 2560, 5120]
 
 
 def main() -> None:
-    """Check, measure, write; exit with 1 when one of ours is not exact enough."""
+    """Compare with float64, measure and write. Exits with 1 if one of our losses is not exact enough."""
     options = parse_arguments()
     bench = Bench(options)
     parts = {"sizes": bench.sizes, "dims": bench.dims, "masks": bench.masks, "workspaces": bench.workspaces}
@@ -47,27 +47,48 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What to measure, where, and for how long."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", type=int, nargs="*", help="batches at --dim")
-    parser.add_argument("--dim", type=int, help="dimensions of the sizes")
-    parser.add_argument("--dims", type=int, nargs="*", help="dimensions of ours at --dims-size")
-    parser.add_argument("--dims-size", type=int, help="batch of the dimensions")
-    parser.add_argument("--knob-size", type=int, help="batch of ours with masks, and by workspace")
-    parser.add_argument("--methods", nargs="*", default=[], help="only those whose names contain one of these")
-    parser.add_argument("--parts", nargs="*", choices=PARTS, help="of the measurements")
-    parser.add_argument("--check-size", type=int, help="batch of the comparison with float64")
-    parser.add_argument("--logit-scale", type=float, default=50)
-    parser.add_argument("--logit-bias", type=float, default=-10, help="of the sigmoid loss")
-    parser.add_argument("--workspace-mib", type=float, default=256)
-    parser.add_argument("--open-mib", type=float, default=9500, help="workspace of the kernels with memory to spare")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring for a method at a size")
-    parser.add_argument("--longest", type=float, default=5.0, help="seconds of one call; slower methods are left out")
-    parser.add_argument("--budget", type=float, default=400, help="seconds in all; what is left then is left out")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", help="of the code, where there is no checkout to ask")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
+    parser.add_argument("--sizes", type=int, nargs="*", help="batch sizes at --dim")
+    parser.add_argument("--dim", type=int, help="dimensions for --sizes")
+    parser.add_argument("--dims", type=int, nargs="*", help="dimensions of our kernels at --dims-size")
+    parser.add_argument("--dims-size", type=int, help="batch size for --dims")
+    parser.add_argument("--knob-size", type=int, help="batch size of the parts masks and workspaces")
+    parser.add_argument("--methods", nargs="*", default=[], help="only methods whose name contains one of these")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, help="parts to measure (default: all)")
+    parser.add_argument("--check-size", type=int, help="batch size of the comparison with float64")
+    parser.add_argument("--logit-scale", type=float, default=50, help="default: %(default)s")
+    parser.add_argument("--logit-bias", type=float, default=-10, help="of the sigmoid loss (default: %(default)s)")
+    parser.add_argument(
+        "--workspace-mib", type=float, default=256, help="workspace of our losses (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--open-mib",
+        type=float,
+        default=9500,
+        help="workspace of our kernels on a GPU with free memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="measuring time per method and size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=5.0,
+        help="seconds per call above which a method is left out (default: %(default)s)",
+    )
+    parser.add_argument("--budget", type=float, default=400, help="time limit in seconds (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder for loss.csv and the plots (default: %(default)s)"
+    )
+    parser.add_argument("--commit", help="commit of the code, for a copy without git")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the script")
     options = parser.parse_args()
     small = options.quick
     defaults = {
@@ -83,20 +104,18 @@ def parse_arguments() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU, and torch sees none")
+        parser.error("--device cuda: expected a GPU that torch can use, found none")
     return options
 
 
 class Bench:
-    """Rows in the making."""
+    """Measures the parts and collects the rows."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.clock = Clock(options.device, options.seconds)
         self.deadline = time.monotonic() + options.budget
-        self.here = machine()
-        if options.commit:
-            self.here["commit"] = options.commit
+        self.here = machine(options.commit)
         self.methods = [
             method
             for method in methods(options.workspace_mib, options.open_mib)
@@ -109,14 +128,14 @@ class Bench:
         self.product()
 
     def product(self) -> None:
-        """The ceiling, in the same run: what the vendor's bf16 product reaches."""
+        """Measure the ceiling in the same run: the rate of the vendor library's bf16 matrix product."""
         size = 8192 if self.options.device == "cuda" and not self.options.quick else 256
         milliseconds = best_product(self.clock, size)
         speed = 2 * size**3 / milliseconds / 1e9
         self.row("bf16 product", size, size, Outcome(milliseconds, samples=20), tflops=speed, part="ceiling")
 
     def sizes(self) -> None:
-        """All methods at --dim, each up to its own limits."""
+        """All methods at --dim, each up to its own largest size."""
         for size in self.options.sizes:
             self.measure(self.methods, size, self.options.dim, "sizes")
             self.write()
@@ -128,21 +147,21 @@ class Bench:
             self.measure(some, self.options.dims_size, dim, "dims")
 
     def workspaces(self) -> None:
-        """Our kernels in bf16 by the memory they are given."""
+        """Our kernels in bf16 with different workspace sizes."""
         some = [*self.kernels(), *(open_workspace(mib) for mib in [*WORKSPACES, self.options.open_mib])]
         self.measure(some, self.options.knob_size, self.options.dim, "workspaces")
 
     def masks(self) -> None:
-        """What looking up positives, comparing ids and excluding pairs costs."""
+        """The cost of positive indices, ids and excluded pairs."""
         some = [*self.kernels(), *with_masks(self.options.workspace_mib)]
         self.measure(some, self.options.knob_size, self.options.dim, "masks")
 
     def kernels(self) -> list[Method]:
-        """Those in bf16 at the usual workspace."""
+        """Our kernels in bf16 with the default workspace."""
         return [method for method in self.methods if method.name == "ours, triton bf16"]
 
     def measure(self, some: list[Method], size: int, dim: int, part: str) -> None:
-        """A row for each method; those of one dtype take turns on the same tensors."""
+        """Add a row for each method. Methods of one dtype alternate on the same tensors."""
         for dtype in dict.fromkeys(method.operands for method in some):
             outcomes: dict[str, Outcome] = {}
             ready = []
@@ -156,7 +175,7 @@ class Bench:
                 pairs = self.pairs(size, dim, ready[0])
                 outcomes.update(self.clock.measure(ready, pairs, self.deadline))
                 del pairs
-                release()
+                release_memory()
             for method in some:
                 if method.name not in outcomes:
                     continue
@@ -168,7 +187,7 @@ class Bench:
                 self.row(method.name, size, dim, outcome, tflops, part, method)
 
     def obstacle(self, method: Method, size: int, dim: int) -> Problem | None:
-        """Why a method is not measured at a size; its check comes first."""
+        """Why a method is not measured at a size, or None. Compares it with float64 first."""
         if dim % method.dim_of:
             return Problem(f"dimensions must be a multiple of {method.dim_of}")
         if time.monotonic() > self.deadline:
@@ -192,7 +211,7 @@ class Bench:
         return unit_pairs(size, dim, method.operands, options.logit_scale, options.logit_bias, options.device)
 
     def checked(self, method: Method, dim: int) -> Check:
-        """Compare with float64 once for each dimension."""
+        """Compare a method with float64, once for each dimension."""
         key = (method.name, dim)
         if key not in self.checks:
             pairs = self.pairs(self.options.check_size, dim, method)
@@ -200,7 +219,7 @@ class Bench:
             if check.fault:
                 self.faults.append(f"{method.name} at {self.options.check_size} × {dim}: {check.fault}")
             del pairs
-            release()
+            release_memory()
         return self.checks[key]
 
     def row(
@@ -213,7 +232,7 @@ class Bench:
         part: str,
         method: Method | None = None,
     ) -> None:
-        """Keep a row and print it."""
+        """Add a row and print it."""
         check = self.checks.get((name, dim), Check({}))
         errors = {f"error_{key}": number(check.errors.get(key), "{:.2e}") for key in FIGURES}
         row = {
@@ -250,7 +269,7 @@ class Bench:
         )
 
     def write(self) -> None:
-        """The table so far, whole at any time."""
+        """Write the rows so far."""
         ceiling = max(float(row["tflops"]) for row in self.rows if row["part"] == "ceiling")
         own = {
             (row["part"], row["size"], row["dim"], row["kind"]): float(row["milliseconds"])
@@ -261,14 +280,11 @@ class Bench:
             base = own.get((row["part"], row["size"], row["dim"], row["kind"]))
             row["of_product"] = f"{float(row['tflops']) / ceiling:.3f}" if row["tflops"] else ""
             row["times_ours"] = f"{float(row['milliseconds']) / base:.3f}" if base and row["milliseconds"] else ""
-        target = self.options.results / "loss.csv"
-        with atomic_path(target) as path, path.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, self.rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_rows(self.rows, self.options.results / "loss.csv")
 
     def finish(self) -> None:
-        """The ceiling again, for clocks change as a device warms up; then the table and its plots."""
+        """Measure the ceiling again, because clock rates change as a device warms up; then write the table and the
+        plots."""
         from scripts.benchmarks.losses.loss_plots import draw
 
         self.product()
@@ -277,7 +293,7 @@ class Bench:
 
 
 def number(value: float | None, form: str) -> str:
-    """Empty for none."""
+    """Format a number, or return an empty string for None."""
     return "" if value is None else form.format(value)
 
 

@@ -1,8 +1,7 @@
-"""What scripts/benchmarks/losses/bench_loss.py computes from, and how far from float64 a method ends."""
+"""Inputs of the loss benchmarks, and the error of a method against float64."""
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +15,9 @@ COSINE = 0.2
 
 
 def unit_pairs(count: int, dim: int, dtype: torch.dtype, logit_scale: float, logit_bias: float, device: str) -> Pairs:
-    """Random unit vectors, a pair's cosine about COSINE, so that its positive is neither lost nor a matter of course.
+    """Random unit vectors. The cosine of a pair is about COSINE, so that the positive is neither hopeless nor trivial.
 
-    The same values for every method: bf16 ones are the float32 ones rounded.
+    The values are equal for all methods: bf16 ones are the float32 ones, rounded.
     """
     generator = torch.Generator(device).manual_seed(count + dim)
 
@@ -34,7 +33,7 @@ def unit_pairs(count: int, dim: int, dtype: torch.dtype, logit_scale: float, log
 
 @dataclass
 class Check:
-    """What came of comparing a method with float64: its relative errors, or why it has none."""
+    """Relative errors of a method against float64, or why there are none."""
 
     errors: dict[str, float]
     problem: Problem | None = None
@@ -42,7 +41,7 @@ class Check:
 
 
 def compared(method: Method, pairs: Pairs) -> Check:
-    """Run the method once and measure it against the definition; an error within ours is a fault too."""
+    """Run the method once and compare it with the reference. Errors beyond tolerance of our losses are faults."""
     found = attempted(lambda: method.run(pairs), pairs.query.is_cuda)
     if isinstance(found, Problem):
         return Check({}, found, found.text if method.tolerance and found.ours_to_mend else None)
@@ -60,22 +59,15 @@ def relative_errors(found: Found, truth: Found) -> dict[str, float]:
 
 
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """Of a tensor, in float64."""
+    """Relative error of a tensor, computed in float64."""
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
 def fault(errors: dict[str, float], tolerance: Tolerance) -> str | None:
-    """The errors beyond tolerance, in words; one that is no number is beyond any."""
+    """Describe the errors beyond tolerance, or return None. NaN is beyond any tolerance."""
     beyond = []
     for name, error in errors.items():
         limit = tolerance.loss if name == "loss" else tolerance.gradient
         if not error <= limit:
             beyond.append(f"relative error of {name} {error:.2e}, at most {limit:g} expected")
     return "; ".join(beyond) or None
-
-
-def release() -> None:
-    """Give the device's memory back, so that the next method finds all of it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Time and memory of a loss with its gradients, on a GPU by its own events."""
+"""Time and memory of a loss with its gradients. On a GPU, CUDA events measure the time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Returned = TypeVar("Returned")
 
 MIB = 2**20
 SHORT_MS = 5.0
-# Some milliseconds of the device's time before a call, as long as the host takes to launch its first kernels.
+# Products before a call that keep the device busy while the host launches the first kernels.
 LEAD_PRODUCTS, LEAD_SIZE = 24, 4096
 MOST_SAMPLES = 25
 ROOMY_MIB = 12288
@@ -26,7 +26,10 @@ ROOMY_MIB = 12288
 
 @dataclass(frozen=True)
 class Problem:
-    """Why there is no figure. grows: a larger batch has the same problem. ours_to_mend: not one of the machine."""
+    """Why there is no measurement.
+
+    grows: larger batches have the same problem. ours_to_mend: a bug, not a limit of the machine.
+    """
 
     text: str
     grows: bool = False
@@ -35,9 +38,9 @@ class Problem:
 
 @dataclass
 class Outcome:
-    """Median milliseconds of a call, its samples, the loss, and the device memory at its peak.
+    """Median milliseconds per call, number of samples, loss, and peak device memory.
 
-    extra_mib: beside the embeddings; the gradients are part of it. total_mib: all that was allocated.
+    extra_mib: beyond the embeddings; includes the gradients. total_mib: all that was allocated.
     """
 
     milliseconds: float | None = None
@@ -49,7 +52,7 @@ class Outcome:
 
 
 def attempted(call: Callable[[], Returned], cuda: bool) -> Returned | Problem:
-    """What a call returns, or what stopped it; other packages stop in many ways."""
+    """The result of a call, or the problem that stopped it. Other packages raise many kinds of errors."""
     try:
         returned = call()
         if cuda:
@@ -68,7 +71,7 @@ def attempted(call: Callable[[], Returned], cuda: bool) -> Returned | Problem:
 
 
 def failed(error: BaseException) -> Problem:
-    """One line about an error."""
+    """Describe an error in one line."""
     first = (str(error).strip().splitlines() or [""])[0][:160]
     return Problem(f"failed: {type(error).__name__}: {first}", grows=True, ours_to_mend=True)
 
@@ -84,10 +87,10 @@ def _triton_errors() -> type[BaseException]:
 
 @dataclass
 class _Turn:
-    """A method that is to be measured: how many calls a sample takes, how many samples, and those so far.
+    """A method to measure: calls per sample, number of samples, and the samples so far.
 
-    A call that is long enough to be timed by itself begins behind products that keep the device busy while the host
-    starts, as towers do in training. Short ones come in a row, at the pace of their host.
+    With `led`, a call is issued behind matrix products that keep the device busy while the host launches it, as the
+    towers do in training. Short calls are issued one after the other, at the pace of the host.
     """
 
     method: Method
@@ -107,10 +110,10 @@ class Clock:
         self.lead = torch.randn(3 if self.cuda else 0, LEAD_SIZE, LEAD_SIZE, device=device, dtype=torch.bfloat16)
 
     def measure(self, methods: list[Method], pairs: Pairs, deadline: float) -> dict[str, Outcome]:
-        """Warm each method up, then time them in turns, so that what disturbs the device disturbs all alike.
+        """Warm up each method, then time them alternately, so that disturbances affect all alike.
 
-        Those that fill much of the memory run their turns by themselves: the allocator would clear its cache between
-        them and others, within the time of a call.
+        Methods that fill much of the memory are timed by themselves: otherwise the allocator would free its cache
+        within the measured time of a call.
         """
         outcomes, turns = {}, []
         for method in methods:
@@ -127,7 +130,7 @@ class Clock:
         return outcomes
 
     def warm_up(self, method: Method, pairs: Pairs, deadline: float) -> tuple[Outcome, _Turn | None]:
-        """Compile and allocate, then measure memory, and time so as to know how many samples are to be had."""
+        """Compile and allocate, measure memory, and choose the number of samples."""
         if time.monotonic() > deadline:
             return Outcome(problem=Problem("no time left")), None
         loss = attempted(lambda: method.run(pairs).loss.item(), self.cuda)
@@ -137,7 +140,7 @@ class Clock:
             return Outcome(problem=loss), None
         outcome = Outcome(loss=loss)
         if self.cuda:
-            # What stands there beside the embeddings (the vendor library's own workspace) belongs to no method.
+            # Memory beyond the embeddings, such as the workspace of cuBLAS, belongs to no method.
             held = torch.cuda.memory_allocated() / MIB
             torch.cuda.reset_peak_memory_stats()
         milliseconds = attempted(lambda: self.time(method, pairs, 1), self.cuda)
@@ -150,7 +153,7 @@ class Clock:
             outcome.milliseconds, outcome.samples = milliseconds, 1
             return outcome, None
         if milliseconds < 10 * SHORT_MS:
-            # The first may have waited for the allocator.
+            # The first call may include allocations.
             again = attempted(lambda: self.time(method, pairs, 1), self.cuda)
             if isinstance(again, Problem):
                 return Outcome(problem=again), None
@@ -160,7 +163,7 @@ class Clock:
         return outcome, _Turn(method, calls, milliseconds >= SHORT_MS, wanted)
 
     def sample(self, turns: list[_Turn], pairs: Pairs, outcomes: dict[str, Outcome]) -> None:
-        """Take turns until every method has its samples."""
+        """Time the methods alternately until each has its samples."""
         while waiting := [turn for turn in turns if len(turn.samples) < turn.wanted]:
             for turn in waiting:
                 sample = attempted(functools.partial(self.time, turn.method, pairs, turn.calls, turn.led), self.cuda)
@@ -174,11 +177,11 @@ class Clock:
                 outcome.milliseconds, outcome.samples = statistics.median(turn.samples), len(turn.samples)
 
     def time(self, method: Method, pairs: Pairs, calls: int, led: bool = False) -> float:
-        """Milliseconds of one of `calls` calls in a row."""
+        """Milliseconds per call, of `calls` calls in a row."""
         return self.milliseconds(lambda: method.run(pairs), calls, led)
 
     def milliseconds(self, run: Callable[[], object], calls: int, led: bool = False) -> float:
-        """Of one of `calls` calls in a row, between two events of the device; `led` by products that hide the host."""
+        """Milliseconds per call, of `calls` calls in a row; `led`: behind products that hide the launches."""
         if not self.cuda:
             started = time.perf_counter()
             for _ in range(calls):
@@ -198,7 +201,7 @@ class Clock:
     @staticmethod
     @functools.cache
     def version(package: str) -> str:
-        """Name and version of an installed package; for triton the version alone."""
+        """Name and version of an installed package; for triton only the version."""
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

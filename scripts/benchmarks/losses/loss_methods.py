@@ -1,4 +1,4 @@
-"""The losses that bench_loss.py measures: ours, other packages', the full matrix, and row chunks."""
+"""The losses that bench_loss.py measures: ours, those of other packages, the full matrix, and row chunks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ ROW_CHUNK = 2048
 
 
 class UnavailableError(Exception):
-    """A method cannot run here; the message says why in a few words."""
+    """A method cannot run here. The message says why."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """query, passage [N, D] of one dtype, row i of each a pair; logit_scale and logit_bias 0-dim float32 (float64
-    beside float64 embeddings). All ask for gradients."""
+    """Embeddings and scalars that require gradients.
+
+    query, passage: [N, D] of one dtype; row i of each is a pair. logit_scale, logit_bias: 0-dim float32 (float64 with
+    float64 embeddings).
+    """
 
     query: Tensor
     passage: Tensor
@@ -40,7 +43,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Found:
-    """A loss, and its gradients in the order of `Pairs.leaves`; None where a method has no such gradient."""
+    """A loss and its gradients in the order of `Pairs.leaves`; None for a gradient that the method lacks."""
 
     loss: Tensor
     gradients: tuple[Tensor | None, ...]
@@ -48,7 +51,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest relative errors against float64."""
+    """Largest allowed relative errors against float64."""
 
     loss: float
     gradient: float
@@ -61,12 +64,12 @@ BF16, TF32, FP32 = Tolerance(1e-4, 4e-3), Tolerance(1e-4, 5e-4), Tolerance(1e-6,
 
 @dataclass(frozen=True)
 class Method:
-    """One way to a loss and its gradients.
+    """A method to compute a loss and its gradients.
 
-    operands: dtype of the embeddings it is given. largest: the batch it is asked for at most. tolerance: of ours only;
-    others' errors are reported. package: where it comes from, if not from here. symmetric: both directions, which the
-    sigmoid loss knows none of. masks: which of `masks` it is given. dim_of: its dimensions must be a multiple. patient:
-    measured however long it takes.
+    operands: dtype of the embeddings. largest: largest batch size to measure. tolerance: only for ours; errors of
+    others are only reported. package: the package it comes from, if not this project. symmetric: whether both
+    directions are computed; the sigmoid loss has only one. masks: which of `masks` it receives. dim_of: D must be a
+    multiple of this. patient: measured even if it is slow.
     """
 
     name: str
@@ -83,17 +86,17 @@ class Method:
 
     @property
     def products(self) -> int:
-        """Products of 2·N·N·D operations that are counted for a TFLOP/s figure, whatever the method computes."""
+        """Matrix products of 2·N·N·D operations that count for TFLOP/s, whatever the method computes."""
         return 4 if self.kind == "infonce" else 3
 
 
 def through_autograd(loss: Tensor, pairs: Pairs) -> Found:
-    """The gradients as a training step would get them."""
+    """The loss with its gradients, as in a training step."""
     return Found(loss.detach(), torch.autograd.grad(loss, pairs.leaves(), allow_unused=True))
 
 
 def oracle(pairs: Pairs, kind: str, symmetric: bool, kinds: str) -> Found:
-    """The definition in float64, of the values that a method is given."""
+    """The reference in float64, on the values that the method receives."""
     wide = Pairs(*(leaf.detach().double().requires_grad_() for leaf in pairs.leaves()))
     if kind == "infonce":
         loss = inf_cl_loss(
@@ -113,9 +116,11 @@ def oracle(pairs: Pairs, kind: str, symmetric: bool, kinds: str) -> Found:
 
 @functools.cache
 def masks(count: int, device: torch.device, kinds: str) -> dict[str, Tensor]:
-    """Arguments of our loss. "ids": positives to look up, and ids by which each query leaves one passage out.
-    "excluded": as many pairs as a batch of WordNet's definitions has known positives beside those that were drawn,
-    75,008 of 65,536, and one a query at least."""
+    """Mask arguments of our loss.
+
+    "ids": a positive index, and ids that mask one passage of each query. "excluded": as many pairs as a batch of
+    WordNet definitions has known positives that were not drawn (75,008 for 65,536 pairs), and at least one per query.
+    """
     found: dict[str, Tensor] = {}
     if "ids" in kinds:
         rows = torch.arange(count, device=device)
@@ -135,7 +140,7 @@ def ours(
     mib: float,
     kinds: str = "",
 ) -> Found:
-    """`inf_cl_loss`, both directions."""
+    """`inf_cl_loss` in both directions."""
     refuse_fallback(pairs, implementation)
     loss = inf_cl_loss(
         pairs.query,
@@ -166,15 +171,15 @@ def ours_sigmoid(pairs: Pairs, implementation: Literal["chunked", "triton"], mib
 
 
 def refuse_fallback(pairs: Pairs, implementation: str) -> None:
-    """A row must not be named after kernels that another implementation stood in for."""
+    """Raise an error if the named kernels cannot run, so that no other implementation is measured in their place."""
     reason = why_not_fused(pairs.query) if implementation == "triton" else None
     if reason is not None:
         raise UnavailableError(f"cannot run: {reason}")
 
 
 def inf_cl(pairs: Pairs) -> Found:
-    """The reference of Inf-CL, each direction a call. Its `cal_inf_loss` does the same in one process, but takes no
-    scale that learns there; float32 inputs keep logit_scale · query from being rounded to bf16 before its kernels."""
+    """The reference implementation of Inf-CL, one call per direction. Its `cal_inf_loss` does the same on one process
+    but takes no learnable scale. float32 inputs avoid rounding logit_scale · query to bf16 before its kernels."""
     from inf_cl.flash import cal_flash_loss
 
     query, passage = pairs.query.float(), pairs.passage.float()
@@ -184,7 +189,7 @@ def inf_cl(pairs: Pairs) -> Found:
 
 
 def memeff(pairs: Pairs) -> Found:
-    """Its CLIP loss; the temperature is a number, without a gradient."""
+    """The CLIP loss of memeff. Its temperature is a number without a gradient."""
     from memeff import MemoryEfficientCLIPLoss
 
     criterion = MemoryEfficientCLIPLoss(1 / host_value(pairs.logit_scale), normalized_inputs=True, stable=False)
@@ -203,7 +208,7 @@ def cut_cross_entropy(pairs: Pairs, filter_eps: str | None) -> Found:
 
 
 def siglip_kernel(pairs: Pairs) -> Found:
-    """The variant that it chooses for bf16."""
+    """The variant that siglip-kernel selects for bf16."""
     from siglip_kernel import fused_siglip_loss
 
     loss = fused_siglip_loss(pairs.query, pairs.passage, pairs.logit_scale.log(), pairs.logit_bias)
@@ -211,22 +216,22 @@ def siglip_kernel(pairs: Pairs) -> Found:
 
 
 def full_matrix_tf32(pairs: Pairs) -> Found:
-    """CLIP's loss as its paper writes it, float32 with tf32 products."""
+    """CLIP's loss as in its paper, in float32 with TF32 products."""
     with matmul_precision("tf32", pairs.query.device):
         return through_autograd(clip_loss(pairs.query, pairs.passage, logit_scale=pairs.logit_scale), pairs)
 
 
 def full_matrix_autocast(pairs: Pairs) -> Found:
-    """The same in bf16 autocast: logits in bf16, softmaxes in float32."""
+    """CLIP's loss in bf16 autocast: logits in bf16, softmax in float32."""
     with torch.autocast(pairs.query.device.type, torch.bfloat16):
         loss = clip_loss(pairs.query, pairs.passage, logit_scale=pairs.logit_scale)
     return through_autograd(loss, pairs)
 
 
 def row_chunks(pairs: Pairs, both: bool) -> Found:
-    """A cached loss (GradCache, arXiv 2101.06983): rows by chunks, each with its own backward; bf16 autocast.
+    """A cached loss (GradCache, arXiv 2101.06983): rows in chunks, each with its own backward, in bf16 autocast.
 
-    One direction is the usual form. With `both`, chunks of passages follow those of queries.
+    Usually in one direction. With `both`, chunks of passages follow those of queries.
     """
     query, passage, scale, _ = pairs.leaves()
     total = torch.zeros((), device=query.device)
@@ -249,12 +254,12 @@ def row_chunks(pairs: Pairs, both: bool) -> Found:
 
 @functools.cache
 def host_value(scalar: Tensor) -> float:
-    """Read once, so that methods which want a Python number do not wait for the device at each call."""
+    """Read a scalar once, so that methods which need a Python number do not synchronize at every call."""
     return scalar.item()
 
 
 def methods(workspace_mib: float, open_mib: float) -> list[Method]:
-    """All of them. `open_mib` is the workspace of a GPU with memory to spare."""
+    """All methods. `open_mib` is the workspace on a GPU with free memory."""
 
     def own(way: Implementation, precision: Precision) -> Callable[[Pairs], Found]:
         return functools.partial(ours, implementation=way, precision=precision, mib=workspace_mib)
@@ -300,7 +305,7 @@ def methods(workspace_mib: float, open_mib: float) -> list[Method]:
 
 
 def open_workspace(mib: float, kind: Literal["infonce", "sigmoid"] = "infonce") -> Method:
-    """Our kernels with `mib` of workspace, named after it."""
+    """Our kernels with a workspace of `mib` MiB, which is part of the name."""
     if kind == "sigmoid":
         run = functools.partial(ours_sigmoid, implementation="triton", mib=mib)
         return Method(f"ours, sigmoid triton bf16, {mib:g} MiB", run, kind=kind, tolerance=BF16)

@@ -1,30 +1,30 @@
-"""Plots of what bench_loss.py measured: memory and time against the batch, as in the paper of Inf-CL."""
+"""Plots of the loss benchmark: memory and time by batch size, as in the paper of Inf-CL."""
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from pathlib import Path
 from typing import Any
 
+from scripts.benchmarks.result_rows import read_rows
+
 OURS = "ours"
-# Lines that would only crowd the plots: the table has them.
+# Lines that would crowd the plots. The table has them.
 LEFT_OUT = ("ours, chunked fp32", "ours, full fp32", "ours, sigmoid chunked bf16")
 LEAST_GAP = 0.036
 
 
 def draw(results: Path) -> None:
-    """Write loss_memory.png and loss_time.png beside loss.csv; without a column's figures, not its plot."""
-    with (results / "loss.csv").open(encoding="utf-8", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["part"] == "sizes"]
+    """Draw loss_memory.png and loss_time.png beside loss.csv. A column without values gets no plot."""
+    rows = [row for row in read_rows(results / "loss.csv") if row["part"] == "sizes"]
     about = rows[0]["hardware"] + f", {rows[0]['dim']} dimensions" if rows else ""
-    plot(rows, "extra_mib", "MiB beside the embeddings", f"memory of the loss, {about}", results / "loss_memory.png")
+    plot(rows, "extra_mib", "MiB beyond the embeddings", f"memory of the loss, {about}", results / "loss_memory.png")
     plot(rows, "milliseconds", "ms, forward and backward", f"time of the loss, {about}", results / "loss_time.png")
 
 
 def plot(rows: list[dict[str, str]], column: str, unit: str, title: str, path: Path) -> None:
-    """A line for each method, named at its end; ours are thick, sigmoid losses dashed."""
+    """Draw a labelled line for each method. Ours are thick, sigmoid losses dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,7 +59,7 @@ def plot(rows: list[dict[str, str]], column: str, unit: str, title: str, path: P
 
 
 def label_ends(axes: Any, ends: dict[str, tuple[tuple[float, float], str, bool]]) -> None:
-    """Names right of the axes, at the height of their lines' ends or as near as leaves them apart."""
+    """Put the names right of the axes, close to the ends of their lines but apart from each other."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     heights = apart([(math.log(end[1]) - low) / (high - low) for end, _, _ in ends.values()])
     for (name, (end, color, own)), height in zip(ends.items(), heights, strict=True):
@@ -76,7 +76,7 @@ def label_ends(axes: Any, ends: dict[str, tuple[tuple[float, float], str, bool]]
 
 
 def apart(wanted: list[float]) -> list[float]:
-    """Heights in the axes, near those wanted and in their order, LEAST_GAP apart at least and at most 1."""
+    """Heights in the axes, close to the wanted ones and in their order, at least LEAST_GAP apart and at most 1."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     heights = list(wanted)
     for below, above in itertools.pairwise(order):
@@ -89,7 +89,7 @@ def apart(wanted: list[float]) -> list[float]:
 
 
 def short(size: float) -> str:
-    """65536 -> "64k"."""
+    """Abbreviate a size, for example 65536 to 64k."""
     for unit, name in ((2**20, "M"), (2**10, "k")):
         if size >= unit and size % unit == 0:
             return f"{size / unit:g}{name}"

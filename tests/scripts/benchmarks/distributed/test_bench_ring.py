@@ -1,4 +1,4 @@
-"""What the ring's benchmark says of transfers follows from the kernels it was given; both benchmarks run."""
+"""The ring benchmark derives the overlap of communication from profiled kernels; both benchmarks write their rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RING, LARGEST_BATCH = FOLDER / "bench_ring.py", FOLDER / "bench_largest_batch.py
 
 
 def kernel(name: str, start: float, end: float) -> SimpleNamespace:
-    """As the profiler has it, in microseconds."""
+    """A kernel event as in the profiler; times in microseconds."""
     times = SimpleNamespace(start=start, end=end)
     return SimpleNamespace(name=name, device_type="DeviceType.CUDA", time_range=times, is_user_annotation=False)
 
 
-def test_transfers_are_hidden_where_a_kernel_that_computes_runs() -> None:
+def test_hidden_share_counts_overlap_with_computation() -> None:
     spans = ring_plots.kernel_spans(
         [
             kernel("ncclDevKernel_SendRecv", 1000, 3000),
@@ -36,7 +36,7 @@ def test_transfers_are_hidden_where_a_kernel_that_computes_runs() -> None:
     assert ring_plots.hidden_share(spans) == pytest.approx((0.5, 2.0, 2.5))
 
 
-def test_of_several_calls_the_last_is_shown() -> None:
+def test_spans_are_those_of_the_last_call() -> None:
     calls = [kernel("tile_sums_kernel", 1000, 2000), kernel("ncclDevKernel_SendRecv", 1500, 2500)]
     calls += [kernel("ncclDevKernel_SendRecv", 5500, 6000), kernel("tile_sums_kernel", 5000, 7000)]
     spans = ring_plots.kernel_spans(calls, 2)
@@ -56,7 +56,7 @@ def test_both_benchmarks_write_their_rows(python: LoadedPython, tmp_path: Path) 
     assert {path.name for path in tmp_path.glob("*.png")} == {"ring.png", "largest_batch.png"}
 
 
-def test_what_the_budget_does_not_suffice_for_has_a_row_that_says_so(python: LoadedPython, tmp_path: Path) -> None:
+def test_measurements_beyond_the_budget_have_a_row(python: LoadedPython, tmp_path: Path) -> None:
     for words in (torchrun(2, RING), [LARGEST_BATCH]):
         done = python.run(*words, "--device=cpu", "--quick", "--budget=0", "--results", tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]

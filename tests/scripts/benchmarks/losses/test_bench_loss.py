@@ -1,4 +1,4 @@
-"""Losses are measured only beside their errors, and whatever a method cannot do is said in its row."""
+"""The loss benchmark reports an error with every time, and a reason where a method cannot run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scripts.benchmarks.losses import bench_loss, loss_check, loss_clock, loss_m
 
 
 def run(monkeypatch: pytest.MonkeyPatch, results: Path, *words: str) -> list[dict[str, str]]:
-    """The rows of a small run on the CPU, where Triton's interpreter would take seconds a row."""
+    """Rows of a small run on the CPU, without Triton's interpreter, which would take seconds per row."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(sys, "argv", ["bench_loss.py", "--device", "cpu", "--quick", "--results", str(results), *words])
     try:
@@ -29,9 +29,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch, *some: object) -> None:
     monkeypatch.setattr(bench_loss, "methods", lambda workspace_mib, open_mib: list(some))
 
 
-def test_every_method_has_a_row_with_its_errors_or_with_why_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_every_method_has_a_row_with_its_errors_or_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = run(monkeypatch, tmp_path, "--seconds", "0.01")
     sizes = [row for row in rows if row["part"] == "sizes"]
     assert {row["method"] for row in sizes} == {method.name for method in loss_methods.methods(256, 9500)}
@@ -47,7 +45,7 @@ def test_every_method_has_a_row_with_its_errors_or_with_why_not(
     assert (tmp_path / "loss_time.png").exists()
 
 
-def test_an_inexact_loss_of_ours_fails_the_run_after_its_rows_are_written(
+def test_an_inexact_loss_fails_the_run_after_its_rows_are_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def wrong(pairs: object) -> object:
@@ -62,9 +60,7 @@ def test_an_inexact_loss_of_ours_fails_the_run_after_its_rows_are_written(
         assert [row["exact"] for row in csv.DictReader(stream) if row["part"] == "sizes"] == ["no", "no"]
 
 
-def test_a_method_that_runs_out_of_memory_is_not_asked_for_more(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_no_larger_batch_is_tried_after_running_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
     def greedy(pairs: object) -> object:
@@ -80,12 +76,12 @@ def test_a_method_that_runs_out_of_memory_is_not_asked_for_more(
     assert set(asked) == {128, 256}
 
 
-def test_an_error_that_is_no_number_is_a_fault() -> None:
+def test_a_nan_error_is_a_fault() -> None:
     assert loss_check.fault({"loss": float("nan")}, loss_methods.BF16)
     assert loss_check.fault({"loss": 9e-5, "dq": 3e-3}, loss_methods.BF16) is None
 
 
-def test_other_packages_that_are_missing_or_fail_are_named_so() -> None:
+def test_missing_and_failing_packages_are_reported_as_such() -> None:
     def missing() -> None:
         raise ModuleNotFoundError("No module named 'memeff'")
 
@@ -96,7 +92,7 @@ def test_other_packages_that_are_missing_or_fail_are_named_so() -> None:
     assert loss_clock.attempted(failing, False).text == "failed: AssertionError: needs bf16"
 
 
-def test_plots_of_memory_and_time_are_drawn_with_labels_apart(tmp_path: Path) -> None:
+def test_plots_are_drawn_with_labels_apart(tmp_path: Path) -> None:
     with (tmp_path / "loss.csv").open("w", newline="") as stream:
         names = ["part", "method", "kind", "size", "dim", "milliseconds", "extra_mib", "hardware"]
         writer = csv.DictWriter(stream, names)
