@@ -1,4 +1,4 @@
-"""What the example runs share: a folder made anew, and commands shown as a user would type them."""
+"""Commands of the example scripts: a folder for their results, and commands shown as a user would type them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import sys
 from pathlib import Path
 
 
-def make_anew(folder: Path, kind: str) -> None:
-    """An empty folder, in place of what an earlier run of this kind made there; nothing else is removed."""
+def make_folder(folder: Path, kind: str) -> None:
+    """Create an empty folder. A folder that an earlier run of this kind made is replaced; any other must be empty."""
     marker = folder / f".{kind}"
     if folder.exists() and not marker.exists() and any(folder.iterdir()):
-        sys.exit(f"{folder}: expected a new or empty folder, or one that an earlier {kind} run made")
+        sys.exit(f"{folder}: expected a new or empty folder, or one of an earlier {kind} run, found other files")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     marker.touch()
 
 
-def retriever(*words: object) -> None:
-    """Run a command of this environment, which need not be on the PATH."""
-    shell(sys.executable, "-m", "retriever", *words)
+def retriever(*arguments: object) -> None:
+    """Run a command of `retriever` in this environment, which need not be on PATH."""
+    shell(sys.executable, "-m", "retriever", *arguments)
 
 
-def shell(*words: object) -> None:
-    """Print a command and run it; if it fails, this process ends with its exit code."""
-    command = [str(word) for word in words]
+def shell(*arguments: object) -> None:
+    """Print a command and run it. If it fails, exit with its exit code."""
+    command = [str(word) for word in arguments]
     print(f"\n$ {shlex.join(command)}".replace(f"{sys.executable} -m retriever", "retriever"), flush=True)
     try:
         done = subprocess.run(command, check=False)
@@ -38,9 +38,9 @@ def shell(*words: object) -> None:
 
 
 def next_steps(*commands: tuple[object, ...]) -> str:
-    """What to type afterwards, where the script was called: how to reach `retriever`, and some commands."""
-    lines = ["", "To go on, from this folder:"]
-    # Set by the shell scripts where the calling shell is not in the environment that they used.
+    """Text that shows how to activate the environment, and the given commands, from the current directory."""
+    lines = ["", "To continue in this folder:"]
+    # The shell scripts set this if the calling shell has not activated the environment that they use.
     if os.environ.get("RETRIEVER_ENVIRONMENT"):
         lines.append(f"  . {shlex.quote(_from_here(Path(sys.prefix) / 'bin' / 'activate'))}")
     for command in (("--help",), *commands):
@@ -50,6 +50,6 @@ def next_steps(*commands: tuple[object, ...]) -> str:
 
 
 def _from_here(path: Path) -> str:
-    """The path as it is shortest to type."""
+    """The shorter of the relative and the absolute path."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

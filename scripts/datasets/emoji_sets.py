@@ -1,4 +1,4 @@
-"""The bundled emoji as pictures with names, and the sets made of them: to train on, to tune on and to be judged on."""
+"""The bundled emoji as images with names, and the training, dev and test sets made of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TILE = 64
 COLUMNS = 44
 
 TEMPLATES = ("an emoji of {c}", "{c}", "emoji: {c}", "a small picture, {c}")
-# Set -> (artist, split of the concepts, task).
+# Set: (artist, split of the concepts, task).
 SETS = {
     "dev": ("google", "dev", "retrieval"),
     "dev-subgroups": ("google", "dev", "classification"),
@@ -38,7 +38,7 @@ SETS = {
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji: what it is called, where it belongs, and the split that its concept fell into."""
+    """An emoji: its names, its groups, and the split of its concept."""
 
     id: str
     name: str
@@ -50,29 +50,29 @@ class Emoji:
 
     @property
     def key(self) -> str:
-        """A file's name without its ending, of letters, digits and hyphens."""
+        """File name without extension: letters, digits and hyphens."""
         return f"{self.id}-{'-'.join(re.findall(r'[a-z0-9]+', self.name.lower()))}".rstrip("-")
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """The name; and the keywords, where there are any but the name."""
+        """The name, and the keywords if there are any besides the name."""
         others = [word for word in self.keywords if word.casefold() != self.name.casefold()]
         return (self.name, ", ".join(others)) if others else (self.name,)
 
     @property
     def class_name(self) -> str:
-        """The sub-group with its group, because "other" and "with hats" say little alone."""
+        """The sub-group with its group, because "other" or "with hats" alone say little."""
         return f"{self.subgroup} ({self.group})"
 
 
 def read_emoji(folder: Path) -> list[Emoji]:
-    """The emoji of the bundled folder, in the order of the tiles."""
+    """Read the emoji of the bundled folder, in the order of the tiles."""
     rows = [record.fields for record in read_records(folder / NAMES_FILE)]
     return [Emoji(**{**row, "keywords": tuple(row["keywords"])}) for row in rows]
 
 
 def read_tiles(folder: Path, artist: str, count: int) -> list[bytes]:
-    """The drawings of an artist as PNG files, in the order of the emoji.
+    """The images of an artist as PNG bytes, in the order of the emoji.
 
     Raises:
         InputError: the sheet has another size.
@@ -97,29 +97,28 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def sheet_of(pictures: Iterable[Image.Image], count: int) -> Image.Image:
-    """Tiles side by side on white."""
+def sheet_of(images: Iterable[Image.Image], count: int) -> Image.Image:
+    """Arrange images as tiles on a white sheet."""
     sheet = Image.new("RGB", (COLUMNS * TILE, -(-count // COLUMNS) * TILE), "white")
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, _box(number)[:2], picture if picture.mode == "RGBA" else None)
+    for number, image in enumerate(images):
+        sheet.paste(image, _box(number)[:2], image if image.mode == "RGBA" else None)
     return sheet
 
 
 def unpack(bundled: Path, out: Path) -> None:
-    """Write the training tar, the sets of SETS in CLIP_benchmark's layout, every drawing as a file, and the names.
+    """Write the training tar, the sets of SETS in CLIP_benchmark's layout, every image as a file, and the names.
 
-        OUT/train/00000.tar     KEY.png with KEY.txt (its name) and KEY.json (name, keywords, captions): Google's
-                                drawings of the concepts to train on
+        OUT/train/00000.tar     KEY.png with KEY.txt (the name) and KEY.json (name, keywords, captions): Google's images
         OUT/SET/…               sets for `retriever evaluate zero-shot`
-        OUT/pictures/ARTIST/    every drawing
-        OUT/names.jsonl         every name with its keywords, to be found by a drawing
+        OUT/images/ARTIST/      all images
+        OUT/names.jsonl         every name with its keywords, as a corpus to search by image
 
     Raises:
-        InputError: a bundled file is missing or of another size, or `out` holds other files.
+        InputError: a bundled file is missing or has another size, or `out` contains other files.
     """
-    ours = {"train", "pictures", "names.jsonl", *SETS}
+    ours = {"train", "images", "names.jsonl", *SETS}
     if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - ours):
-        raise InputError(f"{out}: expected a new folder or one of this script's own, found other files")
+        raise InputError(f"{out}: expected a new folder or one that this script wrote, found other files")
     emoji = read_emoji(bundled)
     tiles = {artist: read_tiles(bundled, artist, len(emoji)) for artist in ARTISTS}
     with atomic_folder(out) as folder:
@@ -132,9 +131,9 @@ def unpack(bundled: Path, out: Path) -> None:
         named = (json.dumps({"_id": one.key, "text": ": ".join(one.captions)}, ensure_ascii=False) for one in emoji)
         (folder / "names.jsonl").write_text("".join(f"{line}\n" for line in named), encoding="utf-8")
         for artist, drawn in tiles.items():
-            (folder / "pictures" / artist).mkdir(parents=True)
+            (folder / "images" / artist).mkdir(parents=True)
             for one, png in zip(emoji, drawn, strict=True):
-                (folder / "pictures" / artist / f"{one.key}.png").write_bytes(png)
+                (folder / "images" / artist / f"{one.key}.png").write_bytes(png)
 
 
 def _pairs(drawn: Iterable[tuple[Emoji, bytes]]) -> Iterator[tuple[str, bytes]]:
@@ -165,7 +164,7 @@ def _write_set(folder: Path, drawn: list[tuple[Emoji, bytes]], classes: list[str
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """A tar without times, owners or rights of anybody's: the same members give the same bytes."""
+    """Write a tar without times, owners or permissions, so that equal members give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in members:
@@ -175,7 +174,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def names_file(emoji: Iterable[Emoji]) -> bytes:
-    """NAMES_FILE: a JSON object a line, compressed without time or name."""
+    """Content of NAMES_FILE: JSON lines, compressed without time or name."""
     lines = "".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in emoji)
     buffer = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream:

@@ -1,16 +1,13 @@
-"""A BEIR set made up at any size: texts that say nothing, and vectors of its passages and queries as from a model."""
+"""Generates a BEIR set of any size: placeholder texts, and embeddings of its passages and queries."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from index.passages import read_passages
 from index.store.reader import EmbeddingStore
@@ -21,7 +18,7 @@ RELEVANT = 3
 
 
 def generate(options: argparse.Namespace, folder: Path) -> tuple[Path, np.ndarray]:
-    """A BEIR folder with made-up texts, and its queries [Q, D]: each is near RELEVANT passages, which are judged."""
+    """Write a BEIR folder. Returns it and its queries [Q, D], each close to its RELEVANT relevant passages."""
     data = folder / "generated"
     (data / "qrels").mkdir(parents=True)
     with open(data / "corpus.jsonl", "w", encoding="utf-8") as stream:
@@ -46,7 +43,7 @@ def generate(options: argparse.Namespace, folder: Path) -> tuple[Path, np.ndarra
 
 
 def vectors(options: argparse.Namespace) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, unit vectors [n, D]) of the corpus, the same ones every time."""
+    """(first row, unit vectors [n, D]) of the corpus. Every call gives the same vectors."""
     for first in range(0, options.rows, ROWS_AT_ONCE):
         generator = np.random.default_rng((0, first))
         some = generator.standard_normal((min(ROWS_AT_ONCE, options.rows - first), options.dim), dtype=np.float32)
@@ -54,7 +51,7 @@ def vectors(options: argparse.Namespace) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def embed(options: argparse.Namespace, data: Path, folder: Path) -> EmbeddingStore:
-    """The corpus in a store, as if a model had embedded it."""
+    """Write the corpus to an embedding store, as if a model had encoded it."""
     passages = read_passages(data / "corpus.jsonl")
     with EmbeddingWriter(folder, dim=options.dim, model={"sha256": "none"}, source={"name": "generated"}) as writer:
         for _, some in vectors(options):

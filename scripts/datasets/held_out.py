@@ -1,4 +1,4 @@
-"""What the builders of held-out test sets share: sources with known bytes, BEIR folders with reproducible ones."""
+"""Helpers of the builders of held-out test sets: sources with known checksums, reproducible BEIR folders."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TABLES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 
 
 def checked_source(folder: Path, name: str, sha256: str, package: str) -> Path:
-    """The file `name` of an unpacked or installed Debian package.
+    """Path of the file `name` of an unpacked or installed Debian package.
 
     Raises:
-        InputError: it is missing or has other bytes.
+        InputError: it is missing or has another checksum.
     """
     path = folder / name
     if not path.is_file():
@@ -35,7 +35,7 @@ def checked_source(folder: Path, name: str, sha256: str, package: str) -> Path:
 def tables_of(
     passages: Mapping[str, str], queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]]
 ) -> dict[str, str]:
-    """The three files of a BEIR folder as text, rows in the order given."""
+    """The three files of a BEIR folder as text, with rows in the given order."""
     return {
         "corpus.jsonl": _lines({"_id": key, "title": "", "text": text} for key, text in passages.items()),
         "queries.jsonl": _lines({"_id": key, "text": text} for key, text in queries.items()),
@@ -49,7 +49,7 @@ def _lines(rows: Iterable[Mapping[str, str]]) -> str:
 
 
 def checksums(tables: Mapping[str, str], sources: Mapping[str, str]) -> dict[str, str]:
-    """For the README: sha256 and name, a line each, of the tables and of what they come from."""
+    """For the README: sha256 and name of the tables and of their sources, one per line."""
     return {
         "sums": "\n".join(f"{hashlib.sha256(text.encode()).hexdigest()}  {name}" for name, text in tables.items()),
         "sources": "\n".join(f"{sha256}  {name}" for name, sha256 in sources.items()),
@@ -57,17 +57,17 @@ def checksums(tables: Mapping[str, str], sources: Mapping[str, str]) -> dict[str
 
 
 def write_bundled(out: Path, tables: Mapping[str, str], licence: str, readme: str) -> None:
-    """Write the folder: compressed tables, LICENSE, README.md; the same content gives the same bytes.
+    """Write compressed tables, LICENSE and README.md. Equal content gives equal bytes.
 
     Raises:
-        InputError: `out` holds other files.
+        InputError: `out` contains other files.
     """
     _refuse_foreign(out)
     with atomic_folder(out) as folder:
         (folder / "qrels").mkdir()
         for name, text in tables.items():
             buffer = io.BytesIO()
-            # Neither time nor name in it.
+            # Without time and file name.
             with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream:
                 stream.write(text.encode())
             (folder / f"{name}.gz").write_bytes(buffer.getvalue())
@@ -76,10 +76,10 @@ def write_bundled(out: Path, tables: Mapping[str, str], licence: str, readme: st
 
 
 def unpack(bundled: Path, out: Path) -> None:
-    """Copy a bundled folder uncompressed, for programs that read no .gz.
+    """Copy a bundled folder uncompressed, for programs that cannot read .gz files.
 
     Raises:
-        InputError: a file is missing, or `out` holds other files.
+        InputError: a file is missing, or `out` contains other files.
     """
     _refuse_foreign(out)
     with atomic_folder(out) as folder:
@@ -91,14 +91,14 @@ def unpack(bundled: Path, out: Path) -> None:
 
 
 def _refuse_foreign(out: Path) -> None:
-    # The folder is replaced as a whole; never one with anything else in it.
+    # The folder is replaced as a whole, so it must not contain anything else.
     ours = {"LICENSE", "README.md", "qrels", *TABLES, *(f"{name}.gz" for name in TABLES)}
     if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - ours):
-        raise InputError(f"{out}: expected a new folder or one of this script's own, found other files")
+        raise InputError(f"{out}: expected a new folder or one that this script wrote, found other files")
 
 
 def finish(name: str, work: Callable[[], object], out: Path) -> int:
-    """Do the work of a builder; the exit code, and one line that says what is wrong or where the folder is."""
+    """Run a builder. Returns the exit code; prints the folder, or one line that describes the error."""
     try:
         work()
     except (InputError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The sets of vectors that bench_index.py measures on: WordNet definitions and words, and made-up clusters."""
+"""Writes the vector sets that bench_index.py measures on: WordNet definitions and words, and synthetic clusters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-
 import numpy as np
 
 from index.passages import Passage
@@ -18,7 +17,7 @@ from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
 from scripts import DATA
 
-# Passages, dimensions, clusters. The queries are other draws from the same clusters.
+# Passages, dimensions, clusters. Queries are other samples of the same clusters.
 CLUSTERED = {
     "clustered-10k": (10_000, 128, 100),
     "clustered-100k": (100_000, 128, 1_000),
@@ -26,22 +25,24 @@ CLUSTERED = {
     "clustered-10m": (10_000_000, 128, 100_000),
 }
 QUERIES = 8_000
-# Vectors of language models vary in far fewer directions than they have numbers.
+# Embeddings of language models vary in far fewer directions than they have dimensions.
 LATENT = 32
-AT_ONCE = 50_000
+BATCH_ROWS = 50_000
 
 
 def main() -> None:
-    """Write one set: a folder with an embedding store (`embeddings`) and vectors of queries (`queries.npy`)."""
+    """Write one set: a folder with an embedding store (`embeddings`) and query vectors (`queries.npy`)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=("wordnet", *CLUSTERED))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the sets; this one gets its name there")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the sets; the set is written to a sub-folder with its name"
+    )
     options = parser.parse_args()
     write_set(options.name, options.out)
 
 
 def write_set(name: str, out: Path) -> None:
-    """Write the set `name` to `out`/`name`; one that is there is left as it is."""
+    """Write the set `name` to `out`/`name`. An existing one is kept."""
     folder = out / name
     if (folder / "queries.npy").exists():
         return
@@ -52,7 +53,7 @@ def write_set(name: str, out: Path) -> None:
 
 
 def read_set(folder: Path) -> tuple[EmbeddingStore, np.ndarray]:
-    """The store of a set and the queries [Q, D] float32 that go with it."""
+    """The embedding store of a set, and its queries [Q, D] float32."""
     return EmbeddingStore.open(folder / "embeddings"), np.load(folder / "queries.npy")
 
 
@@ -62,18 +63,18 @@ def _write_clustered(folder: Path, rows: int, dim: int, clusters: int) -> None:
     with EmbeddingWriter(
         folder / "embeddings", dim=dim, model=model, source=source, dtype="float16", shard_rows=250_000
     ) as writer:
-        for first in range(writer.rows, rows, AT_ONCE):
-            vectors = clustered(min(AT_ONCE, rows - first), dim, clusters, seed=first + 1)
+        for first in range(writer.rows, rows, BATCH_ROWS):
+            vectors = clustered(min(BATCH_ROWS, rows - first), dim, clusters, seed=first + 1)
             passages = [Passage(f"d{row}", "", f"text {row}") for row in range(first, first + len(vectors))]
             writer.append(passages, vectors)
     np.save(folder / "queries.npy", clustered(QUERIES, dim, clusters, seed=2**31 - 1))
 
 
 def clustered(rows: int, dim: int, clusters: int, seed: int) -> np.ndarray:
-    """Unit vectors [rows, dim] float32 around `clusters` centres, the same for every `seed`.
+    """Unit vectors [rows, dim] float32 around `clusters` centres. The centres are the same for every `seed`.
 
-    The n-th largest cluster has a share in proportion to n^-0.5. Centres and most of the spread lie in LATENT
-    directions, and a tenth of the spread in all: neighbours are near, and clusters overlap.
+    The share of the n-th largest cluster is proportional to n^-0.5. Centres and most of the variance lie in LATENT
+    directions, a tenth of the spread in all directions. Neighbours are close and clusters overlap.
     """
     fixed = np.random.default_rng(0)
     basis = fixed.standard_normal((LATENT, dim)).astype(np.float32) / np.sqrt(dim)
@@ -97,7 +98,7 @@ def _write_wordnet(folder: Path) -> None:
     data = BeirDataset.open(DATA / "wordnet", "test")
     towers = load_towers(str(get_model_path()), "cpu")
     towers.eval()
-    # What a dictionary is searched for by, and not its test's queries alone, which are few.
+    # Queries of all splits, because the test split has too few.
     rng = np.random.default_rng(0)
     texts = [text for _, text in _wordnet_queries()]
     texts = [texts[place] for place in rng.choice(len(texts), QUERIES, replace=False)]

@@ -1,4 +1,4 @@
-"""Make the bundled emoji from three npm packages, and unpack them into sets to train on and to be judged on."""
+"""Builds the bundled emoji from three npm packages, and unpacks them into training, dev and test sets."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ SOURCES = {
     ("emojibase", "en/data.json"): "ed014f1049bd370c5794f815850156196ac382850f51c3e9f6a9e83553fb3f01",
     ("emojibase", "en/messages.json"): "6bffab078a0d90c4cca03bd3ff1045fdba33a77d31b1408b1cf1c414d7f1ab3c",
 }
-# Of the names and bytes of the pictures that are used, in the order of emoji.json.
-PICTURES = {
+# Checksums of the names and bytes of the images, in the order of emoji.json.
+IMAGES = {
     "google": "68bda8ace53960952456022f9d2382df7fd3d27f8d0d5f95822a3325567331ca",
     "twitter": "c83ec2f66e7351779aefbcc62df43f6cee83417413e95ceca0e02c72b0332277",
 }
 
-# Drawn alike, so that one of them in training would give the others away.
+# Variants that look alike. If one were in training, the others would be no test.
 GENDERS = re.compile(r"\b(wo)?m[ae]n\b|\b(person|people|boys?|girls?)\b")
 FAMILIES = re.compile(r"^(family|kiss|couple with heart)\b.*")
 DIRECTIONS = re.compile(r"\bfacing (left|right)\b")
 
 
 def concept_of(name: str) -> str:
-    """What an emoji shows, whoever does it: emoji of one concept fall into one split.
+    """What an emoji shows, regardless of the person. Emoji of one concept fall into one split.
 
     "woman running facing right", "man running" and "person running" are "running"; "family: man, boy" is "family".
     """
@@ -56,16 +56,16 @@ def concept_of(name: str) -> str:
 
 
 def split_of(concept: str) -> str:
-    """Seven tenths train, one tenth dev, two tenths test, by a hash of the concept."""
+    """Assign seven tenths of the concepts to train, one tenth to dev and two tenths to test, by a hash."""
     bucket = int.from_bytes(hashlib.sha256(concept.encode()).digest()[:8], "big") % 10
     return "test" if bucket < 2 else "dev" if bucket == 2 else "train"
 
 
 def checked(folders: dict[str, Path]) -> dict[tuple[str, str], Any]:
-    """The tables of the unpacked packages.
+    """Read the tables of the unpacked packages.
 
     Raises:
-        InputError: a file is missing or of another version.
+        InputError: a file is missing or from another version.
     """
     found = {}
     for (package, name), sha256 in SOURCES.items():
@@ -79,7 +79,7 @@ def checked(folders: dict[str, Path]) -> dict[tuple[str, str], Any]:
 
 
 def emoji_of(tables: dict[tuple[str, str], Any]) -> Iterator[tuple[Emoji, str]]:
-    """Every emoji that both artists drew, in the order of emoji.json, with the file name of its picture."""
+    """Every emoji that both artists drew, in the order of emoji.json, with the file name of its image."""
     messages = tables["emojibase", "en/messages.json"]
     groups = {group["order"]: group["message"] for group in messages["groups"]}
     subgroups = {group["order"]: group["message"] for group in messages["subgroups"]}
@@ -103,19 +103,19 @@ def emoji_of(tables: dict[tuple[str, str], Any]) -> Iterator[tuple[Emoji, str]]:
             )
 
 
-def pictures_of(folder: Path, artist: str, names: list[str]) -> list[Image.Image]:
-    """The drawings of an artist, in order.
+def images_of(folder: Path, artist: str, names: list[str]) -> list[Image.Image]:
+    """The images of an artist, in order.
 
     Raises:
-        InputError: they are not those of the version that is named.
+        InputError: they are not those of the named version.
     """
     digest, found = hashlib.sha256(), []
     for name in names:
         content = (folder / "img" / artist / "64" / name).read_bytes()
         digest.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
         found.append(Image.open(io.BytesIO(content)).convert("RGBA"))
-    if digest.hexdigest() != PICTURES[artist]:
-        raise InputError(f"{folder}: expected the pictures of {PACKAGES[artist]}, found others ({digest.hexdigest()})")
+    if digest.hexdigest() != IMAGES[artist]:
+        raise InputError(f"{folder}: expected the images of {PACKAGES[artist]}, found others ({digest.hexdigest()})")
     return found
 
 
@@ -123,16 +123,16 @@ def build(folders: dict[str, Path], out: Path) -> None:
     """Write the bundled folder: a sheet for each artist, the names, licences and a README.
 
     Raises:
-        InputError: a package is missing or of another version, or `out` holds other files.
+        InputError: a package is missing or has another version, or `out` contains other files.
     """
     ours = {"LICENSE", "README.md", NAMES_FILE, *(f"{artist}.webp" for artist in ARTISTS)}
     if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - ours):
-        raise InputError(f"{out}: expected a new folder or one of this script's own, found other files")
+        raise InputError(f"{out}: expected a new folder or one that this script wrote, found other files")
     rows = list(emoji_of(checked(folders)))
     emoji, names = [one for one, _ in rows], [name for _, name in rows]
     with atomic_folder(out) as folder:
         for artist in ARTISTS:
-            sheet = sheet_of(pictures_of(folders[artist], artist, names), len(names))
+            sheet = sheet_of(images_of(folders[artist], artist, names), len(names))
             sheet.save(folder / f"{artist}.webp", quality=90, method=6)
         (folder / NAMES_FILE).write_bytes(names_file(emoji))
         apache = (ROOT / "LICENSE").read_text(encoding="utf-8")
@@ -142,7 +142,7 @@ def build(folders: dict[str, Path], out: Path) -> None:
 
 
 def readme_of(folder: Path, emoji: list[Emoji]) -> str:
-    """Provenance, counts and checksums of the bundled folder."""
+    """The README of the bundled folder, with counts and checksums."""
     names = gzip.decompress((folder / NAMES_FILE).read_bytes())
     sums = [f"{sha256_file(folder / f'{artist}.webp')}  {artist}.webp" for artist in ARTISTS]
     counts = Counter(one.split for one in emoji)
@@ -160,40 +160,40 @@ def readme_of(folder: Path, emoji: list[Emoji]) -> str:
         pack="\n    ".join(f"npm pack {package.replace(' ', '@')}" for package in PACKAGES.values()),
         sums="\n".join([*sums, f"{hashlib.sha256(names).hexdigest()}  {NAMES_FILE.removesuffix('.gz')}"]),
         sources="\n".join(f"{sha256}  {package}/{name}" for (package, name), sha256 in SOURCES.items()),
-        pictures="\n".join(f"{sha256}  {artist}" for artist, sha256 in PICTURES.items()),
+        images="\n".join(f"{sha256}  {artist}" for artist, sha256 in IMAGES.items()),
     )
 
 
 README = """# Emoji
-{count:,} emoji, each drawn by two artists ({tile} x {tile} pixels on white), with their English names and keywords.
+{count:,} emoji, each as an image by two artists ({tile} x {tile} pixels on white), with English names and keywords.
 
 | split | concepts | emoji |
 |---|---:|---:|
 {rows}
 
 Names and keywords are captions; {subgroups} sub-groups are classes. Whole concepts are held out: "man running", "woman
-running facing right" and "person running" are one concept and fall into one split, and so do all families.
+running facing right" and "person running" are one concept and fall into one split; so do all families.
 
-| set | drawn by | concepts of | task | pictures |
+| set | drawn by | concepts of | task | images |
 |---|---|---|---|---:|
 {sets}
 
-Training sees Google's drawings of the train concepts and nothing else. `held-out`: concepts never seen, in a style
-that was; `transfer`: concepts that were seen, drawn by another artist; `held-out-transfer`: neither. `dev` is for
-tuning.
+The training set holds only Google's images of the train concepts. `held-out`: new concepts in the style of the training
+set. `transfer`: concepts of the training set by another artist. `held-out-transfer`: new concepts by another artist.
+`dev` is for tuning.
 
 ## Use
     python scripts/datasets/make_emoji.py unpack --out runs/emoji-data   # a training tar, the sets, each image
-    scripts/emoji.sh                                                       # trains on it, in minutes
+    scripts/emoji.sh                                                     # trains and evaluates, in minutes
 
-## Where it comes from
+## Sources
 {packages}
 
-Google's drawings are Noto Emoji (Apache-2.0), Twitter's are Twemoji (CC-BY-4.0, Copyright Twitter, Inc. and other
-contributors), names, keywords and groups are emojibase's (MIT). LICENSE has the notices. The pictures here are a
-modified form: laid on white, side by side on one sheet, compressed with loss (WebP).
+Google's images are Noto Emoji (Apache-2.0), Twitter's are Twemoji (CC-BY-4.0, Copyright Twitter, Inc. and other
+contributors), names, keywords and groups are emojibase's (MIT). LICENSE has the notices. The images here are
+modified: placed on white, arranged on one sheet, compressed lossily (WebP).
 
-## How it is made
+## Build
     {pack}
     for name in emoji-datasource-google emoji-datasource-twitter emojibase-data; do
         mkdir $name && tar xzf $name-*.tgz -C $name --strip-components 1
@@ -201,38 +201,39 @@ modified form: laid on white, side by side on one sheet, compressed with loss (W
     python scripts/datasets/make_emoji.py build --google emoji-datasource-google --twitter emoji-datasource-twitter \\
         --emojibase emojibase-data --out scripts/datasets/data/emoji
 
-- Kept: what both artists drew, without skin tones. Order: that of emoji.json; tile n is row n // 44, column n % 44.
-- Concept: the name in lower case without man, woman, person, boy, girl and their plurals, without "facing left" or
-  "right", and of families, kisses and couples with heart only that word.
+- Selection: emoji that both artists drew, without skin tones. Order of emoji.json; tile n is in row n // 44, column
+  n % 44.
+- Concept: the name in lower case, without man, woman, person, boy, girl and their plurals, and without "facing left" or
+  "facing right". All families are one concept, and so are all kisses and all couples with heart.
 - Split: the first eight bytes of the concept's sha256, as a big-endian number, modulo 10; 0 and 1 are test, 2 is dev.
-- The same packages give the same names everywhere, and the same sheets where Pillow is built with the same libwebp.
+- The same packages give the same names everywhere, and the same sheets if Pillow is built with the same libwebp.
 
-## Weaknesses
-- Flags are one in seven, and nobody finds the flag of a country by its name who has not seen it.
-- Names were given by one source: another name for the same drawing is not among the captions.
-- Keywords of different emoji overlap: a caption may fit a drawing that counts as wrong.
+## Limitations
+- One emoji in seven is a flag. The flag of a country cannot be found by its name without having seen it.
+- All names come from one source. Other names of the same image are not among the captions.
+- Keywords of different emoji overlap, so a caption may fit an image that counts as wrong.
 
 ## Checksums
-sha256 of the files here (of the names uncompressed):
+sha256 of the files here (of the names, uncompressed):
 
 ```
 {sums}
 ```
 
-of the tables they come from, and of the names and sums of the pictures:
+of the source tables, and of the names and checksums of the images:
 
 ```
 {sources}
-{pictures}
+{images}
 ```
 """
 
-LICENCE = """Google's drawings (google.webp): Noto Emoji, Copyright Google LLC, under the Apache License 2.0, which
+LICENCE = """Google's images (google.webp): Noto Emoji, Copyright Google LLC, under the Apache License 2.0, which
 follows below. https://github.com/googlefonts/noto-emoji
 
-Twitter's drawings (twitter.webp): Twemoji, Copyright Twitter, Inc. and other contributors, under the Creative Commons
+Twitter's images (twitter.webp): Twemoji, Copyright Twitter, Inc. and other contributors, under the Creative Commons
 Attribution 4.0 International licence, https://creativecommons.org/licenses/by/4.0/. https://github.com/jdecked/twemoji
-Changes: laid on white, side by side on one sheet, compressed with loss.
+Changes: placed on white, arranged on one sheet, compressed lossily.
 
 Both were taken from the npm packages emoji-datasource-google and emoji-datasource-twitter:
 
@@ -248,13 +249,13 @@ The Apache License 2.0:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+    """Run a command line. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="make_emoji", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    whole = commands.add_parser("build", help="the bundled folder, from the unpacked npm packages")
+    whole = commands.add_parser("build", help="build the bundled folder from the unpacked npm packages")
     for name, package in PACKAGES.items():
         whole.add_argument(f"--{name}", type=Path, required=True, help=f"folder of {package}")
-    part = commands.add_parser("unpack", help="a training tar, sets to be judged on, every drawing as a file")
+    part = commands.add_parser("unpack", help="write a training tar, the dev and test sets, and every image as a file")
     for command in (whole, part):
         command.add_argument("--out", type=Path, required=True, help="folder to write")
     given = parser.parse_args(arguments)

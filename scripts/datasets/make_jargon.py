@@ -1,4 +1,4 @@
-"""Make the bundled description-to-article set from the Jargon File, as a BEIR folder."""
+"""Builds the bundled description-to-article set from the Jargon File, as a BEIR folder."""
 
 from __future__ import annotations
 
@@ -21,57 +21,56 @@ from scripts.datasets.held_out import checked_source, checksums, finish, tables_
 BUNDLED = DATA / "jargon"
 PACKAGE = "dict-jargon (4.4.7-3.1)"
 SOURCES = {"jargon.dict.dz": "856ced964d3a3cfd79a3dc251df04365eefd848966e3ae94e58f2671d6e79ca5"}
+# Minimum number of words.
 LEAST_QUERY, LEAST_PASSAGE = 6, 25
-"""Words that a query and a passage must have."""
 MASK = "~"
 ABBREVIATED = (
     *("esp", "e.g", "i.e", "etc", "vs", "cf", "Dr", "Mr", "Mrs", "ed", "approx", "St", "U.S", "Syn", "prob", "ca"),
     *("a.k.a", "pp", "vol", "No"),
 )
-# A full stop after an initial or an abbreviation ends nothing.
+# A full stop after an initial or an abbreviation does not end a sentence.
 SENTENCE_END = re.compile(
     "".join(rf"(?<!\b{re.escape(word)}\.)" for word in ABBREVIATED)
     + r"(?<!\b[A-Z]\.)(?<=[.!?])([”’)\"']*) (?=[“‘(\[\"A-Z0-9])"
 )
 
 README = """# Jargon File
-{queries:,} entries of the Jargon File, each cut in two: the query is the first sentence of the definition, the passage
-the rest of it; the headword is masked in both. BEIR layout, test split only: nothing here was trained on. Passages are
-articles (median {median} words, longest {longest:,}) on the talk and the folklore of programmers.
+{queries:,} entries of the Jargon File, each split in two: the query is the first sentence of the definition, the
+passage is the rest. The headword is masked in both. BEIR layout, only a test split. Passages are articles (median
+{median} words, longest {longest:,}) on the language and folklore of programmers.
 
-## Where it comes from
+## Sources
 Debian's package {package}, file /usr/share/dictd/jargon.dict.dz: the Jargon File, version 4.4.7,
-29 Dec 2003 (http://catb.org/jargon/), edited by Eric S. Raymond. It is in the public domain; LICENSE says so in its own
-words. The files here are a modified form: entries cut in two, with headwords masked.
+29 Dec 2003 (http://catb.org/jargon/), edited by Eric S. Raymond. It is in the public domain; LICENSE quotes
+its own statement. The files here are modified: entries are split in two, and headwords are masked.
 
-## What is relevant
-The rest of the entry whose definition begins with the query: one passage a query, grade 1. The first sentence of an
-entry says what the thing is; the rest says more about the same thing (how it is used, where it comes from, examples).
+## Relevance
+The passage is relevant (grade 1) to the query from the same entry. The first sentence of an entry says what the thing
+is; the rest says more about it (usage, origin, examples).
 
-- The headword does not help: in query and passage it is replaced by "{mask}", in any case and with the usual endings,
-  pronunciations are dropped, and there is no title. Passages that still hold their headword: {leaked}.
-- No sentence is in both: what is asked with is cut off the passage. Queries that stand word for word in any passage:
-  {verbatim}.
-- Of an entry with numbered senses only the first is used, so that query and passage speak of the same one.
-- Every passage is made alike, so nothing but its content tells an answer from a distractor.
+- The headword is replaced by "{mask}" in query and passage, in any case and with the usual endings. Pronunciations are
+  dropped, and there is no title. Passages that still contain their headword: {leaked}.
+- Query and passage share no sentence. Queries that occur literally in any passage: {verbatim}.
+- Only the first of numbered senses is used, so that query and passage are about the same sense.
+- All passages are built in the same way, so that only the content distinguishes relevant ones.
 
-## Weaknesses
-- Entries on neighbouring things ("memory leak", "aliasing bug") may fit a query too; they are unjudged and count as
-  not relevant. Scores are lower bounds, and they compare systems rather than say how good one is.
-- Nobody typed these queries; they are what a description of the thing looks like.
-- Some rests wander off: anecdotes with little of the first sentence in them.
-- Sentences are told apart by rule; {unclosed} queries end within a quotation or parenthesis.
-- Other entries name a masked headword in their cross-references ("See also …").
-- The text is on the web: a pretrained model may have seen it.
+## Limitations
+- Entries on related things ("memory leak", "aliasing bug") may fit a query as well. They are unjudged and count as not
+  relevant. Scores are lower bounds: use them to compare systems.
+- The queries are descriptions, not queries that users typed.
+- Some passages are anecdotes that have little to do with the first sentence.
+- Sentences are split by rules; {unclosed} queries end within a quotation or parenthesis.
+- Other entries mention a masked headword in their cross-references ("See also …").
+- The text is on the web, so a pretrained model may have seen it.
 
-## How it is made
+## Build
     apt-get download dict-jargon && dpkg-deb -x dict-jargon_*.deb dict-jargon     # or install the package
     python scripts/datasets/make_jargon.py build --dictd dict-jargon/usr/share/dictd --out scripts/datasets/data/jargon
     python scripts/datasets/make_jargon.py unpack --out runs/jargon  # uncompressed, for other programs
 
-An entry is used when its first sentence has at least {least_query} words and the rest of its first sense at least
+An entry is used if its first sentence has at least {least_query} words and the rest of its first sense at least
 {least_passage}. Braces of cross-references and remarks in brackets before the first sentence ("[MIT]", "[common]") are
-dropped. Ids are headwords with underscores, numbered where one comes twice; rows are sorted.
+dropped. Ids are headwords with underscores, numbered if they repeat. Rows are sorted.
 
 ## Checksums
 sha256 of the uncompressed files here:
@@ -80,7 +79,7 @@ sha256 of the uncompressed files here:
 {sums}
 ```
 
-and of the file they come from:
+and of the source file:
 
 ```
 {sources}
@@ -90,7 +89,7 @@ and of the file they come from:
 
 @dataclass(frozen=True)
 class Entry:
-    """A headword, and the first sense of its definition cut after the first sentence."""
+    """A headword, and the first sense of its definition, split after the first sentence."""
 
     headword: str
     first: str
@@ -98,22 +97,22 @@ class Entry:
 
 
 def entries_of(text: str) -> Iterator[tuple[str, str]]:
-    """(headword, body) of each entry of the dictd file: a line at the margin, then indented lines."""
+    """(headword, body) of each entry of the dictd file: a line without indentation, then indented lines."""
     for block in re.split(r"\n\n(?=\S)", text):
         headword, _, body = block.partition("\n")
-        # What stands before the first entry is about the file, all of it at the margin.
+        # The text before the first entry describes the file and is not indented.
         if re.search(r"^ {4}\S", body, re.MULTILINE) and not headword.startswith("00-"):
             yield headword.strip(), body
 
 
 def cut(headword: str, body: str) -> Entry | None:
-    """The entry cut in two; none where either part would be too short."""
-    # Pronunciation and part of speech stand one blank in, the definition four.
+    """Split an entry in two. Returns None if either part is too short."""
+    # Pronunciation and part of speech are indented by one space, the definition by four.
     lines = [line for line in body.splitlines() if not re.match(r" \S", line)]
     text = " ".join(" ".join(lines).replace("\xad", "").split())
     text = re.sub(r"\{ ?([^{}]*?) ?\}", r"\1", text)
     senses = re.split(r"(?:(?<=^)|(?<=[.!?”)\]] ))[1-9]\. (?=\S)", text)
-    # Before "1." there may be a remark on all senses.
+    # A remark on all senses may precede "1.".
     sense = senses[1] if len(senses) > 1 else senses[0]
     sense = re.sub(r"^(?:(?:n|v|vi|vt|adj|adv|interj|excl|prov|obs|pl|techspeak)\.,? ?)+", "", sense.strip())
     sense = re.sub(r"^(?:\[[^\]]*\] ?)+", "", sense)
@@ -127,12 +126,12 @@ def cut(headword: str, body: str) -> Entry | None:
 
 
 def masked(text: str, headword: str) -> str:
-    """The text with the headword as "~", in any case, with the endings of plurals and verbs."""
+    """Replace the headword by "~", in any case and with plural and verb endings."""
     return headword_pattern(headword).sub(MASK, text)
 
 
 def headword_pattern(headword: str) -> re.Pattern[str]:
-    """Finds a headword and its usual forms: "zap" in "zapped", "code" in "coding", "black hole" in "black-holes"."""
+    """Matches a headword and its usual forms: "zap" in "zapped", "code" in "coding", "black hole" in "black-holes"."""
     bare = re.sub(r"^[^\w]+|[^\w]+$", "", headword) or headword
     *before, last = re.split(r"[\s-]+", bare)
     if last[-1:].isalpha():
@@ -148,12 +147,12 @@ def headword_pattern(headword: str) -> re.Pattern[str]:
 
 
 def words(text: str) -> list[str]:
-    """Letters and digits in lower case."""
+    """Words of letters and digits in lower case."""
     return re.findall(r"\w+", text.casefold())
 
 
 def build_tables(entries: list[Entry]) -> dict[str, str]:
-    """The BEIR files as text, by name. Of entries with equal first sentences each rest is relevant."""
+    """The BEIR files as text, by name. If first sentences are equal, the rest of each entry is relevant."""
     passages: dict[str, str] = {}
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
@@ -172,7 +171,7 @@ def build_tables(entries: list[Entry]) -> dict[str, str]:
 
 
 def readme_of(tables: dict[str, str]) -> str:
-    """Provenance, counts, judgements, leaks that are left, checksums."""
+    """The README of the bundled folder, with counts, remaining leaks and checksums."""
     passages = {row["_id"]: row["text"] for row in map(json.loads, tables["corpus.jsonl"].splitlines())}
     queries = [row["text"] for row in map(json.loads, tables["queries.jsonl"].splitlines())]
     lengths = [len(text.split()) for text in passages.values()]
@@ -199,7 +198,7 @@ def build(dictd: Path, out: Path) -> None:
     """Write the bundled folder.
 
     Raises:
-        InputError: the dictionary is missing or of another version, or `out` holds other files.
+        InputError: the dictionary is missing or has another version, or `out` contains other files.
     """
     (name,) = SOURCES
     path = checked_source(dictd, name, SOURCES[name], PACKAGE)
@@ -212,7 +211,7 @@ def build(dictd: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run a command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     whole = commands.add_parser("build", help="make the bundled folder from the dictionary")

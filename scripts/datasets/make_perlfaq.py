@@ -1,4 +1,4 @@
-"""Make the bundled question-answering set from the Perl FAQ and the Perl manual, as a BEIR folder."""
+"""Builds the bundled question-answering set from the Perl FAQ and the Perl manual, as a BEIR folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scripts.datasets.pod import Section, sections
 BUNDLED = DATA / "perlfaq"
 PACKAGE = "perl-doc (5.36.0)"
 FAQ = tuple(f"perlfaq{number}" for number in range(1, 10))
-# Their outermost lists are what one looks up.
+# Pages whose outermost list items are sections.
 LISTS = ("perlfunc", "perlvar", "perlglossary")
 ANSWER, POINTED_AT = 2, 1
 LICENCE_PAGE = "perlartistic"
@@ -96,41 +96,41 @@ SOURCES = {
 
 README = """# Perl FAQ
 {queries:,} questions of the Perl FAQ; the passages are its {answers:,} answers among {others:,} sections
-of the Perl manual. BEIR layout, test split only: nothing here was trained on. Long passages (median {median} words,
-longest {longest:,}), code in the text, graded judgements.
+of the Perl manual. BEIR layout, only a test split. Passages are long (median {median} words, longest
+{longest:,}) and contain code; judgements are graded.
 
-## Where it comes from
+## Sources
 Debian's package {package}, folder /usr/share/perl/5.36.0/pod. Copyright 1997-2010 Tom Christiansen, Nathan
 Torkington and others (the FAQ), Larry Wall and others (the manual); the same terms as Perl itself: the GNU GPL, version
-1 or later, or the Artistic Licence. LICENSE says so and holds the Artistic Licence. The files here are a modified form:
+1 or later, or the Artistic Licence. LICENSE states this and contains the Artistic Licence. The files here are modified:
 a selection, without formatting, in another format.
 
-## What is relevant
-- Grade {answer}: the answer that stands under the question. There is one to a question.
-- Grade {pointed}: a section of the manual that the answer sends the reader to, by a link to that very section
-  (L<perlop/"Floating-point Arithmetic">). {pointers} of them. Links to whole pages judge nothing.
+## Relevance
+- Grade {answer}: the answer below the question, one per question.
+- Grade {pointed}: a section of the manual that the answer links to, such as L<perlop/"Floating-point Arithmetic">;
+  {pointers} in all. Links to whole pages are not judgements.
 
-Passages have no title. An answer is the text under its question, without the question; a section of the manual begins
-with its heading. Answers that repeat their own question word for word in their text: {leaked}.
+Passages have no title. An answer does not include its question; a section of the manual starts with its heading.
+Answers that repeat their own question literally: {leaked}.
 
-## Weaknesses
-- Other answers and sections of the manual may answer a question as well; they are unjudged and count as not relevant.
-  Scores are lower bounds, and they compare systems rather than say how good one is.
-- Question and answer were written by the same people and share words, names of functions and modules above all, which
-  helps BM25.
-- {queries} queries are few: small differences are chance, and `retriever evaluate compare` says which.
-- The text is on the web: a pretrained model may have seen it.
+## Limitations
+- Other answers and sections of the manual may answer a question as well. They are unjudged and count as not relevant.
+  Scores are lower bounds: use them to compare systems.
+- Questions and answers were written by the same people and share words, above all names of functions and modules. This
+  favours BM25.
+- With {queries} queries, small differences are not significant; `retriever evaluate compare` tests them.
+- The text is on the web, so a pretrained model may have seen it.
 
-## How it is made
+## Build
     apt-get download perl-doc && dpkg-deb -x perl-doc_*.deb perl-doc     # or install the package
     python scripts/datasets/make_perlfaq.py build --pod perl-doc/usr/share/perl/5.36.0/pod \\
         --out scripts/datasets/data/perlfaq
     python scripts/datasets/make_perlfaq.py unpack --out runs/perlfaq  # uncompressed, for other programs
 
-Pages: the FAQ and {pages} pages of the manual; not change logs, ports to other systems, internals, translations or
-licences. A section goes from a heading to the next; in perlfunc, perlvar and perlglossary the items of the outermost
-lists are sections too. Sections without text and those under five words are left out, and of equal ones the first is
-kept. Ids are the page and the number of the section.
+Pages: the FAQ and {pages} pages of the manual, without change logs, ports to other systems, internals, translations and
+licences. A section extends from one heading to the next; in perlfunc, perlvar and perlglossary the items of the
+outermost lists are sections too. Sections of fewer than five words are left out; of equal ones the first is kept. Ids
+are the page and the number of the section.
 
 ## Checksums
 sha256 of the uncompressed files here:
@@ -139,7 +139,7 @@ sha256 of the uncompressed files here:
 {sums}
 ```
 
-and of the files they come from:
+and of the source files:
 
 ```
 {sources}
@@ -161,10 +161,10 @@ The files here are a modified form: a selection of sections, without formatting,
 
 
 def read_pages(folder: Path) -> dict[str, list[Section]]:
-    """Page -> its sections that have text.
+    """The sections with text, by page.
 
     Raises:
-        InputError: a page is missing or of another version.
+        InputError: a page is missing or from another version.
     """
     pages = {}
     for name, sha256 in SOURCES.items():
@@ -176,12 +176,12 @@ def read_pages(folder: Path) -> dict[str, list[Section]]:
 
 
 def is_question(page: str, section: Section) -> bool:
-    """The FAQ's questions are its second-level headings."""
+    """Whether a section is a question of the FAQ, that is, a second-level heading."""
     return page in FAQ and section.level == 2
 
 
 def numbered(pages: dict[str, list[Section]]) -> Iterator[tuple[str, str, Section]]:
-    """(id, page, section) of the passages: answers and the manual's sections, not the FAQ's front and back matter."""
+    """(id, page, section) of the passages: answers and sections of the manual, without the FAQ's other sections."""
     for page, found in pages.items():
         for number, section in enumerate(found, start=1):
             if page not in FAQ or is_question(page, section):
@@ -201,7 +201,7 @@ def build_tables(pages: dict[str, list[Section]]) -> dict[str, str]:
         passages[key] = text
         for heading in section.headings:
             named.setdefault((page, heading), key)
-            # perlfunc's items carry their arguments: "open FILEHANDLE,MODE".
+            # Items of perlfunc include arguments: "open FILEHANDLE,MODE".
             if section.level == 9:
                 named.setdefault((page, heading.split()[0]), key)
         if asked:
@@ -219,7 +219,7 @@ def build_tables(pages: dict[str, list[Section]]) -> dict[str, str]:
 
 
 def readme_of(tables: dict[str, str]) -> str:
-    """Provenance, counts, judgements and checksums of the bundled folder."""
+    """The README of the bundled folder, with counts and checksums."""
     passages = {row["_id"]: row["text"] for row in map(json.loads, tables["corpus.jsonl"].splitlines())}
     questions = {row["_id"]: row["text"] for row in map(json.loads, tables["queries.jsonl"].splitlines())}
     judged = [row.split("\t") for row in tables["qrels/test.tsv"].splitlines()[1:]]
@@ -242,7 +242,7 @@ def readme_of(tables: dict[str, str]) -> str:
 
 
 def licence_of(pages: dict[str, list[Section]]) -> str:
-    """The terms, and the Artistic Licence as Perl's own page has it."""
+    """The terms, and the Artistic Licence from Perl's own page."""
     artistic = [" / ".join(section.headings) + "\n\n" + section.text for section in pages[LICENCE_PAGE]]
     return LICENCE + "\n\n".join(artistic) + "\n"
 
@@ -251,7 +251,7 @@ def build(pod: Path, out: Path) -> None:
     """Write the bundled folder.
 
     Raises:
-        InputError: a page is missing or of another version, or `out` holds other files.
+        InputError: a page is missing or from another version, or `out` contains other files.
     """
     pages = read_pages(pod)
     licence = licence_of(pages)
@@ -260,12 +260,12 @@ def build(pod: Path, out: Path) -> None:
 
 
 def normalised(text: str) -> str:
-    """Letters and digits in lower case, one blank between words."""
+    """Letters and digits in lower case, separated by single spaces."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run a command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     whole = commands.add_parser("build", help="make the bundled folder from Perl's pages")

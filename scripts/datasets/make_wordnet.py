@@ -1,4 +1,4 @@
-"""Make the bundled reverse dictionary from WordNet 3.0, and part-of-speech subsets of it, as BEIR folders."""
+"""Builds the bundled reverse dictionary from WordNet 3.0, and its subsets by part of speech, as BEIR folders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TABLES = ("corpus.jsonl", "queries.jsonl", *(f"qrels/{split}.tsv" for split in S
 
 @dataclass(frozen=True)
 class Synset:
-    """One line of a WordNet data file: "v-00001740", its headwords with underscores, its definition."""
+    """A line of a WordNet data file: "v-00001740", its headwords with underscores, its definition."""
 
     id: str
     pos: str
@@ -46,7 +46,7 @@ class Synset:
 
 @dataclass
 class Query:
-    """A definition with every headword that it defines."""
+    """A definition, with every headword that it defines."""
 
     id: str
     text: str
@@ -55,9 +55,9 @@ class Query:
 
 
 def parse_synset(line: str) -> Synset:
-    """Read a line of data.{noun,verb,adj,adv}; the format is in WordNet's manual page wndb(5WN).
+    """Parse a line of data.{noun,verb,adj,adv}, in the format of WordNet's manual page wndb(5WN).
 
-    Adjective satellites ("s") are adjectives ("a"). Syntactic markers, as in "galore(ip)", are dropped.
+    Adjective satellites ("s") become adjectives ("a"). Syntactic markers, as in "galore(ip)", are dropped.
     """
     head, gloss = line.split(" | ", 1)
     columns = head.split(" ")
@@ -68,20 +68,20 @@ def parse_synset(line: str) -> Synset:
 
 
 def definition_of(gloss: str) -> str:
-    """The gloss up to its first example sentence: a quotation after a semicolon, colon or comma (not in "e.g., …")."""
+    """The gloss up to its first example: a quotation after a semicolon, colon or comma (but not in "e.g., …")."""
     definition = re.split(r'(?<!e\.g\.)[;:,]\s*"', gloss, maxsplit=1)[0]
     return " ".join(definition.split()).rstrip(" ;:,")
 
 
 def normalised(definition: str) -> str:
-    """What makes two definitions the same one: their letters and digits in lower case, one blank between words."""
+    """Normal form in which equal definitions are equal: letters and digits in lower case, single spaces."""
     return " ".join(re.findall(r"\w+", definition.casefold()))
 
 
 def split_of(definition: str) -> str:
-    """Eight tenths train, one tenth dev, one tenth test, by a hash of the normalised definition.
+    """Assign eight tenths to train, one tenth to dev and one tenth to test, by a hash of the normalised definition.
 
-    Every synset of a repeated definition falls into the same split, so no text is both trained on and tested.
+    Synsets with equal definitions fall into one split, so that no text is in both train and test.
     """
     bucket = int.from_bytes(hashlib.sha256(normalised(definition).encode()).digest()[:8], "big") % 10
     return {0: "test", 1: "dev"}.get(bucket, "train")
@@ -91,7 +91,7 @@ def read_synsets(folder: Path) -> Iterator[Synset]:
     """Every synset of a WordNet 3.0 folder.
 
     Raises:
-        InputError: a data file is missing or of another version.
+        InputError: a data file is missing or from another version.
     """
     for name, sha256 in SOURCES.items():
         path = folder / name
@@ -103,13 +103,13 @@ def read_synsets(folder: Path) -> Iterator[Synset]:
                 f"{path}: expected WordNet 3.0 (sha256 {sha256[:12]}…), found another version ({found[:12]}…)"
             )
         for line in path.read_text(encoding="ascii").splitlines():
-            # The licence stands at the top, its lines indented.
+            # The licence at the top is indented.
             if not line.startswith("  "):
                 yield parse_synset(line)
 
 
 def build_tables(synsets: Iterable[Synset]) -> dict[str, str]:
-    """The BEIR files as text, by name; every row sorted, so that the bytes depend on the synsets alone."""
+    """The BEIR files as text, by name. Rows are sorted, so that the bytes depend only on the synsets."""
     queries: dict[str, Query] = {}
     headwords: dict[str, set[str]] = {}
     for synset in synsets:
@@ -148,7 +148,7 @@ def _qrels_text(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def gzipped(text: str) -> bytes:
-    """gzip without a time or a name in it, so that the same text gives the same bytes."""
+    """Compress without time and name, so that equal texts give equal bytes."""
     buffer = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream:
         stream.write(text.encode())
@@ -156,14 +156,14 @@ def gzipped(text: str) -> bytes:
 
 
 def licence_of(wordnet: Path) -> str:
-    """WordNet's licence, which stands numbered at the top of each of its data files."""
+    """WordNet's licence, from the numbered lines at the top of a data file."""
     with open(wordnet / "data.verb", encoding="ascii") as stream:
         lines = [line for line in stream if line.startswith("  ")]
     return "".join(re.sub(r"^ +[0-9]+ ?", "", line).rstrip() + "\n" for line in lines)
 
 
 def readme_of(tables: dict[str, str]) -> str:
-    """Provenance, counts and checksums of the bundled folder."""
+    """The README of the bundled folder, with counts and checksums."""
     queries = [json.loads(line) for line in tables["queries.jsonl"].splitlines()]
     corpus = [json.loads(line) for line in tables["corpus.jsonl"].splitlines()]
     judged = {split: [row.split("\t")[0] for row in tables[f"qrels/{split}.tsv"].splitlines()[1:]] for split in SPLITS}
@@ -181,7 +181,8 @@ def readme_of(tables: dict[str, str]) -> str:
 
 README = """# WordNet 3.0 as a reverse dictionary
 
-Query = a definition, passage = a headword, relevant (grade 1) = every headword of the synset defined. BEIR layout.
+Queries are definitions, passages are headwords. All headwords of the defined synset are relevant (grade 1). BEIR
+layout.
 
 | part of speech | headwords | train queries | dev queries | test queries |
 |---|---:|---:|---:|---:|
@@ -189,24 +190,24 @@ Query = a definition, passage = a headword, relevant (grade 1) = every headword 
 
 Query-passage pairs: {pairs}. A definition or headword of several parts of speech counts in each.
 
-## Where it comes from
+## Sources
 WordNet 3.0, the files data.noun, data.verb, data.adj and data.adv of Debian's package `wordnet-base` (3.0); WordNet 3.1
-gives other bytes. Copyright 2006 Princeton University, under the WordNet licence: the text is in LICENSE and must go
-with every copy. The files here are a modified form: a selection in another format.
+is different. Copyright 2006 Princeton University, under the WordNet licence: the text is in LICENSE and must
+accompany every copy. The files here are modified: a selection in another format.
 
-## How it is made
+## Build
     python scripts/datasets/make_wordnet.py build --wordnet /usr/share/wordnet --out scripts/datasets/data/wordnet
 
-- Definition: the gloss before its first example sentence. Headword: underscores become blanks, adjective markers
-  such as (p) are dropped, case is kept ("March" and "march" are two passages). Unique strings.
+- A definition is the gloss before its first example sentence. In headwords, underscores become spaces and adjective
+  markers such as (p) are dropped. Case is kept ("March" and "march" are two passages). Strings are unique.
 - Ids: a query has its synset's part of speech and offset ("v-00001740"; satellites are adjectives, "a"), a passage
   its headword with underscores. `metadata.pos` holds n, v, a, r for noun, verb, adjective, adverb.
-- Synsets whose definitions are equal (letters and digits in lower case) are one query, under the first synset's id,
-  and the headwords of them all are relevant; no definition is in two splits.
+- Synsets with equal definitions (letters and digits in lower case) are one query with the id of the first synset, and
+  all of their headwords are relevant. No definition is in two splits.
 - Splits by query: the first eight bytes of the sha256 of that normalised definition, as a big-endian number, modulo
   10; 0 is test, 1 is dev, the rest train. The corpus is the same for every split: every headword.
-- Rows are sorted, and gzip stores neither time nor name: the same WordNet gives the same bytes (the compressed ones
-  too, where Python is built with the original zlib).
+- Rows are sorted, and gzip stores neither time nor name, so the same WordNet gives the same bytes (also compressed, if
+  Python is built with the original zlib).
 
 A subset by part of speech (its definitions, and the headwords that have that part of speech), or the whole (`--pos
 all`), uncompressed:
@@ -220,7 +221,7 @@ sha256 of the uncompressed files here (as `subset --pos all` writes them):
 {sums}
 ```
 
-and of the four files they come from:
+and of the four source files:
 
 ```
 {sources}
@@ -232,7 +233,7 @@ def build(wordnet: Path, out: Path) -> None:
     """Write the bundled folder: compressed tables, LICENSE, README.md.
 
     Raises:
-        InputError: `wordnet` is not WordNet 3.0, or `out` holds other files.
+        InputError: `wordnet` is not WordNet 3.0, or `out` contains other files.
     """
     _refuse_foreign(out)
     tables = build_tables(read_synsets(wordnet))
@@ -245,10 +246,10 @@ def build(wordnet: Path, out: Path) -> None:
 
 
 def subset(source: Path, pos: str, out: Path) -> None:
-    """Write the uncompressed BEIR folder of one part of speech (or "all") of the bundled one, with the licence.
+    """Write the uncompressed BEIR folder of one part of speech (or "all") of the bundled set, with the licence.
 
     Raises:
-        InputError: a file of `source` is missing or broken, or `out` holds other files.
+        InputError: a file of `source` is missing or damaged, or `out` contains other files.
     """
     _refuse_foreign(out)
     letters = set(POS_LETTERS.values()) if pos == "all" else {POS_LETTERS[pos]}
@@ -269,14 +270,14 @@ def subset(source: Path, pos: str, out: Path) -> None:
 
 
 def _refuse_foreign(out: Path) -> None:
-    # The folder is replaced as a whole; never one with anything else in it.
+    # The folder is replaced as a whole, so it must not contain anything else.
     ours = {"LICENSE", "README.md", "qrels", *TABLES, *(f"{name}.gz" for name in TABLES)}
     if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - ours):
-        raise InputError(f"{out}: expected a new folder or one of this script's own, found other files")
+        raise InputError(f"{out}: expected a new folder or one that this script wrote, found other files")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run a command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     whole = commands.add_parser("build", help="make the bundled folder from WordNet's own files")

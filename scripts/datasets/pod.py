@@ -1,4 +1,4 @@
-"""Perl's documentation format as plain text: the sections of a .pod file, and what they link to (perlpod(1))."""
+"""Converts Perl's documentation format to plain text: sections of a .pod file and their links; see perlpod(1)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 ENTITIES = {"lt": "<", "gt": ">", "sol": "/", "verbar": "|"}
-# Brackets that belong to the text, while those of formatting codes are being taken off.
+# Placeholders for brackets of the text, while formatting codes are removed.
 HIDDEN = str.maketrans("<>|/", "\x01\x02\x03\x04")
 SHOWN = str.maketrans("\x01\x02\x03\x04", "<>|/")
 
 
 @dataclass
 class Section:
-    """A heading (or the items of a list that share a text) with the text under it, up to the next."""
+    """A heading (or list items that share a text) with the text below it, up to the next heading."""
 
     level: int
     headings: list[str]
     paragraphs: list[str] = field(default_factory=list)
     links: set[tuple[str, str]] = field(default_factory=set)
-    """(page, section) of every link to a section of a page."""
+    """(page, section) of every link to a section."""
 
     @property
     def text(self) -> str:
-        """The paragraphs, a blank line between them; code keeps its lines."""
+        """The paragraphs, separated by blank lines. Code keeps its lines."""
         return "\n\n".join(self.paragraphs)
 
 
@@ -32,8 +32,8 @@ def sections(pod: str, *, items: bool = False) -> Iterator[Section]:
     """Every section of a page, in order.
 
     Args:
-        pod: the source.
-        items: whether the items of outermost lists are sections too, as in perlfunc; they have level 9.
+        pod: The source.
+        items: Whether the items of outermost lists are sections too, as in perlfunc. They have level 9.
     """
     current: Section | None = None
     depth, skipped = 0, False
@@ -47,7 +47,7 @@ def sections(pod: str, *, items: bool = False) -> Iterator[Section]:
             continue
         name, digit, rest = command[1], command[2], " ".join(command[3].split())
         if name in ("begin", "end"):
-            # Written for another output format than text.
+            # For an output format other than text.
             skipped = name == "begin"
         elif name in ("over", "back"):
             depth += 1 if name == "over" else -1
@@ -67,7 +67,7 @@ def sections(pod: str, *, items: bool = False) -> Iterator[Section]:
 
 
 def plain(text: str) -> str:
-    """A paragraph without its formatting codes, on one line."""
+    """A paragraph on one line, without formatting codes."""
     text = _unwrap_wide(" ".join(text.split()))
     while True:
         bare = re.sub(r"([A-Z])<([^<>]*)>", lambda code: _shown(code[1], code[2]), text)
@@ -77,7 +77,7 @@ def plain(text: str) -> str:
 
 
 def links(text: str) -> Iterator[tuple[str, str]]:
-    """(page, section) of the links L<page/"section">; those within a page have the page ""."""
+    """(page, section) of the links L<page/"section">. Links within a page have the page ""."""
     for target in re.findall(r"L<([^<>]*(?:[A-Z]<[^<>]*>[^<>]*)*)>", _unwrap_wide(" ".join(text.split()))):
         page, slash, section = target.rpartition("|")[2].partition("/")
         if slash and "://" not in target:
@@ -85,7 +85,7 @@ def links(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _unwrap_wide(text: str) -> str:
-    """C<< a > b >> as C<a > b>, its inner brackets hidden."""
+    """Convert C<< a > b >> to C<a > b>, with its inner brackets hidden."""
     return re.sub(
         r"([A-Z])(<{2,})\s(.*?)\s>{2,}",
         lambda code: f"{code[1]}<{code[3].translate(HIDDEN) if code[1] == 'C' else code[3]}>",

@@ -5,7 +5,7 @@
     python scripts/benchmarks/index/bench_index.py computed                     estimates for larger sizes
     OMP_NUM_THREADS=1 python scripts/benchmarks/index/bench_index.py targets --sets SETS
     python scripts/benchmarks/index/bench_index.py overhead --sets SETS
-    python scripts/benchmarks/index/bench_index.py plots                        also the tables of index/README.md
+    python scripts/benchmarks/index/bench_index.py plots                        also the README tables
 
 Rows are written to scripts/results/index_*.csv, in place of earlier rows of the same set and factory. `sizes` includes
 `computed`.
@@ -34,12 +34,12 @@ from index.ann.edit import retune
 from index.ann.factory import choose, make, memory
 from index.ann.index import Index
 from index.ann.tuning.recall import Target, Truth, find_truth, recall_of_each
-from scripts import RESULTS, ROOT
+from scripts import RESULTS
 from scripts.benchmarks import result_rows
 from scripts.benchmarks.index import index_overhead, index_plots, index_rates, index_targets
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import read_rows, update_rows
-from scripts.benchmarks.tables import index_tables
+from scripts.benchmarks.tables import readme_tables
 from scripts.datasets.index_sets import read_set
 
 K = 10
@@ -76,7 +76,7 @@ def main() -> None:
             write_rows("index_overhead.csv", [{**row, **measured_on()}], ("set", "factory"))
     else:
         index_plots.draw(RESULTS)
-        index_tables.fill(RESULTS, ROOT / "index" / "README.md")
+        readme_tables.main()
 
 
 def sizes(sets: Path, only: str | None, factory: str | None) -> None:

@@ -1,37 +1,36 @@
-"""The tables of index/README.md, made from what scripts/benchmarks/index/bench_index.py measured."""
+"""Tables of index/README.md: index sizes, recall targets, and the overhead over plain faiss."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable
+import textwrap
 from pathlib import Path
+
+from scripts.benchmarks.result_rows import read_rows
 
 Rows = list[dict[str, str]]
 
 
-def fill(results: Path, readme: Path) -> None:
-    """Write every table between `<!-- NAME -->` and `<!-- /NAME -->` anew; those without results stay as they are."""
-    text = readme.read_text(encoding="utf-8")
-    tables: dict[str, Callable[[Rows], list[str]]] = {"sizes": _sizes, "targets": _targets, "overhead": _overhead}
-    for name, table in tables.items():
-        path = results / f"index_{name}.csv"
-        if path.exists():
-            with path.open(encoding="utf-8", newline="") as stream:
-                lines = table(list(csv.DictReader(stream)))
-            start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-            before, _, rest = text.partition(start)
-            text = f"{before}{start}" + "\n".join(lines) + f"\n{end}" + rest.partition(end)[2]
-    readme.write_text(text, encoding="utf-8")
+def index_tables(results: Path) -> dict[str, str]:
+    """The tables of index/README.md, by name."""
+    makers = {"sizes": _sizes, "targets": _targets, "overhead": _overhead}
+    return {name: "\n".join(make(read_rows(results / f"index_{name}.csv"))) + "\n" for name, make in makers.items()}
+
+
+def _paragraph(text: str) -> str:
+    """A paragraph with lines of at most 120 characters."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _sizes(rows: Rows) -> list[str]:
     measured = sorted((row for row in rows if row["kind"] == "measured"), key=lambda row: int(row["rows"]))
     computed = [row for row in rows if row["kind"] == "computed"]
     lines = [
-        f"Measured on {_where(measured)} that others used at the same time, so times are upper ends: tuned to "
-        "recall@10 0.95 on half of the queries, recall on the other half (bench_index.py sizes).",
+        _paragraph(
+            "Tuned to a recall@10 of 0.95 on half of the queries; the recall is that of the other half. Measured by "
+            f"bench_index.py sizes on {_where(measured)}. The machine was shared, so the times are upper bounds."
+        ),
         "",
-        "| set | factory | index MiB | peak MiB of the process | build s | setting | recall | µs of one core a query |",
+        "| set | factory | index MiB | peak MiB of the process | build s | setting | recall | core µs per query |",
         "|---|---|---:|---:|---:|---|---:|---:|",
     ]
     for row in measured:
@@ -44,16 +43,20 @@ def _sizes(rows: Rows) -> list[str]:
         )
     lines += [
         "",
-        "The 10 million were built at the lowest priority beside other work: 71 minutes by the clock, 19 of processor "
-        "time; their queries are 500 and 500, of the others 2,000 and 2,000.",
+        _paragraph(
+            "The index of 10 million vectors was built at the lowest priority beside other work: 71 minutes of wall "
+            "time, 19 of processor time. It was tuned and measured on 500 queries each, the others on 2,000 each."
+        ),
         "",
-        "**Computed, not measured**: what larger ones take in memory, or on disk with `--on-disk`; and in hours of one "
-        f"core, by the work it is and the rates of {_where(computed)} (bench_index.py computed). On n cores or "
-        "machines adding takes an n-th of it; `--gpu` is for the clustering. Take them for upper ends: by the same "
-        "rates, measured on a busy machine, the 10 million above take about 40 minutes, where they took 19. Their "
-        "recall would be a guess: tune them.",
+        _paragraph(
+            "**Computed, not measured**: memory of larger indexes (on disk with `--on-disk`), and build time in "
+            f"hours of one core, from the amount of work and the rates of {_where(computed)} (bench_index.py "
+            "computed). On n cores or machines, adding takes 1/n of the time; `--gpu` accelerates the clustering. "
+            "The times are upper bounds: the same rates, measured on a busy machine, predict 40 minutes for the 10 "
+            "million vectors above, which took 19. Recall is not predicted; tune the index."
+        ),
         "",
-        "| vectors | factory | bytes a vector | index GiB | clustering, core h | adding, core h |",
+        "| vectors | factory | bytes per vector | index GiB | clustering, core h | adding, core h |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in computed:
@@ -65,12 +68,13 @@ def _sizes(rows: Rows) -> list[str]:
 
 def _targets(rows: Rows) -> list[str]:
     lines = [
-        f"Target 0.95 at k = 10, measured on 4,000 other queries ({_where(rows)}; bench_index.py targets). The "
-        "last two columns: how much cheaper, in codes compared, or for pairs in processor time, the "
-        "cheapest setting of a fine grid is that has on those queries "
-        "the recall of ours, or 0.95.",
+        _paragraph(
+            f"Target 0.95 at k = 10, measured by bench_index.py targets on 4,000 other queries ({_where(rows)}). The "
+            "last two columns compare with the cheapest setting of a fine grid that reaches, on those queries, the "
+            "same recall or 0.95: the share of compared codes that it saves (with a k_factor, of processor time)."
+        ),
         "",
-        "| set | factory | tuned on | setting | recall, tuned on | recall, others | cheaper at this recall | at 0.95 |",
+        "| set | factory | tuned on | setting | recall, tuning | recall, others | saved at this recall | at 0.95 |",
         "|---|---|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -84,14 +88,15 @@ def _targets(rows: Rows) -> list[str]:
 
 def _overhead(rows: Rows) -> list[str]:
     lines = [
-        f"Ours against faiss {rows[0]['faiss']} driven by hand, in turns in one process (bench_index.py "
-        "overhead): the median of the ratios of neighbouring runs by the clock, and in brackets by processor time, "
-        "which others on the machine disturb less. "
-        "`index`: training and adding alone. `build`: with every byte of the store checked, passages "
-        "copied, and everything written summed and flushed; `besides`: the processor time that this takes. `search`: "
-        "both on the same index.",
+        _paragraph(
+            f"Ours against plain faiss {rows[0]['faiss']}, alternately in one process (bench_index.py overhead). "
+            "Ratios are medians over neighbouring runs by wall time and, in brackets, by processor time, which "
+            "depends less on other load. `index`: training and adding only. `build`: also verifying the store, "
+            "copying the passages, hashing and flushing; `overhead` is the processor time of these. `search`: both "
+            "on the same index."
+        ),
         "",
-        "| set | factory | faiss build s | index | build | besides, s of a core | of MiB | search | on |",
+        "| set | factory | faiss build s | index | build | overhead, core s | MiB hashed | search | measured on |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:

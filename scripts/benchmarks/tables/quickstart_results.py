@@ -1,4 +1,4 @@
-"""What the README shows of a quickstart: its table and the picture of its report, which must be of one run."""
+"""Shows a quickstart run in README.md: its table, and a screenshot of its report."""
 
 from __future__ import annotations
 
@@ -9,40 +9,42 @@ import sys
 import tempfile
 from pathlib import Path
 
+from scripts import RESULTS
 from scripts.benchmarks.tables import readme_tables
 
-# Of the picture, in pixels: as much of the report as has its tables and first plots.
+# Pixels of the screenshot, which shows the tables and the first plots.
 WIDTH, HEIGHT = 1000, 1305
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def find_browser() -> str:
-    """The program that takes the picture; without one the script ends here, before anything was run."""
+    """Path of Chromium. Exits if there is none, before anything is run."""
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
-        sys.exit("--keep: expected chromium to take the picture of the report (Debian: apt-get install chromium)")
+        sys.exit(
+            "--keep: expected chromium, which takes the screenshot of the report (Debian: apt-get install chromium)"
+        )
     return found
 
 
 def keep(report: Path, browser: str) -> None:
-    """Put table and picture of the folder `report` in the place of the committed ones, and the table in README.md."""
-    results = readme_tables.RESULTS
-    picture = report / "quickstart_report.png"
-    take_picture(report / "report.html", picture, browser)
-    for path in (report / "quickstart.csv", picture):
-        shutil.copyfile(path, results / path.name)
+    """Replace the committed table and screenshot by those of the folder `report`, and write README.md."""
+    image = report / "quickstart_report.png"
+    take_screenshot(report / "report.html", image, browser)
+    for path in (report / "quickstart.csv", image):
+        shutil.copyfile(path, RESULTS / path.name)
     readme_tables.main()
 
 
-def take_picture(page: Path, picture: Path, browser: str) -> None:
-    """Write the beginning of an HTML page as a PNG."""
-    picture.unlink(missing_ok=True)
+def take_screenshot(page: Path, image: Path, browser: str) -> None:
+    """Write the top of an HTML page as a PNG."""
+    image.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as profile:
         words = [browser, "--headless=new", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-        # Root has no sandbox to give.
+        # Chromium refuses to run its sandbox as root.
         words += ["--no-sandbox"] if os.geteuid() == 0 else []
-        words += [f"--user-data-dir={profile}", f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={picture.resolve()}"]
+        words += [f"--user-data-dir={profile}", f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={image.resolve()}"]
         words.append(page.resolve().as_uri())
         done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode or not picture.exists():
-        sys.exit(f"{browser}: expected a picture of {page}, found: {done.stderr.strip()[-500:]}")
+    if done.returncode or not image.exists():
+        sys.exit(f"{browser}: expected a screenshot of {page}, found: {done.stderr.strip()[-500:]}")

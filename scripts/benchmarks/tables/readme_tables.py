@@ -1,81 +1,53 @@
-"""Write the tables of README.md, retriever/README.md and retriever/images/README.md anew from the committed results:
-`python scripts/benchmarks/tables/readme_tables.py`."""
+"""Writes every README table that is generated from the CSV files in scripts/results.
+
+python scripts/benchmarks/tables/readme_tables.py
+"""
 
 from __future__ import annotations
 
-import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-
 from scripts import RESULTS, ROOT
-from scripts.benchmarks.tables.throughput_tables import (
-    encode_table,
-    image_train_table,
-    images_table,
-    memory_table,
-    train_table,
-)
+from scripts.benchmarks.result_rows import read_rows
+from scripts.benchmarks.tables.index_tables import index_tables
+from scripts.benchmarks.tables.launch_tables import launch_tables
+from scripts.benchmarks.tables.markers import fill_tables
+from scripts.benchmarks.tables.throughput_tables import image_tables, throughput_tables
 
 
 def main() -> None:
-    """Replace what stands between the markers of every table."""
-    places = {"README.md": tables, "retriever/README.md": throughput, "retriever/data/images/README.md": pictures}
-    for readme, make in ((ROOT / place, make) for place, make in places.items()):
-        readme.write_text(filled(readme.read_text(encoding="utf-8"), make()), encoding="utf-8")
+    """Write the tables of every README."""
+    for readme, tables in READMES.items():
+        path = ROOT / readme
+        path.write_text(fill_tables(path.read_text(encoding="utf-8"), tables(RESULTS)), encoding="utf-8")
 
 
-def tables() -> dict[str, str]:
-    """Those of README.md."""
-    return {"quickstart": quickstart_table(), "emoji": emoji_table()}
+def quickstart_tables(results: Path) -> dict[str, str]:
+    """The tables of README.md, by name."""
+    return {
+        "quickstart": quickstart_table(read_rows(results / "quickstart.csv")),
+        "emoji": emoji_table(read_rows(results / "emoji.csv")),
+    }
 
 
-def throughput() -> dict[str, str]:
-    """Those of retriever/README.md, of what has been measured."""
-    makers = {"train": train_table, "encode": encode_table, "encode_memory": memory_table}
-    return {name: make(rows_of(f"{name}.csv")) for name, make in makers.items() if (RESULTS / f"{name}.csv").exists()}
-
-
-def pictures() -> dict[str, str]:
-    """Those of retriever/images/README.md."""
-    return {"image_train": image_train_table(rows_of("image_train.csv")), "images": images_table(rows_of("images.csv"))}
-
-
-def filled(readme: str, tables: dict[str, str]) -> str:
-    """The text with every table between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    for name, table in tables.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, _, rest = readme.partition(start)
-        _, _, after = rest.partition(end)
-        readme = f"{before}{start}{table}{end}{after}"
-    return readme
-
-
-def rows_of(name: str) -> list[dict[str, str]]:
-    """The rows of a file of committed results."""
-    with (RESULTS / name).open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def quickstart_table() -> str:
-    """What scripts/quickstart.sh measured, and where."""
-    rows = rows_of("quickstart.csv")
-    first = rows[0]
+def quickstart_table(rows: list[dict[str, str]]) -> str:
+    """What scripts/quickstart.sh measured."""
     lines = [
-        f"| {first['title']} | nDCG@10 | recall@100 |",
+        f"| {rows[0]['title']} | nDCG@10 | recall@100 |",
         "|---|---:|---:|",
         *(f"| {row['model']} | {float(row['ndcg@10']):.4f} | {float(row['recall@100']):.4f} |" for row in rows),
         "",
-        where(first),
+        measured_in(rows[0]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def emoji_table() -> str:
-    """What scripts/emoji.sh measured, beside chance, and where."""
-    rows = rows_of("emoji.csv")
+def emoji_table(rows: list[dict[str, str]]) -> str:
+    """What scripts/emoji.sh measured, and the values expected by chance."""
     shown = ("image retrieval recall@10", "image retrieval median rank", "acc1", "acc5")
     lines = ["| emoji | measure | value | chance |", "|---|---|---:|---:|"]
     for asks in dict.fromkeys(row["asks"] for row in rows):
@@ -84,13 +56,21 @@ def emoji_table() -> str:
             for row in rows
             if row["asks"] == asks and row["measure"] in shown
         ]
-    return "\n".join([*lines, "", where(rows[0])]) + "\n"
+    return "\n".join([*lines, "", measured_in(rows[0])]) + "\n"
 
 
-def where(row: dict[str, str]) -> str:
-    """How long a run took, on what."""
+def measured_in(row: dict[str, str]) -> str:
+    """Time, hardware and versions of a run."""
     return f"{row['seconds']} s in all on {row['hardware']} (torch {row['torch']}, commit {row['commit']})."
 
+
+READMES: dict[str, Callable[[Path], dict[str, str]]] = {
+    "README.md": quickstart_tables,
+    "retriever/README.md": throughput_tables,
+    "retriever/data/images/README.md": image_tables,
+    "index/README.md": index_tables,
+    "scripts/launch/README.md": launch_tables,
+}
 
 if __name__ == "__main__":
     main()

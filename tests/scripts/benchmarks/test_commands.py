@@ -1,4 +1,4 @@
-"""The example runs end with what to type next."""
+"""The example scripts end with the next commands to type."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from scripts import ROOT
 from scripts.benchmarks.commands import next_steps
 
 
-def test_an_environment_that_the_shell_is_not_in_is_entered_first(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_inactive_environment_is_activated_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
     command = ("search", "--model", tmp_path / "a b" / "model", "--index", Path("/elsewhere/index"), "a query")
@@ -28,8 +26,8 @@ def test_an_environment_that_the_shell_is_not_in_is_entered_first(
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "emoji.sh"])
 @pytest.mark.parametrize("active", [True, False])
-def test_the_shell_scripts_tell_which(script: str, active: bool, tmp_path: Path) -> None:
-    """The script as it is, beside an environment that is there already and a main job that only tells."""
+def test_shell_scripts_pass_an_inactive_environment(script: str, active: bool, tmp_path: Path) -> None:
+    """Runs the script with a fake environment and a fake main program."""
     scripts = tmp_path / "scripts"
     scripts.mkdir()
     (scripts / script).write_bytes((ROOT / "scripts" / script).read_bytes())

@@ -1,4 +1,4 @@
-"""The bundled emoji: the bytes that their README names, no concept in two splits, the same sets every time."""
+"""The bundled emoji have the checksums of their README, no concept in two splits, and unpack reproducibly."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("mango", "mango"),
     ],
 )
-def test_who_does_it_is_no_part_of_a_concept(name: str, concept: str) -> None:
+def test_concepts_do_not_depend_on_the_person(name: str, concept: str) -> None:
     assert make_emoji.concept_of(name) == concept
 
 
-def test_the_bundled_files_are_those_of_their_readme() -> None:
+def test_bundled_files_have_the_checksums_of_their_readme() -> None:
     readme = (BUNDLED / "README.md").read_text()
     sums = {name: sha256 for sha256, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", readme, re.MULTILINE)}
     for artist in ("google", "twitter"):
@@ -68,7 +68,7 @@ def test_no_concept_is_in_two_splits() -> None:
     assert not splits["dev"] & (splits["train"] | splits["test"])
 
 
-def test_training_sees_one_artist_and_the_train_concepts_alone(unpacked: Path) -> None:
+def test_training_set_has_one_artist_and_only_train_concepts(unpacked: Path) -> None:
     train = {one.key for one in emoji_sets.read_emoji(BUNDLED) if one.split == "train"}
     with tarfile.open(unpacked / "train" / "00000.tar") as tar:
         members = {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
@@ -76,11 +76,11 @@ def test_training_sees_one_artist_and_the_train_concepts_alone(unpacked: Path) -
     key = sorted(train)[7]
     about = json.loads(members[f"{key}.json"])
     assert members[f"{key}.txt"].decode() == about["captions"][0] == about["name"]
-    assert members[f"{key}.png"] == (unpacked / "pictures" / "google" / f"{key}.png").read_bytes()
+    assert members[f"{key}.png"] == (unpacked / "images" / "google" / f"{key}.png").read_bytes()
     assert Image.open(io.BytesIO(members[f"{key}.png"])).size == (64, 64)
 
 
-def test_every_set_opens_and_holds_what_it_says(unpacked: Path) -> None:
+def test_every_set_has_the_documented_content(unpacked: Path) -> None:
     emoji = {one.key: one for one in emoji_sets.read_emoji(BUNDLED)}
     for name, (_, split, task) in emoji_sets.SETS.items():
         dataset = open_set(unpacked / name)
@@ -94,11 +94,11 @@ def test_every_set_opens_and_holds_what_it_says(unpacked: Path) -> None:
                 assert dataset.classes[sample.labels[0]] == one.class_name
 
 
-def test_every_drawing_has_its_name_in_the_corpus(unpacked: Path) -> None:
+def test_every_image_has_its_name_in_the_corpus(unpacked: Path) -> None:
     rows = [json.loads(line) for line in (unpacked / "names.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["_id"] for row in rows] == [one.key for one in emoji_sets.read_emoji(BUNDLED)]
     for artist in emoji_sets.ARTISTS:
-        assert {row["_id"] for row in rows} == {file.stem for file in (unpacked / "pictures" / artist).iterdir()}
+        assert {row["_id"] for row in rows} == {file.stem for file in (unpacked / "images" / artist).iterdir()}
     assert {"_id": "1f41f-fish", "text": "fish: animal, dinner, fishes, fishing, pisces, zodiac"} in rows
 
 
@@ -112,7 +112,7 @@ def test_other_files_and_other_packages_are_refused(tmp_path: Path, capsys: pyte
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert make_emoji.main(["unpack", "--out", str(tmp_path / "mine")]) == 1
-    assert "expected a new folder or one of this script's own" in capsys.readouterr().err
+    assert "expected a new folder or one that this script wrote" in capsys.readouterr().err
     (tmp_path / "emoji.json").write_text("[]")
     folders = [word for name in make_emoji.PACKAGES for word in (f"--{name}", str(tmp_path))]
     assert make_emoji.main(["build", *folders, "--out", str(tmp_path / "new")]) == 1

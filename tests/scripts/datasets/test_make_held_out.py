@@ -1,4 +1,4 @@
-"""The bundled held-out sets: parsed rightly, without leaks, judged completely, reproduced byte for byte."""
+"""The bundled held-out sets are parsed correctly, without leaks, fully judged, and reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ZAP = """ n.,vt.
 """
 
 
-def test_an_entry_is_cut_after_the_first_sentence_of_its_first_sense_and_masked() -> None:
+def test_entries_are_split_after_the_first_sentence_and_masked() -> None:
     entry = make_jargon.cut("zap", ZAP)
     assert entry.first == "To ~ something that a program left over, esp. in the arena or by means of e.g. a patch."
     assert entry.rest.startswith("“You ~ my file!” She was ~ blocks all night long, and no ~ hit")
@@ -49,7 +49,7 @@ def test_an_entry_is_cut_after_the_first_sentence_of_its_first_sense_and_masked(
         ("foo", "food, foobar, foo!", "food, foobar, ~!"),
     ],
 )
-def test_headwords_are_masked_in_their_usual_forms(headword: str, text: str, left: str) -> None:
+def test_headwords_are_masked_in_usual_forms(headword: str, text: str, left: str) -> None:
     assert make_jargon.masked(text, headword) == left
 
 
@@ -57,7 +57,7 @@ def test_short_entries_are_left_out() -> None:
     assert make_jargon.cut("alt bit", " /awlt bit/, adj.\n\n    See {meta bit}.") is None
 
 
-def test_equal_first_sentences_are_one_query_with_both_rests() -> None:
+def test_equal_first_sentences_are_one_query() -> None:
     entries = [make_jargon.Entry(head, "The same thing, said of two.", f"rest of {head}") for head in ("b c", "a", "a")]
     tables = make_jargon.build_tables(entries)
     assert tables["queries.jsonl"].count("\n") == 1
@@ -65,7 +65,7 @@ def test_equal_first_sentences_are_one_query_with_both_rests() -> None:
     assert rows == [["q-a", "a", "1"], ["q-a", "a-2", "1"], ["q-a", "b_c", "1"]]
 
 
-def test_formatting_codes_are_taken_off_and_links_kept() -> None:
+def test_formatting_codes_are_removed_and_links_kept() -> None:
     text = (
         'C<< $a->{b} >>, B<I<very> S<bold>>X<bold>, E<lt>E<233>E<gt> and L<the op|perlop/"X<y> C<m//>"> or L<perlre>.'
     )
@@ -74,7 +74,7 @@ def test_formatting_codes_are_taken_off_and_links_kept() -> None:
     assert pod.plain('L<perlop/"Gory details">, L<http://a.b/c>') == '"Gory details" in perlop, http://a.b/c'
 
 
-def test_items_are_sections_where_wanted_and_text_elsewhere() -> None:
+def test_items_are_sections_only_on_request() -> None:
     page = (
         "=head1 List\n\n=over\n\n=item open FH\n\n=item open\n\nOpens.\n\n    code();\n\n=item close\n\nShuts.\n\n=back"
     )
@@ -83,7 +83,7 @@ def test_items_are_sections_where_wanted_and_text_elsewhere() -> None:
     assert whole.text == "open FH\n\nopen\n\nOpens.\n\n    code();\n\nclose\n\nShuts."
 
 
-def test_an_answer_is_judged_2_and_what_it_points_at_1() -> None:
+def test_answers_have_grade_2_and_linked_sections_1() -> None:
     faq = (
         "=head1 Data\n\n=head2 How do I open?\n\nUse the function of that name: L<perlfunc/open>, L<perlop>, please.\n"
     )
@@ -113,7 +113,7 @@ def test_committed_files_have_the_checksums_of_their_readme(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "passages", "queries"), [("jargon", 1095, 1095), ("perlfaq", 2282, 304)])
-def test_every_query_is_judged_and_no_question_stands_in_its_answer(name: str, passages: int, queries: int) -> None:
+def test_every_query_is_judged_and_no_answer_contains_its_question(name: str, passages: int, queries: int) -> None:
     data = BeirDataset.open(DATA / name)
     texts = {passage.id: passage.text for passage in data.passages()}
     assert (len(texts), len(set(texts.values())), len(data.queries)) == (passages, passages, queries)
@@ -125,7 +125,7 @@ def test_every_query_is_judged_and_no_question_stands_in_its_answer(name: str, p
             assert asked not in " ".join(make_jargon.words(texts[passage])), query
 
 
-def test_no_headword_is_left_in_its_own_article() -> None:
+def test_no_article_contains_its_headword() -> None:
     data = BeirDataset.open(DATA / "jargon")
     for passage in data.passages():
         headword = passage.id.replace("_", " ")

@@ -1,4 +1,4 @@
-"""The bundled reverse dictionary: parsed rightly, split without leakage, reproduced byte for byte."""
+"""The bundled reverse dictionary is parsed correctly, split without leakage, and reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_repeated_definitions_are_one_query_in_one_split() -> None:
     assert sorted(row.split("\t")[1] for row in rows) == ["breathe", "inhale", "respire", "suspire", "take_a_breath"]
 
 
-def test_another_version_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_version_gives_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.noun").write_text("00001740 03 n 01 entity 0 000 | 3.1\n")
     assert make_wordnet.main(["build", "--wordnet", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
@@ -80,7 +80,7 @@ def test_another_version_is_refused_in_one_line(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="found other files"):
         make_wordnet.subset(BUNDLED, "verb", tmp_path)

@@ -1,4 +1,4 @@
-"""The Slurm recipe begins a run, goes on with one that has begun, and has the job queued again when its time is up."""
+"""The Slurm script starts a run, resumes an existing one, and requeues the job at its time limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts import ROOT
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, str]:
-    """An environment whose Slurm writes down what it is asked for; a step of it lasts until it is told to end."""
+    """An environment with fake Slurm commands that log their arguments; srun lasts until it is terminated."""
     commands = {
         "srun": 'echo "$@" >> "$ASKED"; trap "exit 0" TERM; while [ -e "$LASTS" ]; do sleep 0.1; done',
         "scontrol": 'if [ "$1" = show ]; then echo node7; else echo "$@" >> "$ASKED"; fi',
@@ -34,7 +34,7 @@ def start(job: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, env=job, cwd=folder)
 
 
-def test_a_run_is_begun_and_gone_on_with(job: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_is_started_and_resumed(job: dict[str, str], tmp_path: Path) -> None:
     assert start(job, tmp_path).wait(30) == 0
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
@@ -45,7 +45,7 @@ def test_a_run_is_begun_and_gone_on_with(job: dict[str, str], tmp_path: Path) ->
     assert resumed.endswith(f"-m retriever train --resume {tmp_path / 'run'}")
 
 
-def test_a_job_whose_time_is_up_is_queued_again(job: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_at_its_time_limit_is_requeued(job: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "lasts").touch()
     running = start(job, tmp_path)
     deadline = time.monotonic() + 30
