@@ -27,7 +27,7 @@ from torch import distributed
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from losses import InfCLLoss
-from retriever.distributed.context import Ranks
+from retriever.distributed.ranks import Ranks
 from scripts import RESULTS
 from scripts.benchmarks.distributed.rank_clock import METHODS, Measured, RankClock, init_ranks
 from scripts.benchmarks.distributed.ring_plots import hidden_share

@@ -140,7 +140,7 @@ def one_size(folder: Path, factory: str) -> dict[str, Any]:
 
 def other_recall(index: Index, truth: Truth) -> float:
     """Mean recall of an open index on queries that it was not tuned on."""
-    return float(recall_of_each(index.search(truth.queries, truth.k)[1], truth).mean())
+    return float(recall_of_each(index.search_rows(truth.queries, truth.k)[1], truth).mean())
 
 
 def computed_sizes() -> list[dict[str, Any]]:

@@ -68,10 +68,10 @@ def _compare(store: EmbeddingStore, queries: np.ndarray, factory: str, folder: P
     )
     ours, theirs = Index.open(ours_at), faiss.read_index(str(theirs_at))
     if "HNSW" not in factory:  # With several threads, building a graph is not deterministic.
-        np.testing.assert_array_equal(ours.search(queries, K)[1][:, 0], theirs.search(queries, K)[1][:, 0])
+        np.testing.assert_array_equal(ours.search_rows(queries, K)[1][:, 0], theirs.search(queries, K)[1][:, 0])
     # Both search the same index, so that the difference is our overhead.
     searches = time_alternately(
-        {"faiss": lambda: ours.faiss.search(queries, K), "search": lambda: ours.search(queries, K)},
+        {"faiss": lambda: ours.faiss.search(queries, K), "search": lambda: ours.search_rows(queries, K)},
         MIN_ROUNDS,
         min_seconds=MIN_SECONDS,
     )

@@ -34,7 +34,6 @@ from retriever.data.batches import TrainingBatch
 from retriever.models.towers import Towers, build_towers
 from retriever.training.trainer import Trainer
 from retriever.utils.device import Precision
-from retriever.utils.progress import Terminal
 from scripts import DATA, RESULTS
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import read_rows, update_rows

@@ -41,7 +41,6 @@ from retriever.config.sources import SourceConfig
 from retriever.models.towers import build_towers
 from retriever.training.trainer import Trainer
 from retriever.utils.device import Precision, autocast
-from retriever.utils.progress import Terminal
 from scripts import RESULTS
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import update_rows

@@ -17,7 +17,6 @@ from retriever.config.yaml_file import load_config, save_config
 from retriever.data.images.tars import expand_braces
 from retriever.training.optim import lr_factor
 from retriever.training.trainer import Trainer
-from retriever.utils.progress import Terminal
 from scripts import ROOT
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "retriever"))
