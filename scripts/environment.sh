@@ -1,16 +1,16 @@
-# Sourced by the scripts beside it: `ensure_environment EXTRA` makes `python` one that has this project installed.
-# An active virtual environment is used as it is; otherwise one is made in .venv.
+# Sourced by the other scripts. `ensure_environment EXTRA` provides a `python` that has this project installed with EXTRA.
+# An active virtual environment is used; otherwise one is created in .venv.
 
 ensure_environment() {
     local extra=$1 venv=${VIRTUAL_ENV:-} stamp
     if [ -z "$venv" ] || [ ! -x "$venv/bin/python" ]; then
         venv=$PWD/.venv
-        # activate is written last: without it the environment was left half made.
+        # venv writes activate last. Without it, an earlier creation was interrupted.
         [ -f "$venv/bin/activate" ] || make_environment "$venv" || return 1
     fi
     export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH"
     hash -r
-    # What the installation depends on; as long as it is the same, nothing is asked of the network again.
+    # The installation is repeated only if one of its inputs has changed.
     stamp=$(cat setup.cfg pyproject.toml constraints.txt; echo "$PWD")
     if [ "$stamp" != "$(cat "$venv/.dense-retriever-$extra" 2>/dev/null)" ]; then
         echo "installing into $venv" >&2
@@ -23,10 +23,10 @@ ensure_environment() {
 make_environment() {
     local python
     python=$(find_python) || return 1
-    echo "making a virtual environment in $1 with $("$python" --version)" >&2
+    echo "creating a virtual environment in $1 with $("$python" --version)" >&2
     if ! "$python" -m venv --clear "$1"; then
         rm -rf "$1"
-        echo "$python cannot make virtual environments: install its venv module (Debian: python3-venv)" >&2
+        echo "$python cannot create virtual environments: install its venv module (Debian: python3-venv)" >&2
         return 1
     fi
 }
@@ -39,6 +39,6 @@ find_python() {
             return 0
         fi
     done
-    echo "Python 3.11 or newer is needed, and none was found; set PYTHON to one" >&2
+    echo "expected Python 3.11 or newer, found none; set PYTHON to its path" >&2
     return 1
 }

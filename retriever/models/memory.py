@@ -24,7 +24,7 @@ from retriever.utils.torchrun import local_process_count
 CPU_TOKENS = 4096
 # Of the memory that a CPU's programs may still take, for graphs: others want some too.
 _CPU_SHARE = 0.25
-# On a GPU, as many as memory has room for, within these: fewer starve it, more gain nothing (scripts/bench_train.py).
+# On a GPU, as many as memory has room for, within these: fewer starve it, more gain nothing (bench_train.py).
 LEAST_TOKENS, MOST_TOKENS = 4096, 131072
 
 # Bytes for each number of an embedding while the loss is computed: as a leaf, in order, in the products' precision,

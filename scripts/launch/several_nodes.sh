@@ -1,12 +1,13 @@
 #!/bin/sh
-# Several machines, without a batch system. Run the same line on each; HEAD is one of them, whose port 29400 is free:
+# Trains on several machines without a batch system. Run the same command on each. HEAD is one of them, with a free port
+# 29400:
 #   NODES=4 HEAD=node1 scripts/launch/several_nodes.sh run.yaml [--any.field value]
-# They meet at HEAD in any order, and `out` in run.yaml lies on a disk that all of them see. With RESTARTS=3 on each, what
-# dies starts again from the newest checkpoint.
+# They may start in any order. `out` in run.yaml must be on a shared file system. With RESTARTS=3 on each, processes that
+# die restart from the newest checkpoint.
 set -eu
-# Files in the working directory are not imported in the place of libraries, unless this project itself is there.
+# Do not import modules from the working directory, unless it is the root of this project.
 [ -e retriever/__main__.py ] || export PYTHONSAFEPATH=1
-: "${NODES:?how many machines}" "${HEAD:?the machine where they meet}"
+: "${NODES:?expected the number of machines}" "${HEAD:?expected the name of the first machine}"
 exec torchrun --nnodes="$NODES" --nproc-per-node="${GPUS:-gpu}" --max-restarts="${RESTARTS:-0}" \
     --rdzv-backend=c10d --rdzv-endpoint="$HEAD:${PORT:-29400}" --rdzv-id="${JOB:-retriever}" \
     -m retriever train "$@"

@@ -1,0 +1,146 @@
+"""Tables of retriever/README.md and of the README for images: training, encoding and reading images, by hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.benchmarks.result_rows import read_rows
+
+Row = dict[str, str]
+
+
+def throughput_tables(results: Path) -> dict[str, str]:
+    """The tables of retriever/README.md, by name."""
+    makers = {"train": train_table, "encode": encode_table, "encode_memory": memory_table}
+    return {name: make(read_rows(results / f"{name}.csv")) for name, make in makers.items()}
+
+
+def image_tables(results: Path) -> dict[str, str]:
+    """The tables of the README for images, by name."""
+    makers = {"image_train": image_train_table, "images": images_table}
+    return {name: make(read_rows(results / f"{name}.csv")) for name, make in makers.items()}
+
+
+def train_table(rows: Sequence[Row]) -> str:
+    """Training: a row for each method and batch size, relative to the best of sentence-transformers at that size."""
+    tables = []
+    for own in by_hardware(rows):
+        lines = [
+            "| batch | training | pairs/s | tokens/s | speed-up | FLOP utilisation | peak MiB (planned) |",
+            "|---:|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in own:
+            theirs = [float(o["pairs_per_second"]) for o in own if o["batch"] == row["batch"] and is_theirs(o)]
+            times = f"{float(row['pairs_per_second']) / max(theirs):.2f}" if theirs else "–"
+            lines.append(
+                f"| {int(row['batch']):,} | {row['method']} | {number(row['pairs_per_second'])} | "
+                f"{number(row['tokens_per_second'])} | {times} | {float(row['flop_utilisation']):.1%} | {peak(row)} |"
+            )
+        tables.append("\n".join([*lines, "", where(own)]))
+    return "\n\n".join(tables) + "\n"
+
+
+def encode_table(rows: Sequence[Row]) -> str:
+    """Encoding: a row for each method."""
+    tables = []
+    for own in by_hardware(rows):
+        best = max((float(row["tokens_per_second"]) for row in own if is_theirs(row)), default=0.0)
+        lines = [
+            "| encoding | passages/s | tokens/s | speed-up | FLOP utilisation | peak MiB (planned) |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in own:
+            times = f"{float(row['tokens_per_second']) / best:.2f}" if best else "–"
+            lines.append(
+                f"| {row['method']} | {number(row['passages_per_second'])} | {number(row['tokens_per_second'])} | "
+                f"{times} | {float(row['flop_utilisation']):.1%} | {peak(row)} |"
+            )
+        tables.append("\n".join([*lines, "", where(own)]))
+    return "\n\n".join(tables) + "\n"
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """Memory while a long corpus is encoded."""
+    tables = []
+    for own in by_hardware(rows):
+        lines = ["| passages encoded | MiB | MiB without file pages |", "|---:|---:|---:|"]
+        lines += [f"| {int(r['passages']):,} | {number(r['resident_mib'])} | {number(r['private_mib'])} |" for r in own]
+        tables.append("\n".join([*lines, "", f"A file of {number(own[0]['file_mib'])} MiB. {where(own)}"]))
+    return "\n\n".join(tables) + "\n"
+
+
+def image_train_table(rows: Sequence[Row]) -> str:
+    """Image–text steps against their towers alone, the loss, and features against encoding the images."""
+    tables = []
+    for own in by_hardware(rows):
+        lines = ["| measured | pairs | s | pairs/s | compared | peak MiB (planned) |", "|---|---:|---:|---:|---|---:|"]
+        for row in own:
+            lines.append(
+                f"| {row['image_tower']}: {label(row['part'])} | {int(row['pairs']):,} | {row['seconds']} | "
+                f"{number(row['pairs_per_second'])} | {compared(row)} | {peak(row)} |"
+            )
+        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}, {own[0]['precision']}. {where(own)}"]))
+    return "\n\n".join(tables) + "\n"
+
+
+def label(part: str) -> str:
+    """Name of a measured part. Older rows say pictures."""
+    return part.replace("pictures", "images")
+
+
+def compared(row: Row) -> str:
+    """What an image–text step is compared with."""
+    if row["step_over_this"]:
+        return f"the step takes {row['step_over_this']} times as long"
+    if row["of_step"]:
+        return f"{float(row['of_step']):.2%} of the step"
+    return f"{row['times_features']} times the step on features" if row["times_features"] else ""
+
+
+def images_table(rows: Sequence[Row]) -> str:
+    """Images per second from tars, relative to the decoder."""
+    tables = []
+    for own in by_hardware(rows):
+        lines = ["| reading | images/s | relative to the decoder | processor ms per image |", "|---|---:|---:|---:|"]
+        for row in own:
+            lines.append(
+                f"| {row['method']} | {number(row['images_per_second'])} | {float(row['of_decoder']):.2f} | "
+                f"{row['processor_ms']} |"
+            )
+        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}. {where(own)}"]))
+    return "\n\n".join(tables) + "\n"
+
+
+def by_hardware(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each hardware, in the order of the file."""
+    return [[row for row in rows if row["hardware"] == name] for name in dict.fromkeys(r["hardware"] for r in rows)]
+
+
+def is_theirs(row: Row) -> bool:
+    """Whether the row measures sentence-transformers."""
+    return row["method"].startswith("sentence-transformers")
+
+
+def number(text: str) -> str:
+    """Format a number, without decimals from ten on."""
+    value = float(text)
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def peak(row: Row) -> str:
+    """Measured peak of GPU memory, and the planned one. Neither is known on a CPU."""
+    if not float(row["peak_mib"] or 0):
+        return "–"
+    return number(row["peak_mib"]) + (f" ({number(row['planned_mib'])})" if row["planned_mib"] else "")
+
+
+def sentence(text: str) -> str:
+    """Capitalize the first letter."""
+    return text[:1].upper() + text[1:]
+
+
+def where(rows: Sequence[Row]) -> str:
+    """Hardware, version and commits of the rows."""
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    return f"{rows[0]['hardware']}, torch {rows[0]['torch']}, commit{'s'[: len(commits) - 1]} {', '.join(commits)}."
