@@ -46,12 +46,12 @@ from index.files import atomic_path
 from losses import InfCLLoss
 from retriever.config.images import ImageConfig
 from retriever.config.run import LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.data.images.batches import ImageGroup
-from retriever.data.length_sorting import pack
-from retriever.data.micro_batches import PreparedBatch, TextGroup
+from retriever.data.images.batches import ImageInputs
+from retriever.data.length_sorting import make_micro_batches
+from retriever.data.micro_batches import PreparedBatch, TextInputs
 from retriever.models.images.towers import ImageTextTowers, build_image_text_towers
 from retriever.models.memory import GraphMemory
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.mixed_precision import mixed_precision
 from retriever.models.tokenizer import TokenizedTexts
 from retriever.training.optim import build_optimizer
 from retriever.training.plan import plan_step
@@ -128,7 +128,7 @@ class Run:
 
     def alone(self) -> None:
         """The towers' own forward, backward and second forward, micro-batch by micro-batch."""
-        with arithmetic(self.towers, self.step.precision):
+        with mixed_precision(self.towers, self.step.precision):
             for again in (False, True):
                 for micro in self.micro_batches:
                     with torch.set_grad_enabled(again):
@@ -239,7 +239,7 @@ class Bench:
     def run(self, name: str, size: int, *, lock: bool, offload: bool = False) -> Run:
         """Towers, and a batch of pixels, or of features for a locked image tower."""
         towers = build(name, lock).to(self.device)
-        if self.device.type == "cuda" and not towers.drop_padding():
+        if self.device.type == "cuda" and not towers.enable_packing():
             sys.exit("the text tower must run without padding")
         if self.options.compile:
             towers.compile_layers()
@@ -273,13 +273,15 @@ class Bench:
     def batch(self, towers: ImageTextTowers, size: int, budget: int, *, lock: bool) -> PreparedBatch:
         """Random pictures (or features of them) and texts, cut into micro-batches as a run cuts its own."""
         tokens = made_texts(size)
-        content = torch.randn(size, towers.image_width).half() if lock else self.pixels(towers, size)
+        content = torch.randn(size, towers.image_feature_dim).half() if lock else self.pixels(towers, size)
         each = 1 if lock else towers.image_tokens
         at_once = min(max(1, budget // each), len(content))
         places = [np.arange(first, min(first + at_once, size)) for first in range(0, size, at_once)]
-        images = ImageGroup(content, each, places) if lock else Pictures(content, each, places, size)
+        images = ImageInputs(content, each, places) if lock else Pictures(content, each, places, size)
         padded = not towers.padding_free
-        texts = TextGroup("document", tokens, pack(tokens.lengths, budget, padded=padded, device=towers.device.type))
+        texts = TextInputs(
+            "document", tokens, make_micro_batches(tokens.lengths, budget, padded=padded, device=towers.device.type)
+        )
         return PreparedBatch([images, texts], size, None, padded)
 
     def pixels(self, towers: ImageTextTowers, size: int) -> torch.Tensor:
@@ -309,7 +311,7 @@ class Bench:
     def encode(self, run: Run, pixels: torch.Tensor) -> None:
         """Every picture once through the locked encoder, from the host's memory."""
         at_once = max(1, 131072 // run.towers.image_tokens)
-        with arithmetic(run.towers, self.precision), torch.inference_mode():
+        with mixed_precision(run.towers, self.precision), torch.inference_mode():
             for part in pixels.split(at_once):
                 run.towers.image_features(to_device(part, run.towers.device))
 
@@ -391,7 +393,7 @@ def made_texts(size: int) -> TokenizedTexts:
 
 
 @dataclass(frozen=True)
-class Pictures(ImageGroup):
+class Pictures(ImageInputs):
     """Some pictures that stand for more: each micro-batch is of as many bytes as it would be."""
 
     count: int
@@ -401,11 +403,11 @@ class Pictures(ImageGroup):
 
     @property
     def lengths(self) -> np.ndarray:
-        """As of `ImageGroup`."""
+        """As of `ImageInputs`."""
         return np.full(self.count, self.tokens_each, dtype=np.int64)
 
     def embed(self, towers: ImageTextTowers, rows: np.ndarray) -> torch.Tensor:
-        """As of `ImageGroup`."""
+        """As of `ImageInputs`."""
         first = int(rows[0]) % (len(self.pixels) - len(rows) + 1)
         pixels = self.pixels[first : first + len(rows)]
         # Those on the device already need not be copied.
@@ -423,7 +425,7 @@ def plan_of(run: Run) -> str:
     """What the plan said."""
     graphs, sizes = run.step.graphs, run.batch.micro_batch_tokens
     return (
-        f"micro-batches of {graphs.micro_batch_tokens} tokens; {graphs.keep(sizes)} of {len(sizes)} keep their graphs"
+        f"micro-batches of {graphs.micro_batch_tokens} tokens; {graphs.kept(sizes)} of {len(sizes)} keep their graphs"
     )
 
 

@@ -128,7 +128,7 @@ class BatchDataset(Dataset[T], Generic[T]):
         """`batch_loader` from step `start` to the last."""
         return batch_loader(self, start=start, workers=workers)
 
-    def waiting(self, workers: int) -> int:
+    def in_memory(self, workers: int) -> int:
         """Batches that are in memory at once."""
         return 1 + 2 * workers
 

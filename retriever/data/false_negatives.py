@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
 
-MOST_PAIRS_A_QUERY = 32
-MOST_PAIRS = 2**22
+MAX_PAIRS_PER_QUERY = 32
+MAX_PAIRS = 2**22
 """Of a batch: this many in any case (64 MiB; all pairs of 2,048 queries and passages), and so many a query on average
 in large batches. Lists that are longer cost more time in the loss than an exact mask is worth."""
 
@@ -28,7 +28,7 @@ class FalseNegatives:
     """[R, 2]: a query's row and the row of a passage that is no negative of it, beside those with its id."""
     masked: bool | None = None
     """Whether any of the ranks' shares has something to mask; none for a whole batch."""
-    nothing_left: bool | None = None
+    no_negatives_on_any_rank: bool | None = None
     """`no_negatives` of all ranks' shares together; none for a whole batch."""
 
     @property
@@ -42,8 +42,8 @@ class FalseNegatives:
     def no_negatives(self) -> bool:
         """Whether every passage is masked for every query, so that the batch tells nothing apart; the same on all
         ranks."""
-        if self.nothing_left is not None:
-            return self.nothing_left
+        if self.no_negatives_on_any_rank is not None:
+            return self.no_negatives_on_any_rank
         # If all pairs are known, all passages answer the same queries, and share one id.
         return bool((self.passage_ids == self.passage_ids[0]).all())
 
@@ -56,7 +56,7 @@ def find_false_negatives(
     A passage answers a query if the texts of both form a pair: one of the batch (a query with its positive), or one of
     `known`. Passages that answer the same queries of the batch share an id, the one of the queries that have such a
     passage as their positive. This covers duplicates, and all the passages of a label, without a list. The remaining
-    pairs are listed in `excluded`. If they are more than MOST_PAIRS, and more than MOST_PAIRS_A_QUERY times the
+    pairs are listed in `excluded`. If they are more than MAX_PAIRS, and more than MAX_PAIRS_PER_QUERY times the
     queries, ids become connected components of the graph of pairs instead: still no passage is a negative of a query
     that it answers, but some passages that do not answer a query are left out too, and in the worst case all.
 
@@ -81,7 +81,7 @@ def find_false_negatives(
     count = int(classes.max(initial=-1)) + 1
     # Pairs of query texts and classes, sorted by query.
     of_query, of_class = np.divmod(np.unique(of_query * count + classes[of_passage]), max(1, count))
-    most = max(MOST_PAIRS, MOST_PAIRS_A_QUERY * len(query))
+    most = max(MAX_PAIRS, MAX_PAIRS_PER_QUERY * len(query))
     excluded = _excluded_pairs(of_query, of_class, query, query_ids, passage_ids, most)
     if excluded is None:
         component = _components(of_query, of_class, len(query_texts), count)
@@ -89,7 +89,7 @@ def find_false_negatives(
     return FalseNegatives(query_ids, passage_ids, excluded)
 
 
-def without_spacing(text: str) -> str:
+def normalize_whitespace(text: str) -> str:
     """What is compared of a text: copies of one often differ in spaces and line ends alone."""
     return " ".join(text.split())
 
@@ -97,7 +97,7 @@ def without_spacing(text: str) -> str:
 def numbered(texts: Iterable[str]) -> Integers:
     """Texts that are equal but for spacing get equal numbers, counted from 0."""
     numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(without_spacing(text), len(numbers)) for text in texts], dtype=np.int64)
+    return np.array([numbers.setdefault(normalize_whitespace(text), len(numbers)) for text in texts], dtype=np.int64)
 
 
 def _places(values: Integers, wanted: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
@@ -158,7 +158,7 @@ def _components(of_query: Integers, of_class: Integers, queries: int, classes: i
     return connected_components(graph, directed=False)[1][queries:].astype(np.int64)
 
 
-def ranks_rows(counts: Sequence[int]) -> list[slice]:
+def rank_slices(counts: Sequence[int]) -> list[slice]:
     """The rows of each rank, where shards of so many rows lie one after another."""
     ends = np.cumsum(counts).tolist()
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]

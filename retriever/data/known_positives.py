@@ -16,7 +16,7 @@ import numpy as np
 
 from index.files import InputError, atomic_path
 from index.progress import Reporter
-from retriever.data.false_negatives import Integers, ranges, without_spacing
+from retriever.data.false_negatives import Integers, normalize_whitespace, ranges
 from retriever.data.table import ExampleTable
 
 VERSION = 2
@@ -28,7 +28,7 @@ PAIRS_AT_ONCE = 2**22
 def digests(texts: Iterable[str]) -> Integers:
     """64 bits of BLAKE2b of each text without its spacing, int64. Two of a million texts share theirs once in 37
     million batches, and then a passage is not a negative of one query."""
-    compared = (without_spacing(text).encode() for text in texts)
+    compared = (normalize_whitespace(text).encode() for text in texts)
     content = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in compared)
     return np.frombuffer(content, dtype="<i8").astype(np.int64)
 

@@ -13,7 +13,9 @@ _LEAST = 1 / 16
 _COST = {"cpu": 256, "cuda": 8192}
 
 
-def pack(lengths: np.ndarray, token_budget: int, *, padded: bool = True, device: str = "cpu") -> list[np.ndarray]:
+def make_micro_batches(
+    lengths: np.ndarray, token_budget: int, *, padded: bool = True, device: str = "cpu"
+) -> list[np.ndarray]:
     """Divide texts into micro-batches of at most `token_budget` tokens.
 
     Texts are sorted by length, longest first, and cut greedily; a text longer than the budget makes a micro-batch of

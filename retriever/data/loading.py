@@ -20,7 +20,7 @@ from retriever.models.towers import Towers
 from retriever.utils.device import Precision
 
 
-def open_training(
+def open_training_data(
     config: TrainConfig,
     towers: Towers,
     cache: Path,
@@ -29,7 +29,7 @@ def open_training(
     token_budget: int,
     reporter: Reporter,
     share: Share | None = None,
-    planned: bool = False,
+    dry_run: bool = False,
 ) -> tuple[Any, tuple[str, ...]]:
     """The batches of a run, of texts or of pictures and captions, and what identifies each source.
 
@@ -52,7 +52,7 @@ def open_training(
             token_budget=token_budget,
             reporter=reporter,
             share=share,
-            planned=planned,
+            dry_run=dry_run,
         )
     if config.data.images:
         raise ConfigError("data.images: pictures need an image tower: set model.image.name")

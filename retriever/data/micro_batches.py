@@ -12,14 +12,14 @@ from torch import Tensor
 
 from retriever.data.batches import PairKeys, TrainingBatch
 from retriever.data.false_negatives import FalseNegatives
-from retriever.data.length_sorting import pack
+from retriever.data.length_sorting import make_micro_batches
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
 from retriever.models.towers import Side, Towers
 from retriever.utils.device import to_device, to_host
 
 
 @dataclass(frozen=True)
-class TextGroup:
+class TextInputs:
     """Texts of one tower, cut into micro-batches."""
 
     side: Side
@@ -40,7 +40,7 @@ class TextGroup:
         return towers.embed(self.tokens, rows, self.side)
 
 
-class Group(Protocol):
+class TowerInputs(Protocol):
     """What passes through one tower: texts, or the pictures of images/batches.py."""
 
     @property
@@ -61,7 +61,7 @@ class Group(Protocol):
 class PreparedBatch:
     """One step's texts as token ids: queries, then passages (positives, then hard negatives)."""
 
-    groups: Sequence[Group]
+    groups: Sequence[TowerInputs]
     """One group of all texts for a shared tower, or the queries' and the passages'."""
     queries: int
     """M."""
@@ -87,7 +87,7 @@ class PreparedBatch:
             for lengths in [group.lengths[rows]]
         ]
 
-    def arrange(self, embeddings: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    def merge_embeddings(self, embeddings: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """Queries [M, D] and passages [N, D] on the device from the embeddings of all micro-batches, in order.
 
         Embeddings that wait on the host visit the device one micro-batch after another, and their gradients go back
@@ -160,6 +160,6 @@ class BatchPreparer:
             ]
         return PreparedBatch(groups, len(batch.queries), batch.false_negatives, self.padded, batch.keys)
 
-    def _group(self, side: Side, tokens: TokenizedTexts) -> TextGroup:
-        cut = pack(tokens.lengths, self.token_budget, padded=self.padded, device=self.device)
-        return TextGroup(side, tokens, cut)
+    def _group(self, side: Side, tokens: TokenizedTexts) -> TextInputs:
+        cut = make_micro_batches(tokens.lengths, self.token_budget, padded=self.padded, device=self.device)
+        return TextInputs(side, tokens, cut)

@@ -17,7 +17,7 @@ Digests = npt.NDArray[np.uint64]
 
 TRAIN, DEV, TEST = 0, 1, 2
 DEFAULT_SHARE = 0.05
-DEFAULT_MOST = 1000
+DEFAULT_MAX_QUERIES = 1000
 
 
 def check_size(name: str, size: int | float | None) -> None:
@@ -32,10 +32,10 @@ def check_size(name: str, size: int | float | None) -> None:
     raise ConfigError(f"{name}: expected a whole number of queries, or a share above 0 and below 1, found {size!r}")
 
 
-def size_of(size: int | float | None, queries: int) -> int:
+def resolve_size(size: int | float | None, queries: int) -> int:
     """The number of queries that a size asks for: at least 1, unless it is 0."""
     if size is None:
-        return max(1, min(DEFAULT_MOST, math.floor(DEFAULT_SHARE * queries)))
+        return max(1, min(DEFAULT_MAX_QUERIES, math.floor(DEFAULT_SHARE * queries)))
     if isinstance(size, numbers.Integral):
         return int(size)
     # 0.29 of 100 is 29, whatever the rounding of the product.

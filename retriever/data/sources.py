@@ -14,7 +14,7 @@ from index.files import InputError
 from index.records import SUFFIXES, Record, read_records
 from retriever.config.sources import SourceConfig
 
-HUGE_TEXT = 2**20
+LONG_TEXT = 2**20
 """Characters from which a text is worth a warning: a tower reads only its beginning."""
 
 
@@ -157,7 +157,7 @@ def _texts(record: Record, column: str, notices: Notices, lists: bool = True) ->
             )
         if not value.strip():
             continue
-        if len(value) > HUGE_TEXT:
+        if len(value) > LONG_TEXT:
             notices.add("texts of more than 1 MiB, of which a model reads only the beginning", record.place)
         if "\0" in value:
             notices.add("texts with NUL characters, replaced by U+FFFD", record.place)

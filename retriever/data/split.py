@@ -26,7 +26,7 @@ from retriever.data.query_groups import (
     choose_splits,
     connected_groups,
     reaches,
-    size_of,
+    resolve_size,
 )
 from retriever.data.sources import Notices, resolve_format
 from retriever.data.split_rows import SplitRows
@@ -134,7 +134,7 @@ def split(
                 known = rows.read_passages(corpus, notices, advance)
         report = _split(rows, folder, config, out, dev=dev, test=test, by=by, seed=seed, reporter=reporter)
         again = {
-            "pairs that come again, which qrels list once": rows.listed_pairs - sum(report.pairs.values()),
+            "pairs that come again, which qrels list once": rows.pair_count - sum(report.pairs.values()),
             "further passages skipped because their text is there already": known,
         }
         again = {what: count for what, count in again.items() if count}
@@ -165,7 +165,7 @@ def _split(
     queries = rows.queries.sorted()[0]
     pair_queries, positives = rows.pairs()
     of_query = np.searchsorted(queries, pair_queries)
-    wanted = {DEV: size_of(dev, len(queries)), TEST: size_of(test, len(queries))}
+    wanted = {DEV: resolve_size(dev, len(queries)), TEST: resolve_size(test, len(queries))}
     if sum(wanted.values()) >= len(queries):
         raise InputError(
             f"{config.path}: expected more than {wanted[DEV]:,} dev and {wanted[TEST]:,} test queries, "

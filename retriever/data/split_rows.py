@@ -125,7 +125,7 @@ class SplitRows:
         return queries[new], positives[new]
 
     @property
-    def listed_pairs(self) -> int:
+    def pair_count(self) -> int:
         """Pairs of all rows, those that come again included."""
         return len(self._pairs[0])
 

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from retriever.models.loading.folder import layers_of
+from retriever.models.loading.folder import transformer_layers
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision
 
@@ -29,7 +29,7 @@ def shard_encoders(towers: Towers, precision: Precision, device: torch.device, p
     half = torch.bfloat16 if precision == "bf16" and device.type == "cuda" else None
     policy = MixedPrecisionPolicy(half, half and torch.float32)
     for encoder in towers.encoders:
-        for module in (*layers_of(encoder), encoder):
+        for module in (*transformer_layers(encoder), encoder):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # sentence-transformers calls an encoder's methods by name, past the hooks that gather and free.
     methods = {(t.auto_model, about["method"]) for t in towers.transformers for about in t.modality_config.values()}

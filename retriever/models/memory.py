@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from retriever.models.fsdp import is_sharded
-from retriever.models.mixed_precision import arithmetic
-from retriever.models.sharded_tensors import own_part
+from retriever.models.mixed_precision import mixed_precision
+from retriever.models.sharded_tensors import local_part
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision
 from retriever.utils.torchrun import local_process_count
@@ -25,11 +25,11 @@ CPU_TOKENS = 4096
 # Of the memory that a CPU's programs may still take, for graphs: others want some too.
 _CPU_SHARE = 0.25
 # On a GPU, as many as memory has room for, within these: fewer starve it, more gain nothing (scripts/bench_train.py).
-LEAST_TOKENS, MOST_TOKENS = 4096, 131072
+MIN_TOKENS, MAX_TOKENS = 4096, 131072
 
 # Bytes for each number of an embedding while the loss is computed: as a leaf, in order, in the products' precision,
 # sums of its gradient, and this on its way to the leaf. What waits on the host is there in order, and as sums.
-AT_LOSS, AT_LOSS_OFFLOADED = 20, 14
+LOSS_BYTES, LOSS_BYTES_OFFLOADED = 20, 14
 
 _PROBE_TOKENS, _PROBE_LENGTH = 8192, 128
 # Where attention takes memory for each pair of tokens, long texts take most; encoding is measured with such.
@@ -80,23 +80,23 @@ class GraphMemory:
             return cls(tokens, max(tokens, int(room / max(1, graph_bytes(towers, precision)))))
         token_bytes = graph_bytes(towers, precision)
         free, total = _free_bytes(device)
-        parameters = sum(own_part(p).numel() for p in towers.parameters() if p.requires_grad)
-        embeddings = texts * towers.dimension * (AT_LOSS_OFFLOADED if offload_embeddings else AT_LOSS)
+        parameters = sum(local_part(p).numel() for p in towers.parameters() if p.requires_grad)
+        embeddings = texts * towers.dimension * (LOSS_BYTES_OFFLOADED if offload_embeddings else LOSS_BYTES)
         room = free - _SLACK * total - parameters * _PARAMETER_BYTES - embeddings - workspace_mib * 2**20
         most = max(room, 0) / token_bytes
         tokens = micro_batch_tokens or fitting_tokens(most)
         return cls(tokens, max(0, int(most - _BACKWARD * tokens)))
 
-    def keep(self, sizes: list[int]) -> int:
+    def kept(self, sizes: list[int]) -> int:
         """How many micro-batches of so many tokens, the last ones, may keep their graphs until the loss is known."""
         if sum(sizes) <= self.graph_tokens:
             return len(sizes)
         # One of those that run again has its graph beside the loss's results, but no longer beside the kept ones.
         return int(np.searchsorted(np.cumsum(sizes[::-1]), self.graph_tokens, side="right"))
 
-    def described(self, sizes: list[int]) -> str:
+    def describe(self, sizes: list[int]) -> str:
         """What `keep` chose for a step, for a person to read."""
-        kept = self.keep(sizes)
+        kept = self.kept(sizes)
         return (
             f"{sum(sizes):,} tokens a step in {len(sizes)} micro-batches of at most {max(sizes):,}: "
             f"{kept} keep their graph until the loss, {len(sizes) - kept} run twice"
@@ -108,12 +108,12 @@ def fitting_tokens(most: float) -> int:
 
     Beside the graphs that are kept lies what the backward of one needs.
     """
-    count = max(2, math.ceil(most / MOST_TOKENS - _BACKWARD))
-    tokens = int(np.clip(most / (count + _BACKWARD), LEAST_TOKENS, MOST_TOKENS))
+    count = max(2, math.ceil(most / MAX_TOKENS - _BACKWARD))
+    tokens = int(np.clip(most / (count + _BACKWARD), MIN_TOKENS, MAX_TOKENS))
     return tokens // 1024 * 1024
 
 
-def encode_tokens(device: torch.device) -> int:
+def default_encode_tokens(device: torch.device) -> int:
     """Tokens that pass through a tower at once where no graph is kept, if nothing else is asked for and they fit."""
     return CPU_TOKENS if device.type != "cuda" else 262144
 
@@ -146,7 +146,7 @@ class EncodeMemory:
         # One window's leave while the next one's come.
         embeddings = 2 * 4 * texts * towers.dimension
         most = int((free - _SLACK * total - embeddings) / token_bytes)
-        tokens = micro_batch_tokens or min(max(most, LEAST_TOKENS), encode_tokens(device))
+        tokens = micro_batch_tokens or min(max(most, MIN_TOKENS), default_encode_tokens(device))
         return cls(tokens, torch.cuda.memory_allocated(device) + embeddings + tokens * token_bytes)
 
 
@@ -154,15 +154,17 @@ def graph_bytes(towers: Towers, precision: Precision) -> float:
     """Bytes that one token's graph holds until its backward, in the tower where it holds most; measured."""
     on_gpu = towers.device.type == "cuda"
     # Too much planned for costs a CPU some speed, too little the run.
-    probes = towers.probes(_PROBE_TOKENS, _PROBE_LENGTH) if on_gpu else towers.probes(_LONG_PROBE, _LONG_PROBE)
-    return max(held_bytes(towers, precision, embed) / number for number, embed in probes)
+    probes = (
+        towers.memory_probes(_PROBE_TOKENS, _PROBE_LENGTH) if on_gpu else towers.memory_probes(_LONG_PROBE, _LONG_PROBE)
+    )
+    return max(measure_graph_bytes(towers, precision, embed) / number for number, embed in probes)
 
 
-def held_bytes(towers: Towers, precision: Precision, forward: Callable[[], Tensor]) -> float:
+def measure_graph_bytes(towers: Towers, precision: Precision, forward: Callable[[], Tensor]) -> float:
     """Bytes that the graph of a forward holds until its backward."""
     device = towers.device
     if device.type == "cuda":
-        with torch.random.fork_rng(devices=[device]), arithmetic(towers, precision):
+        with torch.random.fork_rng(devices=[device]), mixed_precision(towers, precision):
             before = torch.cuda.memory_allocated(device)
             output = forward()
             held = torch.cuda.memory_allocated(device) - before
@@ -178,7 +180,7 @@ def held_bytes(towers: Towers, precision: Precision, forward: Callable[[], Tenso
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.random.fork_rng(devices=[]), arithmetic(towers, precision), hooks:
+    with torch.random.fork_rng(devices=[]), mixed_precision(towers, precision), hooks:
         output = forward()
     del output
     return float(sum(storages.values()))
@@ -188,7 +190,7 @@ def _forward_bytes(towers: Towers) -> float:
     """Bytes a token that a forward without graph takes at its height, in the tower where it takes most."""
     device, most = towers.device, 0.0
     with torch.inference_mode():
-        for tokens, embed in towers.probes(_PROBE_TOKENS, _LONG_PROBE):
+        for tokens, embed in towers.memory_probes(_PROBE_TOKENS, _LONG_PROBE):
             # The first forward also allocates what stays: workspaces of the matrix products.
             embed()
             before = torch.cuda.memory_allocated(device)

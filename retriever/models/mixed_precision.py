@@ -23,7 +23,7 @@ _SUMS: WeakKeyDictionary[nn.Module, Sums] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def arithmetic(towers: Towers, precision: Precision) -> Iterator[None]:
+def mixed_precision(towers: Towers, precision: Precision) -> Iterator[None]:
     """Within, the towers compute in `precision`, forward and backward.
 
     On a GPU, bf16 means bf16 weights and activations: autocast casts the weights anew for every micro-batch and keeps
@@ -34,7 +34,7 @@ def arithmetic(towers: Towers, precision: Precision) -> Iterator[None]:
     if precision == "bf16" and device.type == "cuda":
         # The weights of divided towers are gathered in bf16.
         encoders = [] if is_sharded(towers) else towers.encoders
-        with half_weights(encoders, torch.bfloat16), full_outputs(towers.transformers):
+        with half_precision_weights(encoders, torch.bfloat16), fp32_outputs(towers.transformers):
             yield
     else:
         with autocast(device, precision):
@@ -42,7 +42,7 @@ def arithmetic(towers: Towers, precision: Precision) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_outputs(transformers: Iterable[nn.Module]) -> Iterator[None]:
+def fp32_outputs(transformers: Iterable[nn.Module]) -> Iterator[None]:
     """Within, what these modules of sentence-transformers give to the next is fp32."""
     # A hook of the encoder inside would not be called: sentence-transformers calls its forward method by name.
     handles = [transformer.register_forward_hook(_in_full_precision) for transformer in transformers]
@@ -54,7 +54,7 @@ def full_outputs(transformers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def half_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+def half_precision_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
     """Within, the encoders' fp32 weights are of `dtype`; afterwards they are what they were, with fp32 gradients.
 
     As mixed-precision training keeps fp32 master weights (Micikevicius et al., arXiv 1710.03740). The gradients of

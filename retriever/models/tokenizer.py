@@ -44,7 +44,7 @@ class TokenizedTexts:
 
 
 @dataclass(frozen=True)
-class Expansion:
+class QueryExpansion:
     """Query expansion as in ColBERT: short texts are filled up to `length` tokens with the token `token_id`."""
 
     token_id: int
@@ -78,7 +78,7 @@ class TextTokenizer:
     max_length: int | None
     special_tokens: bool = True
     """Whether the tokenizer adds its special tokens."""
-    expansion: Expansion | None = None
+    expansion: QueryExpansion | None = None
     token_types: TokenTypes | None = None
     """What the encoder is given; none where it makes no difference."""
 
@@ -157,7 +157,7 @@ class TextTokenizer:
             settings["backend"] = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
         return json.dumps(settings, sort_keys=True)
 
-    def lay_end_to_end(self, texts: TokenizedTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def pack(self, texts: TokenizedTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [tokens] of some texts, one after another, and their lengths int64 [rows].
 
         In the place of an empty text, of a tokenizer without special tokens, stands one pad token.
@@ -169,7 +169,7 @@ class TextTokenizer:
             return ids, lengths
         return np.insert(ids, np.cumsum(lengths)[lengths == 0], self.tokenizer.pad_token_id), lengths
 
-    def forget_calls(self) -> None:
+    def reset_backend(self) -> None:
         """Take back what calls leave in the tokenizer; what is saved of it then does not depend on them."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
@@ -205,7 +205,7 @@ class FixedLengthTokenizer(TextTokenizer):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def places_without(passed_over: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def packed_positions(passed_over: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Places of tokens in their texts, counted from 1 and laid end to end; 0 for those that are not counted.
 
     Args:
@@ -218,7 +218,7 @@ def places_without(passed_over: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def untouched(tokenizers: Iterable[Any]) -> Iterator[None]:
+def restore_truncation(tokenizers: Iterable[Any]) -> Iterator[None]:
     """Take back afterwards what calls within leave in tokenizers: how texts were cut and padded last."""
     backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in tokenizers]
     held = [(backend, backend.truncation, backend.padding) for backend in backends if backend is not None]

@@ -16,13 +16,19 @@ from index.files import InputError
 from retriever.config.run import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.loading.adapt import adapt_model, set_text_options
-from retriever.models.loading.folder import ends_in_normalize, first_position, layers_of, load_model, text_towers
+from retriever.models.loading.folder import (
+    ends_in_normalize,
+    first_position,
+    load_model,
+    text_towers,
+    transformer_layers,
+)
 from retriever.models.loading.from_scratch import load_new_encoder
-from retriever.models.loading.hashes import check_sums
+from retriever.models.loading.hashes import verify_checksums
 from retriever.models.loading.text_settings import SIDES, Side, pools_prompts, prompt_of, text_tokenizer
-from retriever.models.packed.attention import Spans
-from retriever.models.sharded_tensors import whole
-from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer, TokenizedTexts, places_without
+from retriever.models.packed.attention import PackedLayout
+from retriever.models.sharded_tensors import full_tensor
+from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer, TokenizedTexts, packed_positions
 from retriever.models.weights import writing_weights
 from retriever.utils.device import to_device
 
@@ -94,20 +100,20 @@ class Towers(nn.Module):
         """What makes token ids of that side's texts."""
         return text_tokenizer(self._transformer(side), side)
 
-    def drop_padding(self) -> bool:
+    def enable_packing(self) -> bool:
         """From now on lay the texts of a micro-batch end to end, each attending to itself alone (padding_free/).
 
         Returns:
             Whether every tower can; if one cannot, nothing changes.
         """
-        from retriever.models.packed.families import drop_padding
+        from retriever.models.packed.families import enable_packing
 
         if any(isinstance(self.tokenizer(side), FixedLengthTokenizer) for side in SIDES):
             return False
-        self.padding_free = self.padding_free or drop_padding(self.model)
+        self.padding_free = self.padding_free or enable_packing(self.model)
         return self.padding_free
 
-    def frozen_note(self) -> str | None:
+    def describe_frozen(self) -> str | None:
         """What a user should hear once: that some weights are loaded frozen, as those of an adapter and its base are.
 
         Raises:
@@ -122,7 +128,7 @@ class Towers(nn.Module):
         count = sum(weight.numel() for weight in frozen.values())
         return f"frozen: {count:,} weights in {len(frozen)} tensors ({next(iter(frozen))}, …); trained: {left:,}"
 
-    def padding_note(self) -> str | None:
+    def describe_padding(self) -> str | None:
         """What a user should hear once: that texts are padded on a GPU, where those of most models are not."""
         if self.device.type != "cuda" or self.padding_free:
             return None
@@ -138,7 +144,7 @@ class Towers(nn.Module):
         # ModernBERT has three kinds, and past its limit torch leaves layers as they are.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for encoder in self.encoders:
-            for layer in layers_of(encoder):
+            for layer in transformer_layers(encoder):
                 layer.compile(dynamic=True)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -167,13 +173,13 @@ class Towers(nn.Module):
         if not self.padding_free:
             features = tokenizer.pad(texts, rows)
             return self({name: to_device(tensor, self.device) for name, tensor in features.items()}, side)
-        input_ids, lengths = tokenizer.lay_end_to_end(texts, rows)
-        spans = Spans.of(lengths).to(self.device)
-        place = torch.arange(len(input_ids), device=self.device) - spans.first
+        input_ids, lengths = tokenizer.pack(texts, rows)
+        layout = PackedLayout.of(lengths).to(self.device)
+        place = torch.arange(len(input_ids), device=self.device) - layout.start
         first = first_position(self._transformer(side).auto_model)
         # RoBERTa and its kin do not count padding tokens, which a text may hold by name.
         if first and (padding := input_ids == first - 1).any():
-            places = places_without(padding, np.maximum(lengths, 1))
+            places = packed_positions(padding, np.maximum(lengths, 1))
             position_ids = to_device(torch.from_numpy(places), self.device).long() + (first - 1)
         else:
             position_ids = place + first
@@ -181,9 +187,9 @@ class Towers(nn.Module):
             "input_ids": to_device(torch.from_numpy(input_ids), self.device).long()[None],
             "position_ids": position_ids[None],
         }
-        return self({**features, "spans": spans}, side)
+        return self({**features, "layout": layout}, side)
 
-    def probes(self, tokens: int, length: int) -> list[tuple[int, Callable[[], Tensor]]]:
+    def memory_probes(self, tokens: int, length: int) -> list[tuple[int, Callable[[], Tensor]]]:
         """What shows the memory that graphs hold: micro-batches of about so many tokens, with their numbers of tokens.
 
         Args:
@@ -200,7 +206,7 @@ class Towers(nn.Module):
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            content: Any = whole(tensor.detach()).cpu().contiguous()
+            content: Any = full_tensor(tensor.detach()).cpu().contiguous()
             digest.update(content.view(-1).view(torch.uint8).numpy())
         for side in SIDES:
             texts = self.tokenizer(side)
@@ -248,7 +254,7 @@ def load_towers(
         InputError: there is no such model, a file of it is damaged, it does not embed texts, or its similarity is a
             distance.
     """
-    check_sums(path, checked)
+    verify_checksums(path, checked)
     model = load_model(path, plain_texts=False)
     if model.similarity_fn_name not in ("cosine", "dot"):
         raise InputError(
@@ -263,7 +269,7 @@ def load_towers(
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if towers.device.type == "cuda":
-        towers.drop_padding()
+        towers.enable_packing()
     return towers
 
 
@@ -280,5 +286,5 @@ def build_towers(config: ModelConfig) -> Towers:
     model = adapt_model(model, config)
     set_text_options(model, set(text_towers(model).values()), config)
     towers = Towers(model).train()
-    towers.frozen_note()
+    towers.describe_frozen()
     return towers

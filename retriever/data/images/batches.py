@@ -18,8 +18,8 @@ from retriever.data.batches import PairKeys
 from retriever.data.images.chunks import Chunks, PairChunk, PairReader
 from retriever.data.images.sources import check_broken
 from retriever.data.known_positives import KnownPositives, digests
-from retriever.data.length_sorting import pack
-from retriever.data.micro_batches import PreparedBatch, TextGroup
+from retriever.data.length_sorting import make_micro_batches
+from retriever.data.micro_batches import PreparedBatch, TextInputs
 from retriever.data.schedule import BatchSchedule
 from retriever.distributed.share import Share
 from retriever.models.tokenizer import TokenizedTexts
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ImageGroup:
+class ImageInputs:
     """The pictures of a batch, on the host; micro-batches of them visit the device one after another."""
 
     pixels: Tensor
@@ -124,7 +124,7 @@ class ImageBatches:
                 left.set()
                 pool.submit(stream.close)
 
-    def waiting(self, workers: int) -> int:
+    def in_memory(self, workers: int) -> int:
         """Batches that are in memory at once, whatever the number of workers, which hold a few chunks each."""
         return 3
 
@@ -155,11 +155,11 @@ class ImageBatches:
         texts = self._keys(keys, captions, [every for chunk in chunks for every in chunk.known])
         at_once = max(1, self._token_budget // self._image_tokens)
         places = [np.arange(first, min(first + at_once, filled)) for first in range(0, filled, at_once)]
-        images = ImageGroup(pixels[:filled], self._image_tokens, places)
+        images = ImageInputs(pixels[:filled], self._image_tokens, places)
         # Fresh memory costs as much as filling it.
         weakref.finalize(images, self._free.append, pixels).atexit = False
-        cut = pack(tokens.lengths, self._token_budget, padded=self._padded, device=self._device)
-        groups: list[Any] = [images, TextGroup("document", tokens, cut)]
+        cut = make_micro_batches(tokens.lengths, self._token_budget, padded=self._padded, device=self._device)
+        groups: list[Any] = [images, TextInputs("document", tokens, cut)]
         whole = self._share.size == 1
         masks = texts.false_negatives() if whole else None
         return PreparedBatch(groups, filled, masks, self._padded, None if whole else texts)

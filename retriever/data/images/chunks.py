@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from index.files import InputError
-from retriever.data.images.features import FeatureStore, PlannedFeatures
+from retriever.data.images.features import FeatureStore, PlaceholderFeatures
 from retriever.data.images.sources import BrokenPairError, PairSource
 from retriever.data.schedule import BatchSchedule
 from retriever.distributed.share import Share
@@ -36,7 +36,7 @@ class PairChunk:
     """What a worker made of some rows of a batch: the pairs that could be read."""
 
     pictures: Tensor | None
-    """As `ImageGroup.pixels`; none where they are in memory that the parent gave."""
+    """As `ImageInputs.pixels`; none where they are in memory that the parent gave."""
     tokens: TokenizedTexts
     keys: list[str]
     captions: list[str]
@@ -59,7 +59,7 @@ class PairReader:
     prompt: str
     max_broken: float
     """Share of the pairs read that may be left out."""
-    features: FeatureStore | PlannedFeatures | None = None
+    features: FeatureStore | PlaceholderFeatures | None = None
     """Of a locked tower, instead of pixels."""
 
     def memory(self, *rows: int) -> Tensor:

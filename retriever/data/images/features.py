@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from index.files import atomic_path, read_json, write_json
 from retriever.data.images.sources import BrokenPairError, PairSource
 from retriever.models.images.transforms import ImageTransform
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.mixed_precision import mixed_precision
 from retriever.utils.device import Precision, to_device
 from retriever.utils.workers import become_worker, started
 
@@ -59,7 +59,7 @@ class FeatureStore:
 
 
 @dataclass(frozen=True)
-class PlannedFeatures:
+class PlaceholderFeatures:
     """In place of a FeatureStore while a run is only planned, not made: zeros, for which no picture is encoded."""
 
     width: int
@@ -112,16 +112,16 @@ def compute_features(
         workers: processes that decode.
         progress: called with the number of pictures done since the last call, those of an earlier run included.
     """
-    known = [towers.image_fingerprint(), precision, source.pictures_sha256()]
+    known = [towers.image_fingerprint(), precision, source.images_sha256()]
     key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:24]
     path, about = cache / f"{key}.npy", cache / f"{key}.json"
     cache.mkdir(parents=True, exist_ok=True)
     if not about.exists():
         # Memory-mapped and filled in place; the note beside it says how far, so that no torn row is taken for whole.
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            header = np.lib.format.header_data_from_array_1_0(np.empty((0, towers.image_width), np.float16))
-            np.lib.format.write_array_header_1_0(file, {**header, "shape": (len(source), towers.image_width)})
-            file.truncate(file.tell() + len(source) * towers.image_width * 2)
+            header = np.lib.format.header_data_from_array_1_0(np.empty((0, towers.image_feature_dim), np.float16))
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (len(source), towers.image_feature_dim)})
+            file.truncate(file.tell() + len(source) * towers.image_feature_dim * 2)
         write_json(about, {"rows": 0})
     done = int(read_json(about)["rows"])
     if progress is not None and done:
@@ -140,7 +140,7 @@ def compute_features(
     training, noted = towers.training, done
     towers.eval()
     try:
-        with arithmetic(towers, precision), torch.inference_mode():
+        with mixed_precision(towers, precision), torch.inference_mode():
             for pixels, readable in started(loader):
                 found = towers.image_features(to_device(pixels, towers.device)).half().cpu()
                 found[~readable] = torch.nan

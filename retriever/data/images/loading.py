@@ -9,7 +9,7 @@ from index.progress import Reporter
 from retriever.config.run import TrainConfig
 from retriever.data.images.batches import ImageBatches
 from retriever.data.images.chunks import PairReader
-from retriever.data.images.features import FeatureStore, PlannedFeatures, compute_features
+from retriever.data.images.features import FeatureStore, PlaceholderFeatures, compute_features
 from retriever.data.images.sources import FilePairs, PairSource, open_pairs
 from retriever.data.known_positives import find_known_positives
 from retriever.data.schedule import BatchSchedule
@@ -28,7 +28,7 @@ def open_image_batches(
     token_budget: int,
     reporter: Reporter,
     share: Share | None = None,
-    planned: bool = False,
+    dry_run: bool = False,
 ) -> tuple[ImageBatches, tuple[str, ...]]:
     """Every batch of a run on pictures, in order, and what identifies its sources.
 
@@ -49,9 +49,9 @@ def open_image_batches(
         reporter.line(f"{source.path}: {len(sources[-1]):,} pairs")
         for notice in sources[-1].notices:
             reporter.line(f"{source.path}: {notice}")
-    features: list[FeatureStore | PlannedFeatures | None] = [None] * len(sources)
-    if image.lock == "image" and planned:
-        features = [PlannedFeatures(towers.image_width) for _ in sources]
+    features: list[FeatureStore | PlaceholderFeatures | None] = [None] * len(sources)
+    if image.lock == "image" and dry_run:
+        features = [PlaceholderFeatures(towers.image_feature_dim) for _ in sources]
     elif image.lock == "image":
         at_once = max(1, token_budget // towers.image_tokens)
         for number, pairs in enumerate(sources):

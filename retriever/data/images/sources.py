@@ -67,7 +67,7 @@ class PairSource(Protocol):
             BrokenPairError: it lacks its picture or a caption.
         """
 
-    def pictures_sha256(self) -> str:
+    def images_sha256(self) -> str:
         """What identifies the pictures, for what is computed of them once and kept."""
 
 
@@ -144,7 +144,7 @@ class TarPairs:
         captions = [text for caption in self.captions for text in self._texts(row, caption, place)]
         return RawPair(content, _checked(captions, place), f"{self.sha256} {row}", place)
 
-    def pictures_sha256(self) -> str:
+    def images_sha256(self) -> str:
         """That of the tars."""
         return self.sha256
 
@@ -202,7 +202,7 @@ class FilePairs:
             raise BrokenPairError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         return RawPair(content, _checked(list(example.positives), str(path)), example.query, str(path))
 
-    def pictures_sha256(self) -> str:
+    def images_sha256(self) -> str:
         """Of the table, and of size and time of every file: a picture may be replaced under its name."""
         digest = hashlib.sha256(self.sha256.encode())
         for row in range(len(self)):
@@ -253,7 +253,7 @@ class HuggingFacePairs:
         texts = [text for cell in found for text in (cell if isinstance(cell, list) else [cell])]
         return RawPair(content, _checked(texts, place), f"{self.sha256} {row}", place)
 
-    def pictures_sha256(self) -> str:
+    def images_sha256(self) -> str:
         """That of the dataset."""
         return self.sha256
 

@@ -28,12 +28,12 @@ def write_new_vision_encoder(name: str, side: int | None, folder: Path) -> None:
 
     side = side or ARCHITECTURES[name][1]
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    save_encoder(CLIPVisionModel(vision_settings(name, side)), folder)
+    save_encoder(CLIPVisionModel(vision_config(name, side)), folder)
     with writing_weights(folder):
         processor.save_pretrained(folder)
 
 
-def vision_settings(name: str, side: int) -> CLIPVisionConfig:
+def vision_config(name: str, side: int) -> CLIPVisionConfig:
     """What transformers must know to build an architecture for pictures of `side` x `side` pixels.
 
     The layers are CLIP's (a norm before the first of them, and one over the pooled class token) with the exact GELU,

@@ -24,12 +24,12 @@ from retriever.errors import ConfigError
 from retriever.models.images.architectures import write_new_vision_encoder
 from retriever.models.images.transforms import ImageTransform
 from retriever.models.loading.folder import (
-    LOAD_FAULTS,
+    LOAD_ERRORS,
+    disable_progress_bars,
     ends_in_normalize,
     load_model,
     one_line,
-    settle_tokenizer,
-    without_bars,
+    prepare_tokenizer,
 )
 from retriever.models.loading.from_scratch import load_new_encoder
 from retriever.models.weights import save_encoder, writing_weights
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _BOTH = {"text", "image"}
 
 
-def settings_folder(path_or_name: str) -> Path | None:
+def config_folder(path_or_name: str) -> Path | None:
     """Where the configuration files of a model lie: its own folder, or for a hub name the one in the hub's cache.
 
     They are fetched without the weights where they are not there yet. None: there is no such folder or name.
@@ -49,7 +49,7 @@ def settings_folder(path_or_name: str) -> Path | None:
 
     if Path(path_or_name).is_dir():
         return Path(path_or_name)
-    without_bars()
+    disable_progress_bars()
     try:
         return Path(snapshot_download(path_or_name, allow_patterns=["*.json"]))
     except (OSError, ValueError):
@@ -59,7 +59,7 @@ def settings_folder(path_or_name: str) -> Path | None:
 
 def is_image_text_model(path_or_name: str) -> bool:
     """Whether a folder or hub name holds towers of pictures and texts, by its configuration files alone."""
-    folder = settings_folder(path_or_name)
+    folder = config_folder(path_or_name)
     return folder is not None and _has_both(folder)
 
 
@@ -92,7 +92,7 @@ def load_image_text_model(path: str) -> SentenceTransformer:
     from sentence_transformers.sentence_transformer.modules import Normalize
 
     _check_exists(path)
-    settings = settings_folder(path)
+    settings = config_folder(path)
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     with _loading(path, "as a model of pictures and texts"):
         if settings is None or (settings / "modules.json").exists():
@@ -156,7 +156,7 @@ def load_vision_modules(config: ModelConfig) -> list[Any]:
             write_new_vision_encoder(name, config.image.size, Path(folder))
             return [_vision_transformer(folder)]
     _check_exists(name)
-    settings = settings_folder(name)
+    settings = config_folder(name)
     if settings is not None and config.image.size is not None:
         raise ConfigError("model.image.size: expected none for a trained encoder, whose size is its own")
     with _loading(name, f"as a vision encoder (new ones are {', '.join(ARCHITECTURES)})"):
@@ -260,7 +260,7 @@ def _settle(transformer: Any, path: str) -> None:
             # Its pooler is not used here, and would be drawn anew where a folder lacks it.
             encoder.pooler = None
     if transformer.tokenizer is not None:
-        settle_tokenizer(transformer, path)
+        prepare_tokenizer(transformer, path)
         text_settings = getattr(encoder.config, "text_config", None)
         longest = getattr(text_settings, "max_position_embeddings", None)
         if isinstance(longest, int) and (transformer.max_seq_length or longest + 1) > longest:
@@ -293,14 +293,14 @@ def _loading(path: str, what: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
-    without_bars()
+    disable_progress_bars()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
     except InputError:
         raise
-    except (*LOAD_FAULTS, StrictDataclassError) as error:
+    except (*LOAD_ERRORS, StrictDataclassError) as error:
         where = "cannot be loaded" if Path(path).is_dir() else "no such folder, and cannot be loaded from the hub"
         raise InputError(f"{path}: {where} {what}: {one_line(error)}") from error
     finally:

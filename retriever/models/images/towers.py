@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from retriever.config.run import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.images.folder import (
+    config_folder,
     image_processor,
     is_image_text_model,
     join_encoders,
     load_image_text_model,
     reads_fixed_length,
     routes,
-    settings_folder,
 )
 from retriever.models.images.patch_dropout import PatchDropout
 from retriever.models.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, ImageTransform
 from retriever.models.loading.adapt import set_text_options
 from retriever.models.loading.folder import Side
-from retriever.models.loading.hashes import check_sums
+from retriever.models.loading.hashes import verify_checksums
 from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer
 from retriever.models.towers import Towers, _without_provenance
 from retriever.utils.device import to_device
@@ -102,17 +102,17 @@ class ImageTextTowers(Towers):
         moved = to_device(pixels, self.device)
         return self({"pixels": moved}) if pixels.dtype == torch.uint8 else self.image_head(moved.float())
 
-    def probes(self, tokens: int, length: int) -> list[tuple[int, Callable[[], Tensor]]]:
+    def memory_probes(self, tokens: int, length: int) -> list[tuple[int, Callable[[], Tensor]]]:
         """As of `Towers`, and one of pictures."""
         pictures = max(1, tokens // self.image_tokens)
         pixels = torch.zeros(pictures, 3, *self.transform.size, dtype=torch.uint8)
         return [
-            *super().probes(tokens, length),
+            *super().memory_probes(tokens, length),
             (pictures * self.image_tokens, lambda: self.embed_pixels(pixels)),
         ]
 
     @property
-    def image_width(self) -> int:
+    def image_feature_dim(self) -> int:
         """Length of what `image_features` gives."""
         return int(self._image[self._image_trunk - 1].get_embedding_dimension())
 
@@ -123,11 +123,11 @@ class ImageTextTowers(Towers):
             return FixedLengthTokenizer(plain.tokenizer, plain.max_length, plain.special_tokens)
         return plain
 
-    def drop_padding(self) -> bool:
+    def enable_packing(self) -> bool:
         """From now on lay the texts of a micro-batch end to end; False if the text tower cannot."""
-        from retriever.models.packed.families import drop_padding
+        from retriever.models.packed.families import enable_packing
 
-        self.padding_free = self.padding_free or drop_padding(self._text_model[0])
+        self.padding_free = self.padding_free or enable_packing(self._text_model[0])
         return self.padding_free
 
     def forward(self, features: dict[str, Any], side: Side = "document") -> Tensor:
@@ -176,7 +176,7 @@ class ImageTextTowers(Towers):
 
     def save(self, folder: Path) -> None:
         """Write a sentence-transformers model folder (safetensors) into an existing folder."""
-        self.tokenizer("document").forget_calls()
+        self.tokenizer("document").reset_backend()
         super().save(folder)
 
     def _encoder(self, which: Literal["image", "text"]) -> list[nn.Module]:
@@ -204,7 +204,7 @@ def load_image_text_towers(
     Raises:
         InputError: there is no such model, a file of it is damaged, or it does not embed pictures and texts.
     """
-    check_sums(path_or_name, checked)
+    verify_checksums(path_or_name, checked)
     return ImageTextTowers(load_image_text_model(path_or_name)).to(device).eval()
 
 
@@ -220,7 +220,7 @@ def build_image_text_towers(config: ModelConfig) -> ImageTextTowers:
         raise ConfigError("model: expected a text tower by model.name or by model.architecture, found both")
     if config.name or config.architecture:
         model = join_encoders(config)
-    elif image.is_new or (settings_folder(image.name) and not is_image_text_model(image.name)):
+    elif image.is_new or (config_folder(image.name) and not is_image_text_model(image.name)):
         raise ConfigError(
             f"model: expected a text tower (model.name or model.architecture) beside the image tower {image.name}"
         )

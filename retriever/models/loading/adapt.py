@@ -13,13 +13,13 @@ from retriever.config.run import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.loading.folder import (
     ends_in_normalize,
-    load_faults,
+    load_errors,
     position_limit,
     read_plain_texts,
     text_towers,
 )
-from retriever.models.loading.text_settings import forget_lengths, text_tokenizer
-from retriever.models.loading.trial import trial_embeddings
+from retriever.models.loading.text_settings import override_lengths, text_tokenizer
+from retriever.models.loading.trial import sample_embeddings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -76,7 +76,7 @@ def adapt_model(model: SentenceTransformer, config: ModelConfig) -> SentenceTran
         similarity_fn_name="cosine" if normalized else "dot",
     )
     for side, transformer in text_towers(adapted).items():
-        trial_embeddings(adapted, transformer, side, config.name or "model.architecture", load_faults())
+        sample_embeddings(adapted, transformer, side, config.name or "model.architecture", load_errors())
     return adapted
 
 
@@ -105,7 +105,7 @@ def _set_max_length(transformer: Any, longest: int) -> None:
         raise ConfigError(f"model.max_length: expected at most {limit}, the model's own limit, found {longest}")
     transformer.max_seq_length = longest
     try:
-        forget_lengths(transformer)
+        override_lengths(transformer)
     except InputError as error:
         raise ConfigError(f"model.max_length: {error}") from error
 

@@ -13,16 +13,16 @@ from torch import nn
 
 from index.files import InputError
 from retriever.models.loading.checks import check_folder, own_class
-from retriever.models.loading.missing_weights import reported_missing, used_without_value
+from retriever.models.loading.missing_weights import collect_missing_weights, used_missing_weights
 from retriever.models.loading.text_settings import Side, check_lengths, check_settings, limit_lengths, text_tokenizer
-from retriever.models.loading.trial import Trial, trial_embeddings
+from retriever.models.loading.trial import Trial, sample_embeddings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 # The loaders of transformers raise all of these for folders that are incomplete or of another kind, and for
 # configurations that no model can have.
-LOAD_FAULTS = (
+LOAD_ERRORS = (
     OSError,
     ValueError,
     LookupError,
@@ -57,12 +57,12 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
         check_folder(folder)
     elif folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
         raise InputError(f"{path}: no such model folder")
-    without_bars()
-    faults = load_faults()
+    disable_progress_bars()
+    faults = load_errors()
     # fp32 whatever the file holds: training in bf16 weights loses small updates, and encoding chooses by autocast.
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     try:
-        with reported_missing() as missing:
+        with collect_missing_weights() as missing:
             model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
     except faults as error:
         if "trust_remote_code" in str(error):
@@ -81,14 +81,14 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
     _check_model(model, path)
     trial = Trial(model, towers, path, faults, to_train=plain_texts)
     for transformer in set(towers.values()):
-        settle_tokenizer(transformer, path)
+        prepare_tokenizer(transformer, path)
     _cut_by_module(model, path)
     trial.check(model)
     for side, transformer in towers.items():
-        made_up = used_without_value(
+        made_up = used_missing_weights(
             transformer.auto_model,
             missing,
-            partial(trial_embeddings, model, transformer, side, path, faults),
+            partial(sample_embeddings, model, transformer, side, path, faults),
         )
         if made_up:
             kind = type(transformer.auto_model).__name__
@@ -132,11 +132,11 @@ def read_plain_texts(transformer: Any) -> None:
         transformer.modality_config.pop("message", None)
 
 
-def load_faults() -> tuple[type[Exception], ...]:
+def load_errors() -> tuple[type[Exception], ...]:
     """What the loaders of transformers and a model's first pass raise where the model is at fault."""
     from huggingface_hub.errors import StrictDataclassError
 
-    return (*LOAD_FAULTS, StrictDataclassError)
+    return (*LOAD_ERRORS, StrictDataclassError)
 
 
 def position_limit(transformer: Any) -> int | None:
@@ -149,7 +149,7 @@ def position_limit(transformer: Any) -> int | None:
     return positions - first_position(transformer.auto_model)
 
 
-def layers_of(encoder: nn.Module) -> nn.ModuleList:
+def transformer_layers(encoder: nn.Module) -> nn.ModuleList:
     """The transformer layers of a Hugging Face model."""
     return max((m for m in encoder.modules() if isinstance(m, nn.ModuleList)), key=len)
 
@@ -175,7 +175,7 @@ def ends_in_normalize(modules: Sequence[Any]) -> bool:
     return isinstance(last, Normalize)
 
 
-def settle_tokenizer(transformer: Any, path: str) -> None:
+def prepare_tokenizer(transformer: Any, path: str) -> None:
     """Give the tokenizer what embeddings that do not depend on their neighbours need; saved with the model."""
     _give_pad_token(transformer.tokenizer, path)
     # Absolute positions (GPT-2) count the padding on the left; with it on the right, every family agrees.
@@ -255,7 +255,7 @@ def _cut_by_module(model: SentenceTransformer, path: str) -> None:
         model.append(Dense(width, kept, bias=False, activation_function=nn.Identity(), init_weight=cut))
 
 
-def without_bars() -> None:
+def disable_progress_bars() -> None:
     """Keep transformers from drawing progress bars, which would break up the one that the commands draw."""
     from transformers.utils import logging
 

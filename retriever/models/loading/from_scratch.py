@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from index.files import InputError
 from retriever.config.run import ModelConfig
 from retriever.errors import ConfigError
-from retriever.models.loading.folder import LOAD_FAULTS, load_faults, load_model, one_line, without_bars
+from retriever.models.loading.folder import LOAD_ERRORS, disable_progress_bars, load_errors, load_model, one_line
 from retriever.models.weights import save_encoder, writing_weights
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
         raise ConfigError(f"model.architecture: cannot be built: no model_type {kind!r}; near it: {near}")
     usual = AutoConfig.for_model(kind)
     _check_spelling(fields, usual)
-    without_bars()
+    disable_progress_bars()
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
-    except LOAD_FAULTS as error:
+    except LOAD_ERRORS as error:
         raise InputError(f"model.tokenizer: {config.tokenizer}: cannot be loaded: {one_line(error)}") from error
     # A tokenizer out of a model of pictures and texts would be loaded with an image processor, which is not here.
     tokenizer._processor_class = tokenizer.init_kwargs["processor_class"] = None
@@ -76,7 +76,7 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
             default = "" if "num_key_value_heads" in fields else ", the default"
             raise ConfigError(f"num_key_value_heads: expected a divisor of {heads} heads, found {shared}{default}")
         model = AutoModel.from_config(settings)
-    except load_faults() as error:
+    except load_errors() as error:
         raise ConfigError(f"model.architecture: cannot be built: {one_line(error)}") from error
     save_encoder(model, folder)
     with writing_weights(folder):

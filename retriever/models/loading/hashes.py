@@ -10,13 +10,13 @@ from pathlib import Path
 from index.files import InputError, sha256_files
 from index.records import read_lines
 
-SUMS_FILE = "retriever.sha256"
+CHECKSUM_FILE = "retriever.sha256"
 """In the format of the program sha256sum: `sha256sum --check retriever.sha256`."""
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
-def write_sums(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Write the sums of a complete model folder's weights and vocabularies; its settings may be edited."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = [
@@ -24,11 +24,11 @@ def write_sums(folder: Path) -> None:
     ]
     sums = sha256_files([folder / name for name in names])
     lines = [f"{found}  {name}\n" for name, found in zip(names, sums, strict=True)]
-    (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+    (folder / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
 
 
-def check_sums(path_or_name: str, progress: Callable[[int], None] | None = None) -> None:
-    """Check the files of a model whose sums are known: from `SUMS_FILE`, or by their names in the hub's cache.
+def verify_checksums(path_or_name: str, progress: Callable[[int], None] | None = None) -> None:
+    """Check the files of a model whose sums are known: from `CHECKSUM_FILE`, or by their names in the hub's cache.
 
     The hub's cache keeps large files, weights among them, under their sha256. Of other folders nothing is known. What
     is missing is left for the loader to tell.
@@ -40,28 +40,30 @@ def check_sums(path_or_name: str, progress: Callable[[int], None] | None = None)
     Raises:
         InputError: a file is another than it was; the message names it.
     """
-    known = known_sums(path_or_name)
+    known = known_checksums(path_or_name)
     with contextlib.closing(sha256_files(list(known), progress)) as sums:
         for (path, expected), found in zip(known.items(), sums, strict=True):
             if found != expected:
                 # In the hub's cache a file is a link.
-                help_ = "download it again" if path.is_symlink() else f"remove {SUMS_FILE} if you changed it on purpose"
+                help_ = (
+                    "download it again" if path.is_symlink() else f"remove {CHECKSUM_FILE} if you changed it on purpose"
+                )
                 raise InputError(
                     f"{path_or_name}: cannot be loaded: {path}: damaged: expected sha256 {expected[:12]}…, found "
                     f"{found[:12]}…; {help_}"
                 )
 
 
-def known_sums(path_or_name: str) -> dict[Path, str]:
+def known_checksums(path_or_name: str) -> dict[Path, str]:
     """The files of a model that are there and have known sums, with these.
 
     Raises:
-        InputError: a line of `SUMS_FILE` is damaged.
+        InputError: a line of `CHECKSUM_FILE` is damaged.
     """
     folder = _folder(path_or_name)
     if folder is None:
         return {}
-    known = _stated(folder) if (folder / SUMS_FILE).is_file() else _hub_files(folder)
+    known = _stated(folder) if (folder / CHECKSUM_FILE).is_file() else _hub_files(folder)
     return {path: found for path, found in known if path.is_file()}
 
 
@@ -78,10 +80,10 @@ def _folder(path_or_name: str) -> Path | None:
 
 
 def _stated(folder: Path) -> Iterator[tuple[Path, str]]:
-    for number, line in enumerate(read_lines(folder / SUMS_FILE), start=1):
+    for number, line in enumerate(read_lines(folder / CHECKSUM_FILE), start=1):
         found = LINE.fullmatch(line)
         if found is None or Path(found[2]).is_absolute() or ".." in Path(found[2]).parts:
-            place = f"{folder / SUMS_FILE}:{number}"
+            place = f"{folder / CHECKSUM_FILE}:{number}"
             raise InputError(f"{place}: expected a sha256 and the name of a file in this folder, found {line!r:.60}")
         yield folder / found[2], found[1]
 

@@ -30,7 +30,7 @@ class _Reports(logging.Handler):
 
 
 @contextlib.contextmanager
-def reported_missing() -> Iterator[set[str]]:
+def collect_missing_weights() -> Iterator[set[str]]:
     """The names of the weights that transformers says it made up within, filled in as it loads.
 
     Its reports are not printed: most are about weights that embeddings do not need. They are read even where the
@@ -53,7 +53,7 @@ def reported_missing() -> Iterator[set[str]]:
         logger.removeHandler(reports)
 
 
-def used_without_value(encoder: nn.Module, names: set[str], embed: Callable[[], Tensor]) -> list[str]:
+def used_missing_weights(encoder: nn.Module, names: set[str], embed: Callable[[], Tensor]) -> list[str]:
     """Those of the named matrices, which were made up, that embeddings depend on: a pooler's, say, they do not.
 
     Args:

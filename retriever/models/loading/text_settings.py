@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from index.files import InputError
-from retriever.models.tokenizer import Expansion, FixedLengthTokenizer, TextTokenizer
+from retriever.models.tokenizer import FixedLengthTokenizer, QueryExpansion, TextTokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -55,7 +55,7 @@ def text_tokenizer(transformer: Any, side: Side) -> TextTokenizer:
         elif own_length is None and task_length is not None:
             own_length = max(task_length, floor)
         # Of those that the encoder does not attend to, nothing is pooled.
-        fill = Expansion(_expansion_token(transformer), floor) if expansion["attend"] else None
+        fill = QueryExpansion(_expansion_token(transformer), floor) if expansion["attend"] else None
     lengths = (own_length, task_length, longest)
     cut = _limited(next((length for length in lengths if length is not None), None))
     special = bool(call.get("add_special_tokens", True))
@@ -145,7 +145,7 @@ def limit_lengths(transformer: Any, limit: int) -> None:
     _replace_lengths(transformer, lambda length: min(length, limit))
 
 
-def forget_lengths(transformer: Any) -> None:
+def override_lengths(transformer: Any) -> None:
     """Let `max_seq_length` hold for both sides: a run's configuration says it in place of the folder.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from index.files import InputError
 from retriever.models.loading.text_settings import SIDES, Side, call_settings, pools_prompts, prompt_of, text_tokenizer
-from retriever.models.tokenizer import FixedLengthTokenizer, TokenTypes, untouched
+from retriever.models.tokenizer import FixedLengthTokenizer, TokenTypes, restore_truncation
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -77,7 +77,7 @@ class Trial:
             self._check_embeddings(model)
 
     def _untouched(self) -> contextlib.AbstractContextManager[None]:
-        return untouched(transformer.tokenizer for transformer in self.transformers.values())
+        return restore_truncation(transformer.tokenizer for transformer in self.transformers.values())
 
     def _check_left(self, model: SentenceTransformer) -> None:
         """Raises InputError where padding on the left shifts positions; on the right it is as ours."""
@@ -111,14 +111,14 @@ class Trial:
     def _check_embeddings(self, model: SentenceTransformer) -> None:
         for side in self.sides:
             expected = self.embeddings[side]
-            found = trial_embeddings(model, self.transformers[side], side, self.path, self.faults)
+            found = sample_embeddings(model, self.transformers[side], side, self.path, self.faults)
             if found.shape != expected.shape:
                 raise InputError(
                     f"{self.path}: expected embeddings of {expected.shape[1]} dimensions, found {found.shape[1]}"
                 )
             if _differ(found, expected) and (types := _token_types(model, self.transformers[side], side)):
                 self.transformers[side].token_types = types
-                found = trial_embeddings(model, self.transformers[side], side, self.path, self.faults)
+                found = sample_embeddings(model, self.transformers[side], side, self.path, self.faults)
             if _differ(found, expected):
                 self._check_batch(model, side, "its encoder or a module mixes padding into texts")
                 raise InputError(
@@ -127,7 +127,7 @@ class Trial:
                 )
 
 
-def trial_embeddings(
+def sample_embeddings(
     model: SentenceTransformer, transformer: Any, side: Side, path: str, faults: tuple[type[Exception], ...]
 ) -> Tensor:
     """Our embeddings of the trial's texts as one padded batch; of as many dimensions as the model says.
@@ -136,7 +136,7 @@ def trial_embeddings(
         InputError: the modules do not fit each other.
     """
     tokenizer, prompt = text_tokenizer(transformer, side), _prompt(model, side)
-    with untouched([transformer.tokenizer]):
+    with restore_truncation([transformer.tokenizer]):
         features = tokenizer.pad(tokenizer([prompt + text for text in TEXTS]), np.arange(len(TEXTS)))
     width = model.get_embedding_dimension()
     model.eval()

@@ -73,8 +73,8 @@ def test_with_too_many_pairs_for_a_list_no_known_pair_is_left_either(
     pairs: list[tuple[str, str]], negatives: list[str], known: list[tuple[str, str]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(false_negatives, "MOST_PAIRS_A_QUERY", 0)
-        patch.setattr(false_negatives, "MOST_PAIRS", 0)
+        patch.setattr(false_negatives, "MAX_PAIRS_PER_QUERY", 0)
+        patch.setattr(false_negatives, "MAX_PAIRS", 0)
         found = of_letters(pairs, negatives, known)
     answered = {*pairs, *known}
     passages = [positive for _, positive in pairs] + negatives
@@ -181,7 +181,7 @@ def test_the_shares_of_several_processes_mask_what_the_whole_batch_masks(data: s
         for rank, keys in enumerate(TogetherRanks.said)
     ]
     assert len({each.any for each in found if each is not None}) == 1
-    nothing_left = {each.no_negatives for each in found if each is not None}
+    no_negatives_on_any_rank = {each.no_negatives for each in found if each is not None}
     # The pool: each rank's positives and negatives after those of the rank before.
     pool = [text for some, more, _ in shards for text in [*(p for _, p in some), *more]]
     answered = {pair for some, _, known in shards for pair in [*some, *known]} | set(everywhere or [])
@@ -192,7 +192,7 @@ def test_the_shares_of_several_processes_mask_what_the_whole_batch_masks(data: s
         entries[tuple(each.excluded.T)] = True
         np.testing.assert_array_equal(entries, [[(query, text) in answered for text in pool] for query, _ in some])
     queries = [query for some, _, _ in shards for query, _ in some]
-    assert nothing_left == {all((query, text) in answered for query in queries for text in pool)}
+    assert no_negatives_on_any_rank == {all((query, text) in answered for query in queries for text in pool)}
 
 
 def converted(folder: Path, name: str, rows: list[tuple[str, list[str], list[str]]]) -> ExampleTable:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from retriever.config.run import ModelConfig
 from retriever.data.batches import TrainingBatch
-from retriever.data.length_sorting import pack
+from retriever.data.length_sorting import make_micro_batches
 from retriever.data.micro_batches import BatchPreparer
 from retriever.models.towers import build_towers
 
@@ -21,7 +21,7 @@ from retriever.models.towers import build_towers
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(1, 2000))
 def test_every_text_is_in_one_micro_batch_within_the_budget(lengths: list[int], budget: int) -> None:
     array = np.array(lengths)
-    batches = pack(array, budget)
+    batches = make_micro_batches(array, budget)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     for rows in batches:
         assert len(rows) == 1 or len(rows) * array[rows].max() <= budget
@@ -36,17 +36,17 @@ def test_every_text_is_in_one_micro_batch_within_the_budget(lengths: list[int], 
 def test_no_budget_makes_texts_of_all_lengths_share_their_padding(budget: int) -> None:
     chance = np.random.default_rng(0)
     lengths = np.concatenate([np.clip(chance.lognormal(np.log(m), 0.6, 256), 4, 252).astype(int) for m in (8, 62)])
-    padded = sum(len(rows) * lengths[rows].max() for rows in pack(lengths, budget))
+    padded = sum(len(rows) * lengths[rows].max() for rows in make_micro_batches(lengths, budget))
     assert padded < 1.2 * lengths.sum()
     # Where a micro-batch costs more, more padding is worth having fewer, as far as the budget lets them grow.
-    fewer = len(pack(lengths, budget, device="cuda")) < len(pack(lengths, budget))
+    fewer = len(make_micro_batches(lengths, budget, device="cuda")) < len(make_micro_batches(lengths, budget))
     assert fewer == (budget > 4096)
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=200), st.integers(1, 2000))
 def test_micro_batches_end_to_end_are_full_but_for_the_first(lengths: list[int], budget: int) -> None:
     array = np.array(lengths)
-    batches = pack(array, budget, padded=False)
+    batches = make_micro_batches(array, budget, padded=False)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     assert all(len(rows) == 1 or array[rows].sum() <= budget for rows in batches)
     for rows, following in itertools.pairwise(batches):

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retriever.data.known_positives import digests
-from retriever.data.query_groups import DEV, TEST, TRAIN, check_size, choose_splits, connected_groups, reaches, size_of
+from retriever.data.query_groups import (
+    DEV,
+    TEST,
+    TRAIN,
+    check_size,
+    choose_splits,
+    connected_groups,
+    reaches,
+    resolve_size,
+)
 from retriever.errors import ConfigError
 
 
@@ -98,7 +107,7 @@ def test_the_test_set_does_not_depend_on_the_dev_set() -> None:
 )
 def test_a_size_is_a_number_or_a_share(size: float | None, queries: int, found: int) -> None:
     check_size("dev", size)
-    assert size_of(size, queries) == found
+    assert resolve_size(size, queries) == found
 
 
 @pytest.mark.parametrize("size", [-1, 1.0, 1.5, -0.1, 0.0, float("nan"), float("inf"), True, "3"])

@@ -11,15 +11,15 @@ from retriever.config.run import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.windows import WINDOW
 from retriever.models import memory as graph_memory
-from retriever.models.memory import LEAST_TOKENS, MOST_TOKENS, EncodeMemory, GraphMemory, fitting_tokens
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.memory import MAX_TOKENS, MIN_TOKENS, EncodeMemory, GraphMemory, fitting_tokens
+from retriever.models.mixed_precision import mixed_precision
 from retriever.models.towers import build_towers
 
 
 @pytest.mark.parametrize("most", [10_000, 40_000, 150_000, 300_000, 423_000, 1_000_000])
 def test_whole_micro_batches_fill_the_memory(most: int) -> None:
     tokens = fitting_tokens(most)
-    assert LEAST_TOKENS <= tokens <= MOST_TOKENS
+    assert MIN_TOKENS <= tokens <= MAX_TOKENS
     kept = int(most / tokens - 0.25)
     assert kept >= 1 and (kept + 0.25) * tokens <= most
     # Of what is planned for, less than the rounding to whole thousands of each is left over.
@@ -78,9 +78,9 @@ def test_encoding_takes_the_tokens_that_are_given(tiny: ModelConfig) -> None:
 def test_peak_of_encoding_is_foretold(tiny: ModelConfig, kind: str, length: int) -> None:
     architecture = {"model_type": kind, "num_hidden_layers": 2}
     towers = build_towers(ModelConfig(architecture=architecture, tokenizer=tiny.tokenizer, max_length=500))
-    towers.to("cuda").eval().drop_padding()
+    towers.to("cuda").eval().enable_packing()
     tokens = towers.tokenizer("document")(["a " * (length - 2)] * WINDOW)
-    with arithmetic(towers, "bf16"):
+    with mixed_precision(towers, "bf16"):
         memory = EncodeMemory.plan(towers, texts=WINDOW)
     torch.cuda.reset_peak_memory_stats()
     options = EncodeOptions("bf16", memory.micro_batch_tokens)

@@ -25,7 +25,7 @@ from retriever.config.run import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import embed_images
 from retriever.errors import ConfigError
-from retriever.models.images.architectures import vision_settings
+from retriever.models.images.architectures import vision_config
 from retriever.models.images.folder import is_image_text_model
 from retriever.models.images.towers import ImageTextTowers, build_image_text_towers, load_image_text_towers
 
@@ -106,7 +106,7 @@ def test_sentence_transformers_encodes_a_saved_folder_alike(kind: str, tmp_path:
 def test_named_architectures_have_the_published_sizes(name: str, millions: float) -> None:
     from transformers import CLIPVisionModel
 
-    settings = vision_settings(name, 224)
+    settings = vision_config(name, 224)
     with torch.device("meta"):
         encoder = CLIPVisionModel(settings)
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from retriever.config.run import ModelConfig
-from retriever.models.mixed_precision import full_outputs, half_weights
+from retriever.models.mixed_precision import fp32_outputs, half_precision_weights
 from retriever.models.towers import build_towers
 
 
@@ -25,7 +25,7 @@ def test_weights_return_bit_for_bit_and_gradients_are_fp32_sums() -> None:
     encoder = Encoder()
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     pieces = torch.randn(300, 4, 8)
-    with half_weights([encoder], torch.bfloat16):
+    with half_precision_weights([encoder], torch.bfloat16):
         assert encoder.linear.weight.dtype == torch.bfloat16
         for piece in pieces:
             encoder(piece).float().sum().backward()
@@ -41,7 +41,7 @@ def test_weights_return_bit_for_bit_and_gradients_are_fp32_sums() -> None:
 def test_gradients_from_before_are_added_to_and_an_error_leaves_the_weights_whole() -> None:
     encoder = Encoder()
     encoder.linear.bias.grad = torch.full((8,), 0.5)
-    with pytest.raises(RuntimeError, match="stop"), half_weights([encoder], torch.bfloat16):
+    with pytest.raises(RuntimeError, match="stop"), half_precision_weights([encoder], torch.bfloat16):
         encoder(torch.ones(2, 8)).sum().backward()
         raise RuntimeError("stop")
     assert encoder.linear.weight.dtype == torch.float32
@@ -50,8 +50,8 @@ def test_gradients_from_before_are_added_to_and_an_error_leaves_the_weights_whol
 
 def test_what_follows_the_encoder_is_in_full_precision(tiny: ModelConfig) -> None:
     towers = build_towers(tiny)
-    ((_, embed),) = towers.probes(64, 16)
-    with half_weights(towers.encoders, torch.bfloat16), full_outputs(towers.transformers):
+    ((_, embed),) = towers.memory_probes(64, 16)
+    with half_precision_weights(towers.encoders, torch.bfloat16), fp32_outputs(towers.transformers):
         embeddings = embed()
     # Normalised in bf16 they would be off by a thousandth.
     torch.testing.assert_close(embeddings.double().norm(dim=1), torch.ones(len(embeddings)).double(), rtol=0, atol=1e-6)

@@ -41,7 +41,7 @@ from index.files import InputError
 from retriever.config.run import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.images.folder import load_vision_modules
-from retriever.models.loading.missing_weights import reported_missing
+from retriever.models.loading.missing_weights import collect_missing_weights
 from retriever.models.towers import Towers, build_towers, load_towers
 
 
@@ -150,7 +150,7 @@ def test_token_types_that_make_no_difference_are_not_given(tiny: ModelConfig, tm
     towers = load_towers(model_folder(tmp_path / "model", transformer(encoder), Pooling(32)))
     tokenizer = towers.tokenizer("query")
     assert {*tokenizer.pad(tokenizer(TEXTS), np.arange(2))} == {"input_ids", "attention_mask"}
-    assert towers.drop_padding()
+    assert towers.enable_packing()
 
 
 def test_modules_that_do_not_fit_are_refused(encoder: str, tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_frozen_weights_are_told_and_a_model_of_them_alone_is_refused(
     from sentence_transformers.base.modules import Transformer
 
     folder = model_folder(tmp_path / "model", transformer(encoder), Pooling(32))
-    assert build(folder).frozen_note() is None
+    assert build(folder).describe_frozen() is None
     init = Transformer.__init__
 
     def frozen(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -360,7 +360,7 @@ def test_frozen_weights_are_told_and_a_model_of_them_alone_is_refused(
     with pytest.raises(ConfigError, match="every weight of the folder is frozen"):
         build(folder)
     towers = build_towers(ModelConfig(name=folder, projection=8))
-    assert "; trained: 256" in (towers.frozen_note() or "")
+    assert "; trained: 256" in (towers.describe_frozen() or "")
 
 
 def test_an_adapter_without_its_package_is_refused(encoder: str, tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_a_folder_that_lacks_only_what_embeddings_do_not_need_is_loaded(encoder:
 
 
 def test_names_of_missing_weights_are_read_from_the_reports() -> None:
-    with reported_missing() as names:
+    with collect_missing_weights() as names:
         logging.getLogger("transformers.modeling_utils").warning(
             "Key | Status |\nlayer.{0, 1}.{key, value}.weight | \x1b[31mMISSING\x1b[0m | \n"
             "b | UNEXPECTED |\nc | MISSING |"

@@ -24,7 +24,7 @@ from retriever.config.images import ImageConfig, ImageSource
 from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from retriever.config.yaml_file import save_config
 from retriever.data.images import chunks
-from retriever.data.images.batches import ImageGroup
+from retriever.data.images.batches import ImageInputs
 from retriever.data.images.chunks import PairReader
 from retriever.data.images.loading import open_image_batches
 from retriever.data.micro_batches import PreparedBatch
@@ -33,7 +33,7 @@ from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import embed_images
 from retriever.errors import ConfigError
 from retriever.models.images.towers import build_image_text_towers, load_image_text_towers
-from retriever.models.memory import held_bytes
+from retriever.models.memory import measure_graph_bytes
 from retriever.training import grad_cache
 from retriever.training.plan import plan_step
 from retriever.training.step import MicroBatch, TrainStep
@@ -160,7 +160,7 @@ def test_memory_is_planned_by_what_each_tower_holds(config: TrainConfig) -> None
     trainer = Trainer.start(dataclasses.replace(config, model=model, micro_batch_tokens=None), Terminal())
     _, texts = next(iter(trainer.batches.loader())).groups
     # One micro-batch of more features than texts have tokens, which needs less memory all the same.
-    features = ImageGroup(torch.randn(1000, 128).half(), 1, [np.arange(1000)])
+    features = ImageInputs(torch.randn(1000, 128).half(), 1, [np.arange(1000)])
     batch = PreparedBatch([features, texts], 1000, None, padded=True)
     planned = plan_step(
         *(trainer.config, trainer.towers, trainer.loss, trainer.optimizer, trainer._step.graphs, batch),
@@ -170,7 +170,7 @@ def test_memory_is_planned_by_what_each_tower_holds(config: TrainConfig) -> None
     )
     held = [
         sum(
-            held_bytes(trainer.towers, "fp32", partial(group.embed, trainer.towers, rows))
+            measure_graph_bytes(trainer.towers, "fp32", partial(group.embed, trainer.towers, rows))
             for rows in group.micro_batches
         )
         for group in batch.groups
@@ -214,7 +214,7 @@ def test_gradient_cache_gives_the_gradients_of_the_whole_batch(config: TrainConf
     trainer = Trainer.start(dataclasses.replace(config, model=model, micro_batch_tokens=17), Terminal())
     batch = next(iter(trainer.batches.loader()))
     images = batch.groups[0]
-    assert isinstance(images, ImageGroup) and images.pixels.dtype == torch.uint8 and len(images.micro_batches) == 16
+    assert isinstance(images, ImageInputs) and images.pixels.dtype == torch.uint8 and len(images.micro_batches) == 16
     micro_batches = [MicroBatch(group, rows) for group in batch.groups for rows in group.micro_batches]
     gradients = []
     for keep in (0, 5, len(micro_batches)):
@@ -222,7 +222,7 @@ def test_gradient_cache_gives_the_gradients_of_the_whole_batch(config: TrainConf
         grad_cache.backward(
             lambda micro: micro.group.embed(trainer.towers, micro.rows),
             micro_batches,
-            lambda embeddings: trainer.loss(*batch.arrange(embeddings, torch.device("cpu"))),
+            lambda embeddings: trainer.loss(*batch.merge_embeddings(embeddings, torch.device("cpu"))),
             torch.device("cpu"),
             keep=keep,
         )

@@ -71,7 +71,7 @@ def test_outputs_and_gradients_equal_those_of_the_padded_path(
     )
     padded, padded_gradients = outcome(towers)
     fingerprint = towers.fingerprint()
-    assert towers.drop_padding()
+    assert towers.enable_packing()
     embeddings, gradients = outcome(towers)
     torch.testing.assert_close(embeddings, padded, rtol=0, atol=1e-6)
     # A padded path makes gradients, of zeros, for what nothing depends on, and the other none.
@@ -86,7 +86,7 @@ def assert_bare_equals_padded(towers: Towers) -> None:
     with torch.no_grad():
         tokens = towers.eval().tokenizer("query")(TEXTS)
         padded = towers.embed(tokens, np.arange(len(TEXTS)), "query")
-        assert towers.drop_padding()
+        assert towers.enable_packing()
         torch.testing.assert_close(towers.embed(tokens, np.arange(len(TEXTS)), "query"), padded, rtol=0, atol=2e-6)
 
 
@@ -147,7 +147,7 @@ def test_other_outputs_of_an_encoder_stay_padded(changed: dict[str, Any], messag
     towers = towers_of("bert", tiny)
     for name, value in changed.items():
         setattr(towers.transformers[0], name, value)
-    assert not towers.drop_padding(), message
+    assert not towers.enable_packing(), message
 
 
 def test_what_runs_across_texts_stays_padded(tiny: ModelConfig) -> None:
@@ -156,7 +156,7 @@ def test_what_runs_across_texts_stays_padded(tiny: ModelConfig) -> None:
 
     def chain(*modules: Any) -> bool:
         model = SentenceTransformer(modules=[*towers_of("bert", tiny).transformers, *modules], device="cpu")
-        return Towers(model).drop_padding()
+        return Towers(model).enable_packing()
 
     read = {"module_input_name": "token_embeddings"}
     assert chain(Dense(32, 16, **read), Pooling(16))
@@ -180,7 +180,7 @@ def test_fused_sublayers_change_neither_outputs_nor_gradients(
     monkeypatch.setattr(sublayers, "residual_norm", counted)
     towers = towers_of(kind, tiny, dropout=0.0)
     padded, padded_gradients = outcome(towers)
-    assert not calls and towers.drop_padding()
+    assert not calls and towers.enable_packing()
     embeddings, gradients = outcome(towers)
     # Of two layers; MPNet ends its attention in a module that is not made of these parts.
     assert len(calls) == (2 if kind == "mpnet" else 4)
@@ -198,7 +198,7 @@ def test_two_towers_without_padding_are_saved_as_they_were(
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     towers = towers_of("bert", tiny, pooling=pooling, shared=False).eval()
-    assert towers.drop_padding()
+    assert towers.enable_packing()
     tokens = towers.tokenizer("query")(TEXTS)
     with torch.no_grad():
         found = {side: towers.embed(tokens, np.arange(len(TEXTS)), side).numpy() for side in ("query", "document")}
@@ -212,12 +212,12 @@ def test_an_unknown_family_and_an_unknown_pooling_stay_padded(tiny: ModelConfig)
     settings = {"model_type": "electra", "embedding_size": 16, **SMALL}
     towers = build_towers(ModelConfig(architecture=settings, tokenizer=tiny.tokenizer))
     attention = towers.encoders[0].config._attn_implementation
-    assert not towers.drop_padding() and not towers.padding_free
+    assert not towers.enable_packing() and not towers.padding_free
     assert towers.encoders[0].config._attn_implementation == attention
 
     towers = towers_of("bert", tiny)
     towers.model[1].pooling_mode = "max"
-    assert not towers.drop_padding()
+    assert not towers.enable_packing()
 
 
 def test_padding_on_a_gpu_is_told_once(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,12 +225,12 @@ def test_padding_on_a_gpu_is_told_once(tiny: ModelConfig, monkeypatch: pytest.Mo
         ModelConfig(architecture={"model_type": "electra", "embedding_size": 16, **SMALL}, tokenizer=tiny.tokenizer)
     )
     bert = towers_of("bert", tiny)
-    electra.drop_padding()
-    assert electra.padding_note() is None  # a CPU pads every family
+    electra.enable_packing()
+    assert electra.describe_padding() is None  # a CPU pads every family
     monkeypatch.setattr(Towers, "device", torch.device("cuda"))
-    assert "family electra are not known without padding" in (electra.padding_note() or "")
-    bert.drop_padding()
-    assert bert.padding_note() is None
+    assert "family electra are not known without padding" in (electra.describe_padding() or "")
+    bert.enable_packing()
+    assert bert.describe_padding() is None
 
 
 @pytest.mark.parametrize(("kind", "kinds_of_layers"), [("bert", 1), ("modernbert", 3)])
@@ -242,7 +242,7 @@ def test_compiled_layers_are_not_compiled_anew_for_other_sizes(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(ARCHITECTURES, kind, {**ARCHITECTURES[kind], "num_hidden_layers": 4})
     towers = towers_of(kind, tiny)
-    assert towers.drop_padding()
+    assert towers.enable_packing()
     torch.compiler.reset()
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
@@ -260,7 +260,7 @@ def test_compiled_layers_are_not_compiled_anew_for_other_sizes(
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_outputs_equal_those_of_the_padded_path_to_rounding_on_a_gpu(kind: str, tiny: ModelConfig) -> None:
-    from retriever.models.mixed_precision import arithmetic
+    from retriever.models.mixed_precision import mixed_precision
 
     towers = towers_of(kind, tiny, dropout=0.0, pooling="lasttoken" if kind in families.DECODERS else "mean").cuda()
     with torch.no_grad():
@@ -270,9 +270,9 @@ def test_outputs_equal_those_of_the_padded_path_to_rounding_on_a_gpu(kind: str, 
         with torch.autocast("cuda", torch.bfloat16):
             padded = towers.embed(tokens, everything, "query")
         bare = copy.deepcopy(towers)
-        assert bare.drop_padding()
+        assert bare.enable_packing()
         torch.testing.assert_close(bare.embed(tokens, everything, "query"), exact, rtol=0, atol=1e-5)
-        with arithmetic(bare, "bf16"):
+        with mixed_precision(bare, "bf16"):
             found = bare.embed(tokens, everything, "query")
     # Three times the error of the padded path in bf16, and a few roundings.
     assert float((found - exact).abs().max()) < 3 * float((padded - exact).abs().max()) + 0.01
