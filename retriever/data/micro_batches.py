@@ -151,7 +151,7 @@ class BatchPreparer:
             if self.query == self.passage:
                 tokens = self.passage(batch.queries + batch.passages)
             else:
-                tokens = TokenizedTexts.joined([self.query(batch.queries), self.passage(batch.passages)])
+                tokens = TokenizedTexts.concatenate([self.query(batch.queries), self.passage(batch.passages)])
             groups = [self._group("document", tokens)]
         else:
             groups = [

@@ -16,7 +16,7 @@ from retriever.encoding.image_encoder import ImageInput, embed_images
 from retriever.errors import check_at_least, check_choice
 from retriever.models.images.folder import is_image_text_model
 from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
-from retriever.models.loading.hashes import known_checksums
+from retriever.models.loading.checksums import known_checksums
 from retriever.models.towers import Towers, load_towers
 from retriever.utils.check_progress import checking_bytes
 from retriever.utils.device import choose_device

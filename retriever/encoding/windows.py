@@ -71,7 +71,7 @@ class CorpusWindow:
         return cls(
             list(chain(piece.ids for piece in pieces)),
             list(chain(piece.lines for piece in pieces)),
-            TokenizedTexts.joined([piece.tokens for piece in pieces]),
+            TokenizedTexts.concatenate([piece.tokens for piece in pieces]),
             list(chain(piece.odd for piece in pieces)),
         )
 

@@ -15,7 +15,7 @@ from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
 from retriever.data.source_prompts import save_source_prompts
 from retriever.distributed.agreement import Content
 from retriever.distributed.ranks import Ranks
-from retriever.models.loading.hashes import write_checksums
+from retriever.models.loading.checksums import write_checksums
 from retriever.models.sharded_tensors import gather_tensors
 from retriever.models.towers import build_towers
 from retriever.training.checkpoint import (

@@ -26,10 +26,10 @@ from retriever.models.images.folder import (
 from retriever.models.images.patch_dropout import PatchDropout
 from retriever.models.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, ImageTransform
 from retriever.models.loading.adapt import set_text_options
+from retriever.models.loading.checksums import verify_checksums
 from retriever.models.loading.folder import Side
-from retriever.models.loading.hashes import verify_checksums
 from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer
-from retriever.models.towers import Towers, _without_provenance
+from retriever.models.towers import Towers, without_provenance
 from retriever.utils.device import to_device
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class ImageTextTowers(Towers):
 
     def fingerprint(self) -> dict[str, str]:
         """What identifies the vectors, of pictures too: a sha256 as of `Towers`, over the image transform beside it."""
-        settings = _without_provenance(self._image[0].auto_model.config.to_dict())
+        settings = without_provenance(self._image[0].auto_model.config.to_dict())
         parts = [super().fingerprint(), asdict(self.transform), settings]
         return {"sha256": hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()}
 
@@ -147,7 +147,7 @@ class ImageTextTowers(Towers):
         """What identifies the features of pictures: a sha256 over the image encoder's weights and the transform."""
         digest = hashlib.sha256(json.dumps(asdict(self.transform), sort_keys=True).encode())
         for number, module in enumerate(self._image[: self._image_trunk]):
-            settings = _without_provenance(module.auto_model.config.to_dict()) if hasattr(module, "auto_model") else {}
+            settings = without_provenance(module.auto_model.config.to_dict()) if hasattr(module, "auto_model") else {}
             digest.update(json.dumps([repr(module), settings], sort_keys=True, default=str).encode())
             for name, tensor in sorted(module.state_dict().items()):
                 digest.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

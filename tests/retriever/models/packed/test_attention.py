@@ -42,7 +42,7 @@ def errors(case: tuple, dtype: torch.dtype) -> list[float]:
     settings = {"scale": width**-0.5, "causal": causal, "window": window}
     found = results(packed_attention(*inputs, layout, **settings), inputs)
     exact = [each.detach().double().requires_grad_() for each in inputs]
-    out = attention._text_by_text(*exact, layout, settings["scale"], 0.0, causal, window)
+    out = attention._reference_attention(*exact, layout, settings["scale"], 0.0, causal, window)
     expected = results(out, exact)
     # A text of one token has no gradient in query and key.
     return [float((f.double() - e).norm() / max(e.norm(), 1)) for f, e in zip(found, expected, strict=True)]

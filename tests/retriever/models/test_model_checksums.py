@@ -13,7 +13,7 @@ from cli_helpers import command
 from test_cli_errors import assert_refused
 
 from index.files import InputError
-from retriever.models.loading.hashes import CHECKSUM_FILE, verify_checksums
+from retriever.models.loading.checksums import CHECKSUM_FILE, verify_checksums
 
 
 @pytest.fixture
