@@ -149,9 +149,7 @@ class TextTokenizer:
         if not prompt or longest is None:
             return
         if (tokens := len(self.untruncated([prompt]).ids)) >= longest:
-            raise InputError(
-                f"prompt {prompt!r:.40}: expected fewer than {longest} tokens, found {tokens}"
-            )
+            raise InputError(f"prompt {prompt!r:.40}: expected fewer than {longest} tokens, found {tokens}")
 
     def settings(self) -> str:
         """Return all settings that token ids depend on, as JSON. Calls of the tokenizer do not change it."""

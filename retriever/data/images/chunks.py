@@ -84,7 +84,7 @@ class PairReader:
                 if self.features is not None:
                     picture = self.features.read(row, pair.place)
                 elif self.augment:
-                    picture = self.transform.augmented(pair.open(), chance)
+                    picture = self.transform.augment(pair.open(), chance)
                 else:
                     picture = self.transform.pixels(pair.open())
             except BrokenPairError as error:

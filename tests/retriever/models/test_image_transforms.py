@@ -49,7 +49,7 @@ def test_random_crops_keep_to_scale_and_ratio_and_follow_from_the_generator() ->
     assert long[3] - long[1] == 10 and long[2] - long[0] == 13
     transform = ImageTransform((32, 32), flip=True)
     image = noise(60, 50)
-    first, again, other = (transform.augmented(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (transform.augment(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first.dtype == torch.uint8 and first.shape == (3, 32, 32)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
@@ -60,7 +60,7 @@ def test_flips_happen_to_half_of_the_pictures_only_where_asked_for() -> None:
 
     def left_is_white(flip: bool) -> float:
         chance = np.random.default_rng(0)
-        pixels = [ImageTransform((32, 32), flip=flip).augmented(image, chance) for _ in range(300)]
+        pixels = [ImageTransform((32, 32), flip=flip).augment(image, chance) for _ in range(300)]
         return float(np.mean([p[:, :, 0].float().mean() > p[:, :, -1].float().mean() for p in pixels]))
 
     assert left_is_white(False) == 0 and 0.3 < left_is_white(True) < 0.6
