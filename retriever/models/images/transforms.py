@@ -19,7 +19,7 @@ from index.files import InputError
 from retriever.utils.device import to_device
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""CLIP's mean and standard deviation of red, green and blue, for values in [0, 1] (Radford et al., arXiv 2103.00020)."""
+"""CLIP's mean and standard deviation of red, green and blue, for values in [0, 1] (arXiv 2103.00020)."""
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet, with which most other vision encoders were trained."""
 
@@ -101,7 +101,7 @@ def _gray16_to_rgb(image: Image.Image, location: str) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise InputError(
-            f"{location}: expected an image of at most 16 bits per channel, found one of mode {image.mode}"
+            f"{location}: expected an image of at most 16 bits per channel, found mode {image.mode}"
         )
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
@@ -159,7 +159,7 @@ class ImageTransform:
         result = crop if crops and isinstance(crop, tuple) else exact
         if not resizes or result is None or not getattr(processor, "do_rescale", True):
             raise InputError(
-                f"{location}: expected an image processor with a fixed size of pixels, found {type(processor).__name__} "
+                f"{location}: expected an image processor with a fixed size, found {type(processor).__name__} "
                 "(of SigLIP 2, take a checkpoint that is not NaFlex)"
             )
         normalizes = getattr(processor, "do_normalize", True)
