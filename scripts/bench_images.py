@@ -41,7 +41,7 @@ from machine import machine
 
 from index.files import InputError, atomic_path
 from retriever.config.images import ImageSource
-from retriever.data.images.batches import ImageBatches
+from retriever.data.images.batches import ImageBatches, MicroBatchSettings
 from retriever.data.images.chunks import PairReader
 from retriever.data.images.sources import PairSource, open_pairs
 from retriever.data.schedule import BatchSchedule
@@ -89,7 +89,7 @@ def main() -> None:
                 last = {name: spent[-1] for name, spent in found.items()}
                 shown = (f"{name} {1 / spent.wall:,.0f}/s {1000 * spent.busy:.2f} ms" for name, spent in last.items())
                 print("  ".join(shown), flush=True)
-        size = np.mean([len(pairs.read(row).picture) for row in range(0, count, 16)])
+        size = np.mean([len(pairs.read(row).image) for row in range(0, count, 16)])
     write(found, count, size, options)
 
 
@@ -140,7 +140,7 @@ def decoder(pairs: PairSource, count: int, workers: int, work: Callable[[list[by
 
     def one(number: int) -> None:
         torch.set_num_threads(1)
-        share = [pairs.read(row).picture for row in range(number, count, workers)]
+        share = [pairs.read(row).image for row in range(number, count, workers)]
         ready.wait()
         go.wait()
         before = time.process_time()
@@ -188,11 +188,8 @@ def pipeline(pairs: PairSource, count: int, options: argparse.Namespace) -> Spen
     batches = ImageBatches(
         [reader],
         schedule,
-        image_tokens=197,
-        token_budget=131072,
-        padded=False,
-        device="cuda",
-        say=lambda line: print(line),
+        MicroBatchSettings(image_tokens=197, token_budget=131072, padded=False, device="cuda"),
+        report=print,
     )
     stream = batches.loader(workers=options.workers)
     for _ in islice(stream, WARM):

@@ -48,7 +48,7 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
         found.query_ids[own_pairs],
         np.concatenate([first_ids[own_pairs], last_ids[own_negatives]]),
         np.stack([rows[mine] - own_pairs.start, pool_rows[columns[mine]]], axis=1),
-        masked_on_any_rank=found.any,
-        no_negatives_on_any_rank=found.no_negatives,
+        batch_any=found.any,
+        batch_no_negatives=found.no_negatives,
     )
     return replace(batch, false_negatives=own)

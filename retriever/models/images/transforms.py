@@ -100,9 +100,7 @@ def _gray16_to_rgb(image: Image.Image, location: str) -> Image.Image:
     # Pillow clips values above 255, which would turn 16-bit gray into white.
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise InputError(
-            f"{location}: expected an image of at most 16 bits per channel, found mode {image.mode}"
-        )
+        raise InputError(f"{location}: expected an image of at most 16 bits per channel, found mode {image.mode}")
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 

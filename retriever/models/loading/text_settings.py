@@ -55,7 +55,7 @@ def text_tokenizer(transformer: Any, side: Side) -> TextTokenizer:
             call_length = length
         elif call_length is None and side_length is not None:
             call_length = max(side_length, length)
-        # QueryExpansion tokens that the encoder does not attend to are not pooled either, so they have no effect.
+        # Expansion tokens that the encoder does not attend to are not pooled either, so they have no effect.
         expansion = QueryExpansion(_expansion_token(transformer), length) if settings["attend"] else None
     lengths = (call_length, side_length, max_seq_length)
     max_length = _limited(next((length for length in lengths if length is not None), None))

@@ -17,8 +17,8 @@ from index.files import InputError
 from retriever.config.sources import SourceConfig
 from retriever.data import false_negatives, known_positives
 from retriever.data.batches import BatchDataset, PairKeys, Prompts, TrainingBatch
-from retriever.data.false_negatives import FalseNegatives, find_false_negatives, numbered
-from retriever.data.known_positives import KnownPositives, digests, open_known_positives
+from retriever.data.false_negatives import FalseNegatives, find_false_negatives, number_texts
+from retriever.data.known_positives import KnownPositives, open_known_positives, text_digests
 from retriever.data.micro_batches import PreparedBatch
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
@@ -103,7 +103,7 @@ def test_passages_that_each_answer_many_queries_stay_negatives_of_the_others() -
     assert not found.no_negatives
 
 
-@pytest.mark.parametrize("number", [numbered, digests])
+@pytest.mark.parametrize("number", [number_texts, text_digests])
 def test_texts_that_are_equal_but_for_spacing_get_equal_numbers(number: Callable[[list[str]], np.ndarray]) -> None:
     texts = ["b c", "a", " b\n c\t", "bc", "b\u00a0 c", "A"]
     found = number(texts)
@@ -181,7 +181,7 @@ def test_the_shares_of_several_processes_mask_what_the_whole_batch_masks(data: s
         for rank, keys in enumerate(TogetherRanks.said)
     ]
     assert len({each.any for each in found if each is not None}) == 1
-    no_negatives_on_any_rank = {each.no_negatives for each in found if each is not None}
+    no_negatives = {each.no_negatives for each in found if each is not None}
     # The pool: each rank's positives and negatives after those of the rank before.
     pool = [text for some, more, _ in shards for text in [*(p for _, p in some), *more]]
     answered = {pair for some, _, known in shards for pair in [*some, *known]} | set(everywhere or [])
@@ -192,7 +192,7 @@ def test_the_shares_of_several_processes_mask_what_the_whole_batch_masks(data: s
         entries[tuple(each.excluded.T)] = True
         np.testing.assert_array_equal(entries, [[(query, text) in answered for text in pool] for query, _ in some])
     queries = [query for some, _, _ in shards for query, _ in some]
-    assert no_negatives_on_any_rank == {all((query, text) in answered for query in queries for text in pool)}
+    assert no_negatives == {all((query, text) in answered for query in queries for text in pool)}
 
 
 def converted(folder: Path, name: str, rows: list[tuple[str, list[str], list[str]]]) -> ExampleTable:
@@ -203,8 +203,8 @@ def converted(folder: Path, name: str, rows: list[tuple[str, list[str], list[str
 
 
 def letters_of(known: KnownPositives, queries: str, passages: str) -> set[tuple[str, str]]:
-    names = {int(digests([text])[0]): text for text in "abcdefghijklmnop"}
-    return {(names[a], names[b]) for a, b in known.pairs(digests(queries), digests(passages)).tolist()}
+    names = {int(text_digests([text])[0]): text for text in "abcdefghijklmnop"}
+    return {(names[a], names[b]) for a, b in known.pairs(text_digests(queries), text_digests(passages)).tolist()}
 
 
 @settings(max_examples=25, deadline=None)
@@ -218,7 +218,7 @@ def test_all_positives_of_a_query_are_found_over_rows_and_sources(
     parts = [[(query, positives, []) for query, positives in some] for some in (rows[:half], rows[half:]) if some]
     tables = [converted(folder, str(number), some) for number, some in enumerate(parts)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(known_positives, "PAIRS_AT_ONCE", at_once)
+        patch.setattr(known_positives, "SORT_PAIRS", at_once)
         known = open_known_positives(tables, folder / "cache")
     pairs = {(query, text) for query, positives in rows for text in positives}
     several = {query for query, _ in pairs if sum(other == query for other, _ in pairs) > 1}

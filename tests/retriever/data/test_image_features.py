@@ -38,8 +38,8 @@ def pairs(tmp_path: Path) -> PairSource:
 def test_a_killed_computation_goes_on_and_ends_as_one_that_was_not(
     towers: ImageTextTowers, pairs: PairSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = compute_features(towers, pairs, tmp_path / "whole", "fp32", at_once=2)
-    monkeypatch.setattr(features, "_NOTED", 4)
+    whole = compute_features(towers, pairs, tmp_path / "whole", "fp32", batch_size=2)
+    monkeypatch.setattr(features, "_CHECKPOINT_ROWS", 4)
     passed: list[int] = []
 
     def stopping(count: int) -> None:
@@ -48,20 +48,20 @@ def test_a_killed_computation_goes_on_and_ends_as_one_that_was_not(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compute_features(towers, pairs, tmp_path / "cut", "fp32", at_once=2, progress=stopping)
+        compute_features(towers, pairs, tmp_path / "cut", "fp32", batch_size=2, progress=stopping)
     passed.clear()
-    cut = compute_features(towers, pairs, tmp_path / "cut", "fp32", at_once=2, progress=passed.append)
+    cut = compute_features(towers, pairs, tmp_path / "cut", "fp32", batch_size=2, progress=passed.append)
     assert passed == [4, 2, 2, 2, 2]
     assert np.array_equal(np.load(whole.path), np.load(cut.path), equal_nan=True)
     passed.clear()
-    compute_features(towers, pairs, tmp_path / "cut", "fp32", at_once=2, progress=passed.append)
+    compute_features(towers, pairs, tmp_path / "cut", "fp32", batch_size=2, progress=passed.append)
     assert passed == [12]
 
 
 def test_features_are_those_of_the_encoder_and_a_broken_picture_has_none(
     towers: ImageTextTowers, pairs: PairSource, tmp_path: Path
 ) -> None:
-    store = compute_features(towers, pairs, tmp_path / "cache", "fp32", at_once=5)
+    store = compute_features(towers, pairs, tmp_path / "cache", "fp32", batch_size=5)
     with torch.inference_mode():
         expected = towers.image_features(towers.transform.pixels(pairs.read(3).open())[None])[0]
     assert torch.allclose(store.read(3, "place").float(), expected, atol=2e-3)
@@ -78,7 +78,7 @@ def test_a_picture_replaced_under_its_name_is_encoded_anew(towers: ImageTextTowe
 
     def computed() -> FeatureStore:
         pairs = open_pairs(ImageSource(str(tmp_path / "pairs.jsonl")), tmp_path / "index")
-        return compute_features(towers, pairs, tmp_path / "cache", "fp32", at_once=2)
+        return compute_features(towers, pairs, tmp_path / "cache", "fp32", batch_size=2)
 
     first = computed()
     assert computed().path == first.path

@@ -38,7 +38,7 @@ def test_tars_give_every_pair_once(workers: int, tmp_path: Path) -> None:
     assert {pair.captions for pair in found} == {(caption,) for caption in expected} and len(found) == len(expected)
     assert len({pair.key for pair in found}) == len(found)
     assert all(pair.open().size == (48, 40) for pair in found)
-    assert pairs.read(0, False).picture == b"" and not pairs.notices
+    assert pairs.read(0, False).image == b"" and not pairs.notices
     # A folder of tars is the same source, and a copy, made as for a worker, reads the same.
     folder = opened(ImageSource(str(tmp_path / "set")), tmp_path)
     again = copy.copy(folder)
@@ -183,7 +183,7 @@ def test_a_table_names_pictures_beside_it(tmp_path: Path) -> None:
         pairs.read(1)
     (tmp_path / "pairs.csv").write_text("file,words\npictures/1.png,a circle\n")
     other = opened(ImageSource(str(tmp_path / "pairs.csv"), image="file", caption=("words",)), tmp_path)
-    assert other.read(0).captions == ("a circle",) and other.read(0).picture == first.picture
+    assert other.read(0).captions == ("a circle",) and other.read(0).image == first.image
 
 
 @pytest.mark.parametrize("kind", ["tar", "csv"])
@@ -201,7 +201,7 @@ def test_too_many_empty_captions_are_refused_before_anything_is_read(kind: str, 
         return ImageSource(str(path))
 
     pairs = opened(written(100, 20), tmp_path)
-    assert (len(pairs), pairs.left_out) == (20, 100)
+    assert (len(pairs), pairs.skipped) == (20, 100)
     source = written(101, 20)
     message = r"101 of 121 pairs are broken, more than max_broken \(0\.01\) allows; .*: 101 \(first at "
     # The second time the index is there.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever.data.known_positives import digests
+from retriever.data.known_positives import text_digests
 from retriever.data.query_groups import (
     DEV,
     TEST,
@@ -22,7 +22,7 @@ from retriever.errors import ConfigError
 
 
 def texts(count: int) -> np.ndarray:
-    return np.sort(digests(f"query {n}" for n in range(count)).view(np.uint64))
+    return np.sort(text_digests(f"query {n}" for n in range(count)).view(np.uint64))
 
 
 @settings(max_examples=100, deadline=None)

@@ -301,7 +301,7 @@ def test_batches_are_the_same_for_any_number_of_workers(
     config: TrainConfig, lock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Many more chunks than the memory has room for that workers share.
-    monkeypatch.setattr(chunks, "CHUNK", 3)
+    monkeypatch.setattr(chunks, "CHUNK_PAIRS", 3)
     image = dataclasses.replace(config.model.image, lock=lock)
     batches = Trainer.start(
         dataclasses.replace(config, model=dataclasses.replace(config.model, image=image)), Terminal()
@@ -361,7 +361,7 @@ def test_a_source_of_fewer_pairs_than_a_batch_gives_all_of_them(
     config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The last chunks of its batches are empty.
-    monkeypatch.setattr(chunks, "CHUNK", 3)
+    monkeypatch.setattr(chunks, "CHUNK_PAIRS", 3)
     few = dataclasses.replace(config.data.images[0], path=str(place / "set" / "000.tar"))
     data = dataclasses.replace(config.data, images=(config.data.images[0], few))
     trainer = Trainer.start(dataclasses.replace(config, data=data, batch_size=21, epochs=1, steps=6), Terminal())
