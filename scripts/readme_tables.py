@@ -1,4 +1,4 @@
-"""Write the tables of README.md, retriever/README.md and retriever/images/README.md anew from the committed results:
+"""Write the tables of README.md, retriever/README.md and retriever/data/images/README.md anew from the committed results:
 `python scripts/readme_tables.py`."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ RESULTS = ROOT / "scripts" / "results"
 
 def main() -> None:
     """Replace what stands between the markers of every table."""
-    places = {"README.md": tables, "retriever/README.md": throughput, "retriever/images/README.md": pictures}
+    places = {"README.md": tables, "retriever/README.md": throughput, "retriever/data/images/README.md": pictures}
     for readme, make in ((ROOT / place, make) for place, make in places.items()):
         readme.write_text(filled(readme.read_text(encoding="utf-8"), make()), encoding="utf-8")
 
@@ -31,7 +31,7 @@ def throughput() -> dict[str, str]:
 
 
 def pictures() -> dict[str, str]:
-    """Those of retriever/images/README.md."""
+    """Those of retriever/data/images/README.md."""
     return {"image_train": image_train_table(rows_of("image_train.csv")), "images": images_table(rows_of("images.csv"))}
 
 

@@ -1,4 +1,4 @@
-"""Tables of retriever/README.md and retriever/images/README.md: what the benchmarks of training, of encoding and of
+"""Tables of retriever/README.md and retriever/data/images/README.md: what the benchmarks of training, of encoding and of
 reading pictures measured, one for each hardware."""
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def pictures() -> list[Image.Image]:
+def sample_images() -> list[Image.Image]:
     """Of several shapes, smaller and larger than a tower's square."""
     return [noise(60, 40), noise(40, 60, 1), noise(32, 32, 2), noise(90, 21, 3)]
 

@@ -29,7 +29,7 @@ def test_readme_tables_are_those_of_the_committed_results(readme_tables: Any) ->
     assert readme_tables.filled(damaged, tables) == readme
 
 
-@pytest.mark.parametrize(("folder", "made"), [("retriever", "throughput"), ("retriever/images", "pictures")])
+@pytest.mark.parametrize(("folder", "made"), [("retriever", "throughput"), ("retriever/data/images", "pictures")])
 def test_other_tables_are_those_of_the_committed_results(readme_tables: Any, folder: str, made: str) -> None:
     readme = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     tables = getattr(readme_tables, made)()

@@ -86,7 +86,7 @@ def test_broken_pictures_are_named_and_left_out(clip: Any, sets: tuple[Path, Pat
     (sets[0] / "red" / "bad.jpg").write_bytes(b"no picture")
     done = command("evaluate", "zero-shot", "--model", clip[2], "--data", sets[0], "--out", tmp_path / "r")
     assert done.code == 0
-    assert "colours: left out: red/bad.jpg: expected a picture" in done.err
+    assert "colours: left out: red/bad.jpg: expected an image" in done.err
     found = json.loads((tmp_path / "r" / "report.json").read_text())["sets"]["colours"]
     assert (found["images"], list(found["broken"])) == (6, ["red/bad.jpg"])
 

@@ -1,4 +1,4 @@
-"""A model whose files are not what was saved or downloaded embeds nothing."""
+"""Models with damaged files are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def flip(path: Path) -> bytes:
     return data
 
 
-def test_a_run_saves_the_sums_of_its_weights_and_vocabulary(model: Path) -> None:
+def test_checksums_cover_weights_and_vocabulary(model: Path) -> None:
     listed = {line.split("  ", 1)[1] for line in (model / CHECKSUM_FILE).read_text().splitlines()}
     files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     weights = {name for name in files if name.endswith(".safetensors")}
@@ -37,7 +37,7 @@ def test_a_run_saves_the_sums_of_its_weights_and_vocabulary(model: Path) -> None
         subprocess.run(["sha256sum", "--check", "--strict", "--quiet", CHECKSUM_FILE], cwd=model, check=True)
 
 
-def test_every_file_that_has_a_sum_is_checked(model: Path) -> None:
+def test_every_file_with_a_checksum_is_verified(model: Path) -> None:
     verify_checksums(str(model))
     for line in (model / CHECKSUM_FILE).read_text().splitlines():
         path = model / line.split("  ", 1)[1]
@@ -70,7 +70,7 @@ def test_no_command_embeds_with_a_damaged_model(world: Any, model: Path, tmp_pat
     assert not out.exists() and not (tmp_path / "out.jsonl").exists()
 
 
-def test_files_in_the_hub_s_cache_have_the_sums_of_their_names(model: Path, tmp_path: Path) -> None:
+def test_files_in_the_hub_cache_are_verified_by_their_names(model: Path, tmp_path: Path) -> None:
     (model / CHECKSUM_FILE).unlink()
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c", tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
@@ -87,6 +87,6 @@ def test_files_in_the_hub_s_cache_have_the_sums_of_their_names(model: Path, tmp_
         verify_checksums(str(snapshot))
 
 
-def test_a_name_that_is_no_folder_has_nothing_to_check() -> None:
+def test_a_name_without_a_folder_has_no_checksums() -> None:
     for name in ("no/such-model", "", "../x", "a b"):
         verify_checksums(name)

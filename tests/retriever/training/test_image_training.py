@@ -412,7 +412,7 @@ def test_broken_pairs_are_left_out_counted_and_stop_the_run_beyond_a_limit(
         train(allowed)
         lines = [line for line in capsys.readouterr().err.splitlines() if "pair left out" in line]
         assert len(losses(allowed)) == 5
-        assert len(lines) == 10 + 3 and "number 64 of" in lines[-1] and "broken.tar: picture at byte" in lines[0]
+        assert len(lines) == 10 + 3 and "number 64 of" in lines[-1] and "broken.tar: image at byte" in lines[0]
     strict = dataclasses.replace(
         allowed,
         out=str(tmp_path / "strict"),
@@ -447,7 +447,7 @@ def test_what_fails_in_a_worker_ends_the_run_in_one_line_and_leaves_no_process(
 
 def test_data_and_model_must_fit_together(config: TrainConfig, place: Path) -> None:
     texts = dataclasses.replace(config, model=dataclasses.replace(config.model, image=ImageConfig()))
-    with pytest.raises(ConfigError, match=r"data\.images: pictures need an image tower"):
+    with pytest.raises(ConfigError, match=r"data\.images: images need an image tower"):
         Trainer.start(texts, Terminal())
     with pytest.raises(ConfigError, match=r"expected data\.images"):
         Trainer.start(dataclasses.replace(config, data=DataConfig()), Terminal())
