@@ -57,16 +57,16 @@ def attention_mask(rows, columns, first, end, CAUSAL: tl.constexpr, WINDOW: tl.c
 def head_tile(ptr, rows, head, row_stride, head_stride, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Load rows [rows, BLOCK_D] of one head; zeros beyond the last token and the last dimension."""
     dims = tl.arange(0, BLOCK_D)
-    places = rows.to(tl.int64)[:, None] * row_stride + head * head_stride + dims[None, :]
-    return tl.load(ptr + places, mask=(rows < tokens)[:, None] & (dims < D)[None, :], other=0.0)
+    offsets = rows.to(tl.int64)[:, None] * row_stride + head * head_stride + dims[None, :]
+    return tl.load(ptr + offsets, mask=(rows < tokens)[:, None] & (dims < D)[None, :], other=0.0)
 
 
 @triton.jit
 def store_head_tile(ptr, rows, head, tile, tokens, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store rows of one head into a contiguous [tokens, HEADS, D]."""
     dims = tl.arange(0, BLOCK_D)
-    places = (rows.to(tl.int64) * HEADS + head)[:, None] * D + dims[None, :]
-    tl.store(ptr + places, tile.to(ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & (dims < D)[None, :])
+    offsets = (rows.to(tl.int64) * HEADS + head)[:, None] * D + dims[None, :]
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & (dims < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])

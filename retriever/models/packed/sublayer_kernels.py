@@ -94,19 +94,19 @@ def backward_kernel(
     shift_grad = tl.zeros([BLOCK_D], tl.float32)
     for number in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(number, tl.int64)
-        place = row * D
-        out_grad = vector(out_grad_ptr + place, columns, D)
+        offset = row * D
+        out_grad = vector(out_grad_ptr + offset, columns, D)
         scale = tl.load(scale_ptr + row)
-        unit = tl.where(columns < D, (vector(sum_ptr + place, columns, D) - tl.load(mean_ptr + row)) * scale, 0.0)
+        unit = tl.where(columns < D, (vector(sum_ptr + offset, columns, D) - tl.load(mean_ptr + row)) * scale, 0.0)
         weight_grad += out_grad * unit
         shift_grad += out_grad
         out_grad *= weight
         projection = tl.sum(out_grad * unit, 0) / D
         out_grad = (out_grad - tl.sum(out_grad, 0) / D - unit * projection) * scale
-        store_vector(residual_grad_ptr + place, columns, out_grad, D)
+        store_vector(residual_grad_ptr + offset, columns, out_grad, D)
         if DROPOUT:
             out_grad = tl.where(dropout_mask(row, columns, stream, dropout), out_grad / (1.0 - dropout), 0.0)
-            store_vector(hidden_grad_ptr + place, columns, out_grad, D)
+            store_vector(hidden_grad_ptr + offset, columns, out_grad, D)
         bias_grad += out_grad
     partial_ptr += tl.program_id(0) * 3 * D
     store_vector(partial_ptr, columns, bias_grad, D)

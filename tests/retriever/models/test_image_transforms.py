@@ -67,7 +67,7 @@ def test_half_of_the_images_are_flipped_if_requested() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16"])
-def test_pictures_of_every_mode_become_rgb(mode: str, tmp_path: Path) -> None:
+def test_images_of_every_mode_become_rgb(mode: str, tmp_path: Path) -> None:
     source = Image.new("I;16", (9, 7)) if mode == "I;16" else draw("red", "circle").convert(mode)
     path = saved(source, tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
     image = open_image(path)
