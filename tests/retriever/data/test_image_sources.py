@@ -105,7 +105,7 @@ def test_samples_without_image_or_caption_are_skipped_and_counted(tmp_path: Path
         (b'{"caption": "half \\ud83d"}', "expected Unicode text, found half of a surrogate pair"),
         (b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "expected JSON, found: maximum recursion depth"),
         (b'["caption"]', "expected a JSON object in .json"),
-        (b'{"caption": 5}', "expected a caption, found none"),
+        (b'{"caption": 5}', "expected a caption that is not empty, found none"),
         (b'{"caption": ', "expected JSON, found"),
         (b"\xff", "expected UTF-8 in .json"),
     ],

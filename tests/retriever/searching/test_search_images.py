@@ -13,11 +13,10 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
-from cli_helpers import command, write_lines
+from cli_helpers import assert_refused, command, write_lines
 from image_helpers import COLOURS, SHAPES, cache_as_hub_name, draw, save_checkpoint
 from PIL import Image
 from serve_helpers import serving
-from test_cli_errors import assert_refused
 
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
