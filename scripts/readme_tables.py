@@ -1,5 +1,7 @@
-"""Write the tables of README.md, retriever/README.md and retriever/data/images/README.md anew from the committed results:
-`python scripts/readme_tables.py`."""
+"""Write the tables of the READMEs from the committed results: `python scripts/readme_tables.py`.
+
+The READMEs are README.md, retriever/README.md and retriever/data/images/README.md.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Tables of retriever/README.md and retriever/data/images/README.md: what the benchmarks of training, of encoding and of
-reading pictures measured, one for each hardware."""
+"""Tables of retriever/README.md and retriever/data/images/README.md: training, encoding and reading images.
+
+There is one table for each hardware.
+"""
 
 from __future__ import annotations
 
