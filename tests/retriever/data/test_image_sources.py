@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from image_helpers import captioned, draw, picture_bytes, write_shards, write_tar
+from image_helpers import captioned, draw, image_bytes, write_shards, write_tar
 
 import retriever.data.images.tars as shards_module
 from index.files import InputError
@@ -61,7 +61,7 @@ def test_captions_come_from_the_configured_members(
 
 
 def test_samples_without_image_or_caption_are_skipped_and_counted(tmp_path: Path) -> None:
-    png = picture_bytes(draw("red", "circle"))
+    png = image_bytes(draw("red", "circle"))
     path = write_tar(
         tmp_path / "a.tar",
         [
@@ -112,7 +112,7 @@ def test_samples_without_image_or_caption_are_skipped_and_counted(tmp_path: Path
     ids=["half a character", "deep", "a list", "a number", "no JSON", "no UTF-8"],
 )
 def test_an_invalid_caption_breaks_only_its_pair(about: bytes, message: str, tmp_path: Path) -> None:
-    png = picture_bytes(draw("red", "circle"))
+    png = image_bytes(draw("red", "circle"))
     good = '{"caption": "è 🙂"}'.encode()
     members = [("a.png", png), ("a.json", about), ("ünï/日本.png", png), ("ünï/日本.json", good)]
     pairs = opened(ImageSource(str(write_tar(tmp_path / "a.tar", members))), tmp_path)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from forks import LoadedPython
-from image_helpers import SMALL, captioned, draw, letter_tokenizer, picture_bytes, write_shards, write_tar
+from image_helpers import SMALL, captioned, draw, image_bytes, letter_tokenizer, write_shards, write_tar
 from run_helpers import assert_same, results
 
 from index.files import InputError
@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     letter_tokenizer().save_pretrained(folder / "tokenizer")
     members: list[tuple[str, bytes]] = []
     for number, (image, caption) in enumerate(captioned()):
-        members += [(f"{number}.png", picture_bytes(image)), (f"{number}.txt", caption.encode())]
+        members += [(f"{number}.png", image_bytes(image)), (f"{number}.txt", caption.encode())]
     write_tar(folder / "dev" / "test" / "0.tar", members)
     (folder / "dev" / "dataset_type.txt").write_text("retrieval\n")
     return folder
@@ -397,7 +397,7 @@ def test_broken_pairs_are_left_out_counted_and_stop_the_run_beyond_a_limit(
 ) -> None:
     members: list[tuple[str, bytes]] = []
     for number in range(160):
-        content = picture_bytes(draw("red", "circle")) if number < 40 else b"broken"
+        content = image_bytes(draw("red", "circle")) if number < 40 else b"broken"
         members += [(f"{number}.png", content), (f"{number}.txt", f"text {number}".encode())]
     source = ImageSource(str(write_tar(tmp_path / "broken.tar", members)), max_broken=0.9)
     for lock in ("none", "image"):
