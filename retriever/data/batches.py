@@ -1,4 +1,4 @@
-"""Training batches: texts with prompts, and the ids by which a loss knows a false negative."""
+"""Training batches: texts with prompts, and ids with which the loss masks false negatives."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from retriever.data.false_negatives import FalseNegatives, Integers, find_false_negatives, numbered
-from retriever.data.known_positives import KnownPositives, digests
+from retriever.data.false_negatives import FalseNegatives, Integers, find_false_negatives, number_texts
+from retriever.data.known_positives import KnownPositives, text_digests
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable
 from retriever.distributed.share import Share
@@ -20,13 +20,13 @@ from retriever.utils.workers import become_worker
 
 T = TypeVar("T")
 
-# Beside the keys in schedule.py: which positive and which negatives a row shows at a step.
+# Second word of the seed for drawing positives and negatives; see schedule.py for the others.
 _CHOICE = 3
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is put before each text of one source."""
+    """Prompts that are put before the texts of one source."""
 
     query: str = ""
     passage: str = ""
@@ -34,8 +34,8 @@ class Prompts:
 
 @dataclass(frozen=True)
 class PairKeys:
-    """Integers for the texts of a batch, or of one rank's share of it: equal for texts that are equal but for
-    spacing, and only for these."""
+    """Integer keys of the texts of a batch or of one rank's share. Texts that differ only in white space have equal
+    keys."""
 
     queries: Integers
     """[M]"""
@@ -44,23 +44,23 @@ class PairKeys:
     negatives: Integers
     """[N - M]"""
     known: Integers
-    """[K, 2]: further pairs of a query and a passage that the rows of the share are known to hold."""
+    """[K, 2]: further pairs (query, passage) that are known to be positive."""
 
     def false_negatives(self) -> FalseNegatives:
-        """Those of a batch of these pairs."""
+        """Return the false negatives of a batch that consists of these texts."""
         return find_false_negatives(self.queries, self.positives, self.negatives, self.known)
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """The texts of one step, prompts included; of several ranks, one rank's share of them.
+    """The texts of one step, prompts included. With several ranks, the share of one rank.
 
-    The passages of the loss are the positives, in the order of the queries, then all negatives; every negative is
-    one for every query.
+    The passages of the loss are the positives, in the order of the queries, followed by all negatives. Every passage is
+    a negative of all other queries.
     """
 
     source: int
-    """Index of the source that the batch comes from."""
+    """Index of the source of the batch."""
     queries: list[str]
     """[M]"""
     positives: list[str]
@@ -68,9 +68,9 @@ class TrainingBatch:
     negatives: list[str]
     """[N - M], at most `negatives_per_query` for each query."""
     false_negatives: FalseNegatives | None
-    """Of a whole batch; a share knows nothing of the other ranks' texts."""
+    """Masks of the loss. None with several ranks, because they depend on the texts of the other ranks."""
     keys: PairKeys | None = None
-    """Of a share: digests of its texts, without prompts."""
+    """With several ranks: digests of the texts, without prompts. None with one rank."""
 
     @property
     def passages(self) -> list[str]:
@@ -79,7 +79,7 @@ class TrainingBatch:
 
 
 class BatchDataset(Dataset[T], Generic[T]):
-    """The batch of each step, made ready by `prepare` (a tokenizer, say), in whichever process asks for it."""
+    """Dataset whose item `step` is the batch of that step, passed through `prepare`."""
 
     def __init__(
         self,
@@ -92,13 +92,22 @@ class BatchDataset(Dataset[T], Generic[T]):
         known: KnownPositives | None = None,
         share: Share | None = None,
     ) -> None:
-        """Batches over `tables`, in the order of `schedule`; which of several positives and negatives a row shows is
-        drawn from the schedule's seed, the step and the row's place. `prompts`: one for each table. `known`: the
-        positives of queries that have several, of all tables; none where no query has. `share`: of each
-        batch the part of one process, none for the whole; only its rows are read.
+        """Create a dataset over `tables`.
+
+        If a row has several positives or negatives, they are drawn at random, determined by the schedule's seed, the
+        step and the row's position in the batch.
+
+        Args:
+            tables: The examples of each source.
+            schedule: The rows of each step.
+            prepare: Function applied to every batch, for example tokenization.
+            prompts: Prompts of each table. Default: None, no prompts.
+            negatives_per_query: Largest number of hard negatives per query. Default: 0.
+            known: Positives of the queries with several positives, over all tables. Default: None.
+            share: Rank and number of ranks; only the rows of this rank are read. Default: None, a single rank.
 
         Raises:
-            ValueError: `negatives_per_query` is negative, or tables and prompts differ in number.
+            ValueError: If `negatives_per_query` is negative, or the numbers of tables and prompts differ.
         """
         if negatives_per_query < 0:
             raise ValueError(f"negatives_per_query: expected 0 or more, found {negatives_per_query}")
@@ -114,7 +123,7 @@ class BatchDataset(Dataset[T], Generic[T]):
 
     @property
     def schedule(self) -> BatchSchedule:
-        """Which rows make the batch of a step."""
+        """The rows of each step."""
         return self._schedule
 
     def __len__(self) -> int:
@@ -125,28 +134,28 @@ class BatchDataset(Dataset[T], Generic[T]):
         return self._prepare(self.batch(step))
 
     def loader(self, *, start: int = 0, workers: int = 0) -> DataLoader[T]:
-        """`batch_loader` from step `start` to the last."""
+        """Return a `batch_loader` from step `start` to the last."""
         return batch_loader(self, start=start, workers=workers)
 
-    def waiting(self, workers: int) -> int:
-        """Batches that are in memory at once."""
+    def in_memory(self, workers: int) -> int:
+        """Return the number of batches that are in memory at the same time."""
         return 1 + 2 * workers
 
     def batch(self, step: int) -> TrainingBatch:
-        """The batch of a step, 0 <= step < len(self)."""
+        """Return the batch of a step, 0 <= step < len(self), before `prepare`."""
         source, rows = self._schedule.rows(step)
-        chance = np.random.default_rng([self._schedule.seed, _CHOICE, step])
-        # One number a row, drawn for all rows, so that each process draws what one alone would.
-        of_positives, of_negatives = chance.random(len(rows)), chance.integers(2**63, size=len(rows))
+        generator = np.random.default_rng([self._schedule.seed, _CHOICE, step])
+        # Drawn for all rows of the batch, so that the result does not depend on the number of ranks.
+        positive_draws, negative_seeds = generator.random(len(rows)), generator.integers(2**63, size=len(rows))
         queries: list[str] = []
         positives: list[str] = []
         negatives: list[str] = []
-        for place in self._share.of(len(rows)):
-            example = self._tables[source][int(rows[place])]
+        for position in self._share.of(len(rows)):
+            example = self._tables[source][int(rows[position])]
             queries.append(example.query)
-            positives.append(example.positives[int(of_positives[place] * len(example.positives))])
+            positives.append(example.positives[int(positive_draws[position] * len(example.positives))])
             if count := min(self._negatives_per_query, len(example.negatives)):
-                negatives.extend(random.Random(int(of_negatives[place])).sample(example.negatives, count))
+                negatives.extend(random.Random(int(negative_seeds[position])).sample(example.negatives, count))
         keys = self._keys(queries, positives, negatives)
         prompts = self._prompts[source]
         return TrainingBatch(
@@ -159,32 +168,36 @@ class BatchDataset(Dataset[T], Generic[T]):
         )
 
     def _keys(self, queries: list[str], positives: list[str], negatives: list[str]) -> PairKeys:
-        none = np.empty((0, 2), np.int64)
+        known = np.empty((0, 2), np.int64)
         if self._share.size == 1 and self._known is None:
-            # Numbers, which cost less than digests, tell the texts of one process apart.
-            passages = numbered([*positives, *negatives])
-            return PairKeys(numbered(queries), passages[: len(positives)], passages[len(positives) :], none)
-        of_queries, of_positives, of_negatives = (digests(texts) for texts in (queries, positives, negatives))
+            # Within one process, numbering the texts is cheaper than hashing them.
+            passages = number_texts([*positives, *negatives])
+            return PairKeys(number_texts(queries), passages[: len(positives)], passages[len(positives) :], known)
+        query_keys, positive_keys, negative_keys = map(text_digests, (queries, positives, negatives))
         if self._share.size == 1 and self._known is not None:
-            none = self._known.pairs(of_queries, np.concatenate([of_positives, of_negatives]))
-        return PairKeys(of_queries, of_positives, of_negatives, none)
+            known = self._known.pairs(query_keys, np.concatenate([positive_keys, negative_keys]))
+        return PairKeys(query_keys, positive_keys, negative_keys, known)
 
     @property
     def known(self) -> KnownPositives | None:
-        """The positives of queries that have several, where any has."""
+        """Positives of the queries with several positives; None if there are none."""
         return self._known
 
 
 def batch_loader(
-    dataset: BatchDataset[T], *, start: int = 0, stop: int | None = None, workers: int = 0, ahead: int = 2
+    dataset: BatchDataset[T], *, start: int = 0, stop: int | None = None, workers: int = 0, prefetch: int = 2
 ) -> DataLoader[T]:
-    """A loader of the steps from `start` to `stop` (the last), in order, prepared by `workers` processes.
+    """Return a loader of the batches of consecutive steps.
 
-    It has a random generator of its own, so torch's global one is left as it is: a run that resumes, or has another
-    number of workers, draws the same dropout.
+    It has its own random generator and does not change torch's global one, so dropout does not depend on the number of
+    workers or on resuming.
 
     Args:
-        ahead: batches each worker prepares in advance.
+        dataset: The batches.
+        start: First step. Default: 0.
+        stop: Step after the last. Default: None, the end.
+        workers: Number of worker processes. Default: 0, the calling process.
+        prefetch: Number of batches that each worker prepares in advance. Default: 2.
     """
     return DataLoader(
         dataset,
@@ -193,7 +206,7 @@ def batch_loader(
         num_workers=workers,
         collate_fn=_unchanged,
         generator=torch.Generator(),
-        prefetch_factor=ahead if workers else None,
+        prefetch_factor=prefetch if workers else None,
         worker_init_fn=become_worker if workers else None,
     )
 

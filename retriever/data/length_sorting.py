@@ -1,4 +1,4 @@
-"""Micro-batches: texts of like length together, so that little of what passes through a tower is padding."""
+"""Micro-batches of texts of similar length, so that little of a micro-batch is padding."""
 
 from __future__ import annotations
 
@@ -6,51 +6,58 @@ import itertools
 
 import numpy as np
 
-# A micro-batch ends where its texts get shorter than this part of its longest (10 % padding on average) …
-_SHORTEST = 0.8
-# … unless it is still below this part of the budget, and below what one micro-batch more costs, in tokens.
-_LEAST = 1 / 16
-_COST = {"cpu": 256, "cuda": 8192}
+# A micro-batch ends where texts are shorter than this fraction of its longest text (10 % padding on average),
+_MIN_LENGTH_RATIO = 0.8
+# unless it has fewer tokens than this fraction of the budget and than the overhead of one more micro-batch.
+_MIN_FILL = 1 / 16
+_OVERHEAD_TOKENS = {"cpu": 256, "cuda": 8192}
 
 
-def pack(lengths: np.ndarray, token_budget: int, *, padded: bool = True, device: str = "cpu") -> list[np.ndarray]:
-    """Divide texts into micro-batches of at most `token_budget` tokens.
+def make_micro_batches(
+    lengths: np.ndarray, token_budget: int, *, padded: bool = True, device: str = "cpu"
+) -> list[np.ndarray]:
+    """Split texts into micro-batches of at most `token_budget` tokens.
 
-    Texts are sorted by length, longest first, and cut greedily; a text longer than the budget makes a micro-batch of
-    its own. Padded ones are cut from the longest (the first micro-batch then meets the highest memory, at once), others
-    from the shortest: all but the first are full, and the last ones, whose graphs are kept, fill the memory for them.
+    Texts are sorted by length, longest first, and split greedily. A text longer than the budget is a micro-batch by
+    itself.
+
+    Padded micro-batches are filled from the longest text, so that the first one reaches the peak of memory. Packed
+    micro-batches are filled from the shortest text, so that all but the first are full; the last ones are those whose
+    graphs are kept.
 
     Args:
-        lengths: int64 [texts], tokens of each text.
-        token_budget: most tokens a micro-batch.
-        padded: texts are padded to the longest of their micro-batch, and padding counts: a micro-batch then also ends
-            where its texts get shorter. If not, texts are laid end to end.
-        device: its type, "cpu" or "cuda".
+        lengths: int64 [texts], number of tokens of each text.
+        token_budget: Largest number of tokens in a micro-batch.
+        padded: Whether texts are padded to the longest of their micro-batch. Padding counts as tokens, and a
+            micro-batch also ends where texts become much shorter. If False, texts are packed. Default: True.
+        device: Device type, "cpu" or "cuda". Default: "cpu".
 
     Returns:
-        Row numbers of each micro-batch; every row stands in exactly one.
+        Row numbers, int64, of each micro-batch. Every row is in exactly one.
     """
-    # The sort is stable, so the micro-batches of a batch are the same on every machine.
+    # A stable sort, so that the micro-batches are the same on every machine.
     order = np.argsort(-lengths, kind="stable")
-    falling = lengths[order]
-    least = min(int(_LEAST * token_budget), _COST[device])
-    cuts = _cuts_of_padded(falling, token_budget, least) if padded else _cuts_end_to_end(falling, token_budget)
-    return [order[start:end] for start, end in itertools.pairwise(cuts)]
+    descending = lengths[order]
+    min_tokens = min(int(_MIN_FILL * token_budget), _OVERHEAD_TOKENS[device])
+    bounds = (
+        _padded_bounds(descending, token_budget, min_tokens) if padded else _packed_bounds(descending, token_budget)
+    )
+    return [order[start:end] for start, end in itertools.pairwise(bounds)]
 
 
-def _cuts_of_padded(falling: np.ndarray, token_budget: int, least: int) -> list[int]:
-    cuts = [0]
-    while (start := cuts[-1]) < len(falling):
-        longest = max(1, int(falling[start]))
-        like = int(np.searchsorted(-falling, -_SHORTEST * longest, side="right")) - start
-        size = min(token_budget // longest, max(like, least // longest))
-        cuts.append(start + max(1, size))
-    return cuts
+def _padded_bounds(descending: np.ndarray, token_budget: int, min_tokens: int) -> list[int]:
+    bounds = [0]
+    while (start := bounds[-1]) < len(descending):
+        longest = max(1, int(descending[start]))
+        similar = int(np.searchsorted(-descending, -_MIN_LENGTH_RATIO * longest, side="right")) - start
+        size = min(token_budget // longest, max(similar, min_tokens // longest))
+        bounds.append(start + max(1, size))
+    return bounds
 
 
-def _cuts_end_to_end(falling: np.ndarray, token_budget: int) -> list[int]:
-    before = np.concatenate([[0], np.cumsum(falling)])
-    cuts = [len(falling)]
-    while (end := cuts[-1]) > 0:
-        cuts.append(min(end - 1, int(np.searchsorted(before, before[end] - token_budget))))
-    return cuts[::-1]
+def _packed_bounds(descending: np.ndarray, token_budget: int) -> list[int]:
+    tokens_before = np.concatenate([[0], np.cumsum(descending)])
+    bounds = [len(descending)]
+    while (end := bounds[-1]) > 0:
+        bounds.append(min(end - 1, int(np.searchsorted(tokens_before, tokens_before[end] - token_budget))))
+    return bounds[::-1]

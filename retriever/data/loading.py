@@ -1,4 +1,4 @@
-"""From a run's configuration to its batches: sources opened, planned and tokenized."""
+"""Opening the training data of a run: from its configuration to tokenized batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from retriever.models.towers import Towers
 from retriever.utils.device import Precision
 
 
-def open_training(
+def open_training_data(
     config: TrainConfig,
     towers: Towers,
     cache: Path,
@@ -29,15 +29,27 @@ def open_training(
     token_budget: int,
     reporter: Reporter,
     share: Share | None = None,
-    planned: bool = False,
+    dry_run: bool = False,
 ) -> tuple[Any, tuple[str, ...]]:
-    """The batches of a run, of texts or of pictures and captions, and what identifies each source.
+    """Open the training data of a run, of texts or of images and captions.
 
-    They have a length, the number of steps, and a `loader(start=, workers=)` of PreparedBatch: of each batch the
-    `share` of one process, or the whole. Of a run that is only `planned` nothing long is computed.
+    Args:
+        config: Configuration of the run.
+        towers: The towers, whose tokenizers are used.
+        cache: Folder for converted sources.
+        precision: Precision of precomputed image features.
+        token_budget: Largest number of tokens in a micro-batch.
+        reporter: Receives progress and messages.
+        share: Rank and number of ranks; only the rows of this rank are read. Default: None, a single rank.
+        dry_run: Whether to skip computations that only an actual run needs. Default: False.
+
+    Returns:
+        The batches and the sha256 of each source. The batches have a length, the number of steps, and
+        `loader(start=, workers=)`, which iterates over PreparedBatch.
 
     Raises:
-        InputError: a source is missing or broken, or does not fit the model.
+        ConfigError: If the sources do not fit the model.
+        InputError: If a source is missing or broken.
     """
     if config.model.image.name:
         from retriever.data.images.loading import open_image_batches
@@ -52,23 +64,24 @@ def open_training(
             token_budget=token_budget,
             reporter=reporter,
             share=share,
-            planned=planned,
+            dry_run=dry_run,
         )
     if config.data.images:
-        raise ConfigError("data.images: pictures need an image tower: set model.image.name")
+        raise ConfigError("data.images: images need an image tower: set model.image.name")
     tables = open_tables(config.data, cache, reporter)
     known = find_known_positives(tables, cache, reporter) if config.loss.masks_false_negatives else None
     batches = open_batches(config, tables, towers, token_budget, share, known)
-    for line in [*batches.schedule.lines(), *describe_source_prompts(towers, config.data.sources)]:
+    for line in [*batches.schedule.describe(), *describe_source_prompts(towers, config.data.sources)]:
         reporter.line(line)
     return batches, tuple(table.sha256 for table in tables)
 
 
 def open_tables(config: DataConfig, cache: Path, reporter: Reporter) -> list[ExampleTable]:
-    """The examples of every source, memory-mapped; their sizes and counted warnings are shown.
+    """Open the examples of every source, memory-mapped, and report their sizes and notices.
 
     Raises:
-        InputError: there is no source, one is missing, broken or empty, or negatives are asked for and none has any.
+        ConfigError: If there is no source.
+        InputError: If a source is missing, broken or empty, or if negatives are requested and no source has any.
     """
     if not config.sources:
         raise ConfigError("data.sources: expected at least one source of training pairs, found none")
@@ -81,7 +94,7 @@ def open_tables(config: DataConfig, cache: Path, reporter: Reporter) -> list[Exa
             reporter.line(f"{source.path}: {notice}")
         tables.append(table)
     if config.negatives and not any(table.rows_with_negatives for table in tables):
-        raise InputError(f"data.negatives: {config.negatives} a query asked for, but no source has any")
+        raise InputError(f"data.negatives: expected a source with negatives ({config.negatives} per query), found none")
     return tables
 
 
@@ -93,13 +106,19 @@ def open_batches(
     share: Share | None = None,
     known: KnownPositives | None = None,
 ) -> BatchDataset[PreparedBatch]:
-    """Every batch of the run, in order; tokenized when it is taken.
+    """Return the batches of a run as a dataset, which tokenizes them on access.
 
     Args:
-        known: of queries that have several positives, all of them; otherwise only the pairs of a batch are known.
+        config: Configuration of the run.
+        tables: The examples of each source.
+        towers: The towers, whose tokenizers are used.
+        token_budget: Largest number of tokens in a micro-batch.
+        share: Rank and number of ranks. Default: None, a single rank.
+        known: Positives of the queries with several positives. Default: None: false negatives are found only from the
+            pairs of the batch.
 
     Raises:
-        InputError: a source has too few rows for a batch, or a prompt that leaves no room for texts.
+        InputError: If a source has too few rows for a batch, or a prompt leaves no room for texts.
     """
     sources = config.data.sources
     schedule = BatchSchedule(
@@ -113,14 +132,13 @@ def open_batches(
         processes=1 if share is None else share.size,
     )
     prompts = source_prompts(towers, sources)
-    for given in prompts:
-        towers.check_prompt(given.query, "query")
-        towers.check_prompt(given.passage, "document")
-    preparer = BatchPreparer.of(towers, token_budget)
+    for source_prompt in prompts:
+        towers.check_prompt(source_prompt.query, "query")
+        towers.check_prompt(source_prompt.passage, "document")
     return BatchDataset(
         tables,
         schedule,
-        preparer,
+        BatchPreparer.of(towers, token_budget),
         prompts=prompts,
         negatives_per_query=config.data.negatives,
         known=known,

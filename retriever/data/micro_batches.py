@@ -1,4 +1,4 @@
-"""From the texts of a batch to micro-batches of token ids; runs in the data workers, without any weights."""
+"""Tokenization of a batch and its division into micro-batches; runs in the data workers, without weights."""
 
 from __future__ import annotations
 
@@ -12,74 +12,74 @@ from torch import Tensor
 
 from retriever.data.batches import PairKeys, TrainingBatch
 from retriever.data.false_negatives import FalseNegatives
-from retriever.data.length_sorting import pack
+from retriever.data.length_sorting import make_micro_batches
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
 from retriever.models.towers import Side, Towers
 from retriever.utils.device import to_device, to_host
 
 
 @dataclass(frozen=True)
-class TextGroup:
-    """Texts of one tower, cut into micro-batches."""
+class TextInputs:
+    """The texts of one tower, divided into micro-batches."""
 
     side: Side
     tokens: TokenizedTexts
     micro_batches: list[np.ndarray]
-    """Row numbers of each, within this group."""
+    """Row numbers of each micro-batch, int64."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each text, int64 [texts]."""
+        """Number of tokens of each text, int64 [texts]."""
         return self.tokens.lengths
 
     def embed(self, towers: Towers, rows: np.ndarray) -> Tensor:
-        """Embeddings [rows, dimension] of one micro-batch."""
+        """Compute the embeddings [rows, D] of one micro-batch."""
         return towers.embed(self.tokens, rows, self.side)
 
 
-class Group(Protocol):
-    """What passes through one tower: texts, or the pictures of images/batches.py."""
+class TowerInputs(Protocol):
+    """The inputs of one tower: `TextInputs`, or `ImageInputs` of images/batches.py."""
 
     @property
     def micro_batches(self) -> list[np.ndarray]:
-        """Row numbers of each, within the group."""
+        """Row numbers of each micro-batch, int64."""
 
     def __len__(self) -> int: ...
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each, int64."""
+        """Number of tokens of each text or image, int64."""
 
     def embed(self, towers: Any, rows: np.ndarray) -> Tensor:
-        """Embeddings [rows, dimension] of one micro-batch."""
+        """Compute the embeddings [rows, D] of one micro-batch."""
 
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """One step's texts as token ids: queries, then passages (positives, then hard negatives)."""
+    """The inputs of one training step: queries, then passages (positives, then hard negatives)."""
 
-    groups: Sequence[Group]
-    """One group of all texts for a shared tower, or the queries' and the passages'."""
+    groups: Sequence[TowerInputs]
+    """One group with all texts for a shared tower; otherwise the queries and the passages."""
     queries: int
-    """M."""
+    """Number of queries, M."""
     false_negatives: FalseNegatives | None
-    """Passages that are no negatives of a query; none of a share, until the ranks have compared theirs."""
+    """Masks of the loss. None for the share of one rank, until the ranks have exchanged `keys`."""
     padded: bool = True
-    """Whether the texts of a micro-batch are padded to its longest, or laid end to end."""
+    """Whether the texts of a micro-batch are padded to the longest; otherwise they are packed."""
     keys: PairKeys | None = None
-    """Of one rank's share."""
+    """Text digests of one rank's share; None with a single rank."""
 
     @property
     def tokens(self) -> int:
-        """Real tokens, without padding."""
+        """Number of tokens without padding."""
         return sum(int(group.lengths.sum()) for group in self.groups)
 
     @property
     def micro_batch_tokens(self) -> list[int]:
-        """Tokens of each micro-batch as they pass through a tower: padding included, where there is any."""
+        """Number of tokens of each micro-batch, including padding."""
         return [
             len(rows) * int(lengths.max()) if self.padded else int(lengths.sum())
             for group in self.groups
@@ -87,71 +87,79 @@ class PreparedBatch:
             for lengths in [group.lengths[rows]]
         ]
 
-    def arrange(self, embeddings: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Queries [M, D] and passages [N, D] on the device from the embeddings of all micro-batches, in order.
+    def merge_embeddings(self, embeddings: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Merge the embeddings of all micro-batches into one matrix, in the order of the batch.
 
-        Embeddings that wait on the host visit the device one micro-batch after another, and their gradients go back
-        there alike.
+        Args:
+            embeddings: [rows, D] of each micro-batch, in order. Embeddings on the host are copied to the device one
+                micro-batch at a time, and their gradients are copied back.
+            device: Device of the result.
+
+        Returns:
+            Queries [M, D] and passages [N, D].
         """
-        first, order = 0, []
+        start, order = 0, []
         for group in self.groups:
-            order += [first + rows for rows in group.micro_batches]
-            first += len(group)
+            order += [start + rows for rows in group.micro_batches]
+            start += len(group)
         rows = to_device(torch.from_numpy(np.concatenate(order)), device)
-        return _InOrder.apply(rows, self.queries, *embeddings)
+        return _MergeRows.apply(rows, self.queries, *embeddings)
 
 
-class _InOrder(torch.autograd.Function):
-    """Rows of micro-batches put where they belong: each has one place, so that nothing need be summed in backward."""
+class _MergeRows(torch.autograd.Function):
+    """Copy rows of several matrices to distinct rows of one matrix. Backward needs no summation."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, queries: int, *embeddings: Tensor) -> tuple[Tensor, ...]:
         ctx.rows = rows
-        ctx.places = [(len(some), some.device) for some in embeddings]
-        ordered = embeddings[0].new_empty(len(rows), embeddings[0].shape[1], device=rows.device)
-        for places, some in zip(rows.split([len(some) for some in embeddings]), embeddings, strict=True):
-            ordered.index_copy_(0, places, to_device(some, rows.device) if some.device != rows.device else some)
-        return ordered[:queries], ordered[queries:]
+        ctx.sizes = [len(part) for part in embeddings]
+        ctx.devices = [part.device for part in embeddings]
+        merged = embeddings[0].new_empty(len(rows), embeddings[0].shape[1], device=rows.device)
+        for part_rows, part in zip(rows.split(ctx.sizes), embeddings, strict=True):
+            merged.index_copy_(0, part_rows, to_device(part, rows.device) if part.device != rows.device else part)
+        return merged[:queries], merged[queries:]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ordered = torch.cat(gradients)
-        sizes, devices = zip(*ctx.places, strict=True)
-        shares = [
-            to_host(ordered[places]) if device != ordered.device else ordered[places]
-            for places, device in zip(ctx.rows.split(list(sizes)), devices, strict=True)
+        merged = torch.cat(gradients)
+        parts = [
+            to_host(merged[part_rows]) if device != merged.device else merged[part_rows]
+            for part_rows, device in zip(ctx.rows.split(ctx.sizes), ctx.devices, strict=True)
         ]
-        if any(device != ordered.device for device in devices):
-            # Whoever takes a tensor of the host takes it as it is.
-            torch.cuda.current_stream(ordered.device).synchronize()
-        return None, None, *shares
+        if any(device != merged.device for device in ctx.devices):
+            # The copies to the host are asynchronous.
+            torch.cuda.current_stream(merged.device).synchronize()
+        return None, None, *parts
 
 
 @dataclass(frozen=True)
 class BatchPreparer:
-    """Tokenizes a TrainingBatch and cuts it into micro-batches; picklable, for worker processes."""
+    """Tokenizes a TrainingBatch and divides it into micro-batches. Picklable, for worker processes."""
 
     query: TextTokenizer
     passage: TextTokenizer
     shared: bool
+    """Whether one tower serves both sides."""
     token_budget: int
+    """Largest number of tokens in a micro-batch."""
     padded: bool
+    """Whether texts are padded; otherwise they are packed."""
     device: str
-    """Its type."""
+    """Device type of the towers, "cpu" or "cuda"."""
 
     @classmethod
     def of(cls, towers: Towers, token_budget: int) -> BatchPreparer:
-        """The preparer for these towers' inputs."""
+        """Return the preparer for some towers."""
         query, passage = towers.tokenizer("query"), towers.tokenizer("document")
         return cls(query, passage, towers.shared, token_budget, not towers.padding_free, towers.device.type)
 
     def __call__(self, batch: TrainingBatch) -> PreparedBatch:
         if self.shared:
-            # Queries and passages of like length share a micro-batch.
+            # Queries and passages of similar length share a micro-batch.
             if self.query == self.passage:
                 tokens = self.passage(batch.queries + batch.passages)
             else:
-                tokens = TokenizedTexts.joined([self.query(batch.queries), self.passage(batch.passages)])
+                tokens = TokenizedTexts.concatenate([self.query(batch.queries), self.passage(batch.passages)])
             groups = [self._group("document", tokens)]
         else:
             groups = [
@@ -160,6 +168,6 @@ class BatchPreparer:
             ]
         return PreparedBatch(groups, len(batch.queries), batch.false_negatives, self.padded, batch.keys)
 
-    def _group(self, side: Side, tokens: TokenizedTexts) -> TextGroup:
-        cut = pack(tokens.lengths, self.token_budget, padded=self.padded, device=self.device)
-        return TextGroup(side, tokens, cut)
+    def _group(self, side: Side, tokens: TokenizedTexts) -> TextInputs:
+        micro_batches = make_micro_batches(tokens.lengths, self.token_budget, padded=self.padded, device=self.device)
+        return TextInputs(side, tokens, micro_batches)

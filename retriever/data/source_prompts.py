@@ -1,4 +1,4 @@
-"""Prompts of training sources: what a run trained with is what its model folder says."""
+"""Prompts of training sources, and how they are saved in the model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _FIELDS = {"query": "query_prompt", "document": "passage_prompt"}
 
 
 def source_prompts(towers: Towers, sources: Sequence[SourceConfig]) -> list[Prompts]:
-    """The prompts that each source is trained with: its own, or else the model's."""
+    """Return the prompts of each source: its own if set, otherwise those of the model."""
     return [Prompts(_prompt(towers, source, "query"), _prompt(towers, source, "document")) for source in sources]
 
 
 def save_source_prompts(towers: Towers, sources: Sequence[SourceConfig]) -> None:
-    """Let the model's prompts be those that the sources train it with.
+    """Store the prompts of the sources in the model, in place.
 
-    Where all sources have the same prompt for a side, it becomes the model's own, which encoding and the dev set use.
-    Where they differ, the model keeps its own, and those of the sources are saved beside it, by name.
+    If all sources have the same prompt for a side, it becomes the model's prompt, which encoding and the dev set use.
+    Otherwise the model keeps its prompt, and the prompts of the sources are added under names derived from the sources.
 
     Raises:
-        ConfigError: the model cannot honour a prompt.
+        ConfigError: If a prompt leaves no room for texts, or the pooling excludes prompts.
     """
     for side in SIDES:
         for source in sources:
@@ -43,29 +43,29 @@ def save_source_prompts(towers: Towers, sources: Sequence[SourceConfig]) -> None
 
 
 def describe_source_prompts(towers: Towers, sources: Sequence[SourceConfig]) -> list[str]:
-    """A line for each side on which sources have prompts of their own, after `save_source_prompts`."""
+    """Return a line for each side on which a source sets a prompt. Call after `save_source_prompts`."""
     lines = []
     for side in SIDES:
         if all(getattr(source, _FIELDS[side]) is None for source in sources):
             continue
-        own, names = towers.prompt(side), _named(towers, sources, side)
-        if all(_prompt(towers, source, side) == own for source in sources):
-            lines.append(f"{_FIELDS[side]}: the sources' {own!r} is saved as the model's own and used in evaluation")
+        model_prompt, names = towers.prompt(side), _named(towers, sources, side)
+        if all(_prompt(towers, source, side) == model_prompt for source in sources):
+            lines.append(f"{_FIELDS[side]}: {model_prompt!r} is saved as the model's prompt and used in evaluation")
         else:
-            beside = f"; saved by name: {', '.join(names)}" if names else ""
+            saved = f"; saved by name: {', '.join(names)}" if names else ""
             lines.append(
-                f"{_FIELDS[side]}: sources differ; encoding and evaluation use the model's own, {own!r}{beside}"
+                f"{_FIELDS[side]}: sources differ; encoding and evaluation use the model's own, {model_prompt!r}{saved}"
             )
     return lines
 
 
 def _prompt(towers: Towers, source: SourceConfig, side: Side) -> str:
-    own = getattr(source, _FIELDS[side])
-    return towers.prompt(side) if own is None else own
+    prompt = getattr(source, _FIELDS[side])
+    return towers.prompt(side) if prompt is None else prompt
 
 
 def _named(towers: Towers, sources: Sequence[SourceConfig], side: Side) -> dict[str, str]:
-    """Name -> prompt of each that is not the model's own: the source's file, without its ending, and the side."""
+    """Return name -> prompt of the prompts that differ from the model's. A name is the source's stem and the side."""
     named: dict[str, str] = {}
     for source in sources:
         prompt = _prompt(towers, source, side)

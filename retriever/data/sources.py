@@ -1,4 +1,4 @@
-"""Where training examples come from: BEIR folders, files of rows, and Hugging Face datasets, read row by row."""
+"""Reading training examples row by row from BEIR folders, files of rows and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from index.files import InputError
 from index.records import SUFFIXES, Record, read_records
 from retriever.config.sources import SourceConfig
 
-HUGE_TEXT = 2**20
-"""Characters from which a text is worth a warning: a tower reads only its beginning."""
+LONG_TEXT = 2**20
+"""Number of characters above which a text is reported: a tower reads only its beginning."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """The unit of training: one query, at least one positive, any number of hard negatives; no empty text."""
+    """A training example: one query, at least one positive, any number of hard negatives. No text is empty."""
 
     query: str
     positives: tuple[str, ...]
@@ -28,35 +28,35 @@ class Example:
 
 
 class Notices:
-    """Counts of what was passed over, mended or is odd in what is read, with the first place of each."""
+    """Counts of skipped rows, corrected texts and similar events of reading, with the first location of each kind."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
 
-    def add(self, what: str, place: str) -> None:
-        """Count one `what` ("rows skipped: ...") at `place` ("train.jsonl:17")."""
-        self._counts[what] += 1
-        self._first.setdefault(what, place)
+    def add(self, kind: str, location: str) -> None:
+        """Count an event of a kind, such as "rows skipped for an empty query", at a location ("train.jsonl:17")."""
+        self._counts[kind] += 1
+        self._first.setdefault(kind, location)
 
-    def count(self, beginning: str) -> int:
-        """How many of all kinds that begin so."""
-        return sum(count for what, count in self._counts.items() if what.startswith(beginning))
+    def count(self, prefix: str) -> int:
+        """Return the number of events of all kinds that start with `prefix`."""
+        return sum(count for kind, count in self._counts.items() if kind.startswith(prefix))
 
     def counts(self) -> dict[str, int]:
-        """How many of each kind."""
+        """Return kind -> number of events."""
         return dict(self._counts)
 
     def lines(self) -> list[str]:
-        """One line for each kind: "rows skipped for an empty query: 3 (first at train.jsonl:17)"."""
-        return [f"{what}: {count} (first at {self._first[what]})" for what, count in self._counts.items()]
+        """Return a line for each kind: "rows skipped for an empty query: 3 (first at train.jsonl:17)"."""
+        return [f"{kind}: {count} (first at {self._first[kind]})" for kind, count in self._counts.items()]
 
 
 def resolve_format(config: SourceConfig) -> str:
-    """The format of a source, found by looking at its path where the configuration says auto.
+    """Return the format of a source; for "auto" it is determined from the path.
 
     Raises:
-        InputError: nothing is there, or nothing that is known, or not what the configuration says.
+        InputError: If the path does not exist, has no known format, or another one than the configuration states.
     """
     path = Path(config.path)
     if config.format in ("beir", "huggingface"):
@@ -66,55 +66,60 @@ def resolve_format(config: SourceConfig) -> str:
             f"{path}: no such file or folder (for a dataset of the Hugging Face hub, set its format to huggingface)"
         )
     if path.is_dir():
-        found = "beir" if _named(path, "corpus.jsonl") or _named(path, "qrels") else "huggingface"
+        detected = "beir" if _find(path, "corpus.jsonl") or _find(path, "qrels") else "huggingface"
     else:
-        found = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+        detected = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
         if not path.name.endswith(SUFFIXES):
             raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
-    if config.format not in ("auto", found):
-        raise InputError(f"{path}: expected a file ending in .{config.format}, as its format says, found {found}")
-    return found
+    if config.format not in ("auto", detected):
+        raise InputError(f"{path}: expected a file ending in .{config.format}, as its format says, found {detected}")
+    return detected
 
 
 def source_files(config: SourceConfig) -> list[Path]:
-    """The files that a source is read from, sorted; none for a name of the Hugging Face hub."""
+    """Return the files of a source; an empty list for a name on the Hugging Face hub."""
     path = Path(config.path)
     if not path.is_dir():
         return [path] if path.exists() else []
     if resolve_format(config) == "huggingface":
         return sorted(file for file in path.rglob("*") if file.is_file())
     names = ("corpus.jsonl", "queries.jsonl", f"qrels/{config.split}.tsv")
-    return [file for name in names if (file := _named(path, name))]
+    return [file for name in names if (file := _find(path, name))]
 
 
 def read_examples(config: SourceConfig, notices: Notices) -> Iterator[Example]:
-    """Stream a source's rows as examples, in constant memory.
+    """Yield the examples of a source, in constant memory.
 
-    Rows whose query or positive is empty are skipped, and negatives that are also positives of their row dropped;
-    both, and texts that are mended or huge, are counted in `notices`.
+    Rows with an empty query or without a positive are skipped. Negatives that are also positives of their row are
+    removed. Both are counted in `notices`, as are corrected and very long texts.
+
+    Args:
+        config: The source.
+        notices: Receives the counts.
 
     Raises:
-        InputError: a file, a column or a qrels entry is missing, or a cell holds something other than text.
+        InputError: If a file, a column or a passage of the qrels is missing, or a cell is not a text.
     """
-    kind = resolve_format(config)
-    if kind == "beir":
+    format_ = resolve_format(config)
+    if format_ == "beir":
         records = _beir_records(config)
-    elif kind == "huggingface":
+    elif format_ == "huggingface":
         records = _huggingface_records(config)
     else:
         records = read_records(Path(config.path))
-    negatives_found, record = False, None
+    has_negatives, record = False, None
     for record in records:
         columns = _negative_columns(config, record)
-        negatives_found |= bool(columns)
+        has_negatives |= bool(columns)
         example = _parse(config, record, columns, notices)
         if example is not None:
             yield example
-    if record is not None and not negatives_found and config.negatives != SourceConfig.negatives:
+    if record is not None and not has_negatives and config.negatives != SourceConfig.negatives:
         raise InputError(f"{config.path}: expected a column '{config.negatives}' for negatives, found none in any row")
 
 
-def _named(folder: Path, name: str) -> Path | None:
+def _find(folder: Path, name: str) -> Path | None:
+    """Return the path of a file, or of the file with the additional suffix .gz, if it exists."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
 
 
@@ -133,8 +138,8 @@ def _parse(config: SourceConfig, record: Record, negative_columns: list[str], no
     queries = _texts(record, config.query, notices, lists=False)
     positives = _texts(record, config.positive, notices)
     if not queries or not positives:
-        empty = "positive" if queries else "query"
-        notices.add(f"rows skipped for an empty {empty}", record.place)
+        empty_column = "positive" if queries else "query"
+        notices.add(f"rows skipped for an empty {empty_column}", record.place)
         return None
     negatives = [text for column in negative_columns for text in _texts(record, column, notices)]
     true_negatives = [text for text in negatives if text not in positives]
@@ -144,7 +149,7 @@ def _parse(config: SourceConfig, record: Record, negative_columns: list[str], no
 
 
 def _texts(record: Record, column: str, notices: Notices, lists: bool = True) -> list[str]:
-    """The texts of a cell that are not empty: the cell is a text, a list of texts, or null."""
+    """Return the non-empty texts of a cell, which holds a text, with `lists` also a list of texts, or null."""
     cell = record.fields[column]
     texts = []
     for value in cell if lists and isinstance(cell, list) else [cell]:
@@ -157,11 +162,11 @@ def _texts(record: Record, column: str, notices: Notices, lists: bool = True) ->
             )
         if not value.strip():
             continue
-        if len(value) > HUGE_TEXT:
+        if len(value) > LONG_TEXT:
             notices.add("texts of more than 1 MiB, of which a model reads only the beginning", record.place)
         if "\0" in value:
             notices.add("texts with NUL characters, replaced by U+FFFD", record.place)
-        # Tokenizers written in C end a text at its first NUL.
+        # Tokenizers written in C would truncate the text at the NUL.
         texts.append(value.replace("\0", "\ufffd"))
     return texts
 
@@ -171,8 +176,8 @@ def _beir_records(config: SourceConfig) -> Iterator[Record]:
 
     dataset = BeirDataset.open(config.path, config.split)
     qrels_path = beir_file(dataset.folder, f"qrels/{config.split}.tsv")
-    wanted = {passage for grades in dataset.qrels.values() for passage, grade in grades.items() if grade > 0}
-    # Only the places of the texts are held in memory: the positives of a large corpus may not fit.
+    relevant = {passage for grades in dataset.qrels.values() for passage, grade in grades.items() if grade > 0}
+    # The texts are stored in a file, because the positives of a large corpus may not fit into memory.
     spans: dict[str, tuple[int, int]] = {}
     with tempfile.TemporaryFile() as texts:
         for passage in dataset.passages():
@@ -180,21 +185,21 @@ def _beir_records(config: SourceConfig) -> Iterator[Record]:
                 raise InputError(
                     f"{config.path}: expected each passage id once in the corpus, found {passage.id} again"
                 )
-            if passage.id in wanted:
+            if passage.id in relevant:
                 content = passage.content.encode()
                 spans[passage.id] = (texts.tell(), len(content))
                 texts.write(content)
         for query, grades in dataset.qrels.items():
-            place = f"{qrels_path}: query '{query}'"
+            location = f"{qrels_path}: query '{query}'"
             positives = []
             for passage_id in (passage for passage, grade in grades.items() if grade > 0):
                 if passage_id not in spans:
-                    raise InputError(f"{place}: expected its passage '{passage_id}' in the corpus, found none")
+                    raise InputError(f"{location}: expected its passage '{passage_id}' in the corpus, found none")
                 start, length = spans[passage_id]
                 texts.seek(start)
                 positives.append(texts.read(length).decode())
             if positives:
-                yield Record(place, {config.query: dataset.queries[query], config.positive: positives})
+                yield Record(location, {config.query: dataset.queries[query], config.positive: positives})
 
 
 def _huggingface_records(config: SourceConfig) -> Iterator[Record]:
@@ -202,7 +207,7 @@ def _huggingface_records(config: SourceConfig) -> Iterator[Record]:
     columns = dataset.column_names
     if columns is not None and {config.query, config.positive} <= set(columns):
         record = Record(config.path, dict.fromkeys(columns))
-        # Other columns may hold images or sounds, which would be decoded for nothing.
+        # Other columns may hold images or audio, which would be decoded unnecessarily.
         dataset = dataset.select_columns([config.query, config.positive, *_negative_columns(config, record)])
     number, batches = 0, dataset.iter(batch_size=1024)
     while (batch := _next_batch(batches, config.path)) is not None:
@@ -212,7 +217,7 @@ def _huggingface_records(config: SourceConfig) -> Iterator[Record]:
 
 
 def _next_batch(batches: Iterator[dict[str, Any]], path: str) -> dict[str, Any] | None:
-    """The columns of some rows, none at the end; of a stream it is now that files are looked into."""
+    """Return the next batch of columns, or None at the end. A streaming dataset reads its files here."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -222,10 +227,15 @@ def _next_batch(batches: Iterator[dict[str, Any]], path: str) -> dict[str, Any] 
 
 
 def load_huggingface(path: str, split: str, *, streaming: bool) -> Any:
-    """One split of a dataset: a folder that `save_to_disk` wrote or `load_dataset` reads, or a hub name.
+    """Load one split of a Hugging Face dataset.
+
+    Args:
+        path: A folder written by `save_to_disk` or readable by `load_dataset`, or a hub name NAME[:SUBSET][@REVISION].
+        split: Name of the split.
+        streaming: Whether to read rows on demand. Ignored for folders written by `save_to_disk`.
 
     Raises:
-        InputError: it cannot be read, has no such split, or the package datasets is missing.
+        InputError: If the dataset cannot be read or has no such split, or the package `datasets` is not installed.
     """
     try:
         import datasets

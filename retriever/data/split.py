@@ -1,4 +1,4 @@
-"""Pairs of any accepted format as a BEIR folder with a train, a dev and a test set, cut between groups of queries."""
+"""Splitting pairs of any supported format into a BEIR folder with a train, a dev and a test set."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from retriever.data.query_groups import (
     check_size,
     choose_splits,
     connected_groups,
-    reaches,
-    size_of,
+    is_large_enough,
+    resolve_size,
 )
 from retriever.data.sources import Notices, resolve_format
 from retriever.data.split_rows import SplitRows
@@ -40,30 +40,41 @@ NAMES = {TRAIN: "train", DEV: "dev", TEST: "test"}
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What `split` made: sizes by split, and what it has to say of the data."""
+    """The result of `split`: sizes of the splits, and notes about the data."""
 
     out: str
+    """The folder that was written."""
     by: By
-    """How queries were split, also where that was chosen for want of enough groups."""
+    """How queries were split: as requested, or "query" if the groups were too large."""
     seed: int
     queries: dict[str, int]
-    """Split -> different query texts."""
+    """Split -> number of distinct queries."""
     pairs: dict[str, int]
-    """Split -> different pairs of a query and a positive."""
+    """Split -> number of distinct pairs of a query and a positive."""
     rows: dict[str, int]
-    """Split -> rows of the source; those of train are in train.jsonl."""
+    """Split -> number of rows of the source. The rows of train are in train.jsonl."""
     passages: int
-    """In the corpus."""
+    """Number of passages in the corpus."""
     groups: int
-    """Groups of queries that pairs connect."""
+    """Number of groups of queries that are connected by pairs."""
     largest_group: int
-    """Queries in the largest of them."""
+    """Number of queries in the largest group."""
     shared_positives: int
-    """Queries of dev and test with a positive that is also one of a train query: 0 by component."""
+    """Number of dev and test queries with a positive that is also a positive of a train query; 0 by component."""
     skipped: dict[str, int]
-    """What was skipped or mended -> how often."""
+    """What was skipped or corrected -> number of times."""
     notes: list[str]
-    """One line each: choices that were made, and where what was skipped came first."""
+    """Lines about decisions and about skipped rows."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `split` that determine the choice of the queries."""
+
+    dev: int | float | None
+    test: int | float | None
+    by: By | None
+    seed: int
 
 
 def split(
@@ -82,35 +93,40 @@ def split(
     split: str = SourceConfig.split,
     progress: Progress = None,
 ) -> SplitReport:
-    """Split pairs into a BEIR folder with train, dev and test, for training, validation and evaluation.
+    """Split pairs into a BEIR folder with a train, a dev and a test set.
 
-    No query text stands in two splits. By component, no text of a dev or test pair stands in a pair of train either:
-    the queries that shared positives connect, directly or through other pairs, stay together. Texts are stripped, and
-    equal when they are equal then; ids are made of the texts. The folder holds corpus.jsonl (every positive, negative
-    and further passage once), queries.jsonl, qrels/train.tsv, qrels/dev.tsv, qrels/test.tsv (all pairs, of grade 1),
-    and train.jsonl: the training rows with their hard negatives, for which qrels have no place. Its bytes depend on
-    the rows of the source and the arguments, not on the order of the rows or the machine.
+    No query is in two splits. With `by="component"`, no text of a dev or test pair is in a train pair either: queries
+    that are connected by shared positives, directly or through other pairs, are in the same split. Texts are compared
+    after stripping white space. Ids are derived from the texts.
+
+    The folder has these files: corpus.jsonl (positives, negatives and further passages), queries.jsonl,
+    qrels/train.tsv, qrels/dev.tsv and qrels/test.tsv (all pairs with grade 1), and train.jsonl (the training rows with
+    their hard negatives, which qrels cannot express). Their content depends only on the rows of the source and the
+    arguments, not on the order of the rows or on the machine.
 
     Args:
-        source: a file or folder that training reads (`SourceConfig.path`).
-        out: the folder to make; it is whole or absent.
-        dev: queries of the dev set, or their share of all (below 1); none: 5 %, at most 1,000; at least 1. 0 for no
-            dev set. Groups are kept whole, so that there may be some more or fewer.
-        test: likewise for the test set.
-        by: "component", or "query" for splits that share no query but may share positives. None: by component, and by
-            query, with a note, where groups are too large to give half or at most twice the sizes asked for.
-        seed: of the random choice.
-        passages: a corpus file (`_id`, `title`, `text`) or BEIR folder with further passages for the corpus.
-        format: of the source.
-        query: column of the source with the query.
-        positive: column with the positive passage, or a list of them.
-        negatives: column with the hard negatives; * in a name stands for several columns.
-        split: of a BEIR folder or Hugging Face dataset.
+        source: A file, folder or hub name in a format that training reads (`SourceConfig.path`).
+        out: Folder to create. It is not created if an error occurs.
+        dev: Number of dev queries, or a fraction of all queries in (0, 1). 0: no dev set. Default: 5 %, at least 1 and
+            at most 1,000. Groups are not divided, so the number may differ.
+        test: Number or fraction of test queries, as `dev`.
+        by: "component", or "query" for splits that may share positives. Default: None, "component" unless the groups
+            are too large to give at least half and at most twice the requested sizes; then "query", with a note.
+        seed: Seed of the random choice. Default: 0.
+        passages: A corpus file (`_id`, `title`, `text`) or BEIR folder with further passages for the corpus.
+        format: Format of the source. Default: "auto".
+        query: Column of the query.
+        positive: Column of the positive passage, or of a list of them.
+        negatives: Column of the hard negatives. With * it may match several columns.
+        split: Split of a BEIR folder or Hugging Face dataset.
         progress: Called with a `ProgressEvent` at each step. Default: None, messages go to the logger "retriever".
 
+    Returns:
+        Sizes of the splits and notes.
+
     Raises:
-        ConfigError: an argument cannot be meant.
-        InputError: the folder exists, the source or a row of it is bad, or the sizes cannot be had.
+        ConfigError: If an argument is invalid.
+        InputError: If the folder exists, the source or a row is invalid, or the sizes are not possible.
     """
     check_size("dev", dev)
     check_size("test", test)
@@ -124,72 +140,65 @@ def split(
     _refuse_existing(out)
     _refuse_inside(out, config)
     corpus = None if passages is None else _corpus_file(Path(passages))
-    notices, known = Notices(), 0
+    notices, duplicates = Notices(), 0
     with atomic_folder(out) as folder, tempfile.TemporaryFile(dir=folder) as file:
         rows = SplitRows(file)
         with reporter.bar(f"read {config.path}", None, "rows") as advance:
             rows.read_source(config, notices, advance)
         if corpus is not None:
             with reporter.bar(f"read {corpus}", None, "passages") as advance:
-                known = rows.read_passages(corpus, notices, advance)
-        report = _split(rows, folder, config, out, dev=dev, test=test, by=by, seed=seed, reporter=reporter)
-        again = {
-            "pairs that come again, which qrels list once": rows.listed_pairs - sum(report.pairs.values()),
-            "further passages skipped because their text is there already": known,
+                duplicates = rows.read_passages(corpus, notices, advance)
+        report = _split(rows, folder, config, out, _Request(dev, test, by, seed), reporter)
+        repeated = {
+            "repeated pairs, which qrels list once": rows.pair_count - sum(report.pairs.values()),
+            "further passages skipped because their text is already present": duplicates,
         }
-        again = {what: count for what, count in again.items() if count}
-        report.skipped.update(notices.counts() | again)
-        lines = [*notices.lines(), *(f"{what}: {count}" for what, count in again.items())]
+        repeated = {kind: count for kind, count in repeated.items() if count}
+        report.skipped.update(notices.counts() | repeated)
+        lines = [*notices.lines(), *(f"{kind}: {count}" for kind, count in repeated.items())]
         report.notes.extend(f"{config.path}: {line}" for line in lines)
-        # It would be replaced.
+        # Checked again, because `atomic_folder` would replace a folder that was created meanwhile.
         _refuse_existing(out)
     if resolve_format(config) == "beir":
-        report.notes.append(_about_beir(config, whole=corpus is not None))
+        report.notes.append(_describe_beir_source(config, has_corpus=corpus is not None))
     for line in report.notes:
         reporter.line(line)
     return report
 
 
 def _split(
-    rows: SplitRows,
-    folder: Path,
-    config: SourceConfig,
-    out: Path,
-    *,
-    dev: int | float | None,
-    test: int | float | None,
-    by: By | None,
-    seed: int,
-    reporter: Reporter,
+    rows: SplitRows, folder: Path, config: SourceConfig, out: Path, request: _Request, reporter: Reporter
 ) -> SplitReport:
     queries = rows.queries.sorted()[0]
     pair_queries, positives = rows.pairs()
-    of_query = np.searchsorted(queries, pair_queries)
-    wanted = {DEV: size_of(dev, len(queries)), TEST: size_of(test, len(queries))}
-    if sum(wanted.values()) >= len(queries):
+    query_rows = np.searchsorted(queries, pair_queries)
+    sizes = {DEV: resolve_size(request.dev, len(queries)), TEST: resolve_size(request.test, len(queries))}
+    if sum(sizes.values()) >= len(queries):
         raise InputError(
-            f"{config.path}: expected more than {wanted[DEV]:,} dev and {wanted[TEST]:,} test queries, "
+            f"{config.path}: expected more than {sizes[DEV]:,} dev and {sizes[TEST]:,} test queries, "
             f"so that some are left for training, found {len(queries):,} different queries"
         )
     with reporter.bar("find groups of queries", len(positives), "pairs"):
-        groups = connected_groups(queries, of_query, positives)
+        groups = connected_groups(queries, query_rows, positives)
     largest = int(np.bincount(groups).max())
-    chosen, splits, notes = _choose(config.path, groups, largest, queries, wanted, by, seed)
-    shared = _shared_positives(splits[of_query], of_query, positives)
-    if chosen == "query":
-        what = "queries of dev and test have a positive that is also a positive of a train query"
-        notes.append(f"{config.path}: {shared:,} {what}")
-    pair_splits, row_splits = splits[of_query], splits[np.searchsorted(queries, rows.row_queries())]
+    by, splits, notes = _choose(config.path, groups, queries, sizes, request)
+    shared = _shared_positives(splits[query_rows], query_rows, positives)
+    if by == "query":
+        notes.append(
+            f"{config.path}: {shared:,} queries of dev and test have a positive that is also a positive of a train "
+            "query"
+        )
+    pair_splits, row_splits = splits[query_rows], splits[np.searchsorted(queries, rows.row_queries())]
     if rows.negatives:
         notes.append(
-            "hard negatives of the training rows are in train.jsonl, for which qrels have no place; those of dev and "
-            "test are passages of the corpus"
+            "hard negatives of the training rows are in train.jsonl, because qrels cannot express them; those of dev "
+            "and test are passages of the corpus"
         )
-    _write(folder, rows, (pair_queries, positives, pair_splits), row_splits, wanted, reporter)
+    _write(folder, rows, (pair_queries, positives, pair_splits), row_splits, sizes, reporter)
     return SplitReport(
         out=str(out),
-        by=chosen,
-        seed=seed,
+        by=by,
+        seed=request.seed,
         queries=_counts(splits),
         pairs=_counts(pair_splits),
         rows=_counts(row_splits),
@@ -203,33 +212,36 @@ def _split(
 
 
 def _choose(
-    name: str, groups: Integers, largest: int, queries: Digests, wanted: dict[int, int], by: By | None, seed: int
+    name: str, groups: Integers, queries: Digests, sizes: dict[int, int], request: _Request
 ) -> tuple[By, Splits, list[str]]:
-    """How queries are split, the split of each, and what there is to say of that."""
-    share = f"the largest group of queries that share positives holds {largest / len(queries):.1%} of all queries"
+    """Return how queries are split, the split of each query, and notes."""
+    group_sizes = np.bincount(groups)
+    largest = int(group_sizes.max())
+    share = f"the largest group of queries that share positives has {largest / len(queries):.1%} of all queries"
     notes: list[str] = []
-    if by != "query":
-        splits = choose_splits(groups, queries, wanted[DEV], wanted[TEST], seed)
+    if request.by != "query":
+        splits = choose_splits(groups, queries, sizes[DEV], sizes[TEST], request.seed)
         counts = np.bincount(splits, minlength=3)
-        found = " and ".join(
-            f"{counts[each]:,} {NAMES[each]} queries ({wanted[each]:,} wanted)" for each in (DEV, TEST)
+        result = " and ".join(
+            f"{counts[split]:,} {NAMES[split]} queries ({sizes[split]:,} requested)" for split in (DEV, TEST)
         )
-        if counts[TRAIN] and all(reaches(int(counts[each]), wanted[each]) for each in (DEV, TEST)):
-            if any(counts[each] != wanted[each] for each in (DEV, TEST)):
-                notes.append(f"{name}: groups are kept whole: {found}")
-            if largest > len(queries) / 2 and (splits[groups == np.bincount(groups).argmax()] == TRAIN).all():
-                notes.append(f"{name}: {share} and stays in train whole (--by query draws dev and test from it too)")
+        if counts[TRAIN] and all(is_large_enough(int(counts[split]), sizes[split]) for split in (DEV, TEST)):
+            if any(counts[split] != sizes[split] for split in (DEV, TEST)):
+                notes.append(f"{name}: groups are not divided: {result}")
+            if largest > len(queries) / 2 and (splits[groups == group_sizes.argmax()] == TRAIN).all():
+                notes.append(f"{name}: {share} and is entirely in train (--by query also draws dev and test from it)")
             return "component", splits, notes
-        found = f"{name}: whole groups give {found} and leave {counts[TRAIN]:,} for training: {share}"
-        if by == "component":
-            raise InputError(f"{found}; ask for fewer, or split with --by query")
-        notes.append(f"{found}; split by query text instead, as --by query does")
-    return "query", choose_splits(np.arange(len(queries)), queries, wanted[DEV], wanted[TEST], seed), notes
+        problem = f"{name}: undivided groups give {result} and leave {counts[TRAIN]:,} for training: {share}"
+        if request.by == "component":
+            raise InputError(f"{problem}; request fewer, or split with --by query")
+        notes.append(f"{problem}; split by query text instead, as with --by query")
+    return "query", choose_splits(np.arange(len(queries)), queries, sizes[DEV], sizes[TEST], request.seed), notes
 
 
-def _shared_positives(splits: Splits, of_query: Integers, positives: Digests) -> int:
-    trained = np.isin(positives, positives[splits == TRAIN])
-    return len(np.unique(of_query[(splits != TRAIN) & trained]))
+def _shared_positives(splits: Splits, query_rows: Integers, positives: Digests) -> int:
+    """Return the number of dev and test queries with a positive of a train query."""
+    in_train = np.isin(positives, positives[splits == TRAIN])
+    return len(np.unique(query_rows[(splits != TRAIN) & in_train]))
 
 
 def _counts(splits: Splits) -> dict[str, int]:
@@ -242,7 +254,7 @@ def _write(
     rows: SplitRows,
     pairs: tuple[Digests, Digests, Splits],
     row_splits: Splits,
-    wanted: dict[int, int],
+    sizes: dict[int, int],
     reporter: Reporter,
 ) -> None:
     queries, passages = rows.queries.sorted(), rows.passages.sorted()
@@ -258,27 +270,27 @@ def _write(
             )
             _write_lines(folder / f"{name}.jsonl", lines, advance)
         for split, name in NAMES.items():
-            # Of a set that was not asked for there is no file: an empty one is no qrels.
-            if wanted.get(split) != 0:
-                listed = zip(*(column[pairs[2] == split].tolist() for column in pairs[:2]), strict=True)
-                judged = (b"q%016x\tp%016x\t1\n" % pair for pair in listed)
-                head = b"query-id\tcorpus-id\tscore\n"
-                _write_lines(folder / "qrels" / f"{name}.tsv", judged, advance, head=head)
+            # Empty qrels are invalid, so there is no file for a set of size 0.
+            if sizes.get(split) != 0:
+                selected = zip(*(column[pairs[2] == split].tolist() for column in pairs[:2]), strict=True)
+                lines = (b"q%016x\tp%016x\t1\n" % pair for pair in selected)
+                header = b"query-id\tcorpus-id\tscore\n"
+                _write_lines(folder / "qrels" / f"{name}.tsv", lines, advance, header=header)
         examples = (line + b"\n" for line in rows.read(starts[training], lengths[training]))
         _write_lines(folder / "train.jsonl", examples, advance)
 
 
-def _write_lines(path: Path, lines: Iterable[bytes], progress: Callable[[int], None], head: bytes = b"") -> None:
+def _write_lines(path: Path, lines: Iterable[bytes], progress: Callable[[int], None], header: bytes = b"") -> None:
     with open(path, "wb") as stream:
-        stream.write(head)
+        stream.write(header)
         for line in lines:
             stream.write(line)
             progress(1)
 
 
-def _about_beir(config: SourceConfig, whole: bool) -> str:
-    taken = f"{config.path}: pairs of a grade above 0 in qrels/{config.split}.tsv were taken, as grade 1"
-    return taken if whole else f"{taken}, and no other passages (--passages {config.path} takes all)"
+def _describe_beir_source(config: SourceConfig, has_corpus: bool) -> str:
+    line = f"{config.path}: pairs with a grade above 0 in qrels/{config.split}.tsv were used, with grade 1"
+    return line if has_corpus else f"{line}, and no other passages (--passages {config.path} adds all)"
 
 
 def _corpus_file(path: Path) -> Path:
@@ -291,7 +303,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _refuse_inside(out: Path, config: SourceConfig) -> None:
-    """Every file of a Hugging Face folder may be read as data, so nothing is written into one."""
+    """Refuse to write into a Hugging Face folder, because every file in it may be read as data."""
     source = Path(config.path)
     if source.resolve() in out.resolve().parents and resolve_format(config) == "huggingface":
         raise ConfigError(f"{out}: expected a folder outside of the source {source}")

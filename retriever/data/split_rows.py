@@ -1,4 +1,4 @@
-"""The rows of a source and further passages as JSON in one temporary file, with the place of each distinct text."""
+"""The rows of a source and further passages as JSON in a temporary file, with the position of each distinct text."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from retriever.data.query_groups import Digests
 from retriever.data.sources import Notices, read_examples, source_files
 
 PENDING = 2**20
-"""Texts whose places are held before those that were met before are left out."""
+"""Number of new texts after which duplicates are removed."""
 
 
-class Spans:
-    """Distinct texts by digest, each with the place of its JSON in a file: 24 bytes a text."""
+class TextPositions:
+    """Digests of distinct texts, with the position of each text's JSON in a file. 24 bytes per text."""
 
     def __init__(self) -> None:
         self._known = (np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
         self._pending = (array("Q"), array("q"), array("q"))
 
     def add(self, digest: int, start: int, length: int) -> None:
-        """Enter a text; of several with one digest the first is kept."""
+        """Add a text. If its digest is present, the first position is kept."""
         for column, value in zip(self._pending, (digest, start, length), strict=True):
             column.append(value)
         if len(self._pending[0]) >= max(PENDING, len(self._known[0])):
             self._merge()
 
     def sorted(self) -> tuple[Digests, Integers, Integers]:
-        """Digest, start and length of all, by digest."""
+        """Return digests, starts and lengths of all texts, sorted by digest."""
         if self._pending[0]:
             self._merge()
         return self._known
@@ -54,20 +54,22 @@ class Spans:
 
 
 class SplitRows:
-    """All that is to be split: rows in a temporary file, what is known of them in memory.
+    """The rows to split: their texts in a temporary file, their digests in memory.
 
-    Texts are stripped, and equal when they are equal then.
+    Texts are stripped of surrounding white space.
+
+    Args:
+        file: An empty file, opened for reading and writing.
 
     Attributes:
-        queries: distinct texts of queries.
-        passages: distinct texts of passages: positives, negatives, and further ones.
-        rows: number of rows.
-        negatives: number of rows with a hard negative.
+        queries: The distinct queries.
+        passages: The distinct passages: positives, negatives and further passages.
+        rows: Number of rows.
+        negatives: Number of rows with a hard negative.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        """`file`: an empty one, to be written and read while this is used."""
-        self.queries, self.passages = Spans(), Spans()
+        self.queries, self.passages = TextPositions(), TextPositions()
         self.rows = self.negatives = 0
         self._file = file
         self._end = 0
@@ -75,10 +77,15 @@ class SplitRows:
         self._pairs = (array("Q"), array("Q"))
 
     def read_source(self, config: SourceConfig, notices: Notices, progress: Callable[[int], None]) -> None:
-        """Take the rows of a source; `progress` is called with the number of rows read since its last call.
+        """Read the rows of a source.
+
+        Args:
+            config: The source.
+            notices: Receives counts of skipped rows and corrected texts.
+            progress: Called with the number of rows read since the last call.
 
         Raises:
-            InputError: as `read_examples`, or there is no row, or a file has changed.
+            InputError: As `read_examples`, or if there is no row, or a file changed meanwhile.
         """
         before = [(path, file_state(path)) for path in source_files(config)]
         for example in read_examples(config, notices):
@@ -86,8 +93,8 @@ class SplitRows:
             stripped = list(dict.fromkeys(text.strip() for text in example.negatives))
             negatives = [text for text in stripped if text not in positives]
             if len(negatives) < len(stripped):
-                what = "rows with a negative dropped because it is one of their positives but for white space around it"
-                notices.add(what, f"query {example.query!r:.60}")
+                kind = "rows with a negative dropped because it equals one of their positives except for white space"
+                notices.add(kind, f"query {example.query!r:.60}")
             self._add_row(example.query.strip(), positives, negatives)
             progress(1)
         if not self.rows:
@@ -96,50 +103,58 @@ class SplitRows:
             raise InputError(f"{config.path}: changed while it was read")
 
     def read_passages(self, path: Path, notices: Notices, progress: Callable[[int], None]) -> int:
-        """Take the passages of a corpus file, title and text as one text; returns how many had one that was known.
+        """Read the passages of a corpus file; title and text become one text.
+
+        Args:
+            path: The corpus file.
+            notices: Receives counts of skipped passages.
+            progress: Called with the number of passages read since the last call.
+
+        Returns:
+            The number of passages whose text was already present.
 
         Raises:
-            InputError: a row is broken, or the file changed.
+            InputError: If a row is broken, or the file changed meanwhile.
         """
-        known, taken = len(self.passages.sorted()[0]), 0
+        count_before, read = len(self.passages.sorted()[0]), 0
         for passage in PassageFile(path):
-            # As in the rows of a source: tokenizers written in C end a text at its first NUL.
+            # As in `read_examples`: tokenizers written in C would truncate the text at the NUL.
             text = passage.content.replace("\0", "\ufffd")
             if text:
                 content = _encoded(text)
                 self.passages.add(_digest(text), self._end, len(content))
                 self._write(content)
-                taken += 1
+                read += 1
             else:
                 notices.add("passages skipped for an empty text", f"{path}: {passage.id}")
             progress(1)
-        return taken - (len(self.passages.sorted()[0]) - known)
+        return read - (len(self.passages.sorted()[0]) - count_before)
 
     def pairs(self) -> tuple[Digests, Digests]:
-        """Query and positive of every distinct pair, by query, then by positive."""
+        """Return the queries and positives of the distinct pairs, sorted by query, then by positive."""
         queries, positives = (np.array(column, np.uint64) for column in self._pairs)
         order = np.lexsort((positives, queries))
         queries, positives = queries[order], positives[order]
-        new = np.ones(len(order), bool)
-        new[1:] = (queries[1:] != queries[:-1]) | (positives[1:] != positives[:-1])
-        return queries[new], positives[new]
+        is_first = np.ones(len(order), bool)
+        is_first[1:] = (queries[1:] != queries[:-1]) | (positives[1:] != positives[:-1])
+        return queries[is_first], positives[is_first]
 
     @property
-    def listed_pairs(self) -> int:
-        """Pairs of all rows, those that come again included."""
+    def pair_count(self) -> int:
+        """Number of pairs of all rows, duplicates included."""
         return len(self._pairs[0])
 
     def row_queries(self) -> Digests:
-        """The query of each row, in an order that does not depend on that of the source."""
+        """Return the query of each row, in an order that does not depend on the order of the source."""
         return np.array(self._rows[0], np.uint64)[self._order()]
 
     def row_spans(self) -> tuple[Integers, Integers]:
-        """Start and length of each row's line, in the order of `row_queries`."""
+        """Return the start and length of each row's line, in the order of `row_queries`."""
         order = self._order()
         return np.array(self._rows[2], np.int64)[order], np.array(self._rows[3], np.int64)[order]
 
     def read(self, starts: Integers, lengths: Integers) -> Iterator[bytes]:
-        """The bytes at these places of the file."""
+        """Yield the bytes at these positions of the file."""
         self._file.flush()
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             yield os.pread(self._file.fileno(), length, start)
@@ -150,7 +165,7 @@ class SplitRows:
     def _add_row(self, query: str, positives: list[str], negatives: list[str]) -> None:
         line = bytearray()
 
-        def put(texts: Spans, text: str) -> int:
+        def put(texts: TextPositions, text: str) -> int:
             content, digest = _encoded(text), _digest(text)
             texts.add(digest, self._end + len(line), len(content))
             line.extend(content)

@@ -9,10 +9,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from retriever.data.length_sorting import pack
+from retriever.data.length_sorting import make_micro_batches
 from retriever.encoding.windows import WINDOW
-from retriever.models.memory import LEAST_TOKENS, EncodeMemory
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.memory import MIN_TOKENS, EncodeMemory
+from retriever.models.mixed_precision import mixed_precision
 from retriever.models.tokenizer import TokenizedTexts
 from retriever.models.towers import Side, Towers
 from retriever.utils.device import Arriving, Precision, to_device
@@ -76,12 +76,12 @@ def embed_windows(
     """
     before: tuple[Window, Arriving] | None = None
     budget = options.micro_batch_tokens
-    with arithmetic(towers, options.precision):
+    with mixed_precision(towers, options.precision):
         for window, tokens in windows:
             # A few queries fit in any case, and do not wait for a measurement.
-            if budget is None and len(tokens.ids) > LEAST_TOKENS:
+            if budget is None and len(tokens.ids) > MIN_TOKENS:
                 budget = EncodeMemory.plan(towers, texts=max(len(tokens), WINDOW)).micro_batch_tokens
-            embeddings = _embed_tokens(towers, tokens, side, budget or LEAST_TOKENS, progress)
+            embeddings = _embed_tokens(towers, tokens, side, budget or MIN_TOKENS, progress)
             if before is not None:
                 yield before[0], before[1].array()
             before = window, embeddings
@@ -96,7 +96,7 @@ def _embed_tokens(
     budget: int,
     progress: Callable[[int], None] | None,
 ) -> Arriving:
-    order = pack(tokens.lengths, budget, padded=not towers.padding_free, device=towers.device.type)
+    order = make_micro_batches(tokens.lengths, budget, padded=not towers.padding_free, device=towers.device.type)
     with torch.inference_mode():
         embeddings = torch.empty(len(tokens), towers.dimension, device=towers.device)
         for rows in order:

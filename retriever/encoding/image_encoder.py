@@ -15,8 +15,8 @@ from torch import Tensor
 from retriever.encoding.encoder import EncodeOptions
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.images.transforms import ImageTransform, open_image
-from retriever.models.memory import encode_tokens
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.memory import default_encode_tokens
+from retriever.models.mixed_precision import mixed_precision
 from retriever.utils.device import to_device
 
 ImageInput = Image.Image | Path | str
@@ -42,10 +42,10 @@ def embed_images(
     Raises:
         InputError: A file is missing, broken or too large. The message names it.
     """
-    batch_size = max(1, (options.micro_batch_tokens or encode_tokens(towers.device)) // towers.image_tokens)
+    batch_size = max(1, (options.micro_batch_tokens or default_encode_tokens(towers.device)) // towers.image_tokens)
     embeddings = np.empty((len(images), towers.dimension), dtype=np.float32)
     done = 0
-    with arithmetic(towers, options.precision), torch.inference_mode():
+    with mixed_precision(towers, options.precision), torch.inference_mode():
         for pixels in _decoded(towers.transform, images, batch_size):
             vectors = towers({"pixels": to_device(pixels, towers.device)})
             embeddings[done : done + len(vectors)] = vectors.cpu().numpy()

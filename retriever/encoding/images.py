@@ -23,8 +23,8 @@ from index.store.writer import EmbeddingWriter
 from retriever.encoding.encoder import EncodeOptions
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.images.transforms import open_image
-from retriever.models.memory import encode_tokens
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.memory import default_encode_tokens
+from retriever.models.mixed_precision import mixed_precision
 from retriever.utils.check_progress import checking
 from retriever.utils.device import to_device
 
@@ -84,9 +84,9 @@ def embed_pixels(
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Embeddings, float32 [pictures, dimension], of pixels as a `Decoder` gives them."""
-    at_once = max(1, (options.micro_batch_tokens or encode_tokens(towers.device)) // towers.image_tokens)
+    at_once = max(1, (options.micro_batch_tokens or default_encode_tokens(towers.device)) // towers.image_tokens)
     vectors = np.empty((len(pixels), towers.dimension), dtype=np.float32)
-    with arithmetic(towers, options.precision), torch.inference_mode():
+    with mixed_precision(towers, options.precision), torch.inference_mode():
         for start in range(0, len(pixels), at_once):
             some = to_device(torch.stack(list(pixels[start : start + at_once])), towers.device)
             vectors[start : start + len(some)] = towers({"pixels": some}).cpu().numpy()

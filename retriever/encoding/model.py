@@ -16,7 +16,7 @@ from retriever.encoding.image_encoder import ImageInput, embed_images
 from retriever.errors import check_at_least, check_choice
 from retriever.models.images.folder import is_image_text_model
 from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
-from retriever.models.loading.hashes import known_sums
+from retriever.models.loading.checksums import known_checksums
 from retriever.models.towers import Towers, load_towers
 from retriever.utils.check_progress import checking_bytes
 from retriever.utils.device import choose_device
@@ -158,10 +158,10 @@ def load(
     check_at_least(1, micro_batch_tokens=micro_batch_tokens)
     name, reporter = str(model), as_reporter(progress)
     loader = load_image_text_towers if is_image_text_model(name) else load_towers
-    size = sum(path.stat().st_size for path in known_sums(name))
+    size = sum(path.stat().st_size for path in known_checksums(name))
     with checking_bytes(reporter, Path(name).name, size) as checked:
         towers = loader(name, choose_device(device), checked=checked)
-    if note := towers.padding_note():
+    if note := towers.describe_padding():
         reporter.line(note)
     return Model(name, towers, EncodeOptions(precision, micro_batch_tokens))
 

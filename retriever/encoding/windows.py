@@ -13,7 +13,7 @@ from typing import Any
 
 from index.passages import Passage, PassageFile
 from index.store.shards import passage_line
-from retriever.data.sources import HUGE_TEXT
+from retriever.data.sources import LONG_TEXT
 from retriever.distributed.share import Share
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
 
@@ -71,7 +71,7 @@ class CorpusWindow:
         return cls(
             list(chain(piece.ids for piece in pieces)),
             list(chain(piece.lines for piece in pieces)),
-            TokenizedTexts.joined([piece.tokens for piece in pieces]),
+            TokenizedTexts.concatenate([piece.tokens for piece in pieces]),
             list(chain(piece.odd for piece in pieces)),
         )
 
@@ -102,7 +102,7 @@ def _oddities(passage: Passage) -> list[str]:
     """What a user should hear of a passage, once for all of a kind."""
     if not passage.content:
         return ["passages without any text"]
-    if len(passage.content) > HUGE_TEXT:
+    if len(passage.content) > LONG_TEXT:
         return ["passages of more than 1 MiB, of which a model reads only the beginning"]
     return []
 

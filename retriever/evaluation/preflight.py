@@ -168,7 +168,7 @@ def _lengths(towers: Towers, side: Side, found: Preflight) -> Lengths:
     if not texts:
         return Lengths(np.empty(0, np.int64), tokens.max_length)
     prompt = towers.prompt(side)
-    return Lengths(tokens.whole([prompt + text for text in texts]).lengths, tokens.max_length)
+    return Lengths(tokens.untruncated([prompt + text for text in texts]).lengths, tokens.max_length)
 
 
 def _speed(towers: Towers, texts: Sequence[str], lengths: Lengths, options: EncodeOptions) -> float:

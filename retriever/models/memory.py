@@ -1,4 +1,4 @@
-"""How much passes through the towers at once, and how many graphs of it may wait for the loss: from free memory."""
+"""Micro-batch sizes, and the number of autograd graphs kept until the loss, chosen from free memory."""
 
 from __future__ import annotations
 
@@ -14,40 +14,42 @@ import torch
 from torch import Tensor
 
 from retriever.models.fsdp import is_sharded
-from retriever.models.mixed_precision import arithmetic
-from retriever.models.sharded_tensors import own_part
+from retriever.models.mixed_precision import mixed_precision
+from retriever.models.sharded_tensors import local_part
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision
 from retriever.utils.torchrun import local_process_count
 
-# Measured with MiniLM on two cores: 1536 to 6144 tokens are equally fast.
+# Tokens of a micro-batch on a CPU. With MiniLM on two cores, 1536 to 6144 tokens are equally fast.
 CPU_TOKENS = 4096
-# Of the memory that a CPU's programs may still take, for graphs: others want some too.
+# Fraction of the free host memory that graphs may take.
 _CPU_SHARE = 0.25
-# On a GPU, as many as memory has room for, within these: fewer starve it, more gain nothing (bench_train.py).
-LEAST_TOKENS, MOST_TOKENS = 4096, 131072
+# Range of micro-batch sizes on a GPU, in tokens. Smaller ones leave it idle, larger ones are not faster
+# (scripts/benchmarks/retriever/bench_train.py).
+MIN_TOKENS, MAX_TOKENS = 4096, 131072
 
-# Bytes for each number of an embedding while the loss is computed: as a leaf, in order, in the products' precision,
-# sums of its gradient, and this on its way to the leaf. What waits on the host is there in order, and as sums.
-AT_LOSS, AT_LOSS_OFFLOADED = 20, 14
+# Bytes per element of an embedding while the loss is computed: the leaf, the reordered copy, the copy in the precision
+# of the products, the sum of gradients, and the gradient of the leaf. With offloading only the copy and the sum.
+LOSS_BYTES, LOSS_BYTES_OFFLOADED = 20, 14
 
 _PROBE_TOKENS, _PROBE_LENGTH = 8192, 128
-# Where attention takes memory for each pair of tokens, long texts take most; encoding is measured with such.
+# Length of the texts with which encoding is measured: attention may take memory quadratic in the length.
 _LONG_PROBE = 512
-# What a graph in its backward needs beside itself, and how much of the GPU is never planned for: the allocator's gaps.
+# Additional memory of a graph during its backward, relative to the graph, and the fraction of the GPU that is reserved
+# for fragmentation of the allocator.
 _BACKWARD, _SLACK = 0.25, 0.08
-# Gradients, optimizer moments and the half-precision copy, bytes a parameter, at most.
+# Upper bound in bytes per parameter: gradient, optimizer moments and half-precision copy.
 _PARAMETER_BYTES = 14
 
 
 @dataclass(frozen=True)
 class GraphMemory:
-    """The memory that graphs of the towers take, and how much of it there is."""
+    """Micro-batch size of training, and the number of tokens whose autograd graphs fit into memory."""
 
     micro_batch_tokens: int
-    """Most tokens of a micro-batch."""
+    """Largest number of tokens in a micro-batch."""
     graph_tokens: int
-    """Tokens whose graphs fit beside everything else, over all micro-batches."""
+    """Number of tokens, over all micro-batches, whose graphs fit into the remaining memory."""
 
     @classmethod
     def plan(
@@ -60,156 +62,166 @@ class GraphMemory:
         micro_batch_tokens: int | None,
         offload_embeddings: bool = False,
     ) -> GraphMemory:
-        """Measure a small micro-batch and divide what is free; on a CPU micro-batches are of a fixed size.
+        """Measure the memory of a small micro-batch and divide the free memory. On a CPU the size is fixed.
 
         Args:
-            towers: in training mode, on their device.
-            precision: of the towers.
-            texts: queries and passages of a batch, whose embeddings and gradients wait too.
-            workspace_mib: of the loss.
-            micro_batch_tokens: tokens of a micro-batch if they are given.
-            offload_embeddings: embeddings are on the device only while the loss is computed.
+            towers: Towers in training mode, on their device.
+            precision: Precision of the towers.
+            texts: Number of queries and passages in a batch, whose embeddings and gradients also take memory.
+            workspace_mib: Workspace of the loss in MiB.
+            micro_batch_tokens: Tokens of a micro-batch. None: chosen here.
+            offload_embeddings: Whether embeddings are on the device only while the loss is computed. Default: False.
         """
         device = towers.device
         if device.type != "cuda":
             tokens = micro_batch_tokens or CPU_TOKENS
-            # Divided towers, which are for GPUs, do not show what their graphs hold.
+            # The saved tensors of sharded towers cannot be measured on a CPU.
             if is_sharded(towers):
                 return cls(tokens, tokens)
             room = _CPU_SHARE * available_bytes()
             return cls(tokens, max(tokens, int(room / max(1, graph_bytes(towers, precision)))))
         token_bytes = graph_bytes(towers, precision)
         free, total = _free_bytes(device)
-        parameters = sum(own_part(p).numel() for p in towers.parameters() if p.requires_grad)
-        embeddings = texts * towers.dimension * (AT_LOSS_OFFLOADED if offload_embeddings else AT_LOSS)
+        parameters = sum(local_part(p).numel() for p in towers.parameters() if p.requires_grad)
+        embeddings = texts * towers.dimension * (LOSS_BYTES_OFFLOADED if offload_embeddings else LOSS_BYTES)
         room = free - _SLACK * total - parameters * _PARAMETER_BYTES - embeddings - workspace_mib * 2**20
-        most = max(room, 0) / token_bytes
-        tokens = micro_batch_tokens or fitting_tokens(most)
-        return cls(tokens, max(0, int(most - _BACKWARD * tokens)))
+        fitting = max(room, 0) / token_bytes
+        tokens = micro_batch_tokens or fitting_tokens(fitting)
+        return cls(tokens, max(0, int(fitting - _BACKWARD * tokens)))
 
-    def keep(self, sizes: list[int]) -> int:
-        """How many micro-batches of so many tokens, the last ones, may keep their graphs until the loss is known."""
+    def kept(self, sizes: list[int]) -> int:
+        """Return how many of the last micro-batches keep their graphs until the loss is computed.
+
+        Args:
+            sizes: Tokens of each micro-batch, in order.
+        """
         if sum(sizes) <= self.graph_tokens:
             return len(sizes)
-        # One of those that run again has its graph beside the loss's results, but no longer beside the kept ones.
+        # Micro-batches that run twice do so after the backward of the kept graphs, so their memory is not added.
         return int(np.searchsorted(np.cumsum(sizes[::-1]), self.graph_tokens, side="right"))
 
-    def described(self, sizes: list[int]) -> str:
-        """What `keep` chose for a step, for a person to read."""
-        kept = self.keep(sizes)
+    def describe(self, sizes: list[int]) -> str:
+        """Return a line that describes the result of `kept` for a step."""
+        kept = self.kept(sizes)
         return (
             f"{sum(sizes):,} tokens a step in {len(sizes)} micro-batches of at most {max(sizes):,}: "
             f"{kept} keep their graph until the loss, {len(sizes) - kept} run twice"
         )
 
 
-def fitting_tokens(most: float) -> int:
-    """Tokens of a micro-batch, so that whole ones, two at least, fill memory for `most` tokens' graphs.
+def fitting_tokens(graph_tokens: float) -> int:
+    """Return the micro-batch size, in tokens, with which at least two full micro-batches fill the memory.
 
-    Beside the graphs that are kept lies what the backward of one needs.
+    Args:
+        graph_tokens: Tokens whose graphs fit into memory, before what one backward needs in addition.
     """
-    count = max(2, math.ceil(most / MOST_TOKENS - _BACKWARD))
-    tokens = int(np.clip(most / (count + _BACKWARD), LEAST_TOKENS, MOST_TOKENS))
+    count = max(2, math.ceil(graph_tokens / MAX_TOKENS - _BACKWARD))
+    tokens = int(np.clip(graph_tokens / (count + _BACKWARD), MIN_TOKENS, MAX_TOKENS))
     return tokens // 1024 * 1024
 
 
-def encode_tokens(device: torch.device) -> int:
-    """Tokens that pass through a tower at once where no graph is kept, if nothing else is asked for and they fit."""
+def default_encode_tokens(device: torch.device) -> int:
+    """Return the default number of tokens of a micro-batch without autograd graph, if memory allows."""
     return CPU_TOKENS if device.type != "cuda" else 262144
 
 
 @dataclass(frozen=True)
 class EncodeMemory:
-    """How much passes through a tower at once where no graph is kept, and the memory that this takes."""
+    """Micro-batch size of encoding, and its peak memory."""
 
     micro_batch_tokens: int
-    """Most tokens of a micro-batch."""
+    """Largest number of tokens in a micro-batch."""
     peak: float
-    """Bytes of torch's allocator on a GPU at the height of it, weights included; 0 on a CPU."""
+    """Expected peak of GPU memory in bytes, weights included; 0 on a CPU."""
 
     @classmethod
     def plan(cls, towers: Towers, *, texts: int, micro_batch_tokens: int | None = None) -> EncodeMemory:
-        """Measure small micro-batches on a GPU and divide what is free; on a CPU take a fixed size.
+        """Measure the memory of a small micro-batch and divide the free memory. On a CPU the size is fixed.
 
-        On a GPU torch's record of the most memory used begins anew.
+        On a GPU this resets torch's peak memory statistics.
 
         Args:
-            towers: in evaluation mode, on their device, within their `arithmetic`.
-            texts: whose embeddings are on the device at once.
-            micro_batch_tokens: tokens of a micro-batch if they are given.
+            towers: Towers in evaluation mode, on their device, inside their `mixed_precision` context.
+            texts: Number of texts whose embeddings are on the device at the same time.
+            micro_batch_tokens: Tokens of a micro-batch. None: chosen here.
         """
         device = towers.device
         if device.type != "cuda":
             return cls(micro_batch_tokens or CPU_TOKENS, 0.0)
         token_bytes = _forward_bytes(towers)
         free, total = _free_bytes(device)
-        # One window's leave while the next one's come.
+        # The embeddings of a window are copied to the host while those of the next one are computed.
         embeddings = 2 * 4 * texts * towers.dimension
-        most = int((free - _SLACK * total - embeddings) / token_bytes)
-        tokens = micro_batch_tokens or min(max(most, LEAST_TOKENS), encode_tokens(device))
+        fitting = int((free - _SLACK * total - embeddings) / token_bytes)
+        tokens = micro_batch_tokens or min(max(fitting, MIN_TOKENS), default_encode_tokens(device))
         return cls(tokens, torch.cuda.memory_allocated(device) + embeddings + tokens * token_bytes)
 
 
 def graph_bytes(towers: Towers, precision: Precision) -> float:
-    """Bytes that one token's graph holds until its backward, in the tower where it holds most; measured."""
+    """Measure the bytes per token that an autograd graph holds until backward, in the tower where it holds most."""
     on_gpu = towers.device.type == "cuda"
-    # Too much planned for costs a CPU some speed, too little the run.
-    probes = towers.probes(_PROBE_TOKENS, _PROBE_LENGTH) if on_gpu else towers.probes(_LONG_PROBE, _LONG_PROBE)
-    return max(held_bytes(towers, precision, embed) / number for number, embed in probes)
+    # On a CPU an overestimate costs some speed, an underestimate may end the run; hence the long texts.
+    probes = (
+        towers.memory_probes(_PROBE_TOKENS, _PROBE_LENGTH) if on_gpu else towers.memory_probes(_LONG_PROBE, _LONG_PROBE)
+    )
+    return max(measure_graph_bytes(towers, precision, embed) / number for number, embed in probes)
 
 
-def held_bytes(towers: Towers, precision: Precision, forward: Callable[[], Tensor]) -> float:
-    """Bytes that the graph of a forward holds until its backward."""
+def measure_graph_bytes(towers: Towers, precision: Precision, forward: Callable[[], Tensor]) -> float:
+    """Measure the bytes that the autograd graph of `forward` holds until backward."""
     device = towers.device
     if device.type == "cuda":
-        with torch.random.fork_rng(devices=[device]), arithmetic(towers, precision):
+        with torch.random.fork_rng(devices=[device]), mixed_precision(towers, precision):
             before = torch.cuda.memory_allocated(device)
             output = forward()
-            held = torch.cuda.memory_allocated(device) - before
+            allocated = torch.cuda.memory_allocated(device) - before
             del output
-        return float(held)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*towers.parameters(), *towers.buffers())}
+        return float(allocated)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*towers.parameters(), *towers.buffers())}
     storages: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in weights:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.random.fork_rng(devices=[]), arithmetic(towers, precision), hooks:
+    hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=[]), mixed_precision(towers, precision), hooks:
         output = forward()
     del output
     return float(sum(storages.values()))
 
 
 def _forward_bytes(towers: Towers) -> float:
-    """Bytes a token that a forward without graph takes at its height, in the tower where it takes most."""
-    device, most = towers.device, 0.0
+    """Measure the peak bytes per token of a forward pass without graph, in the tower where it is largest."""
+    device, largest = towers.device, 0.0
     with torch.inference_mode():
-        for tokens, embed in towers.probes(_PROBE_TOKENS, _LONG_PROBE):
-            # The first forward also allocates what stays: workspaces of the matrix products.
+        for tokens, embed in towers.memory_probes(_PROBE_TOKENS, _LONG_PROBE):
+            # The first forward also allocates persistent workspaces of the matrix products.
             embed()
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
             embed()
-            most = max(most, (torch.cuda.max_memory_allocated(device) - before) / tokens)
-    return most
+            largest = max(largest, (torch.cuda.max_memory_allocated(device) - before) / tokens)
+    return largest
 
 
 def available_bytes() -> int:
-    """Memory of the host that this process may still take: its part of the machine's, or of its container's."""
+    """Return this process's share of the free memory of the host or of its container, in bytes.
+
+    The free memory is divided by the number of processes of this run on the host.
+    """
     room = psutil.virtual_memory().available
     for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         folder = Path("/sys/fs/cgroup", "" if limit == "memory.max" else "memory")
-        # Where there is no such file, or no number in it ("max"), nothing is limited.
+        # There is no limit if the file is missing or contains "max".
         with contextlib.suppress(OSError, ValueError):
             room = min(room, int((folder / limit).read_text()) - int((folder / used).read_text()))
     return max(0, room) // local_process_count()
 
 
 def _free_bytes(device: torch.device) -> tuple[int, int]:
-    """What torch's allocator may still give out on a GPU, and the GPU's whole memory."""
+    """Return the bytes that torch's allocator can still provide on a GPU, and the GPU's total memory."""
     free, total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total

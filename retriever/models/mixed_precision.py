@@ -1,4 +1,4 @@
-"""The towers' arithmetic: fp32, autocast, or weights that are themselves of half precision while they are used."""
+"""Precision in which the towers compute: fp32, autocast, or half-precision copies of the weights."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from retriever.models.towers import Towers
 from retriever.utils.device import Precision, autocast
 
 Sums = dict[Tensor, Tensor | None]
-"""fp32 gradients of weights so far, none before the first."""
+"""Weight -> sum of its gradients in fp32, None before the first backward pass."""
 
-# Of each encoder, for as long as it lives: CUDA graphs count on finding the weights where they were.
-_HALVES: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+# The copies live as long as their encoder, because CUDA graphs expect the weights at fixed addresses.
+_COPIES: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
 _SUMS: WeakKeyDictionary[nn.Module, Sums] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def arithmetic(towers: Towers, precision: Precision) -> Iterator[None]:
-    """Within, the towers compute in `precision`, forward and backward.
+def mixed_precision(towers: Towers, precision: Precision) -> Iterator[None]:
+    """Context in which forward and backward of the towers compute in `precision`.
 
-    On a GPU, bf16 means bf16 weights and activations: autocast casts the weights anew for every micro-batch and keeps
-    the residual stream in fp32, at 1.2 times the memory and time (BERT-base on one H200). What follows the encoder
-    (pooling, projection, normalisation) stays in fp32. Elsewhere, and in fp16, it means autocast.
+    "bf16" on a GPU uses bf16 weights and activations. Autocast would cast the weights for every micro-batch and keep
+    the residual stream in fp32, at 1.2 times the memory and time (BERT-base on one H200). The modules after the encoder
+    (pooling, projection, normalization) compute in fp32. On other devices, and for "fp16", autocast is used.
     """
     device = towers.device
     if precision == "bf16" and device.type == "cuda":
-        # The weights of divided towers are gathered in bf16.
+        # The weights of sharded towers are gathered in bf16.
         encoders = [] if is_sharded(towers) else towers.encoders
-        with half_weights(encoders, torch.bfloat16), full_outputs(towers.transformers):
+        with half_precision_weights(encoders, torch.bfloat16), fp32_outputs(towers.transformers):
             yield
     else:
         with autocast(device, precision):
@@ -42,10 +42,10 @@ def arithmetic(towers: Towers, precision: Precision) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_outputs(transformers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, what these modules of sentence-transformers give to the next is fp32."""
-    # A hook of the encoder inside would not be called: sentence-transformers calls its forward method by name.
-    handles = [transformer.register_forward_hook(_in_full_precision) for transformer in transformers]
+def fp32_outputs(transformers: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which the outputs of these sentence-transformers modules are cast to fp32."""
+    # Hooks of the encoder are not called, because sentence-transformers calls its forward method directly.
+    handles = [transformer.register_forward_hook(_cast_outputs) for transformer in transformers]
     try:
         yield
     finally:
@@ -54,35 +54,36 @@ def full_outputs(transformers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def half_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Within, the encoders' fp32 weights are of `dtype`; afterwards they are what they were, with fp32 gradients.
+def half_precision_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Context in which the encoders' fp32 weights are replaced by copies in `dtype`.
 
-    As mixed-precision training keeps fp32 master weights (Micikevicius et al., arXiv 1710.03740). The gradients of
-    several backward passes are summed in fp32, each as soon as it is complete.
+    On exit the fp32 weights are restored, with fp32 gradients: mixed-precision training with master weights
+    (Micikevicius et al., arXiv 1710.03740). The gradients of several backward passes are summed in fp32, each as soon
+    as it is complete.
     """
     parameters: list[nn.Parameter] = []
     masters: list[Tensor] = []
-    halves: list[Tensor] = []
+    copies: list[Tensor] = []
     encoders = list(encoders)
     for encoder in encoders:
         own = [parameter for parameter in encoder.parameters() if parameter.dtype == torch.float32]
         parameters += own
         masters += [parameter.data for parameter in own]
-        halves += _halves(encoder, [parameter.data for parameter in own], dtype)
+        copies += _copy_weights(encoder, [parameter.data for parameter in own], dtype)
     sums: Sums = {}
     outer = {encoder: _SUMS.get(encoder) for encoder in encoders}
     _SUMS.update(dict.fromkeys(encoders, sums))
     handles: list[Any] = []
-    for parameter, half in zip(parameters, halves, strict=True):
+    for parameter, copy in zip(parameters, copies, strict=True):
         sums[parameter], parameter.grad = parameter.grad, None
-        parameter.data = half
+        parameter.data = copy
         if parameter.requires_grad:
-            handles.append(parameter.register_post_accumulate_grad_hook(lambda p: _fold(p, sums)))
+            handles.append(parameter.register_post_accumulate_grad_hook(lambda p: _accumulate(p, sums)))
     try:
         yield
     finally:
-        _SUMS.update({encoder: found for encoder, found in outer.items() if found is not None})
-        for encoder in (encoder for encoder, found in outer.items() if found is None):
+        _SUMS.update({encoder: outer_sums for encoder, outer_sums in outer.items() if outer_sums is not None})
+        for encoder in (encoder for encoder, outer_sums in outer.items() if outer_sums is None):
             del _SUMS[encoder]
         for handle in handles:
             handle.remove()
@@ -93,29 +94,29 @@ def half_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[
 
 
 def gradient_sums(encoder: nn.Module) -> Sums:
-    """Where the gradients of an encoder's weights are summed: of those that are half ones at the moment."""
+    """Return the gradient sums of an encoder inside `half_precision_weights`; empty outside."""
     return _SUMS.get(encoder, {})
 
 
-def _halves(encoder: nn.Module, masters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The masters in `dtype`, in the same memory each time."""
+def _copy_weights(encoder: nn.Module, masters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return copies of the master weights in `dtype`, in the same memory at every call."""
     if not masters:
         return []
-    halves = _HALVES.get(encoder, [])
-    if [(h.shape, h.device, h.dtype) for h in halves] != [(m.shape, m.device, dtype) for m in masters]:
-        halves = _HALVES[encoder] = [torch.empty_like(master, dtype=dtype) for master in masters]
-    torch._foreach_copy_(halves, masters)
-    return halves
+    copies = _COPIES.get(encoder, [])
+    if [(c.shape, c.device, c.dtype) for c in copies] != [(m.shape, m.device, dtype) for m in masters]:
+        copies = _COPIES[encoder] = [torch.empty_like(master, dtype=dtype) for master in masters]
+    torch._foreach_copy_(copies, masters)
+    return copies
 
 
-def _fold(parameter: Tensor, sums: Sums) -> None:
+def _accumulate(parameter: Tensor, sums: Sums) -> None:
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
-    so_far = sums[parameter]
-    sums[parameter] = gradient.float() if so_far is None else so_far.add_(gradient)
+    total = sums[parameter]
+    sums[parameter] = gradient.float() if total is None else total.add_(gradient)
 
 
-def _in_full_precision(transformer: nn.Module, inputs: Any, output: dict[str, Any]) -> None:
+def _cast_outputs(transformer: nn.Module, inputs: Any, output: dict[str, Any]) -> None:
     for name in ("token_embeddings", "sentence_embedding"):
         if name in output:
             output[name] = output[name].float()

@@ -1,4 +1,4 @@
-"""Tensors of which each process may hold a part, as fsdp.py divides those of towers: whole, in part, clipped."""
+"""Operations on tensors that may be sharded over processes (see fsdp.py)."""
 
 from __future__ import annotations
 
@@ -11,45 +11,59 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the shard of a tensor that this process holds; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each process may hold a part; all processes call it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor. A collective if the tensor is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors where they are to be kept, nothing elsewhere; what was divided is on the host. All processes call
-    it."""
-    found = {}
+def gather_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Gather full tensors. A collective: all processes must call it.
+
+    Args:
+        tensors: Name -> tensor, sharded or not.
+        keep: Whether this process needs the result.
+
+    Returns:
+        Name -> full tensor if `keep`, otherwise an empty dictionary. Tensors that were sharded are on the CPU.
+    """
+    gathered = {}
     for name, tensor in tensors.items():
-        # One after another: the device has room for one.
-        full = whole(tensor.detach())
+        # One at a time, to limit the memory on the device.
+        full = full_tensor(tensor.detach())
         if keep:
-            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
-    return found
+            gathered[name] = full.cpu() if isinstance(tensor, DTensor) else full
+    return gathered
 
 
-def divided_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor, the same in all processes, as `example` is divided."""
+def distribute_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """Shard a full tensor, equal in all processes, in the way `example` is sharded."""
     if not isinstance(example, DTensor) or tensor.shape != example.shape:
         return tensor
-    # Each takes its part of what it has read.
+    # Every process has the full tensor, so nothing is sent.
     return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
-    """The L2 norm of all gradients, whole, as a 0-dim tensor; a larger one than `limit` is scaled down to it.
+    """Scale gradients so that their total L2 norm is at most `limit`, in place.
 
-    As `torch.nn.utils.clip_grad_norm_`, which does not take whole and divided ones together.
+    Equals `torch.nn.utils.clip_grad_norm_`, which does not accept a mix of sharded and other parameters.
+
+    Args:
+        parameters: At least one must have a gradient.
+        limit: Largest norm. None: gradients are not changed.
+
+    Returns:
+        0-dim tensor: the norm before clipping, over the full gradients.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    kinds = [[p for p in with_gradient if isinstance(p, DTensor) is divided] for divided in (True, False)]
-    norms = [whole(get_total_norm([p.grad for p in some if p.grad is not None])) for some in kinds if some]
+    groups = [[p for p in with_gradient if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
+    norms = [full_tensor(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups if group]
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    for some in kinds:
-        clip_grads_with_norm_(some, math.inf if limit is None else limit, norm)
+    for group in groups:
+        clip_grads_with_norm_(group, math.inf if limit is None else limit, norm)
     return norm

@@ -1,4 +1,4 @@
-"""Texts as token ids: tokenization and padding, apart from the weights so that worker processes carry only these."""
+"""Tokenization, padding and packing of texts. Tokenizers hold no weights, so worker processes can load them alone."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from torch import Tensor
 
 from index.files import InputError
 
-# How a single text is cut, whatever a caller's truncation of pairs was.
-_WHOLE_TEXTS: dict[str, Any] = {"stride": 0, "strategy": "longest_first"}
+# Truncation settings for single texts.
+_TRUNCATION: dict[str, Any] = {"stride": 0, "strategy": "longest_first"}
 
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Token ids of many texts, end to end: text i is `ids[offsets[i]:offsets[i + 1]]`. int32 ids, int64 offsets."""
+    """Token ids of many texts, concatenated. Text i is `ids[offsets[i]:offsets[i + 1]]`."""
 
     ids: np.ndarray
+    """int32 [tokens]."""
     offsets: np.ndarray
+    """int64 [texts + 1]."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @classmethod
-    def joined(cls, parts: Sequence[TokenizedTexts]) -> TokenizedTexts:
-        """The texts of one part after those of another; of one part itself, nothing is copied."""
+    def concatenate(cls, parts: Sequence[TokenizedTexts]) -> TokenizedTexts:
+        """Concatenate at least one part. A single part is returned without a copy."""
         if len(parts) == 1:
             return parts[0]
         offsets = np.concatenate([[0], *(part.lengths for part in parts)]).cumsum()
@@ -39,13 +41,13 @@ class TokenizedTexts:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens a text, int64 [texts]."""
+        """Number of tokens of each text, int64 [texts]."""
         return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
-class Expansion:
-    """Query expansion as in ColBERT: short texts are filled up to `length` tokens with the token `token_id`."""
+class QueryExpansion:
+    """Query expansion as in ColBERT: texts shorter than `length` tokens are filled up with the token `token_id`."""
 
     token_id: int
     length: int
@@ -53,37 +55,42 @@ class Expansion:
 
 @dataclass(frozen=True)
 class TokenTypes:
-    """The token types that a tokenizer gives a text: of the special tokens before it, of itself, and of those after."""
+    """Token type ids that a tokenizer assigns to the tokens of a single text."""
 
     before: tuple[int, ...]
+    """Types of the special tokens before the text."""
     text: int
+    """Type of the tokens of the text."""
     after: tuple[int, ...]
+    """Types of the special tokens after the text."""
 
-    def of(self, mask: np.ndarray) -> Tensor:
-        """int64 [rows, longest] for texts whose tokens are those of the mask, padded on the right."""
+    def ids(self, mask: np.ndarray) -> Tensor:
+        """Return `token_type_ids`, int64 [rows, longest], for the attention mask (bool, right-padded) of some texts."""
         lengths = mask.sum(1)
         types = np.full(mask.shape, self.text, dtype=np.int64)
-        for place, of_token in enumerate(self.before):
-            types[:, place] = of_token
-        for place, of_token in enumerate(reversed(self.after), start=1):
-            types[np.arange(len(mask)), np.maximum(lengths - place, 0)] = of_token
+        for position, token_type in enumerate(self.before):
+            types[:, position] = token_type
+        for position, token_type in enumerate(reversed(self.after), start=1):
+            types[np.arange(len(mask)), np.maximum(lengths - position, 0)] = token_type
         return torch.from_numpy(np.where(mask, types, 0))
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tower's tokenizer, which has a pad token, and how texts are cut and marked."""
+    """The tokenizer of a tower, with its truncation and special tokens."""
 
     tokenizer: Any
+    """A tokenizer of transformers with a pad token."""
     max_length: int | None
+    """Number of tokens to which texts are truncated, special tokens included. None: no truncation."""
     special_tokens: bool = True
     """Whether the tokenizer adds its special tokens."""
-    expansion: Expansion | None = None
+    expansion: QueryExpansion | None = None
     token_types: TokenTypes | None = None
-    """What the encoder is given; none where it makes no difference."""
+    """Token types that `pad` returns. None if they do not change the embeddings."""
 
     def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
-        """Token ids of each text, special tokens included, cut to the longest length. No prompt is added."""
+        """Tokenize texts, with special tokens, truncated to `max_length`. No prompt is added."""
         rows = list(self._ids(list(texts)))
         if self.expansion is not None:
             token_id, length = self.expansion.token_id, self.expansion.length
@@ -93,9 +100,10 @@ class TextTokenizer:
         return TokenizedTexts(np.fromiter(itertools.chain.from_iterable(rows), np.int32, offsets[-1]), offsets)
 
     def _ids(self, texts: list[str]) -> Iterable[list[int]]:
-        way = getattr(type(self.tokenizer), "_encode_plus", None)
-        # By its name: an import here may wait for ever in a process that was forked while another thread imported.
-        if getattr(way, "__module__", None) != "transformers.tokenization_utils_tokenizers":
+        method = getattr(type(self.tokenizer), "_encode_plus", None)
+        # The class is recognized by its module's name: an import here can deadlock in a process that was forked while
+        # another thread imported.
+        if getattr(method, "__module__", None) != "transformers.tokenization_utils_tokenizers":
             return self.tokenizer(
                 texts,
                 truncation=self.max_length is not None,
@@ -105,126 +113,140 @@ class TextTokenizer:
                 return_token_type_ids=False,
                 verbose=False,
             )["input_ids"]
-        # What the call above comes to, without the offsets of tokens in texts, which take as long as the tokens and a
-        # quarter of it under Python's lock.
+        # Equivalent to the call above, without character offsets, which take as long as the tokens themselves and are
+        # partly computed under the GIL.
         backend = self.tokenizer.backend_tokenizer
-        wanted = {"max_length": self.max_length, "direction": self.tokenizer.truncation_side, **_WHOLE_TEXTS}
-        held = backend.truncation or {"max_length": None}
-        # Only what differs is set: another thread's texts may be under way, and would be cut otherwise.
+        truncation = {"max_length": self.max_length, "direction": self.tokenizer.truncation_side, **_TRUNCATION}
+        current = backend.truncation or {"max_length": None}
+        # Settings are changed only if they differ, because another thread may be tokenizing with the same backend.
         if backend.padding is not None:
             backend.no_padding()
-        if self.max_length is None and held["max_length"] is not None:
+        if self.max_length is None and current["max_length"] is not None:
             backend.no_truncation()
-        elif self.max_length is not None and any(held.get(name) != value for name, value in wanted.items()):
-            backend.enable_truncation(**wanted)
+        elif self.max_length is not None and any(current.get(name) != value for name, value in truncation.items()):
+            backend.enable_truncation(**truncation)
         if backend.encode_special_tokens != self.tokenizer.split_special_tokens:
             backend.encode_special_tokens = self.tokenizer.split_special_tokens
         return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=self.special_tokens))
 
-    def whole(self, texts: Sequence[str]) -> TokenizedTexts:
-        """Token ids of each text, neither cut nor filled up."""
+    def untruncated(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Tokenize texts without truncation and without query expansion."""
         return replace(self, max_length=None, expansion=None)(texts)
 
     @property
     def special_count(self) -> int:
-        """Special tokens that every text gets."""
+        """Number of special tokens that are added to every text."""
         return self.tokenizer.num_special_tokens_to_add() if self.special_tokens else 0
 
     def check_prompt(self, prompt: str) -> None:
-        """A prompt that fills all that is read of a text would give every text the same embedding.
+        """Check that a prompt leaves room for the text; otherwise all texts would have the same embedding.
 
         Raises:
-            InputError: it does.
+            InputError: If the prompt has `max_length` tokens or more.
         """
-        # Cut on the left, a text loses its prompt first.
+        # Truncation on the left removes the prompt first.
         longest = self.max_length if self.tokenizer.truncation_side == "right" else None
         if not prompt or longest is None:
             return
-        if (taken := len(self.whole([prompt]).ids)) >= longest:
-            raise InputError(
-                f"prompt {prompt!r:.40}: expected one that leaves some of {longest} tokens for the text, found {taken}"
-            )
+        if (tokens := len(self.untruncated([prompt]).ids)) >= longest:
+            raise InputError(f"prompt {prompt!r:.40}: expected fewer than {longest} tokens, found {tokens}")
 
     def settings(self) -> str:
-        """All that the token ids of a text depend on, as text; the same before and after use."""
+        """Return all settings that token ids depend on, as JSON. Calls of the tokenizer do not change it."""
         names = ("padding_side", "truncation_side", "pad_token")
         settings: dict[str, Any] = {name: str(getattr(self.tokenizer, name)) for name in names}
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             settings["vocabulary"] = self.tokenizer.get_vocab()
         else:
-            # Without the last call's truncation and padding, which are no setting of the tokenizer.
+            # The backend stores the truncation and padding of the last call.
             settings["backend"] = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
         return json.dumps(settings, sort_keys=True)
 
-    def lay_end_to_end(self, texts: TokenizedTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int32 [tokens] of some texts, one after another, and their lengths int64 [rows].
+    def pack(self, texts: TokenizedTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Concatenate the token ids of some texts.
 
-        In the place of an empty text, of a tokenizer without special tokens, stands one pad token.
+        A text without tokens, which occurs if the tokenizer adds no special tokens, is replaced by one pad token.
+
+        Args:
+            texts: Tokenized texts.
+            rows: int64 [rows], the texts to take.
+
+        Returns:
+            Token ids, int32 [tokens], and the lengths of the texts before the replacement, int64 [rows].
         """
         starts, lengths = texts.offsets[rows], texts.lengths[rows]
-        places = np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
-        ids = texts.ids[places]
+        positions = np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+        ids = texts.ids[positions]
         if lengths.all():
             return ids, lengths
         return np.insert(ids, np.cumsum(lengths)[lengths == 0], self.tokenizer.pad_token_id), lengths
 
-    def forget_calls(self) -> None:
-        """Take back what calls leave in the tokenizer; what is saved of it then does not depend on them."""
+    def reset_backend(self) -> None:
+        """Remove the truncation and padding that calls leave in the tokenizer, so that saved files do not have them."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
 
     def pad(self, texts: TokenizedTexts, rows: np.ndarray) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, int64 [rows, longest], padded on the right; on the CPU.
+        """Pad some texts on the right to the longest of them.
 
-        And `token_type_ids`, where they make a difference.
+        Args:
+            texts: Tokenized texts.
+            rows: int64 [rows], the texts to take.
+
+        Returns:
+            `input_ids`, `attention_mask` and, if `token_types` is set, `token_type_ids`: int64 [rows, longest] on the
+            CPU.
         """
         starts, lengths = texts.offsets[rows], texts.lengths[rows]
-        # A tokenizer without special tokens makes nothing of an empty text; it becomes one masked pad token.
+        # A text without tokens becomes one masked pad token.
         columns = np.arange(max(1, int(lengths.max())))
         mask = columns < lengths[:, None]
         input_ids = np.full(mask.shape, self.tokenizer.pad_token_id, dtype=np.int64)
         input_ids[mask] = texts.ids[(starts[:, None] + columns)[mask]]
         padded = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
         if self.token_types is not None:
-            padded["token_type_ids"] = self.token_types.of(mask)
+            padded["token_type_ids"] = self.token_types.ids(mask)
         return padded
 
 
 @dataclass(frozen=True)
 class FixedLengthTokenizer(TextTokenizer):
-    """For towers that were trained on texts padded to their longest length and read the padding like text (SigLIP)."""
+    """Tokenizer of towers that attend to padding and expect texts padded to `max_length` (SigLIP)."""
 
     def pad(self, texts: TokenizedTexts, rows: np.ndarray) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask` (all ones), int64 [rows, max_length]."""
+        """Return `input_ids` and `attention_mask` (all ones), int64 [rows, max_length]."""
         ids = super().pad(texts, rows)["input_ids"]
         assert self.max_length is not None
         ids = torch.nn.functional.pad(ids, (0, self.max_length - ids.shape[1]), value=self.tokenizer.pad_token_id)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def places_without(passed_over: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Places of tokens in their texts, counted from 1 and laid end to end; 0 for those that are not counted.
+def packed_positions(is_padding: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the positions of tokens in packed texts, counted from 1 without padding tokens.
 
     Args:
-        passed_over: bool [tokens].
-        lengths: int64 [texts], which sum to the number of tokens.
+        is_padding: bool [tokens], the tokens that are not counted.
+        lengths: int64 [texts], with sum `tokens`.
+
+    Returns:
+        int64 [tokens]; 0 for padding tokens.
     """
-    counted = np.cumsum(~passed_over)
+    counted = np.cumsum(~is_padding)
     before = np.concatenate([[0], counted[np.cumsum(lengths)[:-1] - 1]])
-    return np.where(passed_over, 0, counted - np.repeat(before, lengths))
+    return np.where(is_padding, 0, counted - np.repeat(before, lengths))
 
 
 @contextlib.contextmanager
-def untouched(tokenizers: Iterable[Any]) -> Iterator[None]:
-    """Take back afterwards what calls within leave in tokenizers: how texts were cut and padded last."""
+def restore_truncation(tokenizers: Iterable[Any]) -> Iterator[None]:
+    """Context that restores the truncation and padding of tokenizers on exit."""
     backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in tokenizers]
-    held = [(backend, backend.truncation, backend.padding) for backend in backends if backend is not None]
+    saved = [(backend, backend.truncation, backend.padding) for backend in backends if backend is not None]
     try:
         yield
     finally:
-        for backend, truncation, padding in held:
+        for backend, truncation, padding in saved:
             backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
             backend.no_padding() if padding is None else backend.enable_padding(**padding)

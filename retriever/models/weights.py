@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors files, and the errors of writing them as the system's."""
+"""Writing weights: safetensors files, with write errors raised as OSError."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
-def writing_weights(place: Path) -> Iterator[None]:
-    """In the body, what safetensors and tokenizers raise for a full disk is raised as the OSError that it is."""
+def writing_weights(path: Path) -> Iterator[None]:
+    """Context in which write errors of safetensors and tokenizers, such as a full disk, are raised as OSError."""
     try:
         yield
     except Exception as error:
         # tokenizers raises a bare Exception that ends in "(os error 28)".
         if not isinstance(error, SafetensorError) and "(os error " not in str(error):
             raise
-        raise OSError(f"{place}: cannot be written: {error}") from error
+        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors, from whatever device, to a safetensors file."""
-    # Tied weights share memory, which safetensors refuses; a copy each is what load_state_dict expects.
+    """Write tensors on any device to a safetensors file."""
+    # safetensors refuses tied weights, which share memory. load_state_dict expects a copy of each.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with writing_weights(path):
         save_file(copies, path)
 
 
 def save_encoder(model: Any, folder: Path) -> None:
-    """Write a Hugging Face model to a folder, on whichever of several processes calls it.
+    """Write a Hugging Face model to a folder, on any rank.
 
-    By itself `save_pretrained` writes on the first process alone, where a process group has been made.
+    `save_pretrained` alone writes only on rank 0 if a process group exists.
     """
-    # Newer versions of transformers ask this method.
+    # transformers 5 calls this method to decide whether to write.
     vars(model)["should_save_on_this_rank"] = lambda is_main_process: is_main_process
     try:
         with writing_weights(folder):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from losses.distributed.communication import communication_of
-from retriever.data.false_negatives import FalseNegatives, find_false_negatives, ranks_rows
+from retriever.data.false_negatives import FalseNegatives, find_false_negatives, rank_slices
 
 _NOT_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 # The finalizer of splitmix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014), in int64.
@@ -68,9 +68,9 @@ def duplicate_masks(columns: list[Tensor], group: Any = None) -> Masks:
 def _share_of_rank(found: FalseNegatives, counts: list[Any], rank: int, device: torch.device) -> Masks:
     """From rows of (all ranks' positives, all ranks' negatives) to those of the pool, in which a rank's negatives
     follow its positives."""
-    of_positives = ranks_rows([rows for rows, _ in counts])
-    of_negatives = ranks_rows([rows * (width - 2) for rows, width in counts])
-    of_rank = ranks_rows([rows * (width - 1) for rows, width in counts])
+    of_positives = rank_slices([rows for rows, _ in counts])
+    of_negatives = rank_slices([rows * (width - 2) for rows, width in counts])
+    of_rank = rank_slices([rows * (width - 1) for rows, width in counts])
     all_positives = of_positives[-1].stop
     pool_row = np.empty(len(found.passage_ids), dtype=np.int64)
     for positives, negatives, there in zip(of_positives, of_negatives, of_rank, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from index.files import InputError, atomic_folder, read_json, recover_folder, write_json
 from index.manifest import CHECKPOINT, FileEntry, Manifest, read_manifest, verify_files, write_manifest
-from retriever.models.sharded_tensors import divided_like, gathered
+from retriever.models.sharded_tensors import distribute_like, gather_tensors
 from retriever.models.weights import save_tensors
 
 
@@ -52,11 +52,11 @@ def save_checkpoint(
     parts = {**{name: module.state_dict() for name, module in modules.items()}, "optimizer": tensors}
     if not writes:
         for part in parts.values():
-            gathered(part, keep=False)
+            gather_tensors(part, keep=False)
         return
     with atomic_folder(folder) as temporary:
         for name, part in parts.items():
-            save_tensors(gathered(part, keep=True), temporary / f"{name}.safetensors")
+            save_tensors(gather_tensors(part, keep=True), temporary / f"{name}.safetensors")
         write_json(temporary / "state.json", {"train": vars(state), "optimizer": numbers})
         files = {path.name: FileEntry.of(path) for path in sorted(temporary.iterdir())}
         write_manifest(Manifest(temporary, CHECKPOINT, {"step": state.step}, files))
@@ -72,7 +72,7 @@ def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torc
     for name, module in modules.items():
         try:
             saved_tensors, present = load_file(folder / f"{name}.safetensors"), module.state_dict()
-            module.load_state_dict({k: divided_like(v, present.get(k, v)) for k, v in saved_tensors.items()})
+            module.load_state_dict({k: distribute_like(v, present.get(k, v)) for k, v in saved_tensors.items()})
         except (RuntimeError, FileNotFoundError) as error:
             # torch begins with a line that says no more.
             found = str(error).splitlines()
@@ -132,7 +132,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, entries: dict[str, Any]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in entries.items():
         number, _, name = key.partition("/")
-        divided = divided_like(value, parameters[int(number)]) if isinstance(value, Tensor) else value
+        divided = distribute_like(value, parameters[int(number)]) if isinstance(value, Tensor) else value
         state.setdefault(int(number), {})[name] = divided
     # The settings of the groups (rates, decay) are the configuration's.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from retriever.errors import ConfigError
 from retriever.models.mixed_precision import gradient_sums
-from retriever.models.packed.attention import LONG, Spans
+from retriever.models.packed.attention import LONG, PackedLayout
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision
 
 # More of them keep a GPU busy for longer than the host takes to launch their kernels.
-MOST_TOKENS = 32768
+MAX_TOKENS = 32768
 # Sizes of micro-batches; each takes its time to capture.
 MOST_CAPTURES = 16
 
@@ -60,26 +60,26 @@ class _GraphedForward:
         self.waiting = False
         """A replayed forward waits for its backward."""
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, spans: Spans, **rest: Any) -> Any:
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, layout: PackedLayout, **rest: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
         tokens = input_ids.shape[1]
         size = rounded(tokens)
-        if not self._replayable(spans, size):
-            return self.plain(input_ids=input_ids, position_ids=position_ids, spans=spans, **rest)
+        if not self._replayable(layout, size):
+            return self.plain(input_ids=input_ids, position_ids=position_ids, layout=layout, **rest)
         capture = self.captures.get(size)
         if capture is None or capture.addresses != capture.addresses_now():
             if self.pool is None:
                 self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(input_ids.device)
             capture = self.captures[size] = _Capture(self, Inputs(size, input_ids.device))
-        capture.inputs.fill(input_ids, position_ids, spans)
+        capture.inputs.fill(input_ids, position_ids, layout)
         self.waiting = True
         # What makes the output one that has a backward; a weight's hooks would be called without a gradient.
         tie = torch.empty((), requires_grad=True)
         return BaseModelOutput(last_hidden_state=_Replay.apply(self, capture, tokens, tie))
 
-    def _replayable(self, spans: Spans, size: int) -> bool:
-        if self.waiting or size > MOST_TOKENS or spans.longest > LONG:
+    def _replayable(self, layout: PackedLayout, size: int) -> bool:
+        if self.waiting or size > MAX_TOKENS or layout.max_seqlen > LONG:
             return False
         if not (torch.is_grad_enabled() and self.encoder.training):
             return False
@@ -112,16 +112,16 @@ class Inputs:
     def __init__(self, size: int, device: torch.device) -> None:
         self.input_ids, self.position_ids = (torch.zeros(1, size, dtype=torch.int64, device=device) for _ in range(2))
         places = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self.spans = Spans(places[:-1].clone(), places[1:].clone(), places, LONG)
+        self.layout = PackedLayout(places[:-1].clone(), places[1:].clone(), places, LONG)
 
-    def fill(self, input_ids: Tensor, position_ids: Tensor, spans: Spans) -> None:
+    def fill(self, input_ids: Tensor, position_ids: Tensor, layout: PackedLayout) -> None:
         """Copy the tokens of some texts; each place beyond is a text of its own, of whatever token was there."""
-        tokens, places = input_ids.shape[1], self.spans.offsets
+        tokens, places = input_ids.shape[1], self.layout.cu_seqlens
         self.input_ids[:, :tokens].copy_(input_ids)
         self.position_ids[:, :tokens].copy_(position_ids)
         for own, given, beyond in (
-            (self.spans.first, spans.first, places[tokens:-1]),
-            (self.spans.end, spans.end, places[tokens + 1 :]),
+            (self.layout.start, layout.start, places[tokens:-1]),
+            (self.layout.end, layout.end, places[tokens + 1 :]),
         ):
             own[:tokens].copy_(given)
             own[tokens:].copy_(beyond)
@@ -136,8 +136,8 @@ class _Capture:
         device = inputs.input_ids.device
 
         def encode() -> Tensor:
-            spans = inputs.spans
-            output = graphed.plain(input_ids=inputs.input_ids, position_ids=inputs.position_ids, spans=spans)
+            layout = inputs.layout
+            output = graphed.plain(input_ids=inputs.input_ids, position_ids=inputs.position_ids, layout=layout)
             return output.last_hidden_state
 
         def gradients(out: Tensor, out_grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from retriever.data.false_negatives import FalseNegatives, find_false_negatives, ranks_rows
+from retriever.data.false_negatives import FalseNegatives, find_false_negatives, rank_slices
 from retriever.data.known_positives import KnownPositives
 from retriever.data.micro_batches import PreparedBatch
 from retriever.distributed.ranks import Ranks
@@ -30,9 +30,9 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
         pairs = np.concatenate([pairs, known.pairs(queries, np.concatenate([positives, negatives]))])
     found = find_false_negatives(queries, positives, negatives, pairs)
     counts = [[len(each) for each in share] for share in shares[1:3]]
-    own_pairs, own_negatives = (ranks_rows(some)[ranks.rank] for some in counts)
+    own_pairs, own_negatives = (rank_slices(some)[ranks.rank] for some in counts)
     # Where each passage of (all positives, all negatives) stands in the pool.
-    of_positives, of_negatives = (ranks_rows(some) for some in counts)
+    of_positives, of_negatives = (rank_slices(some) for some in counts)
     order = np.concatenate(
         [
             np.concatenate([np.arange(a.start, a.stop), len(positives) + np.arange(b.start, b.stop)])
@@ -48,7 +48,7 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
         found.query_ids[own_pairs],
         np.concatenate([first_ids[own_pairs], last_ids[own_negatives]]),
         np.stack([rows[mine] - own_pairs.start, pool_rows[columns[mine]]], axis=1),
-        masked=found.any,
-        nothing_left=found.no_negatives,
+        batch_any=found.any,
+        batch_no_negatives=found.no_negatives,
     )
     return replace(batch, false_negatives=own)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from losses.torch_tiles.tiles import CPU_TILE_ENTRIES
 from retriever.config.run import TrainConfig
 from retriever.data.micro_batches import PreparedBatch
-from retriever.models.loading.folder import layers_of
-from retriever.models.memory import AT_LOSS, AT_LOSS_OFFLOADED, GraphMemory, held_bytes
+from retriever.models.loading.folder import transformer_layers
+from retriever.models.memory import LOSS_BYTES, LOSS_BYTES_OFFLOADED, GraphMemory, measure_graph_bytes
 from retriever.models.towers import Towers
-from retriever.training.cuda_graphs import MOST_TOKENS, rounded
+from retriever.training.cuda_graphs import MAX_TOKENS, rounded
 from retriever.utils.device import Precision
 
 MIB = 2**20
@@ -92,11 +92,11 @@ def plan_step(
     rows, width = sum(len(group) for group in batch.groups), towers.dimension
     passages = rows - batch.queries
     sizes = batch.micro_batch_tokens
-    kept = graphs.keep(sizes)
+    kept = graphs.kept(sizes)
     held = _graphs(towers, precision, batch)
     if config.cuda_graphs:
         whole = [(size, rounded(size)) for size in sizes]
-        held = [h * (r / s if r <= MOST_TOKENS else 1) for h, (s, r) in zip(held, whole, strict=True)]
+        held = [h * (r / s if r <= MAX_TOKENS else 1) for h, (s, r) in zip(held, whole, strict=True)]
     passing, waiting = held[: len(sizes) - kept], held[len(sizes) - kept :]
     kept_graphs, once_more = sum(waiting), max(passing, default=0.0)
 
@@ -118,10 +118,10 @@ def plan_step(
     if on_gpu and precision == "bf16" and divided.processes == 1:
         half = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
     # Of replays the sums of gradients stay, and a backward has all of its own at once.
-    replayed = config.cuda_graphs and rounded(min(sizes)) <= MOST_TOKENS
+    replayed = config.cuda_graphs and rounded(min(sizes)) <= MAX_TOKENS
     sums, captured = (gradients, half) if replayed else (0.0, 0.0)
     offloaded = on_gpu and config.offload_embeddings
-    at_loss, after_loss = (AT_LOSS_OFFLOADED, 0) if offloaded else (AT_LOSS, _AFTER_LOSS)
+    at_loss, after_loss = (LOSS_BYTES_OFFLOADED, 0) if offloaded else (LOSS_BYTES, _AFTER_LOSS)
     workspace = _workspace(config, batch.queries, passages, width, on_gpu, ranks)
     gathered = divided.gathered(towers, 2 if on_gpu and precision == "bf16" else 4)
     exchanged = _exchanged(passages, width, ranks, config)
@@ -197,7 +197,7 @@ class _Divided:
             return 0.0
         largest = 0.0
         for encoder in towers.encoders:
-            layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(encoder)]
+            layers = [sum(p.numel() for p in layer.parameters()) for layer in transformer_layers(encoder)]
             outside = sum(p.numel() for p in encoder.parameters()) - sum(layers)
             largest = max(largest, (2 * number_bytes + 4) * max(layers) + (number_bytes + 4) * outside)
         return largest
@@ -211,7 +211,7 @@ def _graphs(towers: Towers, precision: Precision, batch: PreparedBatch) -> list[
         own = sizes[len(found) : len(found) + len(group.micro_batches)]
         if own:
             largest = int(np.argmax(own))
-            held = held_bytes(towers, precision, partial(group.embed, towers, group.micro_batches[largest]))
+            held = measure_graph_bytes(towers, precision, partial(group.embed, towers, group.micro_batches[largest]))
             found += [held * size / max(1, own[largest]) for size in own]
     return found
 

@@ -15,8 +15,8 @@ from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
 from retriever.data.source_prompts import save_source_prompts
 from retriever.distributed.agreement import Content
 from retriever.distributed.ranks import Ranks
-from retriever.models.loading.hashes import write_sums
-from retriever.models.sharded_tensors import gathered
+from retriever.models.loading.checksums import write_checksums
+from retriever.models.sharded_tensors import gather_tensors
 from retriever.models.towers import build_towers
 from retriever.training.checkpoint import (
     TrainState,
@@ -96,7 +96,7 @@ class RunFolder:
     def save_model(self, towers: Any, config: TrainConfig, *, divided: bool) -> None:
         """Write the model folder, whole towers also where they are `divided` among the processes."""
         if divided:
-            weights = gathered(towers.state_dict(), keep=self.ranks.first)
+            weights = gather_tensors(towers.state_dict(), keep=self.ranks.first)
         if not self.ranks.first:
             return
         if divided:
@@ -104,7 +104,7 @@ class RunFolder:
             towers.load_state_dict(weights)
         with atomic_folder(self.path / "model") as folder:
             towers.save(folder)
-            write_sums(folder)
+            write_checksums(folder)
 
 
 def cache_of(config: TrainConfig, run: Path) -> Path:

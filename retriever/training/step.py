@@ -11,12 +11,12 @@ from torch import Tensor
 
 from losses import InfCLLoss, SigmoidLoss
 from retriever.config.run import TrainConfig
-from retriever.data.micro_batches import Group, PreparedBatch
+from retriever.data.micro_batches import PreparedBatch, TowerInputs
 from retriever.distributed.gradients import average_gradients
 from retriever.distributed.ranks import Ranks
 from retriever.models.fsdp import is_sharded
 from retriever.models.memory import GraphMemory
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.mixed_precision import mixed_precision
 from retriever.models.sharded_tensors import clip_gradients
 from retriever.models.towers import Towers
 from retriever.training import grad_cache
@@ -29,7 +29,7 @@ from retriever.utils.device import Precision, autocast, to_device
 class MicroBatch:
     """What passes through a tower at once: rows of one group."""
 
-    group: Group
+    group: TowerInputs
     rows: np.ndarray
     """None of them where a rank takes part in another's micro-batch: divided towers are gathered by all."""
 
@@ -66,13 +66,13 @@ class TrainStep:
         micro_batches, keep = self._micro_batches(batch)
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
-            query, passage = batch.arrange(embeddings, device)
+            query, passage = batch.merge_embeddings(embeddings, device)
             # Inside, so that the loss's precision "auto" is the towers'.
             with autocast(device, self.precision):
                 loss = self.loss(query, passage, **self._masks(batch, device))
             return self.scaler.scale(loss)
 
-        with arithmetic(self.towers, self.precision):
+        with mixed_precision(self.towers, self.precision):
             scaled = grad_cache.backward(
                 lambda micro: micro.embed(self.towers),
                 micro_batches,
@@ -97,7 +97,7 @@ class TrainStep:
         """What passes through the towers, and how much of it, the last, keeps its graph; of divided towers as many
         and the same ones on all ranks."""
         sizes, lists = batch.micro_batch_tokens, [group.micro_batches for group in batch.groups]
-        keep = self.graphs.keep(sizes)
+        keep = self.graphs.kept(sizes)
         if is_sharded(self.towers):
             counts = [int(self.ranks.most(len(rows))) for rows in lists]
             lists = [

@@ -17,7 +17,7 @@ from index.files import InputError
 from index.progress import Reporter
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import with_absolute_paths
-from retriever.data.loading import open_training
+from retriever.data.loading import open_training_data
 from retriever.data.micro_batches import PreparedBatch
 from retriever.distributed.agreement import Content, agree, agree_on_folder, config_fields
 from retriever.distributed.context import own_device
@@ -77,7 +77,7 @@ class Trainer:
         if config.gradient_checkpointing:
             self.towers.enable_gradient_checkpointing()
         if self.device.type == "cuda":
-            self.towers.drop_padding()
+            self.towers.enable_packing()
         if config.compile:
             self.towers.compile_layers()
         self._sharded = config.shard_towers and ranks.group is not None
@@ -85,9 +85,9 @@ class Trainer:
             # From the host, since no device has room for all.
             shard_encoders(self.towers, self.precision, self.device, ranks.size)
         self.towers.to(self.device)
-        if note := self.towers.padding_note():
+        if note := self.towers.describe_padding():
             reporter.line(note)
-        if frozen := self.towers.frozen_note():
+        if frozen := self.towers.describe_frozen():
             reporter.line(frozen)
         self.loss = build_loss(config.loss, ranks).to(self.device)
         self.graphs = graphs = GraphMemory.plan(
@@ -109,7 +109,7 @@ class Trainer:
         self.dev = open_dev(config)
         cache = cache_of(config, run)
         with ranks.first_before_others():
-            self.batches, sources = open_training(
+            self.batches, sources = open_training_data(
                 config,
                 self.towers,
                 cache,
@@ -117,7 +117,7 @@ class Trainer:
                 token_budget=graphs.micro_batch_tokens,
                 reporter=reporter,
                 share=ranks.share,
-                planned=isinstance(ranks, PlannedRanks),
+                dry_run=isinstance(ranks, PlannedRanks),
             )
         self._step = TrainStep(
             config,
@@ -218,7 +218,7 @@ class Trainer:
             precision=self.precision,
             ranks=self.ranks.size,
             # The one at hand, and two of each worker; the workers' own are theirs on the host.
-            batches_waiting=self.batches.waiting(workers),
+            batches_waiting=self.batches.in_memory(workers),
         )
 
     def train(self, *, profile: bool = False) -> Path:
@@ -279,7 +279,7 @@ class Trainer:
             for number, batch in enumerate(self._until_early_stop(loader)):
                 if number == 0:
                     where = " (the first process)" if self.ranks.size > 1 else ""
-                    self.reporter.line(self.graphs.described(batch.micro_batch_tokens) + where)
+                    self.reporter.line(self.graphs.describe(batch.micro_batch_tokens) + where)
                 batch = with_pool_false_negatives(batch, self.ranks, self.batches.known)
                 found = batch.false_negatives if config.loss.masks_false_negatives else None
                 if not told_of_no_negatives and found is not None and found.no_negatives:

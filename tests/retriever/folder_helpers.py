@@ -83,7 +83,7 @@ def ours(towers: Towers, side: Side, texts: list[str] = TEXTS) -> np.ndarray:
 def assert_embeds_alike(folder: str, *, padding_free: bool | None = None) -> None:
     """Ours are the vectors of sentence-transformers on both sides; without padding too, where that can be."""
     towers, bare = load_towers(folder), load_towers(folder)
-    dropped = bare.drop_padding()
+    dropped = bare.enable_packing()
     assert padding_free is None or dropped == padding_free
     # Not by Triton's interpreter, which is slow.
     with mock.patch.dict(os.environ):

@@ -21,7 +21,7 @@ from retriever.cli.terminal import Terminal
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import load_config
 from retriever.distributed.context import joined_ranks
-from retriever.models.sharded_tensors import own_part
+from retriever.models.sharded_tensors import local_part
 from retriever.training.trainer import Trainer
 
 
@@ -38,7 +38,7 @@ def trained(config: TrainConfig, out: Path, *, resume: bool = False) -> Callable
             held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
             moments = [t for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
             for tensors in (held, moments):
-                whole, here = (sum(tensor.numel() for tensor in some) for some in (tensors, map(own_part, tensors)))
+                whole, here = (sum(tensor.numel() for tensor in some) for some in (tensors, map(local_part, tensors)))
                 assert here <= 1.1 * whole / ranks.size, (here, whole)
 
     return run

@@ -1,1 +1,1 @@
-"""Pairs of an image and its captions: sources, decoding workers and batches."""
+"""Training data of images and captions: sources, decoding workers and batches."""

@@ -1,4 +1,4 @@
-"""Chunks of batches of pictures and captions: what one worker process reads, decodes and tokenizes at a time."""
+"""Chunks of batches of images and captions: the unit that a worker process reads, decodes and tokenizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from index.files import InputError
-from retriever.data.images.features import FeatureStore, PlannedFeatures
+from retriever.data.images.features import FeatureStore, PlaceholderFeatures
 from retriever.data.images.sources import BrokenPairError, PairSource
 from retriever.data.schedule import BatchSchedule
 from retriever.distributed.share import Share
@@ -21,11 +21,11 @@ from retriever.models.images.transforms import ImageTransform
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
 from retriever.utils.workers import become_worker
 
-# Pairs that a worker hands over at once: some MiB of pixels, so that many workers share one large batch.
-CHUNK = 128
-# Chunks that each worker makes ahead.
-_AHEAD = 2
-# Beside the keys in data/schedule.py and data/batches.py: crops, and which caption a row shows.
+# Pairs per chunk: a few MiB of pixels, so that many workers share one large batch.
+CHUNK_PAIRS = 128
+# Chunks that each worker prepares in advance.
+_PREFETCH = 2
+# Second word of the seed for crops and for drawing captions; see data/schedule.py and data/batches.py for the others.
 _PAIR = 4
 
 NO_TOKENS = TokenizedTexts(np.empty(0, np.int32), np.zeros(1, np.int64))
@@ -33,136 +33,146 @@ NO_TOKENS = TokenizedTexts(np.empty(0, np.int32), np.zeros(1, np.int64))
 
 @dataclass(frozen=True)
 class PairChunk:
-    """What a worker made of some rows of a batch: the pairs that could be read."""
+    """The readable pairs of some rows of a batch."""
 
-    pictures: Tensor | None
-    """As `ImageGroup.pixels`; none where they are in memory that the parent gave."""
+    images: Tensor | None
+    """Pixels or features as in `ImageInputs.pixels`; None if they are in shared memory of the parent process."""
     tokens: TokenizedTexts
     keys: list[str]
     captions: list[str]
-    known: list[tuple[str, ...]]
-    """All captions of each pair, of which one was drawn."""
+    """The caption of each pair, drawn from all its captions."""
+    all_captions: list[tuple[str, ...]]
+    """All captions of each pair."""
     broken: list[str]
-    """One line for each pair that is left out."""
-    failed: str = ""
-    """Why nothing can be read any more: as a text, since errors that pass between processes gain a traceback."""
+    """One line for each pair that could not be read."""
+    error: str = ""
+    """Message if the source as a whole cannot be read. A string, because exceptions from workers gain a traceback."""
 
 
 @dataclass(frozen=True)
 class PairReader:
-    """Reads pairs of one source and makes them ready; picklable."""
+    """Reads, decodes and tokenizes pairs of one source. Picklable."""
 
     source: PairSource
     transform: ImageTransform
     augment: bool
+    """Whether images are randomly cropped."""
     tokenizer: TextTokenizer
     prompt: str
+    """Prompt of the captions."""
     max_broken: float
-    """Share of the pairs read that may be left out."""
-    features: FeatureStore | PlannedFeatures | None = None
-    """Of a locked tower, instead of pixels."""
+    """Largest fraction of pairs that may be broken."""
+    features: FeatureStore | PlaceholderFeatures | None = None
+    """Features of a locked image encoder, read instead of pixels."""
 
-    def memory(self, *rows: int) -> Tensor:
-        """Room [*rows, ...] for pictures or features; in pages of 2 MiB where numpy asks for them, faster to fill."""
+    def allocate(self, *rows: int) -> Tensor:
+        """Return uninitialized memory [*rows, …] for pixels or features."""
+        # numpy's memory may have pages of 2 MiB, which are filled faster.
         if self.features is None:
             return torch.from_numpy(np.empty((*rows, 3, *self.transform.size), dtype=np.uint8))
         return torch.from_numpy(np.empty((*rows, self.features.width), dtype=np.float16))
 
-    def __call__(self, rows: Sequence[int], seeds: Sequence[list[int]], into: Tensor | None = None) -> PairChunk:
-        """The pairs of these rows; a seed decides on the crop and on the caption.
+    def __call__(self, rows: Sequence[int], seeds: Sequence[list[int]], out: Tensor | None = None) -> PairChunk:
+        """Read the pairs of some rows.
 
         Args:
-            into: memory for the pictures, as `memory` gives it, at least as many as rows.
+            rows: The rows.
+            seeds: Seed of each row, which determines the crop and the caption.
+            out: Memory from `allocate` for at least `len(rows)` images. Default: None, newly allocated.
         """
-        pictures = self.memory(len(rows)) if into is None else into
+        images = self.allocate(len(rows)) if out is None else out
         keys: list[str] = []
-        captions, known, broken = [], [], []
+        captions, all_captions, broken = [], [], []
         for row, seed in zip(rows, seeds, strict=True):
-            chance = np.random.default_rng(seed)
+            generator = np.random.default_rng(seed)
             try:
                 pair = self.source.read(row, self.features is None)
                 if self.features is not None:
-                    picture = self.features.read(row, pair.place)
+                    image = self.features.read(row, pair.location)
                 elif self.augment:
-                    picture = self.transform.augmented(pair.open(), chance)
+                    image = self.transform.augment(pair.open(), generator)
                 else:
-                    picture = self.transform.pixels(pair.open())
+                    image = self.transform.pixels(pair.open())
             except BrokenPairError as error:
                 broken.append(str(error))
                 continue
-            pictures[len(keys)] = picture
+            images[len(keys)] = image
             keys.append(pair.key)
-            captions.append(pair.captions[chance.integers(len(pair.captions))])
-            known.append(pair.captions)
+            captions.append(pair.captions[generator.integers(len(pair.captions))])
+            all_captions.append(pair.captions)
         texts = [self.prompt + caption for caption in captions]
-        # Tokenizers fail on no texts at all.
+        # Tokenizers raise an error for an empty list.
         tokens = self.tokenizer(texts) if texts else NO_TOKENS
-        return PairChunk(pictures[: len(keys)] if into is None else None, tokens, keys, captions, known, broken)
+        return PairChunk(images[: len(keys)] if out is None else None, tokens, keys, captions, all_captions, broken)
 
 
 class Chunks(Dataset[PairChunk]):
-    """Chunk by chunk, the batches of all steps; in whichever process asks for them."""
+    """Dataset of the chunks of all batches, in the order of the steps."""
 
     def __init__(self, readers: Sequence[PairReader], schedule: BatchSchedule, share: Share) -> None:
         self.readers, self.schedule, self._share = list(readers), schedule, share
         self._slots: Tensor | None = None
 
-    def _over(self, workers: int) -> Chunks:
-        """The same, with memory that `workers` processes share: they write pictures into it, chunk after chunk.
+    def _with_shared_memory(self, workers: int) -> Chunks:
+        """Return a copy whose workers write images into shared memory, which is reused.
 
-        Pages of shared memory cost their first use as much as a twentieth of decoding what fills them.
+        The first use of a page of shared memory takes a twentieth of the time of decoding the images that fill it.
         """
         chunks = copy.copy(self)
         if workers:
-            # A loader asks for the next chunk before it gives one away.
-            chunks._slots = self.readers[0].memory(_AHEAD * workers + 2, CHUNK).share_memory_()
+            # DataLoader requests the next chunk before it returns one.
+            chunks._slots = self.readers[0].allocate(_PREFETCH * workers + 2, CHUNK_PAIRS).share_memory_()
         return chunks
 
-    def _pictures(self, number: int, chunk: PairChunk) -> Tensor:
-        if chunk.pictures is not None:
-            return chunk.pictures
+    def _images(self, number: int, chunk: PairChunk) -> Tensor:
+        if chunk.images is not None:
+            return chunk.images
         assert self._slots is not None
         return self._slots[number % len(self._slots)][: len(chunk.keys)]
 
-    def places(self, source: int) -> range:
-        """This process's places within a batch of a source."""
+    def positions(self, source: int) -> range:
+        """Return this process's positions in a batch of a source."""
         return self._share.of(self.schedule.batch_rows(source))
 
     @property
-    def most(self) -> int:
-        """Pairs of the largest batch."""
-        return max(len(self.places(source)) for source in range(len(self.readers)))
+    def max_pairs(self) -> int:
+        """Number of this process's pairs in the largest batch."""
+        return max(len(self.positions(source)) for source in range(len(self.readers)))
 
     @property
-    def a_batch(self) -> int:
-        """Chunks of each batch; of a smaller one the last may be empty."""
-        return -(-self.most // CHUNK)
+    def per_batch(self) -> int:
+        """Number of chunks of every batch. The last chunks of a smaller batch may be empty."""
+        return -(-self.max_pairs // CHUNK_PAIRS)
 
     def __len__(self) -> int:
-        return len(self.schedule) * self.a_batch
+        return len(self.schedule) * self.per_batch
 
     def __getitem__(self, number: int) -> PairChunk:
-        step, chunk = divmod(number, self.a_batch)
+        step, chunk = divmod(number, self.per_batch)
         source, rows = self.schedule.rows(step)
-        mine = self.places(source)[chunk * CHUNK : (chunk + 1) * CHUNK]
-        seeds = [[self.schedule.seed, _PAIR, step, place] for place in mine]
-        into = None if self._slots is None else self._slots[number % len(self._slots)]
+        positions = self.positions(source)[chunk * CHUNK_PAIRS : (chunk + 1) * CHUNK_PAIRS]
+        seeds = [[self.schedule.seed, _PAIR, step, position] for position in positions]
+        out = None if self._slots is None else self._slots[number % len(self._slots)]
         try:
-            return self.readers[source](rows[mine.start : mine.stop].tolist(), seeds, into)
+            return self.readers[source](rows[positions.start : positions.stop].tolist(), seeds, out)
         except InputError as error:
             return _failed(str(error))
         except OSError as error:
             return _failed(f"{error.filename or self.readers[source].source.name}: {error.strerror or error}")
 
-    def loaded(self, start: int, workers: int) -> Generator[tuple[PairChunk, Tensor], None, None]:
-        """The chunks from number `start`, each with its pictures, which are there until the next one is asked for.
+    def load(self, start: int, workers: int) -> Generator[tuple[PairChunk, Tensor], None, None]:
+        """Iterate over the chunks and their images.
 
-        The processes end when the iterator does, or is closed.
+        The images of a chunk are valid until the next chunk is requested. The worker processes end with the iterator.
+
+        Args:
+            start: Number of the first chunk.
+            workers: Number of worker processes; 0: the calling process.
 
         Raises:
-            InputError: a source can no longer be read.
+            InputError: If a source cannot be read.
         """
-        chunks = self._over(workers)
+        chunks = self._with_shared_memory(workers)
         stream: Any = iter(
             DataLoader(
                 chunks,
@@ -171,28 +181,28 @@ class Chunks(Dataset[PairChunk]):
                 num_workers=workers,
                 collate_fn=_unchanged,
                 generator=torch.Generator(),
-                prefetch_factor=_AHEAD if workers else None,
+                prefetch_factor=_PREFETCH if workers else None,
                 worker_init_fn=become_worker if workers else None,
             )
         )
-        # Called here, for processes are best started by the main thread.
-        return chunks._given(stream, start, workers)
+        # A separate generator function, so that the workers are started now, by the calling thread.
+        return chunks._iterate(stream, start, workers)
 
-    def _given(self, stream: Any, start: int, workers: int) -> Generator[tuple[PairChunk, Tensor], None, None]:
+    def _iterate(self, stream: Any, start: int, workers: int) -> Generator[tuple[PairChunk, Tensor], None, None]:
         try:
             for number, chunk in enumerate(stream, start=start):
-                if chunk.failed:
-                    raise InputError(chunk.failed)
-                yield chunk, self._pictures(number, chunk)
+                if chunk.error:
+                    raise InputError(chunk.error)
+                yield chunk, self._images(number, chunk)
         finally:
             if workers:
-                # Not left to the garbage collector: a traceback may hold the iterator until the interpreter ends, which
-                # then waits for processes that nobody has told to stop.
+                # A traceback may keep the iterator alive until the interpreter exits, which would then wait for the
+                # workers forever.
                 stream._shutdown_workers()
 
 
-def _failed(reason: str) -> PairChunk:
-    return PairChunk(torch.empty(0), NO_TOKENS, [], [], [], [], reason)
+def _failed(message: str) -> PairChunk:
+    return PairChunk(torch.empty(0), NO_TOKENS, [], [], [], [], message)
 
 
 def _unchanged(chunk: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a locked image encoder makes of every picture of a source: computed once, read from a memory-mapped file."""
+"""Features of images by a locked image encoder, computed once and stored in a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from torch.utils.data import DataLoader, Dataset
 from index.files import atomic_path, read_json, write_json
 from retriever.data.images.sources import BrokenPairError, PairSource
 from retriever.models.images.transforms import ImageTransform
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.mixed_precision import mixed_precision
 from retriever.utils.device import Precision, to_device
 from retriever.utils.workers import become_worker, started
 
 if TYPE_CHECKING:
     from retriever.models.images.towers import ImageTextTowers
 
-# Rows between two notes of how far a computation has come; at most so many are computed again.
-_NOTED = 16384
+# Rows after which the progress is stored; at most this many are computed again after an interruption.
+_CHECKPOINT_ROWS = 16384
 
 
 class FeatureStore:
-    """Features [rows, width], float16 on disk, of one source by one encoder; picklable."""
+    """Features [rows, width] of the images of one source, float16, memory-mapped. Picklable."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,54 +40,55 @@ class FeatureStore:
 
     @property
     def width(self) -> int:
-        """Length of each."""
+        """Dimension of the features."""
         return int(self._rows.shape[1])
 
-    def read(self, row: int, place: str) -> Tensor:
-        """float16 [width].
+    def read(self, row: int, location: str) -> Tensor:
+        """Return the features of a row, float16 [width].
 
         Raises:
-            BrokenPairError: the picture could not be read.
+            BrokenPairError: If the image could not be read when the features were computed. The message starts with
+                `location`.
         """
-        found = np.array(self._rows[row])
-        if np.isnan(found[0]):
-            raise BrokenPairError(f"{place}: picture that could not be read when features were computed")
-        return torch.from_numpy(found)
+        features = np.array(self._rows[row])
+        if np.isnan(features[0]):
+            raise BrokenPairError(f"{location}: the image could not be read when features were computed")
+        return torch.from_numpy(features)
 
     def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path]]:
         return FeatureStore, (self.path,)
 
 
 @dataclass(frozen=True)
-class PlannedFeatures:
-    """In place of a FeatureStore while a run is only planned, not made: zeros, for which no picture is encoded."""
+class PlaceholderFeatures:
+    """Zeros in place of a FeatureStore, for a dry run, in which no image is encoded."""
 
     width: int
 
-    def read(self, row: int, place: str) -> Tensor:
-        """float16 [width]."""
+    def read(self, row: int, location: str) -> Tensor:
+        """Return zeros, float16 [width]."""
         return torch.zeros(self.width, dtype=torch.float16)
 
 
-class _Pictures(Dataset[Tensor]):
-    """uint8 [n, 3, height, width] of each run of rows, with a last row of flags: whether a picture could be read."""
+class _PixelBatches(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of consecutive images: pixels, uint8 [n, 3, height, width], and whether each was readable, bool [n]."""
 
-    def __init__(self, source: PairSource, transform: ImageTransform, first: int, at_once: int) -> None:
-        self.source, self.transform, self.first, self.at_once = source, transform, first, at_once
+    def __init__(self, source: PairSource, transform: ImageTransform, start: int, batch_size: int) -> None:
+        self.source, self.transform, self.start, self.batch_size = source, transform, start, batch_size
 
     def __len__(self) -> int:
-        return -(-(len(self.source) - self.first) // self.at_once)
+        return -(-(len(self.source) - self.start) // self.batch_size)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        start = self.first + number * self.at_once
-        rows = range(start, min(start + self.at_once, len(self.source)))
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        start = self.start + number * self.batch_size
+        rows = range(start, min(start + self.batch_size, len(self.source)))
         pixels = torch.zeros(len(rows), 3, *self.transform.size, dtype=torch.uint8)
         readable = torch.ones(len(rows), dtype=torch.bool)
-        for place, row in enumerate(rows):
+        for position, row in enumerate(rows):
             try:
-                pixels[place] = self.transform.pixels(self.source.read(row).open())
+                pixels[position] = self.transform.pixels(self.source.read(row).open())
             except BrokenPairError:
-                readable[place] = False
+                readable[position] = False
         return pixels, readable
 
 
@@ -97,61 +98,63 @@ def compute_features(
     cache: Path,
     precision: Precision,
     *,
-    at_once: int,
+    batch_size: int,
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> FeatureStore:
-    """The features of all pictures of a source, in the folder `cache`; computed unless they are there already.
+    """Compute the features of all images of a source, unless they are in the folder `cache`.
 
-    They are known by the encoder's weights, the transform, the precision and the source's pictures. A computation that
-    was killed goes on where it had come to.
+    They are identified by the encoder's weights, the transform, the precision and the images. An interrupted
+    computation is resumed.
 
     Args:
-        towers: on the device to use; its mode is left as it was found.
-        at_once: pictures that pass through the encoder together.
-        workers: processes that decode.
-        progress: called with the number of pictures done since the last call, those of an earlier run included.
+        towers: Towers on the device to use. Their training mode is restored afterwards.
+        source: The images.
+        cache: Folder for the features.
+        precision: Precision of the encoder.
+        batch_size: Number of images that pass through the encoder together.
+        workers: Number of processes that decode images. Default: 0, the calling process.
+        progress: Called with the number of images done since the last call, including those of an earlier run.
     """
-    known = [towers.image_fingerprint(), precision, source.pictures_sha256()]
-    key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    path, about = cache / f"{key}.npy", cache / f"{key}.json"
+    identity = [towers.image_fingerprint(), precision, source.images_sha256()]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    path, state = cache / f"{key}.npy", cache / f"{key}.json"
     cache.mkdir(parents=True, exist_ok=True)
-    if not about.exists():
-        # Memory-mapped and filled in place; the note beside it says how far, so that no torn row is taken for whole.
+    if not state.exists():
+        # The file is filled in place. The JSON file states how many rows are complete.
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            header = np.lib.format.header_data_from_array_1_0(np.empty((0, towers.image_width), np.float16))
-            np.lib.format.write_array_header_1_0(file, {**header, "shape": (len(source), towers.image_width)})
-            file.truncate(file.tell() + len(source) * towers.image_width * 2)
-        write_json(about, {"rows": 0})
-    done = int(read_json(about)["rows"])
+            header = np.lib.format.header_data_from_array_1_0(np.empty((0, towers.image_feature_dim), np.float16))
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (len(source), towers.image_feature_dim)})
+            file.truncate(file.tell() + len(source) * towers.image_feature_dim * 2)
+        write_json(state, {"rows": 0})
+    done = int(read_json(state)["rows"])
     if progress is not None and done:
         progress(done)
     if done == len(source):
         return FeatureStore(path)
     features = np.load(path, mmap_mode="r+")
-    pictures = _Pictures(source, towers.transform, done, at_once)
     loader = DataLoader(
-        pictures,
+        _PixelBatches(source, towers.transform, done, batch_size),
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),
         worker_init_fn=become_worker if workers else None,
     )
-    training, noted = towers.training, done
+    training, saved = towers.training, done
     towers.eval()
     try:
-        with arithmetic(towers, precision), torch.inference_mode():
+        with mixed_precision(towers, precision), torch.inference_mode():
             for pixels, readable in started(loader):
-                found = towers.image_features(to_device(pixels, towers.device)).half().cpu()
-                found[~readable] = torch.nan
-                features[done : done + len(found)] = found.numpy()
-                done += len(found)
-                if done - noted >= _NOTED or done == len(source):
+                batch = towers.image_features(to_device(pixels, towers.device)).half().cpu()
+                batch[~readable] = torch.nan
+                features[done : done + len(batch)] = batch.numpy()
+                done += len(batch)
+                if done - saved >= _CHECKPOINT_ROWS or done == len(source):
                     features.flush()
-                    write_json(about, {"rows": done})
-                    noted = done
+                    write_json(state, {"rows": done})
+                    saved = done
                 if progress is not None:
-                    progress(len(found))
+                    progress(len(batch))
     finally:
         towers.train(training)
     return FeatureStore(path)

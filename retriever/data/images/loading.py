@@ -1,4 +1,4 @@
-"""From a run's configuration to its batches of pictures and captions."""
+"""Opening the training data of a run on images and captions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from index.progress import Reporter
 from retriever.config.run import TrainConfig
-from retriever.data.images.batches import ImageBatches
+from retriever.data.images.batches import ImageBatches, MicroBatchSettings
 from retriever.data.images.chunks import PairReader
-from retriever.data.images.features import FeatureStore, PlannedFeatures, compute_features
+from retriever.data.images.features import FeatureStore, PlaceholderFeatures, compute_features
 from retriever.data.images.sources import FilePairs, PairSource, open_pairs
 from retriever.data.known_positives import find_known_positives
 from retriever.data.schedule import BatchSchedule
@@ -28,16 +28,19 @@ def open_image_batches(
     token_budget: int,
     reporter: Reporter,
     share: Share | None = None,
-    planned: bool = False,
+    dry_run: bool = False,
 ) -> tuple[ImageBatches, tuple[str, ...]]:
-    """Every batch of a run on pictures, in order, and what identifies its sources.
+    """Open the training data of a run on images and captions.
 
-    With a locked image tower the features of all pictures are computed first, unless the cache holds them or the run
-    is only `planned`.
+    If the image tower is locked, the features of all images are computed first, unless they are in the cache or this is
+    a dry run. See `retriever.data.loading.open_training_data` for the arguments.
+
+    Returns:
+        The batches and the sha256 of each source.
 
     Raises:
-        ConfigError: there is no source.
-        InputError: a source is missing, broken, empty, or has too few pairs for a batch.
+        ConfigError: If there is no source of images, or there is a source of texts.
+        InputError: If a source is missing, broken or empty, or has too few pairs for a batch.
     """
     if not config.data.images or config.data.sources:
         raise ConfigError("data: expected data.images, and no data.sources, for a model with an image tower")
@@ -49,15 +52,21 @@ def open_image_batches(
         reporter.line(f"{source.path}: {len(sources[-1]):,} pairs")
         for notice in sources[-1].notices:
             reporter.line(f"{source.path}: {notice}")
-    features: list[FeatureStore | PlannedFeatures | None] = [None] * len(sources)
-    if image.lock == "image" and planned:
-        features = [PlannedFeatures(towers.image_width) for _ in sources]
+    features: list[FeatureStore | PlaceholderFeatures | None] = [None] * len(sources)
+    if image.lock == "image" and dry_run:
+        features = [PlaceholderFeatures(towers.image_feature_dim) for _ in sources]
     elif image.lock == "image":
-        at_once = max(1, token_budget // towers.image_tokens)
+        batch_size = max(1, token_budget // towers.image_tokens)
         for number, pairs in enumerate(sources):
-            with reporter.bar(f"features of {pairs.name}", len(pairs), "pictures") as advance:
+            with reporter.bar(f"features of {pairs.name}", len(pairs), "images") as advance:
                 features[number] = compute_features(
-                    towers, pairs, cache / "features", precision, at_once=at_once, workers=workers, progress=advance
+                    towers,
+                    pairs,
+                    cache / "features",
+                    precision,
+                    batch_size=batch_size,
+                    workers=workers,
+                    progress=advance,
                 )
     schedule = BatchSchedule(
         [len(pairs) for pairs in sources],
@@ -69,7 +78,7 @@ def open_image_batches(
         names=[source.path for source in config.data.images],
         processes=1 if share is None else share.size,
     )
-    for line in schedule.lines():
+    for line in schedule.describe():
         reporter.line(line)
     readers = [
         PairReader(
@@ -83,17 +92,19 @@ def open_image_batches(
         )
         for pairs, source, store in zip(sources, config.data.images, features, strict=True)
     ]
-    # A tar or a dataset shows an image once, with all its captions; rows of a table may name it several times.
+    # Rows of a table may name the same image. In tars and datasets every image is one row, with all its captions.
     tables = [pairs.table for pairs in sources if isinstance(pairs, FilePairs)]
     batches = ImageBatches(
         readers,
         schedule,
-        # Features of a locked tower pass through its projection alone.
-        image_tokens=1 if image.lock == "image" else towers.image_tokens,
-        token_budget=token_budget,
-        padded=not towers.padding_free,
-        device=towers.device.type,
-        say=reporter.line,
+        MicroBatchSettings(
+            # Features of a locked encoder pass only through the projection.
+            image_tokens=1 if image.lock == "image" else towers.image_tokens,
+            token_budget=token_budget,
+            padded=not towers.padding_free,
+            device=towers.device.type,
+        ),
+        report=reporter.line,
         known=find_known_positives(tables, cache, reporter) if tables and config.loss.masks_false_negatives else None,
         share=share,
     )

@@ -1,4 +1,4 @@
-"""Pairs of a picture and its captions by row: from tars, from files that name pictures, from Hugging Face datasets."""
+"""Pairs of an image and its captions by row: from tars, from tables with image paths, from Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -23,88 +23,104 @@ from retriever.models.images.transforms import open_image
 
 @dataclass(frozen=True)
 class RawPair:
-    """A picture as it lies on the disk, with its captions."""
+    """An encoded image with its captions."""
 
-    picture: bytes
+    image: bytes
     captions: tuple[str, ...]
     """At least one; none is empty."""
     key: str
-    """The same for rows that show the same picture."""
-    place: str
-    """For messages."""
+    """Equal for rows with the same image."""
+    location: str
+    """File and position, for messages."""
 
     def open(self) -> Image.Image:
-        """The picture, decoded.
+        """Decode the image.
 
         Raises:
-            BrokenPairError: it is broken, no picture, or too large.
+            BrokenPairError: If the file is damaged, not an image, or too large.
         """
         try:
-            return open_image(self.picture, self.place)
+            return open_image(self.image, self.location)
         except InputError as error:
             raise BrokenPairError(str(error)) from None
 
 
 class BrokenPairError(InputError):
-    """A pair that cannot be used, though the source as a whole can."""
+    """A single pair cannot be used."""
 
 
 class PairSource(Protocol):
-    """The pairs of one source; picklable."""
+    """The pairs of one source. Picklable."""
 
     name: str
+    """Path of the source, for messages."""
     notices: list[str]
-    left_out: int
-    """Pairs that are not here, because their picture or caption was seen to be missing before they are read."""
+    """One line for each kind of pair that was skipped when the source was opened."""
+    skipped: int
+    """Number of pairs that were skipped when the source was opened, because the image or the caption is missing."""
     sha256: str
+    """Identifies the pairs."""
 
     def __len__(self) -> int: ...
 
-    def read(self, row: int, picture: bool = True) -> RawPair:
-        """The pair of a row, without the bytes of its picture if they are not asked for.
+    def read(self, row: int, with_image: bool = True) -> RawPair:
+        """Return the pair of a row; `image` is empty unless `with_image`.
 
         Raises:
-            BrokenPairError: it lacks its picture or a caption.
+            BrokenPairError: If the image or the caption is missing.
         """
 
-    def pictures_sha256(self) -> str:
-        """What identifies the pictures, for what is computed of them once and kept."""
+    def images_sha256(self) -> str:
+        """Return a sha256 that identifies the images, for cached features."""
 
 
 def open_pairs(
     source: ImageSource, cache: Path, *, workers: int = 0, progress: Callable[[int], None] | None = None
 ) -> PairSource:
-    """Open a source; what must be indexed or converted for that is kept in the folder `cache`.
+    """Open a source of pairs.
+
+    Args:
+        source: The source.
+        cache: Folder for indexes of tars and converted tables.
+        workers: Number of processes that index tars. Default: 0, the calling process.
+        progress: Called with the number of tars or rows done since the last call.
 
     Raises:
-        InputError: it is missing, broken or empty, lacks a column, or has more pairs to leave out than it allows.
+        InputError: If the source is missing, broken or empty, lacks a column, or more than `source.max_broken` of its
+            pairs cannot be used.
     """
-    kind = source.format if source.format != "auto" else _kind(source.path)
+    format_ = source.format if source.format != "auto" else _detect_format(source.path)
     pairs: PairSource
-    if kind == "webdataset":
+    if format_ == "webdataset":
         pairs = TarPairs(source, index_shards(source.path, cache / "tars", workers=workers, progress=progress))
-    elif kind == "files":
+    elif format_ == "files":
         pairs = FilePairs.open(source, cache, progress)
     else:
         pairs = HuggingFacePairs(source)
-    every = pairs.left_out + len(pairs)
-    check_broken(source.path, pairs.left_out, every, source.max_broken, "; ".join(pairs.notices))
+    check_broken(source.path, pairs.skipped, pairs.skipped + len(pairs), source.max_broken, "; ".join(pairs.notices))
     return pairs
 
 
-def check_broken(name: str, broken: int, pairs: int, max_broken: float, which: str) -> None:
-    """Stop where too many pairs of a source cannot be used; a hundred are never too many.
+def check_broken(name: str, broken: int, pairs: int, max_broken: float, detail: str) -> None:
+    """Check the number of pairs that cannot be used. Up to 100 are always allowed.
+
+    Args:
+        name: Name of the source.
+        broken: Number of broken pairs.
+        pairs: Number of all pairs.
+        max_broken: Largest fraction of broken pairs.
+        detail: End of the message.
 
     Raises:
-        InputError: more than `max_broken` of them; it ends in `which`.
+        InputError: If too many pairs are broken.
     """
     if broken > max(100, max_broken * pairs):
         raise InputError(
-            f"{name}: {broken:,} of {pairs:,} pairs are broken, more than max_broken ({max_broken:g}) allows; {which}"
+            f"{name}: {broken:,} of {pairs:,} pairs are broken, more than max_broken ({max_broken:g}) allows; {detail}"
         )
 
 
-def _kind(path: str) -> str:
+def _detect_format(path: str) -> str:
     if path.endswith(".tar"):
         return "webdataset"
     folder = Path(path)
@@ -117,14 +133,19 @@ class TarPairs:
     """The pairs of webdataset tars."""
 
     def __init__(self, source: ImageSource, samples: ShardedSamples) -> None:
-        """Read captions as `source.caption` says: txt, a caption on each line; json:KEY, a text or a list of texts.
+        """Create the source.
+
+        Args:
+            source: `source.caption` names the members with captions: "txt", one caption per line, or "json:KEY", a text
+                or a list of texts. Default: txt if there are such members, otherwise json:caption.
+            samples: The samples of the tars.
 
         Raises:
-            InputError: it names something else, or nothing that any sample has.
+            InputError: If `source.caption` is invalid, or no sample has such a member.
         """
         self.source, self.samples = source, samples
         self.name, self.notices, self.sha256 = source.path, samples.notices, samples.sha256
-        self.left_out = samples.left_out
+        self.skipped = samples.skipped
         self.captions = source.caption or (("txt",) if samples.parts["txt"] else ("json:caption",))
         for caption in self.captions:
             part, _, key = caption.partition(":")
@@ -136,19 +157,19 @@ class TarPairs:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, row: int, picture: bool = True) -> RawPair:
-        """The pair of a row."""
-        place = self.samples.place(row)
-        content = self.samples.read(row, "picture") if picture else b""
+    def read(self, row: int, with_image: bool = True) -> RawPair:
+        """Return the pair of a row."""
+        location = self.samples.location(row)
+        content = self.samples.read(row, "image") if with_image else b""
         assert content is not None
-        captions = [text for caption in self.captions for text in self._texts(row, caption, place)]
-        return RawPair(content, _checked(captions, place), f"{self.sha256} {row}", place)
+        captions = [text for caption in self.captions for text in self._texts(row, caption, location)]
+        return RawPair(content, _nonempty(captions, location), f"{self.sha256} {row}", location)
 
-    def pictures_sha256(self) -> str:
-        """That of the tars."""
+    def images_sha256(self) -> str:
+        """Return the sha256 of the tars."""
         return self.sha256
 
-    def _texts(self, row: int, caption: str, place: str) -> list[Any]:
+    def _texts(self, row: int, caption: str, location: str) -> list[Any]:
         part, _, key = caption.partition(":")
         content = self.samples.read(row, part)
         if content is None:
@@ -156,30 +177,30 @@ class TarPairs:
         try:
             text = content.decode()
         except UnicodeDecodeError:
-            raise BrokenPairError(f"{place}: expected UTF-8 in .{part}") from None
+            raise BrokenPairError(f"{location}: expected UTF-8 in .{part}") from None
         if part == "txt":
             return text.splitlines()
         try:
-            about = parse_json(text, place)
+            metadata = parse_json(text, location)
         except InputError as error:
             raise BrokenPairError(str(error)) from None
-        if not isinstance(about, dict):
-            raise BrokenPairError(f"{place}: expected a JSON object in .json, found {text!r:.60}")
-        found = about.get(key)
-        return found if isinstance(found, list) else [found]
+        if not isinstance(metadata, dict):
+            raise BrokenPairError(f"{location}: expected a JSON object in .json, found {text!r:.60}")
+        value = metadata.get(key)
+        return value if isinstance(value, list) else [value]
 
 
 class FilePairs:
-    """The pairs of a table: a column with paths of pictures, and one or more with captions."""
+    """The pairs of a table with a column of image paths and a column of captions."""
 
     def __init__(self, table: ExampleTable, folder: Path) -> None:
         self.table, self.folder = table, folder
         self.name, self.notices, self.sha256 = table.name, table.notices, table.sha256
-        self.left_out = table.rows_skipped
+        self.skipped = table.rows_skipped
 
     @classmethod
     def open(cls, source: ImageSource, cache: Path, progress: Callable[[int], None] | None) -> FilePairs:
-        """Convert the table to a memory-mapped one, unless that was done before."""
+        """Open a table, converted to a memory-mapped one in `cache`. Paths are relative to the table's folder."""
         captions = source.caption or ("caption",)
         if len(captions) > 1:
             raise InputError(f"{source.path}: caption: expected one column (its cells may be lists), found {captions}")
@@ -191,19 +212,19 @@ class FilePairs:
     def __len__(self) -> int:
         return len(self.table)
 
-    def read(self, row: int, picture: bool = True) -> RawPair:
-        """The pair of a row."""
+    def read(self, row: int, with_image: bool = True) -> RawPair:
+        """Return the pair of a row."""
         example = self.table[row]
         path = self.folder / example.query
         try:
-            content = path.read_bytes() if picture else b""
+            content = path.read_bytes() if with_image else b""
         except (OSError, ValueError) as error:
-            # ValueError: a NUL in the name.
+            # ValueError: the name contains a NUL.
             raise BrokenPairError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        return RawPair(content, _checked(list(example.positives), str(path)), example.query, str(path))
+        return RawPair(content, _nonempty(list(example.positives), str(path)), example.query, str(path))
 
-    def pictures_sha256(self) -> str:
-        """Of the table, and of size and time of every file: a picture may be replaced under its name."""
+    def images_sha256(self) -> str:
+        """Return a sha256 of the table and of the size and modification time of every image file."""
         digest = hashlib.sha256(self.sha256.encode())
         for row in range(len(self)):
             try:
@@ -216,17 +237,17 @@ class FilePairs:
 
 
 class HuggingFacePairs:
-    """The pairs of a Hugging Face dataset with an image column; one of the hub is downloaded to its cache first."""
+    """The pairs of a Hugging Face dataset with an image column. Hub datasets are downloaded first."""
 
     def __init__(self, source: ImageSource) -> None:
-        """Open it.
+        """Open the dataset.
 
         Raises:
-            InputError: it cannot be read, or lacks a column.
+            InputError: If the dataset cannot be read or lacks a column.
         """
         self.source, self.name = source, source.path
         self.notices: list[str] = []
-        self.left_out = 0
+        self.skipped = 0
         self._dataset = load_huggingface(source.path, source.split, streaming=False)
         names = self._dataset.column_names
         self.captions = source.caption or ("caption" if "caption" in names else "text",)
@@ -244,35 +265,35 @@ class HuggingFacePairs:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def read(self, row: int, picture: bool = True) -> RawPair:
-        """The pair of a row."""
-        place = f"{self.name}: row {row}"
+    def read(self, row: int, with_image: bool = True) -> RawPair:
+        """Return the pair of a row."""
+        location = f"{self.name}: row {row}"
         cells = self._dataset[int(row)]
-        content = self._bytes(cells[self.source.image] or {}, place) if picture else b""
-        found = [cells[column] for column in self.captions]
-        texts = [text for cell in found for text in (cell if isinstance(cell, list) else [cell])]
-        return RawPair(content, _checked(texts, place), f"{self.sha256} {row}", place)
+        content = self._bytes(cells[self.source.image] or {}, location) if with_image else b""
+        captions = [cells[column] for column in self.captions]
+        texts = [text for cell in captions for text in (cell if isinstance(cell, list) else [cell])]
+        return RawPair(content, _nonempty(texts, location), f"{self.sha256} {row}", location)
 
-    def pictures_sha256(self) -> str:
-        """That of the dataset."""
+    def images_sha256(self) -> str:
+        """Return the sha256 of the dataset."""
         return self.sha256
 
-    def _bytes(self, picture: dict[str, Any], place: str) -> bytes:
-        content = picture.get("bytes")
+    def _bytes(self, cell: dict[str, Any], location: str) -> bytes:
+        content = cell.get("bytes")
         if content is None:
-            if not picture.get("path"):
-                raise BrokenPairError(f"{place}: expected a picture in column '{self.source.image}', found none")
+            if not cell.get("path"):
+                raise BrokenPairError(f"{location}: expected an image in column '{self.source.image}', found none")
             try:
-                content = Path(picture["path"]).read_bytes()
+                content = Path(cell["path"]).read_bytes()
             except OSError as error:
-                raise BrokenPairError(f"{picture['path']}: cannot be read: {error.strerror}") from None
+                raise BrokenPairError(f"{cell['path']}: cannot be read: {error.strerror}") from None
         return content
 
 
-def _checked(captions: list[Any], place: str) -> tuple[str, ...]:
-    """The captions that say something; tokenizers written in C end a text at its first NUL."""
+def _nonempty(captions: list[Any], location: str) -> tuple[str, ...]:
+    """Return the distinct non-empty captions, without NULs, at which tokenizers written in C would truncate them."""
     texts = [text.replace("\0", "\ufffd").strip() for text in captions if isinstance(text, str)]
-    found = tuple(dict.fromkeys(text for text in texts if text))
-    if not found:
-        raise BrokenPairError(f"{place}: expected a caption, found none that is not empty")
-    return found
+    nonempty = tuple(dict.fromkeys(text for text in texts if text))
+    if not nonempty:
+        raise BrokenPairError(f"{location}: expected a caption that is not empty, found none")
+    return nonempty

@@ -1,8 +1,8 @@
-"""webdataset tars by row: an index of where each picture and its captions lie, built once and memory-mapped.
+"""Random access to the samples of webdataset tars, with a memory-mapped index of the offsets of images and captions.
 
-A sample is the members of one tar that share a name up to its first dot: KEY.jpg (jpeg, png, webp) with KEY.txt or
-KEY.json. Reading goes by offset, so an epoch is a random permutation of all samples rather than of what a buffer holds,
-and a run resumes at any step by its number alone. It wants a disk that reads at random as fast as in order.
+A sample consists of the members of one tar with the same name up to the first dot: KEY.jpg (or jpeg, png, webp) with
+KEY.txt or KEY.json. Random access allows a random permutation of all samples in every epoch, without a shuffle buffer,
+and resuming at any step. The disk must read at random positions as fast as sequentially.
 """
 
 from __future__ import annotations
@@ -24,41 +24,42 @@ import numpy as np
 from index.files import InputError, atomic_path, read_json, sha256_file, write_json
 from retriever.data.sources import Notices
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VERSION = 2
-"""Raised when the index changes, so that one of an older form is not taken for it."""
+"""Version of the index. Indexes of other versions are not used."""
 
-# Open files a process; a large set has tens of thousands of shards.
-_MOST_OPEN = 256
-_PARTS = ("picture", "txt", "json")
+# Open files per process; large datasets have tens of thousands of shards.
+_MAX_OPEN_FILES = 256
+_PARTS = ("image", "txt", "json")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern stands for: {000..012} counts, with leading zeros; {a,b} lists; several multiply.
+    """Expand braces in a pattern: {000..012} is a range with leading zeros, {a,b} a list. There may be several.
 
     Raises:
-        InputError: a range that does not rise.
+        InputError: If the end of a range is below its start.
     """
-    found = _BRACES.search(pattern)
-    if found is None:
+    match = _BRACES.search(pattern)
+    if match is None:
         return [pattern]
-    inner = found[1]
-    if counted := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
-        first, last = counted[1], counted[2]
+    content = match[1]
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", content):
+        first, last = bounds[1], bounds[2]
         if int(first) > int(last):
-            raise InputError(f"{pattern}: expected a range that rises, found {{{inner}}}")
-        names = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+            raise InputError(f"{pattern}: expected an ascending range, found {{{content}}}")
+        choices = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
     else:
-        names = inner.split(",")
-    return [full for name in names for full in expand_braces(pattern[: found.start()] + name + pattern[found.end() :])]
+        choices = content.split(",")
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [name for choice in choices for name in expand_braces(before + choice + after)]
 
 
 def shard_paths(path: str) -> list[Path]:
-    """The tars that a pattern or a folder names, in order.
+    """Return the tars of a folder (sorted) or of a pattern with braces (in its order).
 
     Raises:
-        InputError: one is not there, or the folder holds none.
+        InputError: If a tar does not exist, or the folder has none.
     """
     folder = Path(path)
     shards = sorted(folder.glob("*.tar")) if folder.is_dir() else [Path(name) for name in expand_braces(path)]
@@ -71,47 +72,52 @@ def shard_paths(path: str) -> list[Path]:
 
 
 class ShardedSamples:
-    """The samples of many tars, by row; picklable, so that worker processes open their own files.
+    """The samples of many tars, by row. Picklable; worker processes open the files themselves.
 
     Attributes:
-        shards: the tars.
-        sha256: of all offsets and sizes with the shards' names: equal for equal tars, wherever they lie.
-        notices: one line for each kind of sample that was left out.
-        left_out: how many samples were.
+        shards: The tars.
+        sha256: Checksum of all offsets and sizes and the names of the tars; it does not depend on their folder.
+        parts: For "txt" and "json": whether any sample has such a member.
+        notices: One line for each kind of sample that was skipped.
+        skipped: Number of samples that were skipped.
     """
 
     def __init__(self, path: Path) -> None:
         """Open an index that `index_shards` wrote.
 
         Raises:
-            InputError: it is missing or damaged.
+            InputError: If the index is missing or damaged.
         """
         self.path = path
-        about = read_json(path.with_suffix(".json"))
-        self.shards = [Path(shard["path"]) for shard in about["shards"]]
-        self.sha256, self.parts = about["sha256"], about["parts"]
-        self.notices, self.left_out = about["notices"], about["left_out"]
-        # Per row: the shard, then offset and size of picture, txt and json; size -1 for a part that is not there.
+        metadata = read_json(path.with_suffix(".json"))
+        self.shards = [Path(shard["path"]) for shard in metadata["shards"]]
+        self.sha256, self.parts = metadata["sha256"], metadata["parts"]
+        self.notices, self.skipped = metadata["notices"], metadata["left_out"]
+        # Columns: shard, then offset and size of image, txt and json. The size of a missing part is -1.
         self._rows = np.load(path, mmap_mode="r")
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def place(self, row: int) -> str:
-        """Where a sample lies, for messages."""
-        found = self._rows[row]
-        return f"{self.shards[found[0]]}: picture at byte {found[1]}"
+    def location(self, row: int) -> str:
+        """Return the tar and the offset of a sample, for messages."""
+        entry = self._rows[row]
+        return f"{self.shards[entry[0]]}: image at byte {entry[1]}"
 
     def read(self, row: int, part: str) -> bytes | None:
-        """The picture, txt or json of a sample; none where it has none.
+        """Return a member of a sample, or None if the sample does not have it.
+
+        Args:
+            row: The sample.
+            part: "image", "txt" or "json".
 
         Raises:
-            InputError: the tar has been cut short since it was indexed.
+            InputError: If the tar was truncated after it was indexed.
         """
-        found = self._rows[row]
-        number = 1 + 2 * _PARTS.index(part)
-        shard, offset, size = int(found[0]), int(found[number]), int(found[number + 1])
+        entry = self._rows[row]
+        column = 1 + 2 * _PARTS.index(part)
+        shard, offset, size = int(entry[0]), int(entry[column]), int(entry[column + 1])
         if size < 0:
             return None
         content = os.pread(self._descriptor(shard), size, offset)
@@ -124,7 +130,7 @@ class ShardedSamples:
             self._open.move_to_end(shard)
         else:
             self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
-            if len(self._open) > _MOST_OPEN:
+            if len(self._open) > _MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
 
@@ -139,48 +145,51 @@ class ShardedSamples:
 def index_shards(
     path: str, cache: Path, *, workers: int = 0, progress: Callable[[int], None] | None = None
 ) -> ShardedSamples:
-    """Index tars into the folder `cache`, unless that was done before; each shard's part is kept as it is made.
+    """Index tars into the folder `cache`, unless the index is there already. Each tar's index is cached as well.
 
-    Samples without a picture, or with neither txt nor json, are left out and counted, and empty members taken for
-    missing ones.
+    Samples without an image, or with neither txt nor json, are skipped and counted. Empty members count as missing.
 
     Args:
-        workers: processes; headers alone are read, some 20,000 a second and process.
-        progress: called with the number of shards done since the last call.
+        path: A folder or a pattern with braces.
+        cache: Folder for the index.
+        workers: Number of processes. Only headers are read, about 20,000 per second and process. Default: 0, the
+            calling process.
+        progress: Called with the number of tars done since the last call.
 
     Raises:
-        InputError: a tar is missing, compressed or cut short, or there is no sample at all.
+        InputError: If a tar is missing, compressed or truncated, or there is no sample at all.
     """
     shards = shard_paths(path)
     stats = [shard.stat() for shard in shards]
-    about: list[dict[str, Any]] = [
+    identities: list[dict[str, Any]] = [
         {"path": str(shard.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         for shard, stat in zip(shards, stats, strict=True)
     ]
-    merged = cache / f"{_key(about)}.npy"
+    merged = cache / f"{_key(identities)}.npy"
     if not (merged.exists() and merged.with_suffix(".json").exists()):
-        parts = [(shard, cache / "shards" / f"{_key(one)}.npy") for shard, one in zip(shards, about, strict=True)]
-        _merge(path, parts, about, merged, workers, progress)
+        indexes = [cache / "shards" / f"{_key(identity)}.npy" for identity in identities]
+        _merge(path, list(zip(shards, indexes, strict=True)), identities, merged, workers, progress)
     return ShardedSamples(merged)
 
 
-def _key(about: Any) -> str:
-    return hashlib.sha256(json.dumps([VERSION, about], sort_keys=True).encode()).hexdigest()[:24]
+def _key(identity: Any) -> str:
+    return hashlib.sha256(json.dumps([VERSION, identity], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _merge(
     path: str,
-    parts: Sequence[tuple[Path, Path]],
-    about: list[dict[str, Any]],
+    shards: Sequence[tuple[Path, Path]],
+    identities: list[dict[str, Any]],
     merged: Path,
     workers: int,
     progress: Callable[[int], None] | None,
 ) -> None:
+    """Merge the indexes of all `shards`, pairs of a tar and its index, into the file `merged`."""
     notices = Notices()
     tables = []
-    for number, (rows, left_out) in enumerate(_indexed(parts, workers)):
-        for what, place in left_out:
-            notices.add(what, place)
+    for number, (rows, skipped) in enumerate(_index_all(shards, workers)):
+        for kind, location in skipped:
+            notices.add(kind, location)
         tables.append(np.concatenate([np.full((len(rows), 1), number), rows], axis=1))
         if progress is not None:
             progress(1)
@@ -192,66 +201,66 @@ def _merge(
     with atomic_path(merged) as temporary, open(temporary, "wb") as file:
         np.save(file, rows)
     digest = hashlib.sha256(sha256_file(merged).encode())
-    digest.update(json.dumps([[Path(one["path"]).name, one["bytes"]] for one in about]).encode())
-    has = {part: bool((rows[:, 2 + 2 * number] >= 0).any()) for number, part in enumerate(_PARTS)}
-    facts = {
+    digest.update(json.dumps([[Path(shard["path"]).name, shard["bytes"]] for shard in identities]).encode())
+    metadata = {
         "sha256": digest.hexdigest(),
         "notices": notices.lines(),
         "left_out": notices.count("samples left out"),
-        "parts": has,
-        "shards": about,
+        "parts": {part: bool((rows[:, 2 + 2 * number] >= 0).any()) for number, part in enumerate(_PARTS)},
+        "shards": identities,
     }
-    # Written last: where it stands, the index is whole.
-    write_json(merged.with_suffix(".json"), facts)
+    # Written last; if it exists, the index is complete.
+    write_json(merged.with_suffix(".json"), metadata)
 
 
-def _indexed(parts: Sequence[tuple[Path, Path]], workers: int) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
-    if workers > 1 and len(parts) > 1:
-        # Not forked: the parent may have threads.
-        with ProcessPoolExecutor(min(workers, len(parts)), mp_context=get_context("spawn")) as pool:
-            yield from pool.map(_index_one, parts, chunksize=max(1, min(16, len(parts) // (4 * workers))))
+def _index_all(shards: Sequence[tuple[Path, Path]], workers: int) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
+    if workers > 1 and len(shards) > 1:
+        # Spawned, because the parent process may have threads.
+        with ProcessPoolExecutor(min(workers, len(shards)), mp_context=get_context("spawn")) as pool:
+            yield from pool.map(_index_one, shards, chunksize=max(1, min(16, len(shards) // (4 * workers))))
     else:
-        yield from map(_index_one, parts)
+        yield from map(_index_one, shards)
 
 
-def _index_one(part: tuple[Path, Path]) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Rows [samples, 6] of one shard, and what was left out; from its part of the cache where that is there."""
-    shard, kept = part
-    if not (kept.exists() and kept.with_suffix(".json").exists()):
-        rows, left_out = _scan(shard)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(kept) as temporary, open(temporary, "wb") as file:
+def _index_one(shard: tuple[Path, Path]) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Return rows [samples, 6] and skipped samples of a tar, from its index, which is created if necessary."""
+    tar, index = shard
+    if not (index.exists() and index.with_suffix(".json").exists()):
+        rows, skipped = _scan(tar)
+        index.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(index) as temporary, open(temporary, "wb") as file:
             np.save(file, rows)
-        write_json(kept.with_suffix(".json"), {"left_out": left_out})
-    left_out = [(what, place) for what, place in read_json(kept.with_suffix(".json"))["left_out"]]
-    return np.load(kept), left_out
+        write_json(index.with_suffix(".json"), {"left_out": skipped})
+    skipped = [(kind, location) for kind, location in read_json(index.with_suffix(".json"))["left_out"]]
+    return np.load(index), skipped
 
 
 def _scan(shard: Path) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Read the headers of a tar: rows [samples, 6] of offsets and sizes, and (kind, location) of skipped samples."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                # What is read is where its header says; members are not kept, which tarfile would.
+                # tarfile would keep all members in memory.
                 tar.members = []  # type: ignore[attr-defined]
                 folder, _, name = member.name.rpartition("/")
                 if member.isreg() and not name.startswith((".", "__")):
                     key, _, extension = name.partition(".")
                     extension = extension.lower()
-                    part = "picture" if extension in PICTURES else extension
+                    part = "image" if extension in IMAGE_EXTENSIONS else extension
                     if part in _PARTS and member.size:
                         samples.setdefault(f"{folder}/{key}", {}).setdefault(part, (member.offset_data, member.size))
                     else:
                         samples.setdefault(f"{folder}/{key}", {})
     except tarfile.TarError as error:
         raise InputError(f"{shard}: expected an uncompressed tar, found one that cannot be read: {error}") from None
-    rows, left_out = [], []
-    for key, found in samples.items():
-        place = f"{shard}: {key.lstrip('/')}"
-        if "picture" not in found:
-            left_out.append(("samples left out for want of a picture", place))
-        elif len(found) == 1:
-            left_out.append(("samples left out for want of a caption", place))
+    rows, skipped = [], []
+    for key, parts in samples.items():
+        location = f"{shard}: {key.lstrip('/')}"
+        if "image" not in parts:
+            skipped.append(("samples left out without an image", location))
+        elif len(parts) == 1:
+            skipped.append(("samples left out without a caption", location))
         else:
-            rows.append([number for part in _PARTS for number in found.get(part, (0, -1))])
-    return np.array(rows, dtype=np.int64).reshape(-1, 6), left_out
+            rows.append([number for part in _PARTS for number in parts.get(part, (0, -1))])
+    return np.array(rows, dtype=np.int64).reshape(-1, 6), skipped

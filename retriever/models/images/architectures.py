@@ -1,4 +1,4 @@
-"""Vision transformers from scratch, by the names that the field gives them."""
+"""Vision transformers from scratch, by their usual names such as ViT-B/32."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ if TYPE_CHECKING:
 
 
 def write_new_vision_encoder(name: str, side: int | None, folder: Path) -> None:
-    """Randomly initialised weights of an architecture, with its image processor, as a Hugging Face folder.
+    """Write a randomly initialized vision encoder and its image processor as a Hugging Face folder.
 
-    Statistics and crop are CLIP's.
+    The pixel statistics and the crop are CLIP's.
 
     Args:
-        side: of the square of pixels; None: the architecture's own.
+        name: Architecture, a key of `ARCHITECTURES`.
+        side: Height and width of an image in pixels. None: the architecture's default.
+        folder: An existing folder.
 
     Raises:
-        ConfigError: the side does not fit the patches.
+        ConfigError: If the side is not a multiple of the patch size.
     """
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     side = side or ARCHITECTURES[name][1]
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    save_encoder(CLIPVisionModel(vision_settings(name, side)), folder)
+    save_encoder(CLIPVisionModel(vision_config(name, side)), folder)
     with writing_weights(folder):
         processor.save_pretrained(folder)
 
 
-def vision_settings(name: str, side: int) -> CLIPVisionConfig:
-    """What transformers must know to build an architecture for pictures of `side` x `side` pixels.
+def vision_config(name: str, side: int) -> CLIPVisionConfig:
+    """Return the transformers configuration of an architecture for images of `side` × `side` pixels.
 
-    The layers are CLIP's (a norm before the first of them, and one over the pooled class token) with the exact GELU,
-    as OpenCLIP trains them.
+    The layers are CLIP's, with a LayerNorm before the first layer and one after the pooled class token, and with the
+    exact GELU, as OpenCLIP trains them.
 
     Raises:
-        ConfigError: the side does not fit the patches.
+        ConfigError: If the side is not a multiple of the patch size.
     """
     from transformers import CLIPVisionConfig
 

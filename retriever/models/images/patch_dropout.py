@@ -1,4 +1,4 @@
-"""Patch dropout: a random part of a picture's patches passes through the tower in training (FLIP, arXiv 2212.00794)."""
+"""Patch dropout: in training, only a random part of an image's patches is used (FLIP, arXiv 2212.00794)."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from retriever.errors import ConfigError
 
 
 class PatchDropout:
-    """A hook behind the embeddings of a vision encoder, where every patch has its position already.
+    """Forward hook that drops random patches after the patch embeddings of a vision encoder.
 
-    The class token and registers, which stand before the patches, are kept. Each picture loses patches of its own,
-    all the same number. In evaluation nothing is left out.
+    Position embeddings have already been added there. The class token and register tokens, which come before the
+    patches, are kept. Every image loses the same number of patches, drawn independently. In evaluation mode nothing is
+    dropped.
+
+    Args:
+        rate: Fraction of the patches to drop.
     """
 
     def __init__(self, rate: float):
         self.rate = rate
 
     def attach(self, encoder: nn.Module) -> None:
-        """Put the hook into a vision encoder of transformers, or into the vision half of a whole checkpoint.
+        """Register the hook on a vision encoder of transformers, or on the vision encoder of a CLIP-like model.
 
         Raises:
-            ConfigError: the encoder has no embeddings known here.
+            ConfigError: If the encoder has no module `embeddings`.
         """
         vision: Any = getattr(encoder, "vision_model", encoder)
         embeddings = getattr(vision, "embeddings", None)
         if not isinstance(embeddings, nn.Module):
-            raise ConfigError(f"model.image.patch_dropout: not known for {type(encoder).__name__}; expected 0")
+            raise ConfigError(f"model.image.patch_dropout: not supported for {type(encoder).__name__}; expected 0")
         size = vision.config.patch_size
         self._patch = int(size if isinstance(size, int) else size[0])
         embeddings.register_forward_hook(self._drop, with_kwargs=True)
@@ -41,7 +45,7 @@ class PatchDropout:
         patches = (pixels.shape[-2] // self._patch) * (pixels.shape[-1] // self._patch)
         before = output.shape[1] - patches
         kept = max(1, round(patches * (1 - self.rate)))
-        # Sorted, so that the towers meet the patches in reading order, whatever was left out.
+        # Sorted, so that the remaining patches keep their order.
         order = torch.rand(len(output), patches, device=output.device).argsort(dim=1)[:, :kept].sort(dim=1).values
         rows = torch.arange(len(output), device=output.device)[:, None]
         return torch.cat([output[:, :before], output[:, before:][rows, order]], dim=1)

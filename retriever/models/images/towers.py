@@ -1,4 +1,4 @@
-"""The image tower and the text tower: pictures and texts in, embeddings of one space out."""
+"""Image–text towers: images and texts are mapped to embeddings of one space."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from retriever.config.run import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.images.folder import (
+    config_folder,
     image_processor,
     is_image_text_model,
     join_encoders,
     load_image_text_model,
-    reads_fixed_length,
-    routes,
-    settings_folder,
+    modality_routes,
+    needs_fixed_length,
 )
 from retriever.models.images.patch_dropout import PatchDropout
 from retriever.models.images.transforms import CLIP_STATISTICS, IMAGENET_STATISTICS, ImageTransform
 from retriever.models.loading.adapt import set_text_options
+from retriever.models.loading.checksums import verify_checksums
 from retriever.models.loading.folder import Side
-from retriever.models.loading.hashes import check_sums
 from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer
-from retriever.models.towers import Towers, _without_provenance
+from retriever.models.towers import Towers, without_provenance
 from retriever.utils.device import to_device
 
 if TYPE_CHECKING:
@@ -37,34 +37,41 @@ if TYPE_CHECKING:
 
 
 class ImageTextTowers(Towers):
-    """A tower for pictures beside the one for texts, held and saved as one sentence-transformers model.
+    """An image tower and a text tower, held and saved as one sentence-transformers model.
 
-    As `Towers` it embeds texts, alike on both sides; `image_features` and `image_head` embed pictures.
+    Texts are embedded as by `Towers`, with one shared tower for both sides. Images are embedded by `image_features`
+    followed by `image_head`.
+
+    Args:
+        model: An image–text model of sentence-transformers.
+
+    Raises:
+        InputError: If the model does not embed images and texts.
     """
 
     def __init__(self, model: SentenceTransformer):
         from sentence_transformers import SentenceTransformer
 
-        text, image = routes(model)
+        text, image = modality_routes(model)
         prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
         text_model = SentenceTransformer(modules=text, device="cpu", prompts=prompts, similarity_fn_name="cosine")
         super().__init__(text_model)
         self.model = model
-        # Held apart from the modules of this one: it shares every weight with `model`.
+        # In a tuple, so that it is not registered as a submodule: it shares every weight with `model`.
         self._text_model = (text_model,)
         self._image = tuple(image)
-        # Projection and normalisation; what stands before them is the encoder, which a run may lock.
-        self._image_trunk = next(i for i, m in enumerate(image) if type(m).__name__ in ("Dense", "Normalize"))
+        # Number of modules of the image encoder, which a run may lock; the projection and normalization follow.
+        self._encoder_depth = next(i for i, m in enumerate(image) if type(m).__name__ in ("Dense", "Normalize"))
         self.transform = ImageTransform.of_processor(image_processor(image[0]))
 
     @property
     def shared(self) -> bool:
-        """Whether one tower serves the texts of both sides: always."""
+        """Whether one tower serves the texts of both sides; always True."""
         return True
 
     @property
     def dimension(self) -> int:
-        """Length of an embedding."""
+        """Dimension D of the embeddings."""
         dimension = self._text_model[0].get_embedding_dimension()
         assert dimension is not None
         return dimension
@@ -76,78 +83,87 @@ class ImageTextTowers(Towers):
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that a picture is to the image tower: its patches and the class token, where there is one."""
+        """Number of tokens of an image: its patches, and 1 for a class token."""
         patch = _vision_settings(self._image[0].auto_model.config).patch_size
         return (self.transform.size[0] // patch) * (self.transform.size[1] // patch) + 1
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """What the image encoder makes of uint8 pixels [batch, 3, height, width], before its projection."""
+        """Return the outputs [batch, image_feature_dim] of the image encoder, before the projection, in float32.
+
+        Args:
+            pixels: uint8 [batch, 3, height, width] on the towers' device.
+        """
         encoder = self._image[0].auto_model
-        # Not every encoder casts its input to the dtype of its weights.
-        values = self.transform.normalised(pixels).to(next(encoder.parameters()).dtype)
+        # Some encoders do not cast their input to the dtype of their weights.
+        values = self.transform.normalize(pixels).to(next(encoder.parameters()).dtype)
         features: dict[str, Any] = {"pixel_values": values, "modality": "image"}
-        for module in self._image[: self._image_trunk]:
+        for module in self._image[: self._encoder_depth]:
             features = module(features)
         return features["sentence_embedding"].float()
 
     def image_head(self, features: Tensor) -> Tensor:
-        """Embeddings [batch, dimension] of unit length, fp32, from what `image_features` gave."""
+        """Project and normalize the outputs of `image_features`: embeddings [batch, D] of unit length, float32."""
         state: dict[str, Any] = {"sentence_embedding": features, "modality": "image"}
-        for module in self._image[self._image_trunk :]:
+        for module in self._image[self._encoder_depth :]:
             state = module(state)
         return state["sentence_embedding"].float()
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Embeddings [batch, dimension] of pixels on the host, or of features that `image_features` gave."""
-        moved = to_device(pixels, self.device)
-        return self({"pixels": moved}) if pixels.dtype == torch.uint8 else self.image_head(moved.float())
+        """Compute embeddings [batch, D] of unit length.
 
-    def probes(self, tokens: int, length: int) -> list[tuple[int, Callable[[], Tensor]]]:
-        """As of `Towers`, and one of pictures."""
-        pictures = max(1, tokens // self.image_tokens)
-        pixels = torch.zeros(pictures, 3, *self.transform.size, dtype=torch.uint8)
+        Args:
+            pixels: uint8 [batch, 3, height, width], or precomputed outputs of `image_features` of another dtype,
+                [batch, image_feature_dim]. On any device.
+        """
+        on_device = to_device(pixels, self.device)
+        return self({"pixels": on_device}) if pixels.dtype == torch.uint8 else self.image_head(on_device.float())
+
+    def memory_probes(self, tokens: int, length: int) -> list[tuple[int, Callable[[], Tensor]]]:
+        """Return the micro-batch of texts of `Towers.memory_probes`, and one of images."""
+        images = max(1, tokens // self.image_tokens)
+        pixels = torch.zeros(images, 3, *self.transform.size, dtype=torch.uint8)
         return [
-            *super().probes(tokens, length),
-            (pictures * self.image_tokens, lambda: self.embed_pixels(pixels)),
+            *super().memory_probes(tokens, length),
+            (images * self.image_tokens, lambda: self.embed_pixels(pixels)),
         ]
 
     @property
-    def image_width(self) -> int:
-        """Length of what `image_features` gives."""
-        return int(self._image[self._image_trunk - 1].get_embedding_dimension())
+    def image_feature_dim(self) -> int:
+        """Dimension of the outputs of `image_features`."""
+        return int(self._image[self._encoder_depth - 1].get_embedding_dimension())
 
     def tokenizer(self, side: Side) -> TextTokenizer:
-        """What makes token ids of texts."""
-        plain = super().tokenizer(side)
-        if reads_fixed_length(self._transformer(side)):
-            return FixedLengthTokenizer(plain.tokenizer, plain.max_length, plain.special_tokens)
-        return plain
+        """Return the tokenizer of a side."""
+        tokenizer = super().tokenizer(side)
+        if needs_fixed_length(self._transformer(side)):
+            return FixedLengthTokenizer(tokenizer.tokenizer, tokenizer.max_length, tokenizer.special_tokens)
+        return tokenizer
 
-    def drop_padding(self) -> bool:
-        """From now on lay the texts of a micro-batch end to end; False if the text tower cannot."""
-        from retriever.models.packed.families import drop_padding
+    def enable_packing(self) -> bool:
+        """Switch the text tower to packed sequences; returns False, without a change, if it does not support them."""
+        from retriever.models.packed.families import enable_packing
 
-        self.padding_free = self.padding_free or drop_padding(self._text_model[0])
+        self.padding_free = self.padding_free or enable_packing(self._text_model[0])
         return self.padding_free
 
     def forward(self, features: dict[str, Any], side: Side = "document") -> Tensor:
-        """Embeddings [batch, dimension] of unit length: of pictures, where there are `pixels`, of texts otherwise."""
+        """Return embeddings [batch, D] of unit length, of images if `features` has "pixels", otherwise of texts."""
         if "pixels" in features:
             return self.image_head(self.image_features(features["pixels"]))
         output = self._text_model[0](dict(features), task=side)["sentence_embedding"]
         return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the vectors, of pictures too: a sha256 as of `Towers`, over the image transform beside it."""
-        settings = _without_provenance(self._image[0].auto_model.config.to_dict())
+        """Return {"sha256": …} over everything that embeddings of texts and images depend on."""
+        settings = without_provenance(self._image[0].auto_model.config.to_dict())
         parts = [super().fingerprint(), asdict(self.transform), settings]
         return {"sha256": hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()}
 
     def image_fingerprint(self) -> str:
-        """What identifies the features of pictures: a sha256 over the image encoder's weights and the transform."""
+        """Return a sha256 over everything that the outputs of `image_features` depend on."""
         digest = hashlib.sha256(json.dumps(asdict(self.transform), sort_keys=True).encode())
-        for number, module in enumerate(self._image[: self._image_trunk]):
-            settings = _without_provenance(module.auto_model.config.to_dict()) if hasattr(module, "auto_model") else {}
+        for number, module in enumerate(self._image[: self._encoder_depth]):
+            settings = without_provenance(module.auto_model.config.to_dict()) if hasattr(module, "auto_model") else {}
             digest.update(json.dumps([repr(module), settings], sort_keys=True, default=str).encode())
             for name, tensor in sorted(module.state_dict().items()):
                 digest.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -155,35 +171,35 @@ class ImageTextTowers(Towers):
         return digest.hexdigest()
 
     def set_statistics(self, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
-        """Normalise pixels by another mean and deviation, which the saved model then names."""
+        """Set the mean and standard deviation of the pixels, also in the image processor that is saved."""
         self.transform = self.transform.with_statistics(statistics)
         processor = image_processor(self._image[0])
         processor.image_mean, processor.image_std = map(list, statistics)
 
     def lock(self, which: Literal["image", "text"]) -> None:
-        """Take the weights of one encoder, not of its projection, out of training."""
+        """Freeze the weights of one encoder, but not those of its projection."""
         for module in self._encoder(which):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> ImageTextTowers:
-        """Training mode, but for locked encoders: no dropout in what does not learn."""
+        """Set training mode, except for modules whose weights are all frozen: they have no dropout."""
         super().train(mode)
         for module in self.modules():
-            own = list(module.parameters(recurse=True))
-            if mode and own and not any(parameter.requires_grad for parameter in own):
+            parameters = list(module.parameters(recurse=True))
+            if mode and parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.eval()
         return self
 
     def save(self, folder: Path) -> None:
         """Write a sentence-transformers model folder (safetensors) into an existing folder."""
-        self.tokenizer("document").forget_calls()
+        self.tokenizer("document").reset_backend()
         super().save(folder)
 
     def _encoder(self, which: Literal["image", "text"]) -> list[nn.Module]:
         encoder = self._image[0].auto_model
-        texts = self._transformer("document")
-        if self._image[0] is not texts:
-            return [self._image[0] if which == "image" else texts]
+        text = self._transformer("document")
+        if self._image[0] is not text:
+            return [self._image[0] if which == "image" else text]
         names = ("vision_model", "visual_projection") if which == "image" else ("text_model", "text_projection")
         return [getattr(encoder, name) for name in names if hasattr(encoder, name)]
 
@@ -191,43 +207,43 @@ class ImageTextTowers(Towers):
 def load_image_text_towers(
     path_or_name: str, device: torch.device | str = "cpu", *, checked: Callable[[int], None] | None = None
 ) -> ImageTextTowers:
-    """Load a folder or hub name with both towers for encoding, in evaluation mode and fp32.
+    """Load image–text towers for encoding, in evaluation mode and fp32.
 
-    A run's model folder, any sentence-transformers folder of this kind, or a checkpoint of transformers: CLIP, SigLIP
-    or fixed-size SigLIP 2 (not NaFlex), whose embeddings are transformers' own, scaled to unit length.
+    The model is a sentence-transformers folder, as training writes it, or a CLIP, SigLIP or fixed-size SigLIP 2
+    checkpoint (not NaFlex). The embeddings of a checkpoint are those of transformers, scaled to unit length.
 
     Args:
-        path_or_name: of the folder, or on the hub.
-        device: where it embeds.
-        checked: called with the number of bytes each time some of the model's files were checked against their sums.
+        path_or_name: Model folder or hub name.
+        device: Device of the towers. Default: "cpu".
+        checked: Called with the number of bytes of model files whose checksums were verified since the last call.
 
     Raises:
-        InputError: there is no such model, a file of it is damaged, or it does not embed pictures and texts.
+        InputError: If there is no such model, a file is damaged, or the model does not embed images and texts.
     """
-    check_sums(path_or_name, checked)
+    verify_checksums(path_or_name, checked)
     return ImageTextTowers(load_image_text_model(path_or_name)).to(device).eval()
 
 
 def build_image_text_towers(config: ModelConfig) -> ImageTextTowers:
-    """Make the towers of a training run, on the CPU, in training mode and fp32.
+    """Build the image–text towers of a training run, on the CPU, in training mode and fp32.
 
     Raises:
-        ConfigError: the configuration cannot be met.
-        InputError: an encoder cannot be loaded.
+        ConfigError: If the encoders do not allow the configuration.
+        InputError: If an encoder cannot be loaded.
     """
     image = config.image
     if config.name and config.architecture:
         raise ConfigError("model: expected a text tower by model.name or by model.architecture, found both")
     if config.name or config.architecture:
         model = join_encoders(config)
-    elif image.is_new or (settings_folder(image.name) and not is_image_text_model(image.name)):
+    elif image.is_new or (config_folder(image.name) and not is_image_text_model(image.name)):
         raise ConfigError(
             f"model: expected a text tower (model.name or model.architecture) beside the image tower {image.name}"
         )
     else:
-        # Of a name that nothing has, this says so.
+        # Also reports a name that does not exist.
         model = load_image_text_model(image.name)
-    set_text_options(model, [routes(model)[0][0]], config)
+    set_text_options(model, [modality_routes(model)[0][0]], config)
     towers = ImageTextTowers(model)
     if image.statistics != "processor":
         towers.set_statistics(CLIP_STATISTICS if image.statistics == "clip" else IMAGENET_STATISTICS)

@@ -1,4 +1,4 @@
-"""From a picture file to pixels: decoding, crops and statistics, by Pillow and torch alone."""
+"""Decoding, cropping and normalizing images, with Pillow and torch."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from index.files import InputError
 from retriever.utils.device import to_device
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""Mean and standard deviation of red, green and blue, of values from 0 to 1 (Radford et al., arXiv 2103.00020)."""
+"""CLIP's mean and standard deviation of red, green and blue, for values in [0, 1] (arXiv 2103.00020)."""
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""The same of ImageNet, with which most vision encoders were trained."""
+"""Mean and standard deviation of ImageNet, with which most other vision encoders were trained."""
 
 MAX_PIXELS = 89_478_485
-"""A picture of more pixels is refused before it is decoded: Pillow's own limit, a quarter of a GiB as RGB."""
+"""Images with more pixels are refused before they are decoded. Pillow's limit; a quarter of a GiB as RGB."""
 
 MAX_ASPECT = 64
-"""A picture that is longer than so many times its other side is cut to that at its centre."""
+"""Images with a larger ratio of the longer to the shorter side are cropped to this ratio at the center."""
 
 CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (0.75, 1.33)
 
-# What Pillow raises for files that are cut short, damaged, or no pictures.
+# Exceptions that Pillow raises for truncated or damaged files, and for files that are not images.
 _BROKEN = (
     OSError,
     SyntaxError,
@@ -47,65 +47,68 @@ _BROKEN = (
 )
 
 
-def open_image(source: Image.Image | Path | str | bytes, place: str = "image") -> Image.Image:
-    """A picture, decoded to RGB: turned as its EXIF data say, what is transparent laid on white.
+def open_image(source: Image.Image | Path | str | bytes, location: str = "image") -> Image.Image:
+    """Decode an image to RGB. It is rotated according to its EXIF data; transparent pixels are put on white.
 
     Args:
-        source: a file, its bytes, or a picture that Pillow has opened.
-        place: name in messages of a picture that is no file.
+        source: A path, the bytes of a file, or an image opened by Pillow.
+        location: Name of the image in messages, if `source` is not a path. Default: "image".
 
     Raises:
-        InputError: there is no such file, it is broken or no picture, or has more than MAX_PIXELS pixels.
+        InputError: If there is no such file, it is damaged or not an image, or it has more than MAX_PIXELS pixels.
     """
     if isinstance(source, Path | str):
-        place = str(source)
+        location = str(source)
     try:
         if isinstance(source, Image.Image):
-            return _rgb(source, place)
+            return _rgb(source, location)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _rgb(image, place, own=True)
+            return _rgb(image, location, own=True)
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{place}: no such file") from None
+        raise InputError(f"{location}: no such file") from None
     except UnidentifiedImageError:
-        # Pillow would name an object at an address.
-        raise InputError(f"{place}: expected a picture, found bytes of no format that Pillow reads") from None
+        # Pillow's message would be the repr of a BytesIO.
+        raise InputError(f"{location}: expected an image, found bytes in no format that Pillow reads") from None
     except _BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{place}: expected a picture, found one that cannot be read: {reason:.200}") from None
+        raise InputError(f"{location}: expected an image, found one that cannot be read: {reason:.200}") from None
 
 
-def _rgb(image: Image.Image, place: str, *, own: bool = False) -> Image.Image:
+def _rgb(image: Image.Image, location: str, *, own: bool = False) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise InputError(f"{place}: expected a picture of at most {MAX_PIXELS:,} pixels, found {width} x {height}")
+        raise InputError(f"{location}: expected an image of at most {MAX_PIXELS:,} pixels, found {width} x {height}")
     if image.mode == "RGB":
         if not own:
             return ImageOps.exif_transpose(image)
-        # In place, so that what need not be turned is not copied, at a tenth of what decoding costs.
+        # In location, so that an image that is not rotated is not copied; a copy takes a tenth of the time of decoding.
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode in ("I", "F") or turned.mode.startswith("I;16"):
-        return _of_deep_grey(turned, place)
-    if turned.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in turned.info:
-        white = Image.new("RGBA", turned.size, "white")
-        return Image.alpha_composite(white, turned.convert("RGBA")).convert("RGB")
-    return turned.convert("RGB")
+    rotated = ImageOps.exif_transpose(image)
+    if rotated.mode in ("I", "F") or rotated.mode.startswith("I;16"):
+        return _gray16_to_rgb(rotated, location)
+    if rotated.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in rotated.info:
+        white = Image.new("RGBA", rotated.size, "white")
+        return Image.alpha_composite(white, rotated.convert("RGBA")).convert("RGB")
+    return rotated.convert("RGB")
 
 
-def _of_deep_grey(image: Image.Image, place: str) -> Image.Image:
-    # Pillow cuts values over 255 off, which makes 16 bits of grey white.
+def _gray16_to_rgb(image: Image.Image, location: str) -> Image.Image:
+    # Pillow clips values above 255, which would turn 16-bit gray into white.
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise InputError(f"{place}: expected a picture of at most 16 bits a channel, found one of mode {image.mode}")
+        raise InputError(f"{location}: expected an image of at most 16 bits per channel, found mode {image.mode}")
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
-def _without_far_ends(image: Image.Image) -> Image.Image:
-    # Resized whole, a line of 65,535 pixels would fill the memory; the crop at the centre shows none of its ends.
+def _crop_to_max_aspect(image: Image.Image) -> Image.Image:
+    """Crop an image at its center to the ratio MAX_ASPECT.
+
+    Resizing an image of 1 × 65,535 pixels would exhaust the memory. The center crop that follows discards its ends.
+    """
     width, height = image.size
     side = MAX_ASPECT * min(width, height)
     if max(width, height) <= side:
@@ -116,31 +119,37 @@ def _without_far_ends(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How a picture becomes the pixels that a tower reads; picklable, for worker processes.
+    """Conversion of an image to the input of an image tower. Picklable, for worker processes.
 
-    Calling it makes pixels for evaluation: resized, cut at the centre, normalised, as the processors of transformers
-    do. For training `augmented` takes a random part of the picture. Pixels stay bytes, a quarter of float32, until
-    `normalised` turns them into what the tower reads, on its device.
+    Calling it returns the input for evaluation: resized, center-cropped and normalized, as by the image processors of
+    transformers. For training, `augment` takes a random crop. Pixels remain uint8 until `normalize`, which runs on the
+    towers' device.
     """
 
     size: tuple[int, int]
     """Height and width of the result."""
     resize: int | tuple[int, int] | None = None
-    """Length of the shorter side before the centre is cut out, or height and width whatever the shape was; none: the
+    """Length of the shorter side before the center crop, or height and width regardless of the aspect ratio. None: the
     shorter side of `size`."""
     resample: int = Image.Resampling.BICUBIC
-    """Pillow's filter."""
+    """Pillow's resampling filter."""
     mean: tuple[float, ...] = CLIP_STATISTICS[0]
+    """Mean of red, green and blue, for values in [0, 1]."""
     std: tuple[float, ...] = CLIP_STATISTICS[1]
+    """Standard deviation of red, green and blue."""
     flip: bool = False
-    """Mirror half of the pictures in training."""
+    """Whether `augment` flips half of the images horizontally."""
 
     @classmethod
-    def of_processor(cls, processor: Any, place: str = "model") -> ImageTransform:
-        """What an image processor of transformers does, said in this class.
+    def of_processor(cls, processor: Any, location: str = "model") -> ImageTransform:
+        """Return the transform that equals an image processor of transformers.
+
+        Args:
+            processor: The image processor.
+            location: Name of the model in messages. Default: "model".
 
         Raises:
-            InputError: it does something that this class cannot say; the message names `place`.
+            InputError: If the processor does not resize to a fixed size and rescale to [0, 1].
         """
         size, crop = _sides(processor.size), _sides(getattr(processor, "crop_size", None))
         resizes, crops = getattr(processor, "do_resize", True), getattr(processor, "do_center_crop", False)
@@ -148,90 +157,93 @@ class ImageTransform:
         result = crop if crops and isinstance(crop, tuple) else exact
         if not resizes or result is None or not getattr(processor, "do_rescale", True):
             raise InputError(
-                f"{place}: expected an image processor with a fixed size of pixels, found {type(processor).__name__} "
+                f"{location}: expected an image processor with a fixed size, found {type(processor).__name__} "
                 "(of SigLIP 2, take a checkpoint that is not NaFlex)"
             )
-        normalises = getattr(processor, "do_normalize", True)
+        normalizes = getattr(processor, "do_normalize", True)
         return cls(
             size=result,
             resize=size,
             resample=int(processor.resample),
-            mean=tuple(processor.image_mean) if normalises else (0.0, 0.0, 0.0),
-            std=tuple(processor.image_std) if normalises else (1.0, 1.0, 1.0),
+            mean=tuple(processor.image_mean) if normalizes else (0.0, 0.0, 0.0),
+            std=tuple(processor.image_std) if normalizes else (1.0, 1.0, 1.0),
         )
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """float32 [3, height, width], the same for the same picture."""
-        return self.normalised(self.pixels(image))
+        """Return the input for evaluation, float32 [3, height, width], of an RGB image."""
+        return self.normalize(self.pixels(image))
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """uint8 [3, height, width] for evaluation, of an RGB picture."""
+        """Resize and center-crop an RGB image for evaluation: uint8 [3, height, width]."""
         target = min(self.size) if self.resize is None else self.resize
         if isinstance(target, int):
-            image = _without_far_ends(image)
+            image = _crop_to_max_aspect(image)
         width, height = image.size
         if isinstance(target, int):
-            # The longer side is rounded down, as torchvision and transformers have it.
+            # The longer side is rounded down, as in torchvision and transformers.
             shorter = min(width, height)
             target = (int(target * height / shorter), int(target * width / shorter))
         if (height, width) != target:
             image = image.resize((target[1], target[0]), self.resample)
         top, left = (target[0] - self.size[0]) // 2, (target[1] - self.size[1]) // 2
-        # Pillow fills with black what lies outside, for a crop that is larger than the picture.
-        return _bytes(image.crop((left, top, left + self.size[1], top + self.size[0])))
+        # Pillow fills areas outside the image with black, if the crop is larger than the image.
+        return _to_tensor(image.crop((left, top, left + self.size[1], top + self.size[0])))
 
-    def augmented(self, image: Image.Image, chance: np.random.Generator) -> Tensor:
-        """uint8 [3, height, width] of a random part: a share of CROP_SCALE of the picture in a shape of CROP_RATIO.
+    def augment(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
+        """Resize a random crop of an RGB image for training: uint8 [3, height, width].
 
-        As torchvision's RandomResizedCrop (Szegedy et al., arXiv 1409.4842, the training of Inception).
+        The crop's area is a fraction in CROP_SCALE of the image, and its aspect ratio is in CROP_RATIO. Equals
+        torchvision's RandomResizedCrop (Szegedy et al., arXiv 1409.4842).
         """
-        box = random_crop(*image.size, chance)
-        part = image.crop(box).resize((self.size[1], self.size[0]), self.resample)
-        if self.flip and chance.random() < 0.5:
-            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return _bytes(part)
+        box = random_crop(*image.size, generator)
+        crop = image.crop(box).resize((self.size[1], self.size[0]), self.resample)
+        if self.flip and generator.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return _to_tensor(crop)
 
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """float32 [..., 3, height, width] from bytes, on whichever device they are."""
-        # (x / 255 - mean) / std, without a copy of the batch for each step of it.
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Convert uint8 [..., 3, height, width] to normalized float32, on the device of `pixels`."""
+        # (x / 255 - mean) / std as one operation, without intermediate copies of the batch.
         scale = [1 / (255 * std) for std in self.std]
         shift = [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
-        # Made on the host: a tensor of numbers made on a GPU has the host wait for all that the GPU has still to do.
-        of_scale, of_shift = (to_device(torch.tensor(each)[:, None, None], pixels.device) for each in (scale, shift))
-        return torch.addcmul(of_shift, pixels.float(), of_scale)
+        # Created on the host: creating a tensor from numbers on a GPU would synchronize.
+        scale_tensor, shift_tensor = (
+            to_device(torch.tensor(values)[:, None, None], pixels.device) for values in (scale, shift)
+        )
+        return torch.addcmul(shift_tensor, pixels.float(), scale_tensor)
 
     def with_statistics(self, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> ImageTransform:
-        """The same with another mean and standard deviation."""
+        """Return a copy with another mean and standard deviation."""
         return replace(self, mean=statistics[0], std=statistics[1])
 
 
-def random_crop(width: int, height: int, chance: np.random.Generator) -> tuple[int, int, int, int]:
-    """Left, upper, right and lower edge of a random part of a picture."""
+def random_crop(width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+    """Return the left, upper, right and lower edge of a random crop of an image."""
     for _ in range(10):
-        area = width * height * chance.uniform(*CROP_SCALE)
-        ratio = math.exp(chance.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        area = width * height * generator.uniform(*CROP_SCALE)
+        ratio = math.exp(generator.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(chance.integers(width - w + 1)), int(chance.integers(height - h + 1))
+            left, top = int(generator.integers(width - w + 1)), int(generator.integers(height - h + 1))
             return left, top, left + w, top + h
-    # A very long or very high picture: the largest part at its centre that the ratio allows.
+    # For a very wide or very tall image: the largest center crop within the ratios.
     ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def _bytes(image: Image.Image) -> Tensor:
-    """uint8 [3, height, width] of an RGB picture."""
+def _to_tensor(image: Image.Image) -> Tensor:
+    """Convert an RGB image to uint8 [3, height, width]."""
     pixels = np.empty((3, image.height * image.width), dtype=np.uint8)
-    # Pillow takes its colours apart in a third of the time that an array of pixels takes to be turned round.
-    for colour, name in zip(pixels, "RGB", strict=True):
-        colour[:] = np.frombuffer(image.tobytes("raw", name), np.uint8)
+    # Pillow separates the channels in a third of the time that transposing an array takes.
+    for channel, name in zip(pixels, "RGB", strict=True):
+        channel[:] = np.frombuffer(image.tobytes("raw", name), np.uint8)
     return torch.from_numpy(pixels).view(3, image.height, image.width)
 
 
 def _sides(size: Any) -> int | tuple[int, int] | None:
-    """transformers' size dictionary as the shorter side, or height and width; none for what is neither."""
+    """Return the shorter side, or height and width, of transformers' size dictionary; None if it has neither."""
     if size is None:
         return None
     values = {key: value for key, value in dict(size).items() if value is not None}

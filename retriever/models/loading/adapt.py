@@ -1,4 +1,4 @@
-"""A loaded model made into what a run's configuration asks for: pooling, projection, lengths, dropout, prompts."""
+"""Applying a run's configuration to a loaded model: pooling, projection, lengths, dropout, prompts."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from retriever.config.run import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.loading.folder import (
     ends_in_normalize,
-    load_faults,
     position_limit,
     read_plain_texts,
     text_towers,
 )
-from retriever.models.loading.text_settings import forget_lengths, text_tokenizer
-from retriever.models.loading.trial import trial_embeddings
+from retriever.models.loading.reference_check import sample_embeddings
+from retriever.models.loading.text_settings import override_lengths, text_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
 def set_text_options(model: SentenceTransformer, transformers: Iterable[Any], config: ModelConfig) -> None:
-    """Give a model, and the transformers in it that read texts, the lengths, dropout and prompts of a configuration.
+    """Apply `max_length`, `dropout` and the prompts of a configuration to a model, in place.
+
+    Args:
+        model: The model.
+        transformers: Its Transformer modules for texts.
+        config: Fields that are None leave the model's own settings.
 
     Raises:
-        ConfigError: texts cannot be that long.
+        ConfigError: If `max_length` is out of range.
     """
     for transformer in transformers:
         read_plain_texts(transformer)
@@ -43,14 +47,19 @@ def set_text_options(model: SentenceTransformer, transformers: Iterable[Any], co
 
 
 def adapt_model(model: SentenceTransformer, config: ModelConfig) -> SentenceTransformer:
-    """Apply pooling, projection, normalisation and separation of the towers to a loaded model."""
+    """Return a model with the pooling, projection, normalization and separate towers of a configuration.
+
+    Raises:
+        ConfigError: If the model does not allow them.
+        InputError: If the resulting modules do not fit together.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Router
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
     modules: list[Any] = list(model)
-    routed = isinstance(modules[0], Router)
-    if routed and (config.pooling or config.projection):
+    has_router = isinstance(modules[0], Router)
+    if has_router and (config.pooling or config.projection):
         raise ConfigError(f"{config.name}: has two towers already; pooling and projection are the folder's own")
     normalized = ends_in_normalize(modules)
     poolings = [i for i, module in enumerate(modules) if isinstance(module, Pooling)]
@@ -65,53 +74,53 @@ def adapt_model(model: SentenceTransformer, config: ModelConfig) -> SentenceTran
     normalized = normalized or config.normalize
     if normalized and not ends_in_normalize(modules):
         modules.append(Normalize())
-    if not config.shared and not routed:
+    if not config.shared and not has_router:
         modules = [Router.for_query_document(modules, copy.deepcopy(modules))]
     adapted = SentenceTransformer(
         modules=modules,
         device="cpu",
         prompts={name: prompt or "" for name, prompt in model.prompts.items()},
         default_prompt_name=model.default_prompt_name,
-        # What the loss compares by, whatever the folder said.
+        # The similarity that the loss uses, whatever the folder states.
         similarity_fn_name="cosine" if normalized else "dot",
     )
     for side, transformer in text_towers(adapted).items():
-        trial_embeddings(adapted, transformer, side, config.name or "model.architecture", load_faults())
+        sample_embeddings(adapted, transformer, side, config.name or "model.architecture")
     return adapted
 
 
-def _replace_pooling(modules: list[Any], place: int, mode: str) -> None:
-    """Pool in another way what the folder's pooling reads; what follows must be able to read it."""
+def _replace_pooling(modules: list[Any], position: int, mode: str) -> None:
+    """Replace the pooling mode, in place; the following modules must accept the new dimension."""
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-    old = modules[place]
-    modules[place] = new = Pooling(old.embedding_dimension, mode, include_prompt=old.include_prompt)
+    old = modules[position]
+    modules[position] = new = Pooling(old.embedding_dimension, mode, include_prompt=old.include_prompt)
     before, after = old.pooling_output_dimension, new.pooling_output_dimension
-    readers = [type(module).__name__ for module in modules[place + 1 :] if not isinstance(module, Normalize)]
-    if before != after and readers:
+    following = [type(module).__name__ for module in modules[position + 1 :] if not isinstance(module, Normalize)]
+    if before != after and following:
         raise ConfigError(
-            f"model.pooling: {mode} gives {after} dimensions, but the {readers[0]} of the folder expects {before}"
+            f"model.pooling: {mode} gives {after} dimensions, but the {following[0]} of the folder expects {before}"
         )
 
 
-def _set_max_length(transformer: Any, longest: int) -> None:
+def _set_max_length(transformer: Any, max_length: int) -> None:
     special = text_tokenizer(transformer, "document").special_count
     limit = position_limit(transformer)
-    if longest <= special:
+    if max_length <= special:
         raise ConfigError(
-            f"model.max_length: expected at least {special + 1}, since {special} tokens are special, found {longest}"
+            f"model.max_length: expected at least {special + 1}, since {special} tokens are special, found {max_length}"
         )
-    if limit is not None and longest > limit:
-        raise ConfigError(f"model.max_length: expected at most {limit}, the model's own limit, found {longest}")
-    transformer.max_seq_length = longest
+    if limit is not None and max_length > limit:
+        raise ConfigError(f"model.max_length: expected at most {limit}, the model's own limit, found {max_length}")
+    transformer.max_seq_length = max_length
     try:
-        forget_lengths(transformer)
+        override_lengths(transformer)
     except InputError as error:
         raise ConfigError(f"model.max_length: {error}") from error
 
 
 def _set_dropout(model: nn.Module, rate: float) -> None:
-    """Dropout modules, and the rates that attention functions read off their modules as plain numbers."""
+    """Set the rate of all Dropout modules, and the rates that attention modules hold as float attributes."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate

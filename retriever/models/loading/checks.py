@@ -1,4 +1,4 @@
-"""What is refused of a model folder before anything of it is loaded, and the name of code that it would run."""
+"""Checks of a model folder before anything is loaded. Models with their own code are refused."""
 
 from __future__ import annotations
 
@@ -16,50 +16,62 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-_OURS = "sentence_transformers."
+_PACKAGE = "sentence_transformers."
+
+
+def check_hub_name(path: str) -> None:
+    """Raise InputError if `path`, which is not a folder, cannot be a hub name either."""
+    if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise InputError(f"{path}: no such model folder")
 
 
 def check_folder(folder: Path) -> None:
-    """Raises InputError for a folder without a model or a tokenizer, with code of its own, or with unknown settings."""
+    """Check a model folder.
+
+    Raises:
+        InputError: If the folder has no model or no tokenizer, needs its own code, or has unknown settings.
+    """
     if not any((folder / name).exists() for name in ("modules.json", "config.json", "adapter_config.json")):
         raise InputError(f"{folder}: expected a model folder with modules.json or config.json, found neither")
     _check_classes(folder / "config.json")
     _check_modules(folder / "modules.json")
-    # transformers makes an empty tokenizer of a folder without one; such a model would embed nothing but [UNK].
-    named = any(next(folder.rglob(name), None) for name in _TOKENIZER_FILES)
-    if not named and not any(_needs_no_vocabulary(file) for file in folder.rglob("tokenizer_config.json")):
+    # Without these files transformers creates an empty tokenizer, for which every token is [UNK].
+    has_tokenizer = any(next(folder.rglob(name), None) for name in _TOKENIZER_FILES)
+    if not has_tokenizer and not any(_needs_no_vocabulary(file) for file in folder.rglob("tokenizer_config.json")):
         raise InputError(f"{folder}: the model folder has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}")
 
 
 def own_class(auto_map: dict[str, Any] | None, used: type | None) -> str | None:
-    """The class that the `auto_map` of a configuration names, in code of the folder's own, if `used` is another."""
+    """Return the class in the folder's own code that `auto_map` names; None if there is none, or if `used` replaces it.
+
+    Many models were published with code that is now part of transformers, under the same class name.
+    """
     name = (auto_map or {}).get("AutoModel")
-    # Many models were published with code that transformers has taken up since, under the same name.
     return None if name is None or (used is not None and name.rsplit(".", 1)[-1] == used.__name__) else str(name)
 
 
 def _check_modules(file: Path) -> None:
-    """Of a modules.json, or the router_config.json of a module: that all classes and their settings are known."""
-    for kind, place in _modules(file):
-        if not kind.startswith(_OURS):
+    """Check that the classes and settings of a modules.json or router_config.json are known."""
+    for kind, folder in _modules(file):
+        if not kind.startswith(_PACKAGE):
             raise InputError(f"{file}: the model has code of its own, {kind}, which is not run")
-        _check_keys(kind.rsplit(".", 1)[-1], place / "config.json")
-        _check_classes(place / "config.json")
+        _check_keys(kind.rsplit(".", 1)[-1], folder / "config.json")
+        _check_classes(folder / "config.json")
         if kind.rsplit(".", 1)[-1] in ("Router", "Asym"):
-            _check_modules(place / "router_config.json")
+            _check_modules(folder / "router_config.json")
 
 
 def _modules(file: Path) -> list[tuple[str, Path]]:
-    """(class, folder) of each module that a modules.json or router_config.json names."""
-    found = _read(file)
-    if isinstance(found, dict):
-        return [(str(kind), file.parent / name) for name, kind in (found.get("types") or {}).items()]
-    rows = [row for row in found or () if isinstance(row, dict)]
+    """Return (class, folder) of each module in a modules.json or router_config.json."""
+    content = _read(file)
+    if isinstance(content, dict):
+        return [(str(kind), file.parent / name) for name, kind in (content.get("types") or {}).items()]
+    rows = [row for row in content or () if isinstance(row, dict)]
     return [(str(row.get("type")), file.parent / str(row.get("path"))) for row in rows]
 
 
 def _check_keys(kind: str, file: Path) -> None:
-    """Of settings that sentence-transformers leaves out with a warning; others it refuses by itself."""
+    """Check settings that sentence-transformers would ignore with a warning."""
     if kind not in ("Dense", "Normalize"):
         return
     from sentence_transformers.base.modules import dense, normalize
@@ -75,7 +87,7 @@ def _check_keys(kind: str, file: Path) -> None:
 
 
 def _check_classes(file: Path) -> None:
-    """Of a configuration of transformers: that its model needs no code of the folder's own."""
+    """Check that a transformers configuration does not need the folder's own code."""
     from transformers import CONFIG_MAPPING
 
     settings = _read(file)
@@ -87,7 +99,7 @@ def _check_classes(file: Path) -> None:
 
 
 def _needs_no_vocabulary(file: Path) -> bool:
-    """Whether a tokenizer_config.json names a tokenizer of bytes or characters (ByT5, CANINE)."""
+    """Whether a tokenizer_config.json names a tokenizer of bytes or characters, such as ByT5's or CANINE's."""
     import transformers
 
     kind = getattr(transformers, str((_read(file) or {}).get("tokenizer_class")), None)
@@ -95,7 +107,7 @@ def _needs_no_vocabulary(file: Path) -> bool:
 
 
 def _read(file: Path) -> Any:
-    """The JSON in a file; None where there is none, which what loads it will say."""
+    """Return the JSON content of a file, or None if it cannot be read; loading the model reports that."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Model folders: loading them as text towers, and refusing what cannot embed texts."""
+"""Loading sentence-transformers and Hugging Face models as text towers, with checks of what is supported."""
 
 from __future__ import annotations
 
@@ -8,46 +8,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from index.files import InputError
-from retriever.models.loading.checks import check_folder, own_class
-from retriever.models.loading.missing_weights import reported_missing, used_without_value
+from retriever.models.loading.checks import check_folder, check_hub_name, own_class
+from retriever.models.loading.errors import disable_progress_bars, load_errors, one_line
+from retriever.models.loading.missing_weights import collect_missing_weights, used_missing_weights
+from retriever.models.loading.reference_check import ReferenceCheck, sample_embeddings
 from retriever.models.loading.text_settings import Side, check_lengths, check_settings, limit_lengths, text_tokenizer
-from retriever.models.loading.trial import Trial, trial_embeddings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# The loaders of transformers raise all of these for folders that are incomplete or of another kind, and for
-# configurations that no model can have.
-LOAD_FAULTS = (
-    OSError,
-    ValueError,
-    LookupError,
-    RuntimeError,
-    AttributeError,
-    TypeError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-    SafetensorError,
-)
-
 
 def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = True) -> SentenceTransformer:
-    """A model folder or hub name, on the CPU and in fp32, with a `truncate_dim` turned into a module.
+    """Load a model from a folder or the hub, on the CPU in fp32.
 
-    Its embeddings of a few texts have been held to those of sentence-transformers.
+    A `truncate_dim` of the model becomes a module. The embeddings of a few texts are compared with those of
+    sentence-transformers.
 
     Args:
-        path: a sentence-transformers folder, a Hugging Face encoder, or the hub name of either.
-        pooling: of an encoder folder that says nothing of pooling; sentence-transformers' choice unless given.
-        plain_texts: leave out a chat template, which is right before training alone; refuse one otherwise.
+        path: A sentence-transformers folder, a Hugging Face encoder folder, or the hub name of either.
+        pooling: Pooling mode for an encoder folder without a pooling module. Default: sentence-transformers' default.
+        plain_texts: For training: whether to remove a chat template. If False, a model with one is refused. Default:
+            True.
 
     Raises:
-        InputError: there is no such model, it does not embed texts, or not as sentence-transformers does.
+        InputError: If there is no such model, it does not embed texts, or its embeddings differ from those of
+            sentence-transformers.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling
@@ -55,16 +43,15 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
     folder = Path(path)
     if folder.is_dir():
         check_folder(folder)
-    elif folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise InputError(f"{path}: no such model folder")
-    without_bars()
-    faults = load_faults()
-    # fp32 whatever the file holds: training in bf16 weights loses small updates, and encoding chooses by autocast.
+    else:
+        check_hub_name(path)
+    disable_progress_bars()
+    # Always fp32: training bf16 weights loses small updates, and encoding has its own precision setting.
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     try:
-        with reported_missing() as missing:
+        with collect_missing_weights() as missing:
             model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
-    except faults as error:
+    except load_errors() as error:
         if "trust_remote_code" in str(error):
             raise InputError(f"{path}: the model has code of its own, which is not run") from error
         what = "cannot be loaded as a text model" if folder.is_dir() else "no such folder, and no such model on the hub"
@@ -79,31 +66,28 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
             raise InputError(f"{path}: a model that reads its texts inside a chat template cannot encode here")
         _check_transformer(transformer, path)
     _check_model(model, path)
-    trial = Trial(model, towers, path, faults, to_train=plain_texts)
+    reference = ReferenceCheck(model, towers, path, for_training=plain_texts)
     for transformer in set(towers.values()):
-        settle_tokenizer(transformer, path)
-    _cut_by_module(model, path)
-    trial.check(model)
+        prepare_tokenizer(transformer, path)
+    _truncate_by_module(model, path)
+    reference.check(model)
     for side, transformer in towers.items():
-        made_up = used_without_value(
-            transformer.auto_model,
-            missing,
-            partial(trial_embeddings, model, transformer, side, path, faults),
-        )
-        if made_up:
+        embed = partial(sample_embeddings, model, transformer, side, path)
+        if needed := used_missing_weights(transformer.auto_model, missing, embed):
             kind = type(transformer.auto_model).__name__
             raise InputError(
-                f"{path}: its files lack {len(made_up)} weights of the {kind} that its configuration describes "
-                f"({made_up[0]}, …)"
+                f"{path}: its files lack {len(needed)} weights of the {kind} that its configuration describes "
+                f"({needed[0]}, …)"
             )
     return model
 
 
 def text_towers(model: SentenceTransformer, path: str = "model") -> dict[Side, Any]:
-    """The sentence-transformers Transformer that reads the texts of each side; one and the same for a shared tower.
+    """Return the Transformer module of each side; the same object on both sides for a shared tower.
 
     Raises:
-        InputError: the model begins with something else, reads no texts, or routes in a way not known here.
+        InputError: If the first module is not a Transformer for texts, or a Router has other routes than query and
+            document.
     """
     from sentence_transformers.base.modules import Router, Transformer
 
@@ -120,42 +104,37 @@ def text_towers(model: SentenceTransformer, path: str = "model") -> dict[Side, A
             kind = type(tower).__name__
             raise InputError(f"{path}: expected a model that begins with a transformer, found {kind}")
         text = tower.modality_config.get("text")
-        by_ids = text is not None and (text["method"] != "forward" or tower.auto_model.main_input_name == "input_ids")
-        if tower.tokenizer is None or not by_ids:
+        takes_ids = text is not None and (
+            text["method"] != "forward" or tower.auto_model.main_input_name == "input_ids"
+        )
+        if tower.tokenizer is None or not takes_ids:
             raise InputError(f"{path}: expected a transformer of texts, found {type(tower.auto_model).__name__}")
     return towers
 
 
 def read_plain_texts(transformer: Any) -> None:
-    """Have a transformer read texts as they are, where sentence-transformers would lay its chat template about them."""
+    """Disable the chat template into which sentence-transformers would insert the texts of a transformer."""
     if "text" in transformer.modality_config:
         transformer.modality_config.pop("message", None)
 
 
-def load_faults() -> tuple[type[Exception], ...]:
-    """What the loaders of transformers and a model's first pass raise where the model is at fault."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    return (*LOAD_FAULTS, StrictDataclassError)
-
-
 def position_limit(transformer: Any) -> int | None:
-    """Most tokens that the transformer has positions for; none where its positions have no end."""
+    """Return the number of tokens for which a transformer has positions; None if it is not limited."""
     config = transformer.auto_model.config
-    # Of a model of pictures and texts, the text encoder's.
+    # An image–text model has the configuration of its text encoder in `text_config`.
     positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
     return positions - first_position(transformer.auto_model)
 
 
-def layers_of(encoder: nn.Module) -> nn.ModuleList:
-    """The transformer layers of a Hugging Face model."""
-    return max((m for m in encoder.modules() if isinstance(m, nn.ModuleList)), key=len)
+def transformer_layers(encoder: nn.Module) -> nn.ModuleList:
+    """Return the transformer layers of a Hugging Face model: its longest ModuleList."""
+    return max((module for module in encoder.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
 def first_position(encoder: nn.Module) -> int:
-    """The position of a text's first token: RoBERTa and its kin count from the one after padding_idx."""
+    """Return the position id of the first token of a text: padding_idx + 1 for RoBERTa-like models, otherwise 0."""
     for module in encoder.modules():
         padding = getattr(module, "padding_idx", None)
         if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
@@ -164,7 +143,7 @@ def first_position(encoder: nn.Module) -> int:
 
 
 def ends_in_normalize(modules: Sequence[Any]) -> bool:
-    """Whether embeddings leave these sentence-transformers modules with unit length, on both sides."""
+    """Whether these sentence-transformers modules end in a Normalize, on both sides."""
     from sentence_transformers.base.modules import Router
     from sentence_transformers.sentence_transformer.modules import Normalize
 
@@ -175,10 +154,16 @@ def ends_in_normalize(modules: Sequence[Any]) -> bool:
     return isinstance(last, Normalize)
 
 
-def settle_tokenizer(transformer: Any, path: str) -> None:
-    """Give the tokenizer what embeddings that do not depend on their neighbours need; saved with the model."""
-    _give_pad_token(transformer.tokenizer, path)
-    # Absolute positions (GPT-2) count the padding on the left; with it on the right, every family agrees.
+def prepare_tokenizer(transformer: Any, path: str) -> None:
+    """Set pad token, padding side and lengths so that embeddings do not depend on the other texts of a batch.
+
+    The settings are saved with the model.
+
+    Raises:
+        InputError: If there is no token to pad with, or the maximum length leaves no room for texts.
+    """
+    _set_pad_token(transformer.tokenizer, path)
+    # With padding on the left, absolute positions (GPT-2) would include the padding.
     transformer.tokenizer.padding_side = "right"
     limit, longest = position_limit(transformer), transformer.max_seq_length
     special = text_tokenizer(transformer, "document").special_count
@@ -194,7 +179,7 @@ def settle_tokenizer(transformer: Any, path: str) -> None:
         raise InputError(f"{path}: {error}") from error
 
 
-def _give_pad_token(tokenizer: Any, path: str) -> None:
+def _set_pad_token(tokenizer: Any, path: str) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token_id is None:
@@ -202,7 +187,7 @@ def _give_pad_token(tokenizer: Any, path: str) -> None:
 
 
 def _check_transformer(transformer: Any, path: str) -> None:
-    """Refuse settings that cannot be honoured, code of the model's own, and tokens that the encoder does not have."""
+    """Refuse unsupported settings, models with their own code, and token ids beyond the encoder's vocabulary."""
     try:
         check_settings(transformer)
     except InputError as error:
@@ -210,13 +195,13 @@ def _check_transformer(transformer: Any, path: str) -> None:
     encoder, tokenizer = transformer.auto_model, transformer.tokenizer
     if code := own_class(getattr(encoder.config, "auto_map", None), type(encoder)):
         raise InputError(f"{path}: the model has code of its own, {code}, which is not run")
-    _give_pad_token(tokenizer, path)
+    _set_pad_token(tokenizer, path)
     try:
         embeddings = encoder.get_input_embeddings()
     except NotImplementedError:
         return
     if transformer.do_lower_case:
-        # sentence-transformers reads this setting, but would not save it.
+        # sentence-transformers reads this setting but does not save it by default.
         transformer.config_keys = [*type(transformer).config_keys, "do_lower_case"]
     if isinstance(embeddings, nn.Embedding):
         rows, tokens = embeddings.num_embeddings, {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
@@ -228,40 +213,28 @@ def _check_transformer(transformer: Any, path: str) -> None:
 
 
 def _check_model(model: SentenceTransformer, path: str) -> None:
-    """Refuse what a folder says of all its modules and what cannot be meant or is not supported."""
+    """Refuse unsupported or invalid settings of modules.json and `truncate_dim`."""
     for name, arguments in (model.module_kwargs or {}).items():
         if arguments:
             raise InputError(f"{path}: modules.json: kwargs {', '.join(arguments)} of module {name}: not supported")
-    kept = model.truncate_dim
-    if kept is not None and (not isinstance(kept, int) or isinstance(kept, bool) or kept < 1):
-        raise InputError(f"{path}: truncate_dim: expected a number of dimensions above 0, found {kept!r}")
+    dim = model.truncate_dim
+    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool) or dim < 1):
+        raise InputError(f"{path}: truncate_dim: expected a number of dimensions above 0, found {dim!r}")
 
 
-def _cut_by_module(model: SentenceTransformer, path: str) -> None:
-    """Say the folder's `truncate_dim` as a linear module that keeps the first dimensions.
+def _truncate_by_module(model: SentenceTransformer, path: str) -> None:
+    """Replace `truncate_dim` by a linear module that keeps the first dimensions.
 
-    sentence-transformers cuts after the last module, so that what was of unit length is no more; as a module, the cut
-    comes before a normalisation, and a run trains and saves it like any projection.
+    sentence-transformers truncates after the last module, which undoes a normalization. As a module, the truncation can
+    be followed by a normalization, and it is trained and saved like any projection.
     """
     from sentence_transformers.sentence_transformer.modules import Dense
 
-    kept, model.truncate_dim = model.truncate_dim, None
-    if kept is None:
+    dim, model.truncate_dim = model.truncate_dim, None
+    if dim is None:
         return
     if (width := model.get_embedding_dimension()) is None:
-        raise InputError(f"{path}: truncate_dim: not supported for modules that do not say their dimension")
-    if kept < width:
-        cut = torch.eye(kept, width)
-        model.append(Dense(width, kept, bias=False, activation_function=nn.Identity(), init_weight=cut))
-
-
-def without_bars() -> None:
-    """Keep transformers from drawing progress bars, which would break up the one that the commands draw."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error of transformers, which likes many lines, as one of at most 300 letters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{path}: truncate_dim: not supported for modules that do not state their dimension")
+    if dim < width:
+        identity = torch.eye(dim, width)
+        model.append(Dense(width, dim, bias=False, activation_function=nn.Identity(), init_weight=identity))

@@ -1,4 +1,4 @@
-"""Text towers from scratch: an architecture with random weights, and its tokenizer."""
+"""Text towers from scratch: an architecture with random weights and a given tokenizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from index.files import InputError
 from retriever.config.run import ModelConfig
 from retriever.errors import ConfigError
-from retriever.models.loading.folder import LOAD_FAULTS, load_faults, load_model, one_line, without_bars
+from retriever.models.loading.errors import disable_progress_bars, load_errors, one_line
+from retriever.models.loading.folder import load_model
 from retriever.models.weights import save_encoder, writing_weights
 
 if TYPE_CHECKING:
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def load_new_encoder(config: ModelConfig) -> SentenceTransformer:
-    """A text tower from scratch, of `config.architecture`.
+    """Return a randomly initialized text tower of `config.architecture`, on the CPU in fp32.
 
     Raises:
-        ConfigError: there is no such architecture, or it cannot embed texts.
-        InputError: the tokenizer cannot be loaded.
+        ConfigError: If there is no such architecture, or it cannot embed texts.
+        InputError: If the tokenizer cannot be loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_new_encoder(config, Path(folder))
@@ -33,11 +34,11 @@ def load_new_encoder(config: ModelConfig) -> SentenceTransformer:
 
 
 def write_new_encoder(config: ModelConfig, folder: Path) -> None:
-    """Randomly initialised weights of `config.architecture`, with its tokenizer, as a Hugging Face folder.
+    """Write a randomly initialized encoder of `config.architecture` and its tokenizer as a Hugging Face folder.
 
     Raises:
-        ConfigError: no tokenizer is named, or there is no such architecture.
-        InputError: the tokenizer cannot be loaded.
+        ConfigError: If no tokenizer is named, or there is no such architecture.
+        InputError: If the tokenizer cannot be loaded.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer
 
@@ -49,47 +50,47 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
     if kind not in kinds:
         near = ", ".join(difflib.get_close_matches(str(kind), kinds)) or "bert, roberta, modernbert"
         raise ConfigError(f"model.architecture: cannot be built: no model_type {kind!r}; near it: {near}")
-    usual = AutoConfig.for_model(kind)
-    _check_spelling(fields, usual)
-    without_bars()
+    defaults = AutoConfig.for_model(kind)
+    _check_spelling(fields, defaults)
+    disable_progress_bars()
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
-    except LOAD_FAULTS as error:
+    except load_errors() as error:
         raise InputError(f"model.tokenizer: {config.tokenizer}: cannot be loaded: {one_line(error)}") from error
-    # A tokenizer out of a model of pictures and texts would be loaded with an image processor, which is not here.
+    # The tokenizer of an image–text model names a processor class, which would need an image processor.
     tokenizer._processor_class = tokenizer.init_kwargs["processor_class"] = None
-    # Some families lay a tokenizer of their own, with tokens of its own, over the one that stands beside them.
+    # Some families wrap the tokenizer in a class of their own that adds tokens, so it is loaded again with the config.
     with writing_weights(folder):
-        usual.save_pretrained(folder)
+        defaults.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     try:
         fields.setdefault("vocab_size", len(tokenizer))
-        # An architecture's own defaults are the token ids of the vocabulary that it was published with.
+        # The defaults of an architecture are token ids of the vocabulary with which it was published.
         for name in ("pad", "bos", "eos", "cls", "sep"):
             fields.setdefault(f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
         settings = AutoConfig.for_model(kind, **fields)
         if settings.vocab_size < len(tokenizer):
             raise ConfigError(f"vocab_size: expected at least the tokenizer's {len(tokenizer)}")
-        heads, shared = (getattr(settings, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
-        if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        heads, key_heads = (getattr(settings, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(key_heads, int) and (key_heads < 1 or heads % key_heads):
             default = "" if "num_key_value_heads" in fields else ", the default"
-            raise ConfigError(f"num_key_value_heads: expected a divisor of {heads} heads, found {shared}{default}")
+            raise ConfigError(f"num_key_value_heads: expected a divisor of {heads} heads, found {key_heads}{default}")
         model = AutoModel.from_config(settings)
-    except load_faults() as error:
+    except load_errors() as error:
         raise ConfigError(f"model.architecture: cannot be built: {one_line(error)}") from error
     save_encoder(model, folder)
     with writing_weights(folder):
         tokenizer.save_pretrained(folder)
 
 
-def _check_spelling(fields: dict[str, Any], usual: Any) -> None:
-    """transformers keeps whatever name it is given, and the field that was meant stays as it is by default.
+def _check_spelling(fields: dict[str, Any], defaults: Any) -> None:
+    """Refuse unknown fields that resemble a known one; transformers would silently ignore them.
 
-    Names unlike any are let through: some are read for the sake of older configurations.
+    Other unknown fields are accepted, because some are read for compatibility with older configurations.
     """
-    known = {*vars(usual), *usual.to_dict(), *usual.attribute_map}
+    known = {*vars(defaults), *defaults.to_dict(), *defaults.attribute_map}
     known = {name for name in known if not name.startswith("_")}
     for name in sorted(name for name in fields.keys() - known if not str(name).endswith("_token_id")):
         if near := difflib.get_close_matches(str(name), known, n=1, cutoff=0.88):
-            raise ConfigError(f"model.architecture: {name}: unknown to {usual.model_type}; did you mean {near[0]}?")
+            raise ConfigError(f"model.architecture: {name}: unknown to {defaults.model_type}; did you mean {near[0]}?")

@@ -1,4 +1,4 @@
-"""Weights that a model's files lack: transformers makes them up at random and only warns."""
+"""Weights that are missing in a model's files. transformers initializes them at random, with only a warning."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-# Rows of transformers' report: "encoder.layer.{0, 1}.output.dense.weight | MISSING | ".
+# A row of transformers' report: "encoder.layer.{0, 1}.output.dense.weight | MISSING | ".
 _ROW = re.compile(r"^\s*(\S.*?)\s*\|[^|]*\bMISSING\b", re.MULTILINE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _GROUP = re.compile(r"\{([^{}]*)\}")
 
 
 class _Reports(logging.Handler):
-    """Collects the names of weights that the reports of transformers call missing."""
+    """Log handler that collects the names of missing weights from transformers' reports."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,21 +26,21 @@ class _Reports(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         for name in _ROW.findall(_COLOURS.sub("", record.getMessage())):
-            self.names.update(_expanded(name))
+            self.names.update(_expand(name))
 
 
 @contextlib.contextmanager
-def reported_missing() -> Iterator[set[str]]:
-    """The names of the weights that transformers says it made up within, filled in as it loads.
+def collect_missing_weights() -> Iterator[set[str]]:
+    """Context that yields a set and fills it with the names of missing weights as transformers reports them.
 
-    Its reports are not printed: most are about weights that embeddings do not need. They are read even where the
-    program has silenced warnings.
+    The reports are not printed, because most concern weights that embeddings do not need. They are read even if logging
+    is disabled.
     """
     logger, reports = logging.getLogger("transformers.modeling_utils"), _Reports()
     level, propagate, disabled = logger.level, logger.propagate, logging.root.manager.disable
     logger.addHandler(reports)
     logging.disable(logging.NOTSET)
-    # Not where it is needless: transformers says more in other loggers where this one has a level of its own.
+    # Set only if necessary: an explicit level here makes transformers log more elsewhere.
     if not logger.isEnabledFor(logging.WARNING):
         logger.setLevel(logging.WARNING)
     logger.propagate = False
@@ -53,36 +53,39 @@ def reported_missing() -> Iterator[set[str]]:
         logger.removeHandler(reports)
 
 
-def used_without_value(encoder: nn.Module, names: set[str], embed: Callable[[], Tensor]) -> list[str]:
-    """Those of the named matrices, which were made up, that embeddings depend on: a pooler's, say, they do not.
+def used_missing_weights(encoder: nn.Module, names: set[str], embed: Callable[[], Tensor]) -> list[str]:
+    """Return the missing weight matrices if embeddings depend on one of them; otherwise an empty list.
+
+    Embeddings do not depend on the weights of an unused pooler, for example.
 
     Args:
-        encoder: may have some of the names.
-        embed: makes embeddings.
+        encoder: The encoder; weights of other modules are ignored.
+        names: Names of missing weights.
+        embed: Computes embeddings with the encoder.
     """
-    made_up = {
+    missing = {
         name: weight
         for name, weight in encoder.named_parameters()
-        # A vector is a bias or a scale, which begins at its neutral value.
+        # Vectors are biases and scales, which are initialized to constants.
         if name in names and weight.ndim > 1
     }
-    if not made_up:
+    if not missing:
         return []
-    values = {name: weight.detach().clone() for name, weight in made_up.items()}
+    values = {name: weight.detach().clone() for name, weight in missing.items()}
     with torch.no_grad():
         try:
-            for weight in made_up.values():
+            for weight in missing.values():
                 weight.fill_(torch.nan)
             used = not bool(embed().isfinite().all())
         finally:
-            for name, weight in made_up.items():
+            for name, weight in missing.items():
                 weight.copy_(values[name])
-    return sorted(made_up) if used else []
+    return sorted(missing) if used else []
 
 
-def _expanded(name: str) -> Iterator[str]:
-    """The names that one of a report stands for: layer.{0, 1}.weight for layer.0.weight and layer.1.weight."""
+def _expand(name: str) -> Iterator[str]:
+    """Expand a name of a report: layer.{0, 1}.weight to layer.0.weight and layer.1.weight."""
     parts = _GROUP.split(name)
-    choices = [part.split(", ") if place % 2 else [part] for place, part in enumerate(parts)]
-    for chosen in itertools.product(*choices):
-        yield "".join(chosen)
+    choices = [part.split(", ") if number % 2 else [part] for number, part in enumerate(parts)]
+    for choice in itertools.product(*choices):
+        yield "".join(choice)

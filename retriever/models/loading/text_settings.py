@@ -1,14 +1,15 @@
-"""How the Transformer module of a sentence-transformers folder cuts and marks texts, read as a tokenizer of ours.
+"""Text settings of a sentence-transformers Transformer module: lengths, special tokens, query expansion, prompts.
 
-Each setting that the module can carry is honoured here or refused by name.
+They are translated into a `TextTokenizer`. Every setting is supported or refused by name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from index.files import InputError
-from retriever.models.tokenizer import Expansion, FixedLengthTokenizer, TextTokenizer
+from retriever.models.tokenizer import FixedLengthTokenizer, QueryExpansion, TextTokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 Side = Literal["query", "document"]
 SIDES: tuple[Side, Side] = ("query", "document")
 
-# Longer than any text: tokenizers without a limit of their own say 1e30.
+# Lengths from here on mean no limit; tokenizers without a limit have 1e30.
 UNLIMITED = 2**31
 
-# Of `processing_kwargs`: "text" and "common" concern texts, the others other inputs.
+# Keys of `processing_kwargs`. Only "text" and "common" apply to texts.
 _GROUPS = ("text", "common", "audio", "image", "video", "chat_template")
-# What may stand in them. Padding changes no vector, since it is masked; what it would change is found by the trial.
+# Supported keys of "text" and "common". Padding is masked; reference_check.py finds models for which it matters.
 _KEYS = (
     *("max_length", "add_special_tokens", "truncation", "padding", "pad_to_multiple_of", "padding_side"),
     *("return_attention_mask", "return_token_type_ids", "return_tensors", "verbose"),
@@ -29,59 +30,59 @@ _KEYS = (
 
 
 def text_tokenizer(transformer: Any, side: Side) -> TextTokenizer:
-    """The tokenizer of a sentence-transformers Transformer as the module's own settings have it for a side.
+    """Return the tokenizer of a side, with the settings of a sentence-transformers Transformer module.
 
     Raises:
-        InputError: a setting cannot be honoured.
+        InputError: If a setting is not supported.
     """
-    longest = transformer.max_seq_length
-    task_length = getattr(transformer, "query_length" if side == "query" else "document_length", None)
-    expansion = expansion_of(transformer) if side == "query" else None
-    # Set on the module when it is loaded, where they matter (trial.py).
+    max_seq_length = transformer.max_seq_length
+    side_length = getattr(transformer, "query_length" if side == "query" else "document_length", None)
+    settings = expansion_of(transformer) if side == "query" else None
+    # `reference_check` sets this attribute if token types change the embeddings.
     types = getattr(transformer, "token_types", None)
-    if not transformer.processing_kwargs and expansion is None:
-        cut = _limited(longest if task_length is None else task_length)
-        return TextTokenizer(transformer.tokenizer, cut, token_types=types)
+    if not transformer.processing_kwargs and settings is None:
+        max_length = _limited(max_seq_length if side_length is None else side_length)
+        return TextTokenizer(transformer.tokenizer, max_length, token_types=types)
     call = call_settings(transformer)
-    own_length = call.get("max_length")
-    if "max_length" in call and own_length is None:
-        # It takes the place of the side's length all the same, and means the tokenizer's.
-        task_length = None
-    fill = None
-    if expansion is not None:
-        floor = expansion["length"]
-        if expansion["strategy"] == "fixed":
-            own_length = floor
-        elif own_length is None and task_length is not None:
-            own_length = max(task_length, floor)
-        # Of those that the encoder does not attend to, nothing is pooled.
-        fill = Expansion(_expansion_token(transformer), floor) if expansion["attend"] else None
-    lengths = (own_length, task_length, longest)
-    cut = _limited(next((length for length in lengths if length is not None), None))
+    call_length = call.get("max_length")
+    if "max_length" in call and call_length is None:
+        # A null max_length overrides the side's length and stands for max_seq_length.
+        side_length = None
+    expansion = None
+    if settings is not None:
+        length = settings["length"]
+        if settings["strategy"] == "fixed":
+            call_length = length
+        elif call_length is None and side_length is not None:
+            call_length = max(side_length, length)
+        # Expansion tokens that the encoder does not attend to are not pooled either, so they have no effect.
+        expansion = QueryExpansion(_expansion_token(transformer), length) if settings["attend"] else None
+    lengths = (call_length, side_length, max_seq_length)
+    max_length = _limited(next((length for length in lengths if length is not None), None))
     special = bool(call.get("add_special_tokens", True))
     if call.get("return_attention_mask", True):
-        return TextTokenizer(transformer.tokenizer, cut, special, fill, types)
-    if call.get("padding") != "max_length" or cut is None:
+        return TextTokenizer(transformer.tokenizer, max_length, special, expansion, types)
+    if call.get("padding") != "max_length" or max_length is None:
         raise InputError("processing_kwargs: return_attention_mask: expected true, or padding to a max_length")
-    return FixedLengthTokenizer(transformer.tokenizer, cut, special, fill)
+    return FixedLengthTokenizer(transformer.tokenizer, max_length, special, expansion)
 
 
 def expansion_of(transformer: Any) -> dict[str, Any] | None:
-    """How queries are filled up; none in most models, and in no module of an older sentence-transformers."""
+    """Return the settings of query expansion, or None. Older sentence-transformers do not have the attribute."""
     return getattr(transformer, "query_expansion", None)
 
 
 def call_settings(transformer: Any) -> dict[str, Any]:
-    """What a folder's `processing_kwargs` say of texts; common ones win, as in sentence-transformers.
+    """Return the `processing_kwargs` for texts. As in sentence-transformers, "common" overrides "text".
 
     Raises:
-        InputError: one of them is not known, or has a value that cannot be honoured.
+        InputError: If a key or a value is not supported.
     """
-    given = transformer.processing_kwargs
-    for group in given:
+    groups = transformer.processing_kwargs
+    for group in groups:
         if group not in _GROUPS:
             raise InputError(f"processing_kwargs: expected {', '.join(_GROUPS)}, found {group}")
-    call = {**given.get("text", {}), **given.get("common", {})}
+    call = {**groups.get("text", {}), **groups.get("common", {})}
     for key in call:
         if key not in _KEYS:
             raise InputError(f"processing_kwargs: {key}: not supported; expected {', '.join(_KEYS)}")
@@ -96,13 +97,17 @@ def call_settings(transformer: Any) -> dict[str, Any]:
 
 
 def check_settings(transformer: Any) -> None:
-    """Raises InputError where a setting of the Transformer module cannot be honoured; the message names it."""
+    """Check that all settings of a Transformer module are supported.
+
+    Raises:
+        InputError: If one is not; the message names it.
+    """
     if transformer.transformer_task != "feature-extraction":
         raise InputError(f"transformer_task: expected feature-extraction, found {transformer.transformer_task}")
     call = call_settings(transformer)
     for name in ("max_seq_length", "query_length", "document_length"):
         length = getattr(transformer, name, None)
-        # Of a tokenizer without a limit, max_seq_length may be 1e30 as a float.
+        # For tokenizers without a limit, max_seq_length may be the float 1e30.
         kinds = (int, float) if name == "max_seq_length" else (int,)
         if length is not None and (not isinstance(length, kinds) or isinstance(length, bool) or length < 1):
             raise InputError(f"{name}: expected a number above 0, found {length!r}")
@@ -119,9 +124,13 @@ def check_settings(transformer: Any) -> None:
 
 
 def check_lengths(transformer: Any) -> None:
-    """Raises InputError where the lengths of a side leave no token for the text."""
+    """Check that the maximum length of each side leaves at least one token for the text.
+
+    Raises:
+        InputError: If it does not.
+    """
     for side in SIDES:
-        # Where special tokens alone are more than a text may have, transformers does not cut it at all.
+        # If the special tokens exceed the maximum length, transformers does not truncate at all.
         tokenizer = text_tokenizer(transformer, side)
         if tokenizer.max_length is not None and tokenizer.max_length <= tokenizer.special_count:
             raise InputError(
@@ -131,10 +140,10 @@ def check_lengths(transformer: Any) -> None:
 
 
 def limit_lengths(transformer: Any, limit: int) -> None:
-    """Cut every length that the module's settings name to the positions that the encoder has.
+    """Limit all lengths in the module's settings to `limit` tokens, in place.
 
     Raises:
-        InputError: queries are expanded beyond them.
+        InputError: If queries are expanded to more tokens.
     """
     for name in ("query_length", "document_length"):
         if (getattr(transformer, name, None) or 0) > limit:
@@ -145,11 +154,11 @@ def limit_lengths(transformer: Any, limit: int) -> None:
     _replace_lengths(transformer, lambda length: min(length, limit))
 
 
-def forget_lengths(transformer: Any) -> None:
-    """Let `max_seq_length` hold for both sides: a run's configuration says it in place of the folder.
+def override_lengths(transformer: Any) -> None:
+    """Replace all lengths in the module's settings by `max_seq_length`, in place.
 
     Raises:
-        InputError: queries are expanded to more tokens.
+        InputError: If queries are expanded to more tokens.
     """
     expansion = expansion_of(transformer)
     if expansion is not None and expansion["length"] > transformer.max_seq_length:
@@ -159,21 +168,24 @@ def forget_lengths(transformer: Any) -> None:
 
 
 def prompt_of(model: SentenceTransformer, side: Side) -> str:
-    """The text that a model puts before every query or passage; empty for none."""
-    # The first name that is there, even if empty, as in sentence-transformers' encode_query and encode_document.
+    """Return the prompt of a side, "" for none.
+
+    As in sentence-transformers' `encode_query` and `encode_document`, the first existing name is used, even if its
+    prompt is empty.
+    """
     names = ("query",) if side == "query" else ("document", "passage", "corpus")
     return next((model.prompts[name] or "" for name in names if name in model.prompts), "")
 
 
 def pools_prompts(model: SentenceTransformer) -> bool:
-    """Whether the tokens of a prompt are pooled like those of the text."""
+    """Whether the pooling includes the tokens of the prompt."""
     return all(getattr(module, "include_prompt", True) for module in model.modules())
 
 
-def _replace_lengths(transformer: Any, replaced: Any) -> None:
-    """Change `max_length` wherever `processing_kwargs` name one, in a copy of them."""
+def _replace_lengths(transformer: Any, replacement: Callable[[int], int]) -> None:
+    """Replace every `max_length` in `processing_kwargs`, which are copied."""
     transformer.processing_kwargs = {
-        group: {**settings, "max_length": replaced(settings["max_length"])}
+        group: {**settings, "max_length": replacement(settings["max_length"])}
         if group in ("text", "common") and settings.get("max_length") is not None
         else settings
         for group, settings in transformer.processing_kwargs.items()
@@ -185,7 +197,7 @@ def _limited(length: int | None) -> int | None:
 
 
 def _expansion_token(transformer: Any) -> int:
-    """The token that queries are filled up with; sentence-transformers has checked that there is one."""
+    """Return the id of the expansion token. sentence-transformers has checked that there is one."""
     tokenizer, token = transformer.tokenizer, transformer.query_expansion["token"]
     if token is not None:
         return tokenizer.convert_tokens_to_ids(token)

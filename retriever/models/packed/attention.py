@@ -1,4 +1,4 @@
-"""Attention over texts laid end to end: Triton kernels on CUDA, PyTorch's own attention text by text elsewhere."""
+"""Attention over packed sequences: Triton kernels on CUDA; on other devices PyTorch's attention, one text at a time."""
 
 from __future__ import annotations
 
@@ -13,87 +13,91 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from retriever.utils.device import to_device
 
-# From here on a text has whole tiles of its own, and the tensor library's kernel, tuned for that, is ahead.
+# Longer texts fill whole tiles by themselves, and PyTorch's flash attention is faster.
 LONG = 512
 
 
 @dataclass(frozen=True)
-class Spans:
-    """Where the texts of a micro-batch begin and end, for tokens laid end to end."""
+class PackedLayout:
+    """Boundaries of the texts of a packed micro-batch, in which texts follow each other without padding."""
 
-    first: Tensor
-    """int32 [tokens]: of each token, the first token of its text."""
+    start: Tensor
+    """int32 [tokens]: for each token, the position of the first token of its text."""
     end: Tensor
-    """int32 [tokens]: of each token, the first token after its text."""
-    offsets: Tensor
-    """int32 [texts + 1]."""
-    longest: int
-    """Tokens of the longest text."""
+    """int32 [tokens]: for each token, the position after the last token of its text."""
+    cu_seqlens: Tensor
+    """int32 [texts + 1]: cumulative lengths, starting with 0."""
+    max_seqlen: int
+    """Number of tokens of the longest text."""
     empty: Tensor | None = None
-    """bool [texts]: texts without any token, for each of which one stands; none if there are none."""
+    """bool [texts]: texts without tokens, each represented by one pad token. None if there are none."""
 
     @classmethod
-    def of(cls, lengths: np.ndarray) -> Spans:
-        """Spans of texts of these lengths (int64 [texts]), on the CPU; an empty text takes the place of one token."""
+    def of(cls, lengths: np.ndarray) -> PackedLayout:
+        """Return the layout of texts with these lengths (int64 [texts]), on the CPU. An empty text takes one token."""
         empty = None if lengths.all() else torch.from_numpy(lengths == 0)
         lengths = np.maximum(lengths, 1)
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=offsets[1:])
-        first, end = np.repeat(offsets[:-1], lengths), np.repeat(offsets[1:], lengths)
-        longest = int(lengths.max(initial=0))
-        return cls(torch.from_numpy(first), torch.from_numpy(end), torch.from_numpy(offsets), longest, empty)
+        cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        start, end = np.repeat(cu_seqlens[:-1], lengths), np.repeat(cu_seqlens[1:], lengths)
+        max_seqlen = int(lengths.max(initial=0))
+        return cls(torch.from_numpy(start), torch.from_numpy(end), torch.from_numpy(cu_seqlens), max_seqlen, empty)
 
-    def to(self, device: torch.device) -> Spans:
-        """The same on another device; nothing waits for the copy."""
-        first, end, offsets = (to_device(each, device) for each in (self.first, self.end, self.offsets))
-        return Spans(first, end, offsets, self.longest, None if self.empty is None else to_device(self.empty, device))
+    def to(self, device: torch.device) -> PackedLayout:
+        """Return a copy on another device. The copy is asynchronous."""
+        start, end, cu_seqlens = (to_device(tensor, device) for tensor in (self.start, self.end, self.cu_seqlens))
+        empty = None if self.empty is None else to_device(self.empty, device)
+        return PackedLayout(start, end, cu_seqlens, self.max_seqlen, empty)
 
 
-def spans_attention(
+def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    spans: Spans,
+    layout: PackedLayout,
     *,
     scale: float,
     dropout: float = 0.0,
     causal: bool = False,
     window: int | None = None,
 ) -> Tensor:
-    """Softmax attention of each token to the tokens of its own text.
+    """Softmax attention in which each token attends to the tokens of its own text.
 
     Args:
-        query: [tokens, heads, width], of float32, bfloat16 or float16; the last dimension contiguous.
-        key: [tokens, key heads, width]; `heads` is a multiple of `key heads` (grouped-query attention).
-        value: as `key`.
-        spans: the texts, on the same device.
-        scale: of the scores before the softmax.
-        dropout: part of the attention weights that is left out, drawn from the device's generator.
-        causal: a token sees no later one.
-        window: a token sees at most this many to either side; all of its text if None.
+        query: [tokens, heads, width] in float32, bfloat16 or float16.
+        key: [tokens, key heads, width] of the same dtype; `heads` is a multiple of `key heads` (grouped-query
+            attention).
+        value: Shape and dtype of `key`.
+        layout: Boundaries of the texts, on the same device.
+        scale: Factor of the scores before the softmax.
+        dropout: Probability with which an attention weight is dropped. Random numbers come from the device's default
+            generator. Default: 0.
+        causal: Whether a token attends only to itself and to earlier tokens. Default: False.
+        window: Number of tokens on either side that a token attends to. Default: None, the whole text.
 
     Returns:
-        [tokens, heads, width], in the dtype of `query`; differentiable once in query, key and value.
+        [tokens, heads, width] in the dtype of `query`, differentiable once with respect to query, key and value.
     """
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return _text_by_text(query, key, value, spans, scale, dropout, causal, window)
-    if spans.longest > LONG and query.dtype in (torch.bfloat16, torch.float16):
-        reach = -1 if window is None else window
-        # varlen_attn of torch.nn.attention has no dropout; this is what it calls.
+        return _reference_attention(query, key, value, layout, scale, dropout, causal, window)
+    if layout.max_seqlen > LONG and query.dtype in (torch.bfloat16, torch.float16):
+        window_size = -1 if window is None else window
+        # torch.nn.attention.varlen_attn calls this operator, but has no dropout.
         return torch.ops.aten._flash_attention_forward(
-            *(query, key, value, spans.offsets, spans.offsets, spans.longest, spans.longest, dropout, causal, False),
+            *(query, key, value, layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen),
+            *(dropout, causal, False),
             scale=scale,
-            window_size_left=reach,
-            window_size_right=0 if causal else reach,
+            window_size_left=window_size,
+            window_size_right=0 if causal else window_size,
         )[0]
-    # A scalar on the device, so that the host does not wait; drawn only where used.
-    seed = torch.randint(2**31 - 1, (1,), device=query.device) if dropout else spans.first[:1].long()
-    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
-    tensors = (query, key, value, spans.first, spans.end, seed)
+    # The seed stays on the device, so that the host does not synchronize. Without dropout any tensor serves.
+    seed = torch.randint(2**31 - 1, (1,), device=query.device) if dropout else layout.start[:1].long()
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    tensors = (query, key, value, layout.start, layout.end, seed)
     settings = (float(scale), float(dropout), bool(causal), -1 if window is None else window)
-    # An operator costs the host more a call, and only the compiler needs one.
+    # Calling a custom operator takes longer on the host; only torch.compile needs it.
     if torch.compiler.is_compiling():
-        return spans_forward(*tensors, *settings)[0]
+        return packed_attention_forward(*tensors, *settings)[0]
     return _SpansAttention.apply(*tensors, *settings)
 
 
@@ -101,7 +105,7 @@ class _SpansAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         out, lse = _forward(*arguments)
-        _keep(ctx, arguments, (out, lse))
+        _save_for_backward(ctx, arguments, (out, lse))
         return out
 
     @staticmethod
@@ -109,7 +113,7 @@ class _SpansAttention(torch.autograd.Function):
         return (*_backward(out_grad.contiguous(), *ctx.saved_tensors, *ctx.settings), *[None] * 7)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:6], *output)
     ctx.settings = inputs[6:]
 
@@ -193,18 +197,18 @@ def _backward_shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     return query_grad, key_grad, value_grad
 
 
-spans_forward = torch.library.custom_op("retriever::spans_forward", _forward, mutates_args=())
-spans_forward.register_fake(_forward_shapes)
-spans_backward = torch.library.custom_op("retriever::spans_backward", _backward, mutates_args=())
-spans_backward.register_fake(lambda out_grad, query, key, value, *_: _backward_shapes(query, key, value))
+packed_attention_forward = torch.library.custom_op("retriever::packed_attention_forward", _forward, mutates_args=())
+packed_attention_forward.register_fake(_forward_shapes)
+packed_attention_backward = torch.library.custom_op("retriever::packed_attention_backward", _backward, mutates_args=())
+packed_attention_backward.register_fake(lambda out_grad, query, key, value, *_: _backward_shapes(query, key, value))
 
 
 def _backward_by_operator(ctx: Any, out_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*spans_backward(out_grad.contiguous(), *ctx.saved_tensors, *ctx.settings), *[None] * 7)
+    return (*packed_attention_backward(out_grad.contiguous(), *ctx.saved_tensors, *ctx.settings), *[None] * 7)
 
 
-spans_forward.register_autograd(
-    _backward_by_operator, setup_context=lambda ctx, inputs, output: _keep(ctx, inputs, output)
+packed_attention_forward.register_autograd(
+    _backward_by_operator, setup_context=lambda ctx, inputs, output: _save_for_backward(ctx, inputs, output)
 )
 
 
@@ -213,7 +217,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _fixed(query: Tensor, key: Tensor, dropout: float, causal: bool, window: int) -> dict[str, Any]:
-    """What the kernels are compiled for."""
+    """Return the compile-time constants that all kernels share."""
     width = query.shape[2]
     return {
         "HEADS": query.shape[1],
@@ -227,7 +231,7 @@ def _fixed(query: Tensor, key: Tensor, dropout: float, causal: bool, window: int
     }
 
 
-# Rows and columns of a tile, and warps: measured on one H200 with BERT-base's heads, texts of 10 to 250 tokens.
+# Rows and columns of a tile, and warps. The fastest on one H200 with BERT-base's heads and texts of 10 to 250 tokens.
 _SHAPES = {"forward": (64, 32, 4), "backward_query": (64, 32, 4), "backward_key": (64, 32, 2)}
 
 
@@ -238,26 +242,26 @@ def _shape(query: Tensor, kernel: str) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps}
 
 
-def _text_by_text(
+def _reference_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    spans: Spans,
+    layout: PackedLayout,
     scale: float,
     dropout: float,
     causal: bool,
     window: int | None,
 ) -> Tensor:
-    """The definition: PyTorch's attention on each text alone."""
-    lengths = spans.offsets.diff().tolist()
+    """Attention of each text by PyTorch, one text at a time."""
+    lengths = layout.cu_seqlens.diff().tolist()
     outs = []
     for q, k, v in zip(*(each.split(lengths) for each in (query, key, value)), strict=True):
         mask = None
         if causal or window is not None:
-            place = torch.arange(len(q), device=q.device)
-            apart = place[:, None] - place
-            mask = (apart.abs() <= (len(q) if window is None else window)) & ((apart >= 0) | (not causal))
-        q, k, v = (each.transpose(0, 1) for each in (q, k, v))
+            position = torch.arange(len(q), device=q.device)
+            distance = position[:, None] - position
+            mask = (distance.abs() <= (len(q) if window is None else window)) & ((distance >= 0) | (not causal))
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         out = scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=q.shape[0] != k.shape[0])
         outs.append(out.transpose(0, 1))
     return torch.cat(outs)

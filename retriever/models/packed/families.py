@@ -1,8 +1,7 @@
-"""Which Hugging Face models read texts laid end to end, and how they are made to.
+"""Hugging Face model families that support packed sequences.
 
-transformers lets a model's attention be replaced by name (its AttentionInterface); what stands before and after it
-works token by token, some of it in kernels of ours. A family is known here when the tests hold its outputs against
-those of the padded path.
+The attention of a model is replaced through transformers' AttentionInterface. All other layers work on single tokens;
+some of them are replaced by fused kernels. The tests compare every supported family with its padded outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from retriever.models.loading.folder import text_towers
 from retriever.models.packed import mpnet
-from retriever.models.packed.attention import Spans, spans_attention
+from retriever.models.packed.attention import PackedLayout, packed_attention
 from retriever.models.packed.pooling import MODES, pool_features
 from retriever.models.packed.sublayers import fuse_sublayers
 
@@ -23,33 +22,33 @@ if TYPE_CHECKING:
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "modernbert")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-_ATTENTION = "text_spans"
+_ATTENTION = "retriever_packed"
 
 
-def drop_padding(model: SentenceTransformer) -> bool:
-    """Have a sentence-transformers model take `input_ids` and `position_ids` [1, tokens] of texts laid end to end.
+def enable_packing(model: SentenceTransformer) -> bool:
+    """Switch a sentence-transformers model to packed sequences.
 
-    With them go the `spans` that say where each text begins and ends. From then on the model takes texts in no other
-    way. Its weights, and what is saved of it, stay as they are.
+    Afterwards the model takes `input_ids` and `position_ids` [1, tokens] of concatenated texts and their `layout`, a
+    PackedLayout. It no longer takes padded texts. The weights and the files written by `save` do not change.
 
     Returns:
-        Whether its encoders and its pooling are known; if not, nothing is changed.
+        Whether the encoders and the pooling support packed sequences. If not, the model is unchanged.
     """
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     transformers = set(text_towers(model).values())
     encoders = [transformer.auto_model for transformer in transformers]
     poolings: list[Any] = [module for module in model.modules() if isinstance(module, Pooling)]
-    if not all(_gives_token_vectors(each) and _reads_spans(each.auto_model) for each in transformers):
-        return False
-    if not all(_pools_spans(each) for each in poolings) or not all(
-        _keeps_texts_apart(route) for route in _routes(model)
-    ):
-        return False
-    if len(poolings) != len(encoders):
+    supported = (
+        all(_returns_token_embeddings(each) and _supports_packing(each.auto_model) for each in transformers)
+        and all(_supports_pooling(each) for each in poolings)
+        and all(_modules_are_tokenwise(route) for route in _routes(model))
+        and len(poolings) == len(encoders)
+    )
+    if not supported:
         return False
     for encoder in encoders:
-        _read_spans(encoder)
+        _use_packed_attention(encoder)
         fuse_sublayers(encoder)
     for pooling in poolings:
         pooling.forward = types.MethodType(pool_features, pooling)
@@ -57,7 +56,7 @@ def drop_padding(model: SentenceTransformer) -> bool:
 
 
 def _routes(model: SentenceTransformer) -> list[list[Any]]:
-    """The modules that a text passes through, of each route of a model."""
+    """Return the sequence of modules of each route of a model."""
     first: Any = model[0]
     rest = list(model)[1:]
     if not hasattr(first, "sub_modules"):
@@ -65,8 +64,8 @@ def _routes(model: SentenceTransformer) -> list[list[Any]]:
     return [[*route, *rest] for route in first.sub_modules.values()]
 
 
-def _gives_token_vectors(transformer: Any) -> bool:
-    """Whether a Transformer module gives its encoder no token types, and hands on its last vectors of all tokens."""
+def _returns_token_embeddings(transformer: Any) -> bool:
+    """Whether a Transformer module uses no token types and returns the last hidden state of all tokens."""
     text = transformer.modality_config["text"]
     return (
         (text["method"], text["method_output_name"]) == ("forward", "last_hidden_state")
@@ -76,35 +75,36 @@ def _gives_token_vectors(transformer: Any) -> bool:
     )
 
 
-def _reads_spans(encoder: Any) -> bool:
+def _supports_packing(encoder: Any) -> bool:
     config = encoder.config
     if getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0):
         return False
-    # Families of encoders have no causal kind, and those of decoders say by it which they are.
-    encodes = config.model_type in (*ENCODERS, "mpnet") and not getattr(config, "is_causal", False)
-    return encodes or config.model_type in DECODERS
+    # A causal variant is supported only for decoder families, whose `is_causal` selects the attention.
+    is_encoder = config.model_type in (*ENCODERS, "mpnet") and not getattr(config, "is_causal", False)
+    return is_encoder or config.model_type in DECODERS
 
 
-def _keeps_texts_apart(modules: list[Any]) -> bool:
-    """Whether nothing before the pooling looks at more than one token, and nothing after it at tokens."""
+def _modules_are_tokenwise(modules: list[Any]) -> bool:
+    """Whether modules before the pooling treat each token by itself, and modules after it use no token embeddings."""
     from sentence_transformers.base.modules import Dense
     from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Normalize, Pooling
 
     kinds = [type(module) for module in modules]
     if kinds.count(Pooling) != 1:
         return False
-    place = kinds.index(Pooling)
-    return {*kinds[1:place]} <= {Dense, Normalize} and {*kinds[place + 1 :]} <= {Dense, Normalize, LayerNorm, Dropout}
+    position = kinds.index(Pooling)
+    before, after = {*kinds[1:position]}, {*kinds[position + 1 :]}
+    return before <= {Dense, Normalize} and after <= {Dense, Normalize, LayerNorm, Dropout}
 
 
-def _pools_spans(pooling: Any) -> bool:
+def _supports_pooling(pooling: Any) -> bool:
     modes = pooling.pooling_mode
     return modes in MODES or (not isinstance(modes, str) and len(modes) == 1 and modes[0] in MODES)
 
 
-def _read_spans(encoder: Any) -> None:
+def _use_packed_attention(encoder: Any) -> None:
     if encoder.config.model_type == "mpnet":
-        mpnet.read_spans(encoder)
+        mpnet.use_packed_attention(encoder)
         return
     from transformers import AttentionInterface
 
@@ -119,25 +119,26 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    spans: Spans,
+    layout: PackedLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: [1, heads, tokens, width] in, [1, tokens, heads, width] out."""
+    """Attention function for transformers: from [1, heads, tokens, width] to [1, tokens, heads, width]."""
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if sliding_window is not None:
-        # Modules add one to what they are given, or not; transformers' masks go by the configuration: a token sees
-        # those at most `sliding_window` away on both sides, or as many before it, itself among them.
+        # Some modules pass the configured window plus one. transformers' masks use the configured value: without
+        # causal attention a token attends to `sliding_window` tokens on either side; with it to `sliding_window`
+        # tokens including itself.
         config: Any = module.config
         sliding_window = config.sliding_window - 1 if causal else config.sliding_window
-    out = spans_attention(
+    out = packed_attention(
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),
         value.squeeze(0).transpose(0, 1),
-        spans,
+        layout,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         causal=causal,

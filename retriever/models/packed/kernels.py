@@ -1,13 +1,13 @@
-"""Attention inside each text of a concatenated micro-batch, by Triton kernels made for many short texts.
+"""Triton kernels for attention over packed sequences, made for many short texts.
 
-Token i of text t attends to the tokens first[i] <= j < end[i], the texts being laid end to end:
+Token i attends to the tokens j of its own text, first[i] <= j < end[i]:
 
     S = scale · Q Kᵀ,  P = softmax(S),  O = dropout(P) V
     dV = dropout(P)ᵀ dO,  dS = P ∘ (dropout(dO Vᵀ) − rowsum(dO ∘ O)),  dQ = scale · dS K,  dK = scale · dSᵀ Q
 
-after FlashAttention-2 (Dao, arXiv 2307.08691), with one difference: a tile is a run of tokens, whichever texts they
-belong to, where FlashAttention starts a tile for every text. Texts of ten tokens fill a tile of 64 this way instead of
-a sixth of it. Kept for backward are O and the logarithm (of base 2) of each row's sum of exponentials.
+The algorithm is FlashAttention-2 (Dao, arXiv 2307.08691), except that a tile holds consecutive tokens of any texts,
+while FlashAttention starts a new tile for every text. Texts of ten tokens thus fill a tile of 64 rows, not a sixth of
+it. Backward uses O and lse, the base-2 logarithm of each row's sum of exponentials.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Triton compiles a kernel once more where a number divides by 16. Of `tokens`, which one micro-batch in 16 does, that
-# would stop a run for some seconds at its first such step and gain nothing.
+# By default Triton compiles a second version of a kernel for integers that are divisible by 16. For `tokens` this would
+# stop a run for some seconds at its first such micro-batch, without any gain in speed; hence `do_not_specialize`.
 
 
 @triton.jit
-def kept(rows, columns, stream, dropout):
-    """What dropout leaves: a hash of stream (uint32) and place, so that every kernel draws alike.
+def dropout_mask(rows, columns, stream, dropout):
+    """True where dropout keeps an entry: a hash of `stream` (uint32), row and column, equal in all kernels.
 
-    The mixing of hash-prospector's lowbias32, an eighth of the work of Philox.
+    The hash is hash-prospector's lowbias32, an eighth of the work of Philox.
     """
     x = rows.to(tl.uint32) * 0x9E3779B1 + columns.to(tl.uint32) * 0x85EBCA77 + stream
     x ^= x >> 16
@@ -38,13 +38,13 @@ def kept(rows, columns, stream, dropout):
 
 @triton.jit
 def stream_of(seed_ptr, head):
-    """A stream of `kept` for each head."""
+    """Return the random stream of one head, for `dropout_mask`."""
     return tl.load(seed_ptr).to(tl.uint32) + head.to(tl.uint32) * 0xC2B2AE3D
 
 
 @triton.jit
-def seen(rows, columns, first, end, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which columns a row attends to; all shapes broadcast."""
+def attention_mask(rows, columns, first, end, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """True where a row attends to a column; shapes are broadcast."""
     inside = (columns >= first) & (columns < end)
     if CAUSAL:
         inside &= columns <= rows
@@ -55,18 +55,18 @@ def seen(rows, columns, first, end, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 
 @triton.jit
 def head_tile(ptr, rows, head, row_stride, head_stride, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [rows, BLOCK_D] of one head; zeros past the last token and the last dimension."""
+    """Load rows [rows, BLOCK_D] of one head; zeros beyond the last token and the last dimension."""
     dims = tl.arange(0, BLOCK_D)
-    places = rows.to(tl.int64)[:, None] * row_stride + head * head_stride + dims[None, :]
-    return tl.load(ptr + places, mask=(rows < tokens)[:, None] & (dims < D)[None, :], other=0.0)
+    offsets = rows.to(tl.int64)[:, None] * row_stride + head * head_stride + dims[None, :]
+    return tl.load(ptr + offsets, mask=(rows < tokens)[:, None] & (dims < D)[None, :], other=0.0)
 
 
 @triton.jit
 def store_head_tile(ptr, rows, head, tile, tokens, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Into a contiguous [tokens, HEADS, D]."""
+    """Store rows of one head into a contiguous [tokens, HEADS, D]."""
     dims = tl.arange(0, BLOCK_D)
-    places = (rows.to(tl.int64) * HEADS + head)[:, None] * D + dims[None, :]
-    tl.store(ptr + places, tile.to(ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & (dims < D)[None, :])
+    offsets = (rows.to(tl.int64) * HEADS + head)[:, None] * D + dims[None, :]
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=(rows < tokens)[:, None] & (dims < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -99,7 +99,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One run of BLOCK_M queries of one head: out [tokens, HEADS, D], lse float32 [HEADS, tokens]."""
+    """Attention of BLOCK_M queries of one head: out [tokens, HEADS, D], lse float32 [HEADS, tokens]."""
     top, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     rows = top + tl.arange(0, BLOCK_M)
     first = tl.load(first_ptr + rows, mask=rows < tokens, other=tokens)
@@ -118,20 +118,20 @@ def forward_kernel(
         columns = left + tl.arange(0, BLOCK_N)
         k = head_tile(k_ptr, columns, head // GROUP, k_row, k_head, tokens, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRODUCT) * (scale * LOG2_E)
-        inside = seen(rows[:, None], columns[None, :], first[:, None], end[:, None], CAUSAL, WINDOW)
+        inside = attention_mask(rows[:, None], columns[None, :], first[:, None], end[:, None], CAUSAL, WINDOW)
         scores = tl.where(inside, scores, -float("inf"))
         bigger = tl.maximum(biggest, tl.max(scores, 1))
-        # A row that has seen nothing yet has no maximum to subtract.
+        # The maximum of a row that has attended to no column so far is -inf.
         shift = tl.where(bigger == -float("inf"), 0.0, bigger)
         weights = tl.exp2(scores - shift[:, None])
         fade = tl.exp2(biggest - shift)
         total = total * fade + tl.sum(weights, 1)
         if DROPOUT:
-            weights = tl.where(kept(rows[:, None], columns[None, :], stream, dropout), weights, 0.0)
+            weights = tl.where(dropout_mask(rows[:, None], columns[None, :], stream, dropout), weights, 0.0)
         v = head_tile(v_ptr, columns, head // GROUP, v_row, v_head, tokens, D, BLOCK_D)
         mixed = mixed * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRODUCT)
         biggest = bigger
-    # Rows past the last token have no sum.
+    # Rows beyond the last token have a sum of 0.
     total = tl.where(rows < tokens, total, 1.0)
     mixed = mixed / (total * (1.0 - dropout))[:, None]
     store_head_tile(out_ptr, rows, head, mixed, tokens, HEADS, D, BLOCK_D)
@@ -171,7 +171,7 @@ def backward_query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dQ [tokens, HEADS, D] of one run of queries, and delta = rowsum(dO ∘ O), float32 [HEADS, tokens]."""
+    """Gradient of BLOCK_M queries: dQ [tokens, HEADS, D], and delta = rowsum(dO ∘ O), float32 [HEADS, tokens]."""
     top, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     rows = top + tl.arange(0, BLOCK_M)
     first = tl.load(first_ptr + rows, mask=rows < tokens, other=tokens)
@@ -194,12 +194,12 @@ def backward_query_kernel(
         k = head_tile(k_ptr, columns, head // GROUP, k_row, k_head, tokens, D, BLOCK_D)
         v = head_tile(v_ptr, columns, head // GROUP, v_row, v_head, tokens, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRODUCT) * (scale * LOG2_E)
-        inside = seen(rows[:, None], columns[None, :], first[:, None], end[:, None], CAUSAL, WINDOW)
+        inside = attention_mask(rows[:, None], columns[None, :], first[:, None], end[:, None], CAUSAL, WINDOW)
         weights = tl.where(inside, tl.exp2(scores - lse[:, None]), 0.0)
         weight_grad = tl.dot(out_grad, tl.trans(v), input_precision=PRODUCT)
         if DROPOUT:
-            stays = kept(rows[:, None], columns[None, :], stream, dropout)
-            weight_grad = tl.where(stays, weight_grad / (1.0 - dropout), 0.0)
+            keep = dropout_mask(rows[:, None], columns[None, :], stream, dropout)
+            weight_grad = tl.where(keep, weight_grad / (1.0 - dropout), 0.0)
         score_grad = weights * (weight_grad - delta[:, None])
         q_grad += tl.dot(score_grad.to(k.dtype), k, input_precision=PRODUCT)
     store_head_tile(q_grad_ptr, rows, head, q_grad * scale, tokens, HEADS, D, BLOCK_D)
@@ -238,10 +238,10 @@ def backward_key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dK and dV [tokens, HEADS / GROUP, D] of one run of BLOCK_N keys; its GROUP query heads one after another."""
+    """Gradients of BLOCK_N keys: dK and dV [tokens, HEADS / GROUP, D], summed over the GROUP query heads of a key."""
     left, key_head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     columns = left + tl.arange(0, BLOCK_N)
-    # A text's queries are its keys.
+    # Queries and keys are the same tokens, so the bounds of the keys bound the queries.
     low = tl.min(tl.load(first_ptr + columns, mask=columns < tokens, other=tokens))
     high = tl.max(tl.load(end_ptr + columns, mask=columns < tokens, other=0))
     if CAUSAL:
@@ -264,14 +264,14 @@ def backward_key_kernel(
             q = head_tile(q_ptr, rows, head, q_row, q_head, tokens, D, BLOCK_D)
             out_grad = head_tile(out_grad_ptr, rows, head, HEADS * D, D, tokens, D, BLOCK_D)
             scores = tl.dot(k, tl.trans(q), input_precision=PRODUCT) * (scale * LOG2_E)
-            inside = seen(rows[None, :], columns[:, None], first[None, :], end[None, :], CAUSAL, WINDOW)
+            inside = attention_mask(rows[None, :], columns[:, None], first[None, :], end[None, :], CAUSAL, WINDOW)
             weights = tl.where(inside, tl.exp2(scores - lse[None, :]), 0.0)
             weight_grad = tl.dot(v, tl.trans(out_grad), input_precision=PRODUCT)
             used = weights
             if DROPOUT:
-                stays = kept(rows[None, :], columns[:, None], stream, dropout)
-                used = tl.where(stays, weights / (1.0 - dropout), 0.0)
-                weight_grad = tl.where(stays, weight_grad / (1.0 - dropout), 0.0)
+                keep = dropout_mask(rows[None, :], columns[:, None], stream, dropout)
+                used = tl.where(keep, weights / (1.0 - dropout), 0.0)
+                weight_grad = tl.where(keep, weight_grad / (1.0 - dropout), 0.0)
             v_grad += tl.dot(used.to(v.dtype), out_grad, input_precision=PRODUCT)
             score_grad = weights * (weight_grad - delta[None, :])
             k_grad += tl.dot(score_grad.to(k.dtype), q, input_precision=PRODUCT)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from losses import InfCLLoss
 from retriever.config.run import LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.data.length_sorting import pack
-from retriever.data.micro_batches import PreparedBatch, TextGroup
+from retriever.data.length_sorting import make_micro_batches
+from retriever.data.micro_batches import PreparedBatch, TextInputs
 from retriever.distributed.ranks import Ranks
 from retriever.models.loading.folder import Side
 from retriever.models.memory import GraphMemory
@@ -106,7 +106,7 @@ class TowerSteps:
         result = build_towers_of(towers, lock=False) if self._image_text else bert_towers(towers, tokens)
         self.towers: Any = result.to(device)
         if device.type == "cuda":
-            self.towers.drop_padding()
+            self.towers.enable_packing()
         self.parameters = sum(parameter.numel() for parameter in self.towers.parameters())
         self._pixels: Tensor | None = None
 
@@ -179,8 +179,8 @@ class TowerSteps:
         places = [np.arange(first, min(first + at_once, pairs)) for first in range(0, pairs, at_once)]
         texts = random_captions(pairs)
         padded = not self.towers.padding_free
-        cut = pack(texts.lengths, budget, padded=padded, device=self.towers.device.type)
-        group = TextGroup("document", texts, cut)
+        cut = make_micro_batches(texts.lengths, budget, padded=padded, device=self.towers.device.type)
+        group = TextInputs("document", texts, cut)
         return [RepeatedImages(self._pixels, each, places, pairs), group]
 
     def _reset(self) -> None:
@@ -248,13 +248,13 @@ class Search:
             yield (self.fits + self.fails) // 2
 
 
-def text_group(side: Side, pairs: int, tokens: int, budget: int, towers: Towers) -> TextGroup:
+def text_group(side: Side, pairs: int, tokens: int, budget: int, towers: Towers) -> TextInputs:
     """Random texts of equal length for one tower."""
     rng = np.random.default_rng(len(side))
     ids = rng.integers(5, VOCABULARY, pairs * tokens, dtype=np.int32)
     texts = TokenizedTexts(ids, np.arange(pairs + 1, dtype=np.int64) * tokens)
-    cut = pack(texts.lengths, budget, padded=not towers.padding_free, device=towers.device.type)
-    return TextGroup(side, texts, cut)
+    cut = make_micro_batches(texts.lengths, budget, padded=not towers.padding_free, device=towers.device.type)
+    return TextInputs(side, texts, cut)
 
 
 def bert_towers(size: str, tokens: int) -> Towers:

@@ -35,7 +35,7 @@ from retriever.encoding.corpus import encode_passages
 from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.windows import WINDOW
 from retriever.models.memory import EncodeMemory
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.mixed_precision import mixed_precision
 from retriever.models.tokenizer import TokenizedTexts
 from retriever.models.towers import Towers, build_towers
 from retriever.utils.device import choose_precision
@@ -154,10 +154,10 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
         best = table[0]["tokens_per_second"]
     towers.model.float()
     if device.type == "cuda":
-        assert towers.drop_padding()
+        assert towers.enable_packing()
     settings = EncodeOptions(precision=choose_precision("auto", device))
     compare(towers, tokens, expected, settings)
-    with arithmetic(towers, settings.precision):
+    with mixed_precision(towers, settings.precision):
         planned = EncodeMemory.plan(towers, texts=len(sample)).peak
     name = f"ours, {settings.precision}"
 
@@ -165,7 +165,7 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
     seconds = from_tokens(towers, tokens, settings)
     keep(f"{name}, from tokens", len(sample), len(tokens.ids), seconds, planned)
 
-    with arithmetic(towers, settings.precision):
+    with mixed_precision(towers, settings.precision):
         planned = EncodeMemory.plan(towers, texts=WINDOW).peak
     for part, some in (("few", few), ("all", sample)):
         write_corpus(some, folder / f"{part}.jsonl")

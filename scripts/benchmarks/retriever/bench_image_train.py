@@ -44,12 +44,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from losses import InfCLLoss
 from retriever.config.images import ImageConfig
 from retriever.config.run import LossConfig, ModelConfig, OptimConfig, TrainConfig
-from retriever.data.images.batches import ImageGroup
-from retriever.data.length_sorting import pack
-from retriever.data.micro_batches import PreparedBatch, TextGroup
+from retriever.data.images.batches import ImageInputs
+from retriever.data.length_sorting import make_micro_batches
+from retriever.data.micro_batches import PreparedBatch, TextInputs
 from retriever.models.images.towers import ImageTextTowers, build_image_text_towers
 from retriever.models.memory import GraphMemory
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.mixed_precision import mixed_precision
 from retriever.models.tokenizer import TokenizedTexts
 from retriever.training.optim import build_optimizer
 from retriever.training.plan import plan_step
@@ -148,7 +148,7 @@ class Run:
 
     def alone(self) -> None:
         """Run forward, backward and second forward of the towers, micro-batch by micro-batch."""
-        with arithmetic(self.towers, self.step.precision):
+        with mixed_precision(self.towers, self.step.precision):
             for again in (False, True):
                 for micro in self.micro_batches:
                     with torch.set_grad_enabled(again):
@@ -262,7 +262,7 @@ class Bench:
     def run(self, name: str, size: int, *, lock: bool, offload: bool = False) -> Run:
         """Build the towers, the step, and a batch of pixels (of features for a locked image tower)."""
         towers = build_towers_of(name, lock=lock).to(self.device)
-        if self.device.type == "cuda" and not towers.drop_padding():
+        if self.device.type == "cuda" and not towers.enable_packing():
             sys.exit("expected a text tower that runs without padding, found one that does not")
         if self.options.compile:
             towers.compile_layers()
@@ -296,13 +296,15 @@ class Bench:
     def batch(self, towers: ImageTextTowers, size: int, budget: int, *, lock: bool) -> PreparedBatch:
         """Random pixels or features, and texts, split into micro-batches as in training."""
         tokens = random_captions(size)
-        content = torch.randn(size, towers.image_width).half() if lock else self.pixels(towers, size)
+        content = torch.randn(size, towers.image_feature_dim).half() if lock else self.pixels(towers, size)
         each = 1 if lock else towers.image_tokens
         at_once = min(max(1, budget // each), len(content))
         places = [np.arange(first, min(first + at_once, size)) for first in range(0, size, at_once)]
-        images = ImageGroup(content, each, places) if lock else RepeatedImages(content, each, places, size)
+        images = ImageInputs(content, each, places) if lock else RepeatedImages(content, each, places, size)
         padded = not towers.padding_free
-        texts = TextGroup("document", tokens, pack(tokens.lengths, budget, padded=padded, device=towers.device.type))
+        texts = TextInputs(
+            "document", tokens, make_micro_batches(tokens.lengths, budget, padded=padded, device=towers.device.type)
+        )
         return PreparedBatch([images, texts], size, None, padded)
 
     def pixels(self, towers: ImageTextTowers, size: int) -> torch.Tensor:
@@ -332,7 +334,7 @@ class Bench:
     def encode(self, run: Run, pixels: torch.Tensor) -> None:
         """Encode every image once with the locked encoder, from host memory."""
         at_once = max(1, 131072 // run.towers.image_tokens)
-        with arithmetic(run.towers, self.precision), torch.inference_mode():
+        with mixed_precision(run.towers, self.precision), torch.inference_mode():
             for part in pixels.split(at_once):
                 run.towers.image_features(to_device(part, run.towers.device))
 
@@ -416,7 +418,7 @@ def random_captions(size: int) -> TokenizedTexts:
 
 
 @dataclass(frozen=True)
-class RepeatedImages(ImageGroup):
+class RepeatedImages(ImageInputs):
     """A few images that stand for `count`. Each micro-batch copies as many bytes as real ones would."""
 
     count: int
@@ -426,11 +428,11 @@ class RepeatedImages(ImageGroup):
 
     @property
     def lengths(self) -> np.ndarray:
-        """See `ImageGroup`."""
+        """See `ImageInputs`."""
         return np.full(self.count, self.tokens_each, dtype=np.int64)
 
     def embed(self, towers: ImageTextTowers, rows: np.ndarray) -> torch.Tensor:
-        """See `ImageGroup`."""
+        """See `ImageInputs`."""
         first = int(rows[0]) % (len(self.pixels) - len(rows) + 1)
         pixels = self.pixels[first : first + len(rows)]
         # Pixels that are already on the device are not copied.
@@ -448,7 +450,7 @@ def describe_plan(run: Run) -> str:
     """Describe the memory plan."""
     graphs, sizes = run.step.graphs, run.batch.micro_batch_tokens
     return (
-        f"micro-batches of {graphs.micro_batch_tokens} tokens; {graphs.keep(sizes)} of {len(sizes)} keep their graphs"
+        f"micro-batches of {graphs.micro_batch_tokens} tokens; {graphs.kept(sizes)} of {len(sizes)} keep their graphs"
     )
 
 

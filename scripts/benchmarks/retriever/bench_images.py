@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from index.files import InputError
 from retriever.config.images import ImageSource
-from retriever.data.images.batches import ImageBatches
+from retriever.data.images.batches import ImageBatches, MicroBatchSettings
 from retriever.data.images.chunks import PairReader
 from retriever.data.images.sources import PairSource, open_pairs
 from retriever.data.schedule import BatchSchedule
@@ -90,7 +90,7 @@ def main() -> None:
                 last = {name: spent[-1] for name, spent in found.items()}
                 shown = (f"{name} {1 / spent.wall:,.0f}/s {1000 * spent.cpu:.2f} ms" for name, spent in last.items())
                 print("  ".join(shown), flush=True)
-        size = np.mean([len(pairs.read(row).picture) for row in range(0, count, 16)])
+        size = np.mean([len(pairs.read(row).image) for row in range(0, count, 16)])
     write(found, count, size, options)
 
 
@@ -149,7 +149,7 @@ def decoder(pairs: PairSource, count: int, workers: int, work: Callable[[list[by
 
     def one(number: int) -> None:
         torch.set_num_threads(1)
-        share = [pairs.read(row).picture for row in range(number, count, workers)]
+        share = [pairs.read(row).image for row in range(number, count, workers)]
         ready.wait()
         go.wait()
         before = time.process_time()
@@ -197,11 +197,8 @@ def pipeline(pairs: PairSource, count: int, options: argparse.Namespace) -> Seco
     batches = ImageBatches(
         [reader],
         schedule,
-        image_tokens=197,
-        token_budget=131072,
-        padded=False,
-        device="cuda",
-        say=lambda line: print(line),
+        MicroBatchSettings(image_tokens=197, token_budget=131072, padded=False, device="cuda"),
+        report=print,
     )
     stream = batches.loader(workers=options.workers)
     for _ in islice(stream, WARM_UP):

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import command, write_lines
+from cli_helpers import assert_refused, command, write_lines
 from image_helpers import draw, save_checkpoint
-from test_cli_errors import assert_refused
 
 COLOURS, SHAPES = ("red", "green", "blue"), ("square", "circle")
 
@@ -86,7 +85,7 @@ def test_broken_pictures_are_named_and_left_out(clip: Any, sets: tuple[Path, Pat
     (sets[0] / "red" / "bad.jpg").write_bytes(b"no picture")
     done = command("evaluate", "zero-shot", "--model", clip[2], "--data", sets[0], "--out", tmp_path / "r")
     assert done.code == 0
-    assert "colours: left out: red/bad.jpg: expected a picture" in done.err
+    assert "colours: left out: red/bad.jpg: expected an image" in done.err
     found = json.loads((tmp_path / "r" / "report.json").read_text())["sets"]["colours"]
     assert (found["images"], list(found["broken"])) == (6, ["red/bad.jpg"])
 

@@ -1,4 +1,4 @@
-"""Batches are the same whichever process prepares them."""
+"""Batches do not depend on the process that prepares them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_starting_at_a_step_equals_skipping_to_it(tmp_path: Path, workers: int) 
     assert_equal(list(batch_loader(dataset(tmp_path), start=5, stop=7, workers=workers)), whole[5:7])
 
 
-def test_loading_leaves_the_global_random_states_alone(tmp_path: Path) -> None:
+def test_loading_does_not_change_global_random_states(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     for workers in (0, 1):
@@ -79,12 +79,12 @@ def test_loading_leaves_the_global_random_states_alone(tmp_path: Path) -> None:
     assert np.random.get_state()[1].tolist() == before[2]
 
 
-def test_a_dataset_travels_to_a_started_process(tmp_path: Path) -> None:
+def test_a_dataset_can_be_pickled_to_a_spawned_process(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     assert_equal([pickle.loads(pickle.dumps(data)).batch(3)], [data.batch(3)])  # noqa: S301
 
 
-def test_a_batch_holds_each_querys_own_texts_with_prompts(tmp_path: Path) -> None:
+def test_a_batch_has_the_texts_of_each_query_with_prompts(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     for step in range(len(data)):
         batch = data.batch(step)
@@ -101,7 +101,7 @@ def test_a_batch_holds_each_querys_own_texts_with_prompts(tmp_path: Path) -> Non
         assert len(batch.false_negatives.passage_ids) == len(batch.passages)
 
 
-def test_a_row_shows_other_positives_and_negatives_at_other_steps(tmp_path: Path) -> None:
+def test_positives_and_negatives_of_a_row_vary_with_the_step(tmp_path: Path) -> None:
     path = tmp_path / "one.jsonl"
     path.write_text('{"query": "q", "positive": ["a", "b", "c"], "negatives": ["u", "v", "w", "x"]}')
     data = BatchDataset(
@@ -116,16 +116,16 @@ def test_a_row_shows_other_positives_and_negatives_at_other_steps(tmp_path: Path
     assert all(len(set(batch.negatives)) == 2 for batch in batches)
 
 
-def test_another_seed_gives_other_batches(tmp_path: Path) -> None:
+def test_batches_depend_on_the_seed(tmp_path: Path) -> None:
     assert dataset(tmp_path, seed=1).batch(0).queries != dataset(tmp_path, seed=2).batch(0).queries
 
 
-def test_no_negatives_unless_asked_for(tmp_path: Path) -> None:
+def test_there_are_no_negatives_by_default(tmp_path: Path) -> None:
     assert dataset(tmp_path, negatives_per_query=0).batch(0).negatives == []
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
-def test_the_shares_of_all_processes_make_the_batch_of_one(tmp_path: Path, size: int) -> None:
+def test_shares_of_all_ranks_form_the_batch_of_one_process(tmp_path: Path, size: int) -> None:
     whole = dataset(tmp_path)
     shares = [dataset(tmp_path, share=Share(rank, size)) for rank in range(size)]
     for step in range(len(whole)):
@@ -138,7 +138,7 @@ def test_the_shares_of_all_processes_make_the_batch_of_one(tmp_path: Path, size:
 @pytest.mark.parametrize(
     ("settings", "field"), [({"negatives_per_query": -1}, "negatives_per_query"), ({"prompts": []}, "prompts")]
 )
-def test_a_bad_argument_is_named(tmp_path: Path, settings: dict, field: str) -> None:
+def test_an_invalid_argument_is_named(tmp_path: Path, settings: dict, field: str) -> None:
     schedule = BatchSchedule([10], batch_size=5, seed=0, steps=1)
     with pytest.raises(ValueError, match=f"^{field}: "):
         BatchDataset([table(tmp_path, "a", 10)], schedule, as_given, **settings)

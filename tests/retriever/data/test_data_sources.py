@@ -1,4 +1,4 @@
-"""Sources: every format gives the same examples, and bad input is one line that says where and what."""
+"""All formats give the same examples, and invalid input is a one-line error with its location."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_parquet_gives_its_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
-def test_a_starred_name_gathers_numbered_columns(tmp_path: Path, suffix: str, delimiter: str) -> None:
+def test_a_column_pattern_matches_numbered_columns(tmp_path: Path, suffix: str, delimiter: str) -> None:
     with open(tmp_path / f"a.{suffix}", "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, delimiter=delimiter)
         writer.writerow(["anchor", "positive", "negative_1", "negative_2", "other"])
@@ -76,7 +76,7 @@ def test_a_cell_may_be_a_text_or_a_list(tmp_path: Path) -> None:
     assert found == [Example("a", ("x", "y"), ("z",)), Example("b", ("x",), ()), Example("c", ("x",), ())]
 
 
-def test_a_beir_folder_gives_one_example_a_query(tmp_path: Path) -> None:
+def test_a_beir_folder_gives_one_example_per_query(tmp_path: Path) -> None:
     qrels = {("q1", "d2"): 1, ("q2", "d1"): 2, ("q1", "d1"): 1, ("q2", "d2"): 0, ("q3", "d1"): 0}
     folder = beir_folder(tmp_path / "b", passages={"d1": "one", "d2": "two", "d3": "three"}, qrels=qrels)
     assert examples(folder) == [
@@ -85,13 +85,13 @@ def test_a_beir_folder_gives_one_example_a_query(tmp_path: Path) -> None:
     ]
 
 
-def test_a_beir_positive_that_the_corpus_lacks_is_named(tmp_path: Path) -> None:
+def test_a_beir_positive_missing_in_the_corpus_is_named(tmp_path: Path) -> None:
     folder = beir_folder(tmp_path / "b", passages={"d1": "one"}, qrels={("q1", "d1"): 1, ("q2", "d9"): 1})
     with pytest.raises(InputError, match=r"qrels/train\.tsv: query 'q2': expected its passage 'd9' in the corpus"):
         examples(folder)
 
 
-def test_a_beir_corpus_with_an_id_twice_is_refused(tmp_path: Path) -> None:
+def test_a_beir_corpus_with_a_repeated_id_is_refused(tmp_path: Path) -> None:
     folder = beir_folder(tmp_path / "b", passages={"d1": "one"}, qrels={("q1", "d1"): 1})
     json_lines(folder / "corpus.jsonl", [{"_id": "d1", "text": "a"}, {"_id": "d1", "text": "b"}])
     with pytest.raises(InputError, match="each passage id once in the corpus, found d1 again"):
@@ -122,7 +122,7 @@ def test_a_folder_of_files_is_read_by_hugging_face(tmp_path: Path, monkeypatch: 
         examples(tmp_path / "set", query="anchor")
 
 
-def test_a_folder_with_a_broken_file_is_answered_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_a_broken_file_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, text in (("torn", '{"query": "a", "positive": "b"}\n{"query'), ("other", '{"a": 1}')):
@@ -134,7 +134,7 @@ def test_a_folder_with_a_broken_file_is_answered_in_one_line(tmp_path: Path, mon
             examples(tmp_path / name)
 
 
-def test_a_missing_package_is_answered_with_its_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r'pip install "dense-retriever\[hub\]"'):
         examples("someone/something", format="huggingface")
@@ -152,7 +152,7 @@ def test_a_missing_package_is_answered_with_its_installation(tmp_path: Path, mon
         ([1], "expected a JSON object, found list"),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
+def test_an_invalid_row_is_reported_with_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
     path = json_lines(tmp_path / "a.jsonl", [ROWS[0], row])
     with pytest.raises(InputError) as caught:
         examples(path)
@@ -170,14 +170,14 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: Any, message: 
         ("a.jsonl", {"negatives": "hard_*"}, "expected a column 'hard_\\*' for negatives, found none in any row"),
     ],
 )
-def test_a_wrong_source_is_one_line(tmp_path: Path, name: str, settings: dict[str, Any], message: str) -> None:
+def test_an_invalid_source_is_one_line(tmp_path: Path, name: str, settings: dict[str, Any], message: str) -> None:
     json_lines(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(InputError, match=message):
         examples(tmp_path / name, **settings)
 
 
-def test_unusable_texts_are_skipped_or_mended_and_counted(tmp_path: Path) -> None:
+def test_unusable_texts_are_skipped_or_corrected_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     json_lines(
         path,
@@ -205,7 +205,7 @@ def test_unusable_texts_are_skipped_or_mended_and_counted(tmp_path: Path) -> Non
     ]
 
 
-def test_a_bad_setting_is_named() -> None:
+def test_an_invalid_setting_is_named() -> None:
     for weight in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="weight: expected a positive number"):
             SourceConfig("a.jsonl", weight=weight)

@@ -1,4 +1,4 @@
-"""Tables: converted once, whole or absent, read by row without loading, in memory that does not grow with the file."""
+"""Tables are converted once, complete or absent, and read by row with constant memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_source_is_converted_once_and_again_when_it_changes(tmp_path: Path) ->
     assert len(first) == 3
 
 
-def test_other_columns_are_another_conversion(tmp_path: Path) -> None:
+def test_other_columns_are_converted_separately(tmp_path: Path) -> None:
     config = pairs(tmp_path / "a.jsonl", 2)
     open_source(config, tmp_path / "cache")
     swapped = SourceConfig(config.path, positive="negatives", negatives="positive")
@@ -99,7 +99,7 @@ def test_a_source_without_examples_is_refused_with_the_reasons(tmp_path: Path) -
         open_source(SourceConfig(str(path)), tmp_path / "cache")
 
 
-def test_notices_are_kept_with_the_table(tmp_path: Path) -> None:
+def test_notices_are_stored_with_the_table(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"query": "", "positive": "p"}\n{"query": "q", "positive": "p"}\n')
     for _ in range(2):
@@ -116,7 +116,7 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
         open_source(config, tmp_path / "cache")
 
 
-def test_a_table_travels_to_another_process(tmp_path: Path) -> None:
+def test_a_table_can_be_pickled_to_another_process(tmp_path: Path) -> None:
     table = open_source(pairs(tmp_path / "a.jsonl", 10), tmp_path / "cache")
     sent = pickle.dumps(table)
     assert len(sent) < 500
@@ -129,7 +129,7 @@ def _convert(config: SourceConfig, cache: Path) -> int:
     return len(table)
 
 
-def test_processes_that_convert_at_once_all_end_right(tmp_path: Path) -> None:
+def test_processes_may_convert_at_the_same_time(tmp_path: Path) -> None:
     config = pairs(tmp_path / "a.jsonl", 20_000)
     with multiprocessing.get_context("fork").Pool(3) as pool:
         rows = pool.starmap(_convert, [(config, tmp_path / "cache")] * 3, chunksize=1)

@@ -1,4 +1,4 @@
-"""Pairs come from tars, tables and datasets alike; what is missing or broken is counted and named."""
+"""Pairs are read from tars, tables and datasets; missing and broken ones are counted and named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from image_helpers import captioned, draw, picture_bytes, write_shards, write_tar
+from image_helpers import captioned, draw, image_bytes, write_shards, write_tar
 
 import retriever.data.images.tars as shards_module
 from index.files import InputError
@@ -22,11 +22,11 @@ def opened(source: ImageSource, tmp_path: Path, workers: int = 0) -> PairSource:
     return open_pairs(source, tmp_path / "cache", workers=workers)
 
 
-def test_braces_count_list_and_multiply() -> None:
+def test_braces_expand_to_ranges_lists_and_products() -> None:
     assert expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
     assert expand_braces("{x,y}/{1..2}") == ["x/1", "x/2", "y/1", "y/2"]
     assert expand_braces("plain.tar") == ["plain.tar"]
-    with pytest.raises(InputError, match=r"expected a range that rises, found \{3\.\.1\}"):
+    with pytest.raises(InputError, match=r"expected an ascending range, found \{3\.\.1\}"):
         expand_braces("{3..1}.tar")
 
 
@@ -38,8 +38,8 @@ def test_tars_give_every_pair_once(workers: int, tmp_path: Path) -> None:
     assert {pair.captions for pair in found} == {(caption,) for caption in expected} and len(found) == len(expected)
     assert len({pair.key for pair in found}) == len(found)
     assert all(pair.open().size == (48, 40) for pair in found)
-    assert pairs.read(0, False).picture == b"" and not pairs.notices
-    # A folder of tars is the same source, and a copy, made as for a worker, reads the same.
+    assert pairs.read(0, False).image == b"" and not pairs.notices
+    # A folder of tars is the same source, and a pickled copy reads the same.
     folder = opened(ImageSource(str(tmp_path / "set")), tmp_path)
     again = copy.copy(folder)
     assert folder.sha256 == pairs.sha256 and again.read(5) == pairs.read(5)
@@ -53,22 +53,22 @@ def test_tars_give_every_pair_once(workers: int, tmp_path: Path) -> None:
         (("txt", "json:captions"), ("red circle", "a red circle")),
     ],
 )
-def test_captions_come_from_where_the_configuration_says(
+def test_captions_come_from_the_configured_members(
     captions: tuple[str, ...], expected: tuple[str, ...], tmp_path: Path
 ) -> None:
     pairs = opened(ImageSource(write_shards(tmp_path / "set"), caption=captions), tmp_path)
     assert pairs.read(0).captions == expected
 
 
-def test_samples_without_picture_or_caption_are_left_out_and_counted(tmp_path: Path) -> None:
-    png = picture_bytes(draw("red", "circle"))
+def test_samples_without_image_or_caption_are_skipped_and_counted(tmp_path: Path) -> None:
+    png = image_bytes(draw("red", "circle"))
     path = write_tar(
         tmp_path / "a.tar",
         [
             ("one.png", png),
             ("one.txt", b"first\nsecond\n"),
             ("two.png", png),
-            ("three.txt", b"no picture"),
+            ("three.txt", b"no image"),
             ("four.png", png),
             ("four.txt", b""),
             ("x/one.PNG", png),
@@ -85,13 +85,15 @@ def test_samples_without_picture_or_caption_are_left_out_and_counted(tmp_path: P
     pairs = opened(ImageSource(str(path)), tmp_path)
     assert len(pairs) == 5
     assert pairs.notices == [
-        f"samples left out for want of a caption: 2 (first at {path}: two)",
-        f"samples left out for want of a picture: 1 (first at {path}: three)",
+        f"samples left out without a caption: 2 (first at {path}: two)",
+        f"samples left out without an image: 1 (first at {path}: three)",
     ]
     assert [pairs.read(row).captions for row in (0, 1)] == [("first", "second"), ("in a folder",)]
-    with pytest.raises(BrokenPairError, match=r"a\.tar: picture at byte \d+: expected a caption, found none"):
+    with pytest.raises(
+        BrokenPairError, match=r"a\.tar: image at byte \d+: expected a caption that is not empty, found none"
+    ):
         pairs.read(2)
-    with pytest.raises(BrokenPairError, match=r"a\.tar: picture at byte \d+: expected a picture"):
+    with pytest.raises(BrokenPairError, match=r"a\.tar: image at byte \d+: expected an image"):
         pairs.read(3).open()
     with pytest.raises(BrokenPairError, match=r"expected UTF-8 in \.txt"):
         pairs.read(4)
@@ -103,14 +105,14 @@ def test_samples_without_picture_or_caption_are_left_out_and_counted(tmp_path: P
         (b'{"caption": "half \\ud83d"}', "expected Unicode text, found half of a surrogate pair"),
         (b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "expected JSON, found: maximum recursion depth"),
         (b'["caption"]', "expected a JSON object in .json"),
-        (b'{"caption": 5}', "expected a caption, found none"),
+        (b'{"caption": 5}', "expected a caption that is not empty, found none"),
         (b'{"caption": ', "expected JSON, found"),
         (b"\xff", "expected UTF-8 in .json"),
     ],
     ids=["half a character", "deep", "a list", "a number", "no JSON", "no UTF-8"],
 )
-def test_captions_that_cannot_be_used_break_their_pair_alone(about: bytes, message: str, tmp_path: Path) -> None:
-    png = picture_bytes(draw("red", "circle"))
+def test_an_invalid_caption_breaks_only_its_pair(about: bytes, message: str, tmp_path: Path) -> None:
+    png = image_bytes(draw("red", "circle"))
     good = '{"caption": "è 🙂"}'.encode()
     members = [("a.png", png), ("a.json", about), ("ünï/日本.png", png), ("ünï/日本.json", good)]
     pairs = opened(ImageSource(str(write_tar(tmp_path / "a.tar", members))), tmp_path)
@@ -120,7 +122,7 @@ def test_captions_that_cannot_be_used_break_their_pair_alone(about: bytes, messa
     assert pairs.read(1).captions == ("è 🙂",)
 
 
-def test_an_index_is_made_once_and_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_is_built_once_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = write_shards(tmp_path / "set", 3)
     scanned: list[str] = []
     scan = shards_module._scan
@@ -139,14 +141,14 @@ def test_an_index_is_made_once_and_goes_on_where_it_was_killed(tmp_path: Path, m
     assert scanned == ["000.tar", "002.tar"]
     index_shards(pattern, tmp_path / "cache")
     assert scanned == ["000.tar", "002.tar"]
-    # A shard that changes is read anew.
+    # A tar that has changed is indexed again.
     write_tar(tmp_path / "set" / "001.tar", [("a.png", b"x"), ("a.txt", b"y")])
     scanned.clear()
     index_shards(pattern, tmp_path / "cache")
     assert scanned == ["001.tar"]
 
 
-def test_bad_tars_are_one_line(tmp_path: Path) -> None:
+def test_invalid_tars_are_one_line_errors(tmp_path: Path) -> None:
     whole = Path(write_shards(tmp_path / "set", 1).replace("{000..000}", "000"))
     cut = tmp_path / "cut.tar"
     cut.write_bytes(whole.read_bytes()[:700])
@@ -166,13 +168,13 @@ def test_bad_tars_are_one_line(tmp_path: Path) -> None:
     assert not isinstance(caught.value, BrokenPairError)
 
 
-def test_a_table_names_pictures_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    draw("red", "circle").save(tmp_path / "pictures" / "1.png")
+def test_paths_of_a_table_are_relative_to_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    draw("red", "circle").save(tmp_path / "images" / "1.png")
     rows = [
-        {"image": "pictures/1.png", "caption": ["red circle", "circle"]},
-        {"image": "pictures/none.png", "caption": "x"},
-        {"image": "pictures/1.png", "caption": ""},
+        {"image": "images/1.png", "caption": ["red circle", "circle"]},
+        {"image": "images/none.png", "caption": "x"},
+        {"image": "images/1.png", "caption": ""},
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = opened(ImageSource(str(tmp_path / "pairs.jsonl")), tmp_path)
@@ -181,13 +183,13 @@ def test_a_table_names_pictures_beside_it(tmp_path: Path) -> None:
     assert first.captions == ("red circle", "circle") and first.open().size == (48, 40)
     with pytest.raises(BrokenPairError, match=r"none\.png: cannot be read: No such file"):
         pairs.read(1)
-    (tmp_path / "pairs.csv").write_text("file,words\npictures/1.png,a circle\n")
+    (tmp_path / "pairs.csv").write_text("file,words\nimages/1.png,a circle\n")
     other = opened(ImageSource(str(tmp_path / "pairs.csv"), image="file", caption=("words",)), tmp_path)
-    assert other.read(0).captions == ("a circle",) and other.read(0).picture == first.picture
+    assert other.read(0).captions == ("a circle",) and other.read(0).image == first.image
 
 
 @pytest.mark.parametrize("kind", ["tar", "csv"])
-def test_too_many_empty_captions_are_refused_before_anything_is_read(kind: str, tmp_path: Path) -> None:
+def test_too_many_empty_captions_are_refused_on_opening(kind: str, tmp_path: Path) -> None:
     def written(empty: int, good: int) -> ImageSource:
         texts = [""] * empty + ["a circle"] * good
         path = tmp_path / f"{empty}.{kind}"
@@ -201,10 +203,10 @@ def test_too_many_empty_captions_are_refused_before_anything_is_read(kind: str, 
         return ImageSource(str(path))
 
     pairs = opened(written(100, 20), tmp_path)
-    assert (len(pairs), pairs.left_out) == (20, 100)
+    assert (len(pairs), pairs.skipped) == (20, 100)
     source = written(101, 20)
     message = r"101 of 121 pairs are broken, more than max_broken \(0\.01\) allows; .*: 101 \(first at "
-    # The second time the index is there.
+    # The second time the index is in the cache.
     for _ in range(2):
         with pytest.raises(InputError, match=message):
             opened(source, tmp_path)

@@ -1,4 +1,4 @@
-"""Packing keeps every text once, within the budget, and embeddings find back to their rows."""
+"""Micro-batches have every text once, within the budget, and embeddings are merged in the order of the batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from retriever.config.run import ModelConfig
 from retriever.data.batches import TrainingBatch
-from retriever.data.length_sorting import pack
+from retriever.data.length_sorting import make_micro_batches
 from retriever.data.micro_batches import BatchPreparer
 from retriever.models.towers import build_towers
 
@@ -21,37 +21,37 @@ from retriever.models.towers import build_towers
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(1, 2000))
 def test_every_text_is_in_one_micro_batch_within_the_budget(lengths: list[int], budget: int) -> None:
     array = np.array(lengths)
-    batches = pack(array, budget)
+    batches = make_micro_batches(array, budget)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     for rows in batches:
         assert len(rows) == 1 or len(rows) * array[rows].max() <= budget
     for rows, following in itertools.pairwise(batches):
         longest = array[rows].max()
         assert array[rows].min() >= array[following].max()
-        # It ends because the next text would not fit, or is much shorter.
+        # It ends because the next text does not fit, or is much shorter.
         assert (len(rows) + 1) * longest > budget or array[following].max() < 0.8 * longest
 
 
 @pytest.mark.parametrize("budget", [1024, 4096, 65536, 10**6])
-def test_no_budget_makes_texts_of_all_lengths_share_their_padding(budget: int) -> None:
-    chance = np.random.default_rng(0)
-    lengths = np.concatenate([np.clip(chance.lognormal(np.log(m), 0.6, 256), 4, 252).astype(int) for m in (8, 62)])
-    padded = sum(len(rows) * lengths[rows].max() for rows in pack(lengths, budget))
+def test_padding_is_limited_for_any_budget(budget: int) -> None:
+    generator = np.random.default_rng(0)
+    lengths = np.concatenate([np.clip(generator.lognormal(np.log(m), 0.6, 256), 4, 252).astype(int) for m in (8, 62)])
+    padded = sum(len(rows) * lengths[rows].max() for rows in make_micro_batches(lengths, budget))
     assert padded < 1.2 * lengths.sum()
-    # Where a micro-batch costs more, more padding is worth having fewer, as far as the budget lets them grow.
-    fewer = len(pack(lengths, budget, device="cuda")) < len(pack(lengths, budget))
+    # On a GPU a micro-batch has more overhead, so there are fewer, if the budget allows larger ones.
+    fewer = len(make_micro_batches(lengths, budget, device="cuda")) < len(make_micro_batches(lengths, budget))
     assert fewer == (budget > 4096)
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=200), st.integers(1, 2000))
-def test_micro_batches_end_to_end_are_full_but_for_the_first(lengths: list[int], budget: int) -> None:
+def test_packed_micro_batches_are_full_except_the_first(lengths: list[int], budget: int) -> None:
     array = np.array(lengths)
-    batches = pack(array, budget, padded=False)
+    batches = make_micro_batches(array, budget, padded=False)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     assert all(len(rows) == 1 or array[rows].sum() <= budget for rows in batches)
     for rows, following in itertools.pairwise(batches):
         assert array[rows].min() >= array[following].max()
-        # It begins where one text more would not fit.
+        # One more text would not fit.
         assert array[following].sum() + array[rows].min() > budget
 
 
@@ -59,7 +59,7 @@ def batch_of(queries: list[str], positives: list[str], negatives: list[str]) -> 
     return TrainingBatch(0, queries, positives, negatives, None)
 
 
-def test_arranged_embeddings_belong_to_their_texts(tiny: ModelConfig) -> None:
+def test_merged_embeddings_are_in_the_order_of_the_batch(tiny: ModelConfig) -> None:
     queries = ["a", "a longer query of several words", "b c"]
     positives = ["one two three four five six seven", "p", "p q"]
     negatives = ["n", "hard negative " * 5]
@@ -72,7 +72,7 @@ def test_arranged_embeddings_belong_to_their_texts(tiny: ModelConfig) -> None:
         for group in prepared.groups:
             for rows in group.micro_batches:
                 embeddings.append(towers(towers.tokenizer(group.side).pad(group.tokens, rows), group.side))
-        query, passage = prepared.arrange(embeddings, torch.device("cpu"))
+        query, passage = prepared.merge_embeddings(embeddings, torch.device("cpu"))
         for text, row, side in [
             *((t, query[i], "query") for i, t in enumerate(queries)),
             *((t, passage[i], "document") for i, t in enumerate(positives + negatives)),
@@ -84,17 +84,17 @@ def test_arranged_embeddings_belong_to_their_texts(tiny: ModelConfig) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shared", [True, False])
-def test_gradients_of_arranged_embeddings_go_to_where_these_wait(tiny: ModelConfig, shared: bool, device: str) -> None:
+def test_gradients_are_on_the_device_of_the_embeddings(tiny: ModelConfig, shared: bool, device: str) -> None:
     words = [" ".join("abcdefghij"[: 1 + i % 7]) for i in range(31)]
     preparer = BatchPreparer.of(build_towers(dataclasses.replace(tiny, shared=shared)), token_budget=24)
     prepared = preparer(batch_of(words[:11], words[11:22], words[22:]))
     firsts = (0,) if shared else (0, 11)
     cuts = [(first, rows) for first, group in zip(firsts, prepared.groups, strict=True) for rows in group.micro_batches]
-    # Of all rows, in order, and as micro-batches of the host.
+    # All rows in order, and as micro-batches on the host.
     whole = torch.randn(31, 5, generator=torch.Generator().manual_seed(0))
     leaves = [whole[first + rows].requires_grad_() for first, rows in cuts]
     weights = torch.randn(31, 5, generator=torch.Generator().manual_seed(1))
-    query, passage = prepared.arrange(leaves, torch.device(device))
+    query, passage = prepared.merge_embeddings(leaves, torch.device(device))
     assert (query.device.type, len(query), len(passage)) == (device, 11, 20)
     assert torch.equal(torch.cat([query, passage]).cpu(), whole)
     ((query * weights[:11].to(device)).sum() + (passage.square() * weights[11:].to(device)).sum()).backward()

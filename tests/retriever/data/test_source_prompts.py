@@ -1,4 +1,4 @@
-"""What sources are trained with is what the model folder says, and what cannot be honoured is refused."""
+"""The saved model has the prompts of the training sources; unsupported prompts are refused."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ def build(model: ModelConfig, *sources: SourceConfig) -> Any:
     return build_configured_towers(TrainConfig(model=model, data=DataConfig(sources=sources)))
 
 
-def test_prompts_that_all_sources_share_become_the_models(tiny: ModelConfig) -> None:
+def test_a_prompt_of_all_sources_becomes_the_models(tiny: ModelConfig) -> None:
     sources = (source("a.jsonl", "ask: ", "text: "), source("b.jsonl", "ask: ", "text: "))
     towers = build(tiny, *sources)
     assert (towers.prompt("query"), towers.prompt("document")) == ("ask: ", "text: ")
     assert towers.model.prompts == {"query": "ask: ", "document": "text: "}
     assert describe_source_prompts(towers, sources) == [
-        "query_prompt: the sources' 'ask: ' is saved as the model's own and used in evaluation",
-        "passage_prompt: the sources' 'text: ' is saved as the model's own and used in evaluation",
+        "query_prompt: 'ask: ' is saved as the model's prompt and used in evaluation",
+        "passage_prompt: 'text: ' is saved as the model's prompt and used in evaluation",
     ]
 
 
-def test_a_source_without_prompts_of_its_own_has_the_models(tiny: ModelConfig) -> None:
+def test_a_source_without_prompts_uses_the_models(tiny: ModelConfig) -> None:
     model = dataclasses.replace(tiny, query_prompt="own: ")
     sources = (source("a.jsonl"), source("b.jsonl", "own: "))
     towers = build(model, *sources)
     assert towers.prompt("query") == "own: "
     assert source_prompts(towers, sources) == [Prompts("own: ", ""), Prompts("own: ", "")]
     assert describe_source_prompts(build(model, sources[0]), sources[:1]) == []
-    # All say that there is none: the model was trained without, and says so.
+    # An empty prompt of all sources replaces the model's.
     assert build(model, source("a.jsonl", "")).prompt("query") == ""
 
 
-def test_prompts_that_differ_are_saved_by_name_beside_the_models(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_different_prompts_are_saved_by_name(tiny: ModelConfig, tmp_path: Path) -> None:
     sources = (
         source("x/nq.jsonl.gz", "nq: ", "text: "),
         source("y/nq.csv", "other: ", "text: "),
@@ -67,13 +67,13 @@ def test_prompts_that_differ_are_saved_by_name_beside_the_models(tiny: ModelConf
         "query_prompt: sources differ; encoding and evaluation use the model's own, 'own: '; "
         "saved by name: nq_query, nq_query_2"
     )
-    assert "'text: ' is saved as the model's own" in second
-    # And so again from the folder, as after an interruption.
+    assert "'text: ' is saved as the model's prompt" in second
+    # Building again from the folder, as after an interruption, changes nothing.
     again = build(ModelConfig(name=str(tmp_path)), *sources)
     assert again.model.prompts == towers.model.prompts
 
 
-def test_prompts_that_the_pooling_leaves_out_are_refused(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_prompts_excluded_by_the_pooling_are_refused(tiny: ModelConfig, tmp_path: Path) -> None:
     encoder = encoder_folder(tiny, tmp_path / "encoder")
     folder = model_folder(tmp_path / "model", transformer(encoder), Pooling(32, include_prompt=False))
     model = ModelConfig(name=folder)
@@ -97,11 +97,11 @@ def test_prompts_that_the_pooling_leaves_out_are_refused(tiny: ModelConfig, tmp_
     assert build(ModelConfig(name=prompted, query_prompt="")).prompt("query") == ""
 
 
-def test_a_run_saves_tells_and_evaluates_with_what_it_trained_with(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_a_run_saves_reports_and_evaluates_with_its_training_prompts(tiny: ModelConfig, tmp_path: Path) -> None:
     rows: list[object] = [{"query": f"what is {n}", "positive": f"the number {n}"} for n in range(8)]
     pairs, dev = write_lines(tmp_path / "pairs.jsonl", rows), write_beir(tmp_path / "dev")
     scores = {}
-    # Prompts of all of a model's 64 tokens but one leave nothing to tell passages apart by.
+    # Prompts of all but one of the model's 64 tokens make all passages almost equal.
     for name, prompt in (("without", ""), ("with", "e" * 60)):
         config = tmp_path / f"{name}.yaml"
         config.write_text(
@@ -123,7 +123,7 @@ def test_a_run_saves_tells_and_evaluates_with_what_it_trained_with(tiny: ModelCo
         )
         outcome = command("train", config)
         assert outcome.code == 0, outcome.err
-        assert f"query_prompt: the sources' {prompt!r} is saved" in outcome.out + outcome.err
+        assert f"query_prompt: {prompt!r} is saved" in outcome.out + outcome.err
         saved = json.loads((tmp_path / name / "model" / "config_sentence_transformers.json").read_text())
         assert saved["prompts"] == {"query": prompt, "document": prompt}
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""`retriever split` and `retriever.split`: no leakage, every pair in one split, the same bytes from the same rows."""
+"""`retriever split` and `retriever.split`: no leakage, every pair in one split, deterministic files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def read(folder: Path) -> dict[str, Pairs]:
-    """Pairs of texts of each split that is there, as evaluation reads them."""
+    """Return the pairs of texts of each existing split, as evaluation reads them."""
     found = {}
     for split in SPLITS:
         if (folder / "qrels" / f"{split}.tsv").exists():
@@ -85,7 +85,7 @@ row = st.fixed_dictionaries(
 @settings(max_examples=25, deadline=None)
 @given(st.lists(row, min_size=3, max_size=25), st.sampled_from([None, "query"]), st.integers(0, 3), st.randoms())
 @example([{"query": q, "positive": [p], "negatives": []} for q, p in ("ab", "ba", "cd", "ef")], None, 0, None)
-def test_splits_share_nothing_hold_every_pair_once_and_do_not_depend_on_the_order(
+def test_splits_are_disjoint_complete_and_independent_of_the_order(
     rows: list[Row], by: Any, seed: int, random: Any
 ) -> None:
     if len({row["query"].strip() for row in rows}) < 3:
@@ -95,7 +95,7 @@ def test_splits_share_nothing_hold_every_pair_once_and_do_not_depend_on_the_orde
         report = retriever.split(write_lines(folder / "a.jsonl", [*rows]), folder / "a", by=by, seed=seed)
         found = read(folder / "a")
         assert len(found) == 3 and all(found.values())
-        # Every pair is in exactly one split, with its texts as they were.
+        # Every pair is in exactly one split, with unchanged texts.
         assert sum(map(len, found.values())) == len(pairs_of(rows))
         assert set.union(*found.values()) == pairs_of(rows)
         queries = {split: {query for query, _ in pairs} for split, pairs in found.items()}
@@ -108,7 +108,7 @@ def test_splits_share_nothing_hold_every_pair_once_and_do_not_depend_on_the_orde
         if report.by == "component":
             assert not {t for pair in held_out for t in pair} & {t for pair in found["train"] for t in pair}
             assert not {t for pair in found["dev"] for t in pair} & {t for pair in found["test"] for t in pair}
-        # The corpus has every passage once, the training rows are whole.
+        # The corpus has every passage once, and the training rows are complete.
         passages = [passage.text for passage in BeirDataset.open(folder / "a").passages()]
         given = {text.strip() for row in rows for text in [*row["positive"], *row["negatives"]]}
         assert len(passages) == len(given) == report.passages and set(passages) == given
@@ -144,7 +144,7 @@ def test_every_format_gives_the_same_folder(tmp_path: Path) -> None:
     for name in names:
         retriever.split(str(tmp_path / name), tmp_path / "out" / name, test=0.2)
     assert all(content(tmp_path / "out" / name) == content(tmp_path / "out" / "a.jsonl") for name in names)
-    # A folder that was made is a source too: what it has no place for are the negatives.
+    # The folder is a source as well; its qrels have no hard negatives.
     again = retriever.split(tmp_path / "out" / "a.csv", tmp_path / "again", passages=tmp_path / "out" / "a.csv")
     train = read(tmp_path / "out" / "a.csv")["train"]
     assert set.union(*read(tmp_path / "again").values()) == train and sum(again.pairs.values()) == len(train) == 23
@@ -152,10 +152,10 @@ def test_every_format_gives_the_same_folder(tmp_path: Path) -> None:
         tmp_path / "out" / "a.csv" / "corpus.jsonl"
     ).read_bytes()
     assert not any(row["negatives"] for row in lines(tmp_path / "again" / "train.jsonl"))
-    assert any("as grade 1" in note and "--passages" not in note for note in again.notes)
+    assert any("with grade 1" in note and "--passages" not in note for note in again.notes)
 
 
-def test_ids_are_those_of_the_texts_whatever_else_is_there(tmp_path: Path) -> None:
+def test_ids_depend_only_on_the_text(tmp_path: Path) -> None:
     for name, count in (("a", 20), ("b", 40)):
         retriever.split(write_lines(tmp_path / f"{name}.jsonl", [*single(count)]), tmp_path / name)
     for file in ("corpus.jsonl", "queries.jsonl"):
@@ -164,7 +164,7 @@ def test_ids_are_those_of_the_texts_whatever_else_is_there(tmp_path: Path) -> No
     assert {row["text"]: row["_id"] for row in lines(tmp_path / "a" / "queries.jsonl")}["q0"] == "q0db211d0252e771e"
 
 
-def test_another_seed_draws_other_queries(tmp_path: Path) -> None:
+def test_the_queries_depend_on_the_seed(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [*single(60)])
     tests = []
     for seed in (0, 1, 0):
@@ -177,7 +177,7 @@ def test_another_seed_draws_other_queries(tmp_path: Path) -> None:
     ("dev", "test", "sizes"),
     [(None, None, [36, 2, 2]), (5, 0.25, [25, 5, 10]), (0, 3, [37, 0, 3]), (0.1, 0, [36, 4, 0]), (0, 0, [40, 0, 0])],
 )
-def test_sizes_are_numbers_or_shares_and_a_set_of_0_has_no_file(
+def test_sizes_are_numbers_or_fractions_and_size_0_writes_no_file(
     tmp_path: Path, dev: float | None, test: float | None, sizes: list[int]
 ) -> None:
     report = retriever.split(write_lines(tmp_path / "a.jsonl", [*single(40)]), tmp_path / "a", dev=dev, test=test)
@@ -188,36 +188,36 @@ def test_sizes_are_numbers_or_shares_and_a_set_of_0_has_no_file(
     }
 
 
-def test_a_group_that_holds_most_queries_is_told_and_stays_in_train(tmp_path: Path) -> None:
+def test_a_group_with_most_queries_is_reported_and_stays_in_train(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [*chained(60, 40)])
     done = command("split", "--data", source, "--out", tmp_path / "a", "--dev", 10, "--test", 10)
-    assert done.code == 0 and "holds 60.0% of all queries and stays in train whole" in done.err
+    assert done.code == 0 and "has 60.0% of all queries and is entirely in train" in done.err
     assert "a  passages 141  groups 41  by component\n" in done.out
     assert "test  queries 10  pairs 10  rows 10\n" in done.out
 
 
-def test_groups_too_large_for_the_sizes_are_told_and_queries_split_instead(tmp_path: Path) -> None:
+def test_too_large_groups_are_reported_and_queries_are_split_instead(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [*chained(95, 5)])
-    asked = ("split", "--data", source, "--dev", 10, "--test", 10)
-    done = command(*asked, "--out", tmp_path / "a", "--json")
+    words = ("split", "--data", source, "--dev", 10, "--test", 10)
+    done = command(*words, "--out", tmp_path / "a", "--json")
     report = json.loads(done.out)
     assert (done.code, report["by"], report["largest_group"], report["groups"]) == (0, "query", 95, 6)
     assert report["queries"] == {"train": 80, "dev": 10, "test": 10} and 0 < report["shared_positives"] <= 20
     assert (
-        "whole groups give 0 dev queries (10 wanted) and 5 test queries (10 wanted) and leave 95 for training"
+        "undivided groups give 0 dev queries (10 requested) and 5 test queries (10 requested) and leave 95 for training"
         in done.err
     )
-    assert "holds 95.0% of all queries; split by query text instead" in done.err
+    assert "has 95.0% of all queries; split by query text instead" in done.err
     assert f"{report['shared_positives']} queries of dev and test have a positive that is also" in done.err
-    refused = command(*asked, "--out", tmp_path / "b", "--by", "component")
+    refused = command(*words, "--out", tmp_path / "b", "--by", "component")
     assert (refused.code, refused.out, refused.err.count("\n")) == (1, "", 1)
-    assert "ask for fewer, or split with --by query" in refused.err and not (tmp_path / "b").exists()
-    by_query = command(*asked, "--out", tmp_path / "c", "--by", "query")
+    assert "request fewer, or split with --by query" in refused.err and not (tmp_path / "b").exists()
+    by_query = command(*words, "--out", tmp_path / "c", "--by", "query")
     assert by_query.code == 0 and "instead" not in by_query.err
     assert content(tmp_path / "c") == content(tmp_path / "a")
 
 
-def test_what_was_skipped_is_counted(tmp_path: Path) -> None:
+def test_skipped_rows_are_counted(tmp_path: Path) -> None:
     rows: list[Any] = [
         *single(10),
         {"query": " ", "positive": "p"},
@@ -239,11 +239,11 @@ def test_what_was_skipped_is_counted(tmp_path: Path) -> None:
     assert report["skipped"] == {
         "rows skipped for an empty query": 1,
         "rows skipped for an empty positive": 1,
-        "rows with a negative dropped because it is one of their positives but for white space around it": 1,
+        "rows with a negative dropped because it equals one of their positives except for white space": 1,
         "texts with NUL characters, replaced by U+FFFD": 1,
         "passages skipped for an empty text": 1,
-        "pairs that come again, which qrels list once": 1,
-        "further passages skipped because their text is there already": 2,
+        "repeated pairs, which qrels list once": 1,
+        "further passages skipped because their text is already present": 2,
     }
     assert sum(report["rows"].values()) == 12 and sum(report["pairs"].values()) == 11
     texts = [row["text"] for row in lines(tmp_path / "a" / "corpus.jsonl")]
@@ -271,7 +271,7 @@ def test_what_was_skipped_is_counted(tmp_path: Path) -> None:
         (["--out", "hub/out", "--data", "hub"], 2, "hub/out: expected a folder outside of the source hub"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
+def test_invalid_requests_are_one_line_errors_without_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -288,7 +288,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
     assert sorted(os.listdir()) == before and not os.listdir("there") and os.listdir("hub") == ["train.jsonl"]
 
 
-def test_arguments_of_the_function_are_checked_too(tmp_path: Path) -> None:
+def test_arguments_of_the_function_are_checked(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "pairs.jsonl")
     for wrong, message in (({"dev": 1.0}, "dev: exp"), ({"test": True}, "test: exp"), ({"by": "row"}, "by: expected")):
         with pytest.raises(ConfigError, match=message):
@@ -298,7 +298,7 @@ def test_arguments_of_the_function_are_checked_too(tmp_path: Path) -> None:
         retriever.split(source, tmp_path / "link", **COLUMNS)  # type: ignore[arg-type]
 
 
-def test_a_folder_made_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_created_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import retriever.data.split as module
 
     def written(*arguments: Any) -> None:

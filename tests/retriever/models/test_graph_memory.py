@@ -1,4 +1,4 @@
-"""Micro-batches fit the memory that there is for graphs, and leave little of it unused."""
+"""Micro-batches fit into the memory for graphs and leave little of it unused."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from retriever.config.run import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.windows import WINDOW
 from retriever.models import memory as graph_memory
-from retriever.models.memory import LEAST_TOKENS, MOST_TOKENS, EncodeMemory, GraphMemory, fitting_tokens
-from retriever.models.mixed_precision import arithmetic
+from retriever.models.memory import MAX_TOKENS, MIN_TOKENS, EncodeMemory, GraphMemory, fitting_tokens
+from retriever.models.mixed_precision import mixed_precision
 from retriever.models.towers import build_towers
 
 
 @pytest.mark.parametrize("most", [10_000, 40_000, 150_000, 300_000, 423_000, 1_000_000])
-def test_whole_micro_batches_fill_the_memory(most: int) -> None:
+def test_full_micro_batches_fill_the_memory(most: int) -> None:
     tokens = fitting_tokens(most)
-    assert LEAST_TOKENS <= tokens <= MOST_TOKENS
+    assert MIN_TOKENS <= tokens <= MAX_TOKENS
     kept = int(most / tokens - 0.25)
     assert kept >= 1 and (kept + 0.25) * tokens <= most
-    # Of what is planned for, less than the rounding to whole thousands of each is left over.
+    # The unused memory is less than the rounding of micro-batches to multiples of 1024.
     assert most - (kept + 0.25) * tokens <= (kept + 1) * 1024
 
 
-def test_the_choice_of_a_step_is_told() -> None:
+def test_the_number_of_kept_graphs_is_described() -> None:
     memory = GraphMemory(micro_batch_tokens=100, graph_tokens=150)
-    assert memory.keep([40, 100, 90]) == 1
-    assert memory.described([40, 100, 90]) == (
+    assert memory.kept([40, 100, 90]) == 1
+    assert memory.describe([40, 100, 90]) == (
         "230 tokens a step in 3 micro-batches of at most 100: 1 keep their graph until the loss, 2 run twice"
     )
-    assert memory.described([40, 100]).endswith("2 keep their graph until the loss, 0 run twice")
+    assert memory.describe([40, 100]).endswith("2 keep their graph until the loss, 0 run twice")
 
 
-def test_on_a_cpu_graphs_may_take_a_quarter_of_what_is_free(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_graphs_take_a_quarter_of_free_memory(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     towers = build_towers(tiny)
     token_bytes = graph_memory.graph_bytes(towers, "fp32")
     assert 0 < token_bytes < 1e6
@@ -45,11 +45,11 @@ def test_on_a_cpu_graphs_may_take_a_quarter_of_what_is_free(tiny: ModelConfig, m
         return GraphMemory.plan(towers, "fp32", texts=10, workspace_mib=1, micro_batch_tokens=100)
 
     assert planned(4 * 5000 * token_bytes).graph_tokens == pytest.approx(5000, abs=1)
-    # A small batch keeps its graph in any case.
+    # One micro-batch may always keep its graph.
     assert planned(0) == GraphMemory(micro_batch_tokens=100, graph_tokens=100)
 
 
-def test_a_container_may_have_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_limit_of_a_container_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = graph_memory.available_bytes()
     for folder, limit, used in (
         ("", "memory.max", "memory.current"),
@@ -66,7 +66,7 @@ def test_a_container_may_have_less_memory_than_its_machine(tmp_path: Path, monke
     assert graph_memory.available_bytes() == 250
 
 
-def test_encoding_takes_the_tokens_that_are_given(tiny: ModelConfig) -> None:
+def test_encoding_uses_the_given_micro_batch_size(tiny: ModelConfig) -> None:
     towers = build_towers(tiny).eval()
     assert EncodeMemory.plan(towers, texts=10, micro_batch_tokens=77).micro_batch_tokens == 77
     assert EncodeMemory.plan(towers, texts=10).micro_batch_tokens == 4096
@@ -75,17 +75,17 @@ def test_encoding_takes_the_tokens_that_are_given(tiny: ModelConfig) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "electra"])
 @pytest.mark.parametrize("length", [20, 250])
-def test_peak_of_encoding_is_foretold(tiny: ModelConfig, kind: str, length: int) -> None:
+def test_peak_memory_of_encoding_is_predicted(tiny: ModelConfig, kind: str, length: int) -> None:
     architecture = {"model_type": kind, "num_hidden_layers": 2}
     towers = build_towers(ModelConfig(architecture=architecture, tokenizer=tiny.tokenizer, max_length=500))
-    towers.to("cuda").eval().drop_padding()
+    towers.to("cuda").eval().enable_packing()
     tokens = towers.tokenizer("document")(["a " * (length - 2)] * WINDOW)
-    with arithmetic(towers, "bf16"):
+    with mixed_precision(towers, "bf16"):
         memory = EncodeMemory.plan(towers, texts=WINDOW)
     torch.cuda.reset_peak_memory_stats()
     options = EncodeOptions("bf16", memory.micro_batch_tokens)
     assert len(list(embed_windows(towers, [(0, tokens), (1, tokens)], "document", options))) == 2
     measured = torch.cuda.max_memory_allocated()
     assert measured <= 1.05 * memory.peak
-    # What attends in memory for each pair of tokens is planned for the longest texts.
+    # Models with quadratic attention memory are measured with the longest texts.
     assert kind != "bert" or measured >= 0.7 * memory.peak

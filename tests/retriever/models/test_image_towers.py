@@ -1,4 +1,4 @@
-"""Image and text towers give the embeddings of transformers and of the folder that they are saved to."""
+"""Image–text towers give the embeddings of transformers, before and after saving."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from image_helpers import (
     differing_texts,
     letter_tokenizer,
     noise,
-    pictures,
+    sample_images,
     save_checkpoint,
     save_vision_encoder,
 )
@@ -25,7 +25,7 @@ from retriever.config.run import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import embed_images
 from retriever.errors import ConfigError
-from retriever.models.images.architectures import vision_settings
+from retriever.models.images.architectures import vision_config
 from retriever.models.images.folder import is_image_text_model
 from retriever.models.images.towers import ImageTextTowers, build_image_text_towers, load_image_text_towers
 
@@ -52,18 +52,18 @@ def saved(towers: ImageTextTowers, folder: Path) -> Path:
 
 
 def embeddings(towers: ImageTextTowers) -> tuple[np.ndarray, np.ndarray]:
-    # One token at a time is one picture or text at a time.
-    images = embed_images(towers, pictures(), EncodeOptions(micro_batch_tokens=40))
+    # This budget gives one image at a time.
+    images = embed_images(towers, sample_images(), EncodeOptions(micro_batch_tokens=40))
     return images, embed_texts(towers, differing_texts(), "document", EncodeOptions())
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_whole_checkpoints_give_the_embeddings_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_checkpoints_give_the_embeddings_of_transformers(kind: str, tmp_path: Path) -> None:
     model, processor, padding = save_checkpoint(kind, tmp_path / kind)
     towers = load_image_text_towers(str(tmp_path / kind))
     images, texts = embeddings(towers)
     with torch.no_grad():
-        pixels = processor(images=pictures(), return_tensors="pt")
+        pixels = processor(images=sample_images(), return_tensors="pt")
         ids = processor.tokenizer(differing_texts(), return_tensors="pt", return_token_type_ids=False, **padding)
         theirs = [model.get_image_features(**pixels).pooler_output, model.get_text_features(**ids).pooler_output]
     for ours, other in zip((images, texts), theirs, strict=True):
@@ -73,7 +73,7 @@ def test_whole_checkpoints_give_the_embeddings_of_transformers(kind: str, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "dinov2", "tiny", "half of clip", "half of siglip"])
-def test_sentence_transformers_encodes_a_saved_folder_alike(kind: str, tmp_path: Path, tokenizer: str) -> None:
+def test_a_saved_folder_gives_the_same_embeddings(kind: str, tmp_path: Path, tokenizer: str) -> None:
     from sentence_transformers import SentenceTransformer
 
     folder = tmp_path / "encoder"
@@ -89,7 +89,7 @@ def test_sentence_transformers_encodes_a_saved_folder_alike(kind: str, tmp_path:
     path = saved(towers, tmp_path / "model")
     assert is_image_text_model(str(path))
     model = SentenceTransformer(str(path), device="cpu")
-    np.testing.assert_allclose(model.encode(pictures()), images, atol=1e-5)
+    np.testing.assert_allclose(model.encode(sample_images()), images, atol=1e-5)
     np.testing.assert_allclose(model.encode(differing_texts()), texts, atol=1e-5)
     again = load_image_text_towers(str(path))
     assert again.fingerprint() == towers.fingerprint() and again.dimension == images.shape[1]
@@ -106,36 +106,36 @@ def test_sentence_transformers_encodes_a_saved_folder_alike(kind: str, tmp_path:
 def test_named_architectures_have_the_published_sizes(name: str, millions: float) -> None:
     from transformers import CLIPVisionModel
 
-    settings = vision_settings(name, 224)
+    settings = vision_config(name, 224)
     with torch.device("meta"):
         encoder = CLIPVisionModel(settings)
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
     assert settings.hidden_size == 64 * settings.num_attention_heads
 
 
-def test_without_a_projection_the_image_towers_width_is_the_common_space(tokenizer: str) -> None:
+def test_without_a_projection_the_dimension_is_the_image_encoders(tokenizer: str) -> None:
     towers = build_image_text_towers(pair(tokenizer, "tiny", projection=None))
     assert towers.dimension == 128
     assert [type(m).__name__ for m in towers._image] == ["Transformer", "Normalize"]
 
 
-def test_files_and_pictures_embed_alike_whatever_stands_beside_them(tmp_path: Path, tokenizer: str) -> None:
+def test_embeddings_of_files_and_images_are_equal_in_any_batch(tmp_path: Path, tokenizer: str) -> None:
     towers = build_image_text_towers(pair(tokenizer, "tiny")).eval()
     paths = []
-    for number, image in enumerate(pictures()):
+    for number, image in enumerate(sample_images()):
         image.save(tmp_path / f"{number}.png")
         paths.append(tmp_path / f"{number}.png")
     counts: list[int] = []
     together = embed_images(towers, paths, EncodeOptions(), counts.append)
-    alone = np.concatenate([embed_images(towers, [image], EncodeOptions()) for image in pictures()])
+    alone = np.concatenate([embed_images(towers, [image], EncodeOptions()) for image in sample_images()])
     np.testing.assert_allclose(together, alone, atol=1e-6)
     assert sum(counts) == 4 and embed_images(towers, [], EncodeOptions()).shape == (0, 20)
     (tmp_path / "2.png").write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"2\.png: expected a picture"):
+    with pytest.raises(InputError, match=r"2\.png: expected an image"):
         embed_images(towers, paths, EncodeOptions(micro_batch_tokens=1))
 
 
-def test_locked_towers_keep_their_weights_and_stay_in_evaluation(tokenizer: str) -> None:
+def test_locked_towers_are_frozen_and_stay_in_evaluation_mode(tokenizer: str) -> None:
     for which in ("image", "text"):
         towers = build_image_text_towers(pair(tokenizer, "tiny", lock=which))
         image, text = towers._image[0], towers._transformer("document")
@@ -146,7 +146,7 @@ def test_locked_towers_keep_their_weights_and_stay_in_evaluation(tokenizer: str)
         assert len(heads) == 2 and all(m.linear.weight.requires_grad for m in heads)
 
 
-def test_a_whole_checkpoint_locks_one_half(tmp_path: Path) -> None:
+def test_one_encoder_of_a_checkpoint_can_be_locked(tmp_path: Path) -> None:
     save_checkpoint("clip", tmp_path / "clip")
     towers = build_image_text_towers(ModelConfig(image=ImageConfig(name=str(tmp_path / "clip"), lock="image")))
     learning = [name for name, p in towers.named_parameters() if p.requires_grad]
@@ -164,12 +164,12 @@ def test_a_hub_name_is_the_checkpoint_of_that_name(
     for make in (
         load_image_text_towers,
         lambda path: build_image_text_towers(ModelConfig(image=ImageConfig(name=path))).eval(),
-        # The image half alone: heads, drawn at random, are left aside.
+        # The image encoder alone; the projections are random.
         lambda path: build_image_text_towers(pair(tokenizer, path)).eval(),
     ):
         local, hub = make(str(folder)), make(name)
         assert [type(m.auto_model) for m in hub.transformers] == [type(m.auto_model) for m in local.transformers]
-        pixels = torch.stack([local.transform.pixels(image) for image in pictures()])
+        pixels = torch.stack([local.transform.pixels(image) for image in sample_images()])
         assert torch.equal(hub.image_features(pixels), local.image_features(pixels))
     with pytest.raises(ConfigError, match=r"model\.image\.size: expected none for a trained encoder"):
         build_image_text_towers(pair(tokenizer, name, size=32))
@@ -178,7 +178,7 @@ def test_a_hub_name_is_the_checkpoint_of_that_name(
 
 
 @pytest.mark.parametrize("kind", ["tiny", "vit", "dinov2"])
-def test_patch_dropout_leaves_patches_out_in_training_only(kind: str, tmp_path: Path, tokenizer: str) -> None:
+def test_patch_dropout_drops_patches_in_training_only(kind: str, tmp_path: Path, tokenizer: str) -> None:
     name = kind if kind == "tiny" else str(save_vision_encoder(kind, tmp_path / kind))
     towers = build_image_text_towers(pair(tokenizer, name, patch_dropout=0.75))
     encoder = towers._image[0].auto_model
@@ -204,19 +204,19 @@ def test_gradient_checkpointing_changes_no_gradient(tokenizer: str) -> None:
         towers = build_image_text_towers(pair(tokenizer, "tiny"))
         if on:
             towers.enable_gradient_checkpointing()
-        pixels = torch.stack([towers.transform.pixels(image) for image in pictures()])
+        pixels = torch.stack([towers.transform.pixels(image) for image in sample_images()])
         towers({"pixels": pixels})[:, 0].sum().backward()
         gradients.append(towers._image[0].auto_model.embeddings.patch_embedding.weight.grad)
     torch.testing.assert_close(*gradients)
 
 
-def test_what_cannot_be_two_towers_is_refused_in_one_line(tmp_path: Path, tokenizer: str, minilm: str) -> None:
-    with pytest.raises(InputError, match="embeds no images"):
+def test_invalid_image_text_models_are_one_line_errors(tmp_path: Path, tokenizer: str, minilm: str) -> None:
+    with pytest.raises(InputError, match="does not embed images"):
         load_image_text_towers(minilm)
     with pytest.raises(InputError, match="no such model folder"):
         load_image_text_towers(str(tmp_path / "none"))
     save_checkpoint("siglip2", tmp_path / "naflex")
-    message = r"naflex: expected an image processor with a fixed size of pixels, found Siglip2Image.* not NaFlex\)"
+    message = r"naflex: expected an image processor with a fixed size, found Siglip2Image.* not NaFlex\)"
     with pytest.raises(InputError, match=message):
         load_image_text_towers(str(tmp_path / "naflex"))
     with pytest.raises(ConfigError, match="expected a text tower"):
@@ -227,7 +227,7 @@ def test_what_cannot_be_two_towers_is_refused_in_one_line(tmp_path: Path, tokeni
         build_image_text_towers(pair(tokenizer, "tiny", size=30))
     with pytest.raises(InputError, match=r"ViT-Z: no such folder, .* \(new ones are tiny, ViT-S/16,"):
         build_image_text_towers(pair(tokenizer, "ViT-Z"))
-    # A name of nothing is no trained encoder either.
+    # A name that does not exist is not a trained encoder.
     with pytest.raises(InputError, match="ViT-L/15: no such folder"):
         build_image_text_towers(pair(tokenizer, "ViT-L/15", size=64))
     with pytest.raises(InputError, match="expected a vision encoder, found BertModel"):

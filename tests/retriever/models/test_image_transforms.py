@@ -1,4 +1,4 @@
-"""Pictures become the pixels that transformers' processors make, and what is no picture is refused by name."""
+"""Transforms give the pixels of transformers' processors; files that are not images are refused by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def saved(image: Image.Image, path: Path, **options: object) -> Path:
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (32, 32), (33, 97), (5, 200)])
 @pytest.mark.parametrize("kind", ["CLIPImageProcessor", "SiglipImageProcessor", "BitImageProcessor"])
-def test_pixels_equal_those_of_the_processors_of_transformers(kind: str, size: tuple[int, int]) -> None:
+def test_pixels_equal_those_of_transformers_processors(kind: str, size: tuple[int, int]) -> None:
     import transformers
 
     exact = {"height": 32, "width": 24} if kind == "SiglipImageProcessor" else {"shortest_edge": 40}
@@ -36,38 +36,38 @@ def test_pixels_equal_those_of_the_processors_of_transformers(kind: str, size: t
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
-def test_random_crops_keep_to_scale_and_ratio_and_follow_from_the_generator() -> None:
-    chance = np.random.default_rng(0)
-    boxes = np.array([random_crop(200, 100, chance) for _ in range(2000)])
+def test_random_crops_are_within_scale_and_ratio_and_reproducible() -> None:
+    generator = np.random.default_rng(0)
+    boxes = np.array([random_crop(200, 100, generator) for _ in range(2000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= 200).all() and (boxes[:, 3] <= 100).all()
     share = width * height / 20000
     assert 0.07 < share.min() < 0.12 and 0.5 < share.max() <= 1
     ratio = width / height
     assert 0.7 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.4
-    long = random_crop(1000, 10, chance)
+    long = random_crop(1000, 10, generator)
     assert long[3] - long[1] == 10 and long[2] - long[0] == 13
     transform = ImageTransform((32, 32), flip=True)
     image = noise(60, 50)
-    first, again, other = (transform.augmented(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (transform.augment(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first.dtype == torch.uint8 and first.shape == (3, 32, 32)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_flips_happen_to_half_of_the_pictures_only_where_asked_for() -> None:
+def test_half_of_the_images_are_flipped_if_requested() -> None:
     image = Image.new("RGB", (32, 32), "black")
     image.paste("white", (16, 0, 32, 32))
 
     def left_is_white(flip: bool) -> float:
-        chance = np.random.default_rng(0)
-        pixels = [ImageTransform((32, 32), flip=flip).augmented(image, chance) for _ in range(300)]
+        generator = np.random.default_rng(0)
+        pixels = [ImageTransform((32, 32), flip=flip).augment(image, generator) for _ in range(300)]
         return float(np.mean([p[:, :, 0].float().mean() > p[:, :, -1].float().mean() for p in pixels]))
 
     assert left_is_white(False) == 0 and 0.3 < left_is_white(True) < 0.6
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16"])
-def test_pictures_of_every_mode_become_rgb(mode: str, tmp_path: Path) -> None:
+def test_images_of_every_mode_become_rgb(mode: str, tmp_path: Path) -> None:
     source = Image.new("I;16", (9, 7)) if mode == "I;16" else draw("red", "circle").convert(mode)
     path = saved(source, tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
     image = open_image(path)
@@ -80,12 +80,12 @@ def test_sixteen_bits_of_grey_keep_their_shades_and_unknown_ranges_are_refused(t
     assert np.array_equal(np.asarray(image)[..., 1], ramp // 256)
     for number, values in enumerate((np.ones((2, 2), np.float32), np.full((2, 2), 70000, np.int32))):
         path = saved(Image.fromarray(values), tmp_path / f"{number}.tif")
-        with pytest.raises(InputError, match=rf"{number}\.tif: expected a picture of at most 16 bits"):
+        with pytest.raises(InputError, match=rf"{number}\.tif: expected an image of at most 16 bits"):
             open_image(path)
 
 
 @pytest.mark.parametrize("size", [(65535, 1), (1, 65535), (4000, 3)])
-def test_very_long_pictures_show_their_centre_without_filling_the_memory(
+def test_very_long_images_are_center_cropped_before_resizing(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = Image.new("RGB", size, "red")
@@ -99,7 +99,7 @@ def test_very_long_pictures_show_their_centre_without_filling_the_memory(
     assert max(made[0]) <= 224 * transforms.MAX_ASPECT
 
 
-def test_what_is_transparent_becomes_white_and_exif_turns(tmp_path: Path) -> None:
+def test_transparency_becomes_white_and_exif_rotation_is_applied(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert open_image(saved(clear, tmp_path / "a.png")).getpixel((0, 0)) == (255, 255, 255)
     exif = Image.Exif()
@@ -107,24 +107,24 @@ def test_what_is_transparent_becomes_white_and_exif_turns(tmp_path: Path) -> Non
     assert open_image(saved(Image.new("RGB", (8, 4)), tmp_path / "b.jpg", exif=exif)).size == (4, 8)
 
 
-def test_broken_files_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_files_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = io.BytesIO()
     noise(200, 200).save(whole, "JPEG")
-    cases = {"cut.jpg": whole.getvalue()[:2000], "text.png": b"no picture", "empty.webp": b""}
+    cases = {"cut.jpg": whole.getvalue()[:2000], "text.png": b"no image", "empty.webp": b""}
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name}: expected a picture"):
+        with pytest.raises(InputError, match=f"{name}: expected an image"):
             open_image(tmp_path / name)
     with pytest.raises(InputError, match=r"none\.png: no such file"):
         open_image(tmp_path / "none.png")
-    with pytest.raises(InputError, match=r"shard\.tar/3: expected a picture"):
+    with pytest.raises(InputError, match=r"shard\.tar/3: expected an image"):
         open_image(b"nothing", "shard.tar/3")
     monkeypatch.setattr(transforms, "MAX_PIXELS", 100)
-    with pytest.raises(InputError, match=r"bomb\.png: expected a picture of at most 100 pixels, found 20 x 10"):
+    with pytest.raises(InputError, match=r"bomb\.png: expected an image of at most 100 pixels, found 20 x 10"):
         open_image(saved(noise(20, 10), tmp_path / "bomb.png"))
 
 
-def test_pillows_own_bomb_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillows_decompression_bomb_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(InputError, match=r"bomb\.png: expected a picture, found one that cannot be read: .*bomb"):
+    with pytest.raises(InputError, match=r"bomb\.png: expected an image, found one that cannot be read: .*bomb"):
         open_image(saved(noise(20, 10), tmp_path / "bomb.png"))

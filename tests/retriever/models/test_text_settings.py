@@ -1,4 +1,4 @@
-"""Settings of a folder's Transformer module are honoured, as sentence-transformers has them, or refused by name."""
+"""Settings of the Transformer module take effect as in sentence-transformers, or are refused by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from retriever.evaluation.set_settings import AdjustedTowers, SetSettings
 from retriever.models.loading.text_settings import SIDES
 from retriever.models.towers import build_towers, load_towers
 
-HONOURED: dict[str, dict[str, Any]] = {
+SUPPORTED: dict[str, dict[str, Any]] = {
     "lengths by side": {"query_length": 8, "document_length": 30},
     "length of the call": {"query_length": 8, "processing_kwargs": {"text": {"max_length": 12}}},
     "no length of the call": {"query_length": 8, "processing_kwargs": {"text": {"max_length": None}}},
@@ -57,7 +57,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "max_seq_length: expected a number above 0, found 0": {"max_seq_length": 0},
     "max_seq_length: expected a number above 0, found '30'": {"max_seq_length": "30"},
     "transformer_task: expected feature-extraction, found fill-mask": {"transformer_task": "fill-mask"},
-    "depends on the texts beside it: its tokenizer pads on the left": {
+    "depends on the other texts of its batch: its tokenizer pads on the left": {
         "processing_kwargs": {"text": {"padding_side": "left"}}
     },
     "no max_length among the common": {
@@ -72,9 +72,9 @@ def encoder(tiny: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
     return encoder_folder(tiny, tmp_path_factory.mktemp("encoder"))
 
 
-@pytest.mark.parametrize("name", HONOURED)
-def test_a_setting_is_honoured_and_kept(name: str, encoder: str, tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model", transformer(encoder, **HONOURED[name]), Pooling(32))
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_supported_settings_take_effect_and_are_saved(name: str, encoder: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", transformer(encoder, **SUPPORTED[name]), Pooling(32))
     assert_embeds_alike(folder, padding_free=name != "padding that is read")
     (tmp_path / "trained").mkdir()
     build_towers(ModelConfig(name=folder)).save(tmp_path / "trained")
@@ -87,7 +87,7 @@ def test_a_setting_is_honoured_and_kept(name: str, encoder: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_honoured_is_refused_by_name(message: str, encoder: str, tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused_by_name(message: str, encoder: str, tmp_path: Path) -> None:
     settings = REFUSED[message]
     later = {key: settings[key] for key in settings if key in ("transformer_task", "max_seq_length")}
     kept = {key: value for key, value in settings.items() if key not in later}
@@ -99,7 +99,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(message: str, encoder: str, 
         assert str(caught.value).startswith(folder) and "\n" not in str(caught.value)
 
 
-def test_each_route_has_settings_of_its_own(tiny: ModelConfig, encoder: str, tmp_path: Path) -> None:
+def test_each_route_has_its_own_settings(tiny: ModelConfig, encoder: str, tmp_path: Path) -> None:
     bare = {"processing_kwargs": {"text": {"add_special_tokens": False}}}
     query = [transformer(encoder, query_length=8, document_length=3), Pooling(32, "cls")]
     document = [transformer(encoder_folder(tiny, tmp_path / "other"), document_length=20, **bare), Pooling(32)]
@@ -124,7 +124,7 @@ def test_lower_case_is_saved_with_the_model(tiny: ModelConfig, tmp_path: Path) -
     np.testing.assert_allclose(theirs(str(tmp_path / "trained"), "query"), lowered, atol=2e-6)
 
 
-def test_queries_and_passages_of_one_batch_are_cut_by_side(encoder: str, tmp_path: Path) -> None:
+def test_queries_and_passages_of_a_batch_are_truncated_by_side(encoder: str, tmp_path: Path) -> None:
     settings = {"query_length": 8, "document_length": 20}
     folder = model_folder(tmp_path / "model", transformer(encoder, **settings), Pooling(32))
     long = "a b " * 40
@@ -134,7 +134,7 @@ def test_queries_and_passages_of_one_batch_are_cut_by_side(encoder: str, tmp_pat
     assert prepared.groups[0].lengths.tolist() == [8, 3, 20, 20, 3]
 
 
-def test_a_runs_maximum_length_stands_above_the_folders(encoder: str, tmp_path: Path) -> None:
+def test_a_configured_max_length_overrides_the_folders(encoder: str, tmp_path: Path) -> None:
     kwargs = {"text": {"max_length": 12}}
     folder = model_folder(tmp_path / "m", transformer(encoder, query_length=8, processing_kwargs=kwargs), Pooling(32))
     towers = build_towers(ModelConfig(name=folder, max_length=24))
@@ -145,7 +145,7 @@ def test_a_runs_maximum_length_stands_above_the_folders(encoder: str, tmp_path: 
         np.testing.assert_allclose(theirs(str(tmp_path / "trained"), side), ours(towers, side), atol=2e-6)
 
 
-def test_lengths_are_within_the_positions(encoder: str, tmp_path: Path) -> None:
+def test_lengths_are_limited_to_the_positions(encoder: str, tmp_path: Path) -> None:
     kwargs = {"text": {"max_length": 1000}}
     for name, settings in (
         ("a", {"query_length": 1000, "document_length": 1000}),
@@ -157,7 +157,7 @@ def test_lengths_are_within_the_positions(encoder: str, tmp_path: Path) -> None:
         assert np.isfinite(ours(towers, "query")).all()
 
 
-def test_lengths_below_an_expansion_are_refused(encoder: str, tmp_path: Path) -> None:
+def test_lengths_below_the_query_expansion_are_refused(encoder: str, tmp_path: Path) -> None:
     expansion = {"length": 20, "strategy": "fixed", "attend": True}
     folder = model_folder(tmp_path / "model", transformer(encoder, query_expansion=expansion), Pooling(32))
     with pytest.raises(ConfigError, match=r"model\.max_length: query_expansion: length: expected at most"):

@@ -1,4 +1,4 @@
-"""Token ids are those that the tokenizer's own call gives."""
+"""Token ids equal those of the tokenizer's own call."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ TEXTS = ["a", "", "two words", "[SEP] and [MASK] in a text", "naïve Ünïcode �
 
 @pytest.mark.parametrize("max_length", [None, 16, 5])
 @pytest.mark.parametrize("split_special_tokens", [False, True])
-def test_ids_are_those_of_the_tokenizers_call(
+def test_token_ids_equal_those_of_the_tokenizers_call(
     minilm: str, max_length: int | None, split_special_tokens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     tokenizer.split_special_tokens = split_special_tokens
     expected = tokenizer(TEXTS, truncation=max_length is not None, max_length=max_length)["input_ids"]
-    # Whatever a call left in the tokenizer.
+    # The truncation and padding of an earlier call must not matter.
     tokenizer(TEXTS, truncation=True, max_length=3, padding=True)
-    # The short way is the one that is taken.
+    # The fast path is used.
     monkeypatch.setattr(type(tokenizer), "__call__", None)
     found = TextTokenizer(tokenizer, max_length)(TEXTS)
     assert [found.ids[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)] == expected
 
 
-def test_a_tokenizer_with_its_own_way_keeps_it(minilm: str) -> None:
+def test_an_overridden_tokenizer_method_is_used(minilm: str) -> None:
     class Own(PreTrainedTokenizerFast):
         def _encode_plus(self, *args: Any, **options: Any) -> Any:
             encoded = super()._encode_plus(*args, **options)
@@ -44,7 +44,7 @@ def test_a_tokenizer_with_its_own_way_keeps_it(minilm: str) -> None:
     assert found.ids[found.offsets[1:] - 1].tolist() == [7] * len(TEXTS)
 
 
-def test_threads_tokenize_at_once(minilm: str) -> None:
+def test_threads_can_share_a_tokenizer(minilm: str) -> None:
     tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(minilm), 16)
     expected = tokenizer(TEXTS * 50).ids.tolist()
     with ThreadPoolExecutor(8) as pool:
@@ -52,7 +52,7 @@ def test_threads_tokenize_at_once(minilm: str) -> None:
             assert found == expected
 
 
-# What a data worker finds where its parent has tokenized.
+# A data worker whose parent process has tokenized before.
 FORKED = """
 import sys
 from transformers import AutoTokenizer
@@ -72,8 +72,8 @@ print(Batches()[0], list(batch_loader(Batches(), workers=1)))
 """
 
 
-def test_workers_tokenize_after_their_parent_has(minilm: str) -> None:
-    # What many have in their environment; the tokenizers' own guard against this is then off.
+def test_workers_can_tokenize_after_their_parent(minilm: str) -> None:
+    # With this variable, tokenizers does not disable its parallelism after a fork.
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, "-c", FORKED, minilm]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)

@@ -1,4 +1,4 @@
-"""Towers give sentence-transformers' vectors, before and after they are saved."""
+"""Towers give the embeddings of sentence-transformers, before and after saving."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def saved(towers: Towers, folder: Path) -> Path:
     return folder
 
 
-def test_pretrained_folder_gives_sentence_transformers_vectors(minilm: str) -> None:
+def test_embeddings_of_a_pretrained_folder_equal_sentence_transformers(minilm: str) -> None:
     theirs = SentenceTransformer(minilm, device="cpu").encode_document(TEXTS)
     np.testing.assert_allclose(ours(load_towers(minilm)), theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("projection", [None, 8])
-def test_saved_folder_gives_the_same_vectors_in_sentence_transformers(
+def test_a_saved_folder_gives_the_same_embeddings_in_sentence_transformers(
     tiny: ModelConfig, tmp_path: Path, pooling: str, projection: int | None
 ) -> None:
     config = dataclasses.replace(
@@ -58,7 +58,7 @@ def test_saved_folder_gives_the_same_vectors_in_sentence_transformers(
     assert np.abs(ours(towers, "query") - ours(towers, "document")).max() > 1e-4
 
 
-def test_two_towers_are_saved_apart(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_two_towers_are_saved_separately(tiny: ModelConfig, tmp_path: Path) -> None:
     towers = build_towers(dataclasses.replace(tiny, shared=False))
     np.testing.assert_array_equal(ours(towers, "query"), ours(towers, "document"))
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_fingerprint_changes_with_weights_and_prompts_only(tiny: ModelConfig, tm
     assert len({json.dumps(f) for f in (first, second, towers.fingerprint())}) == 3
 
 
-def test_bad_models_are_refused_in_one_line(minilm: str, tiny: ModelConfig, tmp_path: Path) -> None:
+def test_invalid_models_are_one_line_errors(minilm: str, tiny: ModelConfig, tmp_path: Path) -> None:
     shutil.copy(Path(minilm) / "config.json", tmp_path / "config.json")
     cases = {
         "no tokenizer": ModelConfig(name=str(tmp_path)),
@@ -114,7 +114,7 @@ def test_bad_models_are_refused_in_one_line(minilm: str, tiny: ModelConfig, tmp_
         ),
         "model.architecture: cannot be built": dataclasses.replace(tiny, architecture={"model_type": "nonsense"}),
         "model.tokenizer": dataclasses.replace(tiny, tokenizer=None),
-        r"prompt 'cat cat .*leaves some of 5 tokens for the text, found \d+$": dataclasses.replace(
+        r"prompt 'cat cat .*expected fewer than 5 tokens, found \d+$": dataclasses.replace(
             tiny, max_length=5, passage_prompt="cat " * 20
         ),
     }

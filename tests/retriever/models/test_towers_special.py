@@ -1,4 +1,4 @@
-"""Models of other kinds: decoders, cut or unnormalised embeddings, odd prompts, and what is refused."""
+"""Towers of other kinds: decoders, truncated or unnormalized embeddings, unusual prompts, and refused models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 
 def foreign(tiny: ModelConfig, folder: Path, **settings: Any) -> Path:
-    """A folder whose modules do not normalise, with other settings of sentence-transformers than ours."""
+    """Save a model without normalization, with other settings of sentence-transformers."""
     saved(build_towers(dataclasses.replace(tiny, normalize=False)), folder)
     rewrite(folder / "config_sentence_transformers.json", **settings)
     return folder
@@ -66,9 +66,7 @@ def without_pad_token(tiny: ModelConfig, folder: Path, **settings: Any) -> str:
 
 
 @pytest.mark.parametrize("similarity", ["cosine", None])
-def test_cosine_models_that_do_not_normalise_rank_as_they_say(
-    tiny: ModelConfig, tmp_path: Path, similarity: str | None
-) -> None:
+def test_unnormalized_cosine_models_are_normalized(tiny: ModelConfig, tmp_path: Path, similarity: str | None) -> None:
     folder = foreign(tiny, tmp_path / "model", similarity_fn_name=similarity)
     theirs = SentenceTransformer(str(folder), device="cpu")
     raw = theirs.encode_document(TEXTS)
@@ -78,7 +76,7 @@ def test_cosine_models_that_do_not_normalise_rank_as_they_say(
     np.testing.assert_allclose(vectors, theirs.encode_document(TEXTS, normalize_embeddings=True), atol=1e-5)
 
 
-def test_similarity_is_part_of_what_identifies_a_model(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_similarity(tiny: ModelConfig, tmp_path: Path) -> None:
     folder = foreign(tiny, tmp_path / "model", similarity_fn_name="cosine")
     cosine = load_towers(str(folder)).fingerprint()
     rewrite(folder / "config_sentence_transformers.json", similarity_fn_name="dot")
@@ -90,14 +88,14 @@ def test_similarity_is_part_of_what_identifies_a_model(tiny: ModelConfig, tmp_pa
 
 
 @pytest.mark.parametrize("similarity", ["euclidean", "manhattan"])
-def test_distances_are_refused(tiny: ModelConfig, tmp_path: Path, similarity: str) -> None:
+def test_distance_similarities_are_refused(tiny: ModelConfig, tmp_path: Path, similarity: str) -> None:
     folder = foreign(tiny, tmp_path / "model", similarity_fn_name=similarity)
     with pytest.raises(InputError, match=f"cosine or dot, found {similarity}"):
         load_towers(str(folder))
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_training_without_normalisation_saves_a_dot_model(tiny: ModelConfig, tmp_path: Path, shared: bool) -> None:
+def test_training_without_normalization_saves_a_dot_model(tiny: ModelConfig, tmp_path: Path, shared: bool) -> None:
     towers = build_towers(dataclasses.replace(tiny, normalize=False, shared=shared))
     folder = saved(towers, tmp_path / "model")
     theirs = SentenceTransformer(str(folder), device="cpu")
@@ -106,13 +104,13 @@ def test_training_without_normalisation_saves_a_dot_model(tiny: ModelConfig, tmp
     np.testing.assert_allclose(ours(loaded), theirs.encode_document(TEXTS), atol=1e-5)
     assert np.abs(np.linalg.norm(ours(loaded), axis=1) - 1).max() > 0.1
     assert loaded.fingerprint() == towers.fingerprint()
-    # Trained on with normalisation, two towers as well as one.
+    # Training from it adds a normalization, for two towers as well as one.
     again = build_towers(ModelConfig(name=str(folder)))
     np.testing.assert_allclose(np.linalg.norm(ours(again), axis=1), 1, atol=1e-5)
     assert SentenceTransformer(str(saved(again, tmp_path / "next")), device="cpu").similarity_fn_name == "cosine"
 
 
-def test_projection_keeps_the_normalisation_of_its_folder(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_projection_keeps_the_normalization_of_the_folder(tiny: ModelConfig, tmp_path: Path) -> None:
     folder = saved(build_towers(tiny), tmp_path / "model")
     towers = build_towers(ModelConfig(name=str(folder), projection=8, normalize=False))
     np.testing.assert_allclose(np.linalg.norm(ours(towers), axis=1), 1, atol=1e-5)
@@ -120,7 +118,7 @@ def test_projection_keeps_the_normalisation_of_its_folder(tiny: ModelConfig, tmp
     assert towers.model.similarity_fn_name == "cosine"
 
 
-def test_truncated_dimensions_are_honoured(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_truncate_dim_is_supported(tiny: ModelConfig, tmp_path: Path) -> None:
     folder = foreign(tiny, tmp_path / "dot", truncate_dim=8)
     theirs = SentenceTransformer(str(folder), device="cpu").encode_document(TEXTS)
     towers = load_towers(str(folder))
@@ -136,7 +134,7 @@ def test_truncated_dimensions_are_honoured(tiny: ModelConfig, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_truncated_dimensions_stay_through_training(tiny: ModelConfig, tmp_path: Path, shared: bool) -> None:
+def test_truncate_dim_is_kept_by_training(tiny: ModelConfig, tmp_path: Path, shared: bool) -> None:
     folder = foreign(tiny, tmp_path / "model", truncate_dim=8, similarity_fn_name="cosine")
     towers = build_towers(ModelConfig(name=str(folder), shared=shared))
     theirs = SentenceTransformer(str(saved(towers, tmp_path / "trained")), device="cpu")
@@ -157,7 +155,7 @@ def test_truncated_dimensions_stay_through_training(tiny: ModelConfig, tmp_path:
     ],
 )
 @pytest.mark.parametrize("default", [None, "own"])
-def test_prompts_are_those_that_sentence_transformers_uses(
+def test_prompts_equal_those_of_sentence_transformers(
     tiny: ModelConfig, tmp_path: Path, prompts: dict[str, str], default: str | None
 ) -> None:
     prompts = {"own": "mine: ", **prompts}
@@ -166,7 +164,7 @@ def test_prompts_are_those_that_sentence_transformers_uses(
     towers = load_towers(str(folder))
     np.testing.assert_allclose(ours(towers, "query"), theirs.encode_query(TEXTS), atol=1e-5)
     np.testing.assert_allclose(ours(towers), theirs.encode_document(TEXTS), atol=1e-5)
-    # And so after training, where the default prompt of a plain encode() is kept as well.
+    # The same after training, including the default prompt of `encode`.
     trained = build_towers(ModelConfig(name=str(folder), normalize=False))
     after = SentenceTransformer(str(saved(trained, tmp_path / "trained")), device="cpu")
     np.testing.assert_allclose(after.encode_query(TEXTS), theirs.encode_query(TEXTS), atol=1e-5)
@@ -176,7 +174,7 @@ def test_prompts_are_those_that_sentence_transformers_uses(
 
 @pytest.mark.parametrize("kind", list(DECODERS))
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
-def test_decoders_are_saved_whole_and_their_texts_do_not_touch(
+def test_saved_decoders_embed_each_text_independently(
     tiny: ModelConfig, tmp_path: Path, kind: str, pooling: Any
 ) -> None:
     tokenizer = without_pad_token(tiny, tmp_path / "tokenizer", eos_token="[SEP]", padding_side="left")
@@ -205,7 +203,7 @@ def test_t5_embeds_with_its_encoder_as_sentence_transformers_does(tiny: ModelCon
     assert load_towers(str(tmp_path / "model")).fingerprint() == towers.fingerprint()
 
 
-def test_chat_templates_are_left_out_of_training_and_refused_in_encoding(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_chat_templates_are_removed_in_training_and_refused_in_encoding(tiny: ModelConfig, tmp_path: Path) -> None:
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     tokenizer = without_pad_token(tiny, tmp_path / "tokenizer", chat_template=template, pad_token="[PAD]")
     towers = build_towers(dataclasses.replace(tiny, tokenizer=tokenizer))
@@ -220,7 +218,7 @@ def test_chat_templates_are_left_out_of_training_and_refused_in_encoding(tiny: M
     np.testing.assert_allclose(ours(again), ours(towers), atol=1e-6)
 
 
-def test_pad_token_is_one_that_the_tokenizer_has(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_pad_token_is_chosen_from_the_vocabulary(tiny: ModelConfig, tmp_path: Path) -> None:
     for settings, expected in (({}, "[UNK]"), ({"eos_token": "[SEP]"}, "[SEP]")):
         tokenizer = without_pad_token(tiny, tmp_path / expected, **settings)
         towers = build_towers(dataclasses.replace(tiny, tokenizer=tokenizer))
@@ -230,7 +228,7 @@ def test_pad_token_is_one_that_the_tokenizer_has(tiny: ModelConfig, tmp_path: Pa
         build_towers(dataclasses.replace(tiny, tokenizer=nothing))
 
 
-def test_fingerprint_tells_configurations_and_tokenizers_apart(tiny: ModelConfig) -> None:
+def test_fingerprint_depends_on_configuration_and_tokenizer(tiny: ModelConfig) -> None:
     towers = build_towers(tiny)
     seen = {json.dumps(towers.fingerprint())}
     transformer = towers._transformer("query")
@@ -249,9 +247,7 @@ def test_fingerprint_tells_configurations_and_tokenizers_apart(tiny: ModelConfig
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "modernbert"])
-def test_fingerprint_is_the_same_in_the_run_and_from_its_folder(
-    tiny: ModelConfig, tmp_path: Path, model_type: str, shared: bool
-) -> None:
+def test_fingerprint_is_the_same_after_saving(tiny: ModelConfig, tmp_path: Path, model_type: str, shared: bool) -> None:
     assert tiny.architecture is not None
     architecture = {**tiny.architecture, "model_type": model_type, "max_position_embeddings": 80}
     towers = build_towers(dataclasses.replace(tiny, architecture=architecture, shared=shared, dropout=0.3))
@@ -266,7 +262,7 @@ def test_fingerprint_is_the_same_in_the_run_and_from_its_folder(
     np.testing.assert_array_equal(ours(loaded), ours(towers))
 
 
-def test_longest_length_is_within_the_model(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_max_length_is_within_the_positions_of_the_model(tiny: ModelConfig, tmp_path: Path) -> None:
     assert tiny.architecture is not None
     roberta = {**tiny.architecture, "model_type": "roberta", "pad_token_id": 0}
     for architecture, limit in ((tiny.architecture, 64), (roberta, 63)):
@@ -274,7 +270,7 @@ def test_longest_length_is_within_the_model(tiny: ModelConfig, tmp_path: Path) -
         for longest in (limit + 1, 2, 1):
             with pytest.raises(ConfigError, match=r"model\.max_length: expected at (most|least) "):
                 build_towers(dataclasses.replace(config, max_length=longest))
-        # The model's own limit is within its positions even where its tokenizer says none.
+        # The limit is the number of positions, even if the tokenizer has none.
         for longest in (limit, None):
             towers = build_towers(dataclasses.replace(config, max_length=longest))
             assert towers.tokenizer("query").max_length == limit
@@ -289,7 +285,7 @@ def test_tokenizer_without_a_limit_has_none(tiny: ModelConfig, tmp_path: Path) -
     assert len(towers.tokenizer("query")(["a " * 900]).ids) > 900
 
 
-def test_models_that_begin_with_something_else_are_refused(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_models_without_a_first_transformer_are_refused(tiny: ModelConfig, tmp_path: Path) -> None:
     towers = build_towers(tiny)
     transformer, pooling = towers.model[0], towers.model[1]
     models = {
@@ -332,16 +328,14 @@ def test_vision_models_are_refused(tiny: ModelConfig, tmp_path: Path) -> None:
         ({"vocab_size": 5}, "vocab_size: expected at least"),
     ],
 )
-def test_bad_architectures_are_faults_of_the_configuration(
-    tiny: ModelConfig, fields: dict[str, Any], message: str
-) -> None:
+def test_invalid_architectures_are_config_errors(tiny: ModelConfig, fields: dict[str, Any], message: str) -> None:
     assert tiny.architecture is not None
     with pytest.raises(ConfigError, match=message) as caught:
         build_towers(dataclasses.replace(tiny, architecture={**tiny.architecture, **fields}))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_contradictions_are_faults_of_the_configuration(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_contradictory_configurations_are_config_errors(tiny: ModelConfig, tmp_path: Path) -> None:
     folder = str(saved(build_towers(dataclasses.replace(tiny, shared=False)), tmp_path / "two"))
     for config in (
         ModelConfig(),
@@ -355,7 +349,7 @@ def test_contradictions_are_faults_of_the_configuration(tiny: ModelConfig, tmp_p
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_gradient_checkpointing_changes_no_gradient_and_warns_of_nothing(tiny: ModelConfig, shared: bool) -> None:
+def test_gradient_checkpointing_changes_no_gradient_and_does_not_warn(tiny: ModelConfig, shared: bool) -> None:
     towers = build_towers(dataclasses.replace(tiny, shared=shared, dropout=0.0))
 
     def gradients() -> list[torch.Tensor]:

@@ -13,11 +13,10 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
-from cli_helpers import command, write_lines
+from cli_helpers import assert_refused, command, write_lines
 from image_helpers import COLOURS, SHAPES, cache_as_hub_name, draw, save_checkpoint
 from PIL import Image
 from serve_helpers import serving
-from test_cli_errors import assert_refused
 
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
@@ -40,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = command("encode", "--model", root / "model", "--data", root / "drawn", "--out", root / "store", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["rows"] == 16
-    assert "drawn: left out: broken.jpg: expected a picture" in done.err
+    assert "drawn: left out: broken.jpg: expected an image" in done.err
     texts = [{"_id": f"t{n}", "text": f"a {colour} thing"} for n, colour in enumerate(COLOURS)]
     corpus = write_lines(root / "texts.jsonl", texts)
     assert command("encode", "--model", root / "model", "--data", corpus, "--out", root / "texts").code == 0
@@ -121,7 +120,7 @@ def test_mistakes_about_pictures_are_said_in_one_line(world: Path, minilm: str, 
     model = ["--model", world / "model"]
     assert_refused(command("search", *model, *index, "--image", world / "gone.png"), 1, r"gone\.png: no such file")
     broken = world / "drawn" / "broken.jpg"
-    assert_refused(command("search", *model, *index, "--image", broken), 1, r"broken\.jpg: expected a picture")
+    assert_refused(command("search", *model, *index, "--image", broken), 1, r"broken\.jpg: expected an image")
     assert_refused(command("search", *model, *index, "--image", broken, "words"), 2, "--image: give pictures or texts")
     assert_refused(command("search", "--model", minilm, *index, "--image", broken), 1, "expected queries of the model")
     (tmp_path / "empty").mkdir()

@@ -14,8 +14,8 @@ from retriever.cli.terminal import Terminal
 from retriever.config.images import ImageConfig
 from retriever.config.run import ModelConfig, TrainConfig
 from retriever.errors import ConfigError
-from retriever.models.mixed_precision import arithmetic, half_weights
-from retriever.models.packed.attention import Spans
+from retriever.models.mixed_precision import half_precision_weights, mixed_precision
+from retriever.models.packed.attention import PackedLayout
 from retriever.models.towers import Towers, build_towers
 from retriever.training.cuda_graphs import Inputs, check_replayable, replay_small_passes, rounded
 from retriever.training.trainer import Trainer
@@ -37,19 +37,19 @@ def test_sizes_are_at_most_a_sixteenth_or_256_larger(tokens: int) -> None:
 
 def test_places_beyond_the_last_text_change_nothing(tiny: ModelConfig) -> None:
     towers = towers_of(tiny).eval()
-    assert towers.drop_padding()
+    assert towers.enable_packing()
     encoder = towers.encoders[0]
     inputs = Inputs(24, torch.device("cpu"))
     # The second leaves tokens of the first behind.
     for lengths in ([7, 1, 9], [2, 3]):
-        spans, tokens = Spans.of(np.array(lengths)), sum(lengths)
-        ids, positions = torch.arange(5, 5 + tokens)[None], (torch.arange(tokens) - spans.first)[None]
-        inputs.fill(ids, positions, spans)
-        alone = encoder(input_ids=ids, position_ids=positions, spans=spans).last_hidden_state
+        layout, tokens = PackedLayout.of(np.array(lengths)), sum(lengths)
+        ids, positions = torch.arange(5, 5 + tokens)[None], (torch.arange(tokens) - layout.start)[None]
+        inputs.fill(ids, positions, layout)
+        alone = encoder(input_ids=ids, position_ids=positions, layout=layout).last_hidden_state
         # On a CPU attention goes by the offsets, which a GPU does not read.
-        padded = Spans.of(np.array([*lengths, *[1] * (24 - tokens)]))
-        assert torch.equal(inputs.spans.first, padded.first) and torch.equal(inputs.spans.end, padded.end)
-        among = encoder(input_ids=inputs.input_ids, position_ids=inputs.position_ids, spans=padded).last_hidden_state
+        padded = PackedLayout.of(np.array([*lengths, *[1] * (24 - tokens)]))
+        assert torch.equal(inputs.layout.start, padded.start) and torch.equal(inputs.layout.end, padded.end)
+        among = encoder(input_ids=inputs.input_ids, position_ids=inputs.position_ids, layout=padded).last_hidden_state
         torch.testing.assert_close(among[:, :tokens], alone, rtol=0, atol=1e-6)
 
 
@@ -57,8 +57,8 @@ def test_half_weights_stay_where_they_are(tiny: ModelConfig) -> None:
     encoder = towers_of(tiny).encoders[0]
 
     def places() -> list[int]:
-        with half_weights([encoder], torch.bfloat16):
-            with half_weights([encoder], torch.bfloat16):  # of an evaluation, say
+        with half_precision_weights([encoder], torch.bfloat16):
+            with half_precision_weights([encoder], torch.bfloat16):  # of an evaluation, say
                 pass
             return [weight.data_ptr() for weight in encoder.parameters()]
 
@@ -67,7 +67,7 @@ def test_half_weights_stay_where_they_are(tiny: ModelConfig) -> None:
         for weight in encoder.parameters():
             weight.add_(1)
     assert places() == first
-    with half_weights([encoder], torch.bfloat16):
+    with half_precision_weights([encoder], torch.bfloat16):
         halves = [weight.detach().clone() for weight in encoder.parameters()]
     assert all(torch.equal(half, whole.bfloat16()) for half, whole in zip(halves, encoder.parameters(), strict=True))
 
@@ -94,9 +94,9 @@ def test_a_run_that_cannot_replay_does_not_begin(tiny: ModelConfig, tmp_path: Pa
 def test_replays_equal_launches(tiny: ModelConfig, kind: str) -> None:
     settings = {"modernbert": {"local_attention": 16}, "qwen3": {"num_key_value_heads": 2, "head_dim": 16}}
     plain = towers_of(tiny, kind, **settings.get(kind, {})).cuda()
-    assert plain.drop_padding()
+    assert plain.enable_packing()
     graphed = copy.deepcopy(towers_of(tiny, kind, **settings.get(kind, {}))).cuda()
-    assert graphed.drop_padding()
+    assert graphed.enable_packing()
     check_replayable(graphed, "bf16")
     replay_small_passes(graphed)
     outcomes = []
@@ -105,7 +105,7 @@ def test_replays_equal_launches(tiny: ModelConfig, kind: str) -> None:
         for step, texts in enumerate((30, 33, 90, 31, 60)):
             tokens = towers.tokenizer("query")(["ab " * n for n in generator.integers(1, 40, texts)])
             torch.manual_seed(step)
-            with arithmetic(towers, "bf16"):
+            with mixed_precision(towers, "bf16"):
                 embeddings = towers.embed(tokens, np.arange(texts), "query")
                 # A second forward before the first one's backward must not write over what that reads.
                 again = towers.embed(tokens, np.arange(texts), "query")

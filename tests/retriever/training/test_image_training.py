@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from forks import LoadedPython
-from image_helpers import SMALL, captioned, draw, letter_tokenizer, picture_bytes, write_shards, write_tar
+from image_helpers import SMALL, captioned, draw, image_bytes, letter_tokenizer, write_shards, write_tar
 from run_helpers import assert_same, results
 
 from index.files import InputError
@@ -24,7 +24,7 @@ from retriever.config.images import ImageConfig, ImageSource
 from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from retriever.config.yaml_file import save_config
 from retriever.data.images import chunks
-from retriever.data.images.batches import ImageGroup
+from retriever.data.images.batches import ImageInputs
 from retriever.data.images.chunks import PairReader
 from retriever.data.images.loading import open_image_batches
 from retriever.data.micro_batches import PreparedBatch
@@ -33,7 +33,7 @@ from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import embed_images
 from retriever.errors import ConfigError
 from retriever.models.images.towers import build_image_text_towers, load_image_text_towers
-from retriever.models.memory import held_bytes
+from retriever.models.memory import measure_graph_bytes
 from retriever.training import grad_cache
 from retriever.training.plan import plan_step
 from retriever.training.step import MicroBatch, TrainStep
@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     letter_tokenizer().save_pretrained(folder / "tokenizer")
     members: list[tuple[str, bytes]] = []
     for number, (image, caption) in enumerate(captioned()):
-        members += [(f"{number}.png", picture_bytes(image)), (f"{number}.txt", caption.encode())]
+        members += [(f"{number}.png", image_bytes(image)), (f"{number}.txt", caption.encode())]
     write_tar(folder / "dev" / "test" / "0.tar", members)
     (folder / "dev" / "dataset_type.txt").write_text("retrieval\n")
     return folder
@@ -160,7 +160,7 @@ def test_memory_is_planned_by_what_each_tower_holds(config: TrainConfig) -> None
     trainer = Trainer.start(dataclasses.replace(config, model=model, micro_batch_tokens=None), Terminal())
     _, texts = next(iter(trainer.batches.loader())).groups
     # One micro-batch of more features than texts have tokens, which needs less memory all the same.
-    features = ImageGroup(torch.randn(1000, 128).half(), 1, [np.arange(1000)])
+    features = ImageInputs(torch.randn(1000, 128).half(), 1, [np.arange(1000)])
     batch = PreparedBatch([features, texts], 1000, None, padded=True)
     planned = plan_step(
         *(trainer.config, trainer.towers, trainer.loss, trainer.optimizer, trainer._step.graphs, batch),
@@ -170,7 +170,7 @@ def test_memory_is_planned_by_what_each_tower_holds(config: TrainConfig) -> None
     )
     held = [
         sum(
-            held_bytes(trainer.towers, "fp32", partial(group.embed, trainer.towers, rows))
+            measure_graph_bytes(trainer.towers, "fp32", partial(group.embed, trainer.towers, rows))
             for rows in group.micro_batches
         )
         for group in batch.groups
@@ -214,7 +214,7 @@ def test_gradient_cache_gives_the_gradients_of_the_whole_batch(config: TrainConf
     trainer = Trainer.start(dataclasses.replace(config, model=model, micro_batch_tokens=17), Terminal())
     batch = next(iter(trainer.batches.loader()))
     images = batch.groups[0]
-    assert isinstance(images, ImageGroup) and images.pixels.dtype == torch.uint8 and len(images.micro_batches) == 16
+    assert isinstance(images, ImageInputs) and images.pixels.dtype == torch.uint8 and len(images.micro_batches) == 16
     micro_batches = [MicroBatch(group, rows) for group in batch.groups for rows in group.micro_batches]
     gradients = []
     for keep in (0, 5, len(micro_batches)):
@@ -222,7 +222,7 @@ def test_gradient_cache_gives_the_gradients_of_the_whole_batch(config: TrainConf
         grad_cache.backward(
             lambda micro: micro.group.embed(trainer.towers, micro.rows),
             micro_batches,
-            lambda embeddings: trainer.loss(*batch.arrange(embeddings, torch.device("cpu"))),
+            lambda embeddings: trainer.loss(*batch.merge_embeddings(embeddings, torch.device("cpu"))),
             torch.device("cpu"),
             keep=keep,
         )
@@ -301,7 +301,7 @@ def test_batches_are_the_same_for_any_number_of_workers(
     config: TrainConfig, lock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Many more chunks than the memory has room for that workers share.
-    monkeypatch.setattr(chunks, "CHUNK", 3)
+    monkeypatch.setattr(chunks, "CHUNK_PAIRS", 3)
     image = dataclasses.replace(config.model.image, lock=lock)
     batches = Trainer.start(
         dataclasses.replace(config, model=dataclasses.replace(config.model, image=image)), Terminal()
@@ -361,7 +361,7 @@ def test_a_source_of_fewer_pairs_than_a_batch_gives_all_of_them(
     config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The last chunks of its batches are empty.
-    monkeypatch.setattr(chunks, "CHUNK", 3)
+    monkeypatch.setattr(chunks, "CHUNK_PAIRS", 3)
     few = dataclasses.replace(config.data.images[0], path=str(place / "set" / "000.tar"))
     data = dataclasses.replace(config.data, images=(config.data.images[0], few))
     trainer = Trainer.start(dataclasses.replace(config, data=data, batch_size=21, epochs=1, steps=6), Terminal())
@@ -397,7 +397,7 @@ def test_broken_pairs_are_left_out_counted_and_stop_the_run_beyond_a_limit(
 ) -> None:
     members: list[tuple[str, bytes]] = []
     for number in range(160):
-        content = picture_bytes(draw("red", "circle")) if number < 40 else b"broken"
+        content = image_bytes(draw("red", "circle")) if number < 40 else b"broken"
         members += [(f"{number}.png", content), (f"{number}.txt", f"text {number}".encode())]
     source = ImageSource(str(write_tar(tmp_path / "broken.tar", members)), max_broken=0.9)
     for lock in ("none", "image"):
@@ -412,7 +412,7 @@ def test_broken_pairs_are_left_out_counted_and_stop_the_run_beyond_a_limit(
         train(allowed)
         lines = [line for line in capsys.readouterr().err.splitlines() if "pair left out" in line]
         assert len(losses(allowed)) == 5
-        assert len(lines) == 10 + 3 and "number 64 of" in lines[-1] and "broken.tar: picture at byte" in lines[0]
+        assert len(lines) == 10 + 3 and "number 64 of" in lines[-1] and "broken.tar: image at byte" in lines[0]
     strict = dataclasses.replace(
         allowed,
         out=str(tmp_path / "strict"),
@@ -447,7 +447,7 @@ def test_what_fails_in_a_worker_ends_the_run_in_one_line_and_leaves_no_process(
 
 def test_data_and_model_must_fit_together(config: TrainConfig, place: Path) -> None:
     texts = dataclasses.replace(config, model=dataclasses.replace(config.model, image=ImageConfig()))
-    with pytest.raises(ConfigError, match=r"data\.images: pictures need an image tower"):
+    with pytest.raises(ConfigError, match=r"data\.images: images need an image tower"):
         Trainer.start(texts, Terminal())
     with pytest.raises(ConfigError, match=r"expected data\.images"):
         Trainer.start(dataclasses.replace(config, data=DataConfig()), Terminal())

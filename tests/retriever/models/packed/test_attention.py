@@ -1,4 +1,4 @@
-"""Attention over texts laid end to end equals attention on each text alone: values, gradients and dropout."""
+"""Attention over packed sequences equals attention of each text: values, gradients and dropout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retriever.models.packed import attention
-from retriever.models.packed.attention import Spans, spans_attention
+from retriever.models.packed.attention import PackedLayout, packed_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,18 +38,18 @@ def results(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 def errors(case: tuple, dtype: torch.dtype) -> list[float]:
     heads, key_heads, width, causal, window, lengths = case
     inputs = tensors(heads, key_heads, width, sum(lengths), dtype)
-    spans = Spans.of(np.array(lengths)).to(DEVICE)
+    layout = PackedLayout.of(np.array(lengths)).to(DEVICE)
     settings = {"scale": width**-0.5, "causal": causal, "window": window}
-    found = results(spans_attention(*inputs, spans, **settings), inputs)
+    found = results(packed_attention(*inputs, layout, **settings), inputs)
     exact = [each.detach().double().requires_grad_() for each in inputs]
-    out = attention._text_by_text(*exact, spans, settings["scale"], 0.0, causal, window)
+    out = attention._reference_attention(*exact, layout, settings["scale"], 0.0, causal, window)
     expected = results(out, exact)
     # A text of one token has no gradient in query and key.
     return [float((f.double() - e).norm() / max(e.norm(), 1)) for f, e in zip(found, expected, strict=True)]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kernels_equal_attention_on_each_text_alone(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_equal_attention_of_each_text(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert max(errors(case, torch.float32)) < 1e-6
     assert max(errors(case, torch.float16)) < 2e-3
@@ -60,40 +60,40 @@ def test_kernels_equal_attention_on_each_text_alone(case: tuple, monkeypatch: py
 @pytest.mark.parametrize(
     "case", [*CASES, (12, 12, 64, False, None, list(range(1, 253, 3))), (4, 1, 128, True, None, [700, 3])]
 )
-def test_kernels_equal_attention_on_each_text_alone_on_a_gpu(case: tuple, dtype: torch.dtype) -> None:
+def test_kernels_equal_attention_of_each_text_on_a_gpu(case: tuple, dtype: torch.dtype) -> None:
     bound = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     assert max(errors(case, dtype)) < bound
 
 
-def weights_of(tokens: int, dropout: float, spans: Spans, seed: int) -> Tensor:
-    """The attention weights [tokens, tokens] that an output shows when every token's value is a unit vector."""
+def weights_of(tokens: int, dropout: float, layout: PackedLayout, seed: int) -> Tensor:
+    """Return the attention weights [tokens, tokens]: the output if the values are unit vectors."""
     query, key = (torch.zeros(tokens, 1, tokens, device=DEVICE) for _ in range(2))
     torch.manual_seed(seed)
     values = torch.eye(tokens, device=DEVICE)[:, None]
-    return spans_attention(query, key, values, spans, scale=1.0, dropout=dropout)[:, 0]
+    return packed_attention(query, key, values, layout, scale=1.0, dropout=dropout)[:, 0]
 
 
-def test_dropout_leaves_out_the_part_asked_for_and_keeps_the_expectation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_has_the_requested_rate_and_keeps_the_expectation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spans = Spans.of(np.array([60, 4])).to(DEVICE)
-    text = weights_of(64, 0.25, spans, 0)[:60, :60] * 60
-    assert torch.equal(text, weights_of(64, 0.25, spans, 0)[:60, :60] * 60)
-    assert not torch.equal(text, weights_of(64, 0.25, spans, 1)[:60, :60] * 60)
+    layout = PackedLayout.of(np.array([60, 4])).to(DEVICE)
+    text = weights_of(64, 0.25, layout, 0)[:60, :60] * 60
+    assert torch.equal(text, weights_of(64, 0.25, layout, 0)[:60, :60] * 60)
+    assert not torch.equal(text, weights_of(64, 0.25, layout, 1)[:60, :60] * 60)
     torch.testing.assert_close(text.unique(), torch.tensor([0.0, 4 / 3], device=DEVICE))
-    # 3,600 draws: three standard deviations are 0.022; rows and columns of 60 differ among themselves.
+    # Three standard deviations of 3,600 draws are 0.022. Rows and columns of 60 differ from each other.
     assert abs(float((text > 0).float().mean()) - 0.75) < 0.022
     assert float((text > 0).float().mean(0).min()) > 0.5 and float((text > 0).float().mean(1).min()) > 0.5
 
 
-def test_gradients_are_those_of_the_weights_that_dropout_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_use_the_same_dropout_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     lengths, dropout = [20, 12], 0.3
-    spans = Spans.of(np.array(lengths)).to(DEVICE)
+    layout = PackedLayout.of(np.array(lengths)).to(DEVICE)
     query, key, value = tensors(1, 1, 32, 32)
     torch.manual_seed(5)
-    found = results(spans_attention(query, key, value, spans, scale=0.2, dropout=dropout), [query, key, value])
+    found = results(packed_attention(query, key, value, layout, scale=0.2, dropout=dropout), [query, key, value])
 
-    kept = weights_of(32, dropout, spans, 5) > 0
+    kept = weights_of(32, dropout, layout, 5) > 0
     exact = [each.detach().double().requires_grad_() for each in (query, key, value)]
     q, k, v = (each[:, 0] for each in exact)
     text = torch.repeat_interleave(torch.arange(2), torch.tensor(lengths)).to(DEVICE)

@@ -1,4 +1,4 @@
-"""Towers without padding give the embeddings and gradients of the padded path, for every family that is known."""
+"""Packed towers give the embeddings and gradients of padded ones, for every supported family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retriever.config.run import ModelConfig
 from retriever.models.packed import families, sublayers
 from retriever.models.towers import Towers, build_towers
 
-# Special tokens inside a text, the padding token among them, are tokens like others.
+# Special tokens inside a text, including pad tokens, are treated like other tokens.
 TEXTS = [
     "a",
     "a longer text of several words, that goes on and on",
@@ -51,30 +51,28 @@ def outcome(towers: Towers) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     towers.zero_grad()
     tokens = towers.tokenizer("query")(TEXTS)
     embeddings = towers.embed(tokens, np.array([4, 0, 3, 1, 5, 2]), "query")
-    # Its columns weighted alike would make the gradient of a mean pooled before a norm vanish.
+    # With equal weights of the columns, the gradient of a mean before a LayerNorm would vanish.
     (embeddings * torch.linspace(-1, 1, embeddings.shape[1], device=embeddings.device)).square().sum().backward()
     gradients = {name: p.grad.clone() for name, p in towers.named_parameters() if p.grad is not None}
     return embeddings.detach(), gradients
 
 
-def test_all_known_families_are_tested() -> None:
+def test_all_supported_families_are_tested() -> None:
     assert {*families.ENCODERS, *families.DECODERS, "mpnet"} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_outputs_and_gradients_equal_those_of_the_padded_path(
-    kind: str, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_and_gradients_equal_padded_ones(kind: str, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     towers = towers_of(
         kind, tiny, dropout=0.0, pooling="lasttoken" if kind in families.DECODERS else "mean", projection=8
     )
     padded, padded_gradients = outcome(towers)
     fingerprint = towers.fingerprint()
-    assert towers.drop_padding()
+    assert towers.enable_packing()
     embeddings, gradients = outcome(towers)
     torch.testing.assert_close(embeddings, padded, rtol=0, atol=1e-6)
-    # A padded path makes gradients, of zeros, for what nothing depends on, and the other none.
+    # Unused weights have zero gradients in the padded path and none in the other.
     for name in padded_gradients:
         expected = padded_gradients[name]
         found = gradients.get(name, torch.zeros_like(expected))
@@ -86,7 +84,7 @@ def assert_bare_equals_padded(towers: Towers) -> None:
     with torch.no_grad():
         tokens = towers.eval().tokenizer("query")(TEXTS)
         padded = towers.embed(tokens, np.arange(len(TEXTS)), "query")
-        assert towers.drop_padding()
+        assert towers.enable_packing()
         torch.testing.assert_close(towers.embed(tokens, np.arange(len(TEXTS)), "query"), padded, rtol=0, atol=2e-6)
 
 
@@ -95,11 +93,11 @@ def assert_bare_equals_padded(towers: Towers) -> None:
     ("kind", "window"),
     [(kind, window) for kind in families.DECODERS for window in (None, 1, 4) if kind != "llama" or window is None],
 )
-def test_decoders_see_as_far_as_padded_ones(
+def test_attention_windows_of_decoders_equal_padded_ones(
     kind: str, window: int | None, causal: bool, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    # Of two layers the second has the window alone.
+    # Only the second of two layers has the window.
     windowed = {"use_sliding_window": True, "max_window_layers": 1} if window and kind != "mistral" else {}
     settings = {**GROUPED, **windowed, "sliding_window": window, "is_causal": causal}
     monkeypatch.setitem(ARCHITECTURES, kind, settings)
@@ -107,12 +105,12 @@ def test_decoders_see_as_far_as_padded_ones(
     with torch.no_grad():
         for weight in towers.parameters():
             if weight.ndim > 1:
-                weight.mul_(8)  # so that attention is far from even, and a token more or less tells
+                weight.mul_(8)  # so that attention is uneven, and a single token makes a difference
     assert_bare_equals_padded(towers)
 
 
 @pytest.mark.parametrize("local_attention", [1, 2, 5])
-def test_modernbert_sees_as_far_as_padded(
+def test_attention_windows_of_modernbert_equal_padded_ones(
     local_attention: int, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -122,7 +120,7 @@ def test_modernbert_sees_as_far_as_padded(
 
 
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
-def test_an_empty_text_without_special_tokens_is_zeros_in_either_way(
+def test_the_embedding_of_a_text_without_tokens_is_zero(
     pooling: Any, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -143,20 +141,20 @@ def test_an_empty_text_without_special_tokens_is_zeros_in_either_way(
         ({"modality_config": {"text": {"method": "forward", "method_output_name": ["hidden_states", 1]}}}, "a layer"),
     ],
 )
-def test_other_outputs_of_an_encoder_stay_padded(changed: dict[str, Any], message: str, tiny: ModelConfig) -> None:
+def test_encoders_with_other_outputs_stay_padded(changed: dict[str, Any], message: str, tiny: ModelConfig) -> None:
     towers = towers_of("bert", tiny)
     for name, value in changed.items():
         setattr(towers.transformers[0], name, value)
-    assert not towers.drop_padding(), message
+    assert not towers.enable_packing(), message
 
 
-def test_what_runs_across_texts_stays_padded(tiny: ModelConfig) -> None:
+def test_modules_that_mix_tokens_stay_padded(tiny: ModelConfig) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import CNN, Dense, Pooling, WeightedLayerPooling
 
     def chain(*modules: Any) -> bool:
         model = SentenceTransformer(modules=[*towers_of("bert", tiny).transformers, *modules], device="cpu")
-        return Towers(model).drop_padding()
+        return Towers(model).enable_packing()
 
     read = {"module_input_name": "token_embeddings"}
     assert chain(Dense(32, 16, **read), Pooling(16))
@@ -180,7 +178,7 @@ def test_fused_sublayers_change_neither_outputs_nor_gradients(
     monkeypatch.setattr(sublayers, "residual_norm", counted)
     towers = towers_of(kind, tiny, dropout=0.0)
     padded, padded_gradients = outcome(towers)
-    assert not calls and towers.drop_padding()
+    assert not calls and towers.enable_packing()
     embeddings, gradients = outcome(towers)
     # Of two layers; MPNet ends its attention in a module that is not made of these parts.
     assert len(calls) == (2 if kind == "mpnet" else 4)
@@ -191,14 +189,14 @@ def test_fused_sublayers_change_neither_outputs_nor_gradients(
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
-def test_two_towers_without_padding_are_saved_as_they_were(
+def test_packing_does_not_change_saved_towers(
     pooling: Any, tiny: ModelConfig, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     towers = towers_of("bert", tiny, pooling=pooling, shared=False).eval()
-    assert towers.drop_padding()
+    assert towers.enable_packing()
     tokens = towers.tokenizer("query")(TEXTS)
     with torch.no_grad():
         found = {side: towers.embed(tokens, np.arange(len(TEXTS)), side).numpy() for side in ("query", "document")}
@@ -212,29 +210,29 @@ def test_an_unknown_family_and_an_unknown_pooling_stay_padded(tiny: ModelConfig)
     settings = {"model_type": "electra", "embedding_size": 16, **SMALL}
     towers = build_towers(ModelConfig(architecture=settings, tokenizer=tiny.tokenizer))
     attention = towers.encoders[0].config._attn_implementation
-    assert not towers.drop_padding() and not towers.padding_free
+    assert not towers.enable_packing() and not towers.padding_free
     assert towers.encoders[0].config._attn_implementation == attention
 
     towers = towers_of("bert", tiny)
     towers.model[1].pooling_mode = "max"
-    assert not towers.drop_padding()
+    assert not towers.enable_packing()
 
 
-def test_padding_on_a_gpu_is_told_once(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_on_a_gpu_is_described(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     electra = build_towers(
         ModelConfig(architecture={"model_type": "electra", "embedding_size": 16, **SMALL}, tokenizer=tiny.tokenizer)
     )
     bert = towers_of("bert", tiny)
-    electra.drop_padding()
-    assert electra.padding_note() is None  # a CPU pads every family
+    electra.enable_packing()
+    assert electra.describe_padding() is None  # a CPU pads every family
     monkeypatch.setattr(Towers, "device", torch.device("cuda"))
-    assert "family electra are not known without padding" in (electra.padding_note() or "")
-    bert.drop_padding()
-    assert bert.padding_note() is None
+    assert "packed sequences are not supported for electra" in (electra.describe_padding() or "")
+    bert.enable_packing()
+    assert bert.describe_padding() is None
 
 
 @pytest.mark.parametrize(("kind", "kinds_of_layers"), [("bert", 1), ("modernbert", 3)])
-def test_compiled_layers_are_not_compiled_anew_for_other_sizes(
+def test_compiled_layers_are_not_recompiled_for_other_sizes(
     kind: str, kinds_of_layers: int, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo.testing import CompileCounter
@@ -242,7 +240,7 @@ def test_compiled_layers_are_not_compiled_anew_for_other_sizes(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(ARCHITECTURES, kind, {**ARCHITECTURES[kind], "num_hidden_layers": 4})
     towers = towers_of(kind, tiny)
-    assert towers.drop_padding()
+    assert towers.enable_packing()
     torch.compiler.reset()
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
@@ -259,8 +257,8 @@ def test_compiled_layers_are_not_compiled_anew_for_other_sizes(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_outputs_equal_those_of_the_padded_path_to_rounding_on_a_gpu(kind: str, tiny: ModelConfig) -> None:
-    from retriever.models.mixed_precision import arithmetic
+def test_outputs_equal_padded_ones_up_to_rounding_on_a_gpu(kind: str, tiny: ModelConfig) -> None:
+    from retriever.models.mixed_precision import mixed_precision
 
     towers = towers_of(kind, tiny, dropout=0.0, pooling="lasttoken" if kind in families.DECODERS else "mean").cuda()
     with torch.no_grad():
@@ -270,9 +268,9 @@ def test_outputs_equal_those_of_the_padded_path_to_rounding_on_a_gpu(kind: str, 
         with torch.autocast("cuda", torch.bfloat16):
             padded = towers.embed(tokens, everything, "query")
         bare = copy.deepcopy(towers)
-        assert bare.drop_padding()
+        assert bare.enable_packing()
         torch.testing.assert_close(bare.embed(tokens, everything, "query"), exact, rtol=0, atol=1e-5)
-        with arithmetic(bare, "bf16"):
+        with mixed_precision(bare, "bf16"):
             found = bare.embed(tokens, everything, "query")
-    # Three times the error of the padded path in bf16, and a few roundings.
+    # Three times the error of the padded path in bf16, plus rounding.
     assert float((found - exact).abs().max()) < 3 * float((padded - exact).abs().max()) + 0.01

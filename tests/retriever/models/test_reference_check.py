@@ -1,4 +1,4 @@
-"""A model whose vectors would not be those of sentence-transformers is refused in one line when it is loaded."""
+"""Models whose embeddings would differ from sentence-transformers are refused on loading."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from index.files import InputError
 from retriever.config.run import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.images.folder import load_vision_modules
-from retriever.models.loading.missing_weights import reported_missing
+from retriever.models.loading.missing_weights import collect_missing_weights
 from retriever.models.towers import Towers, build_towers, load_towers
 
 
@@ -67,12 +67,12 @@ def refuse(folder: str, message: str, *loads: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", [*Pooling.POOLING_MODES, ("cls", "mean")])
-def test_every_pooling_is_honoured(encoder: str, tmp_path: Path, mode: Any) -> None:
+def test_every_pooling_mode_is_supported(encoder: str, tmp_path: Path, mode: Any) -> None:
     folder = model_folder(tmp_path / "model", transformer(encoder), Pooling(32, mode))
     assert_embeds_alike(folder, padding_free=mode in ("mean", "cls", "lasttoken"))
 
 
-def test_every_module_that_keeps_texts_apart_is_honoured(encoder: str, tmp_path: Path) -> None:
+def test_tokenwise_modules_are_supported(encoder: str, tmp_path: Path) -> None:
     layers = {"config_kwargs": {"output_hidden_states": True}}
     words = list(AutoTokenizer.from_pretrained(encoder).get_vocab())
     tokens = Dense(32, 16, module_input_name="token_embeddings")
@@ -86,15 +86,15 @@ def test_every_module_that_keeps_texts_apart_is_honoured(encoder: str, tmp_path:
         assert_embeds_alike(model_folder(tmp_path / name, *modules), padding_free=padding_free)
 
 
-def test_a_module_that_mixes_tokens_is_refused_and_never_runs_across_texts(encoder: str, tmp_path: Path) -> None:
+def test_a_module_that_mixes_tokens_is_refused(encoder: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", transformer(encoder), CNN(32, 8, [1, 3]), Pooling(16))
-    refuse(folder, "a text's embedding depends on the texts beside it: its encoder or a module mixes padding")
+    refuse(folder, "a text's embedding depends on the other texts of its batch: its encoder or a module mixes padding")
     assert_embeds_alike(
         model_folder(tmp_path / "one", transformer(encoder), CNN(32, 8, [1]), Pooling(8)), padding_free=False
     )
 
 
-def test_a_text_has_one_vector_whichever_side_is_padded(tiny: ModelConfig, encoder: str, tmp_path: Path) -> None:
+def test_embeddings_do_not_depend_on_the_padding_side(tiny: ModelConfig, encoder: str, tmp_path: Path) -> None:
     relative = {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 160}
     decoder = encoder_folder(tiny, tmp_path / "qwen3", "qwen3", **relative)
     rewrite(Path(decoder) / "tokenizer_config.json", padding_side="left")
@@ -104,14 +104,14 @@ def test_a_text_has_one_vector_whichever_side_is_padded(tiny: ModelConfig, encod
     absolute = encoder_folder(tiny, tmp_path / "bert")
     rewrite(Path(absolute) / "tokenizer_config.json", padding_side="left")
     folder = model_folder(tmp_path / "absolute", transformer(absolute), Pooling(32))
-    refuse(folder, "depends on the texts beside it: its tokenizer pads on the left", load_towers)
-    # A run saves it with the padding on the right.
+    refuse(folder, "depends on the other texts of its batch: its tokenizer pads on the left", load_towers)
+    # Training saves it with padding on the right.
     (tmp_path / "trained").mkdir()
     build(folder).save(tmp_path / "trained")
     assert_embeds_alike(str(tmp_path / "trained"))
 
 
-def test_token_types_that_matter_are_given_to_the_encoder(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_token_types_that_change_embeddings_are_used(tiny: ModelConfig, tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
     def typed(single: str) -> Any:
@@ -128,7 +128,7 @@ def test_token_types_that_matter_are_given_to_the_encoder(tiny: ModelConfig, tmp
         ("bert", "[CLS]:0 $A:0 [SEP]:1", {}, [0, 0, 1]),
         ("bert", "[CLS]:1 $A:1 [SEP]:0 [SEP]:1", {}, [1, 1, 0, 1]),
         ("xlnet", "$A:0 [SEP]:0 [CLS]:2", xlnet, [0, 0, 2]),
-        # It embeds zeros too, like the first token of its vocabulary.
+        # GPT-2 also adds the embedding of token type 0.
         ("gpt2", "[CLS]:0 $A:0", gpt2, [0, 0]),
     ]
     for number, (kind, single, sizes, types) in enumerate(cases):
@@ -143,14 +143,14 @@ def test_token_types_that_matter_are_given_to_the_encoder(tiny: ModelConfig, tmp
         assert_embeds_alike(str(tmp_path / f"trained{number}"))
 
 
-def test_token_types_that_make_no_difference_are_not_given(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_token_types_without_effect_are_omitted(tiny: ModelConfig, tmp_path: Path) -> None:
     encoder = encoder_folder(tiny, tmp_path / "encoder")
     names = ["input_ids", "token_type_ids", "attention_mask"]
     rewrite(Path(encoder) / "tokenizer_config.json", model_input_names=names)
     towers = load_towers(model_folder(tmp_path / "model", transformer(encoder), Pooling(32)))
     tokenizer = towers.tokenizer("query")
     assert {*tokenizer.pad(tokenizer(TEXTS), np.arange(2))} == {"input_ids", "attention_mask"}
-    assert towers.drop_padding()
+    assert towers.enable_packing()
 
 
 def test_modules_that_do_not_fit_are_refused(encoder: str, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_embeddings_that_are_not_finite_are_refused(encoder: str, tmp_path: Path
     refuse(model_folder(tmp_path / "model", transformer(encoder), Pooling(32), dense), "embeddings are not finite")
 
 
-def test_each_route_is_tried(encoder: str, tmp_path: Path) -> None:
+def test_every_route_is_checked(encoder: str, tmp_path: Path) -> None:
     shared = transformer(encoder)
     right = Router.for_query_document([shared, Pooling(32)], [shared, Pooling(32, "cls")])
     assert_embeds_alike(model_folder(tmp_path / "right", right), padding_free=False)
@@ -185,7 +185,7 @@ def test_each_route_is_tried(encoder: str, tmp_path: Path) -> None:
     refuse(model_folder(tmp_path / "wrong", Router.for_query_document([shared, Pooling(32)], mixing)), "mixes padding")
 
 
-def test_pooling_of_a_run_must_fit_what_reads_it(encoder: str, tmp_path: Path) -> None:
+def test_configured_pooling_must_fit_the_following_modules(encoder: str, tmp_path: Path) -> None:
     two = model_folder(tmp_path / "two", transformer(encoder), Pooling(32, ("cls", "mean")), Dense(64, 16))
     with pytest.raises(ConfigError, match=r"model\.pooling: mean gives 32 dimensions, but the Dense .* expects 64"):
         build_towers(ModelConfig(name=two, pooling="mean"))
@@ -195,7 +195,7 @@ def test_pooling_of_a_run_must_fit_what_reads_it(encoder: str, tmp_path: Path) -
     assert_embeds_alike(none)
     with pytest.raises(ConfigError, match=r"model\.pooling: expected none for .*, which has 0 poolings"):
         build_towers(ModelConfig(name=none, pooling="mean"))
-    # The width is that of what the pooling read before.
+    # The dimension is that of the input of the old pooling.
     narrow = Dense(32, 16, module_input_name="token_embeddings")
     folder = model_folder(tmp_path / "narrow", transformer(encoder), narrow, Pooling(16, include_prompt=False))
     towers = build_towers(ModelConfig(name=folder, pooling="cls"))
@@ -210,7 +210,7 @@ def test_pooling_of_a_run_must_fit_what_reads_it(encoder: str, tmp_path: Path) -
     assert_embeds_alike(str(tmp_path / "trained"))
 
 
-def test_truncated_dimensions_are_a_number(encoder: str, tmp_path: Path) -> None:
+def test_invalid_truncate_dim_is_refused(encoder: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", transformer(encoder), Pooling(32))
     for value in (0, -1, "8"):
         rewrite(Path(folder) / "config_sentence_transformers.json", truncate_dim=value)
@@ -241,7 +241,7 @@ def test_unknown_settings_of_modules_are_refused(encoder: str, tmp_path: Path) -
     refuse(str(folder), r"modules\.json: kwargs task of module 1: not supported")
 
 
-def test_code_of_a_folders_own_is_neither_run_nor_asked_for(
+def test_custom_code_is_neither_run_nor_prompted_for(
     tiny: ModelConfig, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(*_: object) -> str:
@@ -259,7 +259,7 @@ def test_code_of_a_folders_own_is_neither_run_nor_asked_for(
         (whole / "own.py").write_text(code)
         rewrite(whole / "config.json", **changes)
         refuse(str(whole), r"the model has code of its own, own\.OwnModel, which is not run")
-    # What transformers has taken up under the same name is run as transformers has it.
+    # A class that is part of transformers under the same name is used.
     rewrite(tmp_path / "over" / "config.json", auto_map={"AutoModel": "own.BertModel"})
     assert_embeds_alike(str(tmp_path / "over"))
     folder = Path(model_folder(tmp_path / "module", transformer(encoder), Pooling(32)))
@@ -278,7 +278,7 @@ def test_code_of_a_folders_own_is_neither_run_nor_asked_for(
         load_vision_modules(config)
 
 
-def test_token_ids_that_the_encoder_lacks_are_refused(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_token_ids_beyond_the_vocabulary_are_refused(tiny: ModelConfig, tmp_path: Path) -> None:
     def padded(tokenizer: Any) -> None:
         tokenizer.add_special_tokens({"pad_token": "[MORE]"})
 
@@ -301,7 +301,7 @@ def test_tokenizers_without_a_vocabulary_are_loaded(tiny: ModelConfig, tmp_path:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_plain_decoder_is_pooled_as_sentence_transformers_does(
+def test_default_pooling_of_a_decoder_is_that_of_sentence_transformers(
     tiny: ModelConfig, tmp_path: Path, causal: bool
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
@@ -313,7 +313,7 @@ def test_a_plain_decoder_is_pooled_as_sentence_transformers_does(
     assert build_towers(ModelConfig(name=str(tmp_path), pooling="cls")).model[1].pooling_mode == "cls"
 
 
-def test_a_chat_template_is_refused_in_encoding_of_a_plain_folder(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_a_chat_template_is_refused_in_encoding(tiny: ModelConfig, tmp_path: Path) -> None:
     def chatty(tokenizer: Any) -> None:
         tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 
@@ -335,7 +335,7 @@ def test_a_chat_template_is_refused_in_encoding_of_a_plain_folder(tiny: ModelCon
         ({"model_type": "bert", "max_position_embeddings": 2}, "expected more than 2 positions"),
     ],
 )
-def test_an_architecture_that_cannot_embed_is_a_fault_of_the_configuration(
+def test_an_architecture_that_cannot_embed_is_a_config_error(
     tiny: ModelConfig, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.architecture: .*{message}") as caught:
@@ -343,24 +343,24 @@ def test_an_architecture_that_cannot_embed_is_a_fault_of_the_configuration(
     assert "\n" not in str(caught.value)
 
 
-def test_frozen_weights_are_told_and_a_model_of_them_alone_is_refused(
+def test_frozen_weights_are_described_and_a_fully_frozen_model_is_refused(
     encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sentence_transformers.base.modules import Transformer
 
     folder = model_folder(tmp_path / "model", transformer(encoder), Pooling(32))
-    assert build(folder).frozen_note() is None
+    assert build(folder).describe_frozen() is None
     init = Transformer.__init__
 
     def frozen(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        self.requires_grad_(False)  # as an adapter and what it was made for are loaded
+        self.requires_grad_(False)  # as adapters and their base models are loaded
 
     monkeypatch.setattr(Transformer, "__init__", frozen)
     with pytest.raises(ConfigError, match="every weight of the folder is frozen"):
         build(folder)
     towers = build_towers(ModelConfig(name=folder, projection=8))
-    assert "; trained: 256" in (towers.frozen_note() or "")
+    assert "; trained: 256" in (towers.describe_frozen() or "")
 
 
 def test_an_adapter_without_its_package_is_refused(encoder: str, tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_an_adapter_without_its_package_is_refused(encoder: str, tmp_path: Path)
         pytest.skip("peft is installed")
 
 
-def test_the_trial_leaves_the_tokenizer_as_it_was(encoder: str, tmp_path: Path) -> None:
+def test_the_check_does_not_change_the_saved_tokenizer(encoder: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", transformer(encoder), Pooling(32))
     before = json.loads((Path(folder) / "tokenizer.json").read_text())
     (tmp_path / "trained").mkdir()
@@ -385,7 +385,7 @@ def test_the_trial_leaves_the_tokenizer_as_it_was(encoder: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("silenced", [False, True])
-def test_a_folder_that_lacks_weights_is_refused(
+def test_missing_weights_are_refused(
     silenced: bool, encoder: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if silenced:
@@ -397,7 +397,7 @@ def test_a_folder_that_lacks_weights_is_refused(
     assert logging.root.manager.disable == (logging.CRITICAL if silenced else logging.NOTSET)
 
 
-def test_a_folder_that_lacks_only_what_embeddings_do_not_need_is_loaded(encoder: str, tmp_path: Path) -> None:
+def test_missing_weights_without_effect_are_accepted(encoder: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", transformer(encoder), Pooling(32))
     expected = theirs(folder, "query")
     file = Path(folder) / "model.safetensors"
@@ -408,8 +408,8 @@ def test_a_folder_that_lacks_only_what_embeddings_do_not_need_is_loaded(encoder:
     np.testing.assert_allclose(ours(load_towers(folder), "query"), expected, atol=2e-6)
 
 
-def test_names_of_missing_weights_are_read_from_the_reports() -> None:
-    with reported_missing() as names:
+def test_names_of_missing_weights_are_parsed_from_reports() -> None:
+    with collect_missing_weights() as names:
         logging.getLogger("transformers.modeling_utils").warning(
             "Key | Status |\nlayer.{0, 1}.{key, value}.weight | \x1b[31mMISSING\x1b[0m | \n"
             "b | UNEXPECTED |\nc | MISSING |"

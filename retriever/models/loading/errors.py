@@ -1,0 +1,38 @@
+"""Exceptions that transformers raises for faulty models, and their messages."""
+
+from __future__ import annotations
+
+from safetensors import SafetensorError
+
+# For folders that are incomplete or of another kind, and for impossible configurations.
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    SafetensorError,
+)
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that loading a faulty model, or its first forward pass, may raise."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (*_LOAD_ERRORS, StrictDataclassError)
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an exception as one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def disable_progress_bars() -> None:
+    """Disable transformers' progress bars, which would disturb those of the command line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
