@@ -25,7 +25,7 @@ from retriever.models.loading.folder import (
     transformer_layers,
 )
 from retriever.models.loading.from_scratch import load_new_encoder
-from retriever.models.loading.text_settings import SIDES, Side, pools_prompts, prompt_of, text_tokenizer
+from retriever.models.loading.text_settings import SIDES, Side, has_router, pools_prompts, prompt_of, text_tokenizer
 from retriever.models.packed.attention import PackedLayout
 from retriever.models.sharded_tensors import full_tensor
 from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer, TokenizedTexts, packed_positions
@@ -65,7 +65,7 @@ class Towers(nn.Module):
     @property
     def shared(self) -> bool:
         """Whether one tower serves both sides."""
-        return not hasattr(self.model[0], "sub_modules")
+        return not has_router(self.model)
 
     @property
     def device(self) -> torch.device:

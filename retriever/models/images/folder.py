@@ -26,6 +26,7 @@ from retriever.models.loading.checks import check_hub_name
 from retriever.models.loading.errors import disable_progress_bars, load_errors, one_line
 from retriever.models.loading.folder import ends_in_normalize, load_model, prepare_tokenizer
 from retriever.models.loading.from_scratch import load_new_encoder
+from retriever.models.loading.text_settings import has_router
 from retriever.models.weights import save_encoder, writing_weights
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def join_encoders(config: ModelConfig) -> SentenceTransformer:
 
     loaded = load_new_encoder(config) if config.architecture else load_model(config.name, pooling=config.pooling)
     text: list[Any] = list(loaded)
-    if hasattr(text[0], "sub_modules"):
+    if has_router(loaded):
         raise ConfigError(f"{config.name}: expected one text tower, found a model with two")
     text = text[:-1] if ends_in_normalize(text) else text
     image = load_vision_modules(config)

@@ -18,7 +18,7 @@ from retriever.models.loading.folder import (
     text_towers,
 )
 from retriever.models.loading.reference_check import sample_embeddings
-from retriever.models.loading.text_settings import override_lengths, text_tokenizer
+from retriever.models.loading.text_settings import has_router, override_lengths, text_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -58,8 +58,8 @@ def adapt_model(model: SentenceTransformer, config: ModelConfig) -> SentenceTran
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
     modules: list[Any] = list(model)
-    has_router = isinstance(modules[0], Router)
-    if has_router and (config.pooling or config.projection):
+    routed = has_router(model)
+    if routed and (config.pooling or config.projection):
         raise ConfigError(f"{config.name}: has two towers already; pooling and projection are the folder's own")
     normalized = ends_in_normalize(modules)
     poolings = [i for i, module in enumerate(modules) if isinstance(module, Pooling)]
@@ -74,7 +74,7 @@ def adapt_model(model: SentenceTransformer, config: ModelConfig) -> SentenceTran
     normalized = normalized or config.normalize
     if normalized and not ends_in_normalize(modules):
         modules.append(Normalize())
-    if not config.shared and not has_router:
+    if not config.shared and not routed:
         modules = [Router.for_query_document(modules, copy.deepcopy(modules))]
     adapted = SentenceTransformer(
         modules=modules,

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from index.files import InputError
 from retriever.models.loading.errors import load_errors, one_line
-from retriever.models.loading.text_settings import SIDES, Side, call_settings, pools_prompts, prompt_of, text_tokenizer
+from retriever.models.loading.text_settings import (
+    SIDES,
+    Side,
+    call_settings,
+    has_router,
+    pools_prompts,
+    prompt_of,
+    text_tokenizer,
+)
 from retriever.models.tokenizer import FixedLengthTokenizer, TokenTypes, restore_truncation
 
 if TYPE_CHECKING:
@@ -50,7 +58,7 @@ class ReferenceCheck:
         self.path, self.for_training = path, for_training
         self.transformers = transformers
         # A shared tower computes the same on both sides; only the token ids of the sides can differ.
-        self.sides: Sequence[Side] = SIDES if hasattr(model[0], "sub_modules") else SIDES[:1]
+        self.sides: Sequence[Side] = SIDES if has_router(model) else SIDES[:1]
         try:
             with self._restore_truncation():
                 # One text at a time, so that there is no padding.

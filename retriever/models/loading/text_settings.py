@@ -167,6 +167,13 @@ def override_lengths(transformer: Any) -> None:
     _replace_lengths(transformer, lambda length: transformer.max_seq_length)
 
 
+def has_router(model: SentenceTransformer) -> bool:
+    """Whether the first module of a model is a Router, so that its routes may have different towers."""
+    from sentence_transformers.base.modules import Router
+
+    return isinstance(model[0], Router)
+
+
 def prompt_of(model: SentenceTransformer, side: Side) -> str:
     """Return the prompt of a side, "" for none.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from retriever.models.loading.folder import text_towers
+from retriever.models.loading.text_settings import has_router
 from retriever.models.packed import mpnet
 from retriever.models.packed.attention import PackedLayout, packed_attention
 from retriever.models.packed.pooling import MODES, pool_features
@@ -59,7 +60,7 @@ def _routes(model: SentenceTransformer) -> list[list[Any]]:
     """Return the sequence of modules of each route of a model."""
     first: Any = model[0]
     rest = list(model)[1:]
-    if not hasattr(first, "sub_modules"):
+    if not has_router(model):
         return [[first, *rest]]
     return [[*route, *rest] for route in first.sub_modules.values()]
 
