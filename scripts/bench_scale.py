@@ -136,11 +136,11 @@ class Bench:
                 if spent != "out of memory":
                     found = self.clock.measure(method, size, self.clock.everyone, from_host=name == OFFLOAD)
                 spent = found.problem
-                self.add_loss("loss", name, size, self.ranks.size, found)
+                self.add_loss("loss", name, size, self.ranks.world_size, found)
 
     def scaling(self) -> None:
         """Ours by some of the ranks on the batch of all."""
-        teams = [self.clock.team(size) for size in team_sizes(self.ranks.size)]
+        teams = [self.clock.team(size) for size in team_sizes(self.ranks.world_size)]
         for size in self.options.scaling_sizes:
             alone = 0.0
             for team in teams:
@@ -168,7 +168,7 @@ class Bench:
 
         def report(way: Way, pairs: int, made: Attempt) -> None:
             figures = {} if made.problem else self.step_figures(pairs, made)
-            self.add("step", way.name, pairs, self.ranks.size, made.problem, towers=towers, **figures)
+            self.add("step", way.name, pairs, self.ranks.world_size, made.problem, towers=towers, **figures)
 
         if self.late(0.0):
             for way in ways:
@@ -225,14 +225,14 @@ class Bench:
             **self.here,
         }
         self.rows.append(row)
-        if self.ranks.first:
+        if self.ranks.is_first:
             shown = "  ".join(f"{name} {row[name]}" for name in columns if row[name]) or problem
             print(f"{part:<8}{towers:<10}{method:<30}{pairs:>10,} pairs by {ranks}  {shown}", flush=True)
             write_rows(self.rows, self.options.results / "scale.csv")
 
     def finish(self) -> None:
         """The plots."""
-        if self.ranks.first:
+        if self.ranks.is_first:
             draw(self.rows, self.options.results)
 
 

@@ -118,7 +118,7 @@ class TowerSteps:
             try:
                 if step is None or batch is None:
                     step, batch = self._prepared(way, pairs)
-                self.ranks.wait()
+                self.ranks.barrier()
                 self._wait()
                 began = time.perf_counter()
                 loss = float(step(batch, number)[0])
@@ -128,12 +128,12 @@ class TowerSteps:
                 problem = "out of memory"
             if self.ranks.any(bool(problem)):
                 return Attempt("out of memory")
-            if self.ranks.most(seconds) > LONG_STEP:
+            if self.ranks.all_reduce_max(seconds) > LONG_STEP:
                 break
         if not np.isfinite(loss):
             raise SystemExit(f"{way.name} at {pairs}: the loss is {loss}")
         peak = torch.cuda.max_memory_allocated() / MIB if self.device.type == "cuda" else 0.0
-        return Attempt("", self.ranks.most(seconds), self.ranks.most(peak), loss)
+        return Attempt("", self.ranks.all_reduce_max(seconds), self.ranks.all_reduce_max(peak), loss)
 
     def _prepared(self, way: Way, pairs: int) -> tuple[TrainStep, PreparedBatch]:
         """A step that has not been made, and this rank's share of a batch for it."""
@@ -146,7 +146,7 @@ class TowerSteps:
             batch_size=pairs,
             offload_embeddings=way.on_host,
         )
-        first, last = (pairs * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
+        first, last = (pairs * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
         planned = GraphMemory.plan(
             towers,
             precision,
@@ -156,7 +156,7 @@ class TowerSteps:
             offload_embeddings=way.on_host,
         )
         # Alike on all ranks, so that none runs out of memory while others wait for it.
-        alike = (-int(ranks.most(-tokens)) for tokens in (planned.micro_batch_tokens, planned.graph_tokens))
+        alike = (-int(ranks.all_reduce_max(-tokens)) for tokens in (planned.micro_batch_tokens, planned.graph_tokens))
         graphs = way.graphs(GraphMemory(*alike))
         optimizer = build_optimizer([*towers.named_parameters(), *loss.named_parameters()], config.optim)
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
@@ -238,7 +238,7 @@ class Search:
     def _all_sizes(self, first: int, goal: int, factor: int, halvings: int) -> Iterator[int]:
         if not self._late(0.0):
             # What kernels compile at their first run is no part of a step's time.
-            self._steps.attempt(self._way, max(first // 8, self._steps.ranks.size))
+            self._steps.attempt(self._way, max(first // 8, self._steps.ranks.world_size))
         size = first
         while True:
             yield size

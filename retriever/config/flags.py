@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import get_args, get_type_hints
 
 from retriever.config.run import TrainConfig
-from retriever.config.yaml_file import NOTHING
+from retriever.config.yaml_file import NONE_WORDS
 from retriever.errors import ConfigError
 
 VALUES = ("true", "false")
 
 
-def as_switches(words: Sequence[str]) -> list[str]:
+def normalize_flags(words: Sequence[str]) -> list[str]:
     """`--any.field true`, `--any.field=false` and `--no-any.field` as the parser has them: `--any.field` and
     `--any.no-field`; `none` for a number that need not be given as `None`. Other words are left as they are.
 
@@ -36,7 +36,7 @@ def as_switches(words: Sequence[str]) -> list[str]:
                 raise ConfigError(f"{name}: expected true or false, found {value!r:.40}")
             on = off == (value.lower() == "false")
             out.append("--" + ".".join([*path[:-1], path[-1] if on else f"no-{path[-1]}"]))
-        elif _need_not_be_given(kind) and (value if equals else "".join(left[:1])).lower() in NOTHING:
+        elif _need_not_be_given(kind) and (value if equals else "".join(left[:1])).lower() in NONE_WORDS:
             left = left if equals else left[1:]
             out.append(f"{name}=None")
         else:

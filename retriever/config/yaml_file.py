@@ -19,7 +19,7 @@ from retriever.errors import ConfigError
 CONFIG_FILE = "config.yaml"
 """In the folder of a run: how it was configured."""
 # How people write that a number is not given.
-NOTHING = ("none", "null")
+NONE_WORDS = ("none", "null")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -178,7 +178,7 @@ def _convert(kind: Any, value: Any, file: str, place: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (argument for argument in arguments if argument is not type(None))
-        if value is None or (inner is not str and isinstance(value, str) and value.lower() in NOTHING):
+        if value is None or (inner is not str and isinstance(value, str) and value.lower() in NONE_WORDS):
             return None
         return _convert(inner, value, file, place)
     if dataclasses.is_dataclass(kind):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retriever.distributed.errors import CommonError
+from retriever.distributed.errors import AllRanksError
 
 if TYPE_CHECKING:
     from retriever.config.run import TrainConfig
@@ -48,12 +48,12 @@ OF_ONE_RANK = (
 SECONDS = 5.0
 
 
-class RanksDifferError(CommonError):
+class RanksDifferError(AllRanksError):
     """Ranks of a job would not do the same; raised on all of them, with one message."""
 
 
 @dataclass(frozen=True)
-class Content:
+class ContentHash:
     """What is compared by a digest of its content, wherever it lies on each rank."""
 
     digest: str
@@ -62,7 +62,7 @@ class Content:
     """For messages."""
 
     @classmethod
-    def of(cls, value: Any, place: str = "") -> Content:
+    def of(cls, value: Any, place: str = "") -> ContentHash:
         """That of anything that JSON can say."""
         text = json.dumps(value, default=str, sort_keys=True)
         return cls(hashlib.sha256(text.encode()).hexdigest(), place)
@@ -72,7 +72,7 @@ class Content:
         return f"{self.place} ({found})" if self.place else found
 
 
-def agree(ranks: Ranks, fields: Mapping[str, Any]) -> None:
+def check_same_on_ranks(ranks: Ranks, fields: Mapping[str, Any]) -> None:
     """Return if the fields have the same values on all ranks, which call it together.
 
     Args:
@@ -86,14 +86,14 @@ def agree(ranks: Ranks, fields: Mapping[str, Any]) -> None:
     if ranks.group is None:
         return
     compared = {name: _compared(value) for name, value in fields.items()}
-    if problem := difference(ranks.reports(compared)):
+    if problem := describe_difference(ranks.all_gather(compared)):
         # A rank that ended before another has its report would be taken for one that was killed.
         with contextlib.suppress(RuntimeError):
-            ranks.wait()
+            ranks.barrier()
         raise RanksDifferError(problem)
 
 
-def agree_on_folder(ranks: Ranks, name: str, folder: Path) -> None:
+def check_same_folder(ranks: Ranks, name: str, folder: Path) -> None:
     """Return if `folder`, there or not yet, is one and the same on all ranks, which call it together.
 
     A file that the first rank makes, for a moment, in the folder or in the nearest one above it that is there, must be
@@ -107,28 +107,30 @@ def agree_on_folder(ranks: Ranks, name: str, folder: Path) -> None:
     whole = folder.resolve()
     there = next(path for path in (whole, *whole.parents) if path.exists())
     mark = there / f".ranks-{secrets.token_hex(8)}"
-    if ranks.first:
+    if ranks.is_first:
         # Where nothing can be written, names are all there is to compare.
         with contextlib.suppress(OSError):
             mark.touch(exist_ok=False)
     path, below, host = str(whole), str(whole.relative_to(there)), socket.gethostname()
     try:
-        first = ranks.told({"path": path, "below": below, "host": host, "mark": mark.name if mark.exists() else None})
+        first = ranks.broadcast(
+            {"path": path, "below": below, "host": host, "mark": mark.name if mark.exists() else None}
+        )
         if first["mark"] is None:
             same = first["path"] == path
         else:
             same = first["below"] == below and _is_seen(there / first["mark"], patient=first["host"] != host)
         other = "" if same or path != first["path"] else f", another folder on {host},"
-        agree(ranks, {name: _Shown(same, f"{path}{other}")})
+        check_same_on_ranks(ranks, {name: _Shown(same, f"{path}{other}")})
     finally:
-        if ranks.first:
+        if ranks.is_first:
             with contextlib.suppress(OSError):
                 mark.unlink()
     # From here on the folder is as it was.
-    ranks.wait()
+    ranks.barrier()
 
 
-def settings_of(settings: Any, without: Collection[str] = ()) -> dict[str, Any]:
+def flat_settings(settings: Any, without: Collection[str] = ()) -> dict[str, Any]:
     """The fields of a dataclass, and of those in it, by names such as "optim.lr" and "data.sources[0].weight".
 
     Args:
@@ -139,12 +141,12 @@ def settings_of(settings: Any, without: Collection[str] = ()) -> dict[str, Any]:
     return found
 
 
-def config_fields(config: TrainConfig) -> dict[str, Any]:
+def compared_settings(config: TrainConfig) -> dict[str, Any]:
     """What the ranks of a training run must be told alike."""
-    return settings_of(config, OF_ONE_RANK)
+    return flat_settings(config, OF_ONE_RANK)
 
 
-def difference(reports: Sequence[Mapping[str, Sequence[str]]]) -> str:
+def describe_difference(reports: Sequence[Mapping[str, Sequence[str]]]) -> str:
     """What the reports of the ranks, each [what is compared, what is shown] by name, differ in; empty if in nothing."""
     names = list(dict.fromkeys(name for report in reports for name in report))
     differing = [name for name in names if len({_of(report, name)[0] for report in reports}) > 1]
@@ -168,7 +170,7 @@ class _Shown:
 
 def _compared(value: Any) -> tuple[str, str]:
     """What is compared of a value, and what is shown of it."""
-    if isinstance(value, Content):
+    if isinstance(value, ContentHash):
         return value.digest, str(value)
     if isinstance(value, _Shown):
         return json.dumps(value.value), value.text

@@ -15,10 +15,10 @@ from retriever.distributed.agreement import agree
 from retriever.distributed.errors import first_error_shown
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
-from retriever.utils.interrupt import signals_end_at_once
-from retriever.utils.torchrun import attempt, check_environment, local_rank, process_count
+from retriever.utils.interrupt import default_signal_handlers
+from retriever.utils.torchrun import check_environment, local_rank, world_size
 from retriever.utils.versions import COMPUTING, versions
-from retriever.utils.workers import ended_with_parent
+from retriever.utils.workers import exit_with_parent
 
 # One rank may build an index while the others wait; a rank that dies is noticed by torchrun, not by the clock.
 PATIENCE = datetime.timedelta(days=1)
@@ -40,15 +40,15 @@ def joined_ranks(same: Mapping[str, Any] | None = None, *, on_devices: bool = Fa
         RanksDifferError: ranks have started other commands, or other versions.
     """
     check_environment()
-    if process_count() == 1:
+    if world_size() == 1:
         yield Ranks()
         return
     # Whoever waits for others here does so outside of Python, for half an hour if they do not come.
-    with signals_end_at_once(), ended_with_parent():
+    with default_signal_handlers(), exit_with_parent():
         job, store, rank, size = _met("cpu:gloo,cuda:nccl" if on_devices else "gloo")
-    with first_error_shown(store):
+    with report_first_error(store):
         ranks = Ranks(rank, size, job)
-        agree(ranks, {**(same or {}), **_versions()})
+        check_same_on_ranks(ranks, {**(same or {}), **_versions()})
         yield ranks
         # After an error others may never come to this.
         distributed.destroy_process_group()
@@ -63,9 +63,9 @@ def _met(backend: str) -> tuple[Any, Any, int, int]:
     """Join the others; the store of the job and that of this attempt, this process's rank, and how many there are."""
     try:
         job, rank, size = next(iter(distributed.rendezvous("env://")))
-        job.set(f"met {attempt()}", "")
+        job.set(f"met {restart_count()}", "")
         # The addresses of its processes are those of one attempt.
-        store = distributed.PrefixStore(f"attempt {attempt()}", job)
+        store = distributed.PrefixStore(f"attempt {restart_count()}", job)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except ValueError as error:
         # Of RANK, MASTER_ADDR and the like, which it names.
@@ -101,6 +101,6 @@ def own_device(device: torch.device) -> torch.device:
     if device.type != "cuda" or device.index is not None:
         return device
     number, gpus = local_rank(), torch.cuda.device_count()
-    if number is None and process_count() > 1 and gpus > 1:
+    if number is None and world_size() > 1 and gpus > 1:
         raise ConfigError("WORLD_SIZE is set, as under torchrun, but: variable LOCAL_RANK expected, but not set")
     return device if number is None else torch.device("cuda", number % gpus)

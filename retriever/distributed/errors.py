@@ -24,12 +24,12 @@ class LostRankError(InputError):
     """A rank is gone without a word: killed, or its machine is. No fault of the program, so one line is enough."""
 
 
-class CommonError(InputError):
+class AllRanksError(InputError):
     """An error that every rank finds and raises by itself, so that each of them shows it."""
 
 
 @contextlib.contextmanager
-def first_error_shown(store: Any) -> Iterator[None]:
+def report_first_error(store: Any) -> Iterator[None]:
     """Within, the first error of any rank, or the first signal that ends one, passes through on that rank; the others
     exit with code 1 and say nothing. A CommonError passes through on every rank.
 
@@ -47,7 +47,7 @@ def first_error_shown(store: Any) -> Iterator[None]:
     try:
         try:
             yield
-        except CommonError:
+        except AllRanksError:
             # Nothing to tell the others; the store may be gone with the first of them to end.
             done.set()
             _ignore_sigterm()

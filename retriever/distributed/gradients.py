@@ -22,7 +22,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     Large gradients are exchanged in place, small ones as one vector, all at the same time. Those of divided towers
     (models/fsdp.py) are means already.
     """
-    if ranks.size == 1:
+    if ranks.world_size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     small = [gradient for gradient in gradients if gradient.numel() < _TOGETHER]
@@ -32,6 +32,6 @@ def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     for work in works:
         work.wait()
     for each in large + vectors:
-        each.div_(ranks.size)
+        each.div_(ranks.world_size)
     for vector in vectors:
         vector_to_parameters(vector, small)

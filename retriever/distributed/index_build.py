@@ -17,7 +17,7 @@ from index.ann.tuning.tune import Tuning
 from index.files import InputError
 from index.manifest import INDEX, read_manifest
 from index.store.reader import EmbeddingStore
-from retriever.distributed.agreement import Content, agree, agree_on_folder
+from retriever.distributed.agreement import ContentHash, check_same_folder, check_same_on_ranks
 from retriever.distributed.ranks import Ranks
 
 # Parts a process. The others wait while the first trains and fills one of its own: the more parts, the shorter.
@@ -45,8 +45,10 @@ def build_on_ranks(
     """
     what = {"model": store.model, "source": store.source, "files": store.manifest.files}
     how = {"factory": plan.factory, "seed": plan.seed, "memory": plan.memory_mib, "on disk": plan.on_disk}
-    agree(ranks, {"embeddings": Content.of(what, str(store.folder)), **how, "trained from": _trained_from(plan)})
-    agree_on_folder(ranks, "out", out)
+    check_same_on_ranks(
+        ranks, {"embeddings": ContentHash.of(what, str(store.folder)), **how, "trained from": _trained_from(plan)}
+    )
+    check_same_folder(ranks, "out", out)
     # Named, so that it lives while its core is looked at.
     whole = make(plan.factory, store.dim)
     faiss = import_faiss()
@@ -55,7 +57,7 @@ def build_on_ranks(
             f"factory {plan.factory!r}: expected Flat, SQ…, PQ… or IVF…, whose parts can be merged, to be built by "
             "several processes; start it without torchrun"
         )
-    count = min(PARTS * ranks.size, len(store.files("npy")))
+    count = min(PARTS * ranks.world_size, len(store.files("npy")))
     if count < 2:
         raise InputError(
             f"{store.folder}: expected two shards or more for several processes to build from, found {count}; start it "
@@ -69,26 +71,26 @@ def build_on_ranks(
         part = replace(plan, part=(number, count), train_from=train_from, target=None)
         build(store, parts[number - 1], part, progress=progress)
 
-    if ranks.first:
+    if ranks.is_first:
         fill(1, plan.train_from)
-    ranks.wait()
-    for number in range(ranks.rank + 1, count + 1, ranks.size):
+    ranks.barrier()
+    for number in range(ranks.rank + 1, count + 1, ranks.world_size):
         if number > 1:
             fill(number, parts[0])
-    ranks.wait()
+    ranks.barrier()
     tuning = None
-    if ranks.first:
+    if ranks.is_first:
         merge(parts, out, on_disk=plan.on_disk)
         for part in parts:
             shutil.rmtree(part)
         if plan.target is not None:
             tuning = retune(out, store, plan.target, seed=plan.seed, note=note)
-    ranks.wait()
+    ranks.barrier()
     return tuning
 
 
-def _trained_from(plan: Plan) -> Content | None:
+def _trained_from(plan: Plan) -> ContentHash | None:
     """The index whose training is taken over."""
     if plan.train_from is None:
         return None
-    return Content.of(read_manifest(plan.train_from, INDEX).fields.get("trained"), str(plan.train_from))
+    return ContentHash.of(read_manifest(plan.train_from, INDEX).fields.get("trained"), str(plan.train_from))

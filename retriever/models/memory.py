@@ -18,7 +18,7 @@ from retriever.models.mixed_precision import arithmetic
 from retriever.models.sharded_tensors import own_part
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision
-from retriever.utils.torchrun import local_process_count
+from retriever.utils.torchrun import local_world_size
 
 # Measured with MiniLM on two cores: 1536 to 6144 tokens are equally fast.
 CPU_TOKENS = 4096
@@ -206,7 +206,7 @@ def available_bytes() -> int:
         # Where there is no such file, or no number in it ("max"), nothing is limited.
         with contextlib.suppress(OSError, ValueError):
             room = min(room, int((folder / limit).read_text()) - int((folder / used).read_text()))
-    return max(0, room) // local_process_count()
+    return max(0, room) // local_world_size()
 
 
 def _free_bytes(device: torch.device) -> tuple[int, int]:

@@ -21,12 +21,12 @@ from retriever.models.towers import Towers
 from retriever.utils.device import Precision
 
 # More of them keep a GPU busy for longer than the host takes to launch their kernels.
-MOST_TOKENS = 32768
+MAX_TOKENS = 32768
 # Sizes of micro-batches; each takes its time to capture.
-MOST_CAPTURES = 16
+MAX_CAPTURES = 16
 
 
-def check_replayable(towers: Towers, precision: Precision) -> None:
+def check_cuda_graphs(towers: Towers, precision: Precision) -> None:
     """Whether `replay_small_passes` can be.
 
     Raises:
@@ -39,7 +39,7 @@ def check_replayable(towers: Towers, precision: Precision) -> None:
         raise ConfigError(f"cuda_graphs: expected attention that needs no padding, found {', '.join(families)}")
 
 
-def replay_small_passes(towers: Towers) -> None:
+def use_cuda_graphs(towers: Towers) -> None:
     """From now on have the encoders' training passes replay CUDA graphs, where they are of few tokens."""
     for encoder in towers.encoders:
         if not isinstance(encoder.forward, _GraphedForward):
@@ -64,7 +64,7 @@ class _GraphedForward:
         from transformers.modeling_outputs import BaseModelOutput
 
         tokens = input_ids.shape[1]
-        size = rounded(tokens)
+        size = captured_size(tokens)
         if not self._replayable(spans, size):
             return self.plain(input_ids=input_ids, position_ids=position_ids, spans=spans, **rest)
         capture = self.captures.get(size)
@@ -79,14 +79,14 @@ class _GraphedForward:
         return BaseModelOutput(last_hidden_state=_Replay.apply(self, capture, tokens, tie))
 
     def _replayable(self, spans: Spans, size: int) -> bool:
-        if self.waiting or size > MOST_TOKENS or spans.longest > LONG:
+        if self.waiting or size > MAX_TOKENS or spans.longest > LONG:
             return False
         if not (torch.is_grad_enabled() and self.encoder.training):
             return False
         sums = gradient_sums(self.encoder)
         if any(weight.dtype != torch.bfloat16 or weight not in sums for weight in self.encoder.parameters()):
             return False
-        return size in self.captures or len(self.captures) < MOST_CAPTURES
+        return size in self.captures or len(self.captures) < MAX_CAPTURES
 
     def begin_sums(self, weights: list[Tensor]) -> None:
         """Have the sums of these gradients, whatever is in them already, where replays add to them."""
@@ -100,7 +100,7 @@ class _GraphedForward:
             found[weight] = self.sums[weight]
 
 
-def rounded(tokens: int) -> int:
+def captured_size(tokens: int) -> int:
     """The next size that is captured."""
     step = max(256, 1 << (tokens.bit_length() - 5)) if tokens > 16 else 256
     return -(-tokens // step) * step

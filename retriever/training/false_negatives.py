@@ -23,7 +23,9 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
     keys = batch.keys
     if keys is None:
         return batch
-    shares = [ranks.gathered(each) for each in (keys.queries, keys.positives, keys.negatives, keys.known.reshape(-1))]
+    shares = [
+        ranks.all_gather_rows(each) for each in (keys.queries, keys.positives, keys.negatives, keys.known.reshape(-1))
+    ]
     queries, positives, negatives, pairs = (np.concatenate(share) for share in shares)
     pairs = pairs.reshape(-1, 2)
     if known is not None:

@@ -27,13 +27,13 @@ _METRICS = {"retrieval": "recall@1", "classification": "acc1", "multilabel": "me
 
 
 @dataclass(frozen=True)
-class ImageDev:
+class ImageDevSet:
     """The set of pictures that a run is evaluated on."""
 
     dataset: ZeroShotSet
 
     @classmethod
-    def open(cls, config: DevConfig) -> ImageDev:
+    def open(cls, config: DevConfig) -> ImageDevSet:
         """Read what describes the set.
 
         Raises:
@@ -66,7 +66,7 @@ class ImageDev:
         ranks: Ranks,
     ) -> dict[str, float]:
         """Those of `evaluate`, which the first rank makes alone; none on the others."""
-        return self.evaluate(towers, options, reporter, tick=tick) if ranks.first else {}
+        return self.evaluate(towers, options, reporter, tick=tick) if ranks.is_first else {}
 
     def evaluate(
         self,

@@ -31,15 +31,17 @@ class ClipOverRanks(InfCLLoss):
 
 def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
     """Refuse what several ranks cannot do (ConfigError, naming the field)."""
-    if ranks.size == 1:
+    if ranks.world_size == 1:
         return
-    if config.batch_size < ranks.size:
-        raise ConfigError(f"batch_size: expected at least {ranks.size}, one query a process, found {config.batch_size}")
+    if config.batch_size < ranks.world_size:
+        raise ConfigError(
+            f"batch_size: expected at least {ranks.world_size}, one query a process, found {config.batch_size}"
+        )
     if config.loss.name == "clip" and config.data.negatives:
-        raise ConfigError(f"data.negatives: expected none for clip with {ranks.size} processes")
+        raise ConfigError(f"data.negatives: expected none for clip with {ranks.world_size} processes")
     if config.loss.implementation in ("full", "dense"):
         raise ConfigError(
-            f"loss.implementation: expected auto, chunked or triton with {ranks.size} processes, "
+            f"loss.implementation: expected auto, chunked or triton with {ranks.world_size} processes, "
             f"found {config.loss.implementation}"
         )
 

@@ -13,7 +13,7 @@ from index.files import InputError, atomic_folder, locked_folder, recover_folder
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
 from retriever.data.source_prompts import save_source_prompts
-from retriever.distributed.agreement import Content
+from retriever.distributed.agreement import ContentHash
 from retriever.distributed.ranks import Ranks
 from retriever.models.loading.hashes import write_sums
 from retriever.models.sharded_tensors import gathered
@@ -37,12 +37,12 @@ class RunFolder:
     def __init__(self, path: Path, ranks: Ranks):
         self.path, self.ranks = path, ranks
         self._saved = (-1, -1)
-        self.loaded: Content | None = None
+        self.loaded: ContentHash | None = None
         """The checkpoint that `load_newest` has loaded."""
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """The folder for this job alone."""
-        return locked_folder(self.path) if self.ranks.first else contextlib.nullcontext()
+        return locked_folder(self.path) if self.ranks.is_first else contextlib.nullcontext()
 
     def begin(self, config: TrainConfig) -> None:
         """Write the configuration of a new run.
@@ -50,12 +50,12 @@ class RunFolder:
         Raises:
             InputError: another start was quicker.
         """
-        if self.ranks.first:
+        if self.ranks.is_first:
             # The cache may lie elsewhere.
             self.path.mkdir(parents=True, exist_ok=True)
             with self.locked():
                 _check_unused(self.path)
-                self.ranks.note_begun(config.out)
+                self.ranks.mark_started(config.out)
                 save_config(config, self.path / CONFIG_FILE)
 
     @property
@@ -69,13 +69,13 @@ class RunFolder:
         Raises:
             InputError: it is torn, or was made with another model or optimizer.
         """
-        if self.ranks.first:
+        if self.ranks.is_first:
             recover_folder(self.path / "model")
         newest = latest_checkpoint(self.path / "checkpoints")
         if newest is None:
             return None
         state = load_checkpoint(newest, modules, optimizer)
-        self.loaded = Content(checkpoint_digest(newest), str(newest))
+        self.loaded = ContentHash(checkpoint_digest(newest), str(newest))
         self._saved = state.step, state.dev_step
         return state
 
@@ -87,17 +87,17 @@ class RunFolder:
         # One that was made while an evaluation was interrupted does not know of it.
         if (state.step, state.dev_step) != self._saved:
             folder = checkpoint_folder(checkpoints, state.step)
-            save_checkpoint(folder, modules, optimizer, state, writes=self.ranks.first)
+            save_checkpoint(folder, modules, optimizer, state, writes=self.ranks.is_first)
             self._saved = state.step, state.dev_step
-        if self.ranks.first:
+        if self.ranks.is_first:
             prune_checkpoints(checkpoints, keep)
-        self.ranks.wait()
+        self.ranks.barrier()
 
     def save_model(self, towers: Any, config: TrainConfig, *, divided: bool) -> None:
         """Write the model folder, whole towers also where they are `divided` among the processes."""
         if divided:
-            weights = gathered(towers.state_dict(), keep=self.ranks.first)
-        if not self.ranks.first:
+            weights = gathered(towers.state_dict(), keep=self.ranks.is_first)
+        if not self.ranks.is_first:
             return
         if divided:
             towers = build_configured_towers(config)
@@ -107,12 +107,12 @@ class RunFolder:
             write_sums(folder)
 
 
-def cache_of(config: TrainConfig, run: Path) -> Path:
+def cache_folder(config: TrainConfig, run: Path) -> Path:
     """Where data is kept as training reads it: a place that the configuration names, or in the run's folder."""
     return Path(config.data.cache) if config.data.cache else run / CACHE
 
 
-def check_new(path: Path) -> None:
+def check_new_run(path: Path) -> None:
     """Raises InputError where a run's folder holds a run already, or something else."""
     _check_unused(path)
     # A start that failed leaves a large cache behind.
@@ -121,7 +121,7 @@ def check_new(path: Path) -> None:
         raise InputError(f"{path}: expected a new or empty folder for the run, found {foreign[0]} in it")
 
 
-def written_config(path: Path) -> TrainConfig:
+def load_run_config(path: Path) -> TrainConfig:
     """The configuration of the run in a folder.
 
     Raises:

@@ -56,7 +56,7 @@ class NoLog(RunLog):
         """Close nothing."""
 
 
-def described(row: Mapping[str, Any]) -> str:
+def format_row(row: Mapping[str, Any]) -> str:
     """A training row as a person reads it."""
     norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     return (

@@ -99,12 +99,12 @@ class TrainStep:
         sizes, lists = batch.micro_batch_tokens, [group.micro_batches for group in batch.groups]
         keep = self.graphs.keep(sizes)
         if is_sharded(self.towers):
-            counts = [int(self.ranks.most(len(rows))) for rows in lists]
+            counts = [int(self.ranks.all_reduce_max(len(rows))) for rows in lists]
             lists = [
                 rows + [np.empty(0, dtype=np.int64)] * (count - len(rows))
                 for rows, count in zip(lists, counts, strict=True)
             ]
-            keep = -int(self.ranks.most(-(sum(counts) if keep == len(sizes) else keep)))
+            keep = -int(self.ranks.all_reduce_max(-(sum(counts) if keep == len(sizes) else keep)))
         return [MicroBatch(group, rows) for group, some in zip(batch.groups, lists, strict=True) for rows in some], keep
 
     def _masks(self, batch: PreparedBatch, device: torch.device) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ import torch
 
 from retriever.data.micro_batches import PreparedBatch
 from retriever.distributed.ranks import Ranks
-from retriever.utils.device import memory_mib
+from retriever.utils.device import memory_in_use_mib
 
 
-class Meter:
+class ThroughputMeter:
     """Pairs and tokens since the last reading, per second, and the time left."""
 
     def __init__(self, device: torch.device, ranks: Ranks | None = None):
@@ -31,11 +31,11 @@ class Meter:
         the memory, in MiB, of the rank that has most in use. Every rank calls it."""
         now = time.perf_counter()
         seconds = now - self.since
-        pairs, tokens = self.ranks.totals(self.pairs, self.tokens)
+        pairs, tokens = self.ranks.all_reduce_sum(self.pairs, self.tokens)
         rates = {
             "pairs_per_second": round(pairs / seconds, 2),
             "tokens_per_second": round(tokens / seconds, 1),
-            "memory_mib": round(self.ranks.most(memory_mib(self.device)), 1),
+            "memory_mib": round(self.ranks.all_reduce_max(memory_in_use_mib(self.device)), 1),
         }
         self.since, self.pairs, self.tokens = now, 0, 0
         return rates

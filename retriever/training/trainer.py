@@ -19,28 +19,28 @@ from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import with_absolute_paths
 from retriever.data.loading import open_training
 from retriever.data.micro_batches import PreparedBatch
-from retriever.distributed.agreement import Content, agree, agree_on_folder, config_fields
-from retriever.distributed.context import own_device
-from retriever.distributed.ranks import PlannedRanks, Ranks
+from retriever.distributed.agreement import ContentHash, check_same_folder, check_same_on_ranks, compared_settings
+from retriever.distributed.context import rank_device
+from retriever.distributed.ranks import DryRunRanks, Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.models.fsdp import shard_encoders
 from retriever.models.memory import GraphMemory
 from retriever.training import profiler as step_profile
 from retriever.training.checkpoint import TrainState
-from retriever.training.cuda_graphs import check_replayable, replay_small_passes
+from retriever.training.cuda_graphs import check_cuda_graphs, use_cuda_graphs
 from retriever.training.false_negatives import with_pool_false_negatives
 from retriever.training.loss import build_loss, check_ranks
+from retriever.training.memory_plan import MemoryPlan, plan_step
 from retriever.training.new_run import NewRun
 from retriever.training.optim import build_optimizer
-from retriever.training.plan import Plan, plan_step
-from retriever.training.run_dir import RunFolder, build_configured_towers, cache_of, check_new, written_config
-from retriever.training.run_log import NoLog, RunLog, described
+from retriever.training.run_dir import RunFolder, build_configured_towers, cache_folder, check_new_run, load_run_config
+from retriever.training.run_log import NoLog, RunLog, format_row
 from retriever.training.step import TrainStep
-from retriever.training.throughput import Meter
-from retriever.training.validation import open_dev
+from retriever.training.throughput import ThroughputMeter
+from retriever.training.validation import open_dev_set
 from retriever.utils.device import choose_device, choose_precision
 from retriever.utils.interrupt import Interrupted, StopRequest
-from retriever.utils.torchrun import attempt
+from retriever.utils.torchrun import restart_count
 
 
 class Trainer:
@@ -59,10 +59,10 @@ class Trainer:
         self.reporter = reporter
         self.ranks = ranks = ranks or Ranks()
         self._folder = RunFolder(run, ranks)
-        agree(ranks, config_fields(config))
+        check_same_on_ranks(ranks, compared_settings(config))
         self._new: NewRun | None = None
         check_ranks(config, ranks)
-        self.device = own_device(choose_device(config.device))
+        self.device = rank_device(choose_device(config.device))
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
         # Resolved, so that what is written beside the results is what was done.
@@ -72,8 +72,8 @@ class Trainer:
         if ranks.group is not None:
             # Before they are divided, and before hours of work on the data.
             place = config.model.image.name or config.model.name or "from scratch"
-            model = Content(self.towers.fingerprint()["sha256"], place)
-            agree(ranks, {"device": self.device.type, "precision": self.precision, "model": model})
+            model = ContentHash(self.towers.fingerprint()["sha256"], place)
+            check_same_on_ranks(ranks, {"device": self.device.type, "precision": self.precision, "model": model})
         if config.gradient_checkpointing:
             self.towers.enable_gradient_checkpointing()
         if self.device.type == "cuda":
@@ -83,7 +83,7 @@ class Trainer:
         self._sharded = config.shard_towers and ranks.group is not None
         if self._sharded:
             # From the host, since no device has room for all.
-            shard_encoders(self.towers, self.precision, self.device, ranks.size)
+            shard_encoders(self.towers, self.precision, self.device, ranks.world_size)
         self.towers.to(self.device)
         if note := self.towers.padding_note():
             reporter.line(note)
@@ -93,22 +93,22 @@ class Trainer:
         self.graphs = graphs = GraphMemory.plan(
             self.towers,
             self.precision,
-            texts=-(-config.batch_size // ranks.size) * (2 + config.data.negatives),
+            texts=-(-config.batch_size // ranks.world_size) * (2 + config.data.negatives),
             workspace_mib=config.loss.workspace_mib,
             micro_batch_tokens=config.micro_batch_tokens,
             offload_embeddings=config.offload_embeddings,
         )
         if config.cuda_graphs:
-            check_replayable(self.towers, self.precision)
+            check_cuda_graphs(self.towers, self.precision)
         self.config = config = dataclasses.replace(
             config, precision=self.precision, micro_batch_tokens=graphs.micro_batch_tokens
         )
         self.modules: dict[str, nn.Module] = {"towers": self.towers, "loss": self.loss}
         self.optimizer = build_optimizer(nn.ModuleDict(self.modules).named_parameters(), config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.dev = open_dev(config)
-        cache = cache_of(config, run)
-        with ranks.first_before_others():
+        self.dev = open_dev_set(config)
+        cache = cache_folder(config, run)
+        with ranks.first_rank_first():
             self.batches, sources = open_training(
                 config,
                 self.towers,
@@ -117,7 +117,7 @@ class Trainer:
                 token_budget=graphs.micro_batch_tokens,
                 reporter=reporter,
                 share=ranks.share,
-                planned=isinstance(ranks, PlannedRanks),
+                planned=isinstance(ranks, DryRunRanks),
             )
         self._step = TrainStep(
             config,
@@ -147,17 +147,17 @@ class Trainer:
                 profile.
         """
         config = with_absolute_paths(config)
-        agree_on_folder(ranks or Ranks(), "out", Path(config.out))
-        check_new(Path(config.out))
-        new = NewRun(Path(config.out), cache_of(config, Path(config.out)), reporter)
-        writes = ranks is None or ranks.first
+        check_same_folder(ranks or Ranks(), "out", Path(config.out))
+        check_new_run(Path(config.out))
+        new = NewRun(Path(config.out), cache_folder(config, Path(config.out)), reporter)
+        writes = ranks is None or ranks.is_first
         with new.removed_on_failure() if writes else contextlib.nullcontext():
             trainer = cls(config, Path(config.out), reporter, ranks)
             if profile:
                 trainer._check_profile()
             trainer._folder.begin(trainer.config)
             new.begun = True
-            if attempt():
+            if restart_count():
                 reporter.line(f"{_restarted()}starting from the beginning")
         trainer._new = new if writes else None
         return trainer
@@ -169,13 +169,15 @@ class Trainer:
         Raises:
             InputError: no such run, a damaged checkpoint, or data that has changed since.
         """
-        agree_on_folder(ranks or Ranks(), "out", run)
-        trainer = cls(written_config(run), run, reporter, ranks)
+        check_same_folder(ranks or Ranks(), "out", run)
+        trainer = cls(load_run_config(run), run, reporter, ranks)
         # Another process that trains here holds the lock, and its checkpoints come and go.
-        with trainer._folder.locked(), trainer.ranks.first_before_others():
+        with trainer._folder.locked(), trainer.ranks.first_rank_first():
             trainer._load_newest()
         loaded, state = trainer._folder.loaded, trainer.state
-        agree(trainer.ranks, {"checkpoint": loaded, "step": state.step, "best dev score": state.best_score})
+        check_same_on_ranks(
+            trainer.ranks, {"checkpoint": loaded, "step": state.step, "best dev score": state.best_score}
+        )
         return trainer
 
     def _load_newest(self) -> None:
@@ -200,11 +202,11 @@ class Trainer:
         config, state = self.config, self.state
         name = "data.images" if config.data.images else "data.sources"
         paths = [source.path for source in config.data.images] or [source.path for source in config.data.sources]
-        data = {f"{name}[{i}]": Content(state.sources[i], path) for i, path in enumerate(paths)}
-        dev = Content.of(state.dev, config.dev.path) if state.dev else None
-        agree(self.ranks, {**data, "dev.path": dev, "steps": len(self.batches)})
+        data = {f"{name}[{i}]": ContentHash(state.sources[i], path) for i, path in enumerate(paths)}
+        dev = ContentHash.of(state.dev, config.dev.path) if state.dev else None
+        check_same_on_ranks(self.ranks, {**data, "dev.path": dev, "steps": len(self.batches)})
 
-    def plan(self) -> Plan:
+    def plan(self) -> MemoryPlan:
         """What a step will need on this process; nothing is trained."""
         config, workers = self.config, self.config.data.workers
         batch = next(iter(self.batches.loader(start=self.batches.schedule.largest_step)))
@@ -216,7 +218,7 @@ class Trainer:
             self.graphs,
             batch,
             precision=self.precision,
-            ranks=self.ranks.size,
+            ranks=self.ranks.world_size,
             # The one at hand, and two of each worker; the workers' own are theirs on the host.
             batches_waiting=self.batches.waiting(workers),
         )
@@ -236,7 +238,7 @@ class Trainer:
         with self._folder.locked():
             log = self._open_log()
             try:
-                with StopRequest(self.ranks.any if self.ranks.size > 1 else None) as stop:
+                with StopRequest(self.ranks.any if self.ranks.world_size > 1 else None) as stop:
                     try:
                         self._train_steps(log, stop, profile)
                     except Interrupted:
@@ -246,7 +248,7 @@ class Trainer:
                 log.close()
         return self.run / "model"
 
-    def removed_without_a_step(self) -> contextlib.AbstractContextManager[None]:
+    def removed_on_early_failure(self) -> contextlib.AbstractContextManager[None]:
         """Removes what a new run has made where the body fails before its first step; nothing is left to go on with."""
         if self._new is None:
             return contextlib.nullcontext()
@@ -259,26 +261,26 @@ class Trainer:
 
     def _open_log(self) -> RunLog:
         state = self.state
-        if not self.ranks.first:
+        if not self.ranks.is_first:
             return NoLog()
         return RunLog(self.run, step=state.step, dev_step=state.dev_step, tensorboard=self.config.tensorboard)
 
     def _train_steps(self, log: RunLog, stop: StopRequest, profile: bool) -> None:
         config, state, total = self.config, self.state, len(self.batches)
         loader: Iterable[Any] = self.batches.loader(start=state.step, workers=config.data.workers)
-        if profile and self.ranks.first:
+        if profile and self.ranks.is_first:
             loader = step_profile.StepProfile(self.device, self.run).watch(loader, self.reporter.line)
-        meter = Meter(self.device, self.ranks)
+        meter = ThroughputMeter(self.device, self.ranks)
         told_of_no_negatives = False
         self.towers.train()
         if config.cuda_graphs:
-            replay_small_passes(self.towers)
+            use_cuda_graphs(self.towers)
         with self.reporter.bar("train", total, "steps", done=state.step) as advance:
             # A run that was stopped while it evaluated evaluates first.
             self._evaluate_if_due(log, stop)
             for number, batch in enumerate(self._until_early_stop(loader)):
                 if number == 0:
-                    where = " (the first process)" if self.ranks.size > 1 else ""
+                    where = " (the first process)" if self.ranks.world_size > 1 else ""
                     self.reporter.line(self.graphs.described(batch.micro_batch_tokens) + where)
                 batch = with_pool_false_negatives(batch, self.ranks, self.batches.known)
                 found = batch.false_negatives if config.loss.masks_false_negatives else None
@@ -300,7 +302,7 @@ class Trainer:
                     row = self._row(loss, grad_norm, meter)
                 if row_due:
                     log.write(row)
-                    advance(0, line := described(row))
+                    advance(0, line := format_row(row))
                     if last or not self.reporter.is_live:
                         left = meter.time_left(total - state.step)
                         self.reporter.line(f"step {state.step}/{total}  {line}  left {left}")
@@ -338,7 +340,7 @@ class Trainer:
         }
         return any(self.state.step % every[event] == 0 for event in events)
 
-    def _row(self, loss: Tensor, grad_norm: Tensor, meter: Meter) -> dict[str, Any]:
+    def _row(self, loss: Tensor, grad_norm: Tensor, meter: ThroughputMeter) -> dict[str, Any]:
         """The row of metrics.jsonl for this step; the only place where the host waits for the device."""
         row = {
             "step": self.state.step,
@@ -393,22 +395,22 @@ class Trainer:
         # Divided towers are gathered by all at the same time, so that each rank does the whole of it.
         ranks, alone = (Ranks(), str(self.ranks.rank)) if self._sharded else (self.ranks, "")
         # Fixed places, so that what a killed run left is found and cleared.
-        if self.ranks.first:
+        if self.ranks.is_first:
             for left in self.run.glob(".dev*"):
                 shutil.rmtree(left, ignore_errors=True)
-        self.ranks.wait()
+        self.ranks.barrier()
         embeddings = self.run / f".dev{alone}"
         options = EncodeOptions(self.precision, self.config.micro_batch_tokens)
         # Of several ranks none may leave the work that they share.
-        tick = stop.check if self.ranks.size == 1 else None
+        tick = stop.check if self.ranks.world_size == 1 else None
         try:
             measures = self.dev.measures(self.towers, embeddings, options, self.reporter, tick=tick, ranks=ranks)
-            return self.ranks.told(measures)
+            return self.ranks.broadcast(measures)
         finally:
-            if ranks.first:
+            if ranks.is_first:
                 shutil.rmtree(embeddings, ignore_errors=True)
 
 
 def _restarted() -> str:
     """What to say first where torchrun has started the processes before."""
-    return f"restarted by torchrun (attempt {attempt()}): " if attempt() else ""
+    return f"restarted by torchrun (attempt {restart_count()}): " if restart_count() else ""

@@ -55,7 +55,7 @@ class DevSet(Protocol):
 
 
 @dataclass(frozen=True)
-class TextDev:
+class TextDevSet:
     """A split of a BEIR folder."""
 
     dataset: BeirDataset
@@ -63,7 +63,7 @@ class TextDev:
     keep_identical_ids: bool = False
 
     @classmethod
-    def open(cls, config: DevConfig) -> TextDev:
+    def open(cls, config: DevConfig) -> TextDevSet:
         """The split, cut to its first queries if so configured.
 
         Raises:
@@ -119,13 +119,13 @@ class TextDev:
         return metrics.mean
 
 
-def open_dev(config: TrainConfig) -> DevSet | None:
+def open_dev_set(config: TrainConfig) -> DevSet | None:
     """The dev set of a configuration, of texts or of pictures; none without a path."""
     if not config.dev.path:
         return None
     own_packages.need("eval")
     if not config.model.image.name:
-        return TextDev.open(config.dev)
-    from retriever.training.image_validation import ImageDev
+        return TextDevSet.open(config.dev)
+    from retriever.training.image_validation import ImageDevSet
 
-    return ImageDev.open(config.dev)
+    return ImageDevSet.open(config.dev)

@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 @contextlib.contextmanager
-def checking(
+def checksum_progress(
     reporter: Reporter, folders: Sequence[Path], names: Sequence[str] | None = None
 ) -> Iterator[Callable[[int], None]]:
     """`checking_bytes` for the files of stores and indexes.
@@ -30,12 +30,12 @@ def checking(
     if names is not None:
         manifests = [manifest.of([name for name in names if name in manifest.files]) for manifest in manifests]
     what = folders[0].name if len(folders) == 1 else f"{len(folders)} folders"
-    with checking_bytes(reporter, what, sum(manifest.size for manifest in manifests)) as checked:
+    with byte_progress(reporter, what, sum(manifest.size for manifest in manifests)) as checked:
         yield checked
 
 
 @contextlib.contextmanager
-def checking_bytes(reporter: Reporter, what: str, total: int) -> Iterator[Callable[[int], None]]:
+def byte_progress(reporter: Reporter, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield what is called with the number of bytes just checked, of `total`.
 
     The bar is there from the first of them to the last.

@@ -76,7 +76,7 @@ def _staging(device: torch.device) -> Staging:
     return Staging(device)
 
 
-class Arriving:
+class HostCopy:
     """A tensor on its way to the host: copied behind what the device has still to do, while the caller goes on."""
 
     def __init__(self, tensor: Tensor):
@@ -110,7 +110,7 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, AUTOCAST_DTYPES[precision])
 
 
-def memory_mib(device: torch.device) -> float:
+def memory_in_use_mib(device: torch.device) -> float:
     """Memory in use, MiB: the peak of torch's allocator on a GPU, this process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

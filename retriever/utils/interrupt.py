@@ -72,7 +72,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def signals_end_at_once() -> Iterator[None]:
+def default_signal_handlers() -> Iterator[None]:
     """Within, SIGINT and SIGTERM end the program where it stands: while it waits outside of Python, and has nothing yet
     that would have to be tidied up."""
     if threading.current_thread() is not threading.main_thread():
@@ -87,7 +87,7 @@ def signals_end_at_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, as SIGINT does: temporary files go, and the terminal gets its cursor back."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -42,7 +42,7 @@ class OwnPackages(MetaPathFinder):
         return importlib.util.spec_from_file_location(name, init, submodule_search_locations=[os.path.dirname(init)])
 
 
-def install() -> None:
+def install_finder() -> None:
     """Put the finder first."""
     if not any(isinstance(finder, OwnPackages) for finder in sys.meta_path):
         sys.meta_path.insert(0, OwnPackages())

@@ -21,7 +21,7 @@ SWITCH_INTERVAL = 2e-5
 
 
 @contextlib.contextmanager
-def giving_way() -> Iterator[None]:
+def short_switch_interval() -> Iterator[None]:
     """Within, threads that compute in Python do not hold up the one that launches a GPU's kernels."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, SWITCH_INTERVAL))
@@ -31,7 +31,7 @@ def giving_way() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
+def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """The items in order, made by a thread that is up to `depth` of them ahead; what it raises is raised here.
 
     Closing the iterator ends the thread after the item that it is at.
@@ -71,7 +71,7 @@ def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
 
 
 @contextlib.contextmanager
-def behind(call: Callable[P, None], most: int, *, abandon: bool = False) -> Iterator[Callable[P, None]]:
+def background_calls(call: Callable[P, None], most: int, *, abandon: bool = False) -> Iterator[Callable[P, None]]:
     """Within, what is called comes back at once; a thread makes the calls, in order, of which `most` wait at a time.
 
     What a call raises is raised by the next one or at the end, and ends those behind it. An error of the body waits for

@@ -8,7 +8,7 @@ import re
 from retriever.errors import ConfigError
 
 
-def process_count() -> int:
+def world_size() -> int:
     """How many processes torchrun started, on all machines; 1 without it.
 
     Raises:
@@ -30,12 +30,12 @@ def local_rank() -> int | None:
     return _number("LOCAL_RANK", None)
 
 
-def local_process_count() -> int:
+def local_world_size() -> int:
     """How many processes torchrun started on this machine; 1 without it."""
     return _number("LOCAL_WORLD_SIZE", 1, least=1) or 1
 
 
-def attempt() -> int:
+def restart_count() -> int:
     """How many times torchrun has started this job's processes before: 0 at first."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0) or 0
 
@@ -49,7 +49,7 @@ def check_environment() -> None:
     Raises:
         ConfigError: names the variable, what was expected and what was found.
     """
-    size = process_count()
+    size = world_size()
     if "WORLD_SIZE" not in os.environ and "RANK" in os.environ:
         raise ConfigError(f"RANK is set ({os.environ['RANK']!r:.40}), but WORLD_SIZE is not: torchrun sets both")
     needed = {"RANK": size, "MASTER_ADDR": None, "MASTER_PORT": 2**16} if size > 1 else {"RANK": size}
@@ -58,9 +58,9 @@ def check_environment() -> None:
             raise ConfigError(f"WORLD_SIZE is set, as under torchrun, but: variable {name} expected, but not set")
         if below is not None:
             _number(name, 0, below=below)
-    count = local_process_count()
+    count = local_world_size()
     _number("LOCAL_RANK", None, below=count if "LOCAL_WORLD_SIZE" in os.environ else None)
-    attempt()
+    restart_count()
 
 
 def _number(name: str, default: int | None, *, least: int = 0, below: int | None = None) -> int | None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
-def become_worker(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """A DataLoader's worker_init_fn.
 
     Ctrl-C and a batch system's SIGTERM reach the whole process group, but it is the parent that ends its workers; when
@@ -31,7 +31,7 @@ def become_worker(worker: int) -> None:
     threading.Thread(target=_end_with, args=(parent.pid, threading.Event()), daemon=True).start()
 
 
-def started(loader: DataLoader[Any]) -> Iterator[Any]:
+def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's iterator, whose workers have begun: a signal that would end this process meanwhile, or a worker that
     is not yet one, comes afterwards."""
     if threading.current_thread() is not threading.main_thread():
@@ -48,7 +48,7 @@ def started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def ended_with_parent() -> Iterator[None]:
+def exit_with_parent() -> Iterator[None]:
     """Within, this process ends when the one that started it is gone, wherever it waits."""
     done = threading.Event()
     threading.Thread(target=_end_with, args=(os.getppid(), done), daemon=True).start()

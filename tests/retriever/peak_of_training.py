@@ -17,9 +17,9 @@ from retriever.training.trainer import Trainer
 torch.set_num_threads(1)
 with joined_ranks(on_devices=torch.cuda.is_available()) as ranks:
     Trainer.start(load_config(Path(sys.argv[1])), Terminal(), ranks).train()
-    if ranks.first and torch.cuda.is_available():
+    if ranks.is_first and torch.cuda.is_available():
         print(torch.cuda.max_memory_allocated())
-    elif ranks.first:
+    elif ranks.is_first:
         # Not getrusage's: Linux lets a program begin with the peak of the one that started it.
         (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         print(int(peak) * 1024)

@@ -32,14 +32,14 @@ def trained(config: TrainConfig, out: Path, *, resume: bool = False) -> Callable
     def run() -> None:
         torch.set_num_threads(1)
         with joined_ranks() as ranks:
-            terminal = Terminal() if ranks.first else SilentReporter()
+            terminal = Terminal() if ranks.is_first else SilentReporter()
             trainer = Trainer.resume(out, terminal, ranks) if resume else Trainer.start(begun, terminal, ranks)
             trainer.train()
             held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
             moments = [t for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
             for tensors in (held, moments):
                 whole, here = (sum(tensor.numel() for tensor in some) for some in (tensors, map(own_part, tensors)))
-                assert here <= 1.1 * whole / ranks.size, (here, whole)
+                assert here <= 1.1 * whole / ranks.world_size, (here, whole)
 
     return run
 

@@ -124,7 +124,7 @@ class IndexTune(RecallTarget):
         vectors = query_vectors(store, queries, self.model, reporter)
         target = Target(self.target_recall, self.k, vectors, self.held_out)
         with (
-            checking(reporter, [self.index, self.embeddings]) as checked,
+            checksum_progress(reporter, [self.index, self.embeddings]) as checked,
             reporter.bar("tune", None, "settings") as advance,
         ):
             tuning = retune(self.index, store, target, note=lambda text: advance(1, text), checked=checked)

@@ -19,7 +19,7 @@ from retriever.data.images.sources import BrokenPairError, PairSource
 from retriever.models.images.transforms import ImageTransform
 from retriever.models.mixed_precision import arithmetic
 from retriever.utils.device import Precision, to_device
-from retriever.utils.workers import become_worker, started
+from retriever.utils.workers import init_worker, start_workers
 
 if TYPE_CHECKING:
     from retriever.models.images.towers import ImageTextTowers
@@ -135,13 +135,13 @@ def compute_features(
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),
-        worker_init_fn=become_worker if workers else None,
+        worker_init_fn=init_worker if workers else None,
     )
     training, noted = towers.training, done
     towers.eval()
     try:
         with arithmetic(towers, precision), torch.inference_mode():
-            for pixels, readable in started(loader):
+            for pixels, readable in start_workers(loader):
                 found = towers.image_features(to_device(pixels, towers.device)).half().cpu()
                 found[~readable] = torch.nan
                 features[done : done + len(found)] = found.numpy()

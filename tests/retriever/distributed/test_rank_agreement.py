@@ -18,7 +18,13 @@ from hypothesis import strategies as st
 from retriever.config.run import DataConfig, DevConfig, ModelConfig, TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.distributed import agreement as rank_agreement
-from retriever.distributed.agreement import RanksDifferError, agree_on_folder, config_fields, difference, settings_of
+from retriever.distributed.agreement import (
+    RanksDifferError,
+    check_same_folder,
+    compared_settings,
+    describe_difference,
+    flat_settings,
+)
 from retriever.distributed.ranks import Ranks
 
 
@@ -26,20 +32,20 @@ def test_the_line_names_values_ranks_and_the_other_fields() -> None:
     def reports(*values: Any) -> list[dict[str, tuple[str, str]]]:
         return [{"lr": (str(value), str(value)), "same": ("1", "1")} for value in values]
 
-    assert difference(reports(1, 1, 1)) == ""
-    assert difference(reports(1, 2)) == "lr differs between ranks: 1 on rank 0, 2 on rank 1"
+    assert describe_difference(reports(1, 1, 1)) == ""
+    assert describe_difference(reports(1, 2)) == "lr differs between ranks: 1 on rank 0, 2 on rank 1"
     many = [3, 2, 2, 3, 2, 2, 2]
-    assert difference(reports(*many)) == "lr differs between ranks: 3 on ranks 0 and 3, 2 on ranks 1-2 and 4-6"
-    assert difference(reports(*[0, 1] * 9)).endswith(", 1 on ranks 1 and 3 and 5 and 7 and others")
-    assert difference(reports(*range(9))).endswith("2 on rank 2, 3 on rank 3, and 5 more")
+    assert describe_difference(reports(*many)) == "lr differs between ranks: 3 on ranks 0 and 3, 2 on ranks 1-2 and 4-6"
+    assert describe_difference(reports(*[0, 1] * 9)).endswith(", 1 on ranks 1 and 3 and 5 and 7 and others")
+    assert describe_difference(reports(*range(9))).endswith("2 on rank 2, 3 on rank 3, and 5 more")
     missing = [{"a": ("1", "1"), "b": ("2", "2")}, {}]
-    assert difference(missing) == "a differs between ranks: 1 on rank 0, none on rank 1 (so do b)"
+    assert describe_difference(missing) == "a differs between ranks: 1 on rank 0, none on rank 1 (so do b)"
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abcd"), st.integers(0, 2)), min_size=1, max_size=5))
 def test_ranks_agree_if_and_only_if_their_fields_are_equal(fields: list[dict[str, int]]) -> None:
     reports = [{name: (str(value), str(value)) for name, value in one.items()} for one in fields]
-    found = difference(reports)
+    found = describe_difference(reports)
     assert bool(found) == any(one != fields[0] for one in fields)
     for name in "abcd":
         differs = len({one.get(name) for one in fields}) > 1
@@ -57,7 +63,7 @@ class ThreadRanks(Ranks):
     def group(self) -> Any:
         return "threads"
 
-    def reports(self, here: Any) -> list[Any]:
+    def all_gather(self, here: Any) -> list[Any]:
         barrier, said = self._exchange  # type: ignore[attr-defined]
         said[self.rank] = json.dumps(here)
         barrier.wait(10)
@@ -65,14 +71,14 @@ class ThreadRanks(Ranks):
         barrier.wait(10)
         return found
 
-    def told(self, here: Any) -> Any:
-        return self.reports(here)[0]
+    def broadcast(self, here: Any) -> Any:
+        return self.all_gather(here)[0]
 
-    def wait(self) -> None:
-        self.reports(None)
+    def barrier(self) -> None:
+        self.all_gather(None)
 
 
-def folders_compared(*folders: Path, compare: Callable[..., None] = agree_on_folder) -> list[str]:
+def folders_compared(*folders: Path, compare: Callable[..., None] = check_same_folder) -> list[str]:
     """What `agree_on_folder` raises on each rank; empty texts where it returns."""
     barrier, said = threading.Barrier(len(folders)), [None] * len(folders)
     found = ["not ended"] * len(folders)
@@ -126,8 +132,8 @@ def test_one_path_to_folders_of_two_disks_is_told(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(rank_agreement, "_is_seen", lambda mark, *, patient: seen(mark, patient=False) and here.first)
 
     def compare_first(ranks: Ranks, name: str, folder: Path) -> None:
-        here.first = ranks.first
-        agree_on_folder(ranks, name, folder)
+        here.first = ranks.is_first
+        check_same_folder(ranks, name, folder)
 
     other = f"{tmp_path}, another folder on {socket.gethostname()},"
     line = f"out differs between ranks: {tmp_path} on rank 0, {other} on rank 1"
@@ -143,7 +149,7 @@ def test_where_nothing_can_be_written_paths_are_compared(tmp_path: Path) -> None
 def test_every_setting_of_a_run_is_compared_but_those_of_one_rank() -> None:
     source = SourceConfig(path="a")
     config = TrainConfig(data=DataConfig(sources=(source, source)), model=ModelConfig(architecture={"layers": 2}))
-    fields = config_fields(config)
+    fields = compared_settings(config)
     assert fields["model.architecture.layers"] == 2 and fields["data.sources[1].query"] == "query"
     elsewhere = dataclasses.replace(
         config,
@@ -153,8 +159,8 @@ def test_every_setting_of_a_run_is_compared_but_those_of_one_rank() -> None:
         dev=DevConfig(path="d"),
         model=dataclasses.replace(config.model, tokenizer="t"),
     )
-    assert config_fields(elsewhere) == fields
+    assert compared_settings(elsewhere) == fields
     left_out = {"out", "device", "model.name", "model.tokenizer", "model.image.name", "dev.path"}
     left_out |= {"data.workers", "data.cache"}
-    plain = {name for name in settings_of(TrainConfig())}
-    assert plain - config_fields(TrainConfig()).keys() == left_out
+    plain = {name for name in flat_settings(TrainConfig())}
+    assert plain - compared_settings(TrainConfig()).keys() == left_out

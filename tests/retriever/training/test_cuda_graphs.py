@@ -17,7 +17,7 @@ from retriever.errors import ConfigError
 from retriever.models.mixed_precision import arithmetic, half_weights
 from retriever.models.packed.attention import Spans
 from retriever.models.towers import Towers, build_towers
-from retriever.training.cuda_graphs import Inputs, check_replayable, replay_small_passes, rounded
+from retriever.training.cuda_graphs import Inputs, captured_size, check_cuda_graphs, use_cuda_graphs
 from retriever.training.trainer import Trainer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -31,8 +31,8 @@ def towers_of(tiny: ModelConfig, kind: str = "bert", **settings: Any) -> Towers:
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 4095, 4097, 20000, 32768])
 def test_sizes_are_at_most_a_sixteenth_or_256_larger(tokens: int) -> None:
-    size = rounded(tokens)
-    assert 0 <= size - tokens < max(256, tokens / 16 + 1) and rounded(size) == size
+    size = captured_size(tokens)
+    assert 0 <= size - tokens < max(256, tokens / 16 + 1) and captured_size(size) == size
 
 
 def test_places_beyond_the_last_text_change_nothing(tiny: ModelConfig) -> None:
@@ -80,7 +80,7 @@ def test_what_it_does_not_go_with_is_told(tiny: ModelConfig) -> None:
     with pytest.raises(ValueError, match="cuda_graphs: expected false with a tower of pictures, found true"):
         TrainConfig(cuda_graphs=True, model=pictures)
     with pytest.raises(ConfigError, match="cuda_graphs: expected bf16 on a GPU, found fp32 on cpu"):
-        check_replayable(towers_of(tiny), "fp32")
+        check_cuda_graphs(towers_of(tiny), "fp32")
 
 
 def test_a_run_that_cannot_replay_does_not_begin(tiny: ModelConfig, tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_replays_equal_launches(tiny: ModelConfig, kind: str) -> None:
     assert plain.drop_padding()
     graphed = copy.deepcopy(towers_of(tiny, kind, **settings.get(kind, {}))).cuda()
     assert graphed.drop_padding()
-    check_replayable(graphed, "bf16")
-    replay_small_passes(graphed)
+    check_cuda_graphs(graphed, "bf16")
+    use_cuda_graphs(graphed)
     outcomes = []
     for towers in (plain, graphed):
         generator, found = np.random.default_rng(0), []

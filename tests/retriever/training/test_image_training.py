@@ -35,7 +35,7 @@ from retriever.errors import ConfigError
 from retriever.models.images.towers import build_image_text_towers, load_image_text_towers
 from retriever.models.memory import held_bytes
 from retriever.training import grad_cache
-from retriever.training.plan import plan_step
+from retriever.training.memory_plan import plan_step
 from retriever.training.step import MicroBatch, TrainStep
 from retriever.training.trainer import Trainer
 from retriever.utils.interrupt import Interrupted
@@ -387,7 +387,7 @@ def test_any_number_of_processes_trains_the_same(
         device="cpu",
     )
     save_config(config, tmp_path / "run.yaml")
-    done = python.run(Path(__file__).parents[1] / "pictures_on_ranks.py", tmp_path / "run.yaml", folder=tmp_path)
+    done = python.run(Path(__file__).parents[1] / "images_on_ranks.py", tmp_path / "run.yaml", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["pixels", "features"]
 

@@ -15,7 +15,7 @@ from retriever.config.run import DevConfig
 from retriever.encoding.encoder import EncodeOptions
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
-from retriever.training.image_validation import ImageDev
+from retriever.training.image_validation import ImageDevSet
 
 OPTIONS = EncodeOptions(micro_batch_tokens=16)
 
@@ -45,7 +45,7 @@ def colours(tmp_path: Path) -> Path:
 
 def test_measures_are_those_of_the_command(model: Path, towers: ImageTextTowers, colours: Path, tmp_path: Path) -> None:
     ticks: list[int] = []
-    dev = ImageDev.open(DevConfig(path=str(colours), split="test"))
+    dev = ImageDevSet.open(DevConfig(path=str(colours), split="test"))
     measures = dev.evaluate(towers, OPTIONS, Terminal(), tick=lambda: ticks.append(1))
     words = ["--model", model, "--data", colours, "--out", tmp_path / "report", "--micro-batch-tokens", 16, "--json"]
     found = json.loads(command("evaluate", "zero-shot", *words).out)["sets"]["set"]
@@ -59,14 +59,14 @@ def test_a_request_to_stop_ends_the_evaluation(towers: ImageTextTowers, colours:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ImageDev.open(DevConfig(path=str(colours), split="test")).evaluate(towers, OPTIONS, Terminal(), tick=stop)
+        ImageDevSet.open(DevConfig(path=str(colours), split="test")).evaluate(towers, OPTIONS, Terminal(), tick=stop)
 
 
 def test_sets_that_cannot_be_judged_on_are_refused(towers: ImageTextTowers, colours: Path) -> None:
     with pytest.raises(ConfigError, match=r"dev\.max_queries: expected none"):
-        ImageDev.open(DevConfig(path=str(colours), split="test", max_queries=5))
+        ImageDevSet.open(DevConfig(path=str(colours), split="test", max_queries=5))
     for file in colours.rglob("*.png"):
         file.write_bytes(b"no picture")
-    dev = ImageDev.open(DevConfig(path=str(colours), split="test"))
+    dev = ImageDevSet.open(DevConfig(path=str(colours), split="test"))
     with pytest.raises(InputError, match=r"set: expected pictures, found none that can be read; .*\.png: expected a p"):
         dev.evaluate(towers, OPTIONS, Terminal())

@@ -126,13 +126,13 @@ def test_a_run_of_another_job_is_refused_at_every_attempt(python: LoadedPython, 
 def test_what_earlier_attempts_have_begun_is_believed_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     job = distributed.HashStore()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert Ranks().have_begun("runs/a") and Ranks(1, 2, job).have_begun("runs/a")
+    assert Ranks().has_started("runs/a") and Ranks(1, 2, job).has_started("runs/a")
     job.set("met 1", "")
-    assert not Ranks(1, 2, job).have_begun("runs/a")
-    Ranks(1, 2, job).note_begun("runs/a")
-    assert not Ranks(1, 2, job).have_begun("runs/a")
-    Ranks(0, 2, job).note_begun("runs/a")
-    assert Ranks(1, 2, job).have_begun("runs/a") and not Ranks(1, 2, job).have_begun("runs/b")
+    assert not Ranks(1, 2, job).has_started("runs/a")
+    Ranks(1, 2, job).mark_started("runs/a")
+    assert not Ranks(1, 2, job).has_started("runs/a")
+    Ranks(0, 2, job).mark_started("runs/a")
+    assert Ranks(1, 2, job).has_started("runs/a") and not Ranks(1, 2, job).has_started("runs/b")
 
 
 def test_who_waits_for_the_others_ends_with_a_signal_or_its_parent(tmp_path: Path) -> None:

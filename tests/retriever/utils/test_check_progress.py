@@ -10,7 +10,7 @@ from typing import Any
 from index.manifest import read_manifest
 from index.store.reader import EmbeddingStore
 from retriever.cli.terminal import Terminal
-from retriever.utils.check_progress import MIB, checking, checking_bytes
+from retriever.utils.check_progress import MIB, byte_progress, checksum_progress
 
 
 class Bars(Terminal):
@@ -31,7 +31,7 @@ class Bars(Terminal):
 
 def test_bytes_are_counted_in_whole_mebibytes() -> None:
     bars = Bars()
-    with checking_bytes(bars, "corpus", 5 * MIB + 7) as checked:
+    with byte_progress(bars, "corpus", 5 * MIB + 7) as checked:
         assert bars.events == []
         for count in (MIB // 2, MIB // 2 + 1, 3 * MIB, MIB + 5):
             checked(count)
@@ -43,11 +43,11 @@ def test_bytes_are_counted_in_whole_mebibytes() -> None:
 
 def test_a_bar_that_ends_early_is_closed_and_one_without_bytes_not_shown() -> None:
     bars = Bars()
-    with contextlib.suppress(OSError), checking_bytes(bars, "corpus", 100) as checked:
+    with contextlib.suppress(OSError), byte_progress(bars, "corpus", 100) as checked:
         checked(50)
         raise OSError
     assert bars.events == [("check corpus", 0, "MiB"), 0, "closed"]
-    with checking_bytes(bars, "corpus", 0), checking(bars, [Path("not-there")]):
+    with byte_progress(bars, "corpus", 0), checksum_progress(bars, [Path("not-there")]):
         pass
     assert len(bars.events) == 3
 
@@ -61,6 +61,6 @@ def test_all_bytes_of_a_store_are_counted(world: Any) -> None:
         counted += some
         checked(some)
 
-    with checking(bars, [world.embeddings]) as checked:
+    with checksum_progress(bars, [world.embeddings]) as checked:
         store.check(count)
         assert counted == read_manifest(world.embeddings).size and bars.events[-1] == "closed"

@@ -121,7 +121,7 @@ def test_what_python_says_of_a_clash_inside_is_explained(beside: Path, monkeypat
 def test_the_finder_stands_before_those_of_python() -> None:
     finders = [isinstance(finder, own_packages.OwnPackages) for finder in sys.meta_path]
     assert sum(finders) == 1
-    own_packages.install()
+    own_packages.install_finder()
     assert sum(isinstance(finder, own_packages.OwnPackages) for finder in sys.meta_path) == 1
 
 

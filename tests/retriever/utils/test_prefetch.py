@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from retriever.utils.prefetch import ahead, behind, giving_way
+from retriever.utils.prefetch import background_calls, prefetch, short_switch_interval
 
 
 def test_items_come_in_order_and_are_made_before_they_are_taken() -> None:
@@ -22,7 +22,7 @@ def test_items_come_in_order_and_are_made_before_they_are_taken() -> None:
             made.append(number)
             yield number
 
-    taken = ahead(items(), depth=2)
+    taken = prefetch(items(), depth=2)
     assert next(taken) == 0
     until = time.monotonic() + 10
     while len(made) < 3 and time.monotonic() < until:
@@ -37,7 +37,7 @@ def test_an_error_is_raised_after_the_items_before_it(error: type[BaseException]
         yield 1
         raise error("torn")
 
-    taken = ahead(items())
+    taken = prefetch(items())
     assert next(taken) == 1
     with pytest.raises(error, match="torn"):
         next(taken)
@@ -45,7 +45,7 @@ def test_an_error_is_raised_after_the_items_before_it(error: type[BaseException]
 
 def test_closing_ends_the_thread_of_endless_items() -> None:
     before = threading.active_count()
-    endless = ahead(iter(int, 1), depth=1)
+    endless = prefetch(iter(int, 1), depth=1)
     next(endless)
     endless.close()
     assert threading.active_count() == before
@@ -53,7 +53,7 @@ def test_closing_ends_the_thread_of_endless_items() -> None:
 
 def test_threads_give_way_until_the_work_ends_however_it_ends() -> None:
     usual = sys.getswitchinterval()
-    with pytest.raises(KeyError), giving_way():
+    with pytest.raises(KeyError), short_switch_interval():
         assert sys.getswitchinterval() <= 1e-4
         raise KeyError
     assert sys.getswitchinterval() == usual
@@ -68,7 +68,7 @@ def test_calls_behind_are_made_in_order_and_all_of_them_by_the_end() -> None:
         time.sleep(0.01 * (number % 2))
         made.append(number)
 
-    with behind(call, 2) as later:
+    with background_calls(call, 2) as later:
         for number in range(9):
             later(number)
             assert number - len(made) <= 3
@@ -83,11 +83,11 @@ def test_what_a_call_behind_raises_is_raised_and_ends_those_after_it() -> None:
             raise OSError("full")
         made.append(number)
 
-    with pytest.raises(OSError, match="full"), behind(call, 2) as later:
+    with pytest.raises(OSError, match="full"), background_calls(call, 2) as later:
         for number in range(3):
             later(number)
     assert made == [0, 1]
-    with pytest.raises(OSError, match="full"), behind(call, 1) as later:
+    with pytest.raises(OSError, match="full"), background_calls(call, 1) as later:
         for number in itertools.count():
             later(number)
     assert made == [0, 1, 0, 1]
@@ -103,7 +103,7 @@ def test_an_error_of_the_body_waits_for_calls_that_come_back(abandon: bool) -> N
         made.append(number)
 
     def body() -> None:
-        with behind(call, 2, abandon=abandon) as later:
+        with background_calls(call, 2, abandon=abandon) as later:
             later(0)
             later(1)
             assert begun.wait(10)

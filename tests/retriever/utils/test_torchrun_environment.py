@@ -20,7 +20,7 @@ from retriever.cli.commands.serve import Serve
 from retriever.cli.commands.split import Split
 from retriever.cli.commands.train import Train
 from retriever.errors import ConfigError
-from retriever.utils.torchrun import process_count
+from retriever.utils.torchrun import world_size
 
 EMBED = ("--model", "m", "--data", "d", "--out", "o")
 # Words of each command -> whether several processes share its work; the others are refused.
@@ -94,7 +94,7 @@ def test_a_malformed_world_size_is_one_line_of_every_command(
 def test_only_the_digits_of_a_number_above_0_are_a_world_size(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", found)
     with pytest.raises(ConfigError, match="WORLD_SIZE: expected a number of processes"):
-        process_count()
+        world_size()
 
 
 MEETING = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -174,15 +174,15 @@ def test_each_process_has_the_gpu_of_its_number(
 ) -> None:
     import torch
 
-    from retriever.distributed.context import own_device
+    from retriever.distributed.context import rank_device
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if expected is None:
         with pytest.raises(ConfigError, match="variable LOCAL_RANK expected, but not set"):
-            own_device(torch.device("cuda"))
+            rank_device(torch.device("cuda"))
     else:
-        assert own_device(torch.device("cuda")) == torch.device(expected)
-    assert own_device(torch.device("cuda:1")) == torch.device("cuda:1")
-    assert own_device(torch.device("cpu")) == torch.device("cpu")
+        assert rank_device(torch.device("cuda")) == torch.device(expected)
+    assert rank_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert rank_device(torch.device("cpu")) == torch.device("cpu")

@@ -25,7 +25,7 @@ from retriever.data.micro_batches import PreparedBatch
 from retriever.models.loading.folder import layers_of
 from retriever.models.memory import AT_LOSS, AT_LOSS_OFFLOADED, GraphMemory, held_bytes
 from retriever.models.towers import Towers
-from retriever.training.cuda_graphs import MOST_TOKENS, rounded
+from retriever.training.cuda_graphs import MAX_TOKENS, captured_size
 from retriever.utils.device import Precision
 
 MIB = 2**20
@@ -38,7 +38,7 @@ _BACKWARD, _BEGUN = 0.25, 0.05
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes on one process, by what they are for. Of the device, if that is a GPU; otherwise all is on the host."""
 
     resident: dict[str, float]
@@ -77,7 +77,7 @@ def plan_step(
     precision: Precision,
     ranks: int,
     batches_waiting: int,
-) -> Plan:
+) -> MemoryPlan:
     """Plan the steps of a run by its first batch.
 
     Args:
@@ -95,8 +95,8 @@ def plan_step(
     kept = graphs.keep(sizes)
     held = _graphs(towers, precision, batch)
     if config.cuda_graphs:
-        whole = [(size, rounded(size)) for size in sizes]
-        held = [h * (r / s if r <= MOST_TOKENS else 1) for h, (s, r) in zip(held, whole, strict=True)]
+        whole = [(size, captured_size(size)) for size in sizes]
+        held = [h * (r / s if r <= MAX_TOKENS else 1) for h, (s, r) in zip(held, whole, strict=True)]
     passing, waiting = held[: len(sizes) - kept], held[len(sizes) - kept :]
     kept_graphs, once_more = sum(waiting), max(passing, default=0.0)
 
@@ -118,7 +118,7 @@ def plan_step(
     if on_gpu and precision == "bf16" and divided.processes == 1:
         half = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
     # Of replays the sums of gradients stay, and a backward has all of its own at once.
-    replayed = config.cuda_graphs and rounded(min(sizes)) <= MOST_TOKENS
+    replayed = config.cuda_graphs and captured_size(min(sizes)) <= MAX_TOKENS
     sums, captured = (gradients, half) if replayed else (0.0, 0.0)
     offloaded = on_gpu and config.offload_embeddings
     at_loss, after_loss = (AT_LOSS_OFFLOADED, 0) if offloaded else (AT_LOSS, _AFTER_LOSS)
@@ -158,7 +158,7 @@ def plan_step(
         "embeddings and their gradients": 8.0 * rows * width if offloaded else 0.0,
         "a checkpoint while it is written": checkpoint,
     }
-    return Plan(
+    return MemoryPlan(
         {name: size for name, size in resident.items() if size},
         {name: size for name, size in step.items() if size},
         sum(resident.values()) + half + captured + gathered + max(moments),

@@ -1,4 +1,4 @@
-"""Runs as `pictures_on_ranks.py CONFIG`: one run on pictures by 1 and by 3 processes."""
+"""Runs as `images_on_ranks.py CONFIG`: one run on pictures by 1 and by 3 processes."""
 
 from __future__ import annotations
 
