@@ -77,7 +77,7 @@ def test_what_it_does_not_go_with_is_told(tiny: ModelConfig) -> None:
         with pytest.raises(ValueError, match=f"{other}: expected false with cuda_graphs, found true"):
             TrainConfig(cuda_graphs=True, **{other: True})
     pictures = ModelConfig(image=ImageConfig(name="ViT-B/32"))
-    with pytest.raises(ValueError, match="cuda_graphs: expected false with a tower of pictures, found true"):
+    with pytest.raises(ValueError, match="cuda_graphs: expected false with an image tower, found true"):
         TrainConfig(cuda_graphs=True, model=pictures)
     with pytest.raises(ConfigError, match="cuda_graphs: expected bf16 on a GPU, found fp32 on cpu"):
         check_cuda_graphs(towers_of(tiny), "fp32")
