@@ -1,4 +1,4 @@
-"""Errors that the command line answers in one line."""
+"""Errors that the command line prints as one line."""
 
 from __future__ import annotations
 

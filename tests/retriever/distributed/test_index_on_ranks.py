@@ -63,7 +63,7 @@ def test_what_several_processes_cannot_do_is_refused_before_it_is_begun(python: 
             ("--factory", "HNSW8"),
             "factory 'HNSW8': expected Flat, SQ…, PQ… or IVF…, whose parts can be merged",
         ),
-        (single, (), f"{single}: expected two shards or more for several processes to build from, found 1"),
+        (single, (), f"{single}: expected at least two shards for several processes, found 1"),
     ):
         done = python.run(*torchrun(2, "-m", "retriever", "index", "build", "--embeddings", emb, "--out", out, *words))
         said = [line for line in done.stderr.splitlines() if line.startswith("retriever: ")]

@@ -126,10 +126,10 @@ def test_different_folders_are_named_on_every_rank(tmp_path: Path) -> None:
 
 
 def test_one_path_to_folders_of_two_disks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = rank_agreement._is_seen
+    seen = rank_agreement._becomes_visible
     # As on two machines, where each looks at a disk of its own.
     here = threading.local()
-    monkeypatch.setattr(rank_agreement, "_is_seen", lambda mark, *, patient: seen(mark, patient=False) and here.first)
+    monkeypatch.setattr(rank_agreement, "_becomes_visible", lambda file, *, wait: seen(file, wait=False) and here.first)
 
     def compare_first(ranks: Ranks, name: str, folder: Path) -> None:
         here.first = ranks.is_first
