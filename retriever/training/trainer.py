@@ -294,7 +294,7 @@ class Trainer:
                 loss, grad_norm = self._step(batch, state.step)
                 state.step += 1
                 meter.add(batch)
-                stop.agree()
+                stop.sync()
                 last = state.step == total
                 row_due = last or self._due("log", "checkpoint", "dev")
                 if row_due or stop.requested:

@@ -120,8 +120,8 @@ def test_an_error_of_the_body_waits_for_calls_that_come_back(abandon: bool) -> N
 def test_a_call_that_was_abandoned_does_not_keep_the_program() -> None:
     script = """
 import time
-from retriever.utils.prefetch import behind
-with behind(time.sleep, 2, abandon=True) as later:
+from retriever.utils.prefetch import background_calls
+with background_calls(time.sleep, 2, abandon=True) as later:
     later(600)
     raise ValueError("torn")
 """

@@ -19,7 +19,7 @@ def test_tensors_arrive_whole_while_the_device_is_busy_and_the_buffers_stay_two(
     held, arrived = torch.cuda.memory_allocated(), []
     for tensor in sent:
         busy @ busy
-        arrived.append(staging.bring(tensor).sum(dtype=torch.int64))
+        arrived.append(staging.to_device(tensor).sum(dtype=torch.int64))
         # The host may use its own again at once.
         expected = tensor.clone()
         tensor.zero_()
