@@ -33,7 +33,7 @@ from retriever.cli.terminal import Terminal
 from retriever.config.flags import normalize_flags
 from retriever.config.yaml_file import load_config
 from retriever.errors import ArgumentError, ConfigError
-from retriever.utils.interrupt import sigterm_interrupts
+from retriever.utils.interrupt import sigterm_as_interrupt
 from retriever.utils.own_packages import PackageClash
 from retriever.utils.torchrun import check_environment, world_size
 

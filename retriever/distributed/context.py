@@ -11,8 +11,8 @@ import torch
 from torch import distributed
 
 from index.files import InputError
-from retriever.distributed.agreement import agree
-from retriever.distributed.errors import first_error_shown
+from retriever.distributed.agreement import check_same_on_ranks
+from retriever.distributed.errors import report_first_error
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
 from retriever.utils.interrupt import default_signal_handlers
@@ -87,19 +87,19 @@ def uses_gpus(device: str) -> bool:
 
 
 def same_settings(command: str, device: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What all ranks of one command must have been given, for `joined_ranks`.
+    """Return the settings of a command that must be equal on all ranks, for `joined_ranks`.
 
     Args:
-        command: Name of the command, for example "encode".
-        device: The device that was asked for; only whether it is a GPU is compared.
-        settings: Argument -> value; messages name them as flags.
+        command: name of the command, for example "encode".
+        device: value of --device. Only whether it is a GPU is compared.
+        settings: argument -> value. Messages name arguments as flags.
     """
     flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
     return {"command": command, "device": "cuda" if uses_gpus(device) else "cpu", **flags}
 
 
-def own_device(device: torch.device) -> torch.device:
-    """`cuda` as the GPU of this process's number on its machine.
+def rank_device(device: torch.device) -> torch.device:
+    """Return the GPU of this process, by its local rank, if `device` is `cuda` without an index.
 
     Raises:
         ConfigError: the local rank is unknown and there are several processes and GPUs.

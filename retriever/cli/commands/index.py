@@ -116,7 +116,7 @@ class IndexTune(RecallTarget):
         from index.manifest import INDEX, read_manifest
         from index.store.reader import EmbeddingStore
         from retriever.searching.index import check_target, query_vectors
-        from retriever.utils.check_progress import checking
+        from retriever.utils.check_progress import checksum_progress
 
         queries = self.query_texts()
         check_target(self.target_recall, self.k, queries, self.model, self.held_out)
