@@ -1,10 +1,10 @@
-"""What a step of training will need on each process, before any is made: `retriever train --dry-run`.
+"""Plan the memory that a training step needs on each process, without training: `retriever train --dry-run`.
 
-Weights, gradients and optimizer are counted, the graph of a micro-batch is measured by running one forward, and what
-else a step allocates is counted from its shapes. A step's peak is the largest of four moments: the loss, when all
-embeddings and their gradients are there; the backward of the kept graphs, newest first; the backward of a micro-batch
-that runs again, beside all gradients; and the optimizer's update of the largest parameter. A checkpoint is written from
-copies on the host, which may be the fifth on a CPU.
+Weights, gradients and optimizer state are counted. The graph of a micro-batch is measured by running one forward. Other
+allocations are computed from their shapes. The peak of a step is the largest of four moments: the loss, when all
+embeddings and their gradients are in memory; the backward of the kept graphs, newest first; the backward of a
+recomputed micro-batch, when all gradients are in memory; and the optimizer's update of the largest parameter. On a CPU,
+the copies from which a checkpoint is written are a fifth moment.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import psutil
@@ -29,29 +28,30 @@ from retriever.training.cuda_graphs import MAX_TOKENS, captured_size
 from retriever.utils.device import Precision
 
 MIB = 2**20
-# Of each number of an embedding after the loss: the leaf and its gradient.
+# Bytes per number of an embedding after the loss: the leaf and its gradient, in float32.
 _AFTER_LOSS = 8
-# What cuBLAS takes for itself on a Hopper, for each of the threads of forward and backward.
-_OF_LIBRARY = 64 * MIB
-# What a backward pass holds beside its graph, as part of it; and before it has made any gradient of a weight.
-_BACKWARD, _BEGUN = 0.25, 0.05
+# Workspace of cuBLAS on a Hopper GPU, for the threads of forward and backward.
+_LIBRARY_BYTES = 64 * MIB
+# Additional memory of a backward, as a fraction of its graph: at its peak, and before the first gradient of a weight.
+_BACKWARD, _BACKWARD_START = 0.25, 0.05
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one process, by what they are for. Of the device, if that is a GPU; otherwise all is on the host."""
+    """The memory of one process in bytes: of its GPU if it has one, otherwise of the host."""
 
     resident: dict[str, float]
-    """There from the first step to the last."""
+    """Purpose -> bytes in use throughout the run."""
     step: dict[str, float]
-    """There for a part of each step."""
+    """Purpose -> bytes in use during a part of each step."""
     peak: float
-    """The most at any moment."""
+    """Largest number of bytes in use at any time."""
     room: float
-    """What the device has for this process, or the machine in all."""
+    """Bytes that the GPU of this process, or the machine, has in all."""
     host: dict[str, float]
-    """On the host, where `resident` and `step` are on a GPU."""
+    """Purpose -> bytes on the host, if `resident` and `step` are on a GPU."""
     notes: list[str]
+    """Lines that describe the step."""
 
     @property
     def fits(self) -> bool:
@@ -59,11 +59,11 @@ class MemoryPlan:
         return self.peak <= self.room
 
     def lines(self) -> list[str]:
-        """For a person to read."""
+        """Format the plan for the terminal."""
         rows = [*self.resident.items(), *self.step.items(), ("peak", self.peak), ("of", self.room)]
-        shown = [f"  {name:<58}{size / MIB:>12,.0f} MiB" for name, size in rows]
+        device = [f"  {name:<58}{size / MIB:>12,.0f} MiB" for name, size in rows]
         host = [f"  {name + ' (host)':<58}{size / MIB:>12,.0f} MiB" for name, size in self.host.items()]
-        return [*self.notes, *shown, *host]
+        return [*self.notes, *device, *host]
 
 
 def plan_step(
@@ -78,92 +78,101 @@ def plan_step(
     ranks: int,
     batches_waiting: int,
 ) -> MemoryPlan:
-    """Plan the steps of a run by its first batch.
+    """Plan the memory of the steps of a run.
 
     Args:
-        batch: this process's share of it.
-        ranks: processes that compute the loss together.
-        batches_waiting: batches that are held ready.
+        config: the configuration of the run.
+        towers: the towers on their device.
+        loss: the loss module.
+        optimizer: the optimizer, which has not made a step.
+        graphs: how many graphs are kept.
+        batch: this process's share of the largest batch.
+        precision: precision of the towers.
+        ranks: number of processes.
+        batches_waiting: number of prepared batches in host memory.
     """
     device = towers.device
     on_gpu = device.type == "cuda"
-    # Before anything runs: what a forward has used stays with the process.
-    used = 0.0 if on_gpu else float(psutil.Process().memory_info().rss)
+    # Read first, because memory used by a forward stays with the process.
+    process_bytes = 0.0 if on_gpu else float(psutil.Process().memory_info().rss)
     rows, width = sum(len(group) for group in batch.groups), towers.dimension
     passages = rows - batch.queries
     sizes = batch.micro_batch_tokens
     kept = graphs.keep(sizes)
-    held = _graphs(towers, precision, batch)
+    graph_sizes = _graph_bytes(towers, precision, batch)
     if config.cuda_graphs:
-        whole = [(size, captured_size(size)) for size in sizes]
-        held = [h * (r / s if r <= MAX_TOKENS else 1) for h, (s, r) in zip(held, whole, strict=True)]
-    passing, waiting = held[: len(sizes) - kept], held[len(sizes) - kept :]
-    kept_graphs, once_more = sum(waiting), max(passing, default=0.0)
+        rounded = [captured_size(size) for size in sizes]
+        graph_sizes = [
+            graph * (large / size if large <= MAX_TOKENS else 1)
+            for graph, size, large in zip(graph_sizes, sizes, rounded, strict=True)
+        ]
+    recomputed_sizes, kept_sizes = graph_sizes[: len(sizes) - kept], graph_sizes[len(sizes) - kept :]
+    kept_graphs, recomputed_graph = sum(kept_sizes), max(recomputed_sizes, default=0.0)
 
-    trained = [parameter for g in optimizer.param_groups for parameter in g["params"]]
-    divided = _Divided.among(ranks, towers) if config.shard_towers else _Divided(1, frozenset())
-    gradients = divided.bytes_of(trained)
-    held_tensors = [t for module in (towers, loss) for t in (*module.parameters(), *module.buffers())]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    sharding = _Sharding.of(ranks, towers) if config.shard_towers else _Sharding(1, frozenset())
+    gradients = sharding.bytes_of(trained)
+    tensors = [t for module in (towers, loss) for t in (*module.parameters(), *module.buffers())]
     resident = {
-        "weights": divided.bytes_of(held_tensors),
-        f"optimizer ({config.optim.name})": divided.sum(trained, lambda p: _moments(p, config.optim.name)),
+        "weights": sharding.bytes_of(tensors),
+        f"optimizer ({config.optim.name})": sharding.sum(trained, lambda p: _moment_bytes(p, config.optim.name)),
     }
-    # safetensors makes bytes of copies, and the larger of the two files is the optimizer's; whole, where it is written.
-    checkpoint = 2 * max(resident.values()) * divided.processes
+    # safetensors serializes copies. The larger file is the optimizer's, and it is written unsharded.
+    checkpoint = 2 * max(resident.values()) * sharding.processes
     if on_gpu:
-        resident["of the library of products"] = float(_OF_LIBRARY)
+        resident["workspace of cuBLAS"] = float(_LIBRARY_BYTES)
     else:
-        resident["program, libraries, open data"] = max(0.0, used - sum(tensor.nbytes for tensor in held_tensors))
-    half = 0.0
-    if on_gpu and precision == "bf16" and divided.processes == 1:
-        half = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
-    # Of replays the sums of gradients stay, and a backward has all of its own at once.
-    replayed = config.cuda_graphs and captured_size(min(sizes)) <= MAX_TOKENS
-    sums, captured = (gradients, half) if replayed else (0.0, 0.0)
+        resident["program, libraries, open data"] = max(0.0, process_bytes - sum(tensor.nbytes for tensor in tensors))
+    bf16_weights = 0.0
+    if on_gpu and precision == "bf16" and sharding.processes == 1:
+        bf16_weights = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
+    # CUDA graphs keep their accumulated gradients, and a captured backward holds all its gradients in bf16 at once.
+    uses_graphs = config.cuda_graphs and captured_size(min(sizes)) <= MAX_TOKENS
+    accumulated, captured = (gradients, bf16_weights) if uses_graphs else (0.0, 0.0)
     offloaded = on_gpu and config.offload_embeddings
     at_loss, after_loss = (AT_LOSS_OFFLOADED, 0) if offloaded else (AT_LOSS, _AFTER_LOSS)
-    workspace = _workspace(config, batch.queries, passages, width, on_gpu, ranks)
-    gathered = divided.gathered(towers, 2 if on_gpu and precision == "bf16" else 4)
-    exchanged = _exchanged(passages, width, ranks, config)
+    workspace = _loss_workspace(config, batch.queries, passages, width, on_gpu, ranks)
+    gathered = sharding.gathered_bytes(towers, 2 if on_gpu and precision == "bf16" else 4)
+    exchanged = _exchange_bytes(passages, width, ranks, config)
     step = {
-        "weights in bf16": half,
+        "weights in bf16": bf16_weights,
         "gradients of CUDA graphs": captured,
         "layers gathered from all processes": gathered,
         "gradients": gradients,
         f"graphs kept until the loss ({kept} of {len(sizes)} micro-batches)": kept_graphs,
-        "graph of one micro-batch, and its backward": (1 + _BACKWARD) * max(held),
+        "graph of one micro-batch, and its backward": (1 + _BACKWARD) * max(graph_sizes),
         "embeddings and their gradients": float(at_loss * rows * width),
         "workspace of the loss": workspace,
-        "passages on their way between processes": exchanged,
+        "passages exchanged between processes": exchanged,
     }
-    # A gradient is made whole before it is added to what earlier micro-batches gave.
-    adding = max(divided.bytes_of([parameter]) for parameter in trained) if len(sizes) > 1 else 0.0
-    begun = gradients + adding + _BACKWARD * max(waiting, default=0.0)
+    # With several micro-batches, a new gradient exists in full before it is added to the accumulated one.
+    new_gradient = max(sharding.bytes_of([parameter]) for parameter in trained) if len(sizes) > 1 else 0.0
+    backward_start = gradients + new_gradient + _BACKWARD * max(kept_sizes, default=0.0)
     if on_gpu and len(sizes) == 1:
-        # A graph that is the only one has gone when the gradients are there; a CPU's allocator keeps its place.
-        begun = _BEGUN * kept_graphs + sums
+        # A single graph is freed while its gradients are made. The allocator of a CPU does not reuse its memory.
+        backward_start = _BACKWARD_START * kept_graphs + accumulated
     moments = [
-        kept_graphs + sums + at_loss * rows * width + workspace + exchanged,
-        kept_graphs + begun + after_loss * rows * width,
-        gradients + adding + (1 + _BACKWARD) * once_more + after_loss * rows * width,
-        gradients + max(map(partial(_update, name=config.optim.name), trained)),
+        kept_graphs + accumulated + at_loss * rows * width + workspace + exchanged,
+        kept_graphs + backward_start + after_loss * rows * width,
+        gradients + new_gradient + (1 + _BACKWARD) * recomputed_graph + after_loss * rows * width,
+        gradients + max(map(partial(_update_bytes, name=config.optim.name), trained)),
     ]
     data = float(batches_waiting * batch_bytes(batch))
     if not on_gpu:
-        resident["batches held ready"] = data
+        resident["prepared batches"] = data
         step["a checkpoint while it is written"] = checkpoint
         moments.append(checkpoint)
-    on_host = {
-        "batches held ready": data,
+    host = {
+        "prepared batches": data,
         "embeddings and their gradients": 8.0 * rows * width if offloaded else 0.0,
         "a checkpoint while it is written": checkpoint,
     }
     return MemoryPlan(
         {name: size for name, size in resident.items() if size},
         {name: size for name, size in step.items() if size},
-        sum(resident.values()) + half + captured + gathered + max(moments),
+        sum(resident.values()) + bf16_weights + captured + gathered + max(moments),
         float(torch.cuda.mem_get_info(device)[1]) if on_gpu else float(psutil.virtual_memory().total),
-        {name: size for name, size in on_host.items() if size} if on_gpu else {},
+        {name: size for name, size in host.items() if size} if on_gpu else {},
         [
             f"each of {ranks} processes, {device.type}, {precision}: {batch.queries:,} queries and {passages:,} "
             f"passages a step, {batch.tokens:,} tokens in {len(sizes)} micro-batches of at most {max(sizes):,}"
@@ -171,28 +180,35 @@ def plan_step(
     )
 
 
+def batch_bytes(batch: PreparedBatch) -> int:
+    """Return the bytes of a prepared batch on the host: token ids or pixels, and the masks of false negatives."""
+    masks = batch.false_negatives
+    size = 0 if masks is None else masks.query_ids.nbytes + masks.passage_ids.nbytes + masks.excluded.nbytes
+    return size + sum(group.nbytes for group in batch.groups)
+
+
 @dataclass(frozen=True)
-class _Divided:
-    """Towers whose encoders are divided among processes (models/fsdp.py), or are not."""
+class _Sharding:
+    """How the encoders are sharded over processes (models/fsdp.py); `processes` is 1 if they are not."""
 
     processes: int
     parameters: frozenset[Tensor]
-    """Those that each process has a part of."""
+    """The sharded parameters."""
 
     @classmethod
-    def among(cls, processes: int, towers: Towers) -> _Divided:
+    def of(cls, processes: int, towers: Towers) -> _Sharding:
         return cls(processes, frozenset(p for encoder in towers.encoders for p in encoder.parameters()))
 
     def sum(self, tensors: Iterable[Tensor], size: Callable[[Tensor], float]) -> float:
-        """Of what one process has."""
+        """Sum the sizes of what one process holds of the tensors."""
         return float(sum(size(t) / (self.processes if t in self.parameters else 1) for t in tensors))
 
     def bytes_of(self, tensors: Iterable[Tensor]) -> float:
         return self.sum(tensors, lambda tensor: tensor.nbytes)
 
-    def gathered(self, towers: Towers, number_bytes: int) -> float:
-        """What is whole for a while: in backward two layers and the gradient of one, in fp32, beside what stands
-        outside of layers."""
+    def gathered_bytes(self, towers: Towers, number_bytes: int) -> float:
+        """Return the bytes of gathered parameters in backward: two layers, the float32 gradient of one, and the
+        parameters outside layers with their gradients."""
         if self.processes == 1:
             return 0.0
         largest = 0.0
@@ -203,58 +219,50 @@ class _Divided:
         return largest
 
 
-def _graphs(towers: Towers, precision: Precision, batch: PreparedBatch) -> list[float]:
-    """Bytes that the graph of each micro-batch holds: measured of the largest of each group, since a token of a picture
-    holds more than one of a text and features of a locked tower next to nothing; of the others by their tokens."""
-    sizes, found = batch.micro_batch_tokens, list[float]()
+def _graph_bytes(towers: Towers, precision: Precision, batch: PreparedBatch) -> list[float]:
+    """Return the bytes of the graph of each micro-batch.
+
+    The largest micro-batch of each group is measured and the others are scaled by their tokens. Groups differ: a token
+    of an image holds more than one of a text, and cached features of a frozen tower hold almost nothing.
+    """
+    sizes, estimates = batch.micro_batch_tokens, list[float]()
     for group in batch.groups:
-        own = sizes[len(found) : len(found) + len(group.micro_batches)]
-        if own:
-            largest = int(np.argmax(own))
-            held = held_bytes(towers, precision, partial(group.embed, towers, group.micro_batches[largest]))
-            found += [held * size / max(1, own[largest]) for size in own]
-    return found
+        group_sizes = sizes[len(estimates) : len(estimates) + len(group.micro_batches)]
+        if group_sizes:
+            largest = int(np.argmax(group_sizes))
+            measured = held_bytes(towers, precision, partial(group.embed, towers, group.micro_batches[largest]))
+            estimates += [measured * size / max(1, group_sizes[largest]) for size in group_sizes]
+    return estimates
 
 
-def batch_bytes(batch: PreparedBatch) -> int:
-    """What a batch holds on the host: token ids or pixels, and ids."""
-    masks, found = batch.false_negatives, 0
-    if masks is not None:
-        found = masks.query_ids.nbytes + masks.passage_ids.nbytes + masks.excluded.nbytes
-    for group in batch.groups:
-        content: Any = group
-        held = [content.pixels] if hasattr(content, "pixels") else [content.tokens.ids, content.tokens.offsets]
-        found += sum(array.nbytes for array in held)
-    return int(found)
-
-
-def _moments(parameter: Tensor, name: str) -> float:
-    """Bytes of an optimizer's state of one parameter, as optim.py has it."""
+def _moment_bytes(parameter: Tensor, name: str) -> float:
+    """Return the bytes of the optimizer state of a parameter (optim.py)."""
     if name == "adamw":
         return 2.0 * parameter.nbytes
-    first, rest = parameter.shape[0] if parameter.ndim else 1, parameter.numel()
-    rows, columns = first, rest // max(1, first)
+    first, numel = parameter.shape[0] if parameter.ndim else 1, parameter.numel()
+    rows, columns = first, numel // max(1, first)
     factored = parameter.ndim > 1 and min(rows, columns) >= 32
-    return 2.0 * rest + 4.0 * ((rows + columns) if factored else rest)
+    return 2.0 * numel + 4.0 * ((rows + columns) if factored else numel)
 
 
-def _update(parameter: Tensor, name: str) -> float:
-    """Bytes that the update of one parameter takes for a while: Adafactor's, in fp32; AdamW's is one kernel."""
+def _update_bytes(parameter: Tensor, name: str) -> float:
+    """Return the temporary bytes of updating a parameter: a float32 tensor in Adafactor, none in fused AdamW."""
     return 4.0 * parameter.numel() if name == "adafactor" else 0.0
 
 
-def _workspace(config: TrainConfig, queries: int, passages: int, width: int, on_gpu: bool, ranks: int) -> float:
-    """What tiles of the score matrix take; a matrix that exists whole takes several times itself, on every process."""
-    scores, given = float(queries) * passages, float(config.loss.workspace_mib * MIB)
+def _loss_workspace(config: TrainConfig, queries: int, passages: int, width: int, on_gpu: bool, ranks: int) -> float:
+    """Return the bytes of the tiles of the score matrix, or of several full matrices if the loss stores it."""
+    scores, limit = float(queries) * passages, float(config.loss.workspace_mib * MIB)
     if config.loss.name == "clip" or config.loss.implementation in ("full", "dense"):
         return 20 * scores * ranks**2
     if on_gpu:
-        return min(given, 16 * scores)
-    return min(given, 13 * min(scores, CPU_TILE_ENTRIES) + 24.0 * width * CPU_TILE_ENTRIES**0.5)
+        return min(limit, 16 * scores)
+    return min(limit, 13 * min(scores, CPU_TILE_ENTRIES) + 24.0 * width * CPU_TILE_ENTRIES**0.5)
 
 
-def _exchanged(passages: int, width: int, ranks: int, config: TrainConfig) -> float:
-    """Blocks of the ring, two on their way and three sums (distributed/ring.py of losses), or the whole pool."""
+def _exchange_bytes(passages: int, width: int, ranks: int, config: TrainConfig) -> float:
+    """Return the bytes of blocks in the ring, two in transfer and three sums (losses/distributed/ring.py), or of the
+    gathered pool."""
     if ranks == 1:
         return 0.0
     ring = passages * width * (2 * 4 + 3 * 4)

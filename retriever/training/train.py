@@ -24,8 +24,7 @@ from retriever.distributed.ranks import DryRunRanks, Ranks
 from retriever.encoding.model import Model, load
 from retriever.errors import ConfigError
 from retriever.training.memory_plan import MemoryPlan
-from retriever.training.new_run import NewRun
-from retriever.training.run_dir import cache_folder, load_run_config
+from retriever.training.run_dir import NewRun, cache_folder, load_run_config
 from retriever.training.trainer import Trainer
 from retriever.utils.interrupt import Interrupted
 from retriever.utils.torchrun import restart_count

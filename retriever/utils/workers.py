@@ -40,15 +40,15 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
         return iter(loader)
     received: list[int] = []
     before = {
-        number: signal.signal(number, lambda number, frame: received.append(number)) for number in TERMINATION_SIGNALS
+        number: signal.signal(number, lambda signum, frame: received.append(signum)) for number in TERMINATION_SIGNALS
     }
     try:
         return iter(loader)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
+        for signum in received:
+            signal.raise_signal(signum)
 
 
 @contextlib.contextmanager

@@ -20,10 +20,10 @@ from retriever.data.batches import BatchDataset, PairKeys, Prompts, TrainingBatc
 from retriever.data.false_negatives import FalseNegatives, find_false_negatives, numbered
 from retriever.data.known_positives import KnownPositives, digests, open_known_positives
 from retriever.data.micro_batches import PreparedBatch
+from retriever.data.pool_false_negatives import with_pool_false_negatives
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.ranks import Ranks
-from retriever.training.false_negatives import with_pool_false_negatives
 
 NONE = np.empty((0, 2), dtype=np.int64)
 SAME = [{0, 2, 4}, {1}, {0, 2, 4}, {3}, {0, 2, 4}, {5}]

@@ -163,7 +163,7 @@ def test_memory_is_planned_by_what_each_tower_holds(config: TrainConfig) -> None
     features = ImageGroup(torch.randn(1000, 128).half(), 1, [np.arange(1000)])
     batch = PreparedBatch([features, texts], 1000, None, padded=True)
     planned = plan_step(
-        *(trainer.config, trainer.towers, trainer.loss, trainer.optimizer, trainer._step.graphs, batch),
+        *(trainer.config, trainer.towers, trainer.loss, trainer.optimizer, trainer.graphs, batch),
         precision="fp32",
         ranks=1,
         batches_waiting=1,
@@ -189,10 +189,10 @@ def test_a_step_on_pictures_has_the_host_wait_for_nothing(config: TrainConfig, i
     )
     batch = next(iter(trainer.batches.loader()))
     for step in range(2):
-        trainer._step(batch, step)
+        trainer.train_step(batch, step)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, _ = trainer._step(batch, 2)
+        loss, _ = trainer.train_step(batch, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()

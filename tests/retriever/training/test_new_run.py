@@ -12,7 +12,7 @@ from cli_helpers import command, write_config, write_lines, write_pairs
 
 from retriever.cli.terminal import Terminal
 from retriever.config.run import ModelConfig
-from retriever.training import new_run
+from retriever.training import run_dir
 from retriever.training.run_dir import RunFolder
 from retriever.training.step import TrainStep
 
@@ -76,7 +76,7 @@ def test_what_was_there_before_stays(config: Path, tmp_path: Path) -> None:
 
 
 def test_much_that_was_read_is_kept_and_said(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(new_run, "WORTH_KEEPING", 100)
+    monkeypatch.setattr(run_dir, "MIN_KEPT_CACHE_BYTES", 100)
     outcome = command("train", config, "--batch-size", "61")
     assert f"{tmp_path / 'run' / 'cache'}: kept for the next start" in outcome.err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
@@ -120,7 +120,7 @@ def raised() -> Iterator[None]:
 
 
 def test_ctrl_c_counts_as_a_failure(tmp_path: Path) -> None:
-    new = new_run.NewRun(tmp_path / "runs" / "first", tmp_path / "elsewhere" / "cache", Terminal())
+    new = run_dir.NewRun(tmp_path / "runs" / "first", tmp_path / "elsewhere" / "cache", Terminal())
     with raised(), new.removed_on_failure():
         (tmp_path / "elsewhere" / "cache").mkdir(parents=True)
         (tmp_path / "runs" / "second").mkdir(parents=True)

@@ -248,7 +248,7 @@ def test_changed_dev_set_is_refused(config: TrainConfig, data: Path, tmp_path: P
 def test_a_run_has_one_trainer_at_a_time(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer.start(dataclasses.replace(config, steps=1, dev=DevConfig()), Terminal())
     refused = []
-    step = trainer._step
+    step = trainer.train_step
 
     def meanwhile(batch: Any, number: int) -> Any:
         with pytest.raises(InputError, match="another process") as caught:
