@@ -263,5 +263,5 @@ def test_a_checkpoint_of_other_losses_is_refused() -> None:
     loss = InfCLRankingLoss(Tokens())
     saved = {"LearnedScaleCallback": {"args": {}, "attributes": {"log_logit_scales": [3.0, 4.0]}}}
     state = TrainerState(global_step=2, stateful_callbacks=saved)
-    with pytest.raises(ValueError, match="the checkpoint has 2 learned scales, the losses 1"):
+    with pytest.raises(ValueError, match="the checkpoint has 2 learned scales, but the losses have 1"):
         LearnedScaleCallback().on_train_begin(None, state, None, optimizer=torch.optim.SGD(loss.parameters()))
