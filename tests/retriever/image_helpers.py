@@ -1,4 +1,4 @@
-"""Pictures drawn on the spot, and small models of pictures and texts with random weights."""
+"""Draw images, and save small image–text models with random weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 
 def draw(colour: str, shape: str, size: tuple[int, int] = (48, 40), shift: int = 0) -> Image.Image:
-    """A shape of one colour on white."""
-    picture = Image.new("RGB", size, "white")
-    pen, (width, height) = ImageDraw.Draw(picture), size
+    """Draw a shape in one colour on white."""
+    image = Image.new("RGB", size, "white")
+    pen, (width, height) = ImageDraw.Draw(image), size
     box = (8 + shift, 8, width - 8 + shift, height - 8)
     if shape == "circle":
         pen.ellipse(box, fill=colour)
@@ -33,21 +33,21 @@ def draw(colour: str, shape: str, size: tuple[int, int] = (48, 40), shift: int =
         pen.line((box[0], box[3], box[2], box[1]), fill=colour, width=6)
     else:
         pen.rectangle((0, height // 2 - 5 + shift, width, height // 2 + 5 + shift), fill=colour)
-    return picture
+    return image
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture in which every pixel matters."""
+    """Return an image of random pixels."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def pictures() -> list[Image.Image]:
-    """Of several shapes, smaller and larger than a tower's square."""
+def sample_images() -> list[Image.Image]:
+    """Return images of several sizes, smaller and larger than the input of a tower."""
     return [noise(60, 40), noise(40, 60, 1), noise(32, 32, 2), noise(90, 21, 3)]
 
 
 def letter_tokenizer() -> Any:
-    """A tokenizer of single letters, with CLIP's kind of special tokens."""
+    """Return a tokenizer of single letters with special tokens like CLIP's."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -67,7 +67,7 @@ def letter_tokenizer() -> Any:
 
 
 def save_checkpoint(kind: str, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """A whole CLIP or SigLIP checkpoint as transformers saves it; returns model, processor, and how it pads texts."""
+    """Save a full CLIP or SigLIP model. Returns model, processor, and its arguments for padding texts."""
     import transformers
 
     tokenizer = letter_tokenizer()
@@ -94,17 +94,17 @@ def save_checkpoint(kind: str, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         processor = transformers.Siglip2Processor(images, tokenizer)
         padding = {"padding": "max_length", "truncation": True, "max_length": 16, "return_attention_mask": False}
     with torch.no_grad():
-        # Larger than transformers begins with, so that embeddings differ from one another.
-        chance = torch.Generator().manual_seed(0)
+        # Larger than the initial weights of transformers, so that embeddings differ.
+        generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=chance))
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor, padding
 
 
 def cache_as_hub_name(model: Path, hub: Path) -> str:
-    """Lay a model folder into a hub cache, as a download leaves it; returns its name there."""
+    """Copy a model folder into a hub cache, as after a download. Returns its hub name."""
     cached = hub / "models--acme--clip"
     shutil.copytree(model, cached / "snapshots" / "0123abcd")
     (cached / "refs").mkdir()
@@ -113,7 +113,7 @@ def cache_as_hub_name(model: Path, hub: Path) -> str:
 
 
 def save_vision_encoder(kind: str, folder: Path) -> Path:
-    """A ViT or DINOv2 with random weights, and its image processor."""
+    """Save a ViT or DINOv2 with random weights and its image processor."""
     import transformers
 
     if kind == "vit":
@@ -128,25 +128,25 @@ def save_vision_encoder(kind: str, folder: Path) -> Path:
     return folder
 
 
-def differing_texts() -> list[str]:
-    """Short, empty, and longer than a tower reads."""
+def sample_texts() -> list[str]:
+    """Return short and empty texts, and one above the maximum length."""
     return ["a cat", "two dogs run", "", "a very long caption about nothing at all"]
 
 
 def captioned() -> list[tuple[Image.Image, str]]:
-    """Every shape in every colour, with its caption."""
+    """Return an image of every shape in every colour, with its caption."""
     return [(draw(colour, shape), f"{colour} {shape}") for colour in COLOURS for shape in SHAPES]
 
 
-def picture_bytes(image: Image.Image, kind: str = "PNG") -> bytes:
-    """The picture as a file's content."""
+def image_bytes(image: Image.Image, kind: str = "PNG") -> bytes:
+    """Encode an image as the content of a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    """A tar of these members, in order."""
+    """Write a tar of these members, in order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members:
@@ -157,7 +157,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 
 def write_shards(folder: Path, shards: int = 2) -> str:
-    """All captioned pictures as webdataset tars, with txt and json; returns the pattern that names them."""
+    """Write all captioned images as webdataset tars with txt and json. Returns their brace pattern."""
     pairs = captioned()
     for shard in range(shards):
         members: list[tuple[str, bytes]] = []
@@ -165,7 +165,7 @@ def write_shards(folder: Path, shards: int = 2) -> str:
             image, caption = pairs[number]
             about = {"caption": caption, "captions": [caption, f"a {caption}"]}
             kind = ("png", "jpg", "webp")[number % 3]
-            content = picture_bytes(image, {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[kind])
+            content = image_bytes(image, {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[kind])
             members += [
                 (f"{number:05}.{kind}", content),
                 (f"{number:05}.txt", caption.encode()),

@@ -1,5 +1,4 @@
-"""Runs as `peak_of_training.py CONFIG`, also under torchrun: trains, and prints the most memory that the first process
-ever had, in bytes."""
+"""Script `peak_of_training.py CONFIG`, also under torchrun: train, and print the peak memory of rank 0 in bytes."""
 
 from __future__ import annotations
 
@@ -20,6 +19,6 @@ with joined_ranks(on_devices=torch.cuda.is_available()) as ranks:
     if ranks.is_first and torch.cuda.is_available():
         print(torch.cuda.max_memory_allocated())
     elif ranks.is_first:
-        # Not getrusage's: Linux lets a program begin with the peak of the one that started it.
+        # Not getrusage: on Linux a program inherits the peak of the process that started it.
         (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         print(int(peak) * 1024)

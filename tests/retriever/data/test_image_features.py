@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_helpers import draw, picture_bytes, save_checkpoint, write_tar
+from image_helpers import draw, image_bytes, save_checkpoint, write_tar
 
 import retriever.data.images.features as features
 from retriever.config.images import ImageSource
@@ -30,7 +30,7 @@ def pairs(tmp_path: Path) -> PairSource:
     """Twelve pairs, the sixth of which has a broken picture."""
     members = []
     for number in range(12):
-        picture = b"broken" if number == 5 else picture_bytes(draw(("red", "green", "blue")[number % 3], "circle"))
+        picture = b"broken" if number == 5 else image_bytes(draw(("red", "green", "blue")[number % 3], "circle"))
         members += [(f"{number:02}.png", picture), (f"{number:02}.txt", b"words")]
     return open_pairs(ImageSource(str(write_tar(tmp_path / "a.tar", members))), tmp_path / "index")
 
@@ -74,7 +74,7 @@ def test_a_picture_replaced_under_its_name_is_encoded_anew(towers: ImageTextTowe
     rows = [{"image": f"{number}.png", "caption": "words"} for number in range(3)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for number in range(2):
-        (tmp_path / f"{number}.png").write_bytes(picture_bytes(draw("red", "circle")))
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(draw("red", "circle")))
 
     def computed() -> FeatureStore:
         pairs = open_pairs(ImageSource(str(tmp_path / "pairs.jsonl")), tmp_path / "index")
@@ -83,10 +83,10 @@ def test_a_picture_replaced_under_its_name_is_encoded_anew(towers: ImageTextTowe
     first = computed()
     assert computed().path == first.path
     replaced = tmp_path / "1.png"
-    replaced.write_bytes(picture_bytes(draw("blue", "circle")))
+    replaced.write_bytes(image_bytes(draw("blue", "circle")))
     os.utime(replaced, (1, 1))
     second = computed()
     assert torch.equal(first.read(0, "a"), second.read(0, "a"))
     assert not torch.equal(first.read(1, "b"), second.read(1, "b"))
-    (tmp_path / "2.png").write_bytes(picture_bytes(draw("green", "cross")))
+    (tmp_path / "2.png").write_bytes(image_bytes(draw("green", "cross")))
     assert torch.isfinite(computed().read(2, "c")).all()

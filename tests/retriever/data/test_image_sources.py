@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from image_helpers import captioned, draw, picture_bytes, write_shards, write_tar
+from image_helpers import captioned, draw, image_bytes, write_shards, write_tar
 
 import retriever.data.images.tars as shards_module
 from index.files import InputError
@@ -61,7 +61,7 @@ def test_captions_come_from_where_the_configuration_says(
 
 
 def test_samples_without_picture_or_caption_are_left_out_and_counted(tmp_path: Path) -> None:
-    png = picture_bytes(draw("red", "circle"))
+    png = image_bytes(draw("red", "circle"))
     path = write_tar(
         tmp_path / "a.tar",
         [
@@ -110,7 +110,7 @@ def test_samples_without_picture_or_caption_are_left_out_and_counted(tmp_path: P
     ids=["half a character", "deep", "a list", "a number", "no JSON", "no UTF-8"],
 )
 def test_captions_that_cannot_be_used_break_their_pair_alone(about: bytes, message: str, tmp_path: Path) -> None:
-    png = picture_bytes(draw("red", "circle"))
+    png = image_bytes(draw("red", "circle"))
     good = '{"caption": "è 🙂"}'.encode()
     members = [("a.png", png), ("a.json", about), ("ünï/日本.png", png), ("ünï/日本.json", good)]
     pairs = opened(ImageSource(str(write_tar(tmp_path / "a.tar", members))), tmp_path)

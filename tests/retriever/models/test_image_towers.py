@@ -11,10 +11,10 @@ import torch
 from image_helpers import (
     SMALL,
     cache_as_hub_name,
-    differing_texts,
     letter_tokenizer,
     noise,
-    pictures,
+    sample_images,
+    sample_texts,
     save_checkpoint,
     save_vision_encoder,
 )
@@ -53,8 +53,8 @@ def saved(towers: ImageTextTowers, folder: Path) -> Path:
 
 def embeddings(towers: ImageTextTowers) -> tuple[np.ndarray, np.ndarray]:
     # One token at a time is one picture or text at a time.
-    images = embed_images(towers, pictures(), EncodeOptions(micro_batch_tokens=40))
-    return images, embed_texts(towers, differing_texts(), "document", EncodeOptions())
+    images = embed_images(towers, sample_images(), EncodeOptions(micro_batch_tokens=40))
+    return images, embed_texts(towers, sample_texts(), "document", EncodeOptions())
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -63,8 +63,8 @@ def test_whole_checkpoints_give_the_embeddings_of_transformers(kind: str, tmp_pa
     towers = load_image_text_towers(str(tmp_path / kind))
     images, texts = embeddings(towers)
     with torch.no_grad():
-        pixels = processor(images=pictures(), return_tensors="pt")
-        ids = processor.tokenizer(differing_texts(), return_tensors="pt", return_token_type_ids=False, **padding)
+        pixels = processor(images=sample_images(), return_tensors="pt")
+        ids = processor.tokenizer(sample_texts(), return_tensors="pt", return_token_type_ids=False, **padding)
         theirs = [model.get_image_features(**pixels).pooler_output, model.get_text_features(**ids).pooler_output]
     for ours, other in zip((images, texts), theirs, strict=True):
         expected = torch.nn.functional.normalize(other, dim=-1).numpy()
@@ -89,8 +89,8 @@ def test_sentence_transformers_encodes_a_saved_folder_alike(kind: str, tmp_path:
     path = saved(towers, tmp_path / "model")
     assert is_image_text_model(str(path))
     model = SentenceTransformer(str(path), device="cpu")
-    np.testing.assert_allclose(model.encode(pictures()), images, atol=1e-5)
-    np.testing.assert_allclose(model.encode(differing_texts()), texts, atol=1e-5)
+    np.testing.assert_allclose(model.encode(sample_images()), images, atol=1e-5)
+    np.testing.assert_allclose(model.encode(sample_texts()), texts, atol=1e-5)
     again = load_image_text_towers(str(path))
     assert again.fingerprint() == towers.fingerprint() and again.dimension == images.shape[1]
     for one, other in zip(embeddings(again), (images, texts), strict=True):
@@ -122,12 +122,12 @@ def test_without_a_projection_the_image_towers_width_is_the_common_space(tokeniz
 def test_files_and_pictures_embed_alike_whatever_stands_beside_them(tmp_path: Path, tokenizer: str) -> None:
     towers = build_image_text_towers(pair(tokenizer, "tiny")).eval()
     paths = []
-    for number, image in enumerate(pictures()):
+    for number, image in enumerate(sample_images()):
         image.save(tmp_path / f"{number}.png")
         paths.append(tmp_path / f"{number}.png")
     counts: list[int] = []
     together = embed_images(towers, paths, EncodeOptions(), counts.append)
-    alone = np.concatenate([embed_images(towers, [image], EncodeOptions()) for image in pictures()])
+    alone = np.concatenate([embed_images(towers, [image], EncodeOptions()) for image in sample_images()])
     np.testing.assert_allclose(together, alone, atol=1e-6)
     assert sum(counts) == 4 and embed_images(towers, [], EncodeOptions()).shape == (0, 20)
     (tmp_path / "2.png").write_bytes(b"broken")
@@ -169,7 +169,7 @@ def test_a_hub_name_is_the_checkpoint_of_that_name(
     ):
         local, hub = make(str(folder)), make(name)
         assert [type(m.auto_model) for m in hub.transformers] == [type(m.auto_model) for m in local.transformers]
-        pixels = torch.stack([local.transform.pixels(image) for image in pictures()])
+        pixels = torch.stack([local.transform.pixels(image) for image in sample_images()])
         assert torch.equal(hub.image_features(pixels), local.image_features(pixels))
     with pytest.raises(ConfigError, match=r"model\.image\.size: expected none for a trained encoder"):
         build_image_text_towers(pair(tokenizer, name, size=32))
@@ -204,7 +204,7 @@ def test_gradient_checkpointing_changes_no_gradient(tokenizer: str) -> None:
         towers = build_image_text_towers(pair(tokenizer, "tiny"))
         if on:
             towers.enable_gradient_checkpointing()
-        pixels = torch.stack([towers.transform.pixels(image) for image in pictures()])
+        pixels = torch.stack([towers.transform.pixels(image) for image in sample_images()])
         towers({"pixels": pixels})[:, 0].sum().backward()
         gradients.append(towers._image[0].auto_model.embeddings.patch_embedding.weight.grad)
     torch.testing.assert_close(*gradients)
