@@ -72,10 +72,10 @@ class LoadedPython:
     def run(self, *words: object, folder: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run `python WORDS` in the folder."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        with tempfile.TemporaryDirectory() as said:
-            out, err = Path(said) / "out", Path(said) / "err"
-            asked = {"words": [*map(str, words)], "folder": str(folder or "."), "out": str(out), "err": str(err)}
-            self._process.stdin.write(json.dumps(asked) + "\n")
+        with tempfile.TemporaryDirectory() as output:
+            out, err = Path(output) / "out", Path(output) / "err"
+            request = {"words": [*map(str, words)], "folder": str(folder or "."), "out": str(out), "err": str(err)}
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             if not select.select([self._process.stdout], [], [], timeout)[0]:
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -144,8 +144,8 @@ def _worker(*words: str) -> None:
     _python([word for word in words if word != "-u"])
 
 
-def _answer(asked: dict[str, Any]) -> None:
-    """In a fork: run what is asked for."""
+def _answer(request: dict[str, Any]) -> None:
+    """Run a request, in a fork."""
     from torch.distributed.launcher import api
 
     launch = api.elastic_launch
@@ -155,10 +155,10 @@ def _answer(asked: dict[str, Any]) -> None:
         return launch(config, _worker)
 
     api.elastic_launch = launch_forks
-    for file, descriptor in ((os.devnull, 0), (asked["out"], 1), (asked["err"], 2)):
+    for file, descriptor in ((os.devnull, 0), (request["out"], 1), (request["err"], 2)):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
-    os.chdir(asked["folder"])
-    _end_with(lambda: _python(asked["words"]))
+    os.chdir(request["folder"])
+    _end_with(lambda: _python(request["words"]))
 
 
 def main(modules: list[str]) -> None:

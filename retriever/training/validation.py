@@ -130,7 +130,7 @@ def open_dev_set(config: TrainConfig) -> DevSet | None:
     """Open the dev set of a configuration, or return None if dev.path is empty."""
     if not config.dev.path:
         return None
-    own_packages.need("eval")
+    own_packages.require("eval")
     if not config.model.image.name:
         return TextDevSet.open(config.dev)
     from retriever.training.image_validation import ImageDevSet

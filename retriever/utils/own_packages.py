@@ -59,7 +59,7 @@ def check_imported(module: str) -> None:
         raise _clash(package, other, f"{other} has been imported under that name")
 
 
-def need(package: str) -> None:
+def require(package: str) -> None:
     """Import a package now, so that a PackageClash is raised before long work starts."""
     check_imported(package)
     importlib.import_module(package)

@@ -38,7 +38,7 @@ def without_newest(checkpoints: Path) -> Path:
     return sorted(checkpoints.iterdir())[-2]
 
 
-def run_rank(words: list[str], said: Path) -> None:
+def run_rank(words: list[str], outcome: Path) -> None:
     """Run the command line and write its exit code and output."""
     torch.set_num_threads(1)
     if "WITHOUT_NEWEST" in os.environ:
@@ -51,7 +51,7 @@ def run_rank(words: list[str], said: Path) -> None:
             code = int(end.code or 0)
         except Exception as error:  # noqa: BLE001 - shown in the outcome
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    said.write_text(json.dumps([code, out.getvalue(), err.getvalue()]))
+    outcome.write_text(json.dumps([code, out.getvalue(), err.getvalue()]))
 
 
 def run_together(ranks: list[str], folder: Path) -> list[Any]:
@@ -83,11 +83,11 @@ def run_together(ranks: list[str], folder: Path) -> list[Any]:
 
 def main(cases: Path, outcomes: Path) -> None:
     """Run all cases."""
-    found, asked = {}, json.loads(cases.read_text())
+    found, command_lines = {}, json.loads(cases.read_text())
     # The first parsing of each command is slow; its caches are shared by the forks.
-    for line in {line.partition(" --")[0]: line for ranks in asked.values() for line in ranks}.values():
+    for line in {line.partition(" --")[0]: line for ranks in command_lines.values() for line in ranks}.values():
         cli._parse(line.partition(" --environment ")[0].split())
-    for name, ranks in asked.items():
+    for name, ranks in command_lines.items():
         began = time.monotonic()
         found[name] = run_together(ranks, outcomes.parent)
         print(f"{name}: {time.monotonic() - began:.2f} s", flush=True)

@@ -17,7 +17,7 @@ from cli_helpers import write_beir, write_config
 
 from retriever.config.run import ModelConfig
 from retriever.utils import own_packages
-from retriever.utils.own_packages import HOME, PACKAGES, PackageClash, check_imported, need
+from retriever.utils.own_packages import HOME, PACKAGES, PackageClash, check_imported, require
 
 
 def create(folder: Path, name: str, kind: str) -> Path:
@@ -81,7 +81,7 @@ class TestEachPackage:
             imported_by(OURS, name)
         assert name not in sys.modules, "code of the user has been run"
         assert imported_by(str(user_folder / "script.py"), name).mine
-        for check in (check_imported, need):
+        for check in (check_imported, require):
             with pytest.raises(PackageClash, match="has been imported under that name"):
                 check(name)
         message = str(refused.value)
