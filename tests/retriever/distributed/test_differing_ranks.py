@@ -49,7 +49,7 @@ DIFFERING = {
     "evaluate: qrels copy": TWO.format("words: qrels", PLACED, PLACED),
     "evaluate: queries copy": TWO.format("words: queries", PLACED, PLACED),
     "evaluate: k": TWO.format("--k", 1000, 10),
-    "evaluate: prompts": TWO.format(r"--settings\.default\.query_prompt", "tell:", "ask:"),
+    "evaluate: prompts": TWO.format(r"--settings\.default\.query[-_]prompt", "tell:", "ask:"),
     "evaluate: out": TWO.format("out", r"\S+", r"\S+"),
     "index: embeddings copy": TWO.format("embeddings", PLACED, PLACED),
     "index: factory": TWO.format("--factory", "Flat", "SQ8"),

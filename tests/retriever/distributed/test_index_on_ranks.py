@@ -85,6 +85,8 @@ def test_unsupported_builds_are_refused_without_leaving_files(python: LoadedPyth
 def test_options_of_one_process_are_refused(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     done = command("index", *words)
     assert done.code == 2 and message in done.err and done.err.count("\n") == 1
