@@ -134,7 +134,7 @@ class TogetherRanks(Ranks):
 
     said: ClassVar[list[PairKeys]] = []
 
-    def gathered(self, rows: np.ndarray) -> list[np.ndarray]:
+    def all_gather_rows(self, rows: np.ndarray) -> list[np.ndarray]:
         kinds = {"queries": 0, "positives": 1, "negatives": 2}
         mine = self.said[self.rank]
         for kind in kinds:
