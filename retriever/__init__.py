@@ -76,7 +76,7 @@ _PUBLIC = {
 
 __all__ = ["__version__", *_PUBLIC]
 
-own_packages.install()
+own_packages.install_finder()
 
 
 def __dir__() -> list[str]:

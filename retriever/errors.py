@@ -1,4 +1,4 @@
-"""Errors that the command line answers in one line."""
+"""Errors that the command line prints as one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from index.files import InputError
 
 
 class ConfigError(InputError):
-    """A setting that is not valid; the command line answers with exit code 2."""
+    """An invalid setting. The command line exits with code 2."""
 
 
 class ArgumentError(ConfigError):
@@ -23,11 +23,11 @@ class ArgumentError(ConfigError):
         self.problem = problem
 
 
-def check_at_least(least: float, **arguments: float | None) -> None:
-    """Raise an ArgumentError for the first argument below `least`; None is accepted."""
+def check_at_least(minimum: float, **arguments: float | None) -> None:
+    """Raise an ArgumentError for the first argument below `minimum`; None is accepted."""
     for name, value in arguments.items():
-        if value is not None and value < least:
-            raise ArgumentError(name, f"expected at least {least}, found {value}")
+        if value is not None and value < minimum:
+            raise ArgumentError(name, f"expected at least {minimum}, found {value}")
 
 
 def check_choice(choices: tuple[str, ...], **arguments: str) -> None:

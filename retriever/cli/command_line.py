@@ -30,12 +30,12 @@ from retriever.cli.commands.split import Split
 from retriever.cli.commands.train import Train
 from retriever.cli.commands.zero_shot import EvaluateZeroShot
 from retriever.cli.terminal import Terminal
-from retriever.config.flags import as_switches
+from retriever.config.flags import normalize_flags
 from retriever.config.yaml_file import load_config
 from retriever.errors import ArgumentError, ConfigError
-from retriever.utils.interrupt import sigterm_interrupts
+from retriever.utils.interrupt import sigterm_as_interrupt
 from retriever.utils.own_packages import PackageClash
-from retriever.utils.torchrun import check_environment, process_count
+from retriever.utils.torchrun import check_environment, world_size
 
 DESCRIPTION = (
     "Train dense retrieval models, embed and index a corpus, search it, measure how well it retrieves. "
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = _parse(arguments)
         _check_processes(command, arguments)
-        with sigterm_interrupts(), Terminal() as terminal:
+        with sigterm_as_interrupt(), Terminal() as terminal:
             code = command.run(terminal)
         # Here rather than at the interpreter's end, where a failure could no longer be answered.
         sys.stdout.flush()
@@ -131,7 +131,7 @@ def _check_processes(command: Any, arguments: Sequence[str]) -> None:
         ConfigError: names the command, or the variable.
     """
     asked, words = (command.command, 2) if isinstance(command, IndexGroup | EvaluateGroup) else (command, 1)
-    if (count := process_count()) > 1 and not isinstance(asked, SHARED):
+    if (count := world_size()) > 1 and not isinstance(asked, SHARED):
         name = " ".join(arguments[:words])
         raise ConfigError(f"{name}: works in one process; start it without torchrun (WORLD_SIZE is {count})")
     if count == 1:
@@ -153,7 +153,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[EvaluateGroup, subcommand("evaluate")]
     )
     box = io.StringIO()
-    words = as_switches(arguments) if arguments[:1] == ["train"] else arguments
+    words = normalize_flags(arguments) if arguments[:1] == ["train"] else arguments
     try:
         with contextlib.redirect_stderr(box):
             command: Any = tyro.cli(commands, prog="retriever", description=DESCRIPTION, args=words)

@@ -1,1 +1,1 @@
-"""What a training run is: frozen dataclasses, read from YAML and from flags."""
+"""The configuration of a training run: frozen dataclasses, read from YAML and from flags."""

@@ -1,4 +1,4 @@
-"""Fields of a configuration that are true or false, and numbers not given, in the forms in which people write flags."""
+"""Command line flags for boolean and optional fields of the configuration, in the spellings that people use."""
 
 from __future__ import annotations
 
@@ -7,45 +7,48 @@ from collections.abc import Sequence
 from typing import get_args, get_type_hints
 
 from retriever.config.run import TrainConfig
-from retriever.config.yaml_file import NOTHING
+from retriever.config.yaml_file import NONE_WORDS
 from retriever.errors import ConfigError
 
-VALUES = ("true", "false")
+BOOLEANS = ("true", "false")
 
 
-def as_switches(words: Sequence[str]) -> list[str]:
-    """`--any.field true`, `--any.field=false` and `--no-any.field` as the parser has them: `--any.field` and
-    `--any.no-field`; `none` for a number that need not be given as `None`. Other words are left as they are.
+def normalize_flags(words: Sequence[str]) -> list[str]:
+    """Rewrite flags to the spellings that the parser accepts.
+
+    `--any.field true`, `--any.field=false` and `--no-any.field` become `--any.field` and `--any.no-field`. `none` as
+    the value of an optional number becomes `None`. Other words are unchanged.
 
     Raises:
-        ConfigError: what follows a field that is true or false is neither.
+        ConfigError: the value of a boolean field is neither true nor false.
     """
-    out: list[str] = []
-    left = list(words)
-    while left:
-        name, equals, value = left.pop(0).partition("=")
+    normalized: list[str] = []
+    remaining = list(words)
+    while remaining:
+        name, equals, value = remaining.pop(0).partition("=")
         path = name.removeprefix("--no-").removeprefix("--").split(".")
-        off = name.startswith("--no-") or path[-1].startswith("no-")
+        negated = name.startswith("--no-") or path[-1].startswith("no-")
         path[-1] = path[-1].removeprefix("no-")
-        kind = _kind(path) if name.startswith("--") else None
+        kind = _field_type(path) if name.startswith("--") else None
         if kind is bool:
-            # The file may stand behind a flag.
-            if not equals and left and not left[0].startswith("-") and not left[0].endswith((".yaml", ".yml")):
-                equals, value = "=", left.pop(0)
-            if equals and value.lower() not in VALUES:
+            # The word after the flag may be the configuration file.
+            is_value = bool(remaining) and not remaining[0].startswith("-")
+            if not equals and is_value and not remaining[0].endswith((".yaml", ".yml")):
+                equals, value = "=", remaining.pop(0)
+            if equals and value.lower() not in BOOLEANS:
                 raise ConfigError(f"{name}: expected true or false, found {value!r:.40}")
-            on = off == (value.lower() == "false")
-            out.append("--" + ".".join([*path[:-1], path[-1] if on else f"no-{path[-1]}"]))
-        elif _need_not_be_given(kind) and (value if equals else "".join(left[:1])).lower() in NOTHING:
-            left = left if equals else left[1:]
-            out.append(f"{name}=None")
+            on = negated == (value.lower() == "false")
+            normalized.append("--" + ".".join([*path[:-1], path[-1] if on else f"no-{path[-1]}"]))
+        elif _is_optional(kind) and (value if equals else "".join(remaining[:1])).lower() in NONE_WORDS:
+            remaining = remaining if equals else remaining[1:]
+            normalized.append(f"{name}=None")
         else:
-            out.append(name + equals + value)
-    return out
+            normalized.append(name + equals + value)
+    return normalized
 
 
-def _kind(path: Sequence[str]) -> object:
-    """The type of a field; none for a name that no field has."""
+def _field_type(path: Sequence[str]) -> object:
+    """The type of a field, or None for an unknown name."""
     kind: object = TrainConfig
     for name in path:
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
@@ -54,6 +57,6 @@ def _kind(path: Sequence[str]) -> object:
     return kind
 
 
-def _need_not_be_given(kind: object) -> bool:
-    # A text may be the word itself.
+def _is_optional(kind: object) -> bool:
+    # "none" is a valid value of a text field.
     return type(None) in get_args(kind) and str not in get_args(kind)

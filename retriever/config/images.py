@@ -1,4 +1,4 @@
-"""What a run says of its pictures: the image tower, and where pairs of picture and caption come from."""
+"""Configuration of the image tower and of the sources of image–caption pairs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-# Patch size, default side of a picture, width, layers, heads (Dosovitskiy et al., arXiv 2010.11929, table 1; S from
-# Touvron et al., arXiv 2012.12877). "tiny" is for machines without a GPU: 64 patches, 0.8 million parameters.
+# Patch size, default image size, width, layers, heads (Dosovitskiy et al., arXiv 2010.11929, table 1; S from Touvron
+# et al., arXiv 2012.12877). "tiny" is for machines without a GPU: 64 patches, 0.8 million parameters.
 ARCHITECTURES = {
     "tiny": (8, 64, 128, 4, 4),
     "ViT-S/16": (16, 224, 384, 12, 6),
@@ -20,29 +20,30 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """The image tower of a run on pictures and captions; the rest of `model` is then its text tower."""
+    """The image tower of a run on images and captions. The other fields of `model` then describe its text tower."""
 
     name: str = ""
-    """A vision encoder (ViT, CLIP, SigLIP, DINOv2), a local path or hub name; or from scratch: tiny, ViT-S/16,
-    ViT-B/32, ViT-B/16, ViT-L/16, ViT-L/14. A whole CLIP or SigLIP folder gives both towers where model.name and
-    model.architecture are empty, and its image tower otherwise. Empty: no pictures, a run on texts."""
+    """A vision encoder (ViT, CLIP, SigLIP, DINOv2) as a local path or a hub name, or an architecture to train from
+    scratch: tiny, ViT-S/16, ViT-B/32, ViT-B/16, ViT-L/16 or ViT-L/14. A full CLIP or SigLIP model provides both towers
+    if model.name and model.architecture are empty, otherwise only its image tower. Empty: train on texts only."""
     size: int | None = None
-    """Side of the square of pixels of a model from scratch; empty: 64 for tiny, else 224."""
+    """Height and width of the input images of a model from scratch, in pixels. None: 64 for tiny, otherwise 224."""
     statistics: Literal["processor", "clip", "imagenet"] = "processor"
-    """Mean and deviation that pixels are normalised by; processor: the folder's own (CLIP's for a new model)."""
+    """Mean and standard deviation for the normalization of pixels. processor: those of the model, or CLIP's for a model
+    from scratch."""
     lock: Literal["none", "image", "text"] = "none"
-    """A tower that does not train, its projection apart. image: as in LiT (arXiv 2111.07991), with the features of
-    every picture computed once, without random crops, and kept in the cache."""
+    """Tower whose weights are frozen, except for its projection. image: as in LiT (arXiv 2111.07991); the features of
+    every image are computed once, without random crops, and cached."""
     patch_dropout: float = 0.0
-    """Share of a picture's patches left out in training (arXiv 2212.00794)."""
+    """Fraction of the patches of an image that are dropped in training, 0 to below 1 (FLIP, arXiv 2212.00794)."""
     augment: bool = True
-    """Train on random crops (RandomResizedCrop); off: on the crop at the centre that evaluation uses."""
+    """Train on random crops (RandomResizedCrop). False: train on the center crop, as in evaluation."""
     flip: bool = False
-    """Mirror half of the pictures in training."""
+    """Flip images horizontally with probability 0.5 in training."""
 
     @property
     def is_new(self) -> bool:
-        """Whether the tower begins with random weights."""
+        """Whether the tower is trained from scratch."""
         return self.name in ARCHITECTURES
 
     def __post_init__(self) -> None:
@@ -56,26 +57,26 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """One source of pictures with captions."""
+    """One source of images with captions."""
 
     path: str
-    """webdataset tars (brace ranges: cc3m-{00000..00331}.tar; or a folder of them), a .jsonl, .csv, .tsv or .parquet
-    file with paths of pictures, a Hugging Face dataset folder, or, with the format huggingface, a hub name."""
+    """webdataset tars (a brace range such as cc3m-{00000..00331}.tar, or a folder of tars), a .jsonl, .csv, .tsv or
+    .parquet file with image paths, a folder of a Hugging Face dataset, or, with format huggingface, a hub name."""
     format: Literal["auto", "webdataset", "files", "huggingface"] = "auto"
-    """How to read the path; auto goes by what is found there."""
+    """Format of the path. auto: detected from the path and its content."""
     image: str = "image"
-    """Column with the picture, or with its path, relative to the file's folder."""
+    """Column with the image or with its path, relative to the folder of the file."""
     caption: tuple[str, ...] = ()
-    """Where captions stand: in tars txt or json:KEY, in a Hugging Face dataset columns, in a file one column. Several,
-    or a list in one of them: one is drawn each time the pair comes. Empty: txt in tars, caption in a json or column."""
+    """Where the captions are: txt or json:KEY in tars, columns in a Hugging Face dataset, one column in a file. Of
+    several captions, one is drawn each time. Empty: txt in tars, otherwise the json key or column caption."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     weight: float | None = None
-    """Share of the batches that come from this source, relative to the other sources' (none: its number of pairs, at
-    least that of a batch)."""
+    """Share of the batches that come from this source, relative to the weights of the other sources. None: its number
+    of pairs, at least batch_size."""
     max_broken: float = 0.01
-    """Stop once more than this share of the pairs indexed or read, and more than 100, had a broken picture or no
-    caption; until then such pairs are left out, counted and logged."""
+    """Maximum fraction of pairs with an unreadable image or without a caption. Such pairs are skipped, counted and
+    logged; the run stops if they are more than this fraction and more than 100."""
 
     def __post_init__(self) -> None:
         if not self.path:

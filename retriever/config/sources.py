@@ -1,4 +1,4 @@
-"""Sources of training examples, as a configuration names them."""
+"""Configuration of the sources of text pairs."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of training examples."""
+    """One source of text pairs."""
 
     path: str
-    """A BEIR folder, a .jsonl, .csv, .tsv (each also .gz) or .parquet file, a Hugging Face dataset folder, or, with
-    the format huggingface, a hub name: owner/name, owner/name:subset, owner/name:subset@revision."""
+    """A BEIR folder, a .jsonl, .csv, .tsv (each also as .gz) or .parquet file, a folder of a Hugging Face dataset, or,
+    with format huggingface, a hub name: owner/name, owner/name:subset or owner/name:subset@revision."""
     format: Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"] = "auto"
-    """How to read the path; auto goes by what is found there."""
+    """Format of the path. auto: detected from the path and its content."""
     split: str = "train"
     """Split of a BEIR folder (qrels/SPLIT.tsv) or a Hugging Face dataset."""
     query: str = "query"
-    """Column with the query's text."""
+    """Column with the query."""
     positive: str = "positive"
-    """Column with the positive passage, or a list of them."""
+    """Column with the positive passage or a list of positive passages."""
     negatives: str = "negatives"
-    """Column with the hard negative passage, or a list of them; may be absent. A name with * stands for every column
-    that matches, in their order (negative_*: negative_1, negative_2, ...); empty cells are no negatives."""
+    """Column with the hard negative or a list of hard negatives; may be absent. A name with * selects all matching
+    columns in order (negative_*: negative_1, negative_2, …). Empty cells are ignored."""
     weight: float | None = None
-    """Share of the batches that come from this source, relative to the other sources' (none: its number of rows, at
-    least that of a batch). The first lines of a run say each source's share."""
+    """Share of the batches that come from this source, relative to the weights of the other sources. None: its number
+    of rows, at least batch_size."""
     query_prompt: str | None = None
-    """Text put before each query (none: the model's own). One that all sources share is saved as the model's own, which
-    the dev set and encoding use; where sources differ the model keeps its own, and theirs are saved by name."""
+    """Text that is put before each query of this source. None: the prompt of the model. A prompt shared by all sources
+    is saved as the prompt of the model; otherwise the prompts are saved under the names of their sources."""
     passage_prompt: str | None = None
-    """Text put before each passage (none: the model's own); saved as `query_prompt` is."""
+    """Text that is put before each passage of this source. None: the prompt of the model. Saved as query_prompt is."""
 
     def __post_init__(self) -> None:
         if not self.path:

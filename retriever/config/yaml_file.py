@@ -1,4 +1,4 @@
-"""A training run's configuration as YAML: read with every key and type checked, written beside the results."""
+"""Read and write the configuration of a training run as YAML, with every key and type checked."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from retriever.config.run import TrainConfig
 from retriever.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
-"""In the folder of a run: how it was configured."""
-# How people write that a number is not given.
-NOTHING = ("none", "null")
+"""Name of the configuration file in a run folder."""
+# Accepted spellings of None for an optional number.
+NONE_WORDS = ("none", "null")
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would keep the last."""
+    """A loader that refuses duplicate keys; YAML would keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The keys and values below a node."""
-        seen: set[str] = set()
+        """Return the keys and values of a mapping node."""
+        keys: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
+            if key.value in keys:
                 raise yaml.constructor.ConstructorError(problem=f"{key.value} twice", problem_mark=key.start_mark)
-            seen.add(key.value)
+            keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -39,7 +39,8 @@ def load_config(path: Path) -> TrainConfig:
     """Read a YAML file into a TrainConfig.
 
     Raises:
-        ConfigError: no such file, no YAML, an unknown key (the nearest known one is named), or a wrong type.
+        ConfigError: the file does not exist or is not YAML, a key is unknown (the message suggests the nearest known
+            key), or a value has the wrong type.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -110,13 +111,13 @@ def _plain(value: Any) -> Any:
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration with every local path absolute, so that a run resumes from wherever it is called."""
+    """Return the configuration with absolute local paths, so that a run can be resumed from any working directory."""
 
     def absolute(path: str) -> str:
         return str(Path(path).resolve()) if path and Path(path).exists() else path
 
     def absolute_shards(path: str) -> str:
-        # A brace range is the name of no file.
+        # A brace range does not exist as a file.
         return str(Path(path).absolute()) if path.endswith(".tar") else absolute(path)
 
     sources = tuple(dataclasses.replace(source, path=absolute(source.path)) for source in config.data.sources)
@@ -138,21 +139,21 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration, atomically, as YAML that `load_config` reads back to an equal one."""
+    """Write a configuration atomically as YAML. `load_config` reads an equal configuration from it."""
     tree = _with_lists(dataclasses.asdict(config))
     with atomic_path(path) as temporary:
         temporary.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _with_lists(tree: Any) -> Any:
-    """The tree with lists for tuples, which YAML does not have."""
+    """Convert tuples to lists, since YAML has no tuples."""
     if isinstance(tree, dict):
         return {key: _with_lists(value) for key, value in tree.items()}
     return [_with_lists(value) for value in tree] if isinstance(tree, tuple | list) else tree
 
 
 def _build(kind: Any, tree: Any, file: str, where: str) -> Any:
-    """Make a dataclass of the tree below the key `where`, refusing unknown keys and wrong types."""
+    """Build the dataclass `kind` from the mapping at the key `where`."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: {where or 'the file'}: expected keys and values, found {_shown(tree)}")
     known = typing.get_type_hints(kind)
@@ -169,16 +170,17 @@ def _build(kind: Any, tree: Any, file: str, where: str) -> Any:
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
-        # The dataclass's own check, which names the field.
+        # Raised by __post_init__; the message names the field.
         raise ConfigError(f"{file}: {error}") from None
 
 
 def _convert(kind: Any, value: Any, file: str, place: str) -> Any:
-    """Check `value` against a field's type; whole numbers serve as floats, and so does YAML's text '1e-4'."""
+    """Convert `value` to the type of a field. A float field also accepts integers and '1e-4', which YAML reads as
+    text."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (argument for argument in arguments if argument is not type(None))
-        if value is None or (inner is not str and isinstance(value, str) and value.lower() in NOTHING):
+        if value is None or (inner is not str and isinstance(value, str) and value.lower() in NONE_WORDS):
             return None
         return _convert(inner, value, file, place)
     if dataclasses.is_dataclass(kind):

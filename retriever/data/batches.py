@@ -16,7 +16,7 @@ from retriever.data.known_positives import KnownPositives, text_digests
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable
 from retriever.distributed.share import Share
-from retriever.utils.workers import become_worker
+from retriever.utils.workers import init_worker
 
 T = TypeVar("T")
 
@@ -207,7 +207,7 @@ def batch_loader(
         collate_fn=_unchanged,
         generator=torch.Generator(),
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=become_worker if workers else None,
+        worker_init_fn=init_worker if workers else None,
     )
 
 

@@ -35,6 +35,11 @@ class TextInputs:
         """Number of tokens of each text, int64 [texts]."""
         return self.tokens.lengths
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the token ids."""
+        return int(self.tokens.ids.nbytes + self.tokens.offsets.nbytes)
+
     def embed(self, towers: Towers, rows: np.ndarray) -> Tensor:
         """Compute the embeddings [rows, D] of one micro-batch."""
         return towers.embed(self.tokens, rows, self.side)
@@ -52,6 +57,10 @@ class TowerInputs(Protocol):
     @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each text or image, int64."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the token ids or pixels in host memory."""
 
     def embed(self, towers: Any, rows: np.ndarray) -> Tensor:
         """Compute the embeddings [rows, D] of one micro-batch."""

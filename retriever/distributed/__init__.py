@@ -1,1 +1,1 @@
-"""Several processes that train, encode or evaluate together (torchrun)."""
+"""Distributed training, encoding and evaluation: ranks, collectives, errors and checks that ranks agree."""

@@ -1,12 +1,12 @@
-"""Whether the processes of a job are about to do the same: their settings, data, weights and checkpoints compared.
+"""Check that all ranks have the same settings, data, weights and checkpoints.
 
-Every command that shares its work among ranks compares its settings when the ranks have met (`ranks.joined_ranks`), and
-what it has read before it is used: a run its configuration, model, data, dev set and checkpoint (trainer.py), encoding
-and evaluation the model and the corpus (encoding/corpus.py, evaluation/suite.py), an index its embeddings
-(index_build.py). Nothing is compared from step to step.
+Commands that run on several ranks compare their settings when the process group is created (`context.joined_ranks`).
+Later they compare what they have read, before it is used: training its configuration, model, data, dev set and
+checkpoint (training/), encoding and evaluation the model and the corpus (encoding/corpus.py, evaluation/suite.py), an
+index build its embeddings (index_build.py). Nothing is compared in each step.
 
-What may differ: paths of what is read, whose contents are compared instead; the cache; numbers of data workers; the
-number of a GPU, but not whether it is one; and how the first rank, which alone answers, prints the answer.
+The following may differ between ranks: the paths of inputs, whose contents are compared instead; the cache folder; the
+number of data workers; the index of the GPU; and options for printing, since only rank 0 prints.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retriever.distributed.errors import CommonError
+from retriever.distributed.errors import AllRanksError
 
 if TYPE_CHECKING:
     from retriever.config.run import TrainConfig
     from retriever.distributed.ranks import Ranks
 
-# Of the values of one field, and of the other fields, that a message names.
-MOST_NAMED = 4
-# Of a run's configuration: where things lie, whose contents are compared, and what changes no result.
-OF_ONE_RANK = (
+# Maximum number of values, and of further fields, that a message lists.
+MAX_LISTED = 4
+# Fields of a configuration that may differ: paths, whose contents are compared, and settings that change no result.
+MAY_DIFFER = (
     "out",
     "model.name",
     "model.tokenizer",
@@ -44,149 +44,165 @@ OF_ONE_RANK = (
     "dev.path",
     "device",
 )
-# Until a file that another machine has made is to be seen on a network disk.
-SECONDS = 5.0
+# Time in which a file that another machine has created becomes visible on a network file system.
+VISIBILITY_SECONDS = 5.0
 
 
-class RanksDifferError(CommonError):
-    """Ranks of a job would not do the same; raised on all of them, with one message."""
+class RanksDifferError(AllRanksError):
+    """Settings or inputs differ between ranks. Raised on all ranks with the same message."""
 
 
 @dataclass(frozen=True)
-class Content:
-    """What is compared by a digest of its content, wherever it lies on each rank."""
+class ContentHash:
+    """A value that is compared by the hash of its content, whatever its location on each rank."""
 
-    digest: str
-    """Of the content; empty where there is none."""
-    place: str = ""
-    """For messages."""
+    sha256: str
+    """Hexadecimal hash of the content; empty if there is no content."""
+    location: str = ""
+    """Path or name, shown in messages."""
 
     @classmethod
-    def of(cls, value: Any, place: str = "") -> Content:
-        """That of anything that JSON can say."""
+    def of(cls, value: Any, location: str = "") -> ContentHash:
+        """Hash a value that is serializable as JSON; other objects count as their `str`."""
         text = json.dumps(value, default=str, sort_keys=True)
-        return cls(hashlib.sha256(text.encode()).hexdigest(), place)
+        return cls(hashlib.sha256(text.encode()).hexdigest(), location)
 
     def __str__(self) -> str:
-        found = f"sha256 {self.digest[:12]}…" if self.digest else "none"
-        return f"{self.place} ({found})" if self.place else found
+        found = f"sha256 {self.sha256[:12]}…" if self.sha256 else "none"
+        return f"{self.location} ({found})" if self.location else found
 
 
-def agree(ranks: Ranks, fields: Mapping[str, Any]) -> None:
-    """Return if the fields have the same values on all ranks, which call it together.
+def check_same_on_ranks(ranks: Ranks, fields: Mapping[str, Any]) -> None:
+    """Check that the fields have the same values on all ranks. Every rank must call it.
 
     Args:
-        ranks: of a process group; nothing is compared for a process alone.
-        fields: values by the names that a user knows them by, the first ones to be named first: of a Content its
-            digest is compared, of anything else what JSON makes of it.
+        ranks: the ranks. Nothing is compared without a process group.
+        fields: names known to the user, with their values. A ContentHash is compared by its hash, any other value by
+            its JSON. The message names the first field that differs.
 
     Raises:
         RanksDifferError: on every rank: "optim.lr differs between ranks: 2e-05 on rank 0, 3e-05 on rank 1".
     """
     if ranks.group is None:
         return
-    compared = {name: _compared(value) for name, value in fields.items()}
-    if problem := difference(ranks.reports(compared)):
-        # A rank that ended before another has its report would be taken for one that was killed.
+    compared = {name: _comparable(value) for name, value in fields.items()}
+    if problem := describe_difference(ranks.all_gather(compared)):
+        # If a rank exited before the others have its values, it would be reported as killed.
         with contextlib.suppress(RuntimeError):
-            ranks.wait()
+            ranks.barrier()
         raise RanksDifferError(problem)
 
 
-def agree_on_folder(ranks: Ranks, name: str, folder: Path) -> None:
-    """Return if `folder`, there or not yet, is one and the same on all ranks, which call it together.
+def check_same_folder(ranks: Ranks, name: str, folder: Path) -> None:
+    """Check that `folder` is the same folder on all ranks. Every rank must call it.
 
-    A file that the first rank makes, for a moment, in the folder or in the nearest one above it that is there, must be
-    seen by all: paths may lead to one folder by different names, and one name to different folders on two machines.
+    Rank 0 creates a temporary file in the folder, or in its nearest existing parent, and all ranks must see it:
+    different paths may name the same folder, and the same path may name different folders on two machines.
+
+    Args:
+        ranks: the ranks. Nothing is compared without a process group.
+        name: name of the setting, for the message.
+        folder: an existing folder or one that will be created.
 
     Raises:
         RanksDifferError: on every rank.
     """
     if ranks.group is None:
         return
-    whole = folder.resolve()
-    there = next(path for path in (whole, *whole.parents) if path.exists())
-    mark = there / f".ranks-{secrets.token_hex(8)}"
-    if ranks.first:
-        # Where nothing can be written, names are all there is to compare.
+    resolved = folder.resolve()
+    existing = next(path for path in (resolved, *resolved.parents) if path.exists())
+    marker = existing / f".ranks-{secrets.token_hex(8)}"
+    if ranks.is_first:
+        # If the folder is not writable, only paths are compared.
         with contextlib.suppress(OSError):
-            mark.touch(exist_ok=False)
-    path, below, host = str(whole), str(whole.relative_to(there)), socket.gethostname()
+            marker.touch(exist_ok=False)
+    path, relative, host = str(resolved), str(resolved.relative_to(existing)), socket.gethostname()
     try:
-        first = ranks.told({"path": path, "below": below, "host": host, "mark": mark.name if mark.exists() else None})
-        if first["mark"] is None:
+        marker_name = marker.name if marker.exists() else None
+        first = ranks.broadcast({"path": path, "relative": relative, "host": host, "marker": marker_name})
+        if first["marker"] is None:
             same = first["path"] == path
         else:
-            same = first["below"] == below and _is_seen(there / first["mark"], patient=first["host"] != host)
-        other = "" if same or path != first["path"] else f", another folder on {host},"
-        agree(ranks, {name: _Shown(same, f"{path}{other}")})
+            wait = first["host"] != host
+            same = first["relative"] == relative and _becomes_visible(existing / first["marker"], wait=wait)
+        suffix = "" if same or path != first["path"] else f", another folder on {host},"
+        check_same_on_ranks(ranks, {name: _Described(same, f"{path}{suffix}")})
     finally:
-        if ranks.first:
+        if ranks.is_first:
             with contextlib.suppress(OSError):
-                mark.unlink()
-    # From here on the folder is as it was.
-    ranks.wait()
+                marker.unlink()
+    # The marker must be gone before any rank uses the folder.
+    ranks.barrier()
 
 
-def settings_of(settings: Any, without: Collection[str] = ()) -> dict[str, Any]:
-    """The fields of a dataclass, and of those in it, by names such as "optim.lr" and "data.sources[0].weight".
+def flat_settings(settings: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """Return the fields of a nested dataclass by names such as "optim.lr" and "data.sources[0].weight".
 
     Args:
-        without: names to leave out, with [] for any number: "data.sources[].path".
+        settings: the dataclass.
+        without: names to leave out, with [] for any index: "data.sources[].path".
     """
-    found: dict[str, Any] = {}
-    _flatten(dataclasses.asdict(settings), "", "", frozenset(without), found)
-    return found
+    flat: dict[str, Any] = {}
+    _flatten(dataclasses.asdict(settings), "", "", frozenset(without), flat)
+    return flat
 
 
-def config_fields(config: TrainConfig) -> dict[str, Any]:
-    """What the ranks of a training run must be told alike."""
-    return settings_of(config, OF_ONE_RANK)
+def compared_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of a training run that must be the same on all ranks."""
+    return flat_settings(config, MAY_DIFFER)
 
 
-def difference(reports: Sequence[Mapping[str, Sequence[str]]]) -> str:
-    """What the reports of the ranks, each [what is compared, what is shown] by name, differ in; empty if in nothing."""
-    names = list(dict.fromkeys(name for report in reports for name in report))
-    differing = [name for name in names if len({_of(report, name)[0] for report in reports}) > 1]
+def describe_difference(fields_of_ranks: Sequence[Mapping[str, Sequence[str]]]) -> str:
+    """Describe how the fields of the ranks differ, in one line; empty if they are equal.
+
+    Args:
+        fields_of_ranks: for each rank, name -> (value to compare, value to show).
+    """
+    names = list(dict.fromkeys(name for fields in fields_of_ranks for name in fields))
+    differing = [name for name in names if len({_field(fields, name)[0] for fields in fields_of_ranks}) > 1]
     if not differing:
         return ""
-    ranks_of: dict[str, list[int]] = {}
-    for rank, report in enumerate(reports):
-        ranks_of.setdefault(_of(report, differing[0])[0], []).append(rank)
-    found = [f"{_of(reports[own[0]], differing[0])[1]} on {_named(own)}" for own in ranks_of.values()]
-    text = f"{differing[0]} differs between ranks: {', '.join(_first_few(found))}"
-    return text + (f" (so do {', '.join(_first_few(differing[1:]))})" if differing[1:] else "")
+    ranks_with: dict[str, list[int]] = {}
+    for rank, fields in enumerate(fields_of_ranks):
+        ranks_with.setdefault(_field(fields, differing[0])[0], []).append(rank)
+    values = [
+        f"{_field(fields_of_ranks[ranks[0]], differing[0])[1]} on {_format_ranks(ranks)}"
+        for ranks in ranks_with.values()
+    ]
+    text = f"{differing[0]} differs between ranks: {', '.join(_limited(values))}"
+    return text + (f" (so do {', '.join(_limited(differing[1:]))})" if differing[1:] else "")
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """A value that is shown as something else."""
+class _Described:
+    """A value with the text that messages show for it."""
 
     value: Any
     text: str
 
 
-def _compared(value: Any) -> tuple[str, str]:
-    """What is compared of a value, and what is shown of it."""
-    if isinstance(value, Content):
-        return value.digest, str(value)
-    if isinstance(value, _Shown):
+def _comparable(value: Any) -> tuple[str, str]:
+    """Return the value as compared and as shown in messages."""
+    if isinstance(value, ContentHash):
+        return value.sha256, str(value)
+    if isinstance(value, _Described):
         return json.dumps(value.value), value.text
     text = json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
     return text, "none" if value is None else text.strip('"')
 
 
-def _of(report: Mapping[str, Sequence[str]], name: str) -> Sequence[str]:
-    return report.get(name, ("", "none"))
+def _field(fields: Mapping[str, Sequence[str]], name: str) -> Sequence[str]:
+    return fields.get(name, ("", "none"))
 
 
-def _first_few(texts: Sequence[str]) -> list[str]:
-    more = len(texts) - MOST_NAMED
-    return [*texts[:MOST_NAMED], *([f"and {more} more"] if more > 0 else [])]
+def _limited(texts: Sequence[str]) -> list[str]:
+    """The first MAX_LISTED texts, and how many more there are."""
+    more = len(texts) - MAX_LISTED
+    return [*texts[:MAX_LISTED], *([f"and {more} more"] if more > 0 else [])]
 
 
-def _named(ranks: Sequence[int]) -> str:
-    """ "rank 3", or "ranks 0-2 and 5": without a comma, which stands between values."""
+def _format_ranks(ranks: Sequence[int]) -> str:
+    """Format as "rank 3" or "ranks 0-2 and 5". Commas separate values in the message."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and spans[-1][1] == rank - 1:
@@ -194,30 +210,31 @@ def _named(ranks: Sequence[int]) -> str:
         else:
             spans.append([rank, rank])
     texts = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
-    if len(texts) > MOST_NAMED:
-        texts = [*texts[:MOST_NAMED], "others"]
+    if len(texts) > MAX_LISTED:
+        texts = [*texts[:MAX_LISTED], "others"]
     return f"rank{'s' if len(ranks) > 1 else ''} {' and '.join(texts)}"
 
 
-def _is_seen(mark: Path, *, patient: bool) -> bool:
-    """Whether a file that another process has made is there; on a network disk it may take its time."""
-    until = time.monotonic() + (SECONDS if patient else 0)
-    while not mark.exists():
-        if time.monotonic() >= until:
+def _becomes_visible(file: Path, *, wait: bool) -> bool:
+    """Whether the file exists, or appears within VISIBILITY_SECONDS if `wait`."""
+    deadline = time.monotonic() + (VISIBILITY_SECONDS if wait else 0)
+    while not file.exists():
+        if time.monotonic() >= deadline:
             return False
         time.sleep(0.1)
     return True
 
 
-def _flatten(value: Any, name: str, pattern: str, without: frozenset[str], found: dict[str, Any]) -> None:
+def _flatten(value: Any, name: str, pattern: str, without: frozenset[str], flat: dict[str, Any]) -> None:
+    """Add the leaves of `value` to `flat`. `pattern` is `name` with [] for each index."""
     if pattern in without:
         return
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             dot = "." if name else ""
-            _flatten(inner, f"{name}{dot}{key}", f"{pattern}{dot}{key}", without, found)
+            _flatten(inner, f"{name}{dot}{key}", f"{pattern}{dot}{key}", without, flat)
     elif isinstance(value, list | tuple) and any(isinstance(inner, dict) for inner in value):
-        for number, inner in enumerate(value):
-            _flatten(inner, f"{name}[{number}]", f"{pattern}[]", without, found)
+        for index, inner in enumerate(value):
+            _flatten(inner, f"{name}[{index}]", f"{pattern}[]", without, flat)
     else:
-        found[name] = value
+        flat[name] = value

@@ -1,4 +1,4 @@
-"""Several processes train or evaluate together (torchrun): who takes part, what they tell each other."""
+"""Create the process group of a job that torchrun started, and choose the device of each rank."""
 
 from __future__ import annotations
 
@@ -11,96 +11,102 @@ import torch
 from torch import distributed
 
 from index.files import InputError
-from retriever.distributed.agreement import agree
-from retriever.distributed.errors import first_error_shown
+from retriever.distributed.agreement import check_same_on_ranks
+from retriever.distributed.errors import report_first_error
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
-from retriever.utils.interrupt import signals_end_at_once
-from retriever.utils.torchrun import attempt, check_environment, local_rank, process_count
+from retriever.utils.interrupt import default_signal_handlers
+from retriever.utils.torchrun import check_environment, local_rank, restart_count, world_size
 from retriever.utils.versions import COMPUTING, versions
-from retriever.utils.workers import ended_with_parent
+from retriever.utils.workers import exit_with_parent
 
-# One rank may build an index while the others wait; a rank that dies is noticed by torchrun, not by the clock.
-PATIENCE = datetime.timedelta(days=1)
+# Long, because one rank may build an index while the others wait. torchrun notices dead ranks without a timeout.
+TIMEOUT = datetime.timedelta(days=1)
 
 
 @contextlib.contextmanager
 def joined_ranks(same: Mapping[str, Any] | None = None, *, on_devices: bool = False) -> Iterator[Ranks]:
-    """The processes of this torchrun as one group; alone without one.
+    """Context with the process group of all processes that torchrun started, or one rank without torchrun.
 
-    What lies in main memory is exchanged by gloo; with `on_devices` what lies on GPUs by NCCL. The first error of any
-    ends all (errors.py).
+    Collectives use gloo for tensors in host memory and, with `on_devices`, NCCL for tensors on GPUs. If a rank fails,
+    its error is shown and all ranks end (errors.py).
 
     Args:
-        same: what must be the same for all, by name (agreement.py), beside the versions of what computes.
+        same: settings that must be equal on all ranks, by name (agreement.py). The versions of the packages that
+            affect results are compared, too.
+        on_devices: whether to exchange tensors on GPUs. Default: False.
+
+    Yields:
+        This process's Ranks.
 
     Raises:
-        ConfigError: the environment is not that of a process of torchrun.
-        InputError: the others cannot be reached.
-        RanksDifferError: ranks have started other commands, or other versions.
+        ConfigError: the environment variables are not those of a torchrun process.
+        InputError: the other processes cannot be reached.
+        RanksDifferError: settings or versions differ between ranks.
     """
     check_environment()
-    if process_count() == 1:
+    if world_size() == 1:
         yield Ranks()
         return
-    # Whoever waits for others here does so outside of Python, for half an hour if they do not come.
-    with signals_end_at_once(), ended_with_parent():
-        job, store, rank, size = _met("cpu:gloo,cuda:nccl" if on_devices else "gloo")
-    with first_error_shown(store):
-        ranks = Ranks(rank, size, job)
-        agree(ranks, {**(same or {}), **_versions()})
+    # The rendezvous waits outside Python, for up to half an hour if other processes do not start.
+    with default_signal_handlers(), exit_with_parent():
+        job_store, store, rank, size = _init_process_group("cpu:gloo,cuda:nccl" if on_devices else "gloo")
+    with report_first_error(store):
+        ranks = Ranks(rank, size, job_store)
+        check_same_on_ranks(ranks, {**(same or {}), **_compared_versions()})
         yield ranks
-        # After an error others may never come to this.
+        # Only without an error: otherwise the other ranks may never reach this call.
         distributed.destroy_process_group()
 
 
-def _versions() -> dict[str, str]:
-    # Another Python computes the same.
-    return {f"the version of {name}": found for name, found in versions(*COMPUTING).items() if name != "Python"}
+def _compared_versions() -> dict[str, str]:
+    # The version of Python does not affect results.
+    found = versions(*COMPUTING)
+    return {f"the version of {name}": version for name, version in found.items() if name != "Python"}
 
 
-def _met(backend: str) -> tuple[Any, Any, int, int]:
-    """Join the others; the store of the job and that of this attempt, this process's rank, and how many there are."""
+def _init_process_group(backend: str) -> tuple[Any, Any, int, int]:
+    """Join the other processes. Returns the stores of the job and of this attempt, the rank and the world size."""
     try:
-        job, rank, size = next(iter(distributed.rendezvous("env://")))
-        job.set(f"met {attempt()}", "")
-        # The addresses of its processes are those of one attempt.
-        store = distributed.PrefixStore(f"attempt {attempt()}", job)
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        job_store, rank, size = next(iter(distributed.rendezvous("env://")))
+        job_store.set(f"met {restart_count()}", "")
+        # Each attempt has processes with new addresses.
+        store = distributed.PrefixStore(f"attempt {restart_count()}", job_store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except ValueError as error:
-        # Of RANK, MASTER_ADDR and the like, which it names.
+        # The message names RANK, MASTER_ADDR or another variable.
         raise ConfigError(f"WORLD_SIZE is set, as under torchrun, but: {error}") from None
     except distributed.DistError as error:
         raise InputError(f"the other processes cannot be reached: {str(error).splitlines()[0]}") from None
-    return job, store, rank, size
+    return job_store, store, rank, size
 
 
 def uses_gpus(device: str) -> bool:
-    """Whether a process that is asked for that device, "auto" perhaps, will compute on a GPU."""
+    """Whether a process with this --device, which may be "auto", computes on a GPU."""
     return device != "cpu" and torch.cuda.is_available()
 
 
 def same_settings(command: str, device: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What all ranks of one command must have been given, for `joined_ranks`.
+    """Return the settings of a command that must be equal on all ranks, for `joined_ranks`.
 
     Args:
-        command: Name of the command, for example "encode".
-        device: The device that was asked for; only whether it is a GPU is compared.
-        settings: Argument -> value; messages name them as flags.
+        command: name of the command, for example "encode".
+        device: value of --device. Only whether it is a GPU is compared.
+        settings: argument -> value. Messages name arguments as flags.
     """
     flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
     return {"command": command, "device": "cuda" if uses_gpus(device) else "cpu", **flags}
 
 
-def own_device(device: torch.device) -> torch.device:
-    """`cuda` as the GPU of this process's number on its machine.
+def rank_device(device: torch.device) -> torch.device:
+    """Return the GPU of this process, by its local rank, if `device` is `cuda` without an index.
 
     Raises:
-        ConfigError: the number is not known, and all processes would take the first of several GPUs.
+        ConfigError: the local rank is unknown and there are several processes and GPUs.
     """
     if device.type != "cuda" or device.index is not None:
         return device
     number, gpus = local_rank(), torch.cuda.device_count()
-    if number is None and process_count() > 1 and gpus > 1:
+    if number is None and world_size() > 1 and gpus > 1:
         raise ConfigError("WORLD_SIZE is set, as under torchrun, but: variable LOCAL_RANK expected, but not set")
     return device if number is None else torch.device("cuda", number % gpus)

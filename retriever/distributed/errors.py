@@ -1,4 +1,4 @@
-"""When one rank of several fails: its error is the one that is shown, and the others end by themselves."""
+"""If one rank fails, show its error only and end the other ranks."""
 
 from __future__ import annotations
 
@@ -15,65 +15,67 @@ from torch import distributed
 from index.files import InputError
 
 _KEY = "first error"
-# Between two looks at what other ranks report, and until one that ends because of another's error does so: torchrun
-# ends all processes as soon as one has, and the first error must be on the screen by then.
-_SECONDS, _PAUSE = 1.0, 2.0
+# Seconds between checks for errors of other ranks.
+_CHECK_INTERVAL = 1.0
+# Seconds before a rank exits because another one failed. torchrun ends all processes as soon as one has exited, and the
+# first error must have been printed by then.
+_EXIT_DELAY = 2.0
 
 
 class LostRankError(InputError):
-    """A rank is gone without a word: killed, or its machine is. No fault of the program, so one line is enough."""
+    """Another rank ended without reporting an error, for example because it was killed."""
 
 
-class CommonError(InputError):
-    """An error that every rank finds and raises by itself, so that each of them shows it."""
+class AllRanksError(InputError):
+    """An error that all ranks raise at the same point, so that each may show it."""
 
 
 @contextlib.contextmanager
-def first_error_shown(store: Any) -> Iterator[None]:
-    """Within, the first error of any rank, or the first signal that ends one, passes through on that rank; the others
-    exit with code 1 and say nothing. A CommonError passes through on every rank.
+def report_first_error(store: Any) -> Iterator[None]:
+    """Context that lets only the first error of any rank propagate; the other ranks exit silently with code 1.
 
-    A rank that is caught in a transfer with one that failed is ended from a thread, within seconds.
+    A signal that ends a rank counts as an error. An AllRanksError propagates on every rank. A rank that is blocked in a
+    collective with a failed rank is ended by a thread within seconds.
 
     Args:
-        store: of the process group.
+        store: key-value store of the process group.
 
     Raises:
-        LostRankError: another rank has gone, and no rank has reported an error.
+        LostRankError: a collective failed because another rank is gone, and no rank has reported an error.
     """
     done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(store.clone(), done), daemon=True)
-    watch.start()
+    watcher = threading.Thread(target=_exit_on_reported_error, args=(store.clone(), done), daemon=True)
+    watcher.start()
     try:
         try:
             yield
-        except CommonError:
-            # Nothing to tell the others; the store may be gone with the first of them to end.
+        except AllRanksError:
+            # The other ranks raise it, too. The store may disappear with the first process that exits.
             done.set()
             _ignore_sigterm()
             raise
         except Exception as error:
             done.set()
-            if not _claim(store):
-                time.sleep(_PAUSE)
-                raise _silent_end() from None
-            if isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_of_transfer(error)):
-                first = (str(error).splitlines() or [""])[0]
-                raise LostRankError(f"another process of this job is gone, killed perhaps: {first}") from error
+            if not _report(store):
+                time.sleep(_EXIT_DELAY)
+                raise _silent_exit() from None
+            if isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_connection_lost(error)):
+                message = (str(error).splitlines() or [""])[0]
+                raise LostRankError(f"another process of this job is gone, killed perhaps: {message}") from error
             raise
         finally:
             done.set()
-            watch.join()
+            watcher.join()
     except KeyboardInterrupt:
-        # torchrun's SIGTERM, if another failed; it may come while this rank deals with its own error. If it came to
-        # this rank alone, the others must not wait for it.
-        if not _claim(store):
-            raise _silent_end() from None
+        # SIGTERM from torchrun after another rank failed, possibly while this rank handles its own error. If only this
+        # rank received the signal, reporting it ends the others, which would wait for this rank.
+        if not _report(store):
+            raise _silent_exit() from None
         raise
 
 
-def _silent_end() -> SystemExit:
-    """What ends a rank because of another's error; from here on torchrun's SIGTERM changes nothing."""
+def _silent_exit() -> SystemExit:
+    """Return the exit of a rank after another one failed, and ignore SIGTERM from torchrun from now on."""
     _ignore_sigterm()
     return SystemExit(1)
 
@@ -83,24 +85,24 @@ def _ignore_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _claim(store: Any) -> bool:
-    """Whether no rank has failed before. The store may be gone with the process that kept it."""
+def _report(store: Any) -> bool:
+    """Report an error to the other ranks. Returns whether it is the first, or whether the store is gone."""
     try:
         return store.add(_KEY, 1) == 1
     except (RuntimeError, distributed.DistError):
         return True
 
 
-def _watch(store: Any, done: threading.Event) -> None:
-    while not done.wait(_SECONDS):
+def _exit_on_reported_error(store: Any, done: threading.Event) -> None:
+    while not done.wait(_CHECK_INTERVAL):
         try:
             reported = store.check([_KEY])
         except (RuntimeError, distributed.DistError):
-            # The process that kept it is gone: whoever exchanges with that one will notice.
+            # The process that hosts the store is gone. Ranks that communicate with it get an error.
             return
-        if reported and not done.wait(_PAUSE + _SECONDS):
+        if reported and not done.wait(_EXIT_DELAY + _CHECK_INTERVAL):
             os._exit(1)
 
 
-def _is_of_transfer(error: RuntimeError) -> bool:
+def _is_connection_lost(error: RuntimeError) -> bool:
     return any(word in str(error) for word in ("gloo", "NCCL", "Connection", "recv", "Broken pipe"))

@@ -1,4 +1,4 @@
-"""Gradients over ranks: averaged once a step, however many micro-batches have added to them."""
+"""Average gradients over ranks, once per step."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from retriever.distributed.ranks import Ranks
 
-# Smaller gradients travel together: a transfer costs as much time as some hundred KiB.
-_TOGETHER = 1 << 20
+# Gradients with fewer elements are sent as one vector: the latency of a transfer is that of some hundred KiB.
+_MIN_SEPARATE_ELEMENTS = 1 << 20
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """Replace each gradient by its mean over ranks, the same bits on all. The same ones have a gradient everywhere.
+    """Replace each gradient by its mean over ranks, bitwise equal on all ranks.
 
-    Large gradients are exchanged in place, small ones as one vector, all at the same time. Those of divided towers
-    (models/fsdp.py) are means already.
+    Large gradients are reduced in place and small ones as one vector, all asynchronously. The gradients of sharded
+    parameters (models/fsdp.py) are skipped, because FSDP has averaged them.
+
+    Args:
+        parameters: parameters in the same order on all ranks. The same parameters must have a gradient on all ranks.
+        ranks: the ranks to average over.
     """
-    if ranks.size == 1:
+    if ranks.world_size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    small = [gradient for gradient in gradients if gradient.numel() < _TOGETHER]
-    large = [gradient for gradient in gradients if gradient.numel() >= _TOGETHER]
+    small = [gradient for gradient in gradients if gradient.numel() < _MIN_SEPARATE_ELEMENTS]
+    large = [gradient for gradient in gradients if gradient.numel() >= _MIN_SEPARATE_ELEMENTS]
     vectors = [parameters_to_vector(small)] if small else []
-    works = [torch.distributed.all_reduce(each, group=ranks.group, async_op=True) for each in large + vectors]
+    works = [torch.distributed.all_reduce(gradient, group=ranks.group, async_op=True) for gradient in large + vectors]
     for work in works:
         work.wait()
-    for each in large + vectors:
-        each.div_(ranks.size)
+    for gradient in large + vectors:
+        gradient.div_(ranks.world_size)
     for vector in vectors:
         vector_to_parameters(vector, small)

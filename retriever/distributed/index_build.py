@@ -1,4 +1,4 @@
-"""An index that the processes of a torchrun build together: in parts, which the first of them merges."""
+"""Build an index with several ranks: each rank fills parts of it, and rank 0 merges them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from index.ann.tuning.tune import Tuning
 from index.files import InputError
 from index.manifest import INDEX, read_manifest
 from index.store.reader import EmbeddingStore
-from retriever.distributed.agreement import Content, agree, agree_on_folder
+from retriever.distributed.agreement import ContentHash, check_same_folder, check_same_on_ranks
 from retriever.distributed.ranks import Ranks
 
-# Parts a process. The others wait while the first trains and fills one of its own: the more parts, the shorter.
-PARTS = 4
+# Rank 0 trains and fills one part while the others wait. Smaller parts shorten the wait.
+PARTS_PER_RANK = 4
 
 
 def build_on_ranks(
@@ -33,32 +33,46 @@ def build_on_ranks(
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Tuning | None:
-    """`build` by all ranks together: they fill parts beside `out`, trained alike, and the first rank merges them.
+    """Build an index with all ranks.
 
-    Every rank calls it with the same arguments, but for the target, which the first alone needs. `out` lies on a disk
-    that all of them see. The index has the bytes that one process would write; its target is measured afterwards, as
-    `retune` does. Merging holds what `merge` holds. A killed run leaves its parts; the next replaces them.
+    The index is bitwise equal to that of `index.ann.build.build` in one process. The ranks fill parts in folders next
+    to `out`, all with the training of the first part, and rank 0 merges them and measures the target as `retune` does.
+    The folders of a killed build are replaced by the next one.
+
+    Args:
+        ranks: the ranks; each calls this function with the same arguments.
+        store: the embeddings.
+        out: folder of the index, on a file system that all ranks share.
+        plan: what to build. Only rank 0 needs `plan.target`.
+        progress: called with the number of vectors just added by this rank.
+        note: called with messages for the user.
+
+    Returns:
+        The tuning on rank 0 if the plan has a target, otherwise None.
 
     Raises:
-        InputError: as `build`; the store has one shard alone, or indexes of the kind cannot be merged.
-        RanksDifferError: the ranks have other embeddings, plans or folders.
+        InputError: as `build`; or the store has a single shard, or indexes of this kind cannot be merged.
+        RanksDifferError: embeddings, plan or folder differ between ranks.
     """
-    what = {"model": store.model, "source": store.source, "files": store.manifest.files}
-    how = {"factory": plan.factory, "seed": plan.seed, "memory": plan.memory_mib, "on disk": plan.on_disk}
-    agree(ranks, {"embeddings": Content.of(what, str(store.folder)), **how, "trained from": _trained_from(plan)})
-    agree_on_folder(ranks, "out", out)
-    # Named, so that it lives while its core is looked at.
-    whole = make(plan.factory, store.dim)
+    embeddings = {"model": store.model, "source": store.source, "files": store.manifest.files}
+    settings = {"factory": plan.factory, "seed": plan.seed, "memory": plan.memory_mib, "on disk": plan.on_disk}
+    check_same_on_ranks(
+        ranks,
+        {"embeddings": ContentHash.of(embeddings, str(store.folder)), **settings, "trained from": _trained_from(plan)},
+    )
+    check_same_folder(ranks, "out", out)
+    # `core` returns a view into this index, which must stay alive.
+    empty = make(plan.factory, store.dim)
     faiss = import_faiss()
-    if not isinstance(core(whole), faiss.IndexIVF | faiss.IndexFlatCodes | faiss.IndexFastScan):
+    if not isinstance(core(empty), faiss.IndexIVF | faiss.IndexFlatCodes | faiss.IndexFastScan):
         raise InputError(
             f"factory {plan.factory!r}: expected Flat, SQ…, PQ… or IVF…, whose parts can be merged, to be built by "
             "several processes; start it without torchrun"
         )
-    count = min(PARTS * ranks.size, len(store.files("npy")))
+    count = min(PARTS_PER_RANK * ranks.world_size, len(store.files("npy")))
     if count < 2:
         raise InputError(
-            f"{store.folder}: expected two shards or more for several processes to build from, found {count}; start it "
+            f"{store.folder}: expected at least two shards for several processes, found {count}; start it "
             "without torchrun"
         )
     check_replaceable(out)
@@ -69,26 +83,26 @@ def build_on_ranks(
         part = replace(plan, part=(number, count), train_from=train_from, target=None)
         build(store, parts[number - 1], part, progress=progress)
 
-    if ranks.first:
+    if ranks.is_first:
         fill(1, plan.train_from)
-    ranks.wait()
-    for number in range(ranks.rank + 1, count + 1, ranks.size):
+    ranks.barrier()
+    for number in range(ranks.rank + 1, count + 1, ranks.world_size):
         if number > 1:
             fill(number, parts[0])
-    ranks.wait()
+    ranks.barrier()
     tuning = None
-    if ranks.first:
+    if ranks.is_first:
         merge(parts, out, on_disk=plan.on_disk)
         for part in parts:
             shutil.rmtree(part)
         if plan.target is not None:
             tuning = retune(out, store, plan.target, seed=plan.seed, note=note)
-    ranks.wait()
+    ranks.barrier()
     return tuning
 
 
-def _trained_from(plan: Plan) -> Content | None:
-    """The index whose training is taken over."""
+def _trained_from(plan: Plan) -> ContentHash | None:
+    """The training of the index that `plan` copies it from, or None."""
     if plan.train_from is None:
         return None
-    return Content.of(read_manifest(plan.train_from, INDEX).fields.get("trained"), str(plan.train_from))
+    return ContentHash.of(read_manifest(plan.train_from, INDEX).fields.get("trained"), str(plan.train_from))

@@ -1,4 +1,4 @@
-"""The processes of a job, and what they exchange in main memory."""
+"""The ranks of a distributed job and their collective operations in host memory."""
 
 from __future__ import annotations
 
@@ -13,117 +13,119 @@ import torch
 from torch import distributed
 
 from retriever.distributed.share import Share
-from retriever.utils.torchrun import attempt
+from retriever.utils.torchrun import restart_count
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that torchrun started."""
+    """This process as one rank of a job started by torchrun; by default a job of one process.
+
+    Every rank must call the collective methods in the same order.
+    """
 
     rank: int = 0
-    size: int = 1
-    job: Any = field(default=None, compare=False, repr=False)
-    """torchrun's store, which mostly outlives an attempt of the job that fails; none for one process."""
+    world_size: int = 1
+    job_store: Any = field(default=None, compare=False, repr=False)
+    """Key-value store of torchrun, which usually survives a restart of the processes. None for one process."""
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes and answers."""
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes files and prints results."""
         return self.rank == 0
 
     @property
     def group(self) -> Any:
-        """The process group of all, for a loss over them; none for one process alone."""
-        return distributed.group.WORLD if self.size > 1 else None
+        """The process group of all ranks, or None for one process."""
+        return distributed.group.WORLD if self.world_size > 1 else None
 
     @property
     def share(self) -> Share:
-        """This process's part of a batch."""
-        return Share(self.rank, self.size)
+        """The share of each batch that belongs to this rank."""
+        return Share(self.rank, self.world_size)
 
-    def note_begun(self, run: str) -> None:
-        """Have later attempts of this job know that it has begun this run."""
-        if self.job is not None and self.first:
-            self.job.set(f"begun {run}", "")
+    def mark_started(self, run: str) -> None:
+        """Record for later restarts of this job that it has started the run."""
+        if self.job_store is not None and self.is_first:
+            self.job_store.set(f"begun {run}", "")
 
-    def have_begun(self, run: str) -> bool:
-        """Whether an earlier attempt of this job has begun this run; believed by who cannot tell, one process alone or
-        those whose store is a new one."""
-        if self.job is None or not any(self.job.check([f"met {earlier}"]) for earlier in range(attempt())):
+    def has_started(self, run: str) -> bool:
+        """Whether this job started the run before a restart. True if unknown: one process, or a new store."""
+        # context.py sets the key "met N" in attempt N.
+        if self.job_store is None or not any(self.job_store.check([f"met {n}"]) for n in range(restart_count())):
             return True
-        return self.job.check([f"begun {run}"])
+        return self.job_store.check([f"begun {run}"])
 
-    def wait(self) -> None:
-        """Until all have come here."""
-        # A barrier of several backends would pass through the GPUs, behind all that they have to do.
-        self.totals(0)
+    def barrier(self) -> None:
+        """Wait until all ranks have reached this call."""
+        # `distributed.barrier` with several backends would run on the GPUs, after all work that is queued there.
+        self.all_reduce_sum(0)
 
     @contextlib.contextmanager
-    def first_before_others(self) -> Iterator[None]:
-        """The first rank passes through the body, then all others: what it writes to the disk, they find there."""
-        if not self.first:
-            self.wait()
+    def first_rank_first(self) -> Iterator[None]:
+        """Context in which rank 0 runs first and the other ranks wait, so that they find the files that it wrote."""
+        if not self.is_first:
+            self.barrier()
         yield
-        if self.first:
-            self.wait()
+        if self.is_first:
+            self.barrier()
 
-    def any(self, here: bool) -> bool:
-        """Whether it holds on any rank."""
-        return self.most(float(here)) > 0
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true on any rank."""
+        return self.all_reduce_max(float(value)) > 0
 
-    def most(self, here: float) -> float:
-        """The largest of all ranks' numbers."""
-        return self._reduced([here], distributed.ReduceOp.MAX)[0]
+    def all_reduce_max(self, value: float) -> float:
+        """Return the maximum of `value` over ranks."""
+        return self._all_reduce([value], distributed.ReduceOp.MAX)[0]
 
-    def totals(self, *here: float) -> list[float]:
-        """The sums over ranks."""
-        return self._reduced(list(here), distributed.ReduceOp.SUM)
+    def all_reduce_sum(self, *values: float) -> list[float]:
+        """Return the sum of each value over ranks."""
+        return self._all_reduce(list(values), distributed.ReduceOp.SUM)
 
-    def told(self, here: Any) -> Any:
-        """What the first rank has, on all of them: numbers, texts, lists and dictionaries of them."""
-        if self.size == 1:
-            return here
-        content = json.dumps(here).encode() if self.first else b""
-        length = int(self.totals(len(content))[0])
+    def broadcast(self, value: Any) -> Any:
+        """Return the value of rank 0 on every rank. It must be serializable as JSON."""
+        if self.world_size == 1:
+            return value
+        content = json.dumps(value).encode() if self.is_first else b""
+        length = int(self.all_reduce_sum(len(content))[0])
         buffer = torch.empty(length, dtype=torch.uint8)
-        if self.first:
+        if self.is_first:
             buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         distributed.broadcast(buffer, 0)
         return json.loads(buffer.numpy().tobytes())
 
-    def reports(self, here: Any) -> list[Any]:
-        """What each rank has, in order, on all of them; as `told`."""
-        return [
-            json.loads(part.tobytes()) for part in self.gathered(np.frombuffer(json.dumps(here).encode(), np.uint8))
-        ]
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in rank order, on every rank. They must be serializable as JSON."""
+        content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        return [json.loads(part.tobytes()) for part in self.all_gather_rows(content)]
 
-    def gathered(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The rows [n] of every rank, whose numbers may differ, in order."""
-        if self.size == 1:
+    def all_gather_rows(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return the rows [n] of all ranks, in rank order. n may differ between ranks."""
+        if self.world_size == 1:
             return [rows]
-        counts = [int(count) for count in self.totals(*np.eye(self.size)[self.rank] * len(rows))]
+        counts = [int(count) for count in self.all_reduce_sum(*np.eye(self.world_size)[self.rank] * len(rows))]
         padded = np.zeros(max(counts), dtype=rows.dtype)
         padded[: len(rows)] = rows
-        found = [torch.empty(max(counts), dtype=torch.from_numpy(padded).dtype) for _ in counts]
-        distributed.all_gather(found, torch.from_numpy(padded))
-        return [part.numpy()[:count] for part, count in zip(found, counts, strict=True)]
+        gathered = [torch.empty(max(counts), dtype=torch.from_numpy(padded).dtype) for _ in counts]
+        distributed.all_gather(gathered, torch.from_numpy(padded))
+        return [part.numpy()[:count] for part, count in zip(gathered, counts, strict=True)]
 
-    def _reduced(self, numbers: list[float], how: Any) -> list[float]:
-        if self.size == 1:
-            return numbers
-        # In main memory, where nobody waits for a device.
-        exchanged = torch.tensor(numbers, dtype=torch.float64)
-        distributed.all_reduce(exchanged, how)
-        return exchanged.tolist()
+    def _all_reduce(self, values: list[float], operation: Any) -> list[float]:
+        if self.world_size == 1:
+            return values
+        # In host memory, so that nothing waits for a device.
+        reduced = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(reduced, operation)
+        return reduced.tolist()
 
 
 @dataclass(frozen=True)
-class PlannedRanks(Ranks):
-    """The first of so many processes, the others of which are not there: to plan a run, not to make one."""
+class DryRunRanks(Ranks):
+    """Rank 0 of a job whose other processes do not exist, for planning a run without starting it."""
 
     @property
     def group(self) -> Any:
-        """None: nobody to exchange with."""
+        """None: there is no process group."""
         return None
 
-    def wait(self) -> None:
-        """For nobody."""
+    def barrier(self) -> None:
+        """No-op."""

@@ -15,14 +15,14 @@ from index.files import InputError, sha256_file
 from index.passages import Passage, PassageFile
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
-from retriever.distributed.agreement import Content, agree, agree_on_folder
+from retriever.distributed.agreement import ContentHash, check_same_folder, check_same_on_ranks
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.distributed_store import SharedWriter
 from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.window_workers import corpus_windows
 from retriever.encoding.windows import WINDOW, CorpusWindow, Cut, WindowMaker
 from retriever.models.towers import Towers
-from retriever.utils.prefetch import behind, giving_way
+from retriever.utils.prefetch import background_calls, short_switch_interval
 
 # Windows that wait to be written.
 MOST_WAITING = 2
@@ -61,7 +61,7 @@ def encode_passages(
         passages: the corpus; read again from its start when a store is continued. Of a PassageFile each process reads
             little more than what it embeds.
         out: folder of the store; on a disk that all ranks see.
-        options: arithmetic and micro-batch size.
+        options: mixed_precision and micro-batch size.
         source: says where the passages come from; a store of another precision or source is refused, but for one that
             was not finished and of whose passages the file is still the first ones: a bad row was mended behind them.
         dtype: "float32" or "float16", of the vectors on disk.
@@ -82,8 +82,8 @@ def encode_passages(
         RuntimeError: another rank is gone.
     """
     ranks = ranks or Ranks()
-    model = towers.fingerprint() if ranks.first or not same_model else {}
-    corpus = Content.of({name: value for name, value in source.items() if name != "name"}, source.get("name", ""))
+    model = towers.fingerprint() if ranks.is_first or not same_model else {}
+    corpus = ContentHash.of({name: value for name, value in source.items() if name != "name"}, source.get("name", ""))
     same = {
         "corpus": corpus,
         "precision": options.precision,
@@ -91,30 +91,30 @@ def encode_passages(
         "shard_rows": shard_rows,
         "window": window,
     }
-    agree(ranks, same if same_model else {"model": Content.of(model), **same})
-    agree_on_folder(ranks, "out", out)
+    check_same_on_ranks(ranks, same if same_model else {"model": ContentHash.of(model), **same})
+    check_same_folder(ranks, "out", out)
     with contextlib.ExitStack() as held:
         writer = None
-        if ranks.first:
+        if ranks.is_first:
             writer = EmbeddingWriter(
                 out,
                 dim=towers.dimension,
                 dtype=dtype,
                 model=model,
-                # Vectors of another arithmetic are others, and a report states which they were.
+                # Vectors of another mixed_precision are others, and a report states which they were.
                 source={**source, "precision": options.precision},
                 shard_rows=shard_rows,
                 same_rows=partial(_holds_first, passages, options) if isinstance(passages, PassageFile) else None,
                 checked=checked,
             )
             held.enter_context(writer)
-        row, complete = ranks.told(writer and [writer.rows, writer.complete])
+        row, complete = ranks.broadcast(writer and [writer.rows, writer.complete])
         if not complete:
             if progress is not None and row:
                 progress(row)
             cut = Cut(shard_rows, window, towers.dimension, ranks.share)
             windows = corpus_windows(passages, row, cut, window_maker(towers, out), workers)
-            if writer is not None and ranks.size == 1:
+            if writer is not None and ranks.world_size == 1:
                 row += _embed(towers, windows, options, partial(_append, writer, notice), progress)
             else:
                 shared = SharedWriter(
@@ -131,9 +131,9 @@ def encode_passages(
                 row += _embed(towers, windows, options, shared.take, progress, abandon=True)
                 shared.close()
             # The first shard is the first rank's.
-            if ranks.first and not row:
+            if ranks.is_first and not row:
                 raise InputError(f"{source.get('name', 'corpus')}: expected passages, found none")
-    ranks.wait()
+    ranks.barrier()
     store = EmbeddingStore.open(out)
     # By the writer, every byte that it had not written itself.
     store.checked = True
@@ -165,7 +165,11 @@ def _embed(
     """Let `take` have the windows with their vectors; returns how many passages they were."""
     rows = 0
     # Sums and files of one window are made while the next are on their way, which they would hold up.
-    with giving_way(), contextlib.closing(windows), behind(take, MOST_WAITING, abandon=abandon) as later:
+    with (
+        short_switch_interval(),
+        contextlib.closing(windows),
+        background_calls(take, MOST_WAITING, abandon=abandon) as later,
+    ):
         tokenized = ((made, made.tokens) for made in windows)
         for made, vectors in embed_windows(towers, tokenized, "document", options, progress):
             later(made, vectors)

@@ -51,7 +51,7 @@ class SharedWriter:
         self._progress, self._notice = progress, notice
         # A store that is continued may end anywhere in a round: another number of ranks began it.
         begun = rows // shard_rows
-        self._number = begun + (ranks.rank - begun) % ranks.size
+        self._number = begun + (ranks.rank - begun) % ranks.world_size
         self._buffer, self._odd = ShardBuffer(), list[tuple[str, str]]()
         self._last = False
 
@@ -79,13 +79,13 @@ class SharedWriter:
         rows = len(self._buffer)
         files = self._buffer.write(self._folder, self._number) if rows else {}
         entries = {name: asdict(entry) for name, entry in files.items()}
-        reports = self._ranks.reports({"number": self._number, "rows": rows, "files": entries, "odd": self._odd})
+        reports = self._ranks.all_gather({"number": self._number, "rows": rows, "files": entries, "odd": self._odd})
         self._last = any(report["rows"] < self._shard_rows for report in reports)
         if self._writer is not None:
             for report in sorted(reports, key=lambda report: report["number"]):
                 self._take_in(report, self._writer)
         self._buffer, self._odd = ShardBuffer(), []
-        self._number += self._ranks.size
+        self._number += self._ranks.world_size
 
     def _take_in(self, report: dict[str, Any], writer: EmbeddingWriter) -> None:
         if report["rows"]:

@@ -10,7 +10,7 @@ from index.files import InputError
 from index.image_files import images_in
 from index.progress import Progress, SilentReporter, as_reporter
 from index.store.reader import EmbeddingStore
-from retriever.distributed.context import joined_ranks, own_device, same_settings
+from retriever.distributed.context import joined_ranks, rank_device, same_settings
 from retriever.encoding.files import embed_corpus
 from retriever.encoding.images import encode_pictures, picture_files
 from retriever.encoding.model import Model, ModelInput, Precision, load
@@ -69,10 +69,10 @@ def encode(
         micro_batch_tokens = model.options.micro_batch_tokens
     given = {"dtype": dtype, "shard_rows": shard_rows, "precision": precision, "micro_batch_tokens": micro_batch_tokens}
     with joined_ranks(same_settings("encode", device, given)) as ranks:
-        reporter = reporter if ranks.first else SilentReporter()
+        reporter = reporter if ranks.is_first else SilentReporter()
         folder_of_images = data.is_dir() and not is_beir_folder(data)
         if folder_of_images and _embeds_images(model):
-            if ranks.size > 1:
+            if ranks.world_size > 1:
                 raise ArgumentError("data", "images are embedded by one process; start it without torchrun")
             # Before the model, which takes longer to load.
             picture_files(data)
@@ -88,7 +88,7 @@ def encode(
             raise InputError(
                 f"{data}: expected a corpus for {model.name}, which embeds texts only, found a folder of images"
             )
-        model.towers.to(own_device(model.device))
+        model.towers.to(rank_device(model.device))
         return embed_corpus(
             model.towers,
             beir_file(data, "corpus.jsonl") if data.is_dir() else data,

@@ -15,7 +15,7 @@ from retriever.models.memory import MIN_TOKENS, EncodeMemory
 from retriever.models.mixed_precision import mixed_precision
 from retriever.models.tokenizer import TokenizedTexts
 from retriever.models.towers import Side, Towers
-from retriever.utils.device import Arriving, Precision, to_device
+from retriever.utils.device import HostCopy, Precision, to_device
 
 Window = TypeVar("Window")
 
@@ -43,7 +43,7 @@ def embed_texts(
         towers: in evaluation mode, on the device to use.
         texts: without prompts.
         side: "query" or "document".
-        options: arithmetic and micro-batch size; they change the vectors by rounding only.
+        options: mixed_precision and micro-batch size; they change the vectors by rounding only.
         progress: called with the number of texts done since the last call.
 
     Returns:
@@ -74,7 +74,7 @@ def embed_windows(
     A window is handed out when the next one is on its way through the towers, so that a GPU does not wait for what is
     done with it.
     """
-    before: tuple[Window, Arriving] | None = None
+    before: tuple[Window, HostCopy] | None = None
     budget = options.micro_batch_tokens
     with mixed_precision(towers, options.precision):
         for window, tokens in windows:
@@ -95,7 +95,7 @@ def _embed_tokens(
     side: Side,
     budget: int,
     progress: Callable[[int], None] | None,
-) -> Arriving:
+) -> HostCopy:
     order = make_micro_batches(tokens.lengths, budget, padded=not towers.padding_free, device=towers.device.type)
     with torch.inference_mode():
         embeddings = torch.empty(len(tokens), towers.dimension, device=towers.device)
@@ -103,4 +103,4 @@ def _embed_tokens(
             embeddings[to_device(torch.from_numpy(rows), towers.device)] = towers.embed(tokens, rows, side).float()
             if progress is not None:
                 progress(len(rows))
-        return Arriving(embeddings)
+        return HostCopy(embeddings)

@@ -18,7 +18,7 @@ from retriever.encoding.corpus import corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.windows import WINDOW
 from retriever.models.towers import Towers
-from retriever.utils.check_progress import checking
+from retriever.utils.check_progress import checksum_progress
 
 Tick = Callable[[], None] | None
 """Called after every micro-batch; may raise to end the work."""
@@ -59,7 +59,10 @@ def embed_corpus(
     """
     notices = Notices()
     total = count_records(corpus) if reporter.is_live else None
-    with checking(reporter, [folder]) as checked, reporter.bar(f"encode {corpus.name}", total, "passages") as advance:
+    with (
+        checksum_progress(reporter, [folder]) as checked,
+        reporter.bar(f"encode {corpus.name}", total, "passages") as advance,
+    ):
         store = encode_passages(
             towers,
             PassageFile(corpus),

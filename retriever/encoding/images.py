@@ -25,7 +25,7 @@ from retriever.models.images.towers import ImageTextTowers
 from retriever.models.images.transforms import open_image
 from retriever.models.memory import default_encode_tokens
 from retriever.models.mixed_precision import mixed_precision
-from retriever.utils.check_progress import checking
+from retriever.utils.check_progress import checksum_progress
 from retriever.utils.device import to_device
 
 # Pictures decoded together, ahead of the tower.
@@ -130,7 +130,7 @@ def encode_pictures(
     with reporter.bar(f"read {folder.name}", len(files), "pictures") as advance:
         sha256 = _sha256(files, names, advance)
     with (
-        checking(reporter, [out]) as checked,
+        checksum_progress(reporter, [out]) as checked,
         EmbeddingWriter(
             out,
             dim=towers.dimension,

@@ -18,7 +18,7 @@ from retriever.models.images.folder import is_image_text_model
 from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
 from retriever.models.loading.checksums import known_checksums
 from retriever.models.towers import Towers, load_towers
-from retriever.utils.check_progress import checking_bytes
+from retriever.utils.check_progress import byte_progress
 from retriever.utils.device import choose_device
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def load(
     name, reporter = str(model), as_reporter(progress)
     loader = load_image_text_towers if is_image_text_model(name) else load_towers
     size = sum(path.stat().st_size for path in known_checksums(name))
-    with checking_bytes(reporter, Path(name).name, size) as checked:
+    with byte_progress(reporter, Path(name).name, size) as checked:
         towers = loader(name, choose_device(device), checked=checked)
     if note := towers.describe_padding():
         reporter.line(note)

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from index.files import InputError
 from index.passages import Passage
 from retriever.encoding.windows import CorpusWindow, Cut, WindowMaker, pass_over, read, unread
-from retriever.utils.prefetch import ahead
-from retriever.utils.torchrun import local_process_count
-from retriever.utils.workers import become_worker, started
+from retriever.utils.prefetch import prefetch
+from retriever.utils.torchrun import local_world_size
+from retriever.utils.workers import init_worker, start_workers
 
 # Passages that a worker makes at a time, and how many times so many it may be ahead: a whole window takes one process
 # ten seconds, for which a GPU would wait at the start.
@@ -38,7 +38,7 @@ def workers_for(device: torch.device) -> int:
     # Workers are forks, and where there are none nobody says which processors are ours.
     if device.type != "cuda" or not hasattr(os, "sched_getaffinity"):
         return 0
-    processors = len(os.sched_getaffinity(0)) // local_process_count()
+    processors = len(os.sched_getaffinity(0)) // local_world_size()
     count = min(MOST_WORKERS, processors - OTHER_PROCESSORS)
     return count if count >= LEAST_WORKERS else 0
 
@@ -63,8 +63,8 @@ def corpus_windows(
         pass_over(rows, row)
         passages_read = read(rows, row, cut.windows(row))
         with (
-            contextlib.closing(ahead(passages_read)) as some,
-            contextlib.closing(ahead(itertools.starmap(maker, some))) as made,
+            contextlib.closing(prefetch(passages_read)) as some,
+            contextlib.closing(prefetch(itertools.starmap(maker, some))) as made,
         ):
             yield from made
         return
@@ -100,13 +100,13 @@ def _loaded(pieces: _WorkersPieces, workers: int) -> Iterator[CorpusWindow | Exc
             num_workers=workers,
             collate_fn=_unchanged,
             prefetch_factor=PIECES_AHEAD,
-            worker_init_fn=become_worker,
+            worker_init_fn=init_worker,
             # A corpus that is a generator cannot be sent.
             multiprocessing_context="fork",
             # Else the caller's random numbers would be others.
             generator=torch.Generator(),
         )
-        return started(loader)
+        return start_workers(loader)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def evaluate_towers(
     from eval.evaluate import evaluate_beir
     from eval.metrics import KS
 
-    several = ranks is not None and ranks.size > 1
+    several = ranks is not None and ranks.world_size > 1
     store = embed_corpus(
         towers,
         dataset.corpus_file,

@@ -15,8 +15,8 @@ from eval.reports.suite import SuiteResult
 from eval.sets import download as beir_download
 from eval.sets.plan import BEIR, BY_NAME, WHOLE, Plan, plan
 from index.progress import Progress, Reporter, SilentReporter, as_reporter
-from retriever.distributed.agreement import settings_of
-from retriever.distributed.context import joined_ranks, own_device, same_settings
+from retriever.distributed.agreement import flat_settings
+from retriever.distributed.context import joined_ranks, rank_device, same_settings
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.model import Model, ModelInput, Precision, load
 from retriever.errors import ArgumentError, check_at_least, check_choice
@@ -183,14 +183,14 @@ def evaluate(
     if isinstance(model, Model):
         device, precision = str(model.device), model.options.precision
         micro_batch_tokens = model.options.micro_batch_tokens
-    given = settings_of(options, without=("index",))
+    given = flat_settings(options, without=("index",))
     given |= {"split": split, "precision": precision, "micro_batch_tokens": micro_batch_tokens}
     given |= {"index": index is not None, "preflight": preflight, "download": download}
     folder = ReportFolder(out)
     with joined_ranks(same_settings("evaluate beir", device, given)) as ranks:
-        if out is None and ranks.size > 1:
+        if out is None and ranks.world_size > 1:
             raise ArgumentError("out", "expected a folder under torchrun, found none")
-        reporter = as_reporter(progress) if ranks.first else SilentReporter()
+        reporter = as_reporter(progress) if ranks.is_first else SilentReporter()
         planned = _plan(data, home, split, mirror if download else None, download, ranks, reporter)
         for name in unused(options.settings, planned.tasks):
             reporter.line(f"warning: {settings}: no set here is called {name}")
@@ -198,7 +198,7 @@ def evaluate(
             model = load(
                 model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
             )
-        model.towers.to(own_device(model.device))
+        model.towers.to(rank_device(model.device))
         suite = Suite(model.towers, planned, folder.path, model.options, options, reporter, ranks)
         checked = check_sets(
             model.towers,
@@ -208,7 +208,7 @@ def evaluate(
             options,
             reporter,
             thorough=preflight,
-            processes=ranks.size,
+            processes=ranks.world_size,
         )
         result = None if preflight else suite.run({"model": model.name}, checked)
     return Evaluation(folder, checked, list(planned.absent), result)
@@ -224,13 +224,13 @@ def _plan(
     reporter: Reporter,
 ) -> Plan:
     folder = None if home is None else Path(home)
-    if download and ranks.first and folder is not None:
+    if download and ranks.is_first and folder is not None:
         public = [definition.name for definition in BEIR if definition.md5]
         for name in [name for entry in map(str, data) for name in (public if entry == WHOLE else [entry])]:
             if name in BY_NAME and not Path(name).is_dir() and not (folder / name).is_dir():
                 with reporter.bar(f"download {name}", None, "bytes") as advance:
                     beir_download.download(name, folder, mirror=mirror or beir_download.MIRROR, progress=advance)
-    ranks.wait()
+    ranks.barrier()
     return plan([str(entry) for entry in data], folder, split)
 
 

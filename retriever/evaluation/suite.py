@@ -26,7 +26,7 @@ from index.passages import Passage, PassageFile
 from index.progress import Reporter
 from index.records import count_records
 from index.store.reader import EmbeddingStore
-from retriever.distributed.agreement import Content, agree, agree_on_folder
+from retriever.distributed.agreement import ContentHash, check_same_folder, check_same_on_ranks
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions
@@ -34,7 +34,7 @@ from retriever.encoding.files import embed_queries
 from retriever.evaluation.long_documents import split_documents
 from retriever.evaluation.set_settings import SetSettings, towers_for
 from retriever.models.towers import Towers
-from retriever.utils.check_progress import checking
+from retriever.utils.check_progress import checksum_progress
 from retriever.utils.versions import COMPUTING, device_name, versions
 
 if TYPE_CHECKING:
@@ -102,10 +102,10 @@ class Suite:
         exact = {name: result.metrics for name, result in results.items()}
         found = {name: result.approximation for name, result in results.items() if result.approximation}
         whole = SuiteResult(rows_of_tasks(self._plan.tasks, exact), self._plan.absent, exact, found)
-        if self._ranks.first:
+        if self._ranks.is_first:
             how = {**details, **self._details(), "versions": versions(*COMPUTING)}
             write_suite(self._out, self._plan.tasks, whole, results, how, checked)
-        self._ranks.wait()
+        self._ranks.barrier()
         return whole
 
     def _agree_on_sets(self) -> None:
@@ -117,13 +117,13 @@ class Suite:
             dataset = BeirDataset.open(task.folder, task.split, dangling=self._options.dangling)
             self._sources[task.name] = corpus_source(dataset.corpus_file)
             sets |= {
-                f"{task.name}: corpus": Content(self._sources[task.name]["sha256"], str(dataset.corpus_file)),
+                f"{task.name}: corpus": ContentHash(self._sources[task.name]["sha256"], str(dataset.corpus_file)),
                 # As they are read: their order is that of the report.
-                f"{task.name}: queries": Content.of(list(dataset.queries.items()), str(task.folder)),
-                f"{task.name}: qrels": Content.of(list(dataset.qrels.items()), str(dataset.qrels_file)),
+                f"{task.name}: queries": ContentHash.of(list(dataset.queries.items()), str(task.folder)),
+                f"{task.name}: qrels": ContentHash.of(list(dataset.qrels.items()), str(dataset.qrels_file)),
             }
-        agree(self._ranks, sets)
-        agree_on_folder(self._ranks, "out", self._out)
+        check_same_on_ranks(self._ranks, sets)
+        check_same_folder(self._ranks, "out", self._out)
 
     def _checked_index(self) -> Index | None:
         """The index that is asked for, its every byte checked, if any is.
@@ -140,8 +140,8 @@ class Suite:
             index = Index(read_manifest(folder, INDEX))
             index.check_model(self._towers_of(tasks[0]).fingerprint())
             # The first rank alone searches it.
-            if self._ranks.first:
-                with checking(self._terminal, [folder]) as checked:
+            if self._ranks.is_first:
+                with checksum_progress(self._terminal, [folder]) as checked:
                     index.check(checked)
             return index
         if factory is not None:
@@ -168,7 +168,7 @@ class Suite:
         asked = time.perf_counter()
         ids = store.ids()
         with self._terminal.bar(f"{task.name}: search", store.rows, "passages") as advance:
-            device, several = str(towers.device), self._ranks.size > 1
+            device, several = str(towers.device), self._ranks.world_size > 1
             find = exact_search(store, ids, device=device, progress=advance, on_ranks=several)
             run = self._ranked(dataset, ids, find, vectors, store)
         if run.left_out:
@@ -181,12 +181,12 @@ class Suite:
             "search": searched - asked,
             "metrics": time.perf_counter() - searched,
         }
-        if self._ranks.first:
+        if self._ranks.is_first:
             write_trec_run(place / "run.trec", run, "retriever")
             result.runs["run.trec"] = sha256_file(place / "run.trec")
             if self._options.factory is not None or self._options.index is not None:
                 result.approximation = self._by_index(task, dataset, store, towers, vectors, result)
-        self._ranks.wait()
+        self._ranks.barrier()
         return result
 
     def _score(self, dataset: BeirDataset, run: RankedRun) -> Metrics:
@@ -210,7 +210,7 @@ class Suite:
         total = count_records(corpus) if self._terminal.is_live and not self._options.windows else None
         folder = place / (WINDOWS if self._options.windows else "embeddings")
         with (
-            checking(self._terminal, [folder]) as checked,
+            checksum_progress(self._terminal, [folder]) as checked,
             self._terminal.bar(f"{task.name}: encode", total, "passages") as advance,
         ):
             return encode_passages(
@@ -267,7 +267,7 @@ class Suite:
             fields = read_manifest(folder, INDEX).fields
             wanted = {"rows": store.rows, "dim": store.dim, "model": store.model, "source": store.source}
             if all(fields.get(name) == value for name, value in {**wanted, "factory": factory}.items()):
-                with checking(self._terminal, [folder]) as checked:
+                with checksum_progress(self._terminal, [folder]) as checked:
                     return faiss_index.Index.open(folder, verify="hash", progress=checked)
         with self._terminal.bar(f"{task.name}: index {factory}", store.rows, "vectors") as advance:
             faiss_index.build(store, folder, factory=factory, progress=advance)
@@ -285,6 +285,6 @@ class Suite:
             "long documents": windows if self._options.windows else cut,
             "identical ids": "kept" if self._options.keep_identical_ids else "left out where not judged",
             "settings": {name: dataclasses.asdict(own) for name, own in self._options.settings.items()},
-            "processes": self._ranks.size,
+            "processes": self._ranks.world_size,
             "device": device_name(self._towers.device),
         }

@@ -18,7 +18,7 @@ from retriever.models.mixed_precision import mixed_precision
 from retriever.models.sharded_tensors import local_part
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision
-from retriever.utils.torchrun import local_process_count
+from retriever.utils.torchrun import local_world_size
 
 # Tokens of a micro-batch on a CPU. With MiniLM on two cores, 1536 to 6144 tokens are equally fast.
 CPU_TOKENS = 4096
@@ -218,7 +218,7 @@ def available_bytes() -> int:
         # There is no limit if the file is missing or contains "max".
         with contextlib.suppress(OSError, ValueError):
             room = min(room, int((folder / limit).read_text()) - int((folder / used).read_text()))
-    return max(0, room) // local_process_count()
+    return max(0, room) // local_world_size()
 
 
 def _free_bytes(device: torch.device) -> tuple[int, int]:

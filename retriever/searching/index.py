@@ -21,8 +21,8 @@ from index.progress import Progress, Reporter, SilentReporter, as_reporter
 from index.store.parts import Part
 from index.store.reader import EmbeddingStore
 from retriever.errors import ArgumentError, check_at_least
-from retriever.utils.check_progress import checking
-from retriever.utils.torchrun import check_environment, process_count
+from retriever.utils.check_progress import checksum_progress
+from retriever.utils.torchrun import check_environment, world_size
 
 if TYPE_CHECKING:
     # At run time they would import torch, which one process does not need.
@@ -145,7 +145,7 @@ def build_tuned_index(
     }
 
     def build_with(ranks: Ranks | None) -> tuple[EmbeddingStore, str, int, Tuning | None]:
-        is_first = ranks is None or ranks.first
+        is_first = ranks is None or ranks.is_first
         reporter = as_reporter(progress) if is_first else SilentReporter()
         opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore.open(store)
         rows = Part(opened, *part).rows
@@ -160,7 +160,7 @@ def build_tuned_index(
         return opened, chosen, rows, _build(opened, Path(out), plan, rows, reporter, ranks)
 
     check_environment()
-    if process_count() == 1:
+    if world_size() == 1:
         return build_with(None)
     from retriever.distributed.context import joined_ranks, same_settings
 
@@ -230,7 +230,7 @@ def _build(
     store: EmbeddingStore, out: Path, plan: Plan, rows: int, reporter: Reporter, ranks: Ranks | None
 ) -> Tuning | None:
     with (
-        checking(reporter, [plan.train_from] if plan.train_from else [], [FAISS_FILE]) as checked,
+        checksum_progress(reporter, [plan.train_from] if plan.train_from else [], [FAISS_FILE]) as checked,
         reporter.bar(f"index {plan.factory}", rows if ranks is None else None, "vectors") as advance,
     ):
 

@@ -19,7 +19,7 @@ from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import embed_images
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.towers import Towers
-from retriever.utils.check_progress import checking
+from retriever.utils.check_progress import checksum_progress
 
 # Queries embedded and searched at a time.
 BATCH = 256
@@ -67,7 +67,7 @@ def open_indexes(
     Raises:
         InputError: as `index.ann.multi_index.open_all`, or a file is damaged.
     """
-    with checking(reporter, folders, None if verify else [FAISS_FILE, LISTS_FILE]) as checked:
+    with checksum_progress(reporter, folders, None if verify else [FAISS_FILE, LISTS_FILE]) as checked:
         return open_all(folders, verify="hash" if verify else "size", mmap=mmap, progress=checked)
 
 

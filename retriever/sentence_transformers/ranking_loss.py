@@ -1,4 +1,4 @@
-"""The ranking loss for the trainer of sentence-transformers (Inf-CL, arXiv 2410.17243)."""
+"""The ranking loss for `SentenceTransformerTrainer` (Inf-CL, arXiv 2410.17243)."""
 
 from __future__ import annotations
 
@@ -23,59 +23,59 @@ Direction = Literal["query_to_doc", "doc_to_query"]
 Features = dict[str, Any]
 _ONE_DIRECTION, _SYMMETRIC = {"query_to_doc"}, {"query_to_doc", "doc_to_query"}
 
-# Before a trainer is made: it takes the callbacks of that moment.
+# Before a trainer is created, because it copies the default callbacks.
 scale_checkpoint.install()
 
 
 class InfCLRankingLoss(nn.Module):
-    """InfoNCE over in-batch and hard negatives, in place of `MultipleNegativesRankingLoss` of sentence-transformers.
+    """InfoNCE with in-batch and hard negatives, as a replacement for `MultipleNegativesRankingLoss`.
 
-    Value and gradients are those of `MultipleNegativesRankingLoss` with the same arguments, where the batch has no
-    equal texts. No matrix of scores is held: memory is linear in the batch (Cheng et al., arXiv 2410.17243). See
+    For a batch without equal texts, value and gradients equal those of `MultipleNegativesRankingLoss` with the same
+    arguments. The score matrix is never stored, so memory is linear in the batch (Cheng et al., arXiv 2410.17243). See
     `losses.inf_cl_loss` for the formula.
 
-    Other than there by default, the scale is learned, equal texts are masked, and in training on several ranks all
-    ranks' passages are negatives of all queries. ``learn_scale=False, mask_duplicates=False,
-    gather_across_devices=False`` gives their loss.
+    The defaults differ in three ways: the scale is learned, equal texts are masked, and with several ranks all ranks'
+    passages are negatives of all queries. With ``learn_scale=False, mask_duplicates=False,
+    gather_across_devices=False`` the loss is that of `MultipleNegativesRankingLoss`.
 
-    The batch is a list of columns, as their trainer gives it: queries (anchors) [M texts], positives [M], and any
-    number of columns of hard negatives [M each], N = M · (columns − 1) passages in all. Labels are ignored. Texts may
-    be padded, or laid end to end where their Transformer unpads (`cu_seq_lens_q`).
+    The batch is a list of columns, as the trainer passes it: queries (anchors) [M texts], positives [M], and any number
+    of columns of hard negatives [M each], in all N = M · (columns − 1) passages. Labels are ignored. Texts may be
+    padded, or packed end to end if the Transformer unpads (`cu_seq_lens_q`).
 
-    **Several ranks.** With `gather_across_devices` the group is torch.distributed's default group, where it is
-    initialized and has more than one rank. The value is then that of the whole batch and the same on every rank;
-    gradients, averaged over ranks as DDP does, are those of the whole batch. Ranks may have different numbers of rows
-    and columns. Every rank calls forward and backward. Where several data sets train together, ranks draw different
-    ones in the same step: give all of them the same loss object, if its scale is learned.
+    **Several ranks.** With `gather_across_devices` the group is the default group of torch.distributed, if it is
+    initialized and has more than one rank. The value is then that of the whole batch and the same on every rank.
+    Gradients that are averaged over ranks, as DDP does, are those of the whole batch. Ranks may have different numbers
+    of rows and columns. Every rank must call forward and backward. With several data sets, ranks may draw from
+    different ones in the same step: if the scale is learned, pass the same loss object for all of them.
 
     **Learned scale.** The parameter `infonce.log_logit_scale` (0-dim, clamped as in Radford et al., arXiv 2103.00020)
-    is in the optimizer of their trainer, since that takes the parameters of the loss. DDP does not know it: its
-    gradient is averaged over ranks in backward, one number. Checkpoints of their trainer hold its value in
-    `trainer_state.json`, and a run that resumes from one goes on from that value; a transformers Trainer made after the
-    import of this module has the callback for it. It learns at the trainer's `learning_rate` unless
-    ``learning_rate_mapping={"log_logit_scale": 1e-3}`` says otherwise, and is subject to `weight_decay`, which is 0 by
-    default.
+    is optimized by the trainer, which includes the parameters of the loss. DDP does not include them, so the gradient
+    of the scale, one number, is averaged over ranks in backward. Checkpoints store the value in `trainer_state.json`,
+    from which a resumed run restores it; this is done by a callback of every transformers Trainer that is created after
+    this module is imported. The learning rate of the scale is the trainer's `learning_rate`, unless it is set as in
+    ``learning_rate_mapping={"log_logit_scale": 1e-3}``. The scale is subject to `weight_decay`, which is 0 by default.
 
     Args:
-        model: the SentenceTransformer that is trained.
-        scale: logit_scale = 1 / temperature at the beginning. Default: 20.
-        similarity_fct: `cos_sim` (default) or `dot_score` of `sentence_transformers.util`.
-        gather_across_devices: compute the loss over the whole batch of all ranks (default); if not, every rank has the
-            loss of its own batch.
-        directions: ("query_to_doc",) (default), or ("query_to_doc", "doc_to_query") for the symmetric loss.
-        partition_mode: "joint" (default) or "per_direction"; the symmetric loss needs "per_direction", one softmax for
-            each direction.
-        learn_scale: train the scale. Default: True.
-        max_scale: the loss sees no larger scale. Default: 100.
-        mask_duplicates: leave out false negatives (default): passages equal to the query's own positive, in whichever
-            column, and passages equal to the positive of an equal query, on whichever rank. Texts are compared by
-            their token ids, 8 bytes a text on the host each step; columns of images or audio are refused.
-        exchange: how passages travel between ranks: "ring" (a block at a time), "gather" (all at once) or "auto"
-            (default): as memory allows. The result is the same.
-        workspace_mib: MiB that the loss may take beside embeddings and their gradients. Default: 256.
+        model: the SentenceTransformer to train.
+        scale: initial logit_scale, 1 / temperature. Default: 20.
+        similarity_fct: `cos_sim` or `dot_score` of `sentence_transformers.util`. Default: `cos_sim`.
+        gather_across_devices: whether the loss is over the batch of all ranks, rather than over the batch of each rank.
+            Default: True.
+        directions: ("query_to_doc",), or ("query_to_doc", "doc_to_query") for the symmetric loss. Default:
+            ("query_to_doc",).
+        partition_mode: "joint" or "per_direction". The symmetric loss requires "per_direction", one softmax for each
+            direction. Default: "joint".
+        learn_scale: whether the scale is learned. Default: True.
+        max_scale: maximum of the scale; larger values are clamped. Default: 100.
+        mask_duplicates: whether to mask false negatives: passages equal to the query's own positive, in any column, and
+            passages equal to the positive of an equal query, on any rank. Texts are compared by their token ids, which
+            takes 8 bytes per text on the host in each step. Columns of images or audio are refused. Default: True.
+        exchange: how passages are exchanged between ranks: "ring" (one block at a time), "gather" (all at once) or
+            "auto" (by size). The result is the same. Default: "auto".
+        workspace_mib: memory of the loss in MiB, in addition to embeddings and their gradients. Default: 256.
 
     Raises:
-        ValueError: an argument or a batch that this loss cannot honour; the message names it.
+        ValueError: an argument or a batch is not supported. The message names it.
 
     Example::
 
@@ -124,7 +124,7 @@ class InfCLRankingLoss(nn.Module):
             exchange=exchange,
             workspace_mib=workspace_mib,
         )
-        scale_checkpoint.remember(self.infonce)
+        scale_checkpoint.register(self.infonce)
         self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices
         self.directions = tuple(directions)
@@ -132,10 +132,10 @@ class InfCLRankingLoss(nn.Module):
         self.mask_duplicates = mask_duplicates
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
-            sentence_features: features of each column: queries, positives, and columns of hard negatives.
+            sentence_features: the features of each column: queries, positives, and columns of hard negatives.
             labels: ignored.
 
         Returns:
@@ -147,7 +147,7 @@ class InfCLRankingLoss(nn.Module):
         return self._loss(embed_columns(self.model, columns), masks, self._scale())
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The arguments, for the model card; the scale as it is now."""
+        """Return the arguments for the model card, with the current scale."""
         return {
             "scale": self.scale,
             "similarity_fct": similarity_fct_name(self.similarity_fct),
@@ -162,7 +162,7 @@ class InfCLRankingLoss(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The scale as it is now."""
+        """The current scale."""
         return float(self.infonce.logit_scale.detach())
 
     @property
@@ -184,38 +184,38 @@ class InfCLRankingLoss(nn.Module):
 """  # noqa: E501
 
     def _group(self) -> Any:
-        return distributed.group.WORLD if self.gather_across_devices and _several_ranks() else None
+        return distributed.group.WORLD if self.gather_across_devices and _has_several_ranks() else None
 
     def _masks(self, columns: list[Features]) -> Masks | None:
-        """Before the model sees the features: a pooling without the prompt changes their attention masks."""
+        """Mask equal texts. Must run before the model, because pooling without the prompt changes attention masks."""
         if len(columns) < 2:
             raise ValueError(f"expected columns of queries, positives and hard negatives, found {len(columns)} column")
         if not self.mask_duplicates:
             return None
-        hashes = [text_hashes(each) for each in columns]
+        hashes = [text_hashes(column) for column in columns]
         _check_rows(hashes)
         return duplicate_masks(hashes, self._group())
 
     def _check_scale_of_ranks(self) -> None:
-        """Gradients of several scales are not averaged as if they were those of one."""
-        if not _several_ranks():
+        """Check that all ranks use the same scale in this step, because its gradient is averaged over ranks."""
+        if not _has_several_ranks():
             return
         learned = self.infonce.log_logit_scale.requires_grad
-        own = scale_checkpoint.number_of(self.infonce) if learned else -1
-        if (communication_of(distributed.group.WORLD).gather_host(torch.tensor([own])) != own).any():
+        index = scale_checkpoint.index_of(self.infonce) if learned else -1
+        if (communication_of(distributed.group.WORLD).gather_host(torch.tensor([index])) != index).any():
             raise ValueError(
                 "loss must be the same object for all data sets when its scale is learned on several ranks, found "
-                "ranks with several in one step"
+                "different ones in one step"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        scale_checkpoint.remember(self.infonce)
+        scale_checkpoint.register(self.infonce)
 
     def _scale(self) -> Tensor:
-        """0-dim logit_scale, whose gradient is averaged over ranks."""
+        """The 0-dim logit_scale, with a gradient that is averaged over ranks."""
         scale = self.infonce.logit_scale
-        return _AveragedGradient.apply(scale) if scale.requires_grad and _several_ranks() else scale
+        return _AveragedGradient.apply(scale) if scale.requires_grad and _has_several_ranks() else scale
 
     def _loss(self, embeddings: list[Tensor], masks: Masks | None, scale: Tensor) -> Tensor:
         _check_rows(embeddings)
@@ -239,15 +239,17 @@ def _check_rows(columns: list[Tensor]) -> None:
     expected = len(columns[0])
     for column in columns:
         if len(column) != expected:
-            raise ValueError(f"columns must have as many rows as the queries, expected {expected}, found {len(column)}")
+            raise ValueError(
+                f"columns must have the same number of rows as the queries, expected {expected}, found {len(column)}"
+            )
 
 
-def _several_ranks() -> bool:
+def _has_several_ranks() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class _AveragedGradient(torch.autograd.Function):
-    """A value as it is; its gradient is averaged over the ranks of the default group."""
+    """The identity, with a gradient that is averaged over the ranks of the default group."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

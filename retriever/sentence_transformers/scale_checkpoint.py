@@ -1,6 +1,6 @@
-"""Learned scales of losses in the checkpoints of Transformers' Trainer.
+"""Save and restore the learned scales of losses with the checkpoints of the transformers Trainer.
 
-The trainer of sentence-transformers optimizes the parameters of a loss, but saves those of the model only.
+`SentenceTransformerTrainer` optimizes the parameters of a loss but saves only those of the model.
 """
 
 from __future__ import annotations
@@ -17,67 +17,69 @@ from transformers.trainer_callback import ExportableState
 from losses.modules import LossWithScale
 
 logger = logging.getLogger(__name__)
-# Each with its number among the scales that its trainer optimizes.
-_known: weakref.WeakKeyDictionary[LossWithScale, int] = weakref.WeakKeyDictionary()
+# Registered scales, each with its index among the scales that its trainer optimizes.
+_registered: weakref.WeakKeyDictionary[LossWithScale, int] = weakref.WeakKeyDictionary()
 
 
-def remember(scale: LossWithScale) -> None:
-    """Save and restore this module's `log_logit_scale` with the checkpoints of every trainer that optimizes it."""
-    _known[scale] = 0
+def register(scale: LossWithScale) -> None:
+    """Include the `log_logit_scale` of this module in the checkpoints of every trainer that optimizes it."""
+    _registered[scale] = 0
 
 
-def number_of(scale: LossWithScale) -> int:
-    """Its place among the scales that its trainer optimizes, the same on all ranks; 0 without a trainer."""
-    return _known.get(scale, 0)
+def index_of(scale: LossWithScale) -> int:
+    """Return the index among the scales that its trainer optimizes, the same on all ranks; 0 without a trainer."""
+    return _registered.get(scale, 0)
 
 
 class LearnedScaleCallback(TrainerCallback, ExportableState):
-    """Keeps the learned scales that a trainer optimizes in the `trainer_state.json` of its checkpoints.
+    """Stores the learned scales that a trainer optimizes in the `trainer_state.json` of its checkpoints.
 
-    It needs no arguments, and finds the scales by the optimizer, in whose order they are saved. In a trainer that
-    optimizes none it does nothing.
+    The callback finds the scales through the optimizer and saves them in its order. It does nothing in a trainer that
+    optimizes none.
     """
 
     def __init__(self) -> None:
         self._parameters: list[Parameter] = []
 
     def state(self) -> dict[str, Any]:
-        """What goes into a checkpoint: the values at this moment."""
-        return {"args": {}, "attributes": {"log_logit_scales": [each.item() for each in self._parameters]}}
+        """Return the current values, for a checkpoint."""
+        return {"args": {}, "attributes": {"log_logit_scales": [parameter.item() for parameter in self._parameters]}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Restore the values of the checkpoint that training resumes from, if it does.
+        """Restore the values if training resumes from a checkpoint.
 
         Raises:
-            ValueError: the checkpoint has another number of scales.
+            ValueError: the checkpoint has a different number of scales.
         """
         scales = _scales_in(optimizer)
-        _known.update({scale: number for number, scale in enumerate(scales)})
+        _registered.update({scale: index for index, scale in enumerate(scales)})
         self._parameters = [scale.log_logit_scale for scale in scales]
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name, {}).get("attributes", {}).get("log_logit_scales", [])
-        # The trainer expects an entry of each callback, which a checkpoint written without this one lacks.
+        # The trainer requires an entry for each callback; a checkpoint that was saved without this one has none.
         state.stateful_callbacks[name] = self.state()
         if state.global_step == 0 or not self._parameters:
             return
         if not saved:
-            logger.warning("The checkpoint has no learned scale of a loss: it begins anew.")
+            logger.warning("The checkpoint has no learned scale of the loss: the scale starts from its initial value.")
             return
         if len(saved) != len(self._parameters):
-            raise ValueError(f"the checkpoint has {len(saved)} learned scales, the losses {len(self._parameters)}")
+            raise ValueError(
+                f"the checkpoint has {len(saved)} learned scales, but the losses have {len(self._parameters)}"
+            )
         with torch.no_grad():
             for parameter, value in zip(self._parameters, saved, strict=True):
                 parameter.fill_(value)
 
 
 def _scales_in(optimizer: Any) -> list[LossWithScale]:
-    scales = {id(each.log_logit_scale): each for each in _known}
+    scales = {id(scale.log_logit_scale): scale for scale in _registered}
     groups = [] if optimizer is None else optimizer.param_groups
-    return [scales[id(each)] for group in groups for each in group["params"] if id(each) in scales]
+    return [scales[id(parameter)] for group in groups for parameter in group["params"] if id(parameter) in scales]
 
 
 def install() -> None:
-    """Give the callback to every trainer made from now on."""
+    """Add the callback to every trainer that is created from now on."""
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
     if LearnedScaleCallback not in callbacks:
         callbacks.append(LearnedScaleCallback)

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors as safetensors, numbers as JSON, checksums over both; whole or absent."""
+"""Save and load checkpoints: tensors as safetensors, numbers as JSON, with checksums, written atomically."""
 
 from __future__ import annotations
 
@@ -21,32 +21,37 @@ from retriever.models.weights import save_tensors
 
 @dataclass
 class TrainState:
-    """What a run has reached, beside its tensors; the random numbers of a step follow from the seed and the step."""
+    """The state of a run apart from its tensors. The random numbers of a step depend only on the seed and the step."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     dev_step: int = -1
-    """Step of the last dev evaluation."""
+    """Step of the last dev evaluation; -1 before the first."""
     best_score: float | None = None
-    """Best dev nDCG@10 (of pictures: recall@1, acc1); the model folder holds that model."""
+    """Best score on the dev set, that of the model in the model folder. None before the first evaluation."""
     best_step: int = 0
     """Step of the best dev evaluation."""
     evaluations_without_gain: int = 0
-    """Dev evaluations since the best one."""
+    """Number of dev evaluations since the best one."""
     sources: tuple[str, ...] = ()
-    """sha256 of every data source's examples; a run goes on only with the same data."""
+    """sha256 of the examples of each source. A run resumes only with the same data."""
     dev: str = ""
-    """Fingerprint of the dev set, for the same reason."""
+    """Fingerprint of the dev set, which must be the same to resume; empty without one."""
     scaler: dict[str, float] | None = None
-    """The loss scale of fp16 training and its counter."""
+    """State of the gradient scaler in fp16 training, otherwise None."""
 
 
 def save_checkpoint(
     folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: TrainState, *, writes: bool
 ) -> None:
-    """Write modules, optimizer state and `state` to `folder`, atomically.
+    """Write a checkpoint atomically. Every rank must call it, because sharded tensors are gathered.
 
-    All processes of a job call it, and one `writes`: whole tensors, which the others help to gather.
+    Args:
+        folder: folder of the checkpoint.
+        modules: modules whose `state_dict` is saved, by name.
+        optimizer: the optimizer whose state is saved.
+        state: the state of the run.
+        writes: whether this rank writes the files.
     """
     tensors, numbers = _optimizer_state(optimizer)
     parts = {**{name: module.state_dict() for name, module in modules.items()}, "optimizer": tensors}
@@ -63,21 +68,21 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put a checkpoint's tensors into the modules and the optimizer, on the devices they are on, divided as these are.
+    """Load a checkpoint into modules and optimizer, on the devices and with the sharding of their tensors.
 
     Raises:
-        InputError: the checkpoint is torn, or was made with another model or optimizer.
+        InputError: the checkpoint is damaged, or was saved with another model or optimizer.
     """
     verify_files(read_manifest(folder, CHECKPOINT), "hash")
     for name, module in modules.items():
         try:
-            saved_tensors, present = load_file(folder / f"{name}.safetensors"), module.state_dict()
-            module.load_state_dict({k: distribute_like(v, present.get(k, v)) for k, v in saved_tensors.items()})
+            tensors, own = load_file(folder / f"{name}.safetensors"), module.state_dict()
+            module.load_state_dict({k: distribute_like(v, own.get(k, v)) for k, v in tensors.items()})
         except (RuntimeError, FileNotFoundError) as error:
-            # torch begins with a line that says no more.
-            found = str(error).splitlines()
+            # The first line of torch's message is only a heading.
+            lines = str(error).splitlines()
             raise InputError(
-                f"{folder}: does not fit this run's {name}: {found[min(1, len(found) - 1)].strip()}"
+                f"{folder}: does not fit this run's {name}: {lines[min(1, len(lines) - 1)].strip()}"
             ) from None
     saved = read_json(folder / "state.json")
     _restore_optimizer(optimizer, {**load_file(folder / "optimizer.safetensors"), **saved["optimizer"]})
@@ -86,26 +91,29 @@ def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torc
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """sha256 of the sums of a checkpoint's files, which `load_checkpoint` checks."""
+    """Return a sha256 over the checksums of the files of a checkpoint."""
     files = read_manifest(folder, CHECKPOINT).files
     return hashlib.sha256("\n".join(f"{name} {files[name].sha256}" for name in sorted(files)).encode()).hexdigest()
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint of the highest step, or none. One that a killed run was about to replace is put back first."""
+    """Return the checkpoint of the highest step, or None.
+
+    A checkpoint that a killed run was replacing is restored first.
+    """
     for name in {path.name.split(".")[1] for path in checkpoints.glob(".step-*.old")}:
         recover_folder(checkpoints / name)
-    found = _all_checkpoints(checkpoints)
-    return found[-1] if found else None
+    folders = _all_checkpoints(checkpoints)
+    return folders[-1] if folders else None
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step is kept."""
+    """Return the folder of the checkpoint of a step."""
     return checkpoints / f"step-{step:08d}"
 
 
 def prune_checkpoints(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep`."""
+    """Remove all but the newest `keep` checkpoints."""
     for folder in _all_checkpoints(checkpoints)[:-keep]:
         shutil.rmtree(folder)
 
@@ -117,13 +125,13 @@ def _all_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors and numbers of the optimizer's state, keyed "parameter number/entry"."""
+    """Return the tensors and numbers of the optimizer's state, with keys "parameter index/entry"."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
     for parameter, entries in optimizer.state_dict()["state"].items():
         for name, value in entries.items():
-            place: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
-            place[f"{parameter}/{name}"] = value
+            target: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
+            target[f"{parameter}/{name}"] = value
     return tensors, numbers
 
 
@@ -131,8 +139,9 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, entries: dict[str, Any]
     state: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in entries.items():
-        number, _, name = key.partition("/")
-        divided = distribute_like(value, parameters[int(number)]) if isinstance(value, Tensor) else value
-        state.setdefault(int(number), {})[name] = divided
-    # The settings of the groups (rates, decay) are the configuration's.
+        index, _, name = key.partition("/")
+        if isinstance(value, Tensor):
+            value = distribute_like(value, parameters[int(index)])
+        state.setdefault(int(index), {})[name] = value
+    # The hyperparameters of the groups come from the configuration.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,10 +1,12 @@
-"""Small training passes by CUDA graphs: the host launches two things where it would launch some thousand.
+"""Run small training passes of the encoders as CUDA graphs, which the host launches with one call each.
 
-An encoder's forward and its backward are captured once for each size of micro-batch, and replayed from then on. Sizes
-are rounded up to a sixteenth, and the places beyond the last text are texts of one token each, which nobody reads.
-Replays read and write the same memory every time; hence only passes whose backward comes before the next forward are
-replayed, with weights that stay where they are (mixed_precision.py), whose gradients a replay adds up itself:
-to hand some hundred of them to autograd takes longer than to launch it. What does not fit runs as it did.
+The forward and backward of an encoder are captured once per micro-batch size and then replayed. Sizes are rounded up,
+and the padding tokens form texts of one token each, whose outputs are ignored.
+
+A replay reads and writes the same memory each time. Therefore a forward is only replayed if the backward of the
+previous one has run, and the weights must stay at their addresses (models/mixed_precision.py). A replay accumulates the
+gradients of the weights itself, because returning hundreds of gradients to autograd takes longer than launching the
+graph. Any other pass runs without a graph.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from retriever.models.packed.attention import LONG, PackedLayout
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision
 
-# More of them keep a GPU busy for longer than the host takes to launch their kernels.
+# With more tokens the GPU computes for longer than the host needs to launch the kernels.
 MAX_TOKENS = 32768
-# Sizes of micro-batches; each takes its time to capture.
-MOST_CAPTURES = 16
+# Number of sizes to capture; each capture takes time and memory.
+MAX_CAPTURES = 16
 
 
-def check_replayable(towers: Towers, precision: Precision) -> None:
-    """Whether `replay_small_passes` can be.
+def check_cuda_graphs(towers: Towers, precision: Precision) -> None:
+    """Check that `use_cuda_graphs` supports the towers.
 
     Raises:
-        ConfigError: it is not bf16 on a GPU, or a family whose attention there is not all in kernels of ours.
+        ConfigError: the precision is not bf16 on a GPU, or the attention of a model family needs padding.
     """
     if precision != "bf16" or towers.device.type != "cuda":
         raise ConfigError(f"cuda_graphs: expected bf16 on a GPU, found {precision} on {towers.device.type}")
@@ -39,96 +41,96 @@ def check_replayable(towers: Towers, precision: Precision) -> None:
         raise ConfigError(f"cuda_graphs: expected attention that needs no padding, found {', '.join(families)}")
 
 
-def replay_small_passes(towers: Towers) -> None:
-    """From now on have the encoders' training passes replay CUDA graphs, where they are of few tokens."""
+def use_cuda_graphs(towers: Towers) -> None:
+    """Replace the forward of each encoder by one that replays CUDA graphs for small training passes."""
     for encoder in towers.encoders:
         if not isinstance(encoder.forward, _GraphedForward):
             encoder.forward = _GraphedForward(encoder)
 
 
 class _GraphedForward:
-    """In place of an encoder's forward method."""
+    """The replacement for the forward method of an encoder."""
 
     def __init__(self, encoder: Any) -> None:
-        self.encoder, self.plain = encoder, encoder.forward
+        self.encoder, self.plain_forward = encoder, encoder.forward
         self.captures: dict[int, _Capture] = {}
+        # All captures share a memory pool and a stream, because libraries keep a workspace per stream.
         self.pool: Any = None
         self.stream: Any = None
-        """Memory of all captures, and where they are captured: libraries keep a workspace for every stream."""
-        self.sums: dict[Tensor, Tensor] = {}
-        """Where every backward adds the gradients of the weights, fp32."""
-        self.waiting = False
-        """A replayed forward waits for its backward."""
+        self.gradients: dict[Tensor, Tensor] = {}
+        """float32 accumulators of the gradients of the weights, at fixed addresses."""
+        self.awaits_backward = False
+        """Whether the backward of the last replayed forward has not run yet."""
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, layout: PackedLayout, **rest: Any) -> Any:
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, layout: PackedLayout, **options: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
         tokens = input_ids.shape[1]
-        size = rounded(tokens)
-        if not self._replayable(layout, size):
-            return self.plain(input_ids=input_ids, position_ids=position_ids, layout=layout, **rest)
+        size = captured_size(tokens)
+        if not self._can_replay(layout, size):
+            return self.plain_forward(input_ids=input_ids, position_ids=position_ids, layout=layout, **options)
         capture = self.captures.get(size)
-        if capture is None or capture.addresses != capture.addresses_now():
+        if capture is None or capture.addresses != capture.current_addresses():
             if self.pool is None:
                 self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(input_ids.device)
             capture = self.captures[size] = _Capture(self, Inputs(size, input_ids.device))
         capture.inputs.fill(input_ids, position_ids, layout)
-        self.waiting = True
-        # What makes the output one that has a backward; a weight's hooks would be called without a gradient.
-        tie = torch.empty((), requires_grad=True)
-        return BaseModelOutput(last_hidden_state=_Replay.apply(self, capture, tokens, tie))
+        self.awaits_backward = True
+        # Makes the output require a gradient. Passing a weight instead would call its hooks without a gradient.
+        dummy = torch.empty((), requires_grad=True)
+        return BaseModelOutput(last_hidden_state=_Replay.apply(self, capture, tokens, dummy))
 
-    def _replayable(self, layout: PackedLayout, size: int) -> bool:
-        if self.waiting or size > MAX_TOKENS or layout.max_seqlen > LONG:
+    def _can_replay(self, layout: PackedLayout, size: int) -> bool:
+        if self.awaits_backward or size > MAX_TOKENS or layout.max_seqlen > LONG:
             return False
         if not (torch.is_grad_enabled() and self.encoder.training):
             return False
         sums = gradient_sums(self.encoder)
         if any(weight.dtype != torch.bfloat16 or weight not in sums for weight in self.encoder.parameters()):
             return False
-        return size in self.captures or len(self.captures) < MOST_CAPTURES
+        return size in self.captures or len(self.captures) < MAX_CAPTURES
 
-    def begin_sums(self, weights: list[Tensor]) -> None:
-        """Have the sums of these gradients, whatever is in them already, where replays add to them."""
-        found = gradient_sums(self.encoder)
-        elsewhere = [weight for weight in weights if found[weight] is not self.sums[weight]]
-        if fresh := [self.sums[weight] for weight in elsewhere if found[weight] is None]:
-            torch._foreach_zero_(fresh)
-        for weight in elsewhere:
-            if (so_far := found[weight]) is not None:
-                self.sums[weight].copy_(so_far)
-            found[weight] = self.sums[weight]
+    def prepare_gradients(self, weights: list[Tensor]) -> None:
+        """Make `gradient_sums` use the accumulators of the graphs, with the values accumulated so far."""
+        sums = gradient_sums(self.encoder)
+        to_replace = [weight for weight in weights if sums[weight] is not self.gradients[weight]]
+        if unset := [self.gradients[weight] for weight in to_replace if sums[weight] is None]:
+            torch._foreach_zero_(unset)
+        for weight in to_replace:
+            if (accumulated := sums[weight]) is not None:
+                self.gradients[weight].copy_(accumulated)
+            sums[weight] = self.gradients[weight]
 
 
-def rounded(tokens: int) -> int:
-    """The next size that is captured."""
+def captured_size(tokens: int) -> int:
+    """Round a number of tokens up to a captured size, a multiple of a sixteenth of its power of two (at least 256)."""
     step = max(256, 1 << (tokens.bit_length() - 5)) if tokens > 16 else 256
     return -(-tokens // step) * step
 
 
 class Inputs:
-    """What a captured pass reads: `size` tokens, as many of them of the texts as there are."""
+    """The input tensors of a captured pass, for `size` tokens."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.input_ids, self.position_ids = (torch.zeros(1, size, dtype=torch.int64, device=device) for _ in range(2))
-        places = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self.layout = PackedLayout(places[:-1].clone(), places[1:].clone(), places, LONG)
+        positions = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self.layout = PackedLayout(positions[:-1].clone(), positions[1:].clone(), positions, LONG)
 
     def fill(self, input_ids: Tensor, position_ids: Tensor, layout: PackedLayout) -> None:
-        """Copy the tokens of some texts; each place beyond is a text of its own, of whatever token was there."""
-        tokens, places = input_ids.shape[1], self.layout.cu_seqlens
+        """Copy the tokens of a micro-batch. Each remaining token becomes a text of its own, with any token id."""
+        tokens, positions = input_ids.shape[1], self.layout.cu_seqlens
         self.input_ids[:, :tokens].copy_(input_ids)
         self.position_ids[:, :tokens].copy_(position_ids)
-        for own, given, beyond in (
-            (self.layout.start, layout.start, places[tokens:-1]),
-            (self.layout.end, layout.end, places[tokens + 1 :]),
+        for target, source, padding in (
+            (self.layout.start, layout.start, positions[tokens:-1]),
+            (self.layout.end, layout.end, positions[tokens + 1 :]),
         ):
-            own[:tokens].copy_(given)
-            own[tokens:].copy_(beyond)
+            target[:tokens].copy_(source)
+            target[tokens:].copy_(padding)
 
 
 class _Capture:
-    """The forward and the backward of one size, as graphs in the memory of the encoder's others."""
+    """The graphs of forward and backward for one size."""
 
     def __init__(self, graphed: _GraphedForward, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -136,47 +138,50 @@ class _Capture:
         device = inputs.input_ids.device
 
         def encode() -> Tensor:
-            layout = inputs.layout
-            output = graphed.plain(input_ids=inputs.input_ids, position_ids=inputs.position_ids, layout=layout)
+            output = graphed.plain_forward(
+                input_ids=inputs.input_ids, position_ids=inputs.position_ids, layout=inputs.layout
+            )
             return output.last_hidden_state
 
         def gradients(out: Tensor, out_grad: Tensor) -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(out, self.weights, out_grad, allow_unused=True)
 
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads copy to the device meanwhile.
         stream = graphed.stream
+        # Per thread, because other threads copy to the device at the same time.
         settings: Any = {"pool": graphed.pool, "stream": stream, "capture_error_mode": "thread_local"}
         with torch.random.fork_rng(devices=[device]):
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                # Kernels are compiled, and libraries take their memory, outside the graphs.
+                # A warm-up outside the graphs, in which kernels are compiled and libraries allocate memory.
                 out = encode()
-                found = gradients(out, torch.zeros_like(out))
+                warm_up = gradients(out, torch.zeros_like(out))
             torch.cuda.current_stream(device).wait_stream(stream)
-            # Without those that nothing depends on, such as a pooler's.
-            self.weights = [weight for weight, each in zip(self.weights, found, strict=True) if each is not None]
+            # Leave out weights that the output does not depend on, for example those of a pooler.
+            self.weights = [
+                weight for weight, gradient in zip(self.weights, warm_up, strict=True) if gradient is not None
+            ]
             for weight in self.weights:
-                if weight not in graphed.sums:
-                    graphed.sums[weight] = torch.empty_like(weight, dtype=torch.float32)
-            del out, found
+                if weight not in graphed.gradients:
+                    graphed.gradients[weight] = torch.empty_like(weight, dtype=torch.float32)
+            del out, warm_up
             with torch.cuda.graph(self.forward, **settings):
                 out = encode()
             self.out_grad = torch.zeros_like(out)
             with torch.cuda.graph(self.backward, **settings):
-                made = [gradient for gradient in gradients(out, self.out_grad) if gradient is not None]
-                torch._foreach_add_([graphed.sums[weight] for weight in self.weights], made)
-                del made
-        self.out, self.addresses = out.detach(), self.addresses_now()
+                captured = [gradient for gradient in gradients(out, self.out_grad) if gradient is not None]
+                torch._foreach_add_([graphed.gradients[weight] for weight in self.weights], captured)
+                del captured
+        self.out, self.addresses = out.detach(), self.current_addresses()
 
-    def addresses_now(self) -> list[int]:
-        """Where the weights are; the graphs read them where they were."""
+    def current_addresses(self) -> list[int]:
+        """Return the addresses of the weights. A graph reads them at the addresses of its capture."""
         return [weight.data_ptr() for weight in self.weights]
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graphed: _GraphedForward, capture: _Capture, tokens: int, tie: Tensor) -> Tensor:
+    def forward(ctx: Any, graphed: _GraphedForward, capture: _Capture, tokens: int, dummy: Tensor) -> Tensor:
         ctx.graphed, ctx.capture, ctx.tokens = graphed, capture, tokens
         capture.forward.replay()
         return capture.out[:, :tokens].detach()
@@ -186,7 +191,7 @@ class _Replay(torch.autograd.Function):
         capture = ctx.capture
         capture.out_grad[:, : ctx.tokens].copy_(out_grad)
         capture.out_grad[:, ctx.tokens :].zero_()
-        ctx.graphed.begin_sums(capture.weights)
+        ctx.graphed.prepare_gradients(capture.weights)
         capture.backward.replay()
-        ctx.graphed.waiting = False
+        ctx.graphed.awaits_backward = False
         return None, None, None, None

@@ -1,4 +1,4 @@
-"""Zero-shot evaluation while a model of pictures and texts trains."""
+"""Zero-shot evaluation of an image–text model during training."""
 
 from __future__ import annotations
 
@@ -27,32 +27,33 @@ _METRICS = {"retrieval": "recall@1", "classification": "acc1", "multilabel": "me
 
 
 @dataclass(frozen=True)
-class ImageDev:
-    """The set of pictures that a run is evaluated on."""
+class ImageDevSet:
+    """A zero-shot data set as dev set."""
 
     dataset: ZeroShotSet
 
     @classmethod
-    def open(cls, config: DevConfig) -> ImageDev:
-        """Read what describes the set.
+    def open(cls, config: DevConfig) -> ImageDevSet:
+        """Open the data set.
 
         Raises:
-            InputError: there is no such set.
+            ConfigError: an option of text dev sets is set.
+            InputError: the data set does not exist.
         """
         if config.max_queries is not None:
-            raise ConfigError("dev.max_queries: expected none for a set of pictures, which is evaluated whole")
+            raise ConfigError("dev.max_queries: expected none for a set of images, all of which are evaluated")
         if config.keep_identical_ids:
             raise ConfigError("dev.keep_identical_ids: expected false for a set of images")
         return cls(open_set(Path(config.path), config.split))
 
     @property
     def metric(self) -> str:
-        """What a model is chosen by; recall@1 is the mean of both directions."""
+        """Name of the measure that the best model is chosen by. recall@1 is the mean of both directions."""
         return _METRICS[self.dataset.task]
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the scores of a run are measured on."""
+        """Hash of the data set."""
         return self.dataset.sha256()
 
     def measures(
@@ -65,8 +66,8 @@ class ImageDev:
         tick: Callable[[], None] | None,
         ranks: Ranks,
     ) -> dict[str, float]:
-        """Those of `evaluate`, which the first rank makes alone; none on the others."""
-        return self.evaluate(towers, options, reporter, tick=tick) if ranks.first else {}
+        """Evaluate on rank 0 with `evaluate`; other ranks return an empty dict."""
+        return self.evaluate(towers, options, reporter, tick=tick) if ranks.is_first else {}
 
     def evaluate(
         self,
@@ -76,46 +77,53 @@ class ImageDev:
         *,
         tick: Callable[[], None] | None = None,
     ) -> dict[str, float]:
-        """The measures of the set, `metric` among them.
+        """Evaluate the towers.
 
         Args:
-            towers: in evaluation mode, on the device to use.
-            tick: called after every micro-batch; may raise to end the evaluation.
+            towers: the towers, in evaluation mode and on their device.
+            options: how to encode.
+            reporter: shows progress.
+            tick: called after every micro-batch; may raise to stop the evaluation.
+
+        Returns:
+            Measure -> value, including `metric`.
 
         Raises:
-            InputError: no picture can be read.
+            InputError: no image can be read.
         """
-        images = self._embedded(towers, options, reporter, tick)
-        found = score(
+        images = self._embed_images(towers, options, reporter, tick)
+        scored = score(
             self.dataset,
             images,
             lambda texts: embed_texts(towers, texts, "document", options, ticking(lambda count: None, tick)),
             sha256=self.fingerprint,
         )
-        measures = dict(found.result.measures)
+        measures = dict(scored.result.measures)
         if self.dataset.task == "retrieval":
-            both = [measures[f"{way}_retrieval_recall@1"] for way in ("image", "text")]
-            measures["recall@1"] = float(np.mean(both))
+            recalls = [measures[f"{direction}_retrieval_recall@1"] for direction in ("image", "text")]
+            measures["recall@1"] = float(np.mean(recalls))
         return measures
 
-    def _embedded(
+    def _embed_images(
         self, towers: ImageTextTowers, options: EncodeOptions, reporter: Reporter, tick: Callable[[], None] | None
     ) -> Embedded:
         dataset = self.dataset
         samples: list[Sample] = []
         vectors: list[np.ndarray] = []
-        broken: dict[str, str] = {}
-        bar = reporter.bar(f"{dataset.name}: pictures", len(dataset.samples), "pictures")
+        unreadable: dict[str, str] = {}
+        bar = reporter.bar(f"{dataset.name}: images", len(dataset.samples), "images")
         with bar as advance, Decoder(towers) as decoder:
             progress = ticking(advance, tick)
             for start in range(0, len(dataset.samples), AT_ONCE):
-                some = dataset.samples[start : start + AT_ONCE]
-                found, why = embed_readable(towers, decoder, [sample.image for sample in some], options, progress)
-                broken.update((some[row].image.name, reason) for row, reason in why.items())
-                rows = [row for row in range(len(some)) if row not in why]
-                samples += [some[row] for row in rows]
-                vectors.append(found[rows])
+                window = dataset.samples[start : start + AT_ONCE]
+                embeddings, errors = embed_readable(
+                    towers, decoder, [sample.image for sample in window], options, progress
+                )
+                unreadable.update((window[row].image.name, reason) for row, reason in errors.items())
+                rows = [row for row in range(len(window)) if row not in errors]
+                samples += [window[row] for row in rows]
+                vectors.append(embeddings[rows])
         if not samples:
-            name, reason = next(iter(broken.items()))
-            raise InputError(f"{dataset.path}: expected pictures, found none that can be read; {name}: {reason}")
-        return Embedded(samples, np.concatenate(vectors), broken)
+            name, reason = next(iter(unreadable.items()))
+            raise InputError(f"{dataset.path}: expected images, found none that can be read; {name}: {reason}")
+        return Embedded(samples, np.concatenate(vectors), unreadable)

@@ -1,4 +1,4 @@
-"""The loss of a training run, and what several processes can compute of it."""
+"""Build the loss of a training run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
 
 
-class ClipOverRanks(InfCLLoss):
-    """CLIP's loss with the whole matrix on every rank; the baseline of the literature."""
+class DistributedClipLoss(InfCLLoss):
+    """The loss of CLIP over several ranks, with the full matrix on every rank."""
 
     def forward(
         self,
@@ -25,42 +25,44 @@ class ClipOverRanks(InfCLLoss):
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
-        """As its paper has it: row i with row i, and no ids."""
+        """Compute the loss with row i of `passage` as the positive of row i of `query`. Other arguments are ignored."""
         return gathered_clip_loss(query, passage, logit_scale=self.logit_scale, group=self.group)
 
 
 def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
-    """Refuse what several ranks cannot do (ConfigError, naming the field)."""
-    if ranks.size == 1:
+    """Raise a ConfigError for settings that several ranks do not support."""
+    if ranks.world_size == 1:
         return
-    if config.batch_size < ranks.size:
-        raise ConfigError(f"batch_size: expected at least {ranks.size}, one query a process, found {config.batch_size}")
+    if config.batch_size < ranks.world_size:
+        raise ConfigError(
+            f"batch_size: expected at least {ranks.world_size}, one query per process, found {config.batch_size}"
+        )
     if config.loss.name == "clip" and config.data.negatives:
-        raise ConfigError(f"data.negatives: expected none for clip with {ranks.size} processes")
+        raise ConfigError(f"data.negatives: expected none for clip with {ranks.world_size} processes")
     if config.loss.implementation in ("full", "dense"):
         raise ConfigError(
-            f"loss.implementation: expected auto, chunked or triton with {ranks.size} processes, "
+            f"loss.implementation: expected auto, chunked or triton with {ranks.world_size} processes, "
             f"found {config.loss.implementation}"
         )
 
 
 def build_loss(config: LossConfig, ranks: Ranks) -> InfCLLoss | SigmoidLoss:
-    """The loss module that a configuration names, over all ranks."""
+    """Build the loss module of a configuration, over all ranks."""
     if config.name == "sigmoid":
-        # The configuration refuses "dense", which the sigmoid loss does not have.
-        chosen: Any = config.implementation
+        # LossConfig refuses "dense", which SigmoidLoss does not have.
+        implementation: Any = config.implementation
         return SigmoidLoss(
             logit_scale=config.logit_scale,
             logit_bias=config.logit_bias,
             learnable=config.learn_logit_scale,
             max_logit_scale=config.max_logit_scale,
             group=ranks.group,
-            implementation=chosen,
+            implementation=implementation,
             precision=config.precision,
             workspace_mib=config.workspace_mib,
         )
-    made = ClipOverRanks if config.name == "clip" and ranks.group is not None else InfCLLoss
-    return made(
+    loss_class = DistributedClipLoss if config.name == "clip" and ranks.group is not None else InfCLLoss
+    return loss_class(
         logit_scale=config.logit_scale,
         learnable=config.learn_logit_scale,
         max_logit_scale=config.max_logit_scale,

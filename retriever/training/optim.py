@@ -1,4 +1,4 @@
-"""Optimizers, their parameter groups, and the learning rate of every step."""
+"""Optimizers, parameter groups and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -16,45 +16,49 @@ from retriever.config.run import OptimConfig
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:
-    """What `config.lr` is multiplied by in step 0 <= step < total.
+    """Return the factor of `config.lr` in a step.
 
-    Rises linearly over the first round(warmup_fraction · total) steps, 1/w, 2/w, … 1; then falls from 1 by half a
-    cosine or a line that would be zero at step `total`, or stays.
+    The factor rises linearly over the first w = round(warmup_fraction · total) steps: 1/w, 2/w, …, 1. Then it falls
+    from 1 along half a cosine or a line that is zero at step `total`, or is constant.
+
+    Args:
+        step: the step, 0 ≤ step < total.
+        total: number of steps of the run.
+        config: warm-up and schedule.
     """
     warmup = round(config.warmup_fraction * total)
     if step < warmup:
         return (step + 1) / warmup
     if config.schedule == "constant":
         return 1.0
-    done = (step - warmup) / max(1, total - warmup)
-    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    progress = (step - warmup) / max(1, total - warmup)
+    return 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of the parameters that train: matrices with weight decay; biases, norms and the loss's scale without.
+    """Group the trainable parameters: matrices with weight decay; biases, norms and logit_scale without.
 
-    A parameter that appears under several names, as the weights of a shared tower do, is taken once.
+    A parameter with several names, such as a weight of a shared tower, is included once.
     """
     decayed: dict[nn.Parameter, None] = {}
-    others: dict[nn.Parameter, None] = {}
+    not_decayed: dict[nn.Parameter, None] = {}
     for _, parameter in named:
         if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 else others)[parameter] = None
-    groups = [
-        {"params": list(some), "weight_decay": decay}
-        for parameters, decay in ((decayed, weight_decay), (others, 0.0))
-        # torch updates a group at once, and those that are divided among processes apart (models/fsdp.py); in the order
-        # of all, so that a checkpoint does not depend on it.
-        for _, some in itertools.groupby(parameters, key=lambda parameter: isinstance(parameter, DTensor))
+            (decayed if parameter.ndim > 1 else not_decayed)[parameter] = None
+    return [
+        {"params": list(group), "weight_decay": decay}
+        for parameters, decay in ((decayed, weight_decay), (not_decayed, 0.0))
+        # A fused optimizer cannot update sharded and unsharded parameters in one group (models/fsdp.py). The order of
+        # parameters is kept, so that checkpoints do not depend on sharding.
+        for _, group in itertools.groupby(parameters, key=lambda parameter: isinstance(parameter, DTensor))
     ]
-    return groups
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimizer:
-    """The optimizer for `named_parameters()`, with weight-decay groups; AdamW fused where torch has that.
+    """Build the optimizer for `named_parameters()`. AdamW is fused if torch supports it on the devices.
 
     Raises:
-        ValueError: no parameter trains.
+        ValueError: no parameter requires a gradient.
     """
     groups = parameter_groups(named, config.weight_decay)
     if not groups:
@@ -67,22 +71,32 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConf
 
 
 class Adafactor(Optimizer):
-    """Adafactor as large vision and contrastive models are trained with it: close to Adam, at half its parameters'
-    size and less in memory.
+    """Adafactor with momentum, as used for large vision and contrastive models.
+
+    Its updates are close to Adam's. Its state takes about half the memory of float32 parameters.
 
     With gradient g, t = 1, 2, …, and β₂ₜ = min(β₂, 1 − t^−0.8):
 
         V = β₂ₜ V + (1 − β₂ₜ)(g² + eps)      a matrix keeps only V's row and column means r, c: V ≈ r cᵀ / mean(r)
         u = g / √V,   u = u / max(1, RMS(u) / clip_threshold)
-        m = β₁ m + (1 − β₁) u                in bf16, rounded after the parameter has been updated with it
+        m = β₁ m + (1 − β₁) u                rounded to bf16 after the parameter has been updated
         p = p (1 − lr · weight_decay) − lr · m
 
     From Shazeer and Stern (arXiv 1804.04235), without its relative steps and parameter scaling, as changed by Zhai et
     al. (Scaling Vision Transformers, arXiv 2106.04560, section 3.4) and used in arXiv 2410.17243. Unlike big_vision's,
     weight decay is multiplied by the learning rate, as AdamW's is: its weight_decay 1e-4 at lr 1e-3 is 0.1 here.
 
-    Tensors of more dimensions are taken as matrices [first, rest]; those with a side under 32, and vectors, keep V
-    whole. Moments are float32 (float64 for float64 parameters); every state is a tensor or a number.
+    Tensors with more than two dimensions are viewed as matrices [first, rest]. Vectors, and matrices with a side below
+    32, store V in full. Second moments are float32 (float64 for float64 parameters).
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        betas: β₁ and the limit of β₂ₜ. Default: (0.9, 0.95).
+        eps: added to g². Default: 1e-30.
+        weight_decay: decoupled weight decay, multiplied by the learning rate. Default: 0.
+        clip_threshold: largest RMS of an update u. Default: 1.
+        momentum_dtype: dtype in which m is stored. Default: bfloat16.
     """
 
     def __init__(
@@ -104,7 +118,7 @@ class Adafactor(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns what `closure` returns."""
+        """Update every parameter that has a gradient. Returns the result of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -123,10 +137,10 @@ class Adafactor(Optimizer):
         state["step"] += 1
         beta1, beta2 = group["betas"]
         beta2 = min(beta2, 1.0 - state["step"] ** -0.8)
-        update = _normalised(gradient, state, beta2, group["eps"])
+        update = _normalized(gradient, state, beta2, group["eps"])
         rms = update.norm() / math.sqrt(update.numel())
         clip = (group["clip_threshold"] / rms).clamp(max=1.0)
-        # In place, for a pass over a large matrix costs more than its arithmetic: the update becomes the new momentum.
+        # In place, because memory traffic dominates: the tensor of the update becomes the new momentum.
         momentum = update.mul_((1.0 - beta1) * clip).add_(state["exp_avg"], alpha=beta1)
         state["exp_avg"].copy_(momentum)
         if group["weight_decay"]:
@@ -134,9 +148,9 @@ class Adafactor(Optimizer):
         parameter.add_(momentum, alpha=-group["lr"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave, with every state in the dtype it has there.
+        """Load the result of `state_dict()`, with the saved dtypes.
 
-        torch would cast it to the parameter's: a bf16 parameter would round its float32 second moments.
+        torch's own method casts states to the dtype of the parameter, which rounds float32 moments of bf16 parameters.
         """
         super().load_state_dict(state_dict)
         numbers = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -148,7 +162,7 @@ class Adafactor(Optimizer):
 
 
 def _as_matrix(tensor: Tensor) -> Tensor | None:
-    """The tensor as [first, rest] where that is worth factoring."""
+    """Return a view [first, rest] of the tensor, or None if its second moment is not factored."""
     if tensor.ndim < 2:
         return None
     matrix = tensor.reshape(tensor.shape[0], -1)
@@ -164,8 +178,8 @@ def _zero_state(gradient: Tensor, momentum_dtype: torch.dtype) -> dict[str, Any]
     return {**state, "exp_avg_sq_row": matrix.new_zeros(rows), "exp_avg_sq_column": matrix.new_zeros(columns)}
 
 
-def _normalised(gradient: Tensor, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
-    """g / √V, after V has taken in g."""
+def _normalized(gradient: Tensor, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
+    """Update V with the gradient g and return g / √V."""
     matrix = _as_matrix(gradient)
     if matrix is None:
         state["exp_avg_sq"].lerp_(gradient.square().add_(eps), 1.0 - beta2)
@@ -173,7 +187,7 @@ def _normalised(gradient: Tensor, state: dict[str, Any], beta2: float, eps: floa
     square = matrix.square()
     row, column = state["exp_avg_sq_row"], state["exp_avg_sq_column"]
     row.lerp_(square.mean(dim=1).add_(eps), 1.0 - beta2)
-    # A product, since torch's mean over the rows of a tall matrix takes two thirds of its size for partial sums.
+    # A product, because torch's mean over the rows of a tall matrix allocates two thirds of its size for partial sums.
     column.lerp_(torch.mv(square.T, square.new_full((len(square),), 1 / len(square))).add_(eps), 1.0 - beta2)
     update = torch.mul(matrix, (row / row.mean()).rsqrt_()[:, None], out=square)
     return update.mul_(column.rsqrt()).reshape(gradient.shape)

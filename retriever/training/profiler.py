@@ -1,4 +1,4 @@
-"""Where a training step's time goes: its phases by the device's clock, its operators by torch's profiler."""
+"""Profile training steps: phases by the clock of the device, operators by torch's profiler."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import torch
 
 from index.files import atomic_path
 
-# Steps before the profile: kernels are built and memory is found in them.
+# Unprofiled steps, in which kernels are compiled and memory is allocated, and profiled steps.
 WARM_UP, STEPS = 3, 3
 TRACE = "profile.json.gz"
-_OPERATORS = 15
+_MAX_OPERATORS = 15
 
 Batch = TypeVar("Batch")
 
@@ -30,13 +30,13 @@ _clock: ContextVar[PhaseClock | None] = ContextVar("phase_clock", default=None)
 
 @dataclass
 class PhaseClock:
-    """Readings at the beginning and the end of phases. On a GPU they are events on its stream: nothing waits."""
+    """Records the start and end of phases. On a GPU these are events on the stream, without synchronization."""
 
     device: torch.device
     spans: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     def now(self) -> Any:
-        """A reading."""
+        """Return a timestamp: a CUDA event, or seconds on a CPU."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -44,19 +44,19 @@ class PhaseClock:
         return event
 
     def milliseconds(self) -> dict[str, float]:
-        """The time of each phase, in the order of their first beginning; waits for the device."""
+        """Return the total time of each phase, in the order of their first start. Synchronizes with the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         sums: dict[str, float] = {}
         for name, start, end in self.spans:
-            taken = start.elapsed_time(end) if self.device.type == "cuda" else 1000 * (end - start)
-            sums[name] = sums.get(name, 0.0) + taken
+            elapsed = start.elapsed_time(end) if self.device.type == "cuda" else 1000 * (end - start)
+            sums[name] = sums.get(name, 0.0) + elapsed
         return sums
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Within, a step is in this phase: in a profile's table and in its trace. Phases follow one another."""
+    """Context for a phase of a step, shown in the table and trace of a profile. Phases must not be nested."""
     clock = _clock.get()
     if clock is None:
         yield
@@ -68,10 +68,14 @@ def phase(name: str) -> Iterator[None]:
 
 
 class StepProfile:
-    """Watches the steps of a run go by and profiles `STEPS` of them, after `WARM_UP`."""
+    """Profiles `STEPS` steps of a run after `WARM_UP` steps.
 
-    def __init__(self, device: torch.device, folder: Path):
-        """`folder`: of the run, where the trace goes."""
+    Args:
+        device: device of the towers.
+        folder: run folder, to which the trace is written.
+    """
+
+    def __init__(self, device: torch.device, folder: Path) -> None:
         self._clock = PhaseClock(device)
         self._trace = folder / TRACE
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -80,24 +84,25 @@ class StepProfile:
         self._profiler = torch.profiler.profile(activities=activities)
         self._start: Any = None
 
-    def watch(self, batches: Iterable[Batch], tell: Callable[[str], None]) -> Iterator[Batch]:
-        """The batches, unchanged; what is done with each, until the next is asked for, counts as a step.
+    def watch(self, batches: Iterable[Batch], print_line: Callable[[str], None]) -> Iterator[Batch]:
+        """Yield the batches unchanged and profile the work between two of them as a step.
 
         Args:
-            tell: takes the lines of the profile when it is complete.
+            batches: the batches of the run.
+            print_line: called with each line of the profile when it is complete.
         """
-        remaining = iter(batches)
+        iterator = iter(batches)
         for step in itertools.count():
             if step == WARM_UP:
                 self._begin()
             with phase("wait for a batch"):
-                batch = next(remaining, None)
+                batch = next(iterator, None)
             if batch is None:
                 return
             yield batch
             if step + 1 == WARM_UP + STEPS:
                 for line in self._end():
-                    tell(line)
+                    print_line(line)
 
     def _begin(self) -> None:
         _clock.set(self._clock)
@@ -105,12 +110,12 @@ class StepProfile:
         self._start = self._clock.now()
 
     def _end(self) -> list[str]:
-        whole = PhaseClock(self._clock.device, [("step", self._start, self._clock.now())]).milliseconds()["step"]
+        total = PhaseClock(self._clock.device, [("step", self._start, self._clock.now())]).milliseconds()["step"]
         self._profiler.stop()
         _clock.set(None)
         self._write_trace()
         return [
-            *_phase_lines(self._clock.milliseconds(), whole),
+            *_phase_lines(self._clock.milliseconds(), total),
             *self._operator_lines(),
             f"trace: {self._trace} (for ui.perfetto.dev or chrome://tracing)",
         ]
@@ -125,19 +130,19 @@ class StepProfile:
     def _operator_lines(self) -> list[str]:
         cuda = self._clock.device.type == "cuda"
         kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-        # What ran on the device itself, kernels on a GPU; phases are no operators.
+        # Kernels on a GPU, operators on a CPU; phases are left out.
         rows = [row for row in self._profiler.key_averages() if row.device_type == kind and not row.is_user_annotation]
-        spent = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1000 for row in rows}
+        times = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1000 for row in rows}
         calls = {row.key: round(row.count / STEPS) for row in rows}
-        total = sum(spent.values())
-        lines = [f"{'kernel' if cuda else 'operator':60} {'ms a step':>10} {'share':>7} {'calls':>7}"]
-        for name in sorted(spent, key=lambda name: -spent[name])[:_OPERATORS]:
-            lines.append(f"{name[:60]:60} {spent[name] / STEPS:10.2f} {spent[name] / total:7.1%} {calls[name]:7}")
+        total = sum(times.values())
+        lines = [f"{'kernel' if cuda else 'operator':60} {'ms/step':>10} {'share':>7} {'calls':>7}"]
+        for name in sorted(times, key=lambda name: -times[name])[:_MAX_OPERATORS]:
+            lines.append(f"{name[:60]:60} {times[name] / STEPS:10.2f} {times[name] / total:7.1%} {calls[name]:7}")
         return lines
 
 
-def _phase_lines(phases: dict[str, float], whole: float) -> list[str]:
-    rows = {**phases, "between": whole - sum(phases.values())}
-    lines = [f"{'phase':60} {'ms a step':>10} {'share':>7}"]
-    lines += [f"{name:60} {spent / STEPS:10.2f} {spent / whole:7.1%}" for name, spent in rows.items()]
-    return [*lines, f"{'step':60} {whole / STEPS:10.2f} {1:7.1%}"]
+def _phase_lines(phases: dict[str, float], total: float) -> list[str]:
+    rows = {**phases, "between": total - sum(phases.values())}
+    lines = [f"{'phase':60} {'ms/step':>10} {'share':>7}"]
+    lines += [f"{name:60} {elapsed / STEPS:10.2f} {elapsed / total:7.1%}" for name, elapsed in rows.items()]
+    return [*lines, f"{'step':60} {total / STEPS:10.2f} {1:7.1%}"]

@@ -1,8 +1,10 @@
-"""The folder of a training run: its configuration, its checkpoints, its model, and the lock of who trains there."""
+"""The folder of a training run: configuration, checkpoints, model, lock, and removal after a failed start."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import torch
 from torch import nn
 
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
+from index.progress import Reporter
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
 from retriever.data.source_prompts import save_source_prompts
-from retriever.distributed.agreement import Content
+from retriever.distributed.agreement import ContentHash
 from retriever.distributed.ranks import Ranks
 from retriever.models.loading.checksums import write_checksums
 from retriever.models.sharded_tensors import gather_tensors
@@ -27,79 +30,89 @@ from retriever.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from retriever.training.run_log import METRICS_FILE
 
 CACHE = "cache"
 
+# Bytes above which the cache of a failed start is kept, because the next start would have to read the data again.
+MIN_KEPT_CACHE_BYTES = 2**20
+
 
 class RunFolder:
-    """Written by the first of a run's processes alone; all call the same methods, to gather what they have divided."""
+    """Reads and writes the folder of a run.
 
-    def __init__(self, path: Path, ranks: Ranks):
+    Only rank 0 writes. Every rank must call the methods, because sharded tensors are gathered from all ranks.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks) -> None:
         self.path, self.ranks = path, ranks
-        self._saved = (-1, -1)
-        self.loaded: Content | None = None
+        self._saved_steps = (-1, -1)
+        self.loaded: ContentHash | None = None
         """The checkpoint that `load_newest` has loaded."""
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """The folder for this job alone."""
-        return locked_folder(self.path) if self.ranks.first else contextlib.nullcontext()
+        """Return a context that locks the folder against other jobs."""
+        return locked_folder(self.path) if self.ranks.is_first else contextlib.nullcontext()
 
     def begin(self, config: TrainConfig) -> None:
         """Write the configuration of a new run.
 
         Raises:
-            InputError: another start was quicker.
+            InputError: another job has started a run in this folder.
         """
-        if self.ranks.first:
-            # The cache may lie elsewhere.
+        if self.ranks.is_first:
+            # The folder may not exist yet if data.cache is elsewhere.
             self.path.mkdir(parents=True, exist_ok=True)
             with self.locked():
                 _check_unused(self.path)
-                self.ranks.note_begun(config.out)
+                self.ranks.mark_started(config.out)
                 save_config(config, self.path / CONFIG_FILE)
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether any has been saved."""
+        """Whether a checkpoint has been saved."""
         return any((self.path / "checkpoints").glob("step-*"))
 
     def load_newest(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> TrainState | None:
-        """Put the newest checkpoint's tensors into the modules and the optimizer; None where there is none.
+        """Load the newest checkpoint into modules and optimizer.
+
+        Returns:
+            The state of the checkpoint, or None if there is no checkpoint.
 
         Raises:
-            InputError: it is torn, or was made with another model or optimizer.
+            InputError: the checkpoint is damaged, or was saved with another model or optimizer.
         """
-        if self.ranks.first:
+        if self.ranks.is_first:
             recover_folder(self.path / "model")
         newest = latest_checkpoint(self.path / "checkpoints")
         if newest is None:
             return None
         state = load_checkpoint(newest, modules, optimizer)
-        self.loaded = Content(checkpoint_digest(newest), str(newest))
-        self._saved = state.step, state.dev_step
+        self.loaded = ContentHash(checkpoint_digest(newest), str(newest))
+        self._saved_steps = state.step, state.dev_step
         return state
 
     def save_checkpoint(
         self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: TrainState, keep: int
     ) -> None:
-        """Save what the newest checkpoint does not have yet, and keep the newest few of them."""
+        """Save a checkpoint unless the newest one has the same state, and remove all but the newest `keep`."""
         checkpoints = self.path / "checkpoints"
-        # One that was made while an evaluation was interrupted does not know of it.
-        if (state.step, state.dev_step) != self._saved:
+        # A checkpoint saved when an evaluation was interrupted lacks its result.
+        if (state.step, state.dev_step) != self._saved_steps:
             folder = checkpoint_folder(checkpoints, state.step)
-            save_checkpoint(folder, modules, optimizer, state, writes=self.ranks.first)
-            self._saved = state.step, state.dev_step
-        if self.ranks.first:
+            save_checkpoint(folder, modules, optimizer, state, writes=self.ranks.is_first)
+            self._saved_steps = state.step, state.dev_step
+        if self.ranks.is_first:
             prune_checkpoints(checkpoints, keep)
-        self.ranks.wait()
+        self.ranks.barrier()
 
-    def save_model(self, towers: Any, config: TrainConfig, *, divided: bool) -> None:
-        """Write the model folder, whole towers also where they are `divided` among the processes."""
-        if divided:
-            weights = gather_tensors(towers.state_dict(), keep=self.ranks.first)
-        if not self.ranks.first:
+    def save_model(self, towers: Any, config: TrainConfig, *, sharded: bool) -> None:
+        """Write the model folder. The weights of sharded towers are gathered first."""
+        if sharded:
+            weights = gather_tensors(towers.state_dict(), keep=self.ranks.is_first)
+        if not self.ranks.is_first:
             return
-        if divided:
+        if sharded:
             towers = build_configured_towers(config)
             towers.load_state_dict(weights)
         with atomic_folder(self.path / "model") as folder:
@@ -107,25 +120,70 @@ class RunFolder:
             write_checksums(folder)
 
 
-def cache_of(config: TrainConfig, run: Path) -> Path:
-    """Where data is kept as training reads it: a place that the configuration names, or in the run's folder."""
+class NewRun:
+    """Removes what a new run has written if it fails before its first step.
+
+    Args:
+        out: the run folder. Folders that do not exist when this object is created are removed.
+        cache: the folder of the memory-mapped data. It is kept if it has at least MIN_KEPT_CACHE_BYTES.
+        reporter: receives a message if the cache is kept.
+    """
+
+    def __init__(self, out: Path, cache: Path, reporter: Reporter) -> None:
+        self.out, self.cache, self.reporter = out, cache, reporter
+        self.begun = False
+        """Whether this run has written its configuration to the folder."""
+        self._created = {path for path in (out, *out.parents, cache, *cache.parents) if not path.exists()}
+
+    @contextlib.contextmanager
+    def removed_on_failure(self, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Context that removes what was written if the body raises, unless `unless()` is true."""
+        try:
+            yield
+        except BaseException:
+            if not unless():
+                self._remove()
+            raise
+
+    def _remove(self) -> None:
+        if not self.begun and (self.out / CONFIG_FILE).exists():
+            # Another job has started a run in this folder.
+            return
+        if self.begun:
+            (self.out / CONFIG_FILE).unlink(missing_ok=True)
+            # Without a step it has no rows.
+            (self.out / METRICS_FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+        if self.cache in self._created and self.cache.is_dir():
+            size = sum(path.stat().st_size for path in self.cache.rglob("*") if path.is_file())
+            if size < MIN_KEPT_CACHE_BYTES:
+                shutil.rmtree(self.cache, ignore_errors=True)
+            else:
+                self.reporter.line(f"{self.cache}: kept for the next start, which need not read the data again")
+        for folder in sorted(self._created, key=lambda path: len(path.parts), reverse=True):
+            # `rmdir` fails for folders that are not empty, which are kept.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def cache_folder(config: TrainConfig, run: Path) -> Path:
+    """Return the folder of the memory-mapped data: data.cache, or a folder in the run folder."""
     return Path(config.data.cache) if config.data.cache else run / CACHE
 
 
-def check_new(path: Path) -> None:
-    """Raises InputError where a run's folder holds a run already, or something else."""
+def check_new_run(path: Path) -> None:
+    """Raise an InputError if a folder contains a run or other files, except for the cache of a failed start."""
     _check_unused(path)
-    # A start that failed leaves a large cache behind.
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name != CACHE) if path.exists() else []
-    if foreign:
-        raise InputError(f"{path}: expected a new or empty folder for the run, found {foreign[0]} in it")
+    others = sorted(entry.name for entry in path.iterdir() if entry.name != CACHE) if path.exists() else []
+    if others:
+        raise InputError(f"{path}: expected a new or empty folder for the run, found {others[0]} in it")
 
 
-def written_config(path: Path) -> TrainConfig:
-    """The configuration of the run in a folder.
+def load_run_config(path: Path) -> TrainConfig:
+    """Load the configuration of the run in a folder.
 
     Raises:
-        InputError: there is no run, or its configuration is damaged.
+        InputError: the folder contains no run, or the configuration is damaged.
     """
     if not (path / CONFIG_FILE).exists():
         raise InputError(f"{path}: expected the folder of a run, with {CONFIG_FILE}")
@@ -133,7 +191,7 @@ def written_config(path: Path) -> TrainConfig:
 
 
 def build_configured_towers(config: TrainConfig) -> Any:
-    """Towers of texts, with the prompts that they are trained with, or of pictures and texts."""
+    """Build the towers of a configuration: for texts, with the prompts of the sources, or for images and texts."""
     if not config.model.image.name:
         towers = build_towers(config.model)
         save_source_prompts(towers, config.data.sources)
@@ -146,5 +204,5 @@ def build_configured_towers(config: TrainConfig) -> Any:
 def _check_unused(path: Path) -> None:
     if (path / CONFIG_FILE).exists():
         raise InputError(
-            f"{path}: holds a run already; go on with 'retriever train --resume {path}', or choose another --out"
+            f"{path}: holds a run already; continue it with 'retriever train --resume {path}', or choose another --out"
         )

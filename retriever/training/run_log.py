@@ -1,34 +1,45 @@
-"""What a run records: metrics.jsonl, TensorBoard events, and the lines a person reads."""
+"""What a training run records: metrics.jsonl, TensorBoard events, and throughput."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from index.files import InputError, atomic_path
 from index.records import read_records
+from retriever.data.micro_batches import PreparedBatch
+from retriever.distributed.ranks import Ranks
+from retriever.utils.device import memory_in_use_mib
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Appends rows to RUN/metrics.jsonl (and TensorBoard).
+    """Appends rows to metrics.jsonl in a run folder and, if requested, writes TensorBoard events.
 
-    Rows after `step`, and evaluations after `dev_step`, are those of a run that died; they are made again, so they go.
+    Args:
+        run: the run folder.
+        step: the step that the run continues from. Later rows of metrics.jsonl, which a killed run has left, are
+            removed.
+        dev_step: the same for the rows of dev evaluations.
+        tensorboard: whether to write TensorBoard events.
     """
 
-    def __init__(self, run: Path, *, step: int, dev_step: int, tensorboard: bool):
+    def __init__(self, run: Path, *, step: int, dev_step: int, tensorboard: bool) -> None:
         self.path = run / METRICS_FILE
-        kept = _rows_until(self.path, step, dev_step) if self.path.exists() else []
+        rows = _rows_until(self.path, step, dev_step) if self.path.exists() else []
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _summary_writer(run / "tensorboard", step) if tensorboard else None
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Record one row; it has a "step". Numbers become TensorBoard scalars of their key."""
+        """Write a row, which must have the key "step". Its other numbers become TensorBoard scalars."""
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -44,20 +55,68 @@ class RunLog:
 
 
 class NoLog(RunLog):
-    """For all ranks but the first: one of them records."""
+    """A log that writes nothing, for all ranks but the first."""
 
     def __init__(self) -> None:
-        """Open nothing."""
+        """No-op."""
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Record nothing."""
+        """No-op."""
 
     def close(self) -> None:
-        """Close nothing."""
+        """No-op."""
 
 
-def described(row: Mapping[str, Any]) -> str:
-    """A training row as a person reads it."""
+class ThroughputMeter:
+    """Measures pairs and tokens per second, and estimates the remaining time.
+
+    Args:
+        device: device whose memory is reported.
+        ranks: ranks whose pairs and tokens are added. Default: this process only.
+    """
+
+    def __init__(self, device: torch.device, ranks: Ranks | None = None) -> None:
+        self._device = device
+        self._ranks = ranks or Ranks()
+        self._start = self._interval_start = time.perf_counter()
+        self._pairs = self._tokens = self._steps = 0
+
+    def add(self, batch: PreparedBatch) -> None:
+        """Count a batch."""
+        self._steps += 1
+        self._pairs += batch.queries
+        self._tokens += batch.tokens
+
+    def rates(self) -> dict[str, float]:
+        """Return the rates since the last call and start a new interval. Every rank must call it.
+
+        Returns:
+            Pairs and tokens (without padding) per second of all ranks, and the largest memory in use of any rank, in
+            MiB.
+        """
+        now = time.perf_counter()
+        seconds = now - self._interval_start
+        pairs, tokens = self._ranks.all_reduce_sum(self._pairs, self._tokens)
+        rates = {
+            "pairs_per_second": round(pairs / seconds, 2),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "memory_mib": round(self._ranks.all_reduce_max(memory_in_use_mib(self._device)), 1),
+        }
+        self._interval_start, self._pairs, self._tokens = now, 0, 0
+        return rates
+
+    def exclude_elapsed(self) -> None:
+        """Exclude the time since the last call of `rates`, which was spent on an evaluation or a checkpoint."""
+        self._interval_start = time.perf_counter()
+
+    def time_left(self, steps: int) -> str:
+        """Estimate the time of `steps` further steps, as H:MM:SS."""
+        seconds = round((time.perf_counter() - self._start) / max(1, self._steps) * steps)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+    """Format a row of a training step for the terminal."""
     norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     return (
         f"loss {row['loss']:.4f}  {row['pairs_per_second']:,.0f} pairs/s  {row['tokens_per_second']:,.0f} tokens/s  "
@@ -66,17 +125,17 @@ def described(row: Mapping[str, Any]) -> str:
 
 
 def _rows_until(path: Path, step: int, dev_step: int) -> list[dict[str, Any]]:
-    """The rows of at most that step; the last line may be torn if the run was killed while it was written."""
-    rows, read = [], 0
+    """Read the rows up to these steps. The last line may be incomplete if the run was killed."""
+    rows, complete_lines = [], 0
     try:
         for record in read_records(path):
-            read += 1
+            complete_lines += 1
             is_evaluation = any(name.startswith("dev_") for name in record.fields)
             if record.fields.get("step", 0) <= (dev_step if is_evaluation else step):
                 rows.append(record.fields)
     except InputError:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if read < len(lines) - 1:
+        if complete_lines < len(lines) - 1:
             raise
     return rows
 

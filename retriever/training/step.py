@@ -1,4 +1,4 @@
-"""One optimizer step: a prepared batch through towers, loss and gradient cache into the weights."""
+"""One optimizer step: towers, loss, gradient cache and optimizer for a prepared batch."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from retriever.utils.device import Precision, autocast, to_device
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What passes through a tower at once: rows of one group."""
+    """Rows of a group that pass through a tower together."""
 
     group: TowerInputs
     rows: np.ndarray
-    """None of them where a rank takes part in another's micro-batch: divided towers are gathered by all."""
+    """int64 [n]. Empty if this rank only takes part in a micro-batch of other ranks, because the towers are sharded."""
 
     def embed(self, towers: Towers) -> Tensor:
-        """Embeddings [rows, dimension]."""
+        """Return embeddings [n, D]."""
         if len(self.rows):
             return self.group.embed(towers, self.rows)
         return self.group.embed(towers, np.argmin(self.group.lengths, keepdims=True))[:0]
@@ -42,23 +42,31 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What a step works on; called with a batch, it makes one. Nothing in it waits for the device."""
+    """Callable that makes an optimizer step, without synchronizing with the device."""
 
     config: TrainConfig
     precision: Precision
-    """Of the towers."""
+    """Precision of the towers."""
     towers: Towers
     loss: InfCLLoss | SigmoidLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     graphs: GraphMemory
     steps: int
-    """Of the whole run, for the learning rate."""
+    """Number of steps of the run, for the learning rate."""
     ranks: Ranks = field(default_factory=Ranks)
-    """Who takes part; each has its share of the batch."""
+    """The ranks, each of which has a share of the batch."""
 
     def __call__(self, batch: PreparedBatch, step: int) -> tuple[Tensor, Tensor]:
-        """Step number `step`, from 0; returns the loss and the gradients' norm before clipping, as device scalars."""
+        """Make a step.
+
+        Args:
+            batch: the batch, or the share of this rank.
+            step: number of the step, from 0.
+
+        Returns:
+            The loss and the norm of the gradients before clipping, as 0-dim tensors on the device.
+        """
         config, device = self.config, self.towers.device
         torch.manual_seed(_step_seed(config.seed, step, self.ranks.rank))
         for group in self.optimizer.param_groups:
@@ -67,7 +75,7 @@ class TrainStep:
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
             query, passage = batch.merge_embeddings(embeddings, device)
-            # Inside, so that the loss's precision "auto" is the towers'.
+            # Autocast makes the loss use the precision of the towers if its own is "auto".
             with autocast(device, self.precision):
                 loss = self.loss(query, passage, **self._masks(batch, device))
             return self.scaler.scale(loss)
@@ -94,28 +102,36 @@ class TrainStep:
         return loss, grad_norm
 
     def _micro_batches(self, batch: PreparedBatch) -> tuple[list[MicroBatch], int]:
-        """What passes through the towers, and how much of it, the last, keeps its graph; of divided towers as many
-        and the same ones on all ranks."""
-        sizes, lists = batch.micro_batch_tokens, [group.micro_batches for group in batch.groups]
+        """Return the micro-batches, and how many of the last ones keep their graph.
+
+        For sharded towers, all ranks have the same number of micro-batches per group.
+        """
+        sizes, rows_of_groups = batch.micro_batch_tokens, [group.micro_batches for group in batch.groups]
         keep = self.graphs.kept(sizes)
         if is_sharded(self.towers):
-            counts = [int(self.ranks.most(len(rows))) for rows in lists]
-            lists = [
+            counts = [int(self.ranks.all_reduce_max(len(rows))) for rows in rows_of_groups]
+            rows_of_groups = [
                 rows + [np.empty(0, dtype=np.int64)] * (count - len(rows))
-                for rows, count in zip(lists, counts, strict=True)
+                for rows, count in zip(rows_of_groups, counts, strict=True)
             ]
-            keep = -int(self.ranks.most(-(sum(counts) if keep == len(sizes) else keep)))
-        return [MicroBatch(group, rows) for group, some in zip(batch.groups, lists, strict=True) for rows in some], keep
+            # The minimum over ranks.
+            keep = -int(self.ranks.all_reduce_max(-(sum(counts) if keep == len(sizes) else keep)))
+        micro_batches = [
+            MicroBatch(group, rows)
+            for group, group_rows in zip(batch.groups, rows_of_groups, strict=True)
+            for rows in group_rows
+        ]
+        return micro_batches, keep
 
     def _masks(self, batch: PreparedBatch, device: torch.device) -> dict[str, Tensor]:
-        found = batch.false_negatives
-        if found is None or not self.config.loss.masks_false_negatives or not found.any:
+        masks = batch.false_negatives
+        if masks is None or not self.config.loss.masks_false_negatives or not masks.any:
             return {}
-        masks = {"query_ids": found.query_ids, "passage_ids": found.passage_ids, "excluded": found.excluded}
-        return {name: to_device(torch.from_numpy(array), device) for name, array in masks.items()}
+        arrays = {"query_ids": masks.query_ids, "passage_ids": masks.passage_ids, "excluded": masks.excluded}
+        return {name: to_device(torch.from_numpy(array), device) for name, array in arrays.items()}
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed for one step, unlike that of any other step or rank, or of a neighbouring seed."""
+    """Return a seed that is independent for each seed, step and rank."""
     words = [seed, step, rank] if rank else [seed, step]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -18,17 +18,16 @@ from retriever.config.yaml_file import (
     with_absolute_paths,
     with_overrides,
 )
-from retriever.distributed.agreement import config_fields
+from retriever.distributed.agreement import compared_settings
 from retriever.distributed.context import joined_ranks, uses_gpus
-from retriever.distributed.ranks import PlannedRanks, Ranks
+from retriever.distributed.ranks import DryRunRanks, Ranks
 from retriever.encoding.model import Model, load
 from retriever.errors import ConfigError
-from retriever.training.new_run import NewRun
-from retriever.training.plan import Plan
-from retriever.training.run_dir import cache_of, written_config
+from retriever.training.memory_plan import MemoryPlan
+from retriever.training.run_dir import NewRun, cache_folder, load_run_config
 from retriever.training.trainer import Trainer
 from retriever.utils.interrupt import Interrupted
-from retriever.utils.torchrun import attempt
+from retriever.utils.torchrun import restart_count
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,12 @@ def train(
         resolved = with_overrides(_as_config(config), overrides)
     on_gpus = uses_gpus(resolved.device)
     same = {"command": "train", "--resume": resume is not None, "--profile": profile}
-    same |= {"device": "cuda" if on_gpus else "cpu", **config_fields(resolved)}
+    same |= {"device": "cuda" if on_gpus else "cpu", **compared_settings(resolved)}
     with joined_ranks(same, on_devices=on_gpus) as ranks:
-        reporter = as_reporter(progress) if ranks.first else SilentReporter()
+        reporter = as_reporter(progress) if ranks.is_first else SilentReporter()
         trainer = _trainer(resolved, resume, reporter, ranks, profile)
         try:
-            with trainer.removed_without_a_step():
+            with trainer.removed_on_early_failure():
                 trainer.train(profile=profile)
         except Interrupted as interrupted:
             interrupted.run, interrupted.step = trainer.run, trainer.state.step
@@ -122,7 +121,7 @@ def train(
 
 def plan_run(
     config: TrainConfig, *, resume: str | Path | None = None, processes: int = 1, progress: Progress = None
-) -> Plan:
+) -> MemoryPlan:
     """The memory that each process of a run will need, without training.
 
     Args:
@@ -132,10 +131,10 @@ def plan_run(
         progress: Called with a `ProgressEvent` at each step. Default: None.
     """
     reporter = as_reporter(progress)
-    config = with_absolute_paths(config if resume is None else written_config(Path(resume)))
+    config = with_absolute_paths(config if resume is None else load_run_config(Path(resume)))
     folder = Path(config.out if resume is None else resume)
-    with NewRun(folder, cache_of(config, folder), reporter).removed_on_failure():
-        return Trainer(config, folder, reporter, PlannedRanks(size=processes)).plan()
+    with NewRun(folder, cache_folder(config, folder), reporter).removed_on_failure():
+        return Trainer(config, folder, reporter, DryRunRanks(world_size=processes)).plan()
 
 
 def _as_config(config: str | Path | TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
@@ -151,7 +150,7 @@ def _trainer(
 ) -> Trainer:
     if resume is not None:
         return Trainer.resume(Path(resume), reporter, ranks)
-    if ranks.told(ranks.first and _is_restarted(config, ranks)):
+    if ranks.broadcast(ranks.is_first and _is_restarted(config, ranks)):
         return Trainer.resume(Path(config.out), reporter, ranks)
     return Trainer.start(config, reporter, ranks, profile=profile)
 
@@ -159,7 +158,7 @@ def _trainer(
 def _is_restarted(config: TrainConfig, ranks: Ranks) -> bool:
     """Whether torchrun restarted this process after a failure of a job that had begun this run."""
     written = Path(config.out) / CONFIG_FILE
-    if not attempt() or not written.exists() or not ranks.have_begun(config.out):
+    if not restart_count() or not written.exists() or not ranks.has_started(config.out):
         return False
     begun = load_config(written)
     asked = with_absolute_paths(config)

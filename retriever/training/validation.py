@@ -1,10 +1,11 @@
-"""The dev set of a run: what its models are measured on while they are trained, and chosen by."""
+"""The dev set of a run, on which the model is evaluated during training."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,20 +21,20 @@ from retriever.encoding.encoder import EncodeOptions
 from retriever.evaluation.beir import evaluate_towers
 from retriever.utils import own_packages
 
-# Passages a query that are scored.
+# Passages per query that are ranked.
 DEPTH = 100
 
 
 class DevSet(Protocol):
-    """What a trainer asks of either kind."""
+    """A dev set of texts or of images."""
 
     @property
     def metric(self) -> str:
-        """What a model is chosen by: the name of one of the measures, but for capitals."""
+        """Name of the measure that the best model is chosen by, for example "nDCG@10"."""
 
     @property
     def fingerprint(self) -> str:
-        """What the scores of a run are measured on."""
+        """Hash of the queries, the corpus and the judgements."""
 
     def measures(
         self,
@@ -45,32 +46,38 @@ class DevSet(Protocol):
         tick: Callable[[], None] | None,
         ranks: Ranks,
     ) -> dict[str, float]:
-        """All measures, on the first of the ranks at least, which call it together.
+        """Evaluate the towers. Every rank must call it.
 
         Args:
-            towers: in evaluation mode, on the device to use.
-            embeddings: a folder for those of passages, where they go to a disk.
-            tick: called after every micro-batch; may raise to end the evaluation.
+            towers: the towers, in evaluation mode and on their device.
+            embeddings: folder for passage embeddings.
+            options: how to encode.
+            reporter: shows progress.
+            tick: called after every micro-batch; may raise to stop the evaluation.
+            ranks: ranks that share the work.
+
+        Returns:
+            Measure in lower case -> value, on rank 0; other ranks may return an empty dict.
         """
 
 
 @dataclass(frozen=True)
-class TextDev:
-    """A split of a BEIR folder."""
+class TextDevSet:
+    """A split of a BEIR folder as dev set."""
 
     dataset: BeirDataset
     metric: str = "nDCG@10"
     keep_identical_ids: bool = False
 
     @classmethod
-    def open(cls, config: DevConfig) -> TextDev:
-        """The split, cut to its first queries if so configured.
+    def open(cls, config: DevConfig) -> TextDevSet:
+        """Open the split and keep its first `max_queries` queries.
 
         Raises:
-            InputError: there is none, or a row of it is bad.
+            InputError: the split does not exist, or a row is invalid.
         """
         dataset = BeirDataset.open(config.path, config.split)
-        # Now rather than after the first hundred steps.
+        # Checked now, rather than at the first evaluation.
         dataset.check(passage.id for passage in dataset.passages())
         if config.max_queries is not None:
             kept = sorted(dataset.qrels)[: config.max_queries]
@@ -85,8 +92,8 @@ class TextDev:
     def fingerprint(self) -> str:
         judged = json.dumps([self.dataset.queries, self.dataset.qrels], sort_keys=True)
         corpus = corpus_source(self.dataset.corpus_file)["sha256"]
-        kept = " identical ids kept" if self.keep_identical_ids else ""
-        return f"{corpus} {hashlib.sha256(judged.encode()).hexdigest()}{kept}"
+        suffix = " identical ids kept" if self.keep_identical_ids else ""
+        return f"{corpus} {hashlib.sha256(judged.encode()).hexdigest()}{suffix}"
 
     def measures(
         self,
@@ -108,7 +115,7 @@ class TextDev:
             tick=tick,
             ranks=ranks,
             keep_identical_ids=self.keep_identical_ids,
-            # Compared when the run begins: later, other GPUs may round their steps otherwise.
+            # The models were compared at the start of the run. Later, different GPUs may round differently.
             same_model=True,
         )
         if metrics.identical_ids_left_out:
@@ -119,13 +126,57 @@ class TextDev:
         return metrics.mean
 
 
-def open_dev(config: TrainConfig) -> DevSet | None:
-    """The dev set of a configuration, of texts or of pictures; none without a path."""
+def open_dev_set(config: TrainConfig) -> DevSet | None:
+    """Open the dev set of a configuration, or return None if dev.path is empty."""
     if not config.dev.path:
         return None
-    own_packages.need("eval")
+    own_packages.require("eval")
     if not config.model.image.name:
-        return TextDev.open(config.dev)
-    from retriever.training.image_validation import ImageDev
+        return TextDevSet.open(config.dev)
+    from retriever.training.image_validation import ImageDevSet
 
-    return ImageDev.open(config.dev)
+    return ImageDevSet.open(config.dev)
+
+
+def measure_on_ranks(
+    dev_set: DevSet,
+    towers: Any,
+    run: Path,
+    options: EncodeOptions,
+    reporter: Reporter,
+    *,
+    tick: Callable[[], None],
+    ranks: Ranks,
+    sharded: bool,
+) -> dict[str, float]:
+    """Evaluate towers on a dev set with all ranks. Every rank must call it.
+
+    Args:
+        dev_set: the dev set.
+        towers: the towers, in evaluation mode and on their device.
+        run: the run folder, in which passage embeddings are stored for the evaluation.
+        options: how to encode.
+        reporter: shows progress.
+        tick: called after every micro-batch if there is a single rank; may raise to stop the evaluation.
+        ranks: the ranks.
+        sharded: whether the towers are sharded. Every rank then evaluates the whole dev set, because all ranks must run
+            the same micro-batches.
+
+    Returns:
+        Measure in lower case -> value, the same on all ranks.
+    """
+    workers = Ranks() if sharded else ranks
+    # A name that does not change, so that files of a killed run are found and removed.
+    embeddings = run / (f".dev{ranks.rank}" if sharded else ".dev")
+    if ranks.is_first:
+        for left_over in run.glob(".dev*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+    ranks.barrier()
+    try:
+        measures = dev_set.measures(
+            towers, embeddings, options, reporter, tick=tick if ranks.world_size == 1 else None, ranks=workers
+        )
+        return ranks.broadcast(measures)
+    finally:
+        if workers.is_first:
+            shutil.rmtree(embeddings, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Devices, worker processes, progress and signals: helpers without a model."""
+"""Devices, worker processes, background threads, progress bars and signals."""

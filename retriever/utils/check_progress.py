@@ -1,4 +1,4 @@
-"""A bar for the bytes of stores and indexes that are checked against their sums."""
+"""Progress bars for checking the checksums of stores and indexes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ MIB = 2**20
 
 
 @contextlib.contextmanager
-def checking(
+def checksum_progress(
     reporter: Reporter, folders: Sequence[Path], names: Sequence[str] | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """`checking_bytes` for the files of stores and indexes.
+    """Context with a progress bar over the bytes of stores and indexes.
 
     Args:
-        reporter: where the bar is drawn.
-        folders: stores and indexes; one that is not there has no bytes.
-        names: of the files that are checked; all of them when left out.
+        reporter: shows the bar.
+        folders: stores and indexes. A folder that does not exist counts 0 bytes.
+        names: names of the files to check. Default: all files of the manifests.
+
+    Yields:
+        A function to call with the number of bytes that were just checked.
 
     Raises:
         InputError: a manifest is damaged.
@@ -30,27 +33,28 @@ def checking(
     if names is not None:
         manifests = [manifest.of([name for name in names if name in manifest.files]) for manifest in manifests]
     what = folders[0].name if len(folders) == 1 else f"{len(folders)} folders"
-    with checking_bytes(reporter, what, sum(manifest.size for manifest in manifests)) as checked:
+    with byte_progress(reporter, what, sum(manifest.size for manifest in manifests)) as checked:
         yield checked
 
 
 @contextlib.contextmanager
-def checking_bytes(reporter: Reporter, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield what is called with the number of bytes just checked, of `total`.
+def byte_progress(reporter: Reporter, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Context with a progress bar over `total` bytes, shown in MiB from the first call until all bytes are checked.
 
-    The bar is there from the first of them to the last.
+    Yields:
+        A function to call with the number of bytes that were just checked.
     """
     done = 0
     advance: Callable[..., None] | None = None
-    with contextlib.ExitStack() as shown:
+    with contextlib.ExitStack() as bar:
 
         def checked(count: int) -> None:
             nonlocal advance, done
             if advance is None:
-                advance = shown.enter_context(reporter.bar(f"check {what}", total // MIB, "MiB"))
+                advance = bar.enter_context(reporter.bar(f"check {what}", total // MIB, "MiB"))
             before, done = done, done + count
             advance(done // MIB - before // MIB)
             if done >= total:
-                shown.close()
+                bar.close()
 
         yield checked

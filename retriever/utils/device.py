@@ -1,4 +1,4 @@
-"""Where and in what arithmetic the towers run."""
+"""Choose device and precision, and copy tensors between host and GPU."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from retriever.utils.staging import Staging
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# From here on a copy takes longer than the events that let it run beside kernels.
+# Above this size a copy takes longer than the synchronization that overlaps it with kernels.
 STAGED_BYTES = 1 << 20
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" takes CUDA where there is one.
+    """Return the device of a name; "auto" is cuda if available, otherwise cpu.
 
     Raises:
-        ConfigError: no name of a device that serves.
-        InputError: no such device on this machine.
+        ConfigError: the name is not auto, cpu or cuda[:index].
+        InputError: this machine does not have the device.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:(\d|[1-9]\d))?", name):
         raise ConfigError(f"--device: expected auto, cpu or cuda[:number], found {name!r}")
@@ -43,29 +43,34 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
-    """The arithmetic of that name; "auto" is bf16 where the hardware multiplies it natively, else fp32."""
+    """Return the precision of a name; "auto" is bf16 if the hardware supports it natively, otherwise fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    # Without AMX a CPU takes longer in bf16 than in fp32: 1.6 times as long for a step of MiniLM where it has
-    # avx512_bf16, twenty times where it has neither.
+    # Without AMX a CPU is slower in bf16 than in fp32: a step of MiniLM takes 1.6 times as long with avx512_bf16 and 20
+    # times as long without.
     return "bf16" if "amx_bf16" in _cpu_flags() else "fp32"
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on the device (itself on the CPU), for which neither the host nor the device waits; a
-    large one is copied beside what the device computes. One in pinned memory is read when the current stream comes to
-    it, and must not be written before."""
+    """Copy a CPU tensor to a device without synchronization. For the CPU it returns the tensor itself.
+
+    A large tensor is copied on a side stream, overlapped with computation. A tensor in pinned memory is read later, on
+    the current stream, and must not be modified before.
+    """
     if device.type != "cuda":
         return tensor.to(device)
     if tensor.nbytes >= STAGED_BYTES and not tensor.is_pinned():
-        return _staging(device).bring(tensor)
+        return _staging(device).to_device(tensor)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy of a GPU's tensor in pinned memory, whole once the current stream has come to it; of a CPU's, itself."""
+    """Copy a GPU tensor to pinned memory without synchronization. For a CPU tensor it returns the tensor itself.
+
+    The values are valid after the current stream has been synchronized.
+    """
     if tensor.device.type != "cuda":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -76,10 +81,10 @@ def _staging(device: torch.device) -> Staging:
     return Staging(device)
 
 
-class Arriving:
-    """A tensor on its way to the host: copied behind what the device has still to do, while the caller goes on."""
+class HostCopy:
+    """An asynchronous copy of a tensor to the host, queued on the current stream."""
 
-    def __init__(self, tensor: Tensor):
+    def __init__(self, tensor: Tensor) -> None:
         self._copy, self._event = tensor, None
         if tensor.device.type == "cuda":
             self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -88,14 +93,14 @@ class Arriving:
             self._event.record()
 
     def array(self) -> np.ndarray:
-        """The values, once they are there."""
+        """Wait for the copy and return the values."""
         if self._event is not None:
             self._event.synchronize()
         return self._copy.numpy()
 
 
 def _cpu_flags() -> set[str]:
-    """What Linux says of the processor; nothing on other systems."""
+    """Return the flags of /proc/cpuinfo; empty on systems other than Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -104,14 +109,15 @@ def _cpu_flags() -> set[str]:
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
-    """The towers' arithmetic: nothing for fp32, autocast for bf16 and fp16."""
+    """Return the autocast context of a precision; it does nothing for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, AUTOCAST_DTYPES[precision])
 
 
-def memory_mib(device: torch.device) -> float:
-    """Memory in use, MiB: the peak of torch's allocator on a GPU, this process's resident set on a CPU."""
+def memory_in_use_mib(device: torch.device) -> float:
+    """Return memory in use, in MiB: the peak of torch's allocator on a GPU, the resident set of this process on a
+    CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return psutil.Process().memory_info().rss / 2**20

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the work in hand is finished and saved, then the program ends."""
+"""Handle SIGINT (Ctrl-C) and SIGTERM: finish and save the current work, then exit."""
 
 from __future__ import annotations
 
@@ -24,57 +24,57 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM is noted and the second one acts as it would have without us.
+    """Context that records the first SIGINT or SIGTERM. A second signal has its previous effect.
 
-    Several processes that work in step must stop at the same one: with `together`, which says whether any process has
-    what this one has, a signal counts from their next `agree` on.
+    Args:
+        any_rank: for several ranks, which must stop after the same step: a collective that returns whether its argument
+            is true on any rank. A signal then takes effect at the next `sync`. Default: None, a single process.
     """
 
-    def __init__(self, together: Callable[[bool], bool] | None = None) -> None:
+    def __init__(self, any_rank: Callable[[bool], bool] | None = None) -> None:
         self._signal: str | None = None
-        self._together = together
-        self._agreed = False
-        self._before: dict[int, Any] = {}
+        self._any_rank = any_rank
+        self._requested_on_any_rank = False
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        # Only the main thread may set handlers; a trainer in another thread is its program's to end.
+        # Only the main thread may set signal handlers. A trainer in another thread is stopped by its program.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        self._restore_handlers()
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self._signal is not None if self._together is None else self._agreed
+        """Whether a signal was received, by any rank as of the last `sync`."""
+        return self._signal is not None if self._any_rank is None else self._requested_on_any_rank
 
-    def agree(self) -> None:
-        """Ask the other processes for signals; every one calls it."""
-        if self._together is not None:
-            self._agreed = self._together(self._signal is not None)
+    def sync(self) -> None:
+        """Learn of signals to other ranks. Every rank must call it."""
+        if self._any_rank is not None:
+            self._requested_on_any_rank = self._any_rank(self._signal is not None)
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a stop was requested."""
         if self.requested:
             raise Interrupted(self._signal or "signal to another process")
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
-        self._restore()
+        self._restore_handlers()
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._handlers.clear()
 
 
 @contextlib.contextmanager
-def signals_end_at_once() -> Iterator[None]:
-    """Within, SIGINT and SIGTERM end the program where it stands: while it waits outside of Python, and has nothing yet
-    that would have to be tidied up."""
+def default_signal_handlers() -> Iterator[None]:
+    """Context in which SIGINT and SIGTERM end the process at once, for waits outside Python without cleanup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -87,8 +87,8 @@ def signals_end_at_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as SIGINT does: temporary files go, and the terminal gets its cursor back."""
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Context in which SIGTERM raises KeyboardInterrupt as SIGINT does, so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -96,6 +96,6 @@ def sigterm_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
-        # A rank that ends with the others ignores it from then on (distributed/errors.py), until it has said why.
+        # A rank that exits because another one failed ignores SIGTERM until it has exited (distributed/errors.py).
         if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
             signal.signal(signal.SIGTERM, before)

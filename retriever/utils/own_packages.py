@@ -1,7 +1,8 @@
-"""`losses`, `index` and `eval` are common names: this project's imports find its own packages, or say what is wrong.
+"""Make imports of `losses`, `index` and `eval` find the packages of this project, or raise a clear error.
 
-A folder without `__init__.py` never hides them. A module or package of the same name that Python finds first (a user's
-own eval.py, say) is left to the user's code; it is refused only when code of this project imports that name.
+These names are common. A folder without `__init__.py` never shadows them. If Python finds another module or package of
+the same name first, such as a user's eval.py, user code imports that one, and an import in code of this project raises
+an error.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__
 
 
 class PackageClash(ImportError):
-    """Something else has the name of one of these packages."""
+    """Another module has the name of one of these packages."""
 
 
 class OwnPackages(MetaPathFinder):
-    """Stands before Python's own finders, which would take a folder of that name for a package."""
+    """A finder that precedes Python's own finders, which would import a folder of that name as a namespace package."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         package, _, inner = name.partition(".")
         if package not in PACKAGES or not os.path.exists(init := _init(package)):
             return None
         if inner:
-            # Another package of that name has been imported before: its __path__ is searched.
+            # If another package of that name has been imported, Python searches its __path__.
             if _imported_by_this_project():
                 check_imported(package)
             return None
@@ -42,14 +43,14 @@ class OwnPackages(MetaPathFinder):
         return importlib.util.spec_from_file_location(name, init, submodule_search_locations=[os.path.dirname(init)])
 
 
-def install() -> None:
-    """Put the finder first."""
+def install_finder() -> None:
+    """Install the finder as the first of sys.meta_path."""
     if not any(isinstance(finder, OwnPackages) for finder in sys.meta_path):
         sys.meta_path.insert(0, OwnPackages())
 
 
 def check_imported(module: str) -> None:
-    """Raise a PackageClash where something else has been imported under the name of the package that `module` is in."""
+    """Raise PackageClash if another module has been imported under the name of the top-level package of `module`."""
     package = module.partition(".")[0]
     found = sys.modules.get(package)
     file = getattr(found, "__file__", None)
@@ -58,8 +59,8 @@ def check_imported(module: str) -> None:
         raise _clash(package, other, f"{other} has been imported under that name")
 
 
-def need(package: str) -> None:
-    """Import a package now, so that a clash is known before work has been done; raises a PackageClash."""
+def require(package: str) -> None:
+    """Import a package now, so that a PackageClash is raised before long work starts."""
     check_imported(package)
     importlib.import_module(package)
 
@@ -78,9 +79,9 @@ def _clash(package: str, file: str, found: str) -> PackageClash:
 
 
 def _imported_by_this_project() -> bool:
-    """Whether the code whose import is being resolved is in one of the four packages."""
+    """Whether the import that is being resolved is in code of the four packages."""
     frame = sys._getframe(1)
-    # This file's own frames, and those of Python's import system.
+    # Skip the frames of this file and of Python's import system.
     while frame.f_back is not None and (
         frame.f_code.co_filename == __file__
         or frame.f_globals.get("__name__", "").split(".")[0] in ("importlib", "_frozen_importlib")

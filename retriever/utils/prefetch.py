@@ -1,4 +1,4 @@
-"""Work in a thread of its own: an iterator that is ahead of who takes from it, calls that are behind who makes them."""
+"""A prefetching iterator and a bounded queue of background calls, each with one thread."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any, ParamSpec, TypeVar
 T = TypeVar("T")
 P = ParamSpec("P")
 
-# Seconds after which a thread that computes in Python lets another have the lock. Each operation of torch gives the
-# lock up and takes it again: beside such a thread 300 of them a second begin at Python's 5 ms, 30,000 at this.
+# Seconds after which a thread that runs Python code offers the GIL to other threads. Each torch operation releases and
+# reacquires it: next to such a thread, 300 operations per second start at Python's default of 5 ms, 30,000 at this.
 SWITCH_INTERVAL = 2e-5
 
 
 @contextlib.contextmanager
-def giving_way() -> Iterator[None]:
-    """Within, threads that compute in Python do not hold up the one that launches a GPU's kernels."""
+def short_switch_interval() -> Iterator[None]:
+    """Context in which threads that run Python code do not delay the thread that launches GPU kernels."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, SWITCH_INTERVAL))
     try:
@@ -31,10 +31,11 @@ def giving_way() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
-    """The items in order, made by a thread that is up to `depth` of them ahead; what it raises is raised here.
+def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
+    """Yield the items in order; a background thread computes up to `depth` of them in advance.
 
-    Closing the iterator ends the thread after the item that it is at.
+    An exception of the iterator is raised after the items before it. Closing the generator ends the thread after the
+    current item.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     closed = threading.Event()
@@ -48,14 +49,14 @@ def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
                 continue
         return False
 
-    def make() -> None:
+    def produce() -> None:
         try:
             if all(put("item", item) for item in items):
                 put("end", None)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the items are taken
+        except BaseException as error:  # noqa: BLE001 - raised again in the consuming thread
             put("error", error)
 
-    thread = threading.Thread(target=make, name="ahead", daemon=True)
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
@@ -71,50 +72,56 @@ def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
 
 
 @contextlib.contextmanager
-def behind(call: Callable[P, None], most: int, *, abandon: bool = False) -> Iterator[Callable[P, None]]:
-    """Within, what is called comes back at once; a thread makes the calls, in order, of which `most` wait at a time.
+def background_calls(
+    call: Callable[P, None], max_waiting: int, *, abandon: bool = False
+) -> Iterator[Callable[P, None]]:
+    """Context with a function that runs `call` in a background thread, in order, and returns at once.
 
-    What a call raises is raised by the next one or at the end, and ends those behind it. An error of the body waits for
-    the calls made so far, unless `abandon`: they may then never come back.
+    An exception of a call is raised by the next call or at the end of the context, and later calls are dropped.
+
+    Args:
+        call: the function to run in the background.
+        max_waiting: calls in the queue; further calls block.
+        abandon: if the body raises, do not wait for the calls made so far, which might never return. Default: False.
     """
-    ready: queue.Queue[Callable[[], None] | None] = queue.Queue(most)
-    failed: list[BaseException] = []
+    ready: queue.Queue[Callable[[], None] | None] = queue.Queue(max_waiting)
+    errors: list[BaseException] = []
 
-    def make() -> None:
-        while (each := ready.get()) is not None:
-            if not failed:
+    def work() -> None:
+        while (task := ready.get()) is not None:
+            if not errors:
                 try:
-                    each()
-                except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where calls are made
-                    failed.append(error)
+                    task()
+                except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
+                    errors.append(error)
 
-    def later(*args: P.args, **kwargs: P.kwargs) -> None:
-        if failed:
-            raise failed[0]
+    def submit(*args: P.args, **kwargs: P.kwargs) -> None:
+        if errors:
+            raise errors[0]
         ready.put(partial(call, *args, **kwargs))
 
-    thread = threading.Thread(target=make, name="behind", daemon=True)
+    thread = threading.Thread(target=work, name="background_calls", daemon=True)
     thread.start()
     try:
-        yield later
+        yield submit
     except BaseException as error:
         if abandon:
-            failed.append(error)
+            errors.append(error)
             with contextlib.suppress(queue.Full):
                 ready.put_nowait(None)
-            atexit.register(_end_beside, thread)
+            atexit.register(_exit_without, thread)
             raise
         ready.put(None)
         thread.join()
         raise
     ready.put(None)
     thread.join()
-    if failed:
-        raise failed[0]
+    if errors:
+        raise errors[0]
 
 
-def _end_beside(thread: threading.Thread) -> None:
-    # A thread that is in a transfer when Python takes itself apart ends the program by an abort.
+def _exit_without(thread: threading.Thread) -> None:
+    # A thread that is in a collective while the interpreter shuts down would abort the process.
     if thread.is_alive():
         sys.stdout.flush()
         sys.stderr.flush()

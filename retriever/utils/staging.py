@@ -1,7 +1,7 @@
-"""From the host to a GPU beside what the GPU computes: a side stream, and two buffers on each end.
+"""Copy host tensors to a GPU on a side stream, through two pairs of buffers.
 
-A batch of a million pictures stays on the host; what visits the GPU is one micro-batch, and while it is computed the
-next one is copied. The buffers are as large as the largest micro-batch, whatever the batch.
+The embeddings and pixels of a large batch stay in host memory. Each micro-batch is copied while the previous one is
+computed. The buffers are as large as the largest micro-batch, whatever the batch size.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from torch import Tensor
 
 @dataclass
 class _Slot:
-    """One buffer on the host and one on the GPU, and when each is free again."""
+    """A host buffer and a GPU buffer, with the events after which each may be overwritten."""
 
     host: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     device: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    copied: Any = None
-    """Event: the host's buffer has been read."""
-    taken: Any = None
-    """Event: the GPU's buffer has been read."""
+    host_read: Any = None
+    device_read: Any = None
 
 
 class Staging:
-    """What brings tensors to one GPU."""
+    """Copies tensors to one GPU. Thread-safe."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -35,34 +33,36 @@ class Staging:
         self._slots = [_Slot(), _Slot()]
         self._lock = threading.Lock()
 
-    def bring(self, tensor: Tensor) -> Tensor:
-        """A copy of a CPU tensor on the GPU, for which the current stream waits and the host does not, unless it is
-        two tensors ahead."""
-        with self._lock:
-            return self._bring(tensor)
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a CPU tensor on the GPU.
 
-    def _bring(self, tensor: Tensor) -> Tensor:
+        The current stream waits for the copy. The host waits only if the last two copies have not finished.
+        """
+        with self._lock:
+            return self._to_device(tensor)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
         slot = self._slots[0]
         self._slots.reverse()
         content = tensor.contiguous().view(-1).view(torch.uint8)
-        size, now = len(content), torch.cuda.current_stream(self.device)
-        if slot.copied is not None:
-            slot.copied.synchronize()
+        size, current = len(content), torch.cuda.current_stream(self.device)
+        if slot.host_read is not None:
+            slot.host_read.synchronize()
         if len(slot.host) < size:
-            # Written within inference mode and outside it.
+            # The buffers are written both inside and outside inference mode.
             with torch.inference_mode(False):
                 slot.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-                # The kernels that read the smaller one are in the current stream, where its memory is used again.
+                # Freeing the smaller buffer is safe: the kernels that read it are on the current stream.
                 slot.device = torch.empty(size, dtype=torch.uint8, device=self.device)
-            self._stream.wait_stream(now)
+            self._stream.wait_stream(current)
         slot.host[:size].copy_(content)
         with torch.cuda.stream(self._stream):
-            if slot.taken is not None:
-                self._stream.wait_event(slot.taken)
+            if slot.device_read is not None:
+                self._stream.wait_event(slot.device_read)
             slot.device[:size].copy_(slot.host[:size], non_blocking=True)
-            slot.copied = self._stream.record_event()
-        now.wait_event(slot.copied)
-        # A copy in the current stream's own memory, so that whoever keeps it need not know of the buffers.
-        brought = slot.device[:size].clone().view(tensor.dtype).view(tensor.shape)
-        slot.taken = now.record_event()
-        return brought
+            slot.host_read = self._stream.record_event()
+        current.wait_event(slot.host_read)
+        # A copy in memory of the current stream, so that callers need not know about the buffers.
+        copied = slot.device[:size].clone().view(tensor.dtype).view(tensor.shape)
+        slot.device_read = current.record_event()
+        return copied

@@ -1,4 +1,4 @@
-"""What torchrun tells each process in environment variables, checked; without torch, which takes seconds to import."""
+"""Read and check the environment variables of torchrun, without importing torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 from retriever.errors import ConfigError
 
 
-def process_count() -> int:
-    """How many processes torchrun started, on all machines; 1 without it.
+def world_size() -> int:
+    """Return the number of processes that torchrun started on all machines, or 1 without torchrun.
 
     Raises:
         ConfigError: WORLD_SIZE is not a number of processes.
@@ -21,59 +21,57 @@ def process_count() -> int:
 
 
 def rank() -> int:
-    """The number of this process, from 0; 0 without torchrun. `check_environment` has checked it."""
+    """Return the rank of this process, or 0 without torchrun. Call `check_environment` first."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int | None:
-    """The number of this process on its machine; None where it is not set."""
+    """Return the rank of this process on its machine, or None if LOCAL_RANK is not set."""
     return _number("LOCAL_RANK", None)
 
 
-def local_process_count() -> int:
-    """How many processes torchrun started on this machine; 1 without it."""
-    return _number("LOCAL_WORLD_SIZE", 1, least=1) or 1
+def local_world_size() -> int:
+    """Return the number of processes that torchrun started on this machine, or 1 without torchrun."""
+    return _number("LOCAL_WORLD_SIZE", 1, minimum=1) or 1
 
 
-def attempt() -> int:
-    """How many times torchrun has started this job's processes before: 0 at first."""
+def restart_count() -> int:
+    """Return how often torchrun has restarted the processes of this job; 0 at first."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0) or 0
 
 
 def check_environment() -> None:
-    """Refuse an environment that torchrun does not make.
-
-    A variable that is not a number, a RANK that is not below WORLD_SIZE, a RANK without a WORLD_SIZE (each process
-    would take itself for the only one), and a WORLD_SIZE above 1 without RANK, MASTER_ADDR or MASTER_PORT.
+    """Check the environment variables of torchrun.
 
     Raises:
-        ConfigError: names the variable, what was expected and what was found.
+        ConfigError: a variable is not a number, RANK is not below WORLD_SIZE, RANK is set without WORLD_SIZE (every
+            process would run as the only one), or WORLD_SIZE is above 1 without RANK, MASTER_ADDR or MASTER_PORT.
     """
-    size = process_count()
+    size = world_size()
     if "WORLD_SIZE" not in os.environ and "RANK" in os.environ:
         raise ConfigError(f"RANK is set ({os.environ['RANK']!r:.40}), but WORLD_SIZE is not: torchrun sets both")
-    needed = {"RANK": size, "MASTER_ADDR": None, "MASTER_PORT": 2**16} if size > 1 else {"RANK": size}
-    for name, below in needed.items():
+    required = {"RANK": size, "MASTER_ADDR": None, "MASTER_PORT": 2**16} if size > 1 else {"RANK": size}
+    for name, below in required.items():
         if size > 1 and name not in os.environ:
             raise ConfigError(f"WORLD_SIZE is set, as under torchrun, but: variable {name} expected, but not set")
         if below is not None:
             _number(name, 0, below=below)
-    count = local_process_count()
+    count = local_world_size()
     _number("LOCAL_RANK", None, below=count if "LOCAL_WORLD_SIZE" in os.environ else None)
-    attempt()
+    restart_count()
 
 
-def _number(name: str, default: int | None, *, least: int = 0, below: int | None = None) -> int | None:
+def _number(name: str, default: int | None, *, minimum: int = 0, below: int | None = None) -> int | None:
     found = os.environ.get(name)
     if found is None:
         return default
-    if not _is_number(found) or int(found) < least or (below is not None and int(found) >= below):
-        wanted = f"a number from {least} " + ("on" if below is None else f"to {below - 1}")
-        known = "WORLD_SIZE is set, as under torchrun, but: " if "WORLD_SIZE" in os.environ else ""
-        raise ConfigError(f"{known}{name}: expected {wanted}, found {found!r:.40}")
+    if not _is_number(found) or int(found) < minimum or (below is not None and int(found) >= below):
+        expected = f"a number from {minimum} " + ("on" if below is None else f"to {below - 1}")
+        prefix = "WORLD_SIZE is set, as under torchrun, but: " if "WORLD_SIZE" in os.environ else ""
+        raise ConfigError(f"{prefix}{name}: expected {expected}, found {found!r:.40}")
     return int(found)
 
 
 def _is_number(text: str) -> bool:
-    # Python's int takes spaces, signs, underscores and the digits of other scripts, too.
+    # `int` also accepts spaces, signs, underscores and digits of other scripts.
     return re.fullmatch(r"[0-9]{1,9}", text) is not None

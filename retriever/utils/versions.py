@@ -1,4 +1,4 @@
-"""The versions and the device that a report names, because others may give other numbers."""
+"""Versions of packages and the name of the device, for reports."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from retriever import __version__
 if TYPE_CHECKING:
     import torch
 
-# Packages of which other versions may give other numbers.
+# Packages whose version may change numerical results.
 COMPUTING = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python, of this package, and of others by their names as they are installed: "unknown" where one is not."""
+    """Return the versions of Python, of this package and of installed packages; "unknown" if one is not installed."""
     return {"Python": platform.python_version(), "dense-retriever": __version__, **{p: _version(p) for p in packages}}
 
 
 def device_name(device: torch.device) -> str:
-    """The device and what it is: "cuda:0 (NVIDIA H200)"."""
+    """Return a device with its hardware name: "cuda:0 (NVIDIA H200)"."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

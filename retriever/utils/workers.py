@@ -1,4 +1,4 @@
-"""Data workers, processes forked from the one that trains or encodes: how they begin, and how they end with it."""
+"""Start and end data loading worker processes, and end a process together with its parent."""
 
 from __future__ import annotations
 
@@ -12,53 +12,57 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def become_worker(worker: int) -> None:
-    """A DataLoader's worker_init_fn.
+def init_worker(worker: int) -> None:
+    """Initialize a worker process; the `worker_init_fn` of a DataLoader.
 
-    Ctrl-C and a batch system's SIGTERM reach the whole process group, but it is the parent that ends its workers; when
-    it is gone, they end by themselves. And a fork has none of the threads that tokenizers share out their texts among:
-    where the parent has used them, a worker would wait for them for ever.
+    Workers ignore SIGINT and SIGTERM, which reach the whole process group: the parent ends its workers. They exit by
+    themselves if the parent is gone. The thread pool of tokenizers is switched off, because a fork does not have its
+    threads and would wait for them forever.
     """
-    for number in ENDING:
+    for number in TERMINATION_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # torch looks for its parent too, but then waits for what is on its way to it, which no one takes.
+    # torch's own check for the parent then blocks on the queue of results, which nobody reads.
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
-    threading.Thread(target=_end_with, args=(parent.pid, threading.Event()), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(parent.pid, threading.Event()), daemon=True).start()
 
 
-def started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's iterator, whose workers have begun: a signal that would end this process meanwhile, or a worker that
-    is not yet one, comes afterwards."""
+def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Return the iterator of a DataLoader, which starts its workers.
+
+    Termination signals are delayed until all workers have been initialized.
+    """
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in ENDING}
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda signum, frame: received.append(signum)) for number in TERMINATION_SIGNALS
+    }
     try:
         return iter(loader)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for late in came:
-            signal.raise_signal(late)
+        for signum in received:
+            signal.raise_signal(signum)
 
 
 @contextlib.contextmanager
-def ended_with_parent() -> Iterator[None]:
-    """Within, this process ends when the one that started it is gone, wherever it waits."""
+def exit_with_parent() -> Iterator[None]:
+    """Context in which this process exits if its parent is gone, even while it waits outside Python."""
     done = threading.Event()
-    threading.Thread(target=_end_with, args=(os.getppid(), done), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(os.getppid(), done), daemon=True).start()
     try:
         yield
     finally:
         done.set()
 
 
-def _end_with(parent: int, done: threading.Event) -> None:
+def _exit_after(parent: int, done: threading.Event) -> None:
     while not done.wait(1):
         if os.getppid() != parent:
             os._exit(1)

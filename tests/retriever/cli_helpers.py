@@ -1,4 +1,4 @@
-"""The command line in process, and a small world for it: files under other column names, and a BEIR folder."""
+"""Run the command line in process, and write small inputs for it: pairs, a BEIR folder and a configuration."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -78,7 +78,7 @@ def assert_refused(outcome: Outcome, code: int, *patterns: str) -> None:
 
 
 def write_lines(path: Path, rows: list[object]) -> Path:
-    """Write a .jsonl file; a row of text is written as it is."""
+    """Write a .jsonl file. Rows that are strings are written unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines))
@@ -86,7 +86,7 @@ def write_lines(path: Path, rows: list[object]) -> Path:
 
 
 def write_pairs(path: Path) -> Path:
-    """60 rows with two hard negatives each, under column names that are not the defaults."""
+    """Write 60 rows with two hard negatives each, with other column names than the defaults."""
     meanings = list(MEANINGS.items())
     rows: list[object] = [
         {
@@ -101,7 +101,7 @@ def write_pairs(path: Path) -> Path:
 
 
 def write_beir(folder: Path) -> Path:
-    """A BEIR folder of 20 passages; every query has one or two relevant passages, of grade 1 or 2."""
+    """Write a BEIR folder of 20 passages. Every query has one or two relevant passages, of grade 1 or 2."""
     words = list(MEANINGS)
     write_lines(
         folder / "corpus.jsonl", [{"_id": f"d{i}", "title": w, "text": MEANINGS[w]} for i, w in enumerate(words)]
@@ -115,7 +115,7 @@ def write_beir(folder: Path) -> Path:
 
 
 def write_config(path: Path, model: ModelConfig, pairs: Path, **other: object) -> Path:
-    """A configuration file of 11 steps; `other` are further top-level keys, or override these."""
+    """Write a configuration file of 11 steps. `other` adds or overrides top-level keys."""
     source = {"path": str(pairs), "query": "question", "positive": "answer", "negatives": "wrong"}
     tree = {
         "out": str(path.with_suffix("")),

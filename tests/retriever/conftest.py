@@ -1,4 +1,4 @@
-"""Shared by the tests: Triton's interpreter, one tiny run, and what encode and index make of it."""
+"""Triton's interpreter, and a fixture with a tiny run, its embeddings and its index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from retriever.config.run import ModelConfig
 
 @dataclass(frozen=True)
 class World:
-    """Folders made by the commands train, encode and index build; tests read them and do not change them."""
+    """Folders written by train, encode and index build. Tests must not change them."""
 
     pairs: Path
     beir: Path
@@ -34,7 +34,7 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tiny: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """The commands of a first-time user, up to a searchable index."""
+    """Run train, encode and index build."""
     folder = tmp_path_factory.mktemp("world")
     pairs, beir = write_pairs(folder / "pairs.jsonl"), write_beir(folder / "words")
     config = write_config(folder / "run.yaml", tiny, pairs)

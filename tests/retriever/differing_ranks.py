@@ -1,7 +1,7 @@
-"""Runs as `differing_ranks.py CASES OUTCOMES`: commands by several processes, each told something of its own.
+"""Script `differing_ranks.py CASES OUTCOMES`: run commands on several ranks with different arguments.
 
-CASES is a JSON object: name -> for each rank its command line and, after "--environment", variables as NAME=VALUE. What
-each rank ended with is written to OUTCOMES in the same shape: its exit code, standard output and standard error.
+CASES is a JSON object: name -> for each rank its command line and, after "--environment", variables as NAME=VALUE. The
+exit code, standard output and standard error of each rank are written to OUTCOMES in the same shape.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import retriever.evaluation.suite
-import retriever.training.trainer  # noqa: F401 - before the forks, which then share the libraries
+import retriever.training.trainer  # noqa: F401 - imported before the forks, which share it
 from retriever.cli import command_line as cli
 from retriever.training import run_dir as run_folder
 
@@ -34,12 +34,12 @@ def free_port() -> int:
 
 
 def without_newest(checkpoints: Path) -> Path:
-    """What a disk that lags behind shows of a run's checkpoints: all but the newest."""
+    """Return the newest checkpoint but one, as on a file system that lags behind."""
     return sorted(checkpoints.iterdir())[-2]
 
 
-def run_rank(words: list[str], said: Path) -> None:
-    """Run the command line and write how it ended, as a process of its own would end."""
+def run_rank(words: list[str], outcome: Path) -> None:
+    """Run the command line and write its exit code and output."""
     torch.set_num_threads(1)
     if "WITHOUT_NEWEST" in os.environ:
         run_folder.latest_checkpoint = without_newest
@@ -49,13 +49,13 @@ def run_rank(words: list[str], said: Path) -> None:
             code = cli.main(words)
         except SystemExit as end:
             code = int(end.code or 0)
-        except Exception as error:  # noqa: BLE001 - a traceback is no answer, and is seen in the outcome
+        except Exception as error:  # noqa: BLE001 - shown in the outcome
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    said.write_text(json.dumps([code, out.getvalue(), err.getvalue()]))
+    outcome.write_text(json.dumps([code, out.getvalue(), err.getvalue()]))
 
 
 def run_together(ranks: list[str], folder: Path) -> list[Any]:
-    """A fork for each rank; one that does not end in time is killed, and its outcome is None."""
+    """Run each rank in a fork. A rank that does not end in time is killed, and its outcome is None."""
     port, children = free_port(), []
     for rank, line in enumerate(ranks):
         words, _, variables = line.partition(" --environment ")
@@ -82,12 +82,12 @@ def run_together(ranks: list[str], folder: Path) -> list[Any]:
 
 
 def main(cases: Path, outcomes: Path) -> None:
-    """Run every case, one after another."""
-    found, asked = {}, json.loads(cases.read_text())
-    # What a first parsing of a command keeps for the next one takes longer to find than many a case.
-    for line in {line.partition(" --")[0]: line for ranks in asked.values() for line in ranks}.values():
+    """Run all cases."""
+    found, command_lines = {}, json.loads(cases.read_text())
+    # The first parsing of each command is slow; its caches are shared by the forks.
+    for line in {line.partition(" --")[0]: line for ranks in command_lines.values() for line in ranks}.values():
         cli._parse(line.partition(" --environment ")[0].split())
-    for name, ranks in asked.items():
+    for name, ranks in command_lines.items():
         began = time.monotonic()
         found[name] = run_together(ranks, outcomes.parent)
         print(f"{name}: {time.monotonic() - began:.2f} s", flush=True)

@@ -1,6 +1,6 @@
-"""Runs under torchrun as `failing_rank.py HOW ARGUMENTS…`: the command line, but rank 1 fails in the midst of a step.
+"""Script under torchrun, `failing_rank.py HOW ARGUMENTS…`: the command line, with rank 1 failing within a step.
 
-HOW: "killed", or "error" for an error of one rank. After a restart nothing fails.
+HOW is "killed" or "error". After a restart nothing fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AT_CALL = 6
 
 
 def failing(real: Any, how: str) -> Any:
-    """`grad_cache.backward`, which fails when it is called for the sixth time, once the towers have run."""
+    """Return `grad_cache.backward` with a failure in its sixth call, after the towers have run."""
     calls = 0
 
     def backward(encode: Any, micro_batches: Any, loss_of: Any, device: Any, **options: Any) -> Any:

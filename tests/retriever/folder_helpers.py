@@ -1,4 +1,4 @@
-"""Model folders as sentence-transformers writes them, tiny and with weights large enough for texts to differ."""
+"""Write tiny sentence-transformers model folders, with weights large enough for embeddings to differ."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXTS = ["a cat", "move fast " * 40, "The act of walking", "a [SEP] and a [PAD] 
 def encoder_folder(
     tiny: ModelConfig, folder: Path, kind: str = "bert", edit: Callable[[Any], None] | None = None, **settings: Any
 ) -> str:
-    """An encoder of random weights with the tiny tokenizer, changed by `edit`; a setting of None is left out."""
+    """Save an encoder with random weights and the tiny tokenizer, changed by `edit`. Settings of None are left out."""
     tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
     if edit is not None:
         edit(tokenizer)
@@ -51,14 +51,14 @@ def encoder_folder(
 
 
 def model_folder(folder: Path, *modules: torch.nn.Module, **settings: Any) -> str:
-    """A sentence-transformers folder of these modules."""
+    """Save a sentence-transformers model of these modules."""
     model = SentenceTransformer(modules=list(modules), device="cpu", **settings)
     model.save(str(folder), create_model_card=False)
     return str(folder)
 
 
 def transformer(encoder: str, **settings: Any) -> Transformer:
-    """The module of an encoder that reads at most 48 tokens."""
+    """Return the module of an encoder with a maximum length of 48 tokens."""
     return Transformer(encoder, **{"max_seq_length": 48, **settings})
 
 
@@ -68,24 +68,24 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 
 def theirs(folder: str, side: Side, texts: list[str] = TEXTS) -> np.ndarray:
-    """The vectors of sentence-transformers, of unit length."""
+    """Return the embeddings of sentence-transformers, of unit length."""
     model = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": torch.float32})
     encode = model.encode_query if side == "query" else model.encode_document
     return np.asarray(encode(texts, normalize_embeddings=True))
 
 
 def ours(towers: Towers, side: Side, texts: list[str] = TEXTS) -> np.ndarray:
-    """Our vectors, of unit length."""
+    """Return the embeddings of the towers, of unit length."""
     found = embed_texts(towers.eval(), texts, side, EncodeOptions())
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
 def assert_embeds_alike(folder: str, *, padding_free: bool | None = None) -> None:
-    """Ours are the vectors of sentence-transformers on both sides; without padding too, where that can be."""
+    """Check that embeddings equal those of sentence-transformers on both sides, also without padding if supported."""
     towers, bare = load_towers(folder), load_towers(folder)
     dropped = bare.enable_packing()
     assert padding_free is None or dropped == padding_free
-    # Not by Triton's interpreter, which is slow.
+    # Without Triton's interpreter, which is slow.
     with mock.patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)
         for side in SIDES:

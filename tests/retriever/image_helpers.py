@@ -47,7 +47,7 @@ def sample_images() -> list[Image.Image]:
 
 
 def letter_tokenizer() -> Any:
-    """A tokenizer of single letters, with CLIP's kind of special tokens."""
+    """Return a tokenizer of single letters with special tokens like CLIP's."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,6 +1,6 @@
-"""Runs as `killed_runs.py CONFIG PART …`: kill a training run at each part of its changes to the disk, and resume it.
+"""Script `killed_runs.py CONFIG PART …`: kill a training run after fractions of its file operations, and resume it.
 
-Prints each part after which the resumed run equals, bit for bit, one that was left alone; fails at the first other.
+Prints each fraction after which the resumed run is bitwise equal to an uninterrupted one, and fails at the first other.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from retriever.training.trainer import Trainer
 
 
 def forked(run: Callable[[], object], kill_at: int = 0) -> int:
-    """Fork; the child calls `run` and gets SIGKILL at its n-th change to the disk. Returns how it ended.
+    """Call `run` in a fork that gets SIGKILL at its n-th file operation. Returns the exit status.
 
-    A child that comes to its end writes the number of its changes to the file `count`.
+    A fork that is not killed writes the number of its operations to the file `count`.
     """
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
-    seen = 0
+    operations = 0
     try:
         for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir"):
             real = getattr(os, name)
 
             def counted(*arguments: Any, real: Any = real, **options: Any) -> Any:
-                nonlocal seen
-                seen += 1
-                if seen == kill_at:
+                nonlocal operations
+                operations += 1
+                if operations == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(*arguments, **options)
 
             setattr(os, name, counted)
         run()
-        Path("count").write_text(str(seen))
+        Path("count").write_text(str(operations))
         os._exit(0)
     finally:
         os._exit(1)
 
 
 def main(config_file: str, parts: list[str]) -> None:
-    """Try every part."""
+    """Test every fraction."""
     config = load_config(Path(config_file))
     whole = Path("whole")
     assert forked(lambda: Trainer.start(dataclasses.replace(config, out=str(whole)), Terminal()).train()) == 0
@@ -60,13 +60,13 @@ def main(config_file: str, parts: list[str]) -> None:
     def start() -> None:
         Trainer.start(dataclasses.replace(config, out=str(run)), Terminal()).train()
 
-    def go_on() -> None:
+    def resume() -> None:
         Trainer.resume(run, Terminal()).train() if (run / "config.yaml").exists() else start()
 
     for part in parts:
         shutil.rmtree(run, ignore_errors=True)
         assert forked(start, round(float(part) * changes)) == signal.SIGKILL
-        assert forked(go_on) == 0
+        assert forked(resume) == 0
         assert_same(results(run), results(whole))
         assert not [path for path in run.rglob(".*") if path.name != ".gitattributes"]
         print(part, flush=True)

@@ -1,4 +1,4 @@
-"""Models and batches for the losses that the trainer of sentence-transformers is given."""
+"""Models and batches for tests of the sentence-transformers losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEARNING_RATE = 0.05
 
 
 class Tokens(nn.Sequential):
-    """Mean of the tokens' embeddings, then a linear layer and dropout; of padded texts or of texts end to end."""
+    """Mean of token embeddings, a linear layer and dropout, for padded or packed texts."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__(nn.Embedding(50, 8), nn.Linear(8, 8), nn.Dropout(dropout))
@@ -42,7 +42,7 @@ class Tokens(nn.Sequential):
 
 
 def padded(texts: list[list[int]], left: bool = False) -> dict[str, Tensor]:
-    """Token ids with padding on the right, or on the left."""
+    """Return token ids with padding on the right or on the left."""
     width = max(map(len, texts)) + 1
     rows = [[0] * (width - len(text)) + text if left else text + [0] * (width - len(text)) for text in texts]
     mask = [[int(token > 0) for token in row] for row in rows]
@@ -50,14 +50,14 @@ def padded(texts: list[list[int]], left: bool = False) -> dict[str, Tensor]:
 
 
 def end_to_end(texts: list[list[int]]) -> dict[str, Any]:
-    """As a Transformer that unpads gives them."""
+    """Return token ids as a Transformer that unpads does."""
     ends = torch.tensor([0, *map(len, texts)]).cumsum(0).to(torch.int32)
     token = torch.tensor([[token for text in texts for token in text]])
     return {"input_ids": token, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(map(len, texts))}
 
 
 def random_texts(rows: int, columns: int, seed: int = 0, tokens: int = 50, longest: int = 6) -> list[list[list[int]]]:
-    """[columns][rows] token ids."""
+    """Return token ids [columns][rows]."""
     generator = torch.Generator().manual_seed(seed)
 
     def text() -> list[int]:
@@ -68,7 +68,7 @@ def random_texts(rows: int, columns: int, seed: int = 0, tokens: int = 50, longe
 
 
 def save_bert(tokenizer: str, folder: Path) -> None:
-    """A sentence-transformers folder of a BERT of two layers with random weights, without dropout."""
+    """Save a sentence-transformers model: a BERT of two layers with random weights, without dropout."""
     known = AutoTokenizer.from_pretrained(tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -82,7 +82,7 @@ def save_bert(tokenizer: str, folder: Path) -> None:
 
 
 def triplets(rows: int) -> Dataset:
-    """Texts of several lengths; two queries are equal, and a negative is the positive of another query."""
+    """Return texts of several lengths, with two equal queries and a negative that is another query's positive."""
     texts = {name: [f"{name} {'abcdefghijklmnop'[i] * (1 + i % 5)}" for i in range(rows)] for name in COLUMNS}
     texts["anchor"][1] = texts["anchor"][0]
     texts["negative"][2] = texts["positive"][3]
@@ -90,7 +90,7 @@ def triplets(rows: int) -> Dataset:
 
 
 def scores_loss(columns: list[Tensor], scale: Tensor | float, symmetric: bool = False) -> Tensor:
-    """The loss by the whole matrix, without masks."""
+    """Compute the loss with the full matrix, without masks."""
     query, passage = normalize(columns[0], dim=1), normalize(torch.cat(columns[1:]), dim=1)
     scores, own = scale * query @ passage.T, torch.arange(len(query))
     loss = nn.functional.cross_entropy(scores, own)
@@ -98,7 +98,8 @@ def scores_loss(columns: list[Tensor], scale: Tensor | float, symmetric: bool = 
 
 
 def plain_loop(folder: Path, data: Dataset, steps: int) -> tuple[dict[str, Tensor], float]:
-    """Weights and scale after steps of SGD on the whole data set: no trainer, the masks written by hand."""
+    """Train with SGD on the whole data set, without a trainer and with masks written by hand. Returns weights and
+    scale."""
     model, loss = SentenceTransformer(str(folder / "model"), device="cpu"), InfCLLoss(logit_scale=20.0)
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=LEARNING_RATE)
     # Queries 0 and 1 are equal, and the negative of row 2 is the positive of row 3.

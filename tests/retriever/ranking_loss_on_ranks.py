@@ -1,4 +1,4 @@
-"""Runs as `ranking_loss_on_ranks.py`: the losses for sentence-transformers over DDP, on two processes of gloo."""
+"""Script `ranking_loss_on_ranks.py`: the sentence-transformers losses under DDP, on two gloo processes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from losses import inf_cl_loss
 from retriever.sentence_transformers import CachedInfCLRankingLoss, InfCLRankingLoss
 from retriever.sentence_transformers.scale_checkpoint import LearnedScaleCallback
 
-# Of each rank: texts of a column, and columns.
+# Rows per column and number of columns of each rank.
 ROWS = [3, 7]
 WIDTHS = [3, 2]
 SYMMETRIC: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
 def columns_of_ranks() -> list[list[list[list[int]]]]:
-    """[ranks][columns][rows] texts; of few tokens, so that many are equal, within a rank and across."""
+    """Return texts [ranks][columns][rows]. Few distinct tokens make many texts equal, within and across ranks."""
     return [random_texts(rows, WIDTHS[rank], seed=rank, tokens=3, longest=3) for rank, rows in enumerate(ROWS)]
 
 
 def expected(symmetric: bool, masked: bool) -> tuple[Tensor, list[Tensor]]:
-    """Value and gradients of the whole batch on one process: the masks by comparing texts, the last gradient the
-    scale's."""
+    """Compute value and gradients of the whole batch in one process, with masks from comparing texts.
+
+    The last gradient is that of the scale.
+    """
     model, log_scale = Tokens(), torch.tensor(20.0).log().requires_grad_()
     shares = columns_of_ranks()
     queries = [text for share in shares for text in share[0]]
@@ -70,7 +72,7 @@ def check() -> None:
             (CachedInfCLRankingLoss, {"mini_batch_num_tokens": 5}),
         ):
             model = Tokens()
-            # Ranks have other numbers of mini-batches, and DDP broadcasts buffers in forward.
+            # Ranks have different numbers of mini-batches, and DDP broadcasts buffers in forward.
             model.register_buffer("something", torch.zeros(3))
             ddp = DistributedDataParallel(model)
             averaged: list[int] = []
@@ -100,7 +102,7 @@ def check() -> None:
 def accumulate(
     loss: nn.Module, features: Any, value: Tensor, ddp: DistributedDataParallel, parameters: Any, wanted: list[Tensor]
 ) -> None:
-    """Two steps are accumulated, and averaged at the end of the second alone."""
+    """Check that two accumulated steps are averaged once, at the end of the second."""
     for last in (False, True):
         found = loss(features)
         torch.testing.assert_close(found.detach(), value)
@@ -113,7 +115,7 @@ def accumulate(
 
 
 def own_batches(rank: int, features: Any) -> None:
-    """Without a group every rank has the loss of its own batch, and the scale still the same gradient on all."""
+    """Check that without a group each rank has its own loss, and the scale the same gradient on all ranks."""
     for kind in (InfCLRankingLoss, CachedInfCLRankingLoss):
         loss = kind(Tokens(), gather_across_devices=False)
         found = loss(features)
@@ -127,7 +129,7 @@ def own_batches(rank: int, features: Any) -> None:
 
 
 def several_losses(rank: int, features: Any) -> None:
-    """Ranks that train several learned scales in one step are refused, on every rank; fixed scales are not."""
+    """Check that several learned scales in one step are refused on every rank, and several fixed scales are not."""
     for kind, learned in itertools.product((InfCLRankingLoss, CachedInfCLRankingLoss), (True, False)):
         losses = [
             kind(Tokens(), learn_scale=learned, mini_batch_size=2)

@@ -1,6 +1,6 @@
-"""Runs as `ranking_loss_trainer.py FOLDER`: the trainer of sentence-transformers on two processes of gloo.
+"""Script `ranking_loss_trainer.py FOLDER`: SentenceTransformerTrainer on two gloo processes.
 
-FOLDER has a model; the weights that each loss ends with are written there.
+FOLDER contains a model. The trained weights of each loss are written to it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def train(
     rows: int = ROWS,
     **options: Any,
 ) -> Any:
-    """The trainer after three epochs of SGD; `make` gives the loss of a model."""
+    """Train for three epochs of SGD and return the trainer. `make` returns the loss for a model."""
     settings: dict[str, Any] = {
         "num_train_epochs": 3, "optim": "sgd", "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,

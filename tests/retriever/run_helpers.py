@@ -1,4 +1,4 @@
-"""What a training run leaves behind, and whether two runs left the same."""
+"""Read and compare the results of training runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 
 def results(run: Path) -> dict[str, Any]:
-    """Everything that a run leaves behind and that does not tell the time."""
+    """Read everything that a run has written, except for times and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         for key in ("pairs_per_second", "tokens_per_second", "memory_mib"):
@@ -24,7 +24,7 @@ def results(run: Path) -> dict[str, Any]:
 
 
 def assert_near(one: dict[str, Any], other: dict[str, Any], allowed: float = 2e-5) -> None:
-    """Equal but for the order in which float32 sums are added."""
+    """Check that results are equal up to rounding of float32 sums."""
     assert one["checkpoints"] == other["checkpoints"]
     assert one["model"].keys() == other["model"].keys()
     for mine, theirs in zip(one["rows"], other["rows"], strict=True):
@@ -38,6 +38,7 @@ def assert_near(one: dict[str, Any], other: dict[str, Any], allowed: float = 2e-
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Check that results are bitwise equal."""
     assert one["rows"] == other["rows"]
     assert one["checkpoints"] == other["checkpoints"]
     assert one["model"] == other["model"]

@@ -1,4 +1,4 @@
-"""A real `retriever serve` process for tests, and requests to it."""
+"""Start a `retriever serve` process and send requests to it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Server:
-    """A service that listens on `port` of this machine."""
+    """A server that listens on `port` of this machine."""
 
     process: subprocess.Popen[str]
     port: int
 
     def ask(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
-        """Status, answer (JSON where it is that) and headers."""
+        """Send a request. Returns status, body (parsed if it is JSON) and headers."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         with contextlib.closing(connection):
@@ -40,7 +40,7 @@ class Server:
         return response.status, json.loads(text) if is_json else text, found
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal; the exit code, and what was printed since the start."""
+        """Send a signal. Returns the exit code and standard error."""
         self.process.send_signal(number)
         _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
@@ -48,7 +48,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(model: Path | str, index: Path, *flags: object) -> Iterator[Server]:
-    """A service of `index` with `model`, ended at the latest with the block."""
+    """Context with a server of `index` and `model`, which is killed at the end."""
     words = ["serve", "--model", model, "--index", index, "--port", 0, *flags]
     process = subprocess.Popen(
         [sys.executable, "-m", "retriever", *map(str, words)],
@@ -62,7 +62,7 @@ def serving(model: Path | str, index: Path, *flags: object) -> Iterator[Server]:
         while (found := re.search(r"http://127\.0\.0\.1:(\d+)/", seen)) is None:
             ready, _, _ = select.select([process.stderr], [], [], max(0.0, deadline - time.monotonic()))
             line = process.stderr.readline() if ready else ""
-            assert line, f"the service did not start: {seen}"
+            assert line, f"the server did not start: {seen}"
             seen += line
         yield Server(process, int(found[1]))
     finally:

@@ -1,6 +1,6 @@
-"""Runs as `sharded_on_ranks.py CONFIG`: a run of whole towers; one of towers divided among 3, which 2 and 1 go on with.
+"""Script `sharded_on_ranks.py CONFIG`: train sharded towers on 3 ranks, resume on 2 and 1, and compare with unsharded.
 
-Every process is a fork of this one, which has loaded the libraries.
+Every process is a fork of this one, which has imported the libraries.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from retriever.training.trainer import Trainer
 
 
 def trained(config: TrainConfig, out: Path, *, resume: bool = False) -> Callable[[], None]:
-    """A run to its end; where it is of several processes each holds about its part of the weights and moments."""
+    """Return a function that trains a run to its end and checks that each rank holds only its share of the weights."""
     begun = dataclasses.replace(config, out=str(out))
 
     def run() -> None:
         torch.set_num_threads(1)
         with joined_ranks() as ranks:
-            terminal = Terminal() if ranks.first else SilentReporter()
+            terminal = Terminal() if ranks.is_first else SilentReporter()
             trainer = Trainer.resume(out, terminal, ranks) if resume else Trainer.start(begun, terminal, ranks)
             trainer.train()
             held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
             moments = [t for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
             for tensors in (held, moments):
-                whole, here = (sum(tensor.numel() for tensor in some) for some in (tensors, map(local_part, tensors)))
-                assert here <= 1.1 * whole / ranks.size, (here, whole)
+                total, local = (sum(tensor.numel() for tensor in part) for part in (tensors, map(local_part, tensors)))
+                assert local <= 1.1 * total / ranks.world_size, (local, total)
 
     return run
 
 
 def assert_same_model(one: Path, other: Path) -> None:
-    """Model folders of the same files, their weights equal but for rounding."""
+    """Check that model folders have the same files, with weights equal up to rounding."""
     names = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (one, other)]
     assert names[0] == names[1]
     for file in one.rglob("*.safetensors"):
@@ -56,18 +56,18 @@ def assert_same_model(one: Path, other: Path) -> None:
 
 
 def main(config_file: str) -> None:
-    """Compare all of them."""
+    """Compare all runs."""
     out, config = Path("runs"), load_config(Path(config_file))
-    # Two towers, whose micro-batches must meet those of the same tower.
+    # Two towers: ranks must run the micro-batches of the same tower at the same time.
     config = dataclasses.replace(config, shard_towers=True, model=dataclasses.replace(config.model, shared=False))
     on_ranks(1, trained(config, out / "1"))
-    run = out / "divided"
+    run = out / "sharded"
     for size in (3, 2, 1):
         on_ranks(size, trained(config, run, resume=run.exists()))
         assert_near(results(run), results(out / "1"))
         assert_same_model(run / "model", out / "1" / "model")
         print(size, flush=True)
-        # The next ones go on from its first checkpoint.
+        # The next ranks resume from the first checkpoint.
         for folder in sorted((run / "checkpoints").iterdir())[1:]:
             shutil.rmtree(folder)
 

@@ -1,6 +1,6 @@
-"""Runs as `suite_on_ranks.py MODEL DATA OUT`: one evaluation by 1, 2 and 4 processes, and killed ones gone on with.
+"""Script `suite_on_ranks.py MODEL DATA OUT`: evaluate with 1, 2 and 4 processes, and resume killed evaluations.
 
-Every process is a fork of this one, which has loaded the libraries; it runs the command line as torchrun would.
+Every process is a fork of this one, which has imported the libraries, and runs the command line as under torchrun.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from eval.reports import suite as suite_report
 from retriever.cli.command_line import main as command_line
 from retriever.models.towers import load_towers
 
-# The report has no part in this, and takes longer than all the rest.
+# The report is not tested here and takes longer than everything else.
 suite_report.write = lambda folder, report: []
 
 
 def evaluation(model: str, data: str, out: Path) -> Callable[[], object]:
-    """The command, in small shards."""
+    """Return a function that evaluates with small shards."""
     words = ["evaluate", "beir", "--model", model, "--data", data, "--out", str(out), "--shard-rows", "3", "--k", "7"]
 
     def run() -> None:
@@ -33,7 +33,7 @@ def evaluation(model: str, data: str, out: Path) -> Callable[[], object]:
 
 
 def encoding(model: str, data: str, out: Path) -> Callable[[], object]:
-    """Another command that several share."""
+    """Return a function that encodes with small shards."""
     words = ["encode", "--model", model, "--data", data, "--out", str(out), "--shard-rows", "3"]
 
     def run() -> None:
@@ -43,21 +43,21 @@ def encoding(model: str, data: str, out: Path) -> Callable[[], object]:
 
 
 def kept(out: Path) -> dict[str, bytes]:
-    """The files that must not depend on how the work was shared."""
+    """Read the files that must not depend on the number of processes."""
     names = ("*.trec", "*/embeddings/*")
     return {str(path.relative_to(out)): path.read_bytes() for name in names for path in sorted(out.rglob(name))}
 
 
 def main(model: str, data: str, folder: Path) -> None:
-    """Compare all of them."""
-    load_towers(model)  # before the forks, which then share the libraries
+    """Compare all evaluations."""
+    load_towers(model)  # before the forks, which share the libraries
     whole = folder / "whole"
     assert forked(evaluation(model, data, whole)) == 0
-    changes, wanted = int(Path("count").read_text()), kept(whole)
-    assert len(wanted) == 1 + 1 + 3 * 7
+    changes, expected = int(Path("count").read_text()), kept(whole)
+    assert len(expected) == 1 + 1 + 3 * 7
     for size in (2, 4):
         on_ranks(size, evaluation(model, data, folder / str(size)))
-        assert kept(folder / str(size)) == wanted, size
+        assert kept(folder / str(size)) == expected, size
         print(size, flush=True)
     for size in (1, 3):
         on_ranks(size, encoding(model, data, folder / f"encoded{size}"))
@@ -70,7 +70,7 @@ def main(model: str, data: str, folder: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
         assert forked(evaluation(model, data, out), round(part * changes)) == signal.SIGKILL
         on_ranks(2, evaluation(model, data, out))
-        assert kept(out) == wanted, part
+        assert kept(out) == expected, part
         print(part, flush=True)
 
 

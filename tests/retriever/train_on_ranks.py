@@ -1,6 +1,6 @@
-"""Runs as `train_on_ranks.py CONFIG`: one run by 1, 2, 3 and 4 processes, and a run of 4 that 2 go on with.
+"""Script `train_on_ranks.py CONFIG`: train with 1, 2, 3 and 4 processes, and resume a run of 4 with 2.
 
-Every process is a fork of this one, which has loaded the libraries; it runs the command line as torchrun would.
+Every process is a fork of this one, which has imported the libraries, and runs the command line as under torchrun.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from forks import on_ranks
 from run_helpers import assert_near, results
 
-import retriever.training.trainer  # noqa: F401 - before the forks, which then share the libraries
+import retriever.training.trainer  # noqa: F401 - imported before the forks, which share it
 from retriever.cli.command_line import main as command_line
 
 
@@ -36,20 +36,20 @@ def resumed(out: Path) -> Any:
 
 
 def main(config: str) -> None:
-    """Compare all of them."""
+    """Compare all runs."""
     out = Path("runs")
     on_ranks(1, trained(config, out / "1"))
-    wanted = results(out / "1")
-    assert len({json.dumps(row.get("loss")) for row in wanted["rows"]}) > 5
+    expected = results(out / "1")
+    assert len({json.dumps(row.get("loss")) for row in expected["rows"]}) > 5
     for size in (2, 3, 4):
         on_ranks(size, trained(config, out / str(size)))
-        assert_near(results(out / str(size)), wanted)
+        assert_near(results(out / str(size)), expected)
         print(size, flush=True)
     changed = out / "4"
     for folder in sorted((changed / "checkpoints").iterdir())[1:]:
         shutil.rmtree(folder)
     on_ranks(2, resumed(changed))
-    assert_near(results(changed), wanted)
+    assert_near(results(changed), expected)
     print("changed", flush=True)
     clip = ("--loss.name", "clip", "--data.negatives", "0", "--steps", "4", "--dev.path", "")
     for size in (1, 3):

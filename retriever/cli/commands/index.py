@@ -116,7 +116,7 @@ class IndexTune(RecallTarget):
         from index.manifest import INDEX, read_manifest
         from index.store.reader import EmbeddingStore
         from retriever.searching.index import check_target, query_vectors
-        from retriever.utils.check_progress import checking
+        from retriever.utils.check_progress import checksum_progress
 
         queries = self.query_texts()
         check_target(self.target_recall, self.k, queries, self.model, self.held_out)
@@ -124,7 +124,7 @@ class IndexTune(RecallTarget):
         vectors = query_vectors(store, queries, self.model, reporter)
         target = Target(self.target_recall, self.k, vectors, self.held_out)
         with (
-            checking(reporter, [self.index, self.embeddings]) as checked,
+            checksum_progress(reporter, [self.index, self.embeddings]) as checked,
             reporter.bar("tune", None, "settings") as advance,
         ):
             tuning = retune(self.index, store, target, note=lambda text: advance(1, text), checked=checked)

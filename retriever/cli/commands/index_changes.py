@@ -31,9 +31,9 @@ class IndexMerge:
 
     def run(self, reporter: Reporter) -> int:
         from index.ann.merge import merge
-        from retriever.utils.check_progress import checking
+        from retriever.utils.check_progress import checksum_progress
 
-        with checking(reporter, self.indexes) as checked, reporter.bar("merge", None, "vectors") as advance:
+        with checksum_progress(reporter, self.indexes) as checked, reporter.bar("merge", None, "vectors") as advance:
             rows = merge(self.indexes, self.out, on_disk=self.on_disk, progress=advance, checked=checked)
         answer(self.json, {"index": str(self.out), "rows": rows})
         return 0
@@ -55,11 +55,11 @@ class IndexAdd:
     def run(self, reporter: Reporter) -> int:
         from index.ann.edit import add_passages
         from index.store.reader import EmbeddingStore
-        from retriever.utils.check_progress import checking
+        from retriever.utils.check_progress import checksum_progress
 
         store = EmbeddingStore.open(self.embeddings)
         with (
-            checking(reporter, [self.index, self.embeddings]) as checked,
+            checksum_progress(reporter, [self.index, self.embeddings]) as checked,
             reporter.bar("add", store.rows, "vectors") as advance,
         ):
             added = add_passages(self.index, store, self.out, progress=advance, checked=checked)
@@ -90,13 +90,13 @@ class IndexDelete:
         from index.ann.edit import delete_passages
         from index.passages import checked_id
         from index.records import read_lines
-        from retriever.utils.check_progress import checking
+        from retriever.utils.check_progress import checksum_progress
 
         ids = list(self.ids)
         if self.ids_file is not None:
             lines = enumerate(read_lines(self.ids_file), start=1)
             ids = [checked_id(line.strip(), f"{self.ids_file}:{number}") for number, line in lines if line.strip()]
-        with checking(reporter, [self.index]) as checked:
+        with checksum_progress(reporter, [self.index]) as checked:
             deleted = delete_passages(self.index, ids, self.out, checked=checked)
         summary = {"index": str(self.out or self.index), "deleted": deleted, "not_there": len(set(ids)) - deleted}
         answer(self.json, summary)
@@ -114,9 +114,9 @@ class IndexVerify:
 
     def run(self, reporter: Reporter) -> int:
         from index.verify import verify
-        from retriever.utils.check_progress import checking
+        from retriever.utils.check_progress import checksum_progress
 
-        with checking(reporter, [self.folder]) as checked:
+        with checksum_progress(reporter, [self.folder]) as checked:
             found = verify(self.folder, checked)
         answer(self.json, dataclasses.asdict(found))
         return 0

@@ -12,7 +12,7 @@ from retriever.cli.commands.common import Switch
 from retriever.config.run import TrainConfig
 from retriever.errors import ConfigError, check_at_least
 from retriever.utils.interrupt import Interrupted
-from retriever.utils.torchrun import check_environment, process_count, rank
+from retriever.utils.torchrun import check_environment, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Train:
             return 0
         from retriever.training.train import plan_run
 
-        plan = plan_run(self.config, resume=self.resume, processes=self.processes or process_count(), progress=reporter)
+        plan = plan_run(self.config, resume=self.resume, processes=self.processes or world_size(), progress=reporter)
         print("\n".join(plan.lines()))
         if not plan.fits:
             reporter.line("this does not fit: fewer --micro-batch-tokens, a smaller --batch-size, or more processes")

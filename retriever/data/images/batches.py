@@ -48,6 +48,11 @@ class ImageInputs:
         """Number of tokens of each image, int64 [n]."""
         return np.full(len(self.pixels), self.tokens_each, dtype=np.int64)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels or features."""
+        return self.pixels.nbytes
+
     def embed(self, towers: ImageTextTowers, rows: np.ndarray) -> Tensor:
         """Compute the embeddings [rows, D] of one micro-batch."""
         return towers.embed_pixels(self.pixels[int(rows[0]) : int(rows[-1]) + 1])

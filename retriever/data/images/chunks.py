@@ -19,7 +19,7 @@ from retriever.data.schedule import BatchSchedule
 from retriever.distributed.share import Share
 from retriever.models.images.transforms import ImageTransform
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
-from retriever.utils.workers import become_worker
+from retriever.utils.workers import init_worker
 
 # Pairs per chunk: a few MiB of pixels, so that many workers share one large batch.
 CHUNK_PAIRS = 128
@@ -182,7 +182,7 @@ class Chunks(Dataset[PairChunk]):
                 collate_fn=_unchanged,
                 generator=torch.Generator(),
                 prefetch_factor=_PREFETCH if workers else None,
-                worker_init_fn=become_worker if workers else None,
+                worker_init_fn=init_worker if workers else None,
             )
         )
         # A separate generator function, so that the workers are started now, by the calling thread.

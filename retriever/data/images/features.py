@@ -19,7 +19,7 @@ from retriever.data.images.sources import BrokenPairError, PairSource
 from retriever.models.images.transforms import ImageTransform
 from retriever.models.mixed_precision import mixed_precision
 from retriever.utils.device import Precision, to_device
-from retriever.utils.workers import become_worker, started
+from retriever.utils.workers import init_worker, start_workers
 
 if TYPE_CHECKING:
     from retriever.models.images.towers import ImageTextTowers
@@ -138,13 +138,13 @@ def compute_features(
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),
-        worker_init_fn=become_worker if workers else None,
+        worker_init_fn=init_worker if workers else None,
     )
     training, saved = towers.training, done
     towers.eval()
     try:
         with mixed_precision(towers, precision), torch.inference_mode():
-            for pixels, readable in started(loader):
+            for pixels, readable in start_workers(loader):
                 batch = towers.image_features(to_device(pixels, towers.device)).half().cpu()
                 batch[~readable] = torch.nan
                 features[done : done + len(batch)] = batch.numpy()

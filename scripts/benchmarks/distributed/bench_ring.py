@@ -128,7 +128,7 @@ class Bench:
         }
         self.rows.append(row)
         self.write()
-        if self.ranks.first:
+        if self.ranks.is_first:
             print(
                 f"{part:<9}{pairs:>8} {name:<28}{row['milliseconds'] or row['status']:>14} ms "
                 f"{row['extra_mib']:>9} MiB  {row['times_one_rank']}",
@@ -149,19 +149,19 @@ class Bench:
             "method": "ours: ring + tiles",
             "pairs": str(pairs),
             "dim": str(self.options.dim),
-            "ranks": str(self.ranks.size),
+            "ranks": str(self.ranks.world_size),
             "milliseconds": f"{total:.4g}",
             "status": f"{hidden:.3f} of {transfers:.3g} ms of transfers beside other kernels",
             **self.here,
         }
         self.rows.append(row)
-        self.profiled = {"spans": spans, "title": f"{pairs} pairs, {self.ranks.size} ranks: {row['status']}"}
+        self.profiled = {"spans": spans, "title": f"{pairs} pairs, {self.ranks.world_size} ranks: {row['status']}"}
         print(row["status"], flush=True)
 
     def finish(self) -> None:
         """Write the table and the plots."""
         self.write()
-        if not self.ranks.first:
+        if not self.ranks.is_first:
             return
         folder = self.options.results
         draw_ablation([row for row in self.rows if row["part"] == "ablation"], folder / "ring.png")
@@ -170,7 +170,7 @@ class Bench:
 
     def write(self) -> None:
         """Write the rows so far."""
-        if self.ranks.first:
+        if self.ranks.is_first:
             write_rows(self.rows, self.options.results / "ring.csv")
 
 

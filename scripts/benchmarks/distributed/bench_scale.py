@@ -158,11 +158,11 @@ class Bench:
                 if spent != "out of memory":
                     found = self.clock.measure(method, size, self.clock.everyone, from_host=name == OFFLOAD)
                 spent = found.problem
-                self.add_loss("loss", name, size, self.ranks.size, found)
+                self.add_loss("loss", name, size, self.ranks.world_size, found)
 
     def scaling(self) -> None:
         """Our loss on some of the ranks, with the same batch."""
-        teams = [self.clock.team(size) for size in team_sizes(self.ranks.size)]
+        teams = [self.clock.team(size) for size in team_sizes(self.ranks.world_size)]
         for size in self.options.scaling_sizes:
             alone = 0.0
             for team in teams:
@@ -195,7 +195,7 @@ class Bench:
 
         def report(method: TrainingMethod, pairs: int, result: StepResult) -> None:
             figures = {} if result.problem else self.step_figures(pairs, result)
-            self.add("step", method.name, pairs, self.ranks.size, result.problem, towers=towers, **figures)
+            self.add("step", method.name, pairs, self.ranks.world_size, result.problem, towers=towers, **figures)
 
         if self.late(0.0):
             for method in methods:
@@ -252,14 +252,14 @@ class Bench:
             **self.here,
         }
         self.rows.append(row)
-        if self.ranks.first:
+        if self.ranks.is_first:
             shown = "  ".join(f"{name} {row[name]}" for name in columns if row[name]) or problem
             print(f"{part:<8}{towers:<10}{method:<30}{pairs:>10,} pairs by {ranks}  {shown}", flush=True)
             write_rows(self.rows, self.options.results / "scale.csv")
 
     def finish(self) -> None:
         """Draw the plots."""
-        if self.ranks.first:
+        if self.ranks.is_first:
             draw(self.rows, self.options.results)
 
 

@@ -89,15 +89,15 @@ class RankClock:
         self.ranks, self.dim, self.samples, self.deadline = ranks, dim, samples, deadline
         self.cuda = device == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
-        self.everyone = Team(ranks.size, distributed.group.WORLD)
+        self.everyone = Team(ranks.world_size, distributed.group.WORLD)
         self.alone = Team(1, None)
-        self.each = Team(ranks.size, None)
+        self.each = Team(ranks.world_size, None)
 
     def team(self, size: int) -> Team:
         """The first `size` ranks."""
         if size == 1:
             return self.alone
-        return self.everyone if size == self.ranks.size else Team(size, distributed.new_group(list(range(size))))
+        return self.everyone if size == self.ranks.world_size else Team(size, distributed.new_group(list(range(size))))
 
     def pairs(self, count: int, team: Team, rank: int | None = None) -> list[Tensor]:
         """Queries and passages of this (or the given) rank, and logit_scale. The batch is the same for every team.
@@ -133,7 +133,7 @@ class RankClock:
         wide = [leaf.detach().double().requires_grad_() for leaf in self.pairs(count, self.alone, rank=0)]
         truth = inf_cl_loss(*wide[:2], logit_scale=wide[2], symmetric=True, implementation="full")
         expected = [truth.detach(), *torch.autograd.grad(truth, wide)]
-        size, rank = self.ranks.size, self.ranks.rank
+        size, rank = self.ranks.world_size, self.ranks.rank
         own = slice(count * rank // size, count * (rank + 1) // size)
         found = {}
         for name, method in methods.items():
@@ -141,7 +141,7 @@ class RankClock:
             distributed.all_reduce(scale := scale.clone())
             ours = [loss, query / size, passage / size, scale / size]
             theirs = [expected[0], expected[1][own], expected[2][own], expected[3]]
-            found[name] = self.ranks.most(
+            found[name] = self.ranks.all_reduce_max(
                 max(float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
             )
         return found
@@ -163,7 +163,7 @@ class RankClock:
         release_memory()
         if self.ranks.any(bool(problem)):
             return Measured(problem=problem or "out of memory")
-        return Measured(*(self.ranks.most(figure) for figure in found))
+        return Measured(*(self.ranks.all_reduce_max(figure) for figure in found))
 
     def spans(self, method: Loss, count: int, team: Team) -> Spans | None:
         """Profile the kernels of a call that follows another one. Returns them on the first rank, None on the others.
@@ -183,9 +183,9 @@ class RankClock:
                 for _ in range(PROFILED_CALLS):
                     self.step(method, leaves, team)
                 synchronize(self.device)
-            spans = kernel_spans(recorded.events(), PROFILED_CALLS) if self.ranks.first else None
+            spans = kernel_spans(recorded.events(), PROFILED_CALLS) if self.ranks.is_first else None
         release_memory()
-        self.ranks.wait()
+        self.ranks.barrier()
         return spans
 
     def captured(self, call: Callable[[], object]) -> Callable[[], object]:

@@ -120,7 +120,7 @@ class TowerSteps:
             try:
                 if step is None or batch is None:
                     step, batch = self._prepared(method, pairs)
-                self.ranks.wait()
+                self.ranks.barrier()
                 synchronize(self.device)
                 began = time.perf_counter()
                 loss = float(step(batch, number)[0])
@@ -130,12 +130,12 @@ class TowerSteps:
                 problem = "out of memory"
             if self.ranks.any(bool(problem)):
                 return StepResult("out of memory")
-            if self.ranks.most(seconds) > LONG_STEP:
+            if self.ranks.all_reduce_max(seconds) > LONG_STEP:
                 break
         if not np.isfinite(loss):
             raise SystemExit(f"{method.name} at {pairs} pairs: expected a finite loss, found {loss}")
         peak = peak_mib() if self.device.type == "cuda" else 0.0
-        return StepResult("", self.ranks.most(seconds), self.ranks.most(peak), loss)
+        return StepResult("", self.ranks.all_reduce_max(seconds), self.ranks.all_reduce_max(peak), loss)
 
     def _prepared(self, method: TrainingMethod, pairs: int) -> tuple[TrainStep, PreparedBatch]:
         """A new step, and this rank's shard of a batch."""
@@ -148,7 +148,7 @@ class TowerSteps:
             batch_size=pairs,
             offload_embeddings=method.offload,
         )
-        first, last = (pairs * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
+        first, last = (pairs * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
         planned = GraphMemory.plan(
             towers,
             precision,
@@ -158,7 +158,7 @@ class TowerSteps:
             offload_embeddings=method.offload,
         )
         # Equal on all ranks, so that none runs out of memory while others wait for it.
-        alike = (-int(ranks.most(-tokens)) for tokens in (planned.micro_batch_tokens, planned.graph_tokens))
+        alike = (-int(ranks.all_reduce_max(-tokens)) for tokens in (planned.micro_batch_tokens, planned.graph_tokens))
         graphs = method.graphs(GraphMemory(*alike))
         optimizer = build_optimizer([*towers.named_parameters(), *loss.named_parameters()], config.optim)
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
@@ -237,7 +237,7 @@ class Search:
     def _all_sizes(self, first: int, goal: int, factor: int, halvings: int) -> Iterator[int]:
         if not self._late(0.0):
             # Compile the kernels outside of the measured steps.
-            self._steps.attempt(self._way, max(first // 8, self._steps.ranks.size))
+            self._steps.attempt(self._way, max(first // 8, self._steps.ranks.world_size))
         size = first
         while True:
             yield size

@@ -51,8 +51,8 @@ from retriever.models.images.towers import ImageTextTowers, build_image_text_tow
 from retriever.models.memory import GraphMemory
 from retriever.models.mixed_precision import mixed_precision
 from retriever.models.tokenizer import TokenizedTexts
+from retriever.training.memory_plan import plan_step
 from retriever.training.optim import build_optimizer
-from retriever.training.plan import plan_step
 from retriever.training.step import MicroBatch, TrainStep
 from retriever.utils.device import Precision, autocast, to_device
 from scripts import RESULTS

@@ -1,4 +1,4 @@
-"""A configuration reads back as it was written, and whatever cannot be meant is refused by name."""
+"""A saved configuration loads equal, and invalid settings are refused by name."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def read(path: Path, text: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("config", [TrainConfig(), FULL])
-def test_saved_configuration_reads_back_equal(tmp_path: Path, config: TrainConfig) -> None:
+def test_a_saved_configuration_loads_equal(tmp_path: Path, config: TrainConfig) -> None:
     path = tmp_path / "config.yaml"
     save_config(config, path)
     assert load_config(path) == config
     assert "!!python" not in path.read_text()
 
 
-def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     assert read(tmp_path / "c.yaml", "# nothing yet\n") == TrainConfig()
 
 
@@ -70,7 +70,7 @@ def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
     ("text", "expected"),
     [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("'0.25'", 0.25), ("2", 2.0), ("5e1", 50.0)],
 )
-def test_numbers_as_people_write_them_are_floats(tmp_path: Path, text: str, expected: float) -> None:
+def test_float_fields_accept_common_notations(tmp_path: Path, text: str, expected: float) -> None:
     lr = read(tmp_path / "c.yaml", f"optim: {{lr: {text}}}").optim.lr
     assert lr == expected and isinstance(lr, float)
 
@@ -111,7 +111,7 @@ def test_numbers_as_people_write_them_are_floats(tmp_path: Path, text: str, expe
         ("optim: {warmup_fraction: 2}", "optim.warmup_fraction: expected a fraction from 0 to 1, found 2.0"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_values_are_refused_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"
     with pytest.raises(ConfigError) as error:
         read(path, text)
@@ -119,7 +119,7 @@ def test_what_cannot_be_meant_is_refused_by_file_and_key(tmp_path: Path, text: s
     assert "\n" not in str(error.value)
 
 
-def test_broken_yaml_is_refused_by_line(tmp_path: Path) -> None:
+def test_invalid_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     with pytest.raises(ConfigError, match=r"c\.yaml:3: expected YAML"):
         read(path, "out: a\nsteps: 3\n  seed: 4\n")
@@ -138,7 +138,7 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_flags_override_the_file_and_leave_the_rest(tmp_path: Path) -> None:
+def test_flags_override_only_their_fields_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     save_config(FULL, path)
     flags = ["--optim.lr", "1e-3", "--steps", "None", "--no-tensorboard", "--optim.betas", "0.8", "0.9"]
@@ -170,9 +170,7 @@ def test_flags_override_the_file_and_leave_the_rest(tmp_path: Path) -> None:
         ("--model.shared True", (False, False, True)),
     ],
 )
-def test_fields_that_are_true_or_false_are_taken_as_people_write_them(
-    words: str, expected: tuple[bool, bool, bool]
-) -> None:
+def test_boolean_flags_accept_common_notations(words: str, expected: tuple[bool, bool, bool]) -> None:
     config = _parse(["train", *words.split(), "--model.name", "true"]).config
     assert (config.offload_embeddings, config.compile, config.model.shared) == expected
     assert config.model.name == "true"
@@ -181,29 +179,29 @@ def test_fields_that_are_true_or_false_are_taken_as_people_write_them(
 @pytest.mark.parametrize(
     "words", ["--optim.max-grad-norm none --steps=none", "--optim.max_grad_norm=NULL --steps None"]
 )
-def test_a_number_that_is_not_given_may_be_called_none(words: str, tmp_path: Path) -> None:
+def test_none_is_accepted_for_optional_numbers(words: str, tmp_path: Path) -> None:
     (path := tmp_path / "c.yaml").write_text("steps: 3\nmodel: {name: none}\noptim: {max_grad_norm: none}")
     assert load_config(path).optim.max_grad_norm is None and load_config(path).model.name == "none"
     config = _parse(["train", str(path), *words.split(), "--model.tokenizer", "none"]).config
     assert (config.steps, config.optim.max_grad_norm, config.model.tokenizer) == (None, None, "none")
 
 
-def test_the_file_may_stand_behind_a_switch(tmp_path: Path) -> None:
+def test_the_file_may_follow_a_boolean_flag(tmp_path: Path) -> None:
     save_config(TrainConfig(steps=7), path := tmp_path / "c.yaml")
     config = _parse(["train", "--compile", str(path)]).config
     assert config.compile and config.steps == 7
 
 
 @pytest.mark.parametrize("words", ["--compile yes", "--compile=1", "--compile=", "--model.no-shared maybe"])
-def test_what_is_neither_true_nor_false_is_named(words: str) -> None:
+def test_invalid_boolean_values_are_refused(words: str) -> None:
     with pytest.raises(ConfigError, match=f"^{words.split()[0].partition('=')[0]}: expected true or false, found"):
         _parse(["train", *words.split()])
 
 
-def test_help_shows_the_defaults_of_the_dataclasses_and_of_the_file(tmp_path: Path) -> None:
+def test_help_shows_defaults_of_the_dataclasses_and_of_the_file(tmp_path: Path) -> None:
     text = " ".join(command("train", "--help").out.replace("│", " ").split())
     for flag, default in _flags(TrainConfig()):
-        # Up to the first default that is named after this flag.
+        # Up to the first default after this flag.
         entry = re.split(rf" {re.escape(flag)},? ", text, maxsplit=1)[1]
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else "''" if default == "" else default
         assert entry[entry.index("(default: ") :].startswith(f"(default: {shown})"), flag
@@ -213,7 +211,7 @@ def test_help_shows_the_defaults_of_the_dataclasses_and_of_the_file(tmp_path: Pa
 
 
 def _flags(config: Any, prefix: str = "--") -> list[tuple[str, Any]]:
-    """Flag and default of every field that has a flag."""
+    """Flag and default of every field with a flag."""
     found: list[tuple[str, Any]] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -225,7 +223,7 @@ def _flags(config: Any, prefix: str = "--") -> list[tuple[str, Any]]:
     return found
 
 
-def test_every_field_is_explained() -> None:
+def test_every_field_has_a_docstring() -> None:
     for kind in (TrainConfig, *(t for t in typing.get_type_hints(TrainConfig).values() if dataclasses.is_dataclass(t))):
         (body,) = ast.parse(inspect.getsource(kind)).body
         assert isinstance(body, ast.ClassDef)

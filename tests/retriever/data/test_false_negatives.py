@@ -20,10 +20,10 @@ from retriever.data.batches import BatchDataset, PairKeys, Prompts, TrainingBatc
 from retriever.data.false_negatives import FalseNegatives, find_false_negatives, number_texts
 from retriever.data.known_positives import KnownPositives, open_known_positives, text_digests
 from retriever.data.micro_batches import PreparedBatch
+from retriever.data.pool_false_negatives import with_pool_false_negatives
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.ranks import Ranks
-from retriever.training.false_negatives import with_pool_false_negatives
 
 NONE = np.empty((0, 2), dtype=np.int64)
 SAME = [{0, 2, 4}, {1}, {0, 2, 4}, {3}, {0, 2, 4}, {5}]
@@ -134,7 +134,7 @@ class FakeRanks(Ranks):
 
     keys_of_ranks: ClassVar[list[PairKeys]] = []
 
-    def gathered(self, rows: np.ndarray) -> list[np.ndarray]:
+    def all_gather_rows(self, rows: np.ndarray) -> list[np.ndarray]:
         kinds = {"queries": 0, "positives": 1, "negatives": 2}
         mine = self.keys_of_ranks[self.rank]
         for kind in kinds:

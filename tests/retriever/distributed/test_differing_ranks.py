@@ -1,4 +1,4 @@
-"""Processes of a job that would not do the same end at once, each with one line that says what differs and where."""
+"""Processes with different settings or inputs end at once, each with one line that names the difference."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from forks import LoadedPython
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parents[1]
-# Case -> what each process ended with: exit code, standard output, standard error.
+# Case -> exit code, standard output and standard error of each process.
 Outcomes = dict[str, list[tuple[int, str, str]]]
 
 TWO = r"{} differs between ranks: {} on rank 0, {} on rank 1"
 SUM = r"\(?sha256 [0-9a-f]{12}…\)?"
 PLACED = rf"\S+ {SUM}"
-# Case -> the line, as a pattern.
+# Case -> pattern of the message.
 DIFFERING = {
     "seed": TWO.format("seed", 0, 1),
     "seed of the third": "seed differs between ranks: 0 on ranks 0-1, 1 on rank 2",
@@ -49,7 +49,7 @@ DIFFERING = {
     "evaluate: qrels copy": TWO.format("words: qrels", PLACED, PLACED),
     "evaluate: queries copy": TWO.format("words: queries", PLACED, PLACED),
     "evaluate: k": TWO.format("--k", 1000, 10),
-    "evaluate: prompts": TWO.format(r"--settings\.default\.query_prompt", "tell:", "ask:"),
+    "evaluate: prompts": TWO.format(r"--settings\.default\.query[-_]prompt", "tell:", "ask:"),
     "evaluate: out": TWO.format("out", r"\S+", r"\S+"),
     "index: embeddings copy": TWO.format("embeddings", PLACED, PLACED),
     "index: factory": TWO.format("--factory", "Flat", "SQ8"),
@@ -59,8 +59,8 @@ DIFFERING = {
 
 
 def changed_model(model: Path, folder: Path) -> Path:
-    """A copy in which one weight is another, as one that was trained further."""
-    # Without its sums, which say what the weights were.
+    """Copy a model and change one weight."""
+    # Without its checksums, which would not match.
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("retriever.sha256"))
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -70,7 +70,7 @@ def changed_model(model: Path, folder: Path) -> Path:
 
 
 def changed_set(folder: Path, name: str, old: str, new: str) -> Path:
-    """The BEIR folder "words" of the tests with one file changed."""
+    """Write the BEIR folder of the tests with one file changed."""
     made = write_beir(folder / "words")
     text = (made / name).read_text()
     assert old in text
@@ -79,7 +79,7 @@ def changed_set(folder: Path, name: str, old: str, new: str) -> Path:
 
 
 def write_cases(world: Any, folder: Path) -> dict[str, list[str]]:
-    """The command lines of every case, one for each process."""
+    """Return the command lines of every case, one per process."""
     sets = {
         "corpus": changed_set(folder / "corpus", "corpus.jsonl", "purrs", "meows"),
         "qrels": changed_set(folder / "qrels", "qrels/test.tsv", "q1\td1\t2", "q1\td1\t1"),
@@ -104,7 +104,7 @@ def write_cases(world: Any, folder: Path) -> dict[str, list[str]]:
         return path
 
     def varied(command: str, *changes: str | tuple[object, object]) -> list[str]:
-        """For one process the command, and for each further one the command with more words or with others."""
+        """Return the command, and for each change the command with more words or with replaced text."""
         others = [f"{command} {c}" if isinstance(c, str) else command.replace(str(c[0]), str(c[1])) for c in changes]
         return [command, *others]
 
@@ -162,13 +162,13 @@ def write_cases(world: Any, folder: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the cases read and write."""
+    """The folder that the cases read and write."""
     return tmp_path_factory.mktemp("differing")
 
 
 @pytest.fixture(scope="module")
 def outcomes(python: LoadedPython, world: Any, folder: Path) -> Outcomes:
-    """All cases, by processes that are forks of one: to load the libraries takes longer than the cases."""
+    """Run all cases in forks of one process, because importing the libraries takes longer than the cases."""
     cases, found = folder / "cases.json", folder / "outcomes.json"
     cases.write_text(json.dumps(write_cases(world, folder)))
     done = python.run(HERE / "differing_ranks.py", cases, found, timeout=250)
@@ -177,7 +177,7 @@ def outcomes(python: LoadedPython, world: Any, folder: Path) -> Outcomes:
 
 
 @pytest.mark.parametrize("case", DIFFERING)
-def test_what_differs_ends_every_process_with_the_same_line(outcomes: Outcomes, case: str) -> None:
+def test_a_difference_ends_every_process_with_the_same_message(outcomes: Outcomes, case: str) -> None:
     found = outcomes[case]
     assert None not in found, "a process did not end"
     assert [code for code, _, _ in found] == [1] * len(found), found
@@ -187,20 +187,20 @@ def test_what_differs_ends_every_process_with_the_same_line(outcomes: Outcomes, 
     assert not any(out for _, out, _ in found) and not any(err.splitlines()[1:] for _, _, err in found[1:]), found
 
 
-def test_paths_and_workers_may_differ_where_contents_do_not(outcomes: Outcomes) -> None:
+def test_paths_and_workers_may_differ_if_contents_are_equal(outcomes: Outcomes) -> None:
     first, second = outcomes["same contents elsewhere"]
     assert first[0] == second[0] == 0, first[2]
     assert "step 4/4" in first[2] and second[1:] == ["", ""]
 
 
-def test_the_first_process_alone_tells_which_checkpoint_a_run_goes_on_from(outcomes: Outcomes) -> None:
+def test_only_rank_0_reports_the_resumed_checkpoint(outcomes: Outcomes) -> None:
     first, second = outcomes["resumed"]
     assert first[0] == second[0] == 0, first[2]
     assert re.search(r"^resuming from \S+/kept/checkpoints/step-00000004 \(step 4 of 4\)$", first[2], re.MULTILINE)
     assert second[1:] == ["", ""]
 
 
-def test_a_restart_by_torchrun_is_told(outcomes: Outcomes) -> None:
+def test_a_restart_by_torchrun_is_reported(outcomes: Outcomes) -> None:
     for case, line in (
         ("restarted before it began", "restarted by torchrun (attempt 1): starting from the beginning"),
         ("restarted", "restarted by torchrun (attempt 2): resuming from "),
@@ -209,20 +209,20 @@ def test_a_restart_by_torchrun_is_told(outcomes: Outcomes) -> None:
         assert code == 0 and err.count(line) == err.count("restarted by torchrun") == 1, err
 
 
-def test_the_first_process_alone_answers_a_preflight(outcomes: Outcomes) -> None:
+def test_only_rank_0_answers_a_preflight(outcomes: Outcomes) -> None:
     first, second = outcomes["preflight"]
     assert json.loads(first[1])["sets"]["words"]["passages"] == 20
     assert first[0] == 0 and second == [0, "", ""]
 
 
-def test_a_process_that_fails_before_the_comparison_leaves_none_waiting(outcomes: Outcomes) -> None:
+def test_an_early_failure_ends_all_processes(outcomes: Outcomes) -> None:
     found = outcomes["one fails first"]
     assert None not in found and [code for code, _, _ in found] == [1, 1, 1], found
     said = [line for _, _, err in found for line in err.splitlines() if line.startswith("retriever:")]
     assert len(said) == 1 and "'cuda:7' is not on this machine" in said[0], found
 
 
-def test_nothing_is_left_of_what_differs(outcomes: Outcomes, folder: Path) -> None:
+def test_refused_commands_leave_no_files(outcomes: Outcomes, folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert not names & {"out", "other", "report", "embeddings", "index"}, names
     assert not [path for path in folder.rglob(".*")]

@@ -1,4 +1,4 @@
-"""`retriever index …` under torchrun: the processes build one index together, or refuse to."""
+"""`retriever index …` under torchrun: several processes build one index, or the command is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_store(folder: Path, shard_rows: int) -> Path:
 
 
 @pytest.mark.parametrize("shard_rows", [20, 90])
-def test_processes_build_together_what_one_builds(python: LoadedPython, tmp_path: Path, shard_rows: int) -> None:
+def test_several_processes_build_the_same_index_as_one(python: LoadedPython, tmp_path: Path, shard_rows: int) -> None:
     emb, alone, together = write_store(tmp_path / "emb", shard_rows), tmp_path / "alone", tmp_path / "together"
     build = ("index", "build", "--embeddings", emb, "--factory", "IVF4,SQ8", "--json", "--out")
     assert command(*build, alone).code == 0
@@ -45,7 +45,7 @@ def test_processes_build_together_what_one_builds(python: LoadedPython, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "emb", "together"]
 
 
-def test_what_processes_built_together_is_tuned(python: LoadedPython, tmp_path: Path) -> None:
+def test_an_index_of_several_processes_is_tuned(python: LoadedPython, tmp_path: Path) -> None:
     build = ("index", "build", "--embeddings", write_store(tmp_path / "emb", 20), "--out", tmp_path / "i", "--on-disk")
     done = python.run(*torchrun(2, "-m", "retriever", *build, "--target-recall", 0.9, "--json"))
     assert done.returncode == 0, done.stderr
@@ -54,7 +54,7 @@ def test_what_processes_built_together_is_tuned(python: LoadedPython, tmp_path: 
     assert command("index", "verify", tmp_path / "i").code == 0
 
 
-def test_what_several_processes_cannot_do_is_refused_before_it_is_begun(python: LoadedPython, tmp_path: Path) -> None:
+def test_unsupported_builds_are_refused_without_leaving_files(python: LoadedPython, tmp_path: Path) -> None:
     out = tmp_path / "i"
     several, single = write_store(tmp_path / "several", 20), write_store(tmp_path / "single", 200)
     for emb, words, message in (
@@ -63,11 +63,11 @@ def test_what_several_processes_cannot_do_is_refused_before_it_is_begun(python: 
             ("--factory", "HNSW8"),
             "factory 'HNSW8': expected Flat, SQ…, PQ… or IVF…, whose parts can be merged",
         ),
-        (single, (), f"{single}: expected two shards or more for several processes to build from, found 1"),
+        (single, (), f"{single}: expected at least two shards for several processes, found 1"),
     ):
         done = python.run(*torchrun(2, "-m", "retriever", "index", "build", "--embeddings", emb, "--out", out, *words))
-        said = [line for line in done.stderr.splitlines() if line.startswith("retriever: ")]
-        assert done.returncode != 0 and len(said) == 1 and message in said[0], done.stderr
+        errors = [line for line in done.stderr.splitlines() if line.startswith("retriever: ")]
+        assert done.returncode != 0 and len(errors) == 1 and message in errors[0], done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["several", "single"]
 
 
@@ -82,9 +82,11 @@ def test_what_several_processes_cannot_do_is_refused_before_it_is_begun(python: 
         (("delete", "i", "--ids", "a"), "index delete: works in one process"),
     ],
 )
-def test_what_would_be_done_twice_is_left_to_one_process(
+def test_options_of_one_process_are_refused(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     done = command("index", *words)
     assert done.code == 2 and message in done.err and done.err.count("\n") == 1

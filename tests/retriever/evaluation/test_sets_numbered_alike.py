@@ -18,8 +18,8 @@ from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.errors import ConfigError
 from retriever.models.towers import load_towers
-from retriever.training.image_validation import ImageDev
-from retriever.training.validation import TextDev
+from retriever.training.image_validation import ImageDevSet
+from retriever.training.validation import TextDevSet
 
 WORDS = list(MEANINGS)
 
@@ -100,7 +100,7 @@ def test_a_model_by_exact_search_and_by_an_index(numbered: Path, world: Any, tmp
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_dev_set_of_a_training_run(numbered: Path, world: Any, keep: bool, capsys: pytest.CaptureFixture) -> None:
-    dev = TextDev.open(DevConfig(path=str(numbered), split="test", keep_identical_ids=keep))
+    dev = TextDevSet.open(DevConfig(path=str(numbered), split="test", keep_identical_ids=keep))
     towers = load_towers(str(world.model))
     towers.eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -119,4 +119,4 @@ def test_a_run_is_trained_with_a_dev_set_numbered_alike(numbered: Path, world: A
 
 def test_a_set_of_images_has_no_such_switch() -> None:
     with pytest.raises(ConfigError, match=r"dev\.keep_identical_ids: expected false"):
-        ImageDev.open(DevConfig(path="anywhere", keep_identical_ids=True))
+        ImageDevSet.open(DevConfig(path="anywhere", keep_identical_ids=True))

@@ -1,4 +1,4 @@
-"""The losses for sentence-transformers equal theirs, mask equal texts, and the gradient cache is exact."""
+"""The losses equal those of sentence-transformers, mask equal texts, and the gradient cache is exact."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SYMMETRIC: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "pa
 letters = st.sampled_from("abcde")
 
 
-class Given(nn.Sequential):
-    """The features are the embeddings."""
+class Identity(nn.Sequential):
+    """A model whose features contain the embeddings."""
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return features
@@ -48,16 +48,18 @@ def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
     rows=st.integers(1, 7), columns=st.integers(2, 4), width=st.integers(1, 5), seed=st.integers(0, 99),
     scale=st.sampled_from([1.0, 20.0, 50.0]), symmetric=st.booleans(), similarity=st.sampled_from([cos_sim, dot_score]),
 )  # fmt: skip
-def test_value_and_gradients_are_those_of_multiple_negatives_ranking_loss(
+def test_value_and_gradients_equal_multiple_negatives_ranking_loss(
     rows: int, columns: int, width: int, seed: int, scale: float, symmetric: bool, similarity: Callable[..., Tensor]
 ) -> None:
     torch.manual_seed(seed)
     leaves = [torch.randn(rows, width, requires_grad=True) for _ in range(columns)]
     features = [{"sentence_embedding": leaf} for leaf in leaves]
     options: dict[str, Any] = {"scale": scale, "similarity_fct": similarity} | (SYMMETRIC if symmetric else {})
-    theirs = MultipleNegativesRankingLoss(Given(), **options)(features, None)
-    ours = InfCLRankingLoss(Given(), mask_duplicates=False, **options)(features, torch.zeros(rows))
-    cached = CachedInfCLRankingLoss(Given(nn.Identity()), mini_batch_size=3, mask_duplicates=False, **options)(features)
+    theirs = MultipleNegativesRankingLoss(Identity(), **options)(features, None)
+    ours = InfCLRankingLoss(Identity(), mask_duplicates=False, **options)(features, torch.zeros(rows))
+    cached = CachedInfCLRankingLoss(Identity(nn.Identity()), mini_batch_size=3, mask_duplicates=False, **options)(
+        features
+    )
     allowed = {"rtol": 1e-5, "atol": 1e-5 * scale}
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cached, theirs, rtol=1e-5, atol=1e-5)
@@ -67,7 +69,7 @@ def test_value_and_gradients_are_those_of_multiple_negatives_ranking_loss(
 
 
 @given(st.lists(st.lists(letters, min_size=4, max_size=4), min_size=1, max_size=5), st.integers(2, 4))
-def test_what_the_batch_pairs_with_a_query_text_is_not_a_negative_of_it(rows: list[list[str]], width: int) -> None:
+def test_passages_paired_with_a_query_text_are_masked(rows: list[list[str]], width: int) -> None:
     columns = list(zip(*(row[:width] for row in rows), strict=True))
     masks = duplicate_masks([torch.tensor([ord(text) for text in column]) for column in columns])
     masked = masks.query_ids[:, None] == masks.passage_ids
@@ -81,7 +83,7 @@ def test_what_the_batch_pairs_with_a_query_text_is_not_a_negative_of_it(rows: li
 
 
 @given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), min_size=1, max_size=8))
-def test_hashes_are_equal_exactly_where_token_ids_are(texts: list[list[int]]) -> None:
+def test_hashes_are_equal_if_and_only_if_token_ids_are(texts: list[list[int]]) -> None:
     hashes = text_hashes(padded(texts))
     assert torch.equal(hashes, text_hashes(padded(texts, left=True)))
     assert torch.equal(hashes, text_hashes(end_to_end(texts)))
@@ -92,7 +94,7 @@ def test_hashes_are_equal_exactly_where_token_ids_are(texts: list[list[int]]) ->
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_equal_texts_leave_the_loss_unless_masks_are_switched_off(symmetric: bool) -> None:
+def test_equal_texts_are_masked_unless_switched_off(symmetric: bool) -> None:
     columns = random_texts(4, 3)
     columns[2][0] = columns[1][0]  # a negative equal to its row's positive
     columns[1][3] = columns[1][1]  # two equal positives of different queries
@@ -116,7 +118,7 @@ def test_equal_texts_leave_the_loss_unless_masks_are_switched_off(symmetric: boo
 
 @pytest.mark.parametrize("layout", [padded, end_to_end])
 @pytest.mark.parametrize("size", [{"mini_batch_size": 2}, {"mini_batch_size": 50}, {"mini_batch_num_tokens": 9}])
-def test_gradient_cache_is_exact_with_dropout_and_a_scaled_loss(layout: Any, size: dict[str, int]) -> None:
+def test_the_gradient_cache_is_exact_with_dropout_and_a_scaled_loss(layout: Any, size: dict[str, int]) -> None:
     columns, model = random_texts(7, 3), Tokens(dropout=0.4)
     loss = CachedInfCLRankingLoss(model, **size)
     parameters = [*model.parameters(), loss.infonce.log_logit_scale]
@@ -150,7 +152,7 @@ def test_gradient_cache_is_exact_with_dropout_and_a_scaled_loss(layout: Any, siz
         assert not loss([layout(column) for column in columns]).requires_grad
 
 
-def test_second_passes_run_under_the_autocast_of_the_first() -> None:
+def test_second_passes_use_the_autocast_of_the_first() -> None:
     columns, model = [padded(column) for column in random_texts(6, 2)], Tokens()
     dtypes = []
     model[1].register_forward_hook(lambda *arguments: dtypes.append(arguments[2].dtype))
@@ -161,7 +163,7 @@ def test_second_passes_run_under_the_autocast_of_the_first() -> None:
 
 
 @pytest.mark.parametrize("kind", [InfCLRankingLoss, CachedInfCLRankingLoss])
-def test_scale_is_learned_only_where_asked_and_never_above_its_limit(kind: Any) -> None:
+def test_the_scale_is_learned_only_if_requested_and_is_clamped(kind: Any) -> None:
     columns, model = [padded(column) for column in random_texts(6, 2)], Tokens()
     fixed = kind(model, learn_scale=False)
     fixed(columns).backward()
@@ -175,7 +177,7 @@ def test_scale_is_learned_only_where_asked_and_never_above_its_limit(kind: Any) 
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [1, 0.5]])
-def test_matryoshka_loss_takes_both(weights: list[float]) -> None:
+def test_both_losses_work_in_matryoshka_loss(weights: list[float]) -> None:
     columns, model = [padded(column) for column in random_texts(6, 3)], Tokens()
     model.get_embedding_dimension = lambda: 8
     embeddings = [model(column)["sentence_embedding"] for column in columns]
@@ -212,7 +214,7 @@ def test_matryoshka_loss_takes_both(weights: list[float]) -> None:
         ({"exchange": "mail"}, "exchange"),
     ],
 )
-def test_an_argument_that_cannot_be_honoured_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+def test_unsupported_arguments_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     for kind in (InfCLRankingLoss, CachedInfCLRankingLoss):
         with pytest.raises(ValueError, match=message):
             kind(Tokens(), **options)
@@ -220,7 +222,7 @@ def test_an_argument_that_cannot_be_honoured_is_refused_by_name(options: dict[st
 
 @pytest.mark.parametrize("name", ["mini_batch_size", "mini_batch_num_tokens"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "8"])
-def test_mini_batches_of_other_than_a_positive_integer_are_refused(name: str, value: Any) -> None:
+def test_mini_batch_sizes_must_be_positive_integers(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be a positive integer, found"):
         CachedInfCLRankingLoss(Tokens(), **{name: value})
 
@@ -232,7 +234,7 @@ def test_weighting_of_hard_negatives_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("kind", [InfCLRankingLoss, CachedInfCLRankingLoss])
-def test_a_batch_that_does_not_fit_is_refused(kind: Any) -> None:
+def test_unsupported_batches_are_refused(kind: Any) -> None:
     columns = [padded(column) for column in random_texts(6, 2)]
     with pytest.raises(ValueError, match="found 1 column"):
         kind(Tokens())(columns[:1])
@@ -242,15 +244,15 @@ def test_a_batch_that_does_not_fit_is_refused(kind: Any) -> None:
         kind(Tokens())([columns[0], {"pixel_values": torch.zeros(6, 3, 2, 2)}])
 
 
-def test_over_ranks_value_and_averaged_gradients_are_those_of_the_whole_batch() -> None:
-    """Ranks have other numbers of rows, columns and mini-batches; DDP averages once a step."""
+def test_ranks_compute_value_and_gradients_of_the_whole_batch() -> None:
+    """Ranks have different numbers of rows, columns and mini-batches; DDP averages once per step."""
     with LoadedPython("sentence_transformers", "torch.nn.parallel", "losses") as python:
         done = python.run(Path(__file__).parents[1] / "ranking_loss_on_ranks.py")
         assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])  # noqa: S301
-def test_checkpoints_hold_the_scale_of_a_copy_too(again: Callable[[Any], Any]) -> None:
+def test_checkpoints_contain_the_scale_of_a_copied_loss(again: Callable[[Any], Any]) -> None:
     loss = CachedInfCLRankingLoss(Tokens(), scale=30.0)
     copied = again(loss)
     callback, state = LearnedScaleCallback(), TrainerState()
@@ -259,9 +261,9 @@ def test_checkpoints_hold_the_scale_of_a_copy_too(again: Callable[[Any], Any]) -
     assert state.stateful_callbacks == {"LearnedScaleCallback": callback.state()}
 
 
-def test_a_checkpoint_of_other_losses_is_refused() -> None:
+def test_a_checkpoint_with_another_number_of_scales_is_refused() -> None:
     loss = InfCLRankingLoss(Tokens())
     saved = {"LearnedScaleCallback": {"args": {}, "attributes": {"log_logit_scales": [3.0, 4.0]}}}
     state = TrainerState(global_step=2, stateful_callbacks=saved)
-    with pytest.raises(ValueError, match="the checkpoint has 2 learned scales, the losses 1"):
+    with pytest.raises(ValueError, match="the checkpoint has 2 learned scales, but the losses have 1"):
         LearnedScaleCallback().on_train_begin(None, state, None, optimizer=torch.optim.SGD(loss.parameters()))

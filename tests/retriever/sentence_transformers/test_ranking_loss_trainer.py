@@ -1,4 +1,4 @@
-"""The trainer of sentence-transformers with our losses ends with the weights of a plain loop, on one process or two."""
+"""SentenceTransformerTrainer with these losses equals a plain training loop, on one process and on two."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cached(model: Any) -> CachedInfCLRankingLoss:
 
 
 @pytest.mark.parametrize("make", [InfCLRankingLoss, cached])
-def test_one_process_ends_with_the_weights_of_a_plain_loop(
+def test_training_equals_a_plain_loop(
     folder: Path, tmp_path: Path, expected: tuple[dict[str, Tensor], float], make: Any
 ) -> None:
     weights, scale = expected
@@ -52,26 +52,26 @@ def test_one_process_ends_with_the_weights_of_a_plain_loop(
     assert abs(scale - 20) > 0.01
 
 
-def test_two_processes_end_with_the_weights_of_one(
+def test_two_processes_train_the_same_weights_as_one(
     folder: Path, tmp_path: Path, expected: tuple[dict[str, Tensor], float]
 ) -> None:
     with LoadedPython("sentence_transformers", "accelerate", "torch.distributed") as python:
         done = python.run(HERE / "ranking_loss_trainer.py", folder, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     accumulated = train(folder, tmp_path, cached, rows=2 * ROWS, gradient_accumulation_steps=2)
-    wanted = {
+    expected_runs = {
         "plain": expected,
         "cached": expected,
         "accumulated": (accumulated.model.state_dict(), accumulated.loss.scale),
     }
-    for name, (weights, scale) in wanted.items():
+    for name, (weights, scale) in expected_runs.items():
         for rank in range(2):
             found = load_file(folder / f"{name}{rank}.safetensors")
             assert float(found.pop("scale")) == pytest.approx(scale, rel=1e-5)
             torch.testing.assert_close(found, weights, rtol=1e-5, atol=1e-5)
 
 
-def test_a_run_resumed_from_a_checkpoint_ends_as_one_that_was_not_interrupted(folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
     options |= {"learning_rate_mapping": {"log_logit_scale": 0.1}, "adam_epsilon": 1e-3}
     whole = train(folder, tmp_path, cached, **options)
@@ -97,7 +97,7 @@ def test_the_model_card_names_the_papers_and_the_arguments(folder: Path, tmp_pat
     assert '"mini_batch_num_tokens": 9' in card and '"similarity_fct": "cos_sim"' in card
 
 
-def test_the_example_of_the_readme_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_example_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = README.read_text().split("## In sentence-transformers' trainer")[1].split("\n## ")[0]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None

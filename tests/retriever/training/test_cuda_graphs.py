@@ -1,4 +1,4 @@
-"""Passes that replay CUDA graphs give what passes launched one kernel at a time give."""
+"""Replayed CUDA graphs give the results of passes launched one kernel at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retriever.errors import ConfigError
 from retriever.models.mixed_precision import half_precision_weights, mixed_precision
 from retriever.models.packed.attention import PackedLayout
 from retriever.models.towers import Towers, build_towers
-from retriever.training.cuda_graphs import Inputs, check_replayable, replay_small_passes, rounded
+from retriever.training.cuda_graphs import Inputs, captured_size, check_cuda_graphs, use_cuda_graphs
 from retriever.training.trainer import Trainer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -30,60 +30,60 @@ def towers_of(tiny: ModelConfig, kind: str = "bert", **settings: Any) -> Towers:
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 4095, 4097, 20000, 32768])
-def test_sizes_are_at_most_a_sixteenth_or_256_larger(tokens: int) -> None:
-    size = rounded(tokens)
-    assert 0 <= size - tokens < max(256, tokens / 16 + 1) and rounded(size) == size
+def test_captured_sizes_are_at_most_a_sixteenth_or_256_larger(tokens: int) -> None:
+    size = captured_size(tokens)
+    assert 0 <= size - tokens < max(256, tokens / 16 + 1) and captured_size(size) == size
 
 
-def test_places_beyond_the_last_text_change_nothing(tiny: ModelConfig) -> None:
+def test_padding_tokens_do_not_change_embeddings(tiny: ModelConfig) -> None:
     towers = towers_of(tiny).eval()
     assert towers.enable_packing()
     encoder = towers.encoders[0]
     inputs = Inputs(24, torch.device("cpu"))
-    # The second leaves tokens of the first behind.
+    # The second batch is shorter and leaves tokens of the first in the buffer.
     for lengths in ([7, 1, 9], [2, 3]):
         layout, tokens = PackedLayout.of(np.array(lengths)), sum(lengths)
         ids, positions = torch.arange(5, 5 + tokens)[None], (torch.arange(tokens) - layout.start)[None]
         inputs.fill(ids, positions, layout)
         alone = encoder(input_ids=ids, position_ids=positions, layout=layout).last_hidden_state
-        # On a CPU attention goes by the offsets, which a GPU does not read.
+        # On a CPU attention uses the offsets, which the GPU kernels do not read.
         padded = PackedLayout.of(np.array([*lengths, *[1] * (24 - tokens)]))
         assert torch.equal(inputs.layout.start, padded.start) and torch.equal(inputs.layout.end, padded.end)
-        among = encoder(input_ids=inputs.input_ids, position_ids=inputs.position_ids, layout=padded).last_hidden_state
-        torch.testing.assert_close(among[:, :tokens], alone, rtol=0, atol=1e-6)
+        packed = encoder(input_ids=inputs.input_ids, position_ids=inputs.position_ids, layout=padded).last_hidden_state
+        torch.testing.assert_close(packed[:, :tokens], alone, rtol=0, atol=1e-6)
 
 
-def test_half_weights_stay_where_they_are(tiny: ModelConfig) -> None:
+def test_bf16_weights_keep_their_addresses(tiny: ModelConfig) -> None:
     encoder = towers_of(tiny).encoders[0]
 
-    def places() -> list[int]:
+    def addresses() -> list[int]:
         with half_precision_weights([encoder], torch.bfloat16):
-            with half_precision_weights([encoder], torch.bfloat16):  # of an evaluation, say
+            with half_precision_weights([encoder], torch.bfloat16):  # as in an evaluation
                 pass
             return [weight.data_ptr() for weight in encoder.parameters()]
 
-    first = places()
+    first = addresses()
     with torch.no_grad():
         for weight in encoder.parameters():
             weight.add_(1)
-    assert places() == first
+    assert addresses() == first
     with half_precision_weights([encoder], torch.bfloat16):
         halves = [weight.detach().clone() for weight in encoder.parameters()]
     assert all(torch.equal(half, whole.bfloat16()) for half, whole in zip(halves, encoder.parameters(), strict=True))
 
 
-def test_what_it_does_not_go_with_is_told(tiny: ModelConfig) -> None:
+def test_unsupported_combinations_are_refused(tiny: ModelConfig) -> None:
     for other in ("compile", "gradient_checkpointing", "shard_towers"):
         with pytest.raises(ValueError, match=f"{other}: expected false with cuda_graphs, found true"):
             TrainConfig(cuda_graphs=True, **{other: True})
-    pictures = ModelConfig(image=ImageConfig(name="ViT-B/32"))
-    with pytest.raises(ValueError, match="cuda_graphs: expected false with a tower of pictures, found true"):
-        TrainConfig(cuda_graphs=True, model=pictures)
+    images = ModelConfig(image=ImageConfig(name="ViT-B/32"))
+    with pytest.raises(ValueError, match="cuda_graphs: expected false with an image tower, found true"):
+        TrainConfig(cuda_graphs=True, model=images)
     with pytest.raises(ConfigError, match="cuda_graphs: expected bf16 on a GPU, found fp32 on cpu"):
-        check_replayable(towers_of(tiny), "fp32")
+        check_cuda_graphs(towers_of(tiny), "fp32")
 
 
-def test_a_run_that_cannot_replay_does_not_begin(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_an_unsupported_run_is_not_started(tiny: ModelConfig, tmp_path: Path) -> None:
     config = TrainConfig(out=str(tmp_path / "run"), model=tiny, cuda_graphs=True, device="cpu", precision="fp32")
     with pytest.raises(ConfigError, match="cuda_graphs: expected bf16 on a GPU, found fp32 on cpu"):
         Trainer.start(config, Terminal())
@@ -91,14 +91,14 @@ def test_a_run_that_cannot_replay_does_not_begin(tiny: ModelConfig, tmp_path: Pa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "qwen3"])
-def test_replays_equal_launches(tiny: ModelConfig, kind: str) -> None:
+def test_replayed_passes_equal_launched_ones(tiny: ModelConfig, kind: str) -> None:
     settings = {"modernbert": {"local_attention": 16}, "qwen3": {"num_key_value_heads": 2, "head_dim": 16}}
     plain = towers_of(tiny, kind, **settings.get(kind, {})).cuda()
     assert plain.enable_packing()
     graphed = copy.deepcopy(towers_of(tiny, kind, **settings.get(kind, {}))).cuda()
     assert graphed.enable_packing()
-    check_replayable(graphed, "bf16")
-    replay_small_passes(graphed)
+    check_cuda_graphs(graphed, "bf16")
+    use_cuda_graphs(graphed)
     outcomes = []
     for towers in (plain, graphed):
         generator, found = np.random.default_rng(0), []
@@ -107,10 +107,10 @@ def test_replays_equal_launches(tiny: ModelConfig, kind: str) -> None:
             torch.manual_seed(step)
             with mixed_precision(towers, "bf16"):
                 embeddings = towers.embed(tokens, np.arange(texts), "query")
-                # A second forward before the first one's backward must not write over what that reads.
-                again = towers.embed(tokens, np.arange(texts), "query")
+                # A second forward before the first backward must not overwrite what that backward reads.
+                second = towers.embed(tokens, np.arange(texts), "query")
                 upstream = torch.linspace(-1, 1, embeddings.numel(), device="cuda").view_as(embeddings)
-                ((embeddings + again) * upstream).sum().backward()
+                ((embeddings + second) * upstream).sum().backward()
             found.append(
                 (embeddings.detach(), {n: p.grad.clone() for n, p in towers.named_parameters() if p.grad is not None})
             )

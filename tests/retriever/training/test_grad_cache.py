@@ -1,4 +1,4 @@
-"""The gradient cache gives the gradients of one backward, dropout included."""
+"""The gradient cache gives the gradients of one backward, including dropout."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def gradients(keep: int | None, sizes: Sequence[int], on_host: bool = False) -> 
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("keep", [0, 1, 3])
 @pytest.mark.parametrize("sizes", [[24], [1, 23], [7, 7, 7, 3], [1] * 24])
-def test_cached_gradients_with_dropout_equal_the_direct_ones(sizes: list[int], keep: int, on_host: bool) -> None:
+def test_cached_gradients_equal_direct_gradients_with_dropout(sizes: list[int], keep: int, on_host: bool) -> None:
     value, cached = gradients(keep, sizes, on_host)
     expected, direct = gradients(None, sizes)
     assert torch.equal(value, expected)
@@ -51,16 +51,16 @@ def test_cached_gradients_with_dropout_equal_the_direct_ones(sizes: list[int], k
         torch.testing.assert_close(cached[name], direct[name], rtol=1e-12, atol=1e-14)
 
 
-def test_how_many_graphs_are_kept_changes_no_bit() -> None:
-    # A run that is resumed may have less memory for graphs.
-    of_none = gradients(0, [5] * 4 + [4])[1]
+def test_the_number_of_kept_graphs_does_not_change_the_result() -> None:
+    # A resumed run may have less memory for graphs.
+    without_graphs = gradients(0, [5] * 4 + [4])[1]
     for keep in (1, 2, 5):
         cached = gradients(keep, [5] * 4 + [4])[1]
-        assert all(torch.equal(cached[name], of_none[name]) for name in of_none)
+        assert all(torch.equal(cached[name], without_graphs[name]) for name in without_graphs)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 4])
-def test_micro_batches_of_a_tower_without_trained_weights_are_no_obstacle(keep: int) -> None:
+def test_embeddings_without_gradients_are_supported(keep: int) -> None:
     tower = nn.Linear(6, 5).double()
     inputs = torch.randn(4, 3, 6, dtype=torch.float64).unbind()
 
@@ -78,23 +78,23 @@ def test_micro_batches_of_a_tower_without_trained_weights_are_no_obstacle(keep: 
 
 
 def test_dropout_differs_between_micro_batches() -> None:
-    # Else the equality above would hold for a cache that used one random state throughout.
+    # Otherwise the equality above would also hold for a cache with a single random state.
     dropout = nn.Dropout(0.5)
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def encode(inputs: Tensor) -> Tensor:
-        seen.append(dropout(inputs))
-        return seen[-1]
+        outputs.append(dropout(inputs))
+        return outputs[-1]
 
     ones = torch.ones(3, 50, requires_grad=True)
     grad_cache.backward(encode, ones.split(1), lambda embeddings: torch.cat(list(embeddings)).square().sum(), CPU)
-    first, second = seen[:3], seen[:2:-1]
-    for before, again in zip(first, second, strict=True):
-        assert torch.equal(before, again)
+    first, second = outputs[:3], outputs[:2:-1]
+    for before, recomputed in zip(first, second, strict=True):
+        assert torch.equal(before, recomputed)
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
 
 
-def test_random_state_of_the_caller_goes_on_undisturbed() -> None:
+def test_the_random_state_of_the_caller_is_restored() -> None:
     torch.manual_seed(5)
     state = grad_cache.RandomState(CPU)
     expected = torch.rand(4)
@@ -107,7 +107,7 @@ def test_random_state_of_the_caller_goes_on_undisturbed() -> None:
 
 
 @pytest.mark.gpu
-def test_cached_gradients_with_dropout_equal_the_direct_ones_on_a_gpu() -> None:
+def test_cached_gradients_equal_direct_gradients_on_a_gpu() -> None:
     device = torch.device("cuda")
     results = []
     for keep in (0, 2, 5):
@@ -118,6 +118,6 @@ def test_cached_gradients_with_dropout_equal_the_direct_ones_on_a_gpu() -> None:
             tower, inputs.split(5), lambda embeddings: torch.cat(list(embeddings)).sin().sum(), device, keep=keep
         )
         results.append([parameter.grad for parameter in tower.parameters()])
-    for again, some_kept, direct in zip(*results, strict=True):
-        torch.testing.assert_close(again, direct, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(some_kept, direct, rtol=1e-12, atol=1e-14)
+    for recomputed, partly_kept, direct in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, direct, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(partly_kept, direct, rtol=1e-12, atol=1e-14)

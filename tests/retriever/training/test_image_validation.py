@@ -1,4 +1,4 @@
-"""What a run on pictures is chosen by is what `retriever evaluate zero-shot` reports of the same set."""
+"""Dev measures of images equal those of `retriever evaluate zero-shot`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from retriever.config.run import DevConfig
 from retriever.encoding.encoder import EncodeOptions
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
-from retriever.training.image_validation import ImageDev
+from retriever.training.image_validation import ImageDevSet
 
 OPTIONS = EncodeOptions(micro_batch_tokens=16)
 
@@ -34,7 +34,7 @@ def towers(model: Path) -> ImageTextTowers:
 
 @pytest.fixture
 def colours(tmp_path: Path) -> Path:
-    """A folder of pictures by colour, one of which is broken."""
+    """A folder of images by colour, one of which is broken."""
     for colour in COLOURS[:3]:
         (tmp_path / "set" / "test" / colour).mkdir(parents=True)
         for shape in SHAPES:
@@ -43,30 +43,32 @@ def colours(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_measures_are_those_of_the_command(model: Path, towers: ImageTextTowers, colours: Path, tmp_path: Path) -> None:
+def test_measures_equal_those_of_the_command(
+    model: Path, towers: ImageTextTowers, colours: Path, tmp_path: Path
+) -> None:
     ticks: list[int] = []
-    dev = ImageDev.open(DevConfig(path=str(colours), split="test"))
+    dev = ImageDevSet.open(DevConfig(path=str(colours), split="test"))
     measures = dev.evaluate(towers, OPTIONS, Terminal(), tick=lambda: ticks.append(1))
     words = ["--model", model, "--data", colours, "--out", tmp_path / "report", "--micro-batch-tokens", 16, "--json"]
     found = json.loads(command("evaluate", "zero-shot", *words).out)["sets"]["set"]
     assert dev.metric in measures and measures == pytest.approx(found["measures"])
-    # Twelve pictures, one or few at a time: a signal does not wait for all of them.
+    # Called between small micro-batches, so that a signal does not wait for all images.
     assert len(ticks) > 6
 
 
-def test_a_request_to_stop_ends_the_evaluation(towers: ImageTextTowers, colours: Path) -> None:
+def test_a_stop_request_ends_the_evaluation(towers: ImageTextTowers, colours: Path) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ImageDev.open(DevConfig(path=str(colours), split="test")).evaluate(towers, OPTIONS, Terminal(), tick=stop)
+        ImageDevSet.open(DevConfig(path=str(colours), split="test")).evaluate(towers, OPTIONS, Terminal(), tick=stop)
 
 
-def test_sets_that_cannot_be_judged_on_are_refused(towers: ImageTextTowers, colours: Path) -> None:
+def test_unsupported_dev_sets_are_refused(towers: ImageTextTowers, colours: Path) -> None:
     with pytest.raises(ConfigError, match=r"dev\.max_queries: expected none"):
-        ImageDev.open(DevConfig(path=str(colours), split="test", max_queries=5))
+        ImageDevSet.open(DevConfig(path=str(colours), split="test", max_queries=5))
     for file in colours.rglob("*.png"):
         file.write_bytes(b"no picture")
-    dev = ImageDev.open(DevConfig(path=str(colours), split="test"))
-    with pytest.raises(InputError, match=r"set: expected pictures, found none that can be read; .*\.png: expected a p"):
+    dev = ImageDevSet.open(DevConfig(path=str(colours), split="test"))
+    with pytest.raises(InputError, match=r"set: expected images, found none that can be read; .*\.png: expected a p"):
         dev.evaluate(towers, OPTIONS, Terminal())

@@ -1,4 +1,4 @@
-"""What a configuration says of the loss is what the loss is made with."""
+"""The loss is built with the settings of the configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
     ("name", "more", "kind"),
     [("inf_cl", {"symmetric": True, "exchange": "ring"}, InfCLLoss), ("sigmoid", {}, SigmoidLoss)],
 )
-def test_settings_reach_the_loss(name: Any, more: dict[str, Any], kind: type) -> None:
+def test_the_loss_has_the_configured_settings(name: Any, more: dict[str, Any], kind: type) -> None:
     loss = build_loss(LossConfig(name=name, logit_scale=12.0, **SETTINGS, **more), Ranks())
     assert isinstance(loss, kind)
     assert {setting: getattr(loss, setting) for setting in (*SETTINGS, *more)} == {**SETTINGS, **more}

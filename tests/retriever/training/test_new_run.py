@@ -1,4 +1,4 @@
-"""A start that fails before its first step leaves nothing behind, and removes nothing that was there."""
+"""A start that fails before its first step removes what it has written and nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cli_helpers import command, write_config, write_lines, write_pairs
 
 from retriever.cli.terminal import Terminal
 from retriever.config.run import ModelConfig
-from retriever.training import new_run
+from retriever.training import run_dir
 from retriever.training.run_dir import RunFolder
 from retriever.training.step import TrainStep
 
@@ -23,10 +23,10 @@ def config(tiny: ModelConfig, tmp_path: Path) -> Path:
 
 
 def failing(*_: Any, **__: Any) -> Any:
-    raise torch_error()
+    raise out_of_memory()
 
 
-def torch_error() -> RuntimeError:
+def out_of_memory() -> RuntimeError:
     return type("OutOfMemoryError", (RuntimeError,), {})("out of memory")
 
 
@@ -45,7 +45,7 @@ BEFORE_THE_FIRST_STEP: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("what", BEFORE_THE_FIRST_STEP)
 @pytest.mark.parametrize("out", ["a/b/run", "there"])
-def test_a_failed_start_leaves_nothing(
+def test_a_failed_start_leaves_no_files(
     config: Path, tmp_path: Path, what: str, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -61,44 +61,42 @@ def test_a_failed_start_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_was_there_before_stays(config: Path, tmp_path: Path) -> None:
+def test_existing_files_are_kept(config: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "cache").mkdir(parents=True)
     (tmp_path / "run" / "cache" / "mine").write_text("x")
     outcome = command("train", config, "--batch-size", "61")
     assert outcome.code == 1
     assert (tmp_path / "run" / "cache" / "mine").read_text() == "x"
-    # What was read of the data beside it does no harm there.
+    # The cache of the failed start does not prevent a run in the folder.
     assert command("train", config, "--steps", "1").code == 0
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"config.yaml", "model", "cache"}
-    # And a run that is there is not touched by a start that is refused.
+    # A refused start does not change the existing run.
     assert command("train", config).code == 1
     assert (tmp_path / "run" / "model" / "modules.json").exists()
 
 
-def test_much_that_was_read_is_kept_and_said(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(new_run, "WORTH_KEEPING", 100)
+def test_a_large_cache_is_kept_and_reported(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dir, "MIN_KEPT_CACHE_BYTES", 100)
     outcome = command("train", config, "--batch-size", "61")
     assert f"{tmp_path / 'run' / 'cache'}: kept for the next start" in outcome.err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
     assert command("train", config, "--steps", "1").code == 0
 
 
-def test_a_run_that_another_has_begun_meanwhile_stays(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_another_job_is_kept(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = RunFolder.begin
 
-    def overtaken(self: RunFolder, config: Any) -> None:
+    def begin_twice(self: RunFolder, config: Any) -> None:
         begin(self, config)
         begin(self, config)
 
-    monkeypatch.setattr(RunFolder, "begin", overtaken)
+    monkeypatch.setattr(RunFolder, "begin", begin_twice)
     outcome = command("train", config)
     assert outcome.code == 1 and "holds a run already" in outcome.err
     assert (tmp_path / "run" / "config.yaml").exists() and any((tmp_path / "run" / "cache").iterdir())
 
 
-def test_a_run_that_failed_after_its_first_step_can_be_gone_on_with(
+def test_a_run_that_failed_after_its_first_step_can_be_resumed(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, calls = TrainStep.__call__, iter(range(9))
@@ -114,16 +112,16 @@ def test_a_run_that_failed_after_its_first_step_can_be_gone_on_with(
 
 
 @contextlib.contextmanager
-def raised() -> Iterator[None]:
+def suppressed_interrupt() -> Iterator[None]:
     with contextlib.suppress(KeyboardInterrupt):
         yield
 
 
-def test_ctrl_c_counts_as_a_failure(tmp_path: Path) -> None:
-    new = new_run.NewRun(tmp_path / "runs" / "first", tmp_path / "elsewhere" / "cache", Terminal())
-    with raised(), new.removed_on_failure():
+def test_ctrl_c_removes_created_folders(tmp_path: Path) -> None:
+    new = run_dir.NewRun(tmp_path / "runs" / "first", tmp_path / "elsewhere" / "cache", Terminal())
+    with suppressed_interrupt(), new.removed_on_failure():
         (tmp_path / "elsewhere" / "cache").mkdir(parents=True)
         (tmp_path / "runs" / "second").mkdir(parents=True)
         raise KeyboardInterrupt
-    # A folder that has been put beside the run is not this start's.
+    # A folder that was created next to the run is kept.
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["runs", "second"]

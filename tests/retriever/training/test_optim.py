@@ -1,4 +1,4 @@
-"""Optimizers against a float64 account by hand; the schedule's shape; states that survive saving; their memory."""
+"""Optimizers equal a float64 reference and resume exactly; the learning rate schedule; memory of their states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPES = [(40, 33), (64, 3, 4, 4), (31, 50), (7,), ()]
 
 
 def gradients(steps: int, dtype: torch.dtype = torch.float64) -> list[list[torch.Tensor]]:
-    """For each step one gradient for each shape, of very different sizes; one is zero."""
+    """Gradients of all shapes for each step, of very different magnitudes; one is zero."""
     generator = torch.Generator().manual_seed(0)
     values = [
         [
@@ -40,10 +40,10 @@ def run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps:
         optimizer.step()
 
 
-def adafactor_by_hand(
+def reference_adafactor(
     parameter: torch.Tensor, steps: list[torch.Tensor], *, lr: float, betas: tuple[float, float], decay: float
 ) -> torch.Tensor:
-    """The class's equations with the second moment as a whole matrix, the factored one built from whole matrices."""
+    """The equations of the class with a full second moment, from which the factored one is computed."""
     p, momentum = parameter.clone(), torch.zeros_like(parameter)
     matrix = parameter.reshape(parameter.shape[0], -1) if parameter.ndim > 1 else parameter
     factored = parameter.ndim > 1 and min(matrix.shape) >= 32
@@ -51,7 +51,7 @@ def adafactor_by_hand(
     for t, gradient in enumerate(steps, start=1):
         beta2 = min(betas[1], 1 - t**-0.8)
         g = gradient.reshape(matrix.shape)
-        # Row and column means are linear, so averaging the whole moment equals averaging what is kept of it.
+        # Row and column means are linear, so those of the full moment equal the stored ones.
         moment = beta2 * moment + (1 - beta2) * (g**2 + 1e-30)
         v = torch.outer(moment.mean(1), moment.mean(0)) / moment.mean() if factored else moment
         u = g / v.sqrt()
@@ -61,17 +61,17 @@ def adafactor_by_hand(
     return p
 
 
-def test_adafactor_follows_its_equations() -> None:
+def test_adafactor_equals_its_equations() -> None:
     steps, parameters = gradients(6), start()
     optimizer = Adafactor(parameters, lr=0.02, betas=(0.9, 0.95), weight_decay=0.1, momentum_dtype=torch.float64)
     run(optimizer, parameters, steps)
     for i, (parameter, first) in enumerate(zip(parameters, start(), strict=True)):
-        expected = adafactor_by_hand(first.detach(), [s[i] for s in steps], lr=0.02, betas=(0.9, 0.95), decay=0.1)
+        expected = reference_adafactor(first.detach(), [s[i] for s in steps], lr=0.02, betas=(0.9, 0.95), decay=0.1)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bf16_first_moment_costs_only_its_rounding(dtype: torch.dtype) -> None:
+def test_a_bf16_first_moment_differs_by_rounding_only(dtype: torch.dtype) -> None:
     exact, rounded = start(), start(dtype)
     arguments: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
     run(Adafactor(exact, momentum_dtype=torch.float64, **arguments), exact, gradients(5))
@@ -79,14 +79,14 @@ def test_a_bf16_first_moment_costs_only_its_rounding(dtype: torch.dtype) -> None
     run(optimizer, rounded, gradients(5, dtype))
     for one, other, first in zip(exact, rounded, start(), strict=True):
         moved = (one - first).norm()
-        # bf16 has 8 bits: a first moment is off by at most 2^-8 of itself, a bf16 parameter by 2^-8 of itself a step.
+        # bf16 has 8 bits: relative error 2^-8 of the first moment, and of a bf16 parameter in each step.
         allowed = 2**-7 * moved + (5 * 2**-8 * first.norm() if dtype == torch.bfloat16 else 0)
         assert (other.double() - one).norm() <= allowed
         assert optimizer.state[other]["exp_avg"].dtype == torch.bfloat16
     assert optimizer.state[rounded[0]]["exp_avg_sq_row"].dtype == torch.float32
 
 
-def test_adafactor_minimises() -> None:
+def test_adafactor_minimizes_a_quadratic() -> None:
     torch.manual_seed(0)
     target = torch.randn(64, 64)
     weight = nn.Parameter(torch.zeros(64, 64))
@@ -99,7 +99,7 @@ def test_adafactor_minimises() -> None:
     assert (weight - target).abs().max() < 0.02
 
 
-def test_parameters_without_gradient_stay() -> None:
+def test_parameters_without_gradient_are_unchanged() -> None:
     parameters = start()
     optimizer = Adafactor(parameters, lr=0.1, weight_decay=0.1)
     parameters[0].grad = torch.ones_like(parameters[0])
@@ -116,7 +116,7 @@ def named(dtype: torch.dtype = torch.float32) -> list[tuple[str, nn.Parameter]]:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loaded_state_continues_bit_for_bit(name: Any, dtype: torch.dtype) -> None:
+def test_training_from_a_loaded_state_is_bitwise_equal(name: Any, dtype: torch.dtype) -> None:
     config = OptimConfig(name=name, lr=0.01)
     steps = gradients(6, dtype)
     whole = named(dtype)
@@ -144,7 +144,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def test_adafactor_keeps_a_quarter_of_what_adamw_keeps() -> None:
+def test_adafactor_state_takes_a_quarter_of_adamw_state() -> None:
     size = 512
     kept = {}
     for name in ("adamw", "adafactor"):
@@ -156,7 +156,7 @@ def test_adafactor_keeps_a_quarter_of_what_adamw_keeps() -> None:
     assert kept == {"adamw": 8 * size**2, "adafactor": 2 * size**2 + 4 * 2 * size}
 
 
-def test_only_matrices_that_train_are_decayed_and_shared_ones_once() -> None:
+def test_only_trainable_matrices_are_decayed_and_shared_ones_once() -> None:
     tower = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
     scale = nn.Parameter(torch.tensor(3.0))
@@ -173,7 +173,7 @@ def test_only_matrices_that_train_are_decayed_and_shared_ones_once() -> None:
     assert [id(p) for p in others["params"]] == [id(p) for p in (tower[0].bias, tower[1].weight, tower[1].bias, scale)]
 
 
-def test_the_configuration_reaches_adamw() -> None:
+def test_adamw_has_the_configured_settings() -> None:
     optimizer = build_optimizer(named(), OptimConfig(lr=0.5, betas=(0.8, 0.9), eps=0.1, weight_decay=0.3))
     assert isinstance(optimizer, torch.optim.AdamW)
     found = [{k: g[k] for k in ("lr", "betas", "eps", "weight_decay", "fused")} for g in optimizer.param_groups]
@@ -181,12 +181,12 @@ def test_the_configuration_reaches_adamw() -> None:
     assert found == [{**expected, "weight_decay": 0.3}, {**expected, "weight_decay": 0.0}]
 
 
-def test_nothing_to_train_is_an_error() -> None:
+def test_no_trainable_parameter_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one parameter"):
         build_optimizer([("frozen", nn.Parameter(torch.ones(2), requires_grad=False))], OptimConfig())
 
 
-def test_the_learning_rate_rises_to_one_and_falls_towards_zero() -> None:
+def test_the_cosine_schedule_rises_to_one_and_falls_towards_zero() -> None:
     config = OptimConfig(warmup_fraction=0.1, schedule="cosine")
     factors = [lr_factor(step, 100, config) for step in range(100)]
     assert factors[:11] == pytest.approx([*(i / 10 for i in range(1, 11)), 1.0])
@@ -219,6 +219,6 @@ def test_linear_and_constant_schedules() -> None:
         ("max_grad_norm", 0.0),
     ],
 )
-def test_a_bad_field_is_named(field: str, value: Any) -> None:
+def test_an_invalid_field_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^optim.{field}: expected "):
         OptimConfig(**{field: value})

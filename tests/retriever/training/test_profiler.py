@@ -18,10 +18,10 @@ from retriever.training.profiler import STEPS, TRACE
 PHASES = ("wait for a batch", "forward without graph", "second forward", "loss", "backward", "optimizer", "between")
 
 
-def test_profile_shows_where_a_step_goes_and_changes_nothing(
+def test_a_profile_reports_phases_and_does_not_change_the_run(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With memory to spare no micro-batch would run twice.
+    # With free memory no micro-batch would be recomputed.
     monkeypatch.setattr(graph_memory, "available_bytes", lambda: 0)
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
     settings = ("--micro-batch-tokens", "512", "--steps", "8")
@@ -30,11 +30,11 @@ def test_profile_shows_where_a_step_goes_and_changes_nothing(
     assert outcome.code == 0, outcome.err
     assert_same(results(plain), results(profiled))
 
-    spent = {name: float(ms) for name, ms in re.findall(r"^(\w[\w ,]*?) +(\d+\.\d\d) +\d+\.\d%$", outcome.err, re.M)}
-    assert set(PHASES) < set(spent), outcome.err
-    assert all(spent[name] > 0 for name in PHASES[:-1])
-    total = sum(ms for name, ms in spent.items() if name not in ("step",) and "::" not in name)
-    assert abs(total - spent["step"]) < 0.1 * len(spent)
+    times = {name: float(ms) for name, ms in re.findall(r"^(\w[\w ,]*?) +(\d+\.\d\d) +\d+\.\d%$", outcome.err, re.M)}
+    assert set(PHASES) < set(times), outcome.err
+    assert all(times[name] > 0 for name in PHASES[:-1])
+    total = sum(ms for name, ms in times.items() if name not in ("step",) and "::" not in name)
+    assert abs(total - times["step"]) < 0.1 * len(times)
     assert re.search(r"^aten::\S+ +\d+\.\d\d +\d+\.\d% +\d+$", outcome.err, re.M)
 
     with gzip.open(profiled / TRACE, "rt", encoding="utf-8") as stream:
@@ -42,6 +42,6 @@ def test_profile_shows_where_a_step_goes_and_changes_nothing(
     assert sum(event.get("name") == "optimizer" for event in events) == STEPS
 
 
-def test_profile_of_too_short_a_run_is_refused(world: Any, tmp_path: Path) -> None:
+def test_a_profile_of_a_short_run_is_refused(world: Any, tmp_path: Path) -> None:
     outcome = command("train", world.config, "--out", tmp_path / "run", "--steps", "3", "--profile")
     assert outcome.code == 1 and "at least 6 more steps, found 3" in outcome.err

@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run that died while it wrote there."""
+"""metrics.jsonl of a run that was killed while writing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from index.files import InputError
 from retriever.training.run_log import RunLog
 
 
-def test_a_torn_last_row_later_than_the_checkpoint_goes(tmp_path: Path) -> None:
+def test_rows_after_the_checkpoint_and_an_incomplete_last_row_are_removed(tmp_path: Path) -> None:
     rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
     file = tmp_path / "metrics.jsonl"
     file.write_text("\n".join([*rows, '{"step": 5, "lo']))

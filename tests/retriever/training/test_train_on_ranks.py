@@ -1,4 +1,4 @@
-"""Training by several processes equals training by one, and when one of them fails the job ends and can go on."""
+"""Training on several processes equals training on one; if a process fails, the job ends and can be resumed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", 
 
 @pytest.fixture
 def config(tiny: ModelConfig, tmp_path: Path) -> Path:
-    """8 steps on pairs with one to three positives, hard negatives, and queries and passages that come twice; every
-    fourth batch is all of a small source."""
+    """8 steps on pairs with one to three positives, hard negatives and duplicate texts; every fourth batch is the whole
+    of a small source."""
     random = np.random.default_rng(0)
 
     def text() -> str:
@@ -51,7 +51,7 @@ def config(tiny: ModelConfig, tmp_path: Path) -> Path:
         model=dataclasses.replace(tiny, dropout=0.0),
         data=DataConfig(sources=sources, workers=0, negatives=2),
         loss=LossConfig(learn_logit_scale=True, symmetric=True),
-        # Adam divides by the size of a gradient, and some are zero but for rounding.
+        # Adam divides by the magnitude of a gradient, and some gradients are rounding errors.
         optim=OptimConfig(lr=1e-3, eps=1e-3),
         dev=DevConfig(path=str(write_beir(tmp_path / "words")), every=3),
         batch_size=16,
@@ -72,23 +72,23 @@ def on_gpus(size: int, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
 
 
-def test_any_number_of_processes_trains_the_same(python: LoadedPython, config: Path, tmp_path: Path) -> None:
+def test_the_number_of_processes_does_not_change_training(python: LoadedPython, config: Path, tmp_path: Path) -> None:
     done = python.run(HERE / "train_on_ranks.py", config, folder=tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["2", "3", "4", "changed", "clip", "sigmoid"]
 
 
-def test_towers_divided_among_processes_train_as_whole_ones(python: LoadedPython, config: Path, tmp_path: Path) -> None:
+def test_sharded_towers_train_like_unsharded_ones(python: LoadedPython, config: Path, tmp_path: Path) -> None:
     done = python.run(HERE / "sharded_on_ranks.py", config, folder=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["3", "2", "1"]
 
 
-def test_a_killed_process_ends_the_job_which_then_goes_on(python: LoadedPython, config: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_job_which_can_be_resumed(python: LoadedPython, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    began = time.monotonic()
+    start = time.monotonic()
     done = python.run(*torchrun(2, HERE / "failing_rank.py", "killed", "train", config, "--out", run))
-    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert done.returncode != 0 and time.monotonic() - start < 60
     assert "another process of this job is gone" in done.stderr, done.stderr
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004"]
     done = python.run(*torchrun(3, "-m", "retriever", "train", "--resume", run))
@@ -97,15 +97,15 @@ def test_a_killed_process_ends_the_job_which_then_goes_on(python: LoadedPython, 
     assert steps == list(range(1, 9))
 
 
-def test_an_error_of_one_process_is_the_one_that_is_shown(python: LoadedPython, config: Path, tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_only_the_error_of_the_failed_process_is_shown(python: LoadedPython, config: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
     done = python.run(*torchrun(3, HERE / "failing_rank.py", "error", "train", config, "--out", tmp_path / "run"))
-    assert done.returncode != 0 and time.monotonic() - began < 60
-    said = [line for line in done.stderr.splitlines() if line.startswith("retriever:")]
-    assert said == ["retriever: words.jsonl: line 7: the disk says no"], done.stderr
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    errors = [line for line in done.stderr.splitlines() if line.startswith("retriever:")]
+    assert errors == ["retriever: words.jsonl: line 7: the disk says no"], done.stderr
 
 
-def test_a_job_that_torchrun_restarts_goes_on(python: LoadedPython, config: Path, tmp_path: Path) -> None:
+def test_a_job_restarted_by_torchrun_resumes(python: LoadedPython, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = python.run(*torchrun(2, HERE / "failing_rank.py", "killed", "train", config, "--out", run, restarts=1))
     assert done.returncode == 0, done.stderr
@@ -115,7 +115,7 @@ def test_a_job_that_torchrun_restarts_goes_on(python: LoadedPython, config: Path
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
 
 
-def test_a_run_of_another_job_is_refused_at_every_attempt(python: LoadedPython, config: Path, tmp_path: Path) -> None:
+def test_a_run_of_another_job_is_refused_after_a_restart(python: LoadedPython, config: Path, tmp_path: Path) -> None:
     words = ("-m", "retriever", "train", config, "--steps", 1, "--out", tmp_path / "run")
     assert python.run(*torchrun(2, *words)).returncode == 0
     done = python.run(*torchrun(2, *words, restarts=1))
@@ -123,19 +123,19 @@ def test_a_run_of_another_job_is_refused_at_every_attempt(python: LoadedPython, 
     assert done.stderr.count("holds a run already") == 2
 
 
-def test_what_earlier_attempts_have_begun_is_believed_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_counts_as_started_by_the_job_if_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     job = distributed.HashStore()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert Ranks().have_begun("runs/a") and Ranks(1, 2, job).have_begun("runs/a")
+    assert Ranks().has_started("runs/a") and Ranks(1, 2, job).has_started("runs/a")
     job.set("met 1", "")
-    assert not Ranks(1, 2, job).have_begun("runs/a")
-    Ranks(1, 2, job).note_begun("runs/a")
-    assert not Ranks(1, 2, job).have_begun("runs/a")
-    Ranks(0, 2, job).note_begun("runs/a")
-    assert Ranks(1, 2, job).have_begun("runs/a") and not Ranks(1, 2, job).have_begun("runs/b")
+    assert not Ranks(1, 2, job).has_started("runs/a")
+    Ranks(1, 2, job).mark_started("runs/a")
+    assert not Ranks(1, 2, job).has_started("runs/a")
+    Ranks(0, 2, job).mark_started("runs/a")
+    assert Ranks(1, 2, job).has_started("runs/a") and not Ranks(1, 2, job).has_started("runs/b")
 
 
-def test_who_waits_for_the_others_ends_with_a_signal_or_its_parent(tmp_path: Path) -> None:
+def test_a_waiting_process_ends_with_a_signal_or_its_parent(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {
@@ -153,19 +153,21 @@ def test_who_waits_for_the_others_ends_with_a_signal_or_its_parent(tmp_path: Pat
     time.sleep(1)
     waiting.terminate()
     assert waiting.wait(10) != 0
-    # A parent that is killed tells nobody.
+    # A killed parent cannot notify its child.
     parent = f"import subprocess, sys; child = subprocess.Popen({waits!r}); print(child.pid, flush=True); child.wait()"
-    started = subprocess.Popen([sys.executable, "-c", parent], env=environment() | meeting, stdout=subprocess.PIPE)
-    assert started.stdout is not None
-    child = psutil.Process(int(started.stdout.readline()))
-    assert started.stdout.readline() == b"here\n"
+    parent_process = subprocess.Popen(
+        [sys.executable, "-c", parent], env=environment() | meeting, stdout=subprocess.PIPE
+    )
+    assert parent_process.stdout is not None
+    child = psutil.Process(int(parent_process.stdout.readline()))
+    assert parent_process.stdout.readline() == b"here\n"
     time.sleep(1)
-    started.kill()
-    started.wait()
+    parent_process.kill()
+    parent_process.wait()
     assert psutil.wait_procs([child], timeout=10)[0]
 
 
-def test_machines_that_meet_by_the_launch_recipe_train_together(config: Path, tmp_path: Path) -> None:
+def test_the_launch_recipe_trains_on_two_machines(config: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -174,23 +176,21 @@ def test_machines_that_meet_by_the_launch_recipe_train_together(config: Path, tm
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     about = environment() | {"NODES": "2", "HEAD": "127.0.0.1", "GPUS": "1", "PORT": port, "PATH": path}
     machines = [subprocess.Popen(words, env=about, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [machine.communicate(timeout=120)[1] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
-    # One of them speaks for both.
-    assert sum("step 2/2" in text for text in said) == 1
+    errors = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    # Only rank 0 prints.
+    assert sum("step 2/2" in text for text in errors) == 1
     assert len([row for row in results(tmp_path / "run")["rows"] if "loss" in row]) == 2
 
 
 @pytest.mark.multigpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(
-    ("divided", "precision", "allowed"), [(False, "fp32", 1e-3), (True, "fp32", 1e-3), (True, "bf16", 3e-2)]
+    ("sharded", "precision", "allowed"), [(False, "fp32", 1e-3), (True, "fp32", 1e-3), (True, "bf16", 3e-2)]
 )
-def test_two_gpus_train_as_one_does(
-    config: Path, tmp_path: Path, divided: bool, precision: str, allowed: float
-) -> None:
+def test_two_gpus_train_like_one(config: Path, tmp_path: Path, sharded: bool, precision: str, allowed: float) -> None:
     words = ["-m", "retriever", "train", config, "--device", "cuda", "--precision", precision, "--dev.path", ""]
-    for size, more in ((1, []), (2, ["--shard-towers"] if divided else [])):
+    for size, more in ((1, []), (2, ["--shard-towers"] if sharded else [])):
         done = on_gpus(size, *words, *more, "--out", tmp_path / str(size))
         assert done.returncode == 0, done.stderr
     assert_near(results(tmp_path / "2"), results(tmp_path / "1"), allowed)
@@ -198,8 +198,8 @@ def test_two_gpus_train_as_one_does(
 
 @pytest.mark.multigpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_job_on_gpus_whose_process_is_killed_ends_within_a_minute(config: Path, tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_a_killed_process_ends_a_job_on_gpus(config: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
     words = ("train", config, "--device", "cuda", "--dev.path", "", "--out", tmp_path / "run")
     done = on_gpus(2, HERE / "failing_rank.py", "killed", *words)
-    assert done.returncode != 0 and time.monotonic() - began < 90, done.stderr
+    assert done.returncode != 0 and time.monotonic() - start < 90, done.stderr

@@ -1,4 +1,4 @@
-"""A run trains, can be stopped anywhere, and ends with the same bits as one that was not."""
+"""A run trains, and a run that was interrupted and resumed equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from forks import LoadedPython
 from run_helpers import assert_same, results
 from safetensors.torch import load_file
 
-import retriever.training.validation as dev_module
+import retriever.training.validation as validation
 from index.files import InputError
 from retriever.cli.terminal import Terminal
 from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
@@ -35,7 +35,7 @@ WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BEIR folder: each query is its passage's words in another order."""
+    """A BEIR folder in which each query has the words of its passage in another order."""
     folder = tmp_path_factory.mktemp("data") / "words"
     (folder / "qrels").mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> Path:
     return Trainer.start(config, Terminal()).train()
 
 
-def test_training_learns_and_leaves_a_whole_run(config: TrainConfig) -> None:
+def test_training_learns_and_writes_a_complete_run(config: TrainConfig) -> None:
     model = train(dataclasses.replace(config, epochs=20, dev=dataclasses.replace(config.dev, every=20)))
     run = Path(config.out)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -90,7 +90,7 @@ def test_training_learns_and_leaves_a_whole_run(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 7, 11])
 @pytest.mark.parametrize("how", ["signal", "kill"])
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, how: str
 ) -> None:
     config = dataclasses.replace(config, log_every=2)
@@ -113,7 +113,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         patch.setattr(TrainStep, "__call__", interrupted_step)
         with pytest.raises(Killed if how == "kill" else Interrupted):
             train(config)
-    torch.rand(5)  # whatever the process drew meanwhile must not matter
+    torch.rand(5)  # random numbers drawn in between must not matter
     resumed = Trainer.resume(Path(config.out), Terminal())
     assert 0 < resumed.state.step <= stop_at + 1 or (how == "kill" and stop_at <= 3)
     resumed.train()
@@ -121,12 +121,12 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.parametrize("evaluation", [1, 3])
-def test_interrupted_evaluation_is_made_up_for(
+def test_an_interrupted_evaluation_is_repeated_on_resume(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: int
 ) -> None:
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     train(whole)
-    real = dev_module.evaluate_towers
+    real = validation.evaluate_towers
     begun = 0
 
     def stopped(*arguments: Any, tick: Any, **options: Any) -> Any:
@@ -137,7 +137,7 @@ def test_interrupted_evaluation_is_made_up_for(
         return real(*arguments, tick=tick, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dev_module, "evaluate_towers", stopped)
+        patch.setattr(validation, "evaluate_towers", stopped)
         with pytest.raises(Interrupted, match="SIGINT"):
             train(config)
     step = 4 * evaluation
@@ -145,7 +145,7 @@ def test_interrupted_evaluation_is_made_up_for(
     assert resumed.state.step == step and resumed.state.dev_step == (-1 if step == 4 else step - 4)
     resumed.train()
     assert_same(results(Path(config.out)), results(Path(whole.out)))
-    # The evaluation is known to have been made: going on with a finished run changes nothing.
+    # Resuming a finished run does not repeat its evaluation.
     again = Trainer.resume(Path(config.out), Terminal())
     assert again.state == resumed.state and again.state.dev_step == 12
     again.train()
@@ -162,17 +162,17 @@ def test_workers_do_not_change_the_run(config: TrainConfig, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_checkpoint_restores_every_tensor_in_its_dtype(config: TrainConfig, optimizer: str) -> None:
+def test_a_checkpoint_restores_every_tensor_in_its_dtype(config: TrainConfig, optimizer: str) -> None:
     config = dataclasses.replace(config, optim=OptimConfig(name=optimizer, lr=1e-3), steps=2)
     trainer = Trainer.start(config, Terminal())
     trainer.train()
     fresh = Trainer(config, Path(config.out), Terminal())
-    load_checkpoint(Path(config.out) / "checkpoints" / "step-00000002", fresh.modules, fresh.optimizer)
+    load_checkpoint(Path(config.out) / "checkpoints" / "step-00000002", fresh.components.modules, fresh.optimizer)
     with_state = 0
     for one, other in zip(trainer.towers.parameters(), fresh.towers.parameters(), strict=True):
         assert torch.equal(one, other)
         before, after = trainer.optimizer.state[one], fresh.optimizer.state[other]
-        # The pooler that BERT has beside its token vectors gets no gradient, and so no state.
+        # BERT's pooler is not used, so it has no gradient and no state.
         assert before.keys() == after.keys()
         with_state += len(before) >= 3
         for key, value in before.items():
@@ -195,15 +195,15 @@ def test_micro_batches_do_not_change_a_step(config: TrainConfig, tmp_path: Path)
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4)
 
 
-def test_early_stop_keeps_the_best_model(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stopping_keeps_the_best_model(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.3, 0.5, 0.4, 0.2, 0.9])
-    real = dev_module.evaluate_towers
+    real = validation.evaluate_towers
 
     def scripted(*arguments: Any, **options: Any) -> Any:
         run, metrics = real(*arguments, **options)
         return run, dataclasses.replace(metrics, mean={**metrics.mean, "ndcg@10": next(scores)})
 
-    monkeypatch.setattr(dev_module, "evaluate_towers", scripted)
+    monkeypatch.setattr(validation, "evaluate_towers", scripted)
     dev = dataclasses.replace(config.dev, every=2, patience=2)
     trainer = Trainer.start(dataclasses.replace(config, dev=dev, checkpoint_every=2, keep_checkpoints=9), Terminal())
     trainer.train()
@@ -211,11 +211,11 @@ def test_early_stop_keeps_the_best_model(config: TrainConfig, monkeypatch: pytes
     best = load_file(Path(config.out) / "checkpoints" / "step-00000004" / "towers.safetensors")
     kept = load_file(Path(config.out) / "model" / "model.safetensors")
     name = "embeddings.word_embeddings.weight"
-    (there,) = (tensor for key, tensor in best.items() if key.endswith(name))
-    assert torch.equal(kept[name], there)
+    (saved,) = (tensor for key, tensor in best.items() if key.endswith(name))
+    assert torch.equal(kept[name], saved)
 
 
-def test_runs_are_not_overwritten_and_changed_data_is_refused(config: TrainConfig, data: Path, tmp_path: Path) -> None:
+def test_existing_runs_and_changed_data_are_refused(config: TrainConfig, data: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(data, copied)
     source = SourceConfig(path=str(copied))
@@ -223,7 +223,7 @@ def test_runs_are_not_overwritten_and_changed_data_is_refused(config: TrainConfi
     train(config)
     with pytest.raises(InputError, match="holds a run already"):
         train(config)
-    # The same rows are the same data, whenever they were written.
+    # The modification time does not matter.
     os.utime(copied / "queries.jsonl", (1, 1))
     assert Trainer.resume(Path(config.out), Terminal()).state.step == 2
     with (copied / "qrels" / "train.tsv").open("a") as qrels:
@@ -234,7 +234,7 @@ def test_runs_are_not_overwritten_and_changed_data_is_refused(config: TrainConfi
         Trainer.resume(tmp_path / "nowhere", Terminal())
 
 
-def test_changed_dev_set_is_refused(config: TrainConfig, data: Path, tmp_path: Path) -> None:
+def test_a_changed_dev_set_is_refused(config: TrainConfig, data: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(data, copied)
     config = dataclasses.replace(config, dev=DevConfig(path=str(copied)), steps=1)
@@ -245,46 +245,46 @@ def test_changed_dev_set_is_refused(config: TrainConfig, data: Path, tmp_path: P
         Trainer.resume(Path(config.out), Terminal())
 
 
-def test_a_run_has_one_trainer_at_a_time(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_locked_while_it_trains(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer.start(dataclasses.replace(config, steps=1, dev=DevConfig()), Terminal())
     refused = []
-    step = trainer._step
+    step = TrainStep.__call__
 
-    def meanwhile(batch: Any, number: int) -> Any:
+    def resume_in_step(train_step: TrainStep, batch: Any, number: int) -> Any:
         with pytest.raises(InputError, match="another process") as caught:
             Trainer.resume(Path(config.out), Terminal())
         refused.append(caught.value)
-        return step(batch, number)
+        return step(train_step, batch, number)
 
-    monkeypatch.setattr(trainer, "_step", meanwhile)
+    monkeypatch.setattr(TrainStep, "__call__", resume_in_step)
     trainer.train()
     assert len(refused) == 1
 
 
-def test_of_two_starts_in_one_folder_the_later_is_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_later_of_two_starts_in_one_folder_is_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(config, steps=1, dev=DevConfig())
-    made = Trainer.__init__
-    quicker: list[Trainer] = []
+    init = Trainer.__init__
+    first_run: list[Trainer] = []
 
-    def overtaken(self: Trainer, *arguments: Any) -> None:
-        made(self, *arguments)
-        if not quicker:
-            monkeypatch.setattr(Trainer, "__init__", made)
-            quicker.append(Trainer.start(dataclasses.replace(config, seed=2), Terminal()))
+    def start_another_run(self: Trainer, *arguments: Any) -> None:
+        init(self, *arguments)
+        if not first_run:
+            monkeypatch.setattr(Trainer, "__init__", init)
+            first_run.append(Trainer.start(dataclasses.replace(config, seed=2), Terminal()))
 
-    monkeypatch.setattr(Trainer, "__init__", overtaken)
+    monkeypatch.setattr(Trainer, "__init__", start_another_run)
     with pytest.raises(InputError, match="holds a run already"):
         Trainer.start(config, Terminal())
-    assert load_config(quicker[0].run / CONFIG_FILE).seed == 2
+    assert load_config(first_run[0].run / CONFIG_FILE).seed == 2
 
 
-def test_too_few_steps_for_a_profile_are_refused_before_the_run_begins(config: TrainConfig) -> None:
+def test_too_few_steps_for_a_profile_are_refused_at_the_start(config: TrainConfig) -> None:
     with pytest.raises(InputError, match="--profile: expected a run of at least 6 more steps, found 5"):
         Trainer.start(dataclasses.replace(config, steps=5, dev=DevConfig()), Terminal(), profile=True)
     assert not (Path(config.out) / CONFIG_FILE).exists()
 
 
-def test_a_run_resumes_from_another_folder(
+def test_a_run_resumes_from_another_working_directory(
     config: TrainConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(data.parent)
@@ -295,7 +295,7 @@ def test_a_run_resumes_from_another_folder(
     assert Trainer.resume(Path(config.out), Terminal()).state.step == 1
 
 
-def test_killed_runs_go_on_as_if_nothing_had_happened(
+def test_resumed_killed_runs_are_bitwise_equal_to_an_uninterrupted_one(
     python: LoadedPython, config: TrainConfig, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(config, out="", keep_checkpoints=1, checkpoint_every=2, steps=6)
@@ -307,7 +307,7 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(
     assert done.stdout.split() == parts
 
 
-def test_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
+def test_a_damaged_checkpoint_is_refused_with_its_file(config: TrainConfig) -> None:
     train(dataclasses.replace(config, steps=2, dev=DevConfig()))
     file = Path(config.out) / "checkpoints" / "step-00000002" / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
@@ -317,7 +317,7 @@ def test_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
         Trainer.resume(Path(config.out), Terminal())
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_explained(config: TrainConfig) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(config: TrainConfig) -> None:
     config = dataclasses.replace(config, optim=OptimConfig(lr=1e30, max_grad_norm=None, warmup_fraction=0.0))
     trainer = Trainer.start(dataclasses.replace(config, dev=DevConfig()), Terminal())
     with pytest.raises(InputError, match=r"step \d+: loss nan.*Lower optim.lr"):
@@ -334,7 +334,7 @@ def test_fp16_gradients_that_always_overflow_end_the_run(config: TrainConfig, mo
     assert 10 < trainer.state.step < 40
 
 
-def test_saved_configuration_is_the_resolved_one(config: TrainConfig) -> None:
+def test_the_saved_configuration_is_resolved(config: TrainConfig) -> None:
     auto = dataclasses.replace(config, precision="auto", micro_batch_tokens=None, steps=1, dev=DevConfig())
     Trainer.start(auto, Terminal())
     tree = yaml.safe_load((Path(config.out) / "config.yaml").read_text())
@@ -347,7 +347,7 @@ def losses_of(config: TrainConfig) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_gradient_checkpointing_and_two_precisions_change_rounding_only(config: TrainConfig, tmp_path: Path) -> None:
+def test_gradient_checkpointing_and_precision_change_only_rounding(config: TrainConfig, tmp_path: Path) -> None:
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0), dev=DevConfig(), steps=6)
     expected = losses_of(dataclasses.replace(plain, out=str(tmp_path / "plain")))
     checkpointed = dataclasses.replace(plain, out=str(tmp_path / "checkpointed"), gradient_checkpointing=True)
@@ -358,7 +358,7 @@ def test_gradient_checkpointing_and_two_precisions_change_rounding_only(config: 
         assert rounded != expected
 
 
-def test_two_towers_with_projection_learn_apart(config: TrainConfig) -> None:
+def test_two_towers_with_projections_are_trained_separately(config: TrainConfig) -> None:
     model = dataclasses.replace(config.model, shared=False, projection=16)
     trainer = Trainer.start(dataclasses.replace(config, model=model, steps=2, dev=DevConfig()), Terminal())
     before = {name: parameter.detach().clone() for name, parameter in trainer.towers.named_parameters()}
@@ -369,7 +369,7 @@ def test_two_towers_with_projection_learn_apart(config: TrainConfig) -> None:
         assert any(f".{side}." in name and name.endswith("linear.weight") for name in moved)
 
 
-def test_hard_negatives_are_more_passages_of_the_same_loss(config: TrainConfig, tmp_path: Path) -> None:
+def test_hard_negatives_add_passages_to_the_loss(config: TrainConfig, tmp_path: Path) -> None:
     path = tmp_path / "triples.jsonl"
     rows = [{"query": f"{a} {b}", "positive": f"{b} {a}", "negatives": [f"{a} {a}"]} for a in WORDS for b in WORDS[:3]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -380,11 +380,11 @@ def test_hard_negatives_are_more_passages_of_the_same_loss(config: TrainConfig, 
         one = dataclasses.replace(config, out=str(tmp_path / f"n{negatives}"), data=data, steps=1, dev=DevConfig())
         model = dataclasses.replace(config.model, dropout=0.0)
         losses += losses_of(dataclasses.replace(one, model=model, loss=LossConfig()))
-    # The same weights and pairs; every negative adds a term to each row's sum.
+    # With the same weights and pairs, every negative increases the loss of each row.
     assert losses[1] > losses[0] + 0.1
 
 
-def test_tensorboard_holds_the_rows_of_the_run(config: TrainConfig) -> None:
+def test_tensorboard_events_equal_the_rows_of_the_run(config: TrainConfig) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     losses = losses_of(dataclasses.replace(config, steps=3, tensorboard=True))
     events = event_accumulator.EventAccumulator(str(Path(config.out) / "tensorboard"))
@@ -404,7 +404,7 @@ def test_training_learns_on_a_gpu_and_resumes(config: TrainConfig, precision: st
     assert Trainer.resume(Path(config.out), Terminal()).state.step == 60
 
 
-def test_what_runs_twice_is_told_once_and_changes_no_bit(
+def test_recomputed_graphs_are_reported_once_and_do_not_change_the_run(
     config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = []
@@ -412,13 +412,13 @@ def test_what_runs_twice_is_told_once_and_changes_no_bit(
         monkeypatch.setattr(graph_memory, "available_bytes", lambda room=room: room)
         trainer = Trainer.start(dataclasses.replace(config, steps=3, out=f"{config.out}-{room}"), Terminal())
         trainer.train()
-        told = [line for line in capsys.readouterr().err.splitlines() if "keep their graph" in line]
-        assert len(told) == 1 and f"micro-batches of at most 40: {kept} keep their graph until the loss" in told[0]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "keep their graph" in line]
+        assert len(lines) == 1 and f"micro-batches of at most 40: {kept} keep their graph until the loss" in lines[0]
         weights.append([p.detach() for p in trainer.towers.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
-def test_a_run_begins_where_its_cache_lies_elsewhere(config: TrainConfig, tmp_path: Path) -> None:
+def test_the_cache_may_be_outside_the_run_folder(config: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(config, steps=1, data=dataclasses.replace(config.data, cache=str(tmp_path / "cache")))
     out = tmp_path / "new" / "run"
     Trainer.start(dataclasses.replace(config, out=str(out)), Terminal()).train()

@@ -1,4 +1,4 @@
-"""A bar is there while bytes are checked, from the first to the last."""
+"""The progress bar of checksums is shown from the first to the last byte."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from index.manifest import read_manifest
 from index.store.reader import EmbeddingStore
 from retriever.cli.terminal import Terminal
-from retriever.utils.check_progress import MIB, checking, checking_bytes
+from retriever.utils.check_progress import MIB, byte_progress, checksum_progress
 
 
-class Bars(Terminal):
-    """Notes what happens to bars."""
+class RecordingReporter(Terminal):
+    """Records the events of progress reporter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,37 +30,37 @@ class Bars(Terminal):
 
 
 def test_bytes_are_counted_in_whole_mebibytes() -> None:
-    bars = Bars()
-    with checking_bytes(bars, "corpus", 5 * MIB + 7) as checked:
-        assert bars.events == []
+    reporter = RecordingReporter()
+    with byte_progress(reporter, "corpus", 5 * MIB + 7) as checked:
+        assert reporter.events == []
         for count in (MIB // 2, MIB // 2 + 1, 3 * MIB, MIB + 5):
             checked(count)
-            assert bars.events[-1] != "closed"
+            assert reporter.events[-1] != "closed"
         checked(1)
-        assert bars.events == [("check corpus", 5, "MiB"), 0, 1, 3, 1, 0, "closed"]
-    assert bars.events[-1] == "closed" and bars.events.count("closed") == 1
+        assert reporter.events == [("check corpus", 5, "MiB"), 0, 1, 3, 1, 0, "closed"]
+    assert reporter.events[-1] == "closed" and reporter.events.count("closed") == 1
 
 
-def test_a_bar_that_ends_early_is_closed_and_one_without_bytes_not_shown() -> None:
-    bars = Bars()
-    with contextlib.suppress(OSError), checking_bytes(bars, "corpus", 100) as checked:
+def test_an_interrupted_bar_is_closed_and_zero_bytes_show_none() -> None:
+    reporter = RecordingReporter()
+    with contextlib.suppress(OSError), byte_progress(reporter, "corpus", 100) as checked:
         checked(50)
         raise OSError
-    assert bars.events == [("check corpus", 0, "MiB"), 0, "closed"]
-    with checking_bytes(bars, "corpus", 0), checking(bars, [Path("not-there")]):
+    assert reporter.events == [("check corpus", 0, "MiB"), 0, "closed"]
+    with byte_progress(reporter, "corpus", 0), checksum_progress(reporter, [Path("not-there")]):
         pass
-    assert len(bars.events) == 3
+    assert len(reporter.events) == 3
 
 
 def test_all_bytes_of_a_store_are_counted(world: Any) -> None:
-    bars, counted = Bars(), 0
+    reporter, counted = RecordingReporter(), 0
     store = EmbeddingStore.open(world.embeddings)
 
-    def count(some: int) -> None:
+    def count(number: int) -> None:
         nonlocal counted
-        counted += some
-        checked(some)
+        counted += number
+        checked(number)
 
-    with checking(bars, [world.embeddings]) as checked:
+    with checksum_progress(reporter, [world.embeddings]) as checked:
         store.check(count)
-        assert counted == read_manifest(world.embeddings).size and bars.events[-1] == "closed"
+        assert counted == read_manifest(world.embeddings).size and reporter.events[-1] == "closed"

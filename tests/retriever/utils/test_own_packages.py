@@ -1,4 +1,4 @@
-"""Folders and modules called losses, index or eval: beside the commands, and beside scripts and notebooks."""
+"""Folders and modules named losses, index or eval, next to commands and next to scripts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cli_helpers import write_beir, write_config
 
 from retriever.config.run import ModelConfig
 from retriever.utils import own_packages
-from retriever.utils.own_packages import HOME, PACKAGES, PackageClash, check_imported, need
+from retriever.utils.own_packages import HOME, PACKAGES, PackageClash, check_imported, require
 
 
-def lay(folder: Path, name: str, kind: str) -> Path:
-    """A folder without code, a package or a module of that name; the file that Python would import."""
+def create(folder: Path, name: str, kind: str) -> Path:
+    """Create a folder without code, a package or a module. Returns its file."""
     if kind == "module":
         file = folder / f"{name}.py"
     else:
@@ -32,28 +32,28 @@ def lay(folder: Path, name: str, kind: str) -> Path:
 
 
 def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """An interpreter in the folder, with the project installed."""
+    """Run Python in the folder, with the project on the path."""
     env = {**os.environ, "PYTHONPATH": HOME, "OMP_NUM_THREADS": "1"}
     env.pop("PYTHONSAFEPATH", None)
     return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
-def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder first on the path of this process, to which none of the packages is known yet."""
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder at the start of sys.path, in a process that has not imported the packages."""
     for module in list(sys.modules):
         if module.split(".")[0] in PACKAGES:
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    # Those that were not there before would stay, and later tests would meet them.
+    # Modules imported meanwhile would affect later tests.
     for module in list(sys.modules):
         if module.split(".")[0] in PACKAGES:
             del sys.modules[module]
 
 
 def imported_by(file: str, name: str) -> Any:
-    """What the code of a file gets when it imports that name."""
+    """Import a name as code of the given file."""
     found: dict[str, Any] = {"__name__": Path(file).stem, "__file__": file}
     exec(f"import {name}", found)
     return found[name.split(".")[0]]
@@ -64,78 +64,80 @@ OURS = os.path.join(HOME, "retriever", "anything.py")
 
 @pytest.mark.parametrize("name", PACKAGES)
 class TestEachPackage:
-    def test_a_folder_without_code_never_matters(self, beside: Path, name: str) -> None:
-        lay(beside, name, "folder")
-        for importer in (OURS, str(beside / "script.py")):
-            # Found and not imported: operators of torch are registered once in a process.
+    def test_a_folder_without_init_does_not_shadow_the_package(self, user_folder: Path, name: str) -> None:
+        create(user_folder, name, "folder")
+        for importer in (OURS, str(user_folder / "script.py")):
+            # Not imported, because torch operators can be registered only once per process.
             found: dict[str, Any] = {"__file__": importer, "find_spec": importlib.util.find_spec}
             exec(f"spec = find_spec('{name}')", found)
             assert found["spec"].origin == os.path.join(HOME, name, "__init__.py")
 
     @pytest.mark.parametrize("kind", ["package", "module"])
-    def test_other_code_is_the_users_and_refused_where_ours_is_needed(self, beside: Path, name: str, kind: str) -> None:
-        file = lay(beside, name, kind)
+    def test_another_module_is_refused_only_for_imports_of_this_project(
+        self, user_folder: Path, name: str, kind: str
+    ) -> None:
+        file = create(user_folder, name, kind)
         with pytest.raises(PackageClash) as refused:
             imported_by(OURS, name)
         assert name not in sys.modules, "code of the user has been run"
-        assert imported_by(str(beside / "script.py"), name).mine
-        for check in (check_imported, need):
+        assert imported_by(str(user_folder / "script.py"), name).mine
+        for check in (check_imported, require):
             with pytest.raises(PackageClash, match="has been imported under that name"):
                 check(name)
         message = str(refused.value)
         assert f"rename {file}" in message and os.path.join(HOME, name, "__init__.py") in message
 
-    def test_a_package_that_was_imported_before_is_not_searched(self, beside: Path, name: str) -> None:
-        lay(beside, name, "package")
-        (beside / name / "files.py").write_text("mine = True\n")
-        script = str(beside / "script.py")
+    def test_a_previously_imported_package_is_not_searched(self, user_folder: Path, name: str) -> None:
+        create(user_folder, name, "package")
+        (user_folder / name / "files.py").write_text("mine = True\n")
+        script = str(user_folder / "script.py")
         assert imported_by(script, f"{name}.files").files.mine
         sys.modules.pop(f"{name}.files")
         with pytest.raises(PackageClash):
             imported_by(OURS, f"{name}.files")
 
 
-def test_public_names_need_no_more_than_their_own_packages(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_name_imports_only_its_own_packages(user_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import retriever
 
     monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} imported"))
-    file = lay(beside, "eval", "module")
-    imported_by(str(beside / "script.py"), "eval")
+    file = create(user_folder, "eval", "module")
+    imported_by(str(user_folder / "script.py"), "eval")
     with pytest.raises(PackageClash, match=str(file)):
         _ = retriever.evaluate_run
     with pytest.raises(AttributeError):
         _ = retriever.nothing
 
 
-def test_what_python_says_of_a_clash_inside_is_explained(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clash_in_a_nested_import_is_explained(user_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import retriever
 
-    file = lay(beside, "index", "module")
-    imported_by(str(beside / "script.py"), "index")
+    file = create(user_folder, "index", "module")
+    imported_by(str(user_folder / "script.py"), "index")
     monkeypatch.delitem(sys.modules, "retriever.searching.search", raising=False)
     monkeypatch.setitem(retriever._PUBLIC, "open_indexes", "retriever.searching.search")
     with pytest.raises(PackageClash, match=str(file)):
         _ = retriever.open_indexes
 
 
-def test_the_finder_stands_before_those_of_python() -> None:
+def test_the_finder_is_installed_once() -> None:
     finders = [isinstance(finder, own_packages.OwnPackages) for finder in sys.meta_path]
     assert sum(finders) == 1
-    own_packages.install()
+    own_packages.install_finder()
     assert sum(isinstance(finder, own_packages.OwnPackages) for finder in sys.meta_path) == 1
 
 
-def test_the_command_does_not_look_in_the_working_directory(tmp_path: Path) -> None:
+def test_the_command_does_not_import_from_the_working_directory(tmp_path: Path) -> None:
     for name in ("losses", "tyro", "yaml"):
-        lay(tmp_path, name, "module").write_text("raise SystemExit(7)")
+        create(tmp_path, name, "module").write_text("raise SystemExit(7)")
     for name in ("index", "eval", "torch"):
-        lay(tmp_path, name, "package").write_text("raise SystemExit(7)")
+        create(tmp_path, name, "package").write_text("raise SystemExit(7)")
     done = python(tmp_path, "-m", "retriever", "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: retriever"), done.stderr
 
 
-def test_a_clash_on_the_path_is_one_line_of_the_command(tmp_path: Path) -> None:
-    file = lay(tmp_path, "index", "module")
+def test_a_clash_on_the_path_is_reported_in_one_line(tmp_path: Path) -> None:
+    file = create(tmp_path, "index", "module")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from retriever.__main__ import main; sys.exit(main())"
     done = python(tmp_path, "-c", code)
     assert done.returncode == 1 and done.stderr.startswith("retriever: retriever needs its own package 'index'")
@@ -158,13 +160,13 @@ if __name__ == "__main__":
 """
 
 
-def test_training_and_encoding_work_beside_a_users_eval(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_training_and_encoding_work_next_to_a_users_eval(tiny: ModelConfig, tmp_path: Path) -> None:
     # A BEIR folder is read for both; a worker process imports the script anew.
     write_beir(tmp_path / "words")
     write_config(tmp_path / "run.yaml", tiny, tmp_path / "words", data={"sources": [{"path": "words"}]}, out="run")
     for name in ("losses", "index"):
-        lay(tmp_path, name, "folder").unlink()
-    file = lay(tmp_path, "eval", "module")
+        create(tmp_path, name, "folder").unlink()
+    file = create(tmp_path, "eval", "module")
     (tmp_path / "script.py").write_text(SCRIPT)
     done = python(tmp_path, "script.py")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Items made ahead and calls made behind keep their order, errors come where they are looked for, threads end."""
+"""Prefetched items and background calls keep their order, their errors are raised, and their threads end."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from retriever.utils.prefetch import ahead, behind, giving_way
+from retriever.utils.prefetch import background_calls, prefetch, short_switch_interval
 
 
-def test_items_come_in_order_and_are_made_before_they_are_taken() -> None:
-    made: list[int] = []
+def test_items_keep_their_order_and_are_computed_in_advance() -> None:
+    computed: list[int] = []
 
     def items() -> Iterator[int]:
         for number in range(5):
-            made.append(number)
+            computed.append(number)
             yield number
 
-    taken = ahead(items(), depth=2)
-    assert next(taken) == 0
+    prefetched = prefetch(items(), depth=2)
+    assert next(prefetched) == 0
     until = time.monotonic() + 10
-    while len(made) < 3 and time.monotonic() < until:
+    while len(computed) < 3 and time.monotonic() < until:
         time.sleep(0.01)
-    assert len(made) >= 3
-    assert list(taken) == [1, 2, 3, 4]
+    assert len(computed) >= 3
+    assert list(prefetched) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -37,92 +37,92 @@ def test_an_error_is_raised_after_the_items_before_it(error: type[BaseException]
         yield 1
         raise error("torn")
 
-    taken = ahead(items())
-    assert next(taken) == 1
+    prefetched = prefetch(items())
+    assert next(prefetched) == 1
     with pytest.raises(error, match="torn"):
-        next(taken)
+        next(prefetched)
 
 
-def test_closing_ends_the_thread_of_endless_items() -> None:
+def test_closing_ends_the_thread() -> None:
     before = threading.active_count()
-    endless = ahead(iter(int, 1), depth=1)
+    endless = prefetch(iter(int, 1), depth=1)
     next(endless)
     endless.close()
     assert threading.active_count() == before
 
 
-def test_threads_give_way_until_the_work_ends_however_it_ends() -> None:
-    usual = sys.getswitchinterval()
-    with pytest.raises(KeyError), giving_way():
+def test_the_switch_interval_is_restored_after_an_error() -> None:
+    default = sys.getswitchinterval()
+    with pytest.raises(KeyError), short_switch_interval():
         assert sys.getswitchinterval() <= 1e-4
         raise KeyError
-    assert sys.getswitchinterval() == usual
+    assert sys.getswitchinterval() == default
 
 
-def test_calls_behind_are_made_in_order_and_all_of_them_by_the_end() -> None:
-    made: list[int] = []
+def test_background_calls_keep_their_order_and_finish() -> None:
+    computed: list[int] = []
     main = threading.current_thread()
 
     def call(number: int) -> None:
         assert threading.current_thread() is not main
         time.sleep(0.01 * (number % 2))
-        made.append(number)
+        computed.append(number)
 
-    with behind(call, 2) as later:
+    with background_calls(call, 2) as submit:
         for number in range(9):
-            later(number)
-            assert number - len(made) <= 3
-    assert made == list(range(9))
+            submit(number)
+            assert number - len(computed) <= 3
+    assert computed == list(range(9))
 
 
-def test_what_a_call_behind_raises_is_raised_and_ends_those_after_it() -> None:
-    made: list[int] = []
+def test_an_error_of_a_background_call_is_raised_and_later_calls_are_dropped() -> None:
+    computed: list[int] = []
 
     def call(number: int) -> None:
         if number == 2:
             raise OSError("full")
-        made.append(number)
+        computed.append(number)
 
-    with pytest.raises(OSError, match="full"), behind(call, 2) as later:
+    with pytest.raises(OSError, match="full"), background_calls(call, 2) as submit:
         for number in range(3):
-            later(number)
-    assert made == [0, 1]
-    with pytest.raises(OSError, match="full"), behind(call, 1) as later:
+            submit(number)
+    assert computed == [0, 1]
+    with pytest.raises(OSError, match="full"), background_calls(call, 1) as submit:
         for number in itertools.count():
-            later(number)
-    assert made == [0, 1, 0, 1]
+            submit(number)
+    assert computed == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("abandon", [False, True])
-def test_an_error_of_the_body_waits_for_calls_that_come_back(abandon: bool) -> None:
-    begun, go_on, made = threading.Event(), threading.Event(), list[int]()
+def test_an_error_of_the_body_waits_for_calls_unless_abandoned(abandon: bool) -> None:
+    running, proceed, computed = threading.Event(), threading.Event(), list[int]()
 
     def call(number: int) -> None:
-        begun.set()
-        assert go_on.wait(10)
-        made.append(number)
+        running.set()
+        assert proceed.wait(10)
+        computed.append(number)
 
     def body() -> None:
-        with behind(call, 2, abandon=abandon) as later:
-            later(0)
-            later(1)
-            assert begun.wait(10)
+        with background_calls(call, 2, abandon=abandon) as submit:
+            submit(0)
+            submit(1)
+            assert running.wait(10)
             if not abandon:
-                threading.Timer(0.1, go_on.set).start()
+                threading.Timer(0.1, proceed.set).start()
             raise ValueError("torn")
 
     with pytest.raises(ValueError, match="torn"):
         body()
-    assert made == ([] if abandon else [0, 1])
-    go_on.set()
+    assert computed == ([] if abandon else [0, 1])
+    proceed.set()
 
 
-def test_a_call_that_was_abandoned_does_not_keep_the_program() -> None:
+def test_an_abandoned_call_does_not_block_exit() -> None:
     script = """
 import time
-from retriever.utils.prefetch import behind
-with behind(time.sleep, 2, abandon=True) as later:
-    later(600)
+from retriever.utils.prefetch import background_calls
+with background_calls(time.sleep, 2, abandon=True) as submit:
+    submit(600)
     raise ValueError("torn")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

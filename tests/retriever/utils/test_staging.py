@@ -1,4 +1,4 @@
-"""What is brought to a GPU through staging buffers is what was on the host, however fast the host goes on."""
+"""Copies to a GPU through staging buffers are correct, even if the host modifies its tensors at once."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from retriever.utils.staging import Staging
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-def test_tensors_arrive_whole_while_the_device_is_busy_and_the_buffers_stay_two() -> None:
+def test_copies_are_correct_while_the_device_is_busy_and_memory_is_bounded() -> None:
     staging, busy = Staging(torch.device("cuda")), torch.randn(4096, 4096, device="cuda")
-    sent = [torch.randint(0, 256, (3 + number % 5, 1 << 18), dtype=torch.uint8) for number in range(40)]
-    # The vendor's library keeps a workspace from its first product on.
+    tensors = [torch.randint(0, 256, (3 + number % 5, 1 << 18), dtype=torch.uint8) for number in range(40)]
+    # cuBLAS allocates its workspace in the first product.
     busy @ busy
-    held, arrived = torch.cuda.memory_allocated(), []
-    for tensor in sent:
+    allocated, sums = torch.cuda.memory_allocated(), []
+    for tensor in tensors:
         busy @ busy
-        arrived.append(staging.bring(tensor).sum(dtype=torch.int64))
-        # The host may use its own again at once.
+        sums.append(staging.to_device(tensor).sum(dtype=torch.int64))
+        # The host tensor may be modified immediately.
         expected = tensor.clone()
         tensor.zero_()
         tensor.copy_(expected)
-    assert [int(total) for total in arrived] == [int(tensor.sum(dtype=torch.int64)) for tensor in sent]
-    assert torch.cuda.memory_allocated() - held <= 2 * max(tensor.nbytes for tensor in sent) + (1 << 20)
+    assert [int(total) for total in sums] == [int(tensor.sum(dtype=torch.int64)) for tensor in tensors]
+    assert torch.cuda.memory_allocated() - allocated <= 2 * max(tensor.nbytes for tensor in tensors) + (1 << 20)
 
 
 @pytest.mark.parametrize("keep", [0, 2])
-def test_embeddings_that_wait_on_the_host_give_the_same_gradients(keep: int) -> None:
+def test_offloaded_embeddings_give_the_same_gradients(keep: int) -> None:
     torch.manual_seed(0)
     tower, device = torch.nn.Linear(64, 512, device="cuda"), torch.device("cuda")
     inputs = list(torch.randn(5, 3000, 64, device="cuda").unbind())
@@ -39,7 +39,7 @@ def test_embeddings_that_wait_on_the_host_give_the_same_gradients(keep: int) -> 
         grad_cache.backward(
             tower,
             inputs,
-            lambda some: torch.cat(list(some)).to(device).square().sum(),
+            lambda embeddings: torch.cat(list(embeddings)).to(device).square().sum(),
             device,
             keep=keep,
             on_host=on_host,

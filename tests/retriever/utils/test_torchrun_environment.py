@@ -1,4 +1,4 @@
-"""What every command does as one of several processes, and in an environment that torchrun does not make."""
+"""Commands under torchrun, and with environment variables that torchrun does not set."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from retriever.cli.commands.serve import Serve
 from retriever.cli.commands.split import Split
 from retriever.cli.commands.train import Train
 from retriever.errors import ConfigError
-from retriever.utils.torchrun import process_count
+from retriever.utils.torchrun import world_size
 
 EMBED = ("--model", "m", "--data", "d", "--out", "o")
-# Words of each command -> whether several processes share its work; the others are refused.
+# Arguments of each command -> whether it supports several processes.
 COMMANDS: dict[tuple[str, ...], bool] = {
     ("train",): True,
     ("encode", *EMBED): True,
@@ -51,24 +51,24 @@ def named(words: tuple[str, ...]) -> str:
 
 
 @pytest.fixture(autouse=True)
-def outside_of_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def without_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in (*TORCHRUN, "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_table_has_every_command() -> None:
+def test_every_command_is_listed() -> None:
     in_groups = [kind for group in (cli.IndexCommand, cli.EvaluateCommand) for kind in typing.get_args(group)]
     known = {typing.get_args(kind)[0] for kind in in_groups} | {Train, Encode, Search, Serve, Mine, Split}
     assert len(COMMANDS) == len(known)
-    shared = {named(words) for words, shares in COMMANDS.items() if shares}
+    shared = {named(words) for words, shared_work in COMMANDS.items() if shared_work}
     assert shared == {"train", "encode", "evaluate beir", "index build"}
     assert set(cli.SHARED) == {Train, Encode, EvaluateBeir, IndexBuild}
 
 
-@pytest.mark.parametrize("words", [words for words, shares in COMMANDS.items() if not shares], ids=named)
+@pytest.mark.parametrize("words", [words for words, shared_work in COMMANDS.items() if not shared_work], ids=named)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_every_process_would_do_again_is_refused(
+def test_commands_of_one_process_refuse_torchrun(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], rank: int
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -81,7 +81,7 @@ def test_what_every_process_would_do_again_is_refused(
 
 @pytest.mark.parametrize("words", COMMANDS, ids=named)
 @pytest.mark.parametrize("found", ["abc", "", "-1"])
-def test_a_malformed_world_size_is_one_line_of_every_command(
+def test_every_command_refuses_a_malformed_world_size(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], found: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", found)
@@ -91,16 +91,16 @@ def test_a_malformed_world_size_is_one_line_of_every_command(
 
 
 @pytest.mark.parametrize("found", ["0", " 2", "+2", "2.0", "1_0", "²", "٢", "9" * 30])
-def test_only_the_digits_of_a_number_above_0_are_a_world_size(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+def test_world_size_accepts_only_positive_decimal_numbers(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", found)
     with pytest.raises(ConfigError, match="WORLD_SIZE: expected a number of processes"):
-        process_count()
+        world_size()
 
 
-MEETING = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+RENDEZVOUS = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize("words", [words for words, shares in COMMANDS.items() if shares], ids=named)
+@pytest.mark.parametrize("words", [words for words, shared_work in COMMANDS.items() if shared_work], ids=named)
 @pytest.mark.parametrize(
     ("name", "found", "message"),
     [
@@ -117,10 +117,10 @@ MEETING = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_P
         ("TORCHELASTIC_RESTART_COUNT", "once", "TORCHELASTIC_RESTART_COUNT: expected a number from 0 on, found 'once'"),
     ],
 )
-def test_half_of_what_torchrun_sets_is_one_line(
+def test_incomplete_torchrun_variables_are_refused(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], name: str, found: str | None, message: str
 ) -> None:
-    for variable, value in ({**MEETING, name: found}).items():
+    for variable, value in ({**RENDEZVOUS, name: found}).items():
         if value is not None:
             monkeypatch.setenv(variable, value)
     done = command(*words)
@@ -138,7 +138,7 @@ def test_half_of_what_torchrun_sets_is_one_line(
         ({"WORLD_SIZE": "1", "RANK": "1"}, ".*RANK: expected a number from 0 to 0, found '1'"),
     ],
 )
-def test_an_environment_of_no_process_is_one_line_of_every_command(
+def test_every_command_refuses_inconsistent_variables(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], environment: dict[str, str], message: str
 ) -> None:
     for name, value in environment.items():
@@ -147,13 +147,13 @@ def test_an_environment_of_no_process_is_one_line_of_every_command(
     assert (done.code, done.out) == (2, "") and re.fullmatch(f"retriever: {message}\n", done.err), done.err
 
 
-def test_of_a_dry_run_the_first_process_alone_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**MEETING, "RANK": "1"}.items():
+def test_only_rank_0_answers_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**RENDEZVOUS, "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     done = command("train", "--dry-run")
     assert (done.code, done.out, done.err) == (0, "", "")
     monkeypatch.setenv("RANK", "0")
-    # No model is named, which it alone finds.
+    # Only rank 0 reports the missing model.
     assert "model.name" in command("train", "--dry-run").err
 
 
@@ -163,26 +163,26 @@ def test_of_a_dry_run_the_first_process_alone_answers(monkeypatch: pytest.Monkey
         ({}, 4, "cuda"),
         ({"LOCAL_RANK": "2"}, 4, "cuda:2"),
         ({"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, 4, "cuda:3"),
-        # A batch system has left one GPU to each process.
+        # Each process sees only one GPU.
         ({"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, 1, "cuda:0"),
         ({"WORLD_SIZE": "8"}, 1, "cuda"),
         ({"WORLD_SIZE": "8"}, 4, None),
     ],
 )
-def test_each_process_has_the_gpu_of_its_number(
+def test_each_process_uses_the_gpu_of_its_local_rank(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], gpus: int, expected: str | None
 ) -> None:
     import torch
 
-    from retriever.distributed.context import own_device
+    from retriever.distributed.context import rank_device
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if expected is None:
         with pytest.raises(ConfigError, match="variable LOCAL_RANK expected, but not set"):
-            own_device(torch.device("cuda"))
+            rank_device(torch.device("cuda"))
     else:
-        assert own_device(torch.device("cuda")) == torch.device(expected)
-    assert own_device(torch.device("cuda:1")) == torch.device("cuda:1")
-    assert own_device(torch.device("cpu")) == torch.device("cpu")
+        assert rank_device(torch.device("cuda")) == torch.device(expected)
+    assert rank_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert rank_device(torch.device("cpu")) == torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Runs as `pictures_on_ranks.py CONFIG`: one run on pictures by 1 and by 3 processes."""
+"""Script `images_on_ranks.py CONFIG`: train on images with 1 and 3 processes and compare."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from train_on_ranks import trained
 
 
 def main(config: str) -> None:
-    """Compare them, and those of a locked image tower."""
+    """Compare runs without and with a locked image tower."""
     for name, more in (("pixels", ()), ("features", ("--model.image.lock", "image"))):
         for size in (1, 3):
             on_ranks(size, trained(config, Path("runs") / f"{name}{size}", *more))

@@ -1,0 +1,169 @@
+"""Build what a training run computes with: towers, loss, optimizer, dev set and batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from index.progress import Reporter
+from losses import InfCLLoss, SigmoidLoss
+from retriever.config.run import TrainConfig
+from retriever.data.loading import open_training_data
+from retriever.distributed.agreement import ContentHash, check_same_on_ranks, compared_settings
+from retriever.distributed.context import rank_device
+from retriever.distributed.ranks import DryRunRanks, Ranks
+from retriever.models.fsdp import shard_encoders
+from retriever.models.memory import GraphMemory
+from retriever.training.cuda_graphs import check_cuda_graphs
+from retriever.training.loss import build_loss, check_ranks
+from retriever.training.optim import build_optimizer
+from retriever.training.run_dir import build_configured_towers, cache_folder
+from retriever.training.step import TrainStep
+from retriever.training.validation import DevSet, open_dev_set
+from retriever.utils.device import Precision, choose_device, choose_precision
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of a training run on this rank."""
+
+    config: TrainConfig
+    """The configuration, with `precision` and `micro_batch_tokens` as they were chosen."""
+    ranks: Ranks
+    device: torch.device
+    precision: Precision
+    towers: Any
+    loss: InfCLLoss | SigmoidLoss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    graphs: GraphMemory
+    dev_set: DevSet | None
+    batches: Any
+    """Has a length, the number of steps, and `loader(start=, workers=)` of PreparedBatch."""
+    sources: tuple[str, ...]
+    """sha256 of the examples of each source."""
+    sharded: bool
+    """Whether the encoders are sharded over the ranks."""
+    train_step: TrainStep
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that a checkpoint contains, by name."""
+        return {"towers": self.towers, "loss": self.loss}
+
+    @property
+    def dev_fingerprint(self) -> str:
+        """Fingerprint of the dev set; empty without one."""
+        return "" if self.dev_set is None else self.dev_set.fingerprint
+
+
+def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: Ranks) -> Components:
+    """Build the parts of a run. Every rank must call it with the same configuration.
+
+    Args:
+        config: the configuration.
+        run: the run folder.
+        reporter: receives messages about model and data.
+        ranks: the ranks.
+
+    Raises:
+        ConfigError: the configuration does not fit the device, the ranks or the model.
+        InputError: model or data cannot be read.
+        RanksDifferError: settings, model, data or dev set differ between ranks.
+    """
+    check_same_on_ranks(ranks, compared_settings(config))
+    check_ranks(config, ranks)
+    device = rank_device(choose_device(config.device))
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    precision = choose_precision(config.precision, device)
+    torch.manual_seed(config.seed)
+    sharded = config.shard_towers and ranks.group is not None
+    towers = _build_towers(config, device, precision, ranks, sharded)
+    for note in (towers.describe_padding(), towers.describe_frozen()):
+        if note:
+            reporter.line(note)
+    loss = build_loss(config.loss, ranks).to(device)
+    graphs = GraphMemory.plan(
+        towers,
+        precision,
+        texts=-(-config.batch_size // ranks.world_size) * (2 + config.data.negatives),
+        workspace_mib=config.loss.workspace_mib,
+        micro_batch_tokens=config.micro_batch_tokens,
+        offload_embeddings=config.offload_embeddings,
+    )
+    if config.cuda_graphs:
+        check_cuda_graphs(towers, precision)
+    # The saved configuration has the values that were used, not "auto" and None.
+    config = dataclasses.replace(config, precision=precision, micro_batch_tokens=graphs.micro_batch_tokens)
+    named_parameters = nn.ModuleDict({"towers": towers, "loss": loss}).named_parameters()
+    optimizer = build_optimizer(named_parameters, config.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    dev_set = open_dev_set(config)
+    with ranks.first_rank_first():
+        batches, sources = open_training_data(
+            config,
+            towers,
+            cache_folder(config, run),
+            precision=precision,
+            token_budget=graphs.micro_batch_tokens,
+            reporter=reporter,
+            share=ranks.share,
+            dry_run=isinstance(ranks, DryRunRanks),
+        )
+    train_step = TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, len(batches), ranks)
+    components = Components(
+        config=config,
+        ranks=ranks,
+        device=device,
+        precision=precision,
+        towers=towers,
+        loss=loss,
+        optimizer=optimizer,
+        scaler=scaler,
+        graphs=graphs,
+        dev_set=dev_set,
+        batches=batches,
+        sources=sources,
+        sharded=sharded,
+        train_step=train_step,
+    )
+    _check_same_data(components)
+    return components
+
+
+def _build_towers(config: TrainConfig, device: torch.device, precision: Precision, ranks: Ranks, sharded: bool) -> Any:
+    """Build the towers on the device, in training mode as configured."""
+    towers = build_configured_towers(config)
+    if ranks.group is not None:
+        # Compared now, before the weights are sharded and the data is read.
+        location = config.model.image.name or config.model.name or "from scratch"
+        model = ContentHash(towers.fingerprint()["sha256"], location)
+        check_same_on_ranks(ranks, {"device": device.type, "precision": precision, "model": model})
+    if config.gradient_checkpointing:
+        towers.enable_gradient_checkpointing()
+    if device.type == "cuda":
+        towers.enable_packing()
+    if config.compile:
+        towers.compile_layers()
+    if sharded:
+        # Sharded on the host, because the full weights may not fit on the device.
+        shard_encoders(towers, precision, device, ranks.world_size)
+    towers.to(device)
+    return towers
+
+
+def _check_same_data(components: Components) -> None:
+    """Check that sources, dev set and number of steps are the same on all ranks."""
+    config = components.config
+    name = "data.images" if config.data.images else "data.sources"
+    paths = [source.path for source in config.data.images or config.data.sources]
+    data = {f"{name}[{i}]": ContentHash(components.sources[i], path) for i, path in enumerate(paths)}
+    dev = ContentHash.of(components.dev_fingerprint, config.dev.path) if components.dev_set is not None else None
+    steps = len(components.batches)
+    check_same_on_ranks(components.ranks, {**data, "dev.path": dev, "steps": steps})

@@ -1,0 +1,202 @@
+"""The loop over the steps of a run, with logging, evaluation and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from index.files import InputError
+from index.progress import Reporter
+from retriever.data.micro_batches import PreparedBatch
+from retriever.data.pool_false_negatives import with_pool_false_negatives
+from retriever.encoding.encoder import EncodeOptions
+from retriever.training.checkpoint import TrainState
+from retriever.training.components import Components
+from retriever.training.cuda_graphs import use_cuda_graphs
+from retriever.training.profiler import StepProfile
+from retriever.training.run_dir import RunFolder
+from retriever.training.run_log import RunLog, ThroughputMeter, format_row
+from retriever.training.validation import measure_on_ranks
+from retriever.utils.interrupt import StopRequest
+
+
+class TrainingLoop:
+    """Makes the steps of a run from `state.step` on.
+
+    Args:
+        components: the parts of the run.
+        folder: the run folder.
+        state: the state of the run, which is updated.
+        log: receives the rows of metrics.jsonl.
+        stop: the request to stop by a signal.
+        reporter: shows progress.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        folder: RunFolder,
+        state: TrainState,
+        log: RunLog,
+        stop: StopRequest,
+        reporter: Reporter,
+    ) -> None:
+        self._parts = components
+        self._folder = folder
+        self._state = state
+        self._log = log
+        self._stop = stop
+        self._reporter = reporter
+        self._total = len(components.batches)
+        self._warned_without_negatives = False
+
+    def run(self, *, profile: bool = False) -> None:
+        """Train to the last step.
+
+        Args:
+            profile: whether to profile some of the first steps. Default: False.
+
+        Raises:
+            Interrupted: a stop was requested. The last checkpoint may be older than the last step.
+            InputError: loss or gradients are not finite.
+        """
+        parts, state, ranks = self._parts, self._state, self._parts.ranks
+        loader: Iterable[Any] = parts.batches.loader(start=state.step, workers=parts.config.data.workers)
+        if profile and ranks.is_first:
+            loader = StepProfile(parts.device, self._folder.path).watch(loader, self._reporter.line)
+        meter = ThroughputMeter(parts.device, ranks)
+        parts.towers.train()
+        if parts.config.cuda_graphs:
+            use_cuda_graphs(parts.towers)
+        with self._reporter.bar("train", self._total, "steps", done=state.step) as advance:
+            # A run that was interrupted in an evaluation starts with it.
+            self._evaluate_if_due()
+            for index, batch in enumerate(self._until_early_stop(loader)):
+                if index == 0:
+                    suffix = " (the first process)" if ranks.world_size > 1 else ""
+                    self._reporter.line(parts.graphs.describe(batch.micro_batch_tokens) + suffix)
+                batch = with_pool_false_negatives(batch, ranks, parts.batches.known)
+                self._warn_without_negatives(batch)
+                loss, grad_norm = parts.train_step(batch, state.step)
+                state.step += 1
+                meter.add(batch)
+                self._stop.sync()
+                is_last = state.step == self._total
+                log_row = is_last or self._due("log", "checkpoint", "dev")
+                if log_row or self._stop.requested:
+                    # Before every checkpoint, because this checks that the loss is finite.
+                    row = self._row(loss, grad_norm, meter)
+                if log_row:
+                    self._log.write(row)
+                    advance(0, line := format_row(row))
+                    if is_last or not self._reporter.is_live:
+                        left = meter.time_left(self._total - state.step)
+                        self._reporter.line(f"step {state.step}/{self._total}  {line}  left {left}")
+                advance(1)
+                self._evaluate_if_due()
+                # After the evaluation, so that the checkpoint of a step includes its result.
+                if self._due("checkpoint") and not is_last:
+                    self.save_checkpoint()
+                if self._due("checkpoint", "dev"):
+                    meter.exclude_elapsed()
+                self._stop.check()
+            if parts.dev_set is None:
+                self._save_model()
+            self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint of the current state."""
+        parts, state = self._parts, self._state
+        state.scaler = parts.scaler.state_dict() or None
+        self._folder.save_checkpoint(parts.modules, parts.optimizer, state, parts.config.keep_checkpoints)
+
+    def _save_model(self) -> None:
+        self._folder.save_model(self._parts.towers, self._parts.config, sharded=self._parts.sharded)
+
+    def _until_early_stop(self, loader: Iterable[PreparedBatch]) -> Iterator[PreparedBatch]:
+        """Yield batches until dev.patience is exhausted."""
+        patience, state = self._parts.config.dev.patience, self._state
+        for batch in loader:
+            if patience is not None and state.evaluations_without_gain >= patience:
+                assert self._parts.dev_set is not None
+                metric = self._parts.dev_set.metric
+                self._reporter.line(
+                    f"stopped early at step {state.step}: no better dev {metric} in {patience} evaluations"
+                )
+                return
+            yield batch
+
+    def _due(self, *events: str) -> bool:
+        """Whether any of the events is due after the current step."""
+        config = self._parts.config
+        every = {"log": config.log_every, "checkpoint": config.checkpoint_every, "dev": config.dev.every}
+        return any(self._state.step % every[event] == 0 for event in events)
+
+    def _warn_without_negatives(self, batch: PreparedBatch) -> None:
+        """Warn once about a batch in which every passage is masked for every query."""
+        masks = batch.false_negatives if self._parts.config.loss.masks_false_negatives else None
+        if self._warned_without_negatives or masks is None or not masks.no_negatives:
+            return
+        self._warned_without_negatives = True
+        self._reporter.line(
+            f"step {self._state.step + 1}: no query of the batch has a negative, because the data pairs all its "
+            f"passages with all its queries, directly or through shared queries: nothing is learnt from it (smaller "
+            f"batches may have negatives; loss.mask_duplicates false masks none; this is shown once)"
+        )
+
+    def _row(self, loss: Tensor, grad_norm: Tensor, meter: ThroughputMeter) -> dict[str, Any]:
+        """Return the row of metrics.jsonl for this step. Only here the host waits for the device."""
+        parts = self._parts
+        row = {
+            "step": self._state.step,
+            "loss": float(loss),
+            "grad_norm": float(grad_norm),
+            "logit_scale": parts.loss.logit_scale.item(),
+            "lr": parts.optimizer.param_groups[0]["lr"],
+            **meter.rates(),
+        }
+        # In fp16 a step with overflowing gradients is skipped and the scale is halved. A scale below 1 means that the
+        # gradients themselves are not finite.
+        skips_overflow = parts.scaler.is_enabled() and parts.scaler.get_scale() >= 1
+        if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or skips_overflow):
+            saved = "the last checkpoint is from before" if self._folder.has_checkpoint else "there is no checkpoint"
+            raise InputError(
+                f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}, logit_scale "
+                f"{row['logit_scale']:.2f}: no longer finite; {saved}. Lower optim.lr, lengthen "
+                f"optim.warmup_fraction, or train in fp32 or bf16"
+            )
+        return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate on the dev set if it is due at this step, and save the model if it is the best one."""
+        parts, state = self._parts, self._state
+        due = self._due("dev") or state.step == self._total
+        if parts.dev_set is None or not due or state.step in (0, state.dev_step):
+            return
+        parts.towers.eval()
+        measures = measure_on_ranks(
+            parts.dev_set,
+            parts.towers,
+            self._folder.path,
+            EncodeOptions(parts.precision, parts.config.micro_batch_tokens),
+            self._reporter,
+            tick=self._stop.check,
+            ranks=parts.ranks,
+            sharded=parts.sharded,
+        )
+        parts.towers.train()
+        state.dev_step = state.step
+        metric = parts.dev_set.metric
+        score = measures[metric.lower()]
+        self._log.write({"step": state.step, **{f"dev_{name}": value for name, value in measures.items()}})
+        improved = state.best_score is None or score > state.best_score
+        suffix = "  best so far" if improved else f"  (best {state.best_score:.4f} at step {state.best_step})"
+        self._reporter.line(f"step {state.step}  dev {metric} {score:.4f}{suffix}")
+        if improved:
+            state.best_score, state.best_step, state.evaluations_without_gain = score, state.step, 0
+            self._save_model()
+        else:
+            state.evaluations_without_gain += 1
