@@ -128,13 +128,13 @@ def _bars(axes: Axes, sets: Mapping[str, Mapping[str, Metrics]], measure: str, s
 
 
 def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
-    """Recall@k of each system over k on a logarithmic axis."""
+    """Recall@k of each system over k on a logarithmic axis; each curve ends at the depth of its run."""
     # Extra height for the legend, which has one line per system if there are many.
     figure, (axes,) = _figure(height=HEIGHT + (0.17 * len(rows) if len(rows) > 2 else 0))
     for place, (name, metrics) in enumerate(rows.items()):
-        found = sorted((int(m.partition("@")[2]), v) for m, v in metrics.mean.items() if m.startswith("recall@"))
-        if found:
-            ks, values = zip(*found, strict=True)
+        points = recall_points(metrics)
+        if points:
+            ks, values = zip(*points, strict=True)
             axes.plot(ks, values, color=_colour(place), marker=MARKERS[place % 6], ms=4, lw=1.5, label=_short(name))
     axes.set_xscale("log")
     axes.minorticks_off()
@@ -146,6 +146,19 @@ def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
     if len(rows) > 1:
         _legend_below(figure, axes)
     return figure
+
+
+def recall_points(metrics: Metrics) -> list[tuple[int, float]]:
+    """The points (k, recall@k) in ascending order of k, up to the depth of the run."""
+    points = sorted((int(m.partition("@")[2]), v) for m, v in metrics.mean.items() if m.startswith("recall@"))
+    if metrics.depth is None:
+        return points
+    inside = [(k, value) for k, value in points if k <= metrics.depth]
+    beyond = [value for k, value in points if k > metrics.depth]
+    if beyond and metrics.depth > max((k for k, _ in inside), default=0):
+        # Recall at any deeper cut-off equals recall at the depth.
+        inside.append((metrics.depth, beyond[0]))
+    return inside
 
 
 def scatter(pair: Pair, a: Metrics, b: Metrics) -> Figure:
