@@ -46,7 +46,7 @@ from machine import machine
 from sized_texts import PASSAGE, SizedTexts
 
 from index.passages import PassageFile
-from retriever.encoding.corpus import encode_passages
+from retriever.encoding.corpus import StoreOptions, encode_passages
 from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.windows import WINDOW
 from retriever.models.memory import EncodeMemory
@@ -218,7 +218,8 @@ def from_file(towers: Towers, corpus: Path, settings: EncodeOptions, store: Path
     """The seconds from a corpus file to the checksummed store."""
     source = {"name": "bench"}
     start = time.perf_counter()
-    encode_passages(towers, PassageFile(corpus), store, settings, source=source, dtype="float16", workers=workers)
+    storage = StoreOptions(dtype="float16", workers=workers)
+    encode_passages(towers, PassageFile(corpus), store, settings, source=source, storage=storage)
     return time.perf_counter() - start
 
 

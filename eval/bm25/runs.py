@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from eval.bm25.search import K1, B, bm25_run, bm25s_with
+from eval.bm25.search import K1, B, bm25_run, import_bm25s
 from eval.ranking import RankedRun, without_identical_ids
 from eval.runs import read_trec_run, write_trec_run
 from index.beir import BeirDataset, beir_file
@@ -18,7 +18,7 @@ BM25 = "BM25"
 LEFT_OUT = "identical ids left out"
 
 
-def kept_bm25_run(
+def cached_bm25_run(
     dataset: BeirDataset,
     folder: Path,
     k: int,
@@ -76,7 +76,7 @@ def bm25_details(stopwords: str | None = "en") -> dict[str, Any]:
     Raises:
         InputError: bm25s is not installed, or has no stop words of that language.
     """
-    made_by = bm25s_with(stopwords).__version__
+    made_by = import_bm25s(stopwords).__version__
     dropped = f"stop words of {stopwords} dropped" if stopwords else "no stop words dropped"
     tokens = f"words of two letters or more, Han and Hiragana by character; {dropped}; no stemming"
     return {"formula": "Lucene's", "k1": K1, "b": B, "tokens": tokens, "bm25s": made_by}

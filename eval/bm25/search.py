@@ -58,7 +58,7 @@ def bm25_run(
     """
     if k < 1:
         raise ValueError(f"k: expected at least 1, found {k}")
-    bm25s = bm25s_with(stopwords)
+    bm25s = import_bm25s(stopwords)
     ids, texts = [], []
     for passage in passages:
         ids.append(passage.id)
@@ -89,7 +89,7 @@ def bm25_run(
     return RankedRun(list(queries), ids, places, scores)
 
 
-def bm25s_with(stopwords: str | None) -> Any:
+def import_bm25s(stopwords: str | None) -> Any:
     """Import bm25s and check that it has stop words for the language.
 
     Raises:

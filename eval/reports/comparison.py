@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.bm25.runs import BM25, bm25_details, kept_bm25_run
-from eval.bm25.search import bm25s_with
+from eval.bm25.runs import BM25, bm25_details, cached_bm25_run
+from eval.bm25.search import import_bm25s
 from eval.compare import Pair, changed_queries, compare, most_changed, passages_to_show, texts_of
 from eval.fusion import RRF_K, fuse
 from eval.metrics import KS, MEASURES, Metrics, evaluate_run
@@ -133,7 +133,7 @@ def compare_to_report(request: Request, out: Path, reporter: Reporter, versions:
     if request.baseline is not None and request.baseline not in everything:
         raise InputError(f"--baseline: expected one of {', '.join(everything)}, found {request.baseline}")
     if request.bm25:
-        bm25s_with(request.stopwords)
+        import_bm25s(request.stopwords)
     # Before any of them is read, because the large ones take a while.
     files = {
         (name, dataset.name): run_file(path, dataset, len(datasets))
@@ -191,7 +191,7 @@ def _set(
     """All systems on one set, each by itself: what a run scores does not depend on the other runs."""
     whole = dict(given)
     if request.bm25:
-        whole[BM25] = kept_bm25_run(
+        whole[BM25] = cached_bm25_run(
             dataset,
             out / dataset.name,
             request.k,

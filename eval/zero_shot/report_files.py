@@ -9,10 +9,10 @@ from typing import Any
 
 from eval.reports import plots
 from eval.reports.html import detail_rows
-from eval.zero_shot import pictures
+from eval.zero_shot import figures
 from eval.zero_shot.classification import Classification
 from eval.zero_shot.evaluate import Evaluated
-from eval.zero_shot.pictures import OpenImage
+from eval.zero_shot.figures import OpenImage
 from eval.zero_shot.report import (
     SHOWN_CONFUSIONS,
     ZeroShotReport,
@@ -58,11 +58,11 @@ def write(folder: Path, report: ZeroShotReport, open_image: OpenImage) -> list[P
 
 def _draw(folder: Path, found: Evaluated, open_image: OpenImage) -> Iterator[tuple[str, str]]:
     name = found.dataset.name
-    plots.to_png(pictures.sheet(pictures.nearest(found), open_image), folder / name / "nearest.png", SHEET_DPI)
+    plots.to_png(figures.sheet(figures.nearest(found), open_image), folder / name / "nearest.png", SHEET_DPI)
     what = "classes" if isinstance(found.result, Classification) else "captions"
     yield f"{name}/nearest.png", f"the nearest images of some {what}; correct ones are framed"
     if isinstance(found.result, Classification) and len(found.result.labels):
-        plots.to_png(pictures.confusion(found.result), folder / name / "confusion.png")
+        plots.to_png(figures.confusion(found.result), folder / name / "confusion.png")
         yield f"{name}/confusion.png", "confusion matrix, normalized by class"
 
 
@@ -88,7 +88,7 @@ def _set_context(folder: Path, found: Evaluated, drawn: list[tuple[str, str]]) -
         "name": found.dataset.name,
         "rows": measure_rows(found),
         "notes": list(notes(found)),
-        "pictures": [(_data_uri(folder / path), caption) for path, caption in drawn],
+        "images": [(_data_uri(folder / path), caption) for path, caption in drawn],
         "errors": [],
         "classes": [],
     }

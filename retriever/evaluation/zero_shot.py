@@ -20,7 +20,7 @@ from eval.zero_shot.report_files import write
 from index.files import InputError
 from index.progress import Reporter
 from retriever.encoding.encoder import EncodeOptions, embed_texts
-from retriever.encoding.images import Decoder, embed_readable
+from retriever.encoding.image_encoder import ImageDecoder, embed_readable
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.images.transforms import open_image
@@ -99,7 +99,10 @@ def _evaluated(
     with reporter.bar(f"{dataset.name}: read", len(dataset.samples), "images") as advance:
         sha256 = dataset.sha256(advance)
     started = time.perf_counter()
-    with reporter.bar(f"{dataset.name}: embed", len(dataset.samples), "images") as advance, Decoder(towers) as decoder:
+    with (
+        reporter.bar(f"{dataset.name}: embed", len(dataset.samples), "images") as advance,
+        ImageDecoder(towers) as decoder,
+    ):
         images = embed_set(
             dataset,
             lambda some: embed_readable(towers, decoder, some, options),

@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from retriever.searching.search import Answer
 from retriever.serve import page
 from retriever.serve.batching import Busy, Closed, Engine
-from retriever.serve.images import Pictures
 from retriever.serve.requests import Limits, Refused, Wanted, from_address, from_json, read_body
+from retriever.serve.thumbnails import Pictures
 
 DEFAULT_K = 10
 # What every answer says: show nothing as another type than it is, tell no other site what was asked.

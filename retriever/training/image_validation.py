@@ -19,7 +19,7 @@ from retriever.config.run import DevConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.files import ticking
-from retriever.encoding.images import AT_ONCE, Decoder, embed_readable
+from retriever.encoding.image_encoder import DECODE_BATCH, ImageDecoder, embed_readable
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers
 
@@ -106,10 +106,10 @@ class ImageDev:
         vectors: list[np.ndarray] = []
         broken: dict[str, str] = {}
         bar = reporter.bar(f"{dataset.name}: pictures", len(dataset.samples), "pictures")
-        with bar as advance, Decoder(towers) as decoder:
+        with bar as advance, ImageDecoder(towers) as decoder:
             progress = ticking(advance, tick)
-            for start in range(0, len(dataset.samples), AT_ONCE):
-                some = dataset.samples[start : start + AT_ONCE]
+            for start in range(0, len(dataset.samples), DECODE_BATCH):
+                some = dataset.samples[start : start + DECODE_BATCH]
                 found, why = embed_readable(towers, decoder, [sample.image for sample in some], options, progress)
                 broken.update((some[row].image.name, reason) for row, reason in why.items())
                 rows = [row for row in range(len(some)) if row not in why]

@@ -78,8 +78,8 @@ class Serve(Embedding):
         from retriever.searching.search import open_indexes
         from retriever.serve.app import make_app
         from retriever.serve.batching import Batching, Engine, warm_up
-        from retriever.serve.images import Pictures
         from retriever.serve.requests import Limits
+        from retriever.serve.thumbnails import Pictures
 
         limits = Limits(self.max_body_bytes, self.max_query_chars, self.max_queries, self.max_k)
         batching = Batching(self.batch, self.batch_ms / 1000, max(self.max_waiting, self.max_queries))

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from index.passages import Passage
 from retriever.encoding.window_workers import corpus_windows, workers_for
-from retriever.encoding.windows import Cut, WindowMaker
+from retriever.encoding.windows import WindowBuilder, WindowSchedule
 from retriever.models.tokenizer import TextTokenizer
 
 # Windows larger than a pipe, of a corpus that takes its time before the row asked for.
@@ -25,7 +25,7 @@ SLOW = """
 import sys, time
 from transformers import AutoTokenizer
 from index.passages import Passage
-from retriever.encoding.windows import Cut, WindowMaker
+from retriever.encoding.windows import WindowSchedule, WindowBuilder
 from retriever.models.tokenizer import TextTokenizer
 from retriever.encoding.window_workers import corpus_windows
 
@@ -35,8 +35,8 @@ def corpus():
             time.sleep(0.001)
         yield Passage(str(number), "", "word " * 100)
 
-maker = WindowMaker(TextTokenizer(AutoTokenizer.from_pretrained(sys.argv[1]), 32), "", "store")
-windows = corpus_windows(corpus(), int(sys.argv[2]), Cut(65536, 1000, 8), maker, int(sys.argv[3]))
+maker = WindowBuilder(TextTokenizer(AutoTokenizer.from_pretrained(sys.argv[1]), 32), "", "store")
+windows = corpus_windows(corpus(), int(sys.argv[2]), WindowSchedule(65536, 1000, 8), maker, int(sys.argv[3]))
 try:
     print("begun", flush=True)
     print(len(next(windows)), flush=True)
@@ -89,14 +89,14 @@ def test_random_numbers_of_the_caller_are_left_alone_and_nothing_is_said(minilm:
     def corpus() -> Iterator[Passage]:
         yield from (Passage(str(number), "", "word") for number in range(10))
 
-    maker = WindowMaker(TextTokenizer(AutoTokenizer.from_pretrained(minilm), 32), "", "store")
+    maker = WindowBuilder(TextTokenizer(AutoTokenizer.from_pretrained(minilm), 32), "", "store")
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # More than there are windows, and than processors.
-        made = list(corpus_windows(corpus(), 3, Cut(100, 4, 8), maker, 5))
+        made = list(corpus_windows(corpus(), 3, WindowSchedule(100, 4, 8), maker, 5))
     assert torch.equal(torch.rand(1), expected)
     assert [window.ids for window in made] == [["3", "4", "5", "6"], ["7", "8", "9"]]
 
