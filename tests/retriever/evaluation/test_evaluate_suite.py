@@ -195,7 +195,7 @@ def test_reports_state_what_is_needed_to_do_it_again(world: Any, towers: Towers,
     sums = {f"{part} sha256": hashlib.sha256(path.read_bytes()).hexdigest() for part, path in files.items()}
     assert details["data"] == {"words": sums} and details["model sha256"] == towers.fingerprint()["sha256"]
     assert (details["split"], details["precision"], details["vectors"]) == ("test", "fp32", "float32")
-    assert details["search"].endswith("7 passages a query") and details["device"].startswith("cpu (")
+    assert details["search"].endswith("7 passages per query") and details["device"].startswith("cpu (")
     index = details["index"]["words"]
     assert (index["factory"], index["seed"], index["trained_on"], index["nprobe"]) == ("IVF2,Flat", 0, 20, 2)
     assert {"Python", "dense-retriever", "torch", "transformers", "sentence-transformers"} < details["versions"].keys()
