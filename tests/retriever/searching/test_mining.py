@@ -16,7 +16,7 @@ from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
 from retriever.config.sources import SourceConfig
 from retriever.data.sources import Notices, read_examples
-from retriever.searching.mining import mine
+from retriever.searching.mining import MiningOptions, mine
 
 
 def test_negatives_are_those_of_a_full_sort(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_negatives_are_those_of_a_full_sort(tmp_path: Path) -> None:
     out = tmp_path / "hard.jsonl"
     dataset = BeirDataset.open(folder, "train")
     store = EmbeddingStore.open(tmp_path / "store")
-    written, short = mine(dataset, store=store, queries=queries, out=out, negatives=5, depth=200, max_share=0.9)
+    written, short = mine(dataset, store=store, queries=queries, out=out, options=MiningOptions(5, 200, 0.9))
 
     mined = [json.loads(line) for line in out.read_text().splitlines()]
     assert written == len(mined) == 20
@@ -179,7 +179,7 @@ def _mined(corpus: dict, folder: Path) -> list[dict]:
         store=EmbeddingStore.open(folder / "store"),
         queries=np.array(corpus["query_vectors"], np.float32),
         out=out,
-        **{name: corpus[name] for name in ("negatives", "depth", "max_share", "keep_identical_ids")},
+        options=MiningOptions(corpus["negatives"], corpus["depth"], corpus["max_share"], corpus["keep_identical_ids"]),
     )
     mined = [json.loads(line) for line in out.read_text().splitlines()]
     assert written == len(mined) and short == sum(len(row["negatives"]) < corpus["negatives"] for row in mined)
