@@ -17,7 +17,7 @@ from eval.long_documents import WINDOWS
 from eval.metrics import KS, Metrics
 from eval.ranking import RankedRun
 from eval.reports.markdown import left_out_line
-from eval.reports.suite import SetResult, SuiteResult, sums, write_suite
+from eval.reports.suite import SetResult, SuiteResult, data_checksums, write_suite
 from eval.runs import write_trec_run
 from eval.sets.plan import Plan, Task, check_outside, rows_of_tasks
 from index.beir import BeirDataset
@@ -195,7 +195,7 @@ class Suite:
         if run.left_out:
             self._reporter.line(left_out_line(task.name, run.left_out))
         searched = time.perf_counter()
-        result = SetResult(run, self._score(dataset, run), dataset.qrels, sums(dataset, store))
+        result = SetResult(run, self._score(dataset, run), dataset.qrels, data_checksums(dataset, store))
         result.seconds = {
             "encode corpus": corpus_encoded - started,
             "encode queries": queries_encoded - corpus_encoded,
