@@ -112,9 +112,9 @@ def plan(data: Sequence[str | Path], home: Path | None = None, split: str | None
         folder = Path(entry)
         if str(entry) == WHOLE and not folder.is_dir():
             for definition in BEIR:
-                here = None if home is None else home / definition.name
-                if here is not None and here.is_dir():
-                    tasks += _tasks(here, split)
+                inside_home = None if home is None else home / definition.name
+                if inside_home is not None and inside_home.is_dir():
+                    tasks += _tasks(inside_home, split)
                 else:
                     absent.append(definition.name)
         elif str(entry) in BY_NAME and not folder.is_dir():
