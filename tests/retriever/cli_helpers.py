@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,17 @@ def command(*arguments: object, stdin: str = "") -> Outcome:
         except SystemExit as end:
             code = int(end.code or 0)
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def assert_refused(outcome: Outcome, code: int, *patterns: str) -> None:
+    """Check the exit code, and that the last line is the only error and matches all patterns."""
+    assert outcome.code == code, (outcome.out, outcome.err)
+    lines = outcome.err.splitlines()
+    assert lines and lines[-1].startswith("retriever: "), outcome.err
+    assert sum(line.startswith("retriever: ") for line in lines) == 1
+    assert "Traceback" not in outcome.err
+    for pattern in patterns:
+        assert re.search(pattern, lines[-1]), (pattern, lines[-1])
 
 
 def write_lines(path: Path, rows: list[object]) -> Path:

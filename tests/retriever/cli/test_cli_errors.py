@@ -17,23 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_helpers import Outcome, command, write_beir, write_config, write_lines
+from cli_helpers import Outcome, assert_refused, command, write_beir, write_config, write_lines
 
 from retriever.config.run import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 ROW = {"question": "what is a cat?", "answer": "a small animal", "wrong": ["a tool"]}
-
-
-def assert_refused(outcome: Outcome, code: int, *patterns: str) -> None:
-    """The last line is the error, the only one that is not a notice, and all of `patterns` are in it."""
-    assert outcome.code == code, (outcome.out, outcome.err)
-    lines = outcome.err.splitlines()
-    assert lines and lines[-1].startswith("retriever: "), outcome.err
-    assert sum(line.startswith("retriever: ") for line in lines) == 1
-    assert "Traceback" not in outcome.err
-    for pattern in patterns:
-        assert re.search(pattern, lines[-1]), (pattern, lines[-1])
 
 
 def trained_with(tmp_path: Path, tiny: ModelConfig, rows: list[object], **other: object) -> Outcome:

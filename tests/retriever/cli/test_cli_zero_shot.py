@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import command, write_lines
+from cli_helpers import assert_refused, command, write_lines
 from image_helpers import draw, save_checkpoint
-from test_cli_errors import assert_refused
 
 COLOURS, SHAPES = ("red", "green", "blue"), ("square", "circle")
 

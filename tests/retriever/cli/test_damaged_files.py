@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import command
-from test_cli_errors import assert_refused
+from cli_helpers import assert_refused, command
 
 INDEX_FILES = ("index.faiss", "ids.txt", "passages.jsonl", "passages.offsets.npy", "manifest.json")
 STORE_FILES = ("00000.npy", "00000.ids", "00000.jsonl", "manifest.json")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import command
-from test_cli_errors import assert_refused
+from cli_helpers import assert_refused, command
 
 from index.files import InputError
 from retriever.models.loading.hashes import SUMS_FILE, check_sums

@@ -12,11 +12,10 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
-from cli_helpers import command, write_lines
+from cli_helpers import assert_refused, command, write_lines
 from image_helpers import COLOURS, SHAPES, cache_as_hub_name, draw, save_checkpoint
 from PIL import Image
 from serve_helpers import serving
-from test_cli_errors import assert_refused
 
 from index.store.reader import EmbeddingStore
 from retriever.encoding import image_folder
@@ -134,7 +133,7 @@ def test_invalid_image_arguments_are_one_line_errors(world: Path, minilm: str, t
     assert_refused(command(*words), 1, "drawn: expected a corpus for ")
     words[2] = "acme/none"
     assert_refused(command(*words), 1, "acme/none: no such folder, and no such model on the hub")
-    words = ["serve", *model, *index, "--port", 0, "--pictures"]
+    words = ["serve", *model, *index, "--port", 0, "--images"]
     assert_refused(command(*words, tmp_path / "gone"), 1, "gone: no such folder")
     assert_refused(command(*words, tmp_path / "empty"), 1, "expected the folder whose images were indexed")
 
@@ -154,7 +153,7 @@ def test_the_service_shows_thumbnails_of_indexed_images_and_no_other_files(world
     # An indexed image is replaced by a link out of the folder.
     outside.symlink_to(world / "secret.png")
     try:
-        with serving(world / "model", world / "index", "--pictures", world / "drawn") as server:
+        with serving(world / "model", world / "index", "--images", world / "drawn") as server:
             _, page, headers = server.ask("GET", "/?q=a+red+circle&k=5")
             urls = [part.partition('"')[0].replace("&amp;", "&") for part in page.split('src="')[1:]]
             assert len(urls) == 5 and all(url.startswith("/image?id=") for url in urls)
