@@ -79,7 +79,7 @@ class Estimate:
     def __str__(self) -> str:
         time = "" if self.seconds is None else f"about {_duration(self.seconds)} of encoding, "
         return (
-            f"{time}{self.tokens:,.0f} tokens, {self.memory / MIB:,.0f} MiB of memory beside the model, "
+            f"{time}{self.tokens:,.0f} tokens, {self.memory / MIB:,.0f} MiB of memory in addition to the model, "
             f"{self.disk / MIB:,.0f} MiB on disk ({self.free / MIB:,.0f} MiB free)"
         )
 

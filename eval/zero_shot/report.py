@@ -83,7 +83,7 @@ def notes(evaluated: Evaluated) -> Iterator[str]:
     if isinstance(result, Classification):
         own = "the set's own" if dataset.own_templates else "the project's own"
         yield (
-            f"{images:,} images, {len(dataset.classes):,} classes, {len(dataset.templates)} prompts a class ({own}). "
+            f"{images:,} images, {len(dataset.classes):,} classes, {len(dataset.templates)} prompts per class ({own}). "
             "Chance: a random order."
         )
         absent = [row.name for row in result.per_class if not row.images]
