@@ -328,7 +328,7 @@ def test_a_length_above_that_of_the_model_is_refused(towers: Towers) -> None:
     [
         (["--download"], "--download: expected --home"),
         (["--factory", "Flat", "--index", "i"], "--factory: give a factory string or an index"),
-        (["--overlap", "-1"], "--overlap: expected 0 or more"),
+        (["--overlap", "-1"], "--overlap: expected"),
     ],
 )
 def test_invalid_flags_are_one_line_errors(arguments: list[str], message: str) -> None:
