@@ -64,6 +64,9 @@ class Metrics:
     """Judged queries without results in the run; each counts as 0 in the mean."""
     identical_ids_left_out: int = 0
     """Number of passages removed from the run because they have their query's id and the pair is not judged."""
+    depth: int | None = None
+    """Largest number of passages that the run ranks for a judged query; recall does not grow beyond this cut-off.
+    None if it is not known."""
 
 
 def drop_identical_ids(
@@ -121,23 +124,27 @@ def evaluate_run(
     answered = np.zeros(len(qrels), dtype=bool)
     positions = np.array([-1 if (position := ranked.position(query)) is None else position for query in qrels])
     # One more than the deepest cut-off, in case an identical id is removed.
-    depth = cuts[-1] + 1
+    width = cuts[-1] + 1
+    depth = 0
     left_out = ranked.left_out
     for start in range(0, len(qrels), QUERY_BATCH):
         part = slice(start, start + QUERY_BATCH)
         rows = np.where(positions[part, None] >= 0, ranked.rows[positions[part]], -1) if len(ranked) else None
         if rows is None or not rows.size:
             break
+        counts = (rows >= 0).sum(axis=1)
         if drop_identical:
             dropped = (rows == judged.identical_id_rows[part, None]) & (rows >= 0)
             left_out += int(dropped.sum())
-            rows = _drop(rows[:, :depth], dropped[:, :depth])
-        rows = rows[:, :depth]
+            counts -= dropped.sum(axis=1)
+            rows = _drop(rows[:, :width], dropped[:, :width])
+        rows = rows[:, :width]
+        depth = max(depth, int(counts.max()))
         answered[part] = (rows >= 0).any(axis=1)
         values[part] = np.hstack(_measures(judged.grades(part, rows), judged.counts[part], judged.ideal(part), cuts))
     mean = {name: math.fsum(column) / len(qrels) for name, column in zip(names, values.T.tolist(), strict=True)}
     missing = [query for query, found in zip(qrels, answered.tolist(), strict=True) if not found]
-    return Metrics(mean, PerQuery(list(qrels), names, values), missing, left_out)
+    return Metrics(mean, PerQuery(list(qrels), names, values), missing, left_out, depth)
 
 
 class _Judgements:

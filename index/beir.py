@@ -23,7 +23,7 @@ GRADE_HEADS = ("score", "relevance", "rel", "label", "grade")
 # Column positions in a line of qrels.
 QUERY, PASSAGE = 0, -2
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
-# Words that stand for values, and not for columns.
+# Values, not names of columns: a first line that contains one is not a header.
 NO_GRADES = ("nan", "inf", "infinity", "true", "false", "none", "null")
 # Grades are stored as 64-bit integers; no data set in use has larger ones.
 GRADE_LIMIT = 2**31

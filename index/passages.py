@@ -38,7 +38,7 @@ def heading(title: str, text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """The text without case, and with one blank for any white space: texts that agree in it say the same."""
+    """Casefold a text and collapse its white space; texts with the same result count as the same text."""
     return " ".join(text.casefold().split())
 
 
@@ -107,8 +107,8 @@ class PassageFile(Iterable[Passage]):
     """An iterable of the passages of a file that can be iterated more than once.
 
     Raises:
-        InputError: at the end of an iteration, if the file has changed since this object was made; a checksum computed
-            before would be that of another file.
+        InputError: at the end of an iteration, if the file has changed since this object was created, because a
+            checksum computed before would no longer match.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,1 +1,1 @@
-"""BM25: the search, and its runs kept on disk."""
+"""BM25 search, and a cache of its runs on disk."""

@@ -1,4 +1,4 @@
-"""The lexical baseline: BM25 over a corpus in memory, computed by bm25s."""
+"""The lexical baseline: BM25 over a corpus in memory, with bm25s."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from eval.ranking import RankedRun
 from index.files import InputError
 from index.passages import Passage
 
+# The defaults of Anserini and BEIR.
 K1, B = 0.9, 0.4
 
 # Han and Hiragana have no spaces between words: each character is a token, as in Lucene's StandardTokenizer.
@@ -58,7 +59,7 @@ def bm25_run(
     """
     if k < 1:
         raise ValueError(f"k: expected at least 1, found {k}")
-    bm25s = bm25s_with(stopwords)
+    bm25s = import_bm25s(stopwords)
     ids, texts = [], []
     for passage in passages:
         ids.append(passage.id)
@@ -73,23 +74,23 @@ def bm25_run(
         return RankedRun.of({query: {} for query in queries})
     scorer = bm25s.BM25(method="lucene", k1=k1, b=b)
     scorer.index(tokens, show_progress=False)
-    asked = bm25s.tokenize(list(queries.values()), return_ids=False, **options)
+    query_tokens = bm25s.tokenize(list(queries.values()), return_ids=False, **options)
 
     id_order = np.empty(len(ids), dtype=np.int64)
     id_order[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
-    places = np.full((len(queries), min(k, len(ids))), -1, dtype=np.int32)
-    scores = np.zeros(places.shape, dtype=np.float32)
-    for number, words in enumerate(asked):
+    rows = np.full((len(queries), min(k, len(ids))), -1, dtype=np.int32)
+    scores = np.zeros(rows.shape, dtype=np.float32)
+    for query, words in enumerate(query_tokens):
         known = scorer.get_tokens_ids(words)
         if known:
-            found, values = _top(scorer.get_scores_from_ids(known), id_order, k)
-            places[number, : len(found)], scores[number, : len(found)] = found, values
+            best, values = _top(scorer.get_scores_from_ids(known), id_order, k)
+            rows[query, : len(best)], scores[query, : len(best)] = best, values
         if progress is not None:
             progress(1)
-    return RankedRun(list(queries), ids, places, scores)
+    return RankedRun(list(queries), ids, rows, scores)
 
 
-def bm25s_with(stopwords: str | None) -> Any:
+def import_bm25s(stopwords: str | None) -> Any:
     """Import bm25s and check that it has stop words for the language.
 
     Raises:

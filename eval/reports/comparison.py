@@ -1,4 +1,4 @@
-"""Runs side by side: those of models, of other programs, BM25's and fused ones, on BEIR folders, to one report."""
+"""Comparison of systems on BEIR sets in one report: run files, BM25, and fused runs."""
 
 from __future__ import annotations
 
@@ -9,85 +9,91 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.bm25.runs import BM25, bm25_details, kept_bm25_run
-from eval.bm25.search import bm25s_with
+from eval.bm25.runs import BM25, bm25_details, cached_bm25_run
+from eval.bm25.search import import_bm25s
 from eval.compare import Pair, changed_queries, compare, most_changed, passages_to_show, texts_of
 from eval.fusion import RRF_K, fuse
 from eval.metrics import KS, MEASURES, Metrics, evaluate_run
-from eval.ranking import RankedRun, without_identical_ids
+from eval.ranking import RankedRun
 from eval.reports.files import write
 from eval.reports.report import Changes, Report, ReportSet
-from eval.reports.run_hashes import check_run
-from eval.runs import read_trec_run, write_trec_run
-from eval.sets.plan import check_outside, plan
+from eval.reports.run_files import find_run, read_judged_run
+from eval.runs import write_trec_run
+from eval.sets.plan import Plan, check_outside, plan
 from eval.significance import PERMUTATIONS
 from index.beir import BeirDataset, beir_file
 from index.files import InputError, read_json, sha256_file
 from index.progress import Reporter
 
-# Between the usual cut-offs, for the curves.
+# The default cut-offs, and more for the recall curves.
 CUTS = tuple(sorted({*KS, 2, 20, 50, 200, 500}))
 DEFAULT = "ndcg@10"
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """A hybrid of systems of the same table."""
+    """A fusion of systems of the same comparison."""
 
     parts: tuple[str, ...]
-    """Names of at least two."""
+    """Names of at least two systems."""
     method: str = "rrf"
     weights: tuple[float, ...] = ()
-    """One a part; none: all 1."""
+    """One weight per part; empty: all 1."""
 
     @property
     def name(self) -> str:
-        """How the row is called: "MiniLM+BM25 (rrf)"."""
+        """The name of the fused system, such as "MiniLM+BM25 (rrf)"."""
         shares = f" {':'.join(f'{weight:g}' for weight in self.weights)}" if self.weights else ""
         return f"{'+'.join(self.parts)} ({self.method}{shares})"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare, and how."""
+    """What to compare, and how; see `compare_to_report`."""
 
     systems: Mapping[str, Path]
-    """Name -> a TREC run file, or the folder of a report with DATA/run.trec for each data set."""
+    """Name -> a TREC run file, or the folder of a report with SET/run.trec for each set."""
     data: Sequence[str | Path]
-    """BEIR folders, folders of them, or names of BEIR's sets below `home`."""
+    """BEIR folders, folders that contain BEIR folders, or names of BEIR sets in `home`."""
     home: Path | None = None
+    """Folder that contains sets by name."""
     split: str | None = None
-    """None: test, and dev of MS MARCO."""
+    """Split of the qrels. None: dev for MS MARCO, test for all others."""
     title: str = ""
+    """Title of the report; empty: the names of the sets."""
     dangling: bool = False
-    """Go on where qrels judge queries that are not there; they count as 0."""
+    """Continue if the qrels judge queries that do not exist; they count as 0."""
     keep_identical_ids: bool = False
-    """Leave no passage out of a run for having its query's id."""
+    """Keep passages that have the id of their query."""
     bm25: bool = False
+    """Whether to add BM25 as a system."""
     stopwords: str | None = "en"
-    """Language whose stop words BM25 drops, as bm25s names it."""
+    """Language of the stop words that BM25 removes (a name of bm25s); None removes none."""
     fusions: Sequence[Fusion] = ()
     measure: str | None = None
-    """None: nDCG@10. It may be deeper than a run, which then has nothing more to add, as in trec_eval."""
+    """Measure of the comparison; None: nDCG@10. It may be deeper than a run, as in trec_eval."""
     baseline: str | None = None
+    """System with which all others are compared; None: all pairs are compared."""
     k: int = 1000
-    """Passages a query that are scored, that a hybrid returns, and that BM25 finds."""
+    """Passages per query that are scored, and that BM25 and fused systems return."""
     permutations: int = PERMUTATIONS
+    """Permutations of the randomization test."""
     seed: int = 0
+    """Seed of the randomization test."""
     changed: int = 4
-    """Queries shown that one system does better, and as many that it does worse."""
+    """Number of most improved queries to show, and of most worsened ones."""
 
 
 def named_systems(words: Sequence[str]) -> dict[str, Path]:
-    """NAME=PATH, or PATH for the name of the file or folder, as name -> path.
+    """Parse NAME=PATH, or PATH with the name of the file or folder as the name, to name -> path.
 
     Raises:
-        InputError: a path is not there, or two systems have the same name.
+        InputError: a path does not exist, or two systems have the same name.
     """
     systems: dict[str, Path] = {}
     for word in words:
-        name, equals, rest = word.partition("=")
-        path = Path(rest) if equals and not Path(word).exists() else Path(word)
+        name, separator, rest = word.partition("=")
+        path = Path(rest) if separator and not Path(word).exists() else Path(word)
         if path == Path(word):
             name = path.resolve().name.removesuffix(".gz").removesuffix(".txt").removesuffix(".trec")
         if not path.exists():
@@ -100,87 +106,81 @@ def named_systems(words: Sequence[str]) -> dict[str, Path]:
 
 
 def compare_to_report(request: Request, out: Path, reporter: Reporter, versions: Mapping[str, str]) -> Report:
-    """Score every system on every set, test them against each other, and write the report into `out`.
+    """Score every system on every set, compare the systems, and write the report into `out`.
 
-    OUT/report.json, report.md, report.html, report.png, and OUT/DATA/NAME.trec for the runs that were made here.
+    Writes OUT/report.json, report.md, report.html and report.png, and OUT/SET/NAME.trec for BM25 and fused systems.
+
+    Args:
+        request: what to compare.
+        out: the folder of the report, outside the sets.
+        reporter: shows progress.
+        versions: package -> version, for the report.
+
+    Returns:
+        The report that was written.
 
     Raises:
-        InputError: a file is missing or broken, a run is of other queries, or there is nothing to compare by.
+        InputError: a file is missing or invalid, a run has other queries, or the request is invalid; the message then
+            begins with the flag of `retriever evaluate compare`.
     """
     measure = request.measure or DEFAULT
-    name, _, cut = measure.partition("@")
-    if name not in MEASURES or cut not in map(str, CUTS):
-        cuts = ", ".join(map(str, CUTS))
-        raise InputError(f"--measure: expected one of {', '.join(MEASURES)} @ {cuts}, found {request.measure}")
-    here = plan(request.data, request.home, request.split)
-    check_outside(out, here.tasks)
+    sets_plan = plan(request.data, request.home, request.split)
+    _check_request(request, measure, sets_plan, out)
     datasets = [
         dataclasses.replace(BeirDataset.open(task.folder, task.split, dangling=request.dangling), name=task.name)
-        for task in here.tasks
+        for task in sets_plan.tasks
     ]
-    if not datasets:
-        raise InputError(f"--data: expected at least one set that is here, found none of {', '.join(here.absent)}")
-    known = [*request.systems, *([BM25] if request.bm25 else [])]
-    for fusion in request.fusions:
-        lost = [part for part in fusion.parts if part not in known]
-        if lost:
-            raise InputError(f"--fuse: expected names among {', '.join(known)}, found {lost[0]}")
-    everything = [*known, *(fusion.name for fusion in request.fusions)]
-    if len(set(everything)) < len(everything):
-        raise InputError(f"--fuse: expected each hybrid once, found {', '.join(everything[len(known) :])}")
-    if out.resolve() in {path.resolve() for path in request.systems.values()}:
-        raise InputError(f"--out: expected a folder of its own, found {out}, the report of a system")
-    if request.baseline is not None and request.baseline not in everything:
-        raise InputError(f"--baseline: expected one of {', '.join(everything)}, found {request.baseline}")
     if request.bm25:
-        bm25s_with(request.stopwords)
-    # Before any of them is read, because the large ones take a while.
+        import_bm25s(request.stopwords)
+    # All files are found before the first is read, because large runs take a while.
     files = {
-        (name, dataset.name): run_file(path, dataset, len(datasets))
+        (name, dataset.name): find_run(path, dataset, len(datasets))
         for name, path in request.systems.items()
         for dataset in datasets
     }
     runs = {
         dataset.name: {
-            name: _judged_run(files[name, dataset.name], dataset, request.keep_identical_ids)
+            name: read_judged_run(files[name, dataset.name], dataset, request.keep_identical_ids)
             for name in request.systems
         }
         for dataset in datasets
     }
     sets = []
-    for task, dataset in zip(here.tasks, datasets, strict=True):
-        found = _set(request, dataset, runs[dataset.name], measure, out, reporter)
-        sets.append(dataclasses.replace(found, row=task.row))
-    splits = ", ".join(dict.fromkeys(task.split for task in here.tasks))
-    title = request.title or f"{', '.join(dict.fromkeys(task.row for task in here.tasks))} ({splits})"
+    for task, dataset in zip(sets_plan.tasks, datasets, strict=True):
+        report_set = _compare_on_set(request, dataset, runs[dataset.name], measure, out, reporter)
+        sets.append(dataclasses.replace(report_set, row=task.row))
+    splits = ", ".join(dict.fromkeys(task.split for task in sets_plan.tasks))
+    title = request.title or f"{', '.join(dict.fromkeys(task.row for task in sets_plan.tasks))} ({splits})"
     details = {**_details(request, datasets, files, sets), "versions": dict(versions)}
-    report = Report(title, sets, details, measure, here.absent)
+    report = Report(title, sets, details, measure, sets_plan.absent)
     write(out, report)
     return report
 
 
-def run_file(path: Path, dataset: BeirDataset, datasets: int) -> Path:
-    """The run of a system on a data set.
+def _check_request(request: Request, measure: str, sets_plan: Plan, out: Path) -> None:
+    """Raise an InputError that names the flag if the request is invalid."""
+    name, _, cut = measure.partition("@")
+    if name not in MEASURES or cut not in map(str, CUTS):
+        cuts = ", ".join(map(str, CUTS))
+        raise InputError(f"--measure: expected one of {', '.join(MEASURES)} @ {cuts}, found {request.measure}")
+    check_outside(out, sets_plan.tasks)
+    if not sets_plan.tasks:
+        raise InputError(f"--data: expected at least one set that is here, found none of {', '.join(sets_plan.absent)}")
+    known = [*request.systems, *([BM25] if request.bm25 else [])]
+    for fusion in request.fusions:
+        unknown = [part for part in fusion.parts if part not in known]
+        if unknown:
+            raise InputError(f"--fuse: expected names among {', '.join(known)}, found {unknown[0]}")
+    names = [*known, *(fusion.name for fusion in request.fusions)]
+    if len(set(names)) < len(names):
+        raise InputError(f"--fuse: expected each hybrid once, found {', '.join(names[len(known) :])}")
+    if out.resolve() in {path.resolve() for path in request.systems.values()}:
+        raise InputError(f"--out: expected a folder of its own, found {out}, the report of a system")
+    if request.baseline is not None and request.baseline not in names:
+        raise InputError(f"--baseline: expected one of {', '.join(names)}, found {request.baseline}")
 
-    Raises:
-        InputError: a report's folder has none for this set or a damaged one, or one file is given for several sets.
-    """
-    if path.is_dir():
-        for place in (path / dataset.name / "run.trec", path / "run.trec"):
-            if place.is_file() and (datasets == 1 or place.parent != path):
-                check_run(path, dataset.name, place)
-                return place
-        raise InputError(
-            f"{path}: expected {dataset.name}/run.trec, as `retriever evaluate beir` writes it, found none"
-        )
-    if datasets > 1:
-        raise InputError(
-            f"{path}: expected one data folder for a run file, found {datasets}; or a folder of DATA/run.trec"
-        )
-    return path
 
-
-def _set(
+def _compare_on_set(
     request: Request,
     dataset: BeirDataset,
     given: Mapping[str, RankedRun],
@@ -188,10 +188,10 @@ def _set(
     out: Path,
     reporter: Reporter,
 ) -> ReportSet:
-    """All systems on one set, each by itself: what a run scores does not depend on the other runs."""
-    whole = dict(given)
+    """Compare all systems on one set, the runs `given` and those of BM25 and the fusions."""
+    uncut = dict(given)
     if request.bm25:
-        whole[BM25] = kept_bm25_run(
+        uncut[BM25] = cached_bm25_run(
             dataset,
             out / dataset.name,
             request.k,
@@ -200,12 +200,12 @@ def _set(
             keep_identical_ids=request.keep_identical_ids,
         )
     for fusion in request.fusions:
-        # Of whole runs: where one is cut, the others' passages get another score.
-        parts = [whole[part] for part in fusion.parts]
-        whole[fusion.name] = fuse(parts, fusion.method, weights=fusion.weights or None, k=request.k)
+        # Runs are fused before they are cut, because a cut changes the fused scores.
+        parts = [uncut[part] for part in fusion.parts]
+        uncut[fusion.name] = fuse(parts, fusion.method, weights=fusion.weights or None, k=request.k)
         file = _file_name(fusion.name)
-        write_trec_run(out / dataset.name / f"{file}.trec", whole[fusion.name], file)
-    runs = {name: run.cut(request.k) for name, run in whole.items()}
+        write_trec_run(out / dataset.name / f"{file}.trec", uncut[fusion.name], file)
+    runs = {name: run.cut(request.k) for name, run in uncut.items()}
     depths = sorted(run.depth for run in runs.values())
     depth = f"{depths[0]:,}" if depths[0] == depths[-1] else f"{depths[0]:,} to {depths[-1]:,}"
     reporter.line(f"{dataset.name}: {len(runs)} runs, {len(dataset.qrels):,} queries, {depth} passages a query")
@@ -214,18 +214,6 @@ def _set(
     pairs = compare(systems, measure, baseline=request.baseline, permutations=request.permutations, seed=request.seed)
     changes = _changes(request, dataset, systems, runs, pairs, measure)
     return ReportSet(dataset.name, systems, pairs, changes, runs, dataset.qrels)
-
-
-def _judged_run(path: Path, dataset: BeirDataset, keep_identical_ids: bool) -> RankedRun:
-    """The run's judged queries, without what has its query's id and is not judged for it, unless that is kept."""
-    run = read_trec_run(path)
-    places = [place for query in dataset.qrels if (place := run.position(query)) is not None]
-    if not places:
-        first = next(iter(run.queries), "none at all")
-        raise InputError(f"{path}: expected queries of {dataset.folder}, split {dataset.split}, found {first}")
-    queries = [run.queries[place] for place in places]
-    judged = RankedRun(queries, run.passages, run.rows[places], run.scores[places])
-    return judged if keep_identical_ids else without_identical_ids(judged, dataset.qrels)
 
 
 def _file_name(name: str) -> str:
@@ -240,24 +228,24 @@ def _changes(
     pairs: Sequence[Pair],
     measure: str,
 ) -> list[Changes]:
-    """Of each system against the baseline, or against the first."""
-    first = request.baseline or next(iter(systems))
-    shown = [pair for pair in pairs if pair.a == first]
-    wanted = [most_changed(systems[pair.a], systems[pair.b], measure, request.changed) for pair in shown]
+    """The most changed queries of each system against the baseline, or against the first system."""
+    baseline = request.baseline or next(iter(systems))
+    shown = [pair for pair in pairs if pair.a == baseline]
+    changed = [most_changed(systems[pair.a], systems[pair.b], measure, request.changed) for pair in shown]
     ids = {
         passage
-        for pair, found in zip(shown, wanted, strict=True)
-        for query in (*found[0], *found[1])
+        for pair, (better, worse) in zip(shown, changed, strict=True)
+        for query in (*better, *worse)
         for passage, _, _ in passages_to_show(query, dataset.qrels, runs[pair.a], runs[pair.b])
     }
     texts = texts_of(dataset.passages(), ids) if ids else {}
     changes = []
-    for pair, found in zip(shown, wanted, strict=True):
+    for pair, directions in zip(shown, changed, strict=True):
         both = (systems[pair.a], systems[pair.b]), (runs[pair.a], runs[pair.b])
-        better, worse = (
-            changed_queries(queries, dataset.queries, dataset.qrels, *both, measure, texts) for queries in found
+        improved, worsened = (
+            changed_queries(queries, dataset.queries, dataset.qrels, *both, measure, texts) for queries in directions
         )
-        changes.append(Changes(pair, better, worse))
+        changes.append(Changes(pair, improved, worsened))
     return changes
 
 
@@ -267,7 +255,7 @@ def _details(
     files: Mapping[tuple[str, str], Path],
     sets: Sequence[ReportSet],
 ) -> dict[str, Any]:
-    """What is needed to do it again."""
+    """What is needed to reproduce the comparison."""
     details: dict[str, Any] = {}
     for name, path in request.systems.items():
         runs = {f"run {data.name} sha256": sha256_file(files[name, data.name]) for data in datasets}
@@ -276,26 +264,26 @@ def _details(
         details[BM25] = bm25_details(request.stopwords)
     for fusion in request.fusions:
         details[fusion.name] = f"{fusion.method}, k {RRF_K}" if fusion.method == "rrf" else fusion.method
-    for data, found in zip(datasets, sets, strict=True):
+    for data, report_set in zip(datasets, sets, strict=True):
         names = ("corpus.jsonl", "queries.jsonl", f"qrels/{data.split}.tsv")
         details[f"data {data.name}"] = {
             "split": data.split,
-            "passages a query": {name: run.depth for name, run in found.runs.items()},
+            "passages a query": {name: run.depth for name, run in report_set.runs.items()},
             **{f"{name} sha256": sha256_file(beir_file(data.folder, name)) for name in names},
         }
     details["identical ids"] = "kept" if request.keep_identical_ids else "left out where not judged"
     details["tests"] = (
-        f"paired by query, two-sided; randomisation with {request.permutations:,} sign patterns, seed {request.seed}; "
+        f"paired by query, two-sided; randomization with {request.permutations:,} permutations, seed {request.seed}; "
         f"Holm over {'all pairs' if request.baseline is None else f'the pairs with {request.baseline}'} of a set"
     )
     return details
 
 
 def _details_of_report(path: Path) -> dict[str, Any]:
-    """How a model's report says that its numbers came to be."""
+    """The details in the report of a model, if there are any."""
     report = path / "report.json"
     if not report.is_file():
         return {}
     values = read_json(report)
-    found = values.get("details") if isinstance(values, dict) else None
-    return dict(found) if isinstance(found, dict) else {}
+    details = values.get("details") if isinstance(values, dict) else None
+    return dict(details) if isinstance(details, dict) else {}

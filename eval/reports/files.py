@@ -33,7 +33,7 @@ def write(folder: Path, report: Report) -> list[Path]:
     Raises:
         InputError: the report has no sets, or no set has a system.
     """
-    if not report.sets or not all(found.systems for found in report.sets):
+    if not report.sets or not all(report_set.systems for report_set in report.sets):
         raise InputError(f"{folder}: expected at least one result to report, found none")
     paths = [folder / "report.json", folder / "report.md", folder / "report.html"]
     draw = plots.available()
@@ -52,19 +52,19 @@ def json_of(report: Report) -> dict[str, Any]:
         "measure": report.measure,
         "details": dict(report.details),
         "sets": {
-            found.name: {
-                "queries": found.queries,
+            report_set.name: {
+                "queries": report_set.queries,
                 "systems": {
                     name: {"mean": metrics.mean, "missing_queries": metrics.missing}
-                    for name, metrics in found.systems.items()
+                    for name, metrics in report_set.systems.items()
                 },
                 "identical_ids_left_out": {
-                    name: metrics.identical_ids_left_out for name, metrics in found.systems.items()
+                    name: metrics.identical_ids_left_out for name, metrics in report_set.systems.items()
                 },
-                "comparisons": [_pair_json(pair) for pair in found.pairs],
-                "changes": [_changes_json(changes) for changes in found.changes],
+                "comparisons": [_pair_json(pair) for pair in report_set.pairs],
+                "changes": [_changes_json(changes) for changes in report_set.changes],
             }
-            for found in report.sets
+            for report_set in report.sets
         },
         "absent": list(report.absent),
     }
@@ -89,11 +89,11 @@ def _changes_json(changes: Changes) -> dict[str, Any]:
 
 def plot(path: Path, report: Report) -> bool:
     """Draw the headline measures as bars to a PNG file; False, with a warning, if the systems share none of them."""
-    known = [metrics.mean.keys() for found in report.sets for metrics in found.systems.values()]
+    known = [metrics.mean.keys() for report_set in report.sets for metrics in report_set.systems.values()]
     measures = shown(PLOTTED, set(known[0]).intersection(*known[1:]))
     if not measures:
         log.warning("no plot: no cut-off of nDCG and recall is common to all systems")
         return False
     with plots.style():
-        plots.to_png(plots.bars({found.name: found.systems for found in report.sets}, measures), path)
+        plots.to_png(plots.bars({report_set.name: report_set.systems for report_set in report.sets}, measures), path)
     return True

@@ -67,7 +67,9 @@ def number(value: float | None) -> str:
 
 def headline(report: Report) -> list[str]:
     """The measures of the tables by set; the measure of the report comes first."""
-    found = {measure for one in report.sets for metrics in one.systems.values() for measure in metrics.mean}
+    found = {
+        measure for report_set in report.sets for metrics in report_set.systems.values() for measure in metrics.mean
+    }
     return [measure for measure in dict.fromkeys((report.measure, *shown(HEADLINE, found))) if measure in found]
 
 
@@ -92,11 +94,11 @@ def _plots(report: Report) -> dict[str, list[Plot]]:
     from eval.reports import plots
 
     with plots.style():
-        found = {one.name: list(_set_plots(one)) for one in report.sets}
-        if any(report.measure in metrics.mean for one in report.sets for metrics in one.systems.values()):
-            sets = {one.name: one.systems for one in report.sets}
-            found[""] = [_plot(plots.bars(sets, [report.measure]), f"{measure_name(report.measure)} by set")]
-    return found
+        drawn = {report_set.name: list(_set_plots(report_set)) for report_set in report.sets}
+        if any(report.measure in metrics.mean for report_set in report.sets for metrics in report_set.systems.values()):
+            sets = {report_set.name: report_set.systems for report_set in report.sets}
+            drawn[""] = [_plot(plots.bars(sets, [report.measure]), f"{measure_name(report.measure)} by set")]
+    return drawn
 
 
 def _set_plots(found: ReportSet) -> Iterator[Plot]:

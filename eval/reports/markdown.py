@@ -50,8 +50,8 @@ def overview_rows(report: Report) -> Iterator[tuple[str, str, list[float | None]
     """Rows (set, number of queries, one value per system) of the overview, followed by the means over sets."""
     systems = report.systems
     rows: dict[str, list[ReportSet]] = {}
-    for found in report.sets:
-        rows.setdefault(found.row or found.name, []).append(found)
+    for report_set in report.sets:
+        rows.setdefault(report_set.row or report_set.name, []).append(report_set)
     values: dict[str, list[float | None]] = {}
     for name, parts in rows.items():
         columns = zip(*([_value(report, part, system) for system in systems] for part in parts), strict=True)
@@ -62,8 +62,8 @@ def overview_rows(report: Report) -> Iterator[tuple[str, str, list[float | None]
         yield title, "", [_mean(column) for column in zip(*(values[name] for name in counted), strict=True)]
 
 
-def _value(report: Report, found: ReportSet, system: str) -> float | None:
-    return found.systems[system].mean.get(report.measure) if system in found.systems else None
+def _value(report: Report, report_set: ReportSet, system: str) -> float | None:
+    return report_set.systems[system].mean.get(report.measure) if system in report_set.systems else None
 
 
 def _mean(column: Sequence[float | None]) -> float | None:
@@ -91,11 +91,11 @@ def overview_table(report: Report) -> str:
 def summary_of(report: Report) -> str:
     """The report for a terminal: the systems and their comparisons by set, and the overview."""
     parts = []
-    for found in report.sets:
-        parts.append(comparison_table(found.systems, head=cell(found.name)))
-        parts += [line + "\n" for line in notes_of(found)]
-        if found.pairs:
-            parts.append(_pair_table(found.pairs))
+    for report_set in report.sets:
+        parts.append(comparison_table(report_set.systems, head=cell(report_set.name)))
+        parts += [line + "\n" for line in notes_of(report_set)]
+        if report_set.pairs:
+            parts.append(_pair_table(report_set.pairs))
     if len(report.sets) > 1:
         parts.append(overview_table(report))
     return "\n".join(parts)
@@ -110,8 +110,8 @@ def markdown_of(report: Report, plotted: bool) -> str:
     parts = [f"# {cell(report.title)}\n", f"{measure_name(report.measure)} by set:\n", overview_table(report)]
     if plotted:
         parts.append("![nDCG and recall by set](report.png)\n")
-    for found in report.sets:
-        parts += _set_parts(found)
+    for report_set in report.sets:
+        parts += _set_parts(report_set)
     if report.details:
         parts += ["## How\n", "".join(f"- {key}: {detail(value)}\n" for key, value in report.details.items())]
     return "\n".join(parts)
@@ -126,10 +126,10 @@ def detail(value: Any) -> str:
     return str(value)
 
 
-def notes_of(found: ReportSet) -> list[str]:
+def notes_of(report_set: ReportSet) -> list[str]:
     """Notes on queries without results and on passages removed because of identical ids."""
     lines = []
-    for name, metrics in found.systems.items():
+    for name, metrics in report_set.systems.items():
         if metrics.missing:
             named = ", ".join(metrics.missing[:3]) + (", …" if len(metrics.missing) > 3 else "")
             total = len(metrics.per_query)
@@ -149,16 +149,16 @@ def left_out_line(name: str, count: int) -> str:
     )
 
 
-def _set_parts(found: ReportSet) -> list[str]:
-    parts = [f"## {cell(found.name)}\n", comparison_table(found.systems, head="system")]
-    parts += [line + "\n" for line in notes_of(found)]
-    if found.pairs:
-        parts.append(f"{measure_name(found.pairs[0].measure)} by query, the second system against the first:\n")
-        parts.append(_pair_table(found.pairs))
-    for changes in found.changes:
+def _set_parts(report_set: ReportSet) -> list[str]:
+    parts = [f"## {cell(report_set.name)}\n", comparison_table(report_set.systems, head="system")]
+    parts += [line + "\n" for line in notes_of(report_set)]
+    if report_set.pairs:
+        parts.append(f"{measure_name(report_set.pairs[0].measure)} by query, the second system against the first:\n")
+        parts.append(_pair_table(report_set.pairs))
+    for changes in report_set.changes:
         parts += _changes_parts(changes)
     parts.append("### Every cut-off\n")
-    for name, metrics in found.systems.items():
+    for name, metrics in report_set.systems.items():
         parts += [f"{cell(name)}:\n", _cutoff_table(metrics)]
     return parts
 

@@ -103,11 +103,11 @@ def _bars(axes: Axes, sets: Mapping[str, Mapping[str, Metrics]], measure: str, s
     for name, rows in shown.items():
         middle = y + (len(rows) - 1) / 2
         for system, metrics in rows.items():
-            place = systems.index(system)
+            position = systems.index(system)
             value = metrics.mean[measure]
             label = None if system in named else _short(system)
             named.add(system)
-            axes.barh(y, value, height=0.82, color=_colour(place), label=label)
+            axes.barh(y, value, height=0.82, color=_colour(position), label=label)
             axes.annotate(f"{value:.3f}", (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
             if named_by_system:
                 heights.append(y)
@@ -128,24 +128,39 @@ def _bars(axes: Axes, sets: Mapping[str, Mapping[str, Metrics]], measure: str, s
 
 
 def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
-    """Recall@k of each system over k on a logarithmic axis."""
+    """Recall@k of each system over k on a logarithmic axis; each curve ends at the depth of its run."""
     # Extra height for the legend, which has one line per system if there are many.
     figure, (axes,) = _figure(height=HEIGHT + (0.17 * len(rows) if len(rows) > 2 else 0))
-    for place, (name, metrics) in enumerate(rows.items()):
-        found = sorted((int(m.partition("@")[2]), v) for m, v in metrics.mean.items() if m.startswith("recall@"))
-        if found:
-            ks, values = zip(*found, strict=True)
-            axes.plot(ks, values, color=_colour(place), marker=MARKERS[place % 6], ms=4, lw=1.5, label=_short(name))
+    for position, (name, metrics) in enumerate(rows.items()):
+        points = recall_points(metrics)
+        if points:
+            ks, values = zip(*points, strict=True)
+            axes.plot(
+                ks, values, color=_colour(position), marker=MARKERS[position % 6], ms=4, lw=1.5, label=_short(name)
+            )
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
     axes.grid(True, axis="y")
-    axes.set_xlabel("k, passages a query")
+    axes.set_xlabel("k, passages per query")
     axes.set_title("recall@k")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     if len(rows) > 1:
         _legend_below(figure, axes)
     return figure
+
+
+def recall_points(metrics: Metrics) -> list[tuple[int, float]]:
+    """The points (k, recall@k) in ascending order of k, up to the depth of the run."""
+    points = sorted((int(m.partition("@")[2]), v) for m, v in metrics.mean.items() if m.startswith("recall@"))
+    if metrics.depth is None:
+        return points
+    inside = [(k, value) for k, value in points if k <= metrics.depth]
+    beyond = [value for k, value in points if k > metrics.depth]
+    if beyond and metrics.depth > max((k for k, _ in inside), default=0):
+        # Recall at any deeper cut-off equals recall at the depth.
+        inside.append((metrics.depth, beyond[0]))
+    return inside
 
 
 def scatter(pair: Pair, a: Metrics, b: Metrics) -> Figure:
@@ -210,12 +225,12 @@ def split_scores(run: RankedRun, qrels: Qrels) -> tuple[np.ndarray, np.ndarray]:
     for row in np.unique(run.rows[run.rows >= 0]).tolist():
         if run.passages[row] in wanted:
             row_of[run.passages[row]] = row
-    for place, query in enumerate(run.queries):
+    for position, query in enumerate(run.queries):
         grades = qrels.get(query)
         if grades is not None:
-            judged[place] = True
+            judged[position] = True
             rows = [row_of[passage] for passage, grade in grades.items() if grade > 0 and passage in row_of]
-            relevant[place] = np.isin(run.rows[place], rows)
+            relevant[position] = np.isin(run.rows[position], rows)
     counted = (run.rows >= 0) & judged[:, None] & np.isfinite(run.scores)
     return run.scores[counted & relevant], run.scores[counted & ~relevant]
 
@@ -269,8 +284,8 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower left", ncols=max(1, columns), labelcolor=INK)
 
 
-def _colour(place: int) -> str:
-    return SERIES[place % len(SERIES)]
+def _colour(position: int) -> str:
+    return SERIES[position % len(SERIES)]
 
 
 def _short(name: str | None, length: int = 30) -> Any:

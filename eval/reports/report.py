@@ -58,4 +58,4 @@ class Report:
     @property
     def systems(self) -> list[str]:
         """The systems of all sets, in order of first occurrence."""
-        return list(dict.fromkeys(system for found in self.sets for system in found.systems))
+        return list(dict.fromkeys(system for report_set in self.sets for system in report_set.systems))

@@ -1,4 +1,4 @@
-"""What an evaluation of a model on many sets found, and how it is written: evaluation.json and the report."""
+"""Results of an evaluation on several sets, and how they are written: evaluation.json and the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eval.metrics import Metrics, Qrels
 from eval.ranking import RankedRun
 from eval.reports.files import write
 from eval.reports.report import Report, ReportSet
-from eval.reports.run_hashes import RUNS
+from eval.reports.run_files import RUNS
 from eval.sets.plan import Task
 from index.beir import BeirDataset, beir_file
 from index.files import sha256_file, write_json
@@ -22,16 +22,16 @@ from index.store.reader import EmbeddingStore
 
 @dataclass
 class SetResult:
-    """What was found on one set."""
+    """The result on one set."""
 
     run: RankedRun
     metrics: Metrics
     qrels: Qrels
     data: dict[str, str]
-    """sha256 of the set's files."""
+    """sha256 of the files of the set."""
     approximation: Approximation | None = None
     index: dict[str, Any] = field(default_factory=dict)
-    """How that index was made and searches."""
+    """How the index was built and how it is searched."""
     seconds: dict[str, float] = field(default_factory=dict)
     runs: dict[str, str] = field(default_factory=dict)
     """sha256 of the run files."""
@@ -39,39 +39,41 @@ class SetResult:
 
 @dataclass
 class SuiteResult:
-    """What was found on all of them, by the rows of the table."""
+    """The results on all sets."""
 
     rows: dict[str, Metrics]
+    """Row of the result table -> metrics; the forums of CQADupStack share a row."""
     absent: list[str]
+    """Requested sets that do not exist on disk."""
     exact: dict[str, Metrics]
-    """By set: the rows, but each forum of CQADupStack for itself."""
+    """Set -> metrics of exact search; each forum of CQADupStack is a set."""
     approximations: dict[str, Approximation]
-    """By set, where an index was asked for."""
+    """Set -> results of the index, if one was requested."""
 
     @property
     def measure(self) -> str:
-        """nDCG@10, or at the deepest cut-off of a run that is not that deep."""
+        """The main measure: nDCG at 10, or at the deepest cut-off if the run is shallower."""
         return shown(["ndcg@10"], next(iter(self.rows.values())).mean.keys())[0]
 
     def as_json(self) -> dict[str, Any]:
-        """For programs: the means by row, what was asked for and is not here, and by set what the index loses."""
-        indexes = {name: other.as_json(self.exact[name]) for name, other in self.approximations.items()}
+        """The means by row, the missing sets, and the losses of the index by set, for JSON."""
+        indexes = {name: result.as_json(self.exact[name]) for name, result in self.approximations.items()}
         return {
             "sets": {
                 row: {
-                    "mean": found.mean,
-                    "missing_queries": found.missing,
-                    "identical_ids_left_out": found.identical_ids_left_out,
+                    "mean": metrics.mean,
+                    "missing_queries": metrics.missing,
+                    "identical_ids_left_out": metrics.identical_ids_left_out,
                 }
-                for row, found in self.rows.items()
+                for row, metrics in self.rows.items()
             },
             "absent": self.absent,
             **({"index": indexes} if indexes else {}),
         }
 
 
-def sums(dataset: BeirDataset, store: EmbeddingStore) -> dict[str, str]:
-    """sha256 of a set's files; the corpus's is known from when it was embedded."""
+def data_checksums(dataset: BeirDataset, store: EmbeddingStore) -> dict[str, str]:
+    """sha256 of the files of a set; that of the corpus was computed when it was encoded."""
     return {
         "corpus sha256": store.source["sha256"],
         "queries sha256": sha256_file(beir_file(dataset.folder, "queries.jsonl")),
@@ -82,7 +84,7 @@ def sums(dataset: BeirDataset, store: EmbeddingStore) -> dict[str, str]:
 def write_suite(
     out: Path,
     tasks: Sequence[Task],
-    whole: SuiteResult,
+    summary: SuiteResult,
     results: Mapping[str, SetResult],
     details: Mapping[str, Any],
     checked: Mapping[str, Any],
@@ -90,29 +92,31 @@ def write_suite(
     """Write OUT/evaluation.json and OUT/report.*.
 
     Args:
-        tasks: what was evaluated.
-        results: by the names of the tasks.
+        out: the folder of the report.
+        tasks: the evaluated sets.
+        summary: the results on all sets.
+        results: task name -> result.
         details: "model", "versions", and how all sets were evaluated.
-        checked: by the names of the tasks, what the check of the sets found.
+        checked: task name -> result of the validation of the set.
     """
     indexes = {name: result.index for name, result in results.items() if result.index}
     splits = ", ".join(dict.fromkeys(task.split for task in tasks))
-    how = {
+    details = {
         **details,
         "split": splits,
         "data": {name: result.data for name, result in results.items()},
         **({"index": indexes} if indexes else {}),
-        "seed": "that of the index; nothing else is drawn at random" if indexes else "none: nothing is drawn at random",
+        "seed": "of the index; nothing else is random" if indexes else "none: nothing is drawn at random",
     }
-    found = {name: _set_json(result, checked.get(name, {})) for name, result in results.items()}
-    write_json(out / "evaluation.json", {"details": how, "absent": whole.absent, "sets": found})
+    sets_json = {name: _set_json(result, checked.get(name, {})) for name, result in results.items()}
+    write_json(out / "evaluation.json", {"details": details, "absent": summary.absent, "sets": sets_json})
     system = Path(str(details["model"])).name
-    sets = [_report_set(row, metrics, results.get(row), system) for row, metrics in whole.rows.items()]
-    write(out, Report(f"{', '.join(whole.rows)} ({splits})", sets, how, whole.measure, whole.absent))
+    sets = [_report_set(row, metrics, results.get(row), system) for row, metrics in summary.rows.items()]
+    write(out, Report(f"{', '.join(summary.rows)} ({splits})", sets, details, summary.measure, summary.absent))
 
 
 def _report_set(row: str, metrics: Metrics, result: SetResult | None, system: str) -> ReportSet:
-    """A row of the report; with its run, unless it is the mean of several sets."""
+    """A row of the report, with its run unless the row is the mean of several sets."""
     if result is None:
         return ReportSet(row, {system: metrics})
     systems = {system: metrics}
@@ -122,7 +126,7 @@ def _report_set(row: str, metrics: Metrics, result: SetResult | None, system: st
 
 
 def _set_json(result: SetResult, checked: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "mean": result.metrics.mean,
         "queries": len(result.metrics.per_query),
         "missing_queries": result.metrics.missing,
@@ -131,6 +135,6 @@ def _set_json(result: SetResult, checked: Mapping[str, Any]) -> dict[str, Any]:
         RUNS: result.runs,
         "preflight": dict(checked),
     }
-    if other := result.approximation:
-        found["index"] = other.as_json(result.metrics)
-    return found
+    if result.approximation is not None:
+        values["index"] = result.approximation.as_json(result.metrics)
+    return values

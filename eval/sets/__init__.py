@@ -1,1 +1,1 @@
-"""The data sets of an evaluation: which ones, what is wrong with them, and what they will take."""
+"""The data sets of an evaluation: definitions, download, validation, and estimates of their cost."""

@@ -79,13 +79,13 @@ class Estimate:
     def __str__(self) -> str:
         time = "" if self.seconds is None else f"about {_duration(self.seconds)} of encoding, "
         return (
-            f"{time}{self.tokens:,.0f} tokens, {self.memory / MIB:,.0f} MiB of memory beside the model, "
+            f"{time}{self.tokens:,.0f} tokens, {self.memory / MIB:,.0f} MiB of memory in addition to the model, "
             f"{self.disk / MIB:,.0f} MiB on disk ({self.free / MIB:,.0f} MiB free)"
         )
 
 
 def estimate(
-    found: Preflight,
+    result: Preflight,
     lengths: dict[str, Lengths],
     *,
     dim: int,
@@ -111,19 +111,19 @@ def estimate(
         index: bytes of an index that is also searched; 0 without one.
         build: whether that index is built, which copies the texts.
     """
-    tokens = found.passages * lengths["document"].mean_read + found.queries * lengths["query"].mean_read
-    shard = min(shard_rows, found.passages)
-    text = found.bytes / max(1, found.passages)
-    entries = found.queries * (min(k, found.passages) + 1)
-    encoding = found.passages * BYTES_PER_ID + shard * (dim * 4 + 2 * text)
+    tokens = result.passages * lengths["document"].mean_read + result.queries * lengths["query"].mean_read
+    shard = min(shard_rows, result.passages)
+    text = result.bytes / max(1, result.passages)
+    entries = result.queries * (min(k, result.passages) + 1)
+    encoding = result.passages * BYTES_PER_ID + shard * (dim * 4 + 2 * text)
     # The run is held twice while identical ids are removed; search results are int64 and float32.
-    results = entries * 28 + found.queries * dim * 8
-    windows = min(found.passages * dim * dtype_bytes, WINDOWS_BYTES)
-    memory = max(encoding, found.passages * BYTES_PER_ROW + windows + SEARCH_BYTES + results)
-    disk = found.passages * (dim * dtype_bytes + 32) + found.bytes * 1.1 + entries * 40
+    results = entries * 28 + result.queries * dim * 8
+    windows = min(result.passages * dim * dtype_bytes, WINDOWS_BYTES)
+    memory = max(encoding, result.passages * BYTES_PER_ROW + windows + SEARCH_BYTES + results)
+    disk = result.passages * (dim * dtype_bytes + 32) + result.bytes * 1.1 + entries * 40
     if index:
         memory = max(memory, index + 2 * results)
-        disk += entries * 40 + (index + found.passages * 32 + found.bytes * 1.1 if build else 0)
+        disk += entries * 40 + (index + result.passages * 32 + result.bytes * 1.1 if build else 0)
     existing = out
     while not existing.exists():
         existing = existing.parent
@@ -131,14 +131,14 @@ def estimate(
     return Estimate(tokens, seconds, int(memory), int(disk), shutil.disk_usage(existing).free)
 
 
-def warn_of_lengths(found: Preflight, lengths: dict[str, Lengths]) -> None:
-    """Add a warning to `found` for sampled texts that are longer than the model's maximum."""
+def warn_of_lengths(result: Preflight, lengths: dict[str, Lengths]) -> None:
+    """Add a warning to `result` for sampled texts that are longer than the model's maximum."""
     for side, of_side in lengths.items():
         if of_side.limit and of_side.cut:
             what = f"{side} texts longer than the model's maximum, of which it reads only the beginning"
             share = f"{of_side.cut:.1%} of a sample of {len(of_side.counts):,}"
-            found.add(what, f"{share}, longest {int(of_side.counts.max()):,} of {of_side.limit:,} tokens")
-            found.findings[what].count = int((of_side.counts > of_side.limit).sum())
+            result.add(what, f"{share}, longest {int(of_side.counts.max()):,} of {of_side.limit:,} tokens")
+            result.findings[what].count = int((of_side.counts > of_side.limit).sum())
 
 
 def _duration(seconds: float) -> str:

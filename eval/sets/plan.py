@@ -112,9 +112,9 @@ def plan(data: Sequence[str | Path], home: Path | None = None, split: str | None
         folder = Path(entry)
         if str(entry) == WHOLE and not folder.is_dir():
             for definition in BEIR:
-                here = None if home is None else home / definition.name
-                if here is not None and here.is_dir():
-                    tasks += _tasks(here, split)
+                inside_home = None if home is None else home / definition.name
+                if inside_home is not None and inside_home.is_dir():
+                    tasks += _tasks(inside_home, split)
                 else:
                     absent.append(definition.name)
         elif str(entry) in BY_NAME and not folder.is_dir():
@@ -179,7 +179,9 @@ def mean_of(parts: Mapping[str, Metrics]) -> Metrics:
     values = [[row[measure] for measure in measures] for part in parts.values() for row in part.per_query.values()]
     missing = [f"{name}/{query}" for name, metrics in parts.items() for query in metrics.missing]
     left_out = sum(metrics.identical_ids_left_out for metrics in parts.values())
-    return Metrics(mean, PerQuery(queries, measures, np.array(values).reshape(-1, len(measures))), missing, left_out)
+    depths = [metrics.depth for metrics in parts.values() if metrics.depth is not None]
+    per_query = PerQuery(queries, measures, np.array(values).reshape(-1, len(measures)))
+    return Metrics(mean, per_query, missing, left_out, max(depths) if len(depths) == len(parts) else None)
 
 
 def suite_table(rows: Mapping[str, Metrics], absent: Sequence[str], measure: str = "ndcg@10") -> str:

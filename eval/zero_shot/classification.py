@@ -74,13 +74,13 @@ def class_vectors(
     at_once = max(1, PROMPT_BATCH // len(templates))
     found = []
     for start in range(0, len(classes), at_once):
-        some = classes[start : start + at_once]
-        prompts = [prompt_of(template, name) for name in some for template in templates]
+        batch = classes[start : start + at_once]
+        prompts = [prompt_of(template, name) for name in batch for template in templates]
         vectors = checked(embed_texts(prompts), "prompts").astype(np.float64)
         if len(vectors) != len(prompts):
             raise ValueError(f"embed_texts: expected {len(prompts)} vectors, found {len(vectors)}")
-        mean = _normalized(vectors, prompts).reshape(len(some), len(templates), -1).mean(axis=1)
-        found.append(_normalized(mean, some).astype(np.float32))
+        mean = _normalized(vectors, prompts).reshape(len(batch), len(templates), -1).mean(axis=1)
+        found.append(_normalized(mean, batch).astype(np.float32))
         if progress is not None:
             progress(len(prompts))
     return np.concatenate(found)

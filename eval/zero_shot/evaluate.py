@@ -108,12 +108,12 @@ def _readable_images(dataset: ZeroShotSet, store: EmbeddingStore) -> Embedded:
     pairs = zip(dataset.samples, store.passages(), strict=True)
     broken = {sample.image.name: passage.text for sample, passage in pairs if passage.text}
     vectors = store.vectors().astype(np.float32, copy=False)
-    whole = vectors.any(axis=1)
-    if not whole.any():
+    readable = vectors.any(axis=1)
+    if not readable.any():
         name, why = next(iter(broken.items()), (store.folder, "vectors of zeros"))
         raise InputError(f"{dataset.path}: expected images, found none that can be read; the first, {name}: {why}")
-    samples = [dataset.samples[row] for row in np.flatnonzero(whole).tolist()]
-    return Embedded(samples, vectors[whole], broken)
+    samples = [dataset.samples[row] for row in np.flatnonzero(readable).tolist()]
+    return Embedded(samples, vectors[readable], broken)
 
 
 def score(

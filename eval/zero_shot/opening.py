@@ -30,7 +30,7 @@ def open_set(path: Path, split: str = "test") -> ZeroShotSet:
         folder = path.parent.parent if path.parent.name in SPLITS else path.parent
         raise InputError(f"{path}: expected the folder of a set, found tars; give {folder}")
     if path.is_file():
-        found = open_table(path)
+        dataset = open_table(path)
     elif not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
     elif is_beir_folder(path):
@@ -42,10 +42,10 @@ def open_set(path: Path, split: str = "test") -> ZeroShotSet:
         base = path / split if (path / split).is_dir() else path
         if base == path and (others := _splits_in(path)):
             raise InputError(f"{path}: expected a folder for the split {split!r}, found {', '.join(others)}")
-        found = open_webdataset(path, base) if _has_tars(base) else open_image_folder(path, base)
-    if not found.samples or (found.task == "retrieval" and not any(sample.captions for sample in found.samples)):
-        raise InputError(f"{path}: expected images{' with captions' if found.samples else ''}, found none")
-    return found
+        dataset = open_webdataset(path, base) if _has_tars(base) else open_image_folder(path, base)
+    if not dataset.samples or (dataset.task == "retrieval" and not any(sample.captions for sample in dataset.samples)):
+        raise InputError(f"{path}: expected images{' with captions' if dataset.samples else ''}, found none")
+    return dataset
 
 
 def _splits_in(folder: Path) -> list[str]:

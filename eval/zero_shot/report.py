@@ -40,11 +40,11 @@ class MeasureRow:
     """The ratio of the value to chance; inverted for ranks, for which lower is better."""
 
 
-def measure_rows(found: Evaluated) -> list[MeasureRow]:
+def measure_rows(evaluated: Evaluated) -> list[MeasureRow]:
     """The measures of a set with their chance levels."""
     rows = []
-    for name, value in found.result.measures.items():
-        chance, is_rank = found.result.chance[name], name.endswith("rank")
+    for name, value in evaluated.result.measures.items():
+        chance, is_rank = evaluated.result.chance[name], name.endswith("rank")
         better, worse = (chance, value) if is_rank else (value, chance)
         text = "{:,.1f}" if is_rank else "{:.4f}"
         rows.append(MeasureRow(title_of(name), text.format(value), text.format(chance), f"{better / worse:.1f}"))
@@ -76,14 +76,14 @@ def value_of_class(result: Classification) -> str:
     return "recall" if len(result.labels) else "average precision"
 
 
-def notes(found: Evaluated) -> Iterator[str]:
+def notes(evaluated: Evaluated) -> Iterator[str]:
     """Notes that explain the measures of a set."""
-    dataset, result = found.dataset, found.result
-    images = len(found.images.samples)
+    dataset, result = evaluated.dataset, evaluated.result
+    images = len(evaluated.images.samples)
     if isinstance(result, Classification):
         own = "the set's own" if dataset.own_templates else "the project's own"
         yield (
-            f"{images:,} images, {len(dataset.classes):,} classes, {len(dataset.templates)} prompts a class ({own}). "
+            f"{images:,} images, {len(dataset.classes):,} classes, {len(dataset.templates)} prompts per class ({own}). "
             "Chance: a random order."
         )
         absent = [row.name for row in result.per_class if not row.images]
@@ -98,13 +98,13 @@ def notes(found: Evaluated) -> Iterator[str]:
     else:
         uncaptioned = images - len(result.text_ranks)
         yield (
-            f"{images:,} images, {len(found.captions):,} captions. Image retrieval: captions are the queries; text "
+            f"{images:,} images, {len(evaluated.captions):,} captions. Image retrieval: captions are the queries; text "
             "retrieval: images are, and any of their captions counts. Chance: a random order."
         )
         if uncaptioned:
             yield f"{uncaptioned:,} images have no caption: they are ranked but are not queries."
-    if found.images.broken:
-        broken = [f"{name} ({why})" for name, why in found.images.broken.items()]
+    if evaluated.images.broken:
+        broken = [f"{name} ({why})" for name, why in evaluated.images.broken.items()]
         yield f"{len(broken):,} images cannot be read and are left out: {listed(broken)}."
 
 
@@ -119,22 +119,22 @@ def json_of(report: ZeroShotReport) -> dict[str, Any]:
     return {
         "title": report.title,
         "details": dict(report.details),
-        "sets": {found.dataset.name: _set_json(found) for found in report.sets},
+        "sets": {evaluated.dataset.name: _set_json(evaluated) for evaluated in report.sets},
     }
 
 
-def _set_json(found: Evaluated) -> dict[str, Any]:
-    dataset, result = found.dataset, found.result
+def _set_json(evaluated: Evaluated) -> dict[str, Any]:
+    dataset, result = evaluated.dataset, evaluated.result
     about: dict[str, Any] = {
         "path": str(dataset.path),
         "layout": dataset.layout,
         "task": dataset.task,
-        "sha256": found.sha256,
-        "images": len(found.images.samples),
-        "broken": found.images.broken,
+        "sha256": evaluated.sha256,
+        "images": len(evaluated.images.samples),
+        "broken": evaluated.images.broken,
         "measures": result.measures,
         "chance": result.chance,
-        "seconds": {name: round(seconds, 3) for name, seconds in found.seconds.items()},
+        "seconds": {name: round(seconds, 3) for name, seconds in evaluated.seconds.items()},
     }
     if isinstance(result, Classification):
         about["templates"] = list(dataset.templates)
@@ -142,7 +142,7 @@ def _set_json(found: Evaluated) -> dict[str, Any]:
         if len(result.labels):
             about["confusions"] = [list(row) for row in confusions(result)[:1000]]
     else:
-        about["captions"] = len(found.captions)
+        about["captions"] = len(evaluated.captions)
     return about
 
 
@@ -154,22 +154,22 @@ def markdown_of(report: ZeroShotReport, images: Mapping[str, list[tuple[str, str
         images: set -> (relative path, caption) of its plots and sheets.
     """
     parts = [f"# {cell(report.title)}\n"]
-    for found in report.sets:
-        name = found.dataset.name
-        parts += [f"## {cell(name)}\n", summary_table(found)]
-        parts += [f"{cell(note)}\n" for note in notes(found)]
+    for evaluated in report.sets:
+        name = evaluated.dataset.name
+        parts += [f"## {cell(name)}\n", summary_table(evaluated)]
+        parts += [f"{cell(note)}\n" for note in notes(evaluated)]
         parts += [f"![{caption}]({quote(path)})\n" for path, caption in images.get(name, [])]
-        if isinstance(found.result, Classification):
-            parts += _class_parts(found.result)
+        if isinstance(evaluated.result, Classification):
+            parts += _class_parts(evaluated.result)
     parts.append("## How\n")
     parts.append("".join(f"- {cell(name)}: {cell(value)}\n" for name, value in detail_rows(report.details)))
     return "\n".join(parts)
 
 
-def summary_table(found: Evaluated) -> str:
+def summary_table(evaluated: Evaluated) -> str:
     """The measures of a set as a Markdown table."""
-    rows = [[row.name, row.value, row.chance, row.times] for row in measure_rows(found)]
-    return table([cell(found.dataset.name), "value", "chance", "times chance"], rows)
+    rows = [[row.name, row.value, row.chance, row.times] for row in measure_rows(evaluated)]
+    return table([cell(evaluated.dataset.name), "value", "chance", "times chance"], rows)
 
 
 def _class_parts(result: Classification) -> Iterator[str]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from eval.reports import plots
 from eval.reports.html import detail_rows
-from eval.zero_shot import pictures
+from eval.zero_shot import figures
 from eval.zero_shot.classification import Classification
 from eval.zero_shot.evaluate import Evaluated
-from eval.zero_shot.pictures import OpenImage
+from eval.zero_shot.figures import OpenImage
 from eval.zero_shot.report import (
     SHOWN_CONFUSIONS,
     ZeroShotReport,
@@ -47,7 +47,7 @@ def write(folder: Path, report: ZeroShotReport, open_image: OpenImage) -> list[P
     drawn: Drawn = {}
     if plots.available():
         with plots.style():
-            drawn = {found.dataset.name: list(_draw(folder, found, open_image)) for found in report.sets}
+            drawn = {evaluated.dataset.name: list(_draw(folder, evaluated, open_image)) for evaluated in report.sets}
     paths = [folder / "report.json", folder / "report.md", folder / "report.html"]
     write_json(paths[0], json_of(report))
     for path, text in ((paths[1], markdown_of(report, drawn)), (paths[2], html_of(folder, report, drawn))):
@@ -56,13 +56,13 @@ def write(folder: Path, report: ZeroShotReport, open_image: OpenImage) -> list[P
     return [*paths, *(folder / path for images in drawn.values() for path, _ in images)]
 
 
-def _draw(folder: Path, found: Evaluated, open_image: OpenImage) -> Iterator[tuple[str, str]]:
-    name = found.dataset.name
-    plots.to_png(pictures.sheet(pictures.nearest(found), open_image), folder / name / "nearest.png", SHEET_DPI)
-    what = "classes" if isinstance(found.result, Classification) else "captions"
+def _draw(folder: Path, evaluated: Evaluated, open_image: OpenImage) -> Iterator[tuple[str, str]]:
+    name = evaluated.dataset.name
+    plots.to_png(figures.sheet(figures.nearest(evaluated), open_image), folder / name / "nearest.png", SHEET_DPI)
+    what = "classes" if isinstance(evaluated.result, Classification) else "captions"
     yield f"{name}/nearest.png", f"the nearest images of some {what}; correct ones are framed"
-    if isinstance(found.result, Classification) and len(found.result.labels):
-        plots.to_png(pictures.confusion(found.result), folder / name / "confusion.png")
+    if isinstance(evaluated.result, Classification) and len(evaluated.result.labels):
+        plots.to_png(figures.confusion(evaluated.result), folder / name / "confusion.png")
         yield f"{name}/confusion.png", "confusion matrix, normalized by class"
 
 
@@ -77,18 +77,18 @@ def html_of(folder: Path, report: ZeroShotReport, drawn: Drawn) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sets = [_set_context(folder, found, drawn.get(found.dataset.name, [])) for found in report.sets]
+    sets = [_set_context(folder, evaluated, drawn.get(evaluated.dataset.name, [])) for evaluated in report.sets]
     page = environment.get_template("zero_shot.html")
     return page.render(title=report.title, sets=sets, details=list(detail_rows(report.details)))
 
 
-def _set_context(folder: Path, found: Evaluated, drawn: list[tuple[str, str]]) -> dict[str, Any]:
-    result = found.result
+def _set_context(folder: Path, evaluated: Evaluated, drawn: list[tuple[str, str]]) -> dict[str, Any]:
+    result = evaluated.result
     shown: dict[str, Any] = {
-        "name": found.dataset.name,
-        "rows": measure_rows(found),
-        "notes": list(notes(found)),
-        "pictures": [(_data_uri(folder / path), caption) for path, caption in drawn],
+        "name": evaluated.dataset.name,
+        "rows": measure_rows(evaluated),
+        "notes": list(notes(evaluated)),
+        "images": [(_data_uri(folder / path), caption) for path, caption in drawn],
         "errors": [],
         "classes": [],
     }

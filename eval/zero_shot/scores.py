@@ -63,10 +63,10 @@ def checked(vectors: np.ndarray, what: str, dim: int | None = None) -> np.ndarra
         InputError: a value is NaN or infinite; the message names the row.
         ValueError: the shape is not [N, D].
     """
-    found = np.ascontiguousarray(vectors, dtype=np.float32)
-    if found.ndim != 2 or (dim is not None and found.shape[1] != dim):
-        raise ValueError(f"{what}: expected shape [N, {dim or 'D'}], found {found.shape}")
-    finite = np.isfinite(found).all(axis=1)
+    result = np.ascontiguousarray(vectors, dtype=np.float32)
+    if result.ndim != 2 or (dim is not None and result.shape[1] != dim):
+        raise ValueError(f"{what}: expected shape [N, {dim or 'D'}], found {result.shape}")
+    finite = np.isfinite(result).all(axis=1)
     if not finite.all():
         raise InputError(f"{what}: row {int(np.argmin(finite))}: expected a finite vector, found NaN or infinity")
-    return found
+    return result

@@ -29,18 +29,18 @@ def open_table(path: Path) -> ZeroShotSet:
     if not rows:
         raise InputError(f"{path}: expected images, found none")
     image = _column(rows[0], IMAGE_COLUMNS)
-    known = _column(rows[0], (*LABEL_COLUMNS, *CAPTION_COLUMNS))
+    column = _column(rows[0], (*LABEL_COLUMNS, *CAPTION_COLUMNS))
     name = path.name.removesuffix(".gz").rpartition(".")[0]
-    if known in CAPTION_COLUMNS:
-        found = _captioned(path, rows, image, known)
+    if column in CAPTION_COLUMNS:
+        found = _captioned(path, rows, image, column)
         return ZeroShotSet(name, path, "table", "retrieval", found)
-    labels = [_texts(record, known) for record in rows]
-    several = any(isinstance(record.fields[known], list) for record in rows)
-    task: Task = "multilabel" if several else "classification"
+    labels = [_texts(record, column) for record in rows]
+    is_multilabel = any(isinstance(record.fields[column], list) for record in rows)
+    task: Task = "multilabel" if is_multilabel else "classification"
     names = path.parent / CLASS_NAMES
     classes = read_lines(names) if names.is_file() else tuple(sorted({label for own in labels for label in own}))
     if not classes:
-        raise InputError(f"{path}: expected labels in column '{known}', found none")
+        raise InputError(f"{path}: expected labels in column '{column}', found none")
     number = {label: place for place, label in enumerate(classes)}
     samples = []
     for record, own in zip(rows, labels, strict=True):
@@ -52,13 +52,13 @@ def open_table(path: Path) -> ZeroShotSet:
     return ZeroShotSet(name, path, "table", task, samples, classes, templates, own_templates)
 
 
-def _captioned(path: Path, rows: list[Record], image: str, known: str) -> list[Sample]:
+def _captioned(path: Path, rows: list[Record], image: str, column: str) -> list[Sample]:
     captions: dict[str, list[str]] = {}
     places: dict[str, ImageAt] = {}
     for record in rows:
         at = _image(path, record, image)
         places.setdefault(at.name, at)
-        captions.setdefault(at.name, []).extend(text for text in _texts(record, known) if text.strip())
+        captions.setdefault(at.name, []).extend(text for text in _texts(record, column) if text.strip())
     return [Sample(at, captions=tuple(captions[name])) for name, at in places.items()]
 
 

@@ -1,4 +1,4 @@
-"""faiss prints to standard output, which belongs to the answer of a command."""
+"""Silencing of faiss, which prints to standard output, where commands print their results."""
 
 from __future__ import annotations
 

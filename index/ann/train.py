@@ -162,7 +162,7 @@ def empty_trained_index(source: Index) -> Any:
     if found != stated:
         raise InputError(
             f"{source.folder / FAISS_FILE}: expected the training of sha256 {stated[:12]}… that its manifest states, "
-            f"found {found[:12]}…: it was made from a damaged index, or by another version of faiss; build it anew"
+            f"found {found[:12]}…: it was made from a damaged index, or by another version of faiss; build it again"
         )
     return index
 

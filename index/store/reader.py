@@ -72,7 +72,7 @@ class EmbeddingStore:
         verify_files(manifest, "size")
         if not store.complete:
             raise InputError(
-                f"{folder}: incomplete, {store.rows} rows so far; run the same encode again and it goes on from there"
+                f"{folder}: incomplete, {store.rows} rows so far; run the same encode again to continue it"
             )
         if verify == "hash":
             store.check()

@@ -1,1 +1,1 @@
-"""Texts, corpora and images to embeddings."""
+"""Encoding of texts, corpora and images."""

@@ -1,10 +1,11 @@
-"""A corpus of any size to the sharded store of its embeddings, in constant memory, by one process or several ranks."""
+"""Encoding of a corpus of any size into an embedding store, in constant memory, by one process or several ranks."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,19 +18,33 @@ from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
 from retriever.distributed.agreement import ContentHash, check_same_folder, check_same_on_ranks
 from retriever.distributed.ranks import Ranks
-from retriever.encoding.distributed_store import SharedWriter
+from retriever.encoding.distributed_store import DistributedWriter
 from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.window_workers import corpus_windows
-from retriever.encoding.windows import WINDOW, CorpusWindow, Cut, WindowMaker
+from retriever.encoding.windows import WINDOW, CorpusWindow, WindowBuilder, WindowSchedule
 from retriever.models.towers import Towers
 from retriever.utils.prefetch import background_calls, short_switch_interval
 
-# Windows that wait to be written.
-MOST_WAITING = 2
+# Encoded windows that may wait to be written.
+WRITE_QUEUE = 2
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """How the embeddings of a corpus are stored, and how its texts are read."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    """Dtype of the vectors on disk."""
+    shard_rows: int = 65536
+    """Rows per shard."""
+    window: int = WINDOW
+    """Maximum number of passages that are sorted by length together; changes the vectors by rounding only."""
+    workers: int = 0
+    """Processes of each rank that read and tokenize; 0: threads of the rank's own process."""
 
 
 def corpus_source(path: Path) -> dict[str, str]:
-    """What identifies a corpus file to the store, so that a changed file is not taken for the one embedded."""
+    """Identify a corpus file in the manifest of its store, so that a changed file is noticed."""
     return {"name": path.name, "sha256": sha256_file(path)}
 
 
@@ -40,140 +55,148 @@ def encode_passages(
     options: EncodeOptions,
     *,
     source: dict[str, str],
-    dtype: Literal["float32", "float16"] = "float32",
-    shard_rows: int = 65536,
-    window: int = WINDOW,
-    workers: int = 0,
+    storage: StoreOptions | None = None,
     ranks: Ranks | None = None,
     same_model: bool = False,
     progress: Callable[[int], None] | None = None,
     notice: Callable[[str, str], None] | None = None,
     checked: Callable[[int], None] | None = None,
 ) -> EmbeddingStore:
-    """Embed passages into the store `out`, in their order, in constant memory.
+    """Embed passages, in their order, into the store `out`, in constant memory.
 
-    A store that a killed run left is continued after its last whole shard; a complete one is left as it is. Several
-    ranks embed and write a shard each at a time, and the store has the bytes that one process would write; they may be
-    others, and of another number, than those that began it.
+    An incomplete store, for example of a killed run, is continued after its last complete shard; a complete one is
+    left unchanged. Several ranks encode and write one shard each at a time. The bytes of the store do not depend on
+    the number of ranks, which may change when a store is continued.
 
     Args:
-        towers: in evaluation mode, on the device to use.
-        passages: the corpus; read again from its start when a store is continued. Of a PassageFile each process reads
-            little more than what it embeds.
-        out: folder of the store; on a disk that all ranks see.
-        options: mixed_precision and micro-batch size.
-        source: says where the passages come from; a store of another precision or source is refused, but for one that
-            was not finished and of whose passages the file is still the first ones: a bad row was mended behind them.
-        dtype: "float32" or "float16", of the vectors on disk.
-        shard_rows: rows a shard.
-        window: most passages that are sorted by length together; vectors depend on it by rounding.
-        workers: processes of this rank that read and tokenize; none for threads of this one.
-        ranks: all those that call this with the same arguments, which are compared first.
-        same_model: the ranks' models have been compared before, as those of a run are when it begins.
-        progress: called with the number of passages done since the last call, those of an earlier run included; on the
-            first rank with those of all.
-        notice: called with what is odd in a passage that is embedded, and its id; on the first rank.
-        checked: called with the number of bytes each time some of a store that is there already were checked against
-            their sums; on the first rank.
+        towers: the model in evaluation mode, on the device to use.
+        passages: the corpus; read again from the start when a store is continued. Of a PassageFile each process parses
+            little more than what it encodes.
+        out: the folder of the store, on a disk that all ranks share.
+        options: precision and micro-batch size.
+        source: identifies the corpus. A store of another source or precision is refused, unless it is incomplete and
+            the first passages of the file are those of the store, so that a bad row after them can be corrected.
+        storage: dtype and shards of the store, and how the corpus is read. Default: None, the defaults of StoreOptions.
+        ranks: all ranks; each must call with the same arguments, which are compared first. Default: None, one process.
+        same_model: the models of the ranks have been compared before, as at the start of a training run.
+        progress: called with the number of passages encoded since the last call, including those of an earlier run;
+            on the first rank with those of all ranks.
+        notice: called on the first rank with what is unusual in an encoded passage, and the passage id.
+        checked: called on the first rank with the number of bytes of an existing store just verified.
+
+    Returns:
+        The complete store.
 
     Raises:
-        InputError: `out` holds something else, or the corpus is bad or empty.
-        RanksDifferError: the ranks have other models, corpora, settings or folders.
-        RuntimeError: another rank is gone.
+        InputError: `out` holds something else, or the corpus is invalid or empty.
+        RanksDifferError: the ranks have different models, corpora, options or folders.
+        RuntimeError: another rank has exited.
     """
-    ranks = ranks or Ranks()
+    ranks, storage = ranks or Ranks(), storage or StoreOptions()
     model = towers.fingerprint() if ranks.is_first or not same_model else {}
-    corpus = ContentHash.of({name: value for name, value in source.items() if name != "name"}, source.get("name", ""))
-    same = {
-        "corpus": corpus,
-        "precision": options.precision,
-        "dtype": dtype,
-        "shard_rows": shard_rows,
-        "window": window,
-    }
-    check_same_on_ranks(ranks, same if same_model else {"model": ContentHash.of(model), **same})
-    check_same_folder(ranks, "out", out)
-    with contextlib.ExitStack() as held:
+    _check_ranks_agree(ranks, out, options, storage, source, {} if same_model else {"model": ContentHash.of(model)})
+    with contextlib.ExitStack() as stack:
         writer = None
         if ranks.is_first:
             writer = EmbeddingWriter(
                 out,
                 dim=towers.dimension,
-                dtype=dtype,
+                dtype=storage.dtype,
                 model=model,
-                # Vectors of another mixed_precision are others, and a report states which they were.
+                # The precision changes the vectors, and reports state it.
                 source={**source, "precision": options.precision},
-                shard_rows=shard_rows,
-                same_rows=partial(_holds_first, passages, options) if isinstance(passages, PassageFile) else None,
+                shard_rows=storage.shard_rows,
+                same_rows=partial(_begins_with, passages, options) if isinstance(passages, PassageFile) else None,
                 checked=checked,
             )
-            held.enter_context(writer)
+            stack.enter_context(writer)
         row, complete = ranks.broadcast(writer and [writer.rows, writer.complete])
         if not complete:
             if progress is not None and row:
                 progress(row)
-            cut = Cut(shard_rows, window, towers.dimension, ranks.share)
-            windows = corpus_windows(passages, row, cut, window_maker(towers, out), workers)
+            schedule = WindowSchedule(storage.shard_rows, storage.window, towers.dimension, ranks.share)
+            windows = corpus_windows(passages, row, schedule, window_builder(towers, out), storage.workers)
             if writer is not None and ranks.world_size == 1:
                 row += _embed(towers, windows, options, partial(_append, writer, notice), progress)
             else:
-                shared = SharedWriter(
+                shared = DistributedWriter(
                     ranks,
                     writer,
                     out,
-                    dtype=dtype,
-                    shard_rows=shard_rows,
+                    dtype=storage.dtype,
+                    shard_rows=storage.shard_rows,
                     rows=row,
                     progress=progress,
                     notice=notice,
                 )
-                # What another rank then waits for will not come, and its end ends this one's waiting.
-                row += _embed(towers, windows, options, shared.take, progress, abandon=True)
+                # After an error the other ranks' messages never arrive, so pending writes are abandoned.
+                row += _embed(towers, windows, options, shared.add, progress, abandon=True)
                 shared.close()
-            # The first shard is the first rank's.
+            # The first rank encodes the first shard, so it has rows unless the corpus is empty.
             if ranks.is_first and not row:
                 raise InputError(f"{source.get('name', 'corpus')}: expected passages, found none")
     ranks.barrier()
     store = EmbeddingStore.open(out)
-    # By the writer, every byte that it had not written itself.
+    # The writer has verified every byte that it did not write itself.
     store.checked = True
     return store
 
 
-def _holds_first(passages: PassageFile, options: EncodeOptions, store: EmbeddingStore) -> bool:
-    """Whether a store, which another file was embedded to in the same way, holds the first passages of this one."""
+def _check_ranks_agree(
+    ranks: Ranks,
+    out: Path,
+    options: EncodeOptions,
+    storage: StoreOptions,
+    source: dict[str, str],
+    model: dict[str, ContentHash],
+) -> None:
+    corpus = ContentHash.of({name: value for name, value in source.items() if name != "name"}, source.get("name", ""))
+    fields = {
+        **model,
+        "corpus": corpus,
+        "precision": options.precision,
+        "dtype": storage.dtype,
+        "shard_rows": storage.shard_rows,
+        "window": storage.window,
+    }
+    check_same_on_ranks(ranks, fields)
+    check_same_folder(ranks, "out", out)
+
+
+def _begins_with(passages: PassageFile, options: EncodeOptions, store: EmbeddingStore) -> bool:
+    """Whether the rows of an incomplete store are the first of `passages`, encoded with the same precision."""
     if store.source.get("precision") != options.precision:
         return False
-    mine = itertools.islice(passages, store.rows)
-    return all(stored == passage for stored, passage in itertools.zip_longest(store.passages(), mine))
+    first = itertools.islice(passages, store.rows)
+    return all(stored == passage for stored, passage in itertools.zip_longest(store.passages(), first))
 
 
-def window_maker(towers: Towers, out: Path) -> WindowMaker:
-    """What makes windows of passages for the towers and the store `out`."""
-    return WindowMaker(towers.tokenizer("document"), towers.prompt("document"), str(out))
+def window_builder(towers: Towers, out: Path) -> WindowBuilder:
+    """The builder of windows for the passage tower and the store `out`."""
+    return WindowBuilder(towers.tokenizer("document"), towers.prompt("document"), str(out))
 
 
 def _embed(
     towers: Towers,
     windows: Generator[CorpusWindow, None, None],
     options: EncodeOptions,
-    take: Callable[[CorpusWindow, np.ndarray], None],
+    write: Callable[[CorpusWindow, np.ndarray], None],
     progress: Callable[[int], None] | None,
     *,
     abandon: bool = False,
 ) -> int:
-    """Let `take` have the windows with their vectors; returns how many passages they were."""
+    """Embed the windows and pass each with its embeddings to `write`; returns the number of passages."""
     rows = 0
-    # Sums and files of one window are made while the next are on their way, which they would hold up.
+    # A thread hashes and writes a window while the next one is encoded.
     with (
         short_switch_interval(),
         contextlib.closing(windows),
-        background_calls(take, MOST_WAITING, abandon=abandon) as later,
+        background_calls(write, WRITE_QUEUE, abandon=abandon) as write_later,
     ):
-        tokenized = ((made, made.tokens) for made in windows)
-        for made, vectors in embed_windows(towers, tokenized, "document", options, progress):
-            later(made, vectors)
-            rows += len(made)
+        tokenized = ((window, window.tokens) for window in windows)
+        for window, vectors in embed_windows(towers, tokenized, "document", options, progress):
+            write_later(window, vectors)
+            rows += len(window)
     return rows
 
 
@@ -182,5 +205,5 @@ def _append(
 ) -> None:
     writer.append_lines(window.ids, window.lines, vectors)
     if notice is not None:
-        for what, where in window.odd:
-            notice(what, where)
+        for what, passage in window.notices:
+            notice(what, passage)

@@ -1,4 +1,4 @@
-"""A store of embeddings that several ranks write together: each its own shards, which the first rank lists."""
+"""An embedding store that several ranks write together; the first rank lists the shards of all."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from retriever.distributed.ranks import Ranks
 from retriever.encoding.windows import CorpusWindow
 
 
-class SharedWriter:
-    """Writes this rank's shards r, r + W, … of a store; made, given windows and closed by every rank.
+class DistributedWriter:
+    """Writes the shards r, r + W, … of a store from rank r. Every rank creates one, adds its windows and closes it.
 
-    Shards come in rounds, one of each rank. At the end of a round the ranks tell each other what they have written, and
-    the first one takes it into the store; what a killed job loses is a round. The round in which a shard is short, or
-    has no rows at all, is the last.
+    Shards are written in rounds, one per rank. At the end of a round the ranks exchange what they have written, and
+    the first rank adds it to the manifest. A killed job loses at most one round. A round with an incomplete or an
+    empty shard is the last one.
 
     Args:
-        ranks: all of them, who exchange nothing else until it is closed.
-        writer: the store's, on the first rank; none on others.
-        folder: the store, on a disk that all ranks see.
-        dtype: "float32" or "float16", as stored.
-        shard_rows: rows a shard.
-        rows: that the store has already, in whole shards.
-        progress: called on the first rank with the number of rows that others have written.
-        notice: called on the first rank with what is odd in a passage, and its id.
+        ranks: all ranks; no other exchange between them may happen until `close`.
+        writer: the writer of the store on the first rank; None on the others.
+        folder: the folder of the store, on a disk that all ranks share.
+        dtype: dtype of the stored vectors, "float32" or "float16".
+        shard_rows: rows per shard.
+        rows: rows that the store already has, in complete shards.
+        progress: called on the first rank with the number of rows that other ranks have written.
+        notice: called on the first rank with what is unusual in a passage, and the passage id.
     """
 
     def __init__(
@@ -49,49 +49,50 @@ class SharedWriter:
         self._ranks, self._writer = ranks, writer
         self._folder, self._dtype, self._shard_rows = folder, dtype, shard_rows
         self._progress, self._notice = progress, notice
-        # A store that is continued may end anywhere in a round: another number of ranks began it.
-        begun = rows // shard_rows
-        self._number = begun + (ranks.rank - begun) % ranks.world_size
-        self._buffer, self._odd = ShardBuffer(), list[tuple[str, str]]()
-        self._last = False
+        # A store begun by another number of ranks may end in the middle of a round.
+        complete = rows // shard_rows
+        self._shard = complete + (ranks.rank - complete) % ranks.world_size
+        self._buffer, self._notices = ShardBuffer(), list[tuple[str, str]]()
+        self._is_last_round = False
 
-    def take(self, window: CorpusWindow, vectors: np.ndarray) -> None:
-        """Add the rows of a window of this rank.
+    def add(self, window: CorpusWindow, vectors: np.ndarray) -> None:
+        """Add a window of this rank with its embeddings [n, D].
 
         Raises:
-            InputError: a vector holds NaN or infinity or does not fit the dtype; on the first rank, an id of any rank
+            InputError: a vector contains NaN or infinity or overflows the dtype; on the first rank, an id of any rank
                 is a duplicate.
             OSError: the disk is full.
         """
-        row = self._number * self._shard_rows + len(self._buffer)
+        row = self._shard * self._shard_rows + len(self._buffer)
         stored = stored_vectors(vectors, self._dtype, window.ids, self._folder, row)
         self._buffer.add(window.ids, stored, window.lines)
-        self._odd += window.odd
+        self._notices += window.notices
         if len(self._buffer) == self._shard_rows:
             self._end_round()
 
     def close(self) -> None:
-        """Write the last, shorter shard, if it is this rank's, and see the last round to its end."""
-        if not self._last:
+        """Write the last, incomplete shard if this rank has it, and finish the last round."""
+        if not self._is_last_round:
             self._end_round()
 
     def _end_round(self) -> None:
         rows = len(self._buffer)
-        files = self._buffer.write(self._folder, self._number) if rows else {}
+        files = self._buffer.write(self._folder, self._shard) if rows else {}
         entries = {name: asdict(entry) for name, entry in files.items()}
-        reports = self._ranks.all_gather({"number": self._number, "rows": rows, "files": entries, "odd": self._odd})
-        self._last = any(report["rows"] < self._shard_rows for report in reports)
+        written = {"shard": self._shard, "rows": rows, "files": entries, "notices": self._notices}
+        shards = self._ranks.all_gather(written)
+        self._is_last_round = any(shard["rows"] < self._shard_rows for shard in shards)
         if self._writer is not None:
-            for report in sorted(reports, key=lambda report: report["number"]):
-                self._take_in(report, self._writer)
-        self._buffer, self._odd = ShardBuffer(), []
-        self._number += self._ranks.world_size
+            for shard in sorted(shards, key=lambda shard: shard["shard"]):
+                self._add_to_store(shard, self._writer)
+        self._buffer, self._notices = ShardBuffer(), []
+        self._shard += self._ranks.world_size
 
-    def _take_in(self, report: dict[str, Any], writer: EmbeddingWriter) -> None:
-        if report["rows"]:
-            writer.adopt_shard(report["rows"], {name: FileEntry(**entry) for name, entry in report["files"].items()})
-        if self._progress is not None and report["number"] != self._number:
-            self._progress(report["rows"])
+    def _add_to_store(self, shard: dict[str, Any], writer: EmbeddingWriter) -> None:
+        if shard["rows"]:
+            writer.adopt_shard(shard["rows"], {name: FileEntry(**entry) for name, entry in shard["files"].items()})
+        if self._progress is not None and shard["shard"] != self._shard:
+            self._progress(shard["rows"])
         if self._notice is not None:
-            for what, where in report["odd"]:
-                self._notice(what, where)
+            for what, passage in shard["notices"]:
+                self._notice(what, passage)

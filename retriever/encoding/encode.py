@@ -11,8 +11,9 @@ from index.image_files import images_in
 from index.progress import Progress, SilentReporter, as_reporter
 from index.store.reader import EmbeddingStore
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
+from retriever.encoding.corpus import StoreOptions
 from retriever.encoding.files import embed_corpus
-from retriever.encoding.images import encode_pictures, picture_files
+from retriever.encoding.image_folder import encode_image_folder, list_images
 from retriever.encoding.model import Model, ModelInput, Precision, load
 from retriever.encoding.window_workers import workers_for
 from retriever.errors import ArgumentError, check_at_least, check_choice
@@ -75,13 +76,13 @@ def encode(
             if ranks.world_size > 1:
                 raise ArgumentError("data", "images are embedded by one process; start it without torchrun")
             # Before the model, which takes longer to load.
-            picture_files(data)
+            list_images(data)
         if not isinstance(model, Model):
             model = load(
                 model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
             )
         if folder_of_images and model.embeds_images:
-            return encode_pictures(
+            return encode_image_folder(
                 model.image_towers(), data, out, model.options, reporter, dtype=dtype, shard_rows=shard_rows
             )
         if folder_of_images and images_in(data):
@@ -95,9 +96,7 @@ def encode(
             out,
             model.options,
             reporter,
-            dtype=dtype,
-            shard_rows=shard_rows,
-            workers=workers_for(model.device) if workers is None else workers,
+            storage=StoreOptions(dtype, shard_rows, workers=workers_for(model.device) if workers is None else workers),
             ranks=ranks,
         )
 

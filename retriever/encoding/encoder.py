@@ -1,4 +1,4 @@
-"""Texts to embeddings: a list in memory, or windows of texts that come one after another (corpus.py)."""
+"""Encoding of texts: a list in memory, or a stream of tokenized windows (corpus.py)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Window = TypeVar("Window")
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How texts pass through the towers."""
+    """Precision and micro-batch size of encoding."""
 
     precision: Precision = "fp32"
-    """fp32, or bf16 / fp16 by autocast."""
+    """Precision: "fp32", "bf16" or "fp16". bf16 on a GPU casts the encoder's weights; otherwise autocast is used."""
     micro_batch_tokens: int | None = None
-    """Most tokens at once, padding included; none leaves it to the device and its free memory."""
+    """Maximum number of tokens per forward pass, padding included. None: chosen by the device and its free memory."""
 
 
 def embed_texts(
@@ -37,27 +37,27 @@ def embed_texts(
     options: EncodeOptions,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Embeddings of texts, in their order, with the model's prompt for that side.
+    """Embed texts, in their order, with the model's prompt for the side.
 
     Args:
-        towers: in evaluation mode, on the device to use.
-        texts: without prompts.
+        towers: the model in evaluation mode, on the device to use.
+        texts: M texts, without prompts.
         side: "query" or "document".
-        options: mixed_precision and micro-batch size; they change the vectors by rounding only.
-        progress: called with the number of texts done since the last call.
+        options: precision and micro-batch size; they change the vectors by rounding only.
+        progress: called with the number of texts encoded since the last call.
 
     Returns:
-        float32 [texts, dimension].
+        Embeddings, float32 [M, D].
     """
     if not texts:
-        # Tokenizers fail on no texts at all.
+        # Tokenizers fail on an empty list.
         return np.empty((0, towers.dimension), dtype=np.float32)
-    tokens = _tokenized(towers, texts, side)
+    tokens = _tokenize(towers, texts, side)
     ((_, embeddings),) = embed_windows(towers, [(texts, tokens)], side, options, progress)
     return embeddings
 
 
-def _tokenized(towers: Towers, texts: Sequence[str], side: Side) -> TokenizedTexts:
+def _tokenize(towers: Towers, texts: Sequence[str], side: Side) -> TokenizedTexts:
     prompt = towers.prompt(side)
     return towers.tokenizer(side)([prompt + text for text in texts] if prompt else texts)
 
@@ -69,24 +69,30 @@ def embed_windows(
     options: EncodeOptions,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Window, np.ndarray]]:
-    """Each window with the embeddings of its texts, float32 [texts, dimension].
+    """Yield each window with the embeddings of its texts, float32 [n, D].
 
-    A window is handed out when the next one is on its way through the towers, so that a GPU does not wait for what is
-    done with it.
+    A window is yielded after the next one has been launched, so that a GPU does not wait for the caller.
+
+    Args:
+        towers: the model in evaluation mode, on the device to use.
+        windows: (window, its tokenized texts); the window itself is passed through.
+        side: "query" or "document".
+        options: precision and micro-batch size.
+        progress: called with the number of texts encoded since the last call.
     """
-    before: tuple[Window, HostCopy] | None = None
+    previous: tuple[Window, HostCopy] | None = None
     budget = options.micro_batch_tokens
     with mixed_precision(towers, options.precision):
         for window, tokens in windows:
-            # A few queries fit in any case, and do not wait for a measurement.
+            # Few tokens fit in any case; measuring the memory would only delay them.
             if budget is None and len(tokens.ids) > MIN_TOKENS:
                 budget = EncodeMemory.plan(towers, texts=max(len(tokens), WINDOW)).micro_batch_tokens
             embeddings = _embed_tokens(towers, tokens, side, budget or MIN_TOKENS, progress)
-            if before is not None:
-                yield before[0], before[1].array()
-            before = window, embeddings
-        if before is not None:
-            yield before[0], before[1].array()
+            if previous is not None:
+                yield previous[0], previous[1].array()
+            previous = window, embeddings
+        if previous is not None:
+            yield previous[0], previous[1].array()
 
 
 def _embed_tokens(
@@ -96,10 +102,12 @@ def _embed_tokens(
     budget: int,
     progress: Callable[[int], None] | None,
 ) -> HostCopy:
-    order = make_micro_batches(tokens.lengths, budget, padded=not towers.padding_free, device=towers.device.type)
+    micro_batches = make_micro_batches(
+        tokens.lengths, budget, padded=not towers.padding_free, device=towers.device.type
+    )
     with torch.inference_mode():
         embeddings = torch.empty(len(tokens), towers.dimension, device=towers.device)
-        for rows in order:
+        for rows in micro_batches:
             embeddings[to_device(torch.from_numpy(rows), towers.device)] = towers.embed(tokens, rows, side).float()
             if progress is not None:
                 progress(len(rows))

@@ -1,10 +1,9 @@
-"""Corpora and queries as vectors, with bars and counted warnings: what encoding, evaluation and mining begin with."""
+"""Encoding of corpus files and queries with progress bars and counted notices, for encoding, evaluation and mining."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -14,18 +13,17 @@ from index.records import count_records
 from index.store.reader import EmbeddingStore
 from retriever.data.sources import Notices
 from retriever.distributed.ranks import Ranks
-from retriever.encoding.corpus import corpus_source, encode_passages
+from retriever.encoding.corpus import StoreOptions, corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions, embed_texts
-from retriever.encoding.windows import WINDOW
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import checksum_progress
 
 Tick = Callable[[], None] | None
-"""Called after every micro-batch; may raise to end the work."""
+"""Called after every micro-batch; may raise to stop the work."""
 
 
 def ticking(advance: Callable[[int], None], tick: Tick) -> Callable[[int], None]:
-    """A progress function that also ticks."""
+    """Return a progress callback that calls `advance` and then `tick`."""
 
     def progress(count: int) -> None:
         advance(count)
@@ -42,20 +40,26 @@ def embed_corpus(
     options: EncodeOptions,
     reporter: Reporter,
     *,
-    dtype: Literal["float32", "float16"] = "float32",
-    shard_rows: int = 65536,
-    window: int = WINDOW,
-    workers: int = 0,
+    storage: StoreOptions | None = None,
     tick: Tick = None,
     ranks: Ranks | None = None,
     same_model: bool = False,
 ) -> EmbeddingStore:
-    """The passages of a file in a store in `folder`, which is continued or used again if it is there; by all ranks.
+    """Embed the passages of a file into a store in `folder`, which is continued or reused if it exists.
 
-    `same_model` is as in `encode_passages`.
+    Args:
+        towers: the model in evaluation mode, on the device to use.
+        corpus: the file of passages.
+        folder: the folder of the store.
+        options: precision and micro-batch size.
+        reporter: shows progress and counted notices.
+        storage: see `encode_passages`.
+        tick: called after every micro-batch; may raise to stop the work.
+        ranks: see `encode_passages`.
+        same_model: see `encode_passages`.
 
     Raises:
-        InputError: the file or a row of it is bad or there is none, or `folder` holds something else.
+        InputError: the file is missing, empty or has an invalid row, or `folder` holds something else.
     """
     notices = Notices()
     total = count_records(corpus) if reporter.is_live else None
@@ -69,10 +73,7 @@ def embed_corpus(
             folder,
             options,
             source=corpus_source(corpus),
-            dtype=dtype,
-            shard_rows=shard_rows,
-            window=window,
-            workers=workers,
+            storage=storage,
             ranks=ranks,
             same_model=same_model,
             progress=ticking(advance, tick),
@@ -87,6 +88,6 @@ def embed_corpus(
 def embed_queries(
     towers: Towers, texts: Sequence[str], options: EncodeOptions, reporter: Reporter, *, tick: Tick = None
 ) -> np.ndarray:
-    """Vectors of queries, float32 [texts, dimension]."""
+    """Embed queries with a progress bar, float32 [M, D]."""
     with reporter.bar("encode queries", len(texts), "queries") as advance:
         return embed_texts(towers, texts, "query", options, ticking(advance, tick))

@@ -1,4 +1,4 @@
-"""Images to embeddings: a list of files or opened images, embedded in memory."""
+"""Encoding of images in memory: files, opened images, or pixels decoded before."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from index.files import InputError
+from index.image_files import ImageAt
 from retriever.encoding.encoder import EncodeOptions
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.images.transforms import ImageTransform, open_image
@@ -20,6 +22,9 @@ from retriever.models.mixed_precision import mixed_precision
 from retriever.utils.device import to_device
 
 ImageInput = Image.Image | Path | str
+
+# Images that are decoded together.
+DECODE_BATCH = 256
 
 
 def embed_images(
@@ -31,41 +36,117 @@ def embed_images(
     """Embed images, in their order.
 
     Args:
-        towers: Image and text towers in evaluation mode, on the device to use.
-        images: Files, or images that Pillow has opened. Files are decoded as they are needed.
-        options: Precision, and the number of tokens (patches of images) per forward pass.
-        progress: Called with the number of images embedded since the last call.
+        towers: the model in evaluation mode, on the device to use.
+        images: N files, or images that Pillow has opened. Files are decoded as they are needed.
+        options: precision, and the number of tokens (image patches) per forward pass.
+        progress: called with the number of images embedded since the last call.
 
     Returns:
-        [images, dimension] float32 embeddings of unit length.
+        Embeddings of unit length, float32 [N, D].
 
     Raises:
-        InputError: A file is missing, broken or too large. The message names it.
+        InputError: a file is missing, broken or too large; the message names it.
     """
-    batch_size = max(1, (options.micro_batch_tokens or default_encode_tokens(towers.device)) // towers.image_tokens)
     embeddings = np.empty((len(images), towers.dimension), dtype=np.float32)
     done = 0
     with mixed_precision(towers, options.precision), torch.inference_mode():
-        for pixels in _decoded(towers.transform, images, batch_size):
-            vectors = towers({"pixels": to_device(pixels, towers.device)})
-            embeddings[done : done + len(vectors)] = vectors.cpu().numpy()
-            done += len(vectors)
+        for pixels in _decoded(towers.transform, images, _batch_size(towers, options)):
+            embeddings[done : done + len(pixels)] = _forward(towers, pixels)
+            done += len(pixels)
             if progress is not None:
-                progress(len(vectors))
+                progress(len(pixels))
     return embeddings
 
 
+def embed_pixels(
+    towers: ImageTextTowers,
+    pixels: Sequence[Tensor],
+    options: EncodeOptions,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Embed decoded images, uint8 [3, height, width] each, as float32 [N, D]."""
+    batch_size = _batch_size(towers, options)
+    embeddings = np.empty((len(pixels), towers.dimension), dtype=np.float32)
+    with mixed_precision(towers, options.precision), torch.inference_mode():
+        for start in range(0, len(pixels), batch_size):
+            batch = pixels[start : start + batch_size]
+            embeddings[start : start + len(batch)] = _forward(towers, torch.stack(list(batch)))
+            if progress is not None:
+                progress(len(batch))
+    return embeddings
+
+
+class ImageDecoder:
+    """Decodes images in threads. Use as a context manager."""
+
+    def __init__(self, towers: ImageTextTowers) -> None:
+        self._transform = towers.transform
+        self._pool = _thread_pool()
+
+    def __enter__(self) -> ImageDecoder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, images: Sequence[tuple[bytes | Path, str]]) -> list[Tensor | str]:
+        """Decode (file or its bytes, name) pairs to uint8 [3, height, width], or to the reason why it failed."""
+        return list(self._pool.map(self._pixels, images))
+
+    def _pixels(self, image: tuple[bytes | Path, str]) -> Tensor | str:
+        source, name = image
+        try:
+            return self._transform.pixels(open_image(source, name))
+        except InputError as error:
+            return str(error).removeprefix(f"{source if isinstance(source, Path) else name}: ")
+
+
+def embed_readable(
+    towers: ImageTextTowers,
+    decoder: ImageDecoder,
+    images: Sequence[ImageAt],
+    options: EncodeOptions,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Embed the images that can be decoded.
+
+    Returns:
+        Embeddings, float32 [N, D], with a row of zeros for each unreadable image; and index -> reason of these.
+    """
+    decoded = decoder([(image.read(), image.name) for image in images])
+    broken = {row: outcome for row, outcome in enumerate(decoded) if isinstance(outcome, str)}
+    if broken and progress is not None:
+        progress(len(broken))
+    vectors = np.zeros((len(images), towers.dimension), dtype=np.float32)
+    rows = [row for row in range(len(images)) if row not in broken]
+    pixels = [outcome for outcome in decoded if not isinstance(outcome, str)]
+    vectors[rows] = embed_pixels(towers, pixels, options, progress)
+    return vectors, broken
+
+
+def _batch_size(towers: ImageTextTowers, options: EncodeOptions) -> int:
+    return max(1, (options.micro_batch_tokens or default_encode_tokens(towers.device)) // towers.image_tokens)
+
+
+def _forward(towers: ImageTextTowers, pixels: Tensor) -> np.ndarray:
+    return towers({"pixels": to_device(pixels, towers.device)}).cpu().numpy()
+
+
+def _thread_pool() -> ThreadPoolExecutor:
+    # Pillow releases Python's lock while it decodes and resizes.
+    return ThreadPoolExecutor(len(psutil.Process().cpu_affinity() or [0]))
+
+
 def _decoded(transform: ImageTransform, images: Sequence[ImageInput], batch_size: int) -> Iterator[Tensor]:
-    """Batches of uint8 pixels [n, 3, height, width]; the next batch is decoded while the current one is embedded."""
+    """Yield batches of uint8 pixels [n, 3, height, width]; the next batch is decoded while one is embedded."""
 
     def pixels(number: int) -> Tensor:
         return transform.pixels(open_image(images[number], f"image {number}"))
 
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    # Pillow releases the GIL while it decodes and resizes.
-    with ThreadPoolExecutor(len(psutil.Process().cpu_affinity() or [0])) as pool:
+    with _thread_pool() as pool:
         pending = [pool.submit(pixels, number) for batch in batches[:1] for number in batch]
-        for place, _ in enumerate(batches):
+        for index, _ in enumerate(batches):
             current = pending
-            pending = [pool.submit(pixels, number) for batch in batches[place + 1 : place + 2] for number in batch]
+            pending = [pool.submit(pixels, number) for batch in batches[index + 1 : index + 2] for number in batch]
             yield torch.stack([future.result() for future in current])

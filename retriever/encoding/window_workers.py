@@ -1,6 +1,6 @@
-"""Windows of a corpus made ahead of their use, by threads or by processes of which each makes every n-th piece of them.
+"""Prefetching of a corpus's windows by threads or by worker processes.
 
-A thread's share of Python's lock is what a GPU then waits for; processes have locks of their own.
+Threads compete with the main thread for Python's lock, which delays the launch of GPU kernels; processes do not.
 """
 
 from __future__ import annotations
@@ -19,68 +19,78 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from index.files import InputError
 from index.passages import Passage
-from retriever.encoding.windows import CorpusWindow, Cut, WindowMaker, pass_over, read, unread
+from retriever.encoding.windows import (
+    CorpusWindow,
+    WindowBuilder,
+    WindowSchedule,
+    lazy_passages,
+    read_windows,
+    skip,
+)
 from retriever.utils.prefetch import prefetch
 from retriever.utils.torchrun import local_world_size
 from retriever.utils.workers import init_worker, start_workers
 
-# Passages that a worker makes at a time, and how many times so many it may be ahead: a whole window takes one process
-# ten seconds, for which a GPU would wait at the start.
-PIECE, PIECES_AHEAD = 4096, 4
+# Passages per piece of a window, and the number of pieces that each worker prefetches. One process takes ten seconds
+# for a whole window, during which a GPU would wait at the start.
+PIECE, PREFETCHED_PIECES = 4096, 4
 
-# Each brings some 200,000 tokens/s, and as many as six no more than threads do (BERT-base on an H200, which takes 2.5
-# million); four processors are left to what launches, writes and feeds.
-MOST_WORKERS, LEAST_WORKERS, OTHER_PROCESSORS = 12, 7, 4
+# A worker process delivers about 200,000 tokens/s; up to six are no faster than threads. BERT-base on an H200 consumes
+# 2.5 million tokens/s. Four processors are left for launching kernels, writing and copying.
+MAX_WORKERS, MIN_WORKERS, RESERVED_PROCESSORS = 12, 7, 4
 
 
 def workers_for(device: torch.device) -> int:
-    """How many processes should make windows for a device; 0 where threads are as quick."""
-    # Workers are forks, and where there are none nobody says which processors are ours.
+    """The default number of worker processes for a device; 0 if threads are as fast."""
+    # Workers are forked, and the processors of this process must be known.
     if device.type != "cuda" or not hasattr(os, "sched_getaffinity"):
         return 0
     processors = len(os.sched_getaffinity(0)) // local_world_size()
-    count = min(MOST_WORKERS, processors - OTHER_PROCESSORS)
-    return count if count >= LEAST_WORKERS else 0
+    count = min(MAX_WORKERS, processors - RESERVED_PROCESSORS)
+    return count if count >= MIN_WORKERS else 0
 
 
 def corpus_windows(
-    passages: Iterable[Passage], row: int, cut: Cut, maker: WindowMaker, workers: int = 0
+    passages: Iterable[Passage], row: int, schedule: WindowSchedule, builder: WindowBuilder, workers: int = 0
 ) -> Generator[CorpusWindow, None, None]:
-    """This rank's windows of a corpus from its row `row` on, made ahead of their use. Close it to end what makes them.
+    """Yield this rank's windows of a corpus, prefetched. Close the generator to end its threads and processes.
 
     Args:
-        passages: the whole corpus; with workers it is read from its beginning by each of them, so nothing of it may
-            have been read before. Of a PassageFile little more is read than what the windows hold.
-        workers: processes; none for a thread of this one.
+        passages: the whole corpus. Each worker reads it from the beginning, so with workers no item may have been
+            taken from it. Of a PassageFile, rows outside the windows are not parsed.
+        row: the first row to read.
+        schedule: the rows of each window.
+        builder: builds the windows.
+        workers: number of worker processes; 0: threads of this process.
 
     Raises:
-        InputError: a passage is bad.
+        InputError: a passage is invalid.
         OSError: the corpus cannot be read.
     """
     if not workers:
-        rows = unread(passages)
-        # Here, where the user may end it.
-        pass_over(rows, row)
-        passages_read = read(rows, row, cut.windows(row))
+        rows = lazy_passages(passages)
+        # In the main thread, so that Ctrl-C interrupts it.
+        skip(rows, row)
+        raw_windows = read_windows(rows, row, schedule.windows(row))
         with (
-            contextlib.closing(prefetch(passages_read)) as some,
-            contextlib.closing(prefetch(itertools.starmap(maker, some))) as made,
+            contextlib.closing(prefetch(raw_windows)) as prefetched,
+            contextlib.closing(prefetch(itertools.starmap(builder, prefetched))) as windows,
         ):
-            yield from made
+            yield from windows
         return
-    # The workers read from it nothing but its end.
+    # Nothing is written to the pipe; the workers see its end when this process closes it.
     pipe = os.pipe()
     try:
-        pieces = _loaded(_WorkersPieces(passages, row, cut, maker, pipe), workers)
-        for window in cut.windows(row):
-            own: list[CorpusWindow] = []
+        pieces = _load(_WorkerPieces(passages, row, schedule, builder, pipe), workers)
+        for window in schedule.windows(row):
+            parts: list[CorpusWindow] = []
             for piece in itertools.islice(pieces, len(_pieces(window))):
                 if isinstance(piece, Exception):
                     raise piece
-                own.append(piece)
-            if not own:
+                parts.append(piece)
+            if not parts:
                 return
-            yield CorpusWindow.joined(own)
+            yield CorpusWindow.joined(parts)
     finally:
         for descriptor in pipe:
             os.close(descriptor)
@@ -90,55 +100,57 @@ def _pieces(window: range) -> list[range]:
     return [window[start : start + PIECE] for start in range(0, len(window), PIECE)]
 
 
-def _loaded(pieces: _WorkersPieces, workers: int) -> Iterator[CorpusWindow | Exception]:
+def _load(pieces: _WorkerPieces, workers: int) -> Iterator[CorpusWindow | Exception]:
     with warnings.catch_warnings():
-        # How many there are is the user's to say.
+        # The user chooses the number of workers.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader: DataLoader[Any] = DataLoader(
             pieces,
             batch_size=None,
             num_workers=workers,
-            collate_fn=_unchanged,
-            prefetch_factor=PIECES_AHEAD,
+            collate_fn=_identity,
+            prefetch_factor=PREFETCHED_PIECES,
             worker_init_fn=init_worker,
-            # A corpus that is a generator cannot be sent.
+            # A corpus that is a generator cannot be pickled.
             multiprocessing_context="fork",
-            # Else the caller's random numbers would be others.
+            # Without a generator of its own, the loader would advance the global random state.
             generator=torch.Generator(),
         )
         return start_workers(loader)
 
 
 @dataclass(frozen=True)
-class _WorkersPieces(IterableDataset[CorpusWindow | Exception]):
-    """Of each worker every n-th piece, and what stopped it: the loader takes from them in turns, so that what it hands
-    out is in the order of the corpus."""
+class _WorkerPieces(IterableDataset[CorpusWindow | Exception]):
+    """Worker w of n builds the pieces w, w + n, …; an error is yielded as an item.
+
+    The loader takes from the workers in turn, so its pieces are in the order of the corpus.
+    """
 
     passages: Iterable[Passage]
     row: int
-    cut: Cut
-    maker: WindowMaker
+    schedule: WindowSchedule
+    builder: WindowBuilder
     pipe: tuple[int, int]
-    """Its end comes when nobody wants more: a worker may be on its way to a row far off, and has nothing to save."""
+    """Ends when the windows are no longer needed; a worker that is still skipping rows then exits at once."""
 
     def __iter__(self) -> Iterator[CorpusWindow | Exception]:
         worker = get_worker_info()
         assert worker is not None
         os.close(self.pipe[1])
-        threading.Thread(target=self._end_with_pipe, daemon=True).start()
+        threading.Thread(target=self._exit_with_pipe, daemon=True).start()
         try:
-            pieces = itertools.chain.from_iterable(map(_pieces, self.cut.windows(self.row)))
+            pieces = itertools.chain.from_iterable(map(_pieces, self.schedule.windows(self.row)))
             own = itertools.islice(pieces, worker.id, None, worker.num_workers)
-            yield from itertools.starmap(self.maker, read(unread(self.passages), 0, own))
+            yield from itertools.starmap(self.builder, read_windows(lazy_passages(self.passages), 0, own))
         except (InputError, OSError) as error:
-            # Raised there it would come with the worker's traceback for a message.
+            # If it were raised here, its message would contain the worker's traceback.
             yield error
 
-    def _end_with_pipe(self) -> None:
+    def _exit_with_pipe(self) -> None:
         os.read(self.pipe[0], 1)
-        # As a worker that is done: torch takes any other end for a failure.
+        # torch treats any exit code but 0 as a failure of the worker.
         os._exit(0)
 
 
-def _unchanged(piece: Any) -> Any:
+def _identity(piece: Any) -> Any:
     return piece

@@ -1,6 +1,6 @@
-"""A corpus in windows, of passages that are sorted by length together: lines for a store, tokens for a tower.
+"""Windows of a corpus: passages that are tokenized and sorted by length together.
 
-A corpus that several ranks embed is divided by the shards of its store.
+If several ranks encode a corpus, it is divided among them by the shards of the store.
 """
 
 from __future__ import annotations
@@ -17,89 +17,92 @@ from retriever.data.sources import LONG_TEXT
 from retriever.distributed.share import Share
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
 
-# Passages read, tokenized and sorted by length at a time. Each window costs its threads their turns at Python's lock
-# again: 1.45 million tokens/s in windows of 8,192, 1.89 million in these, by one run of BERT-base on an H200.
+# Passages per window. Small windows cost more switches of Python's lock: BERT-base on one H200 encodes 1.45 million
+# tokens/s with windows of 8,192 passages and 1.89 million with windows of this size.
 WINDOW = 32768
-# The first ones are smaller, so that a device soon has work.
+# The first windows are smaller, so that the device starts early.
 FIRST_WINDOW = 4096
-# Of a window's embeddings, some of which wait on the host.
+# Maximum size of a window's float32 embeddings; a few windows wait in host memory.
 WINDOW_BYTES = 2**27
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a corpus is cut. Windows depend on the row alone, and end where a shard does: after an interruption, and on
-    another rank, the same ones follow, and so the same bits."""
+class WindowSchedule:
+    """The rows of each window.
+
+    A window depends only on its first row and ends at the end of a shard at the latest. The windows, and therefore the
+    embeddings bitwise, are the same after an interruption and on another number of ranks.
+    """
 
     shard_rows: int
     window: int
-    """Most passages of a window, if their embeddings are not too large."""
+    """Maximum number of passages per window; large embeddings lower it."""
     dim: int
     share: Share = field(default_factory=Share)
-    """Who embeds which shards: rank r of W has r, r + W, …"""
+    """The rank and the number of ranks: rank r of W encodes the shards r, r + W, …"""
 
     def windows(self, row: int) -> Iterator[range]:
-        """The rows of this rank's windows from the row `row` on, of a corpus without end."""
-        most = max(1, min(self.window, WINDOW_BYTES // (4 * self.dim)))
+        """Yield the rows of this rank's windows from `row` on, without end."""
+        limit = max(1, min(self.window, WINDOW_BYTES // (4 * self.dim)))
         while True:
-            shard, within = divmod(row, self.shard_rows)
+            shard, offset = divmod(row, self.shard_rows)
             if shard % self.share.size != self.share.rank:
-                row += self.shard_rows - within
+                row += self.shard_rows - offset
                 continue
-            stop = row + min(most, max(row, FIRST_WINDOW), self.shard_rows - within)
+            stop = row + min(limit, max(row, FIRST_WINDOW), self.shard_rows - offset)
             yield range(row, stop)
             row = stop
 
 
 @dataclass(frozen=True)
 class CorpusWindow:
-    """Passages as a store takes them, and their tokens."""
+    """Consecutive passages, as lines for the store and as tokens."""
 
     ids: list[str]
     lines: list[bytes]
     tokens: TokenizedTexts
-    odd: list[tuple[str, str]]
-    """What is odd in which passage."""
+    notices: list[tuple[str, str]]
+    """(what is unusual, passage id) of unusual passages."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @classmethod
     def joined(cls, pieces: list[CorpusWindow]) -> CorpusWindow:
-        """One of several that follow one another."""
+        """Concatenate consecutive pieces."""
         chain = itertools.chain.from_iterable
         return cls(
             list(chain(piece.ids for piece in pieces)),
             list(chain(piece.lines for piece in pieces)),
             TokenizedTexts.concatenate([piece.tokens for piece in pieces]),
-            list(chain(piece.odd for piece in pieces)),
+            list(chain(piece.notices for piece in pieces)),
         )
 
 
 @dataclass(frozen=True)
-class WindowMaker:
-    """Makes windows of passages; it has no weights, so that processes can."""
+class WindowBuilder:
+    """Builds windows from passages. It has no model weights, so it can be used in worker processes."""
 
     tokenizer: TextTokenizer
     prompt: str
-    """Of the model, put before each text."""
+    """The model's prompt, inserted before each text."""
     store: str
-    """Named in errors."""
+    """Name of the store in error messages."""
 
     def __call__(self, row: int, passages: list[Passage]) -> CorpusWindow:
-        """The window of the passages that begin at a row.
+        """Build the window of `passages`, the first of which has the row number `row`.
 
         Raises:
-            InputError: an id or a text of them cannot be stored.
+            InputError: an id or a text cannot be stored.
         """
         lines = [passage_line(passage, f"{self.store}: row {row + n}") for n, passage in enumerate(passages)]
-        odd = [(what, passage.id) for passage in passages for what in _oddities(passage)]
+        notices = [(what, passage.id) for passage in passages for what in _notices_of(passage)]
         tokens = self.tokenizer([self.prompt + passage.content for passage in passages])
-        return CorpusWindow([passage.id for passage in passages], lines, tokens, odd)
+        return CorpusWindow([passage.id for passage in passages], lines, tokens, notices)
 
 
-def _oddities(passage: Passage) -> list[str]:
-    """What a user should hear of a passage, once for all of a kind."""
+def _notices_of(passage: Passage) -> list[str]:
+    """What is unusual in a passage; the user sees a count of each kind."""
     if not passage.content:
         return ["passages without any text"]
     if len(passage.content) > LONG_TEXT:
@@ -107,31 +110,37 @@ def _oddities(passage: Passage) -> list[str]:
     return []
 
 
-def unread(passages: Iterable[Passage]) -> Iterator[Callable[[], Passage]]:
-    """Each passage as what reads it."""
+def lazy_passages(passages: Iterable[Passage]) -> Iterator[Callable[[], Passage]]:
+    """Yield functions that return one passage each; those of a PassageFile parse it only when called."""
     if isinstance(passages, PassageFile):
         return passages.lazy()
-    return (partial(_unchanged, passage) for passage in passages)
+    return (partial(_identity, passage) for passage in passages)
 
 
-def pass_over(rows: Iterator[Any], count: int) -> None:
-    """Leave so many rows to others."""
+def skip(rows: Iterator[Any], count: int) -> None:
+    """Advance an iterator by `count` items."""
     for _ in itertools.islice(rows, count):
         pass
 
 
-def read(
+def read_windows(
     rows: Iterator[Callable[[], Passage]], row: int, windows: Iterator[range]
 ) -> Iterator[tuple[int, list[Passage]]]:
-    """(first row, passages) of each window until the corpus ends, where the next of the `rows` is the row `row`."""
+    """Yield (first row, passages) of each window until the corpus ends.
+
+    Args:
+        rows: the corpus from row `row` on.
+        row: the number of the next row.
+        windows: the rows of each window, ascending.
+    """
     for window in windows:
-        pass_over(rows, window.start - row)
-        some = [passage() for passage in itertools.islice(rows, len(window))]
-        if not some:
+        skip(rows, window.start - row)
+        passages = [read() for read in itertools.islice(rows, len(window))]
+        if not passages:
             return
-        yield window.start, some
+        yield window.start, passages
         row = window.stop
 
 
-def _unchanged(window: Any) -> Any:
-    return window
+def _identity(passage: Passage) -> Passage:
+    return passage

@@ -1,1 +1,1 @@
-"""Evaluation of models on BEIR and zero-shot sets."""
+"""Evaluation of models on BEIR sets and zero-shot image sets."""

@@ -1,4 +1,4 @@
-"""Towers on one BEIR split: encode, search, score."""
+"""Evaluation of a model on one split of a BEIR set: encode, search, score."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from index.beir import BeirDataset
 from index.progress import Reporter
 from retriever.distributed.ranks import Ranks
+from retriever.encoding.corpus import StoreOptions
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.files import embed_corpus, embed_queries, ticking
 from retriever.models.towers import Towers
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from eval.metrics import Metrics
     from eval.ranking import RankedRun
 
-# Passages of a shard that ranks share out, small enough for small corpora.
-SHARED = 8192
+# Passages per window, and per shard if ranks share the work: small, so that every rank gets a part of small corpora.
+WINDOW = 8192
 
 
 def evaluate_towers(
@@ -34,30 +35,38 @@ def evaluate_towers(
     keep_identical_ids: bool = False,
     same_model: bool = False,
 ) -> tuple[RankedRun, Metrics]:
-    """Embed a BEIR corpus to the store `embeddings` (continued or reused if it is there) and score the split.
+    """Embed the corpus of a BEIR set into a store, search it exactly and compute the metrics of the split.
 
     Args:
-        towers: in evaluation mode, on the device to use.
-        k: passages a query in the run.
-        tick: called after every micro-batch; may raise to end the evaluation.
-        ranks: share the work, called with the same arguments; the result is that of one process.
-        keep_identical_ids: leave no passage out for having its query's id.
-        same_model: as in `encode_passages`.
+        towers: the model in evaluation mode, on the device to use.
+        dataset: the split.
+        embeddings: the folder of the store, which is continued or reused if it exists.
+        options: precision and micro-batch size.
+        reporter: shows progress.
+        k: passages per query in the run.
+        tick: called after every micro-batch; may raise to stop the evaluation.
+        ranks: ranks that share the work, each of which calls with the same arguments. The result is that of one
+            process. Default: None, one process.
+        keep_identical_ids: keep passages that have the id of their query.
+        same_model: see `encode_passages`.
+
+    Returns:
+        The run and its metrics.
     """
-    # Here, because only a run of training with a dev set needs the package eval.
+    # Imported here, because a training run without a dev set does not need the package eval.
     from eval.evaluate import evaluate_beir
     from eval.metrics import KS
 
-    several = ranks is not None and ranks.world_size > 1
+    is_distributed = ranks is not None and ranks.world_size > 1
+    # One process uses the same windows as several, so that the vectors are bitwise equal.
+    storage = StoreOptions(shard_rows=WINDOW, window=WINDOW) if is_distributed else StoreOptions(window=WINDOW)
     store = embed_corpus(
         towers,
         dataset.corpus_file,
         embeddings,
         options,
         reporter,
-        # A window is the least that one rank embeds; those of one process are the same.
-        shard_rows=SHARED if several else 65536,
-        window=SHARED,
+        storage=storage,
         tick=tick,
         ranks=ranks,
         same_model=same_model,
@@ -71,6 +80,6 @@ def evaluate_towers(
             ks=KS,
             device=str(towers.device),
             progress=ticking(advance, tick),
-            on_ranks=several,
+            on_ranks=is_distributed,
             keep_identical_ids=keep_identical_ids,
         )

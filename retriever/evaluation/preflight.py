@@ -1,4 +1,4 @@
-"""What is wrong with the sets of an evaluation, and what it will take: said before the model embeds them."""
+"""Validation of the sets of an evaluation, and an estimate of its cost, before the model encodes them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from retriever.models.towers import SIDES, Side, Towers
 if TYPE_CHECKING:
     from retriever.evaluation.suite import SuiteOptions
 
-# Corpora below this are done before a trial of the model's speed would be.
-WORTH_A_TRIAL = 2000
+# Smaller corpora are encoded faster than the speed of the model is measured.
+MIN_PASSAGES_TO_ESTIMATE = 2000
+# Duration of the speed measurement.
 TRIAL_SECONDS = 5.0
 
 
@@ -45,24 +46,30 @@ def check_sets(
     thorough: bool = False,
     processes: int = 1,
 ) -> dict[str, dict[str, Any]]:
-    """Read every set, print its findings, lengths and estimate.
+    """Validate every set and print its findings, text lengths and estimated cost.
 
     Args:
-        thorough: print lengths and an estimate of small sets too.
-        processes: how many share the encoding.
+        towers: the model in evaluation mode, on the device to use.
+        plan: the sets.
+        out: the folder of the report, for the free disk space.
+        encode: precision and micro-batch size.
+        options: options of the evaluation.
+        reporter: prints the findings.
+        thorough: print lengths and an estimate for small sets too.
+        processes: number of processes that share the encoding.
 
     Returns:
-        Set -> its numbers, findings and estimate, for JSON.
+        Set -> its counts, findings and estimate, for JSON.
 
     Raises:
-        InputError: a set has errors, or there is none.
+        InputError: a set has errors, or there is no set.
     """
     if not plan.tasks:
         raise InputError(f"expected at least one set that is here, found none of {', '.join(plan.absent)}")
-    found = []
+    results = []
     for task in plan.tasks:
         with reporter.bar(f"{task.name}: check", _passages(task) if reporter.is_live else None, "passages") as advance:
-            of_set = preflight(
+            result = preflight(
                 task.folder,
                 task.split,
                 name=task.name,
@@ -70,54 +77,54 @@ def check_sets(
                 keep_identical_ids=options.keep_identical_ids,
                 progress=advance,
             )
-        if of_set.passages:
-            _check_factory(of_set, options, towers.dimension)
-        found.append(of_set)
+        if result.passages:
+            _check_factory(result, options, towers.dimension)
+        results.append(result)
     reports = {}
-    broken = any(of_set.errors for of_set in found)
-    for task, of_set in zip(plan.tasks, found, strict=True):
-        own = towers_for(towers, options.settings, task.name, task.row)
-        lengths: dict[str, Lengths] = {side: _lengths(own, side, of_set) for side in SIDES}
+    has_errors = any(result.errors for result in results)
+    for task, result in zip(plan.tasks, results, strict=True):
+        adjusted = towers_for(towers, options.settings, task.name, task.row)
+        lengths: dict[str, Lengths] = {side: _lengths(adjusted, side, result) for side in SIDES}
         if not options.windows:
-            warn_of_lengths(of_set, lengths)
-        _print_findings(task, of_set, reporter)
-        reports[task.name] = _json(of_set, lengths)
-        if not broken and (thorough or of_set.passages >= WORTH_A_TRIAL):
-            expected = estimate(
-                of_set,
+            warn_of_lengths(result, lengths)
+        _print_findings(task, result, reporter)
+        reports[task.name] = _json(result, lengths)
+        if not has_errors and (thorough or result.passages >= MIN_PASSAGES_TO_ESTIMATE):
+            cost = estimate(
+                result,
                 lengths,
-                dim=own.dimension,
+                dim=adjusted.dimension,
                 k=options.k,
                 out=out.absolute(),
-                tokens_per_second=processes * _speed(own, of_set.passage_sample, lengths["document"], encode),
+                tokens_per_second=processes * _speed(adjusted, result.passage_sample, lengths["document"], encode),
                 dtype_bytes=2 if options.dtype == "float16" else 4,
                 shard_rows=options.shard_rows,
-                index=_index_bytes(options, of_set.passages, own.dimension),
+                index=_index_bytes(options, result.passages, adjusted.dimension),
                 build=options.factory is not None,
             )
-            reports[task.name]["estimate"] = dataclasses.asdict(expected)
-            _print_estimate(lengths, expected, out, reporter)
-    for of_set in found:
-        of_set.refuse()
+            reports[task.name]["estimate"] = dataclasses.asdict(cost)
+            _print_estimate(lengths, cost, out, reporter)
+    for result in results:
+        result.refuse()
     return reports
 
 
-def _check_factory(found: Preflight, options: SuiteOptions, dim: int) -> None:
-    """Count as an error that an index cannot be trained on so few passages; of windows there may be more."""
+def _check_factory(result: Preflight, options: SuiteOptions, dim: int) -> None:
+    """Add an error if the corpus has too few passages to train the index; windows are not counted before encoding."""
     if options.factory is None or options.factory == "auto" or options.windows:
         return
-    # Named, so that it lives while its parts are looked at.
-    whole = make(options.factory, dim)
-    inner = core(whole)
-    least = max(getattr(inner, "nlist", 0), inner.pq.ksub if hasattr(inner, "pq") else 0)
-    if found.passages < least:
-        what = f"expected at least {least:,} passages to train as many centroids, found {found.passages:,}"
-        place = f"{found.name}: factory {options.factory!r}: {what}; choose fewer, or 'Flat'"
-        found.add("too few passages for the index", place, error=True)
+    # The variable keeps the index alive: `core` returns a reference into it.
+    index = make(options.factory, dim)
+    inner = core(index)
+    centroids = max(getattr(inner, "nlist", 0), inner.pq.ksub if hasattr(inner, "pq") else 0)
+    if result.passages < centroids:
+        what = f"expected at least {centroids:,} passages to train as many centroids, found {result.passages:,}"
+        place = f"{result.name}: factory {options.factory!r}: {what}; choose fewer, or 'Flat'"
+        result.add("too few passages for the index", place, error=True)
 
 
 def _index_bytes(options: SuiteOptions, rows: int, dim: int) -> int:
-    """What the index asked for takes in memory; 0 where none is asked for."""
+    """Memory of the requested index in bytes; 0 without one."""
     if options.index is not None:
         return read_manifest(options.index, INDEX).files[FAISS_FILE].bytes
     if options.factory is None:
@@ -126,65 +133,66 @@ def _index_bytes(options: SuiteOptions, rows: int, dim: int) -> int:
 
 
 def _passages(task: Task) -> int | None:
-    """About how many there are; none where the corpus is missing, which the check will say."""
+    """Approximate number of passages; None if the corpus is missing, which the validation reports."""
     try:
         return count_records(beir_file(task.folder, "corpus.jsonl"))
     except (InputError, OSError):
         return None
 
 
-def _print_findings(task: Task, found: Preflight, reporter: Reporter) -> None:
-    counts = f"{found.passages:,} passages, {found.queries:,} queries, {found.judgements:,} judgements"
-    errors, warnings = (sum(finding.count for finding in kind) for kind in (found.errors, found.warnings))
+def _print_findings(task: Task, result: Preflight, reporter: Reporter) -> None:
+    counts = f"{result.passages:,} passages, {result.queries:,} queries, {result.judgements:,} judgements"
+    errors, warnings = (sum(finding.count for finding in kind) for kind in (result.errors, result.warnings))
     reporter.line(f"{task.name} ({task.split}): {counts}; {errors:,} errors, {warnings:,} warnings")
-    for kind, findings in (("error", found.errors), ("warning", found.warnings)):
+    for kind, findings in (("error", result.errors), ("warning", result.warnings)):
         for finding in findings:
             reporter.line(f"  {kind}: {finding}")
 
 
-def _print_estimate(lengths: dict[str, Lengths], expected: Estimate, out: Path, reporter: Reporter) -> None:
+def _print_estimate(lengths: dict[str, Lengths], cost: Estimate, out: Path, reporter: Reporter) -> None:
     for side in SIDES:
         reporter.line(f"  {side} lengths: {lengths[side]}")
-    reporter.line(f"  estimate: {expected}")
-    if expected.disk > expected.free:
-        reporter.line(f"  warning: not enough room on the disk of {out}")
+    reporter.line(f"  estimate: {cost}")
+    if cost.disk > cost.free:
+        reporter.line(f"  warning: not enough space on the disk of {out}")
 
 
-def _json(found: Preflight, lengths: dict[str, Lengths]) -> dict[str, Any]:
+def _json(result: Preflight, lengths: dict[str, Lengths]) -> dict[str, Any]:
     return {
-        "passages": found.passages,
-        "queries": found.queries,
-        "judgements": found.judgements,
-        "errors": {finding.what: finding.count for finding in found.errors},
-        "warnings": {finding.what: finding.count for finding in found.warnings},
+        "passages": result.passages,
+        "queries": result.queries,
+        "judgements": result.judgements,
+        "errors": {finding.what: finding.count for finding in result.errors},
+        "warnings": {finding.what: finding.count for finding in result.warnings},
         "tokens": {side: lengths[side].histogram() for side in SIDES},
     }
 
 
-def _lengths(towers: Towers, side: Side, found: Preflight) -> Lengths:
-    """Token counts of a sample of texts as the model would read them, but not cut."""
-    texts = found.query_sample if side == "query" else found.passage_sample
-    tokens = towers.tokenizer(side)
+def _lengths(towers: Towers, side: Side, result: Preflight) -> Lengths:
+    """Token counts of the sampled texts with prompt and special tokens, before truncation."""
+    texts = result.query_sample if side == "query" else result.passage_sample
+    tokenizer = towers.tokenizer(side)
     if not texts:
-        return Lengths(np.empty(0, np.int64), tokens.max_length)
+        return Lengths(np.empty(0, np.int64), tokenizer.max_length)
     prompt = towers.prompt(side)
-    return Lengths(tokens.untruncated([prompt + text for text in texts]).lengths, tokens.max_length)
+    return Lengths(tokenizer.untruncated([prompt + text for text in texts]).lengths, tokenizer.max_length)
 
 
 def _speed(towers: Towers, texts: Sequence[str], lengths: Lengths, options: EncodeOptions) -> float:
-    """Tokens that the model reads in a second, tried on texts of a sample: as many as some seconds take.
+    """Measure the encoding speed in tokens per second on sampled texts, for up to TRIAL_SECONDS.
 
-    More and more at once: few go slower through a model than many, so the last and largest trial alone counts.
+    The number of texts grows from call to call. Only the last and largest call counts, because small batches are
+    slower per token.
     """
     limit = lengths.limit or int(lengths.counts.max(initial=1))
-    embed_texts(towers, texts[:2], "document", options)  # the first call is slower than any other
-    count, left = min(2, len(texts)), TRIAL_SECONDS
+    embed_texts(towers, texts[:2], "document", options)  # warm-up
+    count, remaining = min(2, len(texts)), TRIAL_SECONDS
     while True:
-        began = time.perf_counter()
+        start = time.perf_counter()
         embed_texts(towers, texts[:count], "document", options)
-        seconds = max(time.perf_counter() - began, 1e-6)
-        left -= seconds
-        more = min(4.0, left / seconds)
-        if more <= 1 or count == len(texts):
+        seconds = max(time.perf_counter() - start, 1e-6)
+        remaining -= seconds
+        growth = min(4.0, remaining / seconds)
+        if growth <= 1 or count == len(texts):
             return float(lengths.counts[:count].clip(max=limit).sum()) / seconds
-        count = min(len(texts), math.ceil(more * count))
+        count = min(len(texts), math.ceil(growth * count))

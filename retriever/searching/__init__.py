@@ -1,1 +1,1 @@
-"""Search with a model and an index, and mining of hard negatives."""
+"""Search, and mining of hard negatives."""

@@ -10,7 +10,7 @@ from index.files import InputError
 from index.progress import Progress, as_reporter
 from retriever.encoding.model import Model, ModelInput, Precision, load
 from retriever.errors import ArgumentError, check_at_least
-from retriever.searching.mining import mine_with_towers
+from retriever.searching.mining import MiningOptions, mine_with_towers
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,7 @@ def mine(
         out,
         model.options,
         reporter,
+        mining=MiningOptions(negatives, depth, max_share, keep_identical_ids),
         embeddings=None if embeddings is None else Path(embeddings),
-        negatives=negatives,
-        depth=depth,
-        max_share=max_share,
-        keep_identical_ids=keep_identical_ids,
     )
     return MinedNegatives(out, queries, short)

@@ -1,4 +1,4 @@
-"""Hard negatives: for every query, passages that a model ranks high and that no judgement calls relevant."""
+"""Mining of hard negatives: passages that a model ranks high for a query and that are not judged relevant."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,20 @@ from retriever.encoding.files import embed_corpus, embed_queries
 from retriever.models.towers import Towers
 
 
+@dataclass(frozen=True)
+class MiningOptions:
+    """Which passages are taken as hard negatives."""
+
+    negatives: int = 7
+    """Maximum number of negatives per query."""
+    depth: int = 100
+    """Candidates per query, before `max_share` drops any; at least `negatives` are considered."""
+    max_share: float = 0.95
+    """Candidates that score above this share of the best positive's score are dropped, 0 to 1."""
+    keep_identical_ids: bool = False
+    """Whether passages that have the id of their query and are not judged for it are candidates."""
+
+
 def mine_with_towers(
     towers: Towers,
     dataset: BeirDataset,
@@ -29,22 +44,37 @@ def mine_with_towers(
     options: EncodeOptions,
     reporter: Reporter,
     *,
-    embeddings: Path | None,
-    negatives: int,
-    depth: int,
-    max_share: float,
-    keep_identical_ids: bool = False,
+    mining: MiningOptions | None = None,
+    embeddings: Path | None = None,
 ) -> tuple[int, int]:
-    """Embed corpus and queries, then `mine`. `embeddings` is the corpus's store; none for a temporary one."""
-    # Before hours of encoding, not after.
-    sought = dataset.judged | dataset.queries.keys()
-    found = {passage.id for passage in dataset.passages() if passage.id in sought}
-    dataset.check(found)
-    own = sum(query in found and query not in dataset.qrels[query] for query in dataset.queries)
-    if own and not keep_identical_ids:
+    """Embed the corpus and the queries of a split, then `mine`.
+
+    Args:
+        towers: the model in evaluation mode, on the device to use.
+        dataset: the split.
+        out: the JSON lines file to write.
+        options: precision and micro-batch size.
+        reporter: shows progress.
+        mining: which negatives are taken. Default: None, the defaults of MiningOptions.
+        embeddings: the folder of the corpus's store, which is continued or reused if it exists. Default: None, a
+            temporary folder.
+
+    Returns:
+        See `mine`.
+
+    Raises:
+        InputError: the data are invalid, or `embeddings` holds something else.
+    """
+    mining = mining or MiningOptions()
+    # The qrels are checked before hours of encoding.
+    relevant_ids = dataset.judged | dataset.queries.keys()
+    existing = {passage.id for passage in dataset.passages() if passage.id in relevant_ids}
+    dataset.check(existing)
+    identical = sum(query in existing and query not in dataset.qrels[query] for query in dataset.queries)
+    if identical and not mining.keep_identical_ids:
         reporter.line(
-            f"{dataset.name}: passages that are no negatives of a query because they have its id and are not judged "
-            f"for it: {own:,} (--keep-identical-ids takes them)"
+            f"{dataset.name}: passages that are not taken as negatives because they have the id of the query and are "
+            f"not judged for it: {identical:,} (--keep-identical-ids takes them)"
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = embeddings or Path(temporary) / "embeddings"
@@ -58,13 +88,10 @@ def mine_with_towers(
                 store=store,
                 queries=queries,
                 out=out,
-                negatives=negatives,
-                depth=depth,
-                max_share=max_share,
+                options=mining,
                 device=str(towers.device),
                 progress=advance,
                 keys=keys,
-                keep_identical_ids=keep_identical_ids,
             )
 
 
@@ -74,44 +101,39 @@ def mine(
     store: EmbeddingStore,
     queries: np.ndarray,
     out: Path,
-    negatives: int = 7,
-    depth: int = 100,
-    max_share: float = 0.95,
+    options: MiningOptions | None = None,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     keys: np.ndarray | None = None,
-    keep_identical_ids: bool = False,
 ) -> tuple[int, int]:
-    """Write one JSON line a query with its text, its positives, and its hardest negatives, best first.
+    """Write one JSON line per query with its text, its positives and its hard negatives, hardest first.
 
-    Passages are compared by their text (title and text), not by their id, and queries likewise: texts that differ only
-    in case or white space are the same. Candidates are the `depth` different texts that score best for the query,
-    without empty ones, without the positives of any query of the same text, and without the passage that has the
-    query's id, unless the qrels judge it. Of them, those that score above
-    `max_share` of the best positive are dropped: many of these are unjudged positives (positive-aware mining,
-    NV-Retriever, arXiv 2407.15831). A text that several passages have scores as the best of them. The file serves as a
-    training source as it is; a query is not in it when all its positives are empty.
+    The candidates of a query are the `depth` distinct texts that score highest for it. Texts (title and text) that
+    differ only in case or white space are the same text, which scores as the best of its passages. Empty texts,
+    positives of any query with the same text, and an unjudged passage with the id of the query are not candidates.
+    Candidates that score above `max_share` of the best positive are dropped, because many of them are unjudged
+    positives (positive-aware mining, NV-Retriever, arXiv 2407.15831).
+
+    The file can be used as a training source. A query whose positives are all empty is left out.
 
     Args:
-        dataset: the split to mine for.
-        store: the embedded corpus, N passages of D dimensions.
-        queries: float32 [Q, D], of `dataset.queries` in their order.
+        dataset: the split.
+        store: the embedded corpus of N passages [N, D].
+        queries: embeddings of `dataset.queries`, in their order, float32 [Q, D].
         out: the JSON lines file; written atomically.
-        negatives: most negatives a query.
-        depth: candidates a query, before `max_share` drops any; at least `negatives` are looked at.
-        max_share: of the best positive's score, above which a candidate is dropped.
-        device: where the products are computed.
-        progress: called with the rows of the corpus searched since the last call. Where copies leave a query too few
-            candidates, the corpus is searched again for it.
-        keys: what `text_keys` gives for the store; computed here when left out.
-        keep_identical_ids: passages that have their query's id and are not judged for it are candidates too.
+        options: which negatives are taken. Default: None, the defaults of MiningOptions.
+        device: where the products are computed, "cpu" or "cuda".
+        progress: called with the number of corpus rows searched since the last call. If duplicates leave a query too
+            few candidates, the corpus is searched again for it.
+        keys: the result of `text_keys` for the store. Default: None, computed here.
 
     Returns:
-        Queries written, and how many of them got fewer than `negatives`.
+        The number of queries written, and the number of them with fewer than `negatives` negatives.
 
     Raises:
         InputError: the store is damaged, or the qrels judge a passage that it lacks.
     """
+    options = options or MiningOptions()
     store.check()
     ids = store.ids()
     row_of = rows_of(ids, dataset.judged | dataset.queries.keys())
@@ -123,36 +145,41 @@ def mine(
     ]
     relevant = _shared_by_text(list(dataset.queries.values()), own_positives)
     best = _best_positive_scores(queries, relevant, store)
-    limits = best - (1.0 - max_share) * np.abs(np.where(np.isfinite(best), best, 0))
-    banned = [
-        keys[[*positives, *([] if keep_identical_ids else _own_passage(dataset, query, row_of))]]
+    limits = best - (1.0 - options.max_share) * np.abs(np.where(np.isfinite(best), best, 0))
+    excluded = [
+        keys[[*positives, *([] if options.keep_identical_ids else _identical_id(dataset, query, row_of))]]
         for query, positives in zip(dataset.queries, relevant, strict=True)
     ]
 
-    def search(some: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return exact.search(some, store.shards(), ids, k, device=device, progress=progress)
+    def search(vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return exact.search(vectors, store.shards(), ids, k, device=device, progress=progress)
 
-    candidates = _candidates(search, queries, keys, banned, max(depth, negatives))
-    chosen = [
-        rows[scores <= limit][:negatives].tolist() for (scores, rows), limit in zip(candidates, limits, strict=True)
+    candidates = _candidates(search, queries, keys, excluded, max(options.depth, options.negatives))
+    negatives = [
+        rows[scores <= limit][: options.negatives].tolist()
+        for (scores, rows), limit in zip(candidates, limits, strict=True)
     ]
-    texts = _texts(store, {row for group in (*own_positives, *chosen) for row in group})
+    texts = _texts(store, {row for group in (*own_positives, *negatives) for row in group})
     short = written = 0
     with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        for text, positives, found in zip(dataset.queries.values(), own_positives, chosen, strict=True):
+        for text, positives, own in zip(dataset.queries.values(), own_positives, negatives, strict=True):
             positive_texts = list({_as_read(texts[row]): texts[row] for row in positives if texts[row]}.values())
             if positive_texts:
-                line = {"query": text, "positive": positive_texts, "negatives": [texts[row] for row in found]}
+                line = {"query": text, "positive": positive_texts, "negatives": [texts[row] for row in own]}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
                 written += 1
-                short += len(found) < negatives
+                short += len(own) < options.negatives
     return written, short
 
 
 def text_keys(store: EmbeddingStore, progress: Callable[[int], None] | None = None) -> np.ndarray:
-    """64 bits of a hash of every passage's text, uint64 [N]: texts that differ only in case and white space share one.
+    """Hash the text of every passage to 64 bits, uint64 [N]; texts that differ only in case and white space are equal.
 
-    Two of ten million different texts share a key once in 370,000 corpora, and then one candidate less is found.
+    A collision costs one candidate. In a corpus of ten million texts it happens with probability 1 in 370,000.
+
+    Args:
+        store: the embedded corpus.
+        progress: called with the number of passages read since the last call.
     """
     keys = np.empty(store.rows, np.uint64)
     for row, passage in enumerate(store.passages()):
@@ -163,7 +190,7 @@ def text_keys(store: EmbeddingStore, progress: Callable[[int], None] | None = No
 
 
 def _as_read(text: str) -> str:
-    # Training reads U+FFFD for NUL.
+    # Training replaces NUL by U+FFFD.
     return text.replace("\0", "\ufffd")
 
 
@@ -173,7 +200,7 @@ def _key(text: str) -> int:
 
 
 def _shared_by_text(queries: Sequence[str], positives: Sequence[list[int]]) -> list[list[int]]:
-    """For each query, the rows of the positives of all queries that have its text."""
+    """For each query, the rows of the positives of all queries with the same text."""
     by_text: dict[str, list[int]] = {}
     for query, rows in zip(queries, positives, strict=True):
         by_text.setdefault(folded(query), []).extend(rows)
@@ -181,8 +208,8 @@ def _shared_by_text(queries: Sequence[str], positives: Sequence[list[int]]) -> l
     return [shared[folded(query)] for query in queries]
 
 
-def _own_passage(dataset: BeirDataset, query: str, row_of: dict[str, int]) -> list[int]:
-    """The row of the passage that is the query itself (ArguAna): it has its id, and the qrels do not judge the pair."""
+def _identical_id(dataset: BeirDataset, query: str, row_of: dict[str, int]) -> list[int]:
+    """The row of the unjudged passage with the id of the query, if any; in ArguAna it is the query itself."""
     return [row_of[query]] if query in row_of and query not in dataset.qrels[query] else []
 
 
@@ -190,46 +217,45 @@ def _candidates(
     search: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
     queries: np.ndarray,
     keys: np.ndarray,
-    banned: Sequence[np.ndarray],
+    excluded: Sequence[np.ndarray],
     depth: int,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each query, scores and rows of its best `depth` passages, fewer when the corpus has no more.
+    """For each query, the scores and rows of its best `depth` passages with distinct texts, if there are as many.
 
     Args:
         search: (queries [M, D], k) -> scores and rows [M, min(k, N)], best first.
         queries: [Q, D].
-        keys: [N] of the passages' texts. Of those with equal keys only the best is taken.
-        banned: for each query, the keys of texts that are not taken; the empty text never is.
-        depth: how many, at least 1.
+        keys: [N], the keys of the passages' texts. Only the best passage with the same key is taken.
+        excluded: for each query, the keys of texts that are not taken; the empty text is never taken.
+        depth: number of candidates, at least 1.
     """
     empty = np.array([_key("")], np.uint64)
-    found: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0), np.empty(0, np.int64))] * len(queries)
-    asked = depth + max(map(len, banned), default=0) + 1
-    left = np.arange(len(queries))
-    while len(left):
+    candidates: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0), np.empty(0, np.int64))] * len(queries)
+    k = depth + max(map(len, excluded), default=0) + 1
+    remaining = np.arange(len(queries))
+    while len(remaining):
         unfinished = []
-        for query, scores, rows in zip(left.tolist(), *search(queries[left], min(asked, len(keys))), strict=True):
+        for query, scores, rows in zip(remaining.tolist(), *search(queries[remaining], min(k, len(keys))), strict=True):
             texts = keys[rows]
             is_first = np.zeros(len(rows), bool)
             is_first[np.unique(texts, return_index=True)[1]] = True
-            taken = np.flatnonzero(is_first & ~np.isin(texts, np.concatenate([banned[query], empty])))[:depth]
-            found[query] = scores[taken], rows[taken]
-            if len(taken) < depth and asked < len(keys):
+            taken = np.flatnonzero(is_first & ~np.isin(texts, np.concatenate([excluded[query], empty])))[:depth]
+            candidates[query] = scores[taken], rows[taken]
+            if len(taken) < depth and k < len(keys):
                 unfinished.append(query)
-        left = np.array(unfinished, np.int64)
-        asked *= 2
-    return found
+        remaining = np.array(unfinished, np.int64)
+        k *= 2
+    return candidates
 
 
 def _best_positive_scores(queries: np.ndarray, relevant: list[list[int]], store: EmbeddingStore) -> np.ndarray:
-    """The highest score among each query's positives, float32 [Q]; −inf without one."""
+    """The highest score of each query's positives, float32 [Q]; −inf without a positive."""
     best = np.full(len(queries), -np.inf, dtype=np.float32)
-    listed = [(query, row) for query, rows in enumerate(relevant) for row in rows]
-    pairs = np.array(listed, dtype=np.int64).reshape(-1, 2)
+    pairs = np.array([(query, row) for query, rows in enumerate(relevant) for row in rows], np.int64).reshape(-1, 2)
     for first, vectors in store.shards():
-        here = pairs[(pairs[:, 1] >= first) & (pairs[:, 1] < first + len(vectors))]
-        products = np.einsum("pd,pd->p", queries[here[:, 0]], vectors[here[:, 1] - first].astype(np.float32))
-        np.maximum.at(best, here[:, 0], products)
+        in_shard = pairs[(pairs[:, 1] >= first) & (pairs[:, 1] < first + len(vectors))]
+        products = np.einsum("pd,pd->p", queries[in_shard[:, 0]], vectors[in_shard[:, 1] - first].astype(np.float32))
+        np.maximum.at(best, in_shard[:, 0], products)
     return best
 
 

@@ -1,4 +1,4 @@
-"""Queries, texts or pictures, to passages or pictures through an index."""
+"""Search of an index with queries that are texts or images."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from retriever.models.images.towers import ImageTextTowers
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import checksum_progress
 
-# Queries embedded and searched at a time.
+# Queries per batch.
 BATCH = 256
 
 
 @dataclass(frozen=True)
 class Result:
-    """A passage found."""
+    """A retrieved passage."""
 
     rank: int
-    """From 1."""
+    """Rank, from 1."""
     score: float
     """Inner product with the query."""
     id: str
@@ -39,13 +39,13 @@ class Result:
 
     @property
     def heading(self) -> str:
-        """The title, unless it says no more than the text."""
+        """The title to show; empty if it equals the text."""
         return heading(self.title, self.text)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A query and what was found for it, best first."""
+    """A query and its results, best first."""
 
     id: str
     query: str
@@ -55,17 +55,17 @@ class Answer:
 def open_indexes(
     folders: Sequence[Path], reporter: Reporter, *, mmap: bool = False, verify: bool = False
 ) -> Index | MultiIndex:
-    """The index in the one folder, or those in several as one.
+    """Open the index in a folder, or the indexes in several folders as one.
 
     Args:
-        folders: of the indexes.
-        reporter: shows how much has been checked.
-        mmap: leave them on disk and read what a search touches.
-        verify: check every byte of every file first; else of the faiss files that are read whole or take little time,
-            and of the others the length.
+        folders: the folders.
+        reporter: shows the progress of verification.
+        mmap: memory-map the indexes instead of loading them.
+        verify: verify the checksums of all files first. Otherwise only files that are loaded completely or are small
+            are verified, and the sizes of the others are compared.
 
     Raises:
-        InputError: as `index.ann.multi_index.open_all`, or a file is damaged.
+        InputError: see `index.ann.multi_index.open_all`; or a file is damaged.
     """
     with checksum_progress(reporter, folders, None if verify else [FAISS_FILE, LISTS_FILE]) as checked:
         return open_all(folders, verify="hash" if verify else "size", mmap=mmap, progress=checked)
@@ -79,46 +79,51 @@ def search(
     options: EncodeOptions,
     batch: int = BATCH,
 ) -> Iterator[Answer]:
-    """The best `k` passages of each (id, text) query, in order; fewer where the index finds fewer.
+    """Yield the best `k` passages of each query, in order; fewer if the index returns fewer.
 
     Args:
-        towers: in evaluation mode: the model that embedded the index's passages.
-        index: the index, or several searched as one.
-        queries: (id, text), without prompts, or (id, file of a picture); consumed in batches as answers are taken.
-        k: passages a query.
-        options: how queries pass through the tower.
-        batch: queries embedded and searched at a time; 1 answers each before the next is read.
+        towers: the model that embedded the passages of the index, in evaluation mode.
+        index: one index, or several searched as one.
+        queries: (id, text) without prompts, or (id, image file); consumed in batches as answers are taken.
+        k: passages per query.
+        options: precision and micro-batch size.
+        batch: queries per batch; with 1, each query is answered before the next is read.
 
     Raises:
-        InputError: the index was made with another model, or a picture cannot be read or is none that the model embeds.
+        InputError: the index was built with another model, an image cannot be read, or the model does not embed
+            images.
     """
     index.check_model(towers.fingerprint())
     stream = iter(queries)
-    while some := list(itertools.islice(stream, batch)):
-        vectors = embed_queries(towers, [query for _, query in some], options)
-        for (name, query), scores, rows in zip(some, *index.search_rows(vectors, k), strict=True):
-            found = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row >= 0]
-            yield Answer(name, str(query), [_result(index, *place, rank) for rank, place in enumerate(found, start=1)])
+    while pairs := list(itertools.islice(stream, batch)):
+        vectors = embed_queries(towers, [query for _, query in pairs], options)
+        for (id_, query), scores, rows in zip(pairs, *index.search_rows(vectors, k), strict=True):
+            yield Answer(id_, str(query), results_of(index, scores, rows))
 
 
 def embed_queries(towers: Towers, queries: Sequence[str | Path], options: EncodeOptions) -> np.ndarray:
-    """Vectors, float32 [queries, dimension], of texts and of files of pictures, in their order.
+    """Embed queries, in their order, as float32 [M, D]: texts, and image files given as Path.
 
     Raises:
-        InputError: a file cannot be read, or the model embeds no pictures.
+        InputError: a file cannot be read, or the model does not embed images.
     """
-    files = [row for row, query in enumerate(queries) if isinstance(query, Path)]
-    pictures = [query for query in queries if isinstance(query, Path)]
-    if pictures and not isinstance(towers, ImageTextTowers):
-        raise InputError(f"{pictures[0]}: expected a model of pictures and texts, found one of texts alone")
-    texts = [row for row, query in enumerate(queries) if not isinstance(query, Path)]
+    images = {row: query for row, query in enumerate(queries) if isinstance(query, Path)}
+    texts = {row: query for row, query in enumerate(queries) if isinstance(query, str)}
+    if images and not isinstance(towers, ImageTextTowers):
+        file = next(iter(images.values()))
+        raise InputError(f"{file}: expected a model of images and texts, found a model of texts")
     vectors = np.empty((len(queries), towers.dimension), dtype=np.float32)
-    vectors[texts] = embed_texts(towers, [str(queries[row]) for row in texts], "query", options)
+    vectors[list(texts)] = embed_texts(towers, list(texts.values()), "query", options)
     if isinstance(towers, ImageTextTowers):
-        vectors[files] = embed_images(towers, pictures, options)
+        vectors[list(images)] = embed_images(towers, list(images.values()), options)
     return vectors
 
 
-def _result(index: Index | MultiIndex, score: float, row: int, rank: int) -> Result:
-    passage = index.passage(row)
-    return Result(rank, score, passage.id, passage.title, passage.text)
+def results_of(index: Index | MultiIndex, scores: np.ndarray, rows: np.ndarray) -> list[Result]:
+    """Look up the passages of one query: scores [k] and rows [k], padded with row -1."""
+    results: list[Result] = []
+    for score, row in zip(scores.tolist(), rows.tolist(), strict=True):
+        if row >= 0:
+            passage = index.passage(row)
+            results.append(Result(len(results) + 1, score, passage.id, passage.title, passage.text))
+    return results

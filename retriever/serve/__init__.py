@@ -1,1 +1,1 @@
-"""Search as a service: one thread owns model and index, concurrent queries share its batches, a page shows answers."""
+"""The HTTP search service: one thread runs the model and the index, and concurrent queries are batched."""

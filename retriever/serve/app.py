@@ -1,4 +1,4 @@
-"""The HTTP service: /search for programs, / for people, /healthz for whoever watches over it."""
+"""The HTTP service: /search for programs, / for people, /healthz for monitoring."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from retriever.searching.search import Answer
 from retriever.serve import page
 from retriever.serve.batching import Busy, Closed, Engine
-from retriever.serve.images import Pictures
-from retriever.serve.requests import Limits, Refused, Wanted, from_address, from_json, read_body
+from retriever.serve.requests import (
+    Limits,
+    RequestError,
+    SearchRequest,
+    parse_json_body,
+    parse_parameters,
+    read_body,
+)
+from retriever.serve.thumbnails import Thumbnails
 
 DEFAULT_K = 10
-# What every answer says: show nothing as another type than it is, tell no other site what was asked.
+# Sent with every response: no content type sniffing, no referrer to other sites, no caching.
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -32,7 +39,7 @@ HEADERS = [
 
 
 class JSON(Response):
-    """A value as JSON on one line."""
+    """A response of JSON on one line."""
 
     media_type = "application/json"
 
@@ -41,75 +48,85 @@ class JSON(Response):
 
 
 class Service:
-    """The routes, around the engine that answers."""
+    """The handlers of the routes.
+
+    Args:
+        engine: answers the queries.
+        limits: limits of a request.
+        log: called with each line of the log.
+        image_url: returns the URL of a result's image on this server, or None.
+    """
 
     def __init__(
-        self, engine: Engine, limits: Limits, line: Callable[[str], None], images: page.Images = page.no_image
+        self, engine: Engine, limits: Limits, log: Callable[[str], None], image_url: page.ImageUrl = page.no_image
     ) -> None:
         self._engine = engine
-        self._images = images
+        self._image_url = image_url
         self._limits = limits
-        self._line = line
+        self._log = log
         self._default_k = min(DEFAULT_K, limits.k)
 
     async def search(self, request: Request) -> Response:
-        """GET /search?query=…&k=…, or POST {"query" or "queries", "k"}."""
+        """Handle GET /search?query=…&k=…, and POST /search with "query" or "queries", and "k"."""
         started = time.perf_counter()
         if request.method == "POST":
-            wanted = from_json(await read_body(request, self._limits), self._limits, self._default_k)
+            wanted = parse_json_body(await read_body(request, self._limits), self._limits, self._default_k)
         else:
-            wanted = from_address(request.query_params.multi_items(), self._limits, self._default_k)
+            wanted = parse_parameters(request.query_params.multi_items(), self._limits, self._default_k)
         answers = [_as_dict(answer) for answer in await self._answers(wanted)]
         content = answers[0] if wanted.single else {"answers": answers}
         return JSON({**content, "milliseconds": _milliseconds(started)})
 
     async def show(self, request: Request) -> Response:
-        """GET /?q=…&k=…: the page."""
+        """Handle GET /?q=…&k=…, the search page."""
         started = time.perf_counter()
         query, status = request.query_params.get("q", ""), 200
-        shown: dict[str, Any] = {"k": self._default_k}
+        context: dict[str, Any] = {"k": self._default_k}
         if query.strip():
             parameters = [("query", query), *[("k", k) for k in request.query_params.getlist("k")]]
             try:
-                wanted = from_address(parameters, self._limits, self._default_k)
+                wanted = parse_parameters(parameters, self._limits, self._default_k)
                 [answer] = await self._answers(wanted)
-                shown = {"k": wanted.k, "answer": answer, "milliseconds": _milliseconds(started)}
-            except Refused as refused:
-                shown["problem"], status = str(refused), refused.status
+                context = {"k": wanted.k, "answer": answer, "milliseconds": _milliseconds(started)}
+            except RequestError as error:
+                context["problem"], status = str(error), error.status
         text = page.render(
             query=query[: self._limits.query],
             passages=self._engine.index.rows,
-            most_characters=self._limits.query,
-            images=self._images,
-            **shown,
+            max_characters=self._limits.query,
+            image_url=self._image_url,
+            **context,
         )
         return HTMLResponse(text, status, {"content-security-policy": page.content_security_policy()})
 
     async def health(self, request: Request) -> Response:
-        """GET /healthz: 200 while queries are answered, else 503."""
+        """Handle GET /healthz: status 200 while queries are answered, otherwise 503."""
         index, alive = self._engine.index, self._engine.alive
-        about = {"passages": index.rows, "dim": index.dim, "factory": index.factory, "waiting": self._engine.waiting}
-        return JSON({"status": "ok" if alive else "closed", **about}, 200 if alive else 503)
+        state = {"passages": index.rows, "dim": index.dim, "factory": index.factory, "waiting": self._engine.waiting}
+        return JSON({"status": "ok" if alive else "closed", **state}, 200 if alive else 503)
 
-    async def _answers(self, wanted: Wanted) -> list[Answer]:
+    async def _answers(self, wanted: SearchRequest) -> list[Answer]:
         try:
             return await asyncio.wrap_future(self._engine.submit(wanted.queries, wanted.k))
         except Busy:
-            raise Refused(429, "too many queries are waiting; ask again in a second") from None
+            raise RequestError(429, "too many queries are waiting; try again in a second") from None
         except Closed:
-            raise Refused(503, "the service is ending") from None
-        except Exception as error:  # noqa: BLE001 - it goes to the log
-            # One batch that failed, for want of memory or of a readable disk, must not end the service.
-            self._line(f"search failed: {type(error).__name__}: {' '.join(str(error).split())}")
-            raise Refused(500, "the search failed; the service's log says why") from None
+            raise RequestError(503, "the service is shutting down") from None
+        except Exception as error:  # noqa: BLE001 - logged
+            # A batch that fails, for example for lack of memory, must not stop the service.
+            self._log(f"search failed: {type(error).__name__}: {' '.join(str(error).split())}")
+            raise RequestError(500, "the search failed; see the service's log") from None
 
 
 class AccessLog:
-    """One line a request: who, what, status, bytes, milliseconds. What was asked is not written down."""
+    """Middleware that logs one line per request, without the query, and adds HEADERS to each response.
 
-    def __init__(self, app: ASGIApp, line: Callable[[str], None]) -> None:
+    A line has the time, client address, method, path, status, bytes and milliseconds.
+    """
+
+    def __init__(self, app: ASGIApp, log: Callable[[str], None]) -> None:
         self._app = app
-        self._line = line
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -117,7 +134,7 @@ class AccessLog:
             return
         started, status, size = time.perf_counter(), 0, 0
 
-        async def noting(message: Message) -> None:
+        async def send_and_count(message: Message) -> None:
             nonlocal status, size
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -127,35 +144,43 @@ class AccessLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, send_and_count)
         finally:
             client = scope["client"][0] if scope.get("client") else "-"
-            # As it came, percent signs and all: what is decoded could hold a line of its own.
+            # Not decoded: a decoded path could contain line breaks.
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            what = f"{scope['method']} {path}"
-            self._line(f"{now} {client} {what} {status} {size} bytes {_milliseconds(started):.1f} ms")
+            self._log(f"{now} {client} {scope['method']} {path} {status} {size} bytes {_milliseconds(started):.1f} ms")
 
 
-def make_app(engine: Engine, limits: Limits, line: Callable[[str], None], pictures: Pictures | None = None) -> ASGIApp:
-    """The service as an ASGI application; `line` takes its log, and the page shows `pictures` where it has them."""
-    service = Service(engine, limits, line, page.no_image if pictures is None else pictures.address)
+def make_app(
+    engine: Engine, limits: Limits, log: Callable[[str], None], thumbnails: Thumbnails | None = None
+) -> ASGIApp:
+    """Create the ASGI application.
+
+    Args:
+        engine: answers the queries.
+        limits: limits of a request.
+        log: called with each line of the log.
+        thumbnails: images that the page shows. Default: None, the page shows texts only.
+    """
+    service = Service(engine, limits, log, page.no_image if thumbnails is None else thumbnails.url)
     routes = [
         Route("/", service.show, methods=["GET"]),
         Route("/search", service.search, methods=["GET", "POST"]),
         Route("/healthz", service.health, methods=["GET"]),
     ]
-    if pictures is not None:
-        routes.append(Route("/picture", pictures.show, methods=["GET"]))
+    if thumbnails is not None:
+        routes.append(Route("/image", thumbnails.show, methods=["GET"]))
     app = Starlette(
         routes=routes,
-        exception_handlers={Refused: _refused, HTTPException: _http_error},
+        exception_handlers={RequestError: _request_error, HTTPException: _http_error},
     )
-    return AccessLog(app, line)
+    return AccessLog(app, log)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
+async def _request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
     headers = {"retry-after": "1"} if error.status == 429 else None
     return JSON({"error": str(error)}, error.status, headers)
 

@@ -1,4 +1,4 @@
-"""One thread that owns the model and the index; queries that come at about the same time pass through together."""
+"""Batching of concurrent queries: one thread runs the model and the index."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ import numpy as np
 from index.ann.index import Index
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.models.towers import Towers
-from retriever.searching.search import Answer, Result
+from retriever.searching.search import Answer, results_of
 
 if TYPE_CHECKING:
     from index.ann.multi_index import MultiIndex
 
 
 class Busy(Exception):
-    """So many queries are waiting that another would wait too long."""
+    """Too many queries are waiting."""
 
 
 class Closed(Exception):
-    """No queries are taken any more."""
+    """The engine has been closed."""
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How queries are brought together."""
+    """Limits of a batch and of the queue."""
 
-    most: int = 32
-    """Queries embedded at once; 1 takes each by itself."""
-    window: float = 0.003
+    max_queries: int = 32
+    """Maximum number of queries per batch; 1 disables batching."""
+    timeout_s: float = 0.003
     """Seconds that the first query of a batch waits for others."""
-    waiting: int = 512
-    """Queries that may wait; more are refused."""
+    max_waiting: int = 512
+    """Maximum number of waiting queries; more are refused."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,13 @@ class _Job:
 
 
 class Engine:
-    """Answers queries in batches. Use as a context manager, or call `close`.
+    """Answers queries in batches, in a thread of its own. Use as a context manager, or call `close`.
+
+    Args:
+        towers: the model that embedded the passages of the index, in evaluation mode.
+        index: one index, or several searched as one.
+        options: precision and micro-batch size.
+        batching: limits of a batch and of the queue.
 
     Raises:
         InputError: the index was made with another model.
@@ -77,33 +83,36 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Queries taken and not yet answered."""
+        """Number of accepted queries that are not answered yet."""
         return self._waiting
 
     @property
     def alive(self) -> bool:
-        """Whether queries are answered."""
+        """Whether the engine accepts queries."""
         return self._thread.is_alive() and not self._closed
 
     def submit(self, queries: Sequence[str], k: int) -> Future[list[Answer]]:
-        """The answers to some queries, in their order, once they are there; each has at most `k` results.
+        """Queue queries.
+
+        Returns:
+            A future of the answers, in the order of the queries, with at most `k` results each.
 
         Raises:
-            Busy: too many are waiting.
+            Busy: too many queries are waiting.
             Closed: the engine was closed.
         """
         job = _Job(queries, k)
         with self._lock:
             if self._closed:
                 raise Closed
-            if self._waiting + len(queries) > self._batching.waiting:
+            if self._waiting + len(queries) > self._batching.max_waiting:
                 raise Busy
             self._waiting += len(queries)
             self._jobs.put(job)
         return job.future
 
     def close(self) -> None:
-        """Answer what was taken, take nothing more, and end the thread."""
+        """Stop accepting queries, answer those that are waiting, and end the thread."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -111,39 +120,39 @@ class Engine:
         self._thread.join()
 
     def _work(self) -> None:
-        ended = False
-        while not ended:
+        closed = False
+        while not closed:
             job = self._jobs.get()
             if job is None:
                 return
-            jobs, ended = self._others(job)
-            # A job whose client has gone is left out.
-            wanted = []
+            jobs, closed = self._collect(job)
+            # Jobs of clients that have disconnected are cancelled.
+            running = []
             for job in jobs:
                 if job.future.set_running_or_notify_cancel():
-                    wanted.append(job)
+                    running.append(job)
                 else:
-                    self._waits_no_more(job)
+                    self._release(job)
             try:
-                self._answer(wanted)
-            except Exception as error:  # noqa: BLE001 - each client gets it, and the next batch is answered
-                for job in wanted:
+                self._answer(running)
+            except Exception as error:  # noqa: BLE001 - raised in each client's request; the next batch is answered
+                for job in running:
                     if not job.future.done():
-                        self._waits_no_more(job)
+                        self._release(job)
                         job.future.set_exception(error)
 
-    def _waits_no_more(self, job: _Job) -> None:
-        """Before its client is told: who asks again at once must find room for as much."""
+    def _release(self, job: _Job) -> None:
+        """Remove a job from the count; called before its future is set, so that its client can submit again at once."""
         with self._lock:
             self._waiting -= len(job.queries)
 
-    def _others(self, first: _Job) -> tuple[list[_Job], bool]:
-        """The jobs that pass through together with the first, and whether the engine was closed meanwhile."""
+    def _collect(self, first: _Job) -> tuple[list[_Job], bool]:
+        """Collect the jobs of a batch; also returns whether the engine was closed meanwhile."""
         jobs, count = [first], len(first.queries)
-        until = time.monotonic() + self._batching.window
-        while count < self._batching.most:
+        deadline = time.monotonic() + self._batching.timeout_s
+        while count < self._batching.max_queries:
             try:
-                job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
+                job = self._jobs.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
             if job is None:
@@ -156,26 +165,18 @@ class Engine:
         texts = [text for job in jobs for text in job.queries]
         vectors = embed_texts(self._towers, texts, "query", self._options)
         starts = np.cumsum([0, *(len(job.queries) for job in jobs)])
-        # An approximate index looks further for a larger k: each job gets what it would get alone.
+        # Each job is searched with its own k: the results of an approximate index may depend on k.
         for k in {job.k for job in jobs}:
-            alike = [(job, start) for job, start in zip(jobs, starts[:-1], strict=True) if job.k == k]
-            rows = np.concatenate([np.arange(start, start + len(job.queries)) for job, start in alike])
-            found = iter(zip(*self.index.search_rows(vectors[rows], k), strict=True))
-            for job, _ in alike:
-                answers = [self._ranked(text, *next(found)) for text in job.queries]
-                self._waits_no_more(job)
+            same_k = [(job, start) for job, start in zip(jobs, starts[:-1], strict=True) if job.k == k]
+            positions = np.concatenate([np.arange(start, start + len(job.queries)) for job, start in same_k])
+            found = iter(zip(*self.index.search_rows(vectors[positions], k), strict=True))
+            for job, _ in same_k:
+                answers = [Answer("", text, results_of(self.index, *next(found))) for text in job.queries]
+                self._release(job)
                 job.future.set_result(answers)
-
-    def _ranked(self, query: str, scores: np.ndarray, rows: np.ndarray) -> Answer:
-        results: list[Result] = []
-        for score, row in zip(scores.tolist(), rows.tolist(), strict=True):
-            if row >= 0:
-                passage = self.index.passage(row)
-                results.append(Result(len(results) + 1, score, passage.id, passage.title, passage.text))
-        return Answer("", query, results)
 
 
 def warm_up(engine: Engine) -> None:
-    """Answer one query, so that the first visitor does not wait for what happens only once."""
+    """Answer one query, so that the first client does not wait for initialization."""
     with contextlib.suppress(Busy, Closed):
         engine.submit(["warm up"], 1).result()

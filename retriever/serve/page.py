@@ -1,4 +1,4 @@
-"""The page for people: a form, and the passages found. Made here, without scripts or anything from elsewhere."""
+"""The search page: a form and the results, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from markupsafe import Markup
 from retriever.searching.search import Answer, Result
 
 STATIC = Path(__file__).resolve().parent / "static"
-Images = Callable[[Result], str | None]
+ImageUrl = Callable[[Result], str | None]
+"""Returns the URL of a result's image on this server, or None if the passage is a text."""
 
 
 def no_image(result: Result) -> str | None:
-    """The address of a result's image on this server, for passages that have one; texts have none."""
+    """The ImageUrl of an index of texts."""
     return None
 
 
 @cache
 def style() -> str:
-    """The style sheet, as it stands in the page."""
+    """The style sheet of the page."""
     return (STATIC / "page.css").read_text(encoding="utf-8")
 
 
 @cache
 def content_security_policy() -> str:
-    """What the page may load: its own style sheet, known by its hash, and images of this server; no scripts."""
+    """The Content-Security-Policy header: the page's style sheet (by its hash), images of this server, no scripts."""
     digest = base64.b64encode(hashlib.sha256(style().encode()).digest()).decode()
     return (
         f"default-src 'none'; style-src 'sha256-{digest}'; img-src 'self' data:; form-action 'self'; base-uri 'none'; "
@@ -46,22 +47,22 @@ def render(
     milliseconds: float = 0.0,
     passages: int,
     problem: str = "",
-    most_characters: int,
-    images: Images = no_image,
+    max_characters: int,
+    image_url: ImageUrl = no_image,
 ) -> str:
-    """The page, with an answer, a problem, or neither. Everything in it is escaped.
+    """Render the page with an answer, a problem, or neither. All text is escaped.
 
     Args:
-        query: what the form shows.
-        k: passages asked for.
-        answer: to `query`.
-        milliseconds: that the answer took.
-        passages: how many are searched.
+        query: the text in the form.
+        k: number of passages to show.
+        answer: the answer to `query`, if any.
+        milliseconds: time that the answer took.
+        passages: number of indexed passages.
         problem: why there is no answer.
-        most_characters: that a query may have.
-        images: the address of a result's image.
+        max_characters: maximum length of a query.
+        image_url: returns the URL of a result's image.
     """
-    results = [(result, images(result)) for result in answer.results] if answer else []
+    results = [(result, image_url(result)) for result in answer.results] if answer else []
     return _template().render(
         style=Markup(style()),
         query=query,
@@ -72,7 +73,7 @@ def render(
         milliseconds=milliseconds,
         passages=passages,
         problem=problem,
-        most_characters=most_characters,
+        max_characters=max_characters,
     )
 
 

@@ -19,7 +19,7 @@ from retriever.config.run import DevConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.files import ticking
-from retriever.encoding.images import AT_ONCE, Decoder, embed_readable
+from retriever.encoding.image_encoder import DECODE_BATCH, ImageDecoder, embed_readable
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers
 
@@ -112,10 +112,10 @@ class ImageDevSet:
         vectors: list[np.ndarray] = []
         unreadable: dict[str, str] = {}
         bar = reporter.bar(f"{dataset.name}: images", len(dataset.samples), "images")
-        with bar as advance, Decoder(towers) as decoder:
+        with bar as advance, ImageDecoder(towers) as decoder:
             progress = ticking(advance, tick)
-            for start in range(0, len(dataset.samples), AT_ONCE):
-                window = dataset.samples[start : start + AT_ONCE]
+            for start in range(0, len(dataset.samples), DECODE_BATCH):
+                window = dataset.samples[start : start + DECODE_BATCH]
                 embeddings, errors = embed_readable(
                     towers, decoder, [sample.image for sample in window], options, progress
                 )

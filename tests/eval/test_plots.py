@@ -7,7 +7,7 @@ import re
 import pytest
 from report_helpers import large_set, rows, whole_report
 
-from eval.metrics import Qrels
+from eval.metrics import Metrics, Qrels, evaluate_run
 from eval.ranking import RankedRun
 from eval.reports import plots
 
@@ -34,6 +34,31 @@ def test_bars_show_values_and_names() -> None:
     assert texts.count("0.544") == 2 and texts.count("1.000") == 2
     assert {"one", "two", "before", "after", "nDCG@10"} <= set(texts)
     assert {"before", "after", "nDCG@10", "recall@100", "0.667"} <= set(re.findall(r">([^<>]+)</text>", single))
+
+
+def test_recall_curves_end_at_the_depth_of_the_run() -> None:
+    qrels: Qrels = {"q1": {"d3": 1, "d7": 1}, "q2": {"d0": 1}}
+    run = {"q1": {f"d{n}": -float(n) for n in range(6)}, "q2": {f"d{n}": -float(n) for n in range(4)}}
+    cuts = (1, 3, 5, 10, 100)
+    metrics = evaluate_run(qrels, run, cuts)
+    assert metrics.depth == 6
+    assert plots.recall_points(metrics) == [(1, 0.5), (3, 0.5), (5, 0.75), (6, 0.75)]
+    # A cut-off at the depth itself is drawn once.
+    assert plots.recall_points(evaluate_run(qrels, run, (1, 6, 10))) == [(1, 0.5), (6, 0.75)]
+    # Without a depth, and for a run that is deeper than every cut-off, all cut-offs are drawn.
+    assert [k for k, _ in plots.recall_points(Metrics(metrics.mean, {}, []))] == list(cuts)
+    assert [k for k, _ in plots.recall_points(evaluate_run(qrels, run, (1, 3)))] == [1, 3]
+    assert plots.recall_points(evaluate_run(qrels, {}, cuts)) == []
+    with plots.style():
+        axes = plots.recall_curves({"shallow": metrics}).axes[0]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[1, 3, 5, 6]]
+
+
+def test_depth_does_not_count_passages_that_are_left_out() -> None:
+    qrels: Qrels = {"d1": {"d2": 1}, "q2": {"d1": 1}}
+    run = {"d1": {"d1": 3.0, "d2": 2.0, "d3": 1.0}, "q2": {"d1": 1.0}}
+    assert evaluate_run(qrels, run).depth == 2
+    assert evaluate_run(qrels, run, drop_identical=False).depth == 3
 
 
 def test_scatter_counts_wins_and_losses() -> None:

@@ -64,9 +64,9 @@ def test_duplicates_and_repeated_texts_are_named_with_both_lines(tmp_path: Path)
         "passages with the text of an earlier one": 1,
     }
     first = f"{folder}/corpus.jsonl:6: expected each passage id once, found d1 again, first in {folder}/corpus.jsonl:3"
-    assert found.findings["duplicate passage ids"].places == [first]
+    assert found.findings["duplicate passage ids"].locations == [first]
     twice = found.findings["passages with the text of an earlier one"]
-    assert twice.places == [f"{folder}/corpus.jsonl:7: as {folder}/corpus.jsonl:4"] and not twice.error
+    assert twice.locations == [f"{folder}/corpus.jsonl:7: as {folder}/corpus.jsonl:4"] and not twice.error
     with pytest.raises(InputError, match=r"queries\.jsonl:2: expected each query id once.* \(and 1 more errors in s\)"):
         found.refuse()
 
@@ -75,7 +75,7 @@ def test_many_duplicates_are_counted_and_three_located(tmp_path: Path) -> None:
     corpus = [*passages(40), *passages(40), *passages(7)]
     found = preflight(write(tmp_path / "s", corpus, questions(1), test="q0\td1\t1\n"))
     finding = found.findings["duplicate passage ids"]
-    assert finding.count == 47 and len(finding.places) == 3 and "corpus.jsonl:41:" in finding.places[0]
+    assert finding.count == 47 and len(finding.locations) == 3 and "corpus.jsonl:41:" in finding.locations[0]
     assert str(finding).startswith("duplicate passage ids: 47; first ")
 
 
@@ -84,7 +84,7 @@ def test_dangling_ids_are_errors_unless_allowed(tmp_path: Path) -> None:
     found = preflight(folder)
     assert kinds(found) == {"judged queries that are not there": 1, "judged passages that are not there": 1}
     assert len(found.errors) == 2
-    lost = [found.findings[f"judged {what} that are not there"].places for what in ("queries", "passages")]
+    lost = [found.findings[f"judged {what} that are not there"].locations for what in ("queries", "passages")]
     assert [len(places) for places in lost] == [1, 1]
     assert lost[0][0].endswith("qrels/test.tsv:4: expected ids of queries.jsonl, found q7, which is not there")
     assert lost[1][0].endswith("qrels/test.tsv:3: expected passage ids of the corpus, found gone, which is not there")
@@ -111,14 +111,14 @@ def test_dangling_ids_are_errors_unless_allowed(tmp_path: Path) -> None:
 )
 def test_mistakes_in_qrels_are_errors_with_their_line(tmp_path: Path, text: str, what: str, line: str) -> None:
     found = preflight(write(tmp_path / "s", passages(2), questions(1), test=text))
-    assert line in found.findings[what].places[0] and found.findings[what].error
+    assert line in found.findings[what].locations[0] and found.findings[what].error
 
 
 def test_the_first_three_of_many_dangling_ids_are_located(tmp_path: Path) -> None:
     judged = "".join(f"q0\tgone{i % 5}\t1\n" for i in range(10))
     found = preflight(write(tmp_path / "s", passages(2), questions(1), test=f"{HEADER}one\n{judged}q0\td0\t1\n"))
     finding = found.findings["judged passages that are not there"]
-    assert finding.count == 5 and [place.split(":")[1] for place in finding.places] == ["3", "4", "5"]
+    assert finding.count == 5 and [place.split(":")[1] for place in finding.locations] == ["3", "4", "5"]
 
 
 def test_swapped_columns_are_recognised(tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def test_queries_of_the_training_split_are_counted_by_id_and_by_text(tmp_path: P
     found = preflight(folder)
     assert kinds(found) == {"queries with the text of one in train": 1, "queries judged in train too": 1}
     train = f"{folder}/qrels/train.tsv"
-    assert found.findings["queries judged in train too"].places == [f"{train}:4: q1"]
-    assert found.findings["queries with the text of one in train"].places == [f"{train}:2: t1"]
+    assert found.findings["queries judged in train too"].locations == [f"{train}:4: q1"]
+    assert found.findings["queries with the text of one in train"].locations == [f"{train}:2: t1"]
     assert not found.errors
 
 
@@ -153,7 +153,7 @@ def test_queries_without_relevant_passages_or_with_passage_ids_give_warnings(tmp
     folder = write(tmp_path / "s", corpus, questions(2), test=HEADER + "q0\td1\t0\nq1\td0\t1\n")
     found = preflight(folder)
     assert len(found.warnings) == 2 and not found.errors
-    assert found.findings["queries without a relevant passage, which count as 0"].places == [
+    assert found.findings["queries without a relevant passage, which count as 0"].locations == [
         f"{folder}/qrels/test.tsv:2: q0"
     ]
 
@@ -161,14 +161,14 @@ def test_queries_without_relevant_passages_or_with_passage_ids_give_warnings(tmp
 def test_counts_that_differ_from_the_published_ones_give_a_warning(tmp_path: Path) -> None:
     folder = write(tmp_path / "scifact", passages(2), questions(1), test=HEADER + "q0\td1\t1\n")
     found = preflight(folder)
-    assert found.findings["other number of passages than published"].places[0].endswith("expected 5,183, found 2")
+    assert found.findings["other number of passages than published"].locations[0].endswith("expected 5,183, found 2")
 
 
 def test_broken_and_missing_files_are_errors(tmp_path: Path) -> None:
     folder = write(tmp_path / "s", [*passages(2), "{", {"_id": "d3", "text": "x"}], questions(1), test="q0\td1\t1\n")
-    assert "corpus.jsonl:3: expected JSON" in preflight(folder).errors[0].places[0]
+    assert "corpus.jsonl:3: expected JSON" in preflight(folder).errors[0].locations[0]
     (folder / "queries.jsonl").unlink()
-    assert "expected queries.jsonl or queries.jsonl.gz" in preflight(folder).errors[0].places[0]
+    assert "expected queries.jsonl or queries.jsonl.gz" in preflight(folder).errors[0].locations[0]
     folder = write(tmp_path / "t", [{"_id": "d 1", "text": "x"}, {"text": "x"}], questions(1), test="q0\td1\t1\n")
     assert preflight(folder).findings["broken passages"].count == 2
 
@@ -266,4 +266,4 @@ def test_another_split_with_shifted_columns_is_not_compared(tmp_path: Path) -> N
     folder = write(tmp_path / "s", passages(3), asked, test=HEADER + "0\td1\t1\n1\td2\t1\n", train=train)
     found = preflight(folder)
     assert not found.errors and kinds(found) == {"qrels of train that cannot be read, and are not compared": 1}
-    assert "train.tsv:2: expected 3 columns, found 4" in found.warnings[0].places[0]
+    assert "train.tsv:2: expected 3 columns, found 4" in found.warnings[0].locations[0]

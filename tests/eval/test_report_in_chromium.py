@@ -59,10 +59,10 @@ def test_page_fits_loads_nothing_else_and_reports_no_error(browser: Chromium, pa
 
 def test_all_images_load_and_all_plots_have_a_label(browser: Chromium, page: Path) -> None:
     browser.open(page, 1200)
-    pictures = "[...document.querySelectorAll('img, image')].map(e => e.src || e.href.baseVal)"
-    assert browser.evaluate(f"{pictures}.length") >= 1
+    images = "[...document.querySelectorAll('img, image')].map(e => e.src || e.href.baseVal)"
+    assert browser.evaluate(f"{images}.length") >= 1
     load = "s => new Promise((good, bad) => {const i = new Image(); i.onload = () => good(i.width); i.onerror = bad; "
-    assert min(browser.evaluate(f"Promise.all({pictures}.map({load}i.src = s}})))")) > 100
+    assert min(browser.evaluate(f"Promise.all({images}.map({load}i.src = s}})))")) > 100
     plots = browser.evaluate("[...document.querySelectorAll('svg')].map(e => [e.clientWidth, e.ariaLabel])")
     assert len(plots) >= 9 and all(width > 200 and label for width, label in plots)
 

@@ -103,7 +103,7 @@ def test_lists_of_labels_make_the_task_multilabel(tmp_path: Path) -> None:
 def test_broken_images_are_named_and_left_out(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set")
     (folder / "red" / "1.png").write_bytes(image_bytes((1, 2, 3))[:40])
-    (folder / "blue" / "x.jpg").write_bytes(b"no picture")
+    (folder / "blue" / "x.jpg").write_bytes(b"not an image")
     found = evaluated(open_set(folder), tmp_path / "store")
     assert list(found.images.broken) == ["blue/x.jpg", "red/1.png"]
     assert len(found.images.samples) == len(found.images.vectors) == 11
@@ -113,7 +113,7 @@ def test_broken_images_are_named_and_left_out(tmp_path: Path) -> None:
 
 def test_a_set_of_broken_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set" / "red").mkdir(parents=True)
-    (tmp_path / "set" / "red" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "set" / "red" / "a.png").write_bytes(b"not an image")
     with pytest.raises(InputError, match=r"found none that can be read; the first, red/a\.png"):
         evaluated(open_set(tmp_path / "set"), tmp_path / "store")
 
@@ -122,7 +122,7 @@ def test_an_interrupted_run_resumes_with_equal_results(tmp_path: Path, monkeypat
     monkeypatch.setattr("eval.zero_shot.evaluate.SHARD_ROWS", 4)
     monkeypatch.setattr("eval.zero_shot.evaluate.IMAGE_BATCH", 2)
     folder = write_folder(tmp_path / "set")
-    (folder / "blue" / "1.png").write_bytes(b"no picture")
+    (folder / "blue" / "1.png").write_bytes(b"not an image")
     dataset = open_set(folder)
     seen: list[str] = []
 

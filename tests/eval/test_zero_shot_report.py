@@ -12,7 +12,7 @@ from PIL import Image
 from zero_shot_sets import COLOURS, embed_images, embed_texts, image_bytes, write_folder, write_webdataset
 
 from eval.reports import plots
-from eval.zero_shot import pictures
+from eval.zero_shot import figures
 from eval.zero_shot.classification import classify
 from eval.zero_shot.evaluate import Evaluated, embed_set, score
 from eval.zero_shot.opening import open_set
@@ -34,7 +34,7 @@ def evaluated(path: Path, store: Path) -> Evaluated:
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Evaluated]]:
     root = tmp_path_factory.mktemp("zero-shot")
     folder = write_folder(root / "<colours>")
-    (folder / "blue" / "a_broken|one.jpg").write_bytes(b"no picture")
+    (folder / "blue" / "a_broken|one.jpg").write_bytes(b"not an image")
     # An image in the wrong folder, which is a classification error.
     (folder / "red" / "9.png").write_bytes(image_bytes(COLOURS["green"]))
     packed = [write_webdataset(root / kind, kind) for kind in ("retrieval", "multilabel")]
@@ -51,7 +51,7 @@ def test_json_contains_measures_chance_classes_and_unreadable_images(written: tu
     colours = sets["<colours>"]
     assert colours["measures"] == {"acc1": 12 / 13, "mean_per_class_recall": (3 + 0.75) / 4}
     assert colours["chance"] == {"acc1": 0.25, "mean_per_class_recall": 0.25}
-    assert colours["broken"] == {"blue/a_broken|one.jpg": "no picture"}
+    assert colours["broken"] == {"blue/a_broken|one.jpg": "not an image"}
     assert colours["confusions"] == [["red", "green", 1]]
     assert {row["name"]: row["value"] for row in colours["classes"]}["red"] == 0.75
     assert sets["retrieval"]["captions"] == 24
@@ -83,12 +83,12 @@ def test_the_sheet_shows_the_nearest_images_and_frames_correct_ones(
     written: tuple[Path, list[Evaluated]],
 ) -> None:
     colours, retrieval, _ = written[1]
-    rows = pictures.nearest(colours, columns=5)
+    rows = figures.nearest(colours, columns=5)
     assert [row.text for row in rows] == ["blue", "green", "grey", "red"]
     green = rows[1]
     assert {image.name for image, _ in green.images[:4]} == {"green/0.png", "green/1.png", "green/2.png", "red/9.png"}
     assert {image.name: right for image, right in green.images}["red/9.png"] is False
-    captions = pictures.nearest(retrieval, rows=3)
+    captions = figures.nearest(retrieval, rows=3)
     assert [row.text for row in captions] == [retrieval.captions[n] for n in (0, 12, 22)]
     assert all(sum(right for _, right in row.images) <= 1 and row.wanted is not None for row in captions)
 
@@ -107,7 +107,7 @@ def test_the_confusion_matrix_shows_all_classes_or_those_with_most_errors(classe
     images = vectors[labels] + chance.random((len(labels), classes))
     result = classify(images, vectors, labels.tolist(), [f"class {n}" for n in range(classes)])
     with plots.style():
-        axes = pictures.confusion(result).axes[0]
+        axes = figures.confusion(result).axes[0]
     drawn = axes.images[0].get_array()
     assert len(drawn) == (classes if classes <= 40 else 30)
     # Every image of a class that is shown is somewhere in its row.

@@ -68,7 +68,7 @@ def write_webdataset(folder: Path, kind: str = "classification", each: int = 3) 
         (folder / "dataset_type.txt").write_text(f"{kind}\n")
     if kind != "retrieval":
         (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in COLOURS))
-        (folder / "zeroshot_classification_templates.txt").write_text("a picture of {c}\n{c}\n")
+        (folder / "zeroshot_classification_templates.txt").write_text("a photo of {c}\n{c}\n")
     return folder
 
 
@@ -92,7 +92,7 @@ def embed_images(images: Sequence) -> tuple[np.ndarray, dict[int, str]]:
             with Image.open(io.BytesIO(image.read())) as opened:
                 vectors[row] = np.asarray(opened.convert("RGB"), dtype=float).mean(axis=(0, 1))
         except OSError:
-            broken[row] = "no picture"
+            broken[row] = "not an image"
     return unit(vectors), broken
 
 

@@ -1,6 +1,6 @@
-"""Script `suite_on_ranks.py MODEL DATA OUT`: evaluate with 1, 2 and 4 processes, and resume killed evaluations.
+"""Usage: `suite_on_ranks.py MODEL DATA OUT`. Compares evaluations on 1, 2 and 4 processes and resumed ones.
 
-Every process is a fork of this one, which has imported the libraries, and runs the command line as under torchrun.
+Every process is a fork of this one, which has imported the libraries, and runs the command line as torchrun would.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from eval.reports import suite as suite_report
 from retriever.cli.command_line import main as command_line
 from retriever.models.towers import load_towers
 
-# The report is not tested here and takes longer than everything else.
+# Writing the report takes longer than the evaluation and is not tested here.
 suite_report.write = lambda folder, report: []
 
 
 def evaluation(model: str, data: str, out: Path) -> Callable[[], object]:
-    """Return a function that evaluates with small shards."""
+    """`retriever evaluate beir` with small shards."""
     words = ["evaluate", "beir", "--model", model, "--data", data, "--out", str(out), "--shard-rows", "3", "--k", "7"]
 
     def run() -> None:
@@ -33,7 +33,7 @@ def evaluation(model: str, data: str, out: Path) -> Callable[[], object]:
 
 
 def encoding(model: str, data: str, out: Path) -> Callable[[], object]:
-    """Return a function that encodes with small shards."""
+    """`retriever encode` with small shards."""
     words = ["encode", "--model", model, "--data", data, "--out", str(out), "--shard-rows", "3"]
 
     def run() -> None:
@@ -42,22 +42,22 @@ def encoding(model: str, data: str, out: Path) -> Callable[[], object]:
     return run
 
 
-def kept(out: Path) -> dict[str, bytes]:
-    """Read the files that must not depend on the number of processes."""
+def compared_files(out: Path) -> dict[str, bytes]:
+    """The files that must not depend on the number of ranks."""
     names = ("*.trec", "*/embeddings/*")
     return {str(path.relative_to(out)): path.read_bytes() for name in names for path in sorted(out.rglob(name))}
 
 
 def main(model: str, data: str, folder: Path) -> None:
-    """Compare all evaluations."""
-    load_towers(model)  # before the forks, which share the libraries
-    whole = folder / "whole"
-    assert forked(evaluation(model, data, whole)) == 0
-    changes, expected = int(Path("count").read_text()), kept(whole)
+    """Run all evaluations and compare their files."""
+    load_towers(model)  # imports the libraries before the forks
+    single = folder / "single"
+    assert forked(evaluation(model, data, single)) == 0
+    changes, expected = int(Path("count").read_text()), compared_files(single)
     assert len(expected) == 1 + 1 + 3 * 7
     for size in (2, 4):
         on_ranks(size, evaluation(model, data, folder / str(size)))
-        assert kept(folder / str(size)) == expected, size
+        assert compared_files(folder / str(size)) == expected, size
         print(size, flush=True)
     for size in (1, 3):
         on_ranks(size, encoding(model, data, folder / f"encoded{size}"))
@@ -70,7 +70,7 @@ def main(model: str, data: str, folder: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
         assert forked(evaluation(model, data, out), round(part * changes)) == signal.SIGKILL
         on_ranks(2, evaluation(model, data, out))
-        assert kept(out) == expected, part
+        assert compared_files(out) == expected, part
         print(part, flush=True)
 
 

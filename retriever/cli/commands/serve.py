@@ -78,13 +78,13 @@ class Serve(Embedding):
         from retriever.searching.search import open_indexes
         from retriever.serve.app import make_app
         from retriever.serve.batching import Batching, Engine, warm_up
-        from retriever.serve.images import Pictures
         from retriever.serve.requests import Limits
+        from retriever.serve.thumbnails import Thumbnails
 
         limits = Limits(self.max_body_bytes, self.max_query_chars, self.max_queries, self.max_k)
         batching = Batching(self.batch, self.batch_ms / 1000, max(self.max_waiting, self.max_queries))
         index = open_indexes(self.index, reporter, mmap=self.mmap, verify=self.verify)
-        images = None if self.images is None else Pictures(self.images, index)
+        images = None if self.images is None else Thumbnails(self.images, index)
         # Before the model is loaded, so that a port in use is reported at once.
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listening(self.host, self.port))

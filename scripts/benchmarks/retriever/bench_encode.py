@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from index.passages import PassageFile
-from retriever.encoding.corpus import encode_passages
+from retriever.encoding.corpus import StoreOptions, encode_passages
 from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.windows import WINDOW
 from retriever.models.memory import EncodeMemory
@@ -226,7 +226,8 @@ def from_file(towers: Towers, corpus: Path, settings: EncodeOptions, store: Path
     """Seconds from a corpus file to the checksummed store."""
     source = {"name": "bench"}
     start = time.perf_counter()
-    encode_passages(towers, PassageFile(corpus), store, settings, source=source, dtype="float16", workers=workers)
+    storage = StoreOptions(dtype="float16", workers=workers)
+    encode_passages(towers, PassageFile(corpus), store, settings, source=source, storage=storage)
     return time.perf_counter() - start
 
 

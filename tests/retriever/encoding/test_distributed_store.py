@@ -1,4 +1,4 @@
-"""`retriever encode` under torchrun: ranks write one store together, of the bytes that one process writes."""
+"""Several ranks write one embedding store with the bytes that one process writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from forks import LoadedPython, torchrun
 from index.files import InputError
 from index.manifest import read_manifest, verify_files
 from index.passages import Passage, PassageFile
-from retriever.encoding.corpus import corpus_source, encode_passages
+from retriever.encoding.corpus import StoreOptions, corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions
 from retriever.models.towers import load_towers
 
@@ -37,9 +37,9 @@ def stored(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# The last round of the ranks is whole, short, of one rank alone, and there are fewer shards than ranks.
+# The last round is complete, incomplete, or of one rank only; or there are fewer shards than ranks.
 @pytest.mark.parametrize(("rows", "size", "workers"), [(60, 3, 0), (57, 2, 2), (31, 3, 1), (5, 3, 0)])
-def test_ranks_write_what_one_process_writes(
+def test_ranks_write_the_bytes_of_one_process(
     python: LoadedPython, world: Any, tmp_path: Path, rows: int, size: int, workers: int
 ) -> None:
     corpus = corpus_of(tmp_path / "corpus.jsonl", rows)
@@ -48,25 +48,31 @@ def test_ranks_write_what_one_process_writes(
     done = on_ranks(python, size, *encoding(world, corpus, tmp_path / "out", "--workers", workers, "--json"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == rows and stored(tmp_path / "out") == stored(tmp_path / "alone")
-    # What is odd on any rank is told once.
-    (odd,) = (line for line in alone.err.splitlines() if "without any text" in line)
-    assert [line for line in done.stderr.splitlines() if "without any text" in line] == [odd]
+    # Notices of all ranks are counted together and printed once.
+    (notice,) = (line for line in alone.err.splitlines() if "without any text" in line)
+    assert [line for line in done.stderr.splitlines() if "without any text" in line] == [notice]
 
 
 @pytest.mark.parametrize(("shards", "size"), [(1, 3), (2, 2), (4, 3)])
-def test_ranks_continue_what_another_number_began(
+def test_another_number_of_ranks_continues_a_store(
     python: LoadedPython, world: Any, tmp_path: Path, shards: int, size: int
 ) -> None:
     corpus, out = corpus_of(tmp_path / "corpus.jsonl", 75), tmp_path / "out"
 
-    def torn() -> Iterator[Passage]:
-        # One more: the window that is on its way when the corpus ends so is lost.
+    def interrupted() -> Iterator[Passage]:
+        # One shard more, because the window that is being encoded at the error is lost.
         yield from itertools.islice(PassageFile(corpus), 10 * (shards + 1))
-        raise InputError("torn")
+        raise InputError("interrupted")
 
-    with pytest.raises(InputError, match="torn"):
-        source: Any = {"source": corpus_source(corpus), "shard_rows": 10, "window": 10}
-        encode_passages(load_towers(str(world.model)).eval(), torn(), out, EncodeOptions(), **source)
+    with pytest.raises(InputError, match="interrupted"):
+        encode_passages(
+            load_towers(str(world.model)).eval(),
+            interrupted(),
+            out,
+            EncodeOptions(),
+            source=corpus_source(corpus),
+            storage=StoreOptions(shard_rows=10, window=10),
+        )
     assert read_manifest(out).count("rows") == 10 * shards
     assert on_ranks(python, size, *encoding(world, corpus, out)).returncode == 0
     assert command(*encoding(world, corpus, tmp_path / "alone")).code == 0
@@ -82,7 +88,7 @@ def test_ranks_continue_what_another_number_began(
         (0, "", "expected passages, found none"),
     ],
 )
-def test_the_error_of_any_rank_is_one_line(
+def test_an_error_on_any_rank_is_one_line(
     python: LoadedPython, world: Any, tmp_path: Path, row: int, line: str, message: str
 ) -> None:
     corpus, out = corpus_of(tmp_path / "corpus.jsonl", 60 if line else 0), tmp_path / "out"
@@ -90,9 +96,9 @@ def test_the_error_of_any_rank_is_one_line(
     lines[row : row + 1] = [line]
     corpus.write_text("\n".join(lines))
     done = on_ranks(python, 3, *encoding(world, corpus, out))
-    said = [each for each in done.stderr.splitlines() if each.startswith("retriever: ")]
-    assert done.returncode != 0 and len(said) == 1 and message in said[0], done.stderr
-    # What was taken in is whole, and nothing from the shard at fault on.
+    errors = [line for line in done.stderr.splitlines() if line.startswith("retriever: ")]
+    assert done.returncode != 0 and len(errors) == 1 and message in errors[0], done.stderr
+    # The store has complete shards only, up to the one with the error.
     manifest = read_manifest(out)
     assert not manifest.field("complete", bool) and manifest.count("rows") <= row
     verify_files(manifest, "hash")

@@ -1,4 +1,4 @@
-"""A trained model folder scores the same in the harnesses that others publish with: beir and mteb, offline."""
+"""A trained model folder scores the same in beir and mteb, the harnesses of published results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained folder, and our own numbers of it."""
+    """A trained model folder and its metrics by our evaluation."""
 
     model: Path
     means: dict[str, float]
@@ -29,7 +29,7 @@ class Trained:
 
 @pytest.fixture(scope="module", params=KINDS)
 def ours(request: Any, world: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A model of every kind whose sides may be told apart."""
+    """Models whose queries and passages are encoded alike, with different prompts, or with different towers."""
     folder = tmp_path_factory.mktemp("harness")
     model = world.model
     if fields := KINDS[request.param]:
@@ -40,11 +40,11 @@ def ours(request: Any, world: Any, tiny: Any, tmp_path_factory: pytest.TempPathF
     outcome = command("evaluate", "beir", "--model", model, "--data", world.beir, "--out", folder / "report", "--json")
     assert outcome.code == 0, outcome.err
     means: dict[str, float] = json.loads(outcome.out)["sets"]["words"]["mean"]
-    assert 0.2 < means["ndcg@10"] < 0.999  # neither failing nor trivial
+    assert 0.2 < means["ndcg@10"] < 0.999  # neither random nor perfect
     return Trained(model, means)
 
 
-def test_mteb_gives_our_numbers(world: Any, ours: Trained, tmp_path: Path) -> None:
+def test_mteb_gives_the_same_metrics(world: Any, ours: Trained, tmp_path: Path) -> None:
     import mteb
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -57,7 +57,7 @@ def test_mteb_gives_our_numbers(world: Any, ours: Trained, tmp_path: Path) -> No
     class Words(AbsTaskRetrieval):
         metadata = TaskMetadata(
             name="Words",
-            description="A folder on this disk.",
+            description="A local folder.",
             dataset={"path": "local/words", "revision": "1"},
             type="Retrieval",
             eval_splits=["test"],
@@ -72,15 +72,15 @@ def test_mteb_gives_our_numbers(world: Any, ours: Trained, tmp_path: Path) -> No
 
     model = SentenceTransformer(str(ours.model), device="cpu")
     cache = mteb.cache.ResultCache(tmp_path)
-    found = mteb.evaluate(model, Words(), cache=cache, show_progress_bar=False, co2_tracker=False)
-    theirs = found.task_results[0].scores["test"][0]
+    result = mteb.evaluate(model, Words(), cache=cache, show_progress_bar=False, co2_tracker=False)
+    theirs = result.task_results[0].scores["test"][0]
     for measure in MEASURES:
         for k in (1, 3, 5, 10, 100):
             # mteb rounds to five digits.
             assert ours.means[f"{measure}@{k}"] == pytest.approx(theirs[f"{measure}_at_{k}"], abs=1.1e-5), (measure, k)
 
 
-def test_the_beir_package_gives_our_numbers(world: Any, ours: Trained) -> None:
+def test_the_beir_package_gives_the_same_metrics(world: Any, ours: Trained) -> None:
     from beir.datasets.data_loader import GenericDataLoader
     from beir.retrieval.evaluation import EvaluateRetrieval
     from beir.retrieval.search.dense import DenseRetrievalExactSearch
@@ -91,9 +91,9 @@ def test_the_beir_package_gives_our_numbers(world: Any, ours: Trained) -> None:
     corpus, queries, qrels = GenericDataLoader(str(world.beir)).load("test")
     search = DenseRetrievalExactSearch(BeirModel(SentenceTransformer(str(ours.model), device="cpu")))
     harness = EvaluateRetrieval(search, score_function="dot")
-    found = harness.retrieve(corpus, queries)
-    capped = harness.evaluate_custom(qrels, found, harness.k_values, "r_cap")
-    for theirs in (*harness.evaluate(qrels, found, harness.k_values), capped):
+    run = harness.retrieve(corpus, queries)
+    capped = harness.evaluate_custom(qrels, run, harness.k_values, "r_cap")
+    for theirs in (*harness.evaluate(qrels, run, harness.k_values), capped):
         for name, value in theirs.items():
             measure, _, k = name.partition("@")
             key = {"P": "precision", "R_cap": "rcap"}.get(measure, measure.lower())

@@ -1,4 +1,4 @@
-"""Mined negatives are the best-scoring passages that are neither relevant nor suspiciously close to a positive."""
+"""Mined negatives are the best passages that are not relevant and do not score close to a positive."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
 from retriever.config.sources import SourceConfig
 from retriever.data.sources import Notices, read_examples
-from retriever.searching.mining import mine
+from retriever.searching.mining import MiningOptions, mine
 
 
-def test_negatives_are_those_of_a_full_sort(tmp_path: Path) -> None:
+def test_negatives_equal_those_of_a_full_sort(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     folder, rows, dim = tmp_path / "data", 300, 8
     (folder / "qrels").mkdir(parents=True)
@@ -33,8 +33,8 @@ def test_negatives_are_those_of_a_full_sort(tmp_path: Path) -> None:
         "".join(json.dumps({"_id": f"q{q}", "text": f"query {q}"}) + "\n" for q in range(20))
     )
     judged = {q: random.choice(rows, size=3, replace=False).tolist() for q in range(20)}
-    # The last judgement of each query is grade 0: judged, and not relevant.
-    lines = [f"q{q}\tp{row}\t{int(place < 2)}" for q, picked in judged.items() for place, row in enumerate(picked)]
+    # The last judgement of each query has grade 0 and is not relevant.
+    lines = [f"q{q}\tp{row}\t{int(n < 2)}" for q, rows_of_q in judged.items() for n, row in enumerate(rows_of_q)]
     (folder / "qrels" / "train.tsv").write_text("\n".join(lines) + "\n")
     with EmbeddingWriter(tmp_path / "store", dim=dim, dtype="float32", model={}, source={}, shard_rows=64) as writer:
         writer.append(passages, vectors)
@@ -43,7 +43,7 @@ def test_negatives_are_those_of_a_full_sort(tmp_path: Path) -> None:
     out = tmp_path / "hard.jsonl"
     dataset = BeirDataset.open(folder, "train")
     store = EmbeddingStore.open(tmp_path / "store")
-    written, short = mine(dataset, store=store, queries=queries, out=out, negatives=5, depth=200, max_share=0.9)
+    written, short = mine(dataset, store=store, queries=queries, out=out, options=MiningOptions(5, 200, 0.9))
 
     mined = [json.loads(line) for line in out.read_text().splitlines()]
     assert written == len(mined) == 20
@@ -60,12 +60,12 @@ def test_negatives_are_those_of_a_full_sort(tmp_path: Path) -> None:
         expected_short += len(ranked) < 5
     assert 0 < expected_short == short < 20
 
-    # What was mined is a training source as it is.
+    # The file is a training source.
     examples = list(read_examples(SourceConfig(path=str(out)), Notices()))
     assert [list(example.negatives) for example in examples] == [row["negatives"] for row in mined]
 
 
-# Few texts, so that copies are common: " a" and ("a", "") are "a" once title and text are joined and stripped.
+# Few texts, so that duplicates are common: " a" and ("a", "") are "a" once title and text are joined and stripped.
 TEXTS = st.sampled_from(["", " ", "a", " a", "A", "b", "b ", "c", "d", "D  d", "d\td", "e\0", "e\ufffd"])
 PASSAGES = st.lists(st.tuples(st.sampled_from(["", "a", "t"]), TEXTS), min_size=1, max_size=14)
 
@@ -92,7 +92,7 @@ def corpora(draw: st.DrawFn) -> dict:
     }
 
 
-COPIES = {
+DUPLICATES = {
     "passages": [("", "a"), ("", "b"), ("", "b"), ("", "c"), ("", "c"), ("", ""), ("", "d")],
     "queries": ["q", "q"],
     "judged": [{0: 1, 1: 1}, {6: 1}],
@@ -104,9 +104,9 @@ COPIES = {
     "max_share": 1.0,
     "keep_identical_ids": False,
 }
-# What differs in case and white space says the same.
-ALIKE = {
-    **COPIES,
+# Texts that differ only in case and white space are duplicates.
+SAME_WHEN_FOLDED = {
+    **DUPLICATES,
     "passages": [("", "A thing"), ("", "a  THING"), ("", "B"), ("", "b"), ("", "c\nc"), ("C", "c"), ("", "d")],
     "queries": ["what is it", "What  is it"],
     "judged": [{0: 1}, {2: 1}],
@@ -116,12 +116,12 @@ ALIKE = {
 
 @settings(max_examples=30, deadline=None)
 @given(corpora())
-@example(COPIES)
-@example(ALIKE)
-@example({**COPIES, "prefix": "q"})
-@example({**COPIES, "prefix": "q", "keep_identical_ids": True})
-def test_negatives_are_distinct_texts_and_no_positives_of_an_equal_query(corpus: dict) -> None:
-    """Against a plain search over texts: all that the corpus has are found, however many copies stand before them."""
+@example(DUPLICATES)
+@example(SAME_WHEN_FOLDED)
+@example({**DUPLICATES, "prefix": "q"})
+@example({**DUPLICATES, "prefix": "q", "keep_identical_ids": True})
+def test_negatives_are_distinct_texts_and_not_positives_of_an_equal_query(corpus: dict) -> None:
+    """Compares with a direct search over texts; duplicates must not hide other candidates."""
     with tempfile.TemporaryDirectory() as temporary:
         mined = _mined(corpus, Path(temporary))
     content = [f"{title} {text}".strip().replace("\0", "\ufffd") for title, text in corpus["passages"]]
@@ -129,21 +129,21 @@ def test_negatives_are_distinct_texts_and_no_positives_of_an_equal_query(corpus:
     expected = []
     for q, (text, vector) in enumerate(zip(corpus["queries"], corpus["query_vectors"], strict=True)):
         scores = [float(np.dot(vector, passage)) for passage in corpus["vectors"]]
-        equal = [other for other, its in enumerate(corpus["queries"]) if _folded(its) == _folded(text)]
-        relevant = {row for other in equal for row, grade in corpus["judged"][other].items() if grade > 0}
-        barred = {"", *(_folded(content[row]) for row in relevant)}
-        own = corpus["prefix"] == "q" and q < len(ids) and q not in corpus["judged"][q]
-        if own and not corpus["keep_identical_ids"]:
-            barred.add(_folded(content[q]))
+        equal = [n for n, other in enumerate(corpus["queries"]) if _folded(other) == _folded(text)]
+        relevant = {row for n in equal for row, grade in corpus["judged"][n].items() if grade > 0}
+        excluded = {"", *(_folded(content[row]) for row in relevant)}
+        is_identical = corpus["prefix"] == "q" and q < len(ids) and q not in corpus["judged"][q]
+        if is_identical and not corpus["keep_identical_ids"]:
+            excluded.add(_folded(content[q]))
         best = max((scores[row] for row in relevant), default=-np.inf)
         ranked = sorted(range(len(ids)), key=lambda row: (scores[row], ids[row]), reverse=True)
         candidates: dict[str, int] = {}
         for row in ranked:
-            if _folded(content[row]) not in barred:
+            if _folded(content[row]) not in excluded:
                 candidates.setdefault(_folded(content[row]), row)
-        looked_at = list(candidates.values())[: max(corpus["depth"], corpus["negatives"])]
+        considered = list(candidates.values())[: max(corpus["depth"], corpus["negatives"])]
         limit = best - (1 - corpus["max_share"]) * abs(best)
-        negatives = [content[row] for row in looked_at if scores[row] <= limit][: corpus["negatives"]]
+        negatives = [content[row] for row in considered if scores[row] <= limit][: corpus["negatives"]]
         positives = {content[row] for row, grade in corpus["judged"][q].items() if grade > 0} - {""}
         if positives:
             expected.append((text, positives, negatives))
@@ -157,7 +157,7 @@ def _folded(text: str) -> str:
 
 
 def _read(text: str) -> str:
-    """As training reads it."""
+    """Training replaces NUL by U+FFFD."""
     return text.replace("\0", "\ufffd")
 
 
@@ -179,7 +179,7 @@ def _mined(corpus: dict, folder: Path) -> list[dict]:
         store=EmbeddingStore.open(folder / "store"),
         queries=np.array(corpus["query_vectors"], np.float32),
         out=out,
-        **{name: corpus[name] for name in ("negatives", "depth", "max_share", "keep_identical_ids")},
+        options=MiningOptions(corpus["negatives"], corpus["depth"], corpus["max_share"], corpus["keep_identical_ids"]),
     )
     mined = [json.loads(line) for line in out.read_text().splitlines()]
     assert written == len(mined) and short == sum(len(row["negatives"]) < corpus["negatives"] for row in mined)

@@ -1,4 +1,4 @@
-"""The service answers as the search does, within its limits, and ends in good order."""
+"""The service answers as the search command does, enforces its limits, and shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def towers(world: Any):
 
 @pytest.fixture
 def engine(world: Any, towers) -> Iterator[Engine]:
-    with Engine(towers, Index.open(world.index), EncodeOptions(), Batching(most=8, window=0.01, waiting=20)) as running:
+    with Engine(
+        towers, Index.open(world.index), EncodeOptions(), Batching(max_queries=8, timeout_s=0.01, max_waiting=20)
+    ) as running:
         yield running
 
 
@@ -59,28 +61,28 @@ def test_get_and_post_answer_as_the_search_command_does(world: Any, towers, serv
     texts = ["what is a cat?", "what is a river?"]
     queries = [(str(n), text) for n, text in enumerate(texts)]
     expected = list(search(towers, Index.open(world.index), queries, 7, EncodeOptions(), batch=1))
-    status, got, headers = server.ask("GET", "/search?query=what+is+a+cat%3F&k=7")
+    status, content, headers = server.ask("GET", "/search?query=what+is+a+cat%3F&k=7")
     assert status == 200 and headers["x-content-type-options"] == "nosniff"
-    assert got["query"] == texts[0] and got["milliseconds"] > 0
-    same_results(got["results"], expected[0].results)
-    status, got, _ = server.ask("POST", "/search", {"queries": texts, "k": 7})
+    assert content["query"] == texts[0] and content["milliseconds"] > 0
+    assert_same_results(content["results"], expected[0].results)
+    status, content, _ = server.ask("POST", "/search", {"queries": texts, "k": 7})
     assert status == 200
-    for answer, wanted in zip(got["answers"], expected, strict=True):
-        same_results(answer["results"], wanted.results)
-    status, got, _ = server.ask("GET", "/search?query=a&query=b")
-    assert [len(answer["results"]) for answer in got["answers"]] == [10, 10]
+    for answer, other in zip(content["answers"], expected, strict=True):
+        assert_same_results(answer["results"], other.results)
+    status, content, _ = server.ask("GET", "/search?query=a&query=b")
+    assert [len(answer["results"]) for answer in content["answers"]] == [10, 10]
 
 
-def same_results(got: list[dict[str, Any]], expected: list[Result]) -> None:
-    assert [result["id"] for result in got] == [result.id for result in expected]
-    assert [(result["rank"], result["title"], result["text"]) for result in got] == [
+def assert_same_results(results: list[dict[str, Any]], expected: list[Result]) -> None:
+    assert [result["id"] for result in results] == [result.id for result in expected]
+    assert [(result["rank"], result["title"], result["text"]) for result in results] == [
         (result.rank, result.title, result.text) for result in expected
     ]
-    np.testing.assert_allclose([r["score"] for r in got], [r.score for r in expected], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose([r["score"] for r in results], [r.score for r in expected], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "method, path, body, status, why",
+    "method, path, body, status, message",
     [
         ("POST", "/search", {"query": "x", "k": 0}, 422, "k: expected a whole number from 1 to 15, found 0"),
         ("POST", "/search", {"query": "x", "k": 16}, 422, "k: expected a whole number from 1 to 15, found 16"),
@@ -104,16 +106,16 @@ def same_results(got: list[dict[str, Any]], expected: list[Result]) -> None:
         ("DELETE", "/search", None, 405, "Method Not Allowed"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_in_one_line(
-    server: Server, method: str, path: str, body: object, status: int, why: str
+def test_invalid_requests_get_a_one_line_error(
+    server: Server, method: str, path: str, body: object, status: int, message: str
 ) -> None:
-    found, answer, _ = server.ask(method, path, body)
-    assert (found, list(answer)) == (status, ["error"])
-    assert why in answer["error"] and "\n" not in answer["error"]
+    returned, answer, _ = server.ask(method, path, body)
+    assert (returned, list(answer)) == (status, ["error"])
+    assert message in answer["error"] and "\n" not in answer["error"]
     assert server.ask("GET", "/healthz")[0] == 200
 
 
-def test_a_body_without_a_stated_length_is_cut_off_at_the_limit(server: Server) -> None:
+def test_a_chunked_body_is_refused_at_the_limit(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(b"POST /search HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         connection.sendall(b"bb8\r\n" + b" " * 3000 + b"\r\n")
@@ -121,22 +123,22 @@ def test_a_body_without_a_stated_length_is_cut_off_at_the_limit(server: Server) 
 
 
 def test_answers_do_not_wait_for_acknowledgements(server: Server) -> None:
-    """A header and a body sent one by one take 40 ms on a connection that holds small packets back."""
+    """Without TCP_NODELAY, a body that is sent after its header arrives 40 ms later."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    took = []
+    durations = []
     for _ in range(20):
         started = time.perf_counter()
         connection.request("GET", "/healthz")
         connection.getresponse().read()
-        took.append(time.perf_counter() - started)
+        durations.append(time.perf_counter() - started)
     connection.close()
-    assert min(took[5:]) < 0.03
+    assert min(durations[5:]) < 0.03
 
 
-def test_health_says_what_is_served(server: Server) -> None:
-    status, about, _ = server.ask("GET", "/healthz")
+def test_health_describes_the_index(server: Server) -> None:
+    status, state, _ = server.ask("GET", "/healthz")
     assert status == 200
-    assert about == {"status": "ok", "passages": 20, "dim": 32, "factory": "Flat", "waiting": 0}
+    assert state == {"status": "ok", "passages": 20, "dim": 32, "factory": "Flat", "waiting": 0}
 
 
 def test_the_page_shows_passages_and_problems_and_escapes_everything(server: Server) -> None:
@@ -151,7 +153,7 @@ def test_the_page_shows_passages_and_problems_and_escapes_everything(server: Ser
     assert status == 200 and "20 passages" in text
 
 
-def test_a_page_shows_an_image_where_a_passage_has_one() -> None:
+def test_the_page_shows_the_images_of_passages_that_have_one() -> None:
     from retriever.searching.search import Answer
 
     results = [Result(1, 0.5, "a", "<b>", "text & more"), Result(2, 0.25, "b", "", "plain")]
@@ -159,8 +161,8 @@ def test_a_page_shows_an_image_where_a_passage_has_one() -> None:
         k=2,
         answer=Answer("", "x", results),
         passages=2,
-        most_characters=9,
-        images=lambda result: '/images/"a".png' if result.id == "a" else None,
+        max_characters=9,
+        image_url=lambda result: '/images/"a".png' if result.id == "a" else None,
     )
     assert text.count("<img") == 1 and 'src="/images/&#34;a&#34;.png"' in text
     assert "&lt;b&gt;" in text and "text &amp; more" in text
@@ -176,7 +178,7 @@ def test_concurrent_queries_share_batches_and_get_their_own_answers(world: Any, 
 
     monkeypatch.setattr(batching, "embed_texts", counting)
     words = list(MEANINGS) * 2
-    with Engine(towers, Index.open(world.index), EncodeOptions(), Batching(most=16, window=0.2)) as engine:
+    with Engine(towers, Index.open(world.index), EncodeOptions(), Batching(max_queries=16, timeout_s=0.2)) as engine:
         futures = [engine.submit([f"define {word}"], 1 + n % 3) for n, word in enumerate(words)]
         together = [future.result(timeout=60)[0] for future in futures]
         assert engine.waiting == 0
@@ -187,23 +189,23 @@ def test_concurrent_queries_share_batches_and_get_their_own_answers(world: Any, 
         assert [result.id for result in one.results] == [result.id for result in other.results][: 1 + n % 3]
 
 
-def test_more_queries_than_may_wait_are_refused_and_the_rest_answered(engine: Engine, monkeypatch) -> None:
-    hold, embed = threading.Event(), batching.embed_texts
+def test_queries_beyond_the_queue_are_refused_and_the_others_answered(engine: Engine, monkeypatch) -> None:
+    proceed, embed = threading.Event(), batching.embed_texts
 
-    def held(*arguments: Any) -> np.ndarray:
-        assert hold.wait(30)
+    def blocked(*arguments: Any) -> np.ndarray:
+        assert proceed.wait(30)
         return embed(*arguments)
 
-    monkeypatch.setattr(batching, "embed_texts", held)
-    taken = [engine.submit(["cat"] * 5, 2) for _ in range(4)]
+    monkeypatch.setattr(batching, "embed_texts", blocked)
+    accepted = [engine.submit(["cat"] * 5, 2) for _ in range(4)]
     with pytest.raises(Busy):
         engine.submit(["dog"], 1)
-    hold.set()
-    assert [len(future.result(timeout=60)) for future in taken] == [5] * 4
+    proceed.set()
+    assert [len(future.result(timeout=60)) for future in accepted] == [5] * 4
     assert len(engine.submit(["dog"], 1).result(timeout=60)[0].results) == 1
 
 
-def test_who_has_an_answer_finds_room_to_ask_again(engine: Engine, monkeypatch) -> None:
+def test_an_answered_client_can_submit_again_at_once(engine: Engine, monkeypatch) -> None:
     waiting: list[int] = []
     for fails in (False, True):
         with monkeypatch.context() as patch:
@@ -215,7 +217,7 @@ def test_who_has_an_answer_finds_room_to_ask_again(engine: Engine, monkeypatch) 
     assert waiting == [0, 0]
 
 
-def test_a_batch_that_fails_fails_its_own_clients_only(engine: Engine, monkeypatch) -> None:
+def test_a_failing_batch_fails_only_its_own_clients(engine: Engine, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(batching, "embed_texts", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -224,7 +226,7 @@ def test_a_batch_that_fails_fails_its_own_clients_only(engine: Engine, monkeypat
     assert engine.waiting == 0 and engine.alive
 
 
-def test_a_closed_engine_answers_what_it_took_and_takes_no_more(engine: Engine) -> None:
+def test_a_closed_engine_answers_accepted_queries_and_accepts_no_more(engine: Engine) -> None:
     futures = [engine.submit(["cat"], 1) for _ in range(15)]
     engine.close()
     assert all(future.result(timeout=0)[0].results for future in futures)
@@ -238,11 +240,11 @@ def test_an_index_of_another_model_is_refused(world: Any, minilm: str) -> None:
         Engine(load_towers(minilm), Index.open(world.index), EncodeOptions(), Batching())
 
 
-def test_busy_services_say_429_and_end_after_what_they_took(world: Any) -> None:
+def test_a_busy_service_answers_429_and_shuts_down_after_accepted_requests(world: Any) -> None:
     flags = ("--max-waiting", 4, "--max-queries", 4, "--batch-ms", 500)
     with serving(world.model, world.index, *flags) as server, ThreadPoolExecutor(12) as pool:
-        asked = [pool.submit(server.ask, "POST", "/search", {"queries": ["cat"] * 2}) for _ in range(12)]
-        outcomes = [future.result() for future in asked]
+        requests = [pool.submit(server.ask, "POST", "/search", {"queries": ["cat"] * 2}) for _ in range(12)]
+        outcomes = [future.result() for future in requests]
         statuses = sorted(status for status, _, _ in outcomes)
         assert set(statuses) == {200, 429}
         refused = next((answer, headers) for status, answer, headers in outcomes if status == 429)
@@ -255,7 +257,7 @@ def test_busy_services_say_429_and_end_after_what_they_took(world: Any) -> None:
     assert log.count(" POST /search 200 ") == statuses.count(200) + 1
 
 
-def test_a_port_in_use_and_wrong_flags_are_told_in_one_line(world: Any) -> None:
+def test_a_port_in_use_and_invalid_flags_are_one_line_errors(world: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         outcome = command("serve", "--model", world.model, "--index", world.index, "--port", port)
@@ -266,26 +268,26 @@ def test_a_port_in_use_and_wrong_flags_are_told_in_one_line(world: Any) -> None:
         assert outcome.code == 2 and flag in outcome.err and outcome.err.count("\n") == 1
 
 
-def test_an_index_given_again_is_another_one_and_not_in_place_of_the_first(world: Any) -> None:
+def test_a_repeated_index_flag_adds_an_index(world: Any) -> None:
     outcome = command("serve", "--model", world.model, "--index", world.index, "--index", world.index, "--mmap")
     assert outcome.code == 1 and "expected other passages than those of" in outcome.err
 
 
-def test_help_does_not_load_what_serving_needs() -> None:
+def test_the_command_line_does_not_import_server_libraries() -> None:
     code = "import retriever.cli, sys; print([m for m in ('starlette', 'uvicorn', 'jinja2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_ctrl_c_ends_it_and_the_log_does_not_tell_queries(server: Server) -> None:
-    """The last test: it ends the service that the others asked."""
+def test_ctrl_c_shuts_down_and_the_log_has_no_queries(server: Server) -> None:
+    """Must be the last test that uses `server`, because it shuts it down."""
     server.ask("GET", "/search?query=secret")
     code, log = server.end(signal.SIGINT)
     assert code == 0 and "secret" not in log and "Traceback" not in log
     assert " 127.0.0.1 GET /search 200 " in log and " POST /search 413 " in log
 
 
-def test_a_damaged_index_is_refused_or_costs_only_the_answers_that_need_it(world: Any, towers, tmp_path: Path) -> None:
+def test_a_damaged_index_is_refused_or_fails_only_the_affected_queries(world: Any, towers, tmp_path: Path) -> None:
     index = tmp_path / "index"
     shutil.copytree(world.index, index)
     lines = (index / "passages.jsonl").read_bytes()
@@ -296,7 +298,7 @@ def test_a_damaged_index_is_refused_or_costs_only_the_answers_that_need_it(world
         assert engine.alive and engine.submit(["what is a piano?"], 1).result()[0].results
         log: list[str] = []
         status, answer = asyncio.run(get(make_app(engine, Limits(), log.append), "/search", b"query=an+oak&k=20"))
-    assert status == 500 and answer == {"error": "the search failed; the service's log says why"}
+    assert status == 500 and answer == {"error": "the search failed; see the service's log"}
     assert re.fullmatch(r"search failed: InputError: \S*passages\.jsonl:3: expected UTF-8, found: .*", log[0])
     data = (index / "index.faiss").read_bytes()
     (index / "index.faiss").write_bytes(data[:-1] + bytes([data[-1] ^ 0x80]))
@@ -306,7 +308,7 @@ def test_a_damaged_index_is_refused_or_costs_only_the_answers_that_need_it(world
 
 
 async def get(app: Any, path: str, query: bytes) -> tuple[int, Any]:
-    """Status and answer of an application, without a server."""
+    """Status and JSON content of a GET request to an ASGI application."""
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
@@ -315,6 +317,6 @@ async def get(app: Any, path: str, query: bytes) -> tuple[int, Any]:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    place = {"path": path, "raw_path": path.encode(), "root_path": "", "query_string": query}
-    await app({"type": "http", "method": "GET", "headers": [], "client": ("test", 1), **place}, receive, send)
+    target = {"path": path, "raw_path": path.encode(), "root_path": "", "query_string": query}
+    await app({"type": "http", "method": "GET", "headers": [], "client": ("test", 1), **target}, receive, send)
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))

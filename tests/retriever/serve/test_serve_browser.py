@@ -1,4 +1,4 @@
-"""The page in a real headless Chromium."""
+"""The search page in headless Chromium."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PASSAGES = {
 
 
 class Page(Chromium):
-    """The service's page in a browser."""
+    """The search page in a browser."""
 
     def visit(self, address: str) -> None:
-        """Load an address."""
+        """Load an address and wait for it."""
         self.events.clear()
         self.call("Page.navigate", url=address)
         self._loaded()
 
     def ask(self, query: str) -> list[str]:
-        """Type a query in place of the one before and press Enter; the texts of the passages shown."""
+        """Replace the query, press Enter, and return the text of each result."""
         self.evaluate("document.getElementById('query').select()")
         self.events.clear()
         self.call("Input.insertText", text=query)
@@ -46,12 +46,13 @@ class Page(Chromium):
         return self.texts("li")
 
     def texts(self, selector: str) -> list[str]:
-        """What a reader sees of the elements that a selector finds."""
-        found = self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map(one => one.innerText)")
-        return [" ".join(text.split()) for text in found]
+        """The visible texts of the elements that match a selector."""
+        elements = f"[...document.querySelectorAll({json.dumps(selector)})]"
+        texts = self.evaluate(f"{elements}.map(element => element.innerText)")
+        return [" ".join(text.split()) for text in texts]
 
     def style(self, selector: str, name: str) -> str:
-        """A computed style."""
+        """A computed style of the first element that matches a selector."""
         return str(
             self.evaluate(f"getComputedStyle(document.querySelector({json.dumps(selector)}))[{json.dumps(name)}]")
         )
@@ -61,7 +62,7 @@ class Page(Chromium):
         while not self.said("Page.loadEventFired"):
             assert time.monotonic() < deadline, "the page did not load"
             time.sleep(0.05)
-            # Any command brings the events that have come.
+            # Events are received with the answer to any command.
             self.call("Page.getFrameTree")
 
 
@@ -87,12 +88,12 @@ def address(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         yield f"http://127.0.0.1:{server.port}/"
 
 
-def complaints(browser: Page) -> list[Any]:
-    """What the browser logged, and whatever failed to load."""
+def logged_errors(browser: Page) -> list[Any]:
+    """Entries of the browser's log, and resources that failed to load."""
     return browser.said("Log.entryAdded") + browser.said("Network.loadingFailed")
 
 
-def test_a_typed_query_shows_the_right_passage_with_its_score(browser: Page, address: str, tmp_path: Path) -> None:
+def test_a_typed_query_shows_the_best_passage_with_its_score(browser: Page, address: str, tmp_path: Path) -> None:
     browser.visit(address)
     assert browser.texts("main") == ["4 passages, found by meaning rather than by word."]
     first = browser.ask("how high is the monument of Paris?")[0]
@@ -102,30 +103,30 @@ def test_a_typed_query_shows_the_right_passage_with_its_score(browser: Page, add
     assert len(scores) == 4 and 0.3 < scores[0] < 1 and scores == sorted(scores, reverse=True)
     assert " of 4 passages in " in browser.texts(".note")[0]
     assert "violin" in browser.ask("instrument with strings")[0]
-    assert complaints(browser) == []
+    assert logged_errors(browser) == []
     browser.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-def test_markup_in_queries_and_passages_stays_text(browser: Page, address: str) -> None:
+def test_markup_in_queries_and_passages_is_shown_as_text(browser: Page, address: str) -> None:
     browser.visit(address)
     query = "\"><script>document.title='run'</script>"
     shown = browser.ask(query)
     assert any("onerror" in text for text in shown)
     assert browser.evaluate("document.title").startswith(query[:20])
     assert browser.evaluate("document.querySelectorAll('script, main img').length") == 0
-    assert complaints(browser) == []
+    assert logged_errors(browser) == []
 
 
 @pytest.mark.parametrize("width", [360, 1200])
-def test_the_page_fits_its_window_and_follows_dark_mode(browser: Page, address: str, width: int) -> None:
+def test_the_page_fits_the_window_and_follows_dark_mode(browser: Page, address: str, width: int) -> None:
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=740, deviceScaleFactor=1, mobile=width < 500)
-    papers = []
+    backgrounds = []
     for scheme in ("light", "dark"):
         browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         browser.visit(f"{address}?q={'unbroken' * 40}")
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
-        papers.append(browser.style("body", "backgroundColor"))
-        # The policy lets the style sheet in.
+        backgrounds.append(browser.style("body", "backgroundColor"))
+        # The content security policy allows the style sheet.
         assert browser.style("li", "borderTopLeftRadius") != "0px"
-    assert len(set(papers)) == 2
+    assert len(set(backgrounds)) == 2

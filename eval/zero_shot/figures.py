@@ -43,10 +43,10 @@ def confusion(result: Classification) -> Figure:
         frequent = np.argsort(-np.bincount(result.predicted[named], minlength=len(names)), kind="stable")
         columns = np.sort(frequent[:SHOWN_CLASSES])
     # The last column collects all predictions without a column of their own.
-    place = np.full(len(names), len(columns))
-    place[columns] = np.arange(len(columns))
+    column_of = np.full(len(names), len(columns))
+    column_of[columns] = np.arange(len(columns))
     matrix = np.zeros((len(rows), len(columns) + 1))
-    np.add.at(matrix, (np.searchsorted(rows, result.labels[named]), place[result.predicted[named]]), 1)
+    np.add.at(matrix, (np.searchsorted(rows, result.labels[named]), column_of[result.predicted[named]]), 1)
     matrix /= counts[rows, None]
     across = [*(names[column] for column in columns), "all others"][: matrix.shape[1] - (not matrix[:, -1].any())]
 
@@ -76,27 +76,27 @@ class Row:
     """The images, nearest first, and whether each is correct."""
 
 
-def nearest(found: Evaluated, rows: int = ROWS, columns: int = COLUMNS) -> list[Row]:
+def nearest(evaluated: Evaluated, rows: int = ROWS, columns: int = COLUMNS) -> list[Row]:
     """The nearest images of up to `rows` classes or captions, evenly spaced over all of them."""
-    samples = found.images.samples
-    if isinstance(found.result, Classification):
-        present = [number for number, row in enumerate(found.result.per_class) if row.images]
-        texts = list(found.dataset.classes)
+    samples = evaluated.images.samples
+    if isinstance(evaluated.result, Classification):
+        present = [number for number, row in enumerate(evaluated.result.per_class) if row.images]
+        texts = list(evaluated.dataset.classes)
     else:
         # The first caption of each image.
-        present = np.unique(found.owners, return_index=True)[1].tolist()
-        texts = found.captions
+        present = np.unique(evaluated.owners, return_index=True)[1].tolist()
+        texts = evaluated.captions
     chosen = [
         present[n] for n in np.unique(np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int))
     ]
     result: list[Row] = []
-    for part, scores in blocks(found.texts[chosen], found.images.vectors):
+    for part, scores in blocks(evaluated.texts[chosen], evaluated.images.vectors):
         order = np.argsort(-scores, axis=1, kind="stable")[:, :columns]
         for text, best in zip(chosen[part], order.tolist(), strict=True):
-            if isinstance(found.result, Classification):
+            if isinstance(evaluated.result, Classification):
                 result.append(Row(texts[text], None, [(samples[n].image, text in samples[n].labels) for n in best]))
             else:
-                own = found.owners[text]
+                own = evaluated.owners[text]
                 result.append(Row(texts[text], samples[own].image, [(samples[n].image, n == own) for n in best]))
     return result
 

@@ -1,4 +1,4 @@
-"""Thumbnails of the pictures of an index: of its own ids alone, from files in one folder alone."""
+"""Thumbnails of the images of an index, for the search page."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from starlette.responses import Response
 from index.ann.index import Index
 from index.files import InputError
 from retriever.searching.search import Result
-from retriever.serve.requests import Refused
+from retriever.serve.requests import RequestError
 
 if TYPE_CHECKING:
     from index.ann.multi_index import MultiIndex
 
+# Maximum width and height in pixels.
 SIDE = 256
-KEPT = 512
+# Thumbnails cached in memory.
+CACHED = 512
 
 
-class Pictures:
-    """Where the page's pictures come from.
+class Thumbnails:
+    """Serves thumbnails of indexed images.
 
-    An id of the index stands for a passage, whose text is a path from `folder`; nothing else of a request reaches the
-    disk, and a path that leads out of the folder is not followed.
+    A request contains an id of the index; the text of its passage is the path relative to `folder`. No other part of a
+    request is used as a path, and paths that lead out of the folder are refused.
 
     Args:
-        folder: what `retriever encode` read the pictures from.
-        index: the index that was built of them.
+        folder: the folder from which `retriever encode` read the images.
+        index: the index of these images.
 
     Raises:
-        InputError: there is no such folder, or it lacks the index's first picture.
+        InputError: the folder does not exist, or it lacks the first image of the index.
     """
 
     def __init__(self, folder: Path, index: Index | MultiIndex) -> None:
@@ -45,26 +47,26 @@ class Pictures:
             raise InputError(f"{folder}: no such folder")
         first = index.passage(0).text
         if self._file(0) is None:
-            raise InputError(f"{folder}: expected the folder whose pictures were indexed, found no {first!r:.60} in it")
-        self._thumbnail = lru_cache(KEPT)(self._made)
+            raise InputError(f"{folder}: expected the folder whose images were indexed, found no {first!r:.60} in it")
+        self._thumbnail = lru_cache(CACHED)(self._thumbnail_of)
 
     @cached_property
     def _rows(self) -> dict[str, int]:
         return {id_: row for row, id_ in enumerate(self._index.ids)}
 
-    def address(self, result: Result) -> str:
-        """The address of a result's picture on this server."""
-        return f"/picture?{urlencode({'id': result.id})}"
+    def url(self, result: Result) -> str:
+        """The URL of a result's image on this server."""
+        return f"/image?{urlencode({'id': result.id})}"
 
     async def show(self, request: Request) -> Response:
-        """GET /picture?id=…: a JPEG of at most SIDE pixels a side; 404 for what is no picture of the index."""
+        """Handle GET /image?id=…: a JPEG of at most SIDE × SIDE pixels; status 404 if the index has no such image."""
         row = self._rows.get(request.query_params.get("id", ""))
         content = None if row is None else await run_in_threadpool(self._thumbnail, row)
         if content is None:
-            raise Refused(404, "expected the id of a picture of the index")
+            raise RequestError(404, "expected the id of an image of the index")
         return Response(content, media_type="image/jpeg")
 
-    def _made(self, row: int) -> bytes | None:
+    def _thumbnail_of(self, row: int) -> bytes | None:
         from retriever.models.images.transforms import open_image
 
         file = self._file(row)
@@ -80,7 +82,7 @@ class Pictures:
         return buffer.getvalue()
 
     def _file(self, row: int) -> Path | None:
-        # Links resolved: one that leads out of the folder is as little followed as "..".
+        # Symbolic links are resolved, so that neither a link nor ".." leads out of the folder.
         try:
             file = (self._folder / self._index.passage(row).text).resolve()
         except (OSError, ValueError):
