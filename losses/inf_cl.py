@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from losses.checked_options import with_nan_for_invalid_positives, with_options
 from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
 from losses.inputs import check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.options import Negatives, Positives, Statistics
 from losses.precision import Precision, resolve_precision
-from losses.reference import full_matrix_loss
+from losses.reference import full_matrix_loss, full_matrix_negatives_loss
 from losses.torch_tiles.compiled import compiled_tiled_loss
 from losses.torch_tiles.inf_cl import tiled_loss
 from losses.triton.dense import dense_loss, fits_dense
@@ -20,13 +22,32 @@ from losses.triton.launch import warn_fallback, why_not_dense, why_not_fused
 Implementation = Literal["auto", "full", "dense", "chunked", "triton"]
 
 
+@overload
 def inf_cl_loss(
+    query: Tensor, passage: Tensor, *, statistics: Literal[True], **options: Any
+) -> tuple[Tensor, Statistics]: ...
+
+
+@overload
+def inf_cl_loss(query: Tensor, passage: Tensor, *, statistics: Literal[False] = False, **options: Any) -> Tensor: ...
+
+
+@overload
+def inf_cl_loss(
+    query: Tensor, passage: Tensor, *, statistics: bool, **options: Any
+) -> Tensor | tuple[Tensor, Statistics]: ...
+
+
+def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returned.
     query: Tensor,
     passage: Tensor,
     *,
     logit_scale: float | Tensor,
     positive: Tensor | None = None,
+    positives: Positives | None = None,
     excluded: Tensor | None = None,
+    negatives: Negatives | None = None,
+    statistics: bool = False,
     symmetric: bool = False,
     query_ids: Tensor | None = None,
     passage_ids: Tensor | None = None,
@@ -35,7 +56,7 @@ def inf_cl_loss(
     implementation: Implementation = "auto",
     exchange: Exchange = "auto",
     workspace_mib: float = 256,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """InfoNCE loss with memory linear in the batch size.
 
     The loss is InfoNCE (van den Oord et al., arXiv 1807.03748). The score matrix is computed in tiles and never
@@ -55,9 +76,16 @@ def inf_cl_loss(
             receives one.
         positive: [M] integers, the row of each query's positive in `passage`. Default: 0, …, M − 1. Queries may share
             a positive.
+        positives: Further positives of queries, beside `positive`: pairs and how they are combined (`Positives`).
+            Default: None, one positive per query.
         excluded: [R, 2] integers, pairs (query row, passage row) that are removed from S in both directions, for
             example known positives that are not in `positive`. Pairs may be in any order and may repeat. A query's own
             positive may not be excluded. Costs 8 bytes per pair. Default: None.
+        negatives: What counts as a negative (`Negatives`): `limit` and `guide` remove negatives that are probably
+            false, in both directions, and `hardness` weights negatives by their score. Default: None, every other
+            passage, equally.
+        statistics: Whether to return statistics of the rows too: ranks, hardest negatives, entropies. They take no
+            product and no synchronization with the device. Default: False.
         symmetric: Whether to add the column loss. Default: False.
         query_ids: [M] integers. Default: `passage_ids[positive]`. Requires `passage_ids`.
         passage_ids: [N] integers. Entry (i, j) is removed from S in both directions if passage_ids[j] == query_ids[i]
@@ -99,7 +127,8 @@ def inf_cl_loss(
             that backward would otherwise recompute. Default: 256.
 
     Returns:
-        0-dim loss in float32 (float64 for float64 embeddings). It is not finite if an embedding is not finite. It is
+        The loss or, with `statistics`, the loss and a `Statistics`. The loss is 0-dim, in float32 (float64 for float64
+        embeddings). It is not finite if an embedding is not finite. It is
         differentiable once; only "full" has second derivatives.
 
     Raises:
@@ -110,6 +139,8 @@ def inf_cl_loss(
             out-of-range `positive`.
     """
     if group is not None:
+        if positives is not None or negatives is not None or statistics:
+            raise ValueError("positives, negatives and statistics are not supported with a group")
         sharded = distributed_batch(
             group,
             query,
@@ -130,7 +161,14 @@ def inf_cl_loss(
     check_choice("exchange", exchange, Exchange)
     workspace_bytes = checked_workspace(workspace_mib)
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded)
+    batch = with_options(batch, positives, negatives, statistics)
     precision = resolve_precision(precision, query)
+    if batch.options is not None:
+        batch = with_nan_for_invalid_positives(with_nan_for_invalid_pairs(batch, len(passage)), len(passage))
+        if implementation != "full":
+            raise ValueError("positives, negatives and statistics need implementation 'full'")
+        loss, found = full_matrix_negatives_loss(batch, precision)
+        return (loss, found) if statistics else loss
     if implementation == "full":
         return full_matrix_loss(with_nan_for_invalid_pairs(batch, len(passage)), precision)
     # Under torch.compile the tiled loss is used: it is one operator for the compiler.
