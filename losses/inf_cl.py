@@ -9,7 +9,8 @@ from torch import Tensor
 
 from losses.checked_options import with_nan_for_invalid_positives, with_options
 from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
-from losses.inputs import check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.negatives.loss import negatives_loss
 from losses.options import Negatives, Positives, Statistics
 from losses.precision import Precision, resolve_precision
 from losses.reference import full_matrix_loss, full_matrix_negatives_loss
@@ -165,10 +166,8 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     precision = resolve_precision(precision, query)
     if batch.options is not None:
         batch = with_nan_for_invalid_positives(with_nan_for_invalid_pairs(batch, len(passage)), len(passage))
-        if implementation != "full":
-            raise ValueError("positives, negatives and statistics need implementation 'full'")
-        loss, found = full_matrix_negatives_loss(batch, precision)
-        return (loss, found) if statistics else loss
+        loss, found = _loss_with_options(batch, precision, workspace_bytes, implementation)
+        return (loss, found) if found is not None and statistics else loss
     if implementation == "full":
         return full_matrix_loss(with_nan_for_invalid_pairs(batch, len(passage)), precision)
     # Under torch.compile the tiled loss is used: it is one operator for the compiler.
@@ -189,3 +188,15 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     if torch.compiler.is_compiling():
         return compiled_tiled_loss(batch, precision, workspace_bytes)
     return tiled_loss(batch, precision, workspace_bytes)
+
+
+def _loss_with_options(
+    batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, implementation: Implementation
+) -> tuple[Tensor, Statistics | None]:
+    if implementation == "full":
+        return full_matrix_negatives_loss(batch, precision)
+    if implementation == "dense":
+        raise ValueError("implementation 'dense' has no positives, negatives or statistics: use 'auto'")
+    if torch.compiler.is_compiling():
+        raise ValueError("positives, negatives and statistics do not run under torch.compile")
+    return negatives_loss(batch, precision, workspace_bytes, fused=False)

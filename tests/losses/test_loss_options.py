@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from option_cases import FEATURES, case, definition
+from option_cases import FEATURES, assert_close, assert_same_statistics, case, definition, run
 
 from losses import Guide, InfCLLoss, NegativeLimit, Negatives, Positives, inf_cl_loss
 
@@ -95,3 +95,29 @@ def test_invalid_options_are_named(loss: Any, message: str, arguments: dict[str,
 def test_invalid_values_of_options_are_named(message: str, make: Any) -> None:
     with pytest.raises(ValueError, match="^" + message):
         make()
+
+
+SHAPES = [(1, 1), (1, 7), (19, 23), (61, 131)]
+
+
+def compare(
+    feature: str, shape: tuple[int, int], dtype: torch.dtype, allowed: float, scale: float, **options: Any
+) -> None:
+    """Compare value, gradients and statistics with the reference, for both directions."""
+    for symmetric, random_positive in itertools.product([False, True], repeat=2):
+        masks = symmetric == random_positive
+        given = case(feature, *shape, random_positive=random_positive, excluded=masks, ids=masks)
+        given["symmetric"] = symmetric
+        truth, of_truth = run(given | {"implementation": "full"}, scale, torch.float64)
+        found, of_rows = run(given | options, scale, dtype, options.pop("device", "cpu"))
+        assert_close(found, truth, allowed)
+        assert_same_statistics(of_rows, of_truth, max(allowed, 1e-9))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_tiles_equal_the_reference(feature: str, shape: tuple[int, int]) -> None:
+    for scale, workspace_mib in ((20.0, 2**-8), (500.0, 2**-8), (20.0, 16)):
+        options = {"implementation": "chunked", "workspace_mib": workspace_mib}
+        compare(feature, shape, torch.float64, 1e-11, scale, **options)
+        compare(feature, shape, torch.float32, 1e-5 if scale == 20 else 1e-3, scale, **options)
