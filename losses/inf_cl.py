@@ -199,4 +199,8 @@ def _loss_with_options(
         raise ValueError("implementation 'dense' has no positives, negatives or statistics: use 'auto'")
     if torch.compiler.is_compiling():
         raise ValueError("positives, negatives and statistics do not run under torch.compile")
-    return negatives_loss(batch, precision, workspace_bytes, fused=False)
+    fused = implementation == "triton" or (implementation == "auto" and batch.query.is_cuda)
+    reason = why_not_fused(batch.query) if fused else None
+    if reason is not None and implementation == "triton":
+        warn_fallback(implementation, reason)
+    return negatives_loss(batch, precision, workspace_bytes, fused and reason is None)

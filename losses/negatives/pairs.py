@@ -58,7 +58,9 @@ class PositivePairs:
         counted[1:] = (keys[1:] != keys[:-1]).double()
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
-        return cls(*pairs[order].unbind(1), counted, place[:queries])
+        # Kernels read contiguous lists.
+        rows, columns = pairs[order].T.contiguous()
+        return cls(rows, columns, counted, place[:queries])
 
 
 @dataclass(frozen=True)

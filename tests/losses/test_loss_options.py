@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from option_cases import FEATURES, assert_close, assert_same_statistics, case, definition, run
+from option_cases import FEATURES, assert_close, assert_same_statistics, case, definition, moved, run
 
 from losses import Guide, InfCLLoss, NegativeLimit, Negatives, Positives, inf_cl_loss
+from losses.triton.launch import interpreted
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not interpreted(), reason="kernels run on the GPU instead")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -98,26 +104,133 @@ def test_invalid_values_of_options_are_named(message: str, make: Any) -> None:
 
 
 SHAPES = [(1, 1), (1, 7), (19, 23), (61, 131)]
+BOTH = list(itertools.product([False, True], repeat=2))
 
 
 def compare(
-    feature: str, shape: tuple[int, int], dtype: torch.dtype, allowed: float, scale: float, **options: Any
+    given: dict[str, Any], dtype: torch.dtype, allowed: float, scale: float, device: str = "cpu", **options: Any
 ) -> None:
-    """Compare value, gradients and statistics with the reference, for both directions."""
-    for symmetric, random_positive in itertools.product([False, True], repeat=2):
-        masks = symmetric == random_positive
-        given = case(feature, *shape, random_positive=random_positive, excluded=masks, ids=masks)
-        given["symmetric"] = symmetric
-        truth, of_truth = run(given | {"implementation": "full"}, scale, torch.float64)
-        found, of_rows = run(given | options, scale, dtype, options.pop("device", "cpu"))
-        assert_close(found, truth, allowed)
-        assert_same_statistics(of_rows, of_truth, max(allowed, 1e-9))
+    """Compare value, gradients and statistics with the reference."""
+    truth, of_truth = run(given | {"implementation": "full"}, scale, torch.float64)
+    found, of_rows = run(given | options, scale, dtype, device)
+    assert_close(found, truth, allowed)
+    assert_same_statistics(of_rows, of_truth, max(allowed, 1e-9))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def batch(feature: str, shape: tuple[int, int], symmetric: bool, random_positive: bool, **more: Any) -> dict[str, Any]:
+    """A case with excluded pairs and ids if both or neither of symmetric and random_positive."""
+    masks = symmetric == random_positive
+    given = case(feature, *shape, random_positive=random_positive, excluded=masks, ids=masks, **more)
+    return given | {"symmetric": symmetric}
+
+
 @pytest.mark.parametrize("feature", FEATURES)
-def test_tiles_equal_the_reference(feature: str, shape: tuple[int, int]) -> None:
-    for scale, workspace_mib in ((20.0, 2**-8), (500.0, 2**-8), (20.0, 16)):
-        options = {"implementation": "chunked", "workspace_mib": workspace_mib}
-        compare(feature, shape, torch.float64, 1e-11, scale, **options)
-        compare(feature, shape, torch.float32, 1e-5 if scale == 20 else 1e-3, scale, **options)
+def test_tiles_equal_the_reference(feature: str) -> None:
+    for shape, (symmetric, random_positive) in itertools.product(SHAPES, BOTH):
+        given = batch(feature, shape, symmetric, random_positive)
+        for scale, workspace_mib in ((20.0, 2**-8), (500.0, 2**-8), (20.0, 16)):
+            options: dict[str, Any] = {"implementation": "chunked", "workspace_mib": workspace_mib}
+            compare(given, torch.float64, 1e-11, scale, **options)
+            if shape[0] > 1:
+                compare(given, torch.float32, 1e-5 if scale == 20 else 1e-3, scale, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_kernels_equal_the_reference(feature: str, device: str) -> None:
+    pytest.importorskip("triton")
+    # The interpreter is slow: on a CPU, one shift in one case and running maxima in another.
+    shapes = [(37, 53)] if device == "cpu" else [*SHAPES, (257, 391), (700, 1500)]
+    for shape, (symmetric, random_positive) in itertools.product(shapes, BOTH):
+        scales = [20.0 if random_positive else 500.0] if device == "cpu" else [20.0, 500.0]
+        for scale in scales:
+            given = batch(feature, shape, symmetric, random_positive)
+            options: dict[str, Any] = {"implementation": "triton", "workspace_mib": 2**-5, "device": device}
+            compare(given, torch.float32, 1e-5 if scale == 20 else 1e-3, scale, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_of_one_row_equal_the_reference(device: str) -> None:
+    pytest.importorskip("triton")
+    for shape in ((1, 1), (1, 7)):
+        compare(batch("all mean", shape, True, True), torch.float32, 1e-5, 20.0, device, implementation="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(("dtype", "gradient"), [(torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+def test_half_precision_on_the_gpu(dtype: torch.dtype, gradient: float, feature: str) -> None:
+    for symmetric, random_positive in BOTH:
+        given = batch(feature, (1031, 1536), symmetric, random_positive, dims=200, dtype=dtype)
+        truth, of_truth = run(given | {"implementation": "full"}, 50.0, torch.float64, "cuda")
+        found, of_rows = run(given | {"implementation": "triton"}, 50.0, dtype, "cuda")
+        assert_close(found[:1], truth[:1], 1e-4)
+        assert_close(found[1:], truth[1:], gradient)
+        assert_same_statistics(of_rows, of_truth, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_passage_equal_to_the_positive_stays_within_a_limit_of_no_margin(dtype: torch.dtype) -> None:
+    query, passage = (torch.randn(500, 200, device="cuda").to(dtype) for _ in range(2))
+    options: dict[str, Any] = {"logit_scale": 0.1, "implementation": "triton", "statistics": True}
+    limit = Negatives(limit=NegativeLimit(margin=0.0))
+    _, once = inf_cl_loss(query, passage, negatives=limit, **options)
+    _, twice = inf_cl_loss(query, torch.cat([passage, passage]), negatives=limit, **options)
+    assert torch.equal(twice.masked, 2 * once.masked)
+    assert torch.equal(twice.rank, torch.ones_like(twice.rank))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("feature", ["none", "all mean", "all sum"])
+@pytest.mark.parametrize("implementation", ["chunked", "triton"])
+def test_a_step_with_options_does_not_synchronize(implementation: str, feature: str) -> None:
+    given = moved(case(feature, 300, 500, random_positive=True, excluded=True), "cuda")
+    query, passage = (given.pop(side).float().requires_grad_() for side in ("query", "passage"))
+    options = {"logit_scale": torch.tensor(10.0, device="cuda"), "symmetric": True, "implementation": implementation}
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss, _ = inf_cl_loss(query, passage, **options, **given)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["full", "chunked", "triton"])
+def test_an_invalid_positive_pair_on_a_gpu_makes_the_loss_nan(implementation: Any) -> None:
+    query, passage = (torch.randn(rows, 8, device="cuda") for rows in (4, 6))
+    options: dict[str, Any] = {"logit_scale": 5.0, "implementation": implementation}
+    for pair in ([0, 6], [-1, 0], [4, 0]):
+        pairs = torch.tensor([[0, 1], pair], device="cuda")
+        assert inf_cl_loss(query, passage, positives=Positives(pairs), **options).isnan()
+        assert inf_cl_loss(query, passage, positives=Positives(pairs[:1]), **options).isfinite()
+    positives = Positives(torch.tensor([[0, 1]], device="cuda"))
+    assert inf_cl_loss(query, passage, positives=positives, excluded=positives.pairs, **options).isnan()
+
+
+def test_values_that_are_not_finite_make_the_loss_nan() -> None:
+    for implementation, bad in itertools.product(["full", "chunked"], [torch.nan, torch.inf]):
+        given = case("all mean", 9, 14)
+        given["passage"][13, 2] = bad
+        loss, _ = inf_cl_loss(**given, logit_scale=3.0, symmetric=True, implementation=implementation)
+        assert loss.isnan()
+
+
+def test_the_loss_with_options_is_differentiable_once() -> None:
+    query = QUERY.clone().requires_grad_()
+    loss, _ = inf_cl_loss(query, PASSAGE, logit_scale=2.0, statistics=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, query, create_graph=True)
+
+
+def test_the_module_passes_its_options_on() -> None:
+    given = case("all mean", 7, 11, excluded=True)
+    module = InfCLLoss(logit_scale=6.0, symmetric=True)
+    loss, statistics = module(given.pop("query"), given.pop("passage"), **given)
+    given = case("all mean", 7, 11, excluded=True)
+    expected, of_rows = inf_cl_loss(**given, logit_scale=module.logit_scale, symmetric=True)
+    assert torch.equal(loss, expected)
+    assert_same_statistics(statistics, of_rows, 0)
