@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def with_options(
         return batch
     batch = replace(batch, options=options)
     if not shard:
-        check_positive_pairs(batch, batch.given_positive, len(batch.passage))
+        check_positive_pairs(batch, len(batch.passage))
     return batch
 
 
@@ -119,12 +119,8 @@ def checked_guide(guide: Guide, batch: ContrastiveBatch) -> tuple[Tensor, Tensor
     return guide.query.detach().to(dtype), guide.passage.detach().to(dtype)
 
 
-def check_positive_pairs(batch: ContrastiveBatch, positive: Tensor | None, passages: int, first: int = 0) -> None:
-    """Check the values of `positives.pairs` and `excluded` on the CPU against each other.
-
-    Args:
-        positive: [M] rows of the positives, or None for first, …, first + M − 1.
-        passages: Size of the pool.
+def check_positive_pairs(batch: ContrastiveBatch, passages: int) -> None:
+    """Check the values of `positives.pairs` and `excluded` on the CPU; `passages` is the size of the pool.
 
     Raises:
         ValueError: If a pair is outside the score matrix, or a further positive is excluded.
@@ -138,6 +134,14 @@ def check_positive_pairs(batch: ContrastiveBatch, positive: Tensor | None, passa
     both = torch.isin(pair_keys(batch.excluded, passages), pair_keys(pairs, passages))
     if both.any():
         raise ValueError(f"excluded must not hold a pair of positives, found {batch.excluded[both][0].tolist()}")
+
+
+def options_to_compare(options: CheckedOptions | None) -> tuple[Any, ...]:
+    """What of the options must be the same on all ranks."""
+    if options is None:
+        return ()
+    guide = None if options.guide_query is None else (options.guide_query.shape[1], options.guide_margin)
+    return options.reduction, options.limit, guide, options.hardness, options.statistics
 
 
 def pair_keys(pairs: Tensor, passages: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from losses.checked_options import with_nan_for_invalid_positives, with_options
 from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
 from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
-from losses.negatives.loss import negatives_loss
+from losses.negatives.loss import negatives_loss, negatives_loss_over_ranks
 from losses.options import Negatives, Positives, Statistics
 from losses.precision import Precision, resolve_precision
 from losses.reference import full_matrix_loss, full_matrix_negatives_loss
@@ -140,8 +140,6 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             out-of-range `positive`.
     """
     if group is not None:
-        if positives is not None or negatives is not None or statistics:
-            raise ValueError("positives, negatives and statistics are not supported with a group")
         sharded = distributed_batch(
             group,
             query,
@@ -156,8 +154,13 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             implementation=implementation,
             exchange=exchange,
             workspace_mib=workspace_mib,
+            positives=positives,
+            negatives=negatives,
+            statistics=statistics,
         )
-        return loss_over_ranks(sharded)
+        if sharded.batch.options is None:
+            return loss_over_ranks(sharded)
+        return _with_statistics(*negatives_loss_over_ranks(sharded))
     check_choice("implementation", implementation, Implementation)
     check_choice("exchange", exchange, Exchange)
     workspace_bytes = checked_workspace(workspace_mib)
@@ -166,8 +169,7 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     precision = resolve_precision(precision, query)
     if batch.options is not None:
         batch = with_nan_for_invalid_positives(with_nan_for_invalid_pairs(batch, len(passage)), len(passage))
-        loss, found = _loss_with_options(batch, precision, workspace_bytes, implementation)
-        return (loss, found) if found is not None and statistics else loss
+        return _with_statistics(*_loss_with_options(batch, precision, workspace_bytes, implementation))
     if implementation == "full":
         return full_matrix_loss(with_nan_for_invalid_pairs(batch, len(passage)), precision)
     # Under torch.compile the tiled loss is used: it is one operator for the compiler.
@@ -194,7 +196,8 @@ def _loss_with_options(
     batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, implementation: Implementation
 ) -> tuple[Tensor, Statistics | None]:
     if implementation == "full":
-        return full_matrix_negatives_loss(batch, precision)
+        loss, statistics = full_matrix_negatives_loss(batch, precision)
+        return loss, statistics if batch.options is not None and batch.options.statistics else None
     if implementation == "dense":
         raise ValueError("implementation 'dense' has no positives, negatives or statistics: use 'auto'")
     if torch.compiler.is_compiling():
@@ -204,3 +207,7 @@ def _loss_with_options(
     if reason is not None and implementation == "triton":
         warn_fallback(implementation, reason)
     return negatives_loss(batch, precision, workspace_bytes, fused and reason is None)
+
+
+def _with_statistics(loss: Tensor, statistics: Statistics | None) -> Tensor | tuple[Tensor, Statistics]:
+    return loss if statistics is None else (loss, statistics)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from losses.checked_options import options_to_compare, with_nan_for_invalid_positives, with_options
 from losses.distributed.agreement import Shards, agree_on_batch
 from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication, communication_of
@@ -18,6 +19,7 @@ from losses.distributed.ring import ring_backward, ring_forward
 from losses.distributed.torch_blocks import TorchBackend
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.options import Negatives, Positives
 from losses.precision import Precision, matmul_precision, resolve_precision
 from losses.triton.kernel_batch import round_up_to_16_bytes
 from losses.triton.launch import warn_fallback, why_not_fused
@@ -67,6 +69,9 @@ def distributed_batch(
     implementation: str,
     exchange: Exchange,
     workspace_mib: float,
+    positives: Positives | None = None,
+    negatives: Negatives | None = None,
+    statistics: bool = False,
     checks: Callable[[], dict[str, Any]] = dict,
 ) -> DistributedBatch:
     """Check this rank's arguments and compare them with those of the other ranks.
@@ -87,6 +92,7 @@ def distributed_batch(
         batch = checked_batch(
             query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded, shard=True
         )
+        batch = with_options(batch, positives, negatives, statistics, shard=True)
         resolved.append(resolve_precision(precision, query))
         same.update(
             dimensions=query.shape[1],
@@ -99,6 +105,7 @@ def distributed_batch(
             passage_ids="given" if passage_ids is not None else "not given",
             precision=resolved[-1],
             kernels=_uses_kernels(query, implementation),
+            options=options_to_compare(batch.options),
             **checks(),
         )
         return batch
@@ -114,6 +121,7 @@ def distributed_batch(
         scale = torch.where((inside != batch.positive).any(), torch.nan, batch.logit_scale)
         batch = replace(batch, given_positive=inside, logit_scale=scale)
     batch = with_nan_for_invalid_pairs(batch, shards.pool_size)
+    batch = with_nan_for_invalid_positives(batch, shards.pool_size)
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
         positive_ids = (
@@ -125,6 +133,8 @@ def distributed_batch(
     workspace_bytes = checked_workspace(workspace_mib)
     fused = bool(same["kernels"])
     width = round_up_to_16_bytes(query.shape[1], query.dtype) if fused else query.shape[1]
+    if batch.options is not None and batch.options.guide_passage is not None:
+        width += batch.options.guide_passage.shape[1]
     # "gather" stores the pool in the operand dtype and the float32 sum of its gradient. With two ranks the ring stores
     # no less: both blocks, and three gradient sums.
     fits = communication.size == 2 or shards.pool_size * width * (query.element_size() + 4) <= workspace_bytes
