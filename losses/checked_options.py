@@ -86,6 +86,12 @@ def with_options(
     return batch
 
 
+def needs_negatives(options: CheckedOptions) -> bool:
+    """Whether the options change the loss, and not only ask for statistics."""
+    given = (options.limit, options.guide_query)
+    return options.reduction != "single" or options.hardness != 0 or any(each is not None for each in given)
+
+
 def _refuse_missing(negatives: Negatives) -> None:
     for name in ("own", "frozen", "frozen_excluded"):
         if getattr(negatives, name) is not None:

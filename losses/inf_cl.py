@@ -16,7 +16,7 @@ from losses.precision import Precision, resolve_precision
 from losses.reference import full_matrix_loss, full_matrix_negatives_loss
 from losses.torch_tiles.compiled import compiled_tiled_loss
 from losses.torch_tiles.inf_cl import tiled_loss
-from losses.triton.dense import dense_loss, fits_dense
+from losses.triton.dense import dense_loss, dense_loss_and_statistics, fits_dense, why_not_dense_options
 from losses.triton.inf_cl import fused_loss
 from losses.triton.launch import warn_fallback, why_not_dense, why_not_fused
 
@@ -198,10 +198,17 @@ def _loss_with_options(
     if implementation == "full":
         loss, statistics = full_matrix_negatives_loss(batch, precision)
         return loss, statistics if batch.options is not None and batch.options.statistics else None
-    if implementation == "dense":
-        raise ValueError("implementation 'dense' has no positives, negatives or statistics: use 'auto'")
     if torch.compiler.is_compiling():
-        raise ValueError("positives, negatives and statistics do not run under torch.compile")
+        raise ValueError("positives, negatives and statistics do not run under torch.compile: exclude the loss from it")
+    small = implementation == "auto" and batch.query.is_cuda and fits_dense(batch, workspace_bytes)
+    if implementation == "dense" or small:
+        missing, reason = why_not_dense_options(batch), why_not_dense(batch.query)
+        if missing is not None and implementation == "dense":
+            raise ValueError(f"implementation 'dense' does not support {missing}: use 'auto'")
+        if missing is None and reason is None:
+            return dense_loss_and_statistics(batch, precision)
+        if implementation == "dense" and reason is not None:
+            warn_fallback(implementation, reason)
     fused = implementation == "triton" or (implementation == "auto" and batch.query.is_cuda)
     reason = why_not_fused(batch.query) if fused else None
     if reason is not None and implementation == "triton":

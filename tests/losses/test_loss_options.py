@@ -156,6 +156,22 @@ def test_kernels_of_one_row_equal_the_reference(device: str) -> None:
         compare(batch("all mean", shape, True, True), torch.float32, 1e-5, 20.0, device, implementation="triton")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_dense_kernels_give_the_same_statistics(device: str) -> None:
+    pytest.importorskip("triton")
+    shapes = [(1, 1), (1, 7), (61, 531)] if device == "cpu" else [(1, 1), (1, 7), (61, 531), (1031, 1536)]
+    for shape, (symmetric, random_positive) in itertools.product(shapes, BOTH):
+        given = batch("none", shape, symmetric, random_positive)
+        compare(given, torch.float32, 2e-5, 20.0, device, implementation="dense")
+
+
+def test_the_dense_loss_names_what_it_has_not() -> None:
+    for name, options in (("positives", {"positives": Positives(torch.zeros(0, 2).long())}),
+                          ("negatives", {"negatives": Negatives(hardness=1.0)})):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^implementation 'dense' does not support {name}"):
+            inf_cl_loss(QUERY, PASSAGE, logit_scale=1.0, implementation="dense", **options)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize(("dtype", "gradient"), [(torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
@@ -183,7 +199,7 @@ def test_a_passage_equal_to_the_positive_stays_within_a_limit_of_no_margin(dtype
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("feature", ["none", "all mean", "all sum"])
-@pytest.mark.parametrize("implementation", ["chunked", "triton"])
+@pytest.mark.parametrize("implementation", ["auto", "chunked", "triton"])
 def test_a_step_with_options_does_not_synchronize(implementation: str, feature: str) -> None:
     given = moved(case(feature, 300, 500, random_positive=True, excluded=True), "cuda")
     query, passage = (given.pop(side).float().requires_grad_() for side in ("query", "passage"))
