@@ -2,6 +2,7 @@
 
 python scripts/bench_loss.py --device cuda
 python scripts/bench_loss.py --device cpu --quick
+python scripts/bench_loss.py --device cuda --parts masks small_masks masks_memory --table loss_masks.csv
 
 Every method's loss and gradients are checked against float64 before its time is printed; when ours miss their
 tolerance the script says so and exits with 1 after writing. Rows go to loss.csv, lines to loss_memory.png and
@@ -22,14 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from loss_check import FIGURES, Check, compared, release, unit_pairs
 from loss_clock import Clock, Outcome, Problem, best_product
-from loss_methods import Method, Pairs, methods, open_workspace, with_masks
+from loss_methods import Method, Pairs, methods, open_workspace, with_masks, with_small_masks
 from machine import machine
 
 from index.files import atomic_path
 
 SIZES = [1024, 4096, 16384, 65536, 262144, 1048576]
 DIMS = [64, 128, 384, 512, 640, 768, 1024, 1152, 4096]
-PARTS = ["sizes", "masks", "workspaces", "dims"]
+PARTS = ["sizes", "masks", "small_masks", "masks_memory", "workspaces", "dims"]
+# The most memory is taken by further positives, by the guide and by statistics.
+MEMORY_MASKS = ("further positives", "guide", "statistics")
 WORKSPACES = [64, 128, 512, 1024, 2560, 5120]
 
 
@@ -37,7 +40,14 @@ def main() -> None:
     """Check, measure, write; exit with 1 when one of ours is not exact enough."""
     options = parse_arguments()
     bench = Bench(options)
-    parts = {"sizes": bench.sizes, "dims": bench.dims, "masks": bench.masks, "workspaces": bench.workspaces}
+    parts = {
+        "sizes": bench.sizes,
+        "dims": bench.dims,
+        "masks": bench.masks,
+        "small_masks": bench.small_masks,
+        "masks_memory": bench.masks_memory,
+        "workspaces": bench.workspaces,
+    }
     for name in options.parts:
         parts[name]()
         bench.write()
@@ -55,6 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dims", type=int, nargs="*", help="dimensions of ours at --dims-size")
     parser.add_argument("--dims-size", type=int, help="batch of the dimensions")
     parser.add_argument("--knob-size", type=int, help="batch of ours with masks, and by workspace")
+    parser.add_argument("--small-sizes", type=int, nargs="*", help="batches of the small masks")
+    parser.add_argument("--memory-size", type=int, help="batch of the memory of masks")
     parser.add_argument("--methods", nargs="*", default=[], help="only those whose names contain one of these")
     parser.add_argument("--parts", nargs="*", choices=PARTS, help="of the measurements")
     parser.add_argument("--check-size", type=int, help="batch of the comparison with float64")
@@ -66,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--longest", type=float, default=5.0, help="seconds of one call; slower methods are left out")
     parser.add_argument("--budget", type=float, default=400, help="seconds in all; what is left then is left out")
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--table", default="loss.csv", help="file in --results; plots are drawn of the default")
     parser.add_argument("--commit", help="of the code, where there is no checkout to ask")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     options = parser.parse_args()
@@ -76,6 +89,8 @@ def parse_arguments() -> argparse.Namespace:
         "dims": [16, 40] if small else DIMS,
         "dims_size": 128 if small else 65536,
         "knob_size": 128 if small else 65536,
+        "small_sizes": [128] if small else [1024, 4096],
+        "memory_size": 256 if small else 262144,
         "parts": PARTS,
         "check_size": 128 if small else 4096,
     }
@@ -133,9 +148,20 @@ class Bench:
         self.measure(some, self.options.knob_size, self.options.dim, "workspaces")
 
     def masks(self) -> None:
-        """What looking up positives, comparing ids and excluding pairs costs."""
+        """What looking up positives, comparing ids, excluding pairs and the options of the loss cost."""
         some = [*self.kernels(), *with_masks(self.options.workspace_mib)]
         self.measure(some, self.options.knob_size, self.options.dim, "masks")
+
+    def small_masks(self) -> None:
+        """The same for small batches."""
+        for size in self.options.small_sizes:
+            self.measure(with_small_masks(self.options.workspace_mib), size, self.options.dim, "small_masks")
+
+    def masks_memory(self) -> None:
+        """Memory at a large batch."""
+        wanted = tuple(f", {name}" for name in MEMORY_MASKS)
+        some = [method for method in with_masks(self.options.workspace_mib) if method.name.endswith(wanted)]
+        self.measure([*self.kernels(), *some], self.options.memory_size, self.options.dim, "masks_memory")
 
     def kernels(self) -> list[Method]:
         """Those in bf16 at the usual workspace."""
@@ -252,16 +278,18 @@ class Bench:
     def write(self) -> None:
         """The table so far, whole at any time."""
         ceiling = max(float(row["tflops"]) for row in self.rows if row["part"] == "ceiling")
+        kernels = ("ours, triton bf16", "ours, sigmoid triton bf16")
         own = {
             (row["part"], row["size"], row["dim"], row["kind"]): float(row["milliseconds"])
             for row in self.rows
-            if row["method"] in ("ours, triton bf16", "ours, sigmoid triton bf16") and row["milliseconds"]
+            if row["method"] in (("ours, auto bf16",) if row["part"] == "small_masks" else kernels)
+            and row["milliseconds"]
         }
         for row in self.rows:
             base = own.get((row["part"], row["size"], row["dim"], row["kind"]))
             row["of_product"] = f"{float(row['tflops']) / ceiling:.3f}" if row["tflops"] else ""
             row["times_ours"] = f"{float(row['milliseconds']) / base:.3f}" if base and row["milliseconds"] else ""
-        target = self.options.results / "loss.csv"
+        target = self.options.results / self.options.table
         with atomic_path(target) as path, path.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, self.rows[0].keys(), lineterminator="\n")
             writer.writeheader()
@@ -273,7 +301,8 @@ class Bench:
 
         self.product()
         self.write()
-        draw(self.options.results)
+        if self.options.table == "loss.csv":
+            draw(self.options.results)
 
 
 def number(value: float | None, form: str) -> str:

@@ -185,7 +185,8 @@ class _LossOverRanks(torch.autograd.Function):
             )
         # Save the operands instead of the embeddings, which can be freed if the operands are copies in half precision.
         ctx.save_for_backward(backend.query, own.passage, logit_scale)
-        ctx.backend, ctx.state, ctx.sharded, ctx.symmetric = backend, state, sharded, batch.symmetric
+        ctx.backend, ctx.state, ctx.symmetric = backend, state, batch.symmetric
+        ctx.sharded = replace(sharded, batch=backend.batch)
         ctx.dtypes = query.dtype, passage.dtype
         return loss
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from losses.inputs import ContrastiveBatch
 from losses.negatives.masks import NegativeMasks, PairGradients
 
 
@@ -101,6 +102,8 @@ class BlockBackend(Protocol):
     tiles instead of subtracting 1 at the positives.
     """
 
+    batch: ContrastiveBatch
+    """Without embeddings that backward does not need."""
     query: Tensor
     width: int
     exponent_unit: float

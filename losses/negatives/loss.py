@@ -96,7 +96,10 @@ class _NegativesLoss(torch.autograd.Function):
             state.rows.shift.copy_(torch.where(state.rows.shift == -torch.inf, 0, state.rows.shift))
             statistics = _statistics(backend, batch, pairs, scores, rows, shards, communication)
         ctx.save_for_backward(backend.query, own.passage, logit_scale)
-        ctx.backend, ctx.state, ctx.sharded = backend, state, sharded
+        # The guide's embeddings, too, are held as operands only.
+        options = replace(options, guide_query=None, guide_passage=None)
+        backend.batch = replace(backend.batch, options=options)
+        ctx.backend, ctx.state, ctx.sharded = backend, state, replace(sharded, batch=backend.batch)
         ctx.dtypes = query.dtype, passage.dtype
         ctx.mark_non_differentiable(*statistics)
         return loss, *statistics
