@@ -156,11 +156,15 @@ def pair_keys(pairs: Tensor, passages: int) -> Tensor:
 
 
 def with_nan_for_invalid_positives(batch: ContrastiveBatch, passages: int) -> ContrastiveBatch:
-    """Set logit_scale, and thereby the loss, to NaN if a pair of `positives` is invalid or excluded.
+    """Set logit_scale, and thereby the loss, to NaN if a positive is invalid, or a pair of `positives` is excluded.
 
-    For pairs on a GPU, which are not checked on the host. `passages` is the size of the pool.
+    For values on a GPU, which are not checked on the host. `passages` is the size of the pool.
     """
     options = batch.options
+    if options is not None and batch.given_positive is not None and not can_check_values(batch.given_positive):
+        positive = batch.given_positive.clamp(0, passages - 1)
+        scale = torch.where((positive != batch.given_positive).any(), torch.nan, batch.logit_scale)
+        batch = replace(batch, given_positive=positive, logit_scale=scale)
     if options is None or options.pairs is None or can_check_values(options.pairs):
         return batch
     if not len(batch.query):

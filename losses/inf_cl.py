@@ -10,6 +10,7 @@ from torch import Tensor
 from losses.checked_options import with_nan_for_invalid_positives, with_options
 from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
 from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.negatives.compiled import compiled_negatives_loss
 from losses.negatives.loss import negatives_loss, negatives_loss_over_ranks
 from losses.options import Negatives, Positives, Statistics
 from losses.precision import Precision, resolve_precision
@@ -168,7 +169,7 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     batch = with_options(batch, positives, negatives, statistics)
     precision = resolve_precision(precision, query)
     if batch.options is not None:
-        batch = with_nan_for_invalid_positives(with_nan_for_invalid_pairs(batch, len(passage)), len(passage))
+        batch = with_nan_for_invalid_pairs(with_nan_for_invalid_positives(batch, len(passage)), len(passage))
         return _with_statistics(*_loss_with_options(batch, precision, workspace_bytes, implementation))
     if implementation == "full":
         return full_matrix_loss(with_nan_for_invalid_pairs(batch, len(passage)), precision)
@@ -198,9 +199,8 @@ def _loss_with_options(
     if implementation == "full":
         loss, statistics = full_matrix_negatives_loss(batch, precision)
         return loss, statistics if batch.options is not None and batch.options.statistics else None
-    if torch.compiler.is_compiling():
-        raise ValueError("positives, negatives and statistics do not run under torch.compile: exclude the loss from it")
-    small = implementation == "auto" and batch.query.is_cuda and fits_dense(batch, workspace_bytes)
+    compiling = torch.compiler.is_compiling()
+    small = implementation == "auto" and batch.query.is_cuda and fits_dense(batch, workspace_bytes) and not compiling
     if implementation == "dense" or small:
         missing, reason = why_not_dense_options(batch), why_not_dense(batch.query)
         if missing is not None and implementation == "dense":
@@ -213,7 +213,8 @@ def _loss_with_options(
     reason = why_not_fused(batch.query) if fused else None
     if reason is not None and implementation == "triton":
         warn_fallback(implementation, reason)
-    return negatives_loss(batch, precision, workspace_bytes, fused and reason is None)
+    loss_of = compiled_negatives_loss if compiling else negatives_loss
+    return loss_of(batch, precision, workspace_bytes, fused and reason is None)
 
 
 def _with_statistics(loss: Tensor, statistics: Statistics | None) -> Tensor | tuple[Tensor, Statistics]:

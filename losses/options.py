@@ -28,7 +28,7 @@ class Positives:
 
     Attributes:
         pairs: [P, 2] integers, pairs (query row, passage row). Repeated pairs, and a query with its own `positive`,
-            count once. With a group, rows of this rank's queries and rows of the pool. Costs about 100 bytes per pair.
+            count once. With a group, rows of this rank's queries and rows of the pool. Costs about 200 bytes per pair.
         reduction: How the positives of a query are combined. Default: "mean".
 
     Raises:

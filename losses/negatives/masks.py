@@ -29,10 +29,9 @@ class RowStatistics:
     @classmethod
     def empty(cls, queries: int, dtype: torch.dtype, device: torch.device) -> RowStatistics:
         """Statistics of no tile."""
-        counts = torch.zeros(2, queries, dtype=torch.int64, device=device)
-        numbers = torch.zeros(2, queries, dtype=dtype, device=device)
-        numbers[0] = -torch.inf
-        return cls(*counts, torch.full_like(counts[0], -1), *numbers)
+        higher, counted = torch.zeros(2, queries, dtype=torch.int64, device=device)
+        weighted = torch.zeros(queries, dtype=dtype, device=device)
+        return cls(higher, counted, torch.full_like(higher, -1), torch.full_like(weighted, -torch.inf), weighted)
 
 
 @dataclass(frozen=True)

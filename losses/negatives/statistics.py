@@ -43,14 +43,16 @@ def finished_statistics(
     masked = sizes[1] - number - counted.counted
     totals = torch.stack([(rank == 1).double().sum(), (1 / rank.double()).sum(), masked.double().sum()])
     communication.reduce_sum(totals)
-    accuracy, mrr, masked_share = (totals / totals.new_tensor([sizes[0], sizes[0], sizes[0] * sizes[1]])).to(dtype)
+    first_ranks, reciprocals, removed = totals
+    queries, passages = sizes
+    accuracy, mrr, masked_share = first_ranks / queries, reciprocals / queries, removed / (queries * passages)
     return (
         rank,
         counted.hardest,
         hardest_score.to(dtype),
         entropy.to(dtype),
         masked,
-        accuracy,
-        mrr,
-        masked_share,
+        accuracy.to(dtype),
+        mrr.to(dtype),
+        masked_share.to(dtype),
     )

@@ -128,8 +128,8 @@ class ScoreTiles:
         """Minus infinity at the positives, and where the guide's products exceed their limits."""
         guide_query, guide_limit = masks.masks.guide_query, masks.masks.guide_limit
         if masks.guide is not None and guide_query is not None and guide_limit is not None:
-            sides = (self.products.operand(side) for side in (guide_query[rows], masks.guide[columns]))
-            guided = self.products.scores(*sides, self._view(self._scratch, rows, columns))
+            query, passage = (self.products.operand(side) for side in (guide_query[rows], masks.guide[columns]))
+            guided = self.products.scores(query, passage, self._view(self._scratch, rows, columns))
             masked = torch.gt(guided, guide_limit[rows, None], out=self._view(self._masked, rows, columns))
             tile.masked_fill_(masked, -torch.inf)
         column, inside = self.positive_columns(rows, columns)
