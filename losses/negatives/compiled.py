@@ -66,7 +66,7 @@ def negatives_loss_op(
     query: Tensor,
     passage: Tensor,
     logit_scale: Tensor,
-    positive: Tensor | None,
+    given_positive: Tensor | None,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
     excluded: Tensor | None,
@@ -94,9 +94,9 @@ def negatives_loss_op(
         ValueError: If a value is invalid. Values cannot be checked while the graph is compiled.
     """
     checked_number("logit_scale", logit_scale, query)
-    checked_positive(positive, query, passage, in_range=True)
+    checked_positive(given_positive, query, passage, in_range=True)
     if excluded is not None and can_check_values(excluded):
-        check_excluded(excluded, positive, len(query), len(passage))
+        check_excluded(excluded, given_positive, len(query), len(passage))
     limit = None if margin is None and share is None else NegativeLimit(margin, share)
     options = CheckedOptions(
         pairs, cast(Any, reduction), limit, guide_query, guide_passage, guide_margin, hardness, statistics
@@ -105,7 +105,7 @@ def negatives_loss_op(
     wide = [side.to(saved_gradient_dtype(side.dtype)) for side in (query, passage)]
     leaves = [side.detach().requires_grad_(want) for side, want in zip((*wide, logit_scale), wanted, strict=True)]
     masks = (query_ids, passage_ids, symmetric, diagonal, excluded, options)
-    batch = ContrastiveBatch(leaves[0], leaves[1], leaves[2], positive, *masks)
+    batch = ContrastiveBatch(leaves[0], leaves[1], leaves[2], given_positive, *masks)
     check_positive_pairs(batch, len(passage))
     with torch.enable_grad():
         loss, found = negatives_loss(batch, cast(Precision, precision), workspace_bytes, fused)
