@@ -283,6 +283,7 @@ class SigmoidLoss(LossWithScale):
         *,
         positive: Tensor | None = None,
         excluded: Tensor | None = None,
+        negatives: Negatives | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
@@ -293,6 +294,7 @@ class SigmoidLoss(LossWithScale):
             passage: [N, D] passage embeddings of the same dtype and on the same device.
             positive: [M] integers, the row of each query's positive. Default: 0, …, M − 1.
             excluded: [R, 2] integers, pairs (query row, passage row) to leave out. Default: None.
+            negatives: Removes negatives by `limit` or `guide`. Default: None.
             query_ids: [M] integers. Default: `passage_ids[positive]`.
             passage_ids: [N] integers; passages with a query's id are not its negatives. Default: None.
 
@@ -309,6 +311,7 @@ class SigmoidLoss(LossWithScale):
             logit_bias=self.logit_bias,
             positive=positive,
             excluded=excluded,
+            negatives=negatives,
             query_ids=query_ids,
             passage_ids=passage_ids,
             group=self.group,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from losses.checked_options import CheckedOptions
 from losses.inputs import ContrastiveBatch, all_finite
 from losses.options import NegativeLimit, Statistics
 from losses.precision import Precision, matmul_precision, round_operand
@@ -46,16 +47,9 @@ def full_matrix_negatives_loss(batch: ContrastiveBatch, precision: Precision) ->
         own = (torch.arange(len(query), device=query.device), batch.positive)
         positive = torch.zeros_like(products, dtype=torch.bool)
         positive[own] = True
-        removed = excluded_mask(batch)
+        removed = excluded_mask(batch) | likely_false_negatives(options, products.detach(), own, precision)
         if batch.query_ids is not None and batch.passage_ids is not None:
             removed |= batch.query_ids[:, None] == batch.passage_ids
-        if options.limit is not None:
-            removed |= products > limit_thresholds(options.limit, products.detach()[own])[:, None]
-        if options.guide_query is not None and options.guide_passage is not None:
-            sides = (round_operand(side, precision) for side in (options.guide_query, options.guide_passage))
-            guide_query, guide_passage = sides
-            guided = guide_query @ guide_passage.T
-            removed |= guided > guided[own][:, None] - options.guide_margin
         if options.pairs is not None:
             positive[options.pairs.unbind(1)] = True
         removed &= ~positive
@@ -75,6 +69,20 @@ def full_matrix_negatives_loss(batch: ContrastiveBatch, precision: Precision) ->
     with torch.no_grad():
         entries = torch.where(positive, scores, weighted).masked_fill(removed, -torch.inf)
         return loss, full_matrix_statistics(scores, entries, negative, removed, batch.positive)
+
+
+def likely_false_negatives(
+    options: CheckedOptions, products: Tensor, own: tuple[Tensor, Tensor], precision: Precision
+) -> Tensor:
+    """[M, N] bool, where `limit` or `guide` removes an entry that is a negative; `own` are the queries' positives."""
+    removed = torch.zeros_like(products, dtype=torch.bool)
+    if options.limit is not None:
+        removed |= products > limit_thresholds(options.limit, products[own])[:, None]
+    if options.guide_query is not None and options.guide_passage is not None:
+        query, passage = (round_operand(side, precision) for side in (options.guide_query, options.guide_passage))
+        guided = query @ passage.T
+        removed |= guided > guided[own][:, None] - options.guide_margin
+    return removed
 
 
 def limit_thresholds(limit: NegativeLimit, product: Tensor) -> Tensor:
@@ -132,15 +140,20 @@ def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precis
     """
     with matmul_precision("fp32", batch.query.device):
         query, passage = (straight_through_round(side, precision) for side in (batch.query, batch.passage))
-        scores = batch.logit_scale * (query @ passage.T) + logit_bias
+        products = query @ passage.T
+        scores = batch.logit_scale * products + logit_bias
         own = torch.zeros_like(scores, dtype=torch.bool)
-        own[torch.arange(len(own), device=own.device), batch.positive] = True
+        place = (torch.arange(len(own), device=own.device), batch.positive)
+        own[place] = True
         losses = -nn.functional.logsigmoid(torch.where(own, scores, -scores))
         if batch.query_ids is not None and batch.passage_ids is not None:
             masked = (batch.query_ids[:, None] == batch.passage_ids) & ~own
             losses = losses.masked_fill(masked, 0)
         if batch.excluded is not None:
             losses = losses.masked_fill(excluded_mask(batch), 0)
+        if batch.options is not None:
+            removed = likely_false_negatives(batch.options, products.detach(), place, precision)
+            losses = losses.masked_fill(removed & ~own, 0)
         return torch.where(all_finite(batch.query, batch.passage), losses.sum() / len(losses), torch.nan)
 
 

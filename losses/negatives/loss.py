@@ -173,6 +173,17 @@ def _positive_scores(
     return products.double() * batch.logit_scale.double(), masks
 
 
+def positive_scores(
+    batch: ContrastiveBatch, pairs: PositivePairs, precision: Precision, workspace_bytes: int
+) -> tuple[Tensor, NegativeMasks, Tensor | None]:
+    """`_positive_scores` of one process in PyTorch, and the guide's embeddings of the passages, or None."""
+    shards = Shards(0, (len(batch.query),), (len(batch.passage),), positive_given=True)
+    alone = DistributedBatch(batch, shards, LocalCommunication(), precision, workspace_bytes, False, "gather")
+    backend = alone.backend()
+    own = alone.own_block(backend)
+    return *_positive_scores(backend, batch, pairs, [own]), own.guide
+
+
 def _natural(backend: BlockBackend, shift: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """Shifts, and logarithms of the sums, as exponents of e in float64."""
     wide = backend.exponent_unit * shift.double()

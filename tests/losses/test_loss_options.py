@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from option_cases import FEATURES, assert_close, assert_same_statistics, case, definition, moved, run
 
-from losses import Guide, InfCLLoss, NegativeLimit, Negatives, Positives, inf_cl_loss
+from losses import Guide, InfCLLoss, NegativeLimit, Negatives, Positives, inf_cl_loss, sigmoid_loss
 from losses.triton.launch import interpreted
 
 DEVICES = [
@@ -263,3 +264,44 @@ def test_a_compiled_loss_with_options_gives_the_same(feature: str, statistics: b
     assert_close(found, truth, 1e-6)
     if statistics:
         assert_same_statistics(of_rows, of_truth, 1e-6)
+
+
+@pytest.mark.parametrize("feature", ["margin", "below", "share", "guide"])
+def test_the_sigmoid_loss_removes_negatives(feature: str) -> None:
+    for shape, random_positive in itertools.product([(1, 7), (19, 23), (61, 131)], [False, True]):
+        given = case(feature, *shape, random_positive=random_positive, excluded=random_positive, ids=random_positive)
+        del given["statistics"]
+        sigmoid = functools.partial(sigmoid_loss, logit_bias=-3.0)
+        truth, _ = run(given | {"implementation": "full"}, 10.0, torch.float64, loss=sigmoid)
+        if random_positive and shape[0] > 1:
+            without, _ = run({**given, "implementation": "full", "negatives": None}, 10.0, torch.float64, loss=sigmoid)
+            assert float(without[0] - truth[0]) > 1e-4
+        for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            options: dict[str, Any] = {"implementation": "chunked", "workspace_mib": 2**-8}
+            found, _ = run(given | options, 10.0, dtype, loss=sigmoid)
+            assert_close(found, truth, allowed)
+
+
+def test_the_sigmoid_loss_with_a_limit_follows_its_definition() -> None:
+    given = case("below", 9, 14)
+    loss = sigmoid_loss(
+        given["query"], given["passage"], logit_scale=7.0, logit_bias=-2.0, negatives=given["negatives"],
+        implementation="full",
+    )  # fmt: skip
+    c = given["query"] @ given["passage"].T
+    own = torch.eye(9, 14, dtype=torch.bool)
+    x = 7 * c - 2
+    losses = -torch.nn.functional.logsigmoid(torch.where(own, x, -x))
+    losses[(c > c.diagonal()[:, None] - 0.1) & ~own] = 0
+    assert float(loss) == pytest.approx(float(losses.sum() / 9), rel=1e-12)
+
+
+def test_the_sigmoid_loss_names_what_it_does_not_support() -> None:
+    limit = Negatives(limit=NegativeLimit(share=0.9))
+    for message, options in (
+        ("negatives.hardness does not apply", {"negatives": Negatives(hardness=1.0)}),
+        ("implementation 'triton' of the sigmoid loss", {"negatives": limit, "implementation": "triton"}),
+        ("negatives is not supported by the sigmoid loss with a group", {"negatives": limit, "group": object()}),
+    ):
+        with pytest.raises(ValueError, match="^" + message):
+            sigmoid_loss(QUERY, PASSAGE, logit_scale=1.0, logit_bias=0.0, **options)
