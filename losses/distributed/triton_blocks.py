@@ -58,7 +58,9 @@ class TritonBackend:
     def pair_products(self, query: Tensor, passage: Tensor, rows: Tensor, columns: Tensor, products: Tensor) -> None:
         from losses.triton.kernels.pairs import PRODUCT_BLOCK, PRODUCT_BLOCK_INTERPRETED, pair_products_kernel
         from losses.triton.launch import product_of
+        from losses.triton.shapes import tile_shape
 
+        product = product_of(self.precision, query.dtype)
         block = PRODUCT_BLOCK if query.is_cuda else PRODUCT_BLOCK_INTERPRETED
         pair_products_kernel[(-(-len(rows) // block),)](
             query,
@@ -70,8 +72,8 @@ class TritonBackend:
             len(passage),
             D=query.shape[1],
             BLOCK=block,
-            BLOCK_K=64 if query.dtype.itemsize == 2 else 32,
-            PRODUCT=product_of(self.precision, query.dtype),
+            BLOCK_K=tile_shape("sums", self.width, query.dtype, product, query.device).block_k,
+            PRODUCT=product,
         )
 
     def score_bounds(self, own: PassageBlock, positives_local: bool) -> Tensor:

@@ -15,16 +15,7 @@ from retriever.errors import ConfigError
 class ClipOverRanks(InfCLLoss):
     """CLIP's loss with the whole matrix on every rank; the baseline of the literature."""
 
-    def forward(
-        self,
-        query: Tensor,
-        passage: Tensor,
-        *,
-        positive: Tensor | None = None,
-        excluded: Tensor | None = None,
-        query_ids: Tensor | None = None,
-        passage_ids: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, query: Tensor, passage: Tensor, **_: Any) -> Tensor:
         """As its paper has it: row i with row i, and no ids."""
         return gathered_clip_loss(query, passage, logit_scale=self.logit_scale, group=self.group)
 
