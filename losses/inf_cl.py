@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from losses.checked_options import with_nan_for_invalid_positives, with_options
 from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
-from losses.inputs import check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.negatives.compiled import compiled_negatives_loss
+from losses.negatives.loss import negatives_loss, negatives_loss_over_ranks
+from losses.options import Negatives, Positives, Statistics
 from losses.precision import Precision, resolve_precision
-from losses.reference import full_matrix_loss
+from losses.reference import full_matrix_loss, full_matrix_negatives_loss
 from losses.torch_tiles.compiled import compiled_tiled_loss
 from losses.torch_tiles.inf_cl import tiled_loss
-from losses.triton.dense import dense_loss, fits_dense
+from losses.triton.dense import dense_loss, dense_loss_and_statistics, fits_dense, why_not_dense_options
 from losses.triton.inf_cl import fused_loss
 from losses.triton.launch import warn_fallback, why_not_dense, why_not_fused
 
 Implementation = Literal["auto", "full", "dense", "chunked", "triton"]
 
 
+@overload
 def inf_cl_loss(
+    query: Tensor, passage: Tensor, *, statistics: Literal[True], **options: Any
+) -> tuple[Tensor, Statistics]: ...
+
+
+@overload
+def inf_cl_loss(query: Tensor, passage: Tensor, *, statistics: Literal[False] = False, **options: Any) -> Tensor: ...
+
+
+@overload
+def inf_cl_loss(
+    query: Tensor, passage: Tensor, *, statistics: bool, **options: Any
+) -> Tensor | tuple[Tensor, Statistics]: ...
+
+
+def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returned.
     query: Tensor,
     passage: Tensor,
     *,
     logit_scale: float | Tensor,
     positive: Tensor | None = None,
+    positives: Positives | None = None,
     excluded: Tensor | None = None,
+    negatives: Negatives | None = None,
+    statistics: bool = False,
     symmetric: bool = False,
     query_ids: Tensor | None = None,
     passage_ids: Tensor | None = None,
@@ -35,7 +58,7 @@ def inf_cl_loss(
     implementation: Implementation = "auto",
     exchange: Exchange = "auto",
     workspace_mib: float = 256,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """InfoNCE loss with memory linear in the batch size.
 
     The loss is InfoNCE (van den Oord et al., arXiv 1807.03748). The score matrix is computed in tiles and never
@@ -55,9 +78,16 @@ def inf_cl_loss(
             receives one.
         positive: [M] integers, the row of each query's positive in `passage`. Default: 0, …, M − 1. Queries may share
             a positive.
+        positives: Further positives of queries, beside `positive`: pairs and how they are combined (`Positives`).
+            Default: None, one positive per query.
         excluded: [R, 2] integers, pairs (query row, passage row) that are removed from S in both directions, for
             example known positives that are not in `positive`. Pairs may be in any order and may repeat. A query's own
             positive may not be excluded. Costs 8 bytes per pair. Default: None.
+        negatives: What counts as a negative (`Negatives`): `limit` and `guide` remove negatives that are probably
+            false, in both directions, and `hardness` weights negatives by their score. Default: None, every other
+            passage, equally.
+        statistics: Whether to return statistics of the rows too: ranks, hardest negatives, entropies. They take no
+            product and no synchronization with the device. Default: False.
         symmetric: Whether to add the column loss. Default: False.
         query_ids: [M] integers. Default: `passage_ids[positive]`. Requires `passage_ids`.
         passage_ids: [N] integers. Entry (i, j) is removed from S in both directions if passage_ids[j] == query_ids[i]
@@ -99,7 +129,8 @@ def inf_cl_loss(
             that backward would otherwise recompute. Default: 256.
 
     Returns:
-        0-dim loss in float32 (float64 for float64 embeddings). It is not finite if an embedding is not finite. It is
+        The loss or, with `statistics`, the loss and a `Statistics`. The loss is 0-dim, in float32 (float64 for float64
+        embeddings). It is not finite if an embedding is not finite. It is
         differentiable once; only "full" has second derivatives.
 
     Raises:
@@ -124,13 +155,22 @@ def inf_cl_loss(
             implementation=implementation,
             exchange=exchange,
             workspace_mib=workspace_mib,
+            positives=positives,
+            negatives=negatives,
+            statistics=statistics,
         )
-        return loss_over_ranks(sharded)
+        if sharded.batch.options is None:
+            return loss_over_ranks(sharded)
+        return _with_statistics(*negatives_loss_over_ranks(sharded))
     check_choice("implementation", implementation, Implementation)
     check_choice("exchange", exchange, Exchange)
     workspace_bytes = checked_workspace(workspace_mib)
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded)
+    batch = with_options(batch, positives, negatives, statistics)
     precision = resolve_precision(precision, query)
+    if batch.options is not None:
+        batch = with_nan_for_invalid_pairs(with_nan_for_invalid_positives(batch, len(passage)), len(passage))
+        return _with_statistics(*_loss_with_options(batch, precision, workspace_bytes, implementation))
     if implementation == "full":
         return full_matrix_loss(with_nan_for_invalid_pairs(batch, len(passage)), precision)
     # Under torch.compile the tiled loss is used: it is one operator for the compiler.
@@ -151,3 +191,31 @@ def inf_cl_loss(
     if torch.compiler.is_compiling():
         return compiled_tiled_loss(batch, precision, workspace_bytes)
     return tiled_loss(batch, precision, workspace_bytes)
+
+
+def _loss_with_options(
+    batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, implementation: Implementation
+) -> tuple[Tensor, Statistics | None]:
+    if implementation == "full":
+        loss, statistics = full_matrix_negatives_loss(batch, precision)
+        return loss, statistics if batch.options is not None and batch.options.statistics else None
+    compiling = torch.compiler.is_compiling()
+    small = implementation == "auto" and batch.query.is_cuda and fits_dense(batch, workspace_bytes) and not compiling
+    if implementation == "dense" or small:
+        missing, reason = why_not_dense_options(batch), why_not_dense(batch.query)
+        if missing is not None and implementation == "dense":
+            raise ValueError(f"implementation 'dense' does not support {missing}: use 'auto'")
+        if missing is None and reason is None:
+            return dense_loss_and_statistics(batch, precision)
+        if implementation == "dense" and reason is not None:
+            warn_fallback(implementation, reason)
+    fused = implementation == "triton" or (implementation == "auto" and batch.query.is_cuda)
+    reason = why_not_fused(batch.query) if fused else None
+    if reason is not None and implementation == "triton":
+        warn_fallback(implementation, reason)
+    loss_of = compiled_negatives_loss if compiling else negatives_loss
+    return loss_of(batch, precision, workspace_bytes, fused and reason is None)
+
+
+def _with_statistics(loss: Tensor, statistics: Statistics | None) -> Tensor | tuple[Tensor, Statistics]:
+    return loss if statistics is None else (loss, statistics)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from losses.checked_options import CheckedOptions
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -29,6 +32,7 @@ class ContrastiveBatch:
         symmetric: Whether the loss has a column part.
         diagonal: Whether the positive of query i is passage i.
         excluded: [R, 2] int64 pairs (query row, passage row) with R ≥ 1, or None.
+        options: Options that need sums over negatives alone (losses/negatives), or None.
     """
 
     query: Tensor
@@ -40,6 +44,7 @@ class ContrastiveBatch:
     symmetric: bool
     diagonal: bool = False
     excluded: Tensor | None = None
+    options: CheckedOptions | None = None
 
     @property
     def positive(self) -> Tensor:
@@ -95,7 +100,7 @@ def checked_batch(
     scale = checked_number("logit_scale", logit_scale, query)
     diagonal = positive is None
     given_positive = checked_positive(positive, query, passage, in_range=not shard)
-    excluded = _checked_excluded(excluded, query)
+    excluded = checked_pairs("excluded", excluded, query)
     if excluded is not None and can_check_values(excluded) and not shard:
         check_excluded(excluded, given_positive, len(query), len(passage))
     if passage_ids is None:
@@ -226,19 +231,36 @@ def checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in
     return positive
 
 
-def _checked_excluded(excluded: Tensor | None, query: Tensor) -> Tensor | None:
-    """[R, 2] int64 contiguous pairs, or None if there are none."""
-    if excluded is None:
+def checked_pairs(name: str, pairs: Tensor | None, query: Tensor) -> Tensor | None:
+    """[R, 2] int64 contiguous pairs, or None if there are none.
+
+    Raises:
+        ValueError: If `pairs` is not a tensor of integers [R, 2] on the query's device.
+    """
+    if pairs is None:
         return None
-    if not isinstance(excluded, Tensor):
-        raise ValueError(f"excluded must be an integer tensor, found {type(excluded).__name__}")
-    if excluded.dtype not in INTEGER_DTYPES:
-        raise ValueError(f"excluded must be a tensor of int64, found {excluded.dtype}")
-    if excluded.dim() != 2 or excluded.shape[1] != 2:
-        raise ValueError(f"excluded must have shape [pairs, 2], found {list(excluded.shape)}")
-    if excluded.device != query.device:
-        raise ValueError(f"excluded is on {excluded.device}, query is on {query.device}")
-    return excluded.to(torch.int64).contiguous() if len(excluded) else None
+    if not isinstance(pairs, Tensor):
+        raise ValueError(f"{name} must be an integer tensor, found {type(pairs).__name__}")
+    if pairs.dtype not in INTEGER_DTYPES:
+        raise ValueError(f"{name} must be a tensor of int64, found {pairs.dtype}")
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"{name} must have shape [pairs, 2], found {list(pairs.shape)}")
+    if pairs.device != query.device:
+        raise ValueError(f"{name} is on {pairs.device}, query is on {query.device}")
+    return pairs.to(torch.int64).contiguous() if len(pairs) else None
+
+
+def check_pairs_inside(name: str, pairs: Tensor, queries: int, passages: int) -> None:
+    """Check that pairs [R, 2] on the CPU are inside the score matrix.
+
+    Raises:
+        ValueError: If a pair is not.
+    """
+    rows, columns = pairs.unbind(1)
+    outside = (rows < 0) | (rows >= queries) | (columns < 0) | (columns >= passages)
+    if outside.any():
+        found = pairs[outside][0].tolist()
+        raise ValueError(f"{name} must hold rows of {queries} queries and {passages} passages, found {found}")
 
 
 def check_excluded(excluded: Tensor, positive: Tensor | None, queries: int, passages: int, first: int = 0) -> None:
@@ -250,11 +272,8 @@ def check_excluded(excluded: Tensor, positive: Tensor | None, queries: int, pass
     Raises:
         ValueError: If a pair is outside the score matrix, or is a query and its own positive.
     """
+    check_pairs_inside("excluded", excluded, queries, passages)
     rows, columns = excluded.unbind(1)
-    outside = (rows < 0) | (rows >= queries) | (columns < 0) | (columns >= passages)
-    if outside.any():
-        found = excluded[outside][0].tolist()
-        raise ValueError(f"excluded must hold rows of {queries} queries and {passages} passages, found {found}")
     own = columns == (rows + first if positive is None else positive[rows])
     if own.any():
         raise ValueError(f"excluded must not hold a query's own positive, found {excluded[own][0].tolist()}")

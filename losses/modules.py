@@ -12,6 +12,7 @@ from losses import inf_cl, sigmoid
 from losses.distributed.api import Exchange
 from losses.inf_cl import inf_cl_loss
 from losses.inputs import check_bool, check_choice, check_number, checked_workspace
+from losses.options import Negatives, Positives
 from losses.precision import Precision
 from losses.sigmoid import sigmoid_loss
 
@@ -184,22 +185,28 @@ class InfCLLoss(LossWithScale):
         passage: Tensor,
         *,
         positive: Tensor | None = None,
+        positives: Positives | None = None,
         excluded: Tensor | None = None,
+        negatives: Negatives | None = None,
+        statistics: bool = False,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Compute the loss.
 
         Args:
             query: [M, D] query embeddings.
             passage: [N, D] passage embeddings of the same dtype and on the same device.
             positive: [M] integers, the row of each query's positive. Default: 0, …, M − 1.
+            positives: Further positives of queries. Default: None.
             excluded: [R, 2] integers, pairs (query row, passage row) to leave out. Default: None.
+            negatives: What counts as a negative. Default: None, every other passage.
+            statistics: Whether to return statistics too. Default: False.
             query_ids: [M] integers. Default: `passage_ids[positive]`.
             passage_ids: [N] integers; passages with a query's id are not its negatives. Default: None.
 
         Returns:
-            0-dim loss, as `inf_cl_loss` returns it.
+            0-dim loss or, with `statistics`, the loss and a `Statistics`, as `inf_cl_loss` returns them.
 
         Raises:
             ValueError: If an argument is invalid, as in `inf_cl_loss`.
@@ -209,7 +216,10 @@ class InfCLLoss(LossWithScale):
             passage,
             logit_scale=self.logit_scale,
             positive=positive,
+            positives=positives,
             excluded=excluded,
+            negatives=negatives,
+            statistics=statistics,
             symmetric=self.symmetric,
             query_ids=query_ids,
             passage_ids=passage_ids,
@@ -273,6 +283,7 @@ class SigmoidLoss(LossWithScale):
         *,
         positive: Tensor | None = None,
         excluded: Tensor | None = None,
+        negatives: Negatives | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
@@ -283,6 +294,7 @@ class SigmoidLoss(LossWithScale):
             passage: [N, D] passage embeddings of the same dtype and on the same device.
             positive: [M] integers, the row of each query's positive. Default: 0, …, M − 1.
             excluded: [R, 2] integers, pairs (query row, passage row) to leave out. Default: None.
+            negatives: Removes negatives by `limit` or `guide`. Default: None.
             query_ids: [M] integers. Default: `passage_ids[positive]`.
             passage_ids: [N] integers; passages with a query's id are not its negatives. Default: None.
 
@@ -299,6 +311,7 @@ class SigmoidLoss(LossWithScale):
             logit_bias=self.logit_bias,
             positive=positive,
             excluded=excluded,
+            negatives=negatives,
             query_ids=query_ids,
             passage_ids=passage_ids,
             group=self.group,

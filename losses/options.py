@@ -8,56 +8,93 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from losses.inputs import check_choice, check_number
+
+Reduction = Literal["mean", "sum"]
+
 
 @dataclass(frozen=True)
 class Positives:
     """Further positives of queries, beside the one in `positive`.
 
-    Let P_i be all positives of query i. With "mean", the row loss is the mean over p ∈ P_i of
+    Let P_i be all positives of query i, p(i) included. With "mean", the row loss is the mean over p ∈ P_i of
     log(exp S_ip + Σ_{j ∉ P_i} exp S_ij) − S_ip. With "sum", it is log Σ_j exp S_ij − log Σ_{p ∈ P_i} exp S_ip, as in
     supervised contrastive learning (Khosla et al., arXiv 2004.11362).
 
+    The column direction is the same for each positive passage j with its queries R_j = {i : j ∈ P_i}: with "mean" the
+    mean over i ∈ R_j of log(exp S_ij + Σ_{i' ∉ R_j} exp S_i'j) − S_ij, with "sum" log Σ_i exp S_ij −
+    log Σ_{i ∈ R_j} exp S_ij. The column part of a symmetric loss is the mean over the passages that are a positive of
+    any query. Queries that share a passage are thus no negatives of each other there, unlike without `positives`.
+
     Attributes:
-        pairs: [P, 2] int64 pairs (query row, passage row). Repeated pairs count once.
+        pairs: [P, 2] integers, pairs (query row, passage row). Repeated pairs, and a query with its own `positive`,
+            count once. With a group, rows of this rank's queries and rows of the pool. Costs about 200 bytes per pair.
         reduction: How the positives of a query are combined. Default: "mean".
+
+    Raises:
+        ValueError: If `reduction` is neither.
     """
 
     pairs: Tensor
-    reduction: Literal["mean", "sum"] = "mean"
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        check_choice("positives.reduction", self.reduction, Reduction)
 
 
 @dataclass(frozen=True)
 class NegativeLimit:
     """Removes negatives that score higher than the query's positive allows, because they are probably false negatives.
 
-    Let c_ij = q_i · k_j. Negative (i, j) is removed if c_ij > c_i,p(i) + margin, or if
+    Let c_ij = q_i · k_j, without logit_scale. Negative (i, j) is removed if c_ij > c_i,p(i) + margin, or if
     c_ij > c_i,p(i) − (1 − share) · |c_i,p(i)| (NV-Retriever, arXiv 2407.15831, uses share 0.95). The threshold is a
-    constant for the gradient.
+    constant for the gradient. p(i) is the query's `positive`, not one of `positives`.
 
     Attributes:
         margin: In units of c; may be negative. Default: None, no limit by margin.
-        share: Share of the positive's score that a negative may reach. Default: None, no limit by share.
+        share: Share of the positive's score that a negative may reach, greater than 0. Default: None, no limit by
+            share.
+
+    Raises:
+        ValueError: If neither is given, or one is not a finite number.
     """
 
     margin: float | None = None
     share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.margin is None and self.share is None:
+            raise ValueError("negatives.limit needs a margin or a share")
+        if self.margin is not None:
+            check_number("negatives.limit.margin", self.margin)
+        if self.share is not None:
+            check_number("negatives.limit.share", self.share)
+            if not self.share > 0:
+                raise ValueError(f"negatives.limit.share must be positive, found {self.share}")
 
 
 @dataclass(frozen=True)
 class Guide:
     """Removes negatives that another model scores near its score of the positive (GISTEmbed, arXiv 2402.16829).
 
-    Negative (i, j) is removed if g_ij > g_i,p(i) − margin, where g_ij is the product of the guide's embeddings.
+    Negative (i, j) is removed if g_ij > g_i,p(i) − margin, where g_ij is the product of the guide's embeddings. It is
+    computed in the dtype of `query` and in the precision of the loss, a second product for each tile.
 
     Attributes:
-        query: [M, G] the guide's embeddings of the queries; they get no gradient.
-        passage: [N, G] the guide's embeddings of the passages.
+        query: [M, G] floating point, the guide's embeddings of the queries; they get no gradient.
+        passage: [N, G], the guide's embeddings of the passages; with a group, of this rank's passages.
         margin: In units of g. Default: 0.
+
+    Raises:
+        ValueError: If `margin` is not a finite number.
     """
 
     query: Tensor
     passage: Tensor
     margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("negatives.guide.margin", self.margin)
 
 
 @dataclass(frozen=True)
@@ -86,8 +123,13 @@ class Negatives:
         frozen_excluded: [R, 2] int64 pairs (query row, frozen row) that are no negatives. Default: None.
         same_side: Whether queries are negatives of queries and passages of passages, in a single partition function
             (GTE, arXiv 2308.03281, equation 6). Default: False.
-        hardness: β of the weights exp(β · c_ij) of negatives, constant for the gradient (Robinson et al.,
-            arXiv 2010.04592). Default: 0, equal weights.
+        hardness: β ≥ 0 of the weights w_ij = exp(β · c_ij) with c_ij = q_i · k_j, constant for the gradient (Robinson
+            et al., arXiv 2010.04592): in row and column sums, negative (i, j) counts as w_ij · exp S_ij, and a
+            positive as exp S_ip. The weights are not divided by their mean over the negatives, as the paper's
+            estimator does. Default: 0, equal weights.
+
+    Raises:
+        ValueError: If `hardness` is not a finite number of at least 0, or an option has the wrong type.
     """
 
     limit: NegativeLimit | None = None
@@ -97,6 +139,14 @@ class Negatives:
     frozen_excluded: Tensor | None = None
     same_side: bool = False
     hardness: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("negatives.hardness", self.hardness)
+        if self.hardness < 0:
+            raise ValueError(f"negatives.hardness must not be negative, found {self.hardness}")
+        for name, value, kind in (("limit", self.limit, NegativeLimit), ("guide", self.guide, Guide)):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"negatives.{name} must be a {kind.__name__}, found {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -137,12 +187,18 @@ class Teacher:
 class Statistics:
     """What `statistics=True` returns beside the loss; nothing here has a gradient.
 
+    With a group, the vectors are those of this rank's queries, and the scalars are the same on every rank. float64
+    embeddings give float64 numbers.
+
     Attributes:
-        rank: [M] int64, one plus the number of negatives that score higher than the query's positive.
-        hardest: [M] int64, the row of the highest-scoring negative in the pool; −1 if a query has none.
+        rank: [M] int64, one plus the number of negatives that score higher than the query's `positive`. Entries that
+            are removed from S, and further positives, are no negatives.
+        hardest: [M] int64, the row of the highest-scoring negative in the pool, the first of equal ones; −1 if a query
+            has none.
         hardest_score: [M] float32, its S_ij; −inf if a query has none.
-        entropy: [M] float32, entropy in nats of the softmax over the query's row of S.
-        masked: [M] int64, number of the row's entries that are removed from S.
+        entropy: [M] float32, entropy in nats of the softmax over the query's row of S, as the loss uses it: without
+            removed entries, with all positives and, with `hardness`, with weighted negatives.
+        masked: [M] int64, number of the row's entries that are removed from S by ids, `excluded`, `limit` or `guide`.
         accuracy: 0-dim float32, share of the queries of all ranks whose positive has rank 1.
         mrr: 0-dim float32, mean of 1 / rank over the queries of all ranks.
         masked_share: 0-dim float32, share of all entries of S that are removed.

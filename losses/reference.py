@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from losses.checked_options import CheckedOptions
 from losses.inputs import ContrastiveBatch, all_finite
+from losses.options import NegativeLimit, Statistics
 from losses.precision import Precision, matmul_precision, round_operand
 
 
@@ -31,6 +33,105 @@ def full_matrix_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
         return torch.where(all_finite(batch.query, batch.passage), loss, torch.nan)
 
 
+def full_matrix_negatives_loss(batch: ContrastiveBatch, precision: Precision) -> tuple[Tensor, Statistics]:
+    """InfoNCE with the batch's `options`, and its statistics, from the whole matrix, as `full_matrix_loss` computes it.
+
+    Every entry of S is a positive, removed, or a negative. Let N_i be the sum of exp S_ij, weighted by `hardness`, over
+    the negatives of row i. A positive's row loss is log(1 + N_i / exp S_ip), or that of the sum of its row's positives.
+    """
+    options = batch.options
+    assert options is not None
+    with matmul_precision("fp32", batch.query.device):
+        query, passage = (straight_through_round(side, precision) for side in (batch.query, batch.passage))
+        products = query @ passage.T
+        own = (torch.arange(len(query), device=query.device), batch.positive)
+        positive = torch.zeros_like(products, dtype=torch.bool)
+        positive[own] = True
+        removed = excluded_mask(batch) | likely_false_negatives(options, products.detach(), own, precision)
+        if batch.query_ids is not None and batch.passage_ids is not None:
+            removed |= batch.query_ids[:, None] == batch.passage_ids
+        if options.pairs is not None:
+            positive[options.pairs.unbind(1)] = True
+        removed &= ~positive
+        negative = ~(positive | removed)
+        scores = batch.logit_scale * products
+        weighted = scores + options.hardness * products.detach()
+        loss = _losses(scores, weighted, positive, negative, options.reduction, 1).mean()
+        if batch.symmetric:
+            if options.reduction == "single":
+                columns = torch.where(positive, scores, weighted).masked_fill(removed, -torch.inf)
+                column_loss = (columns.logsumexp(0)[batch.positive] - scores[own]).mean()
+            else:
+                columns = _losses(scores, weighted, positive, negative, options.reduction, 0)
+                column_loss = columns.sum() / positive.any(0).sum()
+            loss = (loss + column_loss) / 2
+        loss = torch.where(all_finite(batch.query, batch.passage), loss, torch.nan)
+    with torch.no_grad():
+        entries = torch.where(positive, scores, weighted).masked_fill(removed, -torch.inf)
+        return loss, full_matrix_statistics(scores, entries, negative, removed, batch.positive)
+
+
+def likely_false_negatives(
+    options: CheckedOptions, products: Tensor, own: tuple[Tensor, Tensor], precision: Precision
+) -> Tensor:
+    """[M, N] bool, where `limit` or `guide` removes an entry that is a negative; `own` are the queries' positives."""
+    removed = torch.zeros_like(products, dtype=torch.bool)
+    if options.limit is not None:
+        removed |= products > limit_thresholds(options.limit, products[own])[:, None]
+    if options.guide_query is not None and options.guide_passage is not None:
+        query, passage = (round_operand(side, precision) for side in (options.guide_query, options.guide_passage))
+        guided = query @ passage.T
+        removed |= guided > guided[own][:, None] - options.guide_margin
+    return removed
+
+
+def limit_thresholds(limit: NegativeLimit, product: Tensor) -> Tensor:
+    """[M]: the largest product of a negative with its query that is not removed, from the product of the positive."""
+    thresholds = torch.full_like(product, torch.inf)
+    if limit.margin is not None:
+        thresholds = product + limit.margin
+    if limit.share is not None:
+        thresholds = torch.minimum(thresholds, product - (1 - limit.share) * product.abs())
+    return thresholds
+
+
+def _losses(scores: Tensor, weighted: Tensor, positive: Tensor, negative: Tensor, reduction: str, dim: int) -> Tensor:
+    """Losses of the rows (dim 1) or columns (dim 0); zero for those without a positive."""
+    # Without any negative the sum is zero, and its logarithm has no gradient.
+    some = negative.any(dim, keepdim=True)
+    negatives = weighted.masked_fill(~negative & some, -torch.inf).logsumexp(dim, keepdim=True)
+    negatives = torch.where(some, negatives, -torch.inf)
+    if reduction == "sum":
+        known = positive.any(dim, keepdim=True)
+        positives = scores.masked_fill(~positive & known, -torch.inf).logsumexp(dim, keepdim=True)
+        losses = -nn.functional.logsigmoid(positives - negatives)
+        return torch.where(known, losses, 0).squeeze(dim)
+    losses = torch.where(positive, -nn.functional.logsigmoid(scores - negatives), 0)
+    return losses.sum(dim) / positive.sum(dim).clamp(min=1)
+
+
+def full_matrix_statistics(
+    scores: Tensor, entries: Tensor, negative: Tensor, removed: Tensor, positive: Tensor
+) -> Statistics:
+    """Statistics from S [M, N], the exponents [M, N] that the loss uses, and masks [M, N] of their entries."""
+    own = scores.gather(1, positive[:, None])
+    rank = 1 + (negative & (scores > own)).sum(1)
+    hardest_score, hardest = scores.masked_fill(~negative, -torch.inf).max(1)
+    probability = entries.softmax(1)
+    entropy = -(probability * entries.log_softmax(1).masked_fill(removed, 0)).sum(1)
+    masked = removed.sum(1)
+    return Statistics(
+        rank=rank,
+        hardest=torch.where(negative.any(1), hardest, -1),
+        hardest_score=hardest_score,
+        entropy=entropy,
+        masked=masked,
+        accuracy=(rank == 1).to(scores.dtype).mean(),
+        mrr=(1 / rank.to(scores.dtype)).mean(),
+        masked_share=masked.to(scores.dtype).sum() / removed.numel(),
+    )
+
+
 def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision) -> Tensor:
     """Sigmoid loss from the whole matrix of pairs, in float32 (float64 for float64 embeddings).
 
@@ -39,15 +140,20 @@ def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precis
     """
     with matmul_precision("fp32", batch.query.device):
         query, passage = (straight_through_round(side, precision) for side in (batch.query, batch.passage))
-        scores = batch.logit_scale * (query @ passage.T) + logit_bias
+        products = query @ passage.T
+        scores = batch.logit_scale * products + logit_bias
         own = torch.zeros_like(scores, dtype=torch.bool)
-        own[torch.arange(len(own), device=own.device), batch.positive] = True
+        place = (torch.arange(len(own), device=own.device), batch.positive)
+        own[place] = True
         losses = -nn.functional.logsigmoid(torch.where(own, scores, -scores))
         if batch.query_ids is not None and batch.passage_ids is not None:
             masked = (batch.query_ids[:, None] == batch.passage_ids) & ~own
             losses = losses.masked_fill(masked, 0)
         if batch.excluded is not None:
             losses = losses.masked_fill(excluded_mask(batch), 0)
+        if batch.options is not None:
+            removed = likely_false_negatives(batch.options, products.detach(), place, precision)
+            losses = losses.masked_fill(removed & ~own, 0)
         return torch.where(all_finite(batch.query, batch.passage), losses.sum() / len(losses), torch.nan)
 
 

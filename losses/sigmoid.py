@@ -8,15 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from losses.checked_options import with_nan_for_invalid_positives, with_options
 from losses.distributed.api import distributed_batch
 from losses.distributed.sigmoid import sigmoid_loss_over_ranks
 from losses.inputs import (
+    ContrastiveBatch,
     check_choice,
     checked_batch,
     checked_number,
     checked_workspace,
     with_nan_for_invalid_pairs,
 )
+from losses.options import Negatives
 from losses.precision import Precision, resolve_precision
 from losses.reference import full_matrix_sigmoid_loss
 from losses.torch_tiles.compiled import compiled_tiled_loss
@@ -35,6 +38,7 @@ def sigmoid_loss(
     logit_bias: float | Tensor,
     positive: Tensor | None = None,
     excluded: Tensor | None = None,
+    negatives: Negatives | None = None,
     query_ids: Tensor | None = None,
     passage_ids: Tensor | None = None,
     group: Any = None,
@@ -63,6 +67,9 @@ def sigmoid_loss(
             a positive.
         excluded: [R, 2] integers, pairs (query row, passage row) that are left out of the sum, as in `inf_cl_loss`.
             Default: None.
+        negatives: `limit` and `guide` remove negatives that are probably false, as in `inf_cl_loss`; `hardness` does
+            not apply. Without a group and outside of `torch.compile`, with "full" or tiles in PyTorch ("chunked"),
+            which "auto" then chooses. Default: None.
         query_ids: [M] integers. Default: `passage_ids[positive]`. Requires `passage_ids`.
         passage_ids: [N] integers. Pair (i, j) is left out of the sum if passage_ids[j] == query_ids[i] and j !=
             positive[i]. Default: None, no masking by ids.
@@ -92,6 +99,8 @@ def sigmoid_loss(
             assertion for an out-of-range `positive`.
     """
     if group is not None:
+        if negatives is not None:
+            raise ValueError("negatives is not supported by the sigmoid loss with a group")
         sharded = distributed_batch(
             group,
             query,
@@ -113,11 +122,12 @@ def sigmoid_loss(
     workspace_bytes = checked_workspace(workspace_mib)
     # symmetric=True: gradients flow to both sides, and the tiles of a symmetric loss have the second buffer it needs.
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, True, excluded)
+    batch = _with_negatives(batch, negatives, implementation)
     bias = checked_number("logit_bias", logit_bias, query)
     precision = resolve_precision(precision, query)
     if implementation == "full":
         return full_matrix_sigmoid_loss(with_nan_for_invalid_pairs(batch, len(passage)), bias, precision)
-    if implementation == "triton" or (implementation == "auto" and query.is_cuda):
+    if implementation == "triton" or (implementation == "auto" and query.is_cuda and batch.options is None):
         reason = why_not_fused(query)
         if reason is None:
             return fused_sigmoid_loss(batch, bias, precision, workspace_bytes)
@@ -127,6 +137,22 @@ def sigmoid_loss(
     if torch.compiler.is_compiling():
         return compiled_tiled_loss(batch, precision, workspace_bytes, bias)
     return tiled_sigmoid_loss(batch, bias, precision, workspace_bytes)
+
+
+def _with_negatives(
+    batch: ContrastiveBatch, negatives: Negatives | None, implementation: Implementation
+) -> ContrastiveBatch:
+    """The batch with `limit` and `guide`; the batch itself if neither is given."""
+    batch = with_options(batch, None, negatives, False)
+    if batch.options is None:
+        return batch
+    if batch.options.hardness:
+        raise ValueError("negatives.hardness does not apply to the sigmoid loss")
+    if implementation == "triton":
+        raise ValueError("implementation 'triton' of the sigmoid loss does not support negatives: use 'auto'")
+    if torch.compiler.is_compiling():
+        raise ValueError("negatives is not supported by the sigmoid loss under torch.compile")
+    return with_nan_for_invalid_positives(batch, len(batch.passage))
 
 
 def _logit_bias_properties(logit_bias: Tensor) -> dict[str, Any]:

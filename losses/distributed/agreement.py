@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from losses.checked_options import check_positive_pairs
 from losses.distributed.communication import Communication
 from losses.inputs import ContrastiveBatch, check_excluded
 
@@ -79,7 +80,8 @@ def agree_on_batch(
         values = {**must_match, "logit_scale": _number(batch.logit_scale)}
         codes[: len(values)] = [zlib.crc32(repr(value).encode()) for value in values.values()]
     excluded = batch.excluded if batch is not None and batch.excluded is not None else None
-    has_pairs = excluded is not None and excluded.device.type == "cpu"
+    further = batch.options.pairs if batch is not None and batch.options is not None else None
+    has_pairs = any(pairs is not None and pairs.device.type == "cpu" for pairs in (excluded, further))
     header = [len(problem.encode()), *sizes, positive is not None, *span, has_pairs, *codes]
     headers = communication.gather_host(torch.tensor(header, dtype=torch.int64)).tolist()
     if any(header[0] for header in headers):
@@ -100,10 +102,11 @@ def agree_on_batch(
             bad = header[4] if header[4] < 0 else header[5]
             raise ValueError(f"positive must index the pool's {shards.pool_size} passages, found {bad} on rank {rank}")
     if any(header[6] for header in headers):
-        # Excluded pairs can be checked only when the sizes of all shards are known.
+        # Pairs can be checked only when the sizes of all shards are known.
         try:
-            if excluded is not None:
+            if has_pairs and excluded is not None:
                 check_excluded(excluded, positive, len(batch.query), shards.pool_size, shards.first_passage)
+            check_positive_pairs(batch, shards.pool_size)
         except ValueError as error:
             problem = str(error)
         if communication.gather_host(torch.tensor([len(problem)], dtype=torch.int64)).any():

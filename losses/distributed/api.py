@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from losses.checked_options import options_to_compare, with_nan_for_invalid_positives, with_options
 from losses.distributed.agreement import Shards, agree_on_batch
-from losses.distributed.blocks import BlockBackend, ColumnSums, PassageBlock
+from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication, communication_of
 from losses.distributed.forward_state import ForwardState
-from losses.distributed.gather import gather_backward, gather_forward, own_columns
+from losses.distributed.gather import gather_backward, gather_forward, gathered_pool, own_columns
 from losses.distributed.ring import ring_backward, ring_forward
 from losses.distributed.torch_blocks import TorchBackend
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.options import Negatives, Positives
 from losses.precision import Precision, matmul_precision, resolve_precision
 from losses.triton.kernel_batch import round_up_to_16_bytes
 from losses.triton.launch import warn_fallback, why_not_fused
@@ -43,8 +45,12 @@ class DistributedBatch:
         return backend_class(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
 
     def own_block(self, backend: BlockBackend) -> PassageBlock:
+        guide = self.batch.options.guide_passage if self.batch.options is not None else None
         return PassageBlock(
-            backend.prepare_passages(self.batch.passage), self.batch.passage_ids, self.shards.first_passage
+            backend.prepare_passages(self.batch.passage),
+            self.batch.passage_ids,
+            self.shards.first_passage,
+            None if guide is None else backend.prepare_passages(guide),
         )
 
 
@@ -63,6 +69,9 @@ def distributed_batch(
     implementation: str,
     exchange: Exchange,
     workspace_mib: float,
+    positives: Positives | None = None,
+    negatives: Negatives | None = None,
+    statistics: bool = False,
     checks: Callable[[], dict[str, Any]] = dict,
 ) -> DistributedBatch:
     """Check this rank's arguments and compare them with those of the other ranks.
@@ -83,6 +92,7 @@ def distributed_batch(
         batch = checked_batch(
             query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded, shard=True
         )
+        batch = with_options(batch, positives, negatives, statistics, shard=True)
         resolved.append(resolve_precision(precision, query))
         same.update(
             dimensions=query.shape[1],
@@ -95,6 +105,7 @@ def distributed_batch(
             passage_ids="given" if passage_ids is not None else "not given",
             precision=resolved[-1],
             kernels=_uses_kernels(query, implementation),
+            options=options_to_compare(batch.options),
             **checks(),
         )
         return batch
@@ -110,6 +121,7 @@ def distributed_batch(
         scale = torch.where((inside != batch.positive).any(), torch.nan, batch.logit_scale)
         batch = replace(batch, given_positive=inside, logit_scale=scale)
     batch = with_nan_for_invalid_pairs(batch, shards.pool_size)
+    batch = with_nan_for_invalid_positives(batch, shards.pool_size)
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
         positive_ids = (
@@ -121,6 +133,8 @@ def distributed_batch(
     workspace_bytes = checked_workspace(workspace_mib)
     fused = bool(same["kernels"])
     width = round_up_to_16_bytes(query.shape[1], query.dtype) if fused else query.shape[1]
+    if batch.options is not None and batch.options.guide_passage is not None:
+        width += batch.options.guide_passage.shape[1]
     # "gather" stores the pool in the operand dtype and the float32 sum of its gradient. With two ranks the ring stores
     # no less: both blocks, and three gradient sums.
     fits = communication.size == 2 or shards.pool_size * width * (query.element_size() + 4) <= workspace_bytes
@@ -158,7 +172,8 @@ class _LossOverRanks(torch.autograd.Function):
             communication.reduce_max(bounds)
             backend.set_bounds(bounds)
             forward = ring_forward if sharded.exchange == "ring" else gather_forward
-            state = forward(backend, own, batch, shards, communication)
+            blocks = own if sharded.exchange == "ring" else gathered_pool(own, shards, communication)
+            state = forward(backend, blocks, batch, shards, communication)
             columns = state.columns
             loss_columns = own_columns(columns, shards) if sharded.exchange == "gather" else columns
             loss = backend.loss_sum(state.rows, loss_columns if batch.symmetric else None)
@@ -170,8 +185,8 @@ class _LossOverRanks(torch.autograd.Function):
             )
         # Save the operands instead of the embeddings, which can be freed if the operands are copies in half precision.
         ctx.save_for_backward(backend.query, own.passage, logit_scale)
-        ctx.backend, ctx.state, ctx.shards, ctx.communication = backend, state, shards, communication
-        ctx.precision, ctx.exchange, ctx.symmetric = sharded.precision, sharded.exchange, batch.symmetric
+        ctx.backend, ctx.state, ctx.symmetric = backend, state, batch.symmetric
+        ctx.sharded = replace(sharded, batch=backend.batch)
         ctx.dtypes = query.dtype, passage.dtype
         return loss
 
@@ -183,27 +198,45 @@ class _LossOverRanks(torch.autograd.Function):
             raise RuntimeError("the loss over ranks is differentiable once")
         # Reading saved_tensors makes autograd check that no input was modified in place.
         operand, *_ = ctx.saved_tensors
-        want_query, want_passage, want_scale = ctx.needs_input_grad[:3]
-        backend: BlockBackend = ctx.backend
-        state: ForwardState = ctx.state
-        shards: Shards = ctx.shards
-        communication: Communication = ctx.communication
-        with matmul_precision(ctx.precision, operand.device):
-            query_sum = None
-            if want_query or want_scale:
-                query_sum = state.rows.table.new_empty(len(operand), backend.width)
-            backward = ring_backward if ctx.exchange == "ring" else gather_backward
-            weights = backend.gradient_weights(state.rows, state.columns if ctx.symmetric else None, ctx.ds_scale)
-            passage_sum = backward(backend, state, weights, query_sum, want_passage, shards, communication)
-            factors = (ctx.ds_scale, upstream, communication.size / shards.total_queries)
-            query_dtype, passage_dtype = ctx.dtypes
-            query_gradient = passage_gradient = scale_gradient = None
-            if query_sum is not None:
-                wanted = query_dtype if want_query else None
-                query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, wanted, want_scale)
-            if passage_sum is not None:
-                passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, passage_dtype, False)
-        return query_gradient, passage_gradient, scale_gradient, None
+        with matmul_precision(ctx.sharded.precision, operand.device):
+            columns = ctx.state.columns if ctx.symmetric else None
+            weights = ctx.backend.gradient_weights(ctx.state.rows, columns, ctx.ds_scale)
+            gradients = gradients_over_ranks(
+                ctx.backend, ctx.state, ctx.sharded, weights, upstream, ctx.dtypes, ctx.needs_input_grad[:3]
+            )
+        return *gradients, None
+
+
+def gradients_over_ranks(
+    backend: BlockBackend,
+    state: ForwardState,
+    sharded: DistributedBatch,
+    weights: GradientWeights,
+    upstream: Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of this rank's query, passage and logit_scale; None for those not wanted.
+
+    Args:
+        weights: Those of the block, or pool, of `state`.
+        dtypes: Dtypes of the query and passage gradients.
+    """
+    shards, communication = sharded.shards, sharded.communication
+    want_query, want_passage, want_scale = wanted
+    query_sum = None
+    if want_query or want_scale:
+        query_sum = state.rows.table.new_empty(len(backend.query), backend.width)
+    backward = ring_backward if sharded.exchange == "ring" else gather_backward
+    passage_sum = backward(backend, state, weights, query_sum, want_passage, shards, communication)
+    factors = (weights.ds_scale, upstream, communication.size / shards.total_queries)
+    query_gradient = passage_gradient = scale_gradient = None
+    if query_sum is not None:
+        dtype = dtypes[0] if want_query else None
+        query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, dtype, want_scale)
+    if passage_sum is not None:
+        passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, dtypes[1], False)
+    return query_gradient, passage_gradient, scale_gradient
 
 
 def _max_positive_count(columns: ColumnSums, backend: BlockBackend, communication: Communication) -> Tensor | None:

@@ -12,6 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from losses.inputs import ContrastiveBatch
+from losses.negatives.masks import NegativeMasks, PairGradients
+
 
 @dataclass(frozen=True)
 class PassageBlock:
@@ -21,15 +24,17 @@ class PassageBlock:
         passage: [n, width], in the operand dtype.
         ids: [n] int64, or None.
         first: Row of the pool at which the block begins.
+        guide: [n, G] embeddings of the guide, as they are sent, or None.
     """
 
     passage: Tensor
     ids: Tensor | None
     first: int
+    guide: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """The tensors to send."""
-        return [self.passage] if self.ids is None else [self.passage, self.ids]
+        return [tensor for tensor in (self.passage, self.ids, self.guide) if tensor is not None]
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,30 @@ class BlockBackend(Protocol):
 
     Constructed from (batch, precision, workspace_bytes, first_passage): `batch.positive` are rows of the whole pool,
     and `first_passage` is the row of the pool at which this rank's passages begin. Gradient sums have `width` columns.
-    Whether shifts are exponents of e or of 2 is internal to the backend.
+    Shifts are exponents of e or of 2.
+
+    With `masks`, the tiles hold exponents (logit_scale + hardness) · q_i · k_j of negatives alone, sums are over
+    negatives, and scores of positives are not stored. `accumulate_gradients` then writes `pair_gradients` into the
+    tiles instead of subtracting 1 at the positives.
     """
 
+    batch: ContrastiveBatch
+    """Without embeddings that backward does not need."""
     query: Tensor
     width: int
+    exponent_unit: float
+    """Logarithm of the base of the exponents: 1 or log 2."""
+    masks: NegativeMasks | None
+    pair_gradients: PairGradients | None
 
     def prepare_passages(self, passage: Tensor) -> Tensor:
         """[n, D] -> [n, width], in the operand dtype."""
+
+    def pair_products(self, query: Tensor, passage: Tensor, rows: Tensor, columns: Tensor, products: Tensor) -> None:
+        """Write the product of query row and passage column to products [P], in place, if the column is in the block.
+
+        Both sides are operands. The kernels' product has the same bits as in a tile.
+        """
 
     def score_bounds(self, own: PassageBlock, positives_local: bool) -> Tensor:
         """[4], bounds of this rank's scores; their maximum over ranks is passed to `set_bounds`."""

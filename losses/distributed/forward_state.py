@@ -13,15 +13,16 @@ class ForwardState:
     """Row sums of this rank over all blocks so far, and the last block with its column sums."""
 
     rows: RowSums
+    first_passage: int
     own: PassageBlock
     block: PassageBlock
     columns: ColumnSums
 
     @classmethod
-    def initial(cls, backend: BlockBackend, own: PassageBlock) -> ForwardState:
-        """State before the first block."""
+    def initial(cls, backend: BlockBackend, first_passage: int, own: PassageBlock) -> ForwardState:
+        """State before the first block; this rank's passages begin at row `first_passage` of the pool."""
         rows = RowSums(backend.initial_sums(3, len(backend.query)))
-        return cls(rows, own, own, ColumnSums(rows.table.new_empty(4, 0)))
+        return cls(rows, first_passage, own, own, ColumnSums(rows.table.new_empty(4, 0)))
 
     def with_columns(self, block: PassageBlock, columns: ColumnSums) -> ForwardState:
         """A copy with another current block and its column sums."""
@@ -34,7 +35,7 @@ class ForwardState:
         if not queries or not passages:
             return columns
         backend.accumulate_sums(block, self.rows, columns)
-        if batch.symmetric:
+        if batch.symmetric and batch.options is None:
             self._add_positives(columns, block, batch)
         return columns
 
@@ -43,7 +44,7 @@ class ForwardState:
         _, _, positive_count, scores = columns.table
         if batch.diagonal:
             # The positives are this rank's passages in order; the block holds all of them or none.
-            first, queries = self.own.first - block.first, len(self.rows.score)
+            first, queries = self.first_passage - block.first, len(self.rows.score)
             if 0 <= first < len(block.passage):
                 positive_count[first : first + queries] = 1
                 scores[first : first + queries] = self.rows.score

@@ -17,13 +17,19 @@ from losses.distributed.forward_state import ForwardState
 from losses.inputs import ContrastiveBatch
 
 
+def gathered_pool(own: PassageBlock, shards: Shards, communication: Communication) -> PassageBlock:
+    """All passages of the pool as one block."""
+    ids, guide = (
+        None if each is None else communication.gather_rows(each, shards.passages) for each in (own.ids, own.guide)
+    )
+    return PassageBlock(communication.gather_rows(own.passage, shards.passages), ids, 0, guide)
+
+
 def gather_forward(
-    backend: BlockBackend, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
+    backend: BlockBackend, pool: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
 ) -> ForwardState:
     """Compute the whole pool as one block. The column sums of all passages are complete on every rank."""
-    ids = None if own.ids is None else communication.gather_rows(own.ids, shards.passages)
-    pool = PassageBlock(communication.gather_rows(own.passage, shards.passages), ids, 0)
-    state = ForwardState.initial(backend, own)
+    state = ForwardState.initial(backend, shards.first_passage, pool)
     columns = state.add_block(backend, pool, batch)
     if batch.symmetric:
         before = columns.shift.clone()

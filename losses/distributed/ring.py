@@ -37,7 +37,7 @@ def ring_forward(
     backend: BlockBackend, own: PassageBlock, batch: ContrastiveBatch, shards: Shards, communication: Communication
 ) -> ForwardState:
     """Compute all blocks once. The positives of the batch are rows of the pool."""
-    state = ForwardState.initial(backend, own)
+    state = ForwardState.initial(backend, own.first, own)
     block, columns = own, state.columns
     for step in range(communication.size):
         outgoing: list[Tensor] = []
@@ -108,5 +108,6 @@ def ring_backward(
 def receive_buffer(block: PassageBlock, rank: int, shards: Shards) -> PassageBlock:
     """An empty block for the passages of `rank`."""
     rows = shards.passages[rank]
-    ids = None if block.ids is None else block.ids.new_empty(rows)
-    return PassageBlock(block.passage.new_empty(rows, block.passage.shape[1]), ids, shards.first(rank))
+    passage, *_ = buffers = [tensor.new_empty(rows, *tensor.shape[1:]) for tensor in block.tensors()]
+    guide = None if block.guide is None else buffers[-1]
+    return PassageBlock(passage, None if block.ids is None else buffers[1], shards.first(rank), guide)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
 from losses.inputs import ContrastiveBatch, accumulator_dtype
-from losses.precision import Precision
+from losses.negatives.masks import NegativeMasks, PairGradients
+from losses.precision import BlockProducts, Precision
 from losses.torch_tiles.inf_cl import (
     Statistics,
     add_row_gradients,
@@ -16,9 +17,10 @@ from losses.torch_tiles.inf_cl import (
     negative_log_probability,
     score_bounds,
 )
-from losses.torch_tiles.tiles import ScoreTiles
+from losses.torch_tiles.tiles import ScoreTiles, TileMasks
 
 SCALE_ROWS = 8192
+PAIR_ROWS = 2048
 
 
 def pairs_in_block(batch: ContrastiveBatch, first: int) -> Tensor | None:
@@ -42,9 +44,23 @@ class TorchBackend:
         self.dtype = accumulator_dtype(batch.query.dtype)
         self._constant: Tensor | None = None
         self._invalid = torch.empty(0)
+        self.exponent_unit = 1.0
+        self.masks: NegativeMasks | None = None
+        self.pair_gradients: PairGradients | None = None
+        hardness = batch.options.hardness if batch.options is not None else 0.0
+        self._tile_scale = batch.logit_scale + hardness if hardness else batch.logit_scale
 
     def prepare_passages(self, passage: Tensor) -> Tensor:
         return (passage.to(torch.bfloat16) if self.precision == "bf16" else passage).contiguous()
+
+    def pair_products(self, query: Tensor, passage: Tensor, rows: Tensor, columns: Tensor, products: Tensor) -> None:
+        operand = BlockProducts(self.precision, query.device).operand
+        chunks = (each.split(PAIR_ROWS) for each in (rows, columns, products))
+        for row, column, product in zip(*chunks, strict=True):
+            inside = (column >= 0) & (column < len(passage))
+            sides = query[row], passage[column.clamp(0, len(passage) - 1)]
+            one, other = (operand(side).to(self.dtype) for side in sides)
+            product.copy_(torch.where(inside, (one * other).sum(1), product))
 
     def score_bounds(self, own: PassageBlock, positives_local: bool) -> Tensor:
         return score_bounds(self._tiles(own), positives_local=positives_local)
@@ -52,7 +68,7 @@ class TorchBackend:
     def set_bounds(self, bounds: Tensor) -> None:
         self._invalid = bounds[3] > 0
         if self.batch.symmetric and bounds.device.type == "cpu":
-            self._constant = constant_shift(bounds, self.batch.logit_scale)
+            self._constant = constant_shift(bounds, self._tile_scale)
 
     def initial_sums(self, kinds: int, size: int) -> Tensor:
         table = self.query.new_zeros(kinds, size, dtype=self.dtype)
@@ -129,14 +145,15 @@ class TorchBackend:
         block_batch = ContrastiveBatch(
             batch.query,
             block.passage,
-            batch.logit_scale,
+            self._tile_scale,
             batch.positive - block.first,
             batch.query_ids,
             block.ids,
             batch.symmetric,
             excluded=pairs_in_block(batch, block.first),
         )
-        return ScoreTiles(block_batch, self.precision, self.workspace_bytes)
+        masks = None if self.masks is None else TileMasks(self.masks, block.guide, block.first, self.pair_gradients)
+        return ScoreTiles(block_batch, self.precision, self.workspace_bytes, masks)
 
     def _statistics(self, rows: RowSums, column_shift: Tensor, column_total: Tensor) -> Statistics:
         shift, total = (column_shift, column_total) if self.batch.symmetric else (None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -9,8 +10,15 @@ from torch import Tensor
 
 from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
 from losses.inputs import ContrastiveBatch, all_finite
+from losses.negatives.masks import NegativeMasks, PairGradients
 from losses.precision import Precision, add_product
-from losses.triton.block_launches import SavedStatistics, ScoreGradientWeights, add_sums, score_gradient
+from losses.triton.block_launches import (
+    SavedStatistics,
+    ScoreGradientWeights,
+    add_sums,
+    score_gradient,
+    write_pair_gradients,
+)
 from losses.triton.kernel_batch import (
     GradientEpilogue,
     KernelBatch,
@@ -36,11 +44,37 @@ class TritonBackend:
         self.width = self.query.shape[1]
         self._bounds = torch.empty(0)
         self._positives_remote = False
+        self.exponent_unit = math.log(2)
+        self.masks: NegativeMasks | None = None
+        self.pair_gradients: PairGradients | None = None
+        hardness = batch.options.hardness if batch.options is not None else 0.0
+        self._tile_scale = batch.logit_scale + hardness if hardness else batch.logit_scale
 
     def prepare_passages(self, passage: Tensor) -> Tensor:
         from losses.triton.launch import operand
 
         return operand(passage, self.precision)
+
+    def pair_products(self, query: Tensor, passage: Tensor, rows: Tensor, columns: Tensor, products: Tensor) -> None:
+        from losses.triton.kernels.pairs import PRODUCT_BLOCK, PRODUCT_BLOCK_INTERPRETED, pair_products_kernel
+        from losses.triton.launch import product_of
+        from losses.triton.shapes import tile_shape
+
+        product = product_of(self.precision, query.dtype)
+        block = PRODUCT_BLOCK if query.is_cuda else PRODUCT_BLOCK_INTERPRETED
+        pair_products_kernel[(-(-len(rows) // block),)](
+            query,
+            passage,
+            rows,
+            columns,
+            products,
+            len(rows),
+            len(passage),
+            D=query.shape[1],
+            BLOCK=block,
+            BLOCK_K=tile_shape("sums", self.width, query.dtype, product, query.device).block_k,
+            PRODUCT=product,
+        )
 
     def score_bounds(self, own: PassageBlock, positives_local: bool) -> Tensor:
         from losses.triton.kernels.bounds import measure_bounds
@@ -81,11 +115,12 @@ class TritonBackend:
         add_sums(
             self._kernel_batch(block),
             statistics,
-            batch.logit_scale,
+            self._tile_scale,
             block_positive,
             batch.symmetric,
             diagonal,
             self.workspace_bytes,
+            first_passage=block.first,
         )
 
     def merge_columns(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
@@ -166,6 +201,8 @@ class TritonBackend:
         of_columns = weights.row if weights.column is None else weights.column
         statistics = SavedStatistics(self._bounds, rows.score, rows.total, rows.shift, column_shift, column_shift)
         kernel_weights = ScoreGradientWeights(weights.ds_scale, weights.row, of_columns, batch.symmetric, diagonal)
+        pairs = self.pair_gradients
+        pair_columns = None if pairs is None else pairs.columns - block.first
         blocks = kernel_batch.blocks
         workspace = kernel_batch.query.new_empty(blocks.rows * round_up_to_16_bytes(blocks.columns, kernel_batch.dtype))
         for span in spans(0, len(kernel_batch.query), blocks.rows):
@@ -177,12 +214,14 @@ class TritonBackend:
                     kernel_batch,
                     statistics,
                     kernel_weights,
-                    batch.logit_scale,
+                    self._tile_scale,
                     block_positive,
                     span,
                     columns,
                     gradient,
                 )
+                if pairs is not None and pair_columns is not None:
+                    write_pair_gradients(kernel_batch, pairs, pair_columns, span, columns, gradient)
                 if query_sum is not None:
                     add_product(
                         query_sum[span], gradient, kernel_batch.passage[columns], first=first and not columns.start
@@ -206,6 +245,8 @@ class TritonBackend:
         ids = compact_ids_if_given(self.batch.query_ids, block.ids)
         kernel_batch = KernelBatch(self.query, block.passage, *ids, self.precision, self.workspace_bytes, False)
         kernel_batch.set_excluded(*sorted_excluded(self.batch.excluded, self.query, block.passage, first=block.first))
+        if self.masks is not None:
+            kernel_batch.set_masks(self.masks, block.guide)
         return kernel_batch
 
     def _block_positive(self, block: PassageBlock) -> tuple[Tensor, bool]:

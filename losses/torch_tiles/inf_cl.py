@@ -133,8 +133,11 @@ def add_statistics(tiles: ScoreTiles, statistics: Statistics) -> None:
         query = tiles.query_block(rows)
         for columns in tiles.column_blocks():
             tile = tiles.scores(rows, columns, query, tiles.passage_block(columns))
-            column, inside = tiles.positive_columns(rows, columns)
-            positive_score[rows] = torch.where(inside, tile.gather(1, column), positive_score[rows, None])[:, 0]
+            if tiles.masks is None:
+                column, inside = tiles.positive_columns(rows, columns)
+                positive_score[rows] = torch.where(inside, tile.gather(1, column), positive_score[rows, None])[:, 0]
+            else:
+                add_row_statistics(tiles, tile, rows, columns, statistics)
             if constant is not None and column_sum is not None:
                 tile.sub_(constant).exp_()
                 row_sum[rows] += tile.sum(1)
@@ -143,6 +146,32 @@ def add_statistics(tiles: ScoreTiles, statistics: Statistics) -> None:
             _update_softmax(row_shift[rows], row_sum[rows], tile, 1, out=tiles.scratch(rows, columns))
             if column_shift is not None and column_sum is not None:
                 _update_softmax(column_shift[columns], column_sum[columns], tile, 0, out=tile)
+
+
+def add_row_statistics(tiles: ScoreTiles, tile: Tensor, rows: slice, columns: slice, statistics: Statistics) -> None:
+    """Add a tile of negatives to the row statistics of its masks, if wanted; before it is added to the row sums."""
+    masks = tiles.masks
+    counted = masks.masks.statistics if masks is not None else None
+    if masks is None or counted is None:
+        return
+    own = masks.masks.product[rows, None] * tiles.batch.logit_scale
+    counted.higher[rows] += (tile > own).sum(1)
+    counted.counted[rows] += (tile > -torch.inf).sum(1)
+    highest, place = tile.max(1)
+    place += masks.first + columns.start
+    # Blocks of the pool come in any order; of equal scores the first row of the pool counts.
+    best, hardest = counted.hardest_exponent[rows], counted.hardest[rows]
+    better = (highest > best) | ((highest == best) & (place < hardest))
+    counted.hardest[rows] = torch.where(better, place, hardest)
+    counted.hardest_exponent[rows] = torch.where(better, highest, best)
+    before = statistics.row_shift[rows]
+    shift = torch.maximum(before, highest) if statistics.constant is None else before
+    exponents = (tile - shift[:, None]).clamp_(min=torch.finfo(tile.dtype).min)
+    change = before - shift
+    kept = counted.weighted[rows] + change * statistics.row_sum[rows]
+    # Without an exponent so far, the change is minus infinity and the sum zero.
+    kept = torch.where(statistics.row_sum[rows] > 0, change.exp() * kept, 0)
+    counted.weighted[rows] = kept + (exponents.exp() * exponents).sum(1)
 
 
 def score_bounds(tiles: ScoreTiles, *, positives_local: bool = True) -> Tensor:
@@ -262,6 +291,9 @@ def _to_score_gradient(
         scratch = tiles.scratch(rows, columns)
         torch.sub(tile, statistics.column_shift[columns], out=scratch).exp_().mul_(column_weight[columns])
         tile.sub_(statistics.row_shift[rows, None]).exp_().mul_(row_weight[rows, None]).add_(scratch)
+    if tiles.masks is not None:
+        tiles.write_pair_gradients(rows, columns)
+        return
     column, inside = tiles.positive_columns(rows, columns)
     tile.scatter_(1, column, tile.gather(1, column) - inside.to(tile.dtype))
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losses.inputs import ContrastiveBatch, all_finite
+from losses.negatives.loss import positive_scores
+from losses.negatives.masks import PairGradients
+from losses.negatives.pairs import PositivePairs
 from losses.precision import Precision, add_product, matmul_precision
-from losses.torch_tiles.tiles import ScoreTiles
+from losses.torch_tiles.tiles import ScoreTiles, TileMasks
 
 
 def tiled_sigmoid_loss(
@@ -76,11 +79,17 @@ def saved_gradient_dtype(embeddings: torch.dtype) -> torch.dtype:
 def tiled_sigmoid_values(
     batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The loss and its gradients with respect to query, passage, logit_scale and logit_bias; None if not wanted."""
+    """The loss and its gradients with respect to query, passage, logit_scale and logit_bias; None if not wanted.
+
+    With `options`, tiles mask the positives, whose losses and derivatives are computed from a list.
+    """
     want_query, want_passage, want_scale, want_bias = wanted
     (queries, width), passages = batch.query.shape, batch.passage.shape[0]
     with matmul_precision(precision, batch.query.device):
-        tiles = ScoreTiles(batch, precision, workspace_bytes)
+        masks, own_scores = None, None
+        if batch.options is not None:
+            masks, own_scores = _separate_positives(batch, logit_bias, precision, workspace_bytes)
+        tiles = ScoreTiles(batch, precision, workspace_bytes, masks)
         need_query = want_query or want_scale
         query_gradient = batch.query.new_empty(queries, width, dtype=saved_gradient_dtype(batch.query.dtype))
         score_factor = batch.logit_scale.detach() / queries
@@ -96,12 +105,17 @@ def tiled_sigmoid_values(
                 passage_block = tiles.passage_block(columns)
                 tile = tiles.scores(rows, columns, query_block, passage_block).add_(logit_bias)
                 column, inside = tiles.positive_columns(rows, columns)
-                _negate(tile, column, inside)
+                if masks is None:
+                    _negate(tile, column, inside)
                 losses = torch.logaddexp(tile, zero, out=tiles.scratch(rows, columns))
                 loss_sum += losses.sum()
                 if not any(wanted):
                     continue
-                _negate(tile.sigmoid_(), column, inside)
+                tile.sigmoid_()
+                if masks is None:
+                    _negate(tile, column, inside)
+                else:
+                    tiles.write_pair_gradients(rows, columns)
                 bias_sum += tile.sum()
                 factor = tiles.products.factor(tile)
                 if need_query:
@@ -113,6 +127,8 @@ def tiled_sigmoid_values(
                 scale_sum += (block_sum * query_block).sum()
             if want_query:
                 query_gradient[rows] = block_sum.mul_(score_factor)
+        if own_scores is not None:
+            loss_sum += nn.functional.softplus(-own_scores, threshold=500).sum()
         # A score of minus infinity adds zero to the sum, so the inputs themselves are checked.
         loss = torch.where(all_finite(batch.query, batch.passage), loss_sum / queries, torch.nan).to(tiles.dtype)
         return (
@@ -122,6 +138,17 @@ def tiled_sigmoid_values(
             (scale_sum / queries).to(tiles.dtype) if want_scale else None,
             (bias_sum / queries).to(tiles.dtype) if want_bias else None,
         )
+
+
+def _separate_positives(
+    batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int
+) -> tuple[TileMasks, Tensor]:
+    """Masks of the tiles with the derivatives at the positives, and the scores [M] float64 of the positives."""
+    pairs = PositivePairs.of(batch, len(batch.passage))
+    scores, masks, guide = positive_scores(batch, pairs, precision, workspace_bytes)
+    scores = scores + logit_bias.double()
+    values = -torch.sigmoid(-scores).to(logit_bias.dtype)
+    return TileMasks(masks, guide, 0, PairGradients(pairs.rows, pairs.columns, values)), scores
 
 
 def _negate(tile: Tensor, column: Tensor, inside: Tensor) -> None:

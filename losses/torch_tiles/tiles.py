@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch, accumulator_dtype
+from losses.negatives.masks import NegativeMasks, PairGradients
 from losses.precision import BlockProducts, Precision
 
 # On a CPU a larger tile does not speed up the products and no longer fits in the cache.
 CPU_TILE_ENTRIES = 1 << 20
 
 
+@dataclass(frozen=True)
+class TileMasks:
+    """Masks of the tiles of one block of passages; with them, positives are masked too.
+
+    Attributes:
+        masks: Thresholds of the rows.
+        guide: [n, G] embeddings of the guide for the block's passages, or None.
+        first: Row of the pool at which the block begins.
+        pairs: Derivatives at the positive pairs, in backward; or None.
+    """
+
+    masks: NegativeMasks
+    guide: Tensor | None
+    first: int
+    pairs: PairGradients | None
+
+
 class ScoreTiles:
     """The masked score matrix of a batch, one tile at a time, all in the same buffer."""
 
-    def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int) -> None:
-        self.batch = batch
+    def __init__(
+        self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, masks: TileMasks | None = None
+    ) -> None:
+        self.batch, self.masks = batch, masks
         self.dtype = accumulator_dtype(batch.query.dtype)
         self.device = batch.query.device
         self.products = BlockProducts(precision, self.device)
@@ -27,23 +48,32 @@ class ScoreTiles:
         entries = self.tile_rows * self.tile_columns
         # Excluded pairs outside a tile are written to a spare entry at the end: selecting the pairs inside would
         # synchronize with the device.
-        spare = int(batch.excluded is not None)
+        spare = int(batch.excluded is not None or masks is not None)
         self._scores = torch.empty(entries + spare, dtype=self.dtype, device=self.device)
-        self._scratch = torch.empty_like(self._scores) if batch.symmetric else self._scores
+        self._scratch = torch.empty_like(self._scores) if self._needs_scratch() else self._scores
         self._excluded = batch.excluded
         if self._excluded is not None and self.device.type == "cpu":
             # By query, so that a tile looks at the pairs of its rows alone: a search is free where nothing waits.
             self._excluded = self._excluded[self._excluded[:, 0].argsort()]
-        self._masked = torch.empty(
-            entries if batch.passage_ids is not None else 0, dtype=torch.bool, device=self.device
-        )
+        self._masked = torch.empty(entries if self._needs_mask() else 0, dtype=torch.bool, device=self.device)
+
+    def _needs_scratch(self) -> bool:
+        return self.batch.symmetric or (self.masks is not None and self.masks.guide is not None)
+
+    def _needs_mask(self) -> bool:
+        thresholds = self.masks is not None and (self.masks.masks.limit, self.masks.guide) != (None, None)
+        return self.batch.passage_ids is not None or thresholds
 
     def _tile_shape(self, workspace_bytes: int) -> tuple[int, int]:
         """The largest tile, square if M and N allow, that fits the workspace with its temporaries."""
         batch, width = self.batch, torch.finfo(self.dtype).bits // 8
-        per_entry = width * (1 + batch.symmetric) + 2 * self.products.native_bf16 + (batch.passage_ids is not None)
+        per_entry = width * (1 + self._needs_scratch()) + 2 * self.products.native_bf16 + self._needs_mask()
         # A block of embeddings is held up to three times: rounded, in the accumulator dtype, and its gradient.
         per_row = 3 * width * batch.query.shape[1]
+        if self.masks is not None:
+            # Statistics hold exponents, exponentials and comparisons of a tile.
+            per_entry += (2 * width + 2) * (self.masks.masks.statistics is not None)
+            per_row += 0 if self.masks.guide is None else 2 * width * self.masks.guide.shape[1]
         max_entries = CPU_TILE_ENTRIES if self.device.type == "cpu" else workspace_bytes // per_entry
 
         def other_side(count: int) -> int:
@@ -73,9 +103,17 @@ class ScoreTiles:
         return self.products.operand(self.batch.passage[columns])
 
     def scores(self, rows: slice, columns: slice, query: Tensor, passage: Tensor) -> Tensor:
-        """S[rows, columns], minus infinity where masked. Valid until the next call."""
+        """S[rows, columns], minus infinity where masked. Valid until the next call, which overwrites `scratch` too."""
         tile = self._view(self._scores, rows, columns)
-        self.products.scores(query, passage, tile).mul_(self.batch.logit_scale)
+        self.products.scores(query, passage, tile)
+        limit = self.masks.masks.limit if self.masks is not None else None
+        if limit is None:
+            tile.mul_(self.batch.logit_scale)
+        else:
+            masked = torch.gt(tile, limit[rows, None], out=self._view(self._masked, rows, columns))
+            tile.mul_(self.batch.logit_scale).masked_fill_(masked, -torch.inf)
+        if self.masks is not None:
+            self._mask_negatives(tile, self.masks, rows, columns)
         if self.batch.query_ids is not None and self.batch.passage_ids is not None:
             masked = self._view(self._masked, rows, columns)
             torch.eq(self.batch.query_ids[rows, None], self.batch.passage_ids[columns], out=masked)
@@ -86,15 +124,37 @@ class ScoreTiles:
             self._exclude(self._excluded, rows, columns)
         return tile
 
+    def _mask_negatives(self, tile: Tensor, masks: TileMasks, rows: slice, columns: slice) -> None:
+        """Minus infinity at the positives, and where the guide's products exceed their limits."""
+        guide_query, guide_limit = masks.masks.guide_query, masks.masks.guide_limit
+        if masks.guide is not None and guide_query is not None and guide_limit is not None:
+            query, passage = (self.products.operand(side) for side in (guide_query[rows], masks.guide[columns]))
+            guided = self.products.scores(query, passage, self._view(self._scratch, rows, columns))
+            masked = torch.gt(guided, guide_limit[rows, None], out=self._view(self._masked, rows, columns))
+            tile.masked_fill_(masked, -torch.inf)
+        column, inside = self.positive_columns(rows, columns)
+        tile.scatter_(1, column, torch.where(inside, -torch.inf, tile.gather(1, column)))
+
     def _exclude(self, pairs: Tensor, rows: slice, columns: slice) -> None:
-        if pairs.device.type == "cpu":
-            first, end = torch.searchsorted(pairs[:, 0].contiguous(), torch.tensor([rows.start, rows.stop])).tolist()
-            pairs = pairs[first:end]
-        row, column = pairs[:, 0] - rows.start, pairs[:, 1] - columns.start
+        span = _pairs_of(pairs[:, 0], rows)
+        entry = self._entries(pairs[span, 0], pairs[span, 1], rows, columns)
+        self._scores.index_fill_(0, entry, -torch.inf)
+
+    def write_pair_gradients(self, rows: slice, columns: slice) -> None:
+        """Write the derivatives at the positive pairs into the current tile."""
+        pairs = self.masks.pairs if self.masks is not None else None
+        if self.masks is None or pairs is None:
+            return
+        span = _pairs_of(pairs.rows, rows)
+        entry = self._entries(pairs.rows[span], pairs.columns[span] - self.masks.first, rows, columns)
+        self._scores[entry] = pairs.values[span]
+
+    def _entries(self, pair_rows: Tensor, pair_columns: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Places of pairs in the buffer of the tile; the spare one for pairs outside the tile."""
+        row, column = pair_rows - rows.start, pair_columns - columns.start
         height, width = rows.stop - rows.start, columns.stop - columns.start
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        entry = torch.where(inside, row * width + column, len(self._scores) - 1)
-        self._scores.index_fill_(0, entry, -torch.inf)
+        return torch.where(inside, row * width + column, len(self._scores) - 1)
 
     def scratch(self, rows: slice, columns: slice) -> Tensor:
         """A second buffer of the tile's shape; the tile's own buffer if the loss is not symmetric, which needs none."""
@@ -112,6 +172,14 @@ class ScoreTiles:
     def _view(self, buffer: Tensor, rows: slice, columns: slice) -> Tensor:
         shape = rows.stop - rows.start, columns.stop - columns.start
         return buffer[: shape[0] * shape[1]].view(shape)
+
+
+def _pairs_of(pair_rows: Tensor, rows: slice) -> slice:
+    """The pairs with these rows, if they are sorted by row on a CPU; otherwise all pairs."""
+    if pair_rows.device.type != "cpu":
+        return slice(0, len(pair_rows))
+    first, end = torch.searchsorted(pair_rows.contiguous(), torch.tensor([rows.start, rows.stop])).tolist()
+    return slice(first, end)
 
 
 def _blocks(count: int, size: int) -> Iterator[slice]:

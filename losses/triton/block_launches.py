@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from losses.negatives.masks import PairGradients
 from losses.triton.kernel_batch import KernelBatch, span_length
 
 
@@ -48,23 +49,32 @@ def add_sums(
     diagonal: bool,
     workspace_bytes: int,
     kept: Tensor | None = None,
+    first_passage: int = 0,
 ) -> None:
     """Add all tiles of a batch, or of one block of its passages, to the sums of `statistics`.
 
     Values of `positive` outside the passages of `kernel_batch` belong to other blocks. `kept` receives the
-    exponentials of the rows that are kept.
+    exponentials of the rows that are kept. `first_passage` is the row of the pool at which the passages begin, for
+    statistics of the batch's masks.
     """
     import triton
 
     from losses.triton.block_sizes import forward_blocks
+    from losses.triton.kernels.row_statistics import FIELDS, merge_statistics_kernel
     from losses.triton.kernels.statistics import MERGE_BLOCK, MERGE_TILES, merge_sums_kernel, tile_sums_kernel
 
     queries, passages = len(kernel_batch.query), len(kernel_batch.passage)
     # A kernel that also stores its tiles needs shared memory for the store, so it has a tile shape of its own.
     sums_shape, kept_shape = kernel_batch.shape("sums"), kernel_batch.shape("kept_sums")
     min_block_m, min_block_n = min(sums_shape.block_m, kept_shape.block_m), min(sums_shape.block_n, kept_shape.block_n)
+    counted = kernel_batch.masks.statistics if kernel_batch.masks is not None else None
+    own_product = kernel_batch.query if kernel_batch.masks is None else kernel_batch.masks.product
+    # A sum and a maximum for each row and column of a tile, and the statistics of each row.
+    per_entry = 8 * (1 / min_block_m + 1 / min_block_n) + (4 * FIELDS / min_block_n if counted is not None else 0)
     launches = list(
-        forward_blocks(queries, passages, kernel_batch.blocks.kept_rows, workspace_bytes, min_block_m, min_block_n)
+        forward_blocks(
+            queries, passages, kernel_batch.blocks.kept_rows, workspace_bytes, min_block_m, min_block_n, per_entry
+        )
     )
     buffer_size = max(
         span_length(rows) * triton.cdiv(span_length(columns), min_block_n)
@@ -72,6 +82,12 @@ def add_sums(
         for rows, columns, _ in launches
     )
     sums, maxima = statistics.bounds.new_empty(2, buffer_size)
+    row_fields = 0
+    if counted is not None:
+        row_fields = max(
+            span_length(rows) * triton.cdiv(span_length(columns), min_block_n) for rows, columns, _ in launches
+        )
+    tile_statistics = sums if counted is None else sums.new_empty(FIELDS * row_fields)
     for rows, columns, keep_block in launches:
         height, width = span_length(rows), span_length(columns)
         shape = kept_shape if keep_block else sums_shape
@@ -96,6 +112,10 @@ def add_sums(
                 sums[column_offset:],
                 maxima[column_offset:],
                 *kernel_batch.excluded_arguments,
+                *kernel_batch.mask_arguments(rows, columns, shape),
+                own_product,
+                tile_statistics,
+                row_fields,
                 height,
                 width,
                 rows.start,
@@ -108,7 +128,30 @@ def add_sums(
                 HAS_IDS=kernel_batch.has_ids,
                 HAS_EXCLUDED=kernel_batch.has_excluded,
                 KEEP=keep_block,
+                STATISTICS=counted is not None,
+                **kernel_batch.mask_options,
                 **launched.meta(),
+            )
+        if counted is not None:
+            merge_statistics_kernel[(triton.cdiv(height, MERGE_BLOCK),)](
+                statistics.bounds,
+                logit_scale,
+                statistics.row_sum[rows],
+                statistics.row_shift[rows],
+                sums,
+                maxima,
+                tile_statistics,
+                row_fields,
+                counted.higher[rows],
+                counted.counted[rows],
+                counted.hardest[rows],
+                counted.hardest_exponent[rows],
+                counted.weighted[rows],
+                height,
+                column_tiles,
+                first_passage + columns.start,
+                BLOCK=MERGE_BLOCK,
+                TILES=MERGE_TILES,
             )
         size = max(height, width) if symmetric else height
         merge_sums_kernel[(triton.cdiv(size, MERGE_BLOCK), 2 if symmetric else 1)](
@@ -184,6 +227,7 @@ def score_gradient(
             weights.column,
             statistics.column_shift,
             *kernel_batch.excluded_arguments,
+            *kernel_batch.mask_arguments(rows, columns, shape),
             span_length(rows),
             span_length(columns),
             rows.start,
@@ -196,5 +240,38 @@ def score_gradient(
             HAS_IDS=kernel_batch.has_ids,
             HAS_EXCLUDED=kernel_batch.has_excluded and not from_kept,
             KEPT=from_kept,
+            **kernel_batch.mask_options,
             **launched.meta(),
         )
+
+
+def write_pair_gradients(
+    kernel_batch: KernelBatch,
+    pairs: PairGradients,
+    columns_of_block: Tensor,
+    rows: slice,
+    columns: slice,
+    gradient: Tensor,
+) -> None:
+    """Write the derivatives at the pairs inside [rows, columns] to `gradient`.
+
+    `columns_of_block` [P] are the passages of the pairs, relative to those of `kernel_batch`.
+    """
+    import triton
+
+    from losses.triton.kernels.pairs import WRITE_BLOCK, write_pair_gradients_kernel
+
+    write_pair_gradients_kernel[(triton.cdiv(len(pairs.rows), WRITE_BLOCK),)](
+        gradient,
+        pairs.rows,
+        columns_of_block,
+        pairs.values,
+        len(pairs.rows),
+        rows.start,
+        span_length(rows),
+        columns.start,
+        span_length(columns),
+        gradient.stride(0),
+        PRODUCT=kernel_batch.product,
+        BLOCK=WRITE_BLOCK,
+    )

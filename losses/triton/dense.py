@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from losses.checked_options import needs_negatives
 from losses.inputs import ContrastiveBatch
+from losses.options import Statistics
 from losses.precision import BlockProducts, Precision, matmul_precision
 
 # Products Q Kᵀ, stored until backward, and dS.
@@ -26,16 +28,32 @@ def fits_dense(batch: ContrastiveBatch, workspace_bytes: int) -> bool:
     return batch.query.shape[0] * batch.passage.shape[0] * BYTES_PER_SCORE <= workspace_bytes
 
 
+def why_not_dense_options(batch: ContrastiveBatch) -> str | None:
+    """Which of the batch's options the dense loss has not, in a few words; None if it has all of them."""
+    options = batch.options
+    if options is None or not needs_negatives(options):
+        return None
+    return "positives" if options.reduction != "single" else "negatives"
+
+
 def dense_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
     """0-dim InfoNCE loss of the batch, differentiable once with respect to query, passage and logit_scale."""
     return _DenseLoss.apply(batch.query, batch.passage, batch.logit_scale, batch, precision)
+
+
+def dense_loss_and_statistics(batch: ContrastiveBatch, precision: Precision) -> tuple[Tensor, Statistics]:
+    """`dense_loss` and statistics of the rows."""
+    loss, counts, numbers, summary = _DenseLoss.apply(batch.query, batch.passage, batch.logit_scale, batch, precision)
+    rank, hardest, masked = counts
+    hardest_score, entropy = numbers
+    return loss, Statistics(rank, hardest, hardest_score, entropy, masked, *summary)
 
 
 class _DenseLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, batch: ContrastiveBatch, precision: Precision
-    ) -> Tensor:
+    ) -> Any:
         kernels = _kernels()
         rows, columns = query.shape[0], passage.shape[0]
         with matmul_precision(precision, query.device):
@@ -92,14 +110,21 @@ class _DenseLoss(torch.autograd.Function):
             *operands, logit_scale, batch.given_positive, batch.query_ids, batch.passage_ids, scores, statistics
         )
         ctx.options = batch.symmetric, batch.diagonal, batch.excluded is not None, precision, query.dtype
-        return loss
+        if batch.options is None:
+            return loss
+        found = _row_statistics(batch, scores, statistics)
+        ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)
+        return loss, *found
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second
         # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("the dense loss is differentiable once: implementation='full' has second derivatives")
+        if upstream is None:
+            return None, None, None, None, None
         kernels = _kernels()
         query, passage, logit_scale, given_positive, query_ids, passage_ids, scores, statistics = ctx.saved_tensors
         symmetric, diagonal, has_excluded, precision, dtype = ctx.options
@@ -141,6 +166,36 @@ class _DenseLoss(torch.autograd.Function):
                 None,
                 None,
             )
+
+
+def _row_statistics(batch: ContrastiveBatch, scores: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[3, M] int64, [2, M] and [3]: what the kernels count, from the products [M, N] and the sums of their rows."""
+    kernels = _kernels()
+    rows, columns = scores.shape
+    counts, numbers, summary = (
+        scores.new_empty(3, rows, dtype=torch.int64),
+        scores.new_empty(2, rows),
+        scores.new_empty(3),
+    )
+    kernels.dense_row_statistics_kernel[(-(-rows // kernels.ROWS_PER_PROGRAM),)](
+        scores,
+        batch.logit_scale,
+        batch.given_positive,
+        batch.query_ids,
+        batch.passage_ids,
+        statistics,
+        counts,
+        numbers,
+        rows,
+        columns,
+        DIAGONAL=batch.diagonal,
+        HAS_IDS=batch.query_ids is not None,
+        HAS_EXCLUDED=batch.excluded is not None,
+        ROWS_PER_PROGRAM=kernels.ROWS_PER_PROGRAM,
+        ROW_STEP=kernels.ROW_STEP,
+    )
+    kernels.dense_summary_kernel[(1,)](counts, summary, rows, columns, BLOCK=LOSS_BLOCK)
+    return counts, numbers, summary
 
 
 @functools.cache

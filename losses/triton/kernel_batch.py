@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from losses.negatives.masks import NegativeMasks
 from losses.precision import Precision
 
 
@@ -55,6 +56,8 @@ class KernelBatch:
         self.has_excluded = False
         # Placeholders: kernels without excluded pairs do not read them.
         self.excluded_arguments: tuple[Any, ...] = (self.query, self.query, 0, 0, 0)
+        self.masks: NegativeMasks | None = None
+        self._guide_passage: Tensor | None = None
 
     def set_excluded(self, keys: Tensor, starts: Tensor) -> None:
         """Exclude pairs, sorted by triton/kernels/excluded.py; empty tensors mean none."""
@@ -65,6 +68,34 @@ class KernelBatch:
         cells = Cells.of(len(self.query), len(self.passage))
         self.has_excluded = True
         self.excluded_arguments = (keys, starts, cells.row_cells, cells.column_cells, cells.cell_bits)
+
+    def set_masks(self, masks: NegativeMasks, guide_passage: Tensor | None) -> None:
+        """Mask positives and what `masks` says; `guide_passage` [N, G] are the guide's operands of the passages."""
+        self.masks, self._guide_passage = masks, guide_passage
+
+    def mask_arguments(self, rows: slice, columns: slice, shape: Any) -> tuple[Any, ...]:
+        """Descriptors of the guide's operands in a block, limits of the guide and limits, for the tile kernels."""
+        masks, guide = self.masks, self._guide_passage
+        if masks is None:
+            return (self.query,) * 4
+        arguments: list[Any] = [self.query, self.query, masks.guide_limit, masks.limit]
+        if guide is not None and masks.guide_query is not None:
+            arguments[0] = self.descriptor(masks.guide_query[rows], shape.block_m, shape.block_k)
+            arguments[1] = self.descriptor(guide[columns], shape.block_n, shape.block_k)
+        # Placeholders for limits that are not given; kernels do not read them.
+        return tuple(self.query if each is None else each for each in arguments)
+
+    @property
+    def mask_options(self) -> dict[str, Any]:
+        """Keyword arguments of the tile kernels that go with `mask_arguments`."""
+        masks = self.masks
+        guide = masks.guide_query if masks is not None else None
+        return {
+            "NEGATIVES": masks is not None,
+            "HAS_LIMIT": masks is not None and masks.limit is not None,
+            "HAS_GUIDE": guide is not None,
+            "G": 0 if guide is None else guide.shape[1],
+        }
 
     def shape(self, kernel: str) -> Any:
         """The tile shape of a kernel."""

@@ -15,16 +15,7 @@ from retriever.errors import ConfigError
 class DistributedClipLoss(InfCLLoss):
     """The loss of CLIP over several ranks, with the full matrix on every rank."""
 
-    def forward(
-        self,
-        query: Tensor,
-        passage: Tensor,
-        *,
-        positive: Tensor | None = None,
-        excluded: Tensor | None = None,
-        query_ids: Tensor | None = None,
-        passage_ids: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, query: Tensor, passage: Tensor, **_: Any) -> Tensor:
         """Compute the loss with row i of `passage` as the positive of row i of `query`. Other arguments are ignored."""
         return gathered_clip_loss(query, passage, logit_scale=self.logit_scale, group=self.group)
 

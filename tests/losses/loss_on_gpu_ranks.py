@@ -9,9 +9,11 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from option_cases import assert_same_statistics, case, run
 from torch import Tensor, distributed
 from torch.nn.functional import normalize
 
@@ -104,6 +106,41 @@ def relative_errors(
     return [float((a - b).norm() / c.norm()) for a, b, c in zip(found, own, expected, strict=True)]
 
 
+def check_options(group: Any, size: int, feature: str, exchange: str, symmetric: bool) -> None:
+    """Value, averaged gradients and statistics with `positives`, `negatives` and `statistics`, in float32."""
+    rank, (counts, more) = distributed.get_rank(), SHARDS[size]
+    passages = [queries + extra for queries, extra in zip(counts, more, strict=True)]
+    mine = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in (counts, passages)]
+    given = case(feature, sum(counts), sum(passages), random_positive=True, excluded=True, ids=True, dims=DIMENSIONS)
+    given["symmetric"] = symmetric
+    truth, of_truth = run(given | {"implementation": "full"}, 20.0, torch.float64)
+
+    def own_pairs(pairs: Tensor) -> Tensor:
+        inside = (pairs[:, 0] >= mine[0].start) & (pairs[:, 0] < mine[0].stop)
+        return pairs[inside] - torch.tensor([mine[0].start, 0])
+
+    shard = dict(given)
+    for name, span in (("query", 0), ("passage", 1), ("positive", 0), ("passage_ids", 1)):
+        shard[name] = given[name][mine[span]]
+    shard["excluded"] = own_pairs(given["excluded"])
+    if "positives" in given:
+        shard["positives"] = replace(given["positives"], pairs=own_pairs(given["positives"].pairs))
+    if "negatives" in given:
+        guide = given["negatives"].guide
+        guide = replace(guide, query=guide.query[mine[0]], passage=guide.passage[mine[1]])
+        shard["negatives"] = replace(given["negatives"], guide=guide)
+    options = {"group": group, "exchange": exchange, "implementation": "triton", "workspace_mib": 1}
+    (value, query, passage, scale), statistics = run(shard | options, 20.0, torch.float32, "cuda")
+    distributed.all_reduce(scale)
+    found = [value, query / size, passage / size, scale / size]
+    own = [truth[0], truth[1][mine[0]], truth[2][mine[1]], truth[3]]
+    for ours, expected, whole in zip(found, own, truth, strict=True):
+        assert float((ours - expected).norm()) <= 5e-5 * float(whole.norm()), (feature, exchange, symmetric)
+    rows = ("rank", "hardest", "hardest_score", "entropy", "masked")
+    of_rows = replace(of_truth, **{name: getattr(of_truth, name)[mine[0]] for name in rows})
+    assert_same_statistics(statistics, of_rows, 1e-4)
+
+
 def main(size: int) -> None:
     own_gpus = torch.cuda.device_count() >= size
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if own_gpus else 0)
@@ -115,13 +152,17 @@ def main(size: int) -> None:
         if dtype != torch.bfloat16 and not (symmetric and ids == random_positive):
             # Each combination compiles new kernels, which takes most of the time.
             continue
-        case: dict[str, Any] = {"exchange": exchange, "symmetric": symmetric, "logit_scale": logit_scale}
+        settings: dict[str, Any] = {"exchange": exchange, "symmetric": symmetric, "logit_scale": logit_scale}
         found = relative_errors(
-            group, size, dtype, random_positive, ids, implementation="triton", workspace_mib=1, **case
+            group, size, dtype, random_positive, ids, implementation="triton", workspace_mib=1, **settings
         )
         # The rounding error of a score grows with the scale.
         allowed = ALLOWED[dtype] * max(1, logit_scale / 60)
-        assert max(found) <= allowed, (dtype, case, ids, random_positive, found)
+        assert max(found) <= allowed, (dtype, settings, ids, random_positive, found)
+    for feature, exchange, symmetric in itertools.product(
+        ("none", "all mean", "all sum"), ("ring", "gather"), (False, True)
+    ):
+        check_options(group, size, feature, exchange, symmetric)
     distributed.barrier()
     distributed.destroy_process_group()
 

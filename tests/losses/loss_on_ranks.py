@@ -6,15 +6,20 @@ import gc
 import itertools
 import os
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from option_cases import FEATURES, assert_same_statistics, case, run
 from torch import Tensor, distributed, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from losses import (
+    Guide,
     InfCLLoss,
+    Positives,
     disco_clip_loss,
     gathered_clip_loss,
     inf_cl_loss,
@@ -142,6 +147,56 @@ def check_narrow_embeddings(size: int) -> None:
         assert max(found) <= ALLOWED[torch.bfloat16], (exchange, found)
 
 
+def check_options(size: int, features: Iterable[str], dtypes: Iterable[torch.dtype], **more: Any) -> None:
+    """Loss, averaged gradients and statistics with `positives`, `negatives` and `statistics`."""
+    counts, extra = SHARDS[size]
+    rank, passages = distributed.get_rank(), [a + b for a, b in zip(counts, extra, strict=True)]
+    first_query, first_passage = sum(counts[:rank]), sum(passages[:rank])
+    firsts = [0, *itertools.accumulate(passages)]
+    diagonal = torch.cat([torch.arange(count) + first for count, first in zip(counts, firsts, strict=False)])
+    mine = slice(first_query, first_query + counts[rank]), slice(first_passage, first_passage + passages[rank])
+    for feature, symmetric, random_positive, scale in itertools.product(
+        features, (False, True), (False, True), (20.0, 500.0)
+    ):
+        masks = symmetric == random_positive
+        given = case(feature, sum(counts), sum(passages), random_positive=True, excluded=masks, ids=masks)
+        if not random_positive:
+            given["positive"] = diagonal
+            if given.get("excluded") is not None:
+                pairs = given["excluded"]
+                given["excluded"] = pairs[pairs[:, 1] != diagonal[pairs[:, 0]]]
+        given["symmetric"] = symmetric
+        truth, of_truth = run(given | {"implementation": "full"}, scale, torch.float64)
+        shard = dict(given)
+        for name, span in (("query", mine[0]), ("passage", mine[1]), ("positive", mine[0]), ("passage_ids", mine[1])):
+            shard[name] = None if given.get(name) is None else given[name][span]
+        if not random_positive:
+            shard["positive"] = None
+        if given.get("excluded") is not None:
+            shard["excluded"] = own_pairs(given["excluded"], counts, rank)
+        if "positives" in given:
+            shard["positives"] = Positives(
+                own_pairs(given["positives"].pairs, counts, rank), given["positives"].reduction
+            )
+        if "negatives" in given and given["negatives"].guide is not None:
+            guide = given["negatives"].guide
+            guide = Guide(guide.query[mine[0]], guide.passage[mine[1]], guide.margin)
+            shard["negatives"] = replace(given["negatives"], guide=guide)
+        for exchange, dtype in itertools.product(("ring", "gather"), dtypes):
+            options = {"group": distributed.group.WORLD, "exchange": exchange, "workspace_mib": 2**-8, **more}
+            (value, query, passage, of_scale), statistics = run(shard | options, scale, dtype)
+            distributed.all_reduce(of_scale)
+            found = [value, query / size, passage / size, of_scale / size]
+            theirs = [truth[0], truth[1][mine[0]], truth[2][mine[1]], truth[3]]
+            allowed = {torch.float64: 1e-11, torch.float32: 1e-5}[dtype] * (1 if scale == 20 else 100)
+            for ours, expected, whole in zip(found, theirs, truth, strict=True):
+                error = float((ours - expected).norm())
+                assert error <= allowed * float(whole.norm()) + 1e-9, (feature, symmetric, exchange, dtype, scale)
+            rows = ("rank", "hardest", "hardest_score", "entropy", "masked")
+            of_rows = replace(of_truth, **{name: getattr(of_truth, name)[mine[0]] for name in rows})
+            assert_same_statistics(statistics, of_rows, max(allowed, 1e-9))
+
+
 def check_literature(size: int) -> None:
     counts, rank = SHARDS[size][0], distributed.get_rank()
     for dtype in (torch.float64, torch.float32):
@@ -246,6 +301,10 @@ def check_errors_on_all_ranks(size: int) -> None:
         refused(f"4 queries and {4 * size} passages, found {pair}", excluded=wrong if last else None)
     own_positive = torch.tensor([[1, 4 * rank + 1]])
     refused(f"own positive, found [1, {4 * size - 3}]", excluded=own_positive if last else own_positive[:0])
+    pairs = torch.tensor([[0, 4 * size]])
+    refused("positives.pairs must hold rows of 4", positives=Positives(pairs if last else pairs[:0]))
+    refused("options differs", statistics=last)
+    refused("negatives must be a Negatives", negatives=0.95 if last else None)
     refused("symmetric differs", symmetric=last)
     refused("logit_scale differs", logit_scale=2.0 if last else 3.0)
     refused("requires_grad differs", query=query.clone().requires_grad_(last))
@@ -253,6 +312,10 @@ def check_errors_on_all_ranks(size: int) -> None:
     refused("passage_ids differs", passage_ids=torch.arange(4) if last else None)
     # The group still works afterwards.
     inf_cl_loss(query, passage, logit_scale=3.0, group=group)
+
+
+def check_kernels_with_options(size: int) -> None:
+    check_options(size, ("all mean",), (torch.float32,), implementation="triton", precision="fp32")
 
 
 class LiteratureLoss(InfCLLoss):
@@ -318,12 +381,18 @@ def main(size: int) -> None:
     distributed.init_process_group("gloo")
     check_values(size)
     check_narrow_embeddings(size)
+    if size == 3:
+        check_options(size, FEATURES, (torch.float64,))
+        check_options(size, ("all mean",), (torch.float32,))
+    if size == 4:
+        check_options(size, ("none", "all sum"), (torch.float64,))
     check_literature(size)
     check_sigmoid(size)
     check_errors_on_all_ranks(size)
     check_parameters_under_ddp(size)
     if size == 3:
         check_kernels(size)
+        check_kernels_with_options(size)
     if size == 4:
         check_two_groups(size)
     distributed.barrier()

@@ -220,7 +220,7 @@ def test_blocks_cover_the_matrix_within_the_workspace() -> None:
             ]
             assert sum((r.stop - r.start) * (c.stop - c.start) for r, c in visited) == queries * passages
             entries = 0
-            for rows, columns, kept in forward_blocks(queries, passages, blocks.kept_rows, mib * MIB, 128, 128):
+            for rows, columns, kept in forward_blocks(queries, passages, blocks.kept_rows, mib * MIB, 128, 128, 0.125):
                 entries += (rows.stop - rows.start) * (columns.stop - columns.start)
                 assert kept == (rows.start < blocks.kept_rows)
             assert entries == queries * passages

@@ -12,9 +12,9 @@ import pytest
 MEASURED = """
 import json, re, sys
 import torch
-from losses import inf_cl_loss
+from losses import Guide, NegativeLimit, Negatives, Positives, inf_cl_loss
 
-pairs, dims, workspace_mib, ids = (int(argument) for argument in sys.argv[1:])
+pairs, dims, workspace_mib, ids, options = (int(argument) for argument in sys.argv[1:])
 torch.set_num_threads(1)
 
 def step(pairs, workspace_mib):
@@ -22,11 +22,17 @@ def step(pairs, workspace_mib):
     query.requires_grad_(), passage.requires_grad_()
     scale = torch.tensor(20.0, requires_grad=True)
     passage_ids = torch.arange(pairs) // 2 if ids else None
+    given = {}
+    if options:
+        guide = Guide(query.detach()[:, :8].clone(), passage.detach()[:, :8].clone())
+        given["negatives"] = Negatives(limit=NegativeLimit(share=0.95), guide=guide, hardness=1.0)
+        given["positives"] = Positives(torch.randint(pairs, (pairs, 2)))
     before = peak()
     loss = inf_cl_loss(
         query, passage, logit_scale=scale, symmetric=True, passage_ids=passage_ids, workspace_mib=workspace_mib,
-        implementation="chunked",
+        implementation="chunked", statistics=bool(options), **given,
     )
+    loss = loss[0] if options else loss
     loss.backward()
     assert loss.isfinite() and query.grad.isfinite().all() and passage.grad.isfinite().all()
     return peak() - before
@@ -41,8 +47,8 @@ print(json.dumps(step(pairs, workspace_mib)))
 """
 
 
-def peak_growth_mib(pairs: int, dims: int, workspace_mib: int, ids: bool) -> float:
-    arguments = [str(int(value)) for value in (pairs, dims, workspace_mib, ids)]
+def peak_growth_mib(pairs: int, dims: int, workspace_mib: int, ids: bool, options: bool = False) -> float:
+    arguments = [str(int(value)) for value in (pairs, dims, workspace_mib, ids, options)]
     measured = subprocess.run(
         [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True, timeout=240
     )
@@ -63,3 +69,13 @@ def test_peak_memory_follows_the_workspace() -> None:
     pairs, dims = 6_000, 32
     gradients_mib = 2 * pairs * dims * 4 / 2**20
     assert peak_growth_mib(pairs, dims, 2, ids=True) <= gradients_mib + 20 * pairs * 8 / 2**20 + 2 + 6
+
+
+def test_peak_memory_with_options_is_linear() -> None:
+    pairs, dims, workspace_mib = 12_000, 32, 8
+    # The sums of the query gradients are kept beside the gradients.
+    gradients_mib = 3 * pairs * dims * 4 / 2**20
+    lists_mib = 2 * 200 * pairs / 2**20
+    growth = peak_growth_mib(pairs, dims, workspace_mib, ids=True, options=True)
+    # The full matrix alone is 549 MiB.
+    assert growth <= gradients_mib + 40 * pairs * 8 / 2**20 + lists_mib + workspace_mib + 16

@@ -16,7 +16,10 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
 from losses import InfCLLoss, SigmoidLoss, inf_cl_loss
+from losses.checked_options import CheckedOptions
 from losses.inputs import ContrastiveBatch
+from losses.negatives.compiled import negatives_loss_op
+from losses.options import NegativeLimit
 from losses.torch_tiles.compiled import tiled_loss_op
 
 QUERY, PASSAGE = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
@@ -150,10 +153,16 @@ def test_values_are_checked_in_a_compiled_graph() -> None:
         compiled(torch.tensor(torch.inf), torch.arange(7))
 
 
-def test_the_operator_takes_every_field_of_a_batch() -> None:
-    # A field that the operator does not take would be ignored by compiled losses.
-    given = {argument.name for argument in tiled_loss_op._opoverload._schema.arguments}
-    assert {field.name for field in dataclasses.fields(ContrastiveBatch)} <= given
+def test_the_operators_take_every_field_of_a_batch() -> None:
+    # A field that an operator does not take would be ignored by compiled losses.
+    of_batch, of_options, of_limit = (
+        {field.name for field in dataclasses.fields(kind)} for kind in (ContrastiveBatch, CheckedOptions, NegativeLimit)
+    )
+    for operator, wanted in (
+        (tiled_loss_op, of_batch - {"options"}),
+        (negatives_loss_op, of_batch - {"options"} | of_options - {"limit"} | of_limit),
+    ):
+        assert wanted <= {argument.name for argument in operator._opoverload._schema.arguments}
 
 
 def test_with_towers_sharded_by_fsdp() -> None:

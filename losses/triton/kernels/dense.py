@@ -161,6 +161,68 @@ def _negative_log_probability(score, sum_ptr, shift_ptr, valid):
 
 
 @triton.jit
+def dense_row_statistics_kernel(
+    product_ptr, scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, statistics_ptr, count_ptr, number_ptr, rows,
+    columns,
+    DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+):  # fmt: skip
+    """Rank, row of the hardest negative and number of masked entries [3, M] int64; its score and the entropy [2, M]."""
+    scale = tl.load(scale_ptr) * LOG2_E
+    row = tl.program_id(0) * ROWS_PER_PROGRAM + tl.arange(0, ROWS_PER_PROGRAM)
+    valid = row < rows
+    positive_column = _positive_columns(positive_ptr, row, rows, columns, DIAGONAL)
+    known = valid & (positive_column >= 0)
+    own = tl.load(product_ptr + row.to(tl.int64) * columns + positive_column, mask=known, other=0.0) * scale
+    total = tl.load(statistics_ptr + row, mask=valid, other=1.0)
+    shift = tl.load(statistics_ptr + rows + row, mask=valid, other=0.0)
+    higher = tl.zeros((ROWS_PER_PROGRAM,), dtype=tl.int32)
+    counted = tl.zeros((ROWS_PER_PROGRAM,), dtype=tl.int32)
+    hardest = tl.full((ROWS_PER_PROGRAM,), -1, tl.int32)
+    best = tl.full((ROWS_PER_PROGRAM,), float("-inf"), tl.float32)
+    weighted = tl.zeros((ROWS_PER_PROGRAM,), dtype=tl.float32)
+    for first in range(0, columns, ROW_STEP):
+        column = first + tl.arange(0, ROW_STEP)
+        _, exponents = _exponents(
+            product_ptr, scale, positive_ptr, query_id_ptr, passage_id_ptr, row, column, rows, columns,
+            DIAGONAL, HAS_IDS, HAS_EXCLUDED,
+        )  # fmt: skip
+        shifted = exponents - shift[:, None]
+        # A masked exponent is minus infinity, and zero times it would be NaN.
+        weighted += tl.sum(tl.exp2(shifted) * tl.maximum(shifted, -3.0e38), 1)
+        exponents = tl.where(positive_column[:, None] == column[None, :], float("-inf"), exponents)
+        higher += tl.sum((exponents > own[:, None]).to(tl.int32), 1)
+        counted += tl.sum((exponents > float("-inf")).to(tl.int32), 1)
+        highest = tl.max(exponents, 1)
+        place = tl.min(tl.where(exponents == highest[:, None], column[None, :], 2147483647), 1)
+        hardest = tl.where(highest > best, place, hardest)
+        best = tl.maximum(best, highest)
+    tl.store(count_ptr + row, (higher + 1).to(tl.int64), mask=valid)
+    tl.store(count_ptr + rows + row, hardest.to(tl.int64), mask=valid)
+    tl.store(count_ptr + 2 * rows + row, (columns - 1 - counted).to(tl.int64), mask=valid)
+    tl.store(number_ptr + row, best / LOG2_E, mask=valid)
+    tl.store(number_ptr + rows + row, tl.maximum(tl.log2(total) - weighted / total, 0.0) / LOG2_E, mask=valid)
+
+
+@triton.jit
+def dense_summary_kernel(count_ptr, summary_ptr, rows, columns, BLOCK: tl.constexpr):
+    """[3] from the counts [3, M]: the share of rank 1, the mean of 1 / rank, the share of masked entries."""
+    first_ranks = tl.zeros((BLOCK,), dtype=tl.float32)
+    reciprocals = tl.zeros((BLOCK,), dtype=tl.float32)
+    masked = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        valid = row < rows
+        rank = tl.load(count_ptr + row, mask=valid, other=1)
+        first_ranks += (valid & (rank == 1)).to(tl.float32)
+        reciprocals += tl.where(valid, 1.0 / rank.to(tl.float32), 0.0)
+        masked += tl.load(count_ptr + 2 * rows + row, mask=valid, other=0).to(tl.float32) / columns
+    tl.store(summary_ptr, tl.sum(first_ranks, 0) / rows)
+    tl.store(summary_ptr + 1, tl.sum(reciprocals, 0) / rows)
+    tl.store(summary_ptr + 2, tl.sum(masked, 0) / rows)
+
+
+@triton.jit
 def dense_gradient_kernel(
     product_ptr, scale_ptr, upstream_ptr, positive_ptr, positive_count_ptr, query_id_ptr, passage_id_ptr,
     statistics_ptr, gradient_ptr, partial_ptr, rows, columns,

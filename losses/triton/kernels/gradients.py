@@ -18,9 +18,10 @@ from losses.triton.kernels.tile import (
     load_ids,
     mask_equal_ids,
     mask_excluded,
+    mask_negatives,
+    negative_products,
     scale_and_shift,
     tile_coordinates,
-    tile_products,
 )
 
 
@@ -52,12 +53,14 @@ def gradient_weights_kernel(
 def score_gradient_kernel(
     query, passage, kept, gradient, bounds_ptr, scale_ptr, ds_scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr,
     score_ptr, row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, row_cells,
-    column_cells, cell_bits, rows, columns, first_row, first_column,
+    column_cells, cell_bits, guide_query, guide_passage, guide_limit_ptr, limit_ptr, rows, columns, first_row,
+    first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEPT: tl.constexpr,
+    NEGATIVES: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_GUIDE: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """A block of ds_scale · M · dS. Returns at once if SAFE does not match the bounds."""
+    """A block of ds_scale · M · dS, zero at the positives with NEGATIVES. Returns if SAFE does not match the bounds."""
     scale, shift, safe = scale_and_shift(bounds_ptr, scale_ptr)
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     tiles = active_tiles(row_tiles * column_tiles, safe, SAFE)
@@ -67,24 +70,30 @@ def score_gradient_kernel(
             if KEPT:
                 values = kept.load([m * BLOCK_M, n * BLOCK_N]).to(tl.float32)
             else:
-                values = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
+                values = negative_products(
+                    query, passage, guide_query, guide_passage, guide_limit_ptr, first_row, rows, m * BLOCK_M,
+                    n * BLOCK_N, D, G, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT, HAS_GUIDE,
+                )  # fmt: skip
             _store_gradient(
                 values, gradient, scale, shift, ds_scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
                 row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, row_cells,
-                column_cells, cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, PRODUCT, SAFE,
-                SYMMETRIC, DIAGONAL, HAS_IDS, HAS_EXCLUDED, KEPT,
+                column_cells, cell_bits, limit_ptr, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N,
+                PRODUCT, SAFE, SYMMETRIC, DIAGONAL, HAS_IDS, HAS_EXCLUDED, KEPT, NEGATIVES, HAS_LIMIT, HAS_GUIDE,
             )  # fmt: skip
     elif tl.program_id(0) < tiles:
         m, n = tile_coordinates(tl.program_id(0), row_tiles, column_tiles, GROUP)
         if KEPT:
             values = kept.load([m * BLOCK_M, n * BLOCK_N]).to(tl.float32)
         else:
-            values = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
+            values = negative_products(
+                query, passage, guide_query, guide_passage, guide_limit_ptr, first_row, rows, m * BLOCK_M,
+                n * BLOCK_N, D, G, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT, HAS_GUIDE,
+            )  # fmt: skip
         _store_gradient(
             values, gradient, scale, shift, ds_scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
             row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, row_cells,
-            column_cells, cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, PRODUCT, SAFE,
-            SYMMETRIC, DIAGONAL, HAS_IDS, HAS_EXCLUDED, KEPT,
+            column_cells, cell_bits, limit_ptr, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, PRODUCT,
+            SAFE, SYMMETRIC, DIAGONAL, HAS_IDS, HAS_EXCLUDED, KEPT, NEGATIVES, HAS_LIMIT, HAS_GUIDE,
         )  # fmt: skip
 
 
@@ -92,9 +101,10 @@ def score_gradient_kernel(
 def _store_gradient(
     values, gradient, scale, shift, ds_scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
     row_weight_ptr, row_shift_ptr, column_weight_ptr, column_shift_ptr, key_ptr, start_ptr, row_cells, column_cells,
-    cell_bits, rows, columns, first_row, first_column, m, n,
+    cell_bits, limit_ptr, rows, columns, first_row, first_column, m, n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEPT: tl.constexpr,
+    NEGATIVES: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_GUIDE: tl.constexpr,
 ):  # fmt: skip
     """Turn products, or exponentials kept by forward, into the tile of the gradient and store it."""
     row, column = m * BLOCK_M, n * BLOCK_N
@@ -112,7 +122,13 @@ def _store_gradient(
     )
     if SAFE:
         if not KEPT:
-            values = values * scale - shift
+            products = values
+            values = products * scale - shift
+            if NEGATIVES:
+                values = mask_negatives(
+                    values, products, limit_ptr + first_row + row_index, row_valid, positive_column, has_positive,
+                    column_index, HAS_LIMIT, HAS_GUIDE,
+                )  # fmt: skip
             if MASKED:
                 # This masks positives too; they are set from their scores below.
                 values = tl.where(query_id[:, None] == passage_id[None, :], float("-inf"), values)
@@ -127,6 +143,11 @@ def _store_gradient(
         )
     else:
         exponents = values * scale
+        if NEGATIVES:
+            exponents = mask_negatives(
+                exponents, values, limit_ptr + first_row + row_index, row_valid, positive_column, has_positive,
+                column_index, HAS_LIMIT, HAS_GUIDE,
+            )  # fmt: skip
         if MASKED:
             exponents = mask_equal_ids(exponents, query_id, passage_id, positive_column, column_index)
         if HAS_EXCLUDED:
@@ -142,17 +163,18 @@ def _store_gradient(
             # Columns that are no positive may have no maximum: their weight is zero, and the clamp avoids an overflow.
             exponentials = tl.exp2(tl.minimum(exponents - column_shift[None, :], 0.0))
             values += tl.where(column_weight[None, :] > 0, exponentials * column_weight[None, :], 0.0)
-    if has_positive:
-        positive = positive_column[:, None] == column_index[None, :]
-        if SAFE and (KEPT or HAS_IDS):
-            # A kept exponential is rounded, and subtracting 1 would magnify the error; a masked one is zero.
-            score = tl.load(score_ptr + first_row + row_index, mask=row_valid, other=0.0)
-            exact = tl.exp2(score - shift)[:, None] + tl.zeros_like(values)
-            exact = _apply_weights(
-                exact, row_weight, column_weight_ptr + first_column, column_index, column_valid, SYMMETRIC
-            )
-            values = tl.where(positive, exact, values)
-        values = tl.where(positive, values - tl.load(ds_scale_ptr), values)
+    if not NEGATIVES:  # noqa: SIM102 - known when the kernel is compiled
+        if has_positive:
+            positive = positive_column[:, None] == column_index[None, :]
+            if SAFE and (KEPT or HAS_IDS):
+                # A kept exponential is rounded, and subtracting 1 would magnify the error; a masked one is zero.
+                score = tl.load(score_ptr + first_row + row_index, mask=row_valid, other=0.0)
+                exact = tl.exp2(score - shift)[:, None] + tl.zeros_like(values)
+                exact = _apply_weights(
+                    exact, row_weight, column_weight_ptr + first_column, column_index, column_valid, SYMMETRIC
+                )
+                values = tl.where(positive, exact, values)
+            values = tl.where(positive, values - tl.load(ds_scale_ptr), values)
     if PRODUCT == "tf32":
         # Round to tf32's 10 bits: tensor cores would truncate.
         values = ((values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from losses.triton.kernels.row_statistics import store_negatives, store_weighted_exponents
 from losses.triton.kernels.tile import (
     LOG2_E,
     active_tiles,
@@ -20,9 +21,10 @@ from losses.triton.kernels.tile import (
     load_ids,
     mask_equal_ids,
     mask_excluded,
+    mask_negatives,
+    negative_products,
     scale_and_shift,
     tile_coordinates,
-    tile_products,
 )
 
 MERGE_BLOCK = 64
@@ -33,33 +35,47 @@ MERGE_TILES = 16
 def tile_sums_kernel(
     query, passage, kept, bounds_ptr, scale_ptr, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
     row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, row_cells, column_cells, cell_bits,
+    guide_query, guide_passage, guide_limit_ptr, limit_ptr, own_product_ptr, statistic_ptr, statistic_size,
     rows, columns, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr, PRODUCT: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEEP: tl.constexpr,
+    NEGATIVES: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_GUIDE: tl.constexpr, G: tl.constexpr,
+    STATISTICS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the tiles and, unless SAFE, their maxima. Returns at once if SAFE does not match the bounds."""
+    """Sums of the tiles and, unless SAFE, their maxima. Returns at once if SAFE does not match the bounds.
+
+    With NEGATIVES, the positives are masked, and their scores are not stored.
+    """
     scale, shift, safe = scale_and_shift(bounds_ptr, scale_ptr)
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     tiles = active_tiles(row_tiles * column_tiles, safe, SAFE)
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             m, n = tile_coordinates(tile, row_tiles, column_tiles, GROUP)
-            products = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
+            products = negative_products(
+                query, passage, guide_query, guide_passage, guide_limit_ptr, first_row, rows, m * BLOCK_M, n * BLOCK_N,
+                D, G, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT, HAS_GUIDE,
+            )  # fmt: skip
             _store_tile_sums(
                 products, kept, scale, shift, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
                 row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, row_cells, column_cells,
-                cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, SAFE, SYMMETRIC, DIAGONAL,
-                HAS_IDS, HAS_EXCLUDED, KEEP,
+                cell_bits, limit_ptr, own_product_ptr, statistic_ptr, statistic_size, rows, columns, first_row,
+                first_column, m, n, BLOCK_M, BLOCK_N, SAFE, SYMMETRIC, DIAGONAL, HAS_IDS, HAS_EXCLUDED, KEEP, NEGATIVES,
+                HAS_LIMIT, HAS_GUIDE, STATISTICS,
             )  # fmt: skip
     elif tl.program_id(0) < tiles:
         m, n = tile_coordinates(tl.program_id(0), row_tiles, column_tiles, GROUP)
-        products = tile_products(query, passage, m * BLOCK_M, n * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
+        products = negative_products(
+            query, passage, guide_query, guide_passage, guide_limit_ptr, first_row, rows, m * BLOCK_M, n * BLOCK_N,
+            D, G, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT, HAS_GUIDE,
+        )  # fmt: skip
         _store_tile_sums(
             products, kept, scale, shift, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
             row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, row_cells, column_cells,
-            cell_bits, rows, columns, first_row, first_column, m, n, BLOCK_M, BLOCK_N, SAFE, SYMMETRIC, DIAGONAL,
-            HAS_IDS, HAS_EXCLUDED, KEEP,
+            cell_bits, limit_ptr, own_product_ptr, statistic_ptr, statistic_size, rows, columns, first_row,
+            first_column, m, n, BLOCK_M, BLOCK_N, SAFE, SYMMETRIC, DIAGONAL, HAS_IDS, HAS_EXCLUDED, KEEP, NEGATIVES,
+            HAS_LIMIT, HAS_GUIDE, STATISTICS,
         )  # fmt: skip
 
 
@@ -67,9 +83,10 @@ def tile_sums_kernel(
 def _store_tile_sums(
     products, kept, scale, shift, positive_ptr, query_id_ptr, passage_id_ptr, score_ptr,
     row_sum_ptr, row_max_ptr, column_sum_ptr, column_max_ptr, key_ptr, start_ptr, row_cells, column_cells, cell_bits,
-    rows, columns, first_row, first_column, m, n,
+    limit_ptr, own_product_ptr, statistic_ptr, statistic_size, rows, columns, first_row, first_column, m, n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SAFE: tl.constexpr, SYMMETRIC: tl.constexpr,
     DIAGONAL: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr, KEEP: tl.constexpr,
+    NEGATIVES: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_GUIDE: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     row, column = m * BLOCK_M, n * BLOCK_N
     row_index, column_index = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -78,13 +95,22 @@ def _store_tile_sums(
         positive_ptr, first_row, first_column, rows, row, row_index, column, BLOCK_M, BLOCK_N, DIAGONAL
     )
     exponents = products * scale
-    if has_positive:
-        positive = positive_column[:, None] == column_index[None, :]
-        score = tl.sum(tl.where(positive, exponents, 0.0), 1)
-        here = (
-            row_valid & (positive_column >= column) & (positive_column < column + BLOCK_N) & (positive_column < columns)
-        )
-        tl.store(score_ptr + first_row + row_index, score, mask=here)
+    if NEGATIVES:
+        exponents = mask_negatives(
+            exponents, products, limit_ptr + first_row + row_index, row_valid, positive_column, has_positive,
+            column_index, HAS_LIMIT, HAS_GUIDE,
+        )  # fmt: skip
+    else:
+        if has_positive:
+            positive = positive_column[:, None] == column_index[None, :]
+            score = tl.sum(tl.where(positive, exponents, 0.0), 1)
+            here = (
+                row_valid
+                & (positive_column >= column)
+                & (positive_column < column + BLOCK_N)
+                & (positive_column < columns)
+            )
+            tl.store(score_ptr + first_row + row_index, score, mask=here)
     if HAS_IDS:
         query_id, passage_id = load_ids(
             query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
@@ -99,15 +125,23 @@ def _store_tile_sums(
         exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
     row_offset = n.to(tl.int64) * rows + row_index
     column_offset = m.to(tl.int64) * columns + column_index
+    if STATISTICS:
+        own_exponent = tl.load(own_product_ptr + first_row + row_index, mask=row_valid, other=0.0) * scale
+        store_negatives(exponents, own_exponent, column_index, statistic_ptr, statistic_size, row_offset, row_valid)
     if SAFE:
-        exponentials = tl.exp2(exponents - shift)
+        shifted = exponents - shift
+        exponentials = tl.exp2(shifted)
+        if STATISTICS:
+            store_weighted_exponents(shifted, exponentials, statistic_ptr, statistic_size, row_offset, row_valid)
         tl.store(row_sum_ptr + row_offset, tl.sum(exponentials, 1), mask=row_valid)
         if SYMMETRIC:
             tl.store(column_sum_ptr + column_offset, tl.sum(exponentials, 0), mask=column_valid)
         if KEEP:
             kept.store([row, column], exponentials.to(kept.dtype))
     else:
-        _store_sums_and_maxima(exponents, 1, row_sum_ptr, row_max_ptr, row_offset, row_valid)
+        shifted, exponentials = _store_sums_and_maxima(exponents, 1, row_sum_ptr, row_max_ptr, row_offset, row_valid)
+        if STATISTICS:
+            store_weighted_exponents(shifted, exponentials, statistic_ptr, statistic_size, row_offset, row_valid)
         if SYMMETRIC:
             _store_sums_and_maxima(exponents, 0, column_sum_ptr, column_max_ptr, column_offset, column_valid)
 
@@ -116,9 +150,11 @@ def _store_tile_sums(
 def _store_sums_and_maxima(exponents, axis: tl.constexpr, sum_ptr, max_ptr, offset, valid):
     highest = tl.max(exponents, axis)
     finite = tl.where(highest == float("-inf"), 0.0, highest)
-    exponentials = tl.exp2(exponents - tl.expand_dims(finite, axis))
+    shifted = exponents - tl.expand_dims(finite, axis)
+    exponentials = tl.exp2(shifted)
     tl.store(sum_ptr + offset, tl.sum(exponentials, axis), mask=valid)
     tl.store(max_ptr + offset, highest, mask=valid)
+    return shifted, exponentials
 
 
 @triton.jit

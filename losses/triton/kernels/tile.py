@@ -39,6 +39,44 @@ def tile_products(
 
 
 @triton.jit
+def negative_products(
+    query, passage, guide_query, guide_passage, guide_limit_ptr, first_row, rows, row, column, D: tl.constexpr,
+    G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRODUCT: tl.constexpr,
+    HAS_GUIDE: tl.constexpr,
+):  # fmt: skip
+    """`tile_products`; with HAS_GUIDE, minus infinity where the guide's product exceeds the limit of its row.
+
+    The product begins with minus infinity there, so that the mask takes no registers beside it.
+    """
+    if HAS_GUIDE:
+        products = tile_products(guide_query, guide_passage, row, column, G, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
+        row_index = row + tl.arange(0, BLOCK_M)
+        limit = tl.load(guide_limit_ptr + first_row + row_index, mask=row_index < rows, other=0.0)
+        products = tl.where(products > limit[:, None], float("-inf"), 0.0)
+        for d in range(0, D, BLOCK_K):
+            products = tl.dot(query.load([row, d]), passage.load([column, d]).T, products, input_precision=PRODUCT)
+    else:
+        products = tile_products(query, passage, row, column, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT)
+    return products
+
+
+@triton.jit
+def mask_negatives(
+    exponents, products, limit_ptr, row_valid, positive_column, has_positive, column_index,
+    HAS_LIMIT: tl.constexpr, HAS_GUIDE: tl.constexpr,
+):  # fmt: skip
+    """Minus infinity at positives, where a product exceeds the limit of its row, and where the guide masks."""
+    if HAS_LIMIT:
+        limit = tl.load(limit_ptr, mask=row_valid, other=0.0)
+        exponents = tl.where(products > limit[:, None], float("-inf"), exponents)
+    if HAS_GUIDE:
+        exponents = tl.where(products == float("-inf"), float("-inf"), exponents)
+    if has_positive:
+        exponents = tl.where(positive_column[:, None] == column_index[None, :], float("-inf"), exponents)
+    return exponents
+
+
+@triton.jit
 def find_positives(
     positive_ptr, first_row, first_column, rows, row, row_index, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DIAGONAL: tl.constexpr,

@@ -2,6 +2,8 @@
 
     python scripts/benchmarks/losses/bench_loss.py --device cuda
     python scripts/benchmarks/losses/bench_loss.py --device cpu --quick
+    python scripts/benchmarks/losses/bench_loss.py --device cuda --parts masks small_masks masks_memory \\
+        --table loss_masks.csv
 
 Every method's loss and gradients are compared with float64 before its time is printed. If one of ours exceeds its
 tolerance, the script exits with 1 after writing. Rows are written to loss.csv, plots to loss_memory.png and
@@ -22,14 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from scripts import RESULTS
 from scripts.benchmarks.losses.loss_check import FIGURES, Check, compared, unit_pairs
 from scripts.benchmarks.losses.loss_clock import Clock, Outcome, Problem, best_product
-from scripts.benchmarks.losses.loss_methods import Method, Pairs, methods, open_workspace, with_masks
+from scripts.benchmarks.losses.loss_methods import Method, Pairs, methods, open_workspace, with_masks, with_small_masks
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import write_rows
 from scripts.benchmarks.timing import release_memory
 
 SIZES = [1024, 4096, 16384, 65536, 262144, 1048576]
 DIMS = [64, 128, 384, 512, 640, 768, 1024, 1152, 4096]
-PARTS = ["sizes", "masks", "workspaces", "dims"]
+PARTS = ["sizes", "masks", "small_masks", "masks_memory", "workspaces", "dims"]
+# The most memory is taken by further positives, by the guide and by statistics.
+MEMORY_MASKS = ("further positives", "guide", "statistics")
 WORKSPACES = [64, 128, 512, 1024, 2560, 5120]
 
 
@@ -37,7 +41,14 @@ def main() -> None:
     """Compare with float64, measure and write. Exits with 1 if one of our losses is not exact enough."""
     options = parse_arguments()
     bench = Bench(options)
-    parts = {"sizes": bench.sizes, "dims": bench.dims, "masks": bench.masks, "workspaces": bench.workspaces}
+    parts = {
+        "sizes": bench.sizes,
+        "dims": bench.dims,
+        "masks": bench.masks,
+        "small_masks": bench.small_masks,
+        "masks_memory": bench.masks_memory,
+        "workspaces": bench.workspaces,
+    }
     for name in options.parts:
         parts[name]()
         bench.write()
@@ -60,6 +71,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dims", type=int, nargs="*", help="dimensions of our kernels at --dims-size")
     parser.add_argument("--dims-size", type=int, help="batch size for --dims")
     parser.add_argument("--knob-size", type=int, help="batch size of the parts masks and workspaces")
+    parser.add_argument("--small-sizes", type=int, nargs="*", help="batch sizes of the part small_masks")
+    parser.add_argument("--memory-size", type=int, help="batch size of the part masks_memory")
     parser.add_argument("--methods", nargs="*", default=[], help="only methods whose name contains one of these")
     parser.add_argument("--parts", nargs="*", choices=PARTS, help="parts to measure (default: all)")
     parser.add_argument("--check-size", type=int, help="batch size of the comparison with float64")
@@ -87,6 +100,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder for loss.csv and the plots (default: %(default)s)"
     )
+    parser.add_argument(
+        "--table", default="loss.csv", help="file in --results; plots are drawn for the default (default: %(default)s)"
+    )
     parser.add_argument("--commit", help="commit of the code, for a copy without git")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the script")
     options = parser.parse_args()
@@ -97,6 +113,8 @@ def parse_arguments() -> argparse.Namespace:
         "dims": [16, 40] if small else DIMS,
         "dims_size": 128 if small else 65536,
         "knob_size": 128 if small else 65536,
+        "small_sizes": [128] if small else [1024, 4096],
+        "memory_size": 256 if small else 262144,
         "parts": PARTS,
         "check_size": 128 if small else 4096,
     }
@@ -152,9 +170,20 @@ class Bench:
         self.measure(some, self.options.knob_size, self.options.dim, "workspaces")
 
     def masks(self) -> None:
-        """The cost of positive indices, ids and excluded pairs."""
+        """The cost of positive indices, ids, excluded pairs and the options of the loss."""
         some = [*self.kernels(), *with_masks(self.options.workspace_mib)]
         self.measure(some, self.options.knob_size, self.options.dim, "masks")
+
+    def small_masks(self) -> None:
+        """The same for small batches."""
+        for size in self.options.small_sizes:
+            self.measure(with_small_masks(self.options.workspace_mib), size, self.options.dim, "small_masks")
+
+    def masks_memory(self) -> None:
+        """Memory at a large batch."""
+        wanted = tuple(f", {name}" for name in MEMORY_MASKS)
+        some = [method for method in with_masks(self.options.workspace_mib) if method.name.endswith(wanted)]
+        self.measure([*self.kernels(), *some], self.options.memory_size, self.options.dim, "masks_memory")
 
     def kernels(self) -> list[Method]:
         """Our kernels in bf16 with the default workspace."""
@@ -271,16 +300,18 @@ class Bench:
     def write(self) -> None:
         """Write the rows so far."""
         ceiling = max(float(row["tflops"]) for row in self.rows if row["part"] == "ceiling")
+        kernels = ("ours, triton bf16", "ours, sigmoid triton bf16")
         own = {
             (row["part"], row["size"], row["dim"], row["kind"]): float(row["milliseconds"])
             for row in self.rows
-            if row["method"] in ("ours, triton bf16", "ours, sigmoid triton bf16") and row["milliseconds"]
+            if row["method"] in (("ours, auto bf16",) if row["part"] == "small_masks" else kernels)
+            and row["milliseconds"]
         }
         for row in self.rows:
             base = own.get((row["part"], row["size"], row["dim"], row["kind"]))
             row["of_product"] = f"{float(row['tflops']) / ceiling:.3f}" if row["tflops"] else ""
             row["times_ours"] = f"{float(row['milliseconds']) / base:.3f}" if base and row["milliseconds"] else ""
-        write_rows(self.rows, self.options.results / "loss.csv")
+        write_rows(self.rows, self.options.results / self.options.table)
 
     def finish(self) -> None:
         """Measure the ceiling again, because clock rates change as a device warms up; then write the table and the
@@ -289,7 +320,8 @@ class Bench:
 
         self.product()
         self.write()
-        draw(self.options.results)
+        if self.options.table == "loss.csv":
+            draw(self.options.results)
 
 
 def number(value: float | None, form: str) -> str:

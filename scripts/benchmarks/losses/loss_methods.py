@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from losses import clip_loss, inf_cl_loss
+from losses import Guide, NegativeLimit, Negatives, Positives, clip_loss, inf_cl_loss
 from losses.precision import Precision, matmul_precision
 from losses.sigmoid import sigmoid_loss
 from losses.triton.launch import why_not_fused
@@ -99,14 +99,15 @@ def oracle(pairs: Pairs, kind: str, symmetric: bool, kinds: str) -> Found:
     """The reference in float64, on the values that the method receives."""
     wide = Pairs(*(leaf.detach().double().requires_grad_() for leaf in pairs.leaves()))
     if kind == "infonce":
-        loss = inf_cl_loss(
+        returned: Any = inf_cl_loss(
             wide.query,
             wide.passage,
             logit_scale=wide.logit_scale,
             symmetric=symmetric,
             implementation="full",
-            **masks(len(pairs.query), pairs.query.device, kinds),
+            **masks(*pairs.query.shape, pairs.query.device, kinds),
         )
+        loss = loss_of(returned)
     else:
         logits = wide.logit_scale * (wide.query @ wide.passage.T) + wide.logit_bias
         sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
@@ -115,22 +116,48 @@ def oracle(pairs: Pairs, kind: str, symmetric: bool, kinds: str) -> Found:
 
 
 @functools.cache
-def masks(count: int, device: torch.device, kinds: str) -> dict[str, Tensor]:
-    """Mask arguments of our loss.
+def masks(count: int, dim: int, device: torch.device, kinds: str) -> dict[str, Any]:
+    """Arguments of our loss, for the words in `kinds`.
 
     "ids": a positive index, and ids that mask one passage of each query. "excluded": as many pairs as a batch of
     WordNet definitions has known positives that were not drawn (75,008 for 65,536 pairs), and at least one per query.
+    "positives": the same pairs as further positives. "limit": share 0.95, as in NV-Retriever. "guide": unit vectors of
+    the dimension of the loss, where a pair's cosine is about 0.2. "hardness": β = 1. "statistics".
     """
-    found: dict[str, Tensor] = {}
-    if "ids" in kinds:
-        rows = torch.arange(count, device=device)
+    words = kinds.split()
+    found: dict[str, Any] = {}
+    rows = torch.arange(count, device=device)
+    if "ids" in words:
         found |= {"positive": rows, "passage_ids": rows // 2}
-    if "excluded" in kinds:
-        generator = torch.Generator(device).manual_seed(count)
-        size = (max(count, round(EXCLUDED_PAIRS * (count / 65536) ** 2)),)
-        rows, steps = (torch.randint(low, count, size, device=device, generator=generator) for low in (0, 1))
-        found["excluded"] = torch.stack([rows, (rows + steps) % count], 1)
+    generator = torch.Generator(device).manual_seed(count)
+    size = (max(count, round(EXCLUDED_PAIRS * (count / 65536) ** 2)),)
+    queries, steps = (torch.randint(low, count, size, device=device, generator=generator) for low in (0, 1))
+    pairs = torch.stack([queries, (queries + steps) % count], 1)
+    # Both together: each half of the pairs.
+    if "excluded" in words:
+        found["excluded"] = pairs[0::2] if "positives" in words else pairs
+    if "positives" in words:
+        known = pairs[1::2] if "excluded" in words else pairs
+        if "excluded" in words:
+            known = known[~torch.isin(known @ known.new_tensor([count, 1]), pairs[0::2] @ pairs.new_tensor([count, 1]))]
+        found["positives"] = Positives(known)
+    guide = None
+    if "guide" in words:
+        query, passage = (torch.randn(count, dim, device=device, generator=generator) for _ in range(2))
+        query, passage = normalize(query, dim=1), normalize(passage, dim=1)
+        passage = normalize(passage * 0.98 + 0.2 * query, dim=1)
+        guide = Guide(query.bfloat16(), passage.bfloat16())
+    limit = NegativeLimit(share=0.95) if "limit" in words else None
+    if guide is not None or limit is not None or "hardness" in words:
+        found["negatives"] = Negatives(limit=limit, guide=guide, hardness=float("hardness" in words))
+    if "statistics" in words:
+        found["statistics"] = True
     return found
+
+
+def loss_of(returned: Any) -> Tensor:
+    """The loss of what `inf_cl_loss` returns, with statistics or without."""
+    return returned[0] if isinstance(returned, tuple) else returned
 
 
 def ours(
@@ -142,7 +169,7 @@ def ours(
 ) -> Found:
     """`inf_cl_loss` in both directions."""
     refuse_fallback(pairs, implementation)
-    loss = inf_cl_loss(
+    returned: Any = inf_cl_loss(
         pairs.query,
         pairs.passage,
         logit_scale=pairs.logit_scale,
@@ -150,9 +177,9 @@ def ours(
         implementation=implementation,
         precision=precision,
         workspace_mib=mib,
-        **masks(len(pairs.query), pairs.query.device, kinds),
+        **masks(*pairs.query.shape, pairs.query.device, kinds),
     )
-    return through_autograd(loss, pairs)
+    return through_autograd(loss_of(returned), pairs)
 
 
 def ours_sigmoid(pairs: Pairs, implementation: Literal["chunked", "triton"], mib: float) -> Found:
@@ -313,15 +340,34 @@ def open_workspace(mib: float, kind: Literal["infonce", "sigmoid"] = "infonce") 
     return Method(f"ours, triton bf16, {mib:g} MiB", run, tolerance=BF16)
 
 
+MASKS = {
+    "positives and ids": "ids",
+    "excluded pairs": "excluded",
+    "ids and excluded pairs": "ids excluded",
+    "further positives": "positives",
+    "limit": "limit",
+    "statistics": "statistics",
+    "guide": "guide",
+    "hardness": "hardness",
+    "excluded pairs, further positives, limit": "excluded positives limit",
+    "all of them": "ids excluded positives limit guide hardness statistics",
+}
+SMALL_MASKS = ("excluded pairs", "statistics")
+
+
 def with_masks(mib: float) -> list[Method]:
-    """Our kernels with a positive index and ids, with excluded pairs, and with both."""
-    named = {"positives and ids": "ids", "excluded pairs": "excluded", "ids and excluded pairs": "ids excluded"}
-    return [
-        Method(
-            f"ours, triton bf16, {name}",
-            functools.partial(ours, implementation="triton", precision="bf16", mib=mib, kinds=kinds),
-            tolerance=BF16,
-            masks=kinds,
-        )
-        for name, kinds in named.items()
-    ]
+    """Our kernels with each of MASKS."""
+    return [masked("triton", mib, name, kinds) for name, kinds in MASKS.items()]
+
+
+def with_small_masks(mib: float) -> list[Method]:
+    """What "auto" chooses for small batches, without masks and with SMALL_MASKS."""
+    plain = Method("ours, auto bf16", functools.partial(ours, implementation="auto", precision="bf16", mib=mib))
+    some = [masked("auto", mib, name, MASKS[name]) for name in SMALL_MASKS]
+    return [plain, *some, masked("auto", mib, " and ".join(SMALL_MASKS), "excluded statistics")]
+
+
+def masked(implementation: Implementation, mib: float, name: str, kinds: str) -> Method:
+    """Ours with the arguments `kinds` of `masks`."""
+    run = functools.partial(ours, implementation=implementation, precision="bf16", mib=mib, kinds=kinds)
+    return Method(f"ours, {implementation} bf16, {name}", run, tolerance=BF16, masks=kinds)
