@@ -143,7 +143,7 @@ def memory(factory: str, rows: int, dim: int) -> int:
 def has_even_norms(vectors: Any) -> bool:
     """Whether the norms of `vectors` [n, D] are about equal: the 95th percentile is at most 1.2 times the 5th.
 
-    Beyond that, IVF was measured to lose recall; see index/README.md.
+    Beyond that, IVF was measured to lose recall; see docs/design/indexes.md.
     """
     import numpy as np
 

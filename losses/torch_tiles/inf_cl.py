@@ -1,8 +1,8 @@
 """InfoNCE in tiles, in PyTorch, on any device: memory linear in the batch size, four matrix products in total.
 
 Forward computes each tile of S = logit_scale · Q Kᵀ once and accumulates the softmax statistics of its rows and
-columns. Backward recomputes the tile, turns it into dS in place, and adds dS K to dQ and dSᵀ Q to dK. README.md has
-the derivation and the counts.
+columns. Backward recomputes the tile, turns it into dS in place, and adds dS K to dQ and dSᵀ Q to dK. docs/design/
+losses.md has the derivation and the counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ranking loss for `SentenceTransformerTrainer` with a gradient cache (GradCache, arXiv 2101.06983)."""
+"""The ranking loss for the trainer of sentence-transformers, with a gradient cache (GradCache, arXiv 2101.06983)."""
 
 from __future__ import annotations
 
@@ -19,35 +19,39 @@ from retriever.sentence_transformers.ranking_loss import Direction, Features, In
 
 @dataclass
 class _CachedBatch:
-    """What the loss needs besides embeddings. `scale` is a leaf that accumulates its gradient."""
+    """What the loss of one cached forward needs beside embeddings; `scale` is a leaf that gathers its gradient."""
 
     masks: Masks | None
     scale: Tensor
 
 
 class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
-    """`InfCLRankingLoss` with a gradient cache, as a replacement for `CachedMultipleNegativesRankingLoss`.
+    """`InfCLRankingLoss` with a gradient cache, in place of `CachedMultipleNegativesRankingLoss`.
 
-    The batch passes through the model in mini-batches twice: first without a graph to compute the embeddings; then,
-    when the loss has given the gradient of each embedding, again with a graph (GradCache, Gao et al., arXiv
-    2101.06983). The activations of only one mini-batch are in memory at a time. The result is exact, including dropout:
-    the second pass of a mini-batch starts from the random state of its first, under the same autocast.
+    The batch passes through the model in mini-batches: without a graph for the embeddings, then, once the loss has
+    given the gradient at each embedding, again with one (GradCache, Gao et al., arXiv 2101.06983). Activations of one
+    mini-batch are held at a time. The result is exact, dropout included: the second pass of a mini-batch starts from
+    the random state of its first, under the same autocast.
 
-    **One all-reduce per step.** The second passes run in the backward of the returned loss. All but the last run in
-    DDP's `no_sync`, so that DDP averages the accumulated gradients once. If the trainer accumulates gradients, its own
-    `no_sync` around a step also applies to the last mini-batch. The number of mini-batches may differ between ranks.
+    **One all-reduce a step.** The second passes run in the backward of the returned loss. All but the last are in
+    DDP's `no_sync`, so DDP averages the sums of all mini-batches once. Where the trainer accumulates gradients, its own
+    `no_sync` around a whole step holds for the last mini-batch too. Mini-batches may differ in number between ranks.
 
     Args:
-        mini_batch_size: texts per mini-batch. Default: 32.
-        mini_batch_num_tokens: maximum number of tokens per mini-batch, without padding, instead of `mini_batch_size`. A
-            longer text is a mini-batch of its own. Default: None.
-        show_progress_bar: whether to show a progress bar for the mini-batches of each pass. Default: False.
-        model, scale, similarity_fct, gather_across_devices, directions, partition_mode, options: as in
-            `InfCLRankingLoss`.
+        model: As in `InfCLRankingLoss`.
+        scale: As in `InfCLRankingLoss`. Default: 20.
+        similarity_fct: As in `InfCLRankingLoss`. Default: `cos_sim`.
+        mini_batch_size: Texts per mini-batch. Default: 32.
+        mini_batch_num_tokens: Most tokens per mini-batch, padding not counted, instead of `mini_batch_size`. A longer
+            text is a mini-batch of its own. Default: None.
+        gather_across_devices: As in `InfCLRankingLoss`. Default: True.
+        directions: As in `InfCLRankingLoss`. Default: ("query_to_doc",).
+        partition_mode: As in `InfCLRankingLoss`. Default: "joint".
+        show_progress_bar: Whether each pass over the mini-batches shows a progress bar. Default: False.
+        **options: The keyword-only arguments of `InfCLRankingLoss`.
 
     Raises:
-        ValueError: as in `InfCLRankingLoss`; or the model begins with a StaticEmbedding, whose inputs cannot be split
-            into mini-batches.
+        ValueError: beside those of `InfCLRankingLoss`, a StaticEmbedding, whose inputs have no mini-batches.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         self.show_progress_bar = show_progress_bar
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
-        """Compute the loss of a batch, as in `InfCLRankingLoss`. Its backward runs the second passes."""
+        """The loss of a batch, as in `InfCLRankingLoss`; its backward runs the second passes."""
         columns = list(sentence_features)
         self._check_scale_of_ranks()
         batch = _CachedBatch(self._masks(columns), self.infonce.logit_scale.detach())
@@ -84,17 +88,14 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         batch.scale.requires_grad_(learned)
         weights = getattr(self.calculate_loss, "matryoshka_weights", ())
         if learned and any(weight != 1 for weight in weights):
-            # These weights scale the gradients of the embeddings after calculate_loss, which does not know them.
+            # They weight the embeddings' gradients after calculate_loss, which is not told.
             raise ValueError(f"learn_scale must be False under MatryoshkaLoss with weights {weights}")
-        labels_argument: Any = batch  # passed on to calculate_loss as `labels`
-        loss = self.forward_cached(columns, labels_argument)
+        given: Any = batch  # what they call labels goes to calculate_loss as it is
+        loss = self.forward_cached(columns, given)
         return _WithScale.apply(loss, self._scale(), batch.scale.grad) if learned else loss
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
-        """Compute the loss from the embeddings [n, D] of the mini-batches of each column.
-
-        With `with_backward`, also compute the gradients of the embeddings.
-        """
+        """The loss from the embeddings [n, D] of each column's mini-batches; with_backward also goes back to them."""
         batch = labels if isinstance(labels, _CachedBatch) else _CachedBatch(None, self.infonce.logit_scale)
         loss = self._loss([torch.cat(column) for column in reps], batch.masks, batch.scale)
         if with_backward:
@@ -110,18 +111,18 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         copy_random_state: bool,
         random_state: Any = None,
     ) -> tuple[Tensor, Any]:
-        """Embed a mini-batch. A second pass uses the random state and the autocast of the first."""
+        """Embed a mini-batch; a second pass is given the random state of its first, and runs under its autocast."""
         with contextlib.nullcontext() if random_state is None else random_state.autocast():
             embedding, state = super().embed_minibatch(
                 sentence_feature, begin, end, with_grad, copy_random_state, random_state
             )
         if copy_random_state:
-            random_context: Any = state
-            random_context.autocast = _current_autocast(embedding.device.type)
+            first: Any = state
+            first.autocast = _autocast_of_now(embedding.device.type)
         return embedding, state
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return the arguments for the model card, with the current scale."""
+        """The arguments, for the model card; the scale as it is now."""
         sizes = {"mini_batch_size": self.mini_batch_size, "mini_batch_num_tokens": self.mini_batch_num_tokens}
         return super().get_config_dict() | sizes
 
@@ -142,13 +143,13 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         )
 
 
-def _current_autocast(device: str) -> Callable[[], Any]:
+def _autocast_of_now(device: str) -> Callable[[], Any]:
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)
 
 
 class _WithScale(torch.autograd.Function):
-    """The identity of a loss, with a known gradient with respect to the scale."""
+    """A loss whose gradient at the scale is already known."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, scale: Tensor, gradient: Tensor) -> Tensor:

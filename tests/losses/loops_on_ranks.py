@@ -30,7 +30,7 @@ def train(model: Model, queries: Tensor, passages: Tensor, *, ranks: bool) -> di
     for step in range(3):
         model(queries[step, rows], passages[step, rows]).backward()
         if ranks:
-            # As in losses/README.md: FSDP2 averages the gradients of sharded parameters only.
+            # As in docs/design/losses.md: FSDP2 averages the gradients of sharded parameters only.
             for parameter in model.loss.parameters():
                 distributed.all_reduce(parameter.grad)
                 parameter.grad /= 2

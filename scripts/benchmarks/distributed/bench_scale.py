@@ -9,8 +9,8 @@ not overlap with computation. Part "step": whole optimizer steps of two BERT-bas
 tower; all methods alternate at growing batches until memory or time runs out. Losses are checked against float64 first.
 
 Rows are written to scale.csv as they are measured, plots to scale_memory.png and scale_speed.png;
-tables/launch_tables.py writes the tables of scripts/launch/README.md. Measurements that do not fit into --budget get a
-row that says so; run the rest with --parts, --towers, --methods and --keep-rows.
+tables/launch_tables.py writes the tables of docs/design/distributed.md. Measurements that do not fit into --budget get
+a row that says so; run the rest with --parts, --towers, --methods and --keep-rows.
 """
 
 from __future__ import annotations

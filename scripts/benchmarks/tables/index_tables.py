@@ -1,4 +1,4 @@
-"""Tables of index/README.md: index sizes, recall targets, and the overhead over plain faiss."""
+"""Tables of docs/design/indexes.md: index sizes, recall targets, and the overhead over plain faiss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Rows = list[dict[str, str]]
 
 
 def index_tables(results: Path) -> dict[str, str]:
-    """The tables of index/README.md, by name."""
+    """The tables of docs/design/indexes.md, by name."""
     makers = {"sizes": _sizes, "targets": _targets, "overhead": _overhead}
     return {name: "\n".join(make(read_rows(results / f"index_{name}.csv"))) + "\n" for name, make in makers.items()}
 
@@ -63,7 +63,7 @@ def _sizes(rows: Rows) -> list[str]:
         gib, each = float(row["index_mib"]) / 1024, float(row["bytes_per_vector"])
         hours = (_hours(row.get(f"{what}_core_s")) for what in ("clustering", "adding"))
         lines.append(f"| {row['set']} | `{row['factory']}` | {each:.0f} | {gib:,.0f} | {' | '.join(hours)} |")
-    return [*lines, "", "![memory and time](../scripts/results/index_sizes.png)"]
+    return [*lines, "", "![memory and time](../../scripts/results/index_sizes.png)"]
 
 
 def _targets(rows: Rows) -> list[str]:

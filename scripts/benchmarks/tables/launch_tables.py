@@ -1,4 +1,4 @@
-"""Tables of scripts/launch/README.md: the distributed loss, and the largest batches."""
+"""Tables of docs/design/distributed.md: the distributed loss, and the largest batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Rows = list[dict[str, str]]
 
 
 def launch_tables(results: Path) -> dict[str, str]:
-    """The tables of scripts/launch/README.md, by name. A table without results says so."""
+    """The tables of docs/design/distributed.md, by name. A table without results says so."""
     makers: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
         "ring": ("ring.csv", ring),
         "largest": ("largest_batch.csv", largest_batch),

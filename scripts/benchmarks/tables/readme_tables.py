@@ -1,4 +1,4 @@
-"""Writes every README table that is generated from the CSV files in scripts/results.
+"""Writes every table of the README and the documentation that is generated from the CSV files in scripts/results.
 
 python scripts/benchmarks/tables/readme_tables.py
 """
@@ -20,18 +20,20 @@ from scripts.benchmarks.tables.throughput_tables import image_tables, throughput
 
 
 def main() -> None:
-    """Write the tables of every README."""
-    for readme, tables in READMES.items():
-        path = ROOT / readme
+    """Write the tables of every page."""
+    for page, tables in PAGES.items():
+        path = ROOT / page
         path.write_text(fill_tables(path.read_text(encoding="utf-8"), tables(RESULTS)), encoding="utf-8")
 
 
 def quickstart_tables(results: Path) -> dict[str, str]:
-    """The tables of README.md, by name."""
-    return {
-        "quickstart": quickstart_table(read_rows(results / "quickstart.csv")),
-        "emoji": emoji_table(read_rows(results / "emoji.csv")),
-    }
+    """The table of README.md, by name."""
+    return {"quickstart": quickstart_table(read_rows(results / "quickstart.csv"))}
+
+
+def emoji_tables(results: Path) -> dict[str, str]:
+    """The table of the tutorial on images, by name."""
+    return {"emoji": emoji_table(read_rows(results / "emoji.csv"))}
 
 
 def quickstart_table(rows: list[dict[str, str]]) -> str:
@@ -64,12 +66,13 @@ def measured_in(row: dict[str, str]) -> str:
     return f"{row['seconds']} s in all on {row['hardware']} (torch {row['torch']}, commit {row['commit']})."
 
 
-READMES: dict[str, Callable[[Path], dict[str, str]]] = {
+PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "README.md": quickstart_tables,
-    "retriever/README.md": throughput_tables,
-    "retriever/data/images/README.md": image_tables,
-    "index/README.md": index_tables,
-    "scripts/launch/README.md": launch_tables,
+    "docs/tutorials/images.md": emoji_tables,
+    "docs/design/training.md": throughput_tables,
+    "docs/design/images.md": image_tables,
+    "docs/design/indexes.md": index_tables,
+    "docs/design/distributed.md": launch_tables,
 }
 
 if __name__ == "__main__":

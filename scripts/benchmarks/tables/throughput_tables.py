@@ -1,4 +1,4 @@
-"""Tables of retriever/README.md and of the README for images: training, encoding and reading images, by hardware."""
+"""Tables of docs/design/training.md and docs/design/images.md: training, encoding and reading images, by hardware."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Row = dict[str, str]
 
 
 def throughput_tables(results: Path) -> dict[str, str]:
-    """The tables of retriever/README.md, by name."""
+    """The tables of docs/design/training.md, by name."""
     makers = {"train": train_table, "encode": encode_table, "encode_memory": memory_table}
     return {name: make(read_rows(results / f"{name}.csv")) for name, make in makers.items()}
 
 
 def image_tables(results: Path) -> dict[str, str]:
-    """The tables of the README for images, by name."""
+    """The tables of docs/design/images.md, by name."""
     makers = {"image_train": image_train_table, "images": images_table}
     return {name: make(read_rows(results / f"{name}.csv")) for name, make in makers.items()}
 

@@ -1,4 +1,4 @@
-"""Tables in README files equal those generated from the CSV files in scripts/results."""
+"""Tables in the README and the documentation equal those generated from the CSV files in scripts/results."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 
 from scripts import RESULTS, ROOT
 from scripts.benchmarks.tables.markers import fill_tables
-from scripts.benchmarks.tables.readme_tables import READMES
+from scripts.benchmarks.tables.readme_tables import PAGES
 from scripts.benchmarks.tables.throughput_tables import train_table
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_readme_tables_equal_the_committed_results(readme: str) -> None:
-    text = (ROOT / readme).read_text(encoding="utf-8")
-    tables = READMES[readme](RESULTS)
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_equal_the_committed_results(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    tables = PAGES[page](RESULTS)
     assert tables and fill_tables(text, tables) == text
     damaged = text.replace(next(iter(tables.values())).splitlines()[0], "another line")
     assert damaged != text and fill_tables(damaged, tables) == text
