@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
-import sentence_transformers
 from ranking_loss_helpers import plain_loop, save_bert, triplets
 from ranking_loss_trainer import CACHED, ROWS, train
 from safetensors.torch import load_file
@@ -23,7 +21,6 @@ from retriever.config.run import ModelConfig
 from retriever.sentence_transformers import CachedInfCLRankingLoss, InfCLRankingLoss
 
 HERE = Path(__file__).parents[1]
-README = HERE.parent.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +92,3 @@ def test_the_model_card_names_the_papers_and_the_arguments(folder: Path, tmp_pat
     card = (tmp_path / "model" / "README.md").read_text()
     assert "2410.17243" in card and "2101.06983" in card
     assert '"mini_batch_num_tokens": 9' in card and '"similarity_fct": "cos_sim"' in card
-
-
-def test_the_readme_example_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = README.read_text().split("## In sentence-transformers' trainer")[1].split("\n## ")[0]
-    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert found is not None
-    monkeypatch.chdir(tmp_path)
-    code, count = re.subn(r'SentenceTransformer\("[^"]+"\)', f'SentenceTransformer("{folder / "model"}")', found[1])
-    assert count == 1
-    exec(code, {})
-    assert sentence_transformers.SentenceTransformer("trained").encode("a tower").shape == (32,)
