@@ -178,7 +178,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
                 scores, rows = index.search_rows(queries, 10)
                 for row in rows[rows >= 0].tolist():
                     index.passage(row)
-                pairs_of(index.search(queries, 3))
+                index.search(queries, 3)
                 assert np.isfinite(scores[rows >= 0]).all()
                 answered += 1
             except InputError as error:

@@ -43,6 +43,19 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
+class World:
+    """Folders written by train, encode and index build. Tests must not change them."""
+
+    pairs: Path
+    beir: Path
+    config: Path
+    run: Path
+    model: Path
+    embeddings: Path
+    index: Path
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Exit code and output of a command."""
 

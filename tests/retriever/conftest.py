@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,22 +12,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     import triton.language  # noqa: F401
 
-from cli_helpers import command, write_beir, write_config, write_pairs
+from cli_helpers import World, command, write_beir, write_config, write_pairs
 
 from retriever.config.run import ModelConfig
-
-
-@dataclass(frozen=True)
-class World:
-    """Folders written by train, encode and index build. Tests must not change them."""
-
-    pairs: Path
-    beir: Path
-    config: Path
-    run: Path
-    model: Path
-    embeddings: Path
-    index: Path
 
 
 @pytest.fixture(scope="session")

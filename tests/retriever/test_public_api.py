@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import write_beir, write_pairs
-from conftest import World
+from cli_helpers import World, write_beir, write_pairs
 
 import retriever
 from retriever.config.run import ModelConfig

@@ -319,7 +319,7 @@ def test_invalid_settings_are_one_line_errors(tmp_path: Path, text: str, message
 def test_a_length_above_that_of_the_model_is_refused(towers: Towers) -> None:
     with pytest.raises(InputError, match="query length: expected at most 64"):
         AdjustedTowers(towers, SetSettings(query_max_length=65))
-    with pytest.raises(InputError, match="leaves some of 8 tokens for the text"):
+    with pytest.raises(InputError, match="expected fewer than 8 tokens"):
         AdjustedTowers(towers, SetSettings(query_prompt="ask " * 8, query_max_length=8))
 
 
