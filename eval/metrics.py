@@ -232,4 +232,6 @@ def _at_cutoffs(sums: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole, 0 where `whole` is 0."""
-    return np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole > 0)
+    ratio = np.zeros(np.broadcast_shapes(part.shape, whole.shape))
+    np.divide(part, whole, out=ratio, where=whole > 0)
+    return ratio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ class LossWithScale(nn.Module):
         """0-dim tensor: exp(log_logit_scale), at most `max_logit_scale`."""
         # At least float32: a module cast to bf16 would have steps of 1/32 near log 100.
         dtype = torch.promote_types(self.log_logit_scale.dtype, torch.float32)
-        return _ClampFromAbove.apply(self.log_logit_scale.to(dtype), math.log(self.max_logit_scale)).exp()
+        clamp: Callable[[Tensor, float], Tensor] = _ClampFromAbove.apply
+        return clamp(self.log_logit_scale.to(dtype), math.log(self.max_logit_scale)).exp()
 
     def extra_repr(self) -> str:
         return (

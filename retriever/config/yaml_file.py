@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -20,6 +20,9 @@ CONFIG_FILE = "config.yaml"
 """Name of the configuration file in a run folder."""
 # Accepted spellings of None for an optional number.
 NONE_WORDS = ("none", "null")
+
+
+_Config = TypeVar("_Config")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -152,7 +155,7 @@ def _with_lists(tree: Any) -> Any:
     return [_with_lists(value) for value in tree] if isinstance(tree, tuple | list) else tree
 
 
-def _build(kind: Any, tree: Any, file: str, where: str) -> Any:
+def _build(kind: type[_Config], tree: Any, file: str, where: str) -> _Config:
     """Build the dataclass `kind` from the mapping at the key `where`."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: {where or 'the file'}: expected keys and values, found {_shown(tree)}")
@@ -183,7 +186,7 @@ def _convert(kind: Any, value: Any, file: str, place: str) -> Any:
         if value is None or (inner is not str and isinstance(value, str) and value.lower() in NONE_WORDS):
             return None
         return _convert(inner, value, file, place)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _build(kind, value, file, place)
     if origin is tuple and isinstance(value, list):
         inner = arguments[0] if arguments[-1] is Ellipsis else None

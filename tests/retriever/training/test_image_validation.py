@@ -70,7 +70,5 @@ def test_unsupported_dev_sets_are_refused(towers: ImageTextTowers, colours: Path
     for file in colours.rglob("*.png"):
         file.write_bytes(b"no picture")
     dev = ImageDevSet.open(DevConfig(path=str(colours), split="test"))
-    with pytest.raises(
-        InputError, match=r"found none that can be read; .*\.png: expected an image"
-    ):
+    with pytest.raises(InputError, match=r"found none that can be read; .*\.png: expected an image"):
         dev.evaluate(towers, OPTIONS, Terminal())
