@@ -139,7 +139,8 @@ def masks(count: int, dim: int, device: torch.device, kinds: str) -> dict[str, A
     if "positives" in words:
         known = pairs[1::2] if "excluded" in words else pairs
         if "excluded" in words:
-            known = known[~torch.isin(known @ known.new_tensor([count, 1]), pairs[0::2] @ pairs.new_tensor([count, 1]))]
+            keys, excluded_keys = (rows[:, 0] * count + rows[:, 1] for rows in (known, found["excluded"]))
+            known = known[~torch.isin(keys, excluded_keys)]
         found["positives"] = Positives(known)
     guide = None
     if "guide" in words:
