@@ -7,8 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
-from losses.inputs import check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks, with_terms_over_ranks
+from losses.inputs import (
+    ContrastiveBatch,
+    check_choice,
+    checked_batch,
+    checked_workspace,
+    with_nan_for_invalid_pairs,
+)
+from losses.negatives.inputs import FurtherNegatives, checked_further, with_nan_for_invalid_negatives
+from losses.negatives.terms import with_further_terms
+from losses.options import Negatives
 from losses.precision import Precision, resolve_precision
 from losses.reference import full_matrix_loss
 from losses.torch_tiles.compiled import compiled_tiled_loss
@@ -27,6 +36,7 @@ def inf_cl_loss(
     logit_scale: float | Tensor,
     positive: Tensor | None = None,
     excluded: Tensor | None = None,
+    negatives: Negatives | None = None,
     symmetric: bool = False,
     query_ids: Tensor | None = None,
     passage_ids: Tensor | None = None,
@@ -58,6 +68,32 @@ def inf_cl_loss(
         excluded: [R, 2] integers, pairs (query row, passage row) that are removed from S in both directions, for
             example known positives that are not in `positive`. Pairs may be in any order and may repeat. A query's own
             positive may not be excluded. Costs 8 bytes per pair. Default: None.
+        negatives: Negatives outside the pool, which add terms to the row sums Σ_j exp(S_ij); in the column loss they
+            have no part.
+
+            `own`: own hard negatives of each query, of the dtype and on the device of `query`; they receive a gradient.
+
+            `frozen`: [F, D] passages that are negatives of every query and receive no gradient. A tensor on the device
+            of `query`, or on the host, from where blocks are copied to the device while the previous block is used,
+            fastest from pinned memory. Or a reader with `rows`, `dim` and `shards()`, an iterator of (first row,
+            array [n, D]), such as the reader of an embedding store. Another dtype is converted block by block.
+            Forward reads each passage once, backward none. Pairs (query row, frozen row) of `frozen_excluded` are
+            removed.
+
+            `same_side`: each query has a single partition function Z_i (GTE, Li et al., arXiv 2308.03281, equation 6),
+            and the loss is the mean of log Z_i − S_i,p(i). Let K_p(i) be the positive of query i.
+
+            - Z_i = Σ_j exp(S_ij) + Σ_{i' ≠ i} exp(logit_scale · q_i · q_i'), and the terms of `own` and `frozen`;
+            - with `symmetric` also + Σ_i' exp(S_i',p(i)) + Σ_{j ≠ p(i)} exp(logit_scale · k_p(i) · k_j), which is
+              equation 6; there the positive's score counts twice.
+
+            Hard negatives in `passage` are passages in each of these sums. With ids, queries with equal ids are
+            removed from the query–query terms, and passages with equal ids from the passage–passage terms. `excluded`
+            removes entries of S only.
+
+            With a group, `own` and `frozen` are those of this rank's queries: give every rank all frozen passages, not
+            a shard of them. `same_side` has the queries and passages of all ranks. Implementation "dense" does not
+            have them, and `torch.compile` leaves the loss out of its graph. Default: None.
         symmetric: Whether to add the column loss. Default: False.
         query_ids: [M] integers. Default: `passage_ids[positive]`. Requires `passage_ids`.
         passage_ids: [N] integers. Entry (i, j) is removed from S in both directions if passage_ids[j] == query_ids[i]
@@ -110,6 +146,13 @@ def inf_cl_loss(
             out-of-range `positive`.
     """
     if group is not None:
+        further = None
+
+        def checks() -> dict[str, Any]:
+            nonlocal further
+            further = checked_further(negatives, query)
+            return {"negatives": None if further is None else further.summary()}
+
         sharded = distributed_batch(
             group,
             query,
@@ -124,13 +167,19 @@ def inf_cl_loss(
             implementation=implementation,
             exchange=exchange,
             workspace_mib=workspace_mib,
+            checks=checks,
         )
-        return loss_over_ranks(sharded)
+        return loss_over_ranks(sharded if further is None else with_terms_over_ranks(sharded, further))
     check_choice("implementation", implementation, Implementation)
     check_choice("exchange", exchange, Exchange)
     workspace_bytes = checked_workspace(workspace_mib)
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded)
+    further = checked_further(negatives, query)
+    if further is not None and implementation == "dense":
+        raise ValueError(f"implementation 'dense' has no kernels for {further.names()}: use 'triton' or 'auto'")
     precision = resolve_precision(precision, query)
+    if further is not None:
+        return _loss_with_further(batch, further, precision, implementation, workspace_bytes)
     if implementation == "full":
         return full_matrix_loss(with_nan_for_invalid_pairs(batch, len(passage)), precision)
     # Under torch.compile the tiled loss is used: it is one operator for the compiler.
@@ -150,4 +199,30 @@ def inf_cl_loss(
     batch = with_nan_for_invalid_pairs(batch, len(passage))
     if torch.compiler.is_compiling():
         return compiled_tiled_loss(batch, precision, workspace_bytes)
+    return tiled_loss(batch, precision, workspace_bytes)
+
+
+# The sources are autograd functions of their own, which the compiler must not trace.
+@torch.compiler.disable
+def _loss_with_further(
+    batch: ContrastiveBatch,
+    further: FurtherNegatives,
+    precision: Precision,
+    implementation: Implementation,
+    workspace_bytes: int,
+) -> Tensor:
+    """The loss of one process with negatives outside the pool."""
+    if implementation == "full":
+        batch = with_nan_for_invalid_pairs(batch, len(batch.passage))
+        return full_matrix_loss(with_nan_for_invalid_negatives(batch, further), precision, further)
+    reason: str | None = "not asked for"
+    if implementation == "triton" or (implementation == "auto" and batch.query.is_cuda):
+        reason = why_not_fused(batch.query)
+        if reason is not None and implementation == "triton":
+            warn_fallback(implementation, reason)
+    if reason is None:
+        batch = with_further_terms(batch, further, precision, workspace_bytes, fused=True)
+        return fused_loss(batch, precision, workspace_bytes)
+    batch = with_nan_for_invalid_pairs(batch, len(batch.passage))
+    batch = with_further_terms(batch, further, precision, workspace_bytes, fused=False)
     return tiled_loss(batch, precision, workspace_bytes)

@@ -12,6 +12,7 @@ from losses import inf_cl, sigmoid
 from losses.distributed.api import Exchange
 from losses.inf_cl import inf_cl_loss
 from losses.inputs import check_bool, check_choice, check_number, checked_workspace
+from losses.options import Negatives
 from losses.precision import Precision
 from losses.sigmoid import sigmoid_loss
 
@@ -185,6 +186,7 @@ class InfCLLoss(LossWithScale):
         *,
         positive: Tensor | None = None,
         excluded: Tensor | None = None,
+        negatives: Negatives | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
@@ -195,6 +197,7 @@ class InfCLLoss(LossWithScale):
             passage: [N, D] passage embeddings of the same dtype and on the same device.
             positive: [M] integers, the row of each query's positive. Default: 0, …, M − 1.
             excluded: [R, 2] integers, pairs (query row, passage row) to leave out. Default: None.
+            negatives: Negatives outside the pool. Default: None.
             query_ids: [M] integers. Default: `passage_ids[positive]`.
             passage_ids: [N] integers; passages with a query's id are not its negatives. Default: None.
 
@@ -210,6 +213,7 @@ class InfCLLoss(LossWithScale):
             logit_scale=self.logit_scale,
             positive=positive,
             excluded=excluded,
+            negatives=negatives,
             symmetric=self.symmetric,
             query_ids=query_ids,
             passage_ids=passage_ids,

@@ -13,11 +13,14 @@ from losses.distributed.agreement import Shards, agree_on_batch
 from losses.distributed.blocks import BlockBackend, ColumnSums, PassageBlock
 from losses.distributed.communication import Communication, communication_of
 from losses.distributed.forward_state import ForwardState
+from losses.distributed.further import RankMerge, column_counts_over_ranks, shares_over_ranks
 from losses.distributed.gather import gather_backward, gather_forward, own_columns
 from losses.distributed.ring import ring_backward, ring_forward
 from losses.distributed.torch_blocks import TorchBackend
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.negatives.inputs import FurtherNegatives
+from losses.negatives.terms import with_further_terms
 from losses.precision import Precision, matmul_precision, resolve_precision
 from losses.triton.kernel_batch import round_up_to_16_bytes
 from losses.triton.launch import warn_fallback, why_not_fused
@@ -41,6 +44,9 @@ class DistributedBatch:
     def backend(self) -> BlockBackend:
         backend_class = TritonBackend if self.fused else TorchBackend
         return backend_class(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
+
+    def merge(self) -> RankMerge:
+        return RankMerge(self.batch, self.shards, self.communication, self.exchange)
 
     def own_block(self, backend: BlockBackend) -> PassageBlock:
         return PassageBlock(
@@ -128,6 +134,13 @@ def distributed_batch(
     return DistributedBatch(batch, shards, communication, resolved[0], workspace_bytes, fused, chosen)
 
 
+def with_terms_over_ranks(sharded: DistributedBatch, negatives: FurtherNegatives) -> DistributedBatch:
+    """Add the terms of negatives outside the pool to the row sums of this rank's queries."""
+    ranks = (sharded.communication, sharded.shards, sharded.exchange)
+    options = (sharded.precision, sharded.workspace_bytes, sharded.fused)
+    return replace(sharded, batch=with_further_terms(sharded.batch, negatives, *options, ranks))
+
+
 def _uses_kernels(query: Tensor, implementation: str) -> bool:
     if implementation == "chunked" or (implementation == "auto" and not query.is_cuda):
         return False
@@ -144,12 +157,19 @@ def loss_over_ranks(sharded: DistributedBatch) -> Tensor:
     Backward communicates too: every rank must call it, with the same upstream gradient.
     """
     batch = sharded.batch
-    return _LossOverRanks.apply(batch.query, batch.passage, batch.logit_scale, sharded)
+    return _LossOverRanks.apply(batch.query, batch.passage, batch.logit_scale, batch.further, sharded)
 
 
 class _LossOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, sharded: DistributedBatch) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        passage: Tensor,
+        logit_scale: Tensor,
+        further: Tensor | None,
+        sharded: DistributedBatch,
+    ) -> Tensor:
         with matmul_precision(sharded.precision, query.device):
             backend = sharded.backend()
             own = sharded.own_block(backend)
@@ -161,7 +181,14 @@ class _LossOverRanks(torch.autograd.Function):
             state = forward(backend, own, batch, shards, communication)
             columns = state.columns
             loss_columns = own_columns(columns, shards) if sharded.exchange == "gather" else columns
-            loss = backend.loss_sum(state.rows, loss_columns if batch.symmetric else None)
+            both = batch.symmetric and not batch.single_partition
+            loss = backend.loss_sum(state.rows, loss_columns if both else None)
+            ctx.shares = ctx.column_share = None
+            if further is not None:
+                ctx.shares = shares_over_ranks(backend, state, sharded.merge(), further)
+                loss -= ctx.shares.log_row.sum(dtype=loss.dtype) / (2 if both else 1)
+                if batch.single_partition:
+                    ctx.column_share = column_counts_over_ranks(state.block, sharded.merge(), ctx.shares)
             # The same order of summation on all ranks gives the same bits.
             shares = communication.gather_rows(loss[None], [1] * communication.size)
             loss = (shares.sum() / shards.total_queries).to(batch.logit_scale.dtype)
@@ -193,7 +220,15 @@ class _LossOverRanks(torch.autograd.Function):
             if want_query or want_scale:
                 query_sum = state.rows.table.new_empty(len(operand), backend.width)
             backward = ring_backward if ctx.exchange == "ring" else gather_backward
-            weights = backend.gradient_weights(state.rows, state.columns if ctx.symmetric else None, ctx.ds_scale)
+            columns = state.columns if ctx.symmetric else None
+            if ctx.column_share is not None:
+                columns = ColumnSums(torch.stack([*state.columns.table[:2], ctx.column_share, ctx.column_share]))
+            weights = backend.gradient_weights(state.rows, columns, ctx.ds_scale)
+            of_further = None
+            if ctx.shares is not None:
+                weights.row.mul_(ctx.shares.row_factor(ctx.symmetric))
+                factor = upstream * (communication.size / shards.total_queries)
+                of_further = ctx.shares.further_gradient(ctx.symmetric) * factor
             passage_sum = backward(backend, state, weights, query_sum, want_passage, shards, communication)
             factors = (ctx.ds_scale, upstream, communication.size / shards.total_queries)
             query_dtype, passage_dtype = ctx.dtypes
@@ -203,7 +238,7 @@ class _LossOverRanks(torch.autograd.Function):
                 query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, wanted, want_scale)
             if passage_sum is not None:
                 passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, passage_dtype, False)
-        return query_gradient, passage_gradient, scale_gradient, None
+        return query_gradient, passage_gradient, scale_gradient, of_further, None
 
 
 def _max_positive_count(columns: ColumnSums, backend: BlockBackend, communication: Communication) -> Tensor | None:

@@ -155,14 +155,16 @@ def score_gradient(
     columns: slice,
     gradient: Tensor,
     kept: Tensor | None = None,
+    variants: tuple[bool, ...] = (True, False),
 ) -> None:
     """Write ds_scale · M · dS[rows, columns] to `gradient`, from kept exponentials if given, otherwise recomputed.
 
-    Kept exponentials are used only if one shift is safe for the whole matrix, which the device decides.
+    Kept exponentials are used only if one shift is safe for the whole matrix, which the device decides. `variants`
+    are those that are launched: (False,) writes only if no shift is safe.
     """
     from losses.triton.kernels.gradients import score_gradient_kernel
 
-    for safe in (True, False):
+    for safe in variants:
         from_kept = kept is not None and safe
         shape = kernel_batch.shape("kept_gradient" if from_kept else "gradient")
         launched = shape if safe else replace(shape, persistent=1)
