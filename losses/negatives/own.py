@@ -62,15 +62,14 @@ class _OwnTerm(torch.autograd.Function):
         # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("negatives.own is differentiable once: implementation='full' has second derivatives")
-        wanted = ctx.needs_input_grad[:3]
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:3]
         if ctx.fused:
             from losses.triton.own import own_backward
 
-            gradients = own_backward(*ctx.saved_tensors, upstream, *wanted, precision=ctx.precision)
+            gradients = own_backward(saved, upstream, wanted, ctx.precision)
         else:
             with matmul_precision(ctx.precision, upstream.device):
-                options = {"precision": ctx.precision, "workspace_bytes": ctx.workspace_bytes}
-                gradients = _backward(*ctx.saved_tensors, upstream, *wanted, **options)
+                gradients = _backward(saved, upstream, wanted, ctx.precision, ctx.workspace_bytes)
         return *gradients, None, None, None, None
 
 
@@ -93,20 +92,14 @@ def _forward(
 
 
 def _backward(
-    query: Tensor,
-    values: Tensor,
-    logit_scale: Tensor,
-    offsets: Tensor,
-    log_sum: Tensor,
-    products: Tensor,
+    saved: tuple[Tensor, ...],
     upstream: Tensor,
-    want_query: bool,
-    want_values: bool,
-    want_scale: bool,
-    *,
+    wanted: tuple[bool, bool, bool],
     precision: Precision,
     workspace_bytes: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    query, values, logit_scale, offsets, log_sum, products = saved
+    want_query, want_values, want_scale = wanted
     queries = _query_of_rows(offsets, len(values))
     weights = (products * logit_scale - log_sum[queries]).exp_() * upstream[queries]
     of_query = torch.zeros(query.shape, dtype=products.dtype, device=query.device) if want_query else None

@@ -85,8 +85,8 @@ class _TiledLoss(torch.autograd.Function):
         batch = ContrastiveBatch(query, passage, logit_scale, positive, *masks)
         with matmul_precision(ctx.precision, query.device):
             tiles = ScoreTiles(batch, ctx.precision, ctx.workspace_bytes)
-            wanted = ctx.needs_input_grad[:3]
-            gradients = score_gradients(tiles, ctx.statistics, upstream, *wanted, shares=ctx.shares)
+            of_query, of_passage, of_scale = ctx.needs_input_grad[:3]
+            gradients = score_gradients(tiles, ctx.statistics, upstream, of_query, of_passage, of_scale, ctx.shares)
         of_further = None
         if ctx.shares is not None:
             of_further = ctx.shares.further_gradient(ctx.symmetric) * (upstream / len(positive))

@@ -37,23 +37,17 @@ def own_forward(
 
 
 def own_backward(
-    query: Tensor,
-    values: Tensor,
-    logit_scale: Tensor,
-    offsets: Tensor,
-    log_sum: Tensor,
-    products: Tensor,
-    upstream: Tensor,
-    want_query: bool,
-    want_values: bool,
-    want_scale: bool,
-    *,
-    precision: Precision,
+    saved: tuple[Tensor, ...], upstream: Tensor, wanted: tuple[bool, bool, bool], precision: Precision
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, values and logit_scale; None for those not wanted."""
+    """Gradients of query, values and logit_scale; None for those not wanted.
+
+    `saved` are query, values, logit_scale, offsets, and the results of `own_forward`.
+    """
     from losses.triton.kernels.own import own_backward_kernel
     from losses.triton.launch import operand
 
+    query, values, logit_scale, offsets, log_sum, products = saved
+    want_query, want_values, want_scale = wanted
     rows, own = operand(query, precision), operand(values, precision)
     of_query = torch.empty_like(query, memory_format=torch.contiguous_format) if want_query else None
     of_values = torch.empty_like(values, memory_format=torch.contiguous_format) if want_values else None
