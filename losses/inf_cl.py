@@ -214,7 +214,8 @@ def _loss_with_further(
     """The loss of one process with negatives outside the pool."""
     if implementation == "full":
         batch = with_nan_for_invalid_pairs(batch, len(batch.passage))
-        return full_matrix_loss(with_nan_for_invalid_negatives(batch, further), precision, further)
+        batch, further = with_nan_for_invalid_negatives(batch, further)
+        return full_matrix_loss(batch, precision, further)
     reason: str | None = "not asked for"
     if implementation == "triton" or (implementation == "auto" and batch.query.is_cuda):
         reason = why_not_fused(batch.query)

@@ -64,8 +64,13 @@ def checked_further(negatives: Negatives | None, query: Tensor) -> FurtherNegati
     return FurtherNegatives(own, frozen, pairs, negatives.same_side)
 
 
-def with_nan_for_invalid_negatives(batch: ContrastiveBatch, further: FurtherNegatives) -> ContrastiveBatch:
-    """Set logit_scale, and thereby the loss, to NaN if a value on a GPU, which the host does not check, is invalid."""
+def with_nan_for_invalid_negatives(
+    batch: ContrastiveBatch, further: FurtherNegatives
+) -> tuple[ContrastiveBatch, FurtherNegatives]:
+    """Set logit_scale, and thereby the loss, to NaN if a value on a GPU, which the host does not check, is invalid.
+
+    Pairs outside the frozen scores are moved inside.
+    """
     wrong = []
     if further.own is not None and not can_check_values(further.own.offsets):
         offsets = further.own.offsets
@@ -73,9 +78,14 @@ def with_nan_for_invalid_negatives(batch: ContrastiveBatch, further: FurtherNega
     pairs = further.frozen_excluded
     if pairs is not None and further.frozen is not None and not can_check_values(pairs):
         wrong.append(_outside(pairs, batch.query, further.frozen).any())
+        rows, columns = pairs.unbind(1)
+        last_row, last_column = max(0, len(batch.query) - 1), max(0, further.frozen.rows - 1)
+        pairs = torch.stack([rows.clamp(0, last_row), columns.clamp(0, last_column)], 1)
+        further = replace(further, frozen_excluded=pairs)
     if not wrong:
-        return batch
-    return replace(batch, logit_scale=torch.where(torch.stack(wrong).any(), torch.nan, batch.logit_scale))
+        return batch, further
+    scale = torch.where(torch.stack(wrong).any(), torch.nan, batch.logit_scale)
+    return replace(batch, logit_scale=scale), further
 
 
 def _checked_own(own: Ragged, query: Tensor) -> Ragged:

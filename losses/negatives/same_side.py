@@ -126,24 +126,25 @@ def _batch(embeddings: Tensor, logit_scale: Tensor, ids: Tensor) -> ContrastiveB
     return ContrastiveBatch(embeddings, embeddings[:0], logit_scale, nowhere, ids, ids, symmetric=True)
 
 
-def _strips(block: PassageBlock, side: Side) -> Iterator[slice]:
+def _strips(block: PassageBlock, side: Side, waves: int) -> Iterator[slice]:
     """Strips of rows whose tiles from the diagonal on are computed together.
 
-    A wave of cuBLAS tiles per strip fills the multiprocessors; narrower strips compute less below the diagonal.
+    Whole waves of cuBLAS tiles per strip fill the multiprocessors. Narrow strips compute less below the diagonal; wide
+    strips need fewer launches.
     """
     count, width = block.passage.shape
     size = min(CPU_STRIP, max(1, math.isqrt(side.workspace_bytes // 16)))
     if side.fused:
         from losses.triton.launch import processors
 
-        wave = processors(block.passage.device) // -(-width // CUBLAS_TILE_COLUMNS) * CUBLAS_TILE_ROWS
+        wave = waves * processors(block.passage.device) // -(-width // CUBLAS_TILE_COLUMNS) * CUBLAS_TILE_ROWS
         size = max(CUBLAS_TILE_ROWS, min(wave, round_up(-(-count // 4), CUBLAS_TILE_ROWS)))
     return spans(0, side.needed, size)
 
 
 def _add_strips(rows: RowSums, block: PassageBlock, logit_scale: Tensor, side: Side) -> None:
     assert block.ids is not None
-    for strip in _strips(block, side):
+    for strip in _strips(block, side, waves=2):
         backend = _backend(block.passage[strip], logit_scale, side, block.ids[strip])
         of_strip = RowSums(rows.table[:, strip])
         unused = ColumnSums(backend.initial_sums(4, len(of_strip.shift)))
@@ -167,7 +168,7 @@ def _strip_gradients(
     assert block.ids is not None
     weight, ds_scale, unit = _weights(upstream, upstream, rows.total, backend)
     sums = torch.zeros(len(weight), backend.width, dtype=weight.dtype, device=weight.device)
-    for strip in _strips(block, side):
+    for strip in _strips(block, side, waves=1):
         strip_backend = _backend(block.passage[strip], logit_scale, side, block.ids[strip])
         of_strip, of_weights = RowSums(rows.table[:, strip]), weight[strip]
         for columns in (strip, slice(strip.stop, len(weight))):

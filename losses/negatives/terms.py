@@ -35,7 +35,7 @@ def with_further_terms(
         fused: Whether Triton kernels compute.
         ranks: The communication, the shards and the exchange of a batch over ranks, or None for one process.
     """
-    batch = with_nan_for_invalid_negatives(batch, negatives)
+    batch, negatives = with_nan_for_invalid_negatives(batch, negatives)
     terms = []
     if negatives.own is not None:
         terms.append(own_term(batch.query, negatives.own, batch.logit_scale, precision, workspace_bytes, fused))

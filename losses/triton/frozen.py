@@ -60,7 +60,7 @@ def frozen_sums_and_means(
             block = operand(stored.to(query.dtype), known)
             state.check(block)
             for rows in spans(0, queries, height):
-                pairs = None if excluded is None else excluded - excluded.new_tensor([rows.start, first])
+                pairs = None if excluded is None else _relative(excluded, rows.start, first)
                 batch = KernelBatch(rows_operand[rows], block, None, None, precision, workspace_bytes, False)
                 batch.set_excluded(*sorted_excluded(pairs, batch.query, block))
                 state.add(batch, rows, logit_scale, workspace, workspace_bytes)
@@ -136,6 +136,12 @@ class _State:
         add_product(self.mean[rows], exponentials, batch.passage)
 
 
+def _relative(pairs: Tensor, first_row: int, first_column: int) -> Tensor:
+    # Subtracting a tensor of both numbers would copy it from the host and wait for it.
+    rows, columns = pairs.unbind(1)
+    return torch.stack([rows - first_row, columns - first_column], 1)
+
+
 def _block_rows(
     passages: FrozenPassages, device: torch.device, height: int, operand: Tensor, dim: int, workspace_bytes: int
 ) -> int:
@@ -143,7 +149,8 @@ def _block_rows(
     per_row = height * operand.element_size()
     if not passages.on(device):
         per_row += 2 * dim * passages.itemsize()
-    if not passages.on(device) or passages.source.dtype != operand.dtype or dim != operand.shape[1]:
+    same = isinstance(passages.source, Tensor) and passages.source.dtype == operand.dtype
+    if not same or dim != operand.shape[1]:
         per_row += operand.shape[1] * operand.element_size()
     size = workspace_bytes // per_row
     return max(16, min(size // BLOCK_MULTIPLE * BLOCK_MULTIPLE or size, passages.rows))
