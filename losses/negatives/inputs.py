@@ -61,7 +61,15 @@ def checked_further(negatives: Negatives | None, query: Tensor) -> FurtherNegati
         pairs = _checked_pairs(negatives.frozen_excluded, query, frozen)
     if own is None and frozen is None and not negatives.same_side:
         return None
-    return FurtherNegatives(own, frozen, pairs, negatives.same_side)
+    further = FurtherNegatives(own, frozen, pairs, negatives.same_side)
+    for name, given in (
+        ("limit", negatives.limit is not None),
+        ("guide", negatives.guide is not None),
+        ("hardness", negatives.hardness != 0),
+    ):
+        if given:
+            raise ValueError(f"negatives.{name} applies to the pool and does not combine with {further.names()}")
+    return further
 
 
 def with_nan_for_invalid_negatives(

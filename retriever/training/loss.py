@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from losses import InfCLLoss, SigmoidLoss, gathered_clip_loss
+from losses import InfCLLoss, Negatives, SigmoidLoss, gathered_clip_loss
 from retriever.config.run import LossConfig, TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
@@ -22,10 +22,13 @@ class ClipOverRanks(InfCLLoss):
         *,
         positive: Tensor | None = None,
         excluded: Tensor | None = None,
+        negatives: Negatives | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
         """As its paper has it: row i with row i, and no ids."""
+        if negatives is not None:
+            raise ValueError("negatives: the loss of CLIP has those of the batch only")
         return gathered_clip_loss(query, passage, logit_scale=self.logit_scale, group=self.group)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from negatives_batch import SOURCES, Batch, relative_errors, step
 from torch import Tensor
 
 from losses import InfCLLoss, Negatives, Ragged, inf_cl_loss
+from losses.options import Guide, NegativeLimit
 
 COMBINATIONS = [("own",), ("frozen",), ("same_side",), SOURCES]
 
@@ -152,10 +154,19 @@ def test_a_reader_of_shards_equals_a_tensor(workspace_mib: float) -> None:
     assert max(relative_errors(found, expected)) <= 1e-12
 
 
-def test_an_embedding_store_is_a_reader(tmp_path: Any) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_embedding_store_is_a_reader(dtype: Any, tmp_path: Path) -> None:
+    from index.passages import Passage
     from index.store.reader import EmbeddingStore
+    from index.store.writer import EmbeddingWriter
 
-    assert {"rows", "dim"} <= set(EmbeddingStore.__init__.__code__.co_names) and hasattr(EmbeddingStore, "shards")
+    batch = Batch.random(23, 31, masks=True, random_positive=False).rounded(getattr(torch, dtype))
+    passages = [Passage(str(number), "", "text") for number in range(len(batch.frozen))]
+    with EmbeddingWriter(tmp_path, dim=12, model={"m": "m"}, source={}, dtype=dtype, shard_rows=17) as writer:
+        writer.append(passages, batch.frozen.numpy().astype(dtype))
+    expected = step(batch, ("frozen",), 20.0)
+    found = step(batch, ("frozen",), 20.0, frozen=EmbeddingStore.open(tmp_path), workspace_mib=0.001)
+    assert max(relative_errors(found, expected)) <= 1e-12
 
 
 def test_a_reader_that_announces_other_rows_is_refused() -> None:
@@ -205,7 +216,7 @@ def test_the_module_takes_negatives() -> None:
     negatives = Negatives(frozen=batch.frozen)
     found = InfCLLoss(logit_scale=5.0)(batch.query.float(), batch.passage.float(), negatives=negatives)
     expected = step(batch, ("frozen",), 5.0)[0]
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_invalid_negatives_are_refused_by_name() -> None:
@@ -233,6 +244,18 @@ def test_invalid_negatives_are_refused_by_name() -> None:
         (Negatives(frozen=frozen, frozen_excluded=pair[0]), r"negatives.frozen_excluded must have shape \[pairs, 2\]"),
         (Negatives(frozen=frozen, frozen_excluded=pair.float()), "negatives.frozen_excluded must be a tensor of int64"),
         (Negatives(frozen=frozen, frozen_excluded=pair + 5), r"5 queries and 41 frozen passages, found \[5, 5\]"),
+        (
+            Negatives(frozen=frozen, limit=NegativeLimit(margin=0.0)),
+            "negatives.limit applies to the pool and does not combine with negatives.frozen",
+        ),
+        (
+            Negatives(same_side=True, guide=Guide(batch.query, batch.passage)),
+            "negatives.guide applies to the pool and does not combine with negatives.same_side",
+        ),
+        (
+            Negatives(own=Ragged(own, offsets), hardness=0.5),
+            "negatives.hardness applies to the pool and does not combine with negatives.own",
+        ),
     ]
     for negatives, message in cases:
         with pytest.raises(ValueError, match=f"^.*{message}"):
@@ -243,11 +266,10 @@ def test_what_cannot_be_combined_is_refused_by_name() -> None:
     batch = Batch.random(5, 7, masks=False, random_positive=False)
     with pytest.raises(ValueError, match="'dense' has no kernels for"):
         step(batch, ("frozen", "same_side"), 5.0, torch.float32, implementation="dense")
-    loss = inf_cl_loss(
-        batch.query.clone().requires_grad_(), batch.passage, logit_scale=5.0, negatives=Negatives(frozen=batch.frozen)
-    )
+    query = batch.query.clone().requires_grad_()
+    loss = inf_cl_loss(query, batch.passage, logit_scale=5.0, negatives=Negatives(frozen=batch.frozen))
     with pytest.raises(RuntimeError, match="differentiable once"):
-        loss.backward(create_graph=True)
+        torch.autograd.grad(loss, query, create_graph=True)
 
 
 def test_the_compiler_leaves_the_loss_out_of_its_graph() -> None:
