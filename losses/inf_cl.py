@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks, with_terms_over_ranks
+from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
 from losses.inputs import (
     ContrastiveBatch,
     check_choice,
@@ -16,7 +16,7 @@ from losses.inputs import (
     with_nan_for_invalid_pairs,
 )
 from losses.negatives.inputs import FurtherNegatives, checked_further, with_nan_for_invalid_negatives
-from losses.negatives.terms import with_further_terms
+from losses.negatives.terms import with_further_terms, with_terms_over_ranks
 from losses.options import Negatives
 from losses.precision import Precision, resolve_precision
 from losses.reference import full_matrix_loss

@@ -19,8 +19,6 @@ from losses.distributed.ring import ring_backward, ring_forward
 from losses.distributed.torch_blocks import TorchBackend
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
-from losses.negatives.inputs import FurtherNegatives
-from losses.negatives.terms import with_further_terms
 from losses.precision import Precision, matmul_precision, resolve_precision
 from losses.triton.kernel_batch import round_up_to_16_bytes
 from losses.triton.launch import warn_fallback, why_not_fused
@@ -132,13 +130,6 @@ def distributed_batch(
     fits = communication.size == 2 or shards.pool_size * width * (query.element_size() + 4) <= workspace_bytes
     chosen: Literal["ring", "gather"] = "gather" if exchange == "gather" or (exchange == "auto" and fits) else "ring"
     return DistributedBatch(batch, shards, communication, resolved[0], workspace_bytes, fused, chosen)
-
-
-def with_terms_over_ranks(sharded: DistributedBatch, negatives: FurtherNegatives) -> DistributedBatch:
-    """Add the terms of negatives outside the pool to the row sums of this rank's queries."""
-    ranks = (sharded.communication, sharded.shards, sharded.exchange)
-    options = (sharded.precision, sharded.workspace_bytes, sharded.fused)
-    return replace(sharded, batch=with_further_terms(sharded.batch, negatives, *options, ranks))
 
 
 def _uses_kernels(query: Tensor, implementation: str) -> bool:

@@ -60,7 +60,7 @@ class _FrozenTerm(torch.autograd.Function):
             with matmul_precision(term.precision, query.device):
                 log_sum, mean = _sums_and_means(query, logit_scale, term, differentiable)
         else:
-            from losses.triton.frozen import frozen_sums_and_means
+            from losses.negatives.triton_frozen import frozen_sums_and_means
 
             log_sum, mean = frozen_sums_and_means(
                 query,

@@ -27,7 +27,7 @@ def own_term(
     are deterministic; tiles in PyTorch are so on a CPU.
     """
     if fused:
-        from losses.triton.own import supports
+        from losses.negatives.triton_own import supports
 
         fused = supports(query)
     return _OwnTerm.apply(query, own.values, logit_scale, own.offsets, precision, workspace_bytes, fused)
@@ -46,7 +46,7 @@ class _OwnTerm(torch.autograd.Function):
         fused: bool,
     ) -> Tensor:
         if fused:
-            from losses.triton.own import own_forward
+            from losses.negatives.triton_own import own_forward
 
             log_sum, products = own_forward(query, values, logit_scale, offsets, precision)
         else:
@@ -64,7 +64,7 @@ class _OwnTerm(torch.autograd.Function):
             raise RuntimeError("negatives.own is differentiable once: implementation='full' has second derivatives")
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:3]
         if ctx.fused:
-            from losses.triton.own import own_backward
+            from losses.negatives.triton_own import own_backward
 
             gradients = own_backward(saved, upstream, wanted, ctx.precision)
         else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from losses.distributed.agreement import Shards
+from losses.distributed.api import DistributedBatch
 from losses.distributed.blocks import BlockBackend, PassageBlock
 from losses.distributed.communication import Communication
 from losses.distributed.torch_blocks import TorchBackend
@@ -50,6 +51,13 @@ def with_further_terms(
         assert bounds is not None
         terms += _same_side_terms(batch, bounds, precision, workspace_bytes, fused, ranks)
     return replace(batch, further=torch.stack(terms), single_partition=negatives.same_side and batch.symmetric)
+
+
+def with_terms_over_ranks(sharded: DistributedBatch, negatives: FurtherNegatives) -> DistributedBatch:
+    """`with_further_terms` of this rank's shard."""
+    ranks = (sharded.communication, sharded.shards, sharded.exchange)
+    options = (sharded.precision, sharded.workspace_bytes, sharded.fused)
+    return replace(sharded, batch=with_further_terms(sharded.batch, negatives, *options, ranks))
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch, all_finite
-from losses.negatives.merge import Shares, column_counts
 from losses.precision import Precision, add_product, matmul_precision
+from losses.row_terms import Shares, column_counts
 from losses.torch_tiles.tiles import ScoreTiles
 
 # Largest exponent after subtracting a constant shift. Sums of 2^40 terms exp(60) are finite in float32, and a term

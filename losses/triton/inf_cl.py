@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch
-from losses.negatives.merge import Shares, column_counts
 from losses.precision import Precision, add_product, matmul_precision
+from losses.row_terms import Shares, column_counts
 from losses.triton.block_launches import SavedStatistics, ScoreGradientWeights, add_sums, score_gradient
 from losses.triton.kernel_batch import (
     GradientEpilogue,
@@ -240,7 +240,7 @@ def inf_cl_backward(
     """Gradients of query, passage and logit_scale; empty tensors if not wanted. Overwrites `kept`.
 
     `row_factor` [M] is a factor of the weights of rows, and `weighted_count` [N] takes the place of the number of
-    queries whose positive each passage is (losses/negatives/merge.py).
+    queries whose positive each passage is (losses/row_terms.py).
     """
     import triton
 

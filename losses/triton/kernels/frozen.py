@@ -1,4 +1,4 @@
-"""Helpers of the pass over frozen passages (losses/triton/frozen.py): checks of a block, and its change of shifts.
+"""Helpers of the pass over frozen passages (losses/negatives/triton_frozen.py): checks of blocks, changes of shifts.
 
 Exponentials of a block use the constant shift of the pool's bounds while no frozen passage is longer than they allow,
 as in the other kernels; from the first longer passage on they use running maxima, and sums so far are rescaled.
