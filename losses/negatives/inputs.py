@@ -34,6 +34,10 @@ class FurtherNegatives:
         given = {"own": self.own, "frozen": self.frozen, "same_side": self.same_side or None}
         return " and ".join(f"negatives.{name}" for name, value in given.items() if value is not None)
 
+    def sources(self) -> int:
+        """Number of sources that give the queries a gradient."""
+        return (self.own is not None) + (self.frozen is not None) + self.same_side
+
     def summary(self) -> tuple[Any, ...]:
         """What must be the same on all ranks."""
         return self.own is not None, None if self.frozen is None else self.frozen.rows, self.same_side

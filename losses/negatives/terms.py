@@ -37,19 +37,22 @@ def with_further_terms(
         ranks: The communication, the shards and the exchange of a batch over ranks, or None for one process.
     """
     batch, negatives = with_nan_for_invalid_negatives(batch, negatives)
-    terms = []
+    terms, query = [], batch.query
+    if query.dtype == torch.bfloat16 and negatives.sources() > 1:
+        # The sources' gradients are summed in float32 and rounded once.
+        query = query.float()
     if negatives.own is not None:
-        terms.append(own_term(batch.query, negatives.own, batch.logit_scale, precision, workspace_bytes, fused))
+        terms.append(own_term(query, negatives.own, batch.logit_scale, precision, workspace_bytes, fused))
     bounds = None
     if negatives.same_side or (negatives.frozen is not None and fused):
         bounds = _bounds_of_pool(batch, precision, workspace_bytes, fused, ranks)
     if negatives.frozen is not None:
         options = (bounds if fused else None, precision, workspace_bytes)
         term = FrozenTerm(negatives.frozen, negatives.frozen_excluded, *options)
-        terms.append(frozen_term(batch.query, batch.logit_scale, term))
+        terms.append(frozen_term(query, batch.logit_scale, term))
     if negatives.same_side:
         assert bounds is not None
-        terms += _same_side_terms(batch, bounds, precision, workspace_bytes, fused, ranks)
+        terms += _same_side_terms(batch, query, bounds, precision, workspace_bytes, fused, ranks)
     return replace(batch, further=torch.stack(terms), single_partition=negatives.same_side and batch.symmetric)
 
 
@@ -79,9 +82,18 @@ def _bounds_of_pool(
 
 
 def _same_side_terms(
-    batch: ContrastiveBatch, bounds: Tensor, precision: Precision, workspace_bytes: int, fused: bool, ranks: Any
+    batch: ContrastiveBatch,
+    query: Tensor,
+    bounds: Tensor,
+    precision: Precision,
+    workspace_bytes: int,
+    fused: bool,
+    ranks: Any,
 ) -> list[Tensor]:
-    """[M] each: the terms of the queries; if symmetric, also those of their positives among the passages."""
+    """[M] each: the terms of the queries; if symmetric, also those of their positives among the passages.
+
+    `query` are the queries of the batch, in float32 if its gradients of several sources are summed.
+    """
     bounds = bounds.clone()
     # Scores within a side are bounded by the longer side.
     bounds[:2] = bounds[:2].max()
@@ -103,7 +115,7 @@ def _same_side_terms(
 
     queries, passages = len(batch.query), len(batch.passage)
     of_queries = side_of(None if shards is None else shards.queries, batch.query_ids, queries, queries)
-    terms = [same_side_term(batch.query, batch.logit_scale, of_queries)]
+    terms = [same_side_term(query, batch.logit_scale, of_queries)]
     if not batch.symmetric:
         return terms
     in_order = batch.diagonal and (shards is None or not shards.positive_given)

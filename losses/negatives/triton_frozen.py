@@ -57,7 +57,8 @@ def frozen_sums_and_means(
     workspace = rows_operand.new_empty(height * round_up_to_16_bytes(size, rows_operand.dtype) if want_mean else 0)
     with matmul_precision(known, device):
         for first, stored in passages.blocks(device, size):
-            block = operand(stored.to(query.dtype), known)
+            # Stored operands need no conversion by way of the query's dtype, which may be wider.
+            block = operand(stored if stored.dtype == rows_operand.dtype else stored.to(query.dtype), known)
             state.check(block)
             for rows in spans(0, queries, height):
                 pairs = None if excluded is None else _relative(excluded, rows.start, first)

@@ -48,7 +48,7 @@ def errors(
     rank, size = distributed.get_rank(), distributed.get_world_size()
     counts, more = SHARDS[size]
     passages = [queries + extra for queries, extra in zip(counts, more, strict=True)]
-    batch = Batch.random(sum(counts), sum(passages), masks=masks, random_positive=random_positive)
+    batch = Batch.random(sum(counts), sum(passages), masks=masks, random_positive=random_positive).rounded(dtype)
     if not random_positive:
         # Each rank's positives are its own passages in order.
         firsts = [sum(passages[:number]) for number in range(size)]
@@ -90,6 +90,12 @@ def check_values() -> None:
         assert max(found) <= (1e-5 if logit_scale == 20 else 2e-4), (case, masks, random_positive, logit_scale, found)
 
 
+def check_narrow_embeddings() -> None:
+    for exchange in ("ring", "gather"):
+        found = errors(SOURCES, torch.bfloat16, 20.0, True, False, exchange=exchange, symmetric=True)
+        assert max(found) <= 4e-3, (exchange, found)
+
+
 def check_kernels() -> None:
     for exchange, logit_scale in (("ring", 20.0), ("gather", 500.0)):
         case: dict[str, Any] = {"exchange": exchange, "symmetric": True, "implementation": "triton"}
@@ -124,6 +130,7 @@ def main(size: int) -> None:
     distributed.init_process_group("gloo")
     check_errors_on_all_ranks()
     check_values()
+    check_narrow_embeddings()
     if size == 3:
         check_kernels()
     distributed.barrier()
