@@ -6,10 +6,12 @@ A block is a whole batch on one GPU (triton/inf_cl.py), or a rank's queries agai
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from losses.row_terms import Shares
 from losses.triton.kernel_batch import KernelBatch, span_length
 
 
@@ -129,6 +131,28 @@ def add_sums(
             BLOCK=MERGE_BLOCK,
             TILES=MERGE_TILES,
         )
+
+
+def merged_loss(
+    statistics: SavedStatistics,
+    loss: Tensor,
+    positive: Tensor,
+    further: Tensor,
+    single_partition: bool,
+    symmetric: bool,
+) -> tuple[Tensor, Shares]:
+    """The loss with further terms of the row sums, from the loss of the pool, and the shares of the terms."""
+    row = (statistics.row_shift + statistics.row_sum.log2()) * math.log(2)
+    if not single_partition:
+        shares = Shares.of(row, None, further)
+        return loss - shares.log_row.mean() / (2 if symmetric else 1), shares
+    # An out-of-range positive has already made the loss NaN.
+    own = positive.clamp(0, len(statistics.column_sum) - 1)
+    column = (statistics.column_shift[own] + statistics.column_sum[own].log2()) * math.log(2)
+    shares = Shares.of(row, column, further)
+    # Here the pool's loss is half the sum of row and column losses. Replace the column losses by the row losses.
+    difference = (row - column).mean() / 2
+    return loss + difference - shares.log_row.mean(), shares
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ decides which arithmetic is safe (triton/kernels/tile.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,8 +16,14 @@ from torch import Tensor
 
 from losses.inputs import ContrastiveBatch
 from losses.precision import Precision, add_product, matmul_precision
-from losses.row_terms import Shares, column_counts
-from losses.triton.block_launches import SavedStatistics, ScoreGradientWeights, add_sums, score_gradient
+from losses.row_terms import column_counts
+from losses.triton.block_launches import (
+    SavedStatistics,
+    ScoreGradientWeights,
+    add_sums,
+    merged_loss,
+    score_gradient,
+)
 from losses.triton.kernel_batch import (
     GradientEpilogue,
     KernelBatch,
@@ -64,7 +69,7 @@ class _FusedLoss(torch.autograd.Function):
         ctx.shares = None
         if further is not None:
             statistics = SavedStatistics.split(flat_statistics, query.shape[0], passage.shape[0])
-            loss, ctx.shares = _merged(statistics, loss, positive, further, single_partition, symmetric=options[0])
+            loss, ctx.shares = merged_loss(statistics, loss, positive, further, single_partition, symmetric=options[0])
         masks = (query_ids, passage_ids, keys, starts)
         ctx.save_for_backward(query, passage, logit_scale, positive, *masks, flat_statistics, kept)
         ctx.options = options
@@ -93,28 +98,6 @@ class _FusedLoss(torch.autograd.Function):
         gradients = compute(*inputs, *ctx.options, flat_statistics, kept, upstream, *wanted, *factors)
         found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
         return (*found, of_further, *[None] * 10)
-
-
-def _merged(
-    statistics: SavedStatistics,
-    loss: Tensor,
-    positive: Tensor,
-    further: Tensor,
-    single_partition: bool,
-    symmetric: bool,
-) -> tuple[Tensor, Shares]:
-    """The loss with further terms of the row sums, from the loss of the pool, and the shares of the terms."""
-    row = (statistics.row_shift + statistics.row_sum.log2()) * math.log(2)
-    if not single_partition:
-        shares = Shares.of(row, None, further)
-        return loss - shares.log_row.mean() / (2 if symmetric else 1), shares
-    # An out-of-range positive has already made the loss NaN.
-    own = positive.clamp(0, len(statistics.column_sum) - 1)
-    column = (statistics.column_shift[own] + statistics.column_sum[own].log2()) * math.log(2)
-    shares = Shares.of(row, column, further)
-    # Here the pool's loss is half the sum of row and column losses. Replace the column losses by the row losses.
-    difference = (row - column).mean() / 2
-    return loss + difference - shares.log_row.mean(), shares
 
 
 def inf_cl_forward(

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from losses import InfCLLoss, SigmoidLoss, inf_cl_loss
 from losses.inputs import ContrastiveBatch
-from losses.torch_tiles.compiled import tiled_loss_op
+from losses.torch_tiles.compiled import compiled_tiled_loss, tiled_loss_op
 
 QUERY, PASSAGE = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
 LOSSES = (InfCLLoss, SigmoidLoss)
@@ -153,7 +153,11 @@ def test_values_are_checked_in_a_compiled_graph() -> None:
 def test_the_operator_takes_every_field_of_a_batch() -> None:
     # A field that the operator does not take would be ignored by compiled losses.
     given = {argument.name for argument in tiled_loss_op._opoverload._schema.arguments}
-    assert {field.name for field in dataclasses.fields(ContrastiveBatch)} <= given
+    outside = {"further", "single_partition"}
+    assert {field.name for field in dataclasses.fields(ContrastiveBatch)} <= given | outside
+    batch = ContrastiveBatch(QUERY, PASSAGE, torch.tensor(2.0), None, None, None, False, further=torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="negatives outside the pool"):
+        compiled_tiled_loss(batch, "fp32", 2**20)
 
 
 def test_with_towers_sharded_by_fsdp() -> None:
