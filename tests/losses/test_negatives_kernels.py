@@ -11,6 +11,7 @@ from negatives_batch import SOURCES, Batch, relative_errors, step
 from torch import Tensor
 
 from losses import Negatives, Ragged, inf_cl_loss
+from losses.negatives import same_side
 from losses.triton.launch import interpreted
 
 pytest.importorskip("triton")
@@ -47,6 +48,17 @@ def test_all_sources_together_with_positives_by_index(device: str) -> None:
         truth = step(batch, SOURCES, 20.0, **options, implementation="full")
         found = step(batch, SOURCES, 20.0, torch.float32, device, **options, implementation="triton")
         assert max(relative_errors(found, truth, floor=0.2 if queries == 1 else 1e-6)) <= 1e-5
+
+
+@needs_interpreter
+@pytest.mark.parametrize("logit_scale", [20.0, 500.0])  # one shift, running maxima
+def test_strips_cover_each_pair_of_a_side_once(logit_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(same_side, "CUBLAS_TILE_ROWS", 8)
+    for masks in (False, True):
+        batch = Batch.random(37, 45, 9, masks=masks, random_positive=masks)
+        truth = step(batch, ("same_side",), logit_scale, symmetric=True, implementation="full")
+        found = step(batch, ("same_side",), logit_scale, torch.float32, symmetric=True, implementation="triton")
+        assert max(relative_errors(found, truth)) <= (1e-5 if logit_scale == 20 else 2e-4), masks
 
 
 @pytest.mark.parametrize("device", DEVICES)
