@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from losses.combinations import MASKED, check_combination, given_options
 from losses.inputs import (
     FLOAT_DTYPES,
     ContrastiveBatch,
@@ -63,7 +64,9 @@ def with_options(
         ValueError: If an argument is invalid. The message begins with its name.
     """
     check_bool("statistics", statistics)
+    check_combination(positives, negatives, statistics)
     options = CheckedOptions(statistics=statistics)
+    wanted = given_options(positives, negatives, statistics) & set(MASKED)
     if positives is not None:
         if not isinstance(positives, Positives):
             raise ValueError(f"positives must be a Positives, found {type(positives).__name__}")
@@ -72,13 +75,12 @@ def with_options(
     if negatives is not None:
         if not isinstance(negatives, Negatives):
             raise ValueError(f"negatives must be a Negatives, found {type(negatives).__name__}")
-        _refuse_missing(negatives)
         options = replace(options, limit=negatives.limit, hardness=float(negatives.hardness))
         if negatives.guide is not None:
             query, passage = checked_guide(negatives.guide, batch)
             margin = float(negatives.guide.margin)
             options = replace(options, guide_query=query, guide_passage=passage, guide_margin=margin)
-    if positives is None and not statistics and (negatives is None or negatives == Negatives()):
+    if not wanted:
         return batch
     batch = replace(batch, options=options)
     if not shard:
@@ -90,14 +92,6 @@ def needs_negatives(options: CheckedOptions) -> bool:
     """Whether the options change the loss, and not only ask for statistics."""
     given = (options.limit, options.guide_query)
     return options.reduction != "single" or options.hardness != 0 or any(each is not None for each in given)
-
-
-def _refuse_missing(negatives: Negatives) -> None:
-    for name in ("own", "frozen", "frozen_excluded"):
-        if getattr(negatives, name) is not None:
-            raise ValueError(f"negatives.{name} is not supported by this loss")
-    if negatives.same_side:
-        raise ValueError("negatives.same_side is not supported by this loss")
 
 
 def checked_guide(guide: Guide, batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,17 @@ from torch import Tensor
 
 from losses.checked_options import with_nan_for_invalid_positives, with_options
 from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
-from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
-from losses.negatives.compiled import compiled_negatives_loss
-from losses.negatives.loss import negatives_loss, negatives_loss_over_ranks
+from losses.inputs import (
+    ContrastiveBatch,
+    check_choice,
+    checked_batch,
+    checked_workspace,
+    with_nan_for_invalid_pairs,
+)
+from losses.masked.compiled import compiled_negatives_loss
+from losses.masked.loss import negatives_loss, negatives_loss_over_ranks
+from losses.negatives.inputs import FurtherNegatives, checked_further, with_nan_for_invalid_negatives
+from losses.negatives.terms import with_further_terms, with_terms_over_ranks
 from losses.options import Negatives, Positives, Statistics
 from losses.precision import Precision, resolve_precision
 from losses.reference import full_matrix_loss, full_matrix_negatives_loss
@@ -88,6 +96,32 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             passage, equally.
         statistics: Whether to return statistics of the rows too: ranks, hardest negatives, entropies. They take no
             product and no synchronization with the device. Default: False.
+        negatives: Negatives outside the pool, which add terms to the row sums Σ_j exp(S_ij); in the column loss they
+            have no part.
+
+            `own`: own hard negatives of each query, of the dtype and on the device of `query`; they receive a gradient.
+
+            `frozen`: [F, D] passages that are negatives of every query and receive no gradient. A tensor on the device
+            of `query`, or on the host, from where blocks are copied to the device while the previous block is used,
+            fastest from pinned memory. Or a reader with `rows`, `dim` and `shards()`, an iterator of (first row,
+            array [n, D]), such as the reader of an embedding store. Another dtype is converted block by block.
+            Forward reads each passage once, backward none. Pairs (query row, frozen row) of `frozen_excluded` are
+            removed.
+
+            `same_side`: each query has a single partition function Z_i (GTE, Li et al., arXiv 2308.03281, equation 6),
+            and the loss is the mean of log Z_i − S_i,p(i). Let K_p(i) be the positive of query i.
+
+            - Z_i = Σ_j exp(S_ij) + Σ_{i' ≠ i} exp(logit_scale · q_i · q_i'), and the terms of `own` and `frozen`;
+            - with `symmetric` also + Σ_i' exp(S_i',p(i)) + Σ_{j ≠ p(i)} exp(logit_scale · k_p(i) · k_j), which is
+              equation 6; there the positive's score counts twice.
+
+            Hard negatives in `passage` are passages in each of these sums. With ids, queries with equal ids are
+            removed from the query–query terms, and passages with equal ids from the passage–passage terms. `excluded`
+            removes entries of S only.
+
+            With a group, `own` and `frozen` are those of this rank's queries: give every rank all frozen passages, not
+            a shard of them. `same_side` has the queries and passages of all ranks. Implementation "dense" does not
+            have them, and `torch.compile` leaves the loss out of its graph. Default: None.
         symmetric: Whether to add the column loss. Default: False.
         query_ids: [M] integers. Default: `passage_ids[positive]`. Requires `passage_ids`.
         passage_ids: [N] integers. Entry (i, j) is removed from S in both directions if passage_ids[j] == query_ids[i]
@@ -141,6 +175,13 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             out-of-range `positive`.
     """
     if group is not None:
+        further = None
+
+        def checks() -> dict[str, Any]:
+            nonlocal further
+            further = checked_further(negatives, query)
+            return {"negatives": None if further is None else further.summary()}
+
         sharded = distributed_batch(
             group,
             query,
@@ -158,7 +199,10 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             positives=positives,
             negatives=negatives,
             statistics=statistics,
+            checks=checks,
         )
+        if further is not None:
+            sharded = with_terms_over_ranks(sharded, further)
         if sharded.batch.options is None:
             return loss_over_ranks(sharded)
         return _with_statistics(*negatives_loss_over_ranks(sharded))
@@ -167,9 +211,15 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     workspace_bytes = checked_workspace(workspace_mib)
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded)
     batch = with_options(batch, positives, negatives, statistics)
+    further = checked_further(negatives, query)
+    if further is not None and implementation == "dense":
+        raise ValueError(f"implementation 'dense' has no kernels for {further.names()}: use 'triton' or 'auto'")
     precision = resolve_precision(precision, query)
     if batch.options is not None:
         batch = with_nan_for_invalid_pairs(with_nan_for_invalid_positives(batch, len(passage)), len(passage))
+    if further is not None:
+        return _with_statistics(*_loss_with_further(batch, further, precision, implementation, workspace_bytes))
+    if batch.options is not None:
         return _with_statistics(*_loss_with_options(batch, precision, workspace_bytes, implementation))
     if implementation == "full":
         return full_matrix_loss(with_nan_for_invalid_pairs(batch, len(passage)), precision)
@@ -219,3 +269,34 @@ def _loss_with_options(
 
 def _with_statistics(loss: Tensor, statistics: Statistics | None) -> Tensor | tuple[Tensor, Statistics]:
     return loss if statistics is None else (loss, statistics)
+
+
+# The sources are autograd functions of their own, which the compiler must not trace.
+@torch.compiler.disable
+def _loss_with_further(
+    batch: ContrastiveBatch,
+    further: FurtherNegatives,
+    precision: Precision,
+    implementation: Implementation,
+    workspace_bytes: int,
+) -> tuple[Tensor, Statistics | None]:
+    """The loss of one process with negatives outside the pool, and statistics if they are wanted."""
+    if implementation == "full":
+        batch = with_nan_for_invalid_pairs(batch, len(batch.passage))
+        batch, further = with_nan_for_invalid_negatives(batch, further)
+        if batch.options is None:
+            return full_matrix_loss(batch, precision, further), None
+        loss, statistics = full_matrix_negatives_loss(batch, precision, further)
+        return loss, statistics if batch.options.statistics else None
+    reason: str | None = "not asked for"
+    if implementation == "triton" or (implementation == "auto" and batch.query.is_cuda):
+        reason = why_not_fused(batch.query)
+        if reason is not None and implementation == "triton":
+            warn_fallback(implementation, reason)
+    fused = reason is None
+    if not fused:
+        batch = with_nan_for_invalid_pairs(batch, len(batch.passage))
+    batch = with_further_terms(batch, further, precision, workspace_bytes, fused)
+    if batch.options is not None:
+        return negatives_loss(batch, precision, workspace_bytes, fused)
+    return (fused_loss if fused else tiled_loss)(batch, precision, workspace_bytes), None

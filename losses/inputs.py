@@ -32,7 +32,11 @@ class ContrastiveBatch:
         symmetric: Whether the loss has a column part.
         diagonal: Whether the positive of query i is passage i.
         excluded: [R, 2] int64 pairs (query row, passage row) with R ≥ 1, or None.
-        options: Options that need sums over negatives alone (losses/negatives), or None.
+        options: Options that need sums over negatives alone (losses/masked), or None.
+        further: [k, M] log-sum-exps of negatives outside the pool, which are added to the row sums
+            (losses/negatives), or None. They have a gradient.
+        single_partition: Whether each query has one partition function of its row, the column of its positive and
+            the further terms. `further` is then not None.
     """
 
     query: Tensor
@@ -45,6 +49,8 @@ class ContrastiveBatch:
     diagonal: bool = False
     excluded: Tensor | None = None
     options: CheckedOptions | None = None
+    further: Tensor | None = None
+    single_partition: bool = False
 
     @property
     def positive(self) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from losses.checked_options import with_nan_for_invalid_positives, with_options
+from losses.combinations import given_options
 from losses.distributed.api import distributed_batch
 from losses.distributed.sigmoid import sigmoid_loss_over_ranks
 from losses.inputs import (
@@ -143,11 +144,12 @@ def _with_negatives(
     batch: ContrastiveBatch, negatives: Negatives | None, implementation: Implementation
 ) -> ContrastiveBatch:
     """The batch with `limit` and `guide`; the batch itself if neither is given."""
+    given = given_options(None, negatives, False) - {"negatives.limit", "negatives.guide"}
+    if given:
+        raise ValueError(f"{min(given)} does not apply to the sigmoid loss")
     batch = with_options(batch, None, negatives, False)
     if batch.options is None:
         return batch
-    if batch.options.hardness:
-        raise ValueError("negatives.hardness does not apply to the sigmoid loss")
     if implementation == "triton":
         raise ValueError("implementation 'triton' of the sigmoid loss does not support negatives: use 'auto'")
     if torch.compiler.is_compiling():

@@ -14,6 +14,7 @@ from losses.distributed.agreement import Shards, agree_on_batch
 from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication, communication_of
 from losses.distributed.forward_state import ForwardState
+from losses.distributed.further import RankMerge, column_counts_over_ranks, shares_over_ranks
 from losses.distributed.gather import gather_backward, gather_forward, gathered_pool, own_columns
 from losses.distributed.ring import ring_backward, ring_forward
 from losses.distributed.torch_blocks import TorchBackend
@@ -43,6 +44,9 @@ class DistributedBatch:
     def backend(self) -> BlockBackend:
         backend_class = TritonBackend if self.fused else TorchBackend
         return backend_class(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
+
+    def merge(self) -> RankMerge:
+        return RankMerge(self.batch, self.shards, self.communication, self.exchange)
 
     def own_block(self, backend: BlockBackend) -> PassageBlock:
         guide = self.batch.options.guide_passage if self.batch.options is not None else None
@@ -158,12 +162,19 @@ def loss_over_ranks(sharded: DistributedBatch) -> Tensor:
     Backward communicates too: every rank must call it, with the same upstream gradient.
     """
     batch = sharded.batch
-    return _LossOverRanks.apply(batch.query, batch.passage, batch.logit_scale, sharded)
+    return _LossOverRanks.apply(batch.query, batch.passage, batch.logit_scale, batch.further, sharded)
 
 
 class _LossOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, sharded: DistributedBatch) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        passage: Tensor,
+        logit_scale: Tensor,
+        further: Tensor | None,
+        sharded: DistributedBatch,
+    ) -> Tensor:
         with matmul_precision(sharded.precision, query.device):
             backend = sharded.backend()
             own = sharded.own_block(backend)
@@ -176,7 +187,14 @@ class _LossOverRanks(torch.autograd.Function):
             state = forward(backend, blocks, batch, shards, communication)
             columns = state.columns
             loss_columns = own_columns(columns, shards) if sharded.exchange == "gather" else columns
-            loss = backend.loss_sum(state.rows, loss_columns if batch.symmetric else None)
+            both = batch.symmetric and not batch.single_partition
+            loss = backend.loss_sum(state.rows, loss_columns if both else None)
+            ctx.shares = ctx.column_share = None
+            if further is not None:
+                ctx.shares = shares_over_ranks(backend, state, sharded.merge(), further)
+                loss -= ctx.shares.log_row.sum(dtype=loss.dtype) / (2 if both else 1)
+                if batch.single_partition:
+                    ctx.column_share = column_counts_over_ranks(state.block, sharded.merge(), ctx.shares)
             # The same order of summation on all ranks gives the same bits.
             shares = communication.gather_rows(loss[None], [1] * communication.size)
             loss = (shares.sum() / shards.total_queries).to(batch.logit_scale.dtype)
@@ -200,11 +218,18 @@ class _LossOverRanks(torch.autograd.Function):
         operand, *_ = ctx.saved_tensors
         with matmul_precision(ctx.sharded.precision, operand.device):
             columns = ctx.state.columns if ctx.symmetric else None
+            if ctx.column_share is not None:
+                columns = ColumnSums(torch.stack([*ctx.state.columns.table[:2], ctx.column_share, ctx.column_share]))
             weights = ctx.backend.gradient_weights(ctx.state.rows, columns, ctx.ds_scale)
+            of_further = None
+            if ctx.shares is not None:
+                weights.row.mul_(ctx.shares.row_factor(ctx.symmetric))
+                factor = upstream * (ctx.sharded.communication.size / ctx.sharded.shards.total_queries)
+                of_further = ctx.shares.further_gradient(ctx.symmetric) * factor
             gradients = gradients_over_ranks(
                 ctx.backend, ctx.state, ctx.sharded, weights, upstream, ctx.dtypes, ctx.needs_input_grad[:3]
             )
-        return *gradients, None
+        return *gradients, of_further, None
 
 
 def gradients_over_ranks(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch
-from losses.negatives.masks import NegativeMasks, PairGradients
+from losses.masked.masks import NegativeMasks, PairGradients
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,9 @@ class BlockBackend(Protocol):
     def rescale_columns(self, columns: ColumnSums, before: Tensor) -> None:
         """Rescale column sums from the shifts `before` [n] to their present, larger shifts."""
 
+    def log_sums(self, sums: PartialSums) -> Tensor:
+        """[size]: log Σ exp(S) of finished sums, to the base e; minus infinity for a sum of zero."""
+
     def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
         """0-dim float64: the sum of the row losses; with columns, half the sum of row and column losses.
 
@@ -165,10 +168,11 @@ class BlockBackend(Protocol):
         query_sum: Tensor | None,
         passage_sum: Tensor | None,
         first: bool,
+        add: bool = False,
     ) -> None:
         """Add ds_scale · M · dS K to query_sum [M, width] and write ds_scale · M · dSᵀ Q to passage_sum [n, width].
 
-        With `first`, for the first block, query_sum is overwritten.
+        With `first`, for the first block, query_sum is overwritten. With `add`, passage_sum is added to.
         """
 
     def finish_gradient(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
+from losses.distributed.blocks import ColumnSums, GradientWeights, PartialSums, PassageBlock, RowSums
 from losses.inputs import ContrastiveBatch, accumulator_dtype
-from losses.negatives.masks import NegativeMasks, PairGradients
+from losses.masked.masks import NegativeMasks, PairGradients
 from losses.precision import BlockProducts, Precision
 from losses.torch_tiles.inf_cl import (
     Statistics,
@@ -89,6 +89,9 @@ class TorchBackend:
         # A fully masked column has sum zero, so any finite factor is right.
         columns.total.mul_((before - columns.shift).nan_to_num_(0, 0, -float("inf")).exp_())
 
+    def log_sums(self, sums: PartialSums) -> Tensor:
+        return sums.shift + sums.total.log()
+
     def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
         loss = negative_log_probability(rows.score, rows.shift, rows.total).sum(dtype=torch.float64)
         if columns is not None:
@@ -116,10 +119,11 @@ class TorchBackend:
         query_sum: Tensor | None,
         passage_sum: Tensor | None,
         first: bool,
+        add: bool = False,
     ) -> None:
         if query_sum is not None and first:
             query_sum.zero_()
-        if passage_sum is not None:
+        if passage_sum is not None and not add:
             passage_sum.zero_()
         tiles, statistics = self._tiles(block), self._statistics(rows, column_shift, column_shift)
         for span in tiles.row_blocks():

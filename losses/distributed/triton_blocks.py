@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
+from losses.distributed.blocks import ColumnSums, GradientWeights, PartialSums, PassageBlock, RowSums
 from losses.inputs import ContrastiveBatch, all_finite
-from losses.negatives.masks import NegativeMasks, PairGradients
+from losses.masked.masks import NegativeMasks, PairGradients
 from losses.precision import Precision, add_product
 from losses.triton.block_launches import (
     SavedStatistics,
@@ -136,6 +136,10 @@ class TritonBackend:
 
         rescale_columns_kernel[(_programs(len(before)),)](columns.table, before, len(before), BLOCK=BLOCK)
 
+    def log_sums(self, sums: PartialSums) -> Tensor:
+        # The shift of a sum of zero may be minus infinity or unset.
+        return torch.where(sums.total > 0, (sums.shift + sums.total.log2()) * math.log(2), -torch.inf)
+
     def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
         from losses.triton.kernels.partial_sums import partial_loss_kernel
 
@@ -193,6 +197,7 @@ class TritonBackend:
         query_sum: Tensor | None,
         passage_sum: Tensor | None,
         first: bool,
+        add: bool = False,
     ) -> None:
         from losses.triton.block_sizes import spans
 
@@ -227,7 +232,8 @@ class TritonBackend:
                         query_sum[span], gradient, kernel_batch.passage[columns], first=first and not columns.start
                     )
                 if passage_sum is not None:
-                    add_product(passage_sum[columns], gradient.T, kernel_batch.query[span], first=not span.start)
+                    overwritten = not add and not span.start
+                    add_product(passage_sum[columns], gradient.T, kernel_batch.query[span], first=overwritten)
 
     def finish_gradient(
         self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool

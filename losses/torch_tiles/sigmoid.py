@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from losses.inputs import ContrastiveBatch, all_finite
-from losses.negatives.loss import positive_scores
-from losses.negatives.masks import PairGradients
-from losses.negatives.pairs import PositivePairs
+from losses.masked.loss import positive_scores
+from losses.masked.masks import PairGradients
+from losses.masked.pairs import PositivePairs
 from losses.precision import Precision, add_product, matmul_precision
 from losses.torch_tiles.tiles import ScoreTiles, TileMasks
 

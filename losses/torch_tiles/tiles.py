@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch, accumulator_dtype
-from losses.negatives.masks import NegativeMasks, PairGradients
+from losses.masked.masks import NegativeMasks, PairGradients
 from losses.precision import BlockProducts, Precision
 
 # On a CPU a larger tile does not speed up the products and no longer fits in the cache.

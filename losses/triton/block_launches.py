@@ -6,11 +6,13 @@ A block is a whole batch on one GPU (triton/inf_cl.py), or a rank's queries agai
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from losses.negatives.masks import PairGradients
+from losses.masked.masks import PairGradients
+from losses.row_terms import Shares
 from losses.triton.kernel_batch import KernelBatch, span_length
 
 
@@ -174,6 +176,28 @@ def add_sums(
         )
 
 
+def merged_loss(
+    statistics: SavedStatistics,
+    loss: Tensor,
+    positive: Tensor,
+    further: Tensor,
+    single_partition: bool,
+    symmetric: bool,
+) -> tuple[Tensor, Shares]:
+    """The loss with further terms of the row sums, from the loss of the pool, and the shares of the terms."""
+    row = (statistics.row_shift + statistics.row_sum.log2()) * math.log(2)
+    if not single_partition:
+        shares = Shares.of(row, None, further)
+        return loss - shares.log_row.mean() / (2 if symmetric else 1), shares
+    # An out-of-range positive has already made the loss NaN.
+    own = positive.clamp(0, len(statistics.column_sum) - 1)
+    column = (statistics.column_shift[own] + statistics.column_sum[own].log2()) * math.log(2)
+    shares = Shares.of(row, column, further)
+    # Here the pool's loss is half the sum of row and column losses. Replace the column losses by the row losses.
+    difference = (row - column).mean() / 2
+    return loss + difference - shares.log_row.mean(), shares
+
+
 @dataclass(frozen=True)
 class ScoreGradientWeights:
     """Factors that turn exponentials into ds_scale · M · dS.
@@ -198,14 +222,16 @@ def score_gradient(
     columns: slice,
     gradient: Tensor,
     kept: Tensor | None = None,
+    variants: tuple[bool, ...] = (True, False),
 ) -> None:
     """Write ds_scale · M · dS[rows, columns] to `gradient`, from kept exponentials if given, otherwise recomputed.
 
-    Kept exponentials are used only if one shift is safe for the whole matrix, which the device decides.
+    Kept exponentials are used only if one shift is safe for the whole matrix, which the device decides. `variants`
+    are those that are launched: (False,) writes only if no shift is safe.
     """
     from losses.triton.kernels.gradients import score_gradient_kernel
 
-    for safe in (True, False):
+    for safe in variants:
         from_kept = kept is not None and safe
         shape = kernel_batch.shape("kept_gradient" if from_kept else "gradient")
         launched = shape if safe else replace(shape, persistent=1)

@@ -21,7 +21,7 @@ from losses.inputs import (
     checked_number,
     checked_positive,
 )
-from losses.negatives.loss import negatives_loss
+from losses.masked.loss import negatives_loss
 from losses.options import NegativeLimit, Statistics
 from losses.precision import Precision
 from losses.torch_tiles.sigmoid import saved_gradient_dtype, scale_by_upstream
