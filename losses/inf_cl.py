@@ -7,10 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
+from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks, uses_kernels
+from losses.distributed.local import loss_of_one_process
 from losses.inputs import check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.objective import checked_objective
+from losses.options import Matryoshka, Teacher, TeacherScores
 from losses.precision import Precision, resolve_precision
-from losses.reference import full_matrix_loss
+from losses.reference import full_matrix_objective
 from losses.torch_tiles.compiled import compiled_tiled_loss
 from losses.torch_tiles.inf_cl import tiled_loss
 from losses.triton.dense import dense_loss, fits_dense
@@ -27,6 +30,8 @@ def inf_cl_loss(
     logit_scale: float | Tensor,
     positive: Tensor | None = None,
     excluded: Tensor | None = None,
+    matryoshka: Matryoshka | None = None,
+    teacher: Teacher | TeacherScores | None = None,
     symmetric: bool = False,
     query_ids: Tensor | None = None,
     passage_ids: Tensor | None = None,
@@ -58,6 +63,12 @@ def inf_cl_loss(
         excluded: [R, 2] integers, pairs (query row, passage row) that are removed from S in both directions, for
             example known positives that are not in `positive`. Pairs may be in any order and may repeat. A query's own
             positive may not be excluded. Costs 8 bytes per pair. Default: None.
+        matryoshka: Prefix sizes whose losses are added up; see `losses.options.Matryoshka`. One product gives the
+            scores of all sizes. Default: None, the loss of the whole embeddings.
+        teacher: Distillation from another model's embeddings (`losses.options.Teacher`) or from given scores
+            (`losses.options.TeacherScores`). With a group, each rank gives those of its own rows, and
+            `TeacherScores.passages` are rows of the pool. A row outside the pool that was not refused makes the loss
+            NaN. Not together with `matryoshka`. Default: None.
         symmetric: Whether to add the column loss. Default: False.
         query_ids: [M] integers. Default: `passage_ids[positive]`. Requires `passage_ids`.
         passage_ids: [N] integers. Entry (i, j) is removed from S in both directions if passage_ids[j] == query_ids[i]
@@ -90,7 +101,8 @@ def inf_cl_loss(
             warning that states the reason. "auto": on a CPU "chunked", which is faster than the whole matrix from
             about 1000 × 1000 scores; on a GPU "dense" if the matrix fits in the workspace, otherwise "triton" if
             available, otherwise "chunked". With a group, or under `torch.compile`, "auto" does not choose "dense".
-            With a group, "full" and "dense" are not available. Default: "auto".
+            With `matryoshka` or `teacher`, "dense" is not available and "auto" chooses "triton" or "chunked"; exclude
+            such a loss from `torch.compile`. With a group, "full" and "dense" are not available. Default: "auto".
         exchange: How passages are exchanged between the ranks of a group. "ring": one block at a time, overlapped with
             the computation of the previous block. "gather": all at once, computed as one block. "auto": "gather" with
             two ranks or if the pool and its gradient fit in the workspace, otherwise "ring". Default: "auto".
@@ -124,15 +136,23 @@ def inf_cl_loss(
             implementation=implementation,
             exchange=exchange,
             workspace_mib=workspace_mib,
+            matryoshka=matryoshka,
+            teacher=teacher,
         )
         return loss_over_ranks(sharded)
     check_choice("implementation", implementation, Implementation)
     check_choice("exchange", exchange, Exchange)
     workspace_bytes = checked_workspace(workspace_mib)
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded)
+    objective = checked_objective(batch, matryoshka, teacher)
     precision = resolve_precision(precision, query)
     if implementation == "full":
-        return full_matrix_loss(with_nan_for_invalid_pairs(batch, len(passage)), precision)
+        return full_matrix_objective(with_nan_for_invalid_pairs(batch, len(passage)), objective, precision)
+    if not objective.plain:
+        if implementation == "dense":
+            raise ValueError("implementation 'dense' computes neither matryoshka nor teacher: use 'auto' or 'triton'")
+        fused = uses_kernels(query, implementation)
+        return loss_of_one_process(batch, objective, precision, workspace_bytes, fused)
     # Under torch.compile the tiled loss is used: it is one operator for the compiler.
     small = implementation == "auto" and fits_dense(batch, workspace_bytes) and not torch.compiler.is_compiling()
     if implementation == "dense" or (small and query.is_cuda):

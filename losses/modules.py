@@ -12,6 +12,7 @@ from losses import inf_cl, sigmoid
 from losses.distributed.api import Exchange
 from losses.inf_cl import inf_cl_loss
 from losses.inputs import check_bool, check_choice, check_number, checked_workspace
+from losses.options import Matryoshka, Teacher, TeacherScores
 from losses.precision import Precision
 from losses.sigmoid import sigmoid_loss
 
@@ -144,6 +145,7 @@ class InfCLLoss(LossWithScale):
         learnable: Whether `log_logit_scale` requires a gradient. Default: True.
         max_logit_scale: Upper clamp of the scale. Default: 100, as in CLIP (Radford et al., arXiv 2103.00020).
         symmetric: Whether to add the column loss. Default: False.
+        matryoshka: Prefix sizes whose losses are added up. Default: None.
         group: A `torch.distributed` process group, or None. Default: None.
         precision: "auto", "fp32", "tf32" or "bf16". Default: "auto".
         implementation: "auto", "full", "dense", "chunked" or "triton". Default: "auto".
@@ -165,6 +167,7 @@ class InfCLLoss(LossWithScale):
         learnable: bool = True,
         max_logit_scale: float = 100.0,
         symmetric: bool = False,
+        matryoshka: Matryoshka | None = None,
         group: Any = None,
         precision: Precision = "auto",
         implementation: inf_cl.Implementation = "auto",
@@ -176,6 +179,7 @@ class InfCLLoss(LossWithScale):
         check_choice("exchange", exchange, Exchange)
         check_bool("symmetric", symmetric)
         self.symmetric = symmetric
+        self.matryoshka = matryoshka
         self.exchange: Exchange = exchange
 
     def forward(
@@ -185,6 +189,7 @@ class InfCLLoss(LossWithScale):
         *,
         positive: Tensor | None = None,
         excluded: Tensor | None = None,
+        teacher: Teacher | TeacherScores | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
@@ -195,6 +200,7 @@ class InfCLLoss(LossWithScale):
             passage: [N, D] passage embeddings of the same dtype and on the same device.
             positive: [M] integers, the row of each query's positive. Default: 0, …, M − 1.
             excluded: [R, 2] integers, pairs (query row, passage row) to leave out. Default: None.
+            teacher: Distillation from another model's embeddings or from given scores. Default: None.
             query_ids: [M] integers. Default: `passage_ids[positive]`.
             passage_ids: [N] integers; passages with a query's id are not its negatives. Default: None.
 
@@ -210,6 +216,8 @@ class InfCLLoss(LossWithScale):
             logit_scale=self.logit_scale,
             positive=positive,
             excluded=excluded,
+            matryoshka=self.matryoshka,
+            teacher=teacher,
             symmetric=self.symmetric,
             query_ids=query_ids,
             passage_ids=passage_ids,

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from losses.distributed.agreement import Shards, agree_on_batch
+from losses.distributed.backends import backend_of
 from losses.distributed.blocks import BlockBackend, ColumnSums, PassageBlock
 from losses.distributed.communication import Communication, communication_of
 from losses.distributed.forward_state import ForwardState
 from losses.distributed.gather import gather_backward, gather_forward, own_columns
 from losses.distributed.ring import ring_backward, ring_forward
-from losses.distributed.torch_blocks import TorchBackend
-from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
+from losses.objective import INFO_NCE, Objective, checked_objective
+from losses.options import Matryoshka, Teacher, TeacherScores
 from losses.precision import Precision, matmul_precision, resolve_precision
 from losses.triton.kernel_batch import round_up_to_16_bytes
 from losses.triton.launch import warn_fallback, why_not_fused
@@ -37,15 +38,15 @@ class DistributedBatch:
     workspace_bytes: int
     fused: bool
     exchange: Literal["ring", "gather"]
+    objective: Objective = INFO_NCE
 
     def backend(self) -> BlockBackend:
-        backend_class = TritonBackend if self.fused else TorchBackend
-        return backend_class(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
+        first = self.shards.first_passage
+        return backend_of(self.batch, self.objective, self.precision, self.workspace_bytes, first, self.fused)
 
     def own_block(self, backend: BlockBackend) -> PassageBlock:
-        return PassageBlock(
-            backend.prepare_passages(self.batch.passage), self.batch.passage_ids, self.shards.first_passage
-        )
+        passage = backend.prepare_passages(self.batch.passage)
+        return PassageBlock(passage, self.batch.passage_ids, self.shards.first_passage, backend.own_extras())
 
 
 def distributed_batch(
@@ -63,6 +64,8 @@ def distributed_batch(
     implementation: str,
     exchange: Exchange,
     workspace_mib: float,
+    matryoshka: Matryoshka | None = None,
+    teacher: Teacher | TeacherScores | None = None,
     checks: Callable[[], dict[str, Any]] = dict,
 ) -> DistributedBatch:
     """Check this rank's arguments and compare them with those of the other ranks.
@@ -75,6 +78,7 @@ def distributed_batch(
     """
     communication = communication_of(group)
     resolved: list[Precision] = []
+    objectives: list[Objective] = []
 
     def checked() -> ContrastiveBatch:
         check_choice("implementation with a group", implementation, DistributedImplementation)
@@ -84,6 +88,7 @@ def distributed_batch(
             query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded, shard=True
         )
         resolved.append(resolve_precision(precision, query))
+        objectives.append(checked_objective(batch, matryoshka, teacher, shard=True))
         same.update(
             dimensions=query.shape[1],
             dtype=query.dtype,
@@ -94,7 +99,8 @@ def distributed_batch(
             query_ids="given" if query_ids is not None else "not given",
             passage_ids="given" if passage_ids is not None else "not given",
             precision=resolved[-1],
-            kernels=_uses_kernels(query, implementation),
+            kernels=uses_kernels(query, implementation),
+            **objectives[-1].compared(),
             **checks(),
         )
         return batch
@@ -104,12 +110,7 @@ def distributed_batch(
     if positive is None:
         first = shards.first_passage
         batch = replace(batch, given_positive=torch.arange(first, first + len(query), device=query.device))
-    elif positive.is_cuda and len(positive):
-        # Positives on a GPU are not checked on the host: an invalid one makes logit_scale and the loss NaN.
-        inside = batch.positive.clamp(0, shards.pool_size - 1)
-        scale = torch.where((inside != batch.positive).any(), torch.nan, batch.logit_scale)
-        batch = replace(batch, given_positive=inside, logit_scale=scale)
-    batch = with_nan_for_invalid_pairs(batch, shards.pool_size)
+    batch = with_nan_for_invalid_rows(batch, shards.pool_size)
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
         positive_ids = (
@@ -125,10 +126,24 @@ def distributed_batch(
     # no less: both blocks, and three gradient sums.
     fits = communication.size == 2 or shards.pool_size * width * (query.element_size() + 4) <= workspace_bytes
     chosen: Literal["ring", "gather"] = "gather" if exchange == "gather" or (exchange == "auto" and fits) else "ring"
-    return DistributedBatch(batch, shards, communication, resolved[0], workspace_bytes, fused, chosen)
+    return DistributedBatch(batch, shards, communication, resolved[0], workspace_bytes, fused, chosen, objectives[0])
 
 
-def _uses_kernels(query: Tensor, implementation: str) -> bool:
+def with_nan_for_invalid_rows(batch: ContrastiveBatch, passages: int) -> ContrastiveBatch:
+    """Set logit_scale, and thereby the loss, to NaN if a positive or an excluded pair on a GPU is out of range.
+
+    Values on a GPU are not checked on the host. `passages` is the size of the pool.
+    """
+    positive = batch.given_positive
+    if positive is not None and positive.is_cuda and len(positive):
+        inside = positive.clamp(0, passages - 1)
+        scale = torch.where((inside != positive).any(), torch.nan, batch.logit_scale)
+        batch = replace(batch, given_positive=inside, logit_scale=scale)
+    return with_nan_for_invalid_pairs(batch, passages)
+
+
+def uses_kernels(query: Tensor, implementation: str) -> bool:
+    """Whether Triton kernels compute the loss; warns if they were asked for and cannot run."""
     if implementation == "chunked" or (implementation == "auto" and not query.is_cuda):
         return False
     reason = why_not_fused(query)
@@ -200,9 +215,9 @@ class _LossOverRanks(torch.autograd.Function):
             query_gradient = passage_gradient = scale_gradient = None
             if query_sum is not None:
                 wanted = query_dtype if want_query else None
-                query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, wanted, want_scale)
+                query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, wanted, want_scale, True)
             if passage_sum is not None:
-                passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, passage_dtype, False)
+                passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, passage_dtype, False, False)
         return query_gradient, passage_gradient, scale_gradient, None
 
 
@@ -210,6 +225,7 @@ def _max_positive_count(columns: ColumnSums, backend: BlockBackend, communicatio
     """The largest number of queries, over all ranks, that share a positive; only float16 needs it."""
     if backend.query.dtype != torch.float16:
         return None
-    max_count = torch.cat([columns.positive_count, columns.positive_count.new_ones(1)]).max()[None]
+    counts = columns.positive_count.flatten()
+    max_count = torch.cat([counts, counts.new_ones(1)]).max()[None]
     communication.reduce_max(max_count)
     return max_count

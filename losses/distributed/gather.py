@@ -22,7 +22,8 @@ def gather_forward(
 ) -> ForwardState:
     """Compute the whole pool as one block. The column sums of all passages are complete on every rank."""
     ids = None if own.ids is None else communication.gather_rows(own.ids, shards.passages)
-    pool = PassageBlock(communication.gather_rows(own.passage, shards.passages), ids, 0)
+    extras = tuple(communication.gather_rows(extra, shards.passages) for extra in own.extras)
+    pool = PassageBlock(communication.gather_rows(own.passage, shards.passages), ids, 0, extras)
     state = ForwardState.initial(backend, own)
     columns = state.add_block(backend, pool, batch)
     if batch.symmetric:
@@ -45,7 +46,7 @@ def gather_backward(
     """As `ring_backward`; `weights` are those of the whole pool."""
     pool = state.block
     pool_sum = state.rows.table.new_empty(len(pool.passage), backend.width) if want_passage else None
-    if len(state.rows.score):
+    if state.rows.table.shape[-1]:
         backend.accumulate_gradients(pool, state.rows, state.columns.shift, weights, query_sum, pool_sum, first=True)
     elif pool_sum is not None:
         pool_sum.zero_()
@@ -54,4 +55,4 @@ def gather_backward(
 
 def own_columns(columns: ColumnSums, shards: Shards) -> ColumnSums:
     """The column sums of this rank's passages."""
-    return ColumnSums(columns.table[:, shards.first_passage :][:, : shards.passages[shards.rank]])
+    return ColumnSums(columns.table[..., shards.first_passage :][..., : shards.passages[shards.rank]])

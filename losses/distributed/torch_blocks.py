@@ -35,6 +35,8 @@ def pairs_in_block(batch: ContrastiveBatch, first: int) -> Tensor | None:
 class TorchBackend:
     """`BlockBackend` with tiles in PyTorch; shifts are exponents of e."""
 
+    row_kinds = 3
+
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.batch, self.precision, self.workspace_bytes = batch, precision, workspace_bytes
         self.query = batch.query
@@ -42,6 +44,9 @@ class TorchBackend:
         self.dtype = accumulator_dtype(batch.query.dtype)
         self._constant: Tensor | None = None
         self._invalid = torch.empty(0)
+
+    def own_extras(self) -> tuple[Tensor, ...]:
+        return ()
 
     def prepare_passages(self, passage: Tensor) -> Tensor:
         return (passage.to(torch.bfloat16) if self.precision == "bf16" else passage).contiguous()
@@ -112,7 +117,14 @@ class TorchBackend:
             add_row_gradients(tiles, statistics, gradient_weights, span, tiles.query_block(span), sums, passage_sum)
 
     def finish_gradient(
-        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+        self,
+        sums: Tensor,
+        ds_scale: Tensor,
+        upstream: Tensor,
+        share: float,
+        dtype: torch.dtype | None,
+        scale: bool,
+        of_queries: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         factor = upstream.to(self.dtype) * share / ds_scale
         of_scale = self._scale_gradient(sums) * factor if scale else None

@@ -27,6 +27,8 @@ BLOCK = 1024
 class TritonBackend:
     """`BlockBackend` with Triton kernels; shifts are exponents of 2, and cuBLAS multiplies blocks of dS."""
 
+    row_kinds = 3
+
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.precision, self.workspace_bytes = precision, workspace_bytes
         self._first_passage, self._dimensions = first_passage, batch.query.shape[1]
@@ -36,6 +38,9 @@ class TritonBackend:
         self.width = self.query.shape[1]
         self._bounds = torch.empty(0)
         self._positives_remote = False
+
+    def own_extras(self) -> tuple[Tensor, ...]:
+        return ()
 
     def prepare_passages(self, passage: Tensor) -> Tensor:
         from losses.triton.launch import operand
@@ -191,7 +196,14 @@ class TritonBackend:
                     add_product(passage_sum[columns], gradient.T, kernel_batch.query[span], first=not span.start)
 
     def finish_gradient(
-        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+        self,
+        sums: Tensor,
+        ds_scale: Tensor,
+        upstream: Tensor,
+        share: float,
+        dtype: torch.dtype | None,
+        scale: bool,
+        of_queries: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         out = sums
         if dtype is not None and (dtype != torch.float32 or self.width != self._dimensions):

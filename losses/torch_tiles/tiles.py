@@ -74,8 +74,16 @@ class ScoreTiles:
 
     def scores(self, rows: slice, columns: slice, query: Tensor, passage: Tensor) -> Tensor:
         """S[rows, columns], minus infinity where masked. Valid until the next call."""
-        tile = self._view(self._scores, rows, columns)
-        self.products.scores(query, passage, tile).mul_(self.batch.logit_scale)
+        self.products.scores(query, passage, self.buffer(rows, columns)).mul_(self.batch.logit_scale)
+        return self.mask(rows, columns)
+
+    def buffer(self, rows: slice, columns: slice) -> Tensor:
+        """The buffer of `scores`, for a caller that computes scores in another way and masks them by `mask`."""
+        return self._view(self._scores, rows, columns)
+
+    def mask(self, rows: slice, columns: slice) -> Tensor:
+        """Write minus infinity to the masked entries of the buffer, and return it."""
+        tile = self.buffer(rows, columns)
         if self.batch.query_ids is not None and self.batch.passage_ids is not None:
             masked = self._view(self._masked, rows, columns)
             torch.eq(self.batch.query_ids[rows, None], self.batch.passage_ids[columns], out=masked)

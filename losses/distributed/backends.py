@@ -1,0 +1,26 @@
+"""Choice of the backend that computes one rank's queries against a block of passages."""
+
+from __future__ import annotations
+
+from losses.distributed.blocks import BlockBackend
+from losses.distributed.torch_blocks import TorchBackend
+from losses.distributed.torch_matryoshka import TorchMatryoshkaBackend
+from losses.distributed.triton_blocks import TritonBackend
+from losses.inputs import ContrastiveBatch
+from losses.objective import Objective
+from losses.precision import Precision
+
+
+def backend_of(
+    batch: ContrastiveBatch,
+    objective: Objective,
+    precision: Precision,
+    workspace_bytes: int,
+    first_passage: int,
+    fused: bool,
+) -> BlockBackend:
+    """The backend for the options of `objective`: Triton kernels if `fused`, otherwise tiles in PyTorch."""
+    common = (batch, precision, workspace_bytes, first_passage)
+    if objective.prefixes is not None:
+        return TorchMatryoshkaBackend(*common, objective.prefixes)
+    return TritonBackend(*common) if fused else TorchBackend(*common)
