@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from losses.distributed.blocks import BlockBackend
+from losses.distributed.teacher_scores import TeacherScoresBackend
 from losses.distributed.torch_blocks import TorchBackend
 from losses.distributed.torch_matryoshka import TorchMatryoshkaBackend
+from losses.distributed.torch_teacher import TorchTeacherBackend
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch
 from losses.objective import Objective
+from losses.options import Teacher
 from losses.precision import Precision
 
 
@@ -23,4 +26,9 @@ def backend_of(
     common = (batch, precision, workspace_bytes, first_passage)
     if objective.prefixes is not None:
         return TorchMatryoshkaBackend(*common, objective.prefixes)
-    return TritonBackend(*common) if fused else TorchBackend(*common)
+    if isinstance(objective.teacher, Teacher):
+        return TorchTeacherBackend(*common, objective.teacher)
+    plain = TritonBackend(*common) if fused else TorchBackend(*common)
+    if objective.teacher is not None:
+        return TeacherScoresBackend(plain, batch, precision, objective.teacher)
+    return plain
