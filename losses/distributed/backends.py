@@ -8,6 +8,7 @@ from losses.distributed.torch_blocks import TorchBackend
 from losses.distributed.torch_matryoshka import TorchMatryoshkaBackend
 from losses.distributed.torch_teacher import TorchTeacherBackend
 from losses.distributed.triton_blocks import TritonBackend
+from losses.distributed.triton_matryoshka import TritonMatryoshkaBackend
 from losses.inputs import ContrastiveBatch
 from losses.objective import Objective
 from losses.options import Teacher
@@ -25,7 +26,8 @@ def backend_of(
     """The backend for the options of `objective`: Triton kernels if `fused`, otherwise tiles in PyTorch."""
     common = (batch, precision, workspace_bytes, first_passage)
     if objective.prefixes is not None:
-        return TorchMatryoshkaBackend(*common, objective.prefixes)
+        matryoshka = TritonMatryoshkaBackend if fused else TorchMatryoshkaBackend
+        return matryoshka(*common, objective.prefixes)
     if isinstance(objective.teacher, Teacher):
         return TorchTeacherBackend(*common, objective.teacher)
     plain = TritonBackend(*common) if fused else TorchBackend(*common)
