@@ -334,10 +334,10 @@ class TritonMatryoshkaBackend(TritonBackend):
 
         shape, layout = self._shapes["prefix_products"], self._layout
         block_n = layout.tile_columns(shape.block_n)
-        tiles = sum(-(-(end - start) // block_n) for start, end in zip(layout.starts, layout.ends, strict=True))
+        tiles = layout.width // block_n
         query_tiles = 0 if query_sum is None else -(-len(query) // shape.block_m) * tiles
         passage_tiles = 0 if passage_sum is None else -(-len(passage) // shape.block_m) * tiles
-        if not query_tiles + passage_tiles:
+        if query_sum is None and passage_sum is None:
             return
 
         def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -348,9 +348,8 @@ class TritonMatryoshkaBackend(TritonBackend):
             descriptor(gradient, shape.block_k, shape.block_m),
             descriptor(passage, shape.block_k, block_n),
             descriptor(query, shape.block_k, block_n),
-            query_sum if query_sum is not None else passage_sum,
-            passage_sum if passage_sum is not None else query_sum,
-            self.width,
+            descriptor(passage_sum if query_sum is None else query_sum, shape.block_m, block_n),
+            descriptor(query_sum if passage_sum is None else passage_sum, shape.block_m, block_n),
             len(query),
             len(passage),
             stride,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +55,12 @@ class PrefixLayout:
         return tuple(columns.start for columns in self.prefixes.slices)
 
     def tile_columns(self, most: int) -> int:
-        """Columns of the output tiles of a product with one slice, at most `most`, a power of two."""
+        """Columns of the output tiles of a product with one slice: the largest power of two that divides all slices.
+
+        At most `most`, a power of two.
+        """
         sizes = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
-        while most > 2 * MIN_STEP and sum(round_up(size, most) for size in sizes) > (1 + MAX_PADDING) * self.width:
-            most //= 2
-        return most
+        return math.gcd(most, *sizes)
 
     def pack(self, side: Tensor, precision: Precision) -> Tensor:
         """[rows, width] operands of embeddings [rows, D]; float16 becomes float32.

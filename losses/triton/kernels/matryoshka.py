@@ -351,57 +351,48 @@ def add_along_kernel(
 
 @triton.jit
 def slice_products_kernel(
-    gradient, gradient_transposed, passage, query, query_sum_ptr, passage_sum_ptr, sum_stride, rows, columns, stride,
-    query_tiles, query_first, passage_first,
+    gradient, gradient_transposed, passage, query, query_sum, passage_sum, rows, columns, stride, query_tiles,
+    query_first, passage_first,
     STARTS: tl.constexpr, ENDS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add H_n · K[:, slice n] to the sums of the queries and H_nᵀ · Q[:, slice n] to those of the passages.
 
     Both are in one launch, so that together they fill the multiprocessors. Tiles below `query_tiles` are those of the
-    queries. TILES is the number of column tiles of all slices.
+    queries. TILES is the number of column tiles of all slices; BLOCK_N divides the slices.
     """
     tile = tl.program_id(0)
     if tile < query_tiles:
         row = tile // TILES * BLOCK_M
-        slot, column, end = _slice_tile(tile % TILES, STARTS, ENDS, BLOCK_N)
+        slot, column = _slice_tile(tile % TILES, STARTS, ENDS, BLOCK_N)
         products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, columns, BLOCK_K):
             products = tl.dot(gradient.load([slot * stride + row, k]), passage.load([k, column]), products)
-        _add_products(products, query_sum_ptr, sum_stride, row, rows, column, end, query_first, BLOCK_M, BLOCK_N)
+        if query_first == 0:
+            products += query_sum.load([row, column])
+        query_sum.store([row, column], products)
     else:
         row = (tile - query_tiles) // TILES * BLOCK_M
-        slot, column, end = _slice_tile((tile - query_tiles) % TILES, STARTS, ENDS, BLOCK_N)
+        slot, column = _slice_tile((tile - query_tiles) % TILES, STARTS, ENDS, BLOCK_N)
         products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         # Rows between the block's end and the stride hold zeros, and the queries end with the block.
         for k in range(0, rows, BLOCK_K):
             products = tl.dot(gradient_transposed.load([slot * stride + k, row]).T, query.load([k, column]), products)
-        _add_products(products, passage_sum_ptr, sum_stride, row, columns, column, end, passage_first, BLOCK_M, BLOCK_N)
+        if passage_first == 0:
+            products += passage_sum.load([row, column])
+        passage_sum.store([row, column], products)
 
 
 @triton.jit
 def _slice_tile(tile, STARTS: tl.constexpr, ENDS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(slice, first column, end of the slice) of a column tile; a tile lies in one slice."""
-    slot, column, end, first = 0, 0, 0, 0
+    """(slice, first column) of a column tile."""
+    slot, column, first = 0, 0, 0
     for n in tl.static_range(len(ENDS)):
-        inside = (tile >= first) & (tile < first + (ENDS[n] - STARTS[n] + BLOCK_N - 1) // BLOCK_N)
+        inside = (tile >= first) & (tile < first + (ENDS[n] - STARTS[n]) // BLOCK_N)
         slot = tl.where(inside, n, slot)
         column = tl.where(inside, STARTS[n] + (tile - first) * BLOCK_N, column)
-        end = tl.where(inside, ENDS[n], end)
-        first += (ENDS[n] - STARTS[n] + BLOCK_N - 1) // BLOCK_N
-    return slot, column, end
-
-
-@triton.jit
-def _add_products(
-    products, sum_ptr, sum_stride, row, rows, column, end, first, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    row_index, column_index = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-    valid = (row_index < rows)[:, None] & (column_index < end)[None, :]
-    target_ptr = sum_ptr + row_index.to(tl.int64)[:, None] * sum_stride + column_index[None, :]
-    if first == 0:
-        products += tl.load(target_ptr, mask=valid, other=0.0)
-    tl.store(target_ptr, products, mask=valid)
+        first += (ENDS[n] - STARTS[n]) // BLOCK_N
+    return slot, column
 
 
 @triton.jit
