@@ -9,6 +9,7 @@ from losses.distributed.torch_matryoshka import TorchMatryoshkaBackend
 from losses.distributed.torch_teacher import TorchTeacherBackend
 from losses.distributed.triton_blocks import TritonBackend
 from losses.distributed.triton_matryoshka import TritonMatryoshkaBackend
+from losses.distributed.triton_teacher import TritonTeacherBackend
 from losses.inputs import ContrastiveBatch
 from losses.objective import Objective
 from losses.options import Teacher
@@ -29,7 +30,8 @@ def backend_of(
         matryoshka = TritonMatryoshkaBackend if fused else TorchMatryoshkaBackend
         return matryoshka(*common, objective.prefixes)
     if isinstance(objective.teacher, Teacher):
-        return TorchTeacherBackend(*common, objective.teacher)
+        distilled = TritonTeacherBackend if fused else TorchTeacherBackend
+        return distilled(*common, objective.teacher)
     plain = TritonBackend(*common) if fused else TorchBackend(*common)
     if objective.teacher is not None:
         return TeacherScoresBackend(plain, batch, precision, objective.teacher)

@@ -1,6 +1,7 @@
 """InfoNCE with distillation from a teacher's embeddings in Triton: two products for each tile.
 
-    T_ij = scale · t_i · t_j,  masked as S;   KL_i = Σ_j softmax_j(T)_ij (T_ij − S_ij) − log Σ_j exp T_ij + log Σ_j exp S_ij
+    T_ij = scale · t_i · t_j,  masked as S
+    KL_i = Σ_j softmax_j(T)_ij (T_ij − S_ij) − log Σ_j exp T_ij + log Σ_j exp S_ij
 
 Forward adds two sums to those of kernels/statistics.py for each row: Σ_j exp(T_ij − shift) and Σ_j exp(T_ij − shift)
 (T_ij − S_ij). Backward subtracts exp(T_ij − shift) · teacher_weight_i from M · dS; the weight of a row includes that of
