@@ -96,7 +96,7 @@ class TritonBackend:
     def merge_columns(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
         from losses.triton.kernels.partial_sums import merge_columns_kernel
 
-        columns = len(one.shift)
+        columns = one.shift.numel()
         if columns:
             merge_columns_kernel[(_programs(columns),)](one.table, other.table, columns, BLOCK=BLOCK)
         return one
@@ -104,7 +104,8 @@ class TritonBackend:
     def rescale_columns(self, columns: ColumnSums, before: Tensor) -> None:
         from losses.triton.kernels.partial_sums import rescale_columns_kernel
 
-        rescale_columns_kernel[(_programs(len(before)),)](columns.table, before, len(before), BLOCK=BLOCK)
+        size = before.numel()
+        rescale_columns_kernel[(_programs(size),)](columns.table, before, size, BLOCK=BLOCK)
 
     def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
         from losses.triton.kernels.partial_sums import partial_loss_kernel
