@@ -329,7 +329,7 @@ def _unpack(found, half: tl.constexpr, PACKED: tl.constexpr):
         return found[half]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def add_along_kernel(
     along_ptr, sum_ptr, sum_stride, size, tiles, first, BLOCK: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
@@ -349,7 +349,7 @@ def add_along_kernel(
     tl.store(target_ptr, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_first", "passage_first"])
 def slice_products_kernel(
     gradient, gradient_transposed, passage, query, query_sum, passage_sum, rows, columns, stride, query_tiles,
     query_first, passage_first,
