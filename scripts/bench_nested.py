@@ -191,10 +191,12 @@ def parts(options: argparse.Namespace) -> dict[str, list[tuple[Method, Callable[
     implementation = "triton" if options.device == "cuda" else "chunked"
     mib = options.workspace_mib
 
-    def ours(name: str, swapped: dict[str, TileShape] | None = None, library: bool = False, **given: Any) -> Any:
+    def ours(
+        name: str, swapped: dict[str, TileShape] | None = None, changed: dict[str, Any] | None = None, **given: Any
+    ) -> tuple[Method, Callable[[Pairs], Found]]:
         with_teacher = given.pop("teacher_dim", None)
         arguments = dict(given, implementation=implementation, workspace_mib=mib)
-        run = functools.partial(run_ours, arguments, with_teacher, swapped or {}, library)
+        run = functools.partial(run_ours, arguments, with_teacher, swapped or {}, changed or {})
         truth = functools.partial(definition, given, with_teacher)
         return Method(f"ours, {name}", run, tolerance=BF16), truth
 
@@ -207,7 +209,8 @@ def parts(options: argparse.Namespace) -> dict[str, list[tuple[Method, Callable[
         "methods": [
             ours("plain"),
             ours("matryoshka", **nested),
-            ours("matryoshka, products by cuBLAS", library=True, **nested),
+            ours("matryoshka, products by cuBLAS", changed={"own_products_bytes": 0}, **nested),
+            ours("matryoshka, 168 registers in forward", changed={"sums_registers": 168}, **nested),
             ours(f"teacher of {options.teacher_dim} dimensions", **teacher),
             (peer("ours", our_loss), truth),
             (peer("memeff", memeff_loss), truth),
@@ -251,26 +254,33 @@ def with_teacher(given: dict[str, Any], dims: int | None, pairs: Pairs, dtype: t
 
 
 @contextmanager
-def swapped_shapes(swapped: dict[str, TileShape], library: bool) -> Iterator[None]:
-    """Other tile shapes in place of the defaults, and cuBLAS in place of our products of slices."""
-    defaults, own = dict(shapes.DEFAULT_OPTIONS), TritonMatryoshkaBackend.own_products_bytes
+def swapped_settings(swapped: dict[str, TileShape], changed: dict[str, Any]) -> Iterator[None]:
+    """Other tile shapes in place of the defaults, and other attributes of the Matryoshka backend."""
+    defaults = dict(shapes.DEFAULT_OPTIONS)
+    before = {name: getattr(TritonMatryoshkaBackend, name) for name in changed}
     for kernel, shape in swapped.items():
         shapes.DEFAULT_OPTIONS[kernel] = (shape, defaults[kernel][1])
-    TritonMatryoshkaBackend.own_products_bytes = 0 if library else own
+    for name, value in changed.items():
+        setattr(TritonMatryoshkaBackend, name, value)
     try:
         yield
     finally:
         shapes.DEFAULT_OPTIONS.update(defaults)
-        TritonMatryoshkaBackend.own_products_bytes = own
+        for name, value in before.items():
+            setattr(TritonMatryoshkaBackend, name, value)
 
 
 def run_ours(
-    given: dict[str, Any], teacher_dim: int | None, swapped: dict[str, TileShape], library: bool, pairs: Pairs
+    given: dict[str, Any],
+    teacher_dim: int | None,
+    swapped: dict[str, TileShape],
+    changed: dict[str, Any],
+    pairs: Pairs,
 ) -> Found:
     """`inf_cl_loss`, both directions, in bf16."""
     refuse_fallback(pairs, given["implementation"])
     arguments = with_teacher(given, teacher_dim, pairs, pairs.query.dtype)
-    with swapped_shapes(swapped, library):
+    with swapped_settings(swapped, changed):
         loss = inf_cl_loss(pairs.query, pairs.passage, logit_scale=pairs.logit_scale, symmetric=True, **arguments)
         return through_autograd(loss, pairs)
 

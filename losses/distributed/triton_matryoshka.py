@@ -32,6 +32,8 @@ class TritonMatryoshkaBackend(TritonBackend):
 
     own_products_bytes = 2
     """Largest operand, in bytes, whose slices our own kernel multiplies; cuBLAS multiplies larger ones."""
+    sums_registers: int | None = None
+    """Registers per thread of the forward kernel; None leaves them to the compiler."""
 
     def __init__(
         self,
@@ -153,6 +155,7 @@ class TritonMatryoshkaBackend(TritonBackend):
                     HAS_EXCLUDED=kernel_batch.has_excluded,
                     num_warps=shape.warps,
                     num_stages=shape.stages,
+                    maxnreg=self.sums_registers,
                 )
             size = max(height, width) if batch.symmetric else height
             for p in range(prefixes):
@@ -337,7 +340,10 @@ class TritonMatryoshkaBackend(TritonBackend):
         tiles = layout.width // block_n
         query_tiles = 0 if query_sum is None else -(-len(query) // shape.block_m) * tiles
         passage_tiles = 0 if passage_sum is None else -(-len(passage) // shape.block_m) * tiles
-        if query_sum is None and passage_sum is None:
+        # A side without a sum has no tiles, and its descriptor is not used.
+        query_target = passage_sum if query_sum is None else query_sum
+        passage_target = query_sum if passage_sum is None else passage_sum
+        if query_target is None or passage_target is None:
             return
 
         def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -348,8 +354,8 @@ class TritonMatryoshkaBackend(TritonBackend):
             descriptor(gradient, shape.block_k, shape.block_m),
             descriptor(passage, shape.block_k, block_n),
             descriptor(query, shape.block_k, block_n),
-            descriptor(passage_sum if query_sum is None else query_sum, shape.block_m, block_n),
-            descriptor(query_sum if passage_sum is None else passage_sum, shape.block_m, block_n),
+            descriptor(query_target, shape.block_m, block_n),
+            descriptor(passage_target, shape.block_m, block_n),
             len(query),
             len(passage),
             stride,
@@ -400,9 +406,9 @@ class TritonMatryoshkaBackend(TritonBackend):
                 upstream,
                 share,
                 len(sums),
-                STARTS=layout.starts,
-                OUT_STARTS=layout.out_starts,
-                OUT_ENDS=prefixes.dims,
+                STARTS=layout.starts[::-1],
+                OUT_STARTS=layout.out_starts[::-1],
+                OUT_ENDS=prefixes.dims[::-1],
                 WIDTH=layout.width,
                 BLOCK_ROWS=rows,
                 BLOCK_D=256,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from losses import InfCLLoss, SigmoidLoss, gathered_clip_loss
+from losses.options import Teacher, TeacherScores
 from retriever.config.run import LossConfig, TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
@@ -22,10 +23,13 @@ class ClipOverRanks(InfCLLoss):
         *,
         positive: Tensor | None = None,
         excluded: Tensor | None = None,
+        teacher: Teacher | TeacherScores | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Tensor:
         """As its paper has it: row i with row i, and no ids."""
+        if teacher is not None:
+            raise ValueError("teacher: expected none for the loss clip, which distils nothing")
         return gathered_clip_loss(query, passage, logit_scale=self.logit_scale, group=self.group)
 
 

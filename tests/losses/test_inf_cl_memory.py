@@ -13,8 +13,10 @@ MEASURED = """
 import json, re, sys
 import torch
 from losses import inf_cl_loss
+from losses.options import Matryoshka, Teacher
 
-pairs, dims, workspace_mib, ids = (int(argument) for argument in sys.argv[1:])
+pairs, dims, workspace_mib, ids = (int(argument) for argument in sys.argv[1:5])
+option = sys.argv[5]
 torch.set_num_threads(1)
 
 def step(pairs, workspace_mib):
@@ -22,10 +24,16 @@ def step(pairs, workspace_mib):
     query.requires_grad_(), passage.requires_grad_()
     scale = torch.tensor(20.0, requires_grad=True)
     passage_ids = torch.arange(pairs) // 2 if ids else None
+    options = {}
+    if option == "matryoshka":
+        options = {"matryoshka": Matryoshka((dims // 4, dims // 2, dims))}
+    if option == "teacher":
+        sides = (torch.nn.functional.normalize(torch.randn(pairs, dims), dim=1) for _ in range(2))
+        options = {"teacher": Teacher(*sides, scale=20.0)}
     before = peak()
     loss = inf_cl_loss(
         query, passage, logit_scale=scale, symmetric=True, passage_ids=passage_ids, workspace_mib=workspace_mib,
-        implementation="chunked",
+        implementation="chunked", **options,
     )
     loss.backward()
     assert loss.isfinite() and query.grad.isfinite().all() and passage.grad.isfinite().all()
@@ -41,8 +49,8 @@ print(json.dumps(step(pairs, workspace_mib)))
 """
 
 
-def peak_growth_mib(pairs: int, dims: int, workspace_mib: int, ids: bool) -> float:
-    arguments = [str(int(value)) for value in (pairs, dims, workspace_mib, ids)]
+def peak_growth_mib(pairs: int, dims: int, workspace_mib: int, ids: bool, option: str = "none") -> float:
+    arguments = [*(str(int(value)) for value in (pairs, dims, workspace_mib, ids)), option]
     measured = subprocess.run(
         [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True, timeout=240
     )
@@ -63,3 +71,13 @@ def test_peak_memory_follows_the_workspace() -> None:
     pairs, dims = 6_000, 32
     gradients_mib = 2 * pairs * dims * 4 / 2**20
     assert peak_growth_mib(pairs, dims, 2, ids=True) <= gradients_mib + 20 * pairs * 8 / 2**20 + 2 + 6
+
+
+@pytest.mark.parametrize("option", ["matryoshka", "teacher"])
+def test_peak_memory_with_options_is_linear(option: str) -> None:
+    pairs, dims = 6_000, 32
+    # Gradients and, for each side, their float32 sums.
+    gradients_mib = 4 * pairs * (dims + 4) * 4 / 2**20
+    growth = peak_growth_mib(pairs, dims, 4, ids=False, option=option)
+    # One matrix of scores is 137 MiB.
+    assert growth <= gradients_mib + 60 * pairs * 4 / 2**20 + 4 + 6

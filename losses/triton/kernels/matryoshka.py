@@ -64,7 +64,7 @@ def lowest_positive_kernel(
     valid &= (positive >= 0) & (positive < passages)
     product = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     scale = tl.load(scale_ptr)
-    highest = 0.0
+    highest = tl.full((), 0.0, tl.float32)
     for m in tl.static_range(len(ENDS)):
         for d in range(STARTS[m], ENDS[m], BLOCK_D):
             column = d + tl.arange(0, BLOCK_D)
@@ -246,7 +246,7 @@ def prefix_gradient_kernel(
                     column_along_ptr + column_offset, BLOCK_M, BLOCK_N, PACKED, SAFE, SYMMETRIC, HAS_IDS, HAS_EXCLUDED,
                     False,
                 )  # fmt: skip
-            gradients = gradients + (found,)  # noqa: RUF005
+            gradients = gradients + (found,)  # type: ignore[assignment]  # noqa: RUF005
         for half in tl.static_range(2):
             total = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.float32)
             for back in tl.static_range(len(ENDS)):
@@ -309,11 +309,16 @@ def _prefix_gradient(
         along = values * halves[half]
         row_along += tl.sum(along, 1)
         tl.store(column_along_ptr + column_index, tl.sum(along, 0), mask=column_valid)
-        found = found + (values,)  # noqa: RUF005
+        found = found + (values,)  # type: ignore[assignment]  # noqa: RUF005
     tl.store(row_along_place, row_along, mask=row_valid)
     if PACKED:
         return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [found[1], found[0]], dtype=tl.int32, is_pure=True, pack=1
+            "cvt.rn.bf16x2.f32 $0, $1, $2;",
+            "=r,f,f",
+            [found[1], found[0]],  # type: ignore[misc]
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
         )
     else:
         return found
@@ -404,7 +409,7 @@ def prefix_epilogue_kernel(
     """Gradients from sums: (sum − (Σ_{m ≥ n} e_m · inverse_m²) ∘ row) · logit_scale · upstream · share for slice n.
 
     OUT_STARTS and OUT_ENDS are the slices in the embeddings, STARTS those in the packed sums, whose columns from WIDTH
-    on are the e_m.
+    on are the e_m. All three begin with the last slice.
     """
     factor = tl.load(scale_ptr) * tl.load(upstream_ptr).to(tl.float32) * share
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -415,12 +420,12 @@ def prefix_epilogue_kernel(
         n = len(OUT_ENDS) - 1 - back
         inverse = tl.load(inverse_ptr + n * rows + row, mask=valid, other=0.0)
         along += tl.load(sum_ptr + long_row * sum_stride + WIDTH + n, mask=valid, other=0.0) * inverse * inverse
-        for d in range(0, OUT_ENDS[n] - OUT_STARTS[n], BLOCK_D):
+        for d in range(0, OUT_ENDS[back] - OUT_STARTS[back], BLOCK_D):
             column = d + tl.arange(0, BLOCK_D)
-            inside = valid[:, None] & (column < OUT_ENDS[n] - OUT_STARTS[n])[None, :]
-            packed = STARTS[n] + column[None, :]
+            inside = valid[:, None] & (column < OUT_ENDS[back] - OUT_STARTS[back])[None, :]
+            packed = STARTS[back] + column[None, :]
             values = tl.load(sum_ptr + long_row[:, None] * sum_stride + packed, mask=inside, other=0.0)
             own = tl.load(side_ptr + long_row[:, None] * WIDTH + packed, mask=inside, other=0.0).to(tl.float32)
             values = (values - along[:, None] * own) * factor
-            target_ptr = out_ptr + long_row[:, None] * out_stride + OUT_STARTS[n] + column[None, :]
+            target_ptr = out_ptr + long_row[:, None] * out_stride + OUT_STARTS[back] + column[None, :]
             tl.store(target_ptr, values.to(out_ptr.dtype.element_ty), mask=inside)
