@@ -37,7 +37,7 @@ from machine import machine
 
 from index.files import atomic_path
 from losses import inf_cl_loss
-from losses.distributed.triton_matryoshka import TritonMatryoshkaBackend
+from losses.distributed.options.triton_matryoshka import TritonMatryoshkaBackend
 from losses.options import Matryoshka, Teacher
 from losses.triton import shapes
 from losses.triton.shapes import TileShape

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from losses.distributed.agreement import Shards, agree_on_batch
-from losses.distributed.backends import backend_of
 from losses.distributed.blocks import BlockBackend, ColumnSums, PassageBlock
 from losses.distributed.communication import Communication, communication_of
 from losses.distributed.forward_state import ForwardState
 from losses.distributed.gather import gather_backward, gather_forward, own_columns
+from losses.distributed.options.choice import backend_of
 from losses.distributed.ring import ring_backward, ring_forward
 from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
 from losses.objective import INFO_NCE, Objective, checked_objective

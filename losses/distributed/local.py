@@ -1,7 +1,7 @@
 """The loss of one process by the same code as over ranks: a group of one, which sends nothing.
 
-Used for the options that `losses/distributed/backends.py` knows. In addition to what the loss without them uses, it
-stores the float32 sum of the gradient of all queries.
+Used for the options that `losses/distributed/options/choice.py` knows. In addition to what the loss without them uses,
+it stores the float32 sum of the gradient of all queries.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from losses import InfCLLoss, inf_cl_loss
-from losses.distributed.triton_matryoshka import TritonMatryoshkaBackend
+from losses.distributed.options.triton_matryoshka import TritonMatryoshkaBackend
 from losses.objective import Prefixes
 from losses.options import Matryoshka
 from losses.triton.launch import interpreted

@@ -1,8 +1,8 @@
 """Matryoshka scores of one rank's queries against a block of passages by Triton kernels.
 
-The equations are in distributed/torch_matryoshka.py, the kernels in triton/kernels/matryoshka.py. Shifts and scores are
-exponents of 2. With half-precision operands a kernel of our own multiplies the slices of all prefixes at once, because
-one slice has too few columns to fill the multiprocessors. With float32 operands cuBLAS multiplies slice by slice.
+The equations are in torch_matryoshka.py, the kernels in triton/kernels/matryoshka.py. Shifts and scores are exponents
+of 2. With half-precision operands a kernel of our own multiplies the slices of all prefixes at once, because one slice
+has too few columns to fill the multiprocessors. With float32 operands cuBLAS multiplies slice by slice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
-from losses.distributed.torch_matryoshka import weighted_loss_sum
+from losses.distributed.options.torch_matryoshka import weighted_loss_sum
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch, all_finite
 from losses.objective import Prefixes

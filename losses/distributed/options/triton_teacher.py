@@ -1,7 +1,7 @@
 """InfoNCE and distillation from a teacher's embeddings, for one rank's queries, by Triton kernels.
 
-The equations are in distributed/torch_teacher.py, the kernels in triton/kernels/teacher.py. Shifts, scores and the
-differences T − S are exponents of 2.
+The equations are in torch_teacher.py, the kernels in triton/kernels/teacher.py. Shifts, scores and the differences
+T − S are exponents of 2.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
-from losses.distributed.torch_teacher import divergences
+from losses.distributed.options.torch_teacher import divergences
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch
 from losses.options import Teacher
