@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.combinations import MASKED, check_combination, given_options
+from losses.combinations import MASKED, given_options
 from losses.inputs import (
     FLOAT_DTYPES,
     ContrastiveBatch,
@@ -64,7 +64,6 @@ def with_options(
         ValueError: If an argument is invalid. The message begins with its name.
     """
     check_bool("statistics", statistics)
-    check_combination(positives, negatives, statistics)
     options = CheckedOptions(statistics=statistics)
     wanted = given_options(positives, negatives, statistics) & set(MASKED)
     if positives is not None:

@@ -7,8 +7,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from losses.checked_options import with_nan_for_invalid_positives, with_options
-from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks
+from losses.checked_options import needs_negatives, with_nan_for_invalid_positives, with_options
+from losses.combinations import check_combination
+from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks, uses_kernels
+from losses.distributed.local import loss_of_one_process
 from losses.inputs import (
     ContrastiveBatch,
     check_choice,
@@ -20,12 +22,13 @@ from losses.masked.compiled import compiled_negatives_loss
 from losses.masked.loss import negatives_loss, negatives_loss_over_ranks
 from losses.negatives.inputs import FurtherNegatives, checked_further, with_nan_for_invalid_negatives
 from losses.negatives.terms import with_further_terms, with_terms_over_ranks
-from losses.options import Negatives, Positives, Statistics
+from losses.objective import checked_objective
+from losses.options import Matryoshka, Negatives, Positives, Statistics, Teacher, TeacherScores
 from losses.precision import Precision, resolve_precision
-from losses.reference import full_matrix_loss, full_matrix_negatives_loss
+from losses.reference import full_matrix_loss, full_matrix_negatives_loss, full_matrix_objective
 from losses.torch_tiles.compiled import compiled_tiled_loss
 from losses.torch_tiles.inf_cl import tiled_loss
-from losses.triton.dense import dense_loss, dense_loss_and_statistics, fits_dense, why_not_dense_options
+from losses.triton.dense import dense_loss, dense_loss_and_statistics, fits_dense
 from losses.triton.inf_cl import fused_loss
 from losses.triton.launch import warn_fallback, why_not_dense, why_not_fused
 
@@ -58,6 +61,8 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     excluded: Tensor | None = None,
     negatives: Negatives | None = None,
     statistics: bool = False,
+    matryoshka: Matryoshka | None = None,
+    teacher: Teacher | TeacherScores | None = None,
     symmetric: bool = False,
     query_ids: Tensor | None = None,
     passage_ids: Tensor | None = None,
@@ -122,6 +127,12 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             With a group, `own` and `frozen` are those of this rank's queries: give every rank all frozen passages, not
             a shard of them. `same_side` has the queries and passages of all ranks. Implementation "dense" does not
             have them, and `torch.compile` leaves the loss out of its graph. Default: None.
+        matryoshka: Prefix sizes whose losses are added up; see `losses.options.Matryoshka`. One product gives the
+            scores of all sizes. Default: None, the loss of the whole embeddings.
+        teacher: Distillation from another model's embeddings (`losses.options.Teacher`) or from given scores
+            (`losses.options.TeacherScores`). With a group, each rank gives those of its own rows, and
+            `TeacherScores.passages` are rows of the pool. A row outside the pool that was not refused makes the loss
+            NaN. Not together with `matryoshka`. Default: None.
         symmetric: Whether to add the column loss. Default: False.
         query_ids: [M] integers. Default: `passage_ids[positive]`. Requires `passage_ids`.
         passage_ids: [N] integers. Entry (i, j) is removed from S in both directions if passage_ids[j] == query_ids[i]
@@ -154,7 +165,8 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             warning that states the reason. "auto": on a CPU "chunked", which is faster than the whole matrix from
             about 1000 × 1000 scores; on a GPU "dense" if the matrix fits in the workspace, otherwise "triton" if
             available, otherwise "chunked". With a group, or under `torch.compile`, "auto" does not choose "dense".
-            With a group, "full" and "dense" are not available. Default: "auto".
+            With `matryoshka` or `teacher`, "dense" is not available and "auto" chooses "triton" or "chunked"; exclude
+            such a loss from `torch.compile`. With a group, "full" and "dense" are not available. Default: "auto".
         exchange: How passages are exchanged between the ranks of a group. "ring": one block at a time, overlapped with
             the computation of the previous block. "gather": all at once, computed as one block. "auto": "gather" with
             two ranks or if the pool and its gradient fit in the workspace, otherwise "ring". Default: "auto".
@@ -200,6 +212,8 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             negatives=negatives,
             statistics=statistics,
             checks=checks,
+            matryoshka=matryoshka,
+            teacher=teacher,
         )
         if further is not None:
             sharded = with_terms_over_ranks(sharded, further)
@@ -210,10 +224,10 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     check_choice("exchange", exchange, Exchange)
     workspace_bytes = checked_workspace(workspace_mib)
     batch = checked_batch(query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded)
+    check_combination(positives, negatives, statistics, matryoshka, teacher, implementation)
     batch = with_options(batch, positives, negatives, statistics)
     further = checked_further(negatives, query)
-    if further is not None and implementation == "dense":
-        raise ValueError(f"implementation 'dense' has no kernels for {further.names()}: use 'triton' or 'auto'")
+    objective = checked_objective(batch, matryoshka, teacher)
     precision = resolve_precision(precision, query)
     if batch.options is not None:
         batch = with_nan_for_invalid_pairs(with_nan_for_invalid_positives(batch, len(passage)), len(passage))
@@ -222,7 +236,10 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     if batch.options is not None:
         return _with_statistics(*_loss_with_options(batch, precision, workspace_bytes, implementation))
     if implementation == "full":
-        return full_matrix_loss(with_nan_for_invalid_pairs(batch, len(passage)), precision)
+        return full_matrix_objective(with_nan_for_invalid_pairs(batch, len(passage)), objective, precision)
+    if not objective.plain:
+        fused = uses_kernels(query, implementation)
+        return loss_of_one_process(batch, objective, precision, workspace_bytes, fused)
     # Under torch.compile the tiled loss is used: it is one operator for the compiler.
     small = implementation == "auto" and fits_dense(batch, workspace_bytes) and not torch.compiler.is_compiling()
     if implementation == "dense" or (small and query.is_cuda):
@@ -252,10 +269,9 @@ def _loss_with_options(
     compiling = torch.compiler.is_compiling()
     small = implementation == "auto" and batch.query.is_cuda and fits_dense(batch, workspace_bytes) and not compiling
     if implementation == "dense" or small:
-        missing, reason = why_not_dense_options(batch), why_not_dense(batch.query)
-        if missing is not None and implementation == "dense":
-            raise ValueError(f"implementation 'dense' does not support {missing}: use 'auto'")
-        if missing is None and reason is None:
+        reason = why_not_dense(batch.query)
+        only_statistics = batch.options is not None and not needs_negatives(batch.options)
+        if only_statistics and reason is None:
             return dense_loss_and_statistics(batch, precision)
         if implementation == "dense" and reason is not None:
             warn_fallback(implementation, reason)

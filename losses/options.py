@@ -11,6 +11,7 @@ from torch import Tensor
 from losses.inputs import check_choice, check_number
 
 Reduction = Literal["mean", "sum"]
+TeacherKind = Literal["kl", "margin_mse"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Negatives:
 class Matryoshka:
     """The weighted sum of the loss over prefixes of the embeddings (Kusupati et al., arXiv 2205.13147).
 
-    Each prefix is normalized again.
+    The loss of size d is that of the first d columns of both sides, each row divided by its norm. A row that is zero
+    there has scores 0 and gets no gradient from this size. Columns beyond the last size are not used.
 
     Attributes:
         dims: Sizes of the prefixes, increasing; the last may be D.
@@ -168,7 +170,8 @@ class Matryoshka:
 class Teacher:
     """Distillation from a teacher's embeddings over the whole pool.
 
-    Adds weight · mean over queries of KL(softmax_j(scale · t_i · t_j) ‖ softmax_j(S_ij)).
+    Adds weight · mean over queries of KL(softmax_j(scale · t_i · t_j) ‖ softmax_j(S_ij)). Entries that are removed from
+    S are removed from both distributions. With `symmetric`, the columns of S still have the contrastive loss alone.
 
     Attributes:
         query: [M, T] the teacher's embeddings of the queries; they get no gradient.
@@ -180,6 +183,36 @@ class Teacher:
     query: Tensor
     passage: Tensor
     scale: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """Distillation from given scores of a list of passages for each query, for example those of a cross-encoder.
+
+    Let L_i be the list of query i, t_ij the given scores, and S_ij = logit_scale · q_i · k_j. Adds weight times the
+    mean over all queries of
+
+    - "kl": KL(softmax_{j ∈ L_i}(scale · t_ij) ‖ softmax_{j ∈ L_i}(S_ij)), or
+    - "margin_mse": the mean over j ∈ L_i except its first passage p of (S_ip − S_ij − scale · (t_ip − t_ij))²
+      (Hofstätter et al., arXiv 2010.02666); p is usually the positive.
+
+    A query whose list is too short adds zero. Lists are independent of the masks of the contrastive loss.
+
+    Attributes:
+        passages: [P] int64 rows of the pool: the list of query 0, then of query 1, and so on.
+        offsets: [M + 1] int64, the list of query i is passages[offsets[i] : offsets[i + 1]].
+        scores: [P] the given scores; they get no gradient.
+        kind: "kl" or "margin_mse". Default: "kl".
+        scale: Factor of the given scores. Default: 1.
+        weight: Factor of the added term. Default: 1.
+    """
+
+    passages: Tensor
+    offsets: Tensor
+    scores: Tensor
+    kind: TeacherKind = "kl"
+    scale: float = 1.0
     weight: float = 1.0
 
 

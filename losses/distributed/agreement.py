@@ -15,7 +15,7 @@ from losses.distributed.communication import Communication
 from losses.inputs import ContrastiveBatch, check_excluded
 
 MESSAGE_BYTES = 1024
-MAX_COMPARED_VALUES = 16
+MAX_COMPARED_VALUES = 24
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from losses.checked_options import options_to_compare, with_nan_for_invalid_positives, with_options
+from losses.combinations import check_combination
 from losses.distributed.agreement import Shards, agree_on_batch
 from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication, communication_of
 from losses.distributed.forward_state import ForwardState
 from losses.distributed.further import RankMerge, column_counts_over_ranks, shares_over_ranks
 from losses.distributed.gather import gather_backward, gather_forward, gathered_pool, own_columns
+from losses.distributed.options.choice import backend_of
 from losses.distributed.ring import ring_backward, ring_forward
-from losses.distributed.torch_blocks import TorchBackend
-from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
-from losses.options import Negatives, Positives
+from losses.objective import INFO_NCE, Objective, checked_objective
+from losses.options import Matryoshka, Negatives, Positives, Teacher, TeacherScores
 from losses.precision import Precision, matmul_precision, resolve_precision
 from losses.triton.kernel_batch import round_up_to_16_bytes
 from losses.triton.launch import warn_fallback, why_not_fused
@@ -40,10 +41,11 @@ class DistributedBatch:
     workspace_bytes: int
     fused: bool
     exchange: Literal["ring", "gather"]
+    objective: Objective = INFO_NCE
 
     def backend(self) -> BlockBackend:
-        backend_class = TritonBackend if self.fused else TorchBackend
-        return backend_class(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
+        first = self.shards.first_passage
+        return backend_of(self.batch, self.objective, self.precision, self.workspace_bytes, first, self.fused)
 
     def merge(self) -> RankMerge:
         return RankMerge(self.batch, self.shards, self.communication, self.exchange)
@@ -55,6 +57,7 @@ class DistributedBatch:
             self.batch.passage_ids,
             self.shards.first_passage,
             None if guide is None else backend.prepare_passages(guide),
+            backend.own_extras(),
         )
 
 
@@ -76,6 +79,8 @@ def distributed_batch(
     positives: Positives | None = None,
     negatives: Negatives | None = None,
     statistics: bool = False,
+    matryoshka: Matryoshka | None = None,
+    teacher: Teacher | TeacherScores | None = None,
     checks: Callable[[], dict[str, Any]] = dict,
 ) -> DistributedBatch:
     """Check this rank's arguments and compare them with those of the other ranks.
@@ -88,6 +93,7 @@ def distributed_batch(
     """
     communication = communication_of(group)
     resolved: list[Precision] = []
+    objectives: list[Objective] = []
 
     def checked() -> ContrastiveBatch:
         check_choice("implementation with a group", implementation, DistributedImplementation)
@@ -96,8 +102,10 @@ def distributed_batch(
         batch = checked_batch(
             query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded, shard=True
         )
+        check_combination(positives, negatives, statistics, matryoshka, teacher, implementation)
         batch = with_options(batch, positives, negatives, statistics, shard=True)
         resolved.append(resolve_precision(precision, query))
+        objectives.append(checked_objective(batch, matryoshka, teacher, shard=True))
         same.update(
             dimensions=query.shape[1],
             dtype=query.dtype,
@@ -108,8 +116,9 @@ def distributed_batch(
             query_ids="given" if query_ids is not None else "not given",
             passage_ids="given" if passage_ids is not None else "not given",
             precision=resolved[-1],
-            kernels=_uses_kernels(query, implementation),
+            kernels=uses_kernels(query, implementation),
             options=options_to_compare(batch.options),
+            **objectives[-1].compared(),
             **checks(),
         )
         return batch
@@ -119,13 +128,7 @@ def distributed_batch(
     if positive is None:
         first = shards.first_passage
         batch = replace(batch, given_positive=torch.arange(first, first + len(query), device=query.device))
-    elif positive.is_cuda and len(positive):
-        # Positives on a GPU are not checked on the host: an invalid one makes logit_scale and the loss NaN.
-        inside = batch.positive.clamp(0, shards.pool_size - 1)
-        scale = torch.where((inside != batch.positive).any(), torch.nan, batch.logit_scale)
-        batch = replace(batch, given_positive=inside, logit_scale=scale)
-    batch = with_nan_for_invalid_pairs(batch, shards.pool_size)
-    batch = with_nan_for_invalid_positives(batch, shards.pool_size)
+    batch = with_nan_for_invalid_positives(with_nan_for_invalid_rows(batch, shards.pool_size), shards.pool_size)
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
         positive_ids = (
@@ -143,10 +146,24 @@ def distributed_batch(
     # no less: both blocks, and three gradient sums.
     fits = communication.size == 2 or shards.pool_size * width * (query.element_size() + 4) <= workspace_bytes
     chosen: Literal["ring", "gather"] = "gather" if exchange == "gather" or (exchange == "auto" and fits) else "ring"
-    return DistributedBatch(batch, shards, communication, resolved[0], workspace_bytes, fused, chosen)
+    return DistributedBatch(batch, shards, communication, resolved[0], workspace_bytes, fused, chosen, objectives[0])
 
 
-def _uses_kernels(query: Tensor, implementation: str) -> bool:
+def with_nan_for_invalid_rows(batch: ContrastiveBatch, passages: int) -> ContrastiveBatch:
+    """Set logit_scale, and thereby the loss, to NaN if a positive or an excluded pair on a GPU is out of range.
+
+    Values on a GPU are not checked on the host. `passages` is the size of the pool.
+    """
+    positive = batch.given_positive
+    if positive is not None and positive.is_cuda and len(positive):
+        inside = positive.clamp(0, passages - 1)
+        scale = torch.where((inside != positive).any(), torch.nan, batch.logit_scale)
+        batch = replace(batch, given_positive=inside, logit_scale=scale)
+    return with_nan_for_invalid_pairs(batch, passages)
+
+
+def uses_kernels(query: Tensor, implementation: str) -> bool:
+    """Whether Triton kernels compute the loss; warns if they were asked for and cannot run."""
     if implementation == "chunked" or (implementation == "auto" and not query.is_cuda):
         return False
     reason = why_not_fused(query)
@@ -258,9 +275,9 @@ def gradients_over_ranks(
     query_gradient = passage_gradient = scale_gradient = None
     if query_sum is not None:
         dtype = dtypes[0] if want_query else None
-        query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, dtype, want_scale)
+        query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, dtype, want_scale, True)
     if passage_sum is not None:
-        passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, dtypes[1], False)
+        passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, dtypes[1], False, False)
     return query_gradient, passage_gradient, scale_gradient
 
 
@@ -268,6 +285,7 @@ def _max_positive_count(columns: ColumnSums, backend: BlockBackend, communicatio
     """The largest number of queries, over all ranks, that share a positive; only float16 needs it."""
     if backend.query.dtype != torch.float16:
         return None
-    max_count = torch.cat([columns.positive_count, columns.positive_count.new_ones(1)]).max()[None]
+    counts = columns.positive_count.flatten()
+    max_count = torch.cat([counts, counts.new_ones(1)]).max()[None]
     communication.reduce_max(max_count)
     return max_count

@@ -37,6 +37,8 @@ def pairs_in_block(batch: ContrastiveBatch, first: int) -> Tensor | None:
 class TorchBackend:
     """`BlockBackend` with tiles in PyTorch; shifts are exponents of e."""
 
+    row_kinds = 3
+
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.batch, self.precision, self.workspace_bytes = batch, precision, workspace_bytes
         self.query = batch.query
@@ -49,6 +51,9 @@ class TorchBackend:
         self.pair_gradients: PairGradients | None = None
         hardness = batch.options.hardness if batch.options is not None else 0.0
         self._tile_scale = batch.logit_scale + hardness if hardness else batch.logit_scale
+
+    def own_extras(self) -> tuple[Tensor, ...]:
+        return ()
 
     def prepare_passages(self, passage: Tensor) -> Tensor:
         return (passage.to(torch.bfloat16) if self.precision == "bf16" else passage).contiguous()
@@ -132,7 +137,14 @@ class TorchBackend:
             add_row_gradients(tiles, statistics, gradient_weights, span, tiles.query_block(span), sums, passage_sum)
 
     def finish_gradient(
-        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+        self,
+        sums: Tensor,
+        ds_scale: Tensor,
+        upstream: Tensor,
+        share: float,
+        dtype: torch.dtype | None,
+        scale: bool,
+        of_queries: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         factor = upstream.to(self.dtype) * share / ds_scale
         of_scale = self._scale_gradient(sums) * factor if scale else None

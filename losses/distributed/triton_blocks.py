@@ -35,6 +35,8 @@ BLOCK = 1024
 class TritonBackend:
     """`BlockBackend` with Triton kernels; shifts are exponents of 2, and cuBLAS multiplies blocks of dS."""
 
+    row_kinds = 3
+
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.precision, self.workspace_bytes = precision, workspace_bytes
         self._first_passage, self._dimensions = first_passage, batch.query.shape[1]
@@ -49,6 +51,9 @@ class TritonBackend:
         self.pair_gradients: PairGradients | None = None
         hardness = batch.options.hardness if batch.options is not None else 0.0
         self._tile_scale = batch.logit_scale + hardness if hardness else batch.logit_scale
+
+    def own_extras(self) -> tuple[Tensor, ...]:
+        return ()
 
     def prepare_passages(self, passage: Tensor) -> Tensor:
         from losses.triton.launch import operand
@@ -126,7 +131,7 @@ class TritonBackend:
     def merge_columns(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
         from losses.triton.kernels.partial_sums import merge_columns_kernel
 
-        columns = len(one.shift)
+        columns = one.shift.numel()
         if columns:
             merge_columns_kernel[(_programs(columns),)](one.table, other.table, columns, BLOCK=BLOCK)
         return one
@@ -134,7 +139,8 @@ class TritonBackend:
     def rescale_columns(self, columns: ColumnSums, before: Tensor) -> None:
         from losses.triton.kernels.partial_sums import rescale_columns_kernel
 
-        rescale_columns_kernel[(_programs(len(before)),)](columns.table, before, len(before), BLOCK=BLOCK)
+        size = before.numel()
+        rescale_columns_kernel[(_programs(size),)](columns.table, before, size, BLOCK=BLOCK)
 
     def log_sums(self, sums: PartialSums) -> Tensor:
         # The shift of a sum of zero may be minus infinity or unset.
@@ -236,7 +242,14 @@ class TritonBackend:
                     add_product(passage_sum[columns], gradient.T, kernel_batch.query[span], first=overwritten)
 
     def finish_gradient(
-        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+        self,
+        sums: Tensor,
+        ds_scale: Tensor,
+        upstream: Tensor,
+        share: float,
+        dtype: torch.dtype | None,
+        scale: bool,
+        of_queries: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         out = sums
         if dtype is not None and (dtype != torch.float32 or self.width != self._dimensions):

@@ -23,9 +23,9 @@ from losses.distributed.api import DistributedBatch, gradients_over_ranks
 from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication
 from losses.distributed.gather import gather_forward, gathered_pool
+from losses.distributed.local import LocalCommunication
 from losses.distributed.ring import receive_buffer, ring_forward
 from losses.inputs import ContrastiveBatch
-from losses.masked.local import LocalCommunication
 from losses.masked.masks import NegativeMasks, PairGradients, RowStatistics
 from losses.masked.pairs import PairLosses, PositivePairs, pair_losses
 from losses.masked.statistics import finished_statistics

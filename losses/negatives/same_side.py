@@ -106,7 +106,7 @@ class _SameSideTerm(torch.autograd.Function):
             compute = _strip_gradients if side.ranks is None else _rank_gradients
             sums, ds_scale, unit = compute(backend, state, logit_scale, side, upstream)
             dtype = embeddings.dtype if want_embeddings else None
-            of_embeddings, of_scale = backend.finish_gradient(sums, ds_scale, unit, 1.0, dtype, want_scale)
+            of_embeddings, of_scale = backend.finish_gradient(sums, ds_scale, unit, 1.0, dtype, want_scale, True)
         # Each score is in the matrix twice, so Σ X ∘ sums counts its gradient twice.
         return of_embeddings, None if of_scale is None else of_scale / 2, None
 

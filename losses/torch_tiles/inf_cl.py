@@ -136,26 +136,31 @@ def score_statistics(tiles: ScoreTiles) -> Statistics:
 
 def add_statistics(tiles: ScoreTiles, statistics: Statistics) -> None:
     """Add all tiles to the statistics, in place. The tiles are those of a batch, or of one block of its passages."""
-    row_shift, row_sum = statistics.row_shift, statistics.row_sum
-    column_shift, column_sum = statistics.column_shift, statistics.column_sum
-    positive_score, constant = statistics.positive_score, statistics.constant
     for rows in tiles.row_blocks():
         query = tiles.query_block(rows)
         for columns in tiles.column_blocks():
             tile = tiles.scores(rows, columns, query, tiles.passage_block(columns))
-            if tiles.masks is None:
-                column, inside = tiles.positive_columns(rows, columns)
-                positive_score[rows] = torch.where(inside, tile.gather(1, column), positive_score[rows, None])[:, 0]
-            else:
-                add_row_statistics(tiles, tile, rows, columns, statistics)
-            if constant is not None and column_sum is not None:
-                tile.sub_(constant).exp_()
-                row_sum[rows] += tile.sum(1)
-                column_sum[columns] += tile.sum(0)
-                continue
-            _update_softmax(row_shift[rows], row_sum[rows], tile, 1, out=tiles.scratch(rows, columns))
-            if column_shift is not None and column_sum is not None:
-                _update_softmax(column_shift[columns], column_sum[columns], tile, 0, out=tile)
+            add_tile(tile, tiles, statistics, rows, columns)
+
+
+def add_tile(tile: Tensor, tiles: ScoreTiles, statistics: Statistics, rows: slice, columns: slice) -> None:
+    """Add the tile S[rows, columns] to the statistics, in place; the tile is overwritten."""
+    row_shift, row_sum = statistics.row_shift, statistics.row_sum
+    column_shift, column_sum = statistics.column_shift, statistics.column_sum
+    positive_score, constant = statistics.positive_score, statistics.constant
+    if tiles.masks is None:
+        column, inside = tiles.positive_columns(rows, columns)
+        positive_score[rows] = torch.where(inside, tile.gather(1, column), positive_score[rows, None])[:, 0]
+    else:
+        add_row_statistics(tiles, tile, rows, columns, statistics)
+    if constant is not None and column_sum is not None:
+        tile.sub_(constant).exp_()
+        row_sum[rows] += tile.sum(1)
+        column_sum[columns] += tile.sum(0)
+        return
+    update_softmax(row_shift[rows], row_sum[rows], tile, 1, out=tiles.scratch(rows, columns))
+    if column_shift is not None and column_sum is not None:
+        update_softmax(column_shift[columns], column_sum[columns], tile, 0, out=tile)
 
 
 def add_row_statistics(tiles: ScoreTiles, tile: Tensor, rows: slice, columns: slice, statistics: Statistics) -> None:
@@ -290,7 +295,7 @@ def add_row_gradients(
     for columns in tiles.column_blocks():
         passage_block = tiles.passage_block(columns)
         tile = tiles.scores(rows, columns, query_block, passage_block)
-        _to_score_gradient(tile, tiles, statistics, weights, rows, columns)
+        to_score_gradient(tile, tiles, statistics, weights, rows, columns)
         factor = tiles.products.factor(tile)
         if query_sum is not None:
             add_product(query_sum, factor, passage_block)
@@ -298,7 +303,7 @@ def add_row_gradients(
             add_product(passage_sum[columns], factor.T, query_block)
 
 
-def _to_score_gradient(
+def to_score_gradient(
     tile: Tensor,
     tiles: ScoreTiles,
     statistics: Statistics,
@@ -347,7 +352,7 @@ def softmax_weights(
     return share / (2 * statistics.row_sum), column_weight
 
 
-def _update_softmax(shift: Tensor, total: Tensor, tile: Tensor, dim: int, out: Tensor) -> None:
+def update_softmax(shift: Tensor, total: Tensor, tile: Tensor, dim: int, out: Tensor) -> None:
     """Online softmax: add a tile to running maxima and sums of exponentials, in place; `out` may be the tile itself."""
     new_shift = torch.maximum(shift, tile.amax(dim))
     torch.sub(tile, new_shift.unsqueeze(dim), out=out).exp_()

@@ -71,11 +71,16 @@ def add_sums(
     min_block_m, min_block_n = min(sums_shape.block_m, kept_shape.block_m), min(sums_shape.block_n, kept_shape.block_n)
     counted = kernel_batch.masks.statistics if kernel_batch.masks is not None else None
     own_product = kernel_batch.query if kernel_batch.masks is None else kernel_batch.masks.product
-    # A sum and a maximum for each row and column of a tile, and the statistics of each row.
-    per_entry = 8 * (1 / min_block_m + 1 / min_block_n) + (4 * FIELDS / min_block_n if counted is not None else 0)
+    statistics_bytes = 4 * FIELDS / min_block_n if counted is not None else 0.0
     launches = list(
         forward_blocks(
-            queries, passages, kernel_batch.blocks.kept_rows, workspace_bytes, min_block_m, min_block_n, per_entry
+            queries,
+            passages,
+            kernel_batch.blocks.kept_rows,
+            workspace_bytes,
+            min_block_m,
+            min_block_n,
+            statistics_bytes,
         )
     )
     buffer_size = max(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from losses import InfCLLoss, SigmoidLoss, gathered_clip_loss
+from losses.options import Teacher, TeacherScores
 from retriever.config.run import LossConfig, TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
@@ -22,6 +23,7 @@ class DistributedClipLoss(InfCLLoss):
         *,
         positive: Tensor | None = None,
         excluded: Tensor | None = None,
+        teacher: Teacher | TeacherScores | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
         **options: Any,
