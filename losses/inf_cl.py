@@ -7,22 +7,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from losses.checked_options import needs_negatives, with_nan_for_invalid_positives, with_options
-from losses.combinations import check_combination
+from losses.checks import check_choice, checked_workspace
 from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks, uses_kernels
 from losses.distributed.local import loss_of_one_process
-from losses.inputs import (
-    ContrastiveBatch,
-    check_choice,
-    checked_batch,
-    checked_workspace,
-    with_nan_for_invalid_pairs,
-)
+from losses.inputs import ContrastiveBatch, checked_batch, with_nan_for_invalid_pairs
 from losses.masked.compiled import compiled_negatives_loss
 from losses.masked.loss import negatives_loss, negatives_loss_over_ranks
 from losses.negatives.inputs import FurtherNegatives, checked_further, with_nan_for_invalid_negatives
 from losses.negatives.terms import with_further_terms, with_terms_over_ranks
-from losses.objective import checked_objective
+from losses.option_checks.combinations import check_combination
+from losses.option_checks.masked import needs_negatives, with_nan_for_invalid_positives, with_options
+from losses.option_checks.objective import checked_objective
 from losses.options import Matryoshka, Negatives, Positives, Statistics, Teacher, TeacherScores
 from losses.precision import Precision, resolve_precision
 from losses.reference import full_matrix_loss, full_matrix_negatives_loss, full_matrix_objective

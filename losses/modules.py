@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from losses import inf_cl, sigmoid
+from losses.checks import check_bool, check_choice, check_number, checked_workspace
 from losses.distributed.api import Exchange
 from losses.inf_cl import inf_cl_loss
-from losses.inputs import check_bool, check_choice, check_number, checked_workspace
 from losses.options import Matryoshka, Negatives, Positives, Teacher, TeacherScores
 from losses.precision import Precision
 from losses.sigmoid import sigmoid_loss

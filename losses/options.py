@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from losses.inputs import check_choice, check_number
+from losses.checks import check_choice, check_number
 
 Reduction = Literal["mean", "sum"]
 TeacherKind = Literal["kl", "margin_mse"]

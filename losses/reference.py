@@ -7,15 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from losses.checked_options import CheckedOptions
-from losses.inputs import ContrastiveBatch, all_finite
+from losses.checks import all_finite
+from losses.inputs import CheckedOptions, ContrastiveBatch
 from losses.negatives.inputs import FurtherNegatives
-from losses.objective import Objective, Prefixes
+from losses.option_checks.objective import SHORTEST_PREFIX, Objective, Prefixes
 from losses.options import NegativeLimit, Statistics, Teacher, TeacherScores
 from losses.precision import Precision, matmul_precision, round_operand
-
-# Prefixes that are shorter count as zero.
-SHORTEST_PREFIX = 1e-12
 
 
 def full_matrix_objective(batch: ContrastiveBatch, objective: Objective, precision: Precision) -> Tensor:

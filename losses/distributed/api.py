@@ -9,18 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.checked_options import options_to_compare, with_nan_for_invalid_positives, with_options
-from losses.combinations import check_combination
+from losses.checks import check_choice, checked_workspace
 from losses.distributed.agreement import Shards, agree_on_batch
 from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication, communication_of
 from losses.distributed.forward_state import ForwardState
 from losses.distributed.further import RankMerge, column_counts_over_ranks, shares_over_ranks
 from losses.distributed.gather import gather_backward, gather_forward, gathered_pool, own_columns
-from losses.distributed.options.choice import backend_of
+from losses.distributed.objectives.choice import backend_of
 from losses.distributed.ring import ring_backward, ring_forward
-from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
-from losses.objective import INFO_NCE, Objective, checked_objective
+from losses.inputs import ContrastiveBatch, checked_batch, with_nan_for_invalid_pairs
+from losses.option_checks.combinations import check_combination
+from losses.option_checks.masked import options_to_compare, with_nan_for_invalid_positives, with_options
+from losses.option_checks.objective import INFO_NCE, Objective, checked_objective
 from losses.options import Matryoshka, Negatives, Positives, Teacher, TeacherScores
 from losses.precision import Precision, matmul_precision, resolve_precision
 from losses.triton.kernel_batch import round_up_to_16_bytes

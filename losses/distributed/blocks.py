@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch
-from losses.masked.masks import NegativeMasks, PairGradients
+from losses.torch_tiles.masks import NegativeMasks, PairGradients
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Merging further terms into row sums over ranks (losses/row_terms.py).
+"""Merging further terms into row sums over ranks (losses/torch_tiles/row_terms.py).
 
 Row sums are those of a rank's queries, so only a single partition function communicates: the log-sum-exps of all
 columns, 4 bytes per passage, and the column shares and positives of all queries, 12 bytes per query.
@@ -17,7 +17,7 @@ from losses.distributed.blocks import BlockBackend, PassageBlock
 from losses.distributed.communication import Communication
 from losses.distributed.forward_state import ForwardState
 from losses.inputs import ContrastiveBatch
-from losses.row_terms import Shares, column_counts
+from losses.torch_tiles.row_terms import Shares, column_counts
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The loss of one process by the same code as over ranks: a group of one, which sends nothing.
 
-Used for the options that `losses/distributed/options/choice.py` knows. In addition to what the loss without them uses,
-it stores the float32 sum of the gradient of all queries.
+Used for the options that `losses/distributed/objectives/choice.py` knows. It stores the float32 sum of the gradient of
+all queries, which the loss without options does not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from losses.distributed.agreement import Shards
 from losses.distributed.api import DistributedBatch, loss_over_ranks, with_nan_for_invalid_rows
 from losses.inputs import ContrastiveBatch
-from losses.objective import Objective
+from losses.option_checks.objective import Objective
 from losses.precision import Precision
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from losses.checks import accumulator_dtype
 from losses.distributed.blocks import ColumnSums, GradientWeights, PartialSums, PassageBlock, RowSums
-from losses.inputs import ContrastiveBatch, accumulator_dtype
-from losses.masked.masks import NegativeMasks, PairGradients
+from losses.inputs import ContrastiveBatch
 from losses.precision import BlockProducts, Precision
 from losses.torch_tiles.inf_cl import (
     Statistics,
@@ -17,6 +17,7 @@ from losses.torch_tiles.inf_cl import (
     negative_log_probability,
     score_bounds,
 )
+from losses.torch_tiles.masks import NegativeMasks, PairGradients
 from losses.torch_tiles.tiles import ScoreTiles, TileMasks
 
 SCALE_ROWS = 8192

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from losses.checks import all_finite
 from losses.distributed.blocks import ColumnSums, GradientWeights, PartialSums, PassageBlock, RowSums
-from losses.inputs import ContrastiveBatch, all_finite
-from losses.masked.masks import NegativeMasks, PairGradients
+from losses.inputs import ContrastiveBatch
 from losses.precision import Precision, add_product
+from losses.torch_tiles.masks import NegativeMasks, PairGradients
 from losses.triton.block_launches import (
     SavedStatistics,
     ScoreGradientWeights,

@@ -26,12 +26,12 @@ from losses.distributed.gather import gather_forward, gathered_pool
 from losses.distributed.local import LocalCommunication
 from losses.distributed.ring import receive_buffer, ring_forward
 from losses.inputs import ContrastiveBatch
-from losses.masked.masks import NegativeMasks, PairGradients, RowStatistics
 from losses.masked.pairs import PairLosses, PositivePairs, pair_losses
 from losses.masked.statistics import finished_statistics
 from losses.options import Statistics
 from losses.precision import Precision, matmul_precision
 from losses.reference import limit_thresholds
+from losses.torch_tiles.masks import NegativeMasks, PairGradients, RowStatistics
 
 
 def negatives_loss(

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from losses.checked_options import pair_keys
 from losses.distributed.communication import Communication
 from losses.inputs import ContrastiveBatch
+from losses.option_checks.masked import pair_keys
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.inputs import accumulator_dtype, all_finite
+from losses.checks import accumulator_dtype, all_finite
 from losses.negatives.streaming import FrozenPassages
 from losses.precision import BlockProducts, Precision, add_product, matmul_precision, round_operand
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.inputs import FLOAT_DTYPES, INTEGER_DTYPES, ContrastiveBatch, can_check_values, check_bool
+from losses.checks import FLOAT_DTYPES, INTEGER_DTYPES, can_check_values, check_bool
+from losses.inputs import ContrastiveBatch
 from losses.negatives.streaming import FrozenPassages
 from losses.options import Negatives, Ragged
 

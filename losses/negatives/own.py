@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.inputs import accumulator_dtype
+from losses.checks import accumulator_dtype
 from losses.options import Ragged
 from losses.precision import Precision, matmul_precision, round_operand
 

@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from losses.inputs import ContrastiveBatch, accumulator_dtype, check_excluded, checked_number, checked_positive
+from losses.checks import accumulator_dtype, checked_number
+from losses.inputs import ContrastiveBatch, check_excluded, checked_positive
 from losses.precision import Precision
 from losses.torch_tiles.inf_cl import tiled_loss
 from losses.torch_tiles.sigmoid import saved_gradient_dtype, scale_by_upstream, tiled_sigmoid_loss

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.inputs import ContrastiveBatch, all_finite
+from losses.checks import all_finite
+from losses.inputs import ContrastiveBatch
 from losses.precision import Precision, add_product, matmul_precision
-from losses.row_terms import Shares, column_counts
+from losses.torch_tiles.row_terms import Shares, column_counts
 from losses.torch_tiles.tiles import ScoreTiles
 
 # Largest exponent after subtracting a constant shift. Sums of 2^40 terms exp(60) are finite in float32, and a term

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.inputs import ContrastiveBatch, accumulator_dtype
-from losses.masked.masks import NegativeMasks, PairGradients
+from losses.checks import accumulator_dtype
+from losses.inputs import ContrastiveBatch
 from losses.precision import BlockProducts, Precision
+from losses.torch_tiles.masks import NegativeMasks, PairGradients
 
 # On a CPU a larger tile does not speed up the products and no longer fits in the cache.
 CPU_TILE_ENTRIES = 1 << 20

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from losses.masked.masks import PairGradients
-from losses.row_terms import Shares
+from losses.torch_tiles.masks import PairGradients
+from losses.torch_tiles.row_terms import Shares
 from losses.triton.kernel_batch import KernelBatch, span_length
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from losses.inputs import ContrastiveBatch
 from losses.precision import Precision, add_product, matmul_precision
-from losses.row_terms import column_counts
+from losses.torch_tiles.row_terms import column_counts
 from losses.triton.block_launches import (
     SavedStatistics,
     ScoreGradientWeights,
@@ -223,7 +223,7 @@ def inf_cl_backward(
     """Gradients of query, passage and logit_scale; empty tensors if not wanted. Overwrites `kept`.
 
     `row_factor` [M] is a factor of the weights of rows, and `weighted_count` [N] takes the place of the number of
-    queries whose positive each passage is (losses/row_terms.py).
+    queries whose positive each passage is (losses/torch_tiles/row_terms.py).
     """
     import triton
 

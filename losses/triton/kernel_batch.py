@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from losses.masked.masks import NegativeMasks
 from losses.precision import Precision
+from losses.torch_tiles.masks import NegativeMasks
 
 
 class KernelBatch:

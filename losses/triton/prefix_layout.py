@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.objective import Prefixes
+from losses.option_checks.objective import Prefixes
 from losses.precision import Precision
 from losses.triton.block_sizes import round_up
 from losses.triton.launch import operand

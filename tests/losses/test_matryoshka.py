@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from losses import InfCLLoss, inf_cl_loss
-from losses.distributed.options.triton_matryoshka import TritonMatryoshkaBackend
-from losses.objective import Prefixes
+from losses.distributed.objectives.triton_matryoshka import TritonMatryoshkaBackend
+from losses.option_checks.objective import Prefixes
 from losses.options import Matryoshka
 from losses.triton.launch import interpreted
 from losses.triton.prefix_layout import PrefixLayout

@@ -16,8 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
 from losses import InfCLLoss, SigmoidLoss, inf_cl_loss
-from losses.checked_options import CheckedOptions
-from losses.inputs import ContrastiveBatch
+from losses.inputs import CheckedOptions, ContrastiveBatch
 from losses.masked.compiled import negatives_loss_op
 from losses.options import NegativeLimit
 from losses.torch_tiles.compiled import compiled_tiled_loss, tiled_loss_op

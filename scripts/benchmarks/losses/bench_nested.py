@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from index.files import atomic_path
 from losses import inf_cl_loss
-from losses.distributed.options.triton_matryoshka import TritonMatryoshkaBackend
+from losses.distributed.objectives.triton_matryoshka import TritonMatryoshkaBackend
 from losses.options import Matryoshka, Teacher
 from losses.triton import shapes
 from losses.triton.shapes import TileShape

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from losses.checks import accumulator_dtype, all_finite
 from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
 from losses.distributed.torch_blocks import SCALE_ROWS, TorchBackend
-from losses.inputs import ContrastiveBatch, accumulator_dtype, all_finite
-from losses.objective import Prefixes
+from losses.inputs import ContrastiveBatch
+from losses.option_checks.objective import SHORTEST_PREFIX, Prefixes
 from losses.precision import Precision, add_product, round_operand
-from losses.reference import SHORTEST_PREFIX
 from losses.torch_tiles.inf_cl import Statistics, add_tile, negative_log_probability, to_score_gradient
 from losses.torch_tiles.tiles import ScoreTiles
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
-from losses.distributed.options.torch_teacher import divergences
+from losses.distributed.objectives.torch_teacher import divergences
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch
 from losses.options import Teacher

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from losses.checks import accumulator_dtype
 from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PartialSums, PassageBlock, RowSums
-from losses.inputs import ContrastiveBatch, accumulator_dtype
+from losses.inputs import ContrastiveBatch
 from losses.options import TeacherScores
 from losses.precision import Precision, round_operand
 

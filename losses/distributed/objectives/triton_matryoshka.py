@@ -12,11 +12,12 @@ import math
 import torch
 from torch import Tensor
 
+from losses.checks import all_finite
 from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
-from losses.distributed.options.torch_matryoshka import weighted_loss_sum
+from losses.distributed.objectives.torch_matryoshka import weighted_loss_sum
 from losses.distributed.triton_blocks import TritonBackend
-from losses.inputs import ContrastiveBatch, all_finite
-from losses.objective import Prefixes
+from losses.inputs import ContrastiveBatch
+from losses.option_checks.objective import Prefixes
 from losses.precision import Precision, add_product
 from losses.triton.block_sizes import CUBLAS_TILE_ROWS, MAX_BLOCK_SIDE, forward_blocks, round_up, spans
 from losses.triton.kernel_batch import round_up_to_16_bytes, span_length

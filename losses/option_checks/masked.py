@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from losses.combinations import MASKED, given_options
-from losses.inputs import (
-    FLOAT_DTYPES,
-    ContrastiveBatch,
-    can_check_values,
-    check_bool,
-    check_pairs_inside,
-    checked_pairs,
-)
-from losses.options import Guide, NegativeLimit, Negatives, Positives
-
-
-@dataclass(frozen=True)
-class CheckedOptions:
-    """Options that need sums over negatives alone, with the positives as a list of pairs.
-
-    Attributes:
-        pairs: [P, 2] int64 further positives (query row, passage row) with P ≥ 1, or None.
-        reduction: How the positives of a query are combined; "single" if `positives` is not given. Then queries that
-            share a passage are negatives of each other in its column.
-        limit: Removes negatives by their score, or None.
-        guide_query: [M, G] in the query's dtype, or None.
-        guide_passage: [N, G] in the query's dtype, or None.
-        guide_margin: In units of the guide's products.
-        hardness: β of the weights of negatives.
-        statistics: Whether statistics are wanted.
-    """
-
-    pairs: Tensor | None = None
-    reduction: Literal["single", "mean", "sum"] = "single"
-    limit: NegativeLimit | None = None
-    guide_query: Tensor | None = None
-    guide_passage: Tensor | None = None
-    guide_margin: float = 0.0
-    hardness: float = 0.0
-    statistics: bool = False
+from losses.checks import FLOAT_DTYPES, can_check_values, check_bool
+from losses.inputs import CheckedOptions, ContrastiveBatch, check_pairs_inside, checked_pairs
+from losses.option_checks.combinations import MASKED, given_options
+from losses.options import Guide, Negatives, Positives
 
 
 def with_options(

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.inputs import (
-    FLOAT_DTYPES,
-    INTEGER_DTYPES,
-    ContrastiveBatch,
-    accumulator_dtype,
-    can_check_values,
-    check_choice,
-    check_number,
-)
+from losses.checks import FLOAT_DTYPES, INTEGER_DTYPES, accumulator_dtype, can_check_values, check_choice, check_number
+from losses.inputs import ContrastiveBatch
 from losses.options import Matryoshka, Teacher, TeacherKind, TeacherScores
+
+# Prefixes that are shorter count as zero.
+SHORTEST_PREFIX = 1e-12
 
 
 @dataclass(frozen=True)

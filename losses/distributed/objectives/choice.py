@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from losses.distributed.blocks import BlockBackend
-from losses.distributed.options.teacher_scores import TeacherScoresBackend
-from losses.distributed.options.torch_matryoshka import TorchMatryoshkaBackend
-from losses.distributed.options.torch_teacher import TorchTeacherBackend
-from losses.distributed.options.triton_matryoshka import TritonMatryoshkaBackend
-from losses.distributed.options.triton_teacher import TritonTeacherBackend
+from losses.distributed.objectives.teacher_scores import TeacherScoresBackend
+from losses.distributed.objectives.torch_matryoshka import TorchMatryoshkaBackend
+from losses.distributed.objectives.torch_teacher import TorchTeacherBackend
+from losses.distributed.objectives.triton_matryoshka import TritonMatryoshkaBackend
+from losses.distributed.objectives.triton_teacher import TritonTeacherBackend
 from losses.distributed.torch_blocks import TorchBackend
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch
-from losses.objective import Objective
+from losses.option_checks.objective import Objective
 from losses.options import Teacher
 from losses.precision import Precision
 
