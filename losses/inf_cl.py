@@ -77,6 +77,9 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     column loss log Σ_i' exp(S_i',p(i)) − S_i,p(i) is also averaged over queries, and the loss is half the sum of the
     two means.
 
+    All options work with `excluded`, ids, `symmetric` and groups. Two options that do not combine are refused; the
+    table in losses/README.md says which.
+
     Args:
         query: [M, D] query embeddings, in float32, bfloat16, float16 or float64. float64 embeddings are computed in
             float64.
@@ -91,15 +94,17 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
         excluded: [R, 2] integers, pairs (query row, passage row) that are removed from S in both directions, for
             example known positives that are not in `positive`. Pairs may be in any order and may repeat. A query's own
             positive may not be excluded. Costs 8 bytes per pair. Default: None.
-        negatives: What counts as a negative (`Negatives`): `limit` and `guide` remove negatives that are probably
-            false, in both directions, and `hardness` weights negatives by their score. Default: None, every other
-            passage, equally.
-        statistics: Whether to return statistics of the rows too: ranks, hardest negatives, entropies. They take no
-            product and no synchronization with the device. Default: False.
-        negatives: Negatives outside the pool, which add terms to the row sums Σ_j exp(S_ij); in the column loss they
-            have no part.
+        negatives: What counts as a negative of a query (`Negatives`). Default: None, every passage but its positive,
+            equally.
 
-            `own`: own hard negatives of each query, of the dtype and on the device of `query`; they receive a gradient.
+            In the batch, `limit` and `guide` remove negatives that are probably false, in both directions, and
+            `hardness` weights negatives by their score.
+
+            `own`, `frozen` and `same_side` add negatives that are not in `passage`: terms of the row sums
+            Σ_j exp(S_ij). They have no part in the column loss, and `limit` and `guide` do not apply to them.
+
+            `own`: hard negatives that each query has for itself, of the dtype and on the device of `query`; they
+            receive a gradient.
 
             `frozen`: [F, D] passages that are negatives of every query and receive no gradient. A tensor on the device
             of `query`, or on the host, from where blocks are copied to the device while the previous block is used,
@@ -109,7 +114,7 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             removed.
 
             `same_side`: each query has a single partition function Z_i (GTE, Li et al., arXiv 2308.03281, equation 6),
-            and the loss is the mean of log Z_i − S_i,p(i). Let K_p(i) be the positive of query i.
+            and the loss is the mean of log Z_i − S_i,p(i). Let k_p(i) be the positive of query i.
 
             - Z_i = Σ_j exp(S_ij) + Σ_{i' ≠ i} exp(logit_scale · q_i · q_i'), and the terms of `own` and `frozen`;
             - with `symmetric` also + Σ_i' exp(S_i',p(i)) + Σ_{j ≠ p(i)} exp(logit_scale · k_p(i) · k_j), which is
@@ -119,15 +124,15 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             removed from the query–query terms, and passages with equal ids from the passage–passage terms. `excluded`
             removes entries of S only.
 
-            With a group, `own` and `frozen` are those of this rank's queries: give every rank all frozen passages, not
-            a shard of them. `same_side` has the queries and passages of all ranks. Implementation "dense" does not
-            have them, and `torch.compile` leaves the loss out of its graph. Default: None.
-        matryoshka: Prefix sizes whose losses are added up; see `losses.options.Matryoshka`. One product gives the
-            scores of all sizes. Default: None, the loss of the whole embeddings.
-        teacher: Distillation from another model's embeddings (`losses.options.Teacher`) or from given scores
-            (`losses.options.TeacherScores`). With a group, each rank gives those of its own rows, and
-            `TeacherScores.passages` are rows of the pool. A row outside the pool that was not refused makes the loss
-            NaN. Not together with `matryoshka`. Default: None.
+            With a group, `guide`, `own` and `frozen_excluded` are those of this rank's rows. Give every rank all
+            frozen passages, not a shard of them. `same_side` has the queries and passages of all ranks.
+        statistics: Whether to return statistics of the rows of S too: ranks, hardest negatives, entropies. They take no
+            product and no synchronization with the device. Default: False.
+        matryoshka: Prefix sizes whose losses are added up (`Matryoshka`). One product gives the scores of all sizes.
+            Default: None, the loss of the whole embeddings.
+        teacher: Distillation from another model's embeddings (`Teacher`) or from given scores (`TeacherScores`). With
+            a group, each rank gives those of its own rows, and `TeacherScores.passages` are rows of the pool. For CUDA
+            tensors, a row outside the pool makes the loss NaN. Default: None.
         symmetric: Whether to add the column loss. Default: False.
         query_ids: [M] integers. Default: `passage_ids[positive]`. Requires `passage_ids`.
         passage_ids: [N] integers. Entry (i, j) is removed from S in both directions if passage_ids[j] == query_ids[i]
@@ -160,8 +165,10 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             warning that states the reason. "auto": on a CPU "chunked", which is faster than the whole matrix from
             about 1000 × 1000 scores; on a GPU "dense" if the matrix fits in the workspace, otherwise "triton" if
             available, otherwise "chunked". With a group, or under `torch.compile`, "auto" does not choose "dense".
-            With `matryoshka` or `teacher`, "dense" is not available and "auto" chooses "triton" or "chunked"; exclude
-            such a loss from `torch.compile`. With a group, "full" and "dense" are not available. Default: "auto".
+            With a group, "full" and "dense" are not available. "dense" supports `excluded`, ids and `statistics` but
+            none of `positives`, `negatives`, `matryoshka` and `teacher`, with which "auto" chooses "triton" or
+            "chunked". `torch.compile` leaves a loss with `negatives.own`, `negatives.frozen`, `negatives.same_side`,
+            `matryoshka` or `teacher` out of its graph. Default: "auto".
         exchange: How passages are exchanged between the ranks of a group. "ring": one block at a time, overlapped with
             the computation of the previous block. "gather": all at once, computed as one block. "auto": "gather" with
             two ranks or if the pool and its gradient fit in the workspace, otherwise "ring". Default: "auto".
@@ -171,15 +178,15 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
 
     Returns:
         The loss or, with `statistics`, the loss and a `Statistics`. The loss is 0-dim, in float32 (float64 for float64
-        embeddings). It is not finite if an embedding is not finite. It is
-        differentiable once; only "full" has second derivatives.
+        embeddings). It is not finite if an embedding is not finite. It is differentiable once; only "full" has second
+        derivatives.
 
     Raises:
-        ValueError: If an argument is invalid. The message begins with the argument's name. With a group, every rank
-            raises. Values of CUDA tensors are not read, because this would synchronize with the device. For CUDA
-            tensors, a non-finite `logit_scale`, an invalid pair in `excluded` and, for the kernels, an out-of-range
-            `positive` make the loss NaN; "full" and "chunked" fail with PyTorch's own device-side assertion for an
-            out-of-range `positive`.
+        ValueError: If an argument is invalid, or two options do not combine. The message begins with the name of one.
+            With a group, every rank raises. Values of CUDA tensors are not read, because this would synchronize with
+            the device. For CUDA tensors, a non-finite `logit_scale`, an invalid pair or offset in an option and, for
+            the kernels, an out-of-range `positive` make the loss NaN; "full" and "chunked" fail with PyTorch's own
+            device-side assertion for an out-of-range `positive`.
     """
     if group is not None:
         further = None

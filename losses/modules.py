@@ -204,7 +204,7 @@ class InfCLLoss(LossWithScale):
             positive: [M] integers, the row of each query's positive. Default: 0, …, M − 1.
             positives: Further positives of queries. Default: None.
             excluded: [R, 2] integers, pairs (query row, passage row) to leave out. Default: None.
-            negatives: What counts as a negative. Default: None, every other passage.
+            negatives: Which passages of the batch, and what else, are negatives. Default: None, every other passage.
             statistics: Whether to return statistics too. Default: False.
             teacher: Distillation from another model's embeddings or from given scores. Default: None.
             query_ids: [M] integers. Default: `passage_ids[positive]`.
@@ -238,7 +238,8 @@ class InfCLLoss(LossWithScale):
         )
 
     def extra_repr(self) -> str:
-        return f"symmetric={self.symmetric}, {super().extra_repr()}"
+        nested = f"matryoshka={self.matryoshka}, " if self.matryoshka is not None else ""
+        return f"symmetric={self.symmetric}, {nested}{super().extra_repr()}"
 
 
 class SigmoidLoss(LossWithScale):

@@ -113,12 +113,12 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Negatives:
-    """What counts as a negative of a query, beside the passages of the batch.
+    """What counts as a negative of a query: which passages of the batch, with what weight, and what else.
 
     Attributes:
         limit: Removes negatives by their score relative to the positive's. Default: None.
         guide: Removes negatives by the scores of another model. Default: None.
-        own: Hard negatives that only their own query sees. Default: None.
+        own: Hard negatives that only their own query has. Default: None.
         frozen: [F, D] passages that are negatives of every query and get no gradient, on the device or on the host,
             from where they are streamed in blocks; or the reader of an embedding store. Default: None.
         frozen_excluded: [R, 2] int64 pairs (query row, frozen row) that are no negatives. Default: None.
@@ -128,6 +128,9 @@ class Negatives:
             et al., arXiv 2010.04592): in row and column sums, negative (i, j) counts as w_ij · exp S_ij, and a
             positive as exp S_ip. The weights are not divided by their mean over the negatives, as the paper's
             estimator does. Default: 0, equal weights.
+
+    `limit` and `guide` apply to the passages of the batch, not to `own` and `frozen`. `hardness` does not combine with
+    `own` and `frozen`, and `same_side` not with `limit`, `guide` and `hardness`.
 
     Raises:
         ValueError: If `hardness` is not a finite number of at least 0, or an option has the wrong type.
@@ -221,7 +224,8 @@ class Statistics:
     """What `statistics=True` returns beside the loss; nothing here has a gradient.
 
     With a group, the vectors are those of this rank's queries, and the scalars are the same on every rank. float64
-    embeddings give float64 numbers.
+    embeddings give float64 numbers. Negatives outside the batch (`negatives.own`, `negatives.frozen`) are not part of S
+    and not counted.
 
     Attributes:
         rank: [M] int64, one plus the number of negatives that score higher than the query's `positive`. Entries that

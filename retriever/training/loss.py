@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from losses import InfCLLoss, SigmoidLoss, gathered_clip_loss
-from losses.options import Teacher, TeacherScores
 from retriever.config.run import LossConfig, TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
@@ -23,7 +22,6 @@ class DistributedClipLoss(InfCLLoss):
         *,
         positive: Tensor | None = None,
         excluded: Tensor | None = None,
-        teacher: Teacher | TeacherScores | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
         **options: Any,
@@ -35,7 +33,7 @@ class DistributedClipLoss(InfCLLoss):
         Raises:
             ValueError: If another option of `InfCLLoss` is given.
         """
-        for name, value in options.items():
+        for name, value in {**options, "matryoshka": self.matryoshka}.items():
             if value is not None and value is not False:
                 raise ValueError(f"{name}: expected none, because the loss clip does not have it")
         return gathered_clip_loss(query, passage, logit_scale=self.logit_scale, group=self.group)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from losses import Negatives, Ragged, inf_cl_loss
+from losses import NegativeLimit, Negatives, Ragged, inf_cl_loss
 
 SOURCES = ("own", "frozen", "same_side")
 
@@ -69,6 +69,7 @@ def step(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     upstream: float = 0.7,
+    limit: NegativeLimit | None = None,
     **options: Any,
 ) -> list[Tensor]:
     """The loss, and gradients of query, passage, logit_scale and, with "own", of the own negatives, in float64."""
@@ -85,6 +86,7 @@ def step(
         frozen=options.pop("frozen", batch.frozen.to(device, dtype)) if has_frozen else None,
         frozen_excluded=batch.frozen_excluded.to(device) if has_frozen and batch.excluded is not None else None,
         same_side="same_side" in sources,
+        limit=limit,
     )
 
     def here(tensor: Tensor | None) -> Tensor | None:

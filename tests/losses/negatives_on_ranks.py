@@ -12,7 +12,7 @@ import torch
 from negatives_batch import SOURCES, Batch, step
 from torch import Tensor, distributed
 
-from losses import Negatives, Ragged, inf_cl_loss
+from losses import NegativeLimit, Negatives, Ragged, inf_cl_loss
 
 # Queries of each rank, and further passages.
 SHARDS = {1: ([7], [2]), 2: ([5, 9], [3, 0]), 3: ([7, 0, 11], [0, 2, 4]), 4: ([6, 1, 0, 8], [2, 0, 5, 0])}
@@ -59,7 +59,8 @@ def errors(
     if batch.excluded is not None and whole.positive is not None:
         pairs = batch.excluded[batch.excluded[:, 1] != whole.positive[batch.excluded[:, 0]]]
         batch, whole = replace(batch, excluded=pairs), replace(whole, excluded=pairs)
-    truth = step(whole, sources, logit_scale, symmetric=options["symmetric"], implementation="full")
+    shared = {name: options[name] for name in ("symmetric", "limit") if name in options}
+    truth = step(whole, sources, logit_scale, **shared, implementation="full")
     group = distributed.group.WORLD
     value, *found = step(of_rank(batch, counts, passages, rank), sources, logit_scale, dtype, group=group, **options)
     values = [torch.empty_like(value) for _ in range(size)]
@@ -88,6 +89,15 @@ def check_values() -> None:
             assert max(found) <= 1e-11, (sources, case, masks, random_positive, logit_scale, found)
         found = errors(SOURCES, torch.float32, logit_scale, masks, random_positive, **case)
         assert max(found) <= (1e-5 if logit_scale == 20 else 2e-4), (case, masks, random_positive, logit_scale, found)
+
+
+def check_values_with_a_limit() -> None:
+    for exchange, symmetric, masks, random_positive in itertools.product(
+        ("ring", "gather"), (False, True), (False, True), (False, True)
+    ):
+        case: dict[str, Any] = {"exchange": exchange, "symmetric": symmetric, "limit": NegativeLimit(margin=0.05)}
+        found = errors(("own", "frozen"), torch.float64, 20.0, masks, random_positive, **case)
+        assert max(found) <= 1e-11, (case, masks, random_positive, found)
 
 
 def check_narrow_embeddings() -> None:
@@ -130,6 +140,7 @@ def main(size: int) -> None:
     distributed.init_process_group("gloo")
     check_errors_on_all_ranks()
     check_values()
+    check_values_with_a_limit()
     check_narrow_embeddings()
     if size == 3:
         check_kernels()
