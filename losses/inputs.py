@@ -1,20 +1,48 @@
-"""Checks of the loss arguments, and the checked batch that every implementation takes."""
+"""The checked batch that every implementation takes, and checks of the arguments that all losses have."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from losses.checked_options import CheckedOptions
+from losses.checks import (
+    FLOAT_DTYPES,
+    INTEGER_DTYPES,
+    can_check_values,
+    check_bool,
+    checked_indices,
+    checked_number,
+)
+from losses.options import NegativeLimit
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# 2**40 MiB are an exbibyte.
-MAX_WORKSPACE_MIB = 2**40
+
+@dataclass(frozen=True)
+class CheckedOptions:
+    """Options that need sums over negatives alone, with the positives as a list of pairs.
+
+    Attributes:
+        pairs: [P, 2] int64 further positives (query row, passage row) with P ≥ 1, or None.
+        reduction: How the positives of a query are combined; "single" if `positives` is not given. Then queries that
+            share a passage are negatives of each other in its column.
+        limit: Removes negatives by their score, or None.
+        guide_query: [M, G] in the query's dtype, or None.
+        guide_passage: [N, G] in the query's dtype, or None.
+        guide_margin: In units of the guide's products.
+        hardness: β of the weights of negatives.
+        statistics: Whether statistics are wanted.
+    """
+
+    pairs: Tensor | None = None
+    reduction: Literal["single", "mean", "sum"] = "single"
+    limit: NegativeLimit | None = None
+    guide_query: Tensor | None = None
+    guide_passage: Tensor | None = None
+    guide_margin: float = 0.0
+    hardness: float = 0.0
+    statistics: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,7 +60,11 @@ class ContrastiveBatch:
         symmetric: Whether the loss has a column part.
         diagonal: Whether the positive of query i is passage i.
         excluded: [R, 2] int64 pairs (query row, passage row) with R ≥ 1, or None.
-        options: Options that need sums over negatives alone (losses/negatives), or None.
+        options: Options that need sums over negatives alone (losses/masked), or None.
+        further: [k, M] log-sum-exps of negatives outside the pool, which are added to the row sums
+            (losses/negatives), or None. They have a gradient.
+        single_partition: Whether each query has one partition function of its row, the column of its positive and
+            the further terms. `further` is then not None.
     """
 
     query: Tensor
@@ -45,6 +77,8 @@ class ContrastiveBatch:
     diagonal: bool = False
     excluded: Tensor | None = None
     options: CheckedOptions | None = None
+    further: Tensor | None = None
+    single_partition: bool = False
 
     @property
     def positive(self) -> Tensor:
@@ -57,17 +91,6 @@ class ContrastiveBatch:
             if self.given_positive is None
             else self.given_positive
         )
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of scores, sums and gradient accumulators: float64 for float64 embeddings, otherwise float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def all_finite(*tensors: Tensor) -> Tensor:
-    """0-dim bool, whether all values are finite; makes no copy and does not synchronize with the device."""
-    extremes = [extreme for tensor in tensors for extreme in tensor.aminmax()]
-    return torch.stack(extremes).isfinite().all()
 
 
 def checked_batch(
@@ -107,7 +130,7 @@ def checked_batch(
         if query_ids is not None:
             raise ValueError("query_ids needs passage_ids: ids of queries are compared with ids of passages")
         return ContrastiveBatch(query, passage, scale, given_positive, None, None, symmetric, diagonal, excluded)
-    passage_ids = _checked_indices("passage_ids", passage_ids, passage.shape[0], query.device)
+    passage_ids = checked_indices("passage_ids", passage_ids, passage.shape[0], query.device)
     if query_ids is None:
         query_ids = (
             None
@@ -117,47 +140,15 @@ def checked_batch(
             else _ids_of_positives(passage_ids, given_positive)
         )
     else:
-        query_ids = _checked_indices("query_ids", query_ids, query.shape[0], query.device)
+        query_ids = checked_indices("query_ids", query_ids, query.shape[0], query.device)
     return ContrastiveBatch(
         query, passage, scale, given_positive, query_ids, passage_ids, symmetric, diagonal, excluded
     )
 
 
-def check_bool(name: str, value: bool) -> None:
-    """Raise a ValueError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, found {value!r:.40}")
-
-
-def check_choice(name: str, value: str, kind: Any) -> None:
-    """Raise a ValueError unless `value` is one of the values of the Literal `kind`."""
-    if value not in get_args(kind):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, found {value!r}")
-
-
 def _ids_of_positives(passage_ids: Tensor, positive: Tensor) -> Tensor:
     # Positives on a GPU are not checked. Clamping avoids a device-side assertion; the loss becomes NaN elsewhere.
     return passage_ids[positive.clamp(0, len(passage_ids) - 1) if positive.is_cuda else positive]
-
-
-def can_check_values(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be checked.
-
-    Not on a GPU, to avoid a synchronization, and not under torch.compile.
-    """
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def checked_workspace(workspace_mib: float) -> int:
-    """The workspace in bytes.
-
-    Raises:
-        ValueError: If `workspace_mib` is not a positive number.
-    """
-    numeric = isinstance(workspace_mib, int | float) and not isinstance(workspace_mib, bool)
-    if not numeric or not 0 < workspace_mib < MAX_WORKSPACE_MIB:
-        raise ValueError(f"workspace_mib must be a positive number of MiB, found {workspace_mib!r:.40}")
-    return int(workspace_mib * 2**20)
 
 
 def _check_embeddings(query: Tensor, passage: Tensor, min_rows: int) -> None:
@@ -177,41 +168,6 @@ def _check_embeddings(query: Tensor, passage: Tensor, min_rows: int) -> None:
         raise ValueError(f"passage is on {passage.device}, query is on {query.device}")
 
 
-def checked_number(name: str, value: float | Tensor, query: Tensor) -> Tensor:
-    """Convert a number or 0-dim tensor to a 0-dim tensor on the query's device, in the accumulator dtype.
-
-    Raises:
-        ValueError: If `value` is neither, or is not finite in that dtype.
-    """
-    dtype = accumulator_dtype(query.dtype)
-    if isinstance(value, Tensor):
-        if value.dim() != 0 or value.dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"{name} must be a number or a 0-dim floating-point tensor, "
-                f"found shape {list(value.shape)} of {value.dtype}"
-            )
-        if value.device != query.device:
-            raise ValueError(f"{name} is on {value.device}, query is on {query.device}")
-        if can_check_values(value):
-            _check_finite(name, value.item(), dtype)
-        return value.to(dtype)
-    check_number(name, value, dtype, "a number or a 0-dim tensor")
-    return torch.full((), value, dtype=dtype, device=query.device)
-
-
-def check_number(name: str, value: float, dtype: torch.dtype = torch.float32, wanted: str = "a number") -> None:
-    """Raise a ValueError unless `value` is a number that is finite in `dtype`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be {wanted}, found {type(value).__name__}")
-    _check_finite(name, value, dtype)
-
-
-def _check_finite(name: str, value: float, dtype: torch.dtype) -> None:
-    # The comparison is negated so that NaN fails it.
-    if not abs(value) <= torch.finfo(dtype).max:
-        raise ValueError(f"{name} must be finite in {str(dtype).removeprefix('torch.')}, found {value!r:.40}")
-
-
 def checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in_range: bool) -> Tensor | None:
     """The positives as int64, or None for 0, …, M − 1.
 
@@ -223,7 +179,7 @@ def checked_positive(positive: Tensor | None, query: Tensor, passage: Tensor, in
         if passages < queries:
             raise ValueError(f"passage has {passages} rows, fewer than the {queries} queries: give positive")
         return None
-    positive = _checked_indices("positive", positive, queries, query.device)
+    positive = checked_indices("positive", positive, queries, query.device)
     if in_range and can_check_values(positive):
         low, high = (int(extreme) for extreme in positive.aminmax())
         if low < 0 or high >= passages:
@@ -293,16 +249,3 @@ def with_nan_for_invalid_pairs(batch: ContrastiveBatch, passages: int) -> Contra
     inside = torch.stack([rows.clamp(0, len(batch.query) - 1), columns.clamp(0, passages - 1)], 1)
     wrong = (inside != batch.excluded).any() | (batch.positive[inside[:, 0]] == inside[:, 1]).any()
     return replace(batch, excluded=inside, logit_scale=torch.where(wrong, torch.nan, batch.logit_scale))
-
-
-def _checked_indices(name: str, tensor: Tensor, rows: int, device: torch.device) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be an integer tensor, found {type(tensor).__name__}")
-    if tensor.dtype not in INTEGER_DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGER_DTYPES)
-        raise ValueError(f"{name} must be a tensor of {known}, found {tensor.dtype}")
-    if tensor.shape != (rows,):
-        raise ValueError(f"{name} must have shape [{rows}], found {list(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, query is on {device}")
-    return tensor.to(torch.int64)

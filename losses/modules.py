@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from losses import inf_cl, sigmoid
+from losses.checks import check_bool, check_choice, check_number, checked_workspace
 from losses.distributed.api import Exchange
 from losses.inf_cl import inf_cl_loss
-from losses.inputs import check_bool, check_choice, check_number, checked_workspace
-from losses.options import Negatives, Positives
+from losses.options import Matryoshka, Negatives, Positives, Teacher, TeacherScores
 from losses.precision import Precision
 from losses.sigmoid import sigmoid_loss
 
@@ -147,6 +147,7 @@ class InfCLLoss(LossWithScale):
         learnable: Whether `log_logit_scale` requires a gradient. Default: True.
         max_logit_scale: Upper clamp of the scale. Default: 100, as in CLIP (Radford et al., arXiv 2103.00020).
         symmetric: Whether to add the column loss. Default: False.
+        matryoshka: Prefix sizes whose losses are added up. Default: None.
         group: A `torch.distributed` process group, or None. Default: None.
         precision: "auto", "fp32", "tf32" or "bf16". Default: "auto".
         implementation: "auto", "full", "dense", "chunked" or "triton". Default: "auto".
@@ -168,6 +169,7 @@ class InfCLLoss(LossWithScale):
         learnable: bool = True,
         max_logit_scale: float = 100.0,
         symmetric: bool = False,
+        matryoshka: Matryoshka | None = None,
         group: Any = None,
         precision: Precision = "auto",
         implementation: inf_cl.Implementation = "auto",
@@ -179,6 +181,7 @@ class InfCLLoss(LossWithScale):
         check_choice("exchange", exchange, Exchange)
         check_bool("symmetric", symmetric)
         self.symmetric = symmetric
+        self.matryoshka = matryoshka
         self.exchange: Exchange = exchange
 
     def forward(
@@ -191,6 +194,7 @@ class InfCLLoss(LossWithScale):
         excluded: Tensor | None = None,
         negatives: Negatives | None = None,
         statistics: bool = False,
+        teacher: Teacher | TeacherScores | None = None,
         query_ids: Tensor | None = None,
         passage_ids: Tensor | None = None,
     ) -> Any:
@@ -202,8 +206,9 @@ class InfCLLoss(LossWithScale):
             positive: [M] integers, the row of each query's positive. Default: 0, …, M − 1.
             positives: Further positives of queries. Default: None.
             excluded: [R, 2] integers, pairs (query row, passage row) to leave out. Default: None.
-            negatives: What counts as a negative. Default: None, every other passage.
+            negatives: Which passages of the batch, and what else, are negatives. Default: None, every other passage.
             statistics: Whether to return statistics too. Default: False.
+            teacher: Distillation from another model's embeddings or from given scores. Default: None.
             query_ids: [M] integers. Default: `passage_ids[positive]`.
             passage_ids: [N] integers; passages with a query's id are not its negatives. Default: None.
 
@@ -222,6 +227,8 @@ class InfCLLoss(LossWithScale):
             excluded=excluded,
             negatives=negatives,
             statistics=statistics,
+            matryoshka=self.matryoshka,
+            teacher=teacher,
             symmetric=self.symmetric,
             query_ids=query_ids,
             passage_ids=passage_ids,
@@ -233,7 +240,8 @@ class InfCLLoss(LossWithScale):
         )
 
     def extra_repr(self) -> str:
-        return f"symmetric={self.symmetric}, {super().extra_repr()}"
+        nested = f"matryoshka={self.matryoshka}, " if self.matryoshka is not None else ""
+        return f"symmetric={self.symmetric}, {nested}{super().extra_repr()}"
 
 
 class SigmoidLoss(LossWithScale):

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from losses.inputs import check_choice, check_number
+from losses.checks import check_choice, check_number
 
 Reduction = Literal["mean", "sum"]
+TeacherKind = Literal["kl", "margin_mse"]
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,12 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Negatives:
-    """What counts as a negative of a query, beside the passages of the batch.
+    """What counts as a negative of a query: which passages of the batch, with what weight, and what else.
 
     Attributes:
         limit: Removes negatives by their score relative to the positive's. Default: None.
         guide: Removes negatives by the scores of another model. Default: None.
-        own: Hard negatives that only their own query sees. Default: None.
+        own: Hard negatives that only their own query has. Default: None.
         frozen: [F, D] passages that are negatives of every query and get no gradient, on the device or on the host,
             from where they are streamed in blocks; or the reader of an embedding store. Default: None.
         frozen_excluded: [R, 2] int64 pairs (query row, frozen row) that are no negatives. Default: None.
@@ -127,6 +128,9 @@ class Negatives:
             et al., arXiv 2010.04592): in row and column sums, negative (i, j) counts as w_ij · exp S_ij, and a
             positive as exp S_ip. The weights are not divided by their mean over the negatives, as the paper's
             estimator does. Default: 0, equal weights.
+
+    `limit` and `guide` apply to the passages of the batch, not to `own` and `frozen`. `hardness` does not combine with
+    `own` and `frozen`, and `same_side` not with `limit`, `guide` and `hardness`.
 
     Raises:
         ValueError: If `hardness` is not a finite number of at least 0, or an option has the wrong type.
@@ -153,7 +157,8 @@ class Negatives:
 class Matryoshka:
     """The weighted sum of the loss over prefixes of the embeddings (Kusupati et al., arXiv 2205.13147).
 
-    Each prefix is normalized again.
+    The loss of size d is that of the first d columns of both sides, each row divided by its norm. A row that is zero
+    there has scores 0 and gets no gradient from this size. Columns beyond the last size are not used.
 
     Attributes:
         dims: Sizes of the prefixes, increasing; the last may be D.
@@ -168,7 +173,8 @@ class Matryoshka:
 class Teacher:
     """Distillation from a teacher's embeddings over the whole pool.
 
-    Adds weight · mean over queries of KL(softmax_j(scale · t_i · t_j) ‖ softmax_j(S_ij)).
+    Adds weight · mean over queries of KL(softmax_j(scale · t_i · t_j) ‖ softmax_j(S_ij)). Entries that are removed from
+    S are removed from both distributions. With `symmetric`, the columns of S still have the contrastive loss alone.
 
     Attributes:
         query: [M, T] the teacher's embeddings of the queries; they get no gradient.
@@ -184,11 +190,42 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class TeacherScores:
+    """Distillation from given scores of a list of passages for each query, for example those of a cross-encoder.
+
+    Let L_i be the list of query i, t_ij the given scores, and S_ij = logit_scale · q_i · k_j. Adds weight times the
+    mean over all queries of
+
+    - "kl": KL(softmax_{j ∈ L_i}(scale · t_ij) ‖ softmax_{j ∈ L_i}(S_ij)), or
+    - "margin_mse": the mean over j ∈ L_i except its first passage p of (S_ip − S_ij − scale · (t_ip − t_ij))²
+      (Hofstätter et al., arXiv 2010.02666); p is usually the positive.
+
+    A query whose list is too short adds zero. Lists are independent of the masks of the contrastive loss.
+
+    Attributes:
+        passages: [P] int64 rows of the pool: the list of query 0, then of query 1, and so on.
+        offsets: [M + 1] int64, the list of query i is passages[offsets[i] : offsets[i + 1]].
+        scores: [P] the given scores; they get no gradient.
+        kind: "kl" or "margin_mse". Default: "kl".
+        scale: Factor of the given scores. Default: 1.
+        weight: Factor of the added term. Default: 1.
+    """
+
+    passages: Tensor
+    offsets: Tensor
+    scores: Tensor
+    kind: TeacherKind = "kl"
+    scale: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What `statistics=True` returns beside the loss; nothing here has a gradient.
 
     With a group, the vectors are those of this rank's queries, and the scalars are the same on every rank. float64
-    embeddings give float64 numbers.
+    embeddings give float64 numbers. Negatives outside the batch (`negatives.own`, `negatives.frozen`) are not part of S
+    and not counted.
 
     Attributes:
         rank: [M] int64, one plus the number of negatives that score higher than the query's `positive`. Entries that

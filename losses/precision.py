@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from losses.inputs import accumulator_dtype, check_choice
+from losses.checks import accumulator_dtype, check_choice
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 

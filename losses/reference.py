@@ -2,38 +2,138 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from losses.checked_options import CheckedOptions
-from losses.inputs import ContrastiveBatch, all_finite
-from losses.options import NegativeLimit, Statistics
+from losses.checks import all_finite
+from losses.inputs import CheckedOptions, ContrastiveBatch
+from losses.negatives.inputs import FurtherNegatives
+from losses.option_checks.objective import SHORTEST_PREFIX, Objective, Prefixes
+from losses.options import NegativeLimit, Statistics, Teacher, TeacherScores
 from losses.precision import Precision, matmul_precision, round_operand
 
 
-def full_matrix_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
-    """InfoNCE from the whole matrix S = logit_scale · Q Kᵀ [M, N], in float32 (float64 for float64 embeddings).
+def full_matrix_objective(batch: ContrastiveBatch, objective: Objective, precision: Precision) -> Tensor:
+    """`full_matrix_loss` with the options of `objective`, by their definitions."""
+    if objective.prefixes is not None:
+        return _matryoshka_loss(batch, objective.prefixes, precision)
+    loss = full_matrix_loss(batch, precision)
+    if isinstance(objective.teacher, Teacher):
+        return loss + objective.teacher.weight * _teacher_divergence(batch, objective.teacher, precision)
+    if objective.teacher is not None:
+        return loss + objective.teacher.weight * _teacher_scores_term(batch, objective.teacher, precision)
+    return loss
 
-    "tf32" allows rounding and is not used here. "bf16" rounds Q and K with a straight-through gradient. Memory is
-    several times M · N.
-    """
+
+def _matryoshka_loss(batch: ContrastiveBatch, prefixes: Prefixes, precision: Precision) -> Tensor:
+    query, passage = (straight_through_round(side, precision) for side in (batch.query, batch.passage))
+    loss = query.new_zeros(())
+    for size, weight in zip(prefixes.dims, prefixes.weights, strict=True):
+        nested = replace(batch, query=_normalized(query[:, :size]), passage=_normalized(passage[:, :size]))
+        loss = loss + weight * full_matrix_loss(nested, "fp32")
+    return torch.where(all_finite(batch.query, batch.passage), loss, torch.nan)
+
+
+def _normalized(prefix: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(prefix, dim=1, keepdim=True)
+    return torch.where(length >= SHORTEST_PREFIX, prefix / length.clamp(min=SHORTEST_PREFIX), 0)
+
+
+def _teacher_divergence(batch: ContrastiveBatch, teacher: Teacher, precision: Precision) -> Tensor:
+    with matmul_precision("fp32", batch.query.device):
+        query, passage = (straight_through_round(side, precision) for side in (teacher.query, teacher.passage))
+        scores = _masked_scores(batch, precision)
+        removed = scores == -torch.inf
+        theirs = (teacher.scale * (query @ passage.T)).masked_fill(removed, -torch.inf).log_softmax(1)
+        differences = (theirs - scores.log_softmax(1)).masked_fill(removed, 0)
+        return (theirs.exp() * differences).sum(1).mean()
+
+
+def _teacher_scores_term(batch: ContrastiveBatch, teacher: TeacherScores, precision: Precision) -> Tensor:
     with matmul_precision("fp32", batch.query.device):
         query, passage = (straight_through_round(side, precision) for side in (batch.query, batch.passage))
         scores = batch.logit_scale * (query @ passage.T)
+        total = scores.new_zeros(())
+        for row, (start, stop) in enumerate(zip(teacher.offsets[:-1], teacher.offsets[1:], strict=True)):
+            if stop - start < 2:
+                continue
+            ours, theirs = scores[row, teacher.passages[start:stop]], teacher.scale * teacher.scores[start:stop]
+            if teacher.kind == "kl":
+                theirs = theirs.log_softmax(0)
+                total = total + (theirs.exp() * (theirs - ours.log_softmax(0))).sum()
+            else:
+                margins = (ours[0] - ours[1:]) - (theirs[0] - theirs[1:])
+                total = total + (margins**2).mean()
+        return total / len(query)
+
+
+def full_matrix_loss(
+    batch: ContrastiveBatch, precision: Precision, negatives: FurtherNegatives | None = None
+) -> Tensor:
+    """InfoNCE from the whole matrix S = logit_scale · Q Kᵀ [M, N], in float32 (float64 for float64 embeddings).
+
+    "tf32" allows rounding and is not used here. "bf16" rounds Q and K with a straight-through gradient. Memory is
+    several times M · N. Negatives outside the pool are further columns of the rows of S.
+    """
+    with matmul_precision("fp32", batch.query.device):
+        scores = _masked_scores(batch, precision)
         own = (torch.arange(scores.shape[0], device=scores.device), batch.positive)
-        if batch.query_ids is not None and batch.passage_ids is not None:
-            masked = batch.query_ids[:, None] == batch.passage_ids
-            masked[own] = False
-            scores = scores.masked_fill(masked, -torch.inf)
-        if batch.excluded is not None:
-            scores = scores.masked_fill(excluded_mask(batch), -torch.inf)
-        loss = -scores.log_softmax(1)[own].mean()
-        if batch.symmetric:
+        if negatives is None:
+            loss = -scores.log_softmax(1)[own].mean()
+        else:
+            query, passage = (straight_through_round(side, precision) for side in (batch.query, batch.passage))
+            columns = further_columns(batch, query, passage, scores, negatives, precision)
+            loss = (torch.cat([scores, *columns], 1).logsumexp(1) - scores[own]).mean()
+        if batch.symmetric and not (negatives is not None and negatives.same_side):
             loss = (loss - scores.log_softmax(0)[own].mean()) / 2
-        return torch.where(all_finite(batch.query, batch.passage), loss, torch.nan)
+        sides = [batch.query, batch.passage]
+        if negatives is not None and negatives.own is not None and len(negatives.own.values):
+            sides.append(negatives.own.values)
+        return torch.where(all_finite(*sides), loss, torch.nan)
 
 
-def full_matrix_negatives_loss(batch: ContrastiveBatch, precision: Precision) -> tuple[Tensor, Statistics]:
+def further_columns(
+    batch: ContrastiveBatch,
+    query: Tensor,
+    passage: Tensor,
+    scores: Tensor,
+    negatives: FurtherNegatives,
+    precision: Precision,
+) -> list[Tensor]:
+    """Scores [M, ·] of the negatives outside the pool, minus infinity where a row does not have them."""
+    rows = torch.arange(len(query), device=query.device)
+    columns = []
+    if negatives.own is not None:
+        values, offsets = straight_through_round(negatives.own.values, precision), negatives.own.offsets
+        number = torch.arange(len(values), device=query.device)
+        mine = (number >= offsets[:-1, None]) & (number < offsets[1:, None])
+        columns.append((batch.logit_scale * (query @ values.T)).masked_fill(~mine, -torch.inf))
+    if negatives.frozen is not None:
+        blocks = [block.clone() for _, block in negatives.frozen.blocks(query.device, max(1, negatives.frozen.rows))]
+        frozen = torch.cat([batch.query.detach()[:0], *(block.to(batch.query.dtype) for block in blocks)])
+        frozen = round_operand(frozen, precision)
+        frozen_scores = torch.where(frozen.isfinite().all(), batch.logit_scale * (query @ frozen.T), torch.nan)
+        if negatives.frozen_excluded is not None:
+            removed = torch.zeros_like(frozen_scores, dtype=torch.bool)
+            removed[negatives.frozen_excluded.unbind(1)] = True
+            frozen_scores = frozen_scores.masked_fill(removed, -torch.inf)
+        columns.append(frozen_scores)
+    if negatives.same_side:
+        same = rows[:, None] == rows if batch.query_ids is None else batch.query_ids[:, None] == batch.query_ids
+        columns.append((batch.logit_scale * (query @ query.T)).masked_fill(same, -torch.inf))
+    if negatives.same_side and batch.symmetric:
+        columns.append(scores[:, batch.positive].T)
+        ids = torch.arange(len(passage), device=query.device) if batch.passage_ids is None else batch.passage_ids
+        same = ids[batch.positive][:, None] == ids
+        columns.append((batch.logit_scale * (passage[batch.positive] @ passage.T)).masked_fill(same, -torch.inf))
+    return columns
+
+
+def full_matrix_negatives_loss(
+    batch: ContrastiveBatch, precision: Precision, negatives: FurtherNegatives | None = None
+) -> tuple[Tensor, Statistics]:
     """InfoNCE with the batch's `options`, and its statistics, from the whole matrix, as `full_matrix_loss` computes it.
 
     Every entry of S is a positive, removed, or a negative. Let N_i be the sum of exp S_ij, weighted by `hardness`, over
@@ -56,7 +156,17 @@ def full_matrix_negatives_loss(batch: ContrastiveBatch, precision: Precision) ->
         negative = ~(positive | removed)
         scores = batch.logit_scale * products
         weighted = scores + options.hardness * products.detach()
-        loss = _losses(scores, weighted, positive, negative, options.reduction, 1).mean()
+        row = (scores, weighted, positive, negative)
+        if negatives is not None:
+            outside = torch.cat(further_columns(batch, query, passage, scores, negatives, precision), 1)
+            there = outside > -torch.inf
+            row = (
+                torch.cat([scores, outside], 1),
+                torch.cat([weighted, outside], 1),
+                torch.cat([positive, torch.zeros_like(there)], 1),
+                torch.cat([negative, there], 1),
+            )
+        loss = _losses(*row, options.reduction, 1).mean()
         if batch.symmetric:
             if options.reduction == "single":
                 columns = torch.where(positive, scores, weighted).masked_fill(removed, -torch.inf)
@@ -130,6 +240,20 @@ def full_matrix_statistics(
         mrr=(1 / rank.to(scores.dtype)).mean(),
         masked_share=masked.to(scores.dtype).sum() / removed.numel(),
     )
+
+
+def _masked_scores(batch: ContrastiveBatch, precision: Precision) -> Tensor:
+    """S [M, N], minus infinity where masked."""
+    query, passage = (straight_through_round(side, precision) for side in (batch.query, batch.passage))
+    scores = batch.logit_scale * (query @ passage.T)
+    own = (torch.arange(scores.shape[0], device=scores.device), batch.positive)
+    if batch.query_ids is not None and batch.passage_ids is not None:
+        masked = batch.query_ids[:, None] == batch.passage_ids
+        masked[own] = False
+        scores = scores.masked_fill(masked, -torch.inf)
+    if batch.excluded is not None:
+        scores = scores.masked_fill(excluded_mask(batch), -torch.inf)
+    return scores
 
 
 def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision) -> Tensor:

@@ -8,17 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.checked_options import with_nan_for_invalid_positives, with_options
+from losses.checks import check_choice, checked_number, checked_workspace
 from losses.distributed.api import distributed_batch
 from losses.distributed.sigmoid import sigmoid_loss_over_ranks
-from losses.inputs import (
-    ContrastiveBatch,
-    check_choice,
-    checked_batch,
-    checked_number,
-    checked_workspace,
-    with_nan_for_invalid_pairs,
-)
+from losses.inputs import ContrastiveBatch, checked_batch, with_nan_for_invalid_pairs
+from losses.masked.sigmoid import masked_sigmoid_loss
+from losses.option_checks.combinations import given_options
+from losses.option_checks.masked import with_nan_for_invalid_positives, with_options
 from losses.options import Negatives
 from losses.precision import Precision, resolve_precision
 from losses.reference import full_matrix_sigmoid_loss
@@ -136,18 +132,20 @@ def sigmoid_loss(
     batch = with_nan_for_invalid_pairs(replace(batch, given_positive=batch.positive), len(passage))
     if torch.compiler.is_compiling():
         return compiled_tiled_loss(batch, precision, workspace_bytes, bias)
-    return tiled_sigmoid_loss(batch, bias, precision, workspace_bytes)
+    loss_of = tiled_sigmoid_loss if batch.options is None else masked_sigmoid_loss
+    return loss_of(batch, bias, precision, workspace_bytes)
 
 
 def _with_negatives(
     batch: ContrastiveBatch, negatives: Negatives | None, implementation: Implementation
 ) -> ContrastiveBatch:
     """The batch with `limit` and `guide`; the batch itself if neither is given."""
+    given = given_options(None, negatives, False) - {"negatives.limit", "negatives.guide"}
+    if given:
+        raise ValueError(f"{min(given)} does not apply to the sigmoid loss")
     batch = with_options(batch, None, negatives, False)
     if batch.options is None:
         return batch
-    if batch.options.hardness:
-        raise ValueError("negatives.hardness does not apply to the sigmoid loss")
     if implementation == "triton":
         raise ValueError("implementation 'triton' of the sigmoid loss does not support negatives: use 'auto'")
     if torch.compiler.is_compiling():

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.checked_options import check_positive_pairs
 from losses.distributed.communication import Communication
 from losses.inputs import ContrastiveBatch, check_excluded
+from losses.option_checks.masked import check_positive_pairs
 
 MESSAGE_BYTES = 1024
-MAX_COMPARED_VALUES = 16
+MAX_COMPARED_VALUES = 24
 
 
 @dataclass(frozen=True)

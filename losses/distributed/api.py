@@ -9,17 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from losses.checked_options import options_to_compare, with_nan_for_invalid_positives, with_options
+from losses.checks import check_choice, checked_workspace
 from losses.distributed.agreement import Shards, agree_on_batch
 from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication, communication_of
 from losses.distributed.forward_state import ForwardState
+from losses.distributed.further import RankMerge, column_counts_over_ranks, shares_over_ranks
 from losses.distributed.gather import gather_backward, gather_forward, gathered_pool, own_columns
+from losses.distributed.objectives.choice import backend_of
 from losses.distributed.ring import ring_backward, ring_forward
-from losses.distributed.torch_blocks import TorchBackend
-from losses.distributed.triton_blocks import TritonBackend
-from losses.inputs import ContrastiveBatch, check_choice, checked_batch, checked_workspace, with_nan_for_invalid_pairs
-from losses.options import Negatives, Positives
+from losses.inputs import ContrastiveBatch, checked_batch, with_nan_for_invalid_pairs
+from losses.option_checks.combinations import check_combination
+from losses.option_checks.masked import options_to_compare, with_nan_for_invalid_positives, with_options
+from losses.option_checks.objective import INFO_NCE, Objective, checked_objective
+from losses.options import Matryoshka, Negatives, Positives, Teacher, TeacherScores
 from losses.precision import Precision, matmul_precision, resolve_precision
 from losses.triton.kernel_batch import round_up_to_16_bytes
 from losses.triton.launch import warn_fallback, why_not_fused
@@ -39,10 +42,14 @@ class DistributedBatch:
     workspace_bytes: int
     fused: bool
     exchange: Literal["ring", "gather"]
+    objective: Objective = INFO_NCE
 
     def backend(self) -> BlockBackend:
-        backend_class = TritonBackend if self.fused else TorchBackend
-        return backend_class(self.batch, self.precision, self.workspace_bytes, self.shards.first_passage)
+        first = self.shards.first_passage
+        return backend_of(self.batch, self.objective, self.precision, self.workspace_bytes, first, self.fused)
+
+    def merge(self) -> RankMerge:
+        return RankMerge(self.batch, self.shards, self.communication, self.exchange)
 
     def own_block(self, backend: BlockBackend) -> PassageBlock:
         guide = self.batch.options.guide_passage if self.batch.options is not None else None
@@ -51,6 +58,7 @@ class DistributedBatch:
             self.batch.passage_ids,
             self.shards.first_passage,
             None if guide is None else backend.prepare_passages(guide),
+            backend.own_extras(),
         )
 
 
@@ -72,6 +80,8 @@ def distributed_batch(
     positives: Positives | None = None,
     negatives: Negatives | None = None,
     statistics: bool = False,
+    matryoshka: Matryoshka | None = None,
+    teacher: Teacher | TeacherScores | None = None,
     checks: Callable[[], dict[str, Any]] = dict,
 ) -> DistributedBatch:
     """Check this rank's arguments and compare them with those of the other ranks.
@@ -84,6 +94,7 @@ def distributed_batch(
     """
     communication = communication_of(group)
     resolved: list[Precision] = []
+    objectives: list[Objective] = []
 
     def checked() -> ContrastiveBatch:
         check_choice("implementation with a group", implementation, DistributedImplementation)
@@ -92,8 +103,10 @@ def distributed_batch(
         batch = checked_batch(
             query, passage, logit_scale, positive, query_ids, passage_ids, symmetric, excluded, shard=True
         )
+        check_combination(positives, negatives, statistics, matryoshka, teacher, implementation)
         batch = with_options(batch, positives, negatives, statistics, shard=True)
         resolved.append(resolve_precision(precision, query))
+        objectives.append(checked_objective(batch, matryoshka, teacher, shard=True))
         same.update(
             dimensions=query.shape[1],
             dtype=query.dtype,
@@ -104,8 +117,9 @@ def distributed_batch(
             query_ids="given" if query_ids is not None else "not given",
             passage_ids="given" if passage_ids is not None else "not given",
             precision=resolved[-1],
-            kernels=_uses_kernels(query, implementation),
+            kernels=uses_kernels(query, implementation),
             options=options_to_compare(batch.options),
+            **objectives[-1].compared(),
             **checks(),
         )
         return batch
@@ -115,13 +129,7 @@ def distributed_batch(
     if positive is None:
         first = shards.first_passage
         batch = replace(batch, given_positive=torch.arange(first, first + len(query), device=query.device))
-    elif positive.is_cuda and len(positive):
-        # Positives on a GPU are not checked on the host: an invalid one makes logit_scale and the loss NaN.
-        inside = batch.positive.clamp(0, shards.pool_size - 1)
-        scale = torch.where((inside != batch.positive).any(), torch.nan, batch.logit_scale)
-        batch = replace(batch, given_positive=inside, logit_scale=scale)
-    batch = with_nan_for_invalid_pairs(batch, shards.pool_size)
-    batch = with_nan_for_invalid_positives(batch, shards.pool_size)
+    batch = with_nan_for_invalid_positives(with_nan_for_invalid_rows(batch, shards.pool_size), shards.pool_size)
     ids = batch.passage_ids
     if ids is not None and batch.query_ids is None:
         positive_ids = (
@@ -139,10 +147,24 @@ def distributed_batch(
     # no less: both blocks, and three gradient sums.
     fits = communication.size == 2 or shards.pool_size * width * (query.element_size() + 4) <= workspace_bytes
     chosen: Literal["ring", "gather"] = "gather" if exchange == "gather" or (exchange == "auto" and fits) else "ring"
-    return DistributedBatch(batch, shards, communication, resolved[0], workspace_bytes, fused, chosen)
+    return DistributedBatch(batch, shards, communication, resolved[0], workspace_bytes, fused, chosen, objectives[0])
 
 
-def _uses_kernels(query: Tensor, implementation: str) -> bool:
+def with_nan_for_invalid_rows(batch: ContrastiveBatch, passages: int) -> ContrastiveBatch:
+    """Set logit_scale, and thereby the loss, to NaN if a positive or an excluded pair on a GPU is out of range.
+
+    Values on a GPU are not checked on the host. `passages` is the size of the pool.
+    """
+    positive = batch.given_positive
+    if positive is not None and positive.is_cuda and len(positive):
+        inside = positive.clamp(0, passages - 1)
+        scale = torch.where((inside != positive).any(), torch.nan, batch.logit_scale)
+        batch = replace(batch, given_positive=inside, logit_scale=scale)
+    return with_nan_for_invalid_pairs(batch, passages)
+
+
+def uses_kernels(query: Tensor, implementation: str) -> bool:
+    """Whether Triton kernels compute the loss; warns if they were asked for and cannot run."""
     if implementation == "chunked" or (implementation == "auto" and not query.is_cuda):
         return False
     reason = why_not_fused(query)
@@ -158,12 +180,19 @@ def loss_over_ranks(sharded: DistributedBatch) -> Tensor:
     Backward communicates too: every rank must call it, with the same upstream gradient.
     """
     batch = sharded.batch
-    return _LossOverRanks.apply(batch.query, batch.passage, batch.logit_scale, sharded)
+    return _LossOverRanks.apply(batch.query, batch.passage, batch.logit_scale, batch.further, sharded)
 
 
 class _LossOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, sharded: DistributedBatch) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        passage: Tensor,
+        logit_scale: Tensor,
+        further: Tensor | None,
+        sharded: DistributedBatch,
+    ) -> Tensor:
         with matmul_precision(sharded.precision, query.device):
             backend = sharded.backend()
             own = sharded.own_block(backend)
@@ -176,7 +205,14 @@ class _LossOverRanks(torch.autograd.Function):
             state = forward(backend, blocks, batch, shards, communication)
             columns = state.columns
             loss_columns = own_columns(columns, shards) if sharded.exchange == "gather" else columns
-            loss = backend.loss_sum(state.rows, loss_columns if batch.symmetric else None)
+            both = batch.symmetric and not batch.single_partition
+            loss = backend.loss_sum(state.rows, loss_columns if both else None)
+            ctx.shares = ctx.column_share = None
+            if further is not None:
+                ctx.shares = shares_over_ranks(backend, state, sharded.merge(), further)
+                loss -= ctx.shares.log_row.sum(dtype=loss.dtype) / (2 if both else 1)
+                if batch.single_partition:
+                    ctx.column_share = column_counts_over_ranks(state.block, sharded.merge(), ctx.shares)
             # The same order of summation on all ranks gives the same bits.
             shares = communication.gather_rows(loss[None], [1] * communication.size)
             loss = (shares.sum() / shards.total_queries).to(batch.logit_scale.dtype)
@@ -200,11 +236,18 @@ class _LossOverRanks(torch.autograd.Function):
         operand, *_ = ctx.saved_tensors
         with matmul_precision(ctx.sharded.precision, operand.device):
             columns = ctx.state.columns if ctx.symmetric else None
+            if ctx.column_share is not None:
+                columns = ColumnSums(torch.stack([*ctx.state.columns.table[:2], ctx.column_share, ctx.column_share]))
             weights = ctx.backend.gradient_weights(ctx.state.rows, columns, ctx.ds_scale)
+            of_further = None
+            if ctx.shares is not None:
+                weights.row.mul_(ctx.shares.row_factor(ctx.symmetric))
+                factor = upstream * (ctx.sharded.communication.size / ctx.sharded.shards.total_queries)
+                of_further = ctx.shares.further_gradient(ctx.symmetric) * factor
             gradients = gradients_over_ranks(
                 ctx.backend, ctx.state, ctx.sharded, weights, upstream, ctx.dtypes, ctx.needs_input_grad[:3]
             )
-        return *gradients, None
+        return *gradients, of_further, None
 
 
 def gradients_over_ranks(
@@ -233,9 +276,9 @@ def gradients_over_ranks(
     query_gradient = passage_gradient = scale_gradient = None
     if query_sum is not None:
         dtype = dtypes[0] if want_query else None
-        query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, dtype, want_scale)
+        query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, dtype, want_scale, True)
     if passage_sum is not None:
-        passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, dtypes[1], False)
+        passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, dtypes[1], False, False)
     return query_gradient, passage_gradient, scale_gradient
 
 
@@ -243,6 +286,7 @@ def _max_positive_count(columns: ColumnSums, backend: BlockBackend, communicatio
     """The largest number of queries, over all ranks, that share a positive; only float16 needs it."""
     if backend.query.dtype != torch.float16:
         return None
-    max_count = torch.cat([columns.positive_count, columns.positive_count.new_ones(1)]).max()[None]
+    counts = columns.positive_count.flatten()
+    max_count = torch.cat([counts, counts.new_ones(1)]).max()[None]
     communication.reduce_max(max_count)
     return max_count

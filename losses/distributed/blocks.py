@@ -6,6 +6,7 @@ The exchange (distributed/ring.py, distributed/gather.py) moves blocks and sums 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch
-from losses.negatives.masks import NegativeMasks, PairGradients
+from losses.torch_tiles.masks import NegativeMasks, PairGradients
 
 
 @dataclass(frozen=True)
@@ -25,23 +26,32 @@ class PassageBlock:
         ids: [n] int64, or None.
         first: Row of the pool at which the block begins.
         guide: [n, G] embeddings of the guide, as they are sent, or None.
+        extras: Further rows that move with the passages, [n, …] each: `BlockBackend.own_extras`.
     """
 
     passage: Tensor
     ids: Tensor | None
     first: int
     guide: Tensor | None = None
+    extras: tuple[Tensor, ...] = ()
 
     def tensors(self) -> list[Tensor]:
         """The tensors to send."""
-        return [tensor for tensor in (self.passage, self.ids, self.guide) if tensor is not None]
+        return [tensor for tensor in (self.passage, self.ids, self.guide, *self.extras) if tensor is not None]
+
+    def map(self, function: Callable[[Tensor], Tensor], first: int) -> PassageBlock:
+        """The block that begins at row `first`, with `function` of each of its tensors."""
+        ids, guide = (None if each is None else function(each) for each in (self.ids, self.guide))
+        extras = tuple(function(extra) for extra in self.extras)
+        return PassageBlock(function(self.passage), ids, first, guide, extras)
 
 
 @dataclass(frozen=True)
 class PartialSums:
     """Partial softmax sums of rows or columns of S.
 
-    `table` is [kinds, size]; its first rows are the shift and Σ exp(S − shift).
+    `table` is [kinds, size], or [kinds, prefixes, size] with several scores for each pair; its first rows are the shift
+    and Σ exp(S − shift).
     """
 
     table: Tensor
@@ -56,7 +66,7 @@ class PartialSums:
 
 
 class RowSums(PartialSums):
-    """[3, M]: shift and sum over passages for each query, and the score of its positive."""
+    """[kinds, …, M]: shift and sum over passages for each query, the score of its positive, and what a backend adds."""
 
     @property
     def score(self) -> Tensor:
@@ -64,7 +74,7 @@ class RowSums(PartialSums):
 
 
 class ColumnSums(PartialSums):
-    """[4, n]: sums for each passage, which are sent between ranks.
+    """[4, …, n]: sums for each passage, which are sent between ranks.
 
     The rows are the shift, the sum over queries, the number of queries whose positive the passage is, and the sum of
     the scores of those queries with it.
@@ -80,8 +90,8 @@ class GradientWeights:
     """Factors that turn exp(S − shift) into ds_scale · M · dS.
 
     Attributes:
-        row: [M].
-        column: [n] for the passages of a block, or None if the loss is not symmetric.
+        row: [M], or [prefixes, M].
+        column: [n], or [prefixes, n], for the passages of a block, or None if the loss is not symmetric.
         ds_scale: 0-dim, the factor of dS.
     """
 
@@ -110,6 +120,11 @@ class BlockBackend(Protocol):
     """Logarithm of the base of the exponents: 1 or log 2."""
     masks: NegativeMasks | None
     pair_gradients: PairGradients | None
+    row_kinds: int
+    """Number of sums for each query: 3, or more with the backend's own."""
+
+    def own_extras(self) -> tuple[Tensor, ...]:
+        """What moves with this rank's passages beside embeddings and ids; [N, …] each."""
 
     def prepare_passages(self, passage: Tensor) -> Tensor:
         """[n, D] -> [n, width], in the operand dtype."""
@@ -127,7 +142,7 @@ class BlockBackend(Protocol):
         """Choose the shift of the exponentials from the bounds of all ranks; the choice is the same on all of them."""
 
     def initial_sums(self, kinds: int, size: int) -> Tensor:
-        """[kinds, size]: the table of partial sums before the first block."""
+        """[kinds, size] or [kinds, prefixes, size]: the table of partial sums before the first block."""
 
     def accumulate_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
         """Add a block to the row sums and, if symmetric, to its column sums.
@@ -140,6 +155,9 @@ class BlockBackend(Protocol):
 
     def rescale_columns(self, columns: ColumnSums, before: Tensor) -> None:
         """Rescale column sums from the shifts `before` [n] to their present, larger shifts."""
+
+    def log_sums(self, sums: PartialSums) -> Tensor:
+        """[size]: log Σ exp(S) of finished sums, to the base e; minus infinity for a sum of zero."""
 
     def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
         """0-dim float64: the sum of the row losses; with columns, half the sum of row and column losses.
@@ -165,14 +183,22 @@ class BlockBackend(Protocol):
         query_sum: Tensor | None,
         passage_sum: Tensor | None,
         first: bool,
+        add: bool = False,
     ) -> None:
         """Add ds_scale · M · dS K to query_sum [M, width] and write ds_scale · M · dSᵀ Q to passage_sum [n, width].
 
-        With `first`, for the first block, query_sum is overwritten.
+        With `first`, for the first block, query_sum is overwritten. With `add`, passage_sum is added to.
         """
 
     def finish_gradient(
-        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+        self,
+        sums: Tensor,
+        ds_scale: Tensor,
+        upstream: Tensor,
+        share: float,
+        dtype: torch.dtype | None,
+        scale: bool,
+        of_queries: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Scale finished sums to gradients.
 
@@ -181,4 +207,5 @@ class BlockBackend(Protocol):
             share: The loss is `share` times the sum over queries.
             dtype: Dtype of the returned gradient [size, D], or None to return none.
             scale: Whether to return the gradient of logit_scale too; `sums` must then be those of the queries.
+            of_queries: Whether `sums` are those of this rank's queries; otherwise they are those of its passages.
         """

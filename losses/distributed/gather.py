@@ -19,10 +19,7 @@ from losses.inputs import ContrastiveBatch
 
 def gathered_pool(own: PassageBlock, shards: Shards, communication: Communication) -> PassageBlock:
     """All passages of the pool as one block."""
-    ids, guide = (
-        None if each is None else communication.gather_rows(each, shards.passages) for each in (own.ids, own.guide)
-    )
-    return PassageBlock(communication.gather_rows(own.passage, shards.passages), ids, 0, guide)
+    return own.map(lambda rows: communication.gather_rows(rows, shards.passages), 0)
 
 
 def gather_forward(
@@ -51,7 +48,7 @@ def gather_backward(
     """As `ring_backward`; `weights` are those of the whole pool."""
     pool = state.block
     pool_sum = state.rows.table.new_empty(len(pool.passage), backend.width) if want_passage else None
-    if len(state.rows.score):
+    if state.rows.table.shape[-1]:
         backend.accumulate_gradients(pool, state.rows, state.columns.shift, weights, query_sum, pool_sum, first=True)
     elif pool_sum is not None:
         pool_sum.zero_()
@@ -60,4 +57,4 @@ def gather_backward(
 
 def own_columns(columns: ColumnSums, shards: Shards) -> ColumnSums:
     """The column sums of this rank's passages."""
-    return ColumnSums(columns.table[:, shards.first_passage :][:, : shards.passages[shards.rank]])
+    return ColumnSums(columns.table[..., shards.first_passage :][..., : shards.passages[shards.rank]])

@@ -48,7 +48,7 @@ def ring_forward(
             outgoing, incoming = block.tensors(), next_block.tensors()
         sent_columns = columns
         if batch.symmetric and step:
-            received = columns.table.new_empty(4, len(block.passage))
+            received = columns.table.new_empty(*columns.table.shape[:-1], len(block.passage))
             outgoing, incoming = [*outgoing, sent_columns.table], [*incoming, received]
         wait = communication.start_exchange(outgoing, incoming, 1)
         columns = state.add_block(backend, block, batch)
@@ -85,14 +85,15 @@ def ring_backward(
             next_block = receive_buffer(block, (communication.rank + step + 2) % communication.size, shards)
             outgoing, incoming = block.tensors(), next_block.tensors()
         if step < communication.size - 1 and factors is not None:
-            received = factors.new_empty(2, shards.passages[(communication.rank + step + 2) % communication.size])
+            passages = shards.passages[(communication.rank + step + 2) % communication.size]
+            received = factors.new_empty(*factors.shape[:-1], passages)
             outgoing, incoming = [*outgoing, factors], [*incoming, received]
         if passage_sum is not None:
             sums = passage_sum.new_empty(len(block.passage), backend.width)
             outgoing, incoming = [*outgoing, passage_sum], [*incoming, sums]
         wait = communication.start_exchange(outgoing, incoming, -1)
         block_sum = state.rows.table.new_empty(len(block.passage), backend.width) if want_passage else None
-        if len(state.rows.score) and len(block.passage):
+        if state.rows.table.shape[-1] and len(block.passage):
             column, shift = (factors[0], factors[1]) if factors is not None else (None, state.rows.shift)
             gradient_weights = GradientWeights(weights.row, column, weights.ds_scale)
             backend.accumulate_gradients(block, state.rows, shift, gradient_weights, query_sum, block_sum, first)
@@ -108,6 +109,4 @@ def ring_backward(
 def receive_buffer(block: PassageBlock, rank: int, shards: Shards) -> PassageBlock:
     """An empty block for the passages of `rank`."""
     rows = shards.passages[rank]
-    passage, *_ = buffers = [tensor.new_empty(rows, *tensor.shape[1:]) for tensor in block.tensors()]
-    guide = None if block.guide is None else buffers[-1]
-    return PassageBlock(passage, None if block.ids is None else buffers[1], shards.first(rank), guide)
+    return block.map(lambda tensor: tensor.new_empty(rows, *tensor.shape[1:]), shards.first(rank))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
-from losses.inputs import ContrastiveBatch, accumulator_dtype
-from losses.negatives.masks import NegativeMasks, PairGradients
+from losses.checks import accumulator_dtype
+from losses.distributed.blocks import ColumnSums, GradientWeights, PartialSums, PassageBlock, RowSums
+from losses.inputs import ContrastiveBatch
 from losses.precision import BlockProducts, Precision
 from losses.torch_tiles.inf_cl import (
     Statistics,
@@ -17,6 +17,7 @@ from losses.torch_tiles.inf_cl import (
     negative_log_probability,
     score_bounds,
 )
+from losses.torch_tiles.masks import NegativeMasks, PairGradients
 from losses.torch_tiles.tiles import ScoreTiles, TileMasks
 
 SCALE_ROWS = 8192
@@ -37,6 +38,8 @@ def pairs_in_block(batch: ContrastiveBatch, first: int) -> Tensor | None:
 class TorchBackend:
     """`BlockBackend` with tiles in PyTorch; shifts are exponents of e."""
 
+    row_kinds = 3
+
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.batch, self.precision, self.workspace_bytes = batch, precision, workspace_bytes
         self.query = batch.query
@@ -49,6 +52,9 @@ class TorchBackend:
         self.pair_gradients: PairGradients | None = None
         hardness = batch.options.hardness if batch.options is not None else 0.0
         self._tile_scale = batch.logit_scale + hardness if hardness else batch.logit_scale
+
+    def own_extras(self) -> tuple[Tensor, ...]:
+        return ()
 
     def prepare_passages(self, passage: Tensor) -> Tensor:
         return (passage.to(torch.bfloat16) if self.precision == "bf16" else passage).contiguous()
@@ -89,6 +95,9 @@ class TorchBackend:
         # A fully masked column has sum zero, so any finite factor is right.
         columns.total.mul_((before - columns.shift).nan_to_num_(0, 0, -float("inf")).exp_())
 
+    def log_sums(self, sums: PartialSums) -> Tensor:
+        return sums.shift + sums.total.log()
+
     def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
         loss = negative_log_probability(rows.score, rows.shift, rows.total).sum(dtype=torch.float64)
         if columns is not None:
@@ -116,10 +125,11 @@ class TorchBackend:
         query_sum: Tensor | None,
         passage_sum: Tensor | None,
         first: bool,
+        add: bool = False,
     ) -> None:
         if query_sum is not None and first:
             query_sum.zero_()
-        if passage_sum is not None:
+        if passage_sum is not None and not add:
             passage_sum.zero_()
         tiles, statistics = self._tiles(block), self._statistics(rows, column_shift, column_shift)
         for span in tiles.row_blocks():
@@ -128,7 +138,14 @@ class TorchBackend:
             add_row_gradients(tiles, statistics, gradient_weights, span, tiles.query_block(span), sums, passage_sum)
 
     def finish_gradient(
-        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+        self,
+        sums: Tensor,
+        ds_scale: Tensor,
+        upstream: Tensor,
+        share: float,
+        dtype: torch.dtype | None,
+        scale: bool,
+        of_queries: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         factor = upstream.to(self.dtype) * share / ds_scale
         of_scale = self._scale_gradient(sums) * factor if scale else None

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
-from losses.inputs import ContrastiveBatch, all_finite
-from losses.negatives.masks import NegativeMasks, PairGradients
+from losses.checks import all_finite
+from losses.distributed.blocks import ColumnSums, GradientWeights, PartialSums, PassageBlock, RowSums
+from losses.inputs import ContrastiveBatch
 from losses.precision import Precision, add_product
+from losses.torch_tiles.masks import NegativeMasks, PairGradients
 from losses.triton.block_launches import (
     SavedStatistics,
     ScoreGradientWeights,
@@ -35,6 +36,8 @@ BLOCK = 1024
 class TritonBackend:
     """`BlockBackend` with Triton kernels; shifts are exponents of 2, and cuBLAS multiplies blocks of dS."""
 
+    row_kinds = 3
+
     def __init__(self, batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, first_passage: int) -> None:
         self.precision, self.workspace_bytes = precision, workspace_bytes
         self._first_passage, self._dimensions = first_passage, batch.query.shape[1]
@@ -49,6 +52,9 @@ class TritonBackend:
         self.pair_gradients: PairGradients | None = None
         hardness = batch.options.hardness if batch.options is not None else 0.0
         self._tile_scale = batch.logit_scale + hardness if hardness else batch.logit_scale
+
+    def own_extras(self) -> tuple[Tensor, ...]:
+        return ()
 
     def prepare_passages(self, passage: Tensor) -> Tensor:
         from losses.triton.launch import operand
@@ -126,7 +132,7 @@ class TritonBackend:
     def merge_columns(self, one: ColumnSums, other: ColumnSums) -> ColumnSums:
         from losses.triton.kernels.partial_sums import merge_columns_kernel
 
-        columns = len(one.shift)
+        columns = one.shift.numel()
         if columns:
             merge_columns_kernel[(_programs(columns),)](one.table, other.table, columns, BLOCK=BLOCK)
         return one
@@ -134,7 +140,12 @@ class TritonBackend:
     def rescale_columns(self, columns: ColumnSums, before: Tensor) -> None:
         from losses.triton.kernels.partial_sums import rescale_columns_kernel
 
-        rescale_columns_kernel[(_programs(len(before)),)](columns.table, before, len(before), BLOCK=BLOCK)
+        size = before.numel()
+        rescale_columns_kernel[(_programs(size),)](columns.table, before, size, BLOCK=BLOCK)
+
+    def log_sums(self, sums: PartialSums) -> Tensor:
+        # The shift of a sum of zero may be minus infinity or unset.
+        return torch.where(sums.total > 0, (sums.shift + sums.total.log2()) * math.log(2), -torch.inf)
 
     def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
         from losses.triton.kernels.partial_sums import partial_loss_kernel
@@ -193,6 +204,7 @@ class TritonBackend:
         query_sum: Tensor | None,
         passage_sum: Tensor | None,
         first: bool,
+        add: bool = False,
     ) -> None:
         from losses.triton.block_sizes import spans
 
@@ -227,10 +239,18 @@ class TritonBackend:
                         query_sum[span], gradient, kernel_batch.passage[columns], first=first and not columns.start
                     )
                 if passage_sum is not None:
-                    add_product(passage_sum[columns], gradient.T, kernel_batch.query[span], first=not span.start)
+                    overwritten = not add and not span.start
+                    add_product(passage_sum[columns], gradient.T, kernel_batch.query[span], first=overwritten)
 
     def finish_gradient(
-        self, sums: Tensor, ds_scale: Tensor, upstream: Tensor, share: float, dtype: torch.dtype | None, scale: bool
+        self,
+        sums: Tensor,
+        ds_scale: Tensor,
+        upstream: Tensor,
+        share: float,
+        dtype: torch.dtype | None,
+        scale: bool,
+        of_queries: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         out = sums
         if dtype is not None and (dtype != torch.float32 or self.width != self._dimensions):

@@ -1,1 +1,1 @@
-"""InfoNCE from sums over negatives alone, with the positives as a list of pairs; in one process or over ranks."""
+"""Negatives outside the pool: further terms of the row sums, and the autograd functions that compute them."""

@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from losses.inputs import ContrastiveBatch, accumulator_dtype, check_excluded, checked_number, checked_positive
+from losses.checks import accumulator_dtype, checked_number
+from losses.inputs import ContrastiveBatch, check_excluded, checked_positive
 from losses.precision import Precision
 from losses.torch_tiles.inf_cl import tiled_loss
 from losses.torch_tiles.sigmoid import saved_gradient_dtype, scale_by_upstream, tiled_sigmoid_loss
@@ -21,7 +22,13 @@ from losses.torch_tiles.sigmoid import saved_gradient_dtype, scale_by_upstream, 
 def compiled_tiled_loss(
     batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """`tiled_loss` of the batch, or `tiled_sigmoid_loss` if `logit_bias` is given. Differentiable once."""
+    """`tiled_loss` of the batch, or `tiled_sigmoid_loss` if `logit_bias` is given. Differentiable once.
+
+    Raises:
+        ValueError: If the batch has negatives outside the pool, with which the loss is computed outside the graph.
+    """
+    if batch.further is not None:
+        raise ValueError("negatives outside the pool are not part of the operator")
     leaves = (batch.query, batch.passage, batch.logit_scale, logit_bias)
     wanted = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     others = (batch.given_positive, batch.query_ids, batch.passage_ids, batch.symmetric, batch.diagonal, batch.excluded)

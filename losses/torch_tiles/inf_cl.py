@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.inputs import ContrastiveBatch, all_finite
+from losses.checks import all_finite
+from losses.inputs import ContrastiveBatch
 from losses.precision import Precision, add_product, matmul_precision
+from losses.torch_tiles.row_terms import Shares, column_counts
 from losses.torch_tiles.tiles import ScoreTiles
 
 # Largest exponent after subtracting a constant shift. Sums of 2^40 terms exp(60) are finite in float32, and a term
@@ -32,11 +34,13 @@ def tiled_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: i
         batch.query,
         batch.passage,
         batch.logit_scale,
+        batch.further,
         batch.positive,
         batch.query_ids,
         batch.passage_ids,
         batch.excluded,
         batch.symmetric,
+        batch.single_partition,
         precision,
         workspace_bytes,
     )
@@ -49,11 +53,13 @@ class _TiledLoss(torch.autograd.Function):
         query: Tensor,
         passage: Tensor,
         logit_scale: Tensor,
+        further: Tensor | None,
         positive: Tensor,
         query_ids: Tensor | None,
         passage_ids: Tensor | None,
         excluded: Tensor | None,
         symmetric: bool,
+        single_partition: bool,
         precision: Precision,
         workspace_bytes: int,
     ) -> Tensor:
@@ -62,10 +68,11 @@ class _TiledLoss(torch.autograd.Function):
         with matmul_precision(precision, query.device):
             statistics = score_statistics(ScoreTiles(batch, precision, workspace_bytes))
             # A score of minus infinity adds zero to every sum, so the inputs themselves are checked.
-            loss = torch.where(all_finite(query, passage), loss_value(statistics, positive), torch.nan)
+            shares = None if further is None else shares_of(statistics, positive, further, single_partition)
+            loss = torch.where(all_finite(query, passage), loss_value(statistics, positive, shares), torch.nan)
         ctx.save_for_backward(query, passage, logit_scale, positive, query_ids, passage_ids, excluded)
         ctx.symmetric, ctx.precision, ctx.workspace_bytes = symmetric, precision, workspace_bytes
-        ctx.statistics = statistics
+        ctx.statistics, ctx.shares = statistics, shares
         return loss
 
     @staticmethod
@@ -79,8 +86,12 @@ class _TiledLoss(torch.autograd.Function):
         batch = ContrastiveBatch(query, passage, logit_scale, positive, *masks)
         with matmul_precision(ctx.precision, query.device):
             tiles = ScoreTiles(batch, ctx.precision, ctx.workspace_bytes)
-            gradients = score_gradients(tiles, ctx.statistics, upstream, *ctx.needs_input_grad[:3])
-        return *gradients, None, None, None, None, None, None, None
+            of_query, of_passage, of_scale = ctx.needs_input_grad[:3]
+            gradients = score_gradients(tiles, ctx.statistics, upstream, of_query, of_passage, of_scale, ctx.shares)
+        of_further = None
+        if ctx.shares is not None:
+            of_further = ctx.shares.further_gradient(ctx.symmetric) * (upstream / len(positive))
+        return *gradients, of_further, None, None, None, None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -126,26 +137,31 @@ def score_statistics(tiles: ScoreTiles) -> Statistics:
 
 def add_statistics(tiles: ScoreTiles, statistics: Statistics) -> None:
     """Add all tiles to the statistics, in place. The tiles are those of a batch, or of one block of its passages."""
-    row_shift, row_sum = statistics.row_shift, statistics.row_sum
-    column_shift, column_sum = statistics.column_shift, statistics.column_sum
-    positive_score, constant = statistics.positive_score, statistics.constant
     for rows in tiles.row_blocks():
         query = tiles.query_block(rows)
         for columns in tiles.column_blocks():
             tile = tiles.scores(rows, columns, query, tiles.passage_block(columns))
-            if tiles.masks is None:
-                column, inside = tiles.positive_columns(rows, columns)
-                positive_score[rows] = torch.where(inside, tile.gather(1, column), positive_score[rows, None])[:, 0]
-            else:
-                add_row_statistics(tiles, tile, rows, columns, statistics)
-            if constant is not None and column_sum is not None:
-                tile.sub_(constant).exp_()
-                row_sum[rows] += tile.sum(1)
-                column_sum[columns] += tile.sum(0)
-                continue
-            _update_softmax(row_shift[rows], row_sum[rows], tile, 1, out=tiles.scratch(rows, columns))
-            if column_shift is not None and column_sum is not None:
-                _update_softmax(column_shift[columns], column_sum[columns], tile, 0, out=tile)
+            add_tile(tile, tiles, statistics, rows, columns)
+
+
+def add_tile(tile: Tensor, tiles: ScoreTiles, statistics: Statistics, rows: slice, columns: slice) -> None:
+    """Add the tile S[rows, columns] to the statistics, in place; the tile is overwritten."""
+    row_shift, row_sum = statistics.row_shift, statistics.row_sum
+    column_shift, column_sum = statistics.column_shift, statistics.column_sum
+    positive_score, constant = statistics.positive_score, statistics.constant
+    if tiles.masks is None:
+        column, inside = tiles.positive_columns(rows, columns)
+        positive_score[rows] = torch.where(inside, tile.gather(1, column), positive_score[rows, None])[:, 0]
+    else:
+        add_row_statistics(tiles, tile, rows, columns, statistics)
+    if constant is not None and column_sum is not None:
+        tile.sub_(constant).exp_()
+        row_sum[rows] += tile.sum(1)
+        column_sum[columns] += tile.sum(0)
+        return
+    update_softmax(row_shift[rows], row_sum[rows], tile, 1, out=tiles.scratch(rows, columns))
+    if column_shift is not None and column_sum is not None:
+        update_softmax(column_shift[columns], column_sum[columns], tile, 0, out=tile)
 
 
 def add_row_statistics(tiles: ScoreTiles, tile: Tensor, rows: slice, columns: slice, statistics: Statistics) -> None:
@@ -210,18 +226,35 @@ def constant_shift(bounds: Tensor, logit_scale: Tensor) -> Tensor | None:
     return None
 
 
-def loss_value(statistics: Statistics, positive: Tensor) -> Tensor:
+def shares_of(statistics: Statistics, positive: Tensor, further: Tensor, single_partition: bool) -> Shares:
+    """Shares of each row's denominator, with the log-sum-exps `further` [k, M] of negatives outside the pool."""
+    column = None
+    if single_partition:
+        assert statistics.column_shift is not None and statistics.column_sum is not None
+        column = (statistics.column_shift + statistics.column_sum.log())[positive]
+    return Shares.of(statistics.row_shift + statistics.row_sum.log(), column, further)
+
+
+def loss_value(statistics: Statistics, positive: Tensor, shares: Shares | None = None) -> Tensor:
     """Mean negative log-probability of the positives: over rows, or over rows and the positives' columns."""
     score = statistics.positive_score
     loss = negative_log_probability(score, statistics.row_shift, statistics.row_sum).mean()
-    if statistics.column_shift is None or statistics.column_sum is None:
+    if shares is not None:
+        loss = loss - shares.log_row.mean()
+    if statistics.column_shift is None or statistics.column_sum is None or (shares and shares.column is not None):
         return loss
     columns = negative_log_probability(score, statistics.column_shift[positive], statistics.column_sum[positive])
     return (loss + columns.mean()) / 2
 
 
 def score_gradients(
-    tiles: ScoreTiles, statistics: Statistics, upstream: Tensor, query: bool, passage: bool, logit_scale: bool
+    tiles: ScoreTiles,
+    statistics: Statistics,
+    upstream: Tensor,
+    query: bool,
+    passage: bool,
+    logit_scale: bool,
+    shares: Shares | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of query, passage and logit_scale from the recomputed tiles; None for those not asked for.
 
@@ -231,7 +264,7 @@ def score_gradients(
     queries, passages = batch.query.shape[0], batch.passage.shape[0]
     mean_factor = upstream.to(tiles.dtype) / queries
     score_factor = mean_factor * batch.logit_scale
-    weights = softmax_weights(statistics, batch.positive)
+    weights = softmax_weights(statistics, batch.positive, shares)
     query_gradient = torch.empty_like(batch.query) if query else None
     query_sum = torch.empty(tiles.tile_rows, width, dtype=tiles.dtype, device=tiles.device)
     passage_sum = torch.zeros(passages, width, dtype=tiles.dtype, device=tiles.device) if passage else None
@@ -263,7 +296,7 @@ def add_row_gradients(
     for columns in tiles.column_blocks():
         passage_block = tiles.passage_block(columns)
         tile = tiles.scores(rows, columns, query_block, passage_block)
-        _to_score_gradient(tile, tiles, statistics, weights, rows, columns)
+        to_score_gradient(tile, tiles, statistics, weights, rows, columns)
         factor = tiles.products.factor(tile)
         if query_sum is not None:
             add_product(query_sum, factor, passage_block)
@@ -271,7 +304,7 @@ def add_row_gradients(
             add_product(passage_sum[columns], factor.T, query_block)
 
 
-def _to_score_gradient(
+def to_score_gradient(
     tile: Tensor,
     tiles: ScoreTiles,
     statistics: Statistics,
@@ -298,22 +331,29 @@ def _to_score_gradient(
     tile.scatter_(1, column, tile.gather(1, column) - inside.to(tile.dtype))
 
 
-def softmax_weights(statistics: Statistics, positive: Tensor) -> tuple[Tensor, Tensor | None]:
+def softmax_weights(
+    statistics: Statistics, positive: Tensor, shares: Shares | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Factors of exp(S − shift) in M · dS, for rows [M] and, for a symmetric loss, columns [N].
 
     A factor is the weight of a row or column in the loss divided by its sum. A column counts once for each query whose
     positive it is, so it is zero for hard negatives.
     """
+    symmetric = statistics.column_sum is not None
+    share = 1 if shares is None else shares.row_factor(symmetric)
     if statistics.column_sum is None:
-        return 1 / statistics.row_sum, None
-    positive_count = torch.zeros_like(statistics.column_sum).index_add_(
-        0, positive, torch.ones_like(statistics.row_sum)
-    )
+        return share / statistics.row_sum, None
+    if shares is not None and shares.column is not None:
+        positive_count = column_counts(positive, shares.column, len(statistics.column_sum))
+    else:
+        positive_count = torch.zeros_like(statistics.column_sum).index_add_(
+            0, positive, torch.ones_like(statistics.row_sum)
+        )
     column_weight = torch.where(positive_count > 0, positive_count / (2 * statistics.column_sum), 0)
-    return 1 / (2 * statistics.row_sum), column_weight
+    return share / (2 * statistics.row_sum), column_weight
 
 
-def _update_softmax(shift: Tensor, total: Tensor, tile: Tensor, dim: int, out: Tensor) -> None:
+def update_softmax(shift: Tensor, total: Tensor, tile: Tensor, dim: int, out: Tensor) -> None:
     """Online softmax: add a tile to running maxima and sums of exponentials, in place; `out` may be the tile itself."""
     new_shift = torch.maximum(shift, tile.amax(dim))
     torch.sub(tile, new_shift.unsqueeze(dim), out=out).exp_()

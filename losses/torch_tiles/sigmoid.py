@@ -11,18 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losses.inputs import ContrastiveBatch, all_finite
-from losses.negatives.loss import positive_scores
-from losses.negatives.masks import PairGradients
-from losses.negatives.pairs import PositivePairs
+from losses.checks import all_finite
+from losses.inputs import ContrastiveBatch
 from losses.precision import Precision, add_product, matmul_precision
 from losses.torch_tiles.tiles import ScoreTiles, TileMasks
 
 
 def tiled_sigmoid_loss(
-    batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int
+    batch: ContrastiveBatch,
+    logit_bias: Tensor,
+    precision: Precision,
+    workspace_bytes: int,
+    separated: tuple[TileMasks, Tensor] | None = None,
 ) -> Tensor:
     """0-dim sigmoid loss of a symmetric batch, differentiable once.
+
+    `separated`, of a batch with `options`, is what losses/masked/sigmoid.py gives: masks of the tiles with the
+    derivatives at the positives, and the scores [M] float64 of the positives.
 
     In addition to inputs, two gradients stored until backward and vectors of M numbers, it uses at most
     `workspace_bytes` (at least one tile), and a float32 accumulator of the passage gradient if the embeddings are in
@@ -31,8 +36,8 @@ def tiled_sigmoid_loss(
     leaves = (batch.query, batch.passage, batch.logit_scale, logit_bias)
     wanted = tuple(torch.is_grad_enabled() and leaf.requires_grad for leaf in leaves)
     if not any(wanted):
-        return tiled_sigmoid_values(batch, logit_bias, precision, workspace_bytes, wanted)[0]
-    return _TiledSigmoidLoss.apply(*leaves, batch, precision, workspace_bytes, wanted)
+        return tiled_sigmoid_values(batch, logit_bias, precision, workspace_bytes, wanted, separated)[0]
+    return _TiledSigmoidLoss.apply(*leaves, batch, precision, workspace_bytes, wanted, separated)
 
 
 class _TiledSigmoidLoss(torch.autograd.Function):
@@ -47,15 +52,16 @@ class _TiledSigmoidLoss(torch.autograd.Function):
         precision: Precision,
         workspace_bytes: int,
         wanted: tuple[bool, ...],
+        separated: tuple[TileMasks, Tensor] | None,
     ) -> Tensor:
-        loss, *gradients = tiled_sigmoid_values(batch, logit_bias, precision, workspace_bytes, wanted)
+        loss, *gradients = tiled_sigmoid_values(batch, logit_bias, precision, workspace_bytes, wanted, separated)
         ctx.dtypes = tuple(leaf.dtype for leaf in (query, passage, logit_scale, logit_bias))
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scale_by_upstream(ctx.saved_tensors, upstream, ctx.dtypes), None, None, None, None)
+        return (*scale_by_upstream(ctx.saved_tensors, upstream, ctx.dtypes), *[None] * 5)
 
 
 def scale_by_upstream(
@@ -77,18 +83,21 @@ def saved_gradient_dtype(embeddings: torch.dtype) -> torch.dtype:
 
 
 def tiled_sigmoid_values(
-    batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int, wanted: tuple[bool, ...]
+    batch: ContrastiveBatch,
+    logit_bias: Tensor,
+    precision: Precision,
+    workspace_bytes: int,
+    wanted: tuple[bool, ...],
+    separated: tuple[TileMasks, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The loss and its gradients with respect to query, passage, logit_scale and logit_bias; None if not wanted.
 
-    With `options`, tiles mask the positives, whose losses and derivatives are computed from a list.
+    With `separated`, tiles mask the positives, whose losses and derivatives are computed from a list.
     """
     want_query, want_passage, want_scale, want_bias = wanted
     (queries, width), passages = batch.query.shape, batch.passage.shape[0]
     with matmul_precision(precision, batch.query.device):
-        masks, own_scores = None, None
-        if batch.options is not None:
-            masks, own_scores = _separate_positives(batch, logit_bias, precision, workspace_bytes)
+        masks, own_scores = (None, None) if separated is None else separated
         tiles = ScoreTiles(batch, precision, workspace_bytes, masks)
         need_query = want_query or want_scale
         query_gradient = batch.query.new_empty(queries, width, dtype=saved_gradient_dtype(batch.query.dtype))
@@ -138,17 +147,6 @@ def tiled_sigmoid_values(
             (scale_sum / queries).to(tiles.dtype) if want_scale else None,
             (bias_sum / queries).to(tiles.dtype) if want_bias else None,
         )
-
-
-def _separate_positives(
-    batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int
-) -> tuple[TileMasks, Tensor]:
-    """Masks of the tiles with the derivatives at the positives, and the scores [M] float64 of the positives."""
-    pairs = PositivePairs.of(batch, len(batch.passage))
-    scores, masks, guide = positive_scores(batch, pairs, precision, workspace_bytes)
-    scores = scores + logit_bias.double()
-    values = -torch.sigmoid(-scores).to(logit_bias.dtype)
-    return TileMasks(masks, guide, 0, PairGradients(pairs.rows, pairs.columns, values)), scores
 
 
 def _negate(tile: Tensor, column: Tensor, inside: Tensor) -> None:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.inputs import ContrastiveBatch, accumulator_dtype
-from losses.negatives.masks import NegativeMasks, PairGradients
+from losses.checks import accumulator_dtype
+from losses.inputs import ContrastiveBatch
 from losses.precision import BlockProducts, Precision
+from losses.torch_tiles.masks import NegativeMasks, PairGradients
 
 # On a CPU a larger tile does not speed up the products and no longer fits in the cache.
 CPU_TILE_ENTRIES = 1 << 20
@@ -104,7 +105,7 @@ class ScoreTiles:
 
     def scores(self, rows: slice, columns: slice, query: Tensor, passage: Tensor) -> Tensor:
         """S[rows, columns], minus infinity where masked. Valid until the next call, which overwrites `scratch` too."""
-        tile = self._view(self._scores, rows, columns)
+        tile = self.buffer(rows, columns)
         self.products.scores(query, passage, tile)
         limit = self.masks.masks.limit if self.masks is not None else None
         if limit is None:
@@ -112,6 +113,15 @@ class ScoreTiles:
         else:
             masked = torch.gt(tile, limit[rows, None], out=self._view(self._masked, rows, columns))
             tile.mul_(self.batch.logit_scale).masked_fill_(masked, -torch.inf)
+        return self.mask(rows, columns)
+
+    def buffer(self, rows: slice, columns: slice) -> Tensor:
+        """The buffer of `scores`, for a caller that computes scores in another way and masks them by `mask`."""
+        return self._view(self._scores, rows, columns)
+
+    def mask(self, rows: slice, columns: slice) -> Tensor:
+        """Write minus infinity to the masked entries of the buffer, and return it."""
+        tile = self.buffer(rows, columns)
         if self.masks is not None:
             self._mask_negatives(tile, self.masks, rows, columns)
         if self.batch.query_ids is not None and self.batch.passage_ids is not None:

@@ -6,11 +6,13 @@ A block is a whole batch on one GPU (triton/inf_cl.py), or a rank's queries agai
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from losses.negatives.masks import PairGradients
+from losses.torch_tiles.masks import PairGradients
+from losses.torch_tiles.row_terms import Shares
 from losses.triton.kernel_batch import KernelBatch, span_length
 
 
@@ -69,11 +71,16 @@ def add_sums(
     min_block_m, min_block_n = min(sums_shape.block_m, kept_shape.block_m), min(sums_shape.block_n, kept_shape.block_n)
     counted = kernel_batch.masks.statistics if kernel_batch.masks is not None else None
     own_product = kernel_batch.query if kernel_batch.masks is None else kernel_batch.masks.product
-    # A sum and a maximum for each row and column of a tile, and the statistics of each row.
-    per_entry = 8 * (1 / min_block_m + 1 / min_block_n) + (4 * FIELDS / min_block_n if counted is not None else 0)
+    statistics_bytes = 4 * FIELDS / min_block_n if counted is not None else 0.0
     launches = list(
         forward_blocks(
-            queries, passages, kernel_batch.blocks.kept_rows, workspace_bytes, min_block_m, min_block_n, per_entry
+            queries,
+            passages,
+            kernel_batch.blocks.kept_rows,
+            workspace_bytes,
+            min_block_m,
+            min_block_n,
+            statistics_bytes,
         )
     )
     buffer_size = max(
@@ -174,6 +181,28 @@ def add_sums(
         )
 
 
+def merged_loss(
+    statistics: SavedStatistics,
+    loss: Tensor,
+    positive: Tensor,
+    further: Tensor,
+    single_partition: bool,
+    symmetric: bool,
+) -> tuple[Tensor, Shares]:
+    """The loss with further terms of the row sums, from the loss of the pool, and the shares of the terms."""
+    row = (statistics.row_shift + statistics.row_sum.log2()) * math.log(2)
+    if not single_partition:
+        shares = Shares.of(row, None, further)
+        return loss - shares.log_row.mean() / (2 if symmetric else 1), shares
+    # An out-of-range positive has already made the loss NaN.
+    own = positive.clamp(0, len(statistics.column_sum) - 1)
+    column = (statistics.column_shift[own] + statistics.column_sum[own].log2()) * math.log(2)
+    shares = Shares.of(row, column, further)
+    # Here the pool's loss is half the sum of row and column losses. Replace the column losses by the row losses.
+    difference = (row - column).mean() / 2
+    return loss + difference - shares.log_row.mean(), shares
+
+
 @dataclass(frozen=True)
 class ScoreGradientWeights:
     """Factors that turn exponentials into ds_scale · M · dS.
@@ -198,14 +227,16 @@ def score_gradient(
     columns: slice,
     gradient: Tensor,
     kept: Tensor | None = None,
+    variants: tuple[bool, ...] = (True, False),
 ) -> None:
     """Write ds_scale · M · dS[rows, columns] to `gradient`, from kept exponentials if given, otherwise recomputed.
 
-    Kept exponentials are used only if one shift is safe for the whole matrix, which the device decides.
+    Kept exponentials are used only if one shift is safe for the whole matrix, which the device decides. `variants`
+    are those that are launched: (False,) writes only if no shift is safe.
     """
     from losses.triton.kernels.gradients import score_gradient_kernel
 
-    for safe in (True, False):
+    for safe in variants:
         from_kept = kept is not None and safe
         shape = kernel_batch.shape("kept_gradient" if from_kept else "gradient")
         launched = shape if safe else replace(shape, persistent=1)

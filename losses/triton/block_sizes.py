@@ -76,12 +76,19 @@ def gradient_blocks(queries: int, passages: int, blocks: Blocks) -> Iterator[tup
 
 
 def forward_blocks(
-    queries: int, passages: int, kept_rows: int, workspace_bytes: int, block_m: int, block_n: int, per_entry: float
+    queries: int,
+    passages: int,
+    kept_rows: int,
+    workspace_bytes: int,
+    block_m: int,
+    block_n: int,
+    further_bytes: float = 0.0,
 ) -> Iterator[tuple[slice, slice, bool]]:
     """(rows, columns, whether kept) of each forward launch, as large as what the tiles write fits the workspace.
 
-    `per_entry` are the bytes that they write, divided by the entries of a tile.
+    They write a sum and a maximum for each row and column of a tile, and `further_bytes` per entry of a tile.
     """
+    per_entry = 8 * (1 / block_m + 1 / block_n) + further_bytes
     entries = max(CUBLAS_TILE_ROWS**2, int(min(workspace_bytes, MAX_BLOCK_BYTES) / per_entry))
     for start, stop, kept in ((0, kept_rows, True), (kept_rows, queries, False)):
         if start == stop:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.checked_options import needs_negatives
 from losses.inputs import ContrastiveBatch
 from losses.options import Statistics
 from losses.precision import BlockProducts, Precision, matmul_precision
@@ -26,14 +25,6 @@ LOSS_BLOCK = 1024
 def fits_dense(batch: ContrastiveBatch, workspace_bytes: int) -> bool:
     """Whether the whole matrix fits in the workspace."""
     return batch.query.shape[0] * batch.passage.shape[0] * BYTES_PER_SCORE <= workspace_bytes
-
-
-def why_not_dense_options(batch: ContrastiveBatch) -> str | None:
-    """Which of the batch's options the dense loss has not, in a few words; None if it has all of them."""
-    options = batch.options
-    if options is None or not needs_negatives(options):
-        return None
-    return "positives" if options.reduction != "single" else "negatives"
 
 
 def dense_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from losses.inputs import ContrastiveBatch
 from losses.precision import Precision, add_product, matmul_precision
-from losses.triton.block_launches import SavedStatistics, ScoreGradientWeights, add_sums, score_gradient
+from losses.torch_tiles.row_terms import column_counts
+from losses.triton.block_launches import (
+    SavedStatistics,
+    ScoreGradientWeights,
+    add_sums,
+    merged_loss,
+    score_gradient,
+)
 from losses.triton.kernel_batch import (
     GradientEpilogue,
     KernelBatch,
@@ -36,18 +43,22 @@ def fused_loss(batch: ContrastiveBatch, precision: Precision, workspace_bytes: i
     gradients: of one block of queries, and of all passages. If `workspace_bytes` exceeds what blocks of dS can use,
     bf16 forward keeps exponentials in it. Backward overwrites them; a second backward recomputes them.
     """
-    leaves = (batch.query, batch.passage, batch.logit_scale)
+    leaves = (batch.query, batch.passage, batch.logit_scale, batch.further)
     ids = compact_ids_if_given(batch.query_ids, batch.passage_ids)
     fixed = (batch.positive, *ids, batch.excluded, batch.symmetric, batch.diagonal)
     # Keep exponentials only if backward can run.
-    differentiable = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    return _FusedLoss.apply(*leaves, *fixed, precision, workspace_bytes, differentiable)
+    differentiable = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    return _FusedLoss.apply(*leaves, batch.single_partition, *fixed, precision, workspace_bytes, differentiable)
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        query, passage, logit_scale, positive, query_ids, passage_ids, _, *options, _ = arguments
+    def forward(
+        ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, further: Tensor | None, single_partition: bool,
+        *fixed: Any
+    ) -> Tensor:  # fmt: skip
+        positive, query_ids, passage_ids, _, *options, _ = fixed
+        arguments = (query, passage, logit_scale, *fixed)
         # A custom operator costs more than the kernels of a small batch, so it is used under torch.compile only.
         if torch.compiler.is_compiling():
             # Nothing is kept, because a compiled graph may run backward twice on what it saved.
@@ -55,6 +66,10 @@ class _FusedLoss(torch.autograd.Function):
             kept = flat_statistics.new_empty(0, dtype=query.dtype)
         else:
             loss, flat_statistics, keys, starts, kept = inf_cl_forward(*arguments)
+        ctx.shares = None
+        if further is not None:
+            statistics = SavedStatistics.split(flat_statistics, query.shape[0], passage.shape[0])
+            loss, ctx.shares = merged_loss(statistics, loss, positive, further, single_partition, symmetric=options[0])
         masks = (query_ids, passage_ids, keys, starts)
         ctx.save_for_backward(query, passage, logit_scale, positive, *masks, flat_statistics, kept)
         ctx.options = options
@@ -72,9 +87,17 @@ class _FusedLoss(torch.autograd.Function):
         ctx.kept_overwritten = True
         wanted = list(ctx.needs_input_grad[:3])
         compute: Callable[..., Any] = inf_cl_backward_op if torch.compiler.is_compiling() else inf_cl_backward
-        gradients = compute(*inputs, *ctx.options, flat_statistics, kept, upstream, *wanted)
+        row_factor = positive_count = of_further = None
+        if ctx.shares is not None:
+            symmetric, positive = ctx.options[0], inputs[3]
+            row_factor = ctx.shares.row_factor(symmetric)
+            of_further = ctx.shares.further_gradient(symmetric) * (upstream / len(positive))
+            if ctx.shares.column is not None:
+                positive_count = column_counts(positive, ctx.shares.column, len(inputs[1]))
+        factors = (row_factor, positive_count)
+        gradients = compute(*inputs, *ctx.options, flat_statistics, kept, upstream, *wanted, *factors)
         found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
-        return (*found, *[None] * 9)
+        return (*found, of_further, *[None] * 10)
 
 
 def inf_cl_forward(
@@ -194,8 +217,14 @@ def inf_cl_backward(
     want_query: bool,
     want_passage: bool,
     want_scale: bool,
+    row_factor: Tensor | None = None,
+    weighted_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, passage and logit_scale; empty tensors if not wanted. Overwrites `kept`."""
+    """Gradients of query, passage and logit_scale; empty tensors if not wanted. Overwrites `kept`.
+
+    `row_factor` [M] is a factor of the weights of rows, and `weighted_count` [N] takes the place of the number of
+    queries whose positive each passage is (losses/torch_tiles/row_terms.py).
+    """
     import triton
 
     from losses.triton.block_sizes import gradient_blocks
@@ -212,6 +241,8 @@ def inf_cl_backward(
         own = positive.clamp(0, passages - 1)
         positive_count = flat_statistics.new_zeros(passages).index_add_(0, own, flat_statistics.new_ones(queries))
     ds_scale = choose_ds_scale(kernel_batch.dtype, positive_count, flat_statistics)
+    if weighted_count is not None:
+        positive_count = weighted_count
     row_weight, column_weight = torch.empty_like(statistics.row_sum), torch.empty_like(statistics.column_sum)
     gradient_weights_kernel[(triton.cdiv(max(queries, passages), 1024),)](
         ds_scale,
@@ -223,9 +254,11 @@ def inf_cl_backward(
         queries,
         passages,
         SYMMETRIC=symmetric,
-        DIAGONAL=diagonal,
+        DIAGONAL=diagonal and weighted_count is None,
         BLOCK=1024,
     )
+    if row_factor is not None:
+        row_weight *= row_factor
 
     weights = ScoreGradientWeights(ds_scale, row_weight, column_weight, symmetric, diagonal)
     blocks = list(gradient_blocks(queries, passages, kernel_batch.blocks))
@@ -295,6 +328,8 @@ def _(
     want_query: bool,
     want_passage: bool,
     want_scale: bool,
+    row_factor: Tensor | None = None,
+    weighted_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale = flat_statistics.new_empty(()) if want_scale else flat_statistics.new_empty(0)
     return _gradient_of(query, want_query), _gradient_of(passage, want_passage), scale

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from losses.negatives.masks import NegativeMasks
 from losses.precision import Precision
+from losses.torch_tiles.masks import NegativeMasks
 
 
 class KernelBatch:
@@ -120,10 +120,12 @@ def sorted_excluded(pairs: Tensor | None, query: Tensor, passage: Tensor, **opti
 
 
 def compact_ids_if_given(query_ids: Tensor | None, passage_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """`compact_ids` of both ids, or the arguments if either is None."""
+    """`compact_ids` of both ids, or the arguments if either is None or both are int32, that is, compact already."""
     from losses.triton.launch import compact_ids
 
-    return (query_ids, passage_ids) if query_ids is None or passage_ids is None else compact_ids(query_ids, passage_ids)
+    if query_ids is None or passage_ids is None or query_ids.dtype == passage_ids.dtype == torch.int32:
+        return query_ids, passage_ids
+    return compact_ids(query_ids, passage_ids)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ import torch
 TABLE = Path(__file__).with_name("shapes.json")
 VARIABLE = "DENSE_RETRIEVER_SHAPES"
 KERNELS = ("sums", "kept_sums", "gradient", "kept_gradient", "sigmoid")
+# Kernels of the options `matryoshka` and `teacher`, which `losses.autotune` does not measure.
+OPTION_KERNELS = ("prefix_sums", "prefix_gradient", "prefix_products", "teacher_sums", "teacher_gradient")
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,28 @@ DEFAULT_HALF = TileShape(128, 128, 64, warps=4, stages=3, group=8)
 DEFAULT_FLOAT32 = TileShape(128, 128, 32, warps=8, stages=3, group=8)
 # Kept exponentials are only read and written: many small programs hide the memory latency.
 DEFAULT_KEPT_GRADIENT = TileShape(64, 128, 64, warps=4, stages=1, group=8)
+# The registers of these kernels also hold factors of each column, so their tiles have few columns. With float32
+# operands the gradients of the prefixes take twice the registers.
+DEFAULT_OPTIONS = {
+    "prefix_sums": (TileShape(128, 64, 64, 4, 3, 8), TileShape(128, 64, 32, 4, 3, 8)),
+    "prefix_gradient": (TileShape(128, 64, 64, 4, 3, 8), TileShape(64, 64, 32, 4, 3, 8)),
+    "prefix_products": (TileShape(128, 128, 64, 4, 3, 8), TileShape(128, 128, 32, 8, 3, 8)),
+    "teacher_sums": (TileShape(128, 128, 64, 8, 3, 8), TileShape(128, 64, 32, 8, 3, 8)),
+    "teacher_gradient": (TileShape(128, 128, 64, 8, 3, 8), TileShape(128, 64, 32, 8, 3, 8)),
+}
 INTERPRETED = TileShape(32, 16, 32, warps=1, stages=1, group=2)
 # The sums kernel has no store in shared memory, so two persistent programs fit on a multiprocessor.
 PERSISTENT_KERNEL = "sums"
 
 
 def tile_shape(kernel: str, dim: int, dtype: torch.dtype, product: str, device: torch.device) -> TileShape:
-    """The tile shape of a kernel (one of KERNELS) for operands of dimension `dim` and `dtype`."""
+    """The tile shape of a kernel (one of KERNELS or OPTION_KERNELS) for operands of dimension `dim` and `dtype`."""
     if device.type != "cuda":
         return replace(INTERPRETED, persistent=int(kernel == PERSISTENT_KERNEL))
     name = torch.cuda.get_device_name(device)
     found = _lookup(name, kernel, dim, str(dtype).removeprefix("torch."), product, os.environ.get(VARIABLE))
+    if kernel in OPTION_KERNELS:
+        return found or DEFAULT_OPTIONS[kernel][dtype.itemsize > 2]
     plain = (
         DEFAULT_KEPT_GRADIENT if kernel == "kept_gradient" else DEFAULT_HALF if dtype.itemsize == 2 else DEFAULT_FLOAT32
     )
@@ -122,8 +135,10 @@ def read_shapes(path: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         for row in rows:
-            if row["kernel"] not in KERNELS or not {"device", "precision"} <= row.keys():
-                raise ValueError(f"expected kernel to be one of {', '.join(KERNELS)}, found {row['kernel']!r}")
+            if row["kernel"] not in KERNELS + OPTION_KERNELS or not {"device", "precision"} <= row.keys():
+                raise ValueError(
+                    f"expected kernel to be one of {', '.join(KERNELS + OPTION_KERNELS)}, found {row['kernel']!r}"
+                )
             for name in ("dim", *TileShape.__dataclass_fields__):
                 if not isinstance(row[name], int) or row[name] < (0 if name == "persistent" else 1):
                     raise ValueError(f"expected {name} to be a whole number over 0, found {row[name]!r}")

@@ -13,9 +13,9 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import normalize
 
 from losses import InfCLLoss, inf_cl_loss
+from losses.checks import check_bool
 from losses.distributed.api import Exchange
 from losses.distributed.communication import communication_of
-from losses.inputs import check_bool
 from retriever.sentence_transformers import scale_checkpoint
 from retriever.sentence_transformers.duplicate_texts import Masks, duplicate_masks, text_hashes
 

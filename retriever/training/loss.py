@@ -15,8 +15,27 @@ from retriever.errors import ConfigError
 class DistributedClipLoss(InfCLLoss):
     """The loss of CLIP over several ranks, with the full matrix on every rank."""
 
-    def forward(self, query: Tensor, passage: Tensor, **_: Any) -> Tensor:
-        """Compute the loss with row i of `passage` as the positive of row i of `query`. Other arguments are ignored."""
+    def forward(
+        self,
+        query: Tensor,
+        passage: Tensor,
+        *,
+        positive: Tensor | None = None,
+        excluded: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        passage_ids: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Compute the loss with row i of `passage` as the positive of row i of `query`.
+
+        As its paper defines it: positives, ids and excluded pairs are ignored.
+
+        Raises:
+            ValueError: If another option of `InfCLLoss` is given.
+        """
+        for name, value in {**options, "matryoshka": self.matryoshka}.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name}: expected none, because the loss clip does not have it")
         return gathered_clip_loss(query, passage, logit_scale=self.logit_scale, group=self.group)
 
 

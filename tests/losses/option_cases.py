@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from losses import Guide, NegativeLimit, Negatives, Positives, Statistics, inf_cl_loss
+from losses import Guide, NegativeLimit, Negatives, Positives, Ragged, Statistics, inf_cl_loss
 
 FEATURES: dict[str, dict[str, Any]] = {
     "none": {},
@@ -78,7 +78,7 @@ def moved(given: dict[str, Any], device: str) -> dict[str, Any]:
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device)
-        if isinstance(value, Positives | Negatives | Guide):
+        if isinstance(value, Positives | Negatives | Guide | Ragged):
             return replace(value, **{each.name: move(getattr(value, each.name)) for each in fields(value)})
         return value
 

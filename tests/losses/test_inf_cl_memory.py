@@ -12,9 +12,10 @@ import pytest
 MEASURED = """
 import json, re, sys
 import torch
-from losses import Guide, NegativeLimit, Negatives, Positives, inf_cl_loss
+from losses import Guide, Matryoshka, NegativeLimit, Negatives, Positives, Teacher, inf_cl_loss
 
-pairs, dims, workspace_mib, ids, options = (int(argument) for argument in sys.argv[1:])
+pairs, dims, workspace_mib, ids = (int(argument) for argument in sys.argv[1:5])
+option = sys.argv[5]
 torch.set_num_threads(1)
 
 def step(pairs, workspace_mib):
@@ -23,16 +24,22 @@ def step(pairs, workspace_mib):
     scale = torch.tensor(20.0, requires_grad=True)
     passage_ids = torch.arange(pairs) // 2 if ids else None
     given = {}
-    if options:
+    if option == "masked":
         guide = Guide(query.detach()[:, :8].clone(), passage.detach()[:, :8].clone())
         given["negatives"] = Negatives(limit=NegativeLimit(share=0.95), guide=guide, hardness=1.0)
         given["positives"] = Positives(torch.randint(pairs, (pairs, 2)))
+        given["statistics"] = True
+    if option == "matryoshka":
+        given["matryoshka"] = Matryoshka((dims // 4, dims // 2, dims))
+    if option == "teacher":
+        sides = (torch.nn.functional.normalize(torch.randn(pairs, dims), dim=1) for _ in range(2))
+        given["teacher"] = Teacher(*sides, scale=20.0)
     before = peak()
     loss = inf_cl_loss(
         query, passage, logit_scale=scale, symmetric=True, passage_ids=passage_ids, workspace_mib=workspace_mib,
-        implementation="chunked", statistics=bool(options), **given,
+        implementation="chunked", **given,
     )
-    loss = loss[0] if options else loss
+    loss = loss[0] if option == "masked" else loss
     loss.backward()
     assert loss.isfinite() and query.grad.isfinite().all() and passage.grad.isfinite().all()
     return peak() - before
@@ -47,8 +54,8 @@ print(json.dumps(step(pairs, workspace_mib)))
 """
 
 
-def peak_growth_mib(pairs: int, dims: int, workspace_mib: int, ids: bool, options: bool = False) -> float:
-    arguments = [str(int(value)) for value in (pairs, dims, workspace_mib, ids, options)]
+def peak_growth_mib(pairs: int, dims: int, workspace_mib: int, ids: bool, option: str = "none") -> float:
+    arguments = [*(str(int(value)) for value in (pairs, dims, workspace_mib, ids)), option]
     measured = subprocess.run(
         [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True, timeout=240
     )
@@ -71,11 +78,21 @@ def test_peak_memory_follows_the_workspace() -> None:
     assert peak_growth_mib(pairs, dims, 2, ids=True) <= gradients_mib + 20 * pairs * 8 / 2**20 + 2 + 6
 
 
-def test_peak_memory_with_options_is_linear() -> None:
+def test_peak_memory_with_masked_negatives_is_linear() -> None:
     pairs, dims, workspace_mib = 12_000, 32, 8
     # The sums of the query gradients are kept beside the gradients.
     gradients_mib = 3 * pairs * dims * 4 / 2**20
     lists_mib = 2 * 200 * pairs / 2**20
-    growth = peak_growth_mib(pairs, dims, workspace_mib, ids=True, options=True)
+    growth = peak_growth_mib(pairs, dims, workspace_mib, ids=True, option="masked")
     # The full matrix alone is 549 MiB.
     assert growth <= gradients_mib + 40 * pairs * 8 / 2**20 + lists_mib + workspace_mib + 16
+
+
+@pytest.mark.parametrize("option", ["matryoshka", "teacher"])
+def test_peak_memory_with_another_objective_is_linear(option: str) -> None:
+    pairs, dims = 6_000, 32
+    # Gradients and, for each side, their float32 sums.
+    gradients_mib = 4 * pairs * (dims + 4) * 4 / 2**20
+    growth = peak_growth_mib(pairs, dims, 4, ids=False, option=option)
+    # One matrix of scores is 137 MiB.
+    assert growth <= gradients_mib + 60 * pairs * 4 / 2**20 + 4 + 6

@@ -16,11 +16,10 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
 from losses import InfCLLoss, SigmoidLoss, inf_cl_loss
-from losses.checked_options import CheckedOptions
-from losses.inputs import ContrastiveBatch
-from losses.negatives.compiled import negatives_loss_op
+from losses.inputs import CheckedOptions, ContrastiveBatch
+from losses.masked.compiled import negatives_loss_op
 from losses.options import NegativeLimit
-from losses.torch_tiles.compiled import tiled_loss_op
+from losses.torch_tiles.compiled import compiled_tiled_loss, tiled_loss_op
 
 QUERY, PASSAGE = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
 LOSSES = (InfCLLoss, SigmoidLoss)
@@ -158,11 +157,15 @@ def test_the_operators_take_every_field_of_a_batch() -> None:
     of_batch, of_options, of_limit = (
         {field.name for field in dataclasses.fields(kind)} for kind in (ContrastiveBatch, CheckedOptions, NegativeLimit)
     )
+    outside = {"further", "single_partition"}
     for operator, wanted in (
-        (tiled_loss_op, of_batch - {"options"}),
-        (negatives_loss_op, of_batch - {"options"} | of_options - {"limit"} | of_limit),
+        (tiled_loss_op, of_batch - {"options"} - outside),
+        (negatives_loss_op, of_batch - {"options"} - outside | of_options - {"limit"} | of_limit),
     ):
         assert wanted <= {argument.name for argument in operator._opoverload._schema.arguments}
+    batch = ContrastiveBatch(QUERY, PASSAGE, torch.tensor(2.0), None, None, None, False, further=torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="negatives outside the pool"):
+        compiled_tiled_loss(batch, "fp32", 2**20)
 
 
 def test_with_towers_sharded_by_fsdp() -> None:

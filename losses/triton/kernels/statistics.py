@@ -139,15 +139,15 @@ def _store_tile_sums(
         if KEEP:
             kept.store([row, column], exponentials.to(kept.dtype))
     else:
-        shifted, exponentials = _store_sums_and_maxima(exponents, 1, row_sum_ptr, row_max_ptr, row_offset, row_valid)
+        shifted, exponentials = store_sums_and_maxima(exponents, 1, row_sum_ptr, row_max_ptr, row_offset, row_valid)
         if STATISTICS:
             store_weighted_exponents(shifted, exponentials, statistic_ptr, statistic_size, row_offset, row_valid)
         if SYMMETRIC:
-            _store_sums_and_maxima(exponents, 0, column_sum_ptr, column_max_ptr, column_offset, column_valid)
+            store_sums_and_maxima(exponents, 0, column_sum_ptr, column_max_ptr, column_offset, column_valid)
 
 
 @triton.jit
-def _store_sums_and_maxima(exponents, axis: tl.constexpr, sum_ptr, max_ptr, offset, valid):
+def store_sums_and_maxima(exponents, axis: tl.constexpr, sum_ptr, max_ptr, offset, valid):
     highest = tl.max(exponents, axis)
     finite = tl.where(highest == float("-inf"), 0.0, highest)
     shifted = exponents - tl.expand_dims(finite, axis)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from losses import InfCLLoss, SigmoidLoss
+from losses import InfCLLoss, Matryoshka, Negatives, SigmoidLoss, Teacher
 from retriever.config.run import LossConfig
 from retriever.distributed.ranks import Ranks
-from retriever.training.loss import build_loss
+from retriever.training.loss import DistributedClipLoss, build_loss
 
 SETTINGS: dict[str, Any] = {
     "implementation": "chunked",
@@ -28,3 +29,13 @@ def test_the_loss_has_the_configured_settings(name: Any, more: dict[str, Any], k
     assert isinstance(loss, kind)
     assert {setting: getattr(loss, setting) for setting in (*SETTINGS, *more)} == {**SETTINGS, **more}
     assert float(loss.logit_scale) == pytest.approx(12.0)
+
+
+def test_the_clip_loss_over_ranks_refuses_options_by_name() -> None:
+    sides = torch.eye(3), torch.eye(3)
+    options = {"negatives": Negatives(same_side=True), "statistics": True, "teacher": Teacher(*sides, 1.0)}
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected none"):
+            DistributedClipLoss()(*sides, **{name: value})
+    with pytest.raises(ValueError, match=r"^matryoshka: expected none"):
+        DistributedClipLoss(matryoshka=Matryoshka((2,)))(*sides)

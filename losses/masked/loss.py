@@ -1,7 +1,7 @@
 """InfoNCE with `positives`, `negatives` or `statistics`, in one process or over ranks: tiles sum over negatives alone.
 
 Forward first computes the products of the positive pairs, from which the thresholds of `limit` and `guide` follow. The
-tiles then mask the positives and give N_i and N'_j; losses/negatives/pairs.py turns these into the loss. Backward
+tiles then mask the positives and give N_i and N'_j; losses/masked/pairs.py turns these into the loss. Backward
 recomputes the tiles, and writes the derivatives at the pairs into them before they are multiplied. With `hardness`,
 the tiles use the exponents (logit_scale + β) · q_i · k_j, whose exponentials are the weighted terms.
 
@@ -23,15 +23,15 @@ from losses.distributed.api import DistributedBatch, gradients_over_ranks
 from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication
 from losses.distributed.gather import gather_forward, gathered_pool
+from losses.distributed.local import LocalCommunication
 from losses.distributed.ring import receive_buffer, ring_forward
 from losses.inputs import ContrastiveBatch
-from losses.negatives.local import LocalCommunication
-from losses.negatives.masks import NegativeMasks, PairGradients, RowStatistics
-from losses.negatives.pairs import PairLosses, PositivePairs, pair_losses
-from losses.negatives.statistics import finished_statistics
+from losses.masked.pairs import PairLosses, PositivePairs, pair_losses
+from losses.masked.statistics import finished_statistics
 from losses.options import Statistics
 from losses.precision import Precision, matmul_precision
 from losses.reference import limit_thresholds
+from losses.torch_tiles.masks import NegativeMasks, PairGradients, RowStatistics
 
 
 def negatives_loss(
@@ -51,14 +51,19 @@ def negatives_loss_over_ranks(sharded: DistributedBatch) -> tuple[Tensor, Statis
     sums of all query gradients in float32.
     """
     batch = sharded.batch
-    loss, *found = _NegativesLoss.apply(batch.query, batch.passage, batch.logit_scale, sharded)
+    loss, *found = _NegativesLoss.apply(batch.query, batch.passage, batch.logit_scale, batch.further, sharded)
     return loss, Statistics(*found) if found else None
 
 
 class _NegativesLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, sharded: DistributedBatch
+        ctx: Any,
+        query: Tensor,
+        passage: Tensor,
+        logit_scale: Tensor,
+        further: Tensor | None,
+        sharded: DistributedBatch,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         shards, communication = sharded.shards, sharded.communication
@@ -84,11 +89,21 @@ class _NegativesLoss(torch.autograd.Function):
 
             rows = _natural(backend, state.rows.shift, state.rows.total)
             columns = _pool_columns(backend, state.columns, sharded) if batch.symmetric else None
-            found = pair_losses(pairs, scores, rows, columns, options.reduction, shards.total_queries, communication)
+            negatives = rows
+            if further is not None:
+                # The negatives outside the pool are further terms of N_i.
+                negatives = rows[0], torch.cat([rows[1][None], further.double()]).logsumexp(0)
+            found = pair_losses(
+                pairs, scores, negatives, columns, options.reduction, shards.total_queries, communication
+            )
             shares = communication.gather_rows(found.loss_sum[None], [1] * communication.size)
             loss = (shares.sum() / shards.total_queries).to(logit_scale.dtype)
             loss = torch.where(bounds[3] > 0, torch.nan, loss)
             ctx.ds_scale = backend.choose_ds_scale(found.largest.float())
+            ctx.further_gradient = None
+            if further is not None:
+                share = torch.where(negatives[1] > -torch.inf, (further - negatives[1]).exp(), 0)
+                ctx.further_gradient = (found.row_share * share).to(further.dtype)
             ctx.weights = _weights(found, ctx.ds_scale, sharded, state.rows.table)
             values = (found.pair_gradient * ctx.ds_scale).to(state.rows.table.dtype)
             backend.pair_gradients = PairGradients(pairs.rows, pairs.columns, values)
@@ -98,7 +113,7 @@ class _NegativesLoss(torch.autograd.Function):
         ctx.save_for_backward(backend.query, own.passage, logit_scale)
         # The guide's embeddings, too, are held as operands only.
         options = replace(options, guide_query=None, guide_passage=None)
-        backend.batch = replace(backend.batch, options=options)
+        backend.batch = replace(backend.batch, options=options, further=None)
         ctx.backend, ctx.state, ctx.sharded = backend, state, replace(sharded, batch=backend.batch)
         ctx.dtypes = query.dtype, passage.dtype
         ctx.mark_non_differentiable(*statistics)
@@ -111,14 +126,18 @@ class _NegativesLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("this loss is differentiable once: implementation='full' has second derivatives")
         if upstream is None:
-            return None, None, None, None
+            return None, None, None, None, None
         # Reading saved_tensors makes autograd check that no input was modified in place.
         operand, *_ = ctx.saved_tensors
         with matmul_precision(ctx.sharded.precision, operand.device):
             gradients = gradients_over_ranks(
                 ctx.backend, ctx.state, ctx.sharded, ctx.weights, upstream, ctx.dtypes, ctx.needs_input_grad[:3]
             )
-        return *gradients, None
+        of_further = None
+        if ctx.further_gradient is not None:
+            sharded = ctx.sharded
+            of_further = ctx.further_gradient * (upstream * sharded.communication.size / sharded.shards.total_queries)
+        return *gradients, of_further, None
 
 
 def _with_pairs_excluded(sharded: DistributedBatch) -> tuple[DistributedBatch, PositivePairs]:

@@ -12,16 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from losses.checked_options import CheckedOptions, check_positive_pairs
-from losses.inputs import (
-    ContrastiveBatch,
-    accumulator_dtype,
-    can_check_values,
-    check_excluded,
-    checked_number,
-    checked_positive,
-)
-from losses.negatives.loss import negatives_loss
+from losses.checks import accumulator_dtype, can_check_values, checked_number
+from losses.inputs import CheckedOptions, ContrastiveBatch, check_excluded, checked_positive
+from losses.masked.loss import negatives_loss
+from losses.option_checks.masked import check_positive_pairs
 from losses.options import NegativeLimit, Statistics
 from losses.precision import Precision
 from losses.torch_tiles.sigmoid import saved_gradient_dtype, scale_by_upstream

@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from losses.inputs import (
-    FLOAT_DTYPES,
-    ContrastiveBatch,
-    can_check_values,
-    check_bool,
-    check_pairs_inside,
-    checked_pairs,
-)
-from losses.options import Guide, NegativeLimit, Negatives, Positives
-
-
-@dataclass(frozen=True)
-class CheckedOptions:
-    """Options that need sums over negatives alone, with the positives as a list of pairs.
-
-    Attributes:
-        pairs: [P, 2] int64 further positives (query row, passage row) with P ≥ 1, or None.
-        reduction: How the positives of a query are combined; "single" if `positives` is not given. Then queries that
-            share a passage are negatives of each other in its column.
-        limit: Removes negatives by their score, or None.
-        guide_query: [M, G] in the query's dtype, or None.
-        guide_passage: [N, G] in the query's dtype, or None.
-        guide_margin: In units of the guide's products.
-        hardness: β of the weights of negatives.
-        statistics: Whether statistics are wanted.
-    """
-
-    pairs: Tensor | None = None
-    reduction: Literal["single", "mean", "sum"] = "single"
-    limit: NegativeLimit | None = None
-    guide_query: Tensor | None = None
-    guide_passage: Tensor | None = None
-    guide_margin: float = 0.0
-    hardness: float = 0.0
-    statistics: bool = False
+from losses.checks import FLOAT_DTYPES, can_check_values, check_bool
+from losses.inputs import CheckedOptions, ContrastiveBatch, check_pairs_inside, checked_pairs
+from losses.option_checks.combinations import MASKED, given_options
+from losses.options import Guide, Negatives, Positives
 
 
 def with_options(
@@ -64,6 +33,7 @@ def with_options(
     """
     check_bool("statistics", statistics)
     options = CheckedOptions(statistics=statistics)
+    wanted = given_options(positives, negatives, statistics) & set(MASKED)
     if positives is not None:
         if not isinstance(positives, Positives):
             raise ValueError(f"positives must be a Positives, found {type(positives).__name__}")
@@ -72,13 +42,12 @@ def with_options(
     if negatives is not None:
         if not isinstance(negatives, Negatives):
             raise ValueError(f"negatives must be a Negatives, found {type(negatives).__name__}")
-        _refuse_missing(negatives)
         options = replace(options, limit=negatives.limit, hardness=float(negatives.hardness))
         if negatives.guide is not None:
             query, passage = checked_guide(negatives.guide, batch)
             margin = float(negatives.guide.margin)
             options = replace(options, guide_query=query, guide_passage=passage, guide_margin=margin)
-    if positives is None and not statistics and (negatives is None or negatives == Negatives()):
+    if not wanted:
         return batch
     batch = replace(batch, options=options)
     if not shard:
@@ -90,14 +59,6 @@ def needs_negatives(options: CheckedOptions) -> bool:
     """Whether the options change the loss, and not only ask for statistics."""
     given = (options.limit, options.guide_query)
     return options.reduction != "single" or options.hardness != 0 or any(each is not None for each in given)
-
-
-def _refuse_missing(negatives: Negatives) -> None:
-    for name in ("own", "frozen", "frozen_excluded"):
-        if getattr(negatives, name) is not None:
-            raise ValueError(f"negatives.{name} is not supported by this loss")
-    if negatives.same_side:
-        raise ValueError("negatives.same_side is not supported by this loss")
 
 
 def checked_guide(guide: Guide, batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:

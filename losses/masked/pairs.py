@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from losses.checked_options import pair_keys
 from losses.distributed.communication import Communication
 from losses.inputs import ContrastiveBatch
+from losses.option_checks.masked import pair_keys
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class PairLosses:
     Attributes:
         loss_sum: 0-dim, this rank's part of M times the loss.
         row_weight: [M], the factor of exp(x − shift) in row i.
+        row_share: [M], M times the derivative of the loss by log N_i.
         column_weight: [N] for the pool, or None if the loss is not symmetric.
         pair_gradient: [P].
         largest: 0-dim, bound of the magnitude of M · dS.
@@ -77,6 +78,7 @@ class PairLosses:
 
     loss_sum: Tensor
     row_weight: Tensor
+    row_share: Tensor
     column_weight: Tensor | None
     pair_gradient: Tensor
     largest: Tensor
@@ -101,7 +103,7 @@ def pair_losses(
     row = _of_side(pairs.rows, pairs.counted, scores, *rows, "mean" if reduction == "single" else reduction)
     row_weight, row_sum = row.weight, row.loss_sum
     if columns is None:
-        return PairLosses(row_sum, row_weight, None, row.gradient, row_sum.new_ones(()))
+        return PairLosses(row_sum, row_weight, row.share, None, row.gradient, row_sum.new_ones(()))
     column = _of_side(pairs.columns, pairs.counted, scores, *columns, reduction, communication)
     factor = torch.ones_like(row_sum)
     if reduction != "single":
@@ -109,6 +111,7 @@ def pair_losses(
     return PairLosses(
         loss_sum=(row_sum + factor * column.loss_sum) / 2,
         row_weight=row_weight / 2,
+        row_share=row.share / 2,
         column_weight=factor * column.weight / 2,
         pair_gradient=(row.gradient + factor * column.gradient) / 2,
         largest=torch.maximum(factor, column.count.max()) if reduction == "single" else factor.clamp(min=1),
@@ -121,6 +124,7 @@ class _Side:
 
     loss_sum: Tensor
     weight: Tensor
+    share: Tensor
     gradient: Tensor
     count: Tensor
 
@@ -152,8 +156,9 @@ def _of_side(
     if reduction == "mean":
         margin = scores - of_pair
         weight = total((shift[index] - torch.logaddexp(scores, of_pair)).exp() / each)
+        share = total(torch.sigmoid(-margin) / each)
         losses, gradient = -logsigmoid(margin) / each, -torch.sigmoid(-margin) / each
-        return _Side((losses * counted).sum(), weight, gradient, count)
+        return _Side((losses * counted).sum(), weight, share, gradient, count)
     positives = segment_logsumexp(scores, counted, index, size, communication)
     every = torch.logaddexp(positives, negatives)
     if reduction == "sum":
@@ -166,7 +171,8 @@ def _of_side(
         gradient = count[index] * (scores - every[index]).exp() - 1
         multiplicity = count
     weight = torch.where(count > 0, multiplicity * (shift - every).exp(), 0)
-    return _Side((losses * counted).sum(), weight, gradient, count)
+    share = torch.where(count > 0, multiplicity * torch.sigmoid(negatives - positives), 0)
+    return _Side((losses * counted).sum(), weight, share, gradient, count)
 
 
 def segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:

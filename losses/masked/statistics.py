@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from losses.distributed.communication import Communication
-from losses.negatives.masks import RowStatistics
-from losses.negatives.pairs import PositivePairs, segment_logsumexp, segment_sum
+from losses.masked.pairs import PositivePairs, segment_logsumexp, segment_sum
+from losses.torch_tiles.masks import RowStatistics
 
 
 def finished_statistics(

@@ -1,0 +1,1 @@
+"""Backends of the options `matryoshka` and `teacher`, and the choice among all backends."""

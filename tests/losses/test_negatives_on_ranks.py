@@ -1,0 +1,23 @@
+"""The loss with negatives outside the pool over the processes of a gloo group equals that of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forks import LoadedPython, torchrun
+
+SCRIPT = Path(__file__).with_name("negatives_on_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def python() -> Iterator[LoadedPython]:
+    with LoadedPython("losses", "torch.distributed.run") as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_ranks_give_the_loss_and_gradients_of_one_process(python: LoadedPython, size: int) -> None:
+    done = python.run(*torchrun(size, SCRIPT, size))
+    assert done.returncode == 0, done.stderr[-4000:]
