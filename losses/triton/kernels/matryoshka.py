@@ -1,6 +1,6 @@
 """Matryoshka in Triton: scores of all prefixes of the embeddings from one product.
 
-The equations are in distributed/options/torch_matryoshka.py.
+The equations are in distributed/objectives/torch_matryoshka.py.
 The columns of the operands are packed: each slice, the columns that a prefix adds to the previous one, begins at a
 multiple of the step of the product and is padded with zeros. STARTS and ENDS are the slices in the packed operands. The
 accumulator of a tile is scaled by the inverse lengths of the prefix each time that it reaches the end of a slice:
