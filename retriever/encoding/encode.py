@@ -16,7 +16,7 @@ from retriever.encoding.files import embed_corpus
 from retriever.encoding.image_folder import encode_image_folder, list_images
 from retriever.encoding.model import Model, ModelInput, Precision, load
 from retriever.encoding.window_workers import workers_for
-from retriever.errors import ArgumentError, check_at_least, check_choice
+from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths
 from retriever.models.images.folder import is_image_text_model
 
 StoreDtype = Literal["float32", "float16"]
@@ -63,8 +63,14 @@ def encode(
     """
     check_choice(get_args(StoreDtype), dtype=dtype)
     check_at_least(1, shard_rows=shard_rows)
-    check_at_least(0, workers=workers)
+    if workers is not None:
+        check_at_least(0, workers=workers)
+    check_paths(data=data, out=out)
+    if not isinstance(model, Model):
+        check_paths(model=model)
     data, out, reporter = Path(data), Path(out), as_reporter(progress)
+    if not data.exists():
+        raise InputError(f"{data}: no such file or folder")
     if isinstance(model, Model):
         device, precision = str(model.device), model.options.precision
         micro_batch_tokens = model.options.micro_batch_tokens
