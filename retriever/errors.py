@@ -29,11 +29,17 @@ class ArgumentError(ConfigError):
         self.problem = problem
 
 
-def check_at_least(minimum: int, **arguments: int) -> None:
-    """Raise an ArgumentError for the first argument that is not a whole number, or below `minimum`."""
+def check_whole(**arguments: int) -> None:
+    """Raise an ArgumentError for the first argument that is not a whole number."""
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise ArgumentError(name, f"expected a whole number, found {_shown(value)}")
+
+
+def check_at_least(minimum: int, **arguments: int) -> None:
+    """Raise an ArgumentError for the first argument that is not a whole number, or below `minimum`."""
+    check_whole(**arguments)
+    for name, value in arguments.items():
         if value < minimum:
             raise ArgumentError(name, f"expected at least {minimum}, found {value}")
 

@@ -69,8 +69,6 @@ def encode(
     if not isinstance(model, Model):
         check_paths(model=model)
     data, out, reporter = Path(data), Path(out), as_reporter(progress)
-    if not data.exists():
-        raise InputError(f"{data}: no such file or folder")
     if isinstance(model, Model):
         device, precision = str(model.device), model.options.precision
         micro_batch_tokens = model.options.micro_batch_tokens
@@ -87,6 +85,8 @@ def encode(
             model = load(
                 model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
             )
+        if not data.exists():
+            raise InputError(f"{data}: no such file or folder")
         if folder_of_images and model.embeds_images:
             return encode_image_folder(
                 model.image_towers(), data, out, model.options, reporter, dtype=dtype, shard_rows=shard_rows

@@ -20,7 +20,7 @@ from index.manifest import INDEX, read_manifest
 from index.progress import Progress, Reporter, SilentReporter, as_reporter
 from index.store.parts import Part
 from index.store.reader import EmbeddingStore
-from retriever.errors import ArgumentError, check_at_least, check_numbers, check_paths
+from retriever.errors import ArgumentError, check_at_least, check_numbers, check_paths, check_whole
 from retriever.utils.check_progress import checksum_progress
 from retriever.utils.torchrun import check_environment, world_size
 
@@ -124,11 +124,10 @@ def build_tuned_index(
         check_paths(store=store)
     if train_from is not None:
         check_paths(train_from=train_from)
-    if not isinstance(factory, str) or not factory:
+    if not isinstance(factory, str):
         raise ArgumentError("factory", f"expected a FAISS factory string, found {factory!r:.60}")
     if not isinstance(part, tuple) or len(part) != 2:
         raise ArgumentError("part", f"expected two numbers, as in (2, 8), found {part!r:.60}")
-    check_at_least(0, seed=seed)
     if memory_budget_mib is not None:
         check_numbers(memory_budget_mib=memory_budget_mib)
     if target_recall is not None:
@@ -141,6 +140,7 @@ def build_tuned_index(
         raise ArgumentError("part", f"expected a part and their number, as in 2/8, found '{part[0]}/{part[1]}'")
     if memory_budget_mib is not None and not memory_budget_mib > 0:
         raise ArgumentError("memory_budget_mib", f"expected more than 0, found {memory_budget_mib}")
+    check_whole(seed=seed)
     if not 0 <= seed < 2**31:
         raise ArgumentError("seed", f"expected a number from 0 to {2**31 - 1}, found {seed}")
     check_target(target_recall, k, queries, model, held_out)

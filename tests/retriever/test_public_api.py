@@ -168,5 +168,7 @@ def test_a_report_is_not_saved_within_itself_or_over_a_file(world: World, tmp_pa
 
 def test_a_run_without_a_dev_set_has_no_best_step(tiny: ModelConfig, tmp_path: Path) -> None:
     source = SourceConfig(str(write_pairs(tmp_path / "pairs.jsonl")), query="question", positive="answer")
-    run = retriever.train({"model": tiny, "data": {"sources": [source]}}, out=str(tmp_path / "run"), steps=1)
+    run = retriever.train(
+        {"model": tiny, "data": {"sources": [source]}}, out=str(tmp_path / "run"), steps=1, batch_size=8
+    )
     assert run.best_score is None and run.best_step is None
