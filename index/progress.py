@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from index.files import InputError
+
 logger = logging.getLogger("retriever")
 
 
@@ -87,5 +89,11 @@ Progress = ProgressCallback | Reporter | None
 
 
 def as_reporter(progress: Progress) -> Reporter:
-    """The reporter for what a caller passed as `progress`."""
+    """The reporter for what a caller passed as `progress`.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if progress is not None and not isinstance(progress, Reporter) and not callable(progress):
+        raise InputError(f"progress: expected a function of one ProgressEvent, found {type(progress).__name__}")
     return progress if isinstance(progress, Reporter) else Reporter(progress)

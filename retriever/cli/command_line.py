@@ -97,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ArgumentError as error:
-        # Other arguments that the problem mentions become flags, too.
-        problem = re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda name: _flag(name[0]), error.problem)
+        # Other arguments that the problem mentions become flags, too; what was found is quoted as it is.
+        expected, found, value = error.problem.partition(", found ")
+        problem = re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda name: _flag(name[0]), expected) + found + value
         return _fail(f"{_flag(error.argument)}: {problem}", 2)
     except ConfigError as error:
         return _fail(error, 2)

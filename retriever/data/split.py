@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from retriever.data.query_groups import (
 )
 from retriever.data.sources import Notices, resolve_format
 from retriever.data.split_rows import SplitRows
-from retriever.errors import ConfigError
+from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths
 
 By = Literal["component", "query"]
 Format = Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"]
@@ -130,10 +130,13 @@ def split(
     """
     check_size("dev", dev)
     check_size("test", test)
-    if by not in (None, "component", "query"):
-        raise ConfigError(f"by: expected component or query, found {by!r}")
-    if not str(source):
-        raise ConfigError("source: expected a file or a folder, found nothing")
+    if by is not None:
+        check_choice(get_args(By), by=by)
+    check_choice(get_args(Format), format=format)
+    check_at_least(0, seed=seed)
+    check_paths(source=source, out=out)
+    if passages is not None:
+        check_paths(passages=passages)
     config = SourceConfig(str(source), format=format, split=split, query=query, positive=positive, negatives=negatives)
     reporter = as_reporter(progress)
     out = Path(out)
@@ -306,4 +309,4 @@ def _refuse_inside(out: Path, config: SourceConfig) -> None:
     """Refuse to write into a Hugging Face folder, because every file in it may be read as data."""
     source = Path(config.path)
     if source.resolve() in out.resolve().parents and resolve_format(config) == "huggingface":
-        raise ConfigError(f"{out}: expected a folder outside of the source {source}")
+        raise ArgumentError("out", f"expected a folder outside of the source {source}, found {out}")

@@ -16,7 +16,7 @@ from retriever.encoding.files import embed_corpus
 from retriever.encoding.image_folder import encode_image_folder, list_images
 from retriever.encoding.model import Model, ModelInput, Precision, load
 from retriever.encoding.window_workers import workers_for
-from retriever.errors import ArgumentError, check_at_least, check_choice
+from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths
 from retriever.models.images.folder import is_image_text_model
 
 StoreDtype = Literal["float32", "float16"]
@@ -63,7 +63,11 @@ def encode(
     """
     check_choice(get_args(StoreDtype), dtype=dtype)
     check_at_least(1, shard_rows=shard_rows)
-    check_at_least(0, workers=workers)
+    if workers is not None:
+        check_at_least(0, workers=workers)
+    check_paths(data=data, out=out)
+    if not isinstance(model, Model):
+        check_paths(model=model)
     data, out, reporter = Path(data), Path(out), as_reporter(progress)
     if isinstance(model, Model):
         device, precision = str(model.device), model.options.precision
@@ -81,6 +85,8 @@ def encode(
             model = load(
                 model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
             )
+        if not data.exists():
+            raise InputError(f"{data}: no such file or folder")
         if folder_of_images and model.embeds_images:
             return encode_image_folder(
                 model.image_towers(), data, out, model.options, reporter, dtype=dtype, shard_rows=shard_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -13,7 +13,7 @@ from index.passages import Passage
 from index.progress import Progress, as_reporter
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import ImageInput, embed_images
-from retriever.errors import check_at_least, check_choice
+from retriever.errors import check_at_least, check_choice, check_paths, check_unicode
 from retriever.models.images.folder import is_image_text_model
 from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
 from retriever.models.loading.checksums import known_checksums
@@ -111,7 +111,9 @@ class Model:
 
         Raises:
             InputError: The model has no image tower, or a file is missing, broken or too large.
+            TypeError: `images` is one image, or contains something other than files and images.
         """
+        images = _checked_images(images)
         with as_reporter(progress).bar("encode images", len(images), "images") as advance:
             return embed_images(self.image_towers(), images, self.options, advance)
 
@@ -155,7 +157,9 @@ def load(
         ConfigError: The device is not available, or an argument is invalid.
     """
     check_choice(get_args(Precision), precision=precision)
-    check_at_least(1, micro_batch_tokens=micro_batch_tokens)
+    if micro_batch_tokens is not None:
+        check_at_least(1, micro_batch_tokens=micro_batch_tokens)
+    check_paths(model=model)
     name, reporter = str(model), as_reporter(progress)
     loader = load_image_text_towers if is_image_text_model(name) else load_towers
     size = sum(path.stat().st_size for path in known_checksums(name))
@@ -171,8 +175,20 @@ def as_model(model: ModelInput, progress: Progress = None) -> Model:
     return model if isinstance(model, Model) else load(model, progress=progress)
 
 
+def _checked_images(images: Sequence[ImageInput]) -> list[ImageInput]:
+    from PIL.Image import Image
+
+    if isinstance(images, str | bytes | Path | Image) or not isinstance(images, Iterable):
+        raise TypeError(f"images: expected a list of files or images, found one {type(images).__name__}")
+    images = list(images)
+    for number, image in enumerate(images):
+        if not isinstance(image, str | Path | Image):
+            raise TypeError(f"images[{number}]: expected a file or an image, found {type(image).__name__}")
+    return images
+
+
 def _checked_texts(name: str, items: Sequence[PassageInput]) -> list[str]:
-    if isinstance(items, str | bytes | Mapping):
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         raise TypeError(f"{name}: expected a list of texts, found one {type(items).__name__}")
     texts = []
     for number, item in enumerate(items):
@@ -184,4 +200,5 @@ def _checked_texts(name: str, items: Sequence[PassageInput]) -> list[str]:
             texts.append(item)
         else:
             raise TypeError(f"{name}[{number}]: expected text, found {type(item).__name__}")
+        check_unicode(f"{name}[{number}]", texts[-1])
     return texts

@@ -13,7 +13,7 @@ from eval.reports.report import Report
 from eval.significance import PERMUTATIONS
 from index.files import InputError
 from index.progress import Progress, as_reporter
-from retriever.errors import ArgumentError, ConfigError, check_at_least, check_choice
+from retriever.errors import ArgumentError, ConfigError, check_at_least, check_choice, check_paths, path_list
 from retriever.evaluation.report_folder import ReportFolder
 from retriever.utils.versions import versions
 
@@ -53,7 +53,7 @@ class Comparison:
 
 
 def compare(
-    systems: Mapping[str, str | Path] | Sequence[str | Path],
+    systems: Mapping[str, str | Path] | str | Path | Sequence[str | Path],
     data: str | Path | Sequence[str | Path],
     *,
     out: str | Path | None = None,
@@ -64,7 +64,7 @@ def compare(
     keep_identical_ids: bool = False,
     bm25: bool = False,
     bm25_stopwords: str | None = "en",
-    fuse: Sequence[str] = (),
+    fuse: str | Sequence[str] = (),
     method: Method = "rrf",
     weights: Sequence[float] = (),
     measure: str | None = None,
@@ -110,14 +110,21 @@ def compare(
         InputError: A file cannot be read, or a run is of other queries.
         ConfigError: An argument is invalid.
     """
-    sets = [data] if isinstance(data, str | Path) else list(data)
+    sets = path_list("data", data)
+    if not isinstance(systems, Mapping):
+        systems = [] if systems is None else path_list("systems", systems)
+    fuse = [fuse] if isinstance(fuse, str) else list(fuse)
+    if not fuse and (weights or method != "rrf"):
+        raise ArgumentError("weights" if weights else "method", "expected together with fuse")
+    if not bm25 and bm25_stopwords != "en":
+        raise ArgumentError("bm25_stopwords", "expected together with bm25")
     check_at_least(1, k=k, permutations=permutations)
     check_at_least(0, seed=seed, changed=changed)
     check_choice(get_args(Method), method=method)
     if not sets:
         raise ArgumentError("data", "expected at least one BEIR folder, found none")
     if not systems and not bm25:
-        raise ConfigError("systems: expected at least one report or run file, or --bm25, found none")
+        raise ConfigError("systems: expected at least one report or run file, or BM25, found none")
     request = Request(
         systems=_named(systems),
         data=sets,
@@ -142,9 +149,13 @@ def compare(
     )
 
 
-def _named(systems: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, Path]:
+def _named(systems: Mapping[str, str | Path] | list[str | Path]) -> dict[str, Path]:
     if not isinstance(systems, Mapping):
         return named_systems([str(system) for system in systems])
+    for name, path in systems.items():
+        if not isinstance(name, str) or not name:
+            raise ArgumentError("systems", f"expected names that are text, found {name!r:.60}")
+        check_paths(systems=path)
     named = {name: Path(path) for name, path in systems.items()}
     for path in named.values():
         if not path.exists():

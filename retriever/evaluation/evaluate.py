@@ -19,7 +19,7 @@ from retriever.distributed.agreement import flat_settings
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.model import Model, ModelInput, Precision, load
-from retriever.errors import ArgumentError, check_at_least, check_choice
+from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths, path_list
 from retriever.evaluation.preflight import check_sets
 from retriever.evaluation.report_folder import ReportFolder
 from retriever.evaluation.set_settings import read_settings, unused
@@ -82,6 +82,8 @@ class Evaluation:
         Raises:
             ValueError: There are several sets; use `sets[name].per_query`.
         """
+        if not self.sets:
+            raise ValueError("expected one set, found none: a preflight gives no metrics")
         if len(self.sets) != 1:
             raise ValueError(f"expected one set, found {', '.join(self.sets)}: use sets[name].per_query")
         return next(iter(self.sets.values())).per_query
@@ -158,14 +160,22 @@ def evaluate(
         InputError: A set has errors, or the model or a file cannot be read.
         ConfigError: An argument is invalid.
     """
-    data = [data] if isinstance(data, str | Path) else data
+    data = path_list("data", data)
     if not data:
         raise ArgumentError("data", "expected at least one BEIR folder, found none")
     check_at_least(1, k=k, shard_rows=shard_rows)
     check_at_least(0, overlap=overlap)
     check_choice(("float32", "float16"), dtype=dtype)
     if download and home is None:
-        raise ArgumentError("download", "expected --home, the folder to download sets to")
+        raise ArgumentError("download", "expected home, the folder to download sets to, found none")
+    if mirror is not None and not download:
+        raise ArgumentError("mirror", "expected together with download")
+    if not isinstance(model, Model):
+        check_paths(model=model)
+    if index is not None:
+        check_paths(index=index)
+    if settings is not None:
+        check_paths(settings=settings)
     if factory is not None and index is not None:
         raise ArgumentError("factory", "give a factory string or an index, not both")
     options = SuiteOptions(

@@ -22,7 +22,7 @@ from index.progress import Reporter
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import ImageDecoder, embed_readable
 from retriever.encoding.image_folder import SHOWN_BROKEN
-from retriever.errors import ConfigError
+from retriever.errors import ArgumentError
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.images.transforms import open_image
 
@@ -55,13 +55,13 @@ def check_out(out: Path, sets: Iterable[ZeroShotSet]) -> None:
     """Check that the report would not be written into a set, which would change the set.
 
     Raises:
-        ConfigError: it would; the message names the set.
+        ArgumentError: it would; the message names the set.
     """
     sets = list(sets)
     for dataset in sets:
         for other in sets:
             if (out / other.name).resolve().is_relative_to(dataset.path.resolve()):
-                raise ConfigError(f"--out: expected a folder that is not within the set {dataset.path}, found {out}")
+                raise ArgumentError("out", f"expected a folder that is not within the set {dataset.path}, found {out}")
 
 
 def evaluate_zero_shot(

@@ -9,7 +9,7 @@ from pathlib import Path
 from eval.zero_shot.report import ZeroShotReport
 from index.progress import Progress, as_reporter
 from retriever.encoding.model import Model, ModelInput, Precision, load
-from retriever.errors import ArgumentError
+from retriever.errors import ArgumentError, check_paths, path_list
 from retriever.evaluation.report_folder import ReportFolder
 from retriever.evaluation.zero_shot import check_out, evaluate_zero_shot, open_sets
 
@@ -73,9 +73,13 @@ def zero_shot(
         InputError: A set cannot be read, or the model has no image tower.
         ConfigError: An argument is invalid.
     """
-    paths = [Path(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    paths = [Path(path) for path in path_list("data", data)]
     if not paths:
         raise ArgumentError("data", "expected at least one set of images, found none")
+    if not isinstance(model, Model):
+        check_paths(model=model)
+    if templates is not None:
+        check_paths(templates=templates)
     folder, reporter = ReportFolder(out), as_reporter(progress)
     # Before the model, which takes longer to load than a wrong folder takes to notice.
     sets = open_sets(paths, split, None if templates is None else Path(templates))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from index.manifest import INDEX, read_manifest
 from index.progress import Progress, Reporter, SilentReporter, as_reporter
 from index.store.parts import Part
 from index.store.reader import EmbeddingStore
-from retriever.errors import ArgumentError, check_at_least
+from retriever.errors import ArgumentError, check_at_least, check_numbers, check_paths, check_whole
 from retriever.utils.check_progress import checksum_progress
 from retriever.utils.torchrun import check_environment, world_size
 
@@ -119,10 +119,28 @@ def build_tuned_index(
     progress: Progress,
 ) -> tuple[EmbeddingStore, str, int, Tuning | None]:
     """`build_index`, but return the store, the factory string, the number of rows, and what tuning found (if asked)."""
+    check_paths(out=out)
+    if not isinstance(store, EmbeddingStore):
+        check_paths(store=store)
+    if train_from is not None:
+        check_paths(train_from=train_from)
+    if not isinstance(factory, str):
+        raise ArgumentError("factory", f"expected a FAISS factory string, found {factory!r:.60}")
+    if not isinstance(part, tuple) or len(part) != 2:
+        raise ArgumentError("part", f"expected two numbers, as in (2, 8), found {part!r:.60}")
+    if memory_budget_mib is not None:
+        check_numbers(memory_budget_mib=memory_budget_mib)
+    if target_recall is not None:
+        check_numbers(target_recall=target_recall)
+    if queries is not None and not isinstance(queries, np.ndarray):
+        if isinstance(queries, str | bytes) or not isinstance(queries, Iterable):
+            raise ArgumentError("queries", f"expected vectors or texts, found {type(queries).__name__}")
+        queries = list(queries)
     if not 1 <= part[0] <= part[1]:
         raise ArgumentError("part", f"expected a part and their number, as in 2/8, found '{part[0]}/{part[1]}'")
     if memory_budget_mib is not None and not memory_budget_mib > 0:
         raise ArgumentError("memory_budget_mib", f"expected more than 0, found {memory_budget_mib}")
+    check_whole(seed=seed)
     if not 0 <= seed < 2**31:
         raise ArgumentError("seed", f"expected a number from 0 to {2**31 - 1}, found {seed}")
     check_target(target_recall, k, queries, model, held_out)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from index.beir import BeirDataset
-from index.files import InputError
 from index.progress import Progress, as_reporter
 from retriever.encoding.model import Model, ModelInput, Precision, load
-from retriever.errors import ArgumentError, check_at_least
+from retriever.errors import ArgumentError, check_at_least, check_numbers, check_paths
 from retriever.searching.mining import MiningOptions, mine_with_towers
 
 
@@ -72,12 +71,18 @@ def mine(
         InputError: The data or the model cannot be read.
         ConfigError: An argument is invalid.
     """
+    check_paths(data=data, out=out)
+    if embeddings is not None:
+        check_paths(embeddings=embeddings)
+    if not isinstance(model, Model):
+        check_paths(model=model)
+    check_numbers(max_share=max_share)
     out = Path(out)
     check_at_least(1, negatives=negatives, depth=depth)
     if out.suffix != ".jsonl":
         raise ArgumentError("out", f"expected a .jsonl file, found {out}")
     if out.is_dir():
-        raise InputError(f"--out: expected a file, found the folder {out}")
+        raise ArgumentError("out", f"expected a file, found the folder {out}")
     if not 0 < max_share <= 1:
         raise ArgumentError("max_share", f"expected more than 0 and at most 1, found {max_share}")
     reporter = as_reporter(progress)

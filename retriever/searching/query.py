@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from index.ann.index import Index
 from index.ann.multi_index import MultiIndex
 from index.progress import Progress, as_reporter
 from retriever.encoding.model import ModelInput, as_model
-from retriever.errors import ArgumentError, check_at_least
+from retriever.errors import ArgumentError, check_at_least, check_unicode, path_list
 from retriever.searching.search import Answer, open_indexes
 from retriever.searching.search import search as search_each
 
@@ -46,18 +46,26 @@ def search(
     check_at_least(1, k=k)
     if isinstance(queries, str | Path):
         queries = [queries]
+    if isinstance(queries, bytes) or not isinstance(queries, Iterable):
+        raise ArgumentError("queries", f"expected a text or texts, found {type(queries).__name__}")
     if isinstance(queries, Mapping):
         named: list[tuple[str, str | Path]] = list(queries.items())
     else:
         named = [(str(number), query) for number, query in enumerate(queries, start=1)]
     for name, query in named:
+        if not isinstance(name, str):
+            raise ArgumentError("queries", f"expected ids that are text, found {name!r:.60}")
         if not isinstance(query, str | Path):
             raise ArgumentError("queries", f"query {name}: expected text, found {type(query).__name__}")
         if isinstance(query, str) and not query.strip():
             raise ArgumentError("queries", f"query {name}: expected text, found none")
+        if isinstance(query, str):
+            check_unicode(f"queries: query {name}", query)
     reporter = as_reporter(progress)
     if not isinstance(index, Index | MultiIndex):
-        folders = [index] if isinstance(index, str | Path) else list(index)
+        folders = path_list("index", index)
+        if not folders:
+            raise ArgumentError("index", "expected at least one index, found none")
         index = open_indexes([Path(folder) for folder in folders], reporter)
     loaded = as_model(model, progress)
     answers = []

@@ -22,7 +22,7 @@ from retriever.distributed.agreement import compared_settings
 from retriever.distributed.context import joined_ranks, uses_gpus
 from retriever.distributed.ranks import DryRunRanks, Ranks
 from retriever.encoding.model import Model, load
-from retriever.errors import ConfigError
+from retriever.errors import ArgumentError, ConfigError, check_paths
 from retriever.training.memory_plan import MemoryPlan
 from retriever.training.run_dir import NewRun, cache_folder, load_run_config
 from retriever.training.trainer import Trainer
@@ -100,6 +100,7 @@ def train(
     if resume is not None:
         if config is not None or overrides:
             raise ConfigError("resume: a run continues with its own configuration; give no config and no other field")
+        check_paths(resume=resume)
         resolved = TrainConfig()
     else:
         resolved = with_overrides(_as_config(config), overrides)
@@ -116,7 +117,8 @@ def train(
             interrupted.run, interrupted.step = trainer.run, trainer.state.step
             raise
         state = trainer.state
-        return TrainingRun(trainer.run, state.step, trainer.dev_metric, state.best_score, state.best_step)
+        best_step = None if state.best_score is None else state.best_step
+        return TrainingRun(trainer.run, state.step, trainer.dev_metric, state.best_score, best_step)
 
 
 def plan_run(
@@ -142,7 +144,12 @@ def _as_config(config: str | Path | TrainConfig | Mapping[str, Any] | None) -> T
         return TrainConfig()
     if isinstance(config, TrainConfig):
         return config
-    return load_config(Path(config)) if isinstance(config, str | Path) else config_from_mapping(config)
+    if isinstance(config, str | Path):
+        check_paths(config=config)
+        return load_config(Path(config))
+    if not isinstance(config, Mapping):
+        raise ArgumentError("config", f"expected a file, a TrainConfig or a mapping, found {type(config).__name__}")
+    return config_from_mapping(config)
 
 
 def _trainer(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from index.files import InputError
-from retriever.errors import ConfigError
+from retriever.errors import ArgumentError
 from retriever.utils.staging import Staging
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -32,13 +32,13 @@ def choose_device(name: str) -> torch.device:
         ConfigError: the name is not auto, cpu or cuda[:index].
         InputError: this machine does not have the device.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:(\d|[1-9]\d))?", name):
-        raise ConfigError(f"--device: expected auto, cpu or cuda[:number], found {name!r}")
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:(\d|[1-9]\d))?", name):
+        raise ArgumentError("device", f"expected auto, cpu or cuda[:number], found {name!r}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device: {name!r} is not on this machine ({torch.cuda.device_count()} CUDA devices)")
+        raise InputError(f"device: {name!r} is not on this machine ({torch.cuda.device_count()} CUDA devices)")
     return device
 
 

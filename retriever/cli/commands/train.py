@@ -38,7 +38,8 @@ class Train:
             raise ValueError("--profile: expected without --dry-run, which trains no steps")
 
     def run(self, reporter: Reporter) -> int:
-        check_at_least(1, processes=self.processes)
+        if self.processes is not None:
+            check_at_least(1, processes=self.processes)
         if self.dry_run:
             return self._plan(reporter)
         from retriever.training.train import train

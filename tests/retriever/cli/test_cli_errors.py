@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_helpers import Outcome, assert_refused, command, write_beir, write_config, write_lines
+from cli_helpers import Outcome, World, assert_refused, command, write_beir, write_config, write_lines
 
 from retriever.config.run import ModelConfig
 
@@ -486,3 +486,8 @@ def test_reader_that_leaves_early_is_no_error(world: Any) -> None:
     done = subprocess.run([*arguments, "a", "b"], env=env, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(write)
     assert done.stderr == ""
+
+
+def test_a_file_in_a_message_keeps_its_name(world: World) -> None:
+    done = command("mine", "--model", world.model, "--data", world.beir, "--out", "my_hard_ones.json")
+    assert_refused(done, 2, "--out: expected a .jsonl file, found my_hard_ones.json")

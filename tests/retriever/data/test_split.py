@@ -268,7 +268,7 @@ def test_skipped_rows_are_counted(tmp_path: Path) -> None:
         (["--data", "empty.jsonl"], 1, "empty.jsonl: expected at least one example, found none"),
         (["--data", ""], 2, "--data: expected a file or a folder, found nothing"),
         (["--out", "there"], 1, "there: expected a folder that does not exist yet, found one"),
-        (["--out", "hub/out", "--data", "hub"], 2, "hub/out: expected a folder outside of the source hub"),
+        (["--out", "hub/out", "--data", "hub"], 2, "--out: expected a folder outside of the source hub, found hub/out"),
     ],
 )
 def test_invalid_requests_are_one_line_errors_without_output(
