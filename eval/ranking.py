@@ -156,7 +156,7 @@ class RankedRun(Mapping[str, dict[str, float]]):
             query, position = twice[0]
             passage = self.passages[ordered[query, position]]
             raise InputError(
-                f"run: expected each passage once a query, found {passage} again for query {self.queries[query]}"
+                f"run: expected each passage once per query, found {passage} again for query {self.queries[query]}"
             )
 
 

@@ -106,7 +106,7 @@ class _Lines:
         if twice.any():
             number, second = min((self._numbers[order[i + 1]], i + 1) for i in np.flatnonzero(twice).tolist())
             found = f"found {passages[rows[second]]} again for query {names[queries[second]]}"
-            raise InputError(f"{self._path}:{number}: expected each passage once a query, {found}")
+            raise InputError(f"{self._path}:{number}: expected each passage once per query, {found}")
         counts = np.bincount(queries, minlength=len(names))
         places = np.arange(len(queries)) - np.repeat(counts.cumsum() - counts, counts)
         table = np.full((len(names), int(counts.max(initial=0))), -1, np.int64)

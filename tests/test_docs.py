@@ -78,6 +78,14 @@ def test_the_commands_of_a_page_exist(page: Path, tmp_path: Path, monkeypatch: p
         check(block)
 
 
+@pytest.mark.parametrize("package", ["losses", "index", "eval", "retriever"])
+def test_the_files_that_a_package_lists_exist(package: str) -> None:
+    rows = re.findall(r"^\| (`.+?`) \|", (ROOT / package / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    names = re.findall(r"`([^`]+)`", " ".join(rows))
+    assert names
+    assert [name for name in names if not (ROOT / package / name).exists()] == []
+
+
 def test_an_unknown_flag_or_script_is_found() -> None:
     with pytest.raises(retriever.ConfigError, match="--shards"):
         check_command(["torchrun", "-m", "retriever", "encode", "--model=m", "--data=d", "--out=o", "--shards=2"])

@@ -134,8 +134,8 @@ def memory(factory: str, rows: int, dim: int) -> int:
         InputError: `factory` is not a faiss factory string, or does not fit `dim`.
     """
     faiss = import_faiss()
-    whole = make(factory, dim)
-    ivf = faiss.try_extract_index_ivf(whole)
+    outer = make(factory, dim)
+    ivf = faiss.try_extract_index_ivf(outer)
     centroids = 0 if ivf is None else ivf.nlist * _bytes_each(ivf.quantizer)
     return rows * bytes_per_vector(factory, dim) + centroids
 
@@ -183,11 +183,11 @@ def bytes_per_vector(factory: str, dim: int) -> int:
         InputError: `factory` is not a faiss factory string, or does not fit `dim`.
     """
     # Keep a reference: the inner indexes are views that do not keep the outer one alive.
-    whole = make(factory, dim)
+    outer = make(factory, dim)
     try:
-        return _bytes_each(whole)
+        return _bytes_each(outer)
     except RuntimeError as error:
-        raise InputError(f"factory {factory!r}: its bytes a vector are not known: {reason(error)}") from None
+        raise InputError(f"factory {factory!r}: its bytes per vector are not known: {reason(error)}") from None
 
 
 def _bytes_each(part: Any) -> int:

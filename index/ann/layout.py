@@ -100,9 +100,9 @@ def _kept_lines(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[
         with open(path, "rb") as stream:
             while block := stream.read(BLOCK_BYTES):
                 block = rest + block
-                whole = block.rfind(b"\n") + 1
-                rest = block[whole:]
-                lines = np.frombuffer(block, np.uint8, whole)
+                complete = block.rfind(b"\n") + 1
+                rest = block[complete:]
+                lines = np.frombuffer(block, np.uint8, complete)
                 lengths = np.diff(np.flatnonzero(lines == ord("\n")) + 1, prepend=0)
                 chosen = keep[row : row + len(lengths)]
                 row += len(lengths)
@@ -113,7 +113,7 @@ def _kept_lines(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[
                 else:
                     yield lines[np.repeat(chosen, lengths)], lengths[chosen]
         if rest:
-            raise InputError(f"{path}: expected {what}, one a line, found a last line without an end")
+            raise InputError(f"{path}: expected {what}, one per line, found a last line without an end")
     if row != len(keep):
         raise InputError(f"{files[-1] if files else 'index'}: expected {len(keep)} {what} in all, found {row}")
 

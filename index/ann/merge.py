@@ -67,13 +67,13 @@ def merge(
     rows = sum(index.rows for index in indexes)
     with atomic_folder(out) as folder:
         if on_disk:
-            whole = _merged_on_disk(indexes, folder, out)
+            merged = _merged_on_disk(indexes, folder, out)
             if progress is not None:
                 progress(rows)
         else:
-            whole = _merged_in_memory(indexes, progress)
+            merged = _merged_in_memory(indexes, progress)
         write_passages([f / IDS_FILE for f in folders], [f / PASSAGES_FILE for f in folders], rows, folder)
-        sha256 = write_faiss(whole, folder / FAISS_FILE)
+        sha256 = write_faiss(merged, folder / FAISS_FILE)
         # The recall was measured on the parts, not on the merged index.
         fields = {name: field for name, field in indexes[0].manifest.fields.items() if name != "tuning"}
         sources = [source for index in indexes for source in index.manifest.field("sources", list)]
@@ -99,29 +99,29 @@ def _merged_in_memory(indexes: Sequence[Index], progress: Callable[[int], None] 
         if LISTS_FILE in index.manifest.files:
             raise InputError(f"{index.folder}: has its lists on disk, expected --on-disk to merge it")
     # Read into memory, because a memory-mapped index cannot grow.
-    whole = read_faiss(indexes[0].folder / FAISS_FILE)
-    set_search_defaults(whole)
+    merged = read_faiss(indexes[0].folder / FAISS_FILE)
+    set_search_defaults(merged)
     if progress is not None:
         progress(indexes[0].rows)
     for index in indexes[1:]:
         other = read_faiss(index.folder / FAISS_FILE)
         try:
-            _append(whole, other)
+            _append(merged, other)
         except RuntimeError as error:
             raise InputError(
-                f"{index.folder}: {type(whole).__name__} cannot be merged ({reason(error)}); Flat, SQ…, PQ… and IVF… "
+                f"{index.folder}: {type(merged).__name__} cannot be merged ({reason(error)}); Flat, SQ…, PQ… and IVF… "
                 "can, with or without a refinement; search the parts together instead"
             ) from None
         if progress is not None:
             progress(index.rows)
-    return whole
+    return merged
 
 
-def _append(whole: Any, other: Any) -> None:
-    """Append the vectors of `other` to `whole` layer by layer; merge_from does not support all nested indexes."""
+def _append(merged: Any, other: Any) -> None:
+    """Append the vectors of `other` to `merged` layer by layer; merge_from does not support all nested indexes."""
     faiss = import_faiss()
-    layers, others = list(index_layers(whole)), list(index_layers(other))
-    before, rows = whole.ntotal, whole.ntotal + other.ntotal
+    layers, others = list(index_layers(merged)), list(index_layers(other))
+    before, rows = merged.ntotal, merged.ntotal + other.ntotal
     inner = layers[-1]
     inner.merge_from(others[-1], before if isinstance(inner, faiss.IndexIVF) else 0)
     for layer, its in zip(layers[:-1], others[:-1], strict=True):
@@ -132,6 +132,6 @@ def _append(whole: Any, other: Any) -> None:
 
 def _merged_on_disk(indexes: Sequence[Index], folder: Path, out: Path) -> Any:
     lists_on_disk.check_supported(indexes[0].faiss, "--on-disk")
-    whole = empty_trained_index(indexes[0])
-    lists_on_disk.merge(whole, [index.folder / FAISS_FILE for index in indexes], folder, out)
-    return whole
+    merged = empty_trained_index(indexes[0])
+    lists_on_disk.merge(merged, [index.folder / FAISS_FILE for index in indexes], folder, out)
+    return merged

@@ -137,18 +137,18 @@ class MultiIndex:
             ValueError: as `Index.search_rows`.
         """
         found = [index.search_rows(queries, k) for index in self.indexes]
-        scores = np.concatenate([some for some, _ in found], axis=1)
+        scores = np.concatenate([part for part, _ in found], axis=1)
         shifted = [np.where(rows < 0, -1, rows + self._starts[n]) for n, (_, rows) in enumerate(found)]
         rows = np.concatenate(shifted, axis=1)
         order = np.argsort(-scores, axis=1, kind="stable")
         scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
         tied = ((scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0)).any(axis=1)
         for query in np.flatnonzero(tied):
-            there = rows[query] >= 0
-            found_rows = rows[query, there].tolist()
+            filled = rows[query] >= 0
+            found_rows = rows[query, filled].tolist()
             ids = [self.ids[row] for row in found_rows]
-            ranked = sorted(zip(scores[query, there].tolist(), ids, found_rows, strict=True), reverse=True)
-            rows[query, there] = [row for _, _, row in ranked]
+            ranked = sorted(zip(scores[query, filled].tolist(), ids, found_rows, strict=True), reverse=True)
+            rows[query, filled] = [row for _, _, row in ranked]
         return self._drop_duplicates(scores, rows, min(k, self.rows))
 
     def _drop_duplicates(self, scores: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

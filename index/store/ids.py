@@ -101,19 +101,19 @@ def _line_starts(path: Path, count: int) -> array[int]:
         with open(path, "rb") as stream:
             while block := stream.read(BLOCK_BYTES):
                 block = rest + block
-                whole = block.rfind(b"\n") + 1
-                rest = block[whole:]
-                block[:whole].decode()
-                ends = np.flatnonzero(np.frombuffer(block, np.uint8, whole) == ord("\n")) + (position + 1)
+                complete = block.rfind(b"\n") + 1
+                rest = block[complete:]
+                block[:complete].decode()
+                ends = np.flatnonzero(np.frombuffer(block, np.uint8, complete) == ord("\n")) + (position + 1)
                 first_end = LINES_PER_OFFSET - 1 - lines % LINES_PER_OFFSET
                 starts.frombytes(ends[first_end::LINES_PER_OFFSET].astype(np.uint64).tobytes())
                 lines += len(ends)
-                position += whole
+                position += complete
         rest.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8, found: {error}") from None
     if rest or lines != count:
-        raise InputError(f"{path}: expected {count} ids, one a line, found {lines + bool(rest)}")
+        raise InputError(f"{path}: expected {count} ids, one per line, found {lines + bool(rest)}")
     if starts[-1] != position:
         starts.append(position)
     return starts

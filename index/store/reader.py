@@ -108,10 +108,10 @@ class EmbeddingStore:
 
     def vectors(self) -> np.ndarray:
         """Load all vectors into memory: [N, D] of the stored dtype. Use `shards` for stores of any size."""
-        whole = np.empty((self.rows, self.dim), DTYPES[self.dtype])
+        matrix = np.empty((self.rows, self.dim), DTYPES[self.dtype])
         for first, vectors in self.shards():
-            whole[first : first + len(vectors)] = vectors
-        return whole
+            matrix[first : first + len(vectors)] = vectors
+        return matrix
 
     def ids(self) -> Ids:
         """All ids by row, left on disk.

@@ -76,16 +76,16 @@ class Terminal(Reporter):
 
     def _lines(self, what: str, total: int | None, unit: str, done: int) -> Callable[..., None]:
         """Print how much is done, the rate and the time left, once a minute."""
-        began = told = time.monotonic()
+        started = printed = time.monotonic()
         count, noted = done, False
 
         def advance(more: int, note: str | None = None) -> None:
-            nonlocal told, count, noted
+            nonlocal printed, count, noted
             count, noted = count + more, noted or note is not None
             now = time.monotonic()
-            if noted or now < told + LINE_EVERY or count == done:
+            if noted or now < printed + LINE_EVERY or count == done:
                 return
-            told, rate = now, (count - done) / (now - began)
+            printed, rate = now, (count - done) / (now - started)
             of, left = "", ""
             if total is not None:
                 seconds = max(0, round((total - count) / rate))
@@ -107,13 +107,13 @@ def _live_progress() -> Any:
         def render(self, task: progress.Task) -> Text:
             return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
-    whole = Column(no_wrap=True)
+    one_line = Column(no_wrap=True)
     return progress.Progress(
-        progress.TextColumn("{task.description}", markup=False, table_column=whole),
-        progress.BarColumn(bar_width=20, table_column=whole),
-        progress.MofNCompleteColumn(table_column=whole),
-        progress.TimeElapsedColumn(table_column=whole),
-        progress.TimeRemainingColumn(table_column=whole),
+        progress.TextColumn("{task.description}", markup=False, table_column=one_line),
+        progress.BarColumn(bar_width=20, table_column=one_line),
+        progress.MofNCompleteColumn(table_column=one_line),
+        progress.TimeElapsedColumn(table_column=one_line),
+        progress.TimeRemainingColumn(table_column=one_line),
         NoteColumn(),
         console=Console(stderr=True),
         # rich would take standard output for its own and print the commands' answers on standard error.

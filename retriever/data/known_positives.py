@@ -185,8 +185,8 @@ def _with_several_positives(pairs: Integers) -> tuple[Integers, Integers, Intege
     is_first[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
     pairs = pairs[is_first]
     queries, counts = np.unique(pairs[:, 0], return_counts=True)
-    several = counts > 1
-    return queries[several], counts[several], pairs[np.repeat(several, counts), 1]
+    has_several = counts > 1
+    return queries[has_several], counts[has_several], pairs[np.repeat(has_several, counts), 1]
 
 
 def _write(path: Path, parts: Sequence[tuple[Integers, Integers, Integers]]) -> None:

@@ -165,7 +165,7 @@ def _check_sizes(sizes: Sequence[int], batch_size: int, processes: int, names: S
     """Check that a single source fills a batch, and that each source has a row per process and at least two rows."""
     for size, name in zip(sizes, names, strict=True):
         if len(sizes) == 1 and size < batch_size:
-            raise InputError(f"{name}: expected at least {batch_size} rows, one batch, found {size}")
+            raise InputError(f"{name}: expected at least {batch_size} rows (batch_size), found {size}")
         minimum = min(batch_size, max(2, processes))
         if size < minimum:
             reason = f", one for each of {processes} processes" if processes > 2 else ""

@@ -46,7 +46,7 @@ def encode(
             _id (or id), text and optionally title. With an image–text model also a folder of images.
         out: Folder of the store.
         dtype: Dtype of the embeddings on disk. Default: "float32".
-        shard_rows: Rows per shard, at most so many per process are lost when a run is killed. Default: 65536.
+        shard_rows: Rows per shard, at most this many per process are lost if a run is killed. Default: 65536.
         workers: Processes that read and tokenize the corpus, for each process of torchrun; 0 uses threads. Default:
             None, as many as the device needs and the machine has processors for.
         device: Device, if `model` is a folder or name. Default: "auto", CUDA if there is a GPU.

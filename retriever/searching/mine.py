@@ -17,7 +17,7 @@ class MinedNegatives:
     """What `retriever.mine` returns.
 
     Attributes:
-        path: The JSON lines file; it is a training source as it is.
+        path: The JSON lines file; it can be a training source without changes.
         queries: Number of queries written.
         with_fewer_negatives: Number of queries with fewer negatives than requested.
     """

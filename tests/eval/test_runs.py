@@ -54,7 +54,7 @@ def test_lines_that_begin_with_a_number_sign_are_comments(tmp_path: Path) -> Non
         ("q Q0 d 1 1_0 tag", "run.trec:2: expected a whole rank and a score"),
         ("q Q0 d 1 ３ tag", "run.trec:2: expected a whole rank and a score"),
         ("d 1 q Q0 a 2 0.5 tag", "run.trec:2: expected 6 columns .* found 8"),
-        ("q Q0 a 2 0.5 tag", "run.trec:2: expected each passage once a query, found a again for query q"),
+        ("q Q0 a 2 0.5 tag", "run.trec:2: expected each passage once per query, found a again for query q"),
     ],
 )
 def test_invalid_lines_are_refused_with_their_number(tmp_path: Path, line: str, message: str) -> None:

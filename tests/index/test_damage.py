@@ -284,7 +284,7 @@ def test_a_search_names_the_damaged_file(tmp_path: Path, make_store: Callable) -
         ("passages.offsets.npy", changed_offsets(int(offsets[3]) + 1), r"passages\.offsets\.npy: damaged"),
         ("passages.offsets.npy", changed_offsets(int(offsets[4])), r"one id for row 3, found 'd4' in passages\.jsonl"),
         ("ids.txt", ids.replace(b"d3\n", b"d\xff\n"), r"ids\.txt: expected UTF-8"),
-        ("ids.txt", ids.replace(b"d3\n", b"\n3\n"), r"ids\.txt: expected 20 ids, one a line, found 21"),
+        ("ids.txt", ids.replace(b"d3\n", b"\n3\n"), r"ids\.txt: expected 20 ids, one per line, found 21"),
         ("ids.txt", ids.replace(b"d3\n", b"d7\n"), r"one id for row 3, found 'd3' in passages\.jsonl and 'd7' in ids"),
         ("passages.jsonl", lines.replace(b"text of d3", b"text of \xff3"), r"passages\.jsonl:4: expected UTF-8"),
         ("passages.jsonl", lines.replace(b'"d3", "title"', b'"d3"  "title"'), r"passages\.jsonl:4: expected JSON"),

@@ -37,7 +37,7 @@ def test_ids_read_like_a_list(tmp_path: Path, monkeypatch, block: int, counts: t
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [(b"a\nb\n", "expected 3 ids, one a line, found 2"), (b"a\nb\nc\nd\n", "found 4"), (b"a\nb\nc", "found 3")],
+    [(b"a\nb\n", "expected 3 ids, one per line, found 2"), (b"a\nb\nc\nd\n", "found 4"), (b"a\nb\nc", "found 3")],
 )
 def test_a_wrong_number_of_ids_is_refused(tmp_path: Path, text: bytes, found: str) -> None:
     (tmp_path / "ids").write_bytes(text)

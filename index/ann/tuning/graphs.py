@@ -40,9 +40,9 @@ def truth_for_held_out(store: EmbeddingStore, target: Target, held_out: np.ndarr
 def add_held_out(index: Any, store: EmbeddingStore, held_out: np.ndarray) -> None:
     """Add the rows `held_out` to an index of all other rows, and restore the row numbers of the store."""
     index.add(read_rows(store, held_out))
-    there = np.concatenate([np.delete(np.arange(store.rows), held_out), held_out])
-    place_of = np.empty_like(there)
-    place_of[there] = np.arange(len(there))
+    store_rows = np.concatenate([np.delete(np.arange(store.rows), held_out), held_out])
+    place_of = np.empty_like(store_rows)
+    place_of[store_rows] = np.arange(len(store_rows))
     # permute_entries of a graph also permutes its storage; refinements are permuted separately.
     for each in (core(index), *flat_codes(index)[1:]):
         each.permute_entries(place_of)

@@ -87,10 +87,10 @@ class Ties:
         right = np.empty(len(rows), bool)
         step = max(1, SCORED_BYTES // (8 * queries.shape[1]))
         for start in range(0, len(rows), step):
-            some = slice(start, start + step)
-            unique, inverse = np.unique(rows[some], return_inverse=True)
-            products, errors = exact_products(queries[query_rows[some]], self.vectors_of(unique)[inverse])
-            right[some] = products + errors >= self.least[query_rows[some]]
+            block = slice(start, start + step)
+            unique, inverse = np.unique(rows[block], return_inverse=True)
+            products, errors = exact_products(queries[query_rows[block]], self.vectors_of(unique)[inverse])
+            right[block] = products + errors >= self.least[query_rows[block]]
         return right
 
 
@@ -178,10 +178,10 @@ def truth_of(
 def _with_first_rows(vectors: Iterable[np.ndarray], norms: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first row, vectors) for each array, and write the norms of its rows to `norms`."""
     row = 0
-    for some in vectors:
-        norms[row : row + len(some)] = np.sqrt(np.einsum("nd,nd->n", some, some, dtype=np.float64))
-        yield row, some
-        row += len(some)
+    for block in vectors:
+        norms[row : row + len(block)] = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))
+        yield row, block
+        row += len(block)
 
 
 def recall_of_each(found: np.ndarray, truth: Truth) -> np.ndarray:
@@ -193,10 +193,10 @@ def recall_of_each(found: np.ndarray, truth: Truth) -> np.ndarray:
     """
     right = np.empty(found.shape, bool)
     # Chunks whose comparisons take 16 MiB.
-    some = max(1, 2**24 // (found.shape[1] * truth.rows.shape[1]))
-    for start in range(0, len(found), some):
-        ours, theirs = found[start : start + some, :, None], truth.rows[start : start + some, None, :]
-        right[start : start + some] = ((ours == theirs) & (ours >= 0)).any(axis=2)
+    step = max(1, 2**24 // (found.shape[1] * truth.rows.shape[1]))
+    for start in range(0, len(found), step):
+        ours, theirs = found[start : start + step, :, None], truth.rows[start : start + step, None, :]
+        right[start : start + step] = ((ours == theirs) & (ours >= 0)).any(axis=2)
     if truth.ties is not None:
         query_rows, columns = np.nonzero(~right & (found >= 0) & truth.ties.unlisted[:, None])
         right[query_rows, columns] = truth.ties.are_correct(truth.queries, query_rows, found[query_rows, columns])

@@ -157,8 +157,8 @@ def measure(index: Any, truth: Truth, settings: Settings) -> Point:
         seconds = min(seconds, *(_timed(index, truth)[1] for _ in range(2)))
     recalls = recall_of_each(found, truth)
     mean = float(recalls.mean())
-    each = 1 / len(found)
-    return Point(settings, mean, lower_bound(recalls), 1e6 * seconds * each, float(compared) * each)
+    per_query = 1 / len(found)
+    return Point(settings, mean, lower_bound(recalls), 1e6 * seconds * per_query, float(compared) * per_query)
 
 
 def _timed(index: Any, truth: Truth) -> tuple[np.ndarray, float]:
@@ -179,7 +179,7 @@ def _found(index: Any, truth: Truth) -> np.ndarray:
 def _times(index: Any, truth: Truth, settings: list[Settings]) -> list[float]:
     """Processor time per query of each setting in µs: the fastest of several rounds, in turns, on one thread."""
     faiss = import_faiss()
-    some = replace(
+    timed = replace(
         truth, queries=truth.queries[:TIMED_QUERIES], own=None if truth.own is None else truth.own[:TIMED_QUERIES]
     )
     best = [np.inf] * len(settings)
@@ -190,11 +190,11 @@ def _times(index: Any, truth: Truth, settings: list[Settings]) -> list[float]:
             for place, each in enumerate(settings):
                 each.apply(index)
                 started = time.thread_time()
-                _found(index, some)
+                _found(index, timed)
                 best[place] = min(best[place], time.thread_time() - started)
     finally:
         faiss.omp_set_num_threads(threads)
-    return [1e6 * seconds / len(some.queries) for seconds in best]
+    return [1e6 * seconds / len(timed.queries) for seconds in best]
 
 
 class _SettingSearch:

@@ -27,7 +27,7 @@ class Embedding:
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto: CUDA if there is a GPU."""
     json: Switch = False
-    """Print the answer as JSON."""
+    """Print the result as JSON."""
 
     def embedding_options(self) -> dict[str, Any]:
         """The flags of this class as arguments of the public functions."""

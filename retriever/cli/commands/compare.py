@@ -47,8 +47,8 @@ class EvaluateCompare:
     weights: tuple[float, ...] = ()
     """Weights of a hybrid's parts. Empty: equal."""
     measure: str | None = None
-    """Measure of the comparison: ndcg, map, recall, precision, mrr, rcap or success @ 1 … 1000. None: ndcg@10. A
-    measure may be deeper than a run."""
+    """Measure of the comparison, NAME@CUTOFF: ndcg, map, recall, precision, mrr, rcap (capped recall) or success, at a
+    cut-off from 1 to 1000. None: ndcg@10. The cut-off may be deeper than a run."""
     baseline: str | None = None
     """Only test the others against this system. None: every pair."""
     k: int = 1000
@@ -60,7 +60,7 @@ class EvaluateCompare:
     changed: int = 4
     """Number of queries to show on which a system is better than the first, and on which it is worse."""
     json: Switch = False
-    """Print the answer as JSON."""
+    """Print the result as JSON."""
 
     def run(self, reporter: Reporter) -> int:
         from eval.reports.files import json_of

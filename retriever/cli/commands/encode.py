@@ -26,7 +26,7 @@ class Encode(Embedding):
     dtype: Literal["float32", "float16"] = "float32"
     """Dtype of the embeddings on disk."""
     shard_rows: int = 65536
-    """Passages or images per shard; at most so many per process are lost when a run is killed."""
+    """Passages or images per shard; at most this many per process are lost if a run is killed."""
     workers: int | None = None
     """Processes that read and tokenize the corpus, for each process of torchrun; 0: threads. None: as many as a GPU
     needs and the machine has processors for; threads on a CPU."""

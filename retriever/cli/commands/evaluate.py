@@ -56,7 +56,7 @@ class EvaluateBeir(Embedding):
     dtype: Literal["float32", "float16"] = "float32"
     """Dtype of the embeddings on disk."""
     shard_rows: int = 65536
-    """Passages per shard; at most so many per process are lost when a run is killed."""
+    """Passages per shard; at most this many per process are lost if a run is killed."""
 
     def run(self, reporter: Reporter) -> int:
         from retriever.evaluation.evaluate import evaluate

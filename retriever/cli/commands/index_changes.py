@@ -17,7 +17,7 @@ class IndexMerge:
     """Merge indexes of the same training (index build --train-from), for example the parts of one store in order."""
 
     indexes: Positional[tuple[Path, ...]]
-    """Two or more."""
+    """The indexes, two or more."""
     out: Path
     """Folder of the merged index."""
     on_disk: Switch = False

@@ -11,7 +11,7 @@ from retriever.cli.commands.common import Embedding, Switch, answer
 
 @dataclass(frozen=True, kw_only=True)
 class Mine(Embedding):
-    """Find hard negatives for the queries of a BEIR folder; the file is a training source as it is."""
+    """Find hard negatives for the queries of a BEIR folder; the file can be a training source without changes."""
 
     data: Path
     """BEIR folder."""

@@ -52,8 +52,8 @@ class Search(Embedding):
     mmap: Switch = False
     """Memory-map the index instead of loading it, for indexes larger than memory."""
     verify: Switch = False
-    """Check the sha256 of every file of the index first, which reads all of it. Otherwise index.faiss is checked (with
-    --mmap up to 256 MiB), lists on disk up to 256 MiB, and of the other files what is read."""
+    """Check the sha256 of every file of the index first, which reads all of it. By default, index.faiss (with --mmap
+    only up to 256 MiB) and lists on disk of up to 256 MiB are checked, and of other files the parts that are read."""
 
     def __post_init__(self) -> None:
         if not self.index:
@@ -75,7 +75,7 @@ class Search(Embedding):
         model = self.load(reporter)
         typed = not self.query and not self.image and self.queries is None and sys.stdin.isatty()
         if typed:
-            reporter.line("queries, one a line; Ctrl-D ends")
+            reporter.line("queries, one per line; Ctrl-D ends")
         batch = 1 if typed else BATCH
         for answer in search(model.towers, index, self._queries(), self.k, model.options, batch=batch):
             if self.json:

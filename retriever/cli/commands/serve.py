@@ -26,8 +26,8 @@ class Serve(Embedding):
     mmap: Switch = False
     """Memory-map the index instead of loading it, for indexes larger than memory."""
     verify: Switch = False
-    """Check the sha256 of every file of the index first, which reads all of it. Otherwise index.faiss is checked (with
-    --mmap up to 256 MiB), lists on disk up to 256 MiB, and of the other files what is read."""
+    """Check the sha256 of every file of the index first, which reads all of it. By default, index.faiss (with --mmap
+    only up to 256 MiB) and lists on disk of up to 256 MiB are checked, and of other files the parts that are read."""
     images: Annotated[Path | None, arg(aliases=["--pictures"])] = None
     """Folder of the images that were indexed; the page then shows the images found."""
     host: str = "127.0.0.1"

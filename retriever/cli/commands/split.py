@@ -47,7 +47,7 @@ class Split:
     split: str = "train"
     """Split of a BEIR folder (qrels/SPLIT.tsv) or Hugging Face dataset to split further."""
     json: Switch = False
-    """Print the answer as JSON."""
+    """Print the result as JSON."""
 
     def __post_init__(self) -> None:
         from retriever.data.query_groups import check_size

@@ -1,5 +1,6 @@
 """Hugging Face model families that support packed sequences.
 
+A new family is added to ENCODERS or DECODERS, and to the table of docs/design/training.md.
 The attention of a model is replaced through transformers' AttentionInterface. All other layers work on single tokens;
 some of them are replaced by fused kernels. The tests compare every supported family with its padded outputs.
 """

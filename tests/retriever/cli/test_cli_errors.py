@@ -160,7 +160,7 @@ def test_bad_configuration_ends_with_2_and_names_file_and_key(tmp_path: Path, te
             {},
             [r"p\.jsonl: expected at least one example", r"empty query: 3 \(first at .*:1\)"],
         ),
-        ([ROW] * 9, {"batch_size": 10}, [r"p\.jsonl: expected at least 10 rows, one batch, found 9"]),
+        ([ROW] * 9, {"batch_size": 10}, [r"p\.jsonl: expected at least 10 rows \(batch_size\), found 9"]),
     ],
 )
 def test_bad_training_data_is_named_by_line(

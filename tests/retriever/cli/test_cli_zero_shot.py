@@ -25,7 +25,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
 
 @pytest.fixture
 def sets(tmp_path: Path) -> tuple[Path, Path]:
-    """A folder of pictures by colour, and a table of the same pictures with two captions each."""
+    """A folder of images by colour, and a table of the same images with two captions each."""
     rows: list[object] = []
     for colour in COLOURS:
         (tmp_path / "colours" / colour).mkdir(parents=True)
@@ -81,8 +81,8 @@ def test_predictions_are_those_of_transformers(clip: Any, sets: tuple[Path, Path
     assert found["measures"]["acc1"] == pytest.approx((scores.argmax(1).numpy() == labels).mean())
 
 
-def test_broken_pictures_are_named_and_left_out(clip: Any, sets: tuple[Path, Path], tmp_path: Path) -> None:
-    (sets[0] / "red" / "bad.jpg").write_bytes(b"no picture")
+def test_broken_images_are_named_and_left_out(clip: Any, sets: tuple[Path, Path], tmp_path: Path) -> None:
+    (sets[0] / "red" / "bad.jpg").write_bytes(b"no image")
     done = command("evaluate", "zero-shot", "--model", clip[2], "--data", sets[0], "--out", tmp_path / "r")
     assert done.code == 0
     assert "colours: left out: red/bad.jpg: expected an image" in done.err

@@ -115,7 +115,7 @@ def test_the_order_of_small_sources_differs_between_batches() -> None:
 
 
 def test_a_single_source_must_fill_a_batch() -> None:
-    with pytest.raises(InputError, match=r"^few\.jsonl: expected at least 64 rows, one batch, found 63$"):
+    with pytest.raises(InputError, match=r"^few\.jsonl: expected at least 64 rows \(batch_size\), found 63$"):
         BatchSchedule([63], batch_size=64, seed=0, epochs=1, names=["few.jsonl"])
 
 

@@ -39,7 +39,7 @@ def colours(tmp_path: Path) -> Path:
         (tmp_path / "set" / "test" / colour).mkdir(parents=True)
         for shape in SHAPES:
             draw(colour, shape).save(tmp_path / "set" / "test" / colour / f"{shape}.png")
-    (tmp_path / "set" / "test" / COLOURS[0] / "a.png").write_bytes(b"no picture")
+    (tmp_path / "set" / "test" / COLOURS[0] / "a.png").write_bytes(b"no image")
     return tmp_path / "set"
 
 
@@ -68,7 +68,7 @@ def test_unsupported_dev_sets_are_refused(towers: ImageTextTowers, colours: Path
     with pytest.raises(ConfigError, match=r"dev\.max_queries: expected none"):
         ImageDevSet.open(DevConfig(path=str(colours), split="test", max_queries=5))
     for file in colours.rglob("*.png"):
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"no image")
     dev = ImageDevSet.open(DevConfig(path=str(colours), split="test"))
     with pytest.raises(InputError, match=r"found none that can be read; .*\.png: expected an image"):
         dev.evaluate(towers, OPTIONS, Terminal())
