@@ -97,7 +97,8 @@ class TritonBackend:
                 squared += torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).max() ** 2
                 bounds[3] = (~all_finite(side)).float()
         if self._positives_remote and len(self.query):
-            bounds[2] = torch.inf
+            # Assigning the number would copy it from the host and wait for the device.
+            bounds[2].fill_(torch.inf)
         return bounds
 
     def set_bounds(self, bounds: Tensor) -> None:
