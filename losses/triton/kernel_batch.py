@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -101,10 +101,11 @@ class KernelBatch:
         """The tile shape of a kernel."""
         from losses.triton.shapes import tile_shape
 
-        guided = self.masks is not None and self.masks.guide_query is not None
-        # The tiles of narrow embeddings leave no shared memory for the second product.
-        width = max(self.width, GUIDE_SHAPE_DIM) if guided and kernel == "gradient" else self.width
-        return tile_shape(kernel, width, self.dtype, self.product, self.device)
+        shape = tile_shape(kernel, self.width, self.dtype, self.product, self.device)
+        if kernel == "gradient" and self.masks is not None and self.masks.guide_query is not None:
+            # Larger tiles leave no shared memory for the product of the guide.
+            shape = replace(shape, block_m=min(shape.block_m, 128), block_n=min(shape.block_n, 128))
+        return shape
 
     def descriptor(self, matrix: Tensor, rows: int, columns: int) -> Any:
         """Tensor descriptor of [rows, columns] blocks; reads beyond the matrix give zeros, writes there are dropped."""
@@ -129,10 +130,6 @@ def compact_ids_if_given(query_ids: Tensor | None, passage_ids: Tensor | None) -
     if query_ids is None or passage_ids is None or query_ids.dtype == passage_ids.dtype == torch.int32:
         return query_ids, passage_ids
     return compact_ids(query_ids, passage_ids)
-
-
-# Gradients with a guide use the tile shape of embeddings of at least this dimension.
-GUIDE_SHAPE_DIM = 384
 
 
 @dataclass(frozen=True)

@@ -102,13 +102,13 @@ def run(
 def assert_close(found: list[Tensor], truth: list[Tensor], allowed: float) -> None:
     for place, (ours, theirs) in enumerate(zip(found, truth, strict=True)):
         error = float((ours - theirs).norm())
-        assert error <= allowed * float(theirs.norm()) + 1e-5 * allowed**0.5, (place, error, float(theirs.norm()))
+        assert error <= allowed * float(theirs.norm()) + 1e-4 * allowed**0.5, (place, error, float(theirs.norm()))
 
 
 def assert_same_statistics(
     found: Statistics | None, truth: Statistics | None, allowed: float, differing: float = 0.0
 ) -> None:
-    """Compare statistics; `differing` is the share of rows whose counts may differ, by rounding of nearly equal scores."""
+    """Compare statistics; `differing` is the share of rows that may differ, by rounding of nearly equal scores."""
     assert found is not None and truth is not None
     for field in fields(Statistics):
         ours, theirs = (getattr(each, field.name).cpu() for each in (found, truth))
@@ -117,7 +117,8 @@ def assert_same_statistics(
             assert ours.dtype == torch.int64
             assert float((ours != theirs).double().mean()) <= differing, (field.name, ours, theirs)
             continue
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=allowed, atol=allowed, msg=field.name)
+        close = torch.isclose(ours.double(), theirs.double(), rtol=allowed, atol=allowed)
+        assert float((~close).double().mean()) <= differing, (field.name, ours, theirs)
 
 
 def definition(given: dict[str, Any], scale: float, symmetric: bool) -> tuple[float, dict[str, list[float]]]:
