@@ -326,7 +326,7 @@ def test_a_length_above_that_of_the_model_is_refused(towers: Towers) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--download"], "--download: expected --home"),
+        (["--download"], "--download: expected home"),
         (["--factory", "Flat", "--index", "i"], "--factory: give a factory string or an index"),
         (["--overlap", "-1"], "--overlap: expected"),
     ],
