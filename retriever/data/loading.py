@@ -118,7 +118,7 @@ def open_batches(
             pairs of the batch.
 
     Raises:
-        InputError: If a source has too few rows for a batch, or a prompt leaves no room for texts.
+        InputError: If a source has too few rows for a batch, or a prompt takes up all tokens of a text.
     """
     sources = config.data.sources
     schedule = BatchSchedule(

@@ -27,7 +27,7 @@ def save_source_prompts(towers: Towers, sources: Sequence[SourceConfig]) -> None
     Otherwise the model keeps its prompt, and the prompts of the sources are added under names derived from the sources.
 
     Raises:
-        ConfigError: If a prompt leaves no room for texts, or the pooling excludes prompts.
+        ConfigError: If a prompt takes up all tokens of a text, or the pooling excludes prompts.
     """
     for side in SIDES:
         for source in sources:

@@ -49,7 +49,7 @@ class Towers(nn.Module):
         model: The sentence-transformers model.
 
     Raises:
-        InputError: If the model cannot embed texts, or a prompt leaves no room for texts.
+        InputError: If the model cannot embed texts, or a prompt takes up all tokens of a text.
     """
 
     def __init__(self, model: SentenceTransformer):
@@ -97,7 +97,7 @@ class Towers(nn.Module):
         """Check a prompt.
 
         Raises:
-            InputError: If the prompt leaves no room for texts, or the pooling excludes prompts.
+            InputError: If the prompt takes up all tokens of a text, or the pooling excludes prompts.
         """
         if prompt and not pools_prompts(self.model):
             raise InputError("a model whose pooling leaves out its prompt is not supported: clear its prompts")

@@ -39,7 +39,7 @@ def rescale_means_kernel(
     """Rescale sums [rows, D] from the shifts `before` to the present ones, which become `before`.
 
     A row whose total is zero has no shift: `before` is then minus infinity, and the shift is set to zero, so that
-    nobody subtracts infinities. With one safe shift, sums have it already.
+    no infinities are subtracted. With one safe shift, sums have it already.
     """
     _, _, safe = scale_and_shift(bounds_ptr, scale_ptr)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

@@ -160,7 +160,7 @@ def prepare_tokenizer(transformer: Any, path: str) -> None:
     The settings are saved with the model.
 
     Raises:
-        InputError: If there is no token to pad with, or the maximum length leaves no room for texts.
+        InputError: If there is no token to pad with, or the maximum length leaves no tokens for texts.
     """
     _set_pad_token(transformer.tokenizer, path)
     # With padding on the left, absolute positions (GPT-2) would include the padding.
