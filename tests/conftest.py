@@ -44,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    from retriever.config.run import ModelConfig
+    from retriever.config.model import ModelConfig
 
     letters = string.ascii_lowercase + string.digits + string.punctuation
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from index.files import InputError
 from index.progress import Reporter
-from retriever.config.run import DataConfig, TrainConfig
+from retriever.config.data import DataConfig
+from retriever.config.run import TrainConfig
 from retriever.data.batches import BatchDataset
 from retriever.data.known_positives import KnownPositives, find_known_positives
 from retriever.data.micro_batches import BatchPreparer, PreparedBatch

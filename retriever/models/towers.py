@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from index.files import InputError
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.loading.adapt import adapt_model, set_text_options
 from retriever.models.loading.checksums import verify_checksums

@@ -20,11 +20,11 @@ from retriever.distributed.ranks import DryRunRanks, Ranks
 from retriever.models.fsdp import shard_encoders
 from retriever.models.memory import GraphMemory
 from retriever.training.cuda_graphs import check_cuda_graphs
-from retriever.training.loss import build_loss, check_ranks
-from retriever.training.optim import build_optimizer
+from retriever.training.objective.loss import build_loss, check_ranks
+from retriever.training.optimization.optim import build_optimizer
 from retriever.training.run_dir import build_configured_towers, cache_folder
 from retriever.training.step import TrainStep
-from retriever.training.validation import DevSet, open_dev_set
+from retriever.training.validation.dev_set import DevSet, open_dev_set
 from retriever.utils.device import Precision, choose_device, choose_precision
 
 

@@ -20,7 +20,7 @@ from retriever.models.mixed_precision import mixed_precision
 from retriever.models.sharded_tensors import clip_gradients
 from retriever.models.towers import Towers
 from retriever.training import grad_cache
-from retriever.training.optim import lr_factor
+from retriever.training.optimization.optim import lr_factor
 from retriever.training.profiler import phase
 from retriever.utils.device import Precision, autocast, to_device
 

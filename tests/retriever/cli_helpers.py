@@ -16,7 +16,7 @@ from unittest import mock
 import yaml
 
 from retriever.cli.command_line import main
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 
 MEANINGS = {
     "cat": "small domestic animal that purrs",

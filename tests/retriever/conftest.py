@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 from cli_helpers import World, command, write_beir, write_config, write_pairs
 
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 
 
 @pytest.fixture(scope="session")

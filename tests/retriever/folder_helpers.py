@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.models.loading.text_settings import SIDES, Side
 from retriever.models.towers import Towers, load_towers

@@ -12,7 +12,7 @@ import pytest
 from cli_helpers import World, write_beir, write_pairs
 
 import retriever
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.config.sources import SourceConfig
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from index.files import InputError
 from retriever.config.images import ARCHITECTURES
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.images.architectures import write_new_vision_encoder
 from retriever.models.images.transforms import ImageTransform

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.images.folder import (
     config_folder,

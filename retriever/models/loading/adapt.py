@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from index.files import InputError
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.loading.folder import (
     ends_in_normalize,

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from losses import InfCLLoss
-from retriever.config.run import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.loss import LossConfig
+from retriever.config.model import ModelConfig
+from retriever.config.optim import OptimConfig
+from retriever.config.run import TrainConfig
 from retriever.data.length_sorting import make_micro_batches
 from retriever.data.micro_batches import PreparedBatch, TextInputs
 from retriever.distributed.ranks import Ranks
@@ -27,7 +30,7 @@ from retriever.models.loading.folder import Side
 from retriever.models.memory import GraphMemory
 from retriever.models.tokenizer import TokenizedTexts
 from retriever.models.towers import Towers, build_towers
-from retriever.training.optim import build_optimizer
+from retriever.training.optimization.optim import build_optimizer
 from retriever.training.step import TrainStep
 from retriever.utils.device import choose_precision
 from scripts.benchmarks.retriever.bench_image_train import RepeatedImages, build_towers_of, random_captions

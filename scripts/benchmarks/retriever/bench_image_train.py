@@ -43,7 +43,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from losses import InfCLLoss
 from retriever.config.images import ImageConfig
-from retriever.config.run import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.loss import LossConfig
+from retriever.config.model import ModelConfig
+from retriever.config.optim import OptimConfig
+from retriever.config.run import TrainConfig
 from retriever.data.images.batches import ImageInputs
 from retriever.data.length_sorting import make_micro_batches
 from retriever.data.micro_batches import PreparedBatch, TextInputs
@@ -52,7 +55,7 @@ from retriever.models.memory import GraphMemory
 from retriever.models.mixed_precision import mixed_precision
 from retriever.models.tokenizer import TokenizedTexts
 from retriever.training.memory_plan import plan_step
-from retriever.training.optim import build_optimizer
+from retriever.training.optimization.optim import build_optimizer
 from retriever.training.step import MicroBatch, TrainStep
 from retriever.utils.device import Precision, autocast, to_device
 from scripts import RESULTS

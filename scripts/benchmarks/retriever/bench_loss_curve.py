@@ -28,7 +28,11 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from retriever.cli.terminal import Terminal
-from retriever.config.run import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.data import DataConfig
+from retriever.config.loss import LossConfig
+from retriever.config.model import ModelConfig
+from retriever.config.optim import OptimConfig
+from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.data.batches import TrainingBatch
 from retriever.models.towers import Towers, build_towers

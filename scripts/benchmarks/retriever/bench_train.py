@@ -36,7 +36,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from retriever.cli.terminal import Terminal
-from retriever.config.run import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.data import DataConfig
+from retriever.config.loss import LossConfig
+from retriever.config.model import ModelConfig
+from retriever.config.optim import OptimConfig
+from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.models.towers import build_towers
 from retriever.training.trainer import Trainer

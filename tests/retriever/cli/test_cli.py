@@ -25,7 +25,7 @@ import retriever
 from eval.runs import read_trec_run
 from index.ann.index import Index
 from index.store.reader import EmbeddingStore
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions
 from retriever.models.towers import load_towers
 from retriever.searching.search import search

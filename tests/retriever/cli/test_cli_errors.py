@@ -19,7 +19,7 @@ import pytest
 import yaml
 from cli_helpers import Outcome, World, assert_refused, command, write_beir, write_config, write_lines
 
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 ROW = {"question": "what is a cat?", "answer": "a small animal", "wrong": ["a tool"]}

@@ -15,8 +15,13 @@ import yaml
 from cli_helpers import command
 
 from retriever.cli.command_line import _parse
+from retriever.config.data import DataConfig
+from retriever.config.dev import DevConfig
 from retriever.config.images import ImageConfig, ImageSource
-from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.loss import LossConfig
+from retriever.config.model import ModelConfig
+from retriever.config.optim import OptimConfig
+from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.config.yaml_file import load_config, save_config
 from retriever.errors import ConfigError

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.data.batches import TrainingBatch
 from retriever.data.length_sorting import make_micro_batches
 from retriever.data.micro_batches import BatchPreparer

@@ -12,7 +12,9 @@ from cli_helpers import command, write_beir, write_lines
 from folder_helpers import encoder_folder, model_folder, transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from retriever.config.run import DataConfig, ModelConfig, TrainConfig
+from retriever.config.data import DataConfig
+from retriever.config.model import ModelConfig
+from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.data.batches import Prompts
 from retriever.data.source_prompts import describe_source_prompts, source_prompts

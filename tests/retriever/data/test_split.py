@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import retriever
 from index.beir import BeirDataset
 from index.files import InputError
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.config.sources import SourceConfig
 from retriever.data.sources import Notices, read_examples
 from retriever.errors import ConfigError

@@ -15,7 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever.config.run import DataConfig, DevConfig, ModelConfig, TrainConfig
+from retriever.config.data import DataConfig
+from retriever.config.dev import DevConfig
+from retriever.config.model import ModelConfig
+from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.distributed import agreement as rank_agreement
 from retriever.distributed.agreement import (

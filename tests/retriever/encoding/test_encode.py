@@ -21,7 +21,7 @@ from cli_helpers import command, write_lines
 from index.files import InputError
 from index.passages import Passage, PassageFile, read_passages
 from index.store.reader import EmbeddingStore
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.encoding.corpus import StoreOptions, corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.models.towers import Towers, build_towers, load_towers

@@ -13,13 +13,13 @@ from cli_helpers import MEANINGS, command, write_config, write_lines
 
 from eval.runs import read_trec_run, write_trec_run
 from retriever.cli.terminal import Terminal
-from retriever.config.run import DevConfig
+from retriever.config.dev import DevConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.errors import ConfigError
 from retriever.models.towers import load_towers
-from retriever.training.image_validation import ImageDevSet
-from retriever.training.validation import TextDevSet
+from retriever.training.validation.dev_set import TextDevSet
+from retriever.training.validation.image_dev_set import ImageDevSet
 
 WORDS = list(MEANINGS)
 

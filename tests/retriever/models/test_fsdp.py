@@ -11,7 +11,9 @@ import torch
 from torch import distributed
 
 from retriever.config.images import ImageConfig
-from retriever.config.run import ModelConfig, OptimConfig, TrainConfig
+from retriever.config.model import ModelConfig
+from retriever.config.optim import OptimConfig
+from retriever.config.run import TrainConfig
 from retriever.models.fsdp import is_sharded, shard_encoders
 from retriever.models.images.towers import build_image_text_towers
 from retriever.models.sharded_tensors import clip_gradients, full_tensor

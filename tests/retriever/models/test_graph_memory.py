@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.windows import WINDOW
 from retriever.models import memory as graph_memory

@@ -21,7 +21,7 @@ from image_helpers import (
 
 from index.files import InputError
 from retriever.config.images import ImageConfig
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import embed_images
 from retriever.errors import ConfigError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.models.mixed_precision import fp32_outputs, half_precision_weights
 from retriever.models.towers import build_towers
 

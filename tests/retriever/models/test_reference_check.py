@@ -38,7 +38,7 @@ from sentence_transformers.sentence_transformer.modules import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from index.files import InputError
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.images.folder import load_vision_modules
 from retriever.models.loading.missing_weights import collect_missing_weights

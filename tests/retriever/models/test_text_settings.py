@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers.normalizers import BertNormalizer
 
 from index.files import InputError
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.data.batches import TrainingBatch
 from retriever.data.micro_batches import BatchPreparer
 from retriever.errors import ConfigError

@@ -13,7 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from index.files import InputError
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.models.towers import Towers, build_towers, load_towers
 

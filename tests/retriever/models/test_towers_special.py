@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router, StaticEmbedding
 
 from index.files import InputError
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.errors import ConfigError
 from retriever.models.towers import SIDES, Side, Towers, build_towers, load_towers

@@ -17,7 +17,7 @@ from ranking_loss_helpers import plain_loop, save_bert, triplets
 from ranking_loss_trainer import CACHED, ROWS, train
 from safetensors.torch import load_file
 
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.sentence_transformers import CachedInfCLRankingLoss, InfCLRankingLoss
 
 HERE = Path(__file__).parents[1]

@@ -12,7 +12,8 @@ import torch
 
 from retriever.cli.terminal import Terminal
 from retriever.config.images import ImageConfig
-from retriever.config.run import ModelConfig, TrainConfig
+from retriever.config.model import ModelConfig
+from retriever.config.run import TrainConfig
 from retriever.errors import ConfigError
 from retriever.models.mixed_precision import half_precision_weights, mixed_precision
 from retriever.models.packed.attention import PackedLayout

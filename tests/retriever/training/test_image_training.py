@@ -20,8 +20,13 @@ from run_helpers import assert_same, results
 
 from index.files import InputError
 from retriever.cli.terminal import Terminal
+from retriever.config.data import DataConfig
+from retriever.config.dev import DevConfig
 from retriever.config.images import ImageConfig, ImageSource
-from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.loss import LossConfig
+from retriever.config.model import ModelConfig
+from retriever.config.optim import OptimConfig
+from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import save_config
 from retriever.data.images import chunks
 from retriever.data.images.batches import ImageInputs

@@ -14,7 +14,11 @@ import pytest
 import torch
 from cli_helpers import command, write_lines
 
-from retriever.config.run import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.data import DataConfig
+from retriever.config.loss import LossConfig
+from retriever.config.model import ModelConfig
+from retriever.config.optim import OptimConfig
+from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.config.yaml_file import save_config
 

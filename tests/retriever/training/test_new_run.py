@@ -11,7 +11,7 @@ import pytest
 from cli_helpers import command, write_config, write_lines, write_pairs
 
 from retriever.cli.terminal import Terminal
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.training import run_dir
 from retriever.training.run_dir import RunFolder
 from retriever.training.step import TrainStep

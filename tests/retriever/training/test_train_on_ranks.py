@@ -20,7 +20,12 @@ from forks import LoadedPython, environment, torchrun
 from run_helpers import assert_near, results
 from torch import distributed
 
-from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.data import DataConfig
+from retriever.config.dev import DevConfig
+from retriever.config.loss import LossConfig
+from retriever.config.model import ModelConfig
+from retriever.config.optim import OptimConfig
+from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.config.yaml_file import save_config
 from retriever.distributed.ranks import Ranks

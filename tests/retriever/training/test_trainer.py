@@ -18,10 +18,15 @@ from forks import LoadedPython
 from run_helpers import assert_same, results
 from safetensors.torch import load_file
 
-import retriever.training.validation as validation
+import retriever.training.validation.dev_set as validation
 from index.files import InputError
 from retriever.cli.terminal import Terminal
-from retriever.config.run import DataConfig, DevConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from retriever.config.data import DataConfig
+from retriever.config.dev import DevConfig
+from retriever.config.loss import LossConfig
+from retriever.config.model import ModelConfig
+from retriever.config.optim import OptimConfig
+from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
 from retriever.models import memory as graph_memory

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cli_helpers import write_beir, write_config
 
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.utils import own_packages
 from retriever.utils.own_packages import HOME, PACKAGES, PackageClash, check_imported, require
 

@@ -15,7 +15,7 @@ from retriever.config.images import ImageConfig
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import load_config, save_config
 from retriever.data.images.tars import expand_braces
-from retriever.training.optim import lr_factor
+from retriever.training.optimization.optim import lr_factor
 from retriever.training.trainer import Trainer
 from scripts import ROOT
 

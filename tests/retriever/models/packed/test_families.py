@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from retriever.config.run import ModelConfig
+from retriever.config.model import ModelConfig
 from retriever.models.packed import families, sublayers
 from retriever.models.towers import Towers, build_towers
 

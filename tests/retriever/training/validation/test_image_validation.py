@@ -11,11 +11,11 @@ from image_helpers import COLOURS, SHAPES, draw, save_checkpoint
 
 from index.files import InputError
 from retriever.cli.terminal import Terminal
-from retriever.config.run import DevConfig
+from retriever.config.dev import DevConfig
 from retriever.encoding.encoder import EncodeOptions
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
-from retriever.training.image_validation import ImageDevSet
+from retriever.training.validation.image_dev_set import ImageDevSet
 
 OPTIONS = EncodeOptions(micro_batch_tokens=16)
 

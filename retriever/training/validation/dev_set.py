@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from index.beir import BeirDataset
 from index.progress import Reporter
-from retriever.config.run import DevConfig, TrainConfig
+from retriever.config.dev import DevConfig
+from retriever.config.run import TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import corpus_source
 from retriever.encoding.encoder import EncodeOptions
@@ -133,7 +134,7 @@ def open_dev_set(config: TrainConfig) -> DevSet | None:
     own_packages.require("eval")
     if not config.model.image.name:
         return TextDevSet.open(config.dev)
-    from retriever.training.image_validation import ImageDevSet
+    from retriever.training.validation.image_dev_set import ImageDevSet
 
     return ImageDevSet.open(config.dev)
 

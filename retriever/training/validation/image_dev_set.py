@@ -15,7 +15,7 @@ from eval.zero_shot.evaluate import Embedded, score
 from eval.zero_shot.opening import open_set
 from index.files import InputError
 from index.progress import Reporter
-from retriever.config.run import DevConfig
+from retriever.config.dev import DevConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.files import ticking

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from retriever.training.optim import Adafactor, OptimConfig, build_optimizer, lr_factor, parameter_groups
+from retriever.training.optimization.optim import Adafactor, OptimConfig, build_optimizer, lr_factor, parameter_groups
 
 SHAPES = [(40, 33), (64, 3, 4, 4), (31, 50), (7,), ()]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from retriever.config.run import OptimConfig
+from retriever.config.optim import OptimConfig
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from losses import InfCLLoss, SigmoidLoss, gathered_clip_loss
-from retriever.config.run import LossConfig, TrainConfig
+from retriever.config.loss import LossConfig
+from retriever.config.run import TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
 

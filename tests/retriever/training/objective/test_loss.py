@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from losses import InfCLLoss, Matryoshka, Negatives, SigmoidLoss, Teacher
-from retriever.config.run import LossConfig
+from retriever.config.loss import LossConfig
 from retriever.distributed.ranks import Ranks
-from retriever.training.loss import DistributedClipLoss, build_loss
+from retriever.training.objective.loss import DistributedClipLoss, build_loss
 
 SETTINGS: dict[str, Any] = {
     "implementation": "chunked",

@@ -1,0 +1,31 @@
+"""Configuration of the evaluation during training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retriever.config.checks import check_at_least
+
+
+@dataclass(frozen=True)
+class DevConfig:
+    """Evaluation during training. The model with the best score is kept."""
+
+    path: str = ""
+    """BEIR folder; for a model with an image tower, a data set of `retriever evaluate zero-shot`. Empty: no evaluation,
+    and the last model is kept."""
+    split: str = "dev"
+    """Split: the name of the qrels file in a BEIR folder, or of the folder in an image data set."""
+    every: int = 500
+    """Steps between evaluations. The last step is always followed by one."""
+    patience: int | None = None
+    """Stop after this many consecutive evaluations without a better nDCG@10 (images: recall@1, acc1 or mean average
+    precision). None: train all steps."""
+    max_queries: int | None = None
+    """Number of queries to evaluate, the first ones sorted by id, against the full corpus. None: all queries."""
+    keep_identical_ids: bool = False
+    """Keep passages that have the id of their query and are not judged for it, as trec_eval does. False: remove them,
+    as BEIR does."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "dev.", 1, "every", "patience", "max_queries")

@@ -1,0 +1,63 @@
+"""Configuration of the loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from retriever.config.checks import check_at_least, is_positive
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The contrastive loss."""
+
+    name: Literal["inf_cl", "sigmoid", "clip"] = "inf_cl"
+    """inf_cl: InfoNCE in tiles, with memory linear in the batch. sigmoid: SigLIP's pairwise loss, also with linear
+    memory; its paper starts with logit_scale 10 and learns it. clip: symmetric InfoNCE on the full matrix, as in
+    CLIP."""
+    symmetric: bool = False
+    """Add the loss from passages to queries: each positive passage is classified among all queries of the batch."""
+    logit_scale: float = 20.0
+    """Initial logit scale, 1 / temperature."""
+    learn_logit_scale: bool = False
+    """Learn the logarithm of the logit scale with the towers. False: the scale is constant."""
+    max_logit_scale: float = 100.0
+    """Maximum of the logit scale; larger values are clamped."""
+    logit_bias: float = -10.0
+    """Initial bias of the logits of the sigmoid loss. It is learned if learn_logit_scale is true."""
+    implementation: Literal["auto", "full", "dense", "chunked", "triton"] = "auto"
+    """How inf_cl and sigmoid are computed. full: the full matrix in PyTorch. dense: the full matrix in Triton kernels,
+    only for inf_cl. chunked: tiles in PyTorch. triton: tiles in Triton kernels. auto: chosen by device and batch
+    size."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Precision of the operands of the loss's matrix products; sums are in fp32. auto: the precision of the towers."""
+    workspace_mib: int = 256
+    """Memory of the loss for tiles and temporaries, in MiB, in addition to embeddings and their gradients."""
+    exchange: Literal["auto", "ring", "gather"] = "auto"
+    """How processes exchange passages for inf_cl. ring: block by block, with the least memory. gather: all at once.
+    auto: gather with two processes or if the passages fit in workspace_mib, otherwise ring."""
+    mask_duplicates: bool = True
+    """Mask false negatives for inf_cl and sigmoid: a passage that any row of the sources pairs with a query's text is
+    not a negative of that query. Texts that differ only in white space are equal. (If a batch has more than 4,194,304
+    such pairs and more than 32 per query, all passages that are connected through shared queries are masked.)"""
+
+    def __post_init__(self) -> None:
+        if not is_positive(self.max_logit_scale):
+            raise ValueError(f"loss.max_logit_scale: expected a positive number, found {self.max_logit_scale}")
+        if not 0 < self.logit_scale <= self.max_logit_scale:
+            raise ValueError(
+                f"loss.logit_scale: expected a number over 0 and at most max_logit_scale "
+                f"({self.max_logit_scale}), found {self.logit_scale}"
+            )
+        if not math.isfinite(self.logit_bias):
+            raise ValueError(f"loss.logit_bias: expected a number, found {self.logit_bias}")
+        if self.name == "sigmoid" and self.implementation == "dense":
+            raise ValueError("loss.implementation: expected auto, full, chunked or triton for the sigmoid loss")
+        check_at_least(self, "loss.", 1, "workspace_mib")
+
+    @property
+    def masks_false_negatives(self) -> bool:
+        """Whether false negatives are masked. The clip loss masks none, as in the literature."""
+        return self.mask_duplicates and self.name != "clip"

@@ -1,0 +1,47 @@
+"""Configuration of the towers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Suppress
+
+from retriever.config.checks import check_at_least
+from retriever.config.images import ImageConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The towers: their weights, pooling and prompts."""
+
+    name: str = ""
+    """A sentence-transformers model or a Hugging Face encoder, as a local path or a hub name. Empty: a new model, see
+    model.architecture."""
+    architecture: Annotated[dict[str, Any] | None, Suppress] = None
+    """Train a new model from scratch: the fields of a Hugging Face configuration, including `model_type`. YAML only."""
+    tokenizer: str | None = None
+    """Tokenizer of a model from scratch, as a local path or a hub name. None: the tokenizer of model.name."""
+    pooling: Literal["mean", "cls", "lasttoken"] | None = None
+    """How the token vectors of a text are pooled into one. None: as saved with the model, otherwise the last token for
+    a causal language model and the mean for any other encoder, as in sentence-transformers."""
+    projection: int | None = None
+    """Output dimension of a linear projection after pooling. None: no projection."""
+    normalize: bool = True
+    """Normalize embeddings to unit length. A model that was saved with normalization always normalizes."""
+    shared: bool = True
+    """Use one tower for queries and passages. False: two towers, initialized with the same weights."""
+    max_length: int | None = None
+    """Maximum length of a query or passage, in tokens; longer texts are truncated. None: the limits of the model."""
+    dropout: float | None = None
+    """Dropout probability of all layers of the towers in training. None: as configured in the model."""
+    query_prompt: str | None = None
+    """Text that is put before every query and is saved with the model. None: the prompt of the model."""
+    passage_prompt: str | None = None
+    """Text that is put before every passage and is saved with the model. None: the prompt of the model."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "model.", 1, "projection", "max_length")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout: expected a number from 0 to below 1, found {self.dropout}")

@@ -1,0 +1,50 @@
+"""Configuration of the optimizer and the learning rate schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from retriever.config.checks import is_positive
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and the learning rate schedule."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adamw, or adafactor with factored second moments and a first moment in bf16: about a quarter of AdamW's
+    memory."""
+    lr: float = 2e-5
+    """Peak learning rate, after the warm-up. Typical values: 1e-5 to 5e-5 for fine-tuning, 1e-4 to 1e-3 from
+    scratch."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, multiplied by the learning rate. Biases, norms and logit_scale are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment. Typical values: 0.9 0.98 for contrastive pre-training, 0.9 0.95 for
+    Adafactor."""
+    eps: float | None = None
+    """Term in the denominator of the update for numerical stability. None: 1e-8 for adamw, 1e-30 for adafactor."""
+    warmup_fraction: float = 0.1
+    """Fraction of all steps, 0 to 1, in which the learning rate rises linearly from zero."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up. cosine, linear: falls to zero at the last step. constant: does not fall."""
+    max_grad_norm: float | None = 1.0
+    """Maximum L2 norm of the gradient of all parameters; larger gradients are scaled down. None: no clipping."""
+
+    def __post_init__(self) -> None:
+        eps, norm = self.eps, self.max_grad_norm
+        checks = {
+            "name": (self.name in ("adamw", "adafactor"), "adamw or adafactor"),
+            "lr": (is_positive(self.lr), "a positive number"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1"),
+            "eps": (eps is None or is_positive(eps), "a positive number"),
+            "warmup_fraction": (0 <= self.warmup_fraction <= 1, "a fraction from 0 to 1"),
+            "schedule": (self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant"),
+            "max_grad_norm": (norm is None or is_positive(norm), "a positive number"),
+        }
+        for name, (valid, expected) in checks.items():
+            if not valid:
+                raise ValueError(f"optim.{name}: expected {expected}, found {getattr(self, name)}")

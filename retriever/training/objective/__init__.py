@@ -1,0 +1,1 @@
+"""The loss of a training run and what it is computed from."""
