@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from losses import inf_cl_loss as inf_cl_loss
     from losses import sigmoid_loss as sigmoid_loss
     from retriever.config.run import TrainConfig as TrainConfig
-    from retriever.data.split import split as split
+    from retriever.data.splitting.split import split as split
     from retriever.encoding.encode import encode as encode
     from retriever.encoding.model import Model as Model
     from retriever.encoding.model import load as load
@@ -53,7 +53,7 @@ _PUBLIC = {
     "compare": "retriever.evaluation.compare_runs",
     "mine": "retriever.searching.mine",
     "zero_shot": "retriever.evaluation.zero_shot_sets",
-    "split": "retriever.data.split",
+    "split": "retriever.data.splitting.split",
     "Model": "retriever.encoding.model",
     "TrainConfig": "retriever.config.run",
     "TrainingRun": "retriever.training.train",

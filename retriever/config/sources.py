@@ -25,6 +25,15 @@ class SourceConfig:
     negatives: str = "negatives"
     """Column with the hard negative or a list of hard negatives; may be absent. A name with * selects all matching
     columns in order (negative_*: negative_1, negative_2, …). Empty cells are ignored."""
+    scores: str = "scores"
+    """Column with a teacher's scores, for distillation; may be absent. A list with a number for each positive and then
+    for each hard negative, in order; a null cell is a row without scores. Several columns are separated by a comma
+    (pos_scores,neg_scores) or selected with * (score_*), and their numbers are joined. Empty: scores are not read."""
+    query_prompt_column: str | None = None
+    """Column with the prompt of each row's query; a null cell takes query_prompt. None: every row has query_prompt."""
+    passage_prompt_column: str | None = None
+    """Column with the prompt of each row's passages; a null cell takes passage_prompt. None: every row has
+    passage_prompt."""
     weight: float | None = None
     """Share of the batches that come from this source, relative to the weights of the other sources. None: its number
     of rows, at least batch_size."""

@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from retriever.data.false_negatives import FalseNegatives, Integers, find_false_negatives, number_texts
 from retriever.data.known_positives import KnownPositives, text_digests
 from retriever.data.schedule import BatchSchedule
+from retriever.data.sources import Example
 from retriever.data.table import ExampleTable
+from retriever.data.teacher_lists import TeacherLists
 from retriever.distributed.share import Share
 from retriever.utils.workers import init_worker
 
@@ -30,6 +32,11 @@ class Prompts:
 
     query: str = ""
     passage: str = ""
+
+    def of_row(self, example: Example) -> Prompts:
+        """Return the prompts of a row, which may have its own."""
+        query, passage = example.query_prompt, example.passage_prompt
+        return Prompts(self.query if query is None else query, self.passage if passage is None else passage)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class TrainingBatch:
     """Masks of the loss. None with several ranks, because they depend on the texts of the other ranks."""
     keys: PairKeys | None = None
     """With several ranks: digests of the texts, without prompts. None with one rank."""
+    teacher: TeacherLists | None = None
+    """A teacher's scores of positives and negatives; None if no row of the source has any."""
 
     @property
     def passages(self) -> list[str]:
@@ -150,21 +159,32 @@ class BatchDataset(Dataset[T], Generic[T]):
         queries: list[str] = []
         positives: list[str] = []
         negatives: list[str] = []
-        for position in self._share.of(len(rows)):
+        prompts: list[Prompts] = []
+        negative_prompts: list[str] = []
+        # Passage rows and scores of each query. The negatives follow the positives of all queries.
+        lists: list[list[tuple[int, float]]] = []
+        positions = self._share.of(len(rows))
+        for number, position in enumerate(positions):
             example = self._tables[source][int(rows[position])]
+            drawn_positive = int(positive_draws[position] * len(example.positives))
+            count = min(self._negatives_per_query, len(example.negatives))
+            drawn = random.Random(int(negative_seeds[position])).sample(range(len(example.negatives)), count)
             queries.append(example.query)
-            positives.append(example.positives[int(positive_draws[position] * len(example.positives))])
-            if count := min(self._negatives_per_query, len(example.negatives)):
-                negatives.extend(random.Random(int(negative_seeds[position])).sample(example.negatives, count))
+            positives.append(example.positives[drawn_positive])
+            lists.append(_teacher_list(example, number, drawn_positive, len(positions) + len(negatives), drawn))
+            negatives += [example.negatives[i] for i in drawn]
+            prompts.append(self._prompts[source].of_row(example))
+            negative_prompts += [prompts[-1].passage] * count
         keys = self._keys(queries, positives, negatives)
-        prompts = self._prompts[source]
         return TrainingBatch(
             source,
-            [prompts.query + text for text in queries],
-            [prompts.passage + text for text in positives],
-            [prompts.passage + text for text in negatives],
+            [prompt.query + text for prompt, text in zip(prompts, queries, strict=True)],
+            [prompt.passage + text for prompt, text in zip(prompts, positives, strict=True)],
+            [prompt + text for prompt, text in zip(negative_prompts, negatives, strict=True)],
             false_negatives=keys.false_negatives() if self._share.size == 1 else None,
             keys=keys if self._share.size > 1 else None,
+            # Depends on the source alone, so that all ranks have lists or none has.
+            teacher=TeacherLists.of(lists) if self._tables[source].rows_with_scores else None,
         )
 
     def _keys(self, queries: list[str], positives: list[str], negatives: list[str]) -> PairKeys:
@@ -182,6 +202,17 @@ class BatchDataset(Dataset[T], Generic[T]):
     def known(self) -> KnownPositives | None:
         """Positives of the queries with several positives; None if there are none."""
         return self._known
+
+
+def _teacher_list(
+    example: Example, query: int, positive: int, first_negative: int, drawn: Sequence[int]
+) -> list[tuple[int, float]]:
+    """Return passage rows and scores of the drawn positive and negatives; empty for a row without scores."""
+    if example.scores is None:
+        return []
+    scores = example.scores[len(example.positives) :]
+    negatives = [(first_negative + i, scores[negative]) for i, negative in enumerate(drawn)]
+    return [(query, example.scores[positive]), *negatives]
 
 
 def batch_loader(

@@ -133,9 +133,12 @@ def open_batches(
         processes=1 if share is None else share.size,
     )
     prompts = source_prompts(towers, sources)
-    for source_prompt in prompts:
-        towers.check_prompt(source_prompt.query, "query")
-        towers.check_prompt(source_prompt.passage, "document")
+    for source_prompt, table in zip(prompts, tables, strict=True):
+        queries, passages = table.prompts()
+        for prompt in (source_prompt.query, *queries):
+            towers.check_prompt(prompt, "query")
+        for prompt in (source_prompt.passage, *passages):
+            towers.check_prompt(prompt, "document")
     return BatchDataset(
         tables,
         schedule,

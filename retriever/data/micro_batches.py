@@ -13,6 +13,7 @@ from torch import Tensor
 from retriever.data.batches import PairKeys, TrainingBatch
 from retriever.data.false_negatives import FalseNegatives
 from retriever.data.length_sorting import make_micro_batches
+from retriever.data.teacher_lists import TeacherLists
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
 from retriever.models.towers import Side, Towers
 from retriever.utils.device import to_device, to_host
@@ -80,6 +81,8 @@ class PreparedBatch:
     """Whether the texts of a micro-batch are padded to the longest; otherwise they are packed."""
     keys: PairKeys | None = None
     """Text digests of one rank's share; None with a single rank."""
+    teacher: TeacherLists | None = None
+    """A teacher's scores of passages, for `losses.TeacherScores`; None if no row of the source has any."""
 
     @property
     def tokens(self) -> int:
@@ -175,7 +178,9 @@ class BatchPreparer:
                 self._group("query", self.query(batch.queries)),
                 self._group("document", self.passage(batch.passages)),
             ]
-        return PreparedBatch(groups, len(batch.queries), batch.false_negatives, self.padded, batch.keys)
+        return PreparedBatch(
+            groups, len(batch.queries), batch.false_negatives, self.padded, batch.keys, teacher=batch.teacher
+        )
 
     def _group(self, side: Side, tokens: TokenizedTexts) -> TextInputs:
         micro_batches = make_micro_batches(tokens.lengths, self.token_budget, padded=self.padded, device=self.device)

@@ -25,7 +25,8 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
 
     Returns:
         The batch with `false_negatives`. Its `excluded` [R, 2] has rows of this rank's queries and rows of the pool, in
-        which each rank's positives and then its negatives follow those of the rank before.
+        which each rank's positives and then its negatives follow those of the rank before. `teacher.passages` are rows
+        of the pool as well.
     """
     keys = batch.keys
     if keys is None:
@@ -58,4 +59,6 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
         batch_any=masks.any,
         batch_no_negatives=masks.no_negatives,
     )
-    return replace(batch, false_negatives=own_masks)
+    # The passages of a rank are consecutive rows of the pool.
+    teacher = batch.teacher and batch.teacher.shifted(own_positives.start + own_negatives.start)
+    return replace(batch, false_negatives=own_masks, teacher=teacher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ class Example:
     query: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
+    scores: tuple[float, ...] | None = None
+    """A teacher's score of each positive and then of each negative; None if the row has none."""
+    query_prompt: str | None = None
+    """The prompt of this row's query; None: that of the source."""
+    passage_prompt: str | None = None
+    """The prompt of this row's passages; None: that of the source."""
 
 
 class Notices:
@@ -107,15 +114,18 @@ def read_examples(config: SourceConfig, notices: Notices) -> Iterator[Example]:
         records = _huggingface_records(config)
     else:
         records = read_records(Path(config.path))
-    has_negatives, record = False, None
+    has_negatives, has_scores, record = False, False, None
     for record in records:
         columns = _negative_columns(config, record)
         has_negatives |= bool(columns)
+        has_scores |= bool(_score_columns(config, record))
         example = _parse(config, record, columns, notices)
         if example is not None:
             yield example
     if record is not None and not has_negatives and config.negatives != SourceConfig.negatives:
         raise InputError(f"{config.path}: expected a column '{config.negatives}' for negatives, found none in any row")
+    if record is not None and not has_scores and config.scores not in ("", SourceConfig.scores):
+        raise InputError(f"{config.path}: expected a column '{config.scores}' for scores, found none in any row")
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -124,9 +134,18 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _negative_columns(config: SourceConfig, record: Record) -> list[str]:
-    if "*" in config.negatives:
-        return [column for column in record.fields if fnmatch.fnmatchcase(column, config.negatives)]
-    return [config.negatives] if config.negatives in record.fields else []
+    return _matching(config.negatives, record)
+
+
+def _score_columns(config: SourceConfig, record: Record) -> list[str]:
+    return [column for name in config.scores.split(",") for column in _matching(name.strip(), record)]
+
+
+def _matching(name: str, record: Record) -> list[str]:
+    """Return the columns of a name, which may contain *."""
+    if "*" in name:
+        return [column for column in record.fields if fnmatch.fnmatchcase(column, name)]
+    return [name] if name in record.fields else []
 
 
 def _parse(config: SourceConfig, record: Record, negative_columns: list[str], notices: Notices) -> Example | None:
@@ -142,10 +161,63 @@ def _parse(config: SourceConfig, record: Record, negative_columns: list[str], no
         notices.add(f"rows skipped for an empty {empty_column}", record.place)
         return None
     negatives = [text for column in negative_columns for text in _texts(record, column, notices)]
-    true_negatives = [text for text in negatives if text not in positives]
-    if len(true_negatives) < len(negatives):
+    true_negatives = dict.fromkeys(text for text in negatives if text not in positives)
+    if len(true_negatives) < len(set(negatives)):
         notices.add("rows with a negative dropped because it is one of their positives", record.place)
-    return Example(queries[0], tuple(dict.fromkeys(positives)), tuple(dict.fromkeys(true_negatives)))
+    unique = [*dict.fromkeys(positives), *true_negatives]
+    prompts = [
+        None if column is None else _prompt(record, column)
+        for column in (config.query_prompt_column, config.passage_prompt_column)
+    ]
+    return Example(
+        queries[0],
+        tuple(unique[: len(unique) - len(true_negatives)]),
+        tuple(true_negatives),
+        _scores(config, record, [*positives, *negatives], unique),
+        *prompts,
+    )
+
+
+def _scores(config: SourceConfig, record: Record, texts: list[str], unique: list[str]) -> tuple[float, ...] | None:
+    """Return the scores of the `unique` texts; those in the columns belong to `texts`. None for a row without scores.
+
+    A text that occurs twice has its first score.
+    """
+    columns = _score_columns(config, record)
+    scores: list[float] = []
+    for column in columns:
+        cell = record.fields[column]
+        for value in cell if isinstance(cell, list) else [cell]:
+            if value is None or value == "":
+                continue
+            try:
+                number = math.nan if isinstance(value, bool) else float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise InputError(
+                    f"{record.place}: expected finite numbers in column '{column}', found {value!r:.40} "
+                    "(scores: '' in data.sources reads no scores)"
+                )
+            scores.append(number)
+    if not scores:
+        return None
+    if len(scores) != len(texts):
+        raise InputError(
+            f"{record.place}: expected {len(texts)} scores in {config.scores}, one for each positive and negative, "
+            f"found {len(scores)}"
+        )
+    first = dict(zip(reversed(texts), reversed(scores), strict=True))
+    return tuple(first[text] for text in unique)
+
+
+def _prompt(record: Record, column: str) -> str | None:
+    if column not in record.fields:
+        raise InputError(f"{record.place}: expected a column '{column}', found {', '.join(record.fields) or 'none'}")
+    prompt = record.fields[column]
+    if prompt is not None and not isinstance(prompt, str):
+        raise InputError(f"{record.place}: expected text in column '{column}', found {type(prompt).__name__}")
+    return None if prompt is None else prompt.replace("\0", "\ufffd")
 
 
 def _texts(record: Record, column: str, notices: Notices, lists: bool = True) -> list[str]:
@@ -208,7 +280,15 @@ def _huggingface_records(config: SourceConfig) -> Iterator[Record]:
     if columns is not None and {config.query, config.positive} <= set(columns):
         record = Record(config.path, dict.fromkeys(columns))
         # Other columns may hold images or audio, which would be decoded unnecessarily.
-        dataset = dataset.select_columns([config.query, config.positive, *_negative_columns(config, record)])
+        prompts = [name for name in (config.query_prompt_column, config.passage_prompt_column) if name in columns]
+        wanted = [
+            config.query,
+            config.positive,
+            *_negative_columns(config, record),
+            *_score_columns(config, record),
+            *prompts,
+        ]
+        dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
     number, batches = 0, dataset.iter(batch_size=1024)
     while (batch := _next_batch(batches, config.path)) is not None:
         for cells in zip(*batch.values(), strict=True):

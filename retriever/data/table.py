@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from index.files import InputError, atomic_path, read_json, sha256_file, write_j
 from retriever.config.sources import SourceConfig
 from retriever.data.sources import Example, Notices, read_examples, resolve_format, source_files
 
-VERSION = 3
+VERSION = 4
 """Version of the conversion. Files of other versions are not used."""
 BATCH_ROWS = 4096
 BATCH_CHARACTERS = 2**24
@@ -27,6 +28,7 @@ class ExampleTable:
         notices: One line for each kind of row or text that was skipped or corrected.
         sha256: Checksum of the converted rows; it does not depend on the location of the files.
         rows_with_negatives: Number of rows with a hard negative.
+        rows_with_scores: Number of rows with a teacher's scores.
         rows_skipped: Number of rows of the source that were skipped because the query or the positive is empty.
     """
 
@@ -34,6 +36,7 @@ class ExampleTable:
     notices: list[str]
     sha256: str
     rows_with_negatives: int
+    rows_with_scores: int
     rows_skipped: int
 
     def __init__(self, path: Path) -> None:
@@ -48,13 +51,13 @@ class ExampleTable:
         metadata = read_json(path.with_suffix(".json"))
         self.name, self.notices = metadata["source"]["path"], metadata["notices"]
         self.sha256, self.rows_with_negatives = metadata["sha256"], metadata["rows_with_negatives"]
-        self.rows_skipped = metadata["rows_skipped"]
+        self.rows_with_scores, self.rows_skipped = metadata["rows_with_scores"], metadata["rows_skipped"]
         try:
             rows = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise InputError(f"{path}: cannot be read (remove it to convert {self.name} again): {error}") from None
         self._size = rows.num_rows
-        self._columns = [rows.column(name) for name in ("query", "positives", "negatives")]
+        self._columns = [rows.column(field.name) for field in fields(Example)]
 
     def __len__(self) -> int:
         return self._size
@@ -63,12 +66,22 @@ class ExampleTable:
         """Return the example of a row, 0 <= row < len(self)."""
         if not 0 <= row < self._size:
             raise IndexError(f"row {row} of {self._size}")
-        query, positives, negatives = (column[int(row)].as_py() for column in self._columns)
-        return Example(query, tuple(positives), tuple(negatives))
+        query, positives, negatives, scores, *prompts = (column[int(row)].as_py() for column in self._columns)
+        return Example(query, tuple(positives), tuple(negatives), None if scores is None else tuple(scores), *prompts)
+
+    def prompts(self) -> tuple[list[str], list[str]]:
+        """Return the distinct prompts of the rows' queries and of their passages, sorted."""
+        from pyarrow import compute
+
+        query, passage = (
+            sorted(prompt for prompt in compute.unique(column).to_pylist() if prompt is not None)
+            for column in self._columns[4:]
+        )
+        return query, passage
 
     def texts(self, batch_rows: int) -> Iterator[tuple[list[str], list[list[str]]]]:
         """Yield queries and their lists of positives in order, for at most `batch_rows` rows at a time."""
-        queries, positives, _ = self._columns
+        queries, positives = self._columns[:2]
         for start in range(0, self._size, batch_rows):
             yield queries.slice(start, batch_rows).to_pylist(), positives.slice(start, batch_rows).to_pylist()
 
@@ -98,7 +111,7 @@ def open_source(config: SourceConfig, cache: Path, *, progress: Callable[[int], 
     if not (path.exists() and path.with_suffix(".json").exists()):
         notices = Notices()
         with atomic_path(path) as temporary:
-            rows, with_negatives = _write_rows(temporary, read_examples(config, notices), progress)
+            rows, with_negatives, with_scores = _write_rows(temporary, read_examples(config, notices), progress)
             if rows == 0:
                 raise InputError(
                     "; ".join([f"{config.path}: expected at least one example, found none", *notices.lines()])
@@ -109,6 +122,7 @@ def open_source(config: SourceConfig, cache: Path, *, progress: Callable[[int], 
         result = {
             "rows": rows,
             "rows_with_negatives": with_negatives,
+            "rows_with_scores": with_scores,
             "rows_skipped": notices.count("rows skipped"),
             "sha256": checksum,
             "notices": notices.lines(),
@@ -131,23 +145,28 @@ def _identity(config: SourceConfig) -> dict[str, Any]:
     return {"version": VERSION, "source": {**settings, "format": resolve_format(config)}, "files": files}
 
 
-def _write_rows(path: Path, examples: Iterable[Example], progress: Callable[[int], None] | None) -> tuple[int, int]:
-    """Write the examples as an Arrow file; returns the number of rows and of rows with negatives."""
+def _write_rows(
+    path: Path, examples: Iterable[Example], progress: Callable[[int], None] | None
+) -> tuple[int, int, int]:
+    """Write the examples as an Arrow file; returns the numbers of rows, of rows with negatives and with scores."""
     import pyarrow
 
     text = pyarrow.string()
-    schema = pyarrow.schema([("query", text), ("positives", pyarrow.list_(text)), ("negatives", pyarrow.list_(text))])
-    rows = with_negatives = 0
+    texts, numbers = pyarrow.list_(text), pyarrow.list_(pyarrow.float32())
+    types = (text, texts, texts, numbers, text, text)
+    schema = pyarrow.schema([(field.name, type_) for field, type_ in zip(fields(Example), types, strict=True)])
+    rows = with_negatives = with_scores = 0
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
         for batch in _batches(examples):
-            columns = zip(*((e.query, e.positives, e.negatives) for e in batch), strict=True)
+            columns = zip(*map(attrgetter(*schema.names), batch), strict=True)
             arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
             writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
             rows += len(batch)
             with_negatives += sum(bool(example.negatives) for example in batch)
+            with_scores += sum(example.scores is not None for example in batch)
             if progress is not None:
                 progress(len(batch))
-    return rows, with_negatives
+    return rows, with_negatives, with_scores
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:

@@ -50,7 +50,7 @@ class Split:
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        from retriever.data.query_groups import check_size
+        from retriever.data.splitting.query_groups import check_size
 
         if not self.data:
             raise ValueError("--data: expected a file or a folder, found nothing")
@@ -58,7 +58,7 @@ class Split:
         check_size("--test", self.test)
 
     def run(self, reporter: Reporter) -> int:
-        from retriever.data.split import split
+        from retriever.data.splitting.split import split
 
         report = split(
             self.data,

@@ -142,3 +142,35 @@ def test_an_invalid_argument_is_named(tmp_path: Path, settings: dict, field: str
     schedule = BatchSchedule([10], batch_size=5, seed=0, steps=1)
     with pytest.raises(ValueError, match=f"^{field}: "):
         BatchDataset([table(tmp_path, "a", 10)], schedule, as_given, **settings)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_teacher_scores_point_at_their_passages_and_rows_have_prompts(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "scored.jsonl"
+    rows = []
+    for i in range(16):
+        positives = [f"{i} p{j}" for j in range(1 + i % 2)]
+        negatives = [f"{i} n{j}" for j in range(i % 4)]
+        scores = [len(text) + 10 * i + int(text[-1]) for text in positives + negatives]
+        rows.append({"query": str(i), "positive": positives, "negatives": negatives, "at": f"{i}: ", "scores": scores})
+    rows[5]["scores"] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = SourceConfig(str(path), passage_prompt_column="at")
+    tables = [open_source(config, tmp_path / "cache")]
+    schedule = BatchSchedule([16], batch_size=16, seed=0, epochs=1)
+    for rank in range(size):
+        share = Share(rank, size)
+        batch = BatchDataset(tables, schedule, as_given, negatives_per_query=2, share=share).batch(0)
+        assert batch.teacher is not None
+        teacher = batch.teacher.shifted(100)
+        assert teacher.offsets.tolist()[0] == 0 and len(teacher.offsets) == len(batch.queries) + 1
+        for number, query in enumerate(batch.queries):
+            listed = slice(*teacher.offsets[number : number + 2])
+            texts = [batch.passages[row - 100] for row in teacher.passages[listed]]
+            if query == "5":
+                assert texts == []
+                continue
+            assert texts[0] == batch.positives[number] and len(texts) == 1 + min(2, int(query) % 4)
+            assert all(text.startswith(f"{query}: {query} ") for text in texts)
+            bare = [text.split(": ")[1] for text in texts]
+            assert teacher.scores[listed].tolist() == [len(t) + 10 * int(query) + int(t[-1]) for t in bare]

@@ -16,6 +16,7 @@ import pytest
 from index.files import InputError
 from retriever.config.sources import SourceConfig
 from retriever.data.sources import Example, Notices, read_examples
+from retriever.data.table import open_source
 
 ROWS: list[dict[str, Any]] = [
     {"query": "große Frage", "positive": "an answer", "negatives": ["wrong", "also\nwrong"]},
@@ -235,3 +236,35 @@ def test_a_hub_name_may_carry_a_subset_and_a_revision(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert examples(path, format="huggingface", split="dev") == EXAMPLES
     assert calls == [(*called, "dev", True)]
+
+
+def test_scores_follow_their_texts_and_prompts_their_rows(tmp_path: Path) -> None:
+    path = tmp_path / "scored.jsonl"
+    rows = [
+        # Empty texts, copies and negatives that are positives lose their scores, too.
+        {"query": "a", "positive": ["p", "", "p"], "negatives": ["n", "p", "m"], "scores": [1, 2, 0.5, 3, -1.5]},
+        {"query": "b", "positive": "p", "negatives": [], "scores": None, "kind": "find: "},
+    ]
+    path.write_text("".join(json.dumps({"kind": None, **row}) + "\n" for row in rows))
+    config = SourceConfig(str(path), query_prompt_column="kind")
+    table = open_source(config, tmp_path / "cache")
+    assert [table[0], table[1]] == [
+        Example("a", ("p",), ("n", "m"), (1.0, 0.5, -1.5)),
+        Example("b", ("p",), (), None, "find: ", None),
+    ]
+    assert (table.rows_with_scores, table.prompts()) == (1, (["find: "], []))
+    assert open_source(SourceConfig(str(path), scores=""), tmp_path / "cache")[0].scores is None
+
+    csv = tmp_path / "columns.csv"
+    csv.write_text("query,positive,n_1,n_2,pos,s_1,s_2\na,p,n,m,1,2,3\nb,p,n,,1,2,\n")
+    config = SourceConfig(str(csv), negatives="n_*", scores="pos,s_*")
+    assert [example.scores for example in read_examples(config, Notices())] == [(1.0, 2.0, 3.0), (1.0, 2.0)]
+
+    for scores, message in (([1], "expected 2 scores"), ([1, "x"], "found 'x'"), ([1, True], "found True")):
+        path.write_text(json.dumps({"query": "a", "positive": "p", "negatives": "n", "scores": scores}) + "\n")
+        with pytest.raises(InputError, match=rf"scored\.jsonl:1: .*{message}"):
+            list(read_examples(SourceConfig(str(path)), Notices()))
+    with pytest.raises(InputError, match="column 'teacher' for scores"):
+        list(read_examples(SourceConfig(str(path), scores="teacher"), Notices()))
+    with pytest.raises(InputError, match="column 'kind'"):
+        list(read_examples(SourceConfig(str(path), scores="", passage_prompt_column="kind"), Notices()))

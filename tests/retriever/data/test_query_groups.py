@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retriever.data.known_positives import text_digests
-from retriever.data.query_groups import (
+from retriever.data.splitting.query_groups import (
     DEV,
     TEST,
     TRAIN,

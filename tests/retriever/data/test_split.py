@@ -299,7 +299,7 @@ def test_arguments_of_the_function_are_checked(tmp_path: Path) -> None:
 
 
 def test_a_folder_created_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import retriever.data.split as module
+    import retriever.data.splitting.split as module
 
     def written(*arguments: Any) -> None:
         (tmp_path / "out").mkdir()

@@ -16,8 +16,8 @@ from index.files import InputError
 from index.passages import PassageFile, file_state
 from retriever.config.sources import SourceConfig
 from retriever.data.false_negatives import Integers
-from retriever.data.query_groups import Digests
 from retriever.data.sources import Notices, read_examples, source_files
+from retriever.data.splitting.query_groups import Digests
 
 PENDING = 2**20
 """Number of new texts after which duplicates are removed."""

@@ -17,7 +17,8 @@ from index.files import InputError, atomic_folder
 from index.progress import Progress, Reporter, as_reporter
 from retriever.config.sources import SourceConfig
 from retriever.data.false_negatives import Integers
-from retriever.data.query_groups import (
+from retriever.data.sources import Notices, resolve_format
+from retriever.data.splitting.query_groups import (
     DEV,
     TEST,
     TRAIN,
@@ -28,8 +29,7 @@ from retriever.data.query_groups import (
     is_large_enough,
     resolve_size,
 )
-from retriever.data.sources import Notices, resolve_format
-from retriever.data.split_rows import SplitRows
+from retriever.data.splitting.rows import SplitRows
 from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths
 
 By = Literal["component", "query"]
@@ -101,8 +101,8 @@ def split(
 
     The folder has these files: corpus.jsonl (positives, negatives and further passages), queries.jsonl,
     qrels/train.tsv, qrels/dev.tsv and qrels/test.tsv (all pairs with grade 1), and train.jsonl (the training rows with
-    their hard negatives, which qrels cannot express). Their content depends only on the rows of the source and the
-    arguments, not on the order of the rows or on the machine.
+    their hard negatives, which qrels cannot express, but without scores and prompts). Their content depends only on
+    the rows of the source and the arguments, not on the order of the rows or on the machine.
 
     Args:
         source: A file, folder or hub name in a format that training reads (`SourceConfig.path`).
@@ -137,7 +137,9 @@ def split(
     check_paths(source=source, out=out)
     if passages is not None:
         check_paths(passages=passages)
-    config = SourceConfig(str(source), format=format, split=split, query=query, positive=positive, negatives=negatives)
+    config = SourceConfig(
+        str(source), format=format, split=split, query=query, positive=positive, negatives=negatives, scores=""
+    )
     reporter = as_reporter(progress)
     out = Path(out)
     _refuse_existing(out)

@@ -1,0 +1,1 @@
+"""Division of pairs into a training, a dev and a test set."""
