@@ -231,9 +231,9 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     further = checked_further(negatives, query)
     objective = checked_objective(batch, matryoshka, teacher)
     precision = resolve_precision(precision, query)
-    if batch.options is not None:
-        batch = with_nan_for_invalid_pairs(with_nan_for_invalid_positives(batch, len(passage)), len(passage))
     if further is not None:
+        if batch.options is not None:
+            batch = with_nan_for_invalid_pairs(with_nan_for_invalid_positives(batch, len(passage)), len(passage))
         return _with_statistics(*_loss_with_further(batch, further, precision, implementation, workspace_bytes))
     if batch.options is not None:
         return _with_statistics(*_loss_with_options(batch, precision, workspace_bytes, implementation))
@@ -266,7 +266,9 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
 def _loss_with_options(
     batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, implementation: Implementation
 ) -> tuple[Tensor, Statistics | None]:
+    passages = len(batch.passage)
     if implementation == "full":
+        batch = with_nan_for_invalid_pairs(with_nan_for_invalid_positives(batch, passages), passages)
         loss, statistics = full_matrix_negatives_loss(batch, precision)
         return loss, statistics if batch.options is not None and batch.options.statistics else None
     compiling = torch.compiler.is_compiling()
@@ -275,9 +277,11 @@ def _loss_with_options(
         reason = why_not_dense(batch.query)
         only_statistics = batch.options is not None and not needs_negatives(batch.options)
         if only_statistics and reason is None:
+            # Its kernels make the loss NaN for an invalid pair or positive, with fewer launches than below.
             return dense_loss_and_statistics(batch, precision)
         if implementation == "dense" and reason is not None:
             warn_fallback(implementation, reason)
+    batch = with_nan_for_invalid_pairs(with_nan_for_invalid_positives(batch, passages), passages)
     fused = implementation == "triton" or (implementation == "auto" and batch.query.is_cuda)
     reason = why_not_fused(batch.query) if fused else None
     if reason is not None and implementation == "triton":

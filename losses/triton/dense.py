@@ -34,17 +34,23 @@ def dense_loss(batch: ContrastiveBatch, precision: Precision) -> Tensor:
 
 def dense_loss_and_statistics(batch: ContrastiveBatch, precision: Precision) -> tuple[Tensor, Statistics]:
     """`dense_loss` and statistics of the rows."""
-    loss, counts, numbers, summary = _DenseLoss.apply(batch.query, batch.passage, batch.logit_scale, batch, precision)
-    rank, hardest, masked = counts
-    hardest_score, entropy = numbers
-    return loss, Statistics(rank, hardest, hardest_score, entropy, masked, *summary)
+    # Not outputs of the function: for each of those autograd does work on the host, which is what limits the speed.
+    found: list[Statistics] = []
+    loss = _DenseLoss.apply(batch.query, batch.passage, batch.logit_scale, batch, precision, found)
+    return loss, found[0]
 
 
 class _DenseLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, passage: Tensor, logit_scale: Tensor, batch: ContrastiveBatch, precision: Precision
-    ) -> Any:
+        ctx: Any,
+        query: Tensor,
+        passage: Tensor,
+        logit_scale: Tensor,
+        batch: ContrastiveBatch,
+        precision: Precision,
+        found: list[Statistics] | None = None,
+    ) -> Tensor:
         kernels = _kernels()
         rows, columns = query.shape[0], passage.shape[0]
         with matmul_precision(precision, query.device):
@@ -85,37 +91,38 @@ class _DenseLoss(torch.autograd.Function):
             COLUMN_STEP=kernels.COLUMN_STEP,
         )
         loss = scores.new_empty(())
+        counts = summary = None
+        if found is not None:
+            counts, numbers = _row_statistics(batch, scores, statistics)
+            summary = scores.new_empty(3)
+            found.append(_as_statistics(counts, numbers, summary))
         kernels.mean_loss_kernel[(1,)](
             scores,
             logit_scale,
             batch.given_positive,
             statistics,
+            counts,
             loss,
+            summary,
             rows,
             columns,
             SYMMETRIC=batch.symmetric,
             DIAGONAL=batch.diagonal,
+            HAS_COUNTS=counts is not None,
             BLOCK=LOSS_BLOCK,
         )
         ctx.save_for_backward(
             *operands, logit_scale, batch.given_positive, batch.query_ids, batch.passage_ids, scores, statistics
         )
         ctx.options = batch.symmetric, batch.diagonal, batch.excluded is not None, precision, query.dtype
-        if batch.options is None:
-            return loss
-        found = _row_statistics(batch, scores, statistics)
-        ctx.mark_non_differentiable(*found)
-        ctx.set_materialize_grads(False)
-        return loss, *found
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # once_differentiable would accept create_graph=True for a constant upstream gradient and drop second
         # derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError("the dense loss is differentiable once: implementation='full' has second derivatives")
-        if upstream is None:
-            return None, None, None, None, None
         kernels = _kernels()
         query, passage, logit_scale, given_positive, query_ids, passage_ids, scores, statistics = ctx.saved_tensors
         symmetric, diagonal, has_excluded, precision, dtype = ctx.options
@@ -156,18 +163,15 @@ class _DenseLoss(torch.autograd.Function):
                 partials.sum() if of_scale else None,
                 None,
                 None,
+                None,
             )
 
 
-def _row_statistics(batch: ContrastiveBatch, scores: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[3, M] int64, [2, M] and [3]: what the kernels count, from the products [M, N] and the sums of their rows."""
+def _row_statistics(batch: ContrastiveBatch, scores: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """[3, M] int64 and [2, M]: what the kernel counts, from the products [M, N] and the sums of their rows."""
     kernels = _kernels()
     rows, columns = scores.shape
-    counts, numbers, summary = (
-        scores.new_empty(3, rows, dtype=torch.int64),
-        scores.new_empty(2, rows),
-        scores.new_empty(3),
-    )
+    counts, numbers = scores.new_empty(3, rows, dtype=torch.int64), scores.new_empty(2, rows)
     kernels.dense_row_statistics_kernel[(-(-rows // kernels.ROWS_PER_PROGRAM),)](
         scores,
         batch.logit_scale,
@@ -185,8 +189,14 @@ def _row_statistics(batch: ContrastiveBatch, scores: Tensor, statistics: Tensor)
         ROWS_PER_PROGRAM=kernels.ROWS_PER_PROGRAM,
         ROW_STEP=kernels.ROW_STEP,
     )
-    kernels.dense_summary_kernel[(1,)](counts, summary, rows, columns, BLOCK=LOSS_BLOCK)
-    return counts, numbers, summary
+    return counts, numbers
+
+
+def _as_statistics(counts: Tensor, numbers: Tensor, summary: Tensor) -> Statistics:
+    rank, hardest, masked = counts.unbind()
+    hardest_score, entropy = numbers.unbind()
+    accuracy, mrr, masked_share = summary.unbind()
+    return Statistics(rank, hardest, hardest_score, entropy, masked, accuracy, mrr, masked_share)
 
 
 @functools.cache

@@ -131,15 +131,28 @@ def _update_softmax(exponents, highest, total, axis: tl.constexpr):
 
 @triton.jit
 def mean_loss_kernel(
-    product_ptr, scale_ptr, positive_ptr, statistics_ptr, loss_ptr, rows, columns,
-    SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
+    product_ptr, scale_ptr, positive_ptr, statistics_ptr, count_ptr, loss_ptr, summary_ptr, rows,
+    columns,
+    SYMMETRIC: tl.constexpr, DIAGONAL: tl.constexpr, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The mean loss over rows and over their positives' columns, by one program."""
+    """The mean loss over rows and over their positives' columns, by one program.
+
+    With the counts [3, M] of dense_row_statistics_kernel, also the summary [3]: the share of rank 1, the mean of
+    1 / rank, the share of masked entries.
+    """
     scale = tl.load(scale_ptr) * LOG2_E
     total = tl.zeros((BLOCK,), dtype=tl.float32)
+    first_ranks = tl.zeros((BLOCK,), dtype=tl.float32)
+    reciprocals = tl.zeros((BLOCK,), dtype=tl.float32)
+    masked = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, rows, BLOCK):
         row = first + tl.arange(0, BLOCK)
         valid = row < rows
+        if HAS_COUNTS:
+            rank = tl.load(count_ptr + row, mask=valid, other=1)
+            first_ranks += (valid & (rank == 1)).to(tl.float32)
+            reciprocals += tl.where(valid, 1.0 / rank.to(tl.float32), 0.0)
+            masked += tl.load(count_ptr + 2 * rows + row, mask=valid, other=0).to(tl.float32) / columns
         positive_column = _positive_columns(positive_ptr, row, rows, columns, DIAGONAL)
         known = positive_column >= 0
         score = (
@@ -152,6 +165,10 @@ def mean_loss_kernel(
         # An out-of-range positive, which is not checked on the host for GPU tensors.
         total += tl.where(valid & (known == 0), float("nan"), loss)
     tl.store(loss_ptr, tl.sum(total, 0) / (rows * LOG2_E))
+    if HAS_COUNTS:
+        tl.store(summary_ptr, tl.sum(first_ranks, 0) / rows)
+        tl.store(summary_ptr + 1, tl.sum(reciprocals, 0) / rows)
+        tl.store(summary_ptr + 2, tl.sum(masked, 0) / rows)
 
 
 @triton.jit
@@ -202,24 +219,6 @@ def dense_row_statistics_kernel(
     tl.store(count_ptr + 2 * rows + row, (columns - 1 - counted).to(tl.int64), mask=valid)
     tl.store(number_ptr + row, best / LOG2_E, mask=valid)
     tl.store(number_ptr + rows + row, tl.maximum(tl.log2(total) - weighted / total, 0.0) / LOG2_E, mask=valid)
-
-
-@triton.jit
-def dense_summary_kernel(count_ptr, summary_ptr, rows, columns, BLOCK: tl.constexpr):
-    """[3] from the counts [3, M]: the share of rank 1, the mean of 1 / rank, the share of masked entries."""
-    first_ranks = tl.zeros((BLOCK,), dtype=tl.float32)
-    reciprocals = tl.zeros((BLOCK,), dtype=tl.float32)
-    masked = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(0, rows, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        valid = row < rows
-        rank = tl.load(count_ptr + row, mask=valid, other=1)
-        first_ranks += (valid & (rank == 1)).to(tl.float32)
-        reciprocals += tl.where(valid, 1.0 / rank.to(tl.float32), 0.0)
-        masked += tl.load(count_ptr + 2 * rows + row, mask=valid, other=0).to(tl.float32) / columns
-    tl.store(summary_ptr, tl.sum(first_ranks, 0) / rows)
-    tl.store(summary_ptr + 1, tl.sum(reciprocals, 0) / rows)
-    tl.store(summary_ptr + 2, tl.sum(masked, 0) / rows)
 
 
 @triton.jit
