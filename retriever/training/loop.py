@@ -18,7 +18,7 @@ from retriever.training.components import Components
 from retriever.training.cuda_graphs import use_cuda_graphs
 from retriever.training.profiler import StepProfile
 from retriever.training.run_dir import RunFolder
-from retriever.training.run_log import RunLog, ThroughputMeter, format_row
+from retriever.training.tracking.run_log import RunLog, ThroughputMeter, format_row
 from retriever.training.validation.dev_set import measure_on_ranks
 from retriever.utils.interrupt import StopRequest
 

@@ -30,7 +30,7 @@ from retriever.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from retriever.training.run_log import METRICS_FILE
+from retriever.training.tracking.run_log import METRICS_FILE
 
 CACHE = "cache"
 

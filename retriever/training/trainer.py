@@ -17,7 +17,7 @@ from retriever.training.loop import TrainingLoop
 from retriever.training.memory_plan import MemoryPlan, plan_step
 from retriever.training.profiler import STEPS, WARM_UP
 from retriever.training.run_dir import NewRun, RunFolder, cache_folder, check_new_run, load_run_config
-from retriever.training.run_log import NoLog, RunLog
+from retriever.training.tracking.run_log import NoLog, RunLog
 from retriever.utils.interrupt import Interrupted, StopRequest
 from retriever.utils.torchrun import restart_count
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from index.files import InputError
-from retriever.training.run_log import RunLog
+from retriever.training.tracking.run_log import RunLog
 
 
 def test_rows_after_the_checkpoint_and_an_incomplete_last_row_are_removed(tmp_path: Path) -> None:

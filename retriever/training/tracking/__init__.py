@@ -1,0 +1,1 @@
+"""What a training run records: rows of metrics, trackers, and a plot."""
