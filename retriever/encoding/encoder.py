@@ -49,12 +49,27 @@ def embed_texts(
     Returns:
         Embeddings, float32 [M, D].
     """
+    return embed_counted(towers, texts, side, options, progress)[0]
+
+
+def embed_counted(
+    towers: Towers,
+    texts: Sequence[str],
+    side: Side,
+    options: EncodeOptions,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`embed_texts`, with the number of tokens of each text.
+
+    Returns:
+        Embeddings, float32 [M, D], and the tokens that the model read, with prompt and special tokens, int64 [M].
+    """
     if not texts:
         # Tokenizers fail on an empty list.
-        return np.empty((0, towers.dimension), dtype=np.float32)
+        return np.empty((0, towers.dimension), dtype=np.float32), np.empty(0, dtype=np.int64)
     tokens = _tokenize(towers, texts, side)
     ((_, embeddings),) = embed_windows(towers, [(texts, tokens)], side, options, progress)
-    return embeddings
+    return embeddings, tokens.lengths
 
 
 def _tokenize(towers: Towers, texts: Sequence[str], side: Side) -> TokenizedTexts:

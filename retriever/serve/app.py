@@ -1,12 +1,11 @@
-"""The HTTP service: /search for programs, / for people, /healthz for monitoring."""
+"""The HTTP service: /search and embeddings for programs, / for people, /healthz and /metrics for monitoring."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,33 +17,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retriever.searching.search import Answer
 from retriever.serve import page
-from retriever.serve.batching import Busy, Closed, Engine
-from retriever.serve.requests import (
-    Limits,
-    RequestError,
-    SearchRequest,
-    parse_json_body,
-    parse_parameters,
-    read_body,
-)
+from retriever.serve.batching import Engine
+from retriever.serve.embeddings import EmbeddingRoutes
+from retriever.serve.errors import JSON, RequestError, error_response
+from retriever.serve.guard import AUTHORIZED, Guard
+from retriever.serve.metrics import Metrics
+from retriever.serve.requests import Limits, SearchRequest, parse_json_body, parse_parameters, read_body
 from retriever.serve.thumbnails import Thumbnails
+from retriever.serve.waiting import engine_result
 
 DEFAULT_K = 10
+# Seconds that a client may take to read a part of a response.
+SEND_SECONDS = 30.0
+METHODS = ("GET", "HEAD", "POST", "DELETE")
 # Sent with every response: no content type sniffing, no referrer to other sites, no caching.
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 ]
-
-
-class JSON(Response):
-    """A response of JSON on one line."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 class Service:
@@ -100,33 +91,30 @@ class Service:
         return HTMLResponse(text, status, {"content-security-policy": page.content_security_policy()})
 
     async def health(self, request: Request) -> Response:
-        """Handle GET /healthz: status 200 while queries are answered, otherwise 503."""
+        """Handle GET /healthz and /health: status 200 while queries are answered, otherwise 503."""
         index, alive = self._engine.index, self._engine.alive
-        state = {"passages": index.rows, "dim": index.dim, "factory": index.factory, "waiting": self._engine.waiting}
-        return JSON({"status": "ok" if alive else "closed", **state}, 200 if alive else 503)
+        state: dict[str, Any] = {"status": "ok" if alive else "closed"}
+        if getattr(request.state, AUTHORIZED, True):
+            state |= {"passages": index.rows, "dim": index.dim, "factory": index.factory}
+            state["waiting"] = self._engine.waiting
+        return JSON(state, 200 if alive else 503)
 
     async def _answers(self, wanted: SearchRequest) -> list[Answer]:
-        try:
-            return await asyncio.wrap_future(self._engine.submit(wanted.queries, wanted.k))
-        except Busy:
-            raise RequestError(429, "too many queries are waiting; try again in a second") from None
-        except Closed:
-            raise RequestError(503, "the service is shutting down") from None
-        except Exception as error:  # noqa: BLE001 - logged
-            # A batch that fails, for example for lack of memory, must not stop the service.
-            self._log(f"search failed: {type(error).__name__}: {' '.join(str(error).split())}")
-            raise RequestError(500, "the search failed; see the service's log") from None
+        return await engine_result(self._engine.submit, wanted.queries, wanted.k)
 
 
 class AccessLog:
-    """Middleware that logs one line per request, without the query, and adds HEADERS to each response.
+    """Middleware that logs and counts each request, without the query, and adds HEADERS to each response.
 
-    A line has the time, client address, method, path, status, bytes and milliseconds.
+    A line has the time, client address, method, path, status, bytes and milliseconds. A client that does not read its
+    response is disconnected after SEND_SECONDS.
     """
 
-    def __init__(self, app: ASGIApp, log: Callable[[str], None]) -> None:
+    def __init__(self, app: ASGIApp, log: Callable[[str], None], metrics: Metrics, routes: Sequence[str]) -> None:
         self._app = app
         self._log = log
+        self._metrics = metrics
+        self._routes = frozenset(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -141,20 +129,36 @@ class AccessLog:
                 message["headers"] = [*message.get("headers", []), *HEADERS]
             else:
                 size += len(message.get("body", b""))
-            await send(message)
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
 
         try:
             await self._app(scope, receive, send_and_count)
+        except Exception as error:  # noqa: BLE001 - logged, and answered with status 500
+            # A batch that fails, for example for lack of memory, must not stop the service.
+            self._log(f"search failed: {type(error).__name__}: {' '.join(str(error).split())}")
         finally:
             client = scope["client"][0] if scope.get("client") else "-"
             # Not decoded: a decoded path could contain line breaks.
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
             now = time.strftime("%Y-%m-%d %H:%M:%S")
+            # Other paths are counted together: clients could ask for any number of them.
+            route = scope["path"] if scope["path"] in self._routes else "other"
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self._metrics.request(route, method, status, time.perf_counter() - started)
             self._log(f"{now} {client} {scope['method']} {path} {status} {size} bytes {_milliseconds(started):.1f} ms")
 
 
 def make_app(
-    engine: Engine, limits: Limits, log: Callable[[str], None], thumbnails: Thumbnails | None = None
+    engine: Engine,
+    limits: Limits,
+    log: Callable[[str], None],
+    thumbnails: Thumbnails | None = None,
+    *,
+    name: str = "model",
+    metrics: Metrics | None = None,
+    names: frozenset[str] | None = None,
+    token: str | None = None,
 ) -> ASGIApp:
     """Create the ASGI application.
 
@@ -163,31 +167,56 @@ def make_app(
         limits: limits of a request.
         log: called with each line of the log.
         thumbnails: images that the page shows. Default: None, the page shows texts only.
+        name: name of the model in /v1/embeddings and /info.
+        metrics: the counters of /metrics. Default: None, new ones.
+        names: names that a Host header may state. Default: None, any.
+        token: the token that requests must have. Default: None, none.
     """
+    metrics = metrics or Metrics()
+    metrics.watch("waiting_queries", lambda: engine.waiting)
+    metrics.watch("passages", lambda: engine.index.rows)
     service = Service(engine, limits, log, page.no_image if thumbnails is None else thumbnails.url)
+    embeddings = EmbeddingRoutes(engine, name, limits)
+
+    async def show_metrics(request: Request) -> Response:
+        return metrics.response()
+
     routes = [
         Route("/", service.show, methods=["GET"]),
+        # Clients of Text Embeddings Inference that are given only the address of the service ask here.
+        Route("/", embeddings.tei, methods=["POST"]),
         Route("/search", service.search, methods=["GET", "POST"]),
+        Route("/embed", embeddings.tei, methods=["POST"]),
+        Route("/info", embeddings.info, methods=["GET"]),
+        Route("/v1/embeddings", embeddings.openai, methods=["POST"]),
+        Route("/v1/models", embeddings.models, methods=["GET"]),
         Route("/healthz", service.health, methods=["GET"]),
+        Route("/health", service.health, methods=["GET"]),
+        Route("/metrics", show_metrics, methods=["GET"]),
     ]
     if thumbnails is not None:
         routes.append(Route("/image", thumbnails.show, methods=["GET"]))
     app = Starlette(
         routes=routes,
-        exception_handlers={RequestError: _request_error, HTTPException: _http_error},
+        exception_handlers={RequestError: _request_error, HTTPException: _http_error, Exception: _failure},
     )
-    return AccessLog(app, log)
+    return AccessLog(Guard(app, names, token), log, metrics, [route.path for route in routes])
 
 
 async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     headers = {"retry-after": "1"} if error.status == 429 else None
-    return JSON({"error": str(error)}, error.status, headers)
+    return error_response(request.url.path, error.status, str(error), headers, error.param)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSON({"error": error.detail}, error.status_code, dict(error.headers or {}))
+    return error_response(request.url.path, error.status_code, error.detail, error.headers)
+
+
+async def _failure(request: Request, error: Exception) -> Response:
+    # The middleware logs the reason; it may name files.
+    return error_response(request.url.path, 500, "the search failed; see the service's log")
 
 
 def _as_dict(answer: Answer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Batching of concurrent queries: one thread runs the model and the index."""
+"""Batching of concurrent queries and texts: one thread runs the model and the index."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from index.ann.index import Index
-from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.encoding.encoder import EncodeOptions, embed_counted
+from retriever.models.loading.text_settings import SIDES, Side
 from retriever.models.towers import Towers
 from retriever.searching.search import Answer, results_of
 
@@ -43,10 +44,24 @@ class Batching:
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of n texts."""
+
+    vectors: np.ndarray
+    """float32 [n, D]."""
+    tokens: np.ndarray
+    """Number of tokens of each text, int64 [n]: those that the model read, or those of the untruncated text."""
+
+
+@dataclass(frozen=True)
 class _Job:
-    queries: Sequence[str]
-    k: int
-    future: Future[list[Answer]] = field(default_factory=Future)
+    texts: Sequence[str]
+    side: Side
+    k: int | None
+    """Results per query; None: only embeddings."""
+    untruncated: bool = False
+    """Whether to count the tokens of the texts before they are truncated."""
+    future: Future[Any] = field(default_factory=Future)
 
 
 class Engine:
@@ -57,15 +72,24 @@ class Engine:
         index: one index, or several searched as one.
         options: precision and micro-batch size.
         batching: limits of a batch and of the queue.
+        observe: called in the engine's thread with the number of texts of each batch by side.
 
     Raises:
         InputError: the index was made with another model.
     """
 
-    def __init__(self, towers: Towers, index: Index | MultiIndex, options: EncodeOptions, batching: Batching) -> None:
+    def __init__(
+        self,
+        towers: Towers,
+        index: Index | MultiIndex,
+        options: EncodeOptions,
+        batching: Batching,
+        observe: Callable[[dict[str, int]], None] | None = None,
+    ) -> None:
         index.check_model(towers.fingerprint())
         self.index = index
-        self._towers = towers
+        self.towers = towers
+        self._observe = observe
         self._options = options
         self._batching = batching
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -83,8 +107,18 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Number of accepted queries that are not answered yet."""
+        """Number of accepted queries and texts that are not answered yet."""
         return self._waiting
+
+    @property
+    def max_queries(self) -> int:
+        """Maximum number of queries per batch."""
+        return self._batching.max_queries
+
+    @property
+    def max_waiting(self) -> int:
+        """Maximum number of waiting queries."""
+        return self._batching.max_waiting
 
     @property
     def alive(self) -> bool:
@@ -101,13 +135,32 @@ class Engine:
             Busy: too many queries are waiting.
             Closed: the engine was closed.
         """
-        job = _Job(queries, k)
+        return self._put(_Job(queries, "query", k))
+
+    def embed(self, texts: Sequence[str], side: Side, *, untruncated: bool = False) -> Future[Embeddings]:
+        """Queue texts to be embedded.
+
+        Args:
+            texts: the texts, without prompts.
+            side: "query" or "document".
+            untruncated: count the tokens of the texts before they are truncated. Default: False.
+
+        Returns:
+            A future of their embeddings, in order.
+
+        Raises:
+            Busy: too many queries are waiting.
+            Closed: the engine was closed.
+        """
+        return self._put(_Job(texts, side, None, untruncated))
+
+    def _put(self, job: _Job) -> Future[Any]:
         with self._lock:
             if self._closed:
                 raise Closed
-            if self._waiting + len(queries) > self._batching.max_waiting:
+            if self._waiting + len(job.texts) > self._batching.max_waiting:
                 raise Busy
-            self._waiting += len(queries)
+            self._waiting += len(job.texts)
             self._jobs.put(job)
         return job.future
 
@@ -144,11 +197,11 @@ class Engine:
     def _release(self, job: _Job) -> None:
         """Remove a job from the count; called before its future is set, so that its client can submit again at once."""
         with self._lock:
-            self._waiting -= len(job.queries)
+            self._waiting -= len(job.texts)
 
     def _collect(self, first: _Job) -> tuple[list[_Job], bool]:
         """Collect the jobs of a batch; also returns whether the engine was closed meanwhile."""
-        jobs, count = [first], len(first.queries)
+        jobs, count = [first], len(first.texts)
         deadline = time.monotonic() + self._batching.timeout_s
         while count < self._batching.max_queries:
             try:
@@ -158,22 +211,42 @@ class Engine:
             if job is None:
                 return jobs, True
             jobs.append(job)
-            count += len(job.queries)
+            count += len(job.texts)
         return jobs, False
 
     def _answer(self, jobs: Sequence[_Job]) -> None:
-        texts = [text for job in jobs for text in job.queries]
-        vectors = embed_texts(self._towers, texts, "query", self._options)
-        starts = np.cumsum([0, *(len(job.queries) for job in jobs)])
+        for side in SIDES:
+            same_side = [job for job in jobs if job.side == side]
+            texts = [text for job in same_side for text in job.texts]
+            vectors, tokens = embed_counted(self.towers, texts, side, self._options)
+            starts = np.cumsum([0, *(len(job.texts) for job in same_side)])
+            searches: list[tuple[_Job, np.ndarray]] = []
+            for job, start in zip(same_side, starts[:-1], strict=True):
+                rows = slice(start, start + len(job.texts))
+                if job.k is None:
+                    counts = self._untruncated(job) if job.untruncated else tokens[rows]
+                    self._finish(job, Embeddings(vectors[rows], counts))
+                else:
+                    searches.append((job, vectors[rows]))
+            self._search(searches)
+        if self._observe is not None:
+            self._observe({side: sum(len(job.texts) for job in jobs if job.side == side) for side in SIDES})
+
+    def _search(self, searches: Sequence[tuple[_Job, np.ndarray]]) -> None:
         # Each job is searched with its own k: the results of an approximate index may depend on k.
-        for k in {job.k for job in jobs}:
-            same_k = [(job, start) for job, start in zip(jobs, starts[:-1], strict=True) if job.k == k]
-            positions = np.concatenate([np.arange(start, start + len(job.queries)) for job, start in same_k])
-            found = iter(zip(*self.index.search_rows(vectors[positions], k), strict=True))
+        for k in {job.k for job, _ in searches if job.k is not None}:
+            same_k = [(job, vectors) for job, vectors in searches if job.k == k]
+            found = iter(zip(*self.index.search_rows(np.concatenate([each for _, each in same_k]), k), strict=True))
             for job, _ in same_k:
-                answers = [Answer("", text, results_of(self.index, *next(found))) for text in job.queries]
-                self._release(job)
-                job.future.set_result(answers)
+                self._finish(job, [Answer("", text, results_of(self.index, *next(found))) for text in job.texts])
+
+    def _untruncated(self, job: _Job) -> np.ndarray:
+        prompt = self.towers.prompt(job.side)
+        return self.towers.tokenizer(job.side).untruncated([prompt + text for text in job.texts]).lengths
+
+    def _finish(self, job: _Job, outcome: object) -> None:
+        self._release(job)
+        job.future.set_result(outcome)
 
 
 def warm_up(engine: Engine) -> None:

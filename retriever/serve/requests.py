@@ -10,29 +10,17 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from index.files import InputError, parse_json
+from retriever.serve.errors import RequestError
 
 # Seconds within which the body must arrive.
 BODY_SECONDS = 10.0
-
-
-class RequestError(Exception):
-    """A request that cannot be answered.
-
-    Args:
-        status: the HTTP status.
-        message: the reason, on one line.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
 class Limits:
     """Limits of one request."""
 
-    body: int = 2**18
+    body: int = 2**22
     """Maximum bytes of the body."""
     query: int = 4096
     """Maximum characters per query."""
@@ -40,6 +28,10 @@ class Limits:
     """Maximum queries per request."""
     k: int = 100
     """Maximum passages per query."""
+    inputs: int = 2048
+    """Maximum texts to embed per request."""
+    input: int = 32768
+    """Maximum characters of a text to embed."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +68,11 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
-def parse_json_body(body: bytes, limits: Limits, default_k: int) -> SearchRequest:
-    """Parse the body of a POST: {"query": text} or {"queries": [text, …]}, and optionally "k".
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse a body that is a JSON object.
 
     Raises:
-        RequestError: the body is not JSON of this form, or a limit is exceeded.
+        RequestError: it is not.
     """
     try:
         fields = parse_json(body.decode(), "body")
@@ -90,6 +82,16 @@ def parse_json_body(body: bytes, limits: Limits, default_k: int) -> SearchReques
         raise RequestError(400, str(error)) from None
     if not isinstance(fields, dict):
         raise RequestError(422, f"body: expected a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+def parse_json_body(body: bytes, limits: Limits, default_k: int) -> SearchRequest:
+    """Parse the body of a POST: {"query": text} or {"queries": [text, …]}, and optionally "k".
+
+    Raises:
+        RequestError: the body is not JSON of this form, or a limit is exceeded.
+    """
+    fields = parse_object(body)
     _check_names(fields)
     if ("query" in fields) == ("queries" in fields):
         raise RequestError(422, "body: expected either 'query' or 'queries'")

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from index.ann.index import Index
 from index.files import InputError
 from retriever.searching.search import Result
-from retriever.serve.requests import RequestError
+from retriever.serve.errors import RequestError
 
 if TYPE_CHECKING:
     from index.ann.multi_index import MultiIndex

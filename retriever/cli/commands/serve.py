@@ -14,12 +14,15 @@ from tyro.conf import UseAppendAction, arg
 from index.files import InputError
 from index.progress import Reporter
 from retriever.cli.commands.common import Embedding, Switch
-from retriever.errors import check_at_least
+from retriever.errors import ArgumentError, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(Embedding):
-    """Answer queries over HTTP: JSON at /search, a page at /, and /healthz. Ctrl-C or SIGTERM stops the service."""
+    """Answer queries over HTTP: JSON at /search, a page at /, embeddings at /v1/embeddings and /embed, and /metrics.
+
+    Ctrl-C or SIGTERM stops the service after the requests that it has accepted.
+    """
 
     index: UseAppendAction[tuple[Path, ...]]
     """Folder of `retriever index build`. May be repeated: the indexes are searched as one."""
@@ -31,19 +34,44 @@ class Serve(Embedding):
     images: Annotated[Path | None, arg(aliases=["--pictures"])] = None
     """Folder of the images that were indexed; the page then shows the images found."""
     host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 accepts requests from other machines; there is no authentication."""
+    """Address to listen on. 0.0.0.0 accepts requests from other machines, which need --token or --token-file."""
     port: int = 8000
     """Port to listen on; 0: a free port."""
+    token: str | None = None
+    """Token that requests must have: `Authorization: Bearer TOKEN`, or as the password in a browser. Other users of
+    this machine can read it in the list of processes; --token-file hides it."""
+    token_file: Path | None = None
+    """File with the token instead."""
+    without_token: Switch = False
+    """Let everybody ask who reaches --host, for example behind a proxy that checks who asks."""
+    allowed_host: UseAppendAction[tuple[str, ...]] = ()
+    """Name that the Host header of requests may state, besides localhost and --host; for a proxy. May be repeated."""
+    model_name: str | None = None
+    """Name of the model in /v1/embeddings and /info. None: --model."""
     max_k: int = 100
     """Most results per query."""
     max_queries: int = 64
     """Most queries per request."""
     max_query_chars: int = 4096
     """Most characters per query."""
-    max_body_bytes: int = 262144
+    max_inputs: int = 2048
+    """Most texts to embed per request."""
+    max_input_chars: int = 32768
+    """Most characters per text to embed."""
+    max_body_bytes: int = 4194304
     """Most bytes per request."""
     max_waiting: int = 512
     """Most queries waiting for an answer; further ones are refused with status 429."""
+    max_connections: int = 1024
+    """Most connections. Where one more opens, the one that has waited longest for a request is closed."""
+    max_connections_per_client: int = 256
+    """Most connections of one address, likewise."""
+    header_seconds: float = 10.0
+    """Seconds within which the headers of a request must arrive."""
+    idle_seconds: float = 15.0
+    """Seconds after which a connection without a request is closed."""
+    stop_seconds: float = 30.0
+    """Seconds that a stopping service works on accepted requests."""
     batch: int = 32
     """Most queries per batch of the model; 1: no batching."""
     batch_ms: float = 3.0
@@ -56,6 +84,13 @@ class Serve(Embedding):
             raise ValueError(f"--port: expected a number from 0 to 65535, found {self.port}")
         if not 0 <= self.batch_ms <= 1000:
             raise ValueError(f"--batch-ms: expected a number from 0 to 1000, found {self.batch_ms}")
+        for name in ("header_seconds", "idle_seconds", "stop_seconds"):
+            if not 0 < (value := getattr(self, name)) <= 3600:
+                raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, at most 3600, found {value}")
+        if self.token is not None and self.token_file is not None:
+            raise ValueError("--token: expected a token or a file of it (--token-file), found both")
+        if self.token is not None and not self.token.strip():
+            raise ValueError("--token: expected text, found none")
 
     def run(self, reporter: Reporter) -> int:
         check_at_least(
@@ -63,25 +98,41 @@ class Serve(Embedding):
             max_k=self.max_k,
             max_queries=self.max_queries,
             max_query_chars=self.max_query_chars,
+            max_inputs=self.max_inputs,
+            max_input_chars=self.max_input_chars,
             max_body_bytes=self.max_body_bytes,
             max_waiting=self.max_waiting,
+            max_connections=self.max_connections,
+            max_connections_per_client=self.max_connections_per_client,
             batch=self.batch,
         )
         try:
             import jinja2  # noqa: F401
+            import prometheus_client  # noqa: F401
             import starlette  # noqa: F401
-            import uvicorn
+            import uvicorn  # noqa: F401
         except ImportError:
             raise InputError(
-                'serving needs starlette, uvicorn and jinja2: pip install "dense-retriever[serve]"'
+                'serving needs starlette, uvicorn, jinja2 and prometheus-client: pip install "dense-retriever[serve]"'
             ) from None
         from retriever.searching.search import open_indexes
         from retriever.serve.app import make_app
         from retriever.serve.batching import Batching, Engine, warm_up
+        from retriever.serve.connections import ConnectionLimits, Connections, run_server, within_file_limit
+        from retriever.serve.guard import allowed_names
+        from retriever.serve.metrics import Metrics
         from retriever.serve.requests import Limits
         from retriever.serve.thumbnails import Thumbnails
 
-        limits = Limits(self.max_body_bytes, self.max_query_chars, self.max_queries, self.max_k)
+        token = self._token()
+        limits = Limits(
+            self.max_body_bytes,
+            self.max_query_chars,
+            self.max_queries,
+            self.max_k,
+            self.max_inputs,
+            self.max_input_chars,
+        )
         batching = Batching(self.batch, self.batch_ms / 1000, max(self.max_waiting, self.max_queries))
         index = open_indexes(self.index, reporter, mmap=self.mmap, verify=self.verify)
         images = None if self.images is None else Thumbnails(self.images, index)
@@ -89,26 +140,57 @@ class Serve(Embedding):
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listening(self.host, self.port))
             model = self.load(reporter)
-            engine = stack.enter_context(Engine(model.towers, index, model.options, batching))
+            metrics = Metrics()
+            engine = stack.enter_context(Engine(model.towers, index, model.options, batching, metrics.batch))
             warm_up(engine)
-            config = uvicorn.Config(
-                make_app(engine, limits, reporter.line, images),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                # Connections: many more than can be answered at once, far fewer than the machine allows.
-                limit_concurrency=1024,
-                timeout_keep_alive=15,
-                timeout_graceful_shutdown=10,
+            connections = Connections(
+                ConnectionLimits(
+                    self.max_connections_per_client,
+                    within_file_limit(self.max_connections),
+                    self.header_seconds,
+                    self.idle_seconds,
+                    self.stop_seconds,
+                )
+            )
+            metrics.watch("connections", lambda: len(connections))
+            app = make_app(
+                engine,
+                limits,
+                reporter.line,
+                images,
+                name=self.model_name or self.model,
+                metrics=metrics,
+                names=allowed_names(self.host, self.allowed_host),
+                token=token,
             )
             host = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{host}:{listener.getsockname()[1]}/"
             reporter.line(f"serving {index.rows} passages on {address}; Ctrl-C stops")
-            # uvicorn shuts down gracefully on a signal, then raises it again.
-            with contextlib.suppress(KeyboardInterrupt):
-                uvicorn.Server(config).run(sockets=[listener])
+            run_server(app, listener, connections)
         reporter.line("stopped")
         return 0
+
+    def _token(self) -> str | None:
+        """The token that requests must have.
+
+        Raises:
+            InputError: The file has none.
+            ConfigError: Other machines reach the service, and there is none.
+        """
+        from retriever.serve.guard import is_loopback
+
+        if self.token_file is not None:
+            from index.records import read_lines
+
+            token = next(iter(read_lines(self.token_file)), "").strip()
+            if not token:
+                raise InputError(f"{self.token_file}: expected a token in the first line, found none")
+            return token
+        if self.token is None and not self.without_token and not is_loopback(self.host):
+            raise ArgumentError(
+                "host", f"{self.host} accepts other machines: expected --token or --token-file, or --without-token"
+            )
+        return self.token
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -117,7 +117,7 @@ def test_invalid_requests_get_a_one_line_error(
 
 def test_a_chunked_body_is_refused_at_the_limit(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(b"POST /search HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         connection.sendall(b"bb8\r\n" + b" " * 3000 + b"\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
@@ -170,13 +170,13 @@ def test_the_page_shows_the_images_of_passages_that_have_one() -> None:
 
 def test_concurrent_queries_share_batches_and_get_their_own_answers(world: Any, towers, monkeypatch) -> None:
     sizes: list[int] = []
-    embed = batching.embed_texts
+    embed = batching.embed_counted
 
     def counting(towers, texts, side, options):
-        sizes.append(len(texts))
+        sizes.extend([len(texts)] if texts else [])
         return embed(towers, texts, side, options)
 
-    monkeypatch.setattr(batching, "embed_texts", counting)
+    monkeypatch.setattr(batching, "embed_counted", counting)
     words = list(MEANINGS) * 2
     with Engine(towers, Index.open(world.index), EncodeOptions(), Batching(max_queries=16, timeout_s=0.2)) as engine:
         futures = [engine.submit([f"define {word}"], 1 + n % 3) for n, word in enumerate(words)]
@@ -190,13 +190,13 @@ def test_concurrent_queries_share_batches_and_get_their_own_answers(world: Any, 
 
 
 def test_queries_beyond_the_queue_are_refused_and_the_others_answered(engine: Engine, monkeypatch) -> None:
-    proceed, embed = threading.Event(), batching.embed_texts
+    proceed, embed = threading.Event(), batching.embed_counted
 
-    def blocked(*arguments: Any) -> np.ndarray:
+    def blocked(*arguments: Any) -> Any:
         assert proceed.wait(30)
         return embed(*arguments)
 
-    monkeypatch.setattr(batching, "embed_texts", blocked)
+    monkeypatch.setattr(batching, "embed_counted", blocked)
     accepted = [engine.submit(["cat"] * 5, 2) for _ in range(4)]
     with pytest.raises(Busy):
         engine.submit(["dog"], 1)
@@ -210,7 +210,7 @@ def test_an_answered_client_can_submit_again_at_once(engine: Engine, monkeypatch
     for fails in (False, True):
         with monkeypatch.context() as patch:
             if fails:
-                patch.setattr(batching, "embed_texts", lambda *_: 1 / 0)
+                patch.setattr(batching, "embed_counted", lambda *_: 1 / 0)
             future = engine.submit(["cat"] * 3, 1)
             future.add_done_callback(lambda _: waiting.append(engine.waiting))
             assert (future.exception(timeout=60) is not None) == fails
@@ -219,7 +219,7 @@ def test_an_answered_client_can_submit_again_at_once(engine: Engine, monkeypatch
 
 def test_a_failing_batch_fails_only_its_own_clients(engine: Engine, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(batching, "embed_texts", lambda *_: 1 / 0)
+        patch.setattr(batching, "embed_counted", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.submit(["cat"], 1).result(timeout=60)
     assert engine.submit(["cat"], 1).result(timeout=60)[0].results
@@ -317,6 +317,7 @@ async def get(app: Any, path: str, query: bytes) -> tuple[int, Any]:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
+    headers = [(b"host", b"localhost")]
     target = {"path": path, "raw_path": path.encode(), "root_path": "", "query_string": query}
-    await app({"type": "http", "method": "GET", "headers": [], "client": ("test", 1), **target}, receive, send)
+    await app({"type": "http", "method": "GET", "headers": headers, "client": ("test", 1), **target}, receive, send)
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
