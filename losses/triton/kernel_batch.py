@@ -102,8 +102,9 @@ class KernelBatch:
         from losses.triton.shapes import tile_shape
 
         shape = tile_shape(kernel, self.width, self.dtype, self.product, self.device)
-        if kernel == "gradient" and self.masks is not None and self.masks.guide_query is not None:
-            # Larger tiles leave no shared memory for the product of the guide.
+        guide = None if self.masks is None else self.masks.guide_query
+        if kernel == "gradient" and guide is not None and min(self.width, guide.shape[1]) < WIDE:
+            # Larger tiles leave no shared memory for a second product whose loop is as short as this.
             shape = replace(shape, block_m=min(shape.block_m, 128), block_n=min(shape.block_n, 128))
         return shape
 
@@ -130,6 +131,10 @@ def compact_ids_if_given(query_ids: Tensor | None, passage_ids: Tensor | None) -
     if query_ids is None or passage_ids is None or query_ids.dtype == passage_ids.dtype == torch.int32:
         return query_ids, passage_ids
     return compact_ids(query_ids, passage_ids)
+
+
+# Embeddings and guides from this width on fit the shared memory together with the largest tiles of the table.
+WIDE = 384
 
 
 @dataclass(frozen=True)

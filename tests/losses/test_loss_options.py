@@ -197,6 +197,18 @@ def test_half_precision_is_within_its_rounding(feature: str, dtype: torch.dtype,
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_guides_of_any_width_fit_shared_memory(dtype: torch.dtype) -> None:
+    for dims, width in itertools.product((64, 384, 768, 1152), repeat=2):
+        query, passage = (torch.randn(300, dims, device="cuda") / dims**0.5 for _ in range(2))
+        guide = Guide(*(torch.randn(300, width, device="cuda").to(dtype) for _ in range(2)), margin=width**0.5)
+        given = {"query": query.to(dtype), "passage": passage.to(dtype), "negatives": Negatives(guide=guide)}
+        truth, _ = run(given | {"implementation": "full"}, 5.0, torch.float64, "cuda")
+        found, _ = run(given | {"implementation": "triton"}, 5.0, dtype, "cuda")
+        assert_close(found[1:], truth[1:], 1e-2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_passage_equal_to_the_positive_stays_within_a_limit_of_no_margin(dtype: torch.dtype) -> None:
     query, passage = (torch.randn(500, 200, device="cuda").to(dtype) for _ in range(2))

@@ -33,8 +33,11 @@ class TritonMatryoshkaBackend(TritonBackend):
 
     own_products_bytes = 2
     """Largest operand, in bytes, whose slices our own kernel multiplies; cuBLAS multiplies larger ones."""
-    sums_registers: int | None = None
-    """Registers per thread of the forward kernel; None leaves them to the compiler."""
+    sums_registers: int | None = 168
+    """Registers per thread of the forward kernel for operands in half precision, so that three programs fit on a
+    multiprocessor; None leaves them to the compiler."""
+    gradient_registers: int | None = None
+    """The same for the backward kernel."""
 
     def __init__(
         self,
@@ -156,7 +159,7 @@ class TritonMatryoshkaBackend(TritonBackend):
                     HAS_EXCLUDED=kernel_batch.has_excluded,
                     num_warps=shape.warps,
                     num_stages=shape.stages,
-                    maxnreg=self.sums_registers,
+                    maxnreg=self.sums_registers if kernel_batch.dtype.itemsize == 2 else None,
                 )
             size = max(height, width) if batch.symmetric else height
             for p in range(prefixes):
@@ -275,6 +278,7 @@ class TritonMatryoshkaBackend(TritonBackend):
                         PACKED=kernel_batch.dtype == torch.bfloat16,
                         num_warps=shape.warps,
                         num_stages=shape.stages,
+                        maxnreg=self.gradient_registers if kernel_batch.dtype.itemsize == 2 else None,
                     )
                 of_queries = None if query_sum is None else query_sum[span]
                 of_passages = None if passage_sum is None else passage_sum[place]

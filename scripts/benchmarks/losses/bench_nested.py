@@ -218,7 +218,16 @@ def parts(options: argparse.Namespace) -> dict[str, list[tuple[Method, Callable[
             ours("plain"),
             ours("matryoshka", **nested),
             ours("matryoshka, products by cuBLAS", changed={"own_products_bytes": 0}, **nested),
-            ours("matryoshka, 168 registers in forward", changed={"sums_registers": 168}, **nested),
+            *(
+                ours(f"matryoshka, {count} registers in {kernel}", changed={f"{kernel}_registers": count}, **nested)
+                for kernel, count in (
+                    ("sums", None),
+                    ("sums", 128),
+                    ("sums", 152),
+                    ("gradient", 168),
+                    ("gradient", 200),
+                )
+            ),
             ours(f"teacher of {options.teacher_dim} dimensions", **teacher),
             (peer("ours", our_loss), truth),
             (peer("memeff", memeff_loss), truth),
