@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from retriever.config.checks import check_at_least, is_positive
+from retriever.config.loss_options import LimitConfig, MatryoshkaConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,18 @@ class LossConfig:
     """Mask false negatives for inf_cl and sigmoid: a passage that any row of the sources pairs with a query's text is
     not a negative of that query. Texts that differ only in white space are equal. (If a batch has more than 4,194,304
     such pairs and more than 32 per query, all passages that are connected through shared queries are masked.)"""
+    limit: LimitConfig = field(default_factory=LimitConfig)
+    hardness: float = 0.0
+    """Weight each negative by exp(hardness · c), where c is its product with the query (arXiv 2010.04592). 0: equal
+    weights."""
+    same_side: bool = False
+    """Make the queries of the batch negatives of each other, and the passages, too, in a single sum (GTE, arXiv
+    2308.03281, equation 6)."""
+    matryoshka: MatryoshkaConfig = field(default_factory=MatryoshkaConfig)
+    statistics: Literal["auto", "none", "numbers"] = "auto"
+    """Statistics of the scores of the batch, on steps that are logged: accuracy@1 and MRR of the positive in the pool,
+    its mean rank, the score of the hardest negative, entropy, and the share of masked pairs. none: no statistics.
+    numbers: all of them. auto: numbers, if the other options of the loss allow it."""
 
     def __post_init__(self) -> None:
         if not is_positive(self.max_logit_scale):
@@ -56,6 +69,8 @@ class LossConfig:
         if self.name == "sigmoid" and self.implementation == "dense":
             raise ValueError("loss.implementation: expected auto, full, chunked or triton for the sigmoid loss")
         check_at_least(self, "loss.", 1, "workspace_mib")
+        if not 0 <= self.hardness < math.inf:
+            raise ValueError(f"loss.hardness: expected a number of at least 0, found {self.hardness}")
 
     @property
     def masks_false_negatives(self) -> bool:

@@ -20,6 +20,7 @@ from retriever.distributed.ranks import DryRunRanks, Ranks
 from retriever.models.fsdp import shard_encoders
 from retriever.models.memory import GraphMemory
 from retriever.training.cuda_graphs import check_cuda_graphs
+from retriever.training.objective.checks import check_dimension, check_objective
 from retriever.training.objective.loss import build_loss, check_ranks
 from retriever.training.optimization.optim import build_optimizer
 from retriever.training.run_dir import build_configured_towers, cache_folder
@@ -78,6 +79,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     """
     check_same_on_ranks(ranks, compared_settings(config))
     check_ranks(config, ranks)
+    check_objective(config, ranks)
     device = rank_device(choose_device(config.device))
     if device.index is not None:
         torch.cuda.set_device(device)
@@ -85,6 +87,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     torch.manual_seed(config.seed)
     sharded = config.shard_towers and ranks.group is not None
     towers = _build_towers(config, device, precision, ranks, sharded)
+    check_dimension(config, towers.dimension)
     for note in (towers.describe_padding(), towers.describe_frozen()):
         if note:
             reporter.line(note)

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
-
 from index.files import InputError
 from index.progress import Reporter
 from retriever.data.micro_batches import PreparedBatch
@@ -16,8 +14,11 @@ from retriever.encoding.encoder import EncodeOptions
 from retriever.training.checkpoint import TrainState
 from retriever.training.components import Components
 from retriever.training.cuda_graphs import use_cuda_graphs
+from retriever.training.objective.checks import has_statistics
+from retriever.training.objective.statistics import statistics_row
 from retriever.training.profiler import StepProfile
 from retriever.training.run_dir import RunFolder
+from retriever.training.step import StepResult
 from retriever.training.tracking.run_log import RunLog, ThroughputMeter, format_row
 from retriever.training.validation.dev_set import measure_on_ranks
 from retriever.utils.interrupt import StopRequest
@@ -52,6 +53,7 @@ class TrainingLoop:
         self._reporter = reporter
         self._total = len(components.batches)
         self._warned_without_negatives = False
+        self._statistics = has_statistics(components.config)
 
     def run(self, *, profile: bool = False) -> None:
         """Train to the last step.
@@ -80,15 +82,15 @@ class TrainingLoop:
                     self._reporter.line(parts.graphs.describe(batch.micro_batch_tokens) + suffix)
                 batch = with_pool_false_negatives(batch, ranks, parts.batches.known)
                 self._warn_without_negatives(batch)
-                loss, grad_norm = parts.train_step(batch, state.step)
+                is_last = state.step + 1 == self._total
+                log_row = is_last or self._due("log", "checkpoint", "dev", step=state.step + 1)
+                result = parts.train_step(batch, state.step, statistics=log_row and self._statistics)
                 state.step += 1
                 meter.add(batch)
                 self._stop.sync()
-                is_last = state.step == self._total
-                log_row = is_last or self._due("log", "checkpoint", "dev")
                 if log_row or self._stop.requested:
                     # Before every checkpoint, because this checks that the loss is finite.
-                    row = self._row(loss, grad_norm, meter)
+                    row = self._row(result, meter)
                 if log_row:
                     self._log.write(row)
                     advance(0, line := format_row(row))
@@ -129,11 +131,11 @@ class TrainingLoop:
                 return
             yield batch
 
-    def _due(self, *events: str) -> bool:
-        """Whether any of the events is due after the current step."""
-        config = self._parts.config
+    def _due(self, *events: str, step: int | None = None) -> bool:
+        """Whether any of the events is due after `step` steps. Default: those that were made."""
+        config, step = self._parts.config, self._state.step if step is None else step
         every = {"log": config.log_every, "checkpoint": config.checkpoint_every, "dev": config.dev.every}
-        return any(self._state.step % every[event] == 0 for event in events)
+        return any(step % every[event] == 0 for event in events)
 
     def _warn_without_negatives(self, batch: PreparedBatch) -> None:
         """Warn once about a batch in which every passage is masked for every query."""
@@ -147,17 +149,19 @@ class TrainingLoop:
             f"batches may have negatives; loss.mask_duplicates false masks none; this is shown once)"
         )
 
-    def _row(self, loss: Tensor, grad_norm: Tensor, meter: ThroughputMeter) -> dict[str, Any]:
+    def _row(self, result: StepResult, meter: ThroughputMeter) -> dict[str, Any]:
         """Return the row of metrics.jsonl for this step. Only here the host waits for the device."""
         parts = self._parts
         row = {
             "step": self._state.step,
-            "loss": float(loss),
-            "grad_norm": float(grad_norm),
+            "loss": float(result.loss),
+            "grad_norm": float(result.grad_norm),
             "logit_scale": parts.loss.logit_scale.item(),
             "lr": parts.optimizer.param_groups[0]["lr"],
             **meter.rates(),
         }
+        if result.statistics is not None:
+            row |= statistics_row(result.statistics, row["logit_scale"], parts.ranks)
         # In fp16 a step with overflowing gradients is skipped and the scale is halved. A scale below 1 means that the
         # gradients themselves are not finite.
         skips_overflow = parts.scaler.is_enabled() and parts.scaler.get_scale() >= 1

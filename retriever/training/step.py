@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from losses import InfCLLoss, SigmoidLoss
+from losses import InfCLLoss, SigmoidLoss, Statistics
 from retriever.config.run import TrainConfig
 from retriever.data.micro_batches import PreparedBatch, TowerInputs
 from retriever.distributed.gradients import average_gradients
@@ -20,9 +21,10 @@ from retriever.models.mixed_precision import mixed_precision
 from retriever.models.sharded_tensors import clip_gradients
 from retriever.models.towers import Towers
 from retriever.training import grad_cache
+from retriever.training.objective.options import LossOptions
 from retriever.training.optimization.optim import lr_factor
 from retriever.training.profiler import phase
-from retriever.utils.device import Precision, autocast, to_device
+from retriever.utils.device import Precision, autocast
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class MicroBatch:
         if len(self.rows):
             return self.group.embed(towers, self.rows)
         return self.group.embed(towers, np.argmin(self.group.lengths, keepdims=True))[:0]
+
+
+class StepResult(NamedTuple):
+    """What a step returns, on the device."""
+
+    loss: Tensor
+    """0-dim."""
+    grad_norm: Tensor
+    """0-dim, the norm of the gradients before clipping."""
+    statistics: Statistics | None = None
+    """Statistics of the loss; None if they were not wanted."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +70,30 @@ class TrainStep:
     ranks: Ranks = field(default_factory=Ranks)
     """The ranks, each of which has a share of the batch."""
 
-    def __call__(self, batch: PreparedBatch, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: PreparedBatch, step: int, *, statistics: bool = False) -> StepResult:
         """Make a step.
 
         Args:
             batch: the batch, or the share of this rank.
             step: number of the step, from 0.
-
-        Returns:
-            The loss and the norm of the gradients before clipping, as 0-dim tensors on the device.
+            statistics: whether to compute statistics too. Default: False.
         """
         config, device = self.config, self.towers.device
         torch.manual_seed(_step_seed(config.seed, step, self.ranks.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.lr * lr_factor(step, self.steps, config.optim)
         micro_batches, keep = self._micro_batches(batch)
+        found: Statistics | None = None
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
+            nonlocal found
             query, passage = batch.merge_embeddings(embeddings, device)
+            options = LossOptions.of(batch, config.loss, device, statistics=statistics)
             # Autocast makes the loss use the precision of the towers if its own is "auto".
             with autocast(device, self.precision):
-                loss = self.loss(query, passage, **self._masks(batch, device))
+                loss = self.loss(query, passage, **options.arguments())
+            if statistics:
+                loss, found = loss
             return self.scaler.scale(loss)
 
         with mixed_precision(self.towers, self.precision):
@@ -99,7 +115,7 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-        return loss, grad_norm
+        return StepResult(loss, grad_norm, found)
 
     def _micro_batches(self, batch: PreparedBatch) -> tuple[list[MicroBatch], int]:
         """Return the micro-batches, and how many of the last ones keep their graph.
@@ -122,13 +138,6 @@ class TrainStep:
             for rows in group_rows
         ]
         return micro_batches, keep
-
-    def _masks(self, batch: PreparedBatch, device: torch.device) -> dict[str, Tensor]:
-        masks = batch.false_negatives
-        if masks is None or not self.config.loss.masks_false_negatives or not masks.any:
-            return {}
-        arrays = {"query_ids": masks.query_ids, "passage_ids": masks.passage_ids, "excluded": masks.excluded}
-        return {name: to_device(torch.from_numpy(array), device) for name, array in arrays.items()}
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from losses import InfCLLoss, SigmoidLoss, gathered_clip_loss
+from losses import InfCLLoss, Matryoshka, SigmoidLoss, gathered_clip_loss
 from retriever.config.loss import LossConfig
+from retriever.config.loss_options import MatryoshkaConfig
 from retriever.config.run import TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
@@ -79,8 +80,13 @@ def build_loss(config: LossConfig, ranks: Ranks) -> InfCLLoss | SigmoidLoss:
         max_logit_scale=config.max_logit_scale,
         group=ranks.group,
         symmetric=config.symmetric or config.name == "clip",
+        matryoshka=_matryoshka(config.matryoshka),
         implementation="full" if config.name == "clip" else config.implementation,
         precision=config.precision,
         exchange=config.exchange,
         workspace_mib=config.workspace_mib,
     )
+
+
+def _matryoshka(config: MatryoshkaConfig) -> Matryoshka | None:
+    return Matryoshka(config.dims, config.weights or None) if config.given else None

@@ -118,9 +118,12 @@ class ThroughputMeter:
 def format_row(row: Mapping[str, Any]) -> str:
     """Format a row of a training step for the terminal."""
     norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+    pool = ""
+    if "pool_accuracy@1" in row:
+        pool = f"  pool acc@1 {row['pool_accuracy@1']:.3f} rank {row['pool_rank']:.1f}"
     return (
         f"loss {row['loss']:.4f}  {row['pairs_per_second']:,.0f} pairs/s  {row['tokens_per_second']:,.0f} tokens/s  "
-        f"scale {row['logit_scale']:.1f}  {row['memory_mib']:,.0f} MiB  grad {norm}  lr {row['lr']:.1e}"
+        f"scale {row['logit_scale']:.1f}  {row['memory_mib']:,.0f} MiB  grad {norm}  lr {row['lr']:.1e}{pool}"
     )
 
 

@@ -19,6 +19,7 @@ from retriever.config.data import DataConfig
 from retriever.config.dev import DevConfig
 from retriever.config.images import ImageConfig, ImageSource
 from retriever.config.loss import LossConfig
+from retriever.config.loss_options import LimitConfig, MatryoshkaConfig
 from retriever.config.model import ModelConfig
 from retriever.config.optim import OptimConfig
 from retriever.config.run import TrainConfig
@@ -42,7 +43,13 @@ FULL = TrainConfig(
         negatives=3,
         cache="c",
     ),
-    loss=LossConfig(name="clip", logit_scale=1 / 3, learn_logit_scale=True),
+    loss=LossConfig(
+        name="clip",
+        logit_scale=1 / 3,
+        learn_logit_scale=True,
+        limit=LimitConfig(margin=-0.1, share=0.95),
+        matryoshka=MatryoshkaConfig((16, 32), (1.0, 0.5)),
+    ),
     optim=OptimConfig(name="adafactor", lr=1e-5, betas=(0.9, 0.95), eps=1e-30, max_grad_norm=None),
     dev=DevConfig(path="d", every=7, patience=2),
     batch_size=7,

@@ -144,12 +144,12 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
 
     step = TrainStep.__call__
 
-    def interrupted(self: TrainStep, batch: Any, number: int) -> Any:
+    def interrupted(self: TrainStep, batch: Any, number: int, **options: Any) -> Any:
         if number == stop_at:
             if how == "kill":
                 raise Killed
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, number)
+        return step(self, batch, number, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "__call__", interrupted)
@@ -198,7 +198,7 @@ def test_a_step_on_images_does_not_synchronize(config: TrainConfig, image: dict[
         trainer.train_step(batch, step)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, _ = trainer.train_step(batch, 2)
+        loss = trainer.train_step(batch, 2).loss
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()

@@ -101,8 +101,8 @@ def test_a_run_that_failed_after_its_first_step_can_be_resumed(
 ) -> None:
     step, calls = TrainStep.__call__, iter(range(9))
 
-    def second_fails(self: TrainStep, *arguments: Any) -> Any:
-        return failing() if next(calls) else step(self, *arguments)
+    def second_fails(self: TrainStep, *arguments: Any, **options: Any) -> Any:
+        return failing() if next(calls) else step(self, *arguments, **options)
 
     with monkeypatch.context() as changed:
         changed.setattr(TrainStep, "__call__", second_fails)

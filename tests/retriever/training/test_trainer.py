@@ -107,12 +107,12 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
 
     step = TrainStep.__call__
 
-    def interrupted_step(train_step: TrainStep, batch: Any, number: int) -> Any:
+    def interrupted_step(train_step: TrainStep, batch: Any, number: int, **options: Any) -> Any:
         if number == stop_at:
             if how == "kill":
                 raise Killed
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(train_step, batch, number)
+        return step(train_step, batch, number, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "__call__", interrupted_step)
@@ -255,11 +255,11 @@ def test_a_run_is_locked_while_it_trains(config: TrainConfig, monkeypatch: pytes
     refused = []
     step = TrainStep.__call__
 
-    def resume_in_step(train_step: TrainStep, batch: Any, number: int) -> Any:
+    def resume_in_step(train_step: TrainStep, batch: Any, number: int, **options: Any) -> Any:
         with pytest.raises(InputError, match="another process") as caught:
             Trainer.resume(Path(config.out), Terminal())
         refused.append(caught.value)
-        return step(train_step, batch, number)
+        return step(train_step, batch, number, **options)
 
     monkeypatch.setattr(TrainStep, "__call__", resume_in_step)
     trainer.train()

@@ -1,0 +1,61 @@
+"""Configuration of the options of the loss that take more than one value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from retriever.config.checks import is_positive
+
+
+@dataclass(frozen=True)
+class LimitConfig:
+    """Removes negatives that score higher than their query's positive allows, as probable false negatives.
+
+    c is the product of two embeddings, without logit_scale. A limit is a constant for the gradient.
+    """
+
+    margin: float | None = None
+    """Remove negatives with c > c of the positive + margin; may be negative. None: no limit by margin."""
+    share: float | None = None
+    """Remove negatives with c above this share of the positive's, such as 0.95 (NV-Retriever, arXiv 2407.15831): c >
+    c⁺ - (1 - share) · abs(c⁺) with c⁺ of the positive. None: no limit by share."""
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a limit."""
+        return self.margin is not None or self.share is not None
+
+    def __post_init__(self) -> None:
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise ValueError(f"loss.limit.margin: expected a number, found {self.margin}")
+        if self.share is not None and not is_positive(self.share):
+            raise ValueError(f"loss.limit.share: expected a number over 0, found {self.share}")
+
+
+@dataclass(frozen=True)
+class MatryoshkaConfig:
+    """Trains prefixes of the embeddings too, so that they can be truncated (arXiv 2205.13147).
+
+    The loss is the weighted sum of the losses of the prefixes, each scaled to unit length.
+    """
+
+    dims: tuple[int, ...] = ()
+    """Sizes of the prefixes, increasing; the last is usually the full dimension. Empty: the full dimension only."""
+    weights: tuple[float, ...] = ()
+    """Weight of the loss of each prefix. Empty: 1 each."""
+
+    @property
+    def given(self) -> bool:
+        """Whether prefixes are trained."""
+        return bool(self.dims)
+
+    def __post_init__(self) -> None:
+        if any(one >= other for one, other in zip((0, *self.dims), self.dims, strict=False)):
+            raise ValueError(f"loss.matryoshka.dims: expected increasing sizes from 1, found {list(self.dims)}")
+        if self.weights and len(self.weights) != len(self.dims):
+            raise ValueError(
+                f"loss.matryoshka.weights: expected {len(self.dims)}, one for each of dims, found {len(self.weights)}"
+            )
+        if not all(map(is_positive, self.weights)):
+            raise ValueError(f"loss.matryoshka.weights: expected numbers over 0, found {list(self.weights)}")

@@ -1,0 +1,84 @@
+"""Settings of the loss that do not combine are refused by name before a run starts."""
+
+from __future__ import annotations
+
+from losses.option_checks.combinations import NOT_DENSE, REFUSED
+from retriever.config.run import TrainConfig
+from retriever.distributed.ranks import Ranks
+from retriever.errors import ConfigError
+
+# The option of the loss (losses/option_checks/combinations.py) that a field of the configuration sets.
+FIELDS = {
+    "negatives.limit": "loss.limit",
+    "negatives.hardness": "loss.hardness",
+    "negatives.same_side": "loss.same_side",
+    "matryoshka": "loss.matryoshka",
+    "statistics": "loss.statistics",
+}
+# The options that the sigmoid loss has.
+OF_SIGMOID = ("negatives.limit", "negatives.guide")
+
+
+def check_objective(config: TrainConfig, ranks: Ranks) -> None:
+    """Check that the options of the loss combine with each other, with the loss and with the number of ranks.
+
+    Raises:
+        ConfigError: Two settings do not combine. The message begins with the name of one field and has the other.
+    """
+    loss, given = config.loss, given_options(config)
+    if loss.statistics not in ("auto", "none"):
+        given.add("statistics")
+    allowed = OF_SIGMOID if loss.name == "sigmoid" else () if loss.name == "clip" else None
+    for option in sorted(given):
+        if allowed is not None and option not in allowed:
+            raise ConfigError(f"{FIELDS[option]}: not supported by loss.name {loss.name}; use inf_cl")
+        if loss.name == "sigmoid" and ranks.world_size > 1:
+            raise ConfigError(f"{FIELDS[option]}: the sigmoid loss supports it with one process only; use inf_cl")
+        if loss.name == "sigmoid" and loss.implementation == "triton":
+            raise ConfigError(f"loss.implementation: expected auto, full or chunked with {FIELDS[option]}")
+        if loss.implementation == "dense" and option in NOT_DENSE:
+            raise ConfigError(f"loss.implementation: expected auto with {FIELDS[option]}, found dense")
+    for one, other, reason in _refused(given):
+        raise ConfigError(f"{FIELDS[one]} does not combine with {FIELDS[other]}: {reason}")
+
+
+def check_dimension(config: TrainConfig, dimension: int) -> None:
+    """Check the sizes of prefixes against the dimension of the embeddings.
+
+    Raises:
+        ConfigError: A prefix is longer than an embedding.
+    """
+    if (dims := config.loss.matryoshka.dims) and dims[-1] > dimension:
+        raise ConfigError(
+            f"loss.matryoshka.dims: expected at most {dimension}, the dimension of the model, found {dims[-1]}"
+        )
+
+
+def given_options(config: TrainConfig) -> set[str]:
+    """Names of the options of the loss, apart from statistics, that a run uses."""
+    loss = config.loss
+    switches = {
+        "negatives.limit": loss.limit.given,
+        "negatives.hardness": loss.hardness > 0,
+        "negatives.same_side": loss.same_side,
+        "matryoshka": loss.matryoshka.given,
+    }
+    return {name for name, is_given in switches.items() if is_given}
+
+
+def has_statistics(config: TrainConfig) -> bool:
+    """Whether steps that are logged compute statistics."""
+    if config.loss.statistics != "auto":
+        return config.loss.statistics != "none"
+    return config.loss.name == "inf_cl" and not _refused({*given_options(config), "statistics"})
+
+
+def _refused(given: set[str]) -> list[tuple[str, str, str]]:
+    """Pairs of given options that do not combine, and why."""
+    return [
+        (one, other, reason)
+        for some, others, reason in REFUSED
+        for one in some
+        for other in others
+        if one in given and other in given
+    ]
