@@ -13,6 +13,7 @@ from eval.reports import plots
 from eval.reports.html import html_of
 from eval.reports.markdown import markdown_of
 from eval.reports.report import Changes, Report
+from eval.reports.sizes import size_plot
 from index.files import InputError, atomic_path, write_json
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,15 @@ def write(folder: Path, report: Report) -> list[Path]:
     paths = [folder / "report.json", folder / "report.md", folder / "report.html"]
     draw = plots.available()
     plotted = draw and plot(folder / "report.png", report)
+    if plotted and report.sizes:
+        with plots.style():
+            plots.to_png(size_plot(report.sizes, report.measure), folder / "sizes.png")
     write_json(paths[0], json_of(report))
     for path, text in ((paths[1], markdown_of(report, plotted)), (paths[2], html_of(report, draw))):
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return [*paths, folder / "report.png"] if plotted else paths
+    drawn = [folder / "report.png", *([folder / "sizes.png"] if report.sizes else [])]
+    return [*paths, *drawn] if plotted else paths
 
 
 def json_of(report: Report) -> dict[str, Any]:
@@ -67,6 +72,7 @@ def json_of(report: Report) -> dict[str, Any]:
             for report_set in report.sets
         },
         "absent": list(report.absent),
+        **({"sizes": [result.as_json() for result in report.sizes]} if report.sizes else {}),
     }
 
 

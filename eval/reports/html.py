@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 from eval.measures import HEADLINE, NAMES, cutoffs, measure_name, shown
 from eval.metrics import Metrics
 from eval.reports.markdown import PAIR_HEAD, detail, notes_of, overview_rows, pair_cells
+from eval.sizes import size_cells
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
     from eval.reports.report import Report, ReportSet
+
+
+# Key of the plots by size; no set has this name, which is no folder.
+SIZES = "/sizes"
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ def html_of(report: Report, draw: bool = True) -> str:
         best=best_of,
         number=number,
         bars=plots.get("", []),
+        size_plots=plots.get(SIZES, []),
         plots=plots,
         headline=headline(report),
         measure_name=measure_name,
@@ -51,6 +57,7 @@ def html_of(report: Report, draw: bool = True) -> str:
         pair_cells=pair_cells,
         cutoff_rows=cutoff_rows,
         details=list(detail_rows(report.details)),
+        sizes=size_cells(report.sizes, report.measure) if report.sizes else None,
     )
 
 
@@ -90,14 +97,18 @@ def detail_rows(details: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def _plots(report: Report) -> dict[str, list[Plot]]:
-    """Set name -> its plots; "" -> the plots of the overview."""
+    """Set name -> its plots; "" -> the plots of the overview; SIZES -> those by size."""
     from eval.reports import plots
+    from eval.reports.sizes import size_plot
 
     with plots.style():
         drawn = {report_set.name: list(_set_plots(report_set)) for report_set in report.sets}
         if any(report.measure in metrics.mean for report_set in report.sets for metrics in report_set.systems.values()):
             sets = {report_set.name: report_set.systems for report_set in report.sets}
             drawn[""] = [_plot(plots.bars(sets, [report.measure]), f"{measure_name(report.measure)} by set")]
+        if report.sizes:
+            caption = f"{measure_name(report.measure)} by size of the embeddings"
+            drawn[SIZES] = [_plot(size_plot(report.sizes, report.measure), caption)]
     return drawn
 
 

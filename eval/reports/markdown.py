@@ -10,6 +10,7 @@ from eval.compare import Pair
 from eval.measures import HEADLINE, NAMES, cutoffs, measure_name, shown
 from eval.metrics import Metrics
 from eval.sets.plan import lines_of_means
+from eval.sizes import SizeResult, size_cells
 
 if TYPE_CHECKING:
     from eval.reports.report import Changes, Report, ReportSet
@@ -88,6 +89,12 @@ def overview_table(report: Report) -> str:
     return table(head, rows)
 
 
+def size_table(results: Sequence[SizeResult], measure: str) -> str:
+    """A Markdown table with one row per size of the embeddings."""
+    head, rows = size_cells(results, measure)
+    return table([cell(name) for name in head], rows)
+
+
 def summary_of(report: Report) -> str:
     """The report for a terminal: the systems and their comparisons by set, and the overview."""
     parts = []
@@ -110,6 +117,9 @@ def markdown_of(report: Report, plotted: bool) -> str:
     parts = [f"# {cell(report.title)}\n", f"{measure_name(report.measure)} by set:\n", overview_table(report)]
     if plotted:
         parts.append("![nDCG and recall by set](report.png)\n")
+    if report.sizes:
+        parts += ["## By size of the embeddings\n", size_table(report.sizes, report.measure)]
+        parts += [f"![{measure_name(report.measure)} by size](sizes.png)\n"] if plotted else []
     for report_set in report.sets:
         parts += _set_parts(report_set)
     if report.details:

@@ -83,13 +83,15 @@ def bars(sets: Mapping[str, Mapping[str, Metrics]], measures: Sequence[str]) -> 
     count = sum(len(rows) for rows in sets.values()) + 0.6 * len(sets)
     grouped = len(systems) > 1 < len(sets)
     height = 0.75 + 0.27 * count + (0.2 * len(systems) if grouped else 0)
-    figure, panels = _figure(WIDTH * (1 if len(measures) == 1 else 0.45 + 0.55 * len(measures)), height, len(measures))
+    figure, panels = new_figure(
+        WIDTH * (1 if len(measures) == 1 else 0.45 + 0.55 * len(measures)), height, len(measures)
+    )
     for axes, measure in zip(panels, measures, strict=True):
         _bars(axes, sets, measure, systems)
     for axes in panels[1:]:
         axes.set_yticklabels([])
     if grouped:
-        _legend_below(figure, panels[0])
+        legend_below(figure, panels[0])
     return figure
 
 
@@ -130,14 +132,11 @@ def _bars(axes: Axes, sets: Mapping[str, Mapping[str, Metrics]], measure: str, s
 def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
     """Recall@k of each system over k on a logarithmic axis; each curve ends at the depth of its run."""
     # Extra height for the legend, which has one line per system if there are many.
-    figure, (axes,) = _figure(height=HEIGHT + (0.17 * len(rows) if len(rows) > 2 else 0))
+    figure, (axes,) = new_figure(height=HEIGHT + (0.17 * len(rows) if len(rows) > 2 else 0))
     for position, (name, metrics) in enumerate(rows.items()):
         points = recall_points(metrics)
         if points:
-            ks, values = zip(*points, strict=True)
-            axes.plot(
-                ks, values, color=_colour(position), marker=MARKERS[position % 6], ms=4, lw=1.5, label=_short(name)
-            )
+            line(axes, points, position, name)
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
@@ -146,8 +145,14 @@ def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
     axes.set_title("recall@k")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     if len(rows) > 1:
-        _legend_below(figure, axes)
+        legend_below(figure, axes)
     return figure
+
+
+def line(axes: Axes, points: Sequence[tuple[float, float]], position: int, label: str) -> None:
+    """Draw a line with markers in the colour of a position."""
+    xs, ys = zip(*points, strict=True)
+    axes.plot(xs, ys, color=_colour(position), marker=MARKERS[position % 6], ms=4, lw=1.5, label=_short(label))
 
 
 def recall_points(metrics: Metrics) -> list[tuple[int, float]]:
@@ -165,7 +170,7 @@ def recall_points(metrics: Metrics) -> list[tuple[int, float]]:
 
 def scatter(pair: Pair, a: Metrics, b: Metrics) -> Figure:
     """Scatter plot of the values by query, b against a; coinciding points are merged into a larger one."""
-    figure, (axes,) = _figure(height=3.9)
+    figure, (axes,) = new_figure(height=3.9)
     points = np.stack([values_of(a, pair.measure), values_of(b, pair.measure)], axis=1).round(3)
     distinct, counts = np.unique(points, axis=0, return_counts=True)
     difference = distinct[:, 1] - distinct[:, 0]
@@ -199,7 +204,7 @@ def score_distributions(name: str, run: RankedRun, qrels: Qrels) -> Figure | Non
     scores = np.concatenate([relevant, other])
     if not len(scores):
         return None
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     # Clip low outliers among the other passages.
     low, high = min(np.quantile(scores, 0.0005), relevant.min(initial=np.inf)), scores.max()
     edges = np.linspace(low, high if high > low else low + 1e-6, 41)
@@ -212,7 +217,7 @@ def score_distributions(name: str, run: RankedRun, qrels: Qrels) -> Figure | Non
     axes.set_xlabel("score")
     axes.set_ylabel("share of passages")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -269,7 +274,8 @@ def _attribute(text: str) -> str:
     return escape(text, quote=True)
 
 
-def _figure(width: float = WIDTH, height: float = HEIGHT, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float = WIDTH, height: float = HEIGHT, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of the reports with one row of axes; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -278,7 +284,8 @@ def _figure(width: float = WIDTH, height: float = HEIGHT, columns: int = 1) -> t
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Add the legend of the axes below the figure."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 1 if sum(map(len, labels)) > 44 else len(labels)
     figure.legend(handles, labels, loc="outside lower left", ncols=max(1, columns), labelcolor=INK)

@@ -9,6 +9,7 @@ from typing import Any
 from eval.compare import ChangedQuery, Pair
 from eval.metrics import Metrics, Qrels
 from eval.ranking import RankedRun
+from eval.sizes import SizeResult
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Report:
     """The measure of the overview and of the comparisons."""
     absent: list[str] = field(default_factory=list)
     """Requested sets that do not exist on disk."""
+    sizes: list[SizeResult] = field(default_factory=list)
+    """Metrics with embeddings of other sizes, if they were evaluated."""
 
     @property
     def systems(self) -> list[str]:

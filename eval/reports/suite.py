@@ -15,6 +15,7 @@ from eval.reports.files import write
 from eval.reports.report import Report, ReportSet
 from eval.reports.run_files import RUNS
 from eval.sets.plan import Task
+from eval.sizes import SizeResult
 from index.beir import BeirDataset, beir_file
 from index.files import sha256_file, write_json
 from index.store.reader import EmbeddingStore
@@ -30,6 +31,8 @@ class SetResult:
     data: dict[str, str]
     """sha256 of the files of the set."""
     approximation: Approximation | None = None
+    by_dim: dict[int, Metrics] = field(default_factory=dict)
+    """Dimension -> metrics with embeddings truncated to it."""
     index: dict[str, Any] = field(default_factory=dict)
     """How the index was built and how it is searched."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -49,6 +52,8 @@ class SuiteResult:
     """Set -> metrics of exact search; each forum of CQADupStack is a set."""
     approximations: dict[str, Approximation]
     """Set -> results of the index, if one was requested."""
+    sizes: list[SizeResult] = field(default_factory=list)
+    """Results by size of the embeddings, if they were requested."""
 
     @property
     def measure(self) -> str:
@@ -69,6 +74,7 @@ class SuiteResult:
             },
             "absent": self.absent,
             **({"index": indexes} if indexes else {}),
+            **({"sizes": [result.as_json() for result in self.sizes]} if self.sizes else {}),
         }
 
 
@@ -112,7 +118,8 @@ def write_suite(
     write_json(out / "evaluation.json", {"details": details, "absent": summary.absent, "sets": sets_json})
     system = Path(str(details["model"])).name
     sets = [_report_set(row, metrics, results.get(row), system) for row, metrics in summary.rows.items()]
-    write(out, Report(f"{', '.join(summary.rows)} ({splits})", sets, details, summary.measure, summary.absent))
+    title = f"{', '.join(summary.rows)} ({splits})"
+    write(out, Report(title, sets, details, summary.measure, summary.absent, summary.sizes))
 
 
 def _report_set(row: str, metrics: Metrics, result: SetResult | None, system: str) -> ReportSet:
@@ -135,6 +142,8 @@ def _set_json(result: SetResult, checked: Mapping[str, Any]) -> dict[str, Any]:
         RUNS: result.runs,
         "preflight": dict(checked),
     }
+    if result.by_dim:
+        values["by dimension"] = {str(dim): metrics.mean for dim, metrics in result.by_dim.items()}
     if result.approximation is not None:
         values["index"] = result.approximation.as_json(result.metrics)
     return values

@@ -30,6 +30,7 @@ from index.ann.tuning.tune import Tuning, tune
 from index.files import InputError, atomic_folder, recover_folder
 from index.store.ids import duplicate_id
 from index.store.parts import Part
+from index.store.prefix import truncated_like
 from index.store.reader import EmbeddingStore
 
 
@@ -48,7 +49,7 @@ def add_passages(
 
     Args:
         folder: folder of the index.
-        store: vectors of the same model.
+        store: vectors of the same model; truncated as those of the index are.
         out: folder of the new index; None (default) replaces the old one.
         progress: called with the number of rows just added.
         checked: called with the number of bytes of index and store just checked.
@@ -61,6 +62,7 @@ def add_passages(
             or the index has its lists on disk.
     """
     index = _open_checked(folder, out, checked, "adding", "build an index of the new passages and merge the two")
+    store = truncated_like(store, index.model)
     index.check_model(store.model)
     if store.dim != index.dim:
         raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
@@ -158,6 +160,7 @@ def retune(
             dimension; the index or the store is damaged; or a graph would be measured with its own passages.
     """
     index = _open_checked(folder, None, checked)
+    store = truncated_like(store, index.model)
     index.check_model(store.model)
     if store.dim != index.dim:
         raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")

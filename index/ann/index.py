@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,11 @@ class Index:
         """
         for name in {**self.model, **model}:
             if self.model.get(name) != model.get(name):
+                if name == "dim":
+                    raise InputError(
+                        f"{self.folder}: expected embeddings {_truncation(self.model)}, as in the index, found "
+                        f"embeddings {_truncation(model)}"
+                    )
                 raise InputError(
                     f"{self.folder}: expected queries of the model that embedded its passages ({name} "
                     f"{self.model.get(name)}), found another ({name} {model.get(name)})"
@@ -343,3 +348,8 @@ def _read(path: Path, tries: list[int]) -> Any:
         except (RuntimeError, MemoryError, UnicodeDecodeError) as error:  # a faiss message may quote invalid UTF-8
             why = reason(error)
     raise InputError(f"{path}: cannot be read by faiss: {why}")
+
+
+def _truncation(model: Mapping[str, str]) -> str:
+    """How embeddings are truncated, from the fingerprint of their model."""
+    return f"of the first {model['dim']} dimensions (dim {model['dim']})" if "dim" in model else "of all dimensions"

@@ -14,7 +14,7 @@ from retriever.distributed.context import joined_ranks, rank_device, same_settin
 from retriever.encoding.corpus import StoreOptions
 from retriever.encoding.files import embed_corpus
 from retriever.encoding.image_folder import encode_image_folder, list_images
-from retriever.encoding.model import Model, ModelInput, Precision, load
+from retriever.encoding.model import Model, ModelInput, Precision, as_model, load
 from retriever.encoding.window_workers import workers_for
 from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths
 from retriever.models.images.folder import is_image_text_model
@@ -33,6 +33,7 @@ def encode(
     device: str = "auto",
     precision: Precision = "fp32",
     micro_batch_tokens: int | None = None,
+    dim: int | None = None,
     progress: Progress = None,
 ) -> EmbeddingStore:
     """Embed a corpus, or a folder of images, into a sharded embedding store with checksums.
@@ -52,6 +53,7 @@ def encode(
         device: Device, if `model` is a folder or name. Default: "auto", CUDA if there is a GPU.
         precision: As for `retriever.load`, if `model` is a folder or name.
         micro_batch_tokens: As for `retriever.load`, if `model` is a folder or name.
+        dim: Keep the first `dim` values of each embedding, at unit length. Default: None, all that `model` computes.
         progress: Called with a `ProgressEvent` at each step. Default: None, messages go to the logger "retriever".
 
     Returns:
@@ -65,6 +67,8 @@ def encode(
     check_at_least(1, shard_rows=shard_rows)
     if workers is not None:
         check_at_least(0, workers=workers)
+    if dim is not None:
+        check_at_least(1, dim=dim)
     check_paths(data=data, out=out)
     if not isinstance(model, Model):
         check_paths(model=model)
@@ -73,6 +77,7 @@ def encode(
         device, precision = str(model.device), model.options.precision
         micro_batch_tokens = model.options.micro_batch_tokens
     given = {"dtype": dtype, "shard_rows": shard_rows, "precision": precision, "micro_batch_tokens": micro_batch_tokens}
+    given["dim"] = dim
     with joined_ranks(same_settings("encode", device, given)) as ranks:
         reporter = reporter if ranks.is_first else SilentReporter()
         folder_of_images = data.is_dir() and not is_beir_folder(data)
@@ -85,6 +90,7 @@ def encode(
             model = load(
                 model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
             )
+        model = as_model(model, dim=dim)
         if not data.exists():
             raise InputError(f"{data}: no such file or folder")
         if folder_of_images and model.embeds_images:

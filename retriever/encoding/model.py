@@ -44,8 +44,9 @@ class Model:
 
     def __repr__(self) -> str:
         kind = "image and text" if self.embeds_images else "text"
+        full = "" if self.towers.truncate_dim is None else f" of {self.towers.full_dimension}"
         return (
-            f"Model({self.name!r}, dimension={self.dimension}, {kind}, device={str(self.device)!r}, "
+            f"Model({self.name!r}, dimension={self.dimension}{full}, {kind}, device={str(self.device)!r}, "
             f"precision={self.options.precision!r})"
         )
 
@@ -137,6 +138,7 @@ def load(
     device: str = "auto",
     precision: Precision = "fp32",
     micro_batch_tokens: int | None = None,
+    dim: int | None = None,
     progress: Progress = None,
 ) -> Model:
     """Load a model for encoding.
@@ -147,18 +149,23 @@ def load(
         precision: Precision of the towers: "fp32", or "bf16" or "fp16" by autocast; on a GPU "bf16" also stores the
             weights in bf16. Default: "fp32".
         micro_batch_tokens: Tokens per forward pass, padding included. Default: None, chosen from the free memory.
+        dim: Keep the first `dim` values of each embedding, at unit length, for a model trained with
+            `loss.matryoshka` (arXiv 2205.13147). Default: None, all.
         progress: Called with a `ProgressEvent` while the files are checked. Default: None.
 
     Returns:
         The model.
 
     Raises:
-        InputError: There is no such model, one of its files is damaged, or it cannot embed texts.
+        InputError: There is no such model, one of its files is damaged, it cannot embed texts, or its embeddings have
+            fewer than `dim` values or no unit length.
         ConfigError: The device is not available, or an argument is invalid.
     """
     check_choice(get_args(Precision), precision=precision)
     if micro_batch_tokens is not None:
         check_at_least(1, micro_batch_tokens=micro_batch_tokens)
+    if dim is not None:
+        check_at_least(1, dim=dim)
     check_paths(model=model)
     name, reporter = str(model), as_reporter(progress)
     loader = load_image_text_towers if is_image_text_model(name) else load_towers
@@ -167,12 +174,30 @@ def load(
         towers = loader(name, choose_device(device), checked=checked)
     if note := towers.describe_padding():
         reporter.line(note)
+    if dim is not None:
+        towers = _truncated(name, towers, dim)
     return Model(name, towers, EncodeOptions(precision, micro_batch_tokens))
 
 
-def as_model(model: ModelInput, progress: Progress = None) -> Model:
-    """The model, loaded with default options if it is given by its folder or name."""
-    return model if isinstance(model, Model) else load(model, progress=progress)
+def as_model(model: ModelInput, progress: Progress = None, *, dim: int | None = None) -> Model:
+    """The model, loaded with default options if it is given by its folder or name; truncated to `dim` values if given.
+
+    Raises:
+        InputError: As `load`.
+    """
+    if not isinstance(model, Model):
+        return load(model, dim=dim, progress=progress)
+    if dim is None:
+        return model
+    check_at_least(1, dim=dim)
+    return Model(model.name, _truncated(model.name, model.towers, dim), model.options)
+
+
+def _truncated(name: str, towers: Towers, dim: int) -> Towers:
+    try:
+        return towers.truncated(dim)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _checked_images(images: Sequence[ImageInput]) -> list[ImageInput]:

@@ -18,7 +18,7 @@ from index.progress import Progress, Reporter, SilentReporter, as_reporter
 from retriever.distributed.agreement import flat_settings
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
 from retriever.distributed.ranks import Ranks
-from retriever.encoding.model import Model, ModelInput, Precision, load
+from retriever.encoding.model import Model, ModelInput, Precision, as_model, load
 from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths, path_list
 from retriever.evaluation.preflight import check_sets
 from retriever.evaluation.report_folder import ReportFolder
@@ -67,6 +67,12 @@ class Evaluation:
         """Set -> its metrics with the index, if one was evaluated."""
         found = {} if self.result is None else self.result.approximations
         return {name: _set_metrics(other.metrics) for name, other in found.items()}
+
+    @cached_property
+    def by_dim(self) -> dict[int, dict[str, SetMetrics]]:
+        """Dimension of `dims` -> set (or row of BEIR's table) -> its metrics with embeddings truncated to it."""
+        sizes = [] if self.result is None else self.result.sizes
+        return {size.dim: {name: _set_metrics(row) for name, row in size.rows.items()} for size in sizes}
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -119,6 +125,8 @@ def evaluate(
     device: str = "auto",
     precision: Precision = "fp32",
     micro_batch_tokens: int | None = None,
+    dim: int | None = None,
+    dims: Sequence[int] = (),
     preflight: bool = False,
     progress: Progress = None,
 ) -> Evaluation:
@@ -150,6 +158,9 @@ def evaluate(
         device: Device, if `model` is a folder or name. Default: "auto".
         precision: As for `retriever.load`, if `model` is a folder or name.
         micro_batch_tokens: As for `retriever.load`, if `model` is a folder or name.
+        dim: Keep the first `dim` values of each embedding, at unit length. Default: None, all that `model` computes.
+        dims: Also give the metrics of exact search with embeddings truncated to each of these dimensions, as one table
+            and plot (`Evaluation.by_dim`); the corpus is embedded once. Default: none.
         preflight: Whether to only check the sets and estimate time, memory and disk. Default: False.
         progress: Called with a `ProgressEvent` at each step. Default: None.
 
@@ -165,6 +176,7 @@ def evaluate(
         raise ArgumentError("data", "expected at least one BEIR folder, found none")
     check_at_least(1, k=k, shard_rows=shard_rows)
     check_at_least(0, overlap=overlap)
+    dims = _checked_dims(dim, dims)
     check_choice(("float32", "float16"), dtype=dtype)
     if download and home is None:
         raise ArgumentError("download", "expected home, the folder to download sets to, found none")
@@ -189,13 +201,14 @@ def evaluate(
         keep_identical_ids=keep_identical_ids,
         dtype=dtype,
         shard_rows=shard_rows,
+        dims=dims,
     )
     if isinstance(model, Model):
         device, precision = str(model.device), model.options.precision
         micro_batch_tokens = model.options.micro_batch_tokens
     given = flat_settings(options, without=("index",))
     given |= {"split": split, "precision": precision, "micro_batch_tokens": micro_batch_tokens}
-    given |= {"index": index is not None, "preflight": preflight, "download": download}
+    given |= {"index": index is not None, "preflight": preflight, "download": download, "dim": dim}
     folder = ReportFolder(out)
     with joined_ranks(same_settings("evaluate beir", device, given)) as ranks:
         if out is None and ranks.world_size > 1:
@@ -208,6 +221,12 @@ def evaluate(
             model = load(
                 model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
             )
+        model = as_model(model, dim=dim)
+        if dims and max(dims) > model.dimension:
+            raise ArgumentError("dims", f"expected at most {model.dimension} dimensions, found {max(dims)}")
+        if dims:
+            # Refuses embeddings without unit length before they are computed.
+            as_model(model, dim=min(dims))
         model.towers.to(rank_device(model.device))
         suite = Suite(model.towers, planned, folder.path, model.options, options, reporter, ranks)
         checked = check_sets(
@@ -222,6 +241,16 @@ def evaluate(
         )
         result = None if preflight else suite.run({"model": model.name}, checked)
     return Evaluation(folder, checked, list(planned.absent), result)
+
+
+def _checked_dims(dim: int | None, dims: Sequence[int]) -> tuple[int, ...]:
+    if dim is not None:
+        check_at_least(1, dim=dim)
+    if isinstance(dims, str | bytes) or not isinstance(dims, Sequence):
+        raise ArgumentError("dims", f"expected a list of dimensions, found {dims!r:.60}")
+    for each in dims:
+        check_at_least(1, dims=each)
+    return tuple(sorted(set(dims)))
 
 
 def _plan(

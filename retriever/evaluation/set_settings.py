@@ -78,6 +78,7 @@ class AdjustedTowers(Towers):
         nn.Module.__init__(self)
         self.model = towers.model
         self.padding_free = towers.padding_free
+        self.truncate_dim = towers.truncate_dim
         self._transformers = towers._transformers
         self._settings = settings
         self._base = towers

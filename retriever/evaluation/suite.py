@@ -20,11 +20,13 @@ from eval.reports.markdown import left_out_line
 from eval.reports.suite import SetResult, SuiteResult, data_checksums, write_suite
 from eval.runs import write_trec_run
 from eval.sets.plan import Plan, Task, check_outside, rows_of_tasks
+from eval.sizes import SizeResult
 from index.beir import BeirDataset
 from index.files import InputError, sha256_file
 from index.passages import Passage, PassageFile
 from index.progress import Reporter
 from index.records import count_records
+from index.store.prefix import truncated, unit_prefix
 from index.store.reader import EmbeddingStore
 from retriever.distributed.agreement import ContentHash, check_same_folder, check_same_on_ranks
 from retriever.distributed.ranks import Ranks
@@ -65,6 +67,8 @@ class SuiteOptions:
     """Dtype of the vectors on disk."""
     shard_rows: int = 65536
     """Passages per shard of the store."""
+    dims: tuple[int, ...] = ()
+    """Dimensions to which the embeddings are truncated for further results of exact search."""
 
 
 class Suite:
@@ -122,7 +126,13 @@ class Suite:
         results = {task.name: self._evaluate(task) for task in self._plan.tasks}
         exact = {name: result.metrics for name, result in results.items()}
         approximations = {name: result.approximation for name, result in results.items() if result.approximation}
-        summary = SuiteResult(rows_of_tasks(self._plan.tasks, exact), self._plan.absent, exact, approximations)
+        sizes = [
+            SizeResult(dim, self._options.dtype, rows_of_tasks(self._plan.tasks, metrics))
+            for dim in self._options.dims
+            for metrics in [{name: result.by_dim[dim] for name, result in results.items()}]
+        ]
+        rows = rows_of_tasks(self._plan.tasks, exact)
+        summary = SuiteResult(rows, self._plan.absent, exact, approximations, sizes)
         if self._ranks.is_first:
             details = {**details, **self._details(), "versions": versions(*COMPUTING)}
             write_suite(self._out, self._plan.tasks, summary, results, details, checked)
@@ -202,6 +212,8 @@ class Suite:
             "search": searched - queries_encoded,
             "metrics": time.perf_counter() - searched,
         }
+        for dim in self._options.dims:
+            result.by_dim[dim] = self._evaluate_dim(task, dataset, store, vectors, dim, result)
         if self._ranks.is_first:
             write_trec_run(folder / "run.trec", run, "retriever")
             result.runs["run.trec"] = sha256_file(folder / "run.trec")
@@ -209,6 +221,23 @@ class Suite:
                 result.approximation = self._evaluate_index(task, dataset, store, towers, vectors, result)
         self._ranks.barrier()
         return result
+
+    def _evaluate_dim(
+        self, task: Task, dataset: BeirDataset, store: EmbeddingStore, vectors: np.ndarray, dim: int, full: SetResult
+    ) -> Metrics:
+        """Search exactly with embeddings truncated to `dim`; adds the run file to `full`."""
+        if dim == store.dim:
+            return full.metrics
+        prefix, ids, on_ranks = truncated(store, dim), store.ids(), self._ranks.world_size > 1
+        with self._reporter.bar(f"{task.name}: search {dim} dimensions", store.rows, "passages") as advance:
+            device = str(self._towers.device)
+            find = exact_search(prefix, ids, device=device, progress=advance, on_ranks=on_ranks)
+            run = self._ranked(dataset, ids, find, unit_prefix(vectors, dim), prefix)
+        if self._ranks.is_first:
+            file = self._out / task.name / f"dim-{dim}.trec"
+            write_trec_run(file, run, "retriever")
+            full.runs[file.name] = sha256_file(file)
+        return self._score(dataset, run)
 
     def _score(self, dataset: BeirDataset, run: RankedRun) -> Metrics:
         """Compute the metrics at the default cut-offs and at the depth of the run."""
@@ -307,6 +336,7 @@ class Suite:
             "model sha256": self._towers.fingerprint()["sha256"],
             **dataclasses.asdict(self._encode),
             "vectors": self._options.dtype,
+            "dimensions": self._towers.dimension,
             "search": f"exact, inner product, {self._options.k} passages per query",
             "long documents": windows if self._options.windows else truncated,
             "identical ids": "kept" if self._options.keep_identical_ids else "left out where not judged",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class Towers(nn.Module):
         super().__init__()
         self.model = model
         self.padding_free = False
+        self.truncate_dim: int | None = None
         self._transformers = text_towers(model)
         for side in SIDES:
             if "message" in self._transformer(side).modality_config:
@@ -74,10 +76,38 @@ class Towers(nn.Module):
 
     @property
     def dimension(self) -> int:
-        """Dimension D of the embeddings."""
+        """Dimension D of the embeddings: that of the model, or fewer after `truncated`."""
+        return self.truncate_dim or self.full_dimension
+
+    @property
+    def full_dimension(self) -> int:
+        """Dimension of the embeddings before truncation."""
         dimension = self.model.get_embedding_dimension()
         assert dimension is not None
         return dimension
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the embeddings have unit length."""
+        return ends_in_normalize(list(self.model))
+
+    def truncated(self, dim: int) -> Self:
+        """Return towers with the same weights, of whose embeddings the first `dim` values are kept, at unit length.
+
+        Args:
+            dim: Number of values, from 1 to the model's dimension. That dimension changes nothing.
+
+        Raises:
+            InputError: If the model has fewer dimensions, or its embeddings do not have unit length.
+        """
+        if not 1 <= dim <= self.full_dimension:
+            raise InputError(f"dim: expected a number from 1 to {self.full_dimension}, the model's own, found {dim}")
+        if not self.normalized:
+            raise InputError(f"dim: expected a model of embeddings of unit length, found one without, cut to {dim}")
+        # Shares modules and weights.
+        towers = copy.copy(self)
+        towers.truncate_dim = None if dim == self.full_dimension else dim
+        return towers
 
     @property
     def transformers(self) -> list[Any]:
@@ -173,8 +203,12 @@ class Towers(nn.Module):
     def forward(self, features: dict[str, Any], side: Side) -> Tensor:
         """Return embeddings [batch, D], at least float32, of the features that `embed` prepares."""
         # A copy, because sentence-transformers' modules write into the dictionary.
-        output = self.model(dict(features), task=side)["sentence_embedding"]
-        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+        return self._prefix(self.model(dict(features), task=side)["sentence_embedding"])
+
+    def _prefix(self, output: Tensor) -> Tensor:
+        """At least float32; after `truncated`, the first values at unit length."""
+        output = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+        return output if self.truncate_dim is None else nn.functional.normalize(output[:, : self.truncate_dim], dim=1)
 
     def embed(self, texts: TokenizedTexts, rows: np.ndarray, side: Side) -> Tensor:
         """Compute the embeddings of one micro-batch.
@@ -222,7 +256,7 @@ class Towers(nn.Module):
         return [(count * length, lambda: self.embed(texts, np.arange(count), "document"))]
 
     def fingerprint(self) -> dict[str, str]:
-        """Return {"sha256": …} over everything that embeddings depend on.
+        """Return {"sha256": …} over everything that embeddings depend on, and "dim" after `truncated`.
 
         That is weights, configurations, tokenizers, modules, maximum lengths and prompts.
         """
@@ -239,7 +273,10 @@ class Towers(nn.Module):
         digest.update(self.model.similarity_fn_name.encode())
         # The repr contains every module with its settings: pooling mode, projection, normalization.
         digest.update(repr(self.model).encode())
-        return {"sha256": digest.hexdigest()}
+        return self._with_dim({"sha256": digest.hexdigest()})
+
+    def _with_dim(self, fingerprint: dict[str, str]) -> dict[str, str]:
+        return fingerprint if self.truncate_dim is None else {**fingerprint, "dim": str(self.truncate_dim)}
 
     def save(self, folder: Path) -> None:
         """Write a sentence-transformers model folder (safetensors) into an existing folder."""

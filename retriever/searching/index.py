@@ -19,6 +19,7 @@ from index.files import InputError
 from index.manifest import INDEX, read_manifest
 from index.progress import Progress, Reporter, SilentReporter, as_reporter
 from index.store.parts import Part
+from index.store.prefix import truncated
 from index.store.reader import EmbeddingStore
 from retriever.errors import ArgumentError, check_at_least, check_numbers, check_paths, check_whole
 from retriever.utils.check_progress import checksum_progress
@@ -46,6 +47,7 @@ def build_index(
     on_disk: bool = False,
     gpu: bool = False,
     seed: int = 0,
+    dim: int | None = None,
     progress: Progress = None,
 ) -> Index:
     """Build a FAISS index of an embedding store.
@@ -71,6 +73,8 @@ def build_index(
         on_disk: Whether to leave the inverted lists on disk, for indexes larger than memory. Default: False.
         gpu: Whether to train and fill on all GPUs (needs a FAISS for GPUs). Default: False.
         seed: Seed of the training sample. Default: 0.
+        dim: Index the first `dim` values of each embedding, at unit length, of a model trained with `loss.matryoshka`.
+            Default: None, all that the store has.
         progress: Called with a `ProgressEvent` at each step. Default: None.
 
     Returns:
@@ -95,6 +99,7 @@ def build_index(
         on_disk=on_disk,
         gpu=gpu,
         seed=seed,
+        dim=dim,
         progress=progress,
     )
     return Index.open(out)
@@ -116,6 +121,7 @@ def build_tuned_index(
     on_disk: bool,
     gpu: bool,
     seed: int,
+    dim: int | None,
     progress: Progress,
 ) -> tuple[EmbeddingStore, str, int, Tuning | None]:
     """`build_index`, but return the store, the factory string, the number of rows, and what tuning found (if asked)."""
@@ -143,6 +149,8 @@ def build_tuned_index(
     check_whole(seed=seed)
     if not 0 <= seed < 2**31:
         raise ArgumentError("seed", f"expected a number from 0 to {2**31 - 1}, found {seed}")
+    if dim is not None:
+        check_at_least(1, dim=dim)
     check_target(target_recall, k, queries, model, held_out)
     if target_recall is None and queries is not None:
         raise ArgumentError("queries", "expected target_recall with them")
@@ -160,12 +168,13 @@ def build_tuned_index(
         "on_disk": on_disk,
         "gpu": gpu,
         "seed": seed,
+        "dim": dim,
     }
 
     def build_with(ranks: Ranks | None) -> tuple[EmbeddingStore, str, int, Tuning | None]:
         is_first = ranks is None or ranks.is_first
         reporter = as_reporter(progress) if is_first else SilentReporter()
-        opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore.open(store)
+        opened = truncated(store if isinstance(store, EmbeddingStore) else EmbeddingStore.open(store), dim)
         rows = Part(opened, *part).rows
         trained = None if train_from is None else Path(train_from)
         chosen, reason = _chosen_factory(opened, factory, memory_budget_mib, trained, on_disk)
@@ -223,7 +232,9 @@ def query_vectors(
     from retriever.encoding.model import as_model
 
     assert model is not None
-    loaded = as_model(model, reporter)
+    # The model of a truncated store has the same dimensions, whether they were cut when encoding or now.
+    dim = store.model.get("dim")
+    loaded = as_model(model, reporter, dim=None if dim is None else int(dim))
     if (found := loaded.towers.fingerprint()) != store.model:
         raise InputError(f"{loaded.name}: expected the model of {store.folder} ({store.model}), found {found}")
     return loaded.encode_queries(list(queries), progress=reporter)

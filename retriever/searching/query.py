@@ -22,6 +22,7 @@ def search(
     queries: str | Path | Sequence[str | Path] | Mapping[str, str],
     k: int = 10,
     *,
+    dim: int | None = None,
     progress: Progress = None,
 ) -> list[Answer]:
     """Find the passages or images of an index that are nearest to queries.
@@ -33,6 +34,8 @@ def search(
         queries: A text, several texts, or a mapping of ids to texts. A `pathlib.Path` is an image file, if the model
             embeds images. Queries without an id are numbered from 1.
         k: Results per query. Default: 10.
+        dim: Keep the first `dim` values of each query embedding, for an index of truncated passages. Default: None,
+            all that `model` computes.
         progress: Called with a `ProgressEvent` for each batch of queries. Default: None.
 
     Returns:
@@ -40,7 +43,7 @@ def search(
         `text`, best first. An approximate index may find fewer than k.
 
     Raises:
-        InputError: The index belongs to another model or is damaged, or an image cannot be read.
+        InputError: The index belongs to another model or dimension or is damaged, or an image cannot be read.
         ConfigError: An argument is invalid.
     """
     check_at_least(1, k=k)
@@ -67,7 +70,7 @@ def search(
         if not folders:
             raise ArgumentError("index", "expected at least one index, found none")
         index = open_indexes([Path(folder) for folder in folders], reporter)
-    loaded = as_model(model, progress)
+    loaded = as_model(model, progress, dim=dim)
     answers = []
     with reporter.bar("search", len(named), "queries") as advance:
         for answer in search_each(loaded.towers, index, named, k, loaded.options):

@@ -44,6 +44,18 @@ class Embedding:
         return load(self.model, **self.embedding_options(), progress=reporter)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TruncatedEmbedding(Embedding):
+    """Flags of commands that can truncate embeddings."""
+
+    dim: int | None = None
+    """Keep the first values of each embedding, at unit length, for a model trained with loss.matryoshka. None: all."""
+
+    def embedding_options(self) -> dict[str, Any]:
+        """The flags of this class as arguments of the public functions."""
+        return {**super().embedding_options(), "dim": self.dim}
+
+
 def answer(as_json: bool, values: dict[str, Any]) -> None:
     """Print the answer of a command on one line, as text or as JSON."""
     if as_json:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from index.progress import Reporter
-from retriever.cli.commands.common import Embedding, answer
+from retriever.cli.commands.common import TruncatedEmbedding, answer
 from retriever.utils.torchrun import rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encode(Embedding):
+class Encode(TruncatedEmbedding):
     """Embed a corpus, or a folder of images, into a sharded store with checksums.
 
     An interrupted command continues when it is repeated. Under torchrun the processes share a corpus.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from index.progress import Reporter
-from retriever.cli.commands.common import Embedding, Switch
+from retriever.cli.commands.common import Switch, TruncatedEmbedding
 from retriever.utils.torchrun import rank
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateBeir(Embedding):
+class EvaluateBeir(TruncatedEmbedding):
     """Score a model on BEIR sets: nDCG, MAP, recall, precision, MRR, capped recall and success.
 
     Writes run files and a report. The sets are checked first. Under torchrun all processes share the work.
@@ -58,6 +58,9 @@ class EvaluateBeir(Embedding):
     shard_rows: int = 65536
     """Passages per shard; at most this many per process are lost if a run is killed."""
 
+    dims: tuple[int, ...] = ()
+    """Also give the metrics with embeddings truncated to each of these dimensions, in one table and plot."""
+
     def run(self, reporter: Reporter) -> int:
         from retriever.evaluation.evaluate import evaluate
 
@@ -79,6 +82,7 @@ class EvaluateBeir(Embedding):
             index=self.index,
             dtype=self.dtype,
             shard_rows=self.shard_rows,
+            dims=self.dims,
             preflight=self.preflight,
             **self.embedding_options(),
             progress=reporter,
@@ -98,11 +102,13 @@ class EvaluateBeir(Embedding):
 
 def _print_tables(found: SuiteResult) -> None:
     from eval.approximate import approximation_table
-    from eval.reports.markdown import comparison_table
+    from eval.reports.markdown import comparison_table, size_table
     from eval.sets.plan import suite_table
 
     print(comparison_table(found.rows, head="data"), end="")
     if found.approximations:
         print("\n" + approximation_table(found.exact, found.approximations, found.measure), end="")
+    if found.sizes:
+        print("\n" + size_table(found.sizes, found.measure), end="")
     if found.absent or len(found.rows) > 1:
         print("\n" + suite_table(found.rows, found.absent, found.measure), end="")

@@ -67,6 +67,8 @@ class IndexBuild(RecallTarget):
     """Train and fill on all GPUs (needs faiss-gpu); with its cuVS, HNSW… graphs are built there, too."""
     seed: int = 0
     """Seed of the training sample."""
+    dim: int | None = None
+    """Index the first values of each embedding, at unit length, of a model trained with loss.matryoshka. None: all."""
     json: Switch = False
     """Print the summary as JSON."""
 
@@ -91,6 +93,7 @@ class IndexBuild(RecallTarget):
             on_disk=self.on_disk,
             gpu=self.gpu,
             seed=self.seed,
+            dim=self.dim,
             progress=reporter,
         )
         summary = {"index": str(self.out), "factory": factory, "rows": rows, "dim": store.dim}
@@ -114,13 +117,15 @@ class IndexTune(RecallTarget):
         from index.ann.edit import retune
         from index.ann.tuning.recall import Target
         from index.manifest import INDEX, read_manifest
+        from index.store.prefix import truncated_like
         from index.store.reader import EmbeddingStore
         from retriever.searching.index import check_target, query_vectors
         from retriever.utils.check_progress import checksum_progress
 
         queries = self.query_texts()
         check_target(self.target_recall, self.k, queries, self.model, self.held_out)
-        store = EmbeddingStore.open(self.embeddings)
+        model = read_manifest(self.index, INDEX).texts("model")
+        store = truncated_like(EmbeddingStore.open(self.embeddings), model)
         vectors = query_vectors(store, queries, self.model, reporter)
         target = Target(self.target_recall, self.k, vectors, self.held_out)
         with (

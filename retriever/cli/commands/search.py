@@ -18,7 +18,7 @@ from tyro.conf import Positional, UseAppendAction
 from index.files import InputError
 from index.passages import one_line
 from index.progress import Reporter
-from retriever.cli.commands.common import Embedding, Switch
+from retriever.cli.commands.common import Switch, TruncatedEmbedding
 from retriever.errors import check_at_least
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search(Embedding):
+class Search(TruncatedEmbedding):
     """Find passages or images for queries.
 
     Queries are texts given as arguments, in a file, or one per line on standard input; or images. For each query the

@@ -13,12 +13,12 @@ from tyro.conf import UseAppendAction, arg
 
 from index.files import InputError
 from index.progress import Reporter
-from retriever.cli.commands.common import Embedding, Switch
+from retriever.cli.commands.common import Switch, TruncatedEmbedding
 from retriever.errors import ArgumentError, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(Embedding):
+class Serve(TruncatedEmbedding):
     """Answer queries over HTTP: JSON at /search, a page at /, embeddings at /v1/embeddings and /embed, and /metrics.
 
     Ctrl-C or SIGTERM stops the service after the requests that it has accepted.

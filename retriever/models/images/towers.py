@@ -70,11 +70,16 @@ class ImageTextTowers(Towers):
         return True
 
     @property
-    def dimension(self) -> int:
-        """Dimension D of the embeddings."""
+    def full_dimension(self) -> int:
+        """Dimension of the embeddings before truncation."""
         dimension = self._text_model[0].get_embedding_dimension()
         assert dimension is not None
         return dimension
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the embeddings have unit length; always True."""
+        return True
 
     @property
     def transformers(self) -> list[Any]:
@@ -106,7 +111,7 @@ class ImageTextTowers(Towers):
         state: dict[str, Any] = {"sentence_embedding": features, "modality": "image"}
         for module in self._image[self._encoder_depth :]:
             state = module(state)
-        return state["sentence_embedding"].float()
+        return self._prefix(state["sentence_embedding"])
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Compute embeddings [batch, D] of unit length.
@@ -150,14 +155,15 @@ class ImageTextTowers(Towers):
         """Return embeddings [batch, D] of unit length, of images if `features` has "pixels", otherwise of texts."""
         if "pixels" in features:
             return self.image_head(self.image_features(features["pixels"]))
-        output = self._text_model[0](dict(features), task=side)["sentence_embedding"]
-        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+        return self._prefix(self._text_model[0](dict(features), task=side)["sentence_embedding"])
 
     def fingerprint(self) -> dict[str, str]:
         """Return {"sha256": …} over everything that embeddings of texts and images depend on."""
         settings = without_provenance(self._image[0].auto_model.config.to_dict())
-        parts = [super().fingerprint(), asdict(self.transform), settings]
-        return {"sha256": hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()}
+        texts = {"sha256": super().fingerprint()["sha256"]}
+        parts = [texts, asdict(self.transform), settings]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+        return self._with_dim({"sha256": digest.hexdigest()})
 
     def image_fingerprint(self) -> str:
         """Return a sha256 over everything that the outputs of `image_features` depend on."""
