@@ -27,6 +27,7 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 NO_GRADES = ("nan", "inf", "infinity", "true", "false", "none", "null")
 # Grades are stored as 64-bit integers; no data set in use has larger ones.
 GRADE_LIMIT = 2**31
+MAX_GRADE_LENGTH = 24
 
 
 def beir_file(folder: Path, name: str) -> Path:
@@ -366,7 +367,8 @@ def parse_grade(text: str, place: str) -> int:
     Raises:
         InputError: it is not an integer, or too large.
     """
-    grade = Decimal(text) if NUMBER.fullmatch(text) else None
+    # Decimals of more digits than its context cannot be rounded.
+    grade = Decimal(text) if len(text) <= MAX_GRADE_LENGTH and NUMBER.fullmatch(text) else None
     if grade is None or grade != grade.to_integral_value():
         raise InputError(f"{place}: expected a whole number as grade, found {text!r:.30}")
     if abs(grade) >= GRADE_LIMIT:

@@ -9,8 +9,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +23,46 @@ from typing import Any
 # Files hashed at the same time, and bytes read at once from each.
 HASH_THREADS = 4
 HASH_BLOCK_BYTES = 2**19
+# The largest file that is parsed as one JSON value; the longest line that is read as text.
+MAX_JSON_BYTES = 2**28
+MAX_LINE = 2**28
 
 
 class InputError(ValueError):
     """Something in the user's input is wrong.
 
     The message is one line that names the file (and the line in it), what was expected and what was found; the
-    command line prints it without a traceback.
+    command line prints it without a traceback. Control characters of what was found are escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escape_control(message))
+
+
+def escape_control(text: str) -> str:
+    """Escape the characters of a text that are not printable: line ends, terminal commands, lone surrogates."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def check_readable(path: Path) -> None:
+    """Refuse named pipes and devices, which have no end or no content, and folders.
+
+    Pipes that a shell has opened, such as /dev/stdin and those of `<(command)`, are accepted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it is not a regular file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except NotADirectoryError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    if stat.S_ISREG(mode) or (stat.S_ISFIFO(mode) and re.match("/dev/(fd/|stdin)|/proc/self/fd/", str(path))):
+        return
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+    raise InputError(f"{path}: no such file: expected a regular file, found a {kinds.get(stat.S_IFMT(mode), 'device')}")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -314,8 +348,11 @@ def read_json(path: Path) -> Any:
         InputError: the file is missing or not JSON.
     """
     try:
+        check_readable(path)
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: expected at most {MAX_JSON_BYTES:,} bytes, found {path.stat().st_size:,}")
         text = path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected JSON, found: {error}") from None

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from index.files import InputError
+from index.files import InputError, check_readable
 
+MAX_FILE_BYTES = 2**28
+"""Image files and members of tars that are larger are not read. An uncompressed image of 89 megapixels has as many."""
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -25,14 +27,36 @@ class ImageAt:
         """Read the bytes of the image.
 
         Raises:
-            InputError: the file does not exist.
+            InputError: the file does not exist, is a named pipe or device, or the image is larger than MAX_FILE_BYTES.
         """
+        if self.size is not None and not 0 <= self.size <= MAX_FILE_BYTES:
+            raise InputError(f"{self.name}: expected an image of at most {MAX_FILE_BYTES:,} bytes, found {self.size:,}")
+        if self.size is None:
+            return read_image_file(self.path)
         try:
             with open(self.path, "rb") as stream:
                 stream.seek(self.offset)
-                return stream.read(-1 if self.size is None else self.size)
+                return stream.read(self.size)
         except FileNotFoundError:
             raise InputError(f"{self.path}: no such file") from None
+
+
+def read_image_file(path: Path) -> bytes:
+    """Read the bytes of an image file.
+
+    Raises:
+        InputError: the file does not exist, is a named pipe or device, or is larger than MAX_FILE_BYTES.
+        OSError: it cannot be read.
+    """
+    try:
+        check_readable(path)
+        with open(path, "rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise InputError(f"{path}: expected an image file of at most {MAX_FILE_BYTES:,} bytes")
+    return content
 
 
 def images_in(folder: Path) -> list[Path]:

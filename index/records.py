@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from index.files import InputError, parse_json
+from index.files import MAX_LINE, InputError, check_readable, parse_json
 
 # Raised on reading when the bytes are not UTF-8, or when a compressed file is truncated or damaged.
 UNREADABLE = (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error)
@@ -34,14 +34,27 @@ def open_text(path: Path, newline: str | None = None) -> IO[str]:
     """Open a UTF-8 text file for reading, decompressed if its name ends in .gz. A byte order mark is skipped.
 
     Raises:
-        InputError: the file does not exist.
+        InputError: the file does not exist, or is a named pipe or device.
     """
     try:
+        check_readable(path)
         if path.suffix == ".gz":
             return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
         return open(path, encoding="utf-8-sig", newline=newline)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+
+
+def bounded_lines(stream: IO[str], path: Path) -> Iterator[str]:
+    """Yield the lines of a stream, which may hold more than memory in one line.
+
+    Raises:
+        InputError: a line is longer than MAX_LINE characters.
+    """
+    for number, line in enumerate(iter(partial(stream.readline, MAX_LINE), ""), start=1):
+        if len(line) == MAX_LINE and not line.endswith("\n"):
+            raise InputError(f"{path}:{number}: expected lines of fewer than {MAX_LINE:,} characters")
+        yield line
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -53,7 +66,7 @@ def read_lines(path: Path) -> Iterator[str]:
     with open_text(path) as stream:
         number = 0
         try:
-            for line in stream:
+            for line in bounded_lines(stream, path):
                 number += 1
                 yield line.rstrip("\n")
         except UNREADABLE as error:
@@ -106,9 +119,9 @@ def _separated(path: Path, delimiter: str) -> Iterator[LazyRow]:
     # newline="" leaves line ends within quoted cells to the csv module.
     with open_text(path, newline="") as stream:
         # A cell may hold a long document; the default limit is 128 KiB.
-        csv.field_size_limit(2**31 - 1)
+        csv.field_size_limit(MAX_LINE)
         head: list[str] = []
-        rows = csv.DictReader(_noting_first(stream, head), delimiter=delimiter, strict=True)
+        rows = csv.DictReader(_noting_first(bounded_lines(stream, path), head), delimiter=delimiter, strict=True)
         try:
             columns = list(rows.fieldnames or ())
             # If the header is quoted, the writer quotes every cell, or at least uses quotes as csv does.
@@ -176,6 +189,7 @@ def _parquet(path: Path) -> Iterator[LazyRow]:
     import pyarrow.parquet
 
     try:
+        check_readable(path)
         with pyarrow.parquet.ParquetFile(path) as table:
             number = 0
             for batch in table.iter_batches(batch_size=4096):
@@ -184,8 +198,6 @@ def _parquet(path: Path) -> Iterator[LazyRow]:
                     yield partial(Record, f"{path}: row {number}", fields)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: expected a Parquet file, found a folder") from None
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from None
 

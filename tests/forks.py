@@ -144,8 +144,13 @@ def _worker(*words: str) -> None:
     _python([word for word in words if word != "-u"])
 
 
-def _answer(request: dict[str, Any]) -> None:
-    """Run a request, in a fork."""
+def run_and_exit(words: list[str]) -> None:
+    """Run what `python WORDS` runs, and exit as it does."""
+    _end_with(lambda: _python(words))
+
+
+def ranks_are_forks() -> None:
+    """Let torchrun start its ranks as forks of this process."""
     from torch.distributed.launcher import api
 
     launch = api.elastic_launch
@@ -155,10 +160,15 @@ def _answer(request: dict[str, Any]) -> None:
         return launch(config, _worker)
 
     api.elastic_launch = launch_forks
+
+
+def _answer(request: dict[str, Any]) -> None:
+    """Run a request, in a fork."""
+    ranks_are_forks()
     for file, descriptor in ((os.devnull, 0), (request["out"], 1), (request["err"], 2)):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
     os.chdir(request["folder"])
-    _end_with(lambda: _python(request["words"]))
+    run_and_exit(request["words"])
 
 
 def main(modules: list[str]) -> None:

@@ -13,6 +13,7 @@ from index.ann.index import read_faiss
 from index.ann.layout import LISTS_FILE, write_faiss
 from index.ann.settings import index_layers
 from index.ann.silence_stdout import silence_stdout
+from index.disk_space import reserve
 from index.files import InputError
 from index.store.parts import Part
 
@@ -98,33 +99,40 @@ def merge(index: Any, files: Sequence[Path], folder: Path, final: Path) -> None:
         pointers.push_back(source)
     inner = faiss.extract_index_ivf(index)
     lists = faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(folder / LISTS_FILE))
-    threads = faiss.omp_get_max_threads()
-    # A single thread writes the lists in a fixed order, so the file is deterministic; the disk is the bottleneck.
-    faiss.omp_set_num_threads(1)
-    try:
-        with silence_stdout():
-            index.ntotal = inner.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size())
-    finally:
-        faiss.omp_set_num_threads(threads)
-    _shift_row_numbers(lists, sources, [each.ntotal for each in indexes])
+    _write_lists(lists, sources, [each.ntotal for each in indexes], folder / LISTS_FILE)
+    index.ntotal = inner.ntotal = sum(each.ntotal for each in indexes)
     inner.replace_invlists(lists, True)
     lists.this.disown()
     # The folder will be renamed to `final`. `read_faiss` looks next to index.faiss; plain faiss uses this path.
     lists.filename = str(final.resolve() / LISTS_FILE)
 
 
-def _shift_row_numbers(lists: Any, sources: Sequence[Any], rows_of_each: Sequence[int]) -> None:
-    """Add to each id in the lists the number of rows of the preceding sources.
+def _write_lists(lists: Any, sources: Sequence[Any], rows_of_each: Sequence[int], path: Path) -> None:
+    """Write the lists of several sources, with the row numbers of each shifted by the rows of the preceding ones.
 
-    faiss's own `shift_ids` (1.15.1) adds wrong offsets, which are right only for two sources of equal size.
+    The space is reserved first, and the file is written as any other. faiss's own `merge_from_multiple` writes through
+    a memory map: a full disk ends the process with SIGBUS. Its `shift_ids` (1.15.1) adds wrong offsets, which are right
+    only for two sources of equal size.
+
+    Raises:
+        OSError: the disk is full.
     """
     faiss = import_faiss()
-    for number in range(lists.nlist):
-        if not (size := lists.list_size(number)):
-            continue
-        rows = faiss.rev_swig_ptr(lists.get_ids(number), size)
-        start = first = 0
-        for source, count in zip(sources, rows_of_each, strict=True):
-            stop = start + source.list_size(number)
-            rows[start:stop] += first
-            start, first = stop, first + count
+    sizes = [[source.list_size(number) for source in sources] for number in range(lists.nlist)]
+    with silence_stdout():
+        lists.update_totsize(sum(map(sum, sizes)) * (lists.code_size + 8))
+    reserve(path, lists.totsize)
+    firsts = np.cumsum([0, *rows_of_each])
+    lists.lists.clear()
+    with open(path, "r+b") as file:
+        for number, counts in enumerate(sizes):
+            entry = faiss.OnDiskOneList()
+            entry.size = entry.capacity = sum(counts)
+            entry.offset = file.tell()
+            lists.lists.push_back(entry)
+            for source, count in zip(sources, counts, strict=True):
+                if count:
+                    file.write(faiss.rev_swig_ptr(source.get_codes(number), count * lists.code_size).data)
+            for source, count, first in zip(sources, counts, firsts[:-1], strict=True):
+                if count:
+                    file.write((faiss.rev_swig_ptr(source.get_ids(number), count) + first).data)

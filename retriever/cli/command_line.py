@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import arg, subcommand
 
-from index.files import InputError
+from index.files import InputError, escape_control
 from index.progress import Reporter
 from retriever import __version__
 from retriever.cli.commands.compare import EvaluateCompare, EvaluateRun
@@ -60,6 +60,9 @@ EvaluateCommand = (
 # What the processes of a torchrun do together (of train --dry-run and evaluate beir --preflight the first one answers).
 # All other commands are for one process alone.
 SHARED = (Train, Encode, EvaluateBeir, IndexBuild)
+
+# Characters of an error message.
+MAX_MESSAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -211,5 +214,8 @@ def _flag(argument: str) -> str:
 
 def _fail(error: object, code: int) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
-    print(f"retriever: {text}", file=sys.stderr)
+    # What was found may be a whole file.
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE - 200]} … {text[-200:]}"
+    print(f"retriever: {escape_control(text)}", file=sys.stderr)
     return code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from retriever.config.checks import check_at_least
+from retriever.config.checks import MAX_WORKERS, check_at_least
 from retriever.config.images import ImageSource
 from retriever.config.sources import SourceConfig
 
@@ -26,4 +26,5 @@ class DataConfig:
     """Folder of the memory-mapped copies of the sources. None: a folder inside the run folder."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, "data.", 0, "negatives", "workers")
+        check_at_least(self, "data.", 0, "negatives")
+        check_at_least(self, "data.", 0, "workers", maximum=MAX_WORKERS)

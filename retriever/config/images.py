@@ -17,6 +17,9 @@ ARCHITECTURES = {
     "ViT-L/14": (14, 224, 1024, 24, 16),
 }
 
+# Height and width of the largest input of a tower, in pixels.
+MAX_SIZE = 8192
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -51,6 +54,8 @@ class ImageConfig:
             raise ValueError(f"model.image.patch_dropout: expected 0 to below 1, found {self.patch_dropout}")
         if self.size is not None and self.size < 1:
             raise ValueError(f"model.image.size: expected at least 1, found {self.size}")
+        if self.size is not None and self.size > MAX_SIZE:
+            raise ValueError(f"model.image.size: expected at most {MAX_SIZE} pixels, found {min(self.size, 10**18)}")
         if self.lock == "image" and self.patch_dropout:
             raise ValueError("model.image.patch_dropout: expected 0 with a locked image tower, which sees all patches")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress
 
-from retriever.config.checks import check_at_least
+from retriever.config.checks import MAX_LENGTH, check_at_least
 from retriever.config.images import ImageConfig
 
 
@@ -42,6 +42,6 @@ class ModelConfig:
     image: ImageConfig = field(default_factory=ImageConfig)
 
     def __post_init__(self) -> None:
-        check_at_least(self, "model.", 1, "projection", "max_length")
+        check_at_least(self, "model.", 1, "projection", "max_length", maximum=MAX_LENGTH)
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout: expected a number from 0 to below 1, found {self.dropout}")

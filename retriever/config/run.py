@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from retriever.config.checks import check_at_least, is_positive
+from retriever.config.checks import MAX_STEPS, check_at_least, is_positive, shown
 from retriever.config.data import DataConfig
 from retriever.config.dev import DevConfig
 from retriever.config.loss import LossConfig
@@ -66,11 +66,12 @@ class TrainConfig:
     """Write TensorBoard event files to the run folder, too."""
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "steps", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints")
+        counts = ("batch_size", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints")
         check_at_least(self, "", 1, *counts)
-        check_at_least(self, "", 0, "seed")
+        check_at_least(self, "", 1, "steps", maximum=MAX_STEPS)
+        check_at_least(self, "", 0, "seed", maximum=2**128)
         if self.seed >= 2**64:
-            raise ValueError(f"seed: expected a number below 2^64, found {self.seed}")
+            raise ValueError(f"seed: expected a number below 2^64, found {shown(self.seed)}")
         if self.batch_size == 1 and not self.data.negatives and self.loss.name != "sigmoid":
             raise ValueError(
                 "batch_size: expected at least 2, or data.negatives, found 1: a query needs passages other than its own"

@@ -14,6 +14,7 @@ import yaml
 
 from index.files import atomic_path
 from retriever.config.run import TrainConfig
+from retriever.config.yaml_loader import read_yaml
 from retriever.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -25,19 +26,6 @@ NONE_WORDS = ("none", "null")
 _Config = TypeVar("_Config")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A loader that refuses duplicate keys; YAML would keep the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the keys and values of a mapping node."""
-        keys: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in keys:
-                raise yaml.constructor.ConstructorError(problem=f"{key.value} twice", problem_mark=key.start_mark)
-            keys.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load_config(path: Path) -> TrainConfig:
     """Read a YAML file into a TrainConfig.
 
@@ -45,18 +33,7 @@ def load_config(path: Path) -> TrainConfig:
         ConfigError: the file does not exist or is not YAML, a key is unknown (the message suggests the nearest known
             key), or a value has the wrong type.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise ConfigError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text: {error}") from None
-    try:
-        tree = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{place}: expected YAML, found: {getattr(error, 'problem', None) or error}") from None
+    tree = read_yaml(path)
     return _build(TrainConfig, {} if tree is None else tree, str(path), "")
 
 
@@ -199,11 +176,12 @@ def _convert(kind: Any, value: Any, file: str, place: str) -> Any:
             return value
         raise ConfigError(f"{file}: {place}: expected one of {', '.join(map(str, arguments))}, found {_shown(value)}")
     if origin is dict and isinstance(value, dict):
+        _check_json(value, file, place)
         return value
     if kind is float and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
@@ -211,5 +189,22 @@ def _convert(kind: Any, value: Any, file: str, place: str) -> Any:
     raise ConfigError(f"{file}: {place}: expected {expected}, found {_shown(value)}")
 
 
+def _check_json(value: Any, file: str, place: str) -> None:
+    """Refuse values that JSON does not have: keys that are not text, dates, bytes and sets."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{file}: {place}: expected text as key, found {_shown(key)}")
+            _check_json(item, file, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _check_json(item, file, f"{place}[{number}]")
+    elif value is not None and not isinstance(value, str | bool | int | float):
+        raise ConfigError(f"{file}: {place}: expected text, a number, a list or keys and values, found {_shown(value)}")
+
+
 def _shown(value: Any) -> str:
+    # Python does not write integers of more than 4,300 digits.
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"a number of {value.bit_length()} bits"
     return f"{value!r:.40} ({type(value).__name__})"

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from index.files import InputError
+from retriever.config.checks import MAX_STEPS
 
 # Second word of the seeds of random generators; every use has its own.
 _SOURCES, _ORDER = 1, 2
@@ -68,7 +69,10 @@ class BatchSchedule:
         epoch_rows = [max(size, batch_size) for size in sizes]
         if steps is None:
             assert epochs is not None
-            steps = math.floor(epochs * sum(epoch_rows) / batch_size)
+            exact = epochs * sum(epoch_rows) / batch_size
+            if exact > MAX_STEPS:
+                raise InputError(f"epochs: expected at most {MAX_STEPS:,} steps, found {exact:.3g} ({epochs:g} epochs)")
+            steps = math.floor(exact)
         if steps < 1:
             raise InputError(f"epochs, steps: expected at least one batch of {batch_size} rows, found {steps}")
         self.batch_size = batch_size

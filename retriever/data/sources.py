@@ -15,6 +15,8 @@ from index.files import InputError
 from index.records import SUFFIXES, Record, read_records
 from retriever.config.sources import SourceConfig
 
+# What `datasets` raises for a folder with damaged metadata or tables.
+DAMAGED_DATASET = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 LONG_TEXT = 2**20
 """Number of characters above which a text is reported: a tower reads only its beginning."""
 
@@ -302,7 +304,7 @@ def _next_batch(batches: Iterator[dict[str, Any]], path: str) -> dict[str, Any] 
 
     try:
         return next(batches, None)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (*DAMAGED_DATASET, DatasetsError) as error:
         raise _unreadable(path, error) from None
 
 
@@ -321,22 +323,29 @@ def load_huggingface(path: str, split: str, *, streaming: bool) -> Any:
         import datasets
     except ModuleNotFoundError:
         raise InputError(f'{path}: reading it needs the package datasets: pip install "dense-retriever[hub]"') from None
+    from datasets.exceptions import DatasetsError
+
     folder = Path(path)
     try:
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(path)
+            if isinstance(saved, datasets.DatasetDict) and split not in saved:
+                raise InputError(f"{path}: expected a split '{split}', found {', '.join(saved)}")
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         if folder.exists():
             return datasets.load_dataset(path, split=split, streaming=streaming)
         name, _, revision = path.partition("@")
         name, _, subset = name.partition(":")
         return datasets.load_dataset(name, subset or None, split=split, revision=revision or None, streaming=streaming)
-    except KeyError:
-        raise InputError(f"{path}: expected a split '{split}', found {', '.join(saved)}") from None
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (*DAMAGED_DATASET, DatasetsError) as error:
         raise _unreadable(path, error) from None
 
 
 def _unreadable(path: str, error: Exception) -> InputError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return InputError(f"{path}: cannot be read as a Hugging Face dataset: {reason}")
+    reason = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, LookupError | TypeError | AttributeError) or not reason:
+        # Their messages are a name or a key only.
+        reason = f"damaged metadata ({type(error).__name__}: {reason})"
+    return InputError(f"{path}: cannot be read as a Hugging Face dataset: {reason:.300}")

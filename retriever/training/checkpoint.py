@@ -7,13 +7,14 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from index.files import InputError, atomic_folder, read_json, recover_folder, write_json
+from index.files import InputError, atomic_folder, fsync_folder, read_json, recover_folder, write_json
 from index.manifest import CHECKPOINT, FileEntry, Manifest, read_manifest, verify_files, write_manifest
 from retriever.models.sharded_tensors import distribute_like, gather_tensors
 from retriever.models.weights import save_tensors
@@ -39,6 +40,10 @@ class TrainState:
     """Fingerprint of the dev set, which must be the same to resume; empty without one."""
     scaler: dict[str, float] | None = None
     """State of the gradient scaler in fp16 training, otherwise None."""
+
+
+class DamagedCheckpointError(InputError):
+    """The files of a checkpoint are missing, changed, or not those of a checkpoint."""
 
 
 def save_checkpoint(
@@ -71,23 +76,32 @@ def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torc
     """Load a checkpoint into modules and optimizer, on the devices and with the sharding of their tensors.
 
     Raises:
-        InputError: the checkpoint is damaged, or was saved with another model or optimizer.
+        DamagedCheckpointError: the checkpoint is damaged.
+        InputError: it was saved with another model or optimizer.
     """
-    verify_files(read_manifest(folder, CHECKPOINT), "hash")
+    try:
+        verify_files(read_manifest(folder, CHECKPOINT), "hash")
+        saved = read_json(folder / "state.json")
+        state = _parse_state(saved, folder / "state.json")
+    except InputError as error:
+        raise DamagedCheckpointError(str(error)) from None
     for name, module in modules.items():
         try:
-            tensors, own = load_file(folder / f"{name}.safetensors"), module.state_dict()
+            tensors, own = _load_tensors(folder / f"{name}.safetensors"), module.state_dict()
             module.load_state_dict({k: distribute_like(v, own.get(k, v)) for k, v in tensors.items()})
-        except (RuntimeError, FileNotFoundError) as error:
+        except RuntimeError as error:
             # The first line of torch's message is only a heading.
             lines = str(error).splitlines()
             raise InputError(
                 f"{folder}: does not fit this run's {name}: {lines[min(1, len(lines) - 1)].strip()}"
             ) from None
-    saved = read_json(folder / "state.json")
-    _restore_optimizer(optimizer, {**load_file(folder / "optimizer.safetensors"), **saved["optimizer"]})
-    fields = saved["train"]
-    return TrainState(**{**fields, "sources": tuple(fields["sources"])})
+    entries = {**_load_tensors(folder / "optimizer.safetensors"), **saved["optimizer"]}
+    try:
+        _restore_optimizer(optimizer, entries)
+    except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{folder}: does not fit this run's optimizer: {reason:.200}") from None
+    return state
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -96,15 +110,24 @@ def checkpoint_digest(folder: Path) -> str:
     return hashlib.sha256("\n".join(f"{name} {files[name].sha256}" for name in sorted(files)).encode()).hexdigest()
 
 
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the checkpoint of the highest step, or None.
+def all_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return the checkpoints in order of their steps.
 
     A checkpoint that a killed run was replacing is restored first.
     """
     for name in {path.name.split(".")[1] for path in checkpoints.glob(".step-*.old")}:
         recover_folder(checkpoints / name)
-    folders = _all_checkpoints(checkpoints)
-    return folders[-1] if folders else None
+    return _existing_checkpoints(checkpoints)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is neither loaded nor counted. Returns its new path."""
+    renamed = folder.with_name(f"damaged-{folder.name}")
+    if renamed.exists():
+        shutil.rmtree(renamed)
+    folder.rename(renamed)
+    fsync_folder(folder.parent)
+    return renamed
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -114,14 +137,46 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 def prune_checkpoints(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
-    for folder in _all_checkpoints(checkpoints)[:-keep]:
+    for folder in _existing_checkpoints(checkpoints)[:-keep]:
         shutil.rmtree(folder)
 
 
-def _all_checkpoints(checkpoints: Path) -> list[Path]:
+def _existing_checkpoints(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     return sorted(path for path in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise DamagedCheckpointError(f"{file}: expected tensors, found none that can be read: {error!s:.200}") from None
+
+
+def _parse_state(saved: Any, file: Path) -> TrainState:
+    """Return the state of state.json.
+
+    Raises:
+        InputError: a field is missing, unknown, or has the wrong type.
+    """
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in ("train", "optimizer")):
+        raise InputError(f"{file}: expected 'train' and 'optimizer', found {saved!r:.60}")
+    for name, value in saved["optimizer"].items():
+        if not re.fullmatch(r"\d{1,9}/.+", name) or not isinstance(value, int | float):
+            raise InputError(f"{file}: optimizer: expected numbers, found {name!r:.60}: {value!r:.60}")
+    fields, types = saved["train"], get_type_hints(TrainState)
+    if fields.keys() != types.keys():
+        raise InputError(f"{file}: expected {', '.join(types)}, found {', '.join(fields):.200}")
+    fields = {**fields, "sources": tuple(fields["sources"]) if isinstance(fields["sources"], list) else None}
+    for name, value in fields.items():
+        origin, arguments = get_origin(types[name]), get_args(types[name])
+        kinds = (tuple,) if origin is tuple else tuple(get_origin(kind) or kind for kind in arguments or (types[name],))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise InputError(f"{file}: {name}: expected {types[name]}, found {value!r:.60}")
+    if not 0 <= fields["step"] < 2**63:
+        raise InputError(f"{file}: step: expected a number from 0 on, found {fields['step']!r:.60}")
+    return TrainState(**fields)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -143,5 +198,9 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, entries: dict[str, Any]
         if isinstance(value, Tensor):
             value = distribute_like(value, parameters[int(index)])
         state.setdefault(int(index), {})[name] = value
+    for number, found in state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in found and getattr(found[name], "shape", None) != parameters[number].shape:
+                raise ValueError(f"{number}/{name}: expected the shape {[*parameters[number].shape]}")
     # The hyperparameters of the groups come from the configuration.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

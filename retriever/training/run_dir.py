@@ -22,13 +22,15 @@ from retriever.models.loading.checksums import write_checksums
 from retriever.models.sharded_tensors import gather_tensors
 from retriever.models.towers import build_towers
 from retriever.training.checkpoint import (
+    DamagedCheckpointError,
     TrainState,
+    all_checkpoints,
     checkpoint_digest,
     checkpoint_folder,
-    latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    set_aside,
 )
 from retriever.training.tracking.run_log import METRICS_FILE
 
@@ -73,21 +75,38 @@ class RunFolder:
         """Whether a checkpoint has been saved."""
         return any((self.path / "checkpoints").glob("step-*"))
 
-    def load_newest(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> TrainState | None:
-        """Load the newest checkpoint into modules and optimizer.
+    def load_newest(
+        self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, report: Callable[[str], None]
+    ) -> TrainState | None:
+        """Load the newest checkpoint that is whole into modules and optimizer.
+
+        Damaged checkpoints that are newer are reported and renamed to damaged-STEP.
 
         Returns:
             The state of the checkpoint, or None if there is no checkpoint.
 
         Raises:
-            InputError: the checkpoint is damaged, or was saved with another model or optimizer.
+            InputError: all checkpoints are damaged, or the newest one was saved with another model or optimizer.
         """
         if self.ranks.is_first:
             recover_folder(self.path / "model")
-        newest = latest_checkpoint(self.path / "checkpoints")
-        if newest is None:
+        damaged: dict[Path, str] = {}
+        for newest in reversed(all_checkpoints(self.path / "checkpoints")):
+            try:
+                state = load_checkpoint(newest, modules, optimizer)
+                break
+            except DamagedCheckpointError as error:
+                damaged[newest] = str(error)
+        else:
+            if damaged:
+                raise InputError(
+                    f"{next(iter(damaged.values()))}; no whole checkpoint is left: remove {self.path / 'checkpoints'} "
+                    f"to start from the beginning"
+                )
             return None
-        state = load_checkpoint(newest, modules, optimizer)
+        if self.ranks.is_first:
+            for folder, problem in damaged.items():
+                report(f"{problem}; renamed to {set_aside(folder).name}, falling back to {newest.name}")
         self.loaded = ContentHash(checkpoint_digest(newest), str(newest))
         self._saved_steps = state.step, state.dev_step
         return state

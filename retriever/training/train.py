@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from index.progress import Progress, Reporter, SilentReporter, as_reporter
+from index.records import read_records
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import (
     CONFIG_FILE,
@@ -56,8 +56,7 @@ class TrainingRun:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl: loss, learning rate and rates of the logged steps, and dev measures."""
-        with (self.folder / "metrics.jsonl").open(encoding="utf-8") as stream:
-            return [json.loads(line) for line in stream]
+        return [record.fields for record in read_records(self.folder / "metrics.jsonl")]
 
     @property
     def model(self) -> Model:
@@ -95,7 +94,7 @@ def train(
     Raises:
         ConfigError: The configuration is invalid, or the folder `out` already contains a run.
         InputError: The model or the data cannot be read, or the loss is not finite.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved, and `resume` continues the run.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint has been saved, and `resume` continues the run.
     """
     if resume is not None:
         if config is not None or overrides:

@@ -91,7 +91,7 @@ class Trainer:
 
     @classmethod
     def resume(cls, run: Path, reporter: Reporter, ranks: Ranks | None = None) -> Trainer:
-        """Resume a run from its newest checkpoint, or from the beginning if it has none.
+        """Resume a run from its newest whole checkpoint, or from the beginning if it has none.
 
         Args:
             run: the run folder.
@@ -99,7 +99,7 @@ class Trainer:
             ranks: the ranks. Default: one process.
 
         Raises:
-            InputError: the folder contains no run, the checkpoint is damaged, or the data has changed.
+            InputError: the folder contains no run, all checkpoints are damaged, or the data has changed.
         """
         check_same_folder(ranks or Ranks(), "out", run)
         trainer = cls(load_run_config(run), run, reporter, ranks)
@@ -144,7 +144,7 @@ class Trainer:
             The model folder.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM was received, and a checkpoint has been saved.
+            Interrupted: SIGINT, SIGTERM or SIGHUP was received, and a checkpoint has been saved.
             InputError: the loss is not finite, or too few steps are left for a profile.
         """
         if profile:
@@ -171,7 +171,7 @@ class Trainer:
 
     def _load_newest(self) -> None:
         parts = self.components
-        loaded = self._folder.load_newest(parts.modules, self.optimizer)
+        loaded = self._folder.load_newest(parts.modules, self.optimizer, self.reporter.line)
         if loaded is None:
             self.reporter.line(f"{_restart_prefix()}{self.run}: no checkpoint yet; starting from the beginning")
             return

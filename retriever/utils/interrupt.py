@@ -1,14 +1,22 @@
-"""Handle SIGINT (Ctrl-C) and SIGTERM: finish and save the current work, then exit."""
+"""Handle SIGINT (Ctrl-C), SIGTERM and SIGHUP: finish and save the current work, then exit."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+# Seconds after a Ctrl-C within which another SIGINT is the same request: a terminal sends it to torchrun and to its
+# ranks, and torchrun passes it on.
+SAME_REQUEST = 3.0
+# Seconds after which a KeyboardInterrupt that a callback could not pass on is raised again.
+RETRY = 0.05
 
 
 class Interrupted(Exception):
@@ -24,7 +32,11 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Context that records the first SIGINT or SIGTERM. A second signal has its previous effect.
+    """Context that records SIGINT, SIGTERM and SIGHUP as a request to stop.
+
+    All of them are one request, however many come: a batch system sends SIGTERM to torchrun and to its ranks, and
+    torchrun passes it on. Only a second Ctrl-C, some seconds after the first, has its previous effect and ends the
+    process without a checkpoint. A signal that the process ignores (nohup) remains ignored.
 
     Args:
         any_rank: for several ranks, which must stop after the same step: a collective that returns whether its argument
@@ -33,6 +45,7 @@ class StopRequest:
 
     def __init__(self, any_rank: Callable[[bool], bool] | None = None) -> None:
         self._signal: str | None = None
+        self._first_sigint: float | None = None
         self._any_rank = any_rank
         self._requested_on_any_rank = False
         self._handlers: dict[int, Any] = {}
@@ -40,8 +53,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Only the main thread may set signal handlers. A trainer in another thread is stopped by its program.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._record)
+            self._handlers = _handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self._record)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -63,8 +75,15 @@ class StopRequest:
             raise Interrupted(self._signal or "signal to another process")
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
-        self._restore_handlers()
+        self._signal = self._signal or signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._first_sigint is None:
+            self._first_sigint = now
+        elif now - self._first_sigint > SAME_REQUEST:
+            self._restore_handlers()
+            signal.raise_signal(signal.SIGINT)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
@@ -72,13 +91,20 @@ class StopRequest:
         self._handlers.clear()
 
 
+def _handle(numbers: tuple[int, ...], handler: Any) -> dict[int, Any]:
+    """Set the handler of signals that are not ignored. Returns their previous handlers."""
+    # nohup ignores SIGHUP, a shell SIGINT of its background jobs.
+    numbers = tuple(number for number in numbers if signal.getsignal(number) != signal.SIG_IGN)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
 @contextlib.contextmanager
 def default_signal_handlers() -> Iterator[None]:
-    """Context in which SIGINT and SIGTERM end the process at once, for waits outside Python without cleanup."""
+    """Context in which SIGINT, SIGTERM and SIGHUP end the process at once, for waits outside Python without cleanup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = _handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
     try:
         yield
     finally:
@@ -88,14 +114,29 @@ def default_signal_handlers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Context in which SIGTERM raises KeyboardInterrupt as SIGINT does, so that temporary files are removed."""
+    """Context in which SIGTERM and SIGHUP raise KeyboardInterrupt as SIGINT does, so that temporary files are removed.
+
+    A signal that arrives within a callback of a library in C, or while an object is deleted, cannot raise there: Python
+    would print and drop it. It is raised again shortly after.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = _handle((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
+    hook = sys.unraisablehook
+
+    def raise_again(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(RETRY, signal.raise_signal, [signal.SIGINT]).start()
+        else:
+            hook(unraisable)
+
+    sys.unraisablehook = raise_again
     try:
         yield
     finally:
-        # A rank that exits because another one failed ignores SIGTERM until it has exited (distributed/errors.py).
-        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-            signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            # A rank that exits because another one failed ignores SIGTERM until it has exited (distributed/errors.py).
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)

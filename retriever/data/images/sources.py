@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from index.files import InputError, parse_json
+from index.image_files import read_image_file
 from retriever.config.images import ImageSource
 from retriever.config.sources import SourceConfig
 from retriever.data.images.tars import ShardedSamples, index_shards
@@ -217,7 +218,9 @@ class FilePairs:
         example = self.table[row]
         path = self.folder / example.query
         try:
-            content = path.read_bytes() if with_image else b""
+            content = read_image_file(path) if with_image else b""
+        except InputError as error:
+            raise BrokenPairError(str(error)) from None
         except (OSError, ValueError) as error:
             # ValueError: the name contains a NUL.
             raise BrokenPairError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
@@ -284,7 +287,9 @@ class HuggingFacePairs:
             if not cell.get("path"):
                 raise BrokenPairError(f"{location}: expected an image in column '{self.source.image}', found none")
             try:
-                content = Path(cell["path"]).read_bytes()
+                content = read_image_file(Path(cell["path"]))
+            except InputError as error:
+                raise BrokenPairError(str(error)) from None
             except OSError as error:
                 raise BrokenPairError(f"{cell['path']}: cannot be read: {error.strerror}") from None
         return content

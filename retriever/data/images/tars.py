@@ -22,37 +22,62 @@ from typing import Any
 import numpy as np
 
 from index.files import InputError, atomic_path, read_json, sha256_file, write_json
+from index.image_files import MAX_FILE_BYTES
 from retriever.data.sources import Notices
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VERSION = 2
 """Version of the index. Indexes of other versions are not used."""
 
+# Shards of one source. The largest public data sets have some hundred thousand.
+MAX_SHARDS = 1_000_000
+MAX_BRACES = 16
 # Open files per process; large datasets have tens of thousands of shards.
 _MAX_OPEN_FILES = 256
 _PARTS = ("image", "txt", "json")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand_braces(pattern: str) -> list[str]:
     """Expand braces in a pattern: {000..012} is a range with leading zeros, {a,b} a list. There may be several.
 
     Raises:
-        InputError: If the end of a range is below its start.
+        InputError: If the end of a range is below its start, or there are more than MAX_SHARDS names.
     """
+    if pattern.count("{") > MAX_BRACES:
+        raise InputError(f"{pattern:.200}: expected at most {MAX_BRACES} braces, found {pattern.count('{')}")
+    names = 1
+    for match in _BRACES.finditer(pattern):
+        names *= _choices_count(pattern, match[1])
+        if names > MAX_SHARDS:
+            raise InputError(f"{pattern:.200}: expected at most {MAX_SHARDS:,} shards, found more")
+    return _expand(pattern)
+
+
+def _choices_count(pattern: str, content: str) -> int:
+    if not (bounds := _RANGE.fullmatch(content)):
+        return content.count(",") + 1
+    if max(map(len, bounds.groups())) > 18:
+        raise InputError(f"{pattern:.200}: expected at most {MAX_SHARDS:,} shards, found more")
+    first, last = int(bounds[1]), int(bounds[2])
+    if first > last:
+        raise InputError(f"{pattern}: expected an ascending range, found {{{content}}}")
+    return last - first + 1
+
+
+def _expand(pattern: str) -> list[str]:
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
     content = match[1]
-    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", content):
-        first, last = bounds[1], bounds[2]
-        if int(first) > int(last):
-            raise InputError(f"{pattern}: expected an ascending range, found {{{content}}}")
-        choices = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    if bounds := _RANGE.fullmatch(content):
+        width = len(bounds[1])
+        choices = [f"{number:0{width}}" for number in range(int(bounds[1]), int(bounds[2]) + 1)]
     else:
         choices = content.split(",")
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [name for choice in choices for name in expand_braces(before + choice + after)]
+    return [name for choice in choices for name in _expand(before + choice + after)]
 
 
 def shard_paths(path: str) -> list[Path]:
@@ -238,8 +263,11 @@ def _index_one(shard: tuple[Path, Path]) -> tuple[np.ndarray, list[tuple[str, st
 def _scan(shard: Path) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Read the headers of a tar: rows [samples, 6] of offsets and sizes, and (kind, location) of skipped samples."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    damaged: set[str] = set()
+    bytes_ = shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as tar:
+            position = -1
             for member in tar:
                 # tarfile would keep all members in memory.
                 tar.members = []  # type: ignore[attr-defined]
@@ -248,16 +276,27 @@ def _scan(shard: Path) -> tuple[np.ndarray, list[tuple[str, str]]]:
                     key, _, extension = name.partition(".")
                     extension = extension.lower()
                     part = "image" if extension in IMAGE_EXTENSIONS else extension
-                    if part in _PARTS and member.size:
-                        samples.setdefault(f"{folder}/{key}", {}).setdefault(part, (member.offset_data, member.size))
-                    else:
-                        samples.setdefault(f"{folder}/{key}", {})
-    except tarfile.TarError as error:
-        raise InputError(f"{shard}: expected an uncompressed tar, found one that cannot be read: {error}") from None
+                    parts = samples.setdefault(f"{folder}/{key}", {})
+                    # The content of a sparse member is not stored as it is.
+                    if member.issparse() or not 0 <= member.size <= min(bytes_ - member.offset_data, MAX_FILE_BYTES):
+                        damaged.add(f"{folder}/{key}")
+                    elif part in _PARTS and member.size:
+                        parts.setdefault(part, (member.offset_data, member.size))
+                # Members follow each other; a header that leads back would be read for ever.
+                if tar.offset <= position:
+                    raise tarfile.ReadError(f"the member {member.name!r:.60} has the size {member.size}")
+                position = tar.offset
+    except (tarfile.TarError, ValueError, ArithmeticError, RecursionError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{shard}: expected an uncompressed tar, found one that cannot be read: {reason:.200}"
+        ) from None
     rows, skipped = [], []
     for key, parts in samples.items():
         location = f"{shard}: {key.lstrip('/')}"
-        if "image" not in parts:
+        if key in damaged:
+            skipped.append(("samples left out with a sparse, huge or truncated member", location))
+        elif "image" not in parts:
             skipped.append(("samples left out without an image", location))
         elif len(parts) == 1:
             skipped.append(("samples left out without a caption", location))

@@ -7,7 +7,6 @@ a Transformer with both modalities (a CLIP or SigLIP checkpoint). `SentenceTrans
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from index.files import InputError
+from index.files import InputError, read_json
 from retriever.config.images import ARCHITECTURES
 from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
@@ -62,18 +61,22 @@ def _has_both_modalities(folder: Path) -> bool:
     if (folder / "modules.json").exists():
         routers = [*folder.glob("router_config.json"), *folder.glob("*/router_config.json")]
         if routers:
-            return set(_read_json(routers[0]).get("structure", {})) == _MODALITIES
+            return _keys(_read_json(routers[0]).get("structure")) == _MODALITIES
         files = [*folder.glob("sentence_bert_config.json"), *folder.glob("*/sentence_bert_config.json")]
-        return any(set(_read_json(file).get("modality_config", {})) >= _MODALITIES for file in files)
+        return any(_keys(_read_json(file).get("modality_config")) >= _MODALITIES for file in files)
     settings = _read_json(folder / "config.json")
     return "vision_config" in settings and "text_config" in settings
+
+
+def _keys(value: Any) -> set[str]:
+    return set(value) if isinstance(value, dict) else set()
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file; an empty one if there is none. Loading the model reports damaged files."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(file)
+    except (OSError, InputError):
         return {}
     return content if isinstance(content, dict) else {}
 

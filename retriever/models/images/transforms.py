@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from index.files import InputError
+from index.files import InputError, check_readable
 from retriever.utils.device import to_device
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -62,6 +62,8 @@ def open_image(source: Image.Image | Path | str | bytes, location: str = "image"
     try:
         if isinstance(source, Image.Image):
             return _rgb(source, location)
+        if not isinstance(source, bytes):
+            check_readable(Path(source))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _rgb(image, location, own=True)
     except InputError:

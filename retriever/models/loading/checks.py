@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from index.files import InputError
+from index.files import InputError, read_json
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,8 +45,8 @@ def own_class(auto_map: dict[str, Any] | None, used: type | None) -> str | None:
 
     Many models were published with code that is now part of transformers, under the same class name.
     """
-    name = (auto_map or {}).get("AutoModel")
-    return None if name is None or (used is not None and name.rsplit(".", 1)[-1] == used.__name__) else str(name)
+    name = auto_map.get("AutoModel") if isinstance(auto_map, dict) else None
+    return None if name is None or (used is not None and str(name).rsplit(".", 1)[-1] == used.__name__) else str(name)
 
 
 def _check_modules(file: Path) -> None:
@@ -65,8 +64,9 @@ def _modules(file: Path) -> list[tuple[str, Path]]:
     """Return (class, folder) of each module in a modules.json or router_config.json."""
     content = _read(file)
     if isinstance(content, dict):
-        return [(str(kind), file.parent / name) for name, kind in (content.get("types") or {}).items()]
-    rows = [row for row in content or () if isinstance(row, dict)]
+        types = content.get("types")
+        return [(str(kind), file.parent / name) for name, kind in (types if isinstance(types, dict) else {}).items()]
+    rows = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
     return [(str(row.get("type")), file.parent / str(row.get("path"))) for row in rows]
 
 
@@ -77,7 +77,9 @@ def _check_keys(kind: str, file: Path) -> None:
     from sentence_transformers.base.modules import dense, normalize
 
     known = (dense.Dense if kind == "Dense" else normalize.Normalize).config_keys
-    settings = _read(file) or {}
+    settings = _read(file)
+    if not isinstance(settings, dict):
+        return
     for key in settings:
         if key not in known:
             raise InputError(f"{file}: expected {', '.join(known)}, found {key}")
@@ -102,13 +104,14 @@ def _needs_no_vocabulary(file: Path) -> bool:
     """Whether a tokenizer_config.json names a tokenizer of bytes or characters, such as ByT5's or CANINE's."""
     import transformers
 
-    kind = getattr(transformers, str((_read(file) or {}).get("tokenizer_class")), None)
+    settings = _read(file)
+    kind = getattr(transformers, str(settings.get("tokenizer_class")), None) if isinstance(settings, dict) else None
     return kind is not None and not getattr(kind, "vocab_files_names", True)
 
 
 def _read(file: Path) -> Any:
     """Return the JSON content of a file, or None if it cannot be read; loading the model reports that."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file)
+    except (OSError, InputError):
         return None

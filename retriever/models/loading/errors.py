@@ -28,7 +28,9 @@ def load_errors() -> tuple[type[Exception], ...]:
 
 def one_line(error: Exception) -> str:
     """Return the message of an exception as one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())[:300]
+    # The message of a KeyError is only the key.
+    return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) or not text else text
 
 
 def disable_progress_bars() -> None:

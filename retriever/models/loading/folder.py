@@ -37,6 +37,16 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
         InputError: If there is no such model, it does not embed texts, or its embeddings differ from those of
             sentence-transformers.
     """
+    try:
+        return _load_model(path, pooling, plain_texts=plain_texts)
+    except InputError:
+        raise
+    except load_errors() as error:
+        # Settings of a damaged folder that loading itself does not use.
+        raise InputError(f"{path}: cannot be used as a text model: {one_line(error)}") from error
+
+
+def _load_model(path: str, pooling: str | None, *, plain_texts: bool) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 

@@ -133,8 +133,11 @@ def _rows_until(path: Path, step: int, dev_step: int) -> list[dict[str, Any]]:
     try:
         for record in read_records(path):
             complete_lines += 1
+            found = record.fields.get("step", 0)
+            if not isinstance(found, int) or isinstance(found, bool):
+                raise InputError(f"{record.place}: step: expected a whole number, found {found!r:.60}")
             is_evaluation = any(name.startswith("dev_") for name in record.fields)
-            if record.fields.get("step", 0) <= (dev_step if is_evaluation else step):
+            if found <= (dev_step if is_evaluation else step):
                 rows.append(record.fields)
     except InputError:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

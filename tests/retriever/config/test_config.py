@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
 import re
 import typing
 from pathlib import Path
@@ -120,6 +121,14 @@ def test_float_fields_accept_common_notations(tmp_path: Path, text: str, expecte
         ("epochs: .inf", "epochs: expected a positive number, found inf"),
         ("seed: -1", "seed: expected at least 0, found -1"),
         ("keep_checkpoints: 0", "keep_checkpoints: expected at least 1, found 0"),
+        ("optim: {lr: 1" + "0" * 400 + "}", "optim.lr: expected float"),
+        ("data: {workers: 1000000000000}", "data.workers: expected at most 1,024, found 1000000000000"),
+        ("steps: 1000000001", "steps: expected at most 100,000,000, found 1000000001"),
+        ("batch_size: 0x" + "f" * 5000, "batch_size: expected at most 2,147,483,647, found one of 2^128 or more"),
+        ("log_every: '0x" + "f" * 5000 + "'", "log_every: expected int"),
+        ("out: 0x" + "f" * 5000, "out: expected str, found a number of 20000 bits"),
+        ("model: {architecture: {model_type: bert, 5: 7}}", "model.architecture: expected text as key, found 5 (int)"),
+        ("model: {architecture: {a: [2026-01-01]}}", "model.architecture.a[0]: expected text, a number"),
         ("optim: {warmup_fraction: 2}", "optim.warmup_fraction: expected a fraction from 0 to 1, found 2.0"),
     ],
 )
@@ -142,6 +151,45 @@ def test_invalid_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
         load_config(tmp_path / "gone.yaml")
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 2026-13-45", ":1: expected YAML, found: '2026-13-45', which is no timestamp"),
+        ("out: a\nseed: !!int x", ":2: expected YAML, found: 'x', which is no int"),
+        ("seed: !!int ''", ":1: expected YAML, found: '', which is no int"),
+        ("compile: !!bool maybe", ":1: expected YAML, found: 'maybe', which is no bool"),
+        ("seed: !!timestamp x", ":1: expected YAML, found: 'x', which is no timestamp"),
+        ("seed: " + "9" * 5000, ":1: expected YAML, found: '999"),
+        ("seed: " + "[" * 3000, ":1: expected YAML, found: more than 50 levels"),
+        ("seed: &a [*a]", ": expected at most 100,000 values"),
+        (
+            "seed:\n - &a0 ["
+            + ",".join(["x"] * 9)
+            + "]\n"
+            + "".join(f" - &a{i + 1} [{','.join([f'*a{i}'] * 9)}]\n" for i in range(9)),
+            ": expected at most 100,000 values, found aliases that give more",
+        ),
+        ("out: a # " + "x" * 2**18, ": expected at most 262,144 bytes"),
+    ],
+)
+def test_hostile_yaml_is_refused_in_bounded_time(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    with pytest.raises(ConfigError) as error:
+        read(path, text)
+    assert f"{path}{message}" in str(error.value) and len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_anchors_of_ordinary_size_are_read(tmp_path: Path) -> None:
+    config = read(tmp_path / "c.yaml", "data: {sources: [&a {path: x}, {<<: *a, weight: 2}]}")
+    assert [source.path for source in config.data.sources] == ["x", "x"]
+
+
+def test_a_named_pipe_is_no_configuration(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match="found a named pipe"):
+        load_config(tmp_path / "c.yaml")
 
 
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:

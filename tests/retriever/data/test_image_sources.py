@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
+import os
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,46 @@ def test_braces_expand_to_ranges_lists_and_products() -> None:
     assert expand_braces("plain.tar") == ["plain.tar"]
     with pytest.raises(InputError, match=r"expected an ascending range, found \{3\.\.1\}"):
         expand_braces("{3..1}.tar")
+    for many in ("{0..1000000}.tar", "{0.." + "9" * 5000 + "}", "{1..1000}{1..1000}{1..2}", "{a}" * 1000):
+        with pytest.raises(InputError, match="expected at most"):
+            expand_braces(many)
+
+
+def test_members_that_are_not_what_their_header_says_are_counted(tmp_path: Path) -> None:
+    """Sizes of pax headers: negative, beyond the end of the tar, and a sparse member."""
+    image = image_bytes(draw("red", "circle"))
+
+    def write(name: str, **headers: str) -> Path:
+        with tarfile.open(tmp_path / name, "w", format=tarfile.PAX_FORMAT) as tar:
+            for key, pax in (("a", {}), ("b", headers), ("c", {})):
+                for suffix, content in ((".jpg", image), (".txt", b"a caption")):
+                    member = tarfile.TarInfo(key + suffix)
+                    member.size, member.pax_headers = len(content), pax if suffix == ".jpg" else {}
+                    tar.addfile(member, io.BytesIO(content))
+        return tmp_path / name
+
+    sparse = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": str(10**12), "GNU.sparse.map": "0,1"}
+    pairs = opened(ImageSource(str(write("sparse.tar", **sparse))), tmp_path)
+    assert len(pairs) == 2 and pairs.skipped == 1 and "sparse, huge or truncated" in pairs.notices[0]
+    for number, size in enumerate(("-1024", "-100000", str(10**15), "x" * 50, "9" * 5000)):
+        tar = write(f"size{number}.tar", size=size)
+        try:
+            pairs = opened(ImageSource(str(tar)), tmp_path)
+            assert pairs.skipped and all(pairs.read(row).image for row in range(len(pairs)))
+        except InputError as error:
+            assert str(error).startswith(f"{tar}: expected")
+
+
+def test_a_table_that_names_a_pipe_a_device_or_a_huge_file_counts_it_as_broken(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with open(tmp_path / "huge.jpg", "wb") as huge:
+        huge.truncate(2**40)
+    names = ("pipe.jpg", "/dev/zero", "huge.jpg", ".")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"image": n, "caption": "c"}) + "\n" for n in names))
+    pairs = opened(ImageSource(str(tmp_path / "t.jsonl")), tmp_path)
+    for row, expected in enumerate(("named pipe", "device", "at most 268,435,456 bytes", "folder")):
+        with pytest.raises(BrokenPairError, match=expected):
+            pairs.read(row)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -181,7 +224,7 @@ def test_paths_of_a_table_are_relative_to_its_folder(tmp_path: Path) -> None:
     assert len(pairs) == 2 and "empty positive: 1" in pairs.notices[0]
     first = copy.copy(pairs).read(0)
     assert first.captions == ("red circle", "circle") and first.open().size == (48, 40)
-    with pytest.raises(BrokenPairError, match=r"none\.png: cannot be read: No such file"):
+    with pytest.raises(BrokenPairError, match=r"none\.png: no such file"):
         pairs.read(1)
     (tmp_path / "pairs.csv").write_text("file,words\nimages/1.png,a circle\n")
     other = opened(ImageSource(str(tmp_path / "pairs.csv"), image="file", caption=("words",)), tmp_path)

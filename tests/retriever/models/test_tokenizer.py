@@ -32,6 +32,23 @@ def test_token_ids_equal_those_of_the_tokenizers_call(
     assert [found.ids[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)] == expected
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_long_texts_are_cut_before_they_are_tokenized(minilm: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(minilm, truncation_side=side)
+    short, middle = "a few words, ", " " * 2**14
+    texts = [short * 5000, middle + short * 900 + middle, "x" * 50_000, short, (middle + "word") * 5]
+    expected = tokenizer(texts, truncation=True, max_length=32)["input_ids"]
+    read = []
+    real = TextTokenizer._ids
+    monkeypatch.setattr(TextTokenizer, "_ids", lambda self, texts: read.extend(map(len, texts)) or real(self, texts))
+    found = TextTokenizer(tokenizer, 32)(texts)
+    assert [found.ids[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)] == expected
+    assert read[0] == 2**13
+    read.clear()
+    assert len(TextTokenizer(tokenizer, 32)(["x" * 10**7]).ids) == 3
+    assert read == [2**13, 2**20]
+
+
 def test_an_overridden_tokenizer_method_is_used(minilm: str) -> None:
     class Own(PreTrainedTokenizerFast):
         def _encode_plus(self, *args: Any, **options: Any) -> Any:

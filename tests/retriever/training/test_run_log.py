@@ -20,3 +20,11 @@ def test_rows_after_the_checkpoint_and_an_incomplete_last_row_are_removed(tmp_pa
     file.write_text("\n".join([rows[0], '{"step": 2, "lo', *rows[2:]]))
     with pytest.raises(InputError, match=r"metrics\.jsonl:2: expected JSON"):
         RunLog(tmp_path, step=4, dev_step=-1, tensorboard=False)
+
+
+@pytest.mark.parametrize("step", ["x", None, [1], 1.5, True, {"a": 1}])
+def test_a_row_whose_step_is_no_number_is_refused(tmp_path: Path, step: object) -> None:
+    rows = [json.dumps({"step": step}), '{"step": 2}', '{"step": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl:1: step: expected a whole number"):
+        RunLog(tmp_path, step=4, dev_step=-1, tensorboard=False)

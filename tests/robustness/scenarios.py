@@ -1,0 +1,144 @@
+"""Commands that write something, and what they write: to be killed, starved and run twice at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import forks
+
+Words = list[object]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command in a folder of its own.
+
+    Attributes:
+        words: gets the folder; returns the words of the command. It is called again for a rerun, when the folder holds
+            what the first run has left.
+        inputs: artefacts that are copied into the folder.
+        output: name of the file or folder that the command writes or changes.
+        ranks: processes, under torchrun if there are several.
+    """
+
+    words: Callable[[Path], Words]
+    inputs: tuple[str, ...]
+    output: str
+    ranks: int = 1
+
+
+def _line(*words: object) -> Callable[[Path], Words]:
+    return lambda folder: list(words)
+
+
+def _train(folder: Path) -> Words:
+    started = (folder / "run" / "config.yaml").exists()
+    return ["train", "--resume", "run"] if started else ["train", "run.yaml"]
+
+
+def _index_words(*words: object) -> Callable[[Path], Words]:
+    return lambda folder: ["index", *words]
+
+
+_EVALUATE = ("evaluate", "beir", "--model", "run/model", "--data", "beir", "--out", "out", "--k", 10)
+_ENCODE = ("encode", "--model", "run/model", "--data", "beir", "--out", "out", "--shard-rows", 4)
+_BUILD = ("build", "--embeddings", "store", "--out", "out", "--factory", "IVF2,Flat", "--target-recall", 0.9)
+SCENARIOS: dict[str, Scenario] = {
+    "train": Scenario(_train, ("run.yaml", "pairs.jsonl", "beir"), "run"),
+    "train on two ranks": Scenario(_train, ("run.yaml", "pairs.jsonl", "beir"), "run", ranks=2),
+    "encode": Scenario(_line(*_ENCODE), ("run", "beir"), "out"),
+    "encode on two ranks": Scenario(_line(*_ENCODE), ("run", "beir"), "out", ranks=2),
+    "index build": Scenario(_index_words(*_BUILD), ("store",), "out"),
+    "index build on disk": Scenario(_index_words(*_BUILD, "--on-disk"), ("store",), "out"),
+    "index merge": Scenario(_index_words("merge", "part1", "part2", "--out", "out"), ("part1", "part2"), "out"),
+    "index add": Scenario(
+        _index_words("add", "part1", "--embeddings", "store", "--out", "out"), ("part1", "store"), "out"
+    ),
+    "index delete": Scenario(_index_words("delete", "index", "--ids", "d1", "d7", "--out", "out"), ("index",), "out"),
+    "index tune": Scenario(_index_words("tune", "index", "--embeddings", "store"), ("index", "store"), "index"),
+    "mine": Scenario(
+        _line("mine", "--model", "run/model", "--data", "beir", "--out", "out.jsonl", "--embeddings", "emb"),
+        ("run", "beir"),
+        "out.jsonl",
+    ),
+    "split": Scenario(
+        _line(
+            *("split", "--data", "pairs.jsonl", "--out", "out", "--query", "question", "--positive", "answer"),
+            *("--negatives", "wrong", "--dev", 3, "--test", 3, "--by", "query"),
+        ),
+        ("pairs.jsonl",),
+        "out",
+    ),
+    "evaluate beir": Scenario(_line(*_EVALUATE), ("run", "beir"), "out"),
+    "evaluate run": Scenario(
+        _line("evaluate", "run", "system.run", "--data", "beir", "--out", "out", "--permutations", 100),
+        ("system.run", "beir"),
+        "out",
+    ),
+    "evaluate compare": Scenario(
+        _line(
+            "evaluate", "compare", "system.run", "other.run", "--data", "beir", "--out", "out", "--permutations", 100
+        ),
+        ("system.run", "other.run", "beir"),
+        "out",
+    ),
+}
+
+
+def prepare(scenario: Scenario, world: Path, folder: Path) -> None:
+    """Make a new folder with the inputs of a scenario, with their modification times."""
+    _empty(folder)
+    for name in scenario.inputs:
+        source = world / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name)
+        else:
+            shutil.copy2(source, folder / name)
+    if "run.yaml" in scenario.inputs:
+        text = (folder / "run.yaml").read_text().replace(f"{world}/", f"{folder}/")
+        (folder / "run.yaml").write_text(text)
+
+
+def _empty(folder: Path) -> None:
+    # The folder itself may be a mounted file system.
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def start(scenario: Scenario, folder: Path, log: Path, limit: Callable[[], None] | None = None) -> int:
+    """Start the command in a fork, in a session of its own. Its output goes to `log`. Returns its process id."""
+    words = [str(word) for word in scenario.words(folder)]
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setsid()
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(folder)
+        if limit is not None:
+            limit()
+        module = ["-m", "retriever", *words]
+        if scenario.ranks > 1:
+            forks.ranks_are_forks()
+            module = forks.torchrun(scenario.ranks, *module)
+        forks.run_and_exit(module)
+    finally:
+        os._exit(99)
+
+
+def snapshot(folder: Path, names: tuple[str, ...] | None = None) -> dict[str, str]:
+    """Return the sha256 of every file of a folder, or of some of its entries."""
+    roots = [folder] if names is None else [folder / name for name in names]
+    files = [file for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*")))]
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+    }
