@@ -18,6 +18,7 @@ from retriever.cli.commands.evaluate import EvaluateBeir
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
 from retriever.cli.commands.mine import Mine
+from retriever.cli.commands.score import Score
 from retriever.cli.commands.search import Search
 from retriever.cli.commands.serve import Serve
 from retriever.cli.commands.split import Split
@@ -40,6 +41,7 @@ COMMANDS: dict[str, type] = {
     "search": Search,
     "serve": Serve,
     "mine": Mine,
+    "score": Score,
     "evaluate beir": EvaluateBeir,
     "evaluate run": EvaluateRun,
     "evaluate compare": EvaluateCompare,
@@ -54,7 +56,8 @@ configuration is written to `config.yaml` in the folder of the run.
 COMMAND_INTRODUCTION = """\
 Every command has `--help`. The exit code is 0, 1 (failed) or 2 (invalid arguments). Errors are one line on standard
 error. `retriever …` and `python -m retriever …` are the same. With `torchrun … -m retriever`, `train`, `encode`,
-`index build` and `evaluate beir` share their work between processes; the other commands run in one process.
+`index build`, `mine`, `score` and `evaluate beir` share their work between processes; the other commands run in one
+process.
 
 Flags without a type are switches, which are off by default.
 """

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from retriever.evaluation.evaluate import evaluate as evaluate
     from retriever.evaluation.zero_shot_sets import ZeroShotEvaluation as ZeroShotEvaluation
     from retriever.evaluation.zero_shot_sets import zero_shot as zero_shot
+    from retriever.mining.mine import mine as mine
+    from retriever.mining.score import score as score
     from retriever.searching.index import build_index as build_index
-    from retriever.searching.mine import mine as mine
     from retriever.searching.query import search as search
     from retriever.training.train import TrainingRun as TrainingRun
     from retriever.training.train import train as train
@@ -51,7 +52,8 @@ _PUBLIC = {
     "search": "retriever.searching.query",
     "evaluate": "retriever.evaluation.evaluate",
     "compare": "retriever.evaluation.compare_runs",
-    "mine": "retriever.searching.mine",
+    "mine": "retriever.mining.mine",
+    "score": "retriever.mining.score",
     "zero_shot": "retriever.evaluation.zero_shot_sets",
     "split": "retriever.data.splitting.split",
     "Model": "retriever.encoding.model",

@@ -24,6 +24,7 @@ from retriever.cli.commands.evaluate import EvaluateBeir
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
 from retriever.cli.commands.mine import Mine
+from retriever.cli.commands.score import Score
 from retriever.cli.commands.search import Search
 from retriever.cli.commands.serve import Serve
 from retriever.cli.commands.split import Split
@@ -59,7 +60,7 @@ EvaluateCommand = (
 
 # What the processes of a torchrun do together (of train --dry-run and evaluate beir --preflight the first one answers).
 # All other commands are for one process alone.
-SHARED = (Train, Encode, EvaluateBeir, IndexBuild)
+SHARED = (Train, Encode, EvaluateBeir, IndexBuild, Mine, Score)
 
 # Characters of an error message.
 MAX_MESSAGE = 1000
@@ -153,6 +154,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Search, subcommand("search")]
         | Annotated[Serve, subcommand("serve")]
         | Annotated[Mine, subcommand("mine")]
+        | Annotated[Score, subcommand("score")]
         | Annotated[Split, subcommand("split")]
         | Annotated[EvaluateGroup, subcommand("evaluate")]
     )

@@ -36,8 +36,10 @@ def embed_texts(
     side: Side,
     options: EncodeOptions,
     progress: Callable[[int], None] | None = None,
+    *,
+    prompt: str | None = None,
 ) -> np.ndarray:
-    """Embed texts, in their order, with the model's prompt for the side.
+    """Embed texts, in their order, with the prompt of their side.
 
     Args:
         towers: the model in evaluation mode, on the device to use.
@@ -45,11 +47,12 @@ def embed_texts(
         side: "query" or "document".
         options: precision and micro-batch size; they change the vectors by rounding only.
         progress: called with the number of texts encoded since the last call.
+        prompt: the text that is put before each text. None: the prompt of the model.
 
     Returns:
         Embeddings, float32 [M, D].
     """
-    return embed_counted(towers, texts, side, options, progress)[0]
+    return embed_counted(towers, texts, side, options, progress, prompt=prompt)[0]
 
 
 def embed_counted(
@@ -58,6 +61,8 @@ def embed_counted(
     side: Side,
     options: EncodeOptions,
     progress: Callable[[int], None] | None = None,
+    *,
+    prompt: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`embed_texts`, with the number of tokens of each text.
 
@@ -67,13 +72,13 @@ def embed_counted(
     if not texts:
         # Tokenizers fail on an empty list.
         return np.empty((0, towers.dimension), dtype=np.float32), np.empty(0, dtype=np.int64)
-    tokens = _tokenize(towers, texts, side)
+    tokens = _tokenize(towers, texts, side, prompt)
     ((_, embeddings),) = embed_windows(towers, [(texts, tokens)], side, options, progress)
     return embeddings, tokens.lengths
 
 
-def _tokenize(towers: Towers, texts: Sequence[str], side: Side) -> TokenizedTexts:
-    prompt = towers.prompt(side)
+def _tokenize(towers: Towers, texts: Sequence[str], side: Side, prompt: str | None) -> TokenizedTexts:
+    prompt = towers.prompt(side) if prompt is None else prompt
     return towers.tokenizer(side)([prompt + text for text in texts] if prompt else texts)
 
 

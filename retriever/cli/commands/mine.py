@@ -4,48 +4,106 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from index.progress import Reporter
 from retriever.cli.commands.common import Embedding, Switch, answer
+from retriever.utils.torchrun import rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mine(Embedding):
-    """Find hard negatives for the queries of a BEIR folder; the file can be a training source without changes."""
+    """Find hard negatives for the queries of a training source; the file can be a training source without changes.
 
-    data: Path
-    """BEIR folder."""
+    An interrupted command continues when it is repeated. Under torchrun the processes share the work.
+    """
+
+    data: str
+    """A BEIR folder, a .jsonl, .csv, .tsv or .parquet file, a folder of a Hugging Face data set, or a hub name."""
     out: Path
-    """The .jsonl file to write, with query, positive and negatives."""
+    """The .jsonl file to write, with query, positive, negatives and scores."""
+    corpus: Path | None = None
+    """Where to search: a BEIR folder (its corpus) or a file of passages. None: the corpus of a BEIR folder, otherwise
+    all positives and negatives of the source."""
+    index: Path | None = None
+    """Index of the model's embeddings to search instead. None: exact search."""
     embeddings: Path | None = None
-    """Folder of the corpus's embeddings, continued or reused. None: a temporary folder."""
+    """Folder of the corpus's embeddings, continued or reused. With --index: the store that it was built from, for exact
+    scores. None: a temporary folder."""
     split: str = "train"
-    """Split of the qrels."""
+    """Split of a BEIR folder or a Hugging Face data set."""
+    format: Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"] = "auto"
+    """Format of the source; huggingface for a hub name."""
+    query_column: str = "query"
+    """Column of the query."""
+    positive_column: str = "positive"
+    """Column of the positive or a list of positives."""
+    negatives_column: str = "negatives"
+    """Column of hard negatives, which are further passages to search; may be absent."""
     negatives: int = 7
-    """Most negatives per query."""
+    """Most negatives per row; 0: only filter pairs."""
     depth: int = 100
     """Candidates per query: the highest-scoring texts, without duplicates, empty texts and positives."""
-    max_share: float = 0.95
-    """Drop candidates that score above this share of the best positive's score: many are unjudged positives."""
+    skip: int = 0
+    """Number of best candidates that are skipped."""
+    max_share: float | None = 0.95
+    """Drop candidates that score above this share of the best positive's score: many are unjudged positives. None: no
+    such limit."""
+    margin: float | None = None
+    """Drop candidates that score less than this below the best positive. None: no such limit."""
+    max_score: float | None = None
+    """Drop candidates that score higher. None: no such limit."""
+    min_score: float | None = None
+    """Drop candidates that score lower. None: no such limit."""
+    sampling: Literal["top", "random"] = "top"
+    """top: the candidates of highest score. random: a random choice of the candidates."""
+    seed: int = 0
+    """Seed of the random choice."""
+    cross_encoder: str | None = None
+    """Folder or hub name of a cross-encoder, whose scores replace those of the model once the candidates are found."""
+    keep_top: int | None = None
+    """Keep a pair only if its passage is among this many best texts of its query by the model. None: keep all pairs."""
     keep_identical_ids: Switch = False
-    """Use passages that have their query's id and are not judged for it; they are left out as in evaluation."""
+    """Use passages of a BEIR folder that have their query's id and are not judged for it; they are left out as in
+    evaluation."""
 
     def run(self, reporter: Reporter) -> int:
-        from retriever.searching.mine import mine
+        from retriever.mining.mine import mine
 
         mined = mine(
             self.model,
             self.data,
             self.out,
+            corpus=self.corpus,
+            index=self.index,
             embeddings=self.embeddings,
             split=self.split,
+            format=self.format,
+            query_column=self.query_column,
+            positive_column=self.positive_column,
+            negatives_column=self.negatives_column,
             negatives=self.negatives,
             depth=self.depth,
+            skip=self.skip,
             max_share=self.max_share,
+            margin=self.margin,
+            max_score=self.max_score,
+            min_score=self.min_score,
+            sampling=self.sampling,
+            seed=self.seed,
+            cross_encoder=self.cross_encoder,
+            keep_top=self.keep_top,
             keep_identical_ids=self.keep_identical_ids,
             **self.embedding_options(),
             progress=reporter,
         )
-        values = {"out": str(mined.path), "queries": mined.queries, "with_fewer_negatives": mined.with_fewer_negatives}
-        answer(self.json, values)
+        if rank() == 0:
+            values = {
+                "out": str(mined.path),
+                "queries": mined.queries,
+                "with_fewer_negatives": mined.with_fewer_negatives,
+            }
+            if self.keep_top is not None:
+                values["dropped_pairs"] = mined.dropped_pairs
+            answer(self.json, values)
         return 0

@@ -1,0 +1,92 @@
+"""Scores of pairs by a cross-encoder, a model that reads query and passage together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from index.files import InputError
+from retriever.models.loading.checks import check_folder, check_hub_name
+from retriever.utils.device import Precision
+
+BATCH_PAIRS = {"cpu": 32, "cuda": 256}
+# Pairs per call, between two reports of progress.
+CALL_PAIRS = 4096
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def is_cross_encoder(model: str) -> bool:
+    """Whether a folder contains a cross-encoder: a classifier of pairs, and not a model of sentence embeddings."""
+    path = Path(model)
+    settings = path / "config_sentence_transformers.json"
+    try:
+        if settings.exists() and (kind := json.loads(settings.read_text(encoding="utf-8")).get("model_type")):
+            return kind == "CrossEncoder"
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # Loading the model reports what is wrong with it.
+        return False
+    architectures = config.get("architectures") or []
+    return not (path / "modules.json").exists() and any("SequenceClassification" in str(name) for name in architectures)
+
+
+class CrossEncoderScorer:
+    """A cross-encoder of sentence-transformers with one output.
+
+    Args:
+        name: Folder or hub name.
+        device: The device.
+        precision: Precision of its weights. Default: "fp32".
+        logits: Whether scores are the outputs before the activation function of the model, which is a sigmoid unless
+            the model says otherwise. Default: False, as `CrossEncoder.predict` gives them.
+
+    Raises:
+        InputError: There is no such model, it has code of its own, no weights as safetensors, or several outputs.
+    """
+
+    def __init__(
+        self, name: str, device: torch.device | str, precision: Precision = "fp32", *, logits: bool = False
+    ) -> None:
+        from sentence_transformers import CrossEncoder
+
+        if Path(name).is_dir():
+            check_folder(Path(name))
+        else:
+            check_hub_name(name)
+        # Weights in the pickle format are not read.
+        settings: dict[str, Any] = {"use_safetensors": True, "dtype": _DTYPES[precision]}
+        try:
+            self._model = CrossEncoder(name, device=str(device), model_kwargs=settings)
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{name}: cannot be loaded as a cross-encoder: {reason}") from None
+        if self._model.num_labels != 1:
+            raise InputError(f"{name}: expected a cross-encoder with one output, found {self._model.num_labels}")
+        self._batch = BATCH_PAIRS.get(torch.device(device).type, BATCH_PAIRS["cpu"])
+        self._options: dict[str, Any] = {"activation_fn": torch.nn.Identity()} if logits else {}
+
+    def scores(self, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """Return the scores of (query, passage) pairs, float32 [pairs].
+
+        Raises:
+            InputError: A score is not finite.
+        """
+        # Pairs of similar length are scored together.
+        order = np.argsort([len(query) + len(passage) for query, passage in pairs], kind="stable")[::-1]
+        scores = np.empty(len(pairs), np.float32)
+        for start in range(0, len(order), CALL_PAIRS):
+            rows = order[start : start + CALL_PAIRS]
+            scores[rows] = self._model.predict(
+                [pairs[row] for row in rows], batch_size=self._batch, show_progress_bar=False, **self._options
+            )
+            if progress is not None:
+                progress(len(rows))
+        if not np.isfinite(scores).all():
+            query, passage = pairs[int(np.argmin(np.isfinite(scores)))]
+            raise InputError(f"the cross-encoder's score of {query!r:.40} and {passage!r:.40} is not finite")
+        return scores
