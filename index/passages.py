@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from index.fields.values import KEY, FieldValue, read_fields
 from index.files import InputError
 from index.records import LazyRow, Record, lazy_rows, read_records
 
@@ -25,6 +26,8 @@ class Passage:
     id: str
     title: str
     text: str
+    fields: Mapping[str, FieldValue] = field(default_factory=dict, hash=False)
+    """Further columns of the corpus that were asked for, by name; they are not encoded."""
 
     @property
     def content(self) -> str:
@@ -76,8 +79,8 @@ def checked_query_id(value: object, place: str) -> str:
     return text
 
 
-def parse_passage(record: Record) -> Passage:
-    """Read `_id` (or `id`), optional `title`, and `text` from a row.
+def parse_passage(record: Record, field_names: Sequence[str] = ()) -> Passage:
+    """Read `_id` (or `id`), optional `title`, `text`, and the fields `field_names` from a row.
 
     Raises:
         InputError: a column is missing or has the wrong type.
@@ -94,7 +97,27 @@ def parse_passage(record: Record) -> Passage:
         if value is not None and not isinstance(value, str):
             raise InputError(f"{record.place}: expected text in column '{column}', found {type(value).__name__}")
         texts.append(value or "")
-    return Passage(checked_id(fields[key], record.place), *texts)
+    title, text = texts
+    return Passage(checked_id(fields[key], record.place), title, text, read_fields(fields, field_names, record.place))
+
+
+def parse_stored_passage(record: Record) -> Passage:
+    """Read a line of passages of a store or an index.
+
+    Raises:
+        InputError: it is not a passage.
+    """
+    found = record.fields.get(KEY, {})
+    if not isinstance(found, dict):
+        raise InputError(f"{record.place}: expected an object in {KEY!r}, found {type(found).__name__}")
+    passage = parse_passage(record)
+    return Passage(passage.id, passage.title, passage.text, read_fields(found, list(found), record.place))
+
+
+def read_stored_passages(path: Path) -> Iterator[Passage]:
+    """Stream the passages of a file of a store or an index."""
+    for record in read_records(path):
+        yield parse_stored_passage(record)
 
 
 def read_passages(path: Path) -> Iterator[Passage]:
@@ -106,13 +129,18 @@ def read_passages(path: Path) -> Iterator[Passage]:
 class PassageFile(Iterable[Passage]):
     """An iterable of the passages of a file that can be iterated more than once.
 
+    Args:
+        path: the file.
+        field_names: fields to read with each passage. Default: none.
+
     Raises:
         InputError: at the end of an iteration, if the file has changed since this object was created, because a
             checksum computed before would no longer match.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, field_names: Sequence[str] = ()) -> None:
         self.path = path
+        self.field_names = tuple(field_names)
         self._found = file_state(path)
 
     def __iter__(self) -> Iterator[Passage]:
@@ -121,7 +149,7 @@ class PassageFile(Iterable[Passage]):
     def lazy(self) -> Iterator[Callable[[], Passage]]:
         """Yield functions that parse one passage each, so that a process can skip most of them."""
         for row in lazy_rows(self.path):
-            yield partial(_read, row)
+            yield partial(_read, row, self.field_names)
         if file_state(self.path) != self._found:
             raise InputError(f"{self.path}: changed while it was read")
 
@@ -135,5 +163,5 @@ def file_state(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _read(row: LazyRow) -> Passage:
-    return parse_passage(row())
+def _read(row: LazyRow, field_names: Sequence[str]) -> Passage:
+    return parse_passage(row(), field_names)

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from index.ann.factory import import_faiss, reason
-from index.ann.layout import FAISS_FILE, FILES, IDS_FILE, LISTS_FILE, OFFSETS_FILE, OPTIONAL_FILES, PASSAGES_FILE
+from index.ann.layout import (
+    FAISS_FILE,
+    FIELDS_FILE,
+    FILES,
+    IDS_FILE,
+    LISTS_FILE,
+    OFFSETS_FILE,
+    OPTIONAL_FILES,
+    PASSAGES_FILE,
+)
+from index.ann.selection import Selection
 from index.ann.settings import core
 from index.ann.silence_stdout import silence_stdout
 from index.ann.structure import check_structure
+from index.fields.columns import Columns
+from index.fields.filters import Filter, FilterError, FilterInput, as_filter
 from index.files import InputError, parse_json
 from index.manifest import INDEX, NAME, Level, Manifest, read_manifest, verify_files
-from index.passages import Passage, file_state, parse_passage
+from index.passages import Passage, file_state, parse_stored_passage
 from index.records import Record
 from index.store.arrays import map_array
 from index.store.ids import Ids
 
 # Extra results requested from a Flat index, to break ties at rank k by id.
 SPARE = 16
+# Selections of filters that are kept; each takes a byte and a bit per passage.
+KEPT_FILTERS = 16
 # A memory-mapped faiss file up to this size is hashed on opening, which takes a fraction of a second. Of larger ones
 # only the structure is checked: mapping avoids reading all of it.
 HASHED_MMAP_BYTES = 2**28
@@ -56,6 +70,7 @@ class Index:
             )
         # State of each file when it was verified, to detect later changes.
         self._checked: dict[str, tuple[int, int, int]] = {}
+        self._selection = lru_cache(KEPT_FILTERS)(self._selection_of)
 
     @classmethod
     def open(
@@ -171,7 +186,7 @@ class Index:
             raise InputError(f"{place}: expected UTF-8, found: {error}") from None
         if not isinstance(fields, dict):
             raise InputError(f"{place}: expected a JSON object, found {type(fields).__name__}")
-        passage = parse_passage(Record(place, fields))
+        passage = parse_stored_passage(Record(place, fields))
         if passage.id != self.ids[row]:
             found = f"found {passage.id!r:.60} in {PASSAGES_FILE} and {self.ids[row]!r:.60} in {IDS_FILE}"
             raise InputError(f"{self.folder}: damaged: expected one id for row {row}, {found}")
@@ -195,7 +210,30 @@ class Index:
                     f"{self.model.get(name)}), found another ({name} {model.get(name)})"
                 )
 
-    def search(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    @cached_property
+    def columns(self) -> Columns | None:
+        """The fields of the passages; None if they have none."""
+        return Columns(self.folder / FIELDS_FILE, self.rows) if FIELDS_FILE in self.manifest.files else None
+
+    def matching(self, filter: Filter) -> np.ndarray:
+        """Which rows match a filter, bool [N].
+
+        Raises:
+            InputError: the passages have no such field, or its values have another type.
+        """
+        if self.columns is None:
+            raise FilterError(
+                "filter: expected passages with fields, found none in the index; `retriever encode --fields` keeps them"
+            )
+        self.check(names=[FIELDS_FILE])
+        return filter.mask(self.columns, self.rows)
+
+    def _selection_of(self, filter: Filter) -> Selection:
+        return Selection(self.faiss, self.matching(filter))
+
+    def search(
+        self, queries: np.ndarray, k: int = 10, *, filter: FilterInput | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Find the k nearest passages of each query by inner product, with their ids.
 
         Passages with equal scores are sorted by id, descending.
@@ -203,6 +241,8 @@ class Index:
         Args:
             queries: [Q, D] float32, for example from `Model.encode_queries`.
             k: passages per query. Default: 10.
+            filter: only passages whose fields match, for example `{"year": {"$gte": 2000}}` or "year>=2000 lang=en".
+                Default: None, all.
 
         Returns:
             scores [Q, min(k, N)] float32, descending, and ids [Q, min(k, N)] of type str. An approximate index may
@@ -212,10 +252,10 @@ class Index:
             InputError: as `search_rows`.
             ValueError: as `search_rows`.
         """
-        scores, rows = self.search_rows(queries, k)
+        scores, rows = self.search_rows(queries, k, as_filter(filter))
         return scores, ids_of_rows(self.ids, rows)
 
-    def search_rows(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search_rows(self, queries: np.ndarray, k: int, filter: Filter | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Find the k nearest passages of each query by inner product.
 
         Passages with equal scores are sorted by id, descending, as in `exact.search` and in evaluation. A Flat index
@@ -225,13 +265,15 @@ class Index:
         Args:
             queries: [Q, D] float32.
             k: passages per query.
+            filter: only passages that match. An index with lists or a graph then visits more of them, see `Selection`.
 
         Returns:
-            scores [Q, min(k, N)] float32, descending, and rows [Q, min(k, N)] int64. An approximate index may find
-            fewer passages: the remaining entries, always the last, have row -1 and score -inf.
+            scores [Q, min(k, N)] float32, descending, and rows [Q, min(k, N)] int64. An approximate index or a filter
+            may find fewer passages: the remaining entries, always the last, have row -1 and score -inf.
 
         Raises:
-            InputError: a query contains NaN or infinity, or faiss returns invalid rows or scores (a damaged index).
+            InputError: a query contains NaN or infinity, faiss returns invalid rows or scores (a damaged index), or
+                the filter does not fit the passages or the type of the index.
             ValueError: `queries` has another shape, or `k` is below 1.
         """
         if queries.ndim != 2 or queries.shape[1] != self.dim:
@@ -242,25 +284,52 @@ class Index:
         if not finite.all():
             raise InputError(f"query {int(np.argmin(finite))}: expected a finite vector, found NaN or infinity")
         spare = SPARE if isinstance(self.faiss, import_faiss().IndexFlat) else 0
-        return self._search(np.ascontiguousarray(queries, np.float32), min(k, self.rows), spare)
+        selection = None if filter is None else self._selection(filter)
+        return self._search(np.ascontiguousarray(queries, np.float32), min(k, self.rows), spare, selection)
 
-    def _search(self, queries: np.ndarray, k: int, spare: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search(
+        self, queries: np.ndarray, k: int, spare: int, selection: Selection | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The top k among the top k + `spare`.
 
         With `spare` > 0, more results are requested while a tie at rank k reaches the last of them.
         """
         asked = min(k + spare, self.rows)
-        try:
-            scores, rows = self.faiss.search(queries, asked)
-        except RuntimeError as error:
-            raise InputError(f"{self.folder / FAISS_FILE}: cannot be searched by faiss: {reason(error)}") from None
+        scores, rows = (
+            self._faiss_search(queries, asked) if selection is None else self._among(queries, asked, selection)
+        )
         self._check_results(scores, rows)
         scores[rows < 0] = -np.inf
         self._order_ties(scores, rows)
-        beyond = (scores[:, k - 1] == scores[:, -1]) & (k < asked < self.rows)
+        beyond = (scores[:, k - 1] == scores[:, -1]) & (rows[:, -1] >= 0) & (k < asked < self.rows)
         scores, rows = scores[:, :k].copy(), rows[:, :k].copy()
         if beyond.any():
-            scores[beyond], rows[beyond] = self._search(queries[beyond], k, k + 2 * spare)
+            scores[beyond], rows[beyond] = self._search(queries[beyond], k, k + 2 * spare, selection)
+        return scores, rows
+
+    def _faiss_search(self, queries: np.ndarray, k: int, parameters: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            scores, rows = self.faiss.search(queries, k, params=parameters)
+        except RuntimeError as error:
+            if parameters is not None:
+                raise FilterError(f"filter: faiss cannot search {self.factory} with one: {reason(error)}") from None
+            raise InputError(f"{self.folder / FAISS_FILE}: cannot be searched by faiss: {reason(error)}") from None
+        return scores, rows
+
+    def _among(self, queries: np.ndarray, k: int, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
+        """The top k of a selection. Where lists or a graph yield too few, they are searched with more effort."""
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        rows = np.full(scores.shape, -1, np.int64)
+        left, effort = np.arange(len(queries) if selection.rows else 0), 1
+        while len(left):
+            scores[left], rows[left] = self._faiss_search(queries[left], k, selection.parameters(effort))
+            if not selection.contains(rows[left]).all():
+                raise FilterError(f"filter: expected another type of index, faiss ignores it in {self.factory}")
+            left = left[(rows[left] >= 0).sum(axis=1) < min(k, selection.rows)]
+            # With this effort everything has been searched.
+            if effort >= selection.rows:
+                break
+            effort *= 8
         return scores, rows
 
     def _check_results(self, scores: np.ndarray, rows: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from index.ann.factory import import_faiss
+from index.fields.columns import write_columns
 from index.files import InputError
 from index.hashing import HashingFile
 from index.manifest import INDEX, FileEntry, Manifest, entries, read_manifest, write_manifest
@@ -24,7 +25,9 @@ LISTS_FILE = "lists.ivfdata"
 """Inverted lists, for an index whose lists stay on disk."""
 CURVE_FILE = "recall.png"
 """Plot of the recall curve measured by tuning."""
-OPTIONAL_FILES = (LISTS_FILE, CURVE_FILE)
+FIELDS_FILE = "fields.parquet"
+"""Columns of the passages' fields, if they have some."""
+OPTIONAL_FILES = (LISTS_FILE, CURVE_FILE, FIELDS_FILE)
 
 
 # Bytes of ids or passages processed at once.
@@ -65,7 +68,7 @@ def write_faiss(index: Any, path: Path) -> str:
 def write_passages(
     ids: Sequence[Path], passages: Sequence[Path], rows: int, folder: Path, keep: np.ndarray | None = None
 ) -> None:
-    """Write the ids, the passages, and the byte offset of each passage line.
+    """Write the ids, the passages, the byte offset of each passage line, and the columns of their fields.
 
     Args:
         ids: files of ids, one per line, in the order of the rows.
@@ -75,7 +78,7 @@ def write_passages(
         keep: [rows] bool, the rows to write; None: all.
 
     Raises:
-        InputError: the files have another number of lines.
+        InputError: the files have another number of lines, or a field has values of different types.
     """
     keep = np.ones(rows, bool) if keep is None else keep
     with open(folder / IDS_FILE, "wb") as out:
@@ -90,6 +93,7 @@ def write_passages(
             row, position = row + len(lengths), position + len(lines)
     with open(folder / OFFSETS_FILE, "wb") as out:
         np.save(out, offsets, allow_pickle=False)
+    write_columns(folder / PASSAGES_FILE, folder / FIELDS_FILE)
 
 
 def _kept_lines(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -120,5 +124,6 @@ def _kept_lines(files: Sequence[Path], keep: np.ndarray, what: str) -> Iterator[
 
 def copy_rows(source: Path, folder: Path) -> None:
     """Copy the ids and passages of the index in `source` to `folder`."""
-    for name in (IDS_FILE, PASSAGES_FILE, OFFSETS_FILE):
-        shutil.copyfile(source / name, folder / name)
+    for name in (IDS_FILE, PASSAGES_FILE, OFFSETS_FILE, FIELDS_FILE):
+        if name != FIELDS_FILE or (source / name).exists():
+            shutil.copyfile(source / name, folder / name)

@@ -10,6 +10,7 @@ import numpy as np
 
 from index.ann.index import Index, ids_of_rows
 from index.ann.layout import IDS_FILE
+from index.fields.filters import Filter, FilterInput, as_filter
 from index.files import InputError
 from index.manifest import Level
 from index.passages import Passage
@@ -90,6 +91,14 @@ class MultiIndex:
         index, within = self._locate(row)
         return index.passage(within)
 
+    def matching(self, filter: Filter) -> np.ndarray:
+        """Which rows match a filter, bool [N].
+
+        Raises:
+            InputError: as `Index.matching`.
+        """
+        return np.concatenate([index.matching(filter) for index in self.indexes])
+
     def check_model(self, model: dict[str, str]) -> None:
         """Check that queries come from the model that embedded the passages.
 
@@ -99,7 +108,9 @@ class MultiIndex:
         for index in self.indexes:
             index.check_model(model)
 
-    def search(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int = 10, *, filter: FilterInput | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Find the k nearest passages of each query by inner product, with their ids.
 
         Passages with equal scores are sorted by id, descending.
@@ -107,6 +118,7 @@ class MultiIndex:
         Args:
             queries: [Q, D] float32, for example from `Model.encode_queries`.
             k: passages per query. Default: 10.
+            filter: as in `Index.search`. Default: None.
 
         Returns:
             scores [Q, min(k, N)] float32, descending, and ids [Q, min(k, N)] of type str. An approximate index may
@@ -116,10 +128,10 @@ class MultiIndex:
             InputError: as `search_rows`.
             ValueError: as `search_rows`.
         """
-        scores, rows = self.search_rows(queries, k)
+        scores, rows = self.search_rows(queries, k, as_filter(filter))
         return scores, ids_of_rows(self.ids, rows)
 
-    def search_rows(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search_rows(self, queries: np.ndarray, k: int, filter: Filter | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Find the k nearest passages of all indexes, by score and then by id, both descending.
 
         A passage that occurs in several indexes is returned once, with its highest score. With exact indexes the result
@@ -128,6 +140,7 @@ class MultiIndex:
         Args:
             queries: [Q, D] float32.
             k: passages per query.
+            filter: only passages that match.
 
         Returns:
             scores [Q, min(k, N)] float32 and rows [Q, min(k, N)] int64, as `Index.search_rows` returns them.
@@ -136,7 +149,7 @@ class MultiIndex:
             InputError: as `Index.search_rows`.
             ValueError: as `Index.search_rows`.
         """
-        found = [index.search_rows(queries, k) for index in self.indexes]
+        found = [index.search_rows(queries, k, filter) for index in self.indexes]
         scores = np.concatenate([part for part, _ in found], axis=1)
         shifted = [np.where(rows < 0, -1, rows + self._starts[n]) for n, (_, rows) in enumerate(found)]
         rows = np.concatenate(shifted, axis=1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from index.files import InputError
 from index.manifest import EMBEDDINGS, NAME, Level, Manifest, read_manifest, verify_files
-from index.passages import Passage, read_passages
+from index.passages import Passage, read_stored_passages
 from index.store.ids import Ids
 from index.store.shards import DTYPES, SUFFIXES, read_vectors
 
@@ -125,7 +125,7 @@ class EmbeddingStore:
     def passages(self) -> Iterator[Passage]:
         """Stream all passages, by row."""
         for path in self.files("jsonl"):
-            yield from read_passages(path)
+            yield from read_stored_passages(path)
 
     def files(self, suffix: Literal["npy", "ids", "jsonl"]) -> list[Path]:
         """Paths of the shard files, in order: vectors ("npy"), ids ("ids") or passages ("jsonl")."""

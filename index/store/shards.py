@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from index.fields.values import KEY
 from index.files import InputError, atomic_path
 from index.manifest import FileEntry
 from index.passages import Passage, checked_id
@@ -118,7 +119,10 @@ def passage_line(passage: Passage, place: str) -> bytes:
     checked_id(passage.id, place)
     texts = map(_quoted, (passage.id, passage.title, passage.text))
     try:
-        return '{{"_id": {}, "title": {}, "text": {}}}\n'.format(*texts).encode()
+        line = '{{"_id": {}, "title": {}, "text": {}'.format(*texts)
+        if passage.fields:
+            line += f', "{KEY}": {json.dumps(dict(passage.fields), ensure_ascii=False, allow_nan=False)}'
+        return f"{line}}}\n".encode()
     except UnicodeEncodeError:
         found = f"found half of a surrogate pair in passage {passage.id!r}"
         raise InputError(f"{place}: expected Unicode text, {found}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,9 +43,10 @@ class StoreOptions:
     """Processes of each rank that read and tokenize; 0: threads of the rank's own process."""
 
 
-def corpus_source(path: Path) -> dict[str, str]:
-    """Identify a corpus file in the manifest of its store, so that a changed file is noticed."""
-    return {"name": path.name, "sha256": sha256_file(path)}
+def corpus_source(path: Path, fields: Sequence[str] = ()) -> dict[str, str]:
+    """Identify a corpus file in the manifest of its store, so that a changed file or other fields are noticed."""
+    kept = {"fields": ", ".join(fields)} if fields else {}
+    return {"name": path.name, "sha256": sha256_file(path), **kept}
 
 
 def encode_passages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -30,6 +31,7 @@ def encode(
     dtype: StoreDtype = "float32",
     shard_rows: int = 65536,
     workers: int | None = None,
+    fields: Sequence[str] = (),
     device: str = "auto",
     precision: Precision = "fp32",
     micro_batch_tokens: int | None = None,
@@ -50,6 +52,8 @@ def encode(
         shard_rows: Rows per shard, at most this many per process are lost if a run is killed. Default: 65536.
         workers: Processes that read and tokenize the corpus, for each process of torchrun; 0 uses threads. Default:
             None, as many as the device needs and the machine has processors for.
+        fields: Further columns of the corpus that an index keeps, for results and filters: text, numbers, true or
+            false, and lists of texts. "metadata.year" is "year" in the object "metadata". Default: none.
         device: Device, if `model` is a folder or name. Default: "auto", CUDA if there is a GPU.
         precision: As for `retriever.load`, if `model` is a folder or name.
         micro_batch_tokens: As for `retriever.load`, if `model` is a folder or name.
@@ -69,6 +73,9 @@ def encode(
         check_at_least(0, workers=workers)
     if dim is not None:
         check_at_least(1, dim=dim)
+    if isinstance(fields, str) or not all(isinstance(name, str) for name in fields):
+        raise ArgumentError("fields", f"expected names of columns, found {fields!r:.60}")
+    fields = list(fields)
     check_paths(data=data, out=out)
     if not isinstance(model, Model):
         check_paths(model=model)
@@ -76,14 +83,22 @@ def encode(
     if isinstance(model, Model):
         device, precision = str(model.device), model.options.precision
         micro_batch_tokens = model.options.micro_batch_tokens
-    given = {"dtype": dtype, "shard_rows": shard_rows, "precision": precision, "micro_batch_tokens": micro_batch_tokens}
-    given["dim"] = dim
+    given = {
+        "dtype": dtype,
+        "dim": dim,
+        "shard_rows": shard_rows,
+        "fields": fields,
+        "precision": precision,
+        "micro_batch_tokens": micro_batch_tokens,
+    }
     with joined_ranks(same_settings("encode", device, given)) as ranks:
         reporter = reporter if ranks.is_first else SilentReporter()
         folder_of_images = data.is_dir() and not is_beir_folder(data)
         if folder_of_images and _embeds_images(model):
             if ranks.world_size > 1:
                 raise ArgumentError("data", "images are embedded by one process; start it without torchrun")
+            if fields:
+                raise ArgumentError("fields", "leave it out with a folder of images, which has no columns")
             # Before the model, which takes longer to load.
             list_images(data)
         if not isinstance(model, Model):
@@ -110,6 +125,7 @@ def encode(
             reporter,
             storage=StoreOptions(dtype, shard_rows, workers=workers_for(model.device) if workers is None else workers),
             ranks=ranks,
+            fields=fields,
         )
 
 

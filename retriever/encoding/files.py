@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from index.fields.values import check_field_names
 from index.passages import PassageFile
 from index.progress import Reporter
 from index.records import count_records
@@ -44,6 +45,7 @@ def embed_corpus(
     tick: Tick = None,
     ranks: Ranks | None = None,
     same_model: bool = False,
+    fields: Sequence[str] = (),
 ) -> EmbeddingStore:
     """Embed the passages of a file into a store in `folder`, which is continued or reused if it exists.
 
@@ -57,10 +59,12 @@ def embed_corpus(
         tick: called after every micro-batch; may raise to stop the work.
         ranks: see `encode_passages`.
         same_model: see `encode_passages`.
+        fields: fields of the passages to keep.
 
     Raises:
         InputError: the file is missing, empty or has an invalid row, or `folder` holds something else.
     """
+    check_field_names(corpus, fields)
     notices = Notices()
     total = count_records(corpus) if reporter.is_live else None
     with (
@@ -69,10 +73,10 @@ def embed_corpus(
     ):
         store = encode_passages(
             towers,
-            PassageFile(corpus),
+            PassageFile(corpus, fields),
             folder,
             options,
-            source=corpus_source(corpus),
+            source=corpus_source(corpus, fields),
             storage=storage,
             ranks=ranks,
             same_model=same_model,

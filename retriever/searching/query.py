@@ -7,6 +7,8 @@ from pathlib import Path
 
 from index.ann.index import Index
 from index.ann.multi_index import MultiIndex
+from index.fields.filters import Filter, FilterInput, as_filter
+from index.files import InputError
 from index.progress import Progress, as_reporter
 from retriever.encoding.model import ModelInput, as_model
 from retriever.errors import ArgumentError, check_at_least, check_unicode, path_list
@@ -23,6 +25,7 @@ def search(
     k: int = 10,
     *,
     dim: int | None = None,
+    filter: FilterInput | None = None,
     progress: Progress = None,
 ) -> list[Answer]:
     """Find the passages or images of an index that are nearest to queries.
@@ -36,16 +39,19 @@ def search(
         k: Results per query. Default: 10.
         dim: Keep the first `dim` values of each query embedding, for an index of truncated passages. Default: None,
             all that `model` computes.
+        filter: Only passages whose fields match, for example `{"lang": "en", "year": {"$gte": 2000}}` or the text
+            "lang=en year>=2000". `retriever.encode(fields=…)` keeps the fields. Default: None, all passages.
         progress: Called with a `ProgressEvent` for each batch of queries. Default: None.
 
     Returns:
-        One `Answer` for each query, in order: `id`, `query` and `results`, each with `rank`, `score`, `id`, `title` and
-        `text`, best first. An approximate index may find fewer than k.
+        One `Answer` for each query, in order: `id`, `query` and `results`, each with `rank`, `score`, `id`, `title`,
+        `text` and `fields`, best first. An approximate index or a filter may find fewer than k.
 
     Raises:
         InputError: The index belongs to another model or dimension or is damaged, or an image cannot be read.
         ConfigError: An argument is invalid.
     """
+    chosen = parsed_filter(filter)
     check_at_least(1, k=k)
     if isinstance(queries, str | Path):
         queries = [queries]
@@ -73,7 +79,19 @@ def search(
     loaded = as_model(model, progress, dim=dim)
     answers = []
     with reporter.bar("search", len(named), "queries") as advance:
-        for answer in search_each(loaded.towers, index, named, k, loaded.options):
+        for answer in search_each(loaded.towers, index, named, k, loaded.options, filter=chosen):
             answers.append(answer)
             advance(1)
     return answers
+
+
+def parsed_filter(filter: FilterInput | None) -> Filter | None:
+    """The filter of an argument.
+
+    Raises:
+        ConfigError: It is no filter.
+    """
+    try:
+        return as_filter(filter)
+    except InputError as error:
+        raise ArgumentError("filter", str(error).removeprefix("filter: ")) from None

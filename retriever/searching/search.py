@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from index.ann.index import Index
 from index.ann.layout import FAISS_FILE, LISTS_FILE
 from index.ann.multi_index import MultiIndex, open_all
+from index.fields.filters import Filter
+from index.fields.values import FieldValue
 from index.files import InputError
 from index.passages import heading
 from index.progress import Reporter
@@ -36,6 +38,8 @@ class Result:
     id: str
     title: str
     text: str
+    fields: Mapping[str, FieldValue] = field(default_factory=dict)
+    """Fields of the passage that the index keeps."""
 
     @property
     def heading(self) -> str:
@@ -78,6 +82,7 @@ def search(
     k: int,
     options: EncodeOptions,
     batch: int = BATCH,
+    filter: Filter | None = None,
 ) -> Iterator[Answer]:
     """Yield the best `k` passages of each query, in order; fewer if the index returns fewer.
 
@@ -88,6 +93,7 @@ def search(
         k: passages per query.
         options: precision and micro-batch size.
         batch: queries per batch; with 1, each query is answered before the next is read.
+        filter: only passages that match.
 
     Raises:
         InputError: the index was built with another model, an image cannot be read, or the model does not embed
@@ -97,7 +103,7 @@ def search(
     stream = iter(queries)
     while pairs := list(itertools.islice(stream, batch)):
         vectors = embed_queries(towers, [query for _, query in pairs], options)
-        for (id_, query), scores, rows in zip(pairs, *index.search_rows(vectors, k), strict=True):
+        for (id_, query), scores, rows in zip(pairs, *index.search_rows(vectors, k, filter), strict=True):
             yield Answer(id_, str(query), results_of(index, scores, rows))
 
 
@@ -125,5 +131,5 @@ def results_of(index: Index | MultiIndex, scores: np.ndarray, rows: np.ndarray) 
     for score, row in zip(scores.tolist(), rows.tolist(), strict=True):
         if row >= 0:
             passage = index.passage(row)
-            results.append(Result(len(results) + 1, score, passage.id, passage.title, passage.text))
+            results.append(Result(len(results) + 1, score, passage.id, passage.title, passage.text, passage.fields))
     return results

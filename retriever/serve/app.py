@@ -74,7 +74,9 @@ class Service:
         query, status = request.query_params.get("q", ""), 200
         context: dict[str, Any] = {"k": self._default_k}
         if query.strip():
-            parameters = [("query", query), *[("k", k) for k in request.query_params.getlist("k")]]
+            names = ("k", "filter")
+            others = [(name, value) for name, value in request.query_params.multi_items() if name in names]
+            parameters = [("query", query), *others]
             try:
                 wanted = parse_parameters(parameters, self._limits, self._default_k)
                 [answer] = await self._answers(wanted)
@@ -100,7 +102,7 @@ class Service:
         return JSON(state, 200 if alive else 503)
 
     async def _answers(self, wanted: SearchRequest) -> list[Answer]:
-        return await engine_result(self._engine.submit, wanted.queries, wanted.k)
+        return await engine_result(self._engine.submit, wanted.queries, wanted.k, wanted.filter)
 
 
 class AccessLog:

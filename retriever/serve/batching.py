@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from index.ann.index import Index
+from index.fields.filters import Filter, FilterError
 from retriever.encoding.encoder import EncodeOptions, embed_counted
 from retriever.models.loading.text_settings import SIDES, Side
 from retriever.models.towers import Towers
@@ -54,11 +55,21 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
+class SearchSettings:
+    """How queries are searched."""
+
+    k: int
+    """Results per query."""
+    filter: Filter | None = None
+    """Only passages that match."""
+
+
+@dataclass(frozen=True)
 class _Job:
     texts: Sequence[str]
     side: Side
-    k: int | None
-    """Results per query; None: only embeddings."""
+    search: SearchSettings | None
+    """How to search; None: only embeddings."""
     untruncated: bool = False
     """Whether to count the tokens of the texts before they are truncated."""
     future: Future[Any] = field(default_factory=Future)
@@ -125,7 +136,7 @@ class Engine:
         """Whether the engine accepts queries."""
         return self._thread.is_alive() and not self._closed
 
-    def submit(self, queries: Sequence[str], k: int) -> Future[list[Answer]]:
+    def submit(self, queries: Sequence[str], k: int, filter: Filter | None = None) -> Future[list[Answer]]:
         """Queue queries.
 
         Returns:
@@ -135,7 +146,7 @@ class Engine:
             Busy: too many queries are waiting.
             Closed: the engine was closed.
         """
-        return self._put(_Job(queries, "query", k))
+        return self._put(_Job(queries, "query", SearchSettings(k, filter)))
 
     def embed(self, texts: Sequence[str], side: Side, *, untruncated: bool = False) -> Future[Embeddings]:
         """Queue texts to be embedded.
@@ -223,7 +234,7 @@ class Engine:
             searches: list[tuple[_Job, np.ndarray]] = []
             for job, start in zip(same_side, starts[:-1], strict=True):
                 rows = slice(start, start + len(job.texts))
-                if job.k is None:
+                if job.search is None:
                     counts = self._untruncated(job) if job.untruncated else tokens[rows]
                     self._finish(job, Embeddings(vectors[rows], counts))
                 else:
@@ -233,12 +244,21 @@ class Engine:
             self._observe({side: sum(len(job.texts) for job in jobs if job.side == side) for side in SIDES})
 
     def _search(self, searches: Sequence[tuple[_Job, np.ndarray]]) -> None:
-        # Each job is searched with its own k: the results of an approximate index may depend on k.
-        for k in {job.k for job, _ in searches if job.k is not None}:
-            same_k = [(job, vectors) for job, vectors in searches if job.k == k]
-            found = iter(zip(*self.index.search_rows(np.concatenate([each for _, each in same_k]), k), strict=True))
-            for job, _ in same_k:
-                self._finish(job, [Answer("", text, results_of(self.index, *next(found))) for text in job.texts])
+        # Each job is searched with its own settings: the results of an approximate index may depend on k.
+        for settings in {job.search for job, _ in searches if job.search is not None}:
+            same = [(job, vectors) for job, vectors in searches if job.search == settings]
+            try:
+                found = self.index.search_rows(
+                    np.concatenate([vectors for _, vectors in same]), settings.k, settings.filter
+                )
+            except FilterError as error:
+                for job, _ in same:
+                    self._release(job)
+                    job.future.set_exception(error)
+                continue
+            rows = iter(zip(*found, strict=True))
+            for job, _ in same:
+                self._finish(job, [Answer("", text, results_of(self.index, *next(rows))) for text in job.texts])
 
     def _untruncated(self, job: _Job) -> np.ndarray:
         prompt = self.towers.prompt(job.side)

@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from index.fields.filters import Filter, as_filter
 from index.files import InputError, parse_json
 from retriever.serve.errors import RequestError
 
@@ -41,6 +42,8 @@ class SearchRequest:
     queries: tuple[str, ...]
     k: int
     """Passages per query."""
+    filter: Filter | None
+    """Only passages that match."""
     single: bool
     """Whether the request has one query that is not in a list; the answer is then not in a list either."""
 
@@ -86,7 +89,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def parse_json_body(body: bytes, limits: Limits, default_k: int) -> SearchRequest:
-    """Parse the body of a POST: {"query": text} or {"queries": [text, …]}, and optionally "k".
+    """Parse the body of a POST: {"query": text} or {"queries": [text, …]}, and optionally "k", "filter".
 
     Raises:
         RequestError: the body is not JSON of this form, or a limit is exceeded.
@@ -98,11 +101,12 @@ def parse_json_body(body: bytes, limits: Limits, default_k: int) -> SearchReques
     queries = [fields["query"]] if "query" in fields else fields["queries"]
     if not isinstance(queries, list):
         raise RequestError(422, f"queries: expected a list, found {type(queries).__name__}")
-    return _search_request(queries, fields.get("k", default_k), limits, "query" in fields)
+    return _search_request(queries, fields.get("k", default_k), fields.get("filter"), limits, single="query" in fields)
 
 
 def parse_parameters(parameters: Sequence[tuple[str, str]], limits: Limits, default_k: int) -> SearchRequest:
-    """Parse the parameters of a GET: `query=text`, repeated for several queries, and optionally `k=number`.
+    """Parse the parameters of a GET: `query=text`, repeated for several queries, and optionally `k=number` and
+    `filter=conditions`.
 
     Raises:
         RequestError: the parameters do not have this form, or a limit is exceeded.
@@ -116,15 +120,21 @@ def parse_parameters(parameters: Sequence[tuple[str, str]], limits: Limits, defa
         if name == "k":
             # int() would also accept signs, underscores and white space.
             k = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
-    return _search_request(queries, k, limits, len(queries) == 1)
+    return _search_request(queries, k, dict(parameters).get("filter") or None, limits, single=len(queries) == 1)
 
 
-def _search_request(queries: Sequence[object], k: object, limits: Limits, single: bool) -> SearchRequest:
+def _search_request(
+    queries: Sequence[object], k: object, filter: Any, limits: Limits, *, single: bool
+) -> SearchRequest:
     if type(k) is not int or not 1 <= k <= limits.k:
         raise RequestError(422, f"k: expected a whole number from 1 to {limits.k}, found {k!r:.60}")
     if not 1 <= len(queries) <= limits.queries:
         raise RequestError(422, f"queries: expected 1 to {limits.queries} of them, found {len(queries)}")
-    return SearchRequest(tuple(_query(text, limits) for text in queries), k, single)
+    try:
+        chosen = as_filter(filter)
+    except InputError as error:
+        raise RequestError(422, str(error)) from None
+    return SearchRequest(tuple(_query(text, limits) for text in queries), k, chosen, single)
 
 
 def _query(text: Any, limits: Limits) -> str:
@@ -139,5 +149,5 @@ def _query(text: Any, limits: Limits) -> str:
 
 def _check_names(fields: Mapping[str, object]) -> None:
     for name in fields:
-        if name not in ("query", "queries", "k"):
-            raise RequestError(422, f"expected 'query', 'queries' and 'k', found {name!r:.60}")
+        if name not in ("query", "queries", "k", "filter"):
+            raise RequestError(422, f"expected 'query', 'queries', 'k' and 'filter', found {name!r:.60}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
+from index.fields.filters import FilterError
 from retriever.serve.batching import Busy, Closed
 from retriever.serve.errors import RequestError
 
@@ -18,11 +19,14 @@ async def engine_result(submit: Callable[P, Future[T]], *arguments: P.args, **na
     """Submit a job to the engine and wait for its outcome.
 
     Raises:
-        RequestError: too many queries are waiting (429), or the engine is closed (503).
+        RequestError: too many queries are waiting (429), the filter does not fit the index (422), or the engine is
+            closed (503).
     """
     try:
         return await asyncio.wrap_future(submit(*arguments, **named))
     except Busy:
         raise RequestError(429, "too many queries are waiting; try again in a second") from None
+    except FilterError as error:
+        raise RequestError(422, str(error), "filter") from None
     except Closed:
         raise RequestError(503, "the service is shutting down") from None

@@ -27,6 +27,9 @@ class Encode(TruncatedEmbedding):
     """Dtype of the embeddings on disk."""
     shard_rows: int = 65536
     """Passages or images per shard; at most this many per process are lost if a run is killed."""
+    fields: tuple[str, ...] = ()
+    """Further columns of the corpus that an index keeps, for results and filters. metadata.year: year in the object
+    metadata."""
     workers: int | None = None
     """Processes that read and tokenize the corpus, for each process of torchrun; 0: threads. None: as many as a GPU
     needs and the machine has processors for; threads on a CPU."""
@@ -41,6 +44,7 @@ class Encode(TruncatedEmbedding):
             dtype=self.dtype,
             shard_rows=self.shard_rows,
             workers=self.workers,
+            fields=self.fields,
             **self.embedding_options(),
             progress=reporter,
         )

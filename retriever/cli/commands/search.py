@@ -49,6 +49,9 @@ class Search(TruncatedEmbedding):
     """An image as the query; may be repeated. Needs an image–text model."""
     k: int = 10
     """Results per query."""
+    filter: str | None = None
+    """Only passages whose fields match: conditions such as 'year>=2000 lang=en', or JSON such as
+    '{"lang": {"$in": ["en", "de"]}}'."""
     mmap: Switch = False
     """Memory-map the index instead of loading it, for indexes larger than memory."""
     verify: Switch = False
@@ -69,15 +72,17 @@ class Search(TruncatedEmbedding):
 
     def run(self, reporter: Reporter) -> int:
         check_at_least(1, k=self.k)
+        from retriever.searching.query import parsed_filter
         from retriever.searching.search import BATCH, open_indexes, search
 
+        filter = parsed_filter(self.filter)
         index = open_indexes(self.index, reporter, mmap=self.mmap, verify=self.verify)
         model = self.load(reporter)
         typed = not self.query and not self.image and self.queries is None and sys.stdin.isatty()
         if typed:
             reporter.line("queries, one per line; Ctrl-D ends")
         batch = 1 if typed else BATCH
-        for answer in search(model.towers, index, self._queries(), self.k, model.options, batch=batch):
+        for answer in search(model.towers, index, self._queries(), self.k, model.options, batch=batch, filter=filter):
             if self.json:
                 print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
             else:

@@ -1,0 +1,1 @@
+"""Fields of passages (year, language, tags …): columns of an index, and filters of a search."""
