@@ -18,6 +18,7 @@ from retriever.cli.commands.evaluate import EvaluateBeir
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
 from retriever.cli.commands.mine import Mine
+from retriever.cli.commands.push import Push
 from retriever.cli.commands.score import Score
 from retriever.cli.commands.search import Search
 from retriever.cli.commands.serve import Serve
@@ -41,6 +42,7 @@ COMMANDS: dict[str, type] = {
     "search": Search,
     "serve": Serve,
     "mine": Mine,
+    "push": Push,
     "score": Score,
     "evaluate beir": EvaluateBeir,
     "evaluate run": EvaluateRun,

@@ -85,6 +85,24 @@ def paired_test(
     )
 
 
+def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """95 % confidence interval of the mean of a measure over queries, by Student's t.
+
+    Args:
+        values: value of each query, [Q].
+
+    Raises:
+        ValueError: there are fewer than two queries, or a value is not finite.
+    """
+    from scipy import stats
+
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or len(sample) < 2 or not np.isfinite(sample).all():
+        raise ValueError(f"values: expected at least 2 finite values, found {sample.shape}")
+    half = float(stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample)))
+    return float(sample.mean()) - half, float(sample.mean()) + half
+
+
 def randomization_test(difference: np.ndarray, *, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
     """Two-sided p-value of the paired randomization test (Fisher 1935), which flips the signs of the differences.
 

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from retriever.mining.score import score as score
     from retriever.searching.index import build_index as build_index
     from retriever.searching.query import search as search
+    from retriever.sharing.push import Pushed as Pushed
+    from retriever.sharing.push import push as push
     from retriever.training.train import TrainingRun as TrainingRun
     from retriever.training.train import train as train
     from retriever.utils.interrupt import Interrupted as Interrupted
@@ -56,8 +58,10 @@ _PUBLIC = {
     "score": "retriever.mining.score",
     "zero_shot": "retriever.evaluation.zero_shot_sets",
     "split": "retriever.data.splitting.split",
+    "push": "retriever.sharing.push",
     "Model": "retriever.encoding.model",
     "TrainConfig": "retriever.config.run",
+    "Pushed": "retriever.sharing.push",
     "TrainingRun": "retriever.training.train",
     "EmbeddingStore": "index.store.reader",
     "Index": "index.ann.index",

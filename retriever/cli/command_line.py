@@ -24,6 +24,7 @@ from retriever.cli.commands.evaluate import EvaluateBeir
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
 from retriever.cli.commands.mine import Mine
+from retriever.cli.commands.push import Push
 from retriever.cli.commands.score import Score
 from retriever.cli.commands.search import Search
 from retriever.cli.commands.serve import Serve
@@ -156,6 +157,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Mine, subcommand("mine")]
         | Annotated[Score, subcommand("score")]
         | Annotated[Split, subcommand("split")]
+        | Annotated[Push, subcommand("push")]
         | Annotated[EvaluateGroup, subcommand("evaluate")]
     )
     box = io.StringIO()

@@ -18,6 +18,9 @@ class DevConfig:
     """Split: the name of the qrels file in a BEIR folder, or of the folder in an image data set."""
     every: int = 500
     """Steps between evaluations. The last step is always followed by one."""
+    at_start: bool = True
+    """Evaluate before the first step, too, so that the model card and the plot compare the model before and after
+    training. The model before training is never the one that is kept."""
     patience: int | None = None
     """Stop after this many consecutive evaluations without a better nDCG@10 (images: recall@1, acc1 or mean average
     precision). None: train all steps."""

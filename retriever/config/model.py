@@ -16,8 +16,8 @@ class ModelConfig:
     """The towers: their weights, pooling and prompts."""
 
     name: str = ""
-    """A sentence-transformers model or a Hugging Face encoder, as a local path or a hub name. Empty: a new model, see
-    model.architecture."""
+    """A sentence-transformers model or a Hugging Face encoder, as a local path or a hub name (may end in @revision).
+    Empty: a new model, see model.architecture."""
     architecture: Annotated[dict[str, Any] | None, Suppress] = None
     """Train a new model from scratch: the fields of a Hugging Face configuration, including `model_type`. YAML only."""
     tokenizer: str | None = None

@@ -62,8 +62,18 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Trackers that receive the rows of metrics.jsonl, too. Their settings are their own environment variables, such as
+    WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI and TRACKIO_DIR."""
     tensorboard: bool = False
-    """Write TensorBoard event files to the run folder, too."""
+    """The same as track: [tensorboard]."""
+    plot: bool = True
+    """Draw the metrics to metrics.png in the run folder when the run ends or stops, if matplotlib is installed."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers, each once."""
+        return tuple(dict.fromkeys((*self.track, *(("tensorboard",) if self.tensorboard else ()))))
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints")

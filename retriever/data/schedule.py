@@ -93,6 +93,11 @@ class BatchSchedule:
         """Number of steps."""
         return len(self._source)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Number of rows of each source."""
+        return list(self._sizes)
+
     def batch_rows(self, source: int) -> int:
         """Return the number of rows in a batch of a source: `batch_size`, or all its rows if it has fewer."""
         return min(self.batch_size, self._sizes[source])

@@ -144,7 +144,8 @@ def load(
     """Load a model for encoding.
 
     Args:
-        model: A model folder of a training run, a sentence-transformers or transformers folder, or a hub name.
+        model: A model folder of a training run, a sentence-transformers or transformers folder, or a hub name,
+            which may end in @revision.
         device: "cpu", "cuda", "cuda:1" and so on. Default: "auto", CUDA if there is a GPU.
         precision: Precision of the towers: "fp32", or "bf16" or "fp16" by autocast; on a GPU "bf16" also stores the
             weights in bf16. Default: "fp32".

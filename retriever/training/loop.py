@@ -19,6 +19,7 @@ from retriever.training.objective.statistics import statistics_row
 from retriever.training.profiler import StepProfile
 from retriever.training.run_dir import RunFolder
 from retriever.training.step import StepResult
+from retriever.training.tracking.run_card import run_card
 from retriever.training.tracking.run_log import RunLog, ThroughputMeter, format_row
 from retriever.training.validation.dev_set import measure_on_ranks
 from retriever.utils.interrupt import StopRequest
@@ -116,7 +117,21 @@ class TrainingLoop:
         self._folder.save_checkpoint(parts.modules, parts.optimizer, state, parts.config.keep_checkpoints)
 
     def _save_model(self) -> None:
-        self._folder.save_model(self._parts.towers, self._parts.config, sharded=self._parts.sharded)
+        parts, state = self._parts, self._state
+        card = run_card(
+            parts.config,
+            rows=parts.batches.schedule.sizes,
+            sources=parts.sources,
+            step=state.step,
+            steps=self._total,
+            device=parts.device,
+            processes=parts.ranks.world_size,
+            metric="" if parts.dev_set is None else parts.dev_set.metric,
+            before=self._log.evaluations.get(0),
+            after=self._log.evaluations.get(state.step),
+            dev_fingerprint=parts.dev_fingerprint,
+        )
+        self._folder.save_model(parts.towers, parts.config, card, sharded=parts.sharded)
 
     def _until_early_stop(self, loader: Iterable[PreparedBatch]) -> Iterator[PreparedBatch]:
         """Yield batches until dev.patience is exhausted."""
@@ -177,8 +192,9 @@ class TrainingLoop:
     def _evaluate_if_due(self) -> None:
         """Evaluate on the dev set if it is due at this step, and save the model if it is the best one."""
         parts, state = self._parts, self._state
-        due = self._due("dev") or state.step == self._total
-        if parts.dev_set is None or not due or state.step in (0, state.dev_step):
+        at_start = state.step == 0
+        due = parts.config.dev.at_start if at_start else self._due("dev") or state.step == self._total
+        if parts.dev_set is None or not due or state.step == state.dev_step:
             return
         parts.towers.eval()
         measures = measure_on_ranks(
@@ -196,6 +212,9 @@ class TrainingLoop:
         metric = parts.dev_set.metric
         score = measures[metric.lower()]
         self._log.write({"step": state.step, **{f"dev_{name}": value for name, value in measures.items()}})
+        if at_start:
+            self._reporter.line(f"before training  dev {metric} {score:.4f}")
+            return
         improved = state.best_score is None or score > state.best_score
         suffix = "  best so far" if improved else f"  (best {state.best_score:.4f} at step {state.best_step})"
         self._reporter.line(f"step {state.step}  dev {metric} {score:.4f}{suffix}")

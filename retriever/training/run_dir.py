@@ -18,6 +18,7 @@ from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
 from retriever.data.source_prompts import save_source_prompts
 from retriever.distributed.agreement import ContentHash
 from retriever.distributed.ranks import Ranks
+from retriever.models.card.card import ModelCard, write_card
 from retriever.models.loading.checksums import write_checksums
 from retriever.models.sharded_tensors import gather_tensors
 from retriever.models.towers import build_towers
@@ -32,7 +33,9 @@ from retriever.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from retriever.training.tracking.plot import PLOT_FILE
 from retriever.training.tracking.run_log import METRICS_FILE
+from retriever.training.tracking.trackers import TRACKERS_FILE
 
 CACHE = "cache"
 
@@ -125,8 +128,8 @@ class RunFolder:
             prune_checkpoints(checkpoints, keep)
         self.ranks.barrier()
 
-    def save_model(self, towers: Any, config: TrainConfig, *, sharded: bool) -> None:
-        """Write the model folder. The weights of sharded towers are gathered first."""
+    def save_model(self, towers: Any, config: TrainConfig, card: ModelCard, *, sharded: bool) -> None:
+        """Write the model folder with its card. The weights of sharded towers are gathered first."""
         if sharded:
             weights = gather_tensors(towers.state_dict(), keep=self.ranks.is_first)
         if not self.ranks.is_first:
@@ -137,6 +140,7 @@ class RunFolder:
         with atomic_folder(self.path / "model") as folder:
             towers.save(folder)
             write_checksums(folder)
+            write_card(folder, towers, card)
 
 
 class NewRun:
@@ -171,7 +175,8 @@ class NewRun:
         if self.begun:
             (self.out / CONFIG_FILE).unlink(missing_ok=True)
             # Without a step it has no rows.
-            (self.out / METRICS_FILE).unlink(missing_ok=True)
+            for name in (METRICS_FILE, PLOT_FILE, TRACKERS_FILE):
+                (self.out / name).unlink(missing_ok=True)
             shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
         if self.cache in self._created and self.cache.is_dir():
             size = sum(path.stat().st_size for path in self.cache.rglob("*") if path.is_file())

@@ -17,7 +17,9 @@ from retriever.training.loop import TrainingLoop
 from retriever.training.memory_plan import MemoryPlan, plan_step
 from retriever.training.profiler import STEPS, WARM_UP
 from retriever.training.run_dir import NewRun, RunFolder, cache_folder, check_new_run, load_run_config
+from retriever.training.tracking.run_card import run_settings
 from retriever.training.tracking.run_log import NoLog, RunLog
+from retriever.training.tracking.trackers import check_trackers
 from retriever.utils.interrupt import Interrupted, StopRequest
 from retriever.utils.torchrun import restart_count
 
@@ -41,6 +43,8 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, run: Path, reporter: Reporter, ranks: Ranks | None = None) -> None:
+        # Before the data is read, which may take long.
+        check_trackers(config.trackers)
         self.run = run
         self.reporter = reporter
         self.ranks = ranks or Ranks()
@@ -197,7 +201,14 @@ class Trainer:
         if not self.ranks.is_first:
             return NoLog()
         state = self.state
-        return RunLog(self.run, step=state.step, dev_step=state.dev_step, tensorboard=self.config.tensorboard)
+        return RunLog(
+            self.run,
+            step=state.step,
+            dev_step=state.dev_step,
+            trackers=self.config.trackers,
+            settings=run_settings(self.config),
+            plot=self.config.plot,
+        )
 
 
 def _restart_prefix() -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +17,15 @@ if not torch.cuda.is_available():
 from cli_helpers import World, command, write_beir, write_config, write_pairs
 
 from retriever.config.model import ModelConfig
+from retriever.training.tracking import plot
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_no_plots() -> Iterator[None]:
+    """Draw no plot of a training run, which takes half a second, except in the test of the plot."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "MIN_ROWS", sys.maxsize)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ class Embedding:
     """Flags of every command that embeds with a model."""
 
     model: str
-    """Model folder or hub name."""
+    """Model folder or hub name, which may end in @revision."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the towers. bf16 is the fastest on a GPU and stores the weights in bf16; otherwise bf16 and fp16 use
     autocast. Embeddings differ between precisions by rounding only."""

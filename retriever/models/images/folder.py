@@ -25,6 +25,7 @@ from retriever.models.loading.checks import check_hub_name
 from retriever.models.loading.errors import disable_progress_bars, load_errors, one_line
 from retriever.models.loading.folder import ends_in_normalize, load_model, prepare_tokenizer
 from retriever.models.loading.from_scratch import load_new_encoder
+from retriever.models.loading.hub import hub_problem, local_model, split_revision
 from retriever.models.loading.text_settings import has_router
 from retriever.models.weights import save_encoder, writing_weights
 
@@ -44,8 +45,9 @@ def config_folder(path_or_name: str) -> Path | None:
     if Path(path_or_name).is_dir():
         return Path(path_or_name)
     disable_progress_bars()
+    name, revision = split_revision(path_or_name)
     try:
-        return Path(snapshot_download(path_or_name, allow_patterns=["*.json"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
     except (OSError, ValueError):
         # ValueError: not a valid hub name.
         return None
@@ -93,13 +95,13 @@ def load_image_text_model(path: str) -> SentenceTransformer:
     from sentence_transformers.sentence_transformer.modules import Normalize
 
     _check_exists(path)
-    settings = config_folder(path)
+    settings, location = config_folder(path), local_model(path)
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     with _load_errors_as_input_errors(path, "as an image–text model"):
         if settings is None or (settings / "modules.json").exists():
-            model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
+            model = SentenceTransformer(location, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
         else:
-            model = SentenceTransformer(modules=[_transformer(path), Normalize()], device="cpu")
+            model = SentenceTransformer(modules=[_transformer(location), Normalize()], device="cpu")
     text, image = modality_routes(model, path)
     for transformer in {text[0], image[0]}:
         _prepare_transformer(transformer, path)
@@ -157,16 +159,16 @@ def load_vision_modules(config: ModelConfig) -> list[Any]:
             write_new_vision_encoder(name, config.image.size, Path(folder))
             return [_vision_transformer(folder)]
     _check_exists(name)
-    settings = config_folder(name)
+    settings, location = config_folder(name), local_model(name)
     if settings is not None and config.image.size is not None:
         raise ConfigError("model.image.size: expected none for a trained encoder, whose size is its own")
     with _load_errors_as_input_errors(name, f"as a vision encoder (new ones are {', '.join(ARCHITECTURES)})"):
         if settings is not None and _has_both_modalities(settings) and not (settings / "modules.json").exists():
             with tempfile.TemporaryDirectory() as folder:
-                _write_vision_encoder(name, folder)
+                _write_vision_encoder(location, folder)
                 transformer = _vision_transformer(folder)
         else:
-            transformer = _vision_transformer(name)
+            transformer = _vision_transformer(location)
     _prepare_transformer(transformer, name)
     if transformer.module_output_name == "token_embeddings":
         # ViT and DINOv2 end in a LayerNorm over all tokens; the class token is the embedding.
@@ -294,7 +296,8 @@ def _load_errors_as_input_errors(path: str, what: str) -> Iterator[None]:
     except InputError:
         raise
     except load_errors() as error:
-        problem = "cannot be loaded" if Path(path).is_dir() else "no such folder, and cannot be loaded from the hub"
-        raise InputError(f"{path}: {problem} {what}: {one_line(error)}") from error
+        found = Path(path).is_dir() or config_folder(path) is not None
+        problem = f"cannot be loaded {what}: {one_line(error)}" if found else f"{hub_problem(error)} ({what})"
+        raise InputError(f"{path}: {problem}") from error
     finally:
         logging.set_verbosity(verbosity)

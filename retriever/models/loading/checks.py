@@ -19,8 +19,10 @@ _PACKAGE = "sentence_transformers."
 
 
 def check_hub_name(path: str) -> None:
-    """Raise InputError if `path`, which is not a folder, cannot be a hub name either."""
-    if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+    """Raise InputError if `path` is neither a folder nor can be a hub name."""
+    if Path(path).is_dir():
+        return
+    if Path(path).is_absolute() or path.startswith((".", "~")) or path.partition("@")[0].count("/") > 1:
         raise InputError(f"{path}: no such model folder")
 
 

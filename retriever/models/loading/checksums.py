@@ -9,6 +9,7 @@ from pathlib import Path
 
 from index.files import InputError, sha256_files
 from index.records import read_lines
+from retriever.models.loading.hub import cached_model
 
 CHECKSUM_FILE = "retriever.sha256"
 """Name of the file with the checksums, in the format of sha256sum: `sha256sum --check retriever.sha256`."""
@@ -63,23 +64,11 @@ def known_checksums(path_or_name: str) -> dict[Path, str]:
     Raises:
         InputError: If a line of `CHECKSUM_FILE` is invalid.
     """
-    folder = _folder(path_or_name)
+    folder = cached_model(path_or_name)
     if folder is None:
         return {}
     known = _listed_files(folder) if (folder / CHECKSUM_FILE).is_file() else _hub_files(folder)
     return {path: checksum for path, checksum in known if path.is_file()}
-
-
-def _folder(path_or_name: str) -> Path | None:
-    if Path(path_or_name).is_dir():
-        return Path(path_or_name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path_or_name, local_files_only=True))
-    except (OSError, ValueError):
-        # Not downloaded yet, or not a valid hub name. Loading the model reports the latter.
-        return None
 
 
 def _listed_files(folder: Path) -> Iterator[tuple[Path, str]]:

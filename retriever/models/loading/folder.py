@@ -13,6 +13,7 @@ from torch import nn
 from index.files import InputError
 from retriever.models.loading.checks import check_folder, check_hub_name, own_class
 from retriever.models.loading.errors import disable_progress_bars, load_errors, one_line
+from retriever.models.loading.hub import hub_problem, local_model
 from retriever.models.loading.missing_weights import collect_missing_weights, used_missing_weights
 from retriever.models.loading.reference_check import ReferenceCheck, sample_embeddings
 from retriever.models.loading.text_settings import Side, check_lengths, check_settings, limit_lengths, text_tokenizer
@@ -28,7 +29,8 @@ def load_model(path: str, pooling: str | None = None, *, plain_texts: bool = Tru
     sentence-transformers.
 
     Args:
-        path: A sentence-transformers folder, a Hugging Face encoder folder, or the hub name of either.
+        path: A sentence-transformers folder, a Hugging Face encoder folder, or the hub name of either, which may end in
+            @revision.
         pooling: Pooling mode for an encoder folder without a pooling module. Default: sentence-transformers' default.
         plain_texts: For training: whether to remove a chat template. If False, a model with one is refused. Default:
             True.
@@ -50,22 +52,22 @@ def _load_model(path: str, pooling: str | None, *, plain_texts: bool) -> Sentenc
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    folder = Path(path)
-    if folder.is_dir():
+    check_hub_name(path)
+    location = local_model(path)
+    if (folder := Path(location)).is_dir():
         check_folder(folder)
-    else:
-        check_hub_name(path)
     disable_progress_bars()
     # Always fp32: training bf16 weights loses small updates, and encoding has its own precision setting.
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     try:
         with collect_missing_weights() as missing:
-            model = SentenceTransformer(path, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
+            model = SentenceTransformer(location, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
     except load_errors() as error:
         if "trust_remote_code" in str(error):
             raise InputError(f"{path}: the model has code of its own, which is not run") from error
-        what = "cannot be loaded as a text model" if folder.is_dir() else "no such folder, and no such model on the hub"
-        raise InputError(f"{path}: {what}: {one_line(error)}") from error
+        found = folder.is_dir()
+        problem = f"cannot be loaded as a text model: {one_line(error)}" if found else hub_problem(error)
+        raise InputError(f"{path}: {problem}") from error
     if pooling and folder.is_dir() and not (folder / "modules.json").exists() and isinstance(model[-1], Pooling):
         model[-1] = Pooling(model[-1].embedding_dimension, pooling)
     towers = text_towers(model, path)

@@ -12,6 +12,7 @@ from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.loading.errors import disable_progress_bars, load_errors, one_line
 from retriever.models.loading.folder import load_model
+from retriever.models.loading.hub import local_model
 from retriever.models.weights import save_encoder, writing_weights
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
     defaults = AutoConfig.for_model(kind)
     _check_spelling(fields, defaults)
     disable_progress_bars()
+    location = local_model(config.tokenizer, only=("*.json", "*.txt", "*.model"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except load_errors() as error:
         raise InputError(f"model.tokenizer: {config.tokenizer}: cannot be loaded: {one_line(error)}") from error
     # The tokenizer of an image–text model names a processor class, which would need an image processor.

@@ -1,10 +1,10 @@
-"""What a training run records: metrics.jsonl, TensorBoard events, and throughput."""
+"""What a training run records: metrics.jsonl, which trackers and the plot receive, and throughput."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,51 +14,69 @@ from index.files import InputError, atomic_path
 from index.records import read_records
 from retriever.data.micro_batches import PreparedBatch
 from retriever.distributed.ranks import Ranks
+from retriever.training.tracking.plot import PLOT_FILE, plot_run
+from retriever.training.tracking.trackers import Trackers, open_trackers
 from retriever.utils.device import memory_in_use_mib
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Appends rows to metrics.jsonl in a run folder and, if requested, writes TensorBoard events.
+    """Appends rows to metrics.jsonl in a run folder, passes them to trackers, and draws the plot of the run.
 
     Args:
         run: the run folder.
         step: the step that the run continues from. Later rows of metrics.jsonl, which a killed run has left, are
             removed.
         dev_step: the same for the rows of dev evaluations.
-        tensorboard: whether to write TensorBoard events.
+        trackers: names of trackers, see `open_trackers`. Default: none.
+        settings: hyper-parameters for the trackers. Default: none.
+        plot: whether to draw the plot when the log is closed. Default: False.
     """
 
-    def __init__(self, run: Path, *, step: int, dev_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        step: int,
+        dev_step: int,
+        trackers: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+        plot: bool = False,
+    ) -> None:
         self.path = run / METRICS_FILE
+        self.evaluations: dict[int, Mapping[str, Any]]
+        """Step -> row of its dev evaluation."""
         rows = _rows_until(self.path, step, dev_step) if self.path.exists() else []
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self.evaluations = {row["step"]: row for row in rows if _is_evaluation(row)}
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _summary_writer(run / "tensorboard", step) if tensorboard else None
+        self._plot = run / PLOT_FILE if plot else None
+        self._trackers = Trackers(open_trackers(trackers, run, step, settings or {}))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Write a row, which must have the key "step". Its other numbers become TensorBoard scalars."""
+        """Write a row, which must have the key "step". Trackers receive its other numbers."""
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in row.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(key, value, row["step"])
+        if _is_evaluation(row):
+            self.evaluations[row["step"]] = row
+        self._trackers.log(row)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files, end the trackers, and draw the plot."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
+        if self._plot is not None:
+            plot_run([record.fields for record in read_records(self.path)], self._plot)
 
 
 class NoLog(RunLog):
     """A log that writes nothing, for all ranks but the first."""
 
     def __init__(self) -> None:
-        """No-op."""
+        """Create a log without files."""
+        self.evaluations = {}
 
     def write(self, row: Mapping[str, Any]) -> None:
         """No-op."""
@@ -136,8 +154,7 @@ def _rows_until(path: Path, step: int, dev_step: int) -> list[dict[str, Any]]:
             found = record.fields.get("step", 0)
             if not isinstance(found, int) or isinstance(found, bool):
                 raise InputError(f"{record.place}: step: expected a whole number, found {found!r:.60}")
-            is_evaluation = any(name.startswith("dev_") for name in record.fields)
-            if found <= (dev_step if is_evaluation else step):
+            if found <= (dev_step if _is_evaluation(record.fields) else step):
                 rows.append(record.fields)
     except InputError:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -146,9 +163,5 @@ def _rows_until(path: Path, step: int, dev_step: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError('tensorboard: true needs TensorBoard: pip install "dense-retriever[tensorboard]"') from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith("dev_") for name in row)

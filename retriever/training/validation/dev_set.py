@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from index.beir import BeirDataset
 from index.progress import Reporter
@@ -22,8 +22,13 @@ from retriever.encoding.encoder import EncodeOptions
 from retriever.evaluation.beir import evaluate_towers
 from retriever.utils import own_packages
 
+if TYPE_CHECKING:
+    from eval.metrics import Metrics
+
 # Passages per query that are ranked.
 DEPTH = 100
+# Measures whose confidence interval is recorded.
+WITH_INTERVAL = ("ndcg@10", "mrr@10", "recall@100")
 
 
 class DevSet(Protocol):
@@ -124,7 +129,21 @@ class TextDevSet:
                 f"{self.dataset.name}: passages left out because they have the id of their query and are not judged "
                 f"for it: {metrics.identical_ids_left_out:,} (dev.keep_identical_ids keeps them)"
             )
-        return metrics.mean
+        return {**metrics.mean, **_intervals(metrics)}
+
+
+def _intervals(metrics: Metrics) -> dict[str, float]:
+    """Return the bounds of the 95 % confidence intervals of some measures, as "ndcg@10_low" and "ndcg@10_high"."""
+    from eval.significance import mean_interval
+
+    if len(metrics.per_query) < 2:
+        return {}
+    intervals: dict[str, float] = {}
+    for name in WITH_INTERVAL:
+        low, high = mean_interval([values[name] for values in metrics.per_query.values()])
+        # The measures are between 0 and 1.
+        intervals |= {f"{name}_low": max(0.0, low), f"{name}_high": min(1.0, high)}
+    return intervals
 
 
 def open_dev_set(config: TrainConfig) -> DevSet | None:

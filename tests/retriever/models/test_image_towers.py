@@ -173,7 +173,7 @@ def test_a_hub_name_is_the_checkpoint_of_that_name(
         assert torch.equal(hub.image_features(pixels), local.image_features(pixels))
     with pytest.raises(ConfigError, match=r"model\.image\.size: expected none for a trained encoder"):
         build_image_text_towers(pair(tokenizer, name, size=32))
-    with pytest.raises(InputError, match="acme/none: no such folder, and cannot be loaded from the hub"):
+    with pytest.raises(InputError, match="acme/none: no such folder, and not in the cache of the hub"):
         load_image_text_towers("acme/none")
 
 

@@ -132,7 +132,7 @@ def test_invalid_image_arguments_are_one_line_errors(world: Path, minilm: str, t
     words = ["encode", "--model", minilm, "--data", world / "drawn", "--out", tmp_path / "out"]
     assert_refused(command(*words), 1, "drawn: expected a corpus for ")
     words[2] = "acme/none"
-    assert_refused(command(*words), 1, "acme/none: no such folder, and no such model on the hub")
+    assert_refused(command(*words), 1, "acme/none: no such folder, and not in the cache of the hub")
     words = ["serve", *model, *index, "--port", 0, "--images"]
     assert_refused(command(*words, tmp_path / "gone"), 1, "gone: no such folder")
     assert_refused(command(*words, tmp_path / "empty"), 1, "expected the folder whose images were indexed")

@@ -15,11 +15,11 @@ def test_rows_after_the_checkpoint_and_an_incomplete_last_row_are_removed(tmp_pa
     rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
     file = tmp_path / "metrics.jsonl"
     file.write_text("\n".join([*rows, '{"step": 5, "lo']))
-    RunLog(tmp_path, step=2, dev_step=-1, tensorboard=False).close()
+    RunLog(tmp_path, step=2, dev_step=-1).close()
     assert file.read_text().splitlines() == rows[:2]
     file.write_text("\n".join([rows[0], '{"step": 2, "lo', *rows[2:]]))
     with pytest.raises(InputError, match=r"metrics\.jsonl:2: expected JSON"):
-        RunLog(tmp_path, step=4, dev_step=-1, tensorboard=False)
+        RunLog(tmp_path, step=4, dev_step=-1)
 
 
 @pytest.mark.parametrize("step", ["x", None, [1], 1.5, True, {"a": 1}])
@@ -27,4 +27,4 @@ def test_a_row_whose_step_is_no_number_is_refused(tmp_path: Path, step: object) 
     rows = [json.dumps({"step": step}), '{"step": 2}', '{"step": 3}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl:1: step: expected a whole number"):
-        RunLog(tmp_path, step=4, dev_step=-1, tensorboard=False)
+        RunLog(tmp_path, step=4, dev_step=-1)

@@ -1,0 +1,80 @@
+"""Where a model or a dataset comes from, and its licence, as far as its own files say so."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from retriever.models.loading.hub import cached_model, split_revision
+
+_SNAPSHOT = re.compile(r"models--(.+?)--(.+)")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model that another one was made from."""
+
+    name: str
+    """Hub name, or the last part of the path of a folder."""
+    hub_name: str = ""
+    """Hub name; "" for a folder that does not come from the hub."""
+    revision: str = ""
+    """Commit on the hub; "" if it is not known."""
+    licence: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}{f' (revision {self.revision})' if self.revision else ''}"
+
+
+def base_model(path_or_name: str) -> BaseModel:
+    """Return what is known about a model folder or hub name, without using the network."""
+    folder = cached_model(path_or_name)
+    if folder is None:
+        name, revision = split_revision(path_or_name)
+        return BaseModel(name, name if "/" in name else "", revision or "")
+    licence = licence_of(folder)
+    # Snapshots in the cache of the hub are in models--OWNER--NAME/snapshots/COMMIT.
+    snapshot = folder.absolute()
+    if snapshot.parent.name == "snapshots" and (match := _SNAPSHOT.fullmatch(snapshot.parent.parent.name)):
+        name = f"{match[1]}/{match[2]}"
+        return BaseModel(name, name, snapshot.name, licence)
+    resolved = folder.resolve()
+    # A run writes its model to RUN/model.
+    return BaseModel(resolved.parent.name if resolved.name == "model" else resolved.name, "", "", licence)
+
+
+def licence_of(path: Path) -> str:
+    """Return the licence that the card of a folder states, or that of the folder of a file; "" if there is none."""
+    card = card_metadata((path if path.is_dir() else path.parent) / "README.md")
+    licence = card.get("license_name") or card.get("license")
+    if isinstance(licence, list):
+        licence = ", ".join(map(str, licence))
+    if licence:
+        return str(licence)
+    return "in its file LICENSE" if path.is_dir() and (path / "LICENSE").is_file() else ""
+
+
+def dataset_licence(hub_name: str) -> str:
+    """Return the licence of a dataset on the hub, if its card is in the cache; otherwise ""."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        card = try_to_load_from_cache(hub_name, "README.md", repo_type="dataset")
+    except ValueError:
+        # Not a valid name; opening the data reports it.
+        return ""
+    return licence_of(Path(card).parent) if isinstance(card, str) else ""
+
+
+def card_metadata(file: Path) -> dict[str, object]:
+    """Return the YAML header of a model card or dataset card; {} if there is none or it cannot be read."""
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        header = text.split("\n---", 1)[0].removeprefix("---\n") if text.startswith("---\n") else ""
+        content = yaml.safe_load(header)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,1 @@
+"""Models for others: pushing to the Hugging Face Hub, and export to other formats."""

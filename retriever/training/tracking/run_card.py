@@ -1,0 +1,158 @@
+"""The model card of a training run: data, loss, hyper-parameters, metrics before and after, environment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retriever.config.images import ImageSource
+from retriever.config.run import TrainConfig
+from retriever.config.sources import SourceConfig
+from retriever.models.card.card import CardEvaluation, CardMeasure, Estimate, ModelCard, TrainingData
+from retriever.models.card.provenance import BaseModel, base_model, dataset_licence, licence_of
+from retriever.utils.versions import COMPUTING, device_name, versions
+
+LOSSES = {
+    "inf_cl": "Inf-CL (InfoNCE over in-batch negatives in tiles, [arXiv 2410.17243](https://arxiv.org/abs/2410.17243))",
+    "sigmoid": "pairwise sigmoid loss (SigLIP, [arXiv 2303.15343](https://arxiv.org/abs/2303.15343))",
+    "clip": "symmetric InfoNCE on the full matrix (CLIP, [arXiv 2103.00020](https://arxiv.org/abs/2103.00020))",
+}
+# Measures of a dev set in the card; other measures are in metrics.jsonl.
+MEASURES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@100": "recall@100"}
+# Settings that say where something is, or how a run is recorded: they do not change the model.
+_NOT_SHOWN = {"out", "name", "tokenizer", "sources", "images", "path", "cache", "log_every", "checkpoint_every"}
+_NOT_SHOWN |= {"keep_checkpoints", "tensorboard", "track", "plot", "workers"}
+
+
+def run_card(
+    config: TrainConfig,
+    *,
+    rows: Sequence[int],
+    sources: Sequence[str],
+    step: int,
+    steps: int,
+    device: torch.device,
+    processes: int,
+    metric: str = "",
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+    dev_fingerprint: str = "",
+) -> ModelCard:
+    """Describe the model of a run. Equal runs give equal cards, wherever their folders are.
+
+    Args:
+        config: The configuration, with resolved values.
+        rows: Number of rows of each source.
+        sources: sha256 of each source.
+        step: Number of steps that the model was trained for.
+        steps: Number of steps of the run.
+        device: Device of the run.
+        processes: Number of processes.
+        metric: Name of the measure that the best model is chosen by. Default: "", no dev set.
+        before: Row of metrics.jsonl of the dev evaluation before training. Default: None, there is none.
+        after: Row of the dev evaluation of this model. Default: None, there is none.
+        dev_fingerprint: Fingerprint of the dev set. Default: "".
+    """
+    bases = _bases(config)
+    given: Sequence[SourceConfig | ImageSource] = config.data.images or config.data.sources
+    name = " and ".join(base.name for base in bases) or "a new encoder"
+    evaluations = () if after is None else (_evaluation(config, metric, before, after, dev_fingerprint),)
+    return ModelCard(
+        title=f"{name.rsplit('/', 1)[-1]} trained for retrieval",
+        summary=(
+            f"This model maps {'images and texts' if config.data.images else 'queries and passages'} to embeddings for "
+            f"dense retrieval. It was trained from {name} for {step:,} of {steps:,} steps."
+        ),
+        base_models=tuple(base.hub_name for base in bases if base.hub_name),
+        base=", ".join(map(str, bases)),
+        licence=_model_licence(bases),
+        data=tuple(map(_training_data, given, rows, sources)),
+        loss=_loss(config),
+        settings=run_settings(config),
+        evaluations=evaluations,
+        environment={
+            **versions(*COMPUTING),
+            "device": device_name(device),
+            "processes": str(processes),
+        },
+    )
+
+
+def _bases(config: TrainConfig) -> list[BaseModel]:
+    """The models that the run started from."""
+    image = config.model.image
+    names = [config.model.name, "" if image.is_new else image.name]
+    return [base_model(name) for name in dict.fromkeys(names) if name]
+
+
+def _model_licence(bases: Sequence[BaseModel]) -> str:
+    """The licence of the base model, which also holds for a model that is derived from it."""
+    licences = {base.licence for base in bases}
+    licence = licences.pop() if len(licences) == 1 else ""
+    return "" if " " in licence else licence
+
+
+def _training_data(source: SourceConfig | ImageSource, rows: int, sha256: str) -> TrainingData:
+    path = Path(source.path)
+    if source.format == "huggingface" and not path.exists():
+        # owner/name:subset@revision
+        hub_name = source.path.partition("@")[0].partition(":")[0]
+        return TrainingData(source.path, rows, dataset_licence(hub_name), sha256, hub_name)
+    return TrainingData(path.name, rows, licence_of(path), sha256)
+
+
+def _loss(config: TrainConfig) -> str:
+    loss = config.loss
+    scale = "learned, initially" if loss.learn_logit_scale else "constant,"
+    parts = [
+        LOSSES[loss.name],
+        "in both directions" if loss.symmetric or loss.name == "clip" else "from queries to passages",
+        f"{config.data.negatives} hard negatives per query" if config.data.negatives else "no hard negatives",
+        f"logit scale {scale} {loss.logit_scale:g}",
+    ]
+    if loss.masks_false_negatives:
+        parts.append("false negatives masked")
+    return ", ".join(parts) + "."
+
+
+def run_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the fields of a configuration that may change the model, by the names of their flags."""
+    found: dict[str, Any] = {}
+
+    def collect(value: Any, prefix: str) -> None:
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            if dataclasses.is_dataclass(item):
+                collect(item, f"{prefix}{field.name}.")
+            elif not (field.name in _NOT_SHOWN and (not prefix.startswith(("loss.", "optim.")))) and item is not None:
+                # 4 and 4.0 epochs are the same setting.
+                whole = isinstance(item, float) and item.is_integer()
+                found[f"{prefix}{field.name}"] = int(item) if whole else item
+
+    collect(config, "")
+    return found
+
+
+def _evaluation(
+    config: TrainConfig,
+    metric: str,
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any],
+    fingerprint: str,
+) -> CardEvaluation:
+    names = {metric.lower(): metric, **MEASURES}
+    measures = tuple(
+        CardMeasure(name, estimate, None if before is None else _estimate(before, key))
+        for key, name in names.items()
+        if (estimate := _estimate(after, key)) is not None
+    )
+    return CardEvaluation(Path(config.dev.path).name, config.dev.split, measures, fingerprint.split(" ")[0])
+
+
+def _estimate(row: Mapping[str, Any], measure: str) -> Estimate | None:
+    value = row.get(f"dev_{measure}")
+    return None if value is None else Estimate(value, row.get(f"dev_{measure}_low"), row.get(f"dev_{measure}_high"))
