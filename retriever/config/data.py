@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from retriever.config.checks import MAX_WORKERS, check_at_least
 from retriever.config.images import ImageSource
@@ -17,14 +18,35 @@ class DataConfig:
     """Sources of text pairs. Each batch comes from one source, drawn in proportion to the weights."""
     images: tuple[ImageSource, ...] = ()
     """Sources of images with captions, instead of data.sources, for a model with an image tower."""
+    positives: Literal["draw", "all"] = "draw"
+    """Positives of a row with several. draw: one is drawn at each step. all: all at once, see loss.positives_reduction;
+    the limit of loss.limit is that of the drawn one."""
+    max_positives: int = 8
+    """Largest number of positives of a query with positives all; of more, as many are drawn."""
     negatives: int = 0
-    """Number of hard negatives per query, from the `negatives` column of each source."""
+    """Number of hard negatives per query, from the `negatives` column of each source. Rows that have fewer give
+    fewer."""
+    negatives_seen_by: Literal["all", "own"] = "all"
+    """Whether a hard negative is a negative of all queries of the batch, or only of its own query, as in the literature
+    before large batches. Statistics, loss.limit and the symmetric part of the loss are about the batch alone."""
     workers: int = 1
     """Number of processes that load and tokenize batches in the background. 0: load in the main process. The order of
     the data does not depend on it."""
     cache: str | None = None
     """Folder of the memory-mapped copies of the sources. None: a folder inside the run folder."""
 
+    @property
+    def texts_per_query(self) -> int:
+        """Largest number of texts of a query in a batch, itself included."""
+        return 1 + (self.max_positives if self.positives == "all" else 1) + self.negatives
+
     def __post_init__(self) -> None:
         check_at_least(self, "data.", 0, "negatives")
         check_at_least(self, "data.", 0, "workers", maximum=MAX_WORKERS)
+        check_at_least(self, "data.", 1, "max_positives")
+        if self.negatives_seen_by == "own" and not self.negatives:
+            raise ValueError("data.negatives_seen_by: expected all without data.negatives, found own")
+        if self.images and self.positives == "all":
+            raise ValueError("data.positives: expected draw with data.images, found all")
+        if self.images and self.negatives_seen_by == "own":
+            raise ValueError("data.negatives_seen_by: expected all with data.images, found own")

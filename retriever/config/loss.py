@@ -43,6 +43,9 @@ class LossConfig:
     """Mask false negatives for inf_cl and sigmoid: a passage that any row of the sources pairs with a query's text is
     not a negative of that query. Texts that differ only in white space are equal. (If a batch has more than 4,194,304
     such pairs and more than 32 per query, all passages that are connected through shared queries are masked.)"""
+    positives_reduction: Literal["mean", "sum"] = "mean"
+    """How several positives of a query (data.positives all) are combined. mean: the mean of their losses, each without
+    the other positives. sum: the loss of their summed probability."""
     limit: LimitConfig = field(default_factory=LimitConfig)
     hardness: float = 0.0
     """Weight each negative by exp(hardness · c), where c is its product with the query (arXiv 2010.04592). 0: equal

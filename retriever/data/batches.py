@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -13,6 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from retriever.data.false_negatives import FalseNegatives, Integers, find_false_negatives, number_texts
 from retriever.data.known_positives import KnownPositives, text_digests
+from retriever.data.passage_choice import (
+    Choice,
+    PassageSettings,
+    choose_passages,
+    offsets_of,
+    without_known_positives,
+)
 from retriever.data.schedule import BatchSchedule
 from retriever.data.sources import Example
 from retriever.data.table import ExampleTable
@@ -49,7 +55,7 @@ class PairKeys:
     positives: Integers
     """[M]"""
     negatives: Integers
-    """[N - M]"""
+    """[N - M]: the other passages of the pool, further positives included."""
     known: Integers
     """[K, 2]: further pairs (query, passage) that are known to be positive."""
 
@@ -62,8 +68,8 @@ class PairKeys:
 class TrainingBatch:
     """The texts of one step, prompts included. With several ranks, the share of one rank.
 
-    The passages of the loss are the positives, in the order of the queries, followed by all negatives. Every passage is
-    a negative of all other queries.
+    The passages of the loss are the positives, in the order of the queries, further positives, and the negatives that
+    all queries see. Each of them is a negative of all other queries.
     """
 
     source: int
@@ -73,18 +79,26 @@ class TrainingBatch:
     positives: list[str]
     """[M], one for each query."""
     negatives: list[str]
-    """[N - M], at most `negatives_per_query` for each query."""
+    """[H], hard negatives that all queries see."""
     false_negatives: FalseNegatives | None
     """Masks of the loss. None with several ranks, because they depend on the texts of the other ranks."""
     keys: PairKeys | None = None
     """With several ranks: digests of the texts, without prompts. None with one rank."""
     teacher: TeacherLists | None = None
     """A teacher's scores of positives and negatives; None if no row of the source has any."""
+    further_positives: list[str] = field(default_factory=list)
+    """[F]"""
+    positive_pairs: Integers | None = None
+    """[F, 2]: pairs (query row, passage row) of the further positives; None if each query has one positive."""
+    own_negatives: list[str] = field(default_factory=list)
+    """Hard negatives of query 0, then of query 1, and so on, that only their own query sees."""
+    own_offsets: Integers | None = None
+    """[M + 1]: the first of `own_negatives` of each query, and their number; None if all queries see the negatives."""
 
     @property
     def passages(self) -> list[str]:
-        """[N], positives then negatives."""
-        return self.positives + self.negatives
+        """[N], the pool: positives, further positives, negatives."""
+        return self.positives + self.further_positives + self.negatives
 
 
 class BatchDataset(Dataset[T], Generic[T]):
@@ -97,7 +111,7 @@ class BatchDataset(Dataset[T], Generic[T]):
         prepare: Callable[[TrainingBatch], T],
         *,
         prompts: Sequence[Prompts] | None = None,
-        negatives_per_query: int = 0,
+        passages: PassageSettings | None = None,
         known: KnownPositives | None = None,
         share: Share | None = None,
     ) -> None:
@@ -111,22 +125,20 @@ class BatchDataset(Dataset[T], Generic[T]):
             schedule: The rows of each step.
             prepare: Function applied to every batch, for example tokenization.
             prompts: Prompts of each table. Default: None, no prompts.
-            negatives_per_query: Largest number of hard negatives per query. Default: 0.
+            passages: How many positives and hard negatives of a row are used. Default: None, one positive.
             known: Positives of the queries with several positives, over all tables. Default: None.
             share: Rank and number of ranks; only the rows of this rank are read. Default: None, a single rank.
 
         Raises:
-            ValueError: If `negatives_per_query` is negative, or the numbers of tables and prompts differ.
+            ValueError: If the numbers of tables and prompts differ.
         """
-        if negatives_per_query < 0:
-            raise ValueError(f"negatives_per_query: expected 0 or more, found {negatives_per_query}")
         if prompts is not None and len(prompts) != len(tables):
             raise ValueError(f"prompts: expected {len(tables)}, one for each table, found {len(prompts)}")
         self._tables = list(tables)
         self._schedule = schedule
         self._prepare = prepare
         self._prompts = list(prompts or [Prompts()] * len(tables))
-        self._negatives_per_query = negatives_per_query
+        self._passages = passages or PassageSettings()
         self._known = known if known is not None and len(known) else None
         self._share = share or Share()
 
@@ -156,36 +168,60 @@ class BatchDataset(Dataset[T], Generic[T]):
         generator = np.random.default_rng([self._schedule.seed, _CHOICE, step])
         # Drawn for all rows of the batch, so that the result does not depend on the number of ranks.
         positive_draws, negative_seeds = generator.random(len(rows)), generator.integers(2**63, size=len(rows))
-        queries: list[str] = []
-        positives: list[str] = []
-        negatives: list[str] = []
-        prompts: list[Prompts] = []
-        negative_prompts: list[str] = []
-        # Passage rows and scores of each query. The negatives follow the positives of all queries.
-        lists: list[list[tuple[int, float]]] = []
         positions = self._share.of(len(rows))
-        for number, position in enumerate(positions):
-            example = self._tables[source][int(rows[position])]
-            drawn_positive = int(positive_draws[position] * len(example.positives))
-            count = min(self._negatives_per_query, len(example.negatives))
-            drawn = random.Random(int(negative_seeds[position])).sample(range(len(example.negatives)), count)
-            queries.append(example.query)
-            positives.append(example.positives[drawn_positive])
-            lists.append(_teacher_list(example, number, drawn_positive, len(positions) + len(negatives), drawn))
-            negatives += [example.negatives[i] for i in drawn]
-            prompts.append(self._prompts[source].of_row(example))
-            negative_prompts += [prompts[-1].passage] * count
-        keys = self._keys(queries, positives, negatives)
+        examples = [self._tables[source][int(rows[position])] for position in positions]
+        choices = [
+            choose_passages(example, self._passages, positive_draws[position], int(negative_seeds[position]))
+            for example, position in zip(examples, positions, strict=True)
+        ]
+        return self._assemble(source, examples, choices)
+
+    def _assemble(self, source: int, examples: Sequence[Example], choices: Sequence[Choice]) -> TrainingBatch:
+        """Return the batch of some rows with the passages that were chosen."""
+        rows = list(zip(examples, choices, strict=True))
+        queries = [example.query for example in examples]
+        positives = [example.positives[choice.positive] for example, choice in rows]
+        further = [[example.positives[i] for i in choice.further] for example, choice in rows]
+        negatives = [[example.negatives[i] for i in choice.negatives] for example, choice in rows]
+        several, own = self._passages.positives == "all", self._passages.negatives_seen_by == "own"
+        pairs = None
+        if several:
+            pair_rows = np.repeat(np.arange(len(rows)), [len(texts) for texts in further])
+            pairs = np.stack([pair_rows, len(rows) + np.arange(len(pair_rows))], axis=1).astype(np.int64)
+        if own:
+            kept = without_known_positives(queries, negatives, self._known)
+            negatives = [[texts[i] for i in indices] for texts, indices in zip(negatives, kept, strict=True)]
+        keys = self._keys(queries, positives, _flat(further) + ([] if own else _flat(negatives)))
+        prompts = [self._prompts[source].of_row(example) for example in examples]
+        prompted = [
+            _flat([[prompt.passage + text for text in texts] for prompt, texts in zip(prompts, lists, strict=True)])
+            for lists in (further, negatives)
+        ]
+        masks = keys.false_negatives() if self._share.size == 1 else None
         return TrainingBatch(
             source,
             [prompt.query + text for prompt, text in zip(prompts, queries, strict=True)],
             [prompt.passage + text for prompt, text in zip(prompts, positives, strict=True)],
-            [prompt + text for prompt, text in zip(negative_prompts, negatives, strict=True)],
-            false_negatives=keys.false_negatives() if self._share.size == 1 else None,
+            [] if own else prompted[1],
+            false_negatives=masks if masks is None or pairs is None else masks.without(pairs),
             keys=keys if self._share.size > 1 else None,
-            # Depends on the source alone, so that all ranks have lists or none has.
-            teacher=TeacherLists.of(lists) if self._tables[source].rows_with_scores else None,
+            teacher=None if several or own else self._teacher_lists(source, rows),
+            further_positives=prompted[0],
+            positive_pairs=pairs,
+            own_negatives=prompted[1] if own else [],
+            own_offsets=offsets_of([len(texts) for texts in negatives]) if own else None,
         )
+
+    def _teacher_lists(self, source: int, rows: Sequence[tuple[Example, Choice]]) -> TeacherLists | None:
+        # Depends on the source alone, so that all ranks have lists or none has.
+        if not self._tables[source].rows_with_scores:
+            return None
+        # The negatives follow the positives of all queries.
+        first_negative, lists = len(rows), []
+        for query, (example, choice) in enumerate(rows):
+            lists.append(_teacher_list(example, query, choice, first_negative))
+            first_negative += len(choice.negatives)
+        return TeacherLists.of(lists)
 
     def _keys(self, queries: list[str], positives: list[str], negatives: list[str]) -> PairKeys:
         known = np.empty((0, 2), np.int64)
@@ -204,15 +240,17 @@ class BatchDataset(Dataset[T], Generic[T]):
         return self._known
 
 
-def _teacher_list(
-    example: Example, query: int, positive: int, first_negative: int, drawn: Sequence[int]
-) -> list[tuple[int, float]]:
+def _teacher_list(example: Example, query: int, choice: Choice, first_negative: int) -> list[tuple[int, float]]:
     """Return passage rows and scores of the drawn positive and negatives; empty for a row without scores."""
     if example.scores is None:
         return []
     scores = example.scores[len(example.positives) :]
-    negatives = [(first_negative + i, scores[negative]) for i, negative in enumerate(drawn)]
-    return [(query, example.scores[positive]), *negatives]
+    negatives = [(first_negative + i, scores[negative]) for i, negative in enumerate(choice.negatives)]
+    return [(query, example.scores[choice.positive]), *negatives]
+
+
+def _flat(lists: Sequence[Sequence[str]]) -> list[str]:
+    return [text for texts in lists for text in texts]
 
 
 def batch_loader(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,12 @@ class FalseNegatives:
         if self.batch_any is not None:
             return self.batch_any
         return bool(len(self.excluded)) or len(np.unique(self.passage_ids)) < len(self.passage_ids)
+
+    def without(self, pairs: Integers) -> FalseNegatives:
+        """The masks without some pairs [P, 2] of `excluded`, because they are further positives in the loss."""
+        width = max(int(array[:, 1].max(initial=-1)) for array in (self.excluded, pairs)) + 1
+        keys, removed = (array[:, 0] * width + array[:, 1] for array in (self.excluded, pairs))
+        return replace(self, excluded=self.excluded[~np.isin(keys, removed)])
 
     @property
     def no_negatives(self) -> bool:

@@ -12,6 +12,7 @@ from retriever.config.run import TrainConfig
 from retriever.data.batches import BatchDataset
 from retriever.data.known_positives import KnownPositives, find_known_positives
 from retriever.data.micro_batches import BatchPreparer, PreparedBatch
+from retriever.data.passage_choice import PassageSettings
 from retriever.data.schedule import BatchSchedule
 from retriever.data.source_prompts import describe_source_prompts, source_prompts
 from retriever.data.table import ExampleTable, open_source
@@ -144,7 +145,9 @@ def open_batches(
         schedule,
         BatchPreparer.of(towers, token_budget),
         prompts=prompts,
-        negatives_per_query=config.data.negatives,
+        passages=PassageSettings(
+            config.data.positives, config.data.max_positives, config.data.negatives, config.data.negatives_seen_by
+        ),
         known=known,
         share=share,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retriever.data.batches import PairKeys, TrainingBatch
-from retriever.data.false_negatives import FalseNegatives
+from retriever.data.false_negatives import FalseNegatives, Integers
 from retriever.data.length_sorting import make_micro_batches
 from retriever.data.teacher_lists import TeacherLists
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
@@ -69,7 +69,8 @@ class TowerInputs(Protocol):
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """The inputs of one training step: queries, then passages (positives, then hard negatives)."""
+    """The inputs of one training step: queries, then passages, in the order of TrainingBatch: the pool (positives,
+    further positives, negatives), then hard negatives that only their own query sees."""
 
     groups: Sequence[TowerInputs]
     """One group with all texts for a shared tower; otherwise the queries and the passages."""
@@ -83,6 +84,14 @@ class PreparedBatch:
     """Text digests of one rank's share; None with a single rank."""
     teacher: TeacherLists | None = None
     """A teacher's scores of passages, for `losses.TeacherScores`; None if no row of the source has any."""
+    source: int = 0
+    """Index of the source of the batch."""
+    positive_pairs: Integers | None = None
+    """[F, 2] pairs (query row, passage row) of further positives; None if each query has one. With several ranks: rows
+    of this rank's passages, until `with_pool_false_negatives` makes them rows of the pool."""
+    own_offsets: Integers | None = None
+    """[M + 1]: the first hard negative that only its query sees, of each query, and their number; None if all queries
+    see the negatives."""
 
     @property
     def tokens(self) -> int:
@@ -108,7 +117,7 @@ class PreparedBatch:
             device: Device of the result.
 
         Returns:
-            Queries [M, D] and passages [N, D].
+            Queries [M, D] and passages [N, D]: the pool, then the negatives of `own_offsets`.
         """
         start, order = 0, []
         for group in self.groups:
@@ -166,20 +175,29 @@ class BatchPreparer:
         return cls(query, passage, towers.shared, token_budget, not towers.padding_free, towers.device.type)
 
     def __call__(self, batch: TrainingBatch) -> PreparedBatch:
+        passages = batch.passages + batch.own_negatives
         if self.shared:
             # Queries and passages of similar length share a micro-batch.
             if self.query == self.passage:
-                tokens = self.passage(batch.queries + batch.passages)
+                tokens = self.passage(batch.queries + passages)
             else:
-                tokens = TokenizedTexts.concatenate([self.query(batch.queries), self.passage(batch.passages)])
+                tokens = TokenizedTexts.concatenate([self.query(batch.queries), self.passage(passages)])
             groups = [self._group("document", tokens)]
         else:
             groups = [
                 self._group("query", self.query(batch.queries)),
-                self._group("document", self.passage(batch.passages)),
+                self._group("document", self.passage(passages)),
             ]
         return PreparedBatch(
-            groups, len(batch.queries), batch.false_negatives, self.padded, batch.keys, teacher=batch.teacher
+            groups,
+            len(batch.queries),
+            batch.false_negatives,
+            self.padded,
+            batch.keys,
+            teacher=batch.teacher,
+            source=batch.source,
+            positive_pairs=batch.positive_pairs,
+            own_offsets=batch.own_offsets,
         )
 
     def _group(self, side: Side, tokens: TokenizedTexts) -> TextInputs:

@@ -25,8 +25,8 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
 
     Returns:
         The batch with `false_negatives`. Its `excluded` [R, 2] has rows of this rank's queries and rows of the pool, in
-        which each rank's positives and then its negatives follow those of the rank before. `teacher.passages` are rows
-        of the pool as well.
+        which each rank's positives and then its other passages follow those of the rank before. The passages of
+        `teacher` and of `positive_pairs` are rows of the pool as well.
     """
     keys = batch.keys
     if keys is None:
@@ -60,5 +60,9 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
         batch_no_negatives=masks.no_negatives,
     )
     # The passages of a rank are consecutive rows of the pool.
-    teacher = batch.teacher and batch.teacher.shifted(own_positives.start + own_negatives.start)
-    return replace(batch, false_negatives=own_masks, teacher=teacher)
+    first = own_positives.start + own_negatives.start
+    teacher = batch.teacher and batch.teacher.shifted(first)
+    positive_pairs = None if batch.positive_pairs is None else batch.positive_pairs + np.array([0, first])
+    if positive_pairs is not None:
+        own_masks = own_masks.without(positive_pairs)
+    return replace(batch, false_negatives=own_masks, teacher=teacher, positive_pairs=positive_pairs)

@@ -95,7 +95,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     graphs = GraphMemory.plan(
         towers,
         precision,
-        texts=-(-config.batch_size // ranks.world_size) * (2 + config.data.negatives),
+        texts=-(-config.batch_size // ranks.world_size) * config.data.texts_per_query,
         workspace_mib=config.loss.workspace_mib,
         micro_batch_tokens=config.micro_batch_tokens,
         offload_embeddings=config.offload_embeddings,

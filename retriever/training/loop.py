@@ -155,7 +155,8 @@ class TrainingLoop:
     def _warn_without_negatives(self, batch: PreparedBatch) -> None:
         """Warn once about a batch in which every passage is masked for every query."""
         masks = batch.false_negatives if self._parts.config.loss.masks_false_negatives else None
-        if self._warned_without_negatives or masks is None or not masks.no_negatives:
+        no_negatives = masks is not None and masks.no_negatives and batch.own_offsets is None
+        if self._warned_without_negatives or not no_negatives:
             return
         self._warned_without_negatives = True
         self._reporter.line(

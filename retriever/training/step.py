@@ -88,7 +88,7 @@ class TrainStep:
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
             nonlocal found
             query, passage = batch.merge_embeddings(embeddings, device)
-            options = LossOptions.of(batch, config.loss, device, statistics=statistics)
+            passage, options = LossOptions.of(batch, passage, config.loss, statistics=statistics)
             # Autocast makes the loss use the precision of the towers if its own is "auto".
             with autocast(device, self.precision):
                 loss = self.loss(query, passage, **options.arguments())

@@ -61,6 +61,11 @@ def main(config: str) -> None:
         on_ranks(size, trained(config, out / f"sigmoid{size}", *sigmoid))
     assert_near(results(out / "sigmoid3"), results(out / "sigmoid1"))
     print("sigmoid", flush=True)
+    switches = ("--data.positives", "all", "--data.negatives-seen-by", "own", "--loss.limit.margin", "0.02")
+    for size in (1, 3):
+        on_ranks(size, trained(config, out / f"switches{size}", *switches, "--steps", "4", "--dev.path", ""))
+    assert_near(results(out / "switches3"), results(out / "switches1"))
+    print("switches", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from retriever.errors import ConfigError
 
 # The option of the loss (losses/option_checks/combinations.py) that a field of the configuration sets.
 FIELDS = {
+    "positives": "data.positives all",
+    "negatives.own": "data.negatives_seen_by own",
     "negatives.limit": "loss.limit",
     "negatives.hardness": "loss.hardness",
     "negatives.same_side": "loss.same_side",
@@ -58,6 +60,8 @@ def given_options(config: TrainConfig) -> set[str]:
     """Names of the options of the loss, apart from statistics, that a run uses."""
     loss = config.loss
     switches = {
+        "positives": config.data.positives == "all",
+        "negatives.own": config.data.negatives_seen_by == "own",
         "negatives.limit": loss.limit.given,
         "negatives.hardness": loss.hardness > 0,
         "negatives.same_side": loss.same_side,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses import NegativeLimit, Negatives, Positives, Teacher, TeacherScores
+from losses import NegativeLimit, Negatives, Positives, Ragged, Teacher, TeacherScores
 from retriever.config.loss import LossConfig
 from retriever.config.loss_options import LimitConfig
+from retriever.data.false_negatives import Integers
 from retriever.data.micro_batches import PreparedBatch
 from retriever.utils.device import to_device
 
@@ -30,17 +31,34 @@ class LossOptions:
 
     @classmethod
     def of(
-        cls, batch: PreparedBatch, config: LossConfig, device: torch.device, *, statistics: bool = False
-    ) -> LossOptions:
-        """The options of a batch.
+        cls, batch: PreparedBatch, passage: Tensor, config: LossConfig, *, statistics: bool = False
+    ) -> tuple[Tensor, LossOptions]:
+        """The pool and the options of a batch.
 
         Args:
             batch: The batch, or the share of this rank with the false negatives of the pool.
+            passage: [rows, D], the pool and then the hard negatives that only their own query sees.
             config: The configuration of the loss.
-            device: Device of the loss.
             statistics: Whether the loss returns statistics too.
+
+        Returns:
+            The pool [N, D] and the options.
         """
-        return cls(**_masks(batch, config, device), negatives=_negatives(config), statistics=statistics)
+        device, own = passage.device, None
+        if batch.own_offsets is not None:
+            pool = len(passage) - int(batch.own_offsets[-1])
+            own = Ragged(passage[pool:], _on_device(batch.own_offsets, device))
+            passage = passage[:pool]
+        positives = None
+        if batch.positive_pairs is not None:
+            positives = Positives(_on_device(batch.positive_pairs, device), config.positives_reduction)
+        options = cls(
+            **_masks(batch, config, device),
+            positives=positives,
+            negatives=_negatives(config, own),
+            statistics=statistics,
+        )
+        return passage, options
 
     def arguments(self) -> dict[str, Any]:
         """The options that are given, by argument name."""
@@ -53,13 +71,16 @@ def _masks(batch: PreparedBatch, config: LossConfig, device: torch.device) -> di
     if masks is None or not config.masks_false_negatives or not masks.any:
         return {}
     arrays = {"query_ids": masks.query_ids, "passage_ids": masks.passage_ids, "excluded": masks.excluded}
-    return {name: to_device(torch.from_numpy(array), device) for name, array in arrays.items()}
+    return {name: _on_device(array, device) for name, array in arrays.items()}
 
 
-def _negatives(config: LossConfig) -> Negatives | None:
-    if not (config.limit.given or config.same_side or config.hardness):
-        return None
-    return Negatives(limit=_limit(config.limit), same_side=config.same_side, hardness=config.hardness)
+def _negatives(config: LossConfig, own: Ragged | None) -> Negatives | None:
+    negatives = Negatives(limit=_limit(config.limit), own=own, same_side=config.same_side, hardness=config.hardness)
+    return None if negatives == Negatives() else negatives
+
+
+def _on_device(array: Integers, device: torch.device) -> Tensor:
+    return to_device(torch.from_numpy(array), device)
 
 
 def _limit(config: LimitConfig) -> NegativeLimit | None:

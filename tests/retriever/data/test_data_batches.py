@@ -13,6 +13,7 @@ import torch
 
 from retriever.config.sources import SourceConfig
 from retriever.data.batches import BatchDataset, Prompts, TrainingBatch, batch_loader
+from retriever.data.passage_choice import PassageSettings
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.share import Share
@@ -43,7 +44,12 @@ def dataset(
     schedule = BatchSchedule([len(t) for t in tables], batch_size=8, seed=seed, epochs=epochs)
     prompts = [Prompts("query: ", "passage: "), Prompts()]
     return BatchDataset(
-        tables, schedule, as_given, prompts=prompts, negatives_per_query=negatives_per_query, share=share
+        tables,
+        schedule,
+        as_given,
+        prompts=prompts,
+        passages=PassageSettings(negatives=negatives_per_query),
+        share=share,
     )
 
 
@@ -108,7 +114,7 @@ def test_positives_and_negatives_of_a_row_vary_with_the_step(tmp_path: Path) -> 
         [open_source(SourceConfig(str(path)), tmp_path / "cache")],
         BatchSchedule([1], batch_size=1, seed=0, epochs=40),
         as_given,
-        negatives_per_query=2,
+        passages=PassageSettings(negatives=2),
     )
     batches = [data.batch(step) for step in range(40)]
     assert {text for batch in batches for text in batch.positives} == {"a", "b", "c"}
@@ -135,13 +141,13 @@ def test_shares_of_all_ranks_form_the_batch_of_one_process(tmp_path: Path, size:
         assert max(len(part.queries) for part in parts) - min(len(part.queries) for part in parts) <= 1
 
 
-@pytest.mark.parametrize(
-    ("settings", "field"), [({"negatives_per_query": -1}, "negatives_per_query"), ({"prompts": []}, "prompts")]
-)
-def test_an_invalid_argument_is_named(tmp_path: Path, settings: dict, field: str) -> None:
+def test_an_invalid_argument_is_named(tmp_path: Path) -> None:
     schedule = BatchSchedule([10], batch_size=5, seed=0, steps=1)
-    with pytest.raises(ValueError, match=f"^{field}: "):
-        BatchDataset([table(tmp_path, "a", 10)], schedule, as_given, **settings)
+    with pytest.raises(ValueError, match=r"^prompts: "):
+        BatchDataset([table(tmp_path, "a", 10)], schedule, as_given, prompts=[])
+    for name, value in (("negatives", -1), ("max_positives", 0)):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            PassageSettings(**{name: value})
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -160,7 +166,7 @@ def test_teacher_scores_point_at_their_passages_and_rows_have_prompts(tmp_path: 
     schedule = BatchSchedule([16], batch_size=16, seed=0, epochs=1)
     for rank in range(size):
         share = Share(rank, size)
-        batch = BatchDataset(tables, schedule, as_given, negatives_per_query=2, share=share).batch(0)
+        batch = BatchDataset(tables, schedule, as_given, passages=PassageSettings(negatives=2), share=share).batch(0)
         assert batch.teacher is not None
         teacher = batch.teacher.shifted(100)
         assert teacher.offsets.tolist()[0] == 0 and len(teacher.offsets) == len(batch.queries) + 1

@@ -20,6 +20,7 @@ from retriever.data.batches import BatchDataset, PairKeys, Prompts, TrainingBatc
 from retriever.data.false_negatives import FalseNegatives, find_false_negatives, number_texts
 from retriever.data.known_positives import KnownPositives, open_known_positives, text_digests
 from retriever.data.micro_batches import PreparedBatch
+from retriever.data.passage_choice import PassageSettings
 from retriever.data.pool_false_negatives import with_pool_false_negatives
 from retriever.data.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
@@ -116,7 +117,11 @@ def test_duplicates_with_other_white_space_are_not_negatives(tmp_path: Path) -> 
     known = open_known_positives(tables, tmp_path / "cache")
     for index in (known, None):
         data = BatchDataset(
-            tables, BatchSchedule([4], batch_size=4, seed=0, epochs=2), as_given, negatives_per_query=1, known=index
+            tables,
+            BatchSchedule([4], batch_size=4, seed=0, epochs=2),
+            as_given,
+            passages=PassageSettings(negatives=1),
+            known=index,
         )
         known_pairs = {("q", "a b"), ("s", "a b")} | {("r", "c"), ("r", "d")}
         for step in range(len(data)):
@@ -256,7 +261,7 @@ def test_positives_that_were_not_drawn_are_masked_as_mined_negatives(
     tables = [converted(tmp_path, "rows", rows)]
     known = open_known_positives(tables, tmp_path / "cache")
     schedule = BatchSchedule([4], batch_size=4, seed=0, epochs=20)
-    data = BatchDataset(tables, schedule, as_given, prompts=prompts, negatives_per_query=2, known=known)
+    data = BatchDataset(tables, schedule, as_given, prompts=prompts, passages=PassageSettings(negatives=2), known=known)
     known_pairs = {("q", "a"), ("q", "b"), ("q", "c"), ("r", "b"), ("s", "c")}
     for step in range(len(data)):
         batch = data.batch(step)

@@ -1,0 +1,272 @@
+"""A step with each option of the loss has the gradients of the loss that a full matrix in float64 gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from run_helpers import assert_same, results
+from torch import Tensor
+
+from index.progress import SilentReporter
+from retriever.config.data import DataConfig
+from retriever.config.loss import LossConfig
+from retriever.config.loss_options import LimitConfig, MatryoshkaConfig
+from retriever.config.model import ModelConfig
+from retriever.config.run import TrainConfig
+from retriever.config.sources import SourceConfig
+from retriever.data.batches import TrainingBatch
+from retriever.distributed.ranks import DryRunRanks
+from retriever.errors import ConfigError
+from retriever.training import step as step_module
+from retriever.training.objective.checks import check_dimension, check_objective, has_statistics
+from retriever.training.step import TrainStep
+from retriever.training.trainer import Trainer
+
+WORDS = ["cat", "dog", "run", "walk", "eat", "sleep", "tree", "house", "river", "stone", "blue", "red", "small", "old"]
+SCALE = 9.0
+
+
+def rows_of_data() -> list[dict[str, Any]]:
+    """Rows with one to three positives and up to three hard negatives, some of them false."""
+    random = np.random.default_rng(0)
+
+    def text() -> str:
+        return " ".join(random.choice(WORDS, size=4))
+
+    rows: list[dict[str, Any]] = [
+        {"query": text(), "positive": [text() for _ in range(1 + i % 3)], "negatives": [text() for _ in range(i % 4)]}
+        for i in range(12)
+    ]
+    # The same query with another positive, which is a hard negative of the first row; a passage of two queries.
+    rows.append({"query": rows[2]["query"], "positive": [rows[3]["negatives"][0]], "negatives": []})
+    rows[2]["negatives"] = [rows[12]["positive"][0], rows[5]["positive"][0]]
+    rows[7]["positive"].append(rows[8]["positive"][1])
+    return rows
+
+
+@pytest.fixture
+def config(tiny: ModelConfig, tmp_path: Path) -> TrainConfig:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of_data()))
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        model=dataclasses.replace(tiny, dropout=0.0),
+        data=DataConfig(sources=(SourceConfig(path=str(path)),), workers=0, negatives=2),
+        loss=LossConfig(logit_scale=SCALE),
+        batch_size=13,
+        steps=1,
+        micro_batch_tokens=90,
+        precision="fp32",
+        device="cpu",
+    )
+
+
+def expected_loss(batch: TrainingBatch, query: Tensor, passage: Tensor, own: Tensor, config: TrainConfig) -> Tensor:
+    """The loss from the texts alone: scores [M, N] in float64 and a loop over queries and columns."""
+    loss, rows = config.loss, rows_of_data()
+    known = {(row["query"], text) for row in rows for text in row["positive"]}
+    in_row = {(row["query"], tuple(row["positive"])) for row in rows}
+    pool = batch.positives + batch.further_positives + batch.negatives
+    cosine, owners = query @ passage.T, np.repeat(np.arange(len(query)), _counts(batch))
+    constant = cosine.detach()
+    exponent = cosine * SCALE + loss.hardness * constant
+
+    def is_positive(i: int, j: int) -> bool:
+        # A further positive of query i follows the positives of all queries.
+        several = config.data.positives == "all" and len(query) <= j < len(query) + len(batch.further_positives)
+        own_rows = [texts for text, texts in in_row if text == batch.queries[i] and batch.positives[i] in texts]
+        return j == i or (several and pool[j] in own_rows[0] and _owner(batch, j) == i)
+
+    def is_negative(i: int, j: int) -> bool:
+        limit = torch.inf
+        if loss.limit.margin is not None:
+            limit = float(constant[i, i]) + loss.limit.margin
+        if loss.limit.share is not None:
+            limit = min(limit, float(constant[i, i]) - (1 - loss.limit.share) * abs(float(constant[i, i])))
+        known_pair = (batch.queries[i], pool[j]) in known
+        return not is_positive(i, j) and not known_pair and float(constant[i, j]) <= limit
+
+    def of_line(scores: Tensor, positives: list[int], others: list[Tensor]) -> Tensor:
+        negatives = torch.stack(others) if others else scores.new_empty(0)
+        if loss.positives_reduction == "sum":
+            chosen = scores[positives].logsumexp(0)
+            return torch.cat([chosen[None], negatives]).logsumexp(0) - chosen
+        return torch.stack([torch.cat([scores[p][None], negatives]).logsumexp(0) - scores[p] for p in positives]).mean()
+
+    parts, columns = [], []
+    for i in range(len(query)):
+        negatives = [exponent[i, j] for j in range(len(pool)) if is_negative(i, j)]
+        negatives += [SCALE * (query[i] @ own[h]) for h in np.flatnonzero(owners == i)]
+        if loss.same_side:
+            same = [j for j in range(len(query)) if batch.queries[j] != batch.queries[i]]
+            negatives += [SCALE * (query[i] @ query[j]) for j in same]
+        positives = [j for j in range(len(pool)) if is_positive(i, j)]
+        parts.append(of_line(SCALE * cosine[i], positives, negatives))
+    result = torch.stack(parts).mean()
+    if loss.symmetric:
+        for j in range(len(pool)):
+            positives = [i for i in range(len(query)) if is_positive(i, j)]
+            negatives = [exponent[i, j] for i in range(len(query)) if is_negative(i, j)]
+            if positives:
+                columns.append(of_line(SCALE * cosine[:, j], positives, negatives))
+        result = (result + torch.stack(columns).mean()) / 2
+    return result
+
+
+def _counts(batch: TrainingBatch) -> list[int]:
+    return [0] * len(batch.queries) if batch.own_offsets is None else np.diff(batch.own_offsets).tolist()
+
+
+def _owner(batch: TrainingBatch, passage: int) -> int:
+    """The query whose row has a further positive: they follow one another in the order of the queries."""
+    rows = {(row["query"], text): tuple(row["positive"]) for row in rows_of_data() for text in row["positive"]}
+    counts = [len(rows[query, text]) - 1 for query, text in zip(batch.queries, batch.positives, strict=True)]
+    return int(np.repeat(np.arange(len(counts)), counts)[passage - len(batch.queries)])
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "limit by share, symmetric": ({"limit": LimitConfig(share=0.99), "symmetric": True}, {}),
+    "limit by margin": ({"limit": LimitConfig(margin=0.02)}, {}),
+    "hardness": ({"hardness": 3.0, "symmetric": True}, {}),
+    "same side": ({"same_side": True}, {}),
+    "all positives": ({"symmetric": True}, {"positives": "all"}),
+    "all positives, summed": ({"positives_reduction": "sum"}, {"positives": "all"}),
+    "own negatives": ({}, {"negatives_seen_by": "own"}),
+    "many": (
+        {"limit": LimitConfig(margin=0.1), "symmetric": True, "statistics": "numbers"},
+        {"positives": "all", "negatives_seen_by": "own", "negatives": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_has_the_gradients_of_the_reference_loss(
+    config: TrainConfig, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, data = CASES[case]
+    config = dataclasses.replace(
+        config, loss=dataclasses.replace(config.loss, **loss), data=dataclasses.replace(config.data, **data)
+    )
+    trainer = Trainer.start(config, SilentReporter())
+    batch, towers = trainer.batches.batch(0), trainer.towers.train()
+    found: dict[Tensor, Tensor] = {}
+
+    def record(parameters: list[Tensor], ranks: Any) -> None:
+        found.update((p, p.grad.clone()) for p in parameters if p.grad is not None)
+
+    monkeypatch.setattr(step_module, "average_gradients", record)
+    texts = [batch.queries, batch.passages, batch.own_negatives]
+    tokens = towers.tokenizer("document")([text for group in texts for text in group])
+    embeddings = towers.embed(tokens, np.arange(len(tokens)), "document").double()
+    query, passage, own = embeddings.split([len(group) for group in texts])
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    expected = expected_loss(batch, query, passage, own, config)
+    gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
+    wanted = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+    result = trainer.train_step(trainer.batches[0], 0, statistics=case == "many")
+    assert float(result.loss) == pytest.approx(expected.item(), rel=1e-5)
+    assert expected.item() > 0.3 and (case != "many" or result.statistics is not None)
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    assert found.keys() == wanted.keys()
+    for parameter, reference in wanted.items():
+        torch.testing.assert_close(found[parameter], reference, rtol=1e-4, atol=2e-5 * largest)
+
+
+def test_a_resumed_run_with_options_is_bitwise_equal(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, data = CASES["many"]
+    config = dataclasses.replace(
+        config,
+        loss=dataclasses.replace(config.loss, **loss),
+        data=dataclasses.replace(config.data, **data),
+        **{"steps": 5, "batch_size": 6, "log_every": 2, "checkpoint_every": 2},
+    )
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    Trainer.start(whole, SilentReporter()).train()
+    step = TrainStep.__call__
+
+    def killed(self: TrainStep, batch: Any, number: int, **options: Any) -> Any:
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, batch, number, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainStep, "__call__", killed)
+        Trainer.start(config, SilentReporter()).train()
+    Trainer.resume(Path(config.out), SilentReporter()).train()
+    assert_same(results(Path(config.out)), results(Path(whole.out)))
+    assert [row["step"] for row in results(Path(config.out))["rows"] if "pool_masked" in row] == [2, 4, 5]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
+    "same side and a limit": (
+        {"same_side": True, "limit": LimitConfig(margin=0.1)},
+        {},
+        1,
+        r"^loss.limit does not combine with loss.same_side: ",
+    ),
+    "prefixes and several positives": (
+        {"matryoshka": MatryoshkaConfig((8, 32))},
+        {"positives": "all"},
+        1,
+        r"^loss.matryoshka does not combine with data.positives all: ",
+    ),
+    "hardness of own negatives": (
+        {"hardness": 1.0},
+        {"negatives_seen_by": "own"},
+        1,
+        r"^loss.hardness does not combine with data.negatives_seen_by own: ",
+    ),
+    "several positives of the sigmoid loss": (
+        {"name": "sigmoid"},
+        {"positives": "all"},
+        1,
+        r"^data.positives all: not supported by loss.name sigmoid",
+    ),
+    "the sigmoid loss over ranks": (
+        {"name": "sigmoid", "limit": LimitConfig(margin=0.1)},
+        {},
+        2,
+        r"^loss.limit: the sigmoid loss supports it with one process only",
+    ),
+    "options of clip": (
+        {"name": "clip", "same_side": True},
+        {},
+        1,
+        r"^loss.same_side: not supported by loss.name clip",
+    ),
+    "dense": ({"implementation": "dense", "hardness": 1.0}, {}, 1, r"^loss.implementation: expected auto with"),
+    "statistics": (
+        {"statistics": "numbers", "same_side": True},
+        {},
+        1,
+        r"^loss.statistics does not combine with loss.same_side",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_combine_is_refused_by_the_names_of_the_fields(config: TrainConfig, case: str) -> None:
+    loss, data, ranks, message = REFUSED[case]
+    config = dataclasses.replace(
+        config, loss=dataclasses.replace(config.loss, **loss), data=dataclasses.replace(config.data, **data)
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_objective(config, DryRunRanks(world_size=ranks))
+
+
+def test_statistics_are_left_out_where_the_options_do_not_allow_them(config: TrainConfig) -> None:
+    prefixes = dataclasses.replace(config, loss=LossConfig(matryoshka=MatryoshkaConfig((8, 32))))
+    check_objective(prefixes, DryRunRanks())
+    assert has_statistics(config) and not has_statistics(prefixes)
+    assert not has_statistics(dataclasses.replace(config, loss=LossConfig(name="sigmoid")))
+    with pytest.raises(ConfigError, match=r"^loss.matryoshka.dims: expected at most 16, .* found 32"):
+        check_dimension(prefixes, 16)
