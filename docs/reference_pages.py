@@ -17,12 +17,14 @@ from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluate import EvaluateBeir
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
+from retriever.cli.commands.merge import Merge
 from retriever.cli.commands.mine import Mine
 from retriever.cli.commands.push import Push
 from retriever.cli.commands.score import Score
 from retriever.cli.commands.search import Search
 from retriever.cli.commands.serve import Serve
 from retriever.cli.commands.split import Split
+from retriever.cli.commands.study import Study
 from retriever.cli.commands.train import Train
 from retriever.cli.commands.zero_shot import EvaluateZeroShot
 from retriever.config.images import ImageSource
@@ -44,6 +46,8 @@ COMMANDS: dict[str, type] = {
     "mine": Mine,
     "push": Push,
     "score": Score,
+    "merge": Merge,
+    "study": Study,
     "evaluate beir": EvaluateBeir,
     "evaluate run": EvaluateRun,
     "evaluate compare": EvaluateCompare,

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from retriever.mining.score import score as score
     from retriever.searching.index import build_index as build_index
     from retriever.searching.query import search as search
+    from retriever.selection.merge import Merge as Merge
+    from retriever.selection.merge import merge as merge
+    from retriever.selection.study import Study as Study
+    from retriever.selection.study import study as study
     from retriever.sharing.push import Pushed as Pushed
     from retriever.sharing.push import push as push
     from retriever.training.train import TrainingRun as TrainingRun
@@ -56,6 +60,8 @@ _PUBLIC = {
     "compare": "retriever.evaluation.compare_runs",
     "mine": "retriever.mining.mine",
     "score": "retriever.mining.score",
+    "merge": "retriever.selection.merge",
+    "study": "retriever.selection.study",
     "zero_shot": "retriever.evaluation.zero_shot_sets",
     "split": "retriever.data.splitting.split",
     "push": "retriever.sharing.push",
@@ -63,6 +69,8 @@ _PUBLIC = {
     "TrainConfig": "retriever.config.run",
     "Pushed": "retriever.sharing.push",
     "TrainingRun": "retriever.training.train",
+    "Merge": "retriever.selection.merge",
+    "Study": "retriever.selection.study",
     "EmbeddingStore": "index.store.reader",
     "Index": "index.ann.index",
     "Evaluation": "retriever.evaluation.evaluate",

@@ -15,6 +15,10 @@ class ConfigError(InputError):
     """An invalid setting. The command line exits with code 2."""
 
 
+class NotFiniteError(InputError):
+    """Loss or gradients of a training run are no longer finite."""
+
+
 class ArgumentError(ConfigError):
     """An argument of a public function that is not valid.
 

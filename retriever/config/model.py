@@ -35,6 +35,10 @@ class ModelConfig:
     """Maximum length of a query or passage, in tokens; longer texts are truncated. None: the limits of the model."""
     dropout: float | None = None
     """Dropout probability of all layers of the towers in training. None: as configured in the model."""
+    freeze: Literal["none", "query", "passage"] = "none"
+    """Encoder whose weights are frozen, of a model with two towers (shared false). Its projection is trained."""
+    freeze_layers: int = 0
+    """Number of layers of each encoder, from the input, whose weights are frozen, with the embeddings. 0: none."""
     query_prompt: str | None = None
     """Text that is put before every query and is saved with the model. None: the prompt of the model."""
     passage_prompt: str | None = None
@@ -43,5 +47,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, "model.", 1, "projection", "max_length", maximum=MAX_LENGTH)
+        check_at_least(self, "model.", 0, "freeze_layers")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout: expected a number from 0 to below 1, found {self.dropout}")

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from index.files import atomic_path
+from retriever.config.dev import split_of_path
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_loader import read_yaml
 from retriever.errors import ConfigError
@@ -100,6 +101,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         # A brace range does not exist as a file.
         return str(Path(path).absolute()) if path.endswith(".tar") else absolute(path)
 
+    def absolute_set(path: str) -> str:
+        folder, split = split_of_path(path)
+        return f"{absolute(folder)}:{split}" if split else absolute(folder)
+
     sources = tuple(dataclasses.replace(source, path=absolute(source.path)) for source in config.data.sources)
     images = tuple(dataclasses.replace(source, path=absolute_shards(source.path)) for source in config.data.images)
     cache, tokenizer, tower = config.data.cache, config.model.tokenizer, config.model.image
@@ -114,7 +119,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         data=dataclasses.replace(
             config.data, sources=sources, images=images, cache=cache and str(Path(cache).resolve())
         ),
-        dev=dataclasses.replace(config.dev, path=absolute(config.dev.path)),
+        dev=dataclasses.replace(
+            config.dev, path=absolute(config.dev.path), paths=tuple(map(absolute_set, config.dev.paths))
+        ),
     )
 
 

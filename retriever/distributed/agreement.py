@@ -42,6 +42,7 @@ MAY_DIFFER = (
     "data.workers",
     "data.cache",
     "dev.path",
+    "dev.paths",
     "device",
 )
 # Time in which a file that another machine has created becomes visible on a network file system.

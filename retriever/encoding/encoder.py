@@ -11,6 +11,7 @@ import torch
 
 from retriever.data.length_sorting import make_micro_batches
 from retriever.encoding.windows import WINDOW
+from retriever.models.fsdp import encoding_mode
 from retriever.models.memory import MIN_TOKENS, EncodeMemory
 from retriever.models.mixed_precision import mixed_precision
 from retriever.models.tokenizer import TokenizedTexts
@@ -125,7 +126,7 @@ def _embed_tokens(
     micro_batches = make_micro_batches(
         tokens.lengths, budget, padded=not towers.padding_free, device=towers.device.type
     )
-    with torch.inference_mode():
+    with encoding_mode(towers):
         embeddings = torch.empty(len(tokens), towers.dimension, device=towers.device)
         for rows in micro_batches:
             embeddings[to_device(torch.from_numpy(rows), towers.device)] = towers.embed(tokens, rows, side).float()

@@ -15,6 +15,7 @@ from torch import Tensor
 from index.files import InputError
 from index.image_files import ImageAt
 from retriever.encoding.encoder import EncodeOptions
+from retriever.models.fsdp import encoding_mode
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.images.transforms import ImageTransform, open_image
 from retriever.models.memory import default_encode_tokens
@@ -49,7 +50,7 @@ def embed_images(
     """
     embeddings = np.empty((len(images), towers.dimension), dtype=np.float32)
     done = 0
-    with mixed_precision(towers, options.precision), torch.inference_mode():
+    with mixed_precision(towers, options.precision), encoding_mode(towers):
         for pixels in _decoded(towers.transform, images, _batch_size(towers, options)):
             embeddings[done : done + len(pixels)] = _forward(towers, pixels)
             done += len(pixels)
@@ -67,7 +68,7 @@ def embed_pixels(
     """Embed decoded images, uint8 [3, height, width] each, as float32 [N, D]."""
     batch_size = _batch_size(towers, options)
     embeddings = np.empty((len(pixels), towers.dimension), dtype=np.float32)
-    with mixed_precision(towers, options.precision), torch.inference_mode():
+    with mixed_precision(towers, options.precision), encoding_mode(towers):
         for start in range(0, len(pixels), batch_size):
             batch = pixels[start : start + batch_size]
             embeddings[start : start + len(batch)] = _forward(towers, torch.stack(list(batch)))

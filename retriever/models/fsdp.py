@@ -11,6 +11,8 @@ Communication per micro-batch: the weights for each forward and for backward, 2 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -49,3 +51,11 @@ def shard_encoders(towers: Towers, precision: Precision, device: torch.device, p
 def is_sharded(towers: Towers) -> bool:
     """Whether `shard_encoders` has sharded these towers."""
     return any(isinstance(encoder, FSDPModule) for encoder in towers.encoders)
+
+
+def encoding_mode(towers: Towers) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which towers encode: inference mode, and for sharded towers without gradients.
+
+    FSDP keeps the memory that it gathers the weights into. Memory from inference mode could not be used in training.
+    """
+    return torch.no_grad() if is_sharded(towers) else torch.inference_mode()

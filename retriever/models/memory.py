@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from retriever.models.fsdp import is_sharded
+from retriever.models.fsdp import encoding_mode, is_sharded
 from retriever.models.mixed_precision import mixed_precision
 from retriever.models.sharded_tensors import local_part
 from retriever.models.towers import Towers
@@ -196,7 +196,7 @@ def measure_graph_bytes(towers: Towers, precision: Precision, forward: Callable[
 def _forward_bytes(towers: Towers) -> float:
     """Measure the peak bytes per token of a forward pass without graph, in the tower where it is largest."""
     device, largest = towers.device, 0.0
-    with torch.inference_mode():
+    with encoding_mode(towers):
         for tokens, embed in towers.memory_probes(_PROBE_TOKENS, _LONG_PROBE):
             # The first forward also allocates persistent workspaces of the matrix products.
             embed()

@@ -21,6 +21,7 @@ from retriever.models.loading.checksums import verify_checksums
 from retriever.models.loading.folder import (
     ends_in_normalize,
     first_position,
+    layer_depths,
     load_model,
     text_towers,
     transformer_layers,
@@ -58,6 +59,7 @@ class Towers(nn.Module):
         self.model = model
         self.padding_free = False
         self.truncate_dim: int | None = None
+        self._frozen: tuple[nn.Module, ...] = ()
         self._transformers = text_towers(model)
         for side in SIDES:
             if "message" in self._transformer(side).modality_config:
@@ -119,6 +121,52 @@ class Towers(nn.Module):
         """The Hugging Face model of each tower, without duplicates."""
         return list(dict.fromkeys(transformer.auto_model for transformer in self.transformers))
 
+    @property
+    def encoders_by_side(self) -> dict[str, list[nn.Module]]:
+        """Modules of the encoder of each side: "query" and "passage", or only "both" for a shared tower."""
+        if len(self.encoders) == 1:
+            return {"both": [self.encoders[0]]}
+        return {"query": [self._transformer("query").auto_model], "passage": [self._transformer("document").auto_model]}
+
+    def freeze(self, side: str, layers: int) -> None:
+        """Freeze weights of the encoders. Frozen modules have no dropout in training.
+
+        Args:
+            side: "query" or "passage", whose encoder is frozen, or "none".
+            layers: Number of layers of each encoder, from the input, that are frozen; with at least one, also the
+                embeddings.
+
+        Raises:
+            ConfigError: If `side` is given for a shared tower, or an encoder has fewer layers.
+        """
+        frozen: list[nn.Module] = []
+        if side != "none":
+            if side not in self.encoders_by_side:
+                raise ConfigError(f"model.freeze: expected none for a shared tower (model.shared), found {side}")
+            frozen += self.encoders_by_side[side]
+        for encoder in (module for modules in self.encoders_by_side.values() for module in modules):
+            depths = layer_depths(encoder)
+            if not layers or not any(depths.values()):
+                continue
+            blocks = transformer_layers(encoder)
+            if layers > len(blocks):
+                raise ConfigError(f"model.freeze_layers: expected at most {len(blocks)}, the layers, found {layers}")
+            for parameter, depth in depths.items():
+                if depth >= len(blocks) - layers:
+                    parameter.requires_grad_(False)
+            frozen += blocks[:layers]
+        for module in frozen:
+            module.requires_grad_(False)
+        # In a tuple, so that they are not registered a second time.
+        self._frozen = tuple(frozen)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, except for modules that `freeze` has frozen: they have no dropout."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
     def prompt(self, side: Side) -> str:
         """Return the prompt that is put before every query or passage, "" for none."""
         return prompt_of(self.model, side)
@@ -153,7 +201,7 @@ class Towers(nn.Module):
     def describe_frozen(self) -> str | None:
         """Return a line that describes the frozen weights, or None if there are none.
 
-        Weights are frozen if the folder holds an adapter and its base model.
+        Weights are frozen by the configuration, or if the folder holds an adapter and its base model.
 
         Raises:
             ConfigError: If all weights are frozen.
@@ -163,7 +211,7 @@ class Towers(nn.Module):
             return None
         trainable = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         if not trainable:
-            raise ConfigError("model: every weight of the folder is frozen (an adapter?): nothing would be trained")
+            raise ConfigError("model: every weight is frozen (an adapter, model.freeze?): nothing would be trained")
         count = sum(weight.numel() for weight in frozen.values())
         return f"frozen: {count:,} weights in {len(frozen)} tensors ({next(iter(frozen))}, …); trained: {trainable:,}"
 
@@ -345,7 +393,9 @@ def build_towers(config: ModelConfig) -> Towers:
     model = load_new_encoder(config) if config.architecture else load_model(config.name, pooling=config.pooling)
     model = adapt_model(model, config)
     set_text_options(model, set(text_towers(model).values()), config)
-    towers = Towers(model).train()
+    towers = Towers(model)
+    towers.freeze(config.freeze, config.freeze_layers)
+    towers.train()
     # Raises an error if all weights are frozen.
     towers.describe_frozen()
     return towers

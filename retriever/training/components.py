@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,13 @@ from retriever.models.memory import GraphMemory
 from retriever.training.cuda_graphs import check_cuda_graphs
 from retriever.training.objective.checks import check_dimension, check_objective
 from retriever.training.objective.loss import build_loss, check_ranks
+from retriever.training.optimization.average import WeightAverage
 from retriever.training.optimization.optim import build_optimizer
+from retriever.training.optimization.rates import learning_rates
 from retriever.training.run_dir import build_configured_towers, cache_folder
 from retriever.training.step import TrainStep
-from retriever.training.validation.dev_set import DevSet, open_dev_set
+from retriever.training.validation.dev_set import DevSet
+from retriever.training.validation.dev_sets import open_dev_set
 from retriever.utils.device import Precision, choose_device, choose_precision
 
 
@@ -42,6 +46,8 @@ class Components:
     loss: InfCLLoss | SigmoidLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: WeightAverage | None
+    """Moving average of the weights of the towers."""
     graphs: GraphMemory
     dev_set: DevSet | None
     batches: Any
@@ -55,7 +61,12 @@ class Components:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The modules that a checkpoint contains, by name."""
-        return {"towers": self.towers, "loss": self.loss}
+        average = {} if self.average is None else {"average": self.average}
+        return {"towers": self.towers, "loss": self.loss, **average}
+
+    def evaluated_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which the towers have the weights that are evaluated and saved: their average, with optim.ema."""
+        return contextlib.nullcontext() if self.average is None else self.average.swapped_in()
 
     @property
     def dev_fingerprint(self) -> str:
@@ -105,9 +116,10 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     # The saved configuration has the values that were used, not "auto" and None.
     config = dataclasses.replace(config, precision=precision, micro_batch_tokens=graphs.micro_batch_tokens)
     named_parameters = nn.ModuleDict({"towers": towers, "loss": loss}).named_parameters()
-    optimizer = build_optimizer(named_parameters, config.optim)
+    optimizer = build_optimizer(named_parameters, config.optim, learning_rates(towers, loss, config.optim))
+    average = None if config.optim.ema is None else WeightAverage(towers, config.optim.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    dev_set = open_dev_set(config)
+    dev_set = open_dev_set(config.dev, images=bool(config.model.image.name), batch_size=config.batch_size)
     with ranks.first_rank_first():
         batches, sources = open_training_data(
             config,
@@ -119,7 +131,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
             share=ranks.share,
             dry_run=isinstance(ranks, DryRunRanks),
         )
-    train_step = TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, len(batches), ranks)
+    train_step = TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, len(batches), ranks, average)
     components = Components(
         config=config,
         ranks=ranks,
@@ -129,6 +141,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
         loss=loss,
         optimizer=optimizer,
         scaler=scaler,
+        average=average,
         graphs=graphs,
         dev_set=dev_set,
         batches=batches,
@@ -167,6 +180,7 @@ def _check_same_data(components: Components) -> None:
     name = "data.images" if config.data.images else "data.sources"
     paths = [source.path for source in config.data.images or config.data.sources]
     data = {f"{name}[{i}]": ContentHash(components.sources[i], path) for i, path in enumerate(paths)}
-    dev = ContentHash.of(components.dev_fingerprint, config.dev.path) if components.dev_set is not None else None
+    dev_paths = config.dev.path or ", ".join(config.dev.paths)
+    dev = ContentHash.of(components.dev_fingerprint, dev_paths) if components.dev_set is not None else None
     steps = len(components.batches)
-    check_same_on_ranks(components.ranks, {**data, "dev.path": dev, "steps": steps})
+    check_same_on_ranks(components.ranks, {**data, "dev.path" if config.dev.path else "dev.paths": dev, "steps": steps})

@@ -86,7 +86,10 @@ class _GraphedForward:
         if not (torch.is_grad_enabled() and self.encoder.training):
             return False
         sums = gradient_sums(self.encoder)
-        if any(weight.dtype != torch.bfloat16 or weight not in sums for weight in self.encoder.parameters()):
+        weights = list(self.encoder.parameters())
+        if any(weight.dtype != torch.bfloat16 or weight not in sums for weight in weights):
+            return False
+        if not any(weight.requires_grad for weight in weights):
             return False
         return size in self.captures or len(self.captures) < MAX_CAPTURES
 

@@ -6,16 +6,17 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from index.files import InputError
 from index.progress import Reporter
 from retriever.data.micro_batches import PreparedBatch
 from retriever.data.pool_false_negatives import with_pool_false_negatives
 from retriever.encoding.encoder import EncodeOptions
+from retriever.errors import NotFiniteError
 from retriever.training.checkpoint import TrainState
 from retriever.training.components import Components
 from retriever.training.cuda_graphs import use_cuda_graphs
 from retriever.training.objective.checks import has_statistics
 from retriever.training.objective.statistics import statistics_row
+from retriever.training.optimization.optim import lr_factor
 from retriever.training.profiler import StepProfile
 from retriever.training.run_dir import RunFolder
 from retriever.training.step import StepResult
@@ -64,7 +65,7 @@ class TrainingLoop:
 
         Raises:
             Interrupted: a stop was requested. The last checkpoint may be older than the last step.
-            InputError: loss or gradients are not finite.
+            NotFiniteError: loss or gradients are not finite.
         """
         parts, state, ranks = self._parts, self._state, self._parts.ranks
         loader: Iterable[Any] = parts.batches.loader(start=state.step, workers=parts.config.data.workers)
@@ -131,7 +132,8 @@ class TrainingLoop:
             after=self._log.evaluations.get(state.step),
             dev_fingerprint=parts.dev_fingerprint,
         )
-        self._folder.save_model(parts.towers, parts.config, card, sharded=parts.sharded)
+        with parts.evaluated_weights():
+            self._folder.save_model(parts.towers, parts.config, card, sharded=parts.sharded)
 
     def _until_early_stop(self, loader: Iterable[PreparedBatch]) -> Iterator[PreparedBatch]:
         """Yield batches until dev.patience is exhausted."""
@@ -167,13 +169,13 @@ class TrainingLoop:
 
     def _row(self, result: StepResult, meter: ThroughputMeter) -> dict[str, Any]:
         """Return the row of metrics.jsonl for this step. Only here the host waits for the device."""
-        parts = self._parts
+        parts, config = self._parts, self._parts.config.optim
         row = {
             "step": self._state.step,
             "loss": float(result.loss),
             "grad_norm": float(result.grad_norm),
             "logit_scale": parts.loss.logit_scale.item(),
-            "lr": parts.optimizer.param_groups[0]["lr"],
+            "lr": config.lr * lr_factor(self._state.step - 1, self._total, config),
             **meter.rates(),
         }
         if result.statistics is not None:
@@ -183,7 +185,7 @@ class TrainingLoop:
         skips_overflow = parts.scaler.is_enabled() and parts.scaler.get_scale() >= 1
         if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or skips_overflow):
             saved = "the last checkpoint is from before" if self._folder.has_checkpoint else "there is no checkpoint"
-            raise InputError(
+            raise NotFiniteError(
                 f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}, logit_scale "
                 f"{row['logit_scale']:.2f}: no longer finite; {saved}. Lower optim.lr, lengthen "
                 f"optim.warmup_fraction, or train in fp32 or bf16"
@@ -192,33 +194,36 @@ class TrainingLoop:
 
     def _evaluate_if_due(self) -> None:
         """Evaluate on the dev set if it is due at this step, and save the model if it is the best one."""
-        parts, state = self._parts, self._state
+        parts, state, config = self._parts, self._state, self._parts.config
         at_start = state.step == 0
-        due = parts.config.dev.at_start if at_start else self._due("dev") or state.step == self._total
+        due = config.dev.at_start if at_start else self._due("dev") or state.step == self._total
         if parts.dev_set is None or not due or state.step == state.dev_step:
             return
         parts.towers.eval()
-        measures = measure_on_ranks(
-            parts.dev_set,
-            parts.towers,
-            self._folder.path,
-            EncodeOptions(parts.precision, parts.config.micro_batch_tokens),
-            self._reporter,
-            tick=self._stop.check,
-            ranks=parts.ranks,
-            sharded=parts.sharded,
-        )
+        with parts.evaluated_weights():
+            measures = measure_on_ranks(
+                parts.dev_set,
+                parts.towers,
+                self._folder.path,
+                EncodeOptions(parts.precision, config.micro_batch_tokens),
+                self._reporter,
+                loss=parts.loss,
+                tick=self._stop.check,
+                ranks=parts.ranks,
+                sharded=parts.sharded,
+            )
         parts.towers.train()
         state.dev_step = state.step
         metric = parts.dev_set.metric
         score = measures[metric.lower()]
         self._log.write({"step": state.step, **{f"dev_{name}": value for name, value in measures.items()}})
+        dev_loss = f"  loss {measures['loss']:.4f}" if "loss" in measures else ""
         if at_start:
-            self._reporter.line(f"before training  dev {metric} {score:.4f}")
+            self._reporter.line(f"before training  dev {metric} {score:.4f}{dev_loss}")
             return
         improved = state.best_score is None or score > state.best_score
         suffix = "  best so far" if improved else f"  (best {state.best_score:.4f} at step {state.best_step})"
-        self._reporter.line(f"step {state.step}  dev {metric} {score:.4f}{suffix}")
+        self._reporter.line(f"step {state.step}  dev {metric} {score:.4f}{dev_loss}{suffix}")
         if improved:
             state.best_score, state.best_step, state.evaluations_without_gain = score, state.step, 0
             self._save_model()

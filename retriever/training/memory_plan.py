@@ -117,6 +117,8 @@ def plan_step(
         "weights": sharding.bytes_of(tensors),
         f"optimizer ({config.optim.name})": sharding.sum(trained, lambda p: _moment_bytes(p, config.optim.name)),
     }
+    if config.optim.ema is not None:
+        resident["average of the weights"] = sharding.bytes_of(p for p in towers.parameters() if p.requires_grad)
     # safetensors serializes copies. The larger file is the optimizer's, and it is written unsharded.
     checkpoint = 2 * max(resident.values()) * sharding.processes
     if on_gpu:

@@ -22,7 +22,8 @@ from retriever.models.sharded_tensors import clip_gradients
 from retriever.models.towers import Towers
 from retriever.training import grad_cache
 from retriever.training.objective.options import LossOptions
-from retriever.training.optimization.optim import lr_factor
+from retriever.training.optimization.average import WeightAverage
+from retriever.training.optimization.optim import lr_factor, set_learning_rates
 from retriever.training.profiler import phase
 from retriever.utils.device import Precision, autocast
 
@@ -69,6 +70,8 @@ class TrainStep:
     """Number of steps of the run, for the learning rate."""
     ranks: Ranks = field(default_factory=Ranks)
     """The ranks, each of which has a share of the batch."""
+    average: WeightAverage | None = None
+    """Moving average of the weights, which each step updates."""
 
     def __call__(self, batch: PreparedBatch, step: int, *, statistics: bool = False) -> StepResult:
         """Make a step.
@@ -80,8 +83,7 @@ class TrainStep:
         """
         config, device = self.config, self.towers.device
         torch.manual_seed(_step_seed(config.seed, step, self.ranks.rank))
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.optim.lr * lr_factor(step, self.steps, config.optim)
+        set_learning_rates(self.optimizer, lr_factor(step, self.steps, config.optim))
         micro_batches, keep = self._micro_batches(batch)
         found: Statistics | None = None
 
@@ -115,6 +117,8 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.update(step + 1)
         return StepResult(loss, grad_norm, found)
 
     def _micro_batches(self, batch: PreparedBatch) -> tuple[list[MicroBatch], int]:

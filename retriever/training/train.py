@@ -102,7 +102,7 @@ def train(
         check_paths(resume=resume)
         resolved = TrainConfig()
     else:
-        resolved = with_overrides(_as_config(config), overrides)
+        resolved = with_overrides(as_config(config), overrides)
     on_gpus = uses_gpus(resolved.device)
     same = {"command": "train", "--resume": resume is not None, "--profile": profile}
     same |= {"device": "cuda" if on_gpus else "cpu", **compared_settings(resolved)}
@@ -138,7 +138,12 @@ def plan_run(
         return Trainer(config, folder, reporter, DryRunRanks(world_size=processes)).plan()
 
 
-def _as_config(config: str | Path | TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
+def as_config(config: str | Path | TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
+    """Return the configuration that a caller gave as a file, a mapping or a TrainConfig.
+
+    Raises:
+        ConfigError: it is something else, or invalid.
+    """
     if config is None:
         return TrainConfig()
     if isinstance(config, TrainConfig):

@@ -59,7 +59,8 @@ def main(config_file: str) -> None:
     """Compare all runs."""
     out, config = Path("runs"), load_config(Path(config_file))
     # Two towers: ranks must run the micro-batches of the same tower at the same time.
-    config = dataclasses.replace(config, shard_towers=True, model=dataclasses.replace(config.model, shared=False))
+    model, optim = dataclasses.replace(config.model, shared=False), dataclasses.replace(config.optim, ema=0.5)
+    config = dataclasses.replace(config, shard_towers=True, model=model, optim=optim)
     on_ranks(1, trained(config, out / "1"))
     run = out / "sharded"
     for size in (3, 2, 1):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,11 @@ class ImageTextTowers(Towers):
     def transformers(self) -> list[Any]:
         """The sentence-transformers Transformer module of each tower."""
         return list(dict.fromkeys([self._image[0], *super().transformers]))
+
+    @property
+    def encoders_by_side(self) -> dict[str, list[nn.Module]]:
+        """Modules of the encoder of each side: "query", the texts, and "passage", the images."""
+        return {"query": self._encoder("text"), "passage": self._encoder("image")}
 
     @property
     def image_tokens(self) -> int:
@@ -187,7 +192,7 @@ class ImageTextTowers(Towers):
         for module in self._encoder(which):
             module.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> ImageTextTowers:
+    def train(self, mode: bool = True) -> Self:
         """Set training mode, except for modules whose weights are all frozen: they have no dropout."""
         super().train(mode)
         for module in self.modules():
@@ -253,6 +258,11 @@ def build_image_text_towers(config: ModelConfig) -> ImageTextTowers:
     towers = ImageTextTowers(model)
     if image.statistics != "processor":
         towers.set_statistics(CLIP_STATISTICS if image.statistics == "clip" else IMAGENET_STATISTICS)
+    if config.freeze != "none":
+        raise ConfigError(
+            f"model.freeze: expected none with an image tower, see model.image.lock; found {config.freeze}"
+        )
+    towers.freeze("none", config.freeze_layers)
     if image.lock != "none":
         towers.lock(image.lock)
     if image.patch_dropout:

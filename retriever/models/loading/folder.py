@@ -145,6 +145,24 @@ def transformer_layers(encoder: nn.Module) -> nn.ModuleList:
     return max((module for module in encoder.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
+def layer_depths(encoder: nn.Module) -> dict[nn.Parameter, int]:
+    """Return parameter -> number of transformer layers after it, in the order of `named_parameters`.
+
+    A parameter of the last layer, or one after the layers, has depth 0; one before the layers, such as an embedding,
+    has the number of layers. A module without layers has depth 0.
+    """
+    if not any(isinstance(module, nn.ModuleList) for module in encoder.modules()):
+        return dict.fromkeys(encoder.parameters(), 0)
+    layers = transformer_layers(encoder)
+    inside = {p: len(layers) - 1 - i for i, layer in enumerate(layers) for p in layer.parameters()}
+    depths, depth_outside = {}, len(layers)
+    # Hugging Face models register their modules in the order in which they run.
+    for parameter in encoder.parameters():
+        depth_outside = 0 if parameter in inside else depth_outside
+        depths[parameter] = inside.get(parameter, depth_outside)
+    return depths
+
+
 def first_position(encoder: nn.Module) -> int:
     """Return the position id of the first token of a text: padding_idx + 1 for RoBERTa-like models, otherwise 0."""
     for module in encoder.modules():

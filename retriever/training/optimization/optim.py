@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
     """Return the factor of `config.lr` in a step.
 
     The factor rises linearly over the first w = round(warmup_fraction · total) steps: 1/w, 2/w, …, 1. Then it falls
-    from 1 along half a cosine or a line that is zero at step `total`, or is constant.
+    from 1 along half a cosine or a line that is zero at step `total`, or is constant. With the schedule "wsd" it is
+    constant until the last d = round(decay_fraction · total) steps: 1, (d − 1)/d, …, 1/d.
 
     Args:
         step: the step, 0 ≤ step < total.
@@ -31,36 +32,71 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
         return (step + 1) / warmup
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "wsd":
+        decay = round(config.decay_fraction * total)
+        return min(1.0, (total - step) / max(1, decay))
     progress = (step - warmup) / max(1, total - warmup)
     return 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    rates: Mapping[nn.Parameter, float] | None = None,
+) -> list[dict[str, Any]]:
     """Group the trainable parameters: matrices with weight decay; biases, norms and logit_scale without.
 
     A parameter with several names, such as a weight of a shared tower, is included once.
+
+    Args:
+        named: names and parameters.
+        config: weight decay and learning rate.
+        rates: peak learning rate of parameters that do not have that of the configuration. Default: None, all have.
+
+    Returns:
+        The groups, with the keys "params", "weight_decay", "lr" and "peak_lr".
     """
     decayed: dict[nn.Parameter, None] = {}
     not_decayed: dict[nn.Parameter, None] = {}
     for _, parameter in named:
         if parameter.requires_grad:
             (decayed if parameter.ndim > 1 else not_decayed)[parameter] = None
+    rates = rates or {}
+
+    def key(parameter: nn.Parameter) -> tuple[float, bool]:
+        # A fused optimizer cannot update sharded and unsharded parameters in one group (models/fsdp.py).
+        return rates.get(parameter, config.lr), isinstance(parameter, DTensor)
+
     return [
-        {"params": list(group), "weight_decay": decay}
-        for parameters, decay in ((decayed, weight_decay), (not_decayed, 0.0))
-        # A fused optimizer cannot update sharded and unsharded parameters in one group (models/fsdp.py). The order of
-        # parameters is kept, so that checkpoints do not depend on sharding.
-        for _, group in itertools.groupby(parameters, key=lambda parameter: isinstance(parameter, DTensor))
+        {"params": list(group), "weight_decay": decay, "lr": rate, "peak_lr": rate}
+        for parameters, decay in ((decayed, config.weight_decay), (not_decayed, 0.0))
+        # The order of parameters is kept, so that checkpoints depend neither on sharding nor on learning rates.
+        for (rate, _), group in itertools.groupby(parameters, key=key)
     ]
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> Optimizer:
+def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
+    """Set the learning rate of each group to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    rates: Mapping[nn.Parameter, float] | None = None,
+) -> Optimizer:
     """Build the optimizer for `named_parameters()`. AdamW is fused if torch supports it on the devices.
+
+    Args:
+        named: names and parameters.
+        config: the optimizer.
+        rates: peak learning rate of parameters that do not have that of the configuration. Default: None, all have.
 
     Raises:
         ValueError: no parameter requires a gradient.
     """
-    groups = parameter_groups(named, config.weight_decay)
+    groups = parameter_groups(named, config, rates)
     if not groups:
         raise ValueError("named: expected at least one parameter that requires a gradient")
     if config.name == "adafactor":

@@ -12,15 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import nn
+
 from index.beir import BeirDataset
 from index.progress import Reporter
 from retriever.config.dev import DevConfig
-from retriever.config.run import TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import corpus_source
 from retriever.encoding.encoder import EncodeOptions
 from retriever.evaluation.beir import evaluate_towers
-from retriever.utils import own_packages
+from retriever.training.validation.dev_loss import DevPairs
 
 if TYPE_CHECKING:
     from eval.metrics import Metrics
@@ -49,6 +50,7 @@ class DevSet(Protocol):
         options: EncodeOptions,
         reporter: Reporter,
         *,
+        loss: nn.Module,
         tick: Callable[[], None] | None,
         ranks: Ranks,
     ) -> dict[str, float]:
@@ -59,6 +61,7 @@ class DevSet(Protocol):
             embeddings: folder for passage embeddings.
             options: how to encode.
             reporter: shows progress.
+            loss: the loss of the run, whose logit scale the dev loss uses.
             tick: called after every micro-batch; may raise to stop the evaluation.
             ranks: ranks that share the work.
 
@@ -74,10 +77,16 @@ class TextDevSet:
     dataset: BeirDataset
     metric: str = "nDCG@10"
     keep_identical_ids: bool = False
+    loss_batch: int | None = None
+    """Number of queries in a batch of the dev loss; None: it is not computed."""
 
     @classmethod
-    def open(cls, config: DevConfig) -> TextDevSet:
+    def open(cls, config: DevConfig, batch_size: int = 256) -> TextDevSet:
         """Open the split and keep its first `max_queries` queries.
+
+        Args:
+            config: the dev set.
+            batch_size: number of queries in a batch of the dev loss. Default: 256.
 
         Raises:
             InputError: the split does not exist, or a row is invalid.
@@ -92,7 +101,13 @@ class TextDevSet:
                 queries={query: dataset.queries[query] for query in kept},
                 qrels={query: dataset.qrels[query] for query in kept},
             )
-        return cls(dataset, keep_identical_ids=config.keep_identical_ids)
+        loss_batch = batch_size if config.loss else None
+        return cls(dataset, keep_identical_ids=config.keep_identical_ids, loss_batch=loss_batch)
+
+    @cached_property
+    def pairs(self) -> DevPairs:
+        """The pairs of the dev loss."""
+        return DevPairs.of(self.dataset)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -108,6 +123,7 @@ class TextDevSet:
         options: EncodeOptions,
         reporter: Reporter,
         *,
+        loss: nn.Module,
         tick: Callable[[], None] | None,
         ranks: Ranks,
     ) -> dict[str, float]:
@@ -129,7 +145,10 @@ class TextDevSet:
                 f"{self.dataset.name}: passages left out because they have the id of their query and are not judged "
                 f"for it: {metrics.identical_ids_left_out:,} (dev.keep_identical_ids keeps them)"
             )
-        return {**metrics.mean, **_intervals(metrics)}
+        measures = {**metrics.mean, **_intervals(metrics)}
+        if self.loss_batch is None or not ranks.is_first:
+            return measures
+        return {**measures, "loss": self.pairs.loss(towers, loss, self.loss_batch, options, tick)}
 
 
 def _intervals(metrics: Metrics) -> dict[str, float]:
@@ -146,18 +165,6 @@ def _intervals(metrics: Metrics) -> dict[str, float]:
     return intervals
 
 
-def open_dev_set(config: TrainConfig) -> DevSet | None:
-    """Open the dev set of a configuration, or return None if dev.path is empty."""
-    if not config.dev.path:
-        return None
-    own_packages.require("eval")
-    if not config.model.image.name:
-        return TextDevSet.open(config.dev)
-    from retriever.training.validation.image_dev_set import ImageDevSet
-
-    return ImageDevSet.open(config.dev)
-
-
 def measure_on_ranks(
     dev_set: DevSet,
     towers: Any,
@@ -165,6 +172,7 @@ def measure_on_ranks(
     options: EncodeOptions,
     reporter: Reporter,
     *,
+    loss: nn.Module,
     tick: Callable[[], None],
     ranks: Ranks,
     sharded: bool,
@@ -177,6 +185,7 @@ def measure_on_ranks(
         run: the run folder, in which passage embeddings are stored for the evaluation.
         options: how to encode.
         reporter: shows progress.
+        loss: the loss of the run.
         tick: called after every micro-batch if there is a single rank; may raise to stop the evaluation.
         ranks: the ranks.
         sharded: whether the towers are sharded. Every rank then evaluates the whole dev set, because all ranks must run
@@ -194,9 +203,17 @@ def measure_on_ranks(
     ranks.barrier()
     try:
         measures = dev_set.measures(
-            towers, embeddings, options, reporter, tick=tick if ranks.world_size == 1 else None, ranks=workers
+            towers,
+            embeddings,
+            options,
+            reporter,
+            loss=loss,
+            tick=tick if ranks.world_size == 1 else None,
+            ranks=workers,
         )
         return ranks.broadcast(measures)
     finally:
         if workers.is_first:
-            shutil.rmtree(embeddings, ignore_errors=True)
+            # Several sets have a folder each, with a number after the name.
+            for folder in (embeddings, *run.glob(f"{embeddings.name}-*")):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from eval.zero_shot.data import Sample, ZeroShotSet
 from eval.zero_shot.evaluate import Embedded, score
@@ -44,6 +45,8 @@ class ImageDevSet:
             raise ConfigError("dev.max_queries: expected none for a set of images, all of which are evaluated")
         if config.keep_identical_ids:
             raise ConfigError("dev.keep_identical_ids: expected false for a set of images")
+        if config.loss:
+            raise ConfigError("dev.loss: expected false for a set of images")
         return cls(open_set(Path(config.path), config.split))
 
     @property
@@ -63,6 +66,7 @@ class ImageDevSet:
         options: EncodeOptions,
         reporter: Reporter,
         *,
+        loss: nn.Module,
         tick: Callable[[], None] | None,
         ranks: Ranks,
     ) -> dict[str, float]:

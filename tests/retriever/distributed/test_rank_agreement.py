@@ -163,7 +163,7 @@ def test_all_settings_are_compared_except_paths_and_resources() -> None:
         model=dataclasses.replace(config.model, tokenizer="t"),
     )
     assert compared_settings(elsewhere) == fields
-    left_out = {"out", "device", "model.name", "model.tokenizer", "model.image.name", "dev.path"}
+    left_out = {"out", "device", "model.name", "model.tokenizer", "model.image.name", "dev.path", "dev.paths"}
     left_out |= {"data.workers", "data.cache"}
     plain = {name for name in flat_settings(TrainConfig())}
     assert plain - compared_settings(TrainConfig()).keys() == left_out

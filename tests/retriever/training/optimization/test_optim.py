@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,7 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from retriever.training.optimization.optim import Adafactor, OptimConfig, build_optimizer, lr_factor, parameter_groups
+from losses import InfCLLoss
+from retriever.config.model import ModelConfig
+from retriever.errors import ConfigError
+from retriever.models.towers import build_towers
+from retriever.training.optimization.optim import (
+    Adafactor,
+    OptimConfig,
+    build_optimizer,
+    lr_factor,
+    parameter_groups,
+    set_learning_rates,
+)
+from retriever.training.optimization.rates import learning_rates
 
 SHAPES = [(40, 33), (64, 3, 4, 4), (31, 50), (7,), ()]
 
@@ -166,7 +179,7 @@ def test_only_trainable_matrices_are_decayed_and_shared_ones_once() -> None:
         ("loss.logit_scale", scale),
         ("frozen", frozen),
     ]
-    decayed, others = parameter_groups(parameters, 0.1)
+    decayed, others = parameter_groups(parameters, OptimConfig(weight_decay=0.1))
     assert decayed["weight_decay"] == 0.1
     assert [id(p) for p in decayed["params"]] == [id(tower[0].weight)]
     assert others["weight_decay"] == 0.0
@@ -203,9 +216,62 @@ def test_linear_and_constant_schedules() -> None:
     assert lr_factor(0, 1, OptimConfig(warmup_fraction=1.0)) == 1.0
 
 
+def test_warm_up_stable_decay() -> None:
+    config = OptimConfig(warmup_fraction=0.2, schedule="wsd", decay_fraction=0.4)
+    factors = [lr_factor(step, 10, config) for step in range(10)]
+    assert factors == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert lr_factor(9, 10, OptimConfig(warmup_fraction=0.0, schedule="wsd", decay_fraction=0.0)) == 1.0
+    with pytest.raises(ValueError, match=r"^optim\.decay_fraction: expected at most 0.4"):
+        OptimConfig(warmup_fraction=0.6, schedule="wsd", decay_fraction=0.5)
+
+
+def test_each_part_of_a_model_has_its_learning_rate(tiny: ModelConfig) -> None:
+    towers = build_towers(dataclasses.replace(tiny, shared=False, projection=8))
+    loss = InfCLLoss()
+    config = OptimConfig(lr=1.0, query_lr=2.0, passage_lr=3.0, projection_lr=4.0, logit_scale_lr=5.0, layer_decay=0.5)
+    optimizer = build_optimizer(
+        nn.ModuleDict({"towers": towers, "loss": loss}).named_parameters(), config, learning_rates(towers, loss, config)
+    )
+    set_learning_rates(optimizer, 0.1)
+    found = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert found.keys() == {*towers.parameters(), *loss.parameters()}
+    for name, parameter in [*towers.named_parameters(), *loss.named_parameters()]:
+        if "logit_scale" in name:
+            expected = 5.0
+        elif ".linear." in name:
+            expected = 4.0
+        else:
+            expected = 2.0 if "sub_modules.query" in name else 3.0
+            expected *= 0.25 if "embeddings" in name else 0.5 if "layer.0" in name else 1.0
+        assert found[parameter] == pytest.approx(expected * 0.1), name
+    shared = build_towers(tiny)
+    with pytest.raises(ConfigError, match=r"optim\.query_lr: expected none for a shared tower"):
+        learning_rates(shared, loss, OptimConfig(query_lr=1.0))
+    with pytest.raises(ConfigError, match=r"optim\.logit_scale_lr: expected none without loss\.learn_logit_scale"):
+        learning_rates(shared, InfCLLoss(learnable=False), OptimConfig(logit_scale_lr=1.0))
+
+
+def test_frozen_sides_and_layers_get_no_gradient_and_have_no_dropout(tiny: ModelConfig) -> None:
+    towers = build_towers(dataclasses.replace(tiny, shared=False, projection=8, freeze="query", freeze_layers=1))
+    for name, parameter in towers.named_parameters():
+        frozen = ("sub_modules.query.0" in name) or "embeddings" in name or "layer.0" in name
+        assert parameter.requires_grad != frozen, name
+    dropouts = {name: m.training for name, m in towers.named_modules() if isinstance(m, nn.Dropout)}
+    assert any(dropouts.values())
+    assert not any(on for name, on in dropouts.items() if "query" in name or "layer.0" in name)
+    with pytest.raises(ConfigError, match=r"model\.freeze: expected none for a shared tower"):
+        build_towers(dataclasses.replace(tiny, freeze="query"))
+    with pytest.raises(ConfigError, match=r"model\.freeze_layers: expected at most 2, the layers, found 3"):
+        build_towers(dataclasses.replace(tiny, freeze_layers=3))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("ema", 1.0),
+        ("layer_decay", 0.0),
+        ("query_lr", -1.0),
+        ("decay_fraction", 2.0),
         ("name", "sgd"),
         ("lr", 0.0),
         ("lr", math.nan),

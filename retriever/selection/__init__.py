@@ -1,0 +1,1 @@
+"""Choosing models: merging their weights, and studies over settings of a training run."""
