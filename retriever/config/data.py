@@ -29,9 +29,9 @@ class DataConfig:
     negatives_seen_by: Literal["all", "own"] = "all"
     """Whether a hard negative is a negative of all queries of the batch, or only of its own query, as in the literature
     before large batches. Statistics, loss.limit and the symmetric part of the loss are about the batch alone."""
-    workers: int = 1
-    """Number of processes that load and tokenize batches in the background. 0: load in the main process. The order of
-    the data does not depend on it."""
+    workers: int | None = None
+    """Number of processes that load and tokenize batches in the background. 0: load in the main process. None: on a GPU
+    all processors of the process but 4, at most 12; on a CPU 1. The order of the data does not depend on it."""
     cache: str | None = None
     """Folder of the memory-mapped copies of the sources. None: a folder inside the run folder."""
 

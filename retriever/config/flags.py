@@ -11,6 +11,8 @@ from retriever.config.yaml_file import NONE_WORDS
 from retriever.errors import ConfigError
 
 BOOLEANS = ("true", "false")
+# A switch that is chosen automatically unless it is given.
+AUTOMATIC = (*BOOLEANS, "auto", "none")
 
 
 def normalize_flags(words: Sequence[str]) -> list[str]:
@@ -30,12 +32,16 @@ def normalize_flags(words: Sequence[str]) -> list[str]:
         negated = name.startswith("--no-") or path[-1].startswith("no-")
         path[-1] = path[-1].removeprefix("no-")
         kind = _field_type(path) if name.startswith("--") else None
-        if kind is bool:
-            # The word after the flag may be the configuration file.
-            is_value = bool(remaining) and not remaining[0].startswith("-")
-            if not equals and is_value and not remaining[0].endswith((".yaml", ".yml")):
-                equals, value = "=", remaining.pop(0)
-            if equals and value.lower() not in BOOLEANS:
+        if kind == bool | None:
+            value, remaining = _switch_value(value if equals else None, remaining)
+            if value.lower() not in AUTOMATIC:
+                raise ConfigError(f"{name}: expected true, false or auto, found {value!r:.40}")
+            automatic = value.lower() in ("auto", "none")
+            chosen = "None" if automatic else str(negated == (value.lower() == "false"))
+            normalized.append("--" + ".".join(path) + f"={chosen}")
+        elif kind is bool:
+            value, remaining = _switch_value(value if equals else None, remaining)
+            if value.lower() not in BOOLEANS:
                 raise ConfigError(f"{name}: expected true or false, found {value!r:.40}")
             on = negated == (value.lower() == "false")
             normalized.append("--" + ".".join([*path[:-1], path[-1] if on else f"no-{path[-1]}"]))
@@ -45,6 +51,16 @@ def normalize_flags(words: Sequence[str]) -> list[str]:
         else:
             normalized.append(name + equals + value)
     return normalized
+
+
+def _switch_value(value: str | None, remaining: list[str]) -> tuple[str, list[str]]:
+    """The value of a switch, true if none follows, and the words after it."""
+    if value is not None:
+        return value, remaining
+    # The word after the flag may be the configuration file.
+    if remaining and not remaining[0].startswith("-") and not remaining[0].endswith((".yaml", ".yml")):
+        return remaining[0], remaining[1:]
+    return "true", remaining
 
 
 def _field_type(path: Sequence[str]) -> object:

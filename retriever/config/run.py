@@ -51,9 +51,10 @@ class TrainConfig:
     on one GPU. Slower than unsharded towers; no effect with one process."""
     compile: bool = False
     """Compile the layers of the towers with torch.compile: some seconds at the start, then faster steps on a GPU."""
-    cuda_graphs: bool = False
-    """Run micro-batches of up to 32,768 tokens as CUDA graphs. Faster if batches are so small that the GPU waits for
-    the host; only in bf16."""
+    cuda_graphs: bool | None = None
+    """Run micro-batches of up to 32,768 tokens as CUDA graphs: faster if batches are so small that the GPU waits for
+    the host; only in bf16. None: if all micro-batches of the first step are that small and model and settings allow
+    it."""
     gradient_checkpointing: bool = False
     """Recompute activations of the towers in backward: less memory, about a third more time."""
     log_every: int = 10

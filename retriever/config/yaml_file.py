@@ -21,7 +21,7 @@ from retriever.errors import ConfigError
 CONFIG_FILE = "config.yaml"
 """Name of the configuration file in a run folder."""
 # Accepted spellings of None for an optional number.
-NONE_WORDS = ("none", "null")
+NONE_WORDS = ("none", "null", "auto")
 
 
 _Config = TypeVar("_Config")

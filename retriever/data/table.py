@@ -12,6 +12,7 @@ from typing import Any
 
 from index.files import InputError, atomic_path, read_json, sha256_file, write_json
 from retriever.config.sources import SourceConfig
+from retriever.data.early_conversion import taken
 from retriever.data.sources import Example, Notices, read_examples, resolve_format, source_files
 
 VERSION = 4
@@ -108,7 +109,7 @@ def open_source(config: SourceConfig, cache: Path, *, progress: Callable[[int], 
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     path = cache / f"{key}.arrow"
     # The JSON file is written last; if it exists, the rows are complete.
-    if not (path.exists() and path.with_suffix(".json").exists()):
+    if not (path.exists() and path.with_suffix(".json").exists()) and not taken(key, cache, progress):
         notices = Notices()
         with atomic_path(path) as temporary:
             rows, with_negatives, with_scores = _write_rows(temporary, read_examples(config, notices), progress)

@@ -11,11 +11,13 @@ graph. Any other pass runs without a graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from retriever.config.run import TrainConfig
 from retriever.errors import ConfigError
 from retriever.models.mixed_precision import gradient_sums
 from retriever.models.packed.attention import LONG, PackedLayout
@@ -28,17 +30,41 @@ MAX_TOKENS = 32768
 MAX_CAPTURES = 16
 
 
+def uses_cuda_graphs(config: TrainConfig, towers: Towers, precision: Precision, sizes: Sequence[int]) -> bool:
+    """Whether a run uses CUDA graphs: as configured, otherwise where they are supported and pay.
+
+    Args:
+        config: Configuration of the run.
+        towers: Towers on their device.
+        precision: Precision of the towers.
+        sizes: Tokens of each micro-batch of the first step. Larger ones run without graphs, and their remainders would
+            be captured in a new size at each step.
+    """
+    if config.cuda_graphs is not None:
+        return config.cuda_graphs
+    # What TrainConfig refuses together with cuda_graphs.
+    others = config.compile or config.gradient_checkpointing or config.shard_towers or config.model.image.name
+    return not others and why_no_cuda_graphs(towers, precision) is None and max(sizes) <= MAX_TOKENS
+
+
 def check_cuda_graphs(towers: Towers, precision: Precision) -> None:
     """Check that `use_cuda_graphs` supports the towers.
 
     Raises:
         ConfigError: the precision is not bf16 on a GPU, or the attention of a model family needs padding.
     """
+    if reason := why_no_cuda_graphs(towers, precision):
+        raise ConfigError(f"cuda_graphs: {reason}")
+
+
+def why_no_cuda_graphs(towers: Towers, precision: Precision) -> str | None:
+    """Return what `use_cuda_graphs` expected and found, or None if it supports the towers."""
     if precision != "bf16" or towers.device.type != "cuda":
-        raise ConfigError(f"cuda_graphs: expected bf16 on a GPU, found {precision} on {towers.device.type}")
+        return f"expected bf16 on a GPU, found {precision} on {towers.device.type}"
     families = list(dict.fromkeys(encoder.config.model_type for encoder in towers.encoders))
     if not towers.padding_free or "mpnet" in families:
-        raise ConfigError(f"cuda_graphs: expected attention that needs no padding, found {', '.join(families)}")
+        return f"expected attention that needs no padding, found {', '.join(families)}"
+    return None
 
 
 def use_cuda_graphs(towers: Towers) -> None:

@@ -13,7 +13,7 @@ from retriever.encoding.encoder import EncodeOptions
 from retriever.errors import NotFiniteError
 from retriever.training.checkpoint import TrainState
 from retriever.training.components import Components
-from retriever.training.cuda_graphs import use_cuda_graphs
+from retriever.training.cuda_graphs import use_cuda_graphs, uses_cuda_graphs
 from retriever.training.objective.checks import has_statistics
 from retriever.training.objective.statistics import statistics_row
 from retriever.training.optimization.optim import lr_factor
@@ -24,6 +24,7 @@ from retriever.training.tracking.run_card import run_card
 from retriever.training.tracking.run_log import RunLog, ThroughputMeter, format_row
 from retriever.training.validation.dev_set import measure_on_ranks
 from retriever.utils.interrupt import StopRequest
+from retriever.utils.workers import data_workers, processors
 
 
 class TrainingLoop:
@@ -68,13 +69,14 @@ class TrainingLoop:
             NotFiniteError: loss or gradients are not finite.
         """
         parts, state, ranks = self._parts, self._state, self._parts.ranks
-        loader: Iterable[Any] = parts.batches.loader(start=state.step, workers=parts.config.data.workers)
+        workers = data_workers(parts.config.data.workers, parts.device.type, self._total - state.step)
+        if parts.config.data.workers is None and workers > 1:
+            self._reporter.line(f"{workers} processes prepare batches: {processors()} processors (data.workers)")
+        loader: Iterable[Any] = parts.batches.loader(start=state.step, workers=workers)
         if profile and ranks.is_first:
             loader = StepProfile(parts.device, self._folder.path).watch(loader, self._reporter.line)
         meter = ThroughputMeter(parts.device, ranks)
         parts.towers.train()
-        if parts.config.cuda_graphs:
-            use_cuda_graphs(parts.towers)
         with self._reporter.bar("train", self._total, "steps", done=state.step) as advance:
             # A run that was interrupted in an evaluation starts with it.
             self._evaluate_if_due()
@@ -82,6 +84,10 @@ class TrainingLoop:
                 if index == 0:
                     suffix = " (the first process)" if ranks.world_size > 1 else ""
                     self._reporter.line(parts.graphs.describe(batch.micro_batch_tokens) + suffix)
+                    if uses_cuda_graphs(parts.config, parts.towers, parts.precision, batch.micro_batch_tokens):
+                        use_cuda_graphs(parts.towers)
+                        if parts.config.cuda_graphs is None:
+                            self._reporter.line("CUDA graphs, because the micro-batches are small (cuda_graphs)")
                 batch = with_pool_false_negatives(batch, ranks, parts.batches.known)
                 self._warn_without_negatives(batch)
                 is_last = state.step + 1 == self._total

@@ -24,7 +24,7 @@ from retriever.data.micro_batches import PreparedBatch
 from retriever.models.loading.folder import transformer_layers
 from retriever.models.memory import LOSS_BYTES, LOSS_BYTES_OFFLOADED, GraphMemory, measure_graph_bytes
 from retriever.models.towers import Towers
-from retriever.training.cuda_graphs import MAX_TOKENS, captured_size
+from retriever.training.cuda_graphs import MAX_TOKENS, captured_size, uses_cuda_graphs
 from retriever.utils.device import Precision
 
 MIB = 2**20
@@ -100,7 +100,8 @@ def plan_step(
     sizes = batch.micro_batch_tokens
     kept = graphs.kept(sizes)
     graph_sizes = _graph_bytes(towers, precision, batch)
-    if config.cuda_graphs:
+    with_graphs = uses_cuda_graphs(config, towers, precision, sizes)
+    if with_graphs:
         rounded = [captured_size(size) for size in sizes]
         graph_sizes = [
             graph * (large / size if large <= MAX_TOKENS else 1)
@@ -129,7 +130,7 @@ def plan_step(
     if on_gpu and precision == "bf16" and sharding.processes == 1:
         bf16_weights = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
     # CUDA graphs keep their accumulated gradients, and a captured backward holds all its gradients in bf16 at once.
-    uses_graphs = config.cuda_graphs and captured_size(min(sizes)) <= MAX_TOKENS
+    uses_graphs = with_graphs and captured_size(min(sizes)) <= MAX_TOKENS
     accumulated, captured = (gradients, bf16_weights) if uses_graphs else (0.0, 0.0)
     offloaded = on_gpu and config.offload_embeddings
     at_loss, after_loss = (LOSS_BYTES_OFFLOADED, 0) if offloaded else (LOSS_BYTES, _AFTER_LOSS)

@@ -22,6 +22,7 @@ from retriever.training.tracking.run_log import NoLog, RunLog
 from retriever.training.tracking.trackers import check_trackers
 from retriever.utils.interrupt import Interrupted, StopRequest
 from retriever.utils.torchrun import restart_count
+from retriever.utils.workers import data_workers
 
 
 class Trainer:
@@ -134,7 +135,9 @@ class Trainer:
             batch,
             precision=parts.precision,
             ranks=self.ranks.world_size,
-            batches_waiting=self.batches.in_memory(self.config.data.workers),
+            batches_waiting=self.batches.in_memory(
+                data_workers(self.config.data.workers, self.device.type, len(self.batches))
+            ),
         )
 
     def train(self, *, profile: bool = False) -> Path:

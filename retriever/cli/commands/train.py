@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -42,13 +43,14 @@ class Train:
             check_at_least(1, processes=self.processes)
         if self.dry_run:
             return self._plan(reporter)
-        from retriever.training.train import train
-
         config = None if self.resume is not None and self.config == TrainConfig() else self.config
         if self.resume is not None and (self.file is not None or config is not None):
             raise ConfigError("--resume: a run continues with its own configuration; give no file and no other flag")
         try:
-            run = train(config, resume=self.resume, profile=self.profile, progress=reporter)
+            with self._converting_sources():
+                from retriever.training.train import train
+
+                run = train(config, resume=self.resume, profile=self.profile, progress=reporter)
         except Interrupted as interrupted:
             if rank() == 0:
                 reporter.line(
@@ -62,6 +64,14 @@ class Train:
                 kept = f" (step {run.best_step}, dev {run.dev_metric} {run.best_score:.4f})"
             reporter.line(f"model: {run.model_folder}{kept}")
         return 0
+
+    def _converting_sources(self) -> contextlib.AbstractContextManager[None]:
+        """Convert the sources of a new run of one process while the libraries are imported."""
+        from retriever.data.early_conversion import converting
+        from retriever.data.table import open_source
+
+        new = self.resume is None and world_size() == 1
+        return converting(self.config.data.sources if new else (), open_source)
 
     def _plan(self, reporter: Reporter) -> int:
         check_environment()

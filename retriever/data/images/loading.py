@@ -17,6 +17,7 @@ from retriever.distributed.share import Share
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers
 from retriever.utils.device import Precision
+from retriever.utils.workers import data_workers
 
 
 def open_image_batches(
@@ -44,7 +45,7 @@ def open_image_batches(
     """
     if not config.data.images or config.data.sources:
         raise ConfigError("data: expected data.images, and no data.sources, for a model with an image tower")
-    image, workers = config.model.image, config.data.workers
+    image, workers = config.model.image, data_workers(config.data.workers, towers.device.type)
     sources: list[PairSource] = []
     for source in config.data.images:
         with reporter.bar(f"index {source.path}", None, "parts") as advance:
