@@ -13,6 +13,7 @@ import numpy as np
 from eval.zero_shot.chance import chance_average_precision
 from eval.zero_shot.scores import blocks, checked, ranks_of
 from index.files import InputError
+from index.image_files.classes import prompt_of
 
 EmbedTexts = Callable[[Sequence[str]], np.ndarray]
 """Embed T texts as float32 [T, D]."""
@@ -48,7 +49,7 @@ class Classification:
 
 def class_vectors(
     classes: Sequence[str],
-    templates: Sequence[str],
+    templates: Sequence[str] | Sequence[Sequence[str]],
     embed_texts: EmbedTexts,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
@@ -58,7 +59,8 @@ def class_vectors(
 
     Args:
         classes: the C class names.
-        templates: the prompt templates, with `{c}` or `{}` in place of the class name.
+        templates: the prompt templates, with `{c}` or `{}` in place of the class name; or C lists with the whole
+            prompts of each class, whose lengths may differ.
         embed_texts: embeds prompts; the embeddings need not be normalized.
         progress: called with the number of prompts embedded since the last call.
 
@@ -67,28 +69,27 @@ def class_vectors(
 
     Raises:
         InputError: an embedding or the mean of a class is zero, or an embedding is not finite.
-        ValueError: there are no classes or templates, or `embed_texts` returned another number of rows.
+        ValueError: there are no classes, a class has no prompt, or `embed_texts` returned another number of rows.
     """
-    if not classes or not templates:
-        raise ValueError("expected at least one class and one template")
-    at_once = max(1, PROMPT_BATCH // len(templates))
+    prompts = [[prompt_of(template, name) for template in templates if isinstance(template, str)] for name in classes]
+    if not any(isinstance(template, str) for template in templates):
+        prompts = [list(own) for own in templates]
+    if not classes or len(prompts) != len(classes) or not all(prompts):
+        raise ValueError("expected at least one class, and at least one prompt for each")
+    at_once = max(1, PROMPT_BATCH // max(map(len, prompts)))
     found = []
     for start in range(0, len(classes), at_once):
-        batch = classes[start : start + at_once]
-        prompts = [prompt_of(template, name) for name in batch for template in templates]
-        vectors = checked(embed_texts(prompts), "prompts").astype(np.float64)
-        if len(vectors) != len(prompts):
-            raise ValueError(f"embed_texts: expected {len(prompts)} vectors, found {len(vectors)}")
-        mean = _normalized(vectors, prompts).reshape(len(batch), len(templates), -1).mean(axis=1)
-        found.append(_normalized(mean, batch).astype(np.float32))
+        batch = prompts[start : start + at_once]
+        texts = [text for own in batch for text in own]
+        vectors = checked(embed_texts(texts), "prompts").astype(np.float64)
+        if len(vectors) != len(texts):
+            raise ValueError(f"embed_texts: expected {len(texts)} vectors, found {len(vectors)}")
+        parts = np.split(_normalized(vectors, texts), np.cumsum([len(own) for own in batch])[:-1])
+        mean = np.stack([part.mean(axis=0) for part in parts])
+        found.append(_normalized(mean, classes[start : start + at_once]).astype(np.float32))
         if progress is not None:
-            progress(len(prompts))
+            progress(len(texts))
     return np.concatenate(found)
-
-
-def prompt_of(template: str, name: str) -> str:
-    """Insert a class name into a prompt template; other braces are left unchanged."""
-    return template.replace("{c}", name).replace("{}", name)
 
 
 def _normalized(vectors: np.ndarray, names: Sequence[str]) -> np.ndarray:

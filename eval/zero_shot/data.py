@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from index.files import InputError
-from index.image_files import ImageAt
+from index.files import InputError, parse_json
+from index.image_files.classes import is_template, prompt_of, read_prompts, read_templates
+from index.image_files.folders import StoredImage
 from index.records import open_text
 
 Task = Literal["classification", "multilabel", "retrieval"]
 
-CLASS_NAMES = "classnames.txt"
-TEMPLATES = "zeroshot_classification_templates.txt"
 DATASET_TYPE = "dataset_type.txt"
 SPLITS = ("train", "val", "valid", "validation", "dev", "test")
 DEFAULT_TEMPLATES = Path(__file__).resolve().parent.parent / "reports" / "templates" / "prompts.txt"
@@ -26,7 +25,7 @@ DEFAULT_TEMPLATES = Path(__file__).resolve().parent.parent / "reports" / "templa
 class Sample:
     """An image with its labels or captions."""
 
-    image: ImageAt
+    image: StoredImage
     labels: tuple[int, ...] = ()
     """Class indices: exactly one, or any number if the task is multilabel."""
     captions: tuple[str, ...] = ()
@@ -43,52 +42,38 @@ class ZeroShotSet:
     samples: list[Sample]
     """All images, in the order of the set."""
     classes: tuple[str, ...] = ()
+    """The first name of each class."""
     templates: tuple[str, ...] = ()
     """Prompt templates with {c} or {} for the class name; the default templates if the set has none."""
     own_templates: bool = False
     """Whether the templates belong to the set."""
+    other_names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Further names of classes, by class index."""
+    class_prompts: tuple[tuple[str, ...], ...] = ()
+    """Whole prompts of each class, instead of templates (CuPL, arXiv 2209.03320)."""
+    notices: tuple[str, ...] = ()
+    """One line for each kind of file that was ignored."""
+
+    @property
+    def prompts(self) -> list[list[str]]:
+        """The prompts of each class: every template with every name of the class, or the class's own prompts."""
+        if self.class_prompts:
+            return [list(own) for own in self.class_prompts]
+        names = ((name, *self.other_names.get(number, ())) for number, name in enumerate(self.classes))
+        return [[prompt_of(template, name) for name in own for template in self.templates] for own in names]
 
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
         """Hash of everything that the metrics depend on: images, labels, captions, classes and templates."""
-        digest = hashlib.sha256(json.dumps([self.task, self.classes, self.templates]).encode())
+        known: list[object] = [self.task, self.classes, self.templates]
+        # Sets without these keep the hashes that they had before.
+        known += [self.prompts] if self.class_prompts or self.other_names else []
+        digest = hashlib.sha256(json.dumps(known).encode())
         for sample in self.samples:
-            known = json.dumps([sample.image.name, sample.labels, sample.captions])
-            digest.update(f"{known}{hashlib.sha256(sample.image.read()).hexdigest()}".encode())
+            about = json.dumps([sample.image.name, sample.labels, sample.captions])
+            digest.update(f"{about}{hashlib.sha256(sample.image.read()).hexdigest()}".encode())
             if progress is not None:
                 progress(1)
         return digest.hexdigest()
-
-
-def read_lines(path: Path) -> tuple[str, ...]:
-    """Read the stripped lines of a text file; empty lines at the end are ignored.
-
-    Raises:
-        InputError: the file is missing, not UTF-8 or empty, or has an empty line before the last text.
-    """
-    with open_text(path) as stream:
-        try:
-            lines = [line.strip() for line in stream.read().rstrip().splitlines()]
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: expected UTF-8, found: {error}") from None
-    if not any(lines):
-        raise InputError(f"{path}: expected a line or more, found none")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            raise InputError(f"{path}:{number}: expected text, found an empty line")
-    return tuple(lines)
-
-
-def read_templates(path: Path) -> tuple[str, ...]:
-    """Read prompt templates, one per line, each with {c} or {} for the class name.
-
-    Raises:
-        InputError: see `read_lines`; or a line contains neither {c} nor {}.
-    """
-    lines = read_lines(path)
-    for number, line in enumerate(lines, start=1):
-        if "{c}" not in line and "{}" not in line:
-            raise InputError(f"{path}:{number}: expected a prompt with {{c}} in it, found {line!r:.60}")
-    return lines
 
 
 def templates_of(*folders: Path) -> tuple[tuple[str, ...], bool]:
@@ -97,10 +82,39 @@ def templates_of(*folders: Path) -> tuple[tuple[str, ...], bool]:
     Raises:
         InputError: see `read_templates`.
     """
-    own = first_file(folders, TEMPLATES)
-    return (read_templates(DEFAULT_TEMPLATES), False) if own is None else (read_templates(own), True)
+    own = read_prompts(folders)
+    return (own, True) if own else (read_templates(DEFAULT_TEMPLATES), False)
 
 
-def first_file(folders: Iterable[Path], name: str) -> Path | None:
-    """The path of the file `name` in the first folder that has it; None if there is none."""
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+def with_prompts(dataset: ZeroShotSet, path: Path) -> ZeroShotSet:
+    """Return the set with the prompts of a file instead of its own.
+
+    Args:
+        dataset: A set with classes.
+        path: Templates, one per line with {c} for the class name; or a .json file with the prompts of each class,
+            {"class name": ["prompt", …]}, as CuPL publishes them. A class is found by any of its names. Of these
+            prompts, those with {c} are filled in.
+
+    Raises:
+        InputError: The file cannot be read, or lacks a class.
+    """
+    if path.suffix != ".json":
+        return replace(dataset, templates=read_templates(path), own_templates=False, class_prompts=())
+    with open_text(path) as stream:
+        try:
+            given = parse_json(stream.read(), str(path))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: expected UTF-8, found: {error}") from None
+    if not isinstance(given, dict):
+        raise InputError(f"{path}: expected an object of class names and their prompts, found {type(given).__name__}")
+    for name, own in given.items():
+        if not (isinstance(own, list) and own and all(isinstance(text, str) and text.strip() for text in own)):
+            raise InputError(f"{path}: {name}: expected a list of prompts, found {own!r:.60}")
+    prompts = []
+    for number, name in enumerate(dataset.classes):
+        names = (name, *dataset.other_names.get(number, ()))
+        key = next((each for each in names if each in given), None)
+        if key is None:
+            raise InputError(f"{path}: expected prompts of the class {name!r} of {dataset.name}, found none")
+        prompts.append(tuple(prompt_of(text, name) if is_template(text) else text for text in given[key]))
+    return replace(dataset, templates=(), own_templates=False, class_prompts=tuple(prompts))

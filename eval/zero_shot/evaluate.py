@@ -14,7 +14,7 @@ from eval.zero_shot.classification import Classification, EmbedTexts, class_vect
 from eval.zero_shot.data import Sample, ZeroShotSet
 from eval.zero_shot.retrieval import Retrieval, retrieve
 from index.files import InputError
-from index.image_files import ImageAt
+from index.image_files.folders import StoredImage
 from index.passages import Passage
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
@@ -23,7 +23,7 @@ IMAGE_BATCH = 256
 # Images per shard; an interrupted run loses at most one shard.
 SHARD_ROWS = 4096
 
-EmbedImages = Callable[[Sequence[ImageAt]], tuple[np.ndarray, dict[int, str]]]
+EmbedImages = Callable[[Sequence[StoredImage]], tuple[np.ndarray, dict[int, str]]]
 """Embed n images as normalized float32 [n, D]; also returns index -> reason for unreadable images (rows ignored)."""
 
 Progress = Callable[[int], None]
@@ -146,7 +146,7 @@ def score(
         if progress is not None:
             progress(len(captions))
     else:
-        texts = class_vectors(dataset.classes, dataset.templates, embed_texts, progress)
+        texts = class_vectors(dataset.classes, dataset.prompts, embed_texts, progress)
     embedded = time.perf_counter()
     result: Classification | Retrieval
     if dataset.task == "retrieval":

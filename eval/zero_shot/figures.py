@@ -12,7 +12,7 @@ from eval.reports.plots import INK, LINE, MUTED, SERIES
 from eval.zero_shot.classification import Classification
 from eval.zero_shot.evaluate import Evaluated
 from eval.zero_shot.scores import blocks
-from index.image_files import ImageAt
+from index.image_files.folders import StoredImage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,9 +70,9 @@ class Row:
     """A text and its nearest images."""
 
     text: str
-    wanted: ImageAt | None
+    wanted: StoredImage | None
     """The image of the caption; None if the text is a class."""
-    images: list[tuple[ImageAt, bool]]
+    images: list[tuple[StoredImage, bool]]
     """The images, nearest first, and whether each is correct."""
 
 
@@ -125,7 +125,7 @@ def sheet(rows: Sequence[Row], open_image: OpenImage) -> Figure:
     return figure
 
 
-def _tile(axes: Any, at: ImageAt, x: float, y: float, frame: str | None, open_image: OpenImage) -> None:
+def _tile(axes: Any, at: StoredImage, x: float, y: float, frame: str | None, open_image: OpenImage) -> None:
     from matplotlib.patches import Rectangle
     from PIL import Image, ImageOps
 

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import io
 import re
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from eval.zero_shot.data import (
-    CLASS_NAMES,
-    DATASET_TYPE,
-    Sample,
-    Task,
-    ZeroShotSet,
-    first_file,
-    read_lines,
-    templates_of,
-)
+from eval.zero_shot.data import DATASET_TYPE, Sample, Task, ZeroShotSet, templates_of
 from index.files import InputError
-from index.image_files import IMAGES, ImageAt, images_in
+from index.image_files.classes import CLASS_NAMES, class_folders, first_file, read_class_names, read_lines
+from index.image_files.folders import IMAGE_EXTENSIONS, IMAGES, ImageAt
+from index.image_files.tars import visible_samples
 
-TAR_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Larger members cannot be labels or captions.
 MAX_MEMBER_BYTES = 2**24
 
@@ -40,30 +32,34 @@ def open_image_folder(path: Path, base: Path) -> ZeroShotSet:
     Raises:
         InputError: there are no folders, a folder has no image, or classnames.txt has another number of lines.
     """
-    folders = sorted(entry for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = [images_in(folder) for folder in folders]
-    if not folders:
-        raise InputError(f"{base}: expected .tar files, or a folder of images for each class, found neither")
-    for folder, found in zip(folders, files, strict=True):
-        if not found:
-            raise InputError(f"{folder}: expected images ({', '.join(IMAGES)}), found none")
-    classes = tuple(folder.name.replace("_", " ") for folder in folders)
-    if (names := _description_file(path, base, CLASS_NAMES)) is not None:
-        classes = read_lines(names)
-        if len(classes) != len(folders):
-            raise InputError(f"{names}: expected a line for each of {len(folders)} folders, found {len(classes)}")
-
+    found = class_folders(base, path)
     samples = [
         Sample(ImageAt(file, file.relative_to(base).as_posix()), labels=(label,))
-        for label, found in enumerate(files)
-        for file in found
+        for label, files in enumerate(found.files)
+        for file in files
     ]
     templates, own = templates_of(path, base)
-    return ZeroShotSet(_name(path), path, "folder", "classification", samples, classes, templates, own)
+    return ZeroShotSet(
+        _name(path),
+        path,
+        "folder",
+        "classification",
+        samples,
+        **names_of(found.names),
+        templates=templates,
+        own_templates=own,
+        notices=tuple(found.notices),
+    )
+
+
+def names_of(names: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    """The fields of a set for the names of its classes."""
+    other = {number: own[1:] for number, own in enumerate(names) if own[1:]}
+    return {"classes": tuple(own[0] for own in names), "other_names": other}
 
 
 def open_webdataset(path: Path, base: Path) -> ZeroShotSet:
-    """Read PATH/SPLIT/{0,1,…}.tar of KEY.jpg|png|webp with KEY.cls, KEY.npy or KEY.txt, as CLIP_benchmark does.
+    """Read PATH/SPLIT/{0,1,…}.tar of KEY.jpg (or png, …) with KEY.cls, KEY.npy or KEY.txt, as CLIP_benchmark does.
 
     dataset_type.txt gives the task: classification (the default; KEY.cls is a 0-based line number of classnames.txt),
     multilabel (KEY.npy is a vector of 0 and 1) or retrieval (KEY.txt has one caption per line).
@@ -87,12 +83,21 @@ def open_webdataset(path: Path, base: Path) -> ZeroShotSet:
             f"{path / CLASS_NAMES}: no such file; expected the name of a class on each line, or, for images with "
             f"captions, {DATASET_TYPE} with the word retrieval"
         )
-    classes = read_lines(names)
+    classes = read_class_names(names)
     read: Callable[[bytes, str, int], tuple[int, ...]] = _class_index if task == "classification" else _multi_hot
     members = _members(shards, base, label)
     samples = [Sample(image, labels=read(text, place, len(classes))) for image, text, place in members]
     templates, own = templates_of(path, base)
-    return ZeroShotSet(_name(path), path, "webdataset", task, samples, classes, templates, own)
+    return ZeroShotSet(
+        _name(path),
+        path,
+        "webdataset",
+        task,
+        samples,
+        **names_of(classes),
+        templates=templates,
+        own_templates=own,
+    )
 
 
 def _shards(base: Path) -> list[Path]:
@@ -119,49 +124,24 @@ def _members(shards: list[Path], base: Path, label: str) -> Iterator[tuple[Image
     """Yield (image, content of the member with extension `label`, location for errors) of each sample."""
     for shard in shards:
         name = shard.relative_to(base).as_posix()
-        for key, members in _tar_samples(shard):
+        for key, members in visible_samples(shard):
             place = f"{shard}: {key}"
-            image = next((members[kind] for kind in TAR_IMAGE_EXTENSIONS if kind in members), None)
+            image = next((members[kind] for kind in IMAGE_EXTENSIONS if kind in members), None)
             if image is None or label not in members:
-                wanted = f".{label}" if image is not None else "|".join(TAR_IMAGE_EXTENSIONS)
+                wanted = f".{label}" if image is not None else f"{', '.join(IMAGES[:8])}, …"
                 found = ", ".join(f".{kind}" for kind in members)
-                raise InputError(f"{place}: expected a member {wanted}, found {found}")
+                dotted = any("." in kind for kind in members)
+                hint = "; a name has a dot before its extension, which ends the key of a sample" if dotted else ""
+                raise InputError(f"{place}: expected a member {wanted}, found {found:.200}{hint}")
             entry = members[label]
             if entry.size > MAX_MEMBER_BYTES:
                 raise InputError(f"{place}.{label}: expected at most {MAX_MEMBER_BYTES} bytes, found {entry.size}")
-            text = ImageAt(shard, "", entry.offset_data, entry.size).read()
-            yield ImageAt(shard, f"{name}/{image.name}", image.offset_data, image.size), text, f"{place}.{label}"
-
-
-def _tar_samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yield (key, extension -> member) of each sample: adjacent members with the same path up to the first dot."""
-    group: dict[str, tarfile.TarInfo] = {}
-    last = ""
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    continue
-                folder, slash, file = member.name.rpartition("/")
-                stem, point, kind = file.partition(".")
-                if not point or not stem:
-                    continue
-                key = f"{folder}{slash}{stem}"
-                if key != last and group:
-                    yield last, group
-                    group = {}
-                last = key
-                group[kind.lower()] = member
-                # Keep memory constant: tarfile stores every member that it has read.
-                tar.members = []  # type: ignore[attr-defined]
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{shard}: cannot be read as tar: {error}") from None
-    if group:
-        yield last, group
+            text = ImageAt(shard, "", entry.offset, entry.size).read()
+            yield ImageAt(shard, f"{name}/{image.name}", image.offset, image.size), text, f"{place}.{label}"
 
 
 def _class_index(content: bytes, place: str, classes: int) -> tuple[int, ...]:
-    text = content.decode("ascii", "replace").strip()
+    text = content.decode("utf-8-sig", "replace").strip()
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < classes):
         raise InputError(f"{place}: expected a number from 0 to {classes - 1}, found {text!r:.60}")
     return (int(text),)
@@ -180,7 +160,8 @@ def _multi_hot(content: bytes, place: str, classes: int) -> tuple[int, ...]:
 
 def _captions(content: bytes, place: str) -> tuple[str, ...]:
     try:
-        lines = content.decode().splitlines()
+        # A byte order mark is no part of a caption.
+        lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{place}: expected UTF-8, found: {error}") from None
     return tuple(line.strip() for line in lines if line.strip())

@@ -82,10 +82,12 @@ def notes(evaluated: Evaluated) -> Iterator[str]:
     images = len(evaluated.images.samples)
     if isinstance(result, Classification):
         own = "the set's own" if dataset.own_templates else "the project's own"
-        yield (
-            f"{images:,} images, {len(dataset.classes):,} classes, {len(dataset.templates)} prompts per class ({own}). "
-            "Chance: a random order."
-        )
+        per_class = f"{len(dataset.templates)} prompts per class ({own})"
+        if dataset.class_prompts:
+            per_class = f"{sum(map(len, dataset.prompts)):,} prompts, which differ by class"
+        elif dataset.other_names:
+            per_class += f" with each name, several names for {len(dataset.other_names):,} classes"
+        yield f"{images:,} images, {len(dataset.classes):,} classes, {per_class}. Chance: a random order."
         absent = [row.name for row in result.per_class if not row.images]
         if absent:
             counted = "are left out of the mean" if len(result.labels) else "count as 0"
@@ -103,6 +105,7 @@ def notes(evaluated: Evaluated) -> Iterator[str]:
         )
         if uncaptioned:
             yield f"{uncaptioned:,} images have no caption: they are ranked but are not queries."
+    yield from (f"{notice}." for notice in dataset.notices)
     if evaluated.images.broken:
         broken = [f"{name} ({why})" for name, why in evaluated.images.broken.items()]
         yield f"{len(broken):,} images cannot be read and are left out: {listed(broken)}."
@@ -138,6 +141,8 @@ def _set_json(evaluated: Evaluated) -> dict[str, Any]:
     }
     if isinstance(result, Classification):
         about["templates"] = list(dataset.templates)
+        if dataset.class_prompts or dataset.other_names:
+            about["prompts"] = dict(zip(dataset.classes, dataset.prompts, strict=True))
         about["classes"] = [asdict(row) for row in result.per_class]
         if len(result.labels):
             about["confusions"] = [list(row) for row in confusions(result)[:1000]]

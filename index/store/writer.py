@@ -230,7 +230,7 @@ class EmbeddingWriter:
 
     def _check_new_ids(self, ids: list[str], first: int) -> None:
         for position in self._duplicates.possible_duplicates(ids):
-            known = [*self._ids_on_disk(), *self._buffer.ids, *ids[:position]]
+            known = [*self.ids_on_disk(), *self._buffer.ids, *ids[:position]]
             if (duplicate := ids[position]) in known:
                 raise InputError(
                     f"{self.folder}: expected unique ids, found {duplicate!r} in rows {known.index(duplicate)} and "
@@ -238,7 +238,8 @@ class EmbeddingWriter:
                 )
         self._duplicates.add(ids)
 
-    def _ids_on_disk(self) -> Ids:
+    def ids_on_disk(self) -> Ids:
+        """The ids of the rows in complete shards, in order."""
         return EmbeddingStore(self._manifest).ids()
 
     def _split_at_shards(self, count: int) -> Iterator[tuple[int, int]]:

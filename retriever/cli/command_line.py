@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"retriever {__version__}")
         return 0
+    # Images with damaged EXIF data and the like: what matters is in the message that names the image.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         command = _parse(arguments)
         _check_processes(command, arguments)

@@ -50,3 +50,17 @@ class DataConfig:
             raise ValueError("data.positives: expected draw with data.images, found all")
         if self.images and self.negatives_seen_by == "own":
             raise ValueError("data.negatives_seen_by: expected all with data.images, found own")
+        _check_weights("data.sources", self.sources)
+        _check_weights("data.images", self.images)
+
+
+def _check_weights(name: str, sources: tuple[SourceConfig, ...] | tuple[ImageSource, ...]) -> None:
+    """Check that all sources have a weight or none has: a weight of 1 beside the number of rows of another source
+    would hardly ever be drawn, one of 100,000 almost always."""
+    weighted = [source.path for source in sources if source.weight is not None]
+    missing = [source.path for source in sources if source.weight is None]
+    if weighted and missing:
+        raise ValueError(
+            f"{name}: weight: expected a weight for every source or for none, found one for {weighted[0]} and none "
+            f"for {missing[0]}"
+        )

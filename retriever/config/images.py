@@ -65,20 +65,28 @@ class ImageSource:
     """One source of images with captions."""
 
     path: str
-    """webdataset tars (a brace range such as cc3m-{00000..00331}.tar, or a folder of tars), a .jsonl, .csv, .tsv or
-    .parquet file with image paths, a folder of a Hugging Face dataset, or, with format huggingface, a hub name."""
-    format: Literal["auto", "webdataset", "files", "huggingface"] = "auto"
+    """webdataset tars (.tar or .tar.gz; a folder, braces such as cc3m-{00000..00331}.tar, or wildcards; also a URL), a
+    .jsonl, .csv or .tsv file with image paths, .parquet files with paths or images, a folder with a folder of images
+    for each class, a folder of a Hugging Face dataset, or, with format huggingface, a hub name. Files at a URL are
+    downloaded once, by fsspec."""
+    format: Literal["auto", "webdataset", "files", "classes", "huggingface"] = "auto"
     """Format of the path. auto: detected from the path and its content."""
-    image: str = "image"
-    """Column with the image or with its path, relative to the folder of the file."""
+    image: str = ""
+    """Column with the image, or with its path relative to the folder of the file. Empty: the first of image, filepath,
+    file_name, path and file."""
     caption: tuple[str, ...] = ()
-    """Where the captions are: txt or json:KEY in tars, columns in a Hugging Face dataset, one column in a file. Of
-    several captions, one is drawn each time. Empty: txt in tars, otherwise the json key or column caption."""
+    """Where the captions are: txt or json:KEY in tars, columns in a Hugging Face dataset or in Parquet files with
+    images, one column in a file. Of several captions, one is drawn each time. Empty: txt in tars, otherwise the json
+    key caption; the first of the columns caption, captions, text and title."""
+    prompts: tuple[str, ...] = ()
+    """Captions of class folders, with {c} for the name of the class; of several, one is drawn each time. Empty: the
+    lines of zeroshot_classification_templates.txt in the folder, or "a photo of a {c}.". The name is that of the
+    folder, unless classnames.txt renames it."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     weight: float | None = None
-    """Share of the batches that come from this source, relative to the weights of the other sources. None: its number
-    of pairs, at least batch_size."""
+    """Share of the batches that come from this source, relative to the weights of the other sources, which must then
+    have one, too. None for all sources: their numbers of pairs, at least batch_size."""
     max_broken: float = 0.01
     """Maximum fraction of pairs with an unreadable image or without a caption. Such pairs are skipped, counted and
     logged; the run stops if they are more than this fraction and more than 100."""

@@ -35,8 +35,8 @@ class SourceConfig:
     """Column with the prompt of each row's passages; a null cell takes passage_prompt. None: every row has
     passage_prompt."""
     weight: float | None = None
-    """Share of the batches that come from this source, relative to the weights of the other sources. None: its number
-    of rows, at least batch_size."""
+    """Share of the batches that come from this source, relative to the weights of the other sources, which must then
+    have one, too. None for all sources: their numbers of rows, at least batch_size."""
     query_prompt: str | None = None
     """Text that is put before each query of this source. None: the prompt of the model. A prompt shared by all sources
     is saved as the prompt of the model; otherwise the prompts are saved under the names of their sources."""

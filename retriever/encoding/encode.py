@@ -1,20 +1,22 @@
-"""The public function `retriever.encode`: a corpus or a folder of images to an embedding store."""
+"""The public function `retriever.encode`: a corpus or images to an embedding store."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from index.beir import beir_file, is_beir_folder
 from index.files import InputError
-from index.image_files import images_in
-from index.progress import Progress, SilentReporter, as_reporter
+from index.image_files.folders import images_in
+from index.progress import Progress, Reporter, SilentReporter, as_reporter
 from index.store.reader import EmbeddingStore
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
 from retriever.encoding.corpus import StoreOptions
 from retriever.encoding.files import embed_corpus
-from retriever.encoding.image_folder import encode_image_folder, list_images
+from retriever.encoding.image_items import ImageColumns, is_image_data, open_image_items
+from retriever.encoding.image_store import encode_images
 from retriever.encoding.model import Model, ModelInput, Precision, as_model, load
 from retriever.encoding.window_workers import workers_for
 from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths
@@ -36,17 +38,22 @@ def encode(
     precision: Precision = "fp32",
     micro_batch_tokens: int | None = None,
     dim: int | None = None,
+    image: str = "",
+    caption: str = "",
     progress: Progress = None,
 ) -> EmbeddingStore:
-    """Embed a corpus, or a folder of images, into a sharded embedding store with checksums.
+    """Embed a corpus, or images, into a sharded embedding store with checksums.
 
     An interrupted call can be repeated: it continues behind the last complete shard. Under torchrun every process
-    calls this function, and the processes share the corpus shard by shard.
+    calls this function, and the processes share the corpus shard by shard, or the images batch by batch.
 
     Args:
         model: A model from `retriever.load`, or its folder or hub name.
         data: A BEIR folder (its corpus), or a .jsonl, .csv, .tsv (each also .gz) or .parquet file with the columns
-            _id (or id), text and optionally title. With an image–text model also a folder of images.
+            _id (or id), text and optionally title. With an image–text model also images: a folder of image files,
+            webdataset tars (a folder, braces or wildcards, .tar.gz, a URL), a table with a column of images or their
+            paths, or a folder of Parquet files or of a saved Hugging Face dataset. Captions become the texts that a
+            search shows.
         out: Folder of the store.
         dtype: Dtype of the embeddings on disk. Default: "float32".
         shard_rows: Rows per shard, at most this many per process are lost if a run is killed. Default: 65536.
@@ -58,6 +65,9 @@ def encode(
         precision: As for `retriever.load`, if `model` is a folder or name.
         micro_batch_tokens: As for `retriever.load`, if `model` is a folder or name.
         dim: Keep the first `dim` values of each embedding, at unit length. Default: None, all that `model` computes.
+        image: Column of a table with the images or their paths. Default: "", the usual names, unless the table has the
+            columns of a corpus.
+        caption: Column of a table, or txt or json:KEY of tars, with the captions. Default: "", the usual names.
         progress: Called with a `ProgressEvent` at each step. Default: None, messages go to the logger "retriever".
 
     Returns:
@@ -79,7 +89,7 @@ def encode(
     check_paths(data=data, out=out)
     if not isinstance(model, Model):
         check_paths(model=model)
-    data, out, reporter = Path(data), Path(out), as_reporter(progress)
+    data, out, reporter = str(data), Path(out), as_reporter(progress)
     if isinstance(model, Model):
         device, precision = str(model.device), model.options.precision
         micro_batch_tokens = model.options.micro_batch_tokens
@@ -93,33 +103,40 @@ def encode(
     }
     with joined_ranks(same_settings("encode", device, given)) as ranks:
         reporter = reporter if ranks.is_first else SilentReporter()
-        folder_of_images = data.is_dir() and not is_beir_folder(data)
-        if folder_of_images and _embeds_images(model):
-            if ranks.world_size > 1:
-                raise ArgumentError("data", "images are embedded by one process; start it without torchrun")
-            if fields:
-                raise ArgumentError("fields", "leave it out with a folder of images, which has no columns")
+        columns = ImageColumns(image, caption, tuple(fields))
+        folder = Path(data).is_dir()
+        images = not is_beir_folder(Path(data)) if folder else _embeds_images(model) and is_image_data(data, columns)
+        if images and _embeds_images(model):
             # Before the model, which takes longer to load.
-            list_images(data)
-        if not isinstance(model, Model):
-            model = load(
-                model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
-            )
-        model = as_model(model, dim=dim)
-        if not data.exists():
-            raise InputError(f"{data}: no such file or folder")
-        if folder_of_images and model.embeds_images:
-            return encode_image_folder(
-                model.image_towers(), data, out, model.options, reporter, dtype=dtype, shard_rows=shard_rows
-            )
-        if folder_of_images and images_in(data):
+            with tempfile.TemporaryDirectory(prefix=".images-", dir=_parent(out)) as cache:
+                with reporter.bar(f"index {Path(data).name}", None, "parts") as advance:
+                    items = open_image_items(data, columns, Path(cache), workers=workers or 0, progress=advance)
+                model = _loaded(model, device, precision, micro_batch_tokens, dim, reporter)
+                model.towers.to(rank_device(model.device))
+                return encode_images(
+                    model.image_towers(),
+                    items,
+                    out,
+                    model.options,
+                    reporter,
+                    dtype=dtype,
+                    shard_rows=shard_rows,
+                    ranks=ranks,
+                )
+        if image or caption:
+            raise InputError(f"{data}: expected images for the columns {image or caption!r}, found a corpus of texts")
+        model = _loaded(model, device, precision, micro_batch_tokens, dim, reporter)
+        corpus = Path(data)
+        if not corpus.exists():
+            raise InputError(f"{corpus}: no such file or folder")
+        if images and images_in(corpus):
             raise InputError(
-                f"{data}: expected a corpus for {model.name}, which embeds texts only, found a folder of images"
+                f"{corpus}: expected a corpus for {model.name}, which embeds texts only, found a folder of images"
             )
         model.towers.to(rank_device(model.device))
         return embed_corpus(
             model.towers,
-            beir_file(data, "corpus.jsonl") if data.is_dir() else data,
+            beir_file(corpus, "corpus.jsonl") if folder else corpus,
             out,
             model.options,
             reporter,
@@ -127,6 +144,27 @@ def encode(
             ranks=ranks,
             fields=fields,
         )
+
+
+def _loaded(
+    model: ModelInput,
+    device: str,
+    precision: Precision,
+    micro_batch_tokens: int | None,
+    dim: int | None,
+    reporter: Reporter,
+) -> Model:
+    if not isinstance(model, Model):
+        model = load(
+            model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
+        )
+    return as_model(model, dim=dim)
+
+
+def _parent(out: Path) -> Path:
+    """The folder of a store's folder, in which there is space for unpacked tars."""
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    return out.resolve().parent
 
 
 def _embeds_images(model: ModelInput) -> bool:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from index.files import InputError
-from index.image_files import ImageAt
+from index.image_files.folders import StoredImage
 from retriever.encoding.encoder import EncodeOptions
 from retriever.models.fsdp import encoding_mode
 from retriever.models.images.towers import ImageTextTowers
@@ -105,7 +105,7 @@ class ImageDecoder:
 def embed_readable(
     towers: ImageTextTowers,
     decoder: ImageDecoder,
-    images: Sequence[ImageAt],
+    images: Sequence[StoredImage],
     options: EncodeOptions,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, dict[int, str]]:

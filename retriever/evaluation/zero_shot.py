@@ -12,39 +12,39 @@ from typing import Any
 import PIL
 import torch
 
-from eval.zero_shot.data import ZeroShotSet, read_templates
+from eval.zero_shot.data import ZeroShotSet, with_prompts
 from eval.zero_shot.evaluate import Evaluated, embed_set, score
 from eval.zero_shot.opening import open_set
 from eval.zero_shot.report import ZeroShotReport
 from eval.zero_shot.report_files import write
+from eval.zero_shot.tables import ANY_COLUMNS, Columns
 from index.files import InputError
 from index.progress import Reporter
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import ImageDecoder, embed_readable
-from retriever.encoding.image_folder import SHOWN_BROKEN
+from retriever.encoding.image_store import SHOWN_BROKEN
 from retriever.errors import ArgumentError
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.images.transforms import open_image
 
 
-def open_sets(data: Iterable[Path], split: str, templates: Path | None) -> list[ZeroShotSet]:
+def open_sets(
+    data: Iterable[Path], split: str, templates: Path | None, columns: Columns = ANY_COLUMNS
+) -> list[ZeroShotSet]:
     """Open image sets.
 
     Args:
         data: folders and tables.
         split: the name of the split, for sets that have splits.
-        templates: a file of prompt templates that replace those of the sets. None: keep those of the sets.
+        templates: a file of prompts that replace those of the sets, see `with_prompts`. None: keep those of the sets.
+        columns: the columns of tables. Default: those of the usual names.
 
     Raises:
         InputError: a set cannot be read, or two sets have the same name.
     """
-    sets = [open_set(path, split) for path in data]
+    sets = [open_set(path, split, columns) for path in data]
     if templates is not None:
-        prompts = read_templates(templates)
-        sets = [
-            dataclasses.replace(dataset, templates=prompts, own_templates=False) if dataset.classes else dataset
-            for dataset in sets
-        ]
+        sets = [with_prompts(dataset, templates) if dataset.classes else dataset for dataset in sets]
     names = [dataset.name for dataset in sets]
     if len(set(names)) < len(names):
         raise InputError(f"expected sets of different names, found {', '.join(names)}")
@@ -108,6 +108,8 @@ def evaluate_zero_shot(
 def _evaluate(
     towers: ImageTextTowers, dataset: ZeroShotSet, folder: Path, options: EncodeOptions, reporter: Reporter
 ) -> Evaluated:
+    for notice in dataset.notices:
+        reporter.line(f"{dataset.name}: {notice}")
     with reporter.bar(f"{dataset.name}: read", len(dataset.samples), "images") as advance:
         sha256 = dataset.sha256(advance)
     started = time.perf_counter()
@@ -130,7 +132,7 @@ def _evaluate(
     if len(images.broken) > SHOWN_BROKEN:
         reporter.line(f"{dataset.name}: {len(images.broken):,} images left out; report.json names them all")
     captions = sum(len(sample.captions) for sample in images.samples)
-    total = captions or len(dataset.classes) * len(dataset.templates)
+    total = captions or sum(map(len, dataset.prompts))
     with reporter.bar(f"{dataset.name}: embed", total, "texts") as advance:
         result = score(
             dataset,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.zero_shot.report import ZeroShotReport
+from eval.zero_shot.tables import Columns
 from index.progress import Progress, as_reporter
 from retriever.encoding.model import Model, ModelInput, Precision, load
 from retriever.errors import ArgumentError, check_paths, path_list
@@ -46,6 +47,9 @@ def zero_shot(
     out: str | Path | None = None,
     split: str = "test",
     templates: str | Path | None = None,
+    image: str = "",
+    label: str = "",
+    caption: str = "",
     device: str = "auto",
     precision: Precision = "fp32",
     micro_batch_tokens: int | None = None,
@@ -56,11 +60,16 @@ def zero_shot(
     Args:
         model: A model from `retriever.load`, or its folder or hub name.
         data: One or more sets: a folder with a folder of images for each class, a webdataset folder in CLIP_benchmark's
-            layout, or a table (.jsonl, .csv, .tsv, .parquet) with the columns image and label, labels or captions.
+            layout, a table (.jsonl, .csv, .tsv, .parquet) with the columns image and label, labels or captions, or a
+            folder of Parquet files or of a saved Hugging Face dataset with these columns.
         out: Folder of the report; embeddings found there are reused. Default: None, a temporary folder, from which
             `ZeroShotEvaluation.save` copies the report.
         split: Folder within a set, if there is one of that name. Default: "test".
-        templates: File with prompts, one per line with {c} for the class, instead of the sets' own. Default: None.
+        templates: File with prompts, one per line with {c} for the class, instead of the sets' own; or a .json file
+            with the prompts of each class, {"class": ["prompt", …]} (CuPL, arXiv 2209.03320). Default: None.
+        image: Column of tables with the image or its path. Default: "", the usual names.
+        label: Column of tables with the label. Default: "", the usual names.
+        caption: Column of tables with the captions. Default: "", the usual names.
         device: Device, if `model` is a folder or name. Default: "auto".
         precision: As for `retriever.load`, if `model` is a folder or name.
         micro_batch_tokens: As for `retriever.load`, if `model` is a folder or name.
@@ -82,7 +91,8 @@ def zero_shot(
         check_paths(templates=templates)
     folder, reporter = ReportFolder(out), as_reporter(progress)
     # Before the model, which takes longer to load than a wrong folder takes to notice.
-    sets = open_sets(paths, split, None if templates is None else Path(templates))
+    prompts = None if templates is None else Path(templates)
+    sets = open_sets(paths, split, prompts, Columns(image, label, caption))
     check_out(folder.path, sets)
     if not isinstance(model, Model):
         model = load(

@@ -24,7 +24,7 @@ def image_bytes(colour: tuple[int, int, int], shade: int = 0, kind: str = "PNG")
 def write_folder(folder: Path, each: int = 3) -> Path:
     """FOLDER/COLOUR/N.png."""
     for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(each):
             (folder / name / f"{number}.png").write_bytes(image_bytes(colour, 4 * number))
     return folder

@@ -13,14 +13,16 @@ from retriever.utils.torchrun import rank
 
 @dataclass(frozen=True, kw_only=True)
 class Encode(TruncatedEmbedding):
-    """Embed a corpus, or a folder of images, into a sharded store with checksums.
+    """Embed a corpus, or images, into a sharded store with checksums.
 
-    An interrupted command continues when it is repeated. Under torchrun the processes share a corpus.
+    An interrupted command continues when it is repeated. Under torchrun the processes share the work.
     """
 
-    data: Path
+    data: str
     """A BEIR folder (its corpus), or a .jsonl, .csv, .tsv (each also .gz) or .parquet file with the columns _id (or
-    id), text and optionally title. With an image–text model also a folder of images."""
+    id), text and optionally title. With an image–text model also images: a folder of image files, webdataset tars (a
+    folder, braces or wildcards, .tar.gz, a URL), a table with a column of images or their paths, or a folder of Parquet
+    files or of a saved Hugging Face dataset."""
     out: Path
     """Folder of the store."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -33,6 +35,12 @@ class Encode(TruncatedEmbedding):
     workers: int | None = None
     """Processes that read and tokenize the corpus, for each process of torchrun; 0: threads. None: as many as a GPU
     needs and the machine has processors for; threads on a CPU."""
+    image: str = ""
+    """Column of a table with the images or their paths. Empty: the first of image, filepath, file_name, path and file,
+    unless the table has the columns of a corpus."""
+    caption: str = ""
+    """Captions of images, which a search shows: a column of a table, or txt or json:KEY of tars. Empty: the first of
+    the columns caption, captions, text and title; txt in tars, otherwise the json key caption."""
 
     def run(self, reporter: Reporter) -> int:
         from retriever.encoding.encode import encode
@@ -45,6 +53,8 @@ class Encode(TruncatedEmbedding):
             shard_rows=self.shard_rows,
             workers=self.workers,
             fields=self.fields,
+            image=self.image,
+            caption=self.caption,
             **self.embedding_options(),
             progress=reporter,
         )

@@ -19,15 +19,23 @@ class EvaluateZeroShot(Embedding):
     """
 
     data: tuple[Path, ...]
-    """Sets: a folder with a folder of images for each class, a webdataset folder in CLIP_benchmark's layout, or a
-    .jsonl, .csv, .tsv or .parquet file with the columns image and label, labels or captions."""
+    """Sets: a folder with a folder of images for each class, a webdataset folder in CLIP_benchmark's layout, a .jsonl,
+    .csv, .tsv or .parquet file with the columns image and label, labels or captions, or a folder of Parquet files or of
+    a saved Hugging Face dataset."""
     out: Path
     """Folder of the report; embeddings found there are reused."""
     split: str = "test"
     """Folder within a set, if there is one of that name."""
     templates: Path | None = None
-    """File with prompts, one per line with {c} for the class, instead of the sets' own. None: the set's
-    zeroshot_classification_templates.txt, or general prompts if it has none."""
+    """File with prompts, one per line with {c} for the class, instead of the sets' own; or a .json file with the
+    prompts of each class, as CuPL publishes them. None: the set's zeroshot_classification_templates.txt, or general
+    prompts if it has none."""
+    image: str = ""
+    """Column of tables with the image or its path. Empty: the first of image, filepath, file_name, path and file."""
+    label: str = ""
+    """Column of tables with the label. Empty: the first of label, labels and class."""
+    caption: str = ""
+    """Column of tables with the captions. Empty: the first of caption, captions, text and title."""
 
     def run(self, reporter: Reporter) -> int:
         from eval.zero_shot.report import json_of, summary_table
@@ -39,6 +47,9 @@ class EvaluateZeroShot(Embedding):
             out=self.out,
             split=self.split,
             templates=self.templates,
+            image=self.image,
+            label=self.label,
+            caption=self.caption,
             **self.embedding_options(),
             progress=reporter,
         ).report

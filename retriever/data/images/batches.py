@@ -16,7 +16,7 @@ from torch import Tensor
 from index.files import InputError
 from retriever.data.batches import PairKeys
 from retriever.data.images.chunks import Chunks, PairChunk, PairReader
-from retriever.data.images.sources import check_broken
+from retriever.data.images.pairs import check_broken
 from retriever.data.known_positives import KnownPositives, text_digests
 from retriever.data.length_sorting import make_micro_batches
 from retriever.data.micro_batches import PreparedBatch, TextInputs

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from index.files import InputError
 from retriever.data.images.features import FeatureStore, PlaceholderFeatures
-from retriever.data.images.sources import BrokenPairError, PairSource
+from retriever.data.images.pairs import BrokenPairError, PairSource
 from retriever.data.schedule import BatchSchedule
 from retriever.distributed.share import Share
 from retriever.models.images.transforms import ImageTransform

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from index.files import atomic_path, read_json, write_json
-from retriever.data.images.sources import BrokenPairError, PairSource
+from retriever.data.images.pairs import BrokenPairError, PairSource
 from retriever.models.images.transforms import ImageTransform
 from retriever.models.mixed_precision import mixed_precision
 from retriever.utils.device import Precision, to_device

@@ -10,7 +10,9 @@ from retriever.config.run import TrainConfig
 from retriever.data.images.batches import ImageBatches, MicroBatchSettings
 from retriever.data.images.chunks import PairReader
 from retriever.data.images.features import FeatureStore, PlaceholderFeatures, compute_features
-from retriever.data.images.sources import FilePairs, PairSource, open_pairs
+from retriever.data.images.file_pairs import FilePairs
+from retriever.data.images.pairs import PairSource
+from retriever.data.images.sources import open_pairs
 from retriever.data.known_positives import find_known_positives
 from retriever.data.schedule import BatchSchedule
 from retriever.distributed.share import Share

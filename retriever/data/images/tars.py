@@ -1,32 +1,33 @@
 """Random access to the samples of webdataset tars, with a memory-mapped index of the offsets of images and captions.
 
-A sample consists of the members of one tar with the same name up to the first dot: KEY.jpg (or jpeg, png, webp) with
-KEY.txt or KEY.json. Random access allows a random permutation of all samples in every epoch, without a shuffle buffer,
-and resuming at any step. The disk must read at random positions as fast as sequentially.
+A sample consists of the members of one tar with the same name up to the first dot: KEY.jpg (or another image format)
+with KEY.txt or KEY.json. Random access allows a random permutation of all samples in every epoch, without a shuffle
+buffer, and resuming at any step. The disk must read at random positions as fast as sequentially.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
-import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from index.files import InputError, atomic_path, read_json, sha256_file, write_json
-from index.image_files import MAX_FILE_BYTES
+from index.files import InputError, atomic_path, read_json, write_json
+from index.image_files.tars import member_name, split_name
+from retriever.data.images.tar_samples import COLUMNS, PARTS, scan_tar
 from retriever.data.sources import Notices
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-VERSION = 2
+VERSION = 3
 """Version of the index. Indexes of other versions are not used."""
 
 # Shards of one source. The largest public data sets have some hundred thousand.
@@ -34,7 +35,9 @@ MAX_SHARDS = 1_000_000
 MAX_BRACES = 16
 # Open files per process; large datasets have tens of thousands of shards.
 _MAX_OPEN_FILES = 256
-_PARTS = ("image", "txt", "json")
+COMPRESSED_TARS = (".tar.gz", ".tgz")
+"""Endings of compressed tars, which are unpacked before they are indexed."""
+
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -80,22 +83,6 @@ def _expand(pattern: str) -> list[str]:
     return [name for choice in choices for name in _expand(before + choice + after)]
 
 
-def shard_paths(path: str) -> list[Path]:
-    """Return the tars of a folder (sorted) or of a pattern with braces (in its order).
-
-    Raises:
-        InputError: If a tar does not exist, or the folder has none.
-    """
-    folder = Path(path)
-    shards = sorted(folder.glob("*.tar")) if folder.is_dir() else [Path(name) for name in expand_braces(path)]
-    for shard in shards:
-        if not shard.is_file():
-            raise InputError(f"{shard}: no such file" + (f" (of {path})" if str(shard) != path else ""))
-    if not shards:
-        raise InputError(f"{path}: expected .tar files, found none")
-    return shards
-
-
 class ShardedSamples:
     """The samples of many tars, by row. Picklable; worker processes open the files themselves.
 
@@ -118,17 +105,25 @@ class ShardedSamples:
         self.shards = [Path(shard["path"]) for shard in metadata["shards"]]
         self.sha256, self.parts = metadata["sha256"], metadata["parts"]
         self.notices, self.skipped = metadata["notices"], metadata["left_out"]
-        # Columns: shard, then offset and size of image, txt and json. The size of a missing part is -1.
+        # Columns: shard, then offset and size of image, txt and json, and the position of the image's header. The size
+        # of a missing part is -1.
         self._rows = np.load(path, mmap_mode="r")
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def shard(self, row: int) -> Path:
+        """Return the tar of a sample."""
+        return self.shards[self._rows[row][0]]
+
+    def key(self, row: int) -> str:
+        """Return the key of a sample, its path in the tar without extensions. It is read from the tar."""
+        return split_name(member_name(self.shard(row), int(self._rows[row][COLUMNS])))[0]
+
     def location(self, row: int) -> str:
-        """Return the tar and the offset of a sample, for messages."""
-        entry = self._rows[row]
-        return f"{self.shards[entry[0]]}: image at byte {entry[1]}"
+        """Return the tar and the key of a sample, for messages."""
+        return f"{self.shard(row)}: {self.key(row)}"
 
     def read(self, row: int, part: str) -> bytes | None:
         """Return a member of a sample, or None if the sample does not have it.
@@ -141,7 +136,7 @@ class ShardedSamples:
             InputError: If the tar was truncated after it was indexed.
         """
         entry = self._rows[row]
-        column = 1 + 2 * _PARTS.index(part)
+        column = 1 + 2 * PARTS.index(part)
         shard, offset, size = int(entry[0]), int(entry[column]), int(entry[column + 1])
         if size < 0:
             return None
@@ -168,14 +163,22 @@ class ShardedSamples:
 
 
 def index_shards(
-    path: str, cache: Path, *, workers: int = 0, progress: Callable[[int], None] | None = None
+    path: str,
+    shards: Sequence[Path],
+    cache: Path,
+    *,
+    captions: bool = True,
+    workers: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> ShardedSamples:
     """Index tars into the folder `cache`, unless the index is there already. Each tar's index is cached as well.
 
     Samples without an image, or with neither txt nor json, are skipped and counted. Empty members count as missing.
 
     Args:
-        path: A folder or a pattern with braces.
+        path: Name of the source in messages.
+        shards: The tars.
+        captions: Whether samples without a caption are skipped. Default: True.
         cache: Folder for the index.
         workers: Number of processes. Only headers are read, about 20,000 per second and process. Default: 0, the
             calling process.
@@ -184,17 +187,28 @@ def index_shards(
     Raises:
         InputError: If a tar is missing, compressed or truncated, or there is no sample at all.
     """
-    shards = shard_paths(path)
     stats = [shard.stat() for shard in shards]
+    # The key of an index with captions is that of earlier versions of this function.
+    other: dict[str, Any] = {} if captions else {"captions": False}
     identities: list[dict[str, Any]] = [
-        {"path": str(shard.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        {"path": str(shard.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, **other}
         for shard, stat in zip(shards, stats, strict=True)
     ]
     merged = cache / f"{_key(identities)}.npy"
     if not (merged.exists() and merged.with_suffix(".json").exists()):
         indexes = [cache / "shards" / f"{_key(identity)}.npy" for identity in identities]
-        _merge(path, list(zip(shards, indexes, strict=True)), identities, merged, workers, progress)
+        jobs = [_Job(shard, index, captions) for shard, index in zip(shards, indexes, strict=True)]
+        _merge(path, jobs, identities, merged, workers, progress)
     return ShardedSamples(merged)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A tar, the file of its index, and whether samples need captions."""
+
+    shard: Path
+    index: Path
+    captions: bool
 
 
 def _key(identity: Any) -> str:
@@ -203,16 +217,16 @@ def _key(identity: Any) -> str:
 
 def _merge(
     path: str,
-    shards: Sequence[tuple[Path, Path]],
+    jobs: Sequence[_Job],
     identities: list[dict[str, Any]],
     merged: Path,
     workers: int,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Merge the indexes of all `shards`, pairs of a tar and its index, into the file `merged`."""
+    """Merge the indexes of all tars into the file `merged`."""
     notices = Notices()
     tables = []
-    for number, (rows, skipped) in enumerate(_index_all(shards, workers)):
+    for number, (rows, skipped) in enumerate(_index_all(jobs, workers)):
         for kind, location in skipped:
             notices.add(kind, location)
         tables.append(np.concatenate([np.full((len(rows), 1), number), rows], axis=1))
@@ -220,86 +234,53 @@ def _merge(
             progress(1)
     rows = np.concatenate(tables)
     if not len(rows):
-        lines = [f"{path}: expected samples of KEY.jpg (png, webp) with KEY.txt or KEY.json, found none"]
+        caption = " with KEY.txt or KEY.json" if jobs[0].captions else ""
+        lines = [f"{path}: expected samples of KEY.jpg (png, webp, …){caption}, found none"]
         raise InputError("; ".join(lines + notices.lines()))
     merged.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(merged) as temporary, open(temporary, "wb") as file:
         np.save(file, rows)
-    digest = hashlib.sha256(sha256_file(merged).encode())
+    digest = hashlib.sha256(_sha256(rows[:, :COLUMNS]).encode())
     digest.update(json.dumps([[Path(shard["path"]).name, shard["bytes"]] for shard in identities]).encode())
     metadata = {
         "sha256": digest.hexdigest(),
         "notices": notices.lines(),
         "left_out": notices.count("samples left out"),
-        "parts": {part: bool((rows[:, 2 + 2 * number] >= 0).any()) for number, part in enumerate(_PARTS)},
+        "parts": {part: bool((rows[:, 2 + 2 * number] >= 0).any()) for number, part in enumerate(PARTS)},
         "shards": identities,
     }
     # Written last; if it exists, the index is complete.
     write_json(merged.with_suffix(".json"), metadata)
 
 
-def _index_all(shards: Sequence[tuple[Path, Path]], workers: int) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
-    if workers > 1 and len(shards) > 1:
+def _sha256(rows: np.ndarray) -> str:
+    """Return the sha256 of an array's npy file. The positions of headers are left out, as earlier versions did."""
+    digest = hashlib.sha256()
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": rows.shape})
+    digest.update(header.getvalue())
+    for start in range(0, len(rows), 2**16):
+        digest.update(rows[start : start + 2**16].tobytes())
+    return digest.hexdigest()
+
+
+def _index_all(jobs: Sequence[_Job], workers: int) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
+    if workers > 1 and len(jobs) > 1:
         # Spawned, because the parent process may have threads.
-        with ProcessPoolExecutor(min(workers, len(shards)), mp_context=get_context("spawn")) as pool:
-            yield from pool.map(_index_one, shards, chunksize=max(1, min(16, len(shards) // (4 * workers))))
+        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+            yield from pool.map(_index_one, jobs, chunksize=max(1, min(16, len(jobs) // (4 * workers))))
     else:
-        yield from map(_index_one, shards)
+        yield from map(_index_one, jobs)
 
 
-def _index_one(shard: tuple[Path, Path]) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Return rows [samples, 6] and skipped samples of a tar, from its index, which is created if necessary."""
-    tar, index = shard
+def _index_one(job: _Job) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Return rows [samples, 7] and skipped samples of a tar, from its index, which is created if necessary."""
+    index = job.index
     if not (index.exists() and index.with_suffix(".json").exists()):
-        rows, skipped = _scan(tar)
+        rows, skipped = scan_tar(job.shard, job.captions)
         index.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(index) as temporary, open(temporary, "wb") as file:
             np.save(file, rows)
         write_json(index.with_suffix(".json"), {"left_out": skipped})
     skipped = [(kind, location) for kind, location in read_json(index.with_suffix(".json"))["left_out"]]
     return np.load(index), skipped
-
-
-def _scan(shard: Path) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Read the headers of a tar: rows [samples, 6] of offsets and sizes, and (kind, location) of skipped samples."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    damaged: set[str] = set()
-    bytes_ = shard.stat().st_size
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            position = -1
-            for member in tar:
-                # tarfile would keep all members in memory.
-                tar.members = []  # type: ignore[attr-defined]
-                folder, _, name = member.name.rpartition("/")
-                if member.isreg() and not name.startswith((".", "__")):
-                    key, _, extension = name.partition(".")
-                    extension = extension.lower()
-                    part = "image" if extension in IMAGE_EXTENSIONS else extension
-                    parts = samples.setdefault(f"{folder}/{key}", {})
-                    # The content of a sparse member is not stored as it is.
-                    if member.issparse() or not 0 <= member.size <= min(bytes_ - member.offset_data, MAX_FILE_BYTES):
-                        damaged.add(f"{folder}/{key}")
-                    elif part in _PARTS and member.size:
-                        parts.setdefault(part, (member.offset_data, member.size))
-                # Members follow each other; a header that leads back would be read for ever.
-                if tar.offset <= position:
-                    raise tarfile.ReadError(f"the member {member.name!r:.60} has the size {member.size}")
-                position = tar.offset
-    except (tarfile.TarError, ValueError, ArithmeticError, RecursionError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{shard}: expected an uncompressed tar, found one that cannot be read: {reason:.200}"
-        ) from None
-    rows, skipped = [], []
-    for key, parts in samples.items():
-        location = f"{shard}: {key.lstrip('/')}"
-        if key in damaged:
-            skipped.append(("samples left out with a sparse, huge or truncated member", location))
-        elif "image" not in parts:
-            skipped.append(("samples left out without an image", location))
-        elif len(parts) == 1:
-            skipped.append(("samples left out without a caption", location))
-        else:
-            rows.append([number for part in _PARTS for number in parts.get(part, (0, -1))])
-    return np.array(rows, dtype=np.int64).reshape(-1, 6), skipped

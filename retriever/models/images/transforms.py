@@ -1,109 +1,33 @@
-"""Decoding, cropping and normalizing images, with Pillow and torch."""
+"""Resizing, cropping and normalizing images, with Pillow and torch."""
 
 from __future__ import annotations
 
-import io
 import math
-import struct
-import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from index.files import InputError, check_readable
+from index.files import InputError
+from retriever.models.images.decoding import open_image
 from retriever.utils.device import to_device
+
+# open_image is used with transforms everywhere.
+__all__ = ["CLIP_STATISTICS", "IMAGENET_STATISTICS", "ImageTransform", "open_image", "random_crop"]
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """CLIP's mean and standard deviation of red, green and blue, for values in [0, 1] (arXiv 2103.00020)."""
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet, with which most other vision encoders were trained."""
 
-MAX_PIXELS = 89_478_485
-"""Images with more pixels are refused before they are decoded. Pillow's limit; a quarter of a GiB as RGB."""
-
 MAX_ASPECT = 64
 """Images with a larger ratio of the longer to the shorter side are cropped to this ratio at the center."""
 
 CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (0.75, 1.33)
-
-# Exceptions that Pillow raises for truncated or damaged files, and for files that are not images.
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
-def open_image(source: Image.Image | Path | str | bytes, location: str = "image") -> Image.Image:
-    """Decode an image to RGB. It is rotated according to its EXIF data; transparent pixels are put on white.
-
-    Args:
-        source: A path, the bytes of a file, or an image opened by Pillow.
-        location: Name of the image in messages, if `source` is not a path. Default: "image".
-
-    Raises:
-        InputError: If there is no such file, it is damaged or not an image, or it has more than MAX_PIXELS pixels.
-    """
-    if isinstance(source, Path | str):
-        location = str(source)
-    try:
-        if isinstance(source, Image.Image):
-            return _rgb(source, location)
-        if not isinstance(source, bytes):
-            check_readable(Path(source))
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _rgb(image, location, own=True)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{location}: no such file") from None
-    except UnidentifiedImageError:
-        # Pillow's message would be the repr of a BytesIO.
-        raise InputError(f"{location}: expected an image, found bytes in no format that Pillow reads") from None
-    except _BROKEN as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{location}: expected an image, found one that cannot be read: {reason:.200}") from None
-
-
-def _rgb(image: Image.Image, location: str, *, own: bool = False) -> Image.Image:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{location}: expected an image of at most {MAX_PIXELS:,} pixels, found {width} x {height}")
-    if image.mode == "RGB":
-        if not own:
-            return ImageOps.exif_transpose(image)
-        # In location, so that an image that is not rotated is not copied; a copy takes a tenth of the time of decoding.
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
-    rotated = ImageOps.exif_transpose(image)
-    if rotated.mode in ("I", "F") or rotated.mode.startswith("I;16"):
-        return _gray16_to_rgb(rotated, location)
-    if rotated.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in rotated.info:
-        white = Image.new("RGBA", rotated.size, "white")
-        return Image.alpha_composite(white, rotated.convert("RGBA")).convert("RGB")
-    return rotated.convert("RGB")
-
-
-def _gray16_to_rgb(image: Image.Image, location: str) -> Image.Image:
-    # Pillow clips values above 255, which would turn 16-bit gray into white.
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise InputError(f"{location}: expected an image of at most 16 bits per channel, found mode {image.mode}")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
 def _crop_to_max_aspect(image: Image.Image) -> Image.Image:
@@ -142,34 +66,59 @@ class ImageTransform:
     flip: bool = False
     """Whether `augment` flips half of the images horizontally."""
 
+    scale: float = 1 / 255
+    """Factor of pixel values before the mean is subtracted, `rescale_factor` of transformers."""
+
     @classmethod
     def of_processor(cls, processor: Any, location: str = "model") -> ImageTransform:
         """Return the transform that equals an image processor of transformers.
+
+        The processor and the transform are applied to a test image and compared, because processors have many more
+        settings than are read here.
 
         Args:
             processor: The image processor.
             location: Name of the model in messages. Default: "model".
 
         Raises:
-            InputError: If the processor does not resize to a fixed size and rescale to [0, 1].
+            InputError: If the processor does not resize or center-crop to a fixed size, or does anything else than to
+                resize, center-crop, rescale and normalize.
         """
-        size, crop = _sides(processor.size), _sides(getattr(processor, "crop_size", None))
-        resizes, crops = getattr(processor, "do_resize", True), getattr(processor, "do_center_crop", False)
-        exact = size if isinstance(size, tuple) else None
-        result = crop if crops and isinstance(crop, tuple) else exact
-        if not resizes or result is None or not getattr(processor, "do_rescale", True):
+        size, crop = _sides(getattr(processor, "size", None)), _sides(getattr(processor, "crop_size", None))
+        crops = bool(getattr(processor, "do_center_crop", False))
+        result = crop if crops and isinstance(crop, tuple) else size
+        if not getattr(processor, "do_resize", True) or size is None or not isinstance(result, tuple):
             raise InputError(
-                f"{location}: expected an image processor with a fixed size, found {type(processor).__name__} "
-                "(of SigLIP 2, take a checkpoint that is not NaFlex)"
+                f"{location}: expected an image processor that resizes to a fixed height and width or center-crops, "
+                f"found {_description(processor)}"
             )
         normalizes = getattr(processor, "do_normalize", True)
-        return cls(
+        transform = cls(
             size=result,
             resize=size,
             resample=int(processor.resample),
             mean=tuple(processor.image_mean) if normalizes else (0.0, 0.0, 0.0),
             std=tuple(processor.image_std) if normalizes else (1.0, 1.0, 1.0),
+            scale=float(processor.rescale_factor) if getattr(processor, "do_rescale", True) else 1.0,
         )
+        transform._check_equals(processor, location)
+        return transform
+
+    def _check_equals(self, processor: Any, location: str) -> None:
+        """Check that a processor gives the same input for a smooth test image, but for rounding."""
+        y, x = np.mgrid[0:61, 0:97]
+        waves = [128 + 100 * np.sin(x / 17 + y / 23), 2 * x + y / 2, 250 - 3 * y]
+        image = Image.fromarray(np.stack(waves, axis=2).clip(0, 255).astype(np.uint8))
+        theirs = np.asarray(processor(images=[image], return_tensors="np")["pixel_values"])[0]
+        ours = self(image).numpy()
+        # Resizing by another backend rounds differently; a wrong size, order or factor differs by far more.
+        allowed = 8 * self.scale / min(self.std)
+        if ours.shape != theirs.shape or not (np.abs(ours - theirs) <= allowed).all():
+            found = f"shape {theirs.shape}" if ours.shape != theirs.shape else f"{np.abs(ours - theirs).max():.3g} more"
+            raise InputError(
+                f"{location}: expected an image processor that only resizes, center-crops, rescales and normalizes, "
+                f"found {_description(processor)}, whose output for a test image differs ({found})"
+            )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the input for evaluation, float32 [3, height, width], of an RGB image."""
@@ -205,8 +154,8 @@ class ImageTransform:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Convert uint8 [..., 3, height, width] to normalized float32, on the device of `pixels`."""
-        # (x / 255 - mean) / std as one operation, without intermediate copies of the batch.
-        scale = [1 / (255 * std) for std in self.std]
+        # (scale x - mean) / std as one operation, without intermediate copies of the batch.
+        scale = [self.scale / std for std in self.std]
         shift = [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
         # Created on the host: creating a tensor from numbers on a GPU would synchronize.
         scale_tensor, shift_tensor = (
@@ -242,6 +191,14 @@ def _to_tensor(image: Image.Image) -> Tensor:
     for channel, name in zip(pixels, "RGB", strict=True):
         channel[:] = np.frombuffer(image.tobytes("raw", name), np.uint8)
     return torch.from_numpy(pixels).view(3, image.height, image.width)
+
+
+def _description(processor: Any) -> str:
+    size, crop = (dict(getattr(processor, name, None) or {}) for name in ("size", "crop_size"))
+    sides = {name: value for name, value in size.items() if value is not None}
+    cut = f"a center crop to {crop}" if getattr(processor, "do_center_crop", False) else "no center crop"
+    hint = " (of SigLIP 2, take a checkpoint that is not NaFlex)" if hasattr(processor, "max_num_patches") else ""
+    return f"{type(processor).__name__} with size {sides} and {cut}{hint}"
 
 
 def _sides(size: Any) -> int | tuple[int, int] | None:

@@ -39,7 +39,10 @@ FULL = TrainConfig(
         image=ImageConfig(name="tiny", lock="text", patch_dropout=0.5),
     ),
     data=DataConfig(
-        sources=(SourceConfig(path="a.jsonl", query="q", weight=2.5), SourceConfig(path="b", format="beir")),
+        sources=(
+            SourceConfig(path="a.jsonl", query="q", weight=2.5),
+            SourceConfig(path="b", format="beir", weight=1.0),
+        ),
         images=(ImageSource(path="shard-{0..3}.tar", caption=("txt", "json:alt"), weight=2.0),),
         negatives=3,
         cache="c",
@@ -117,6 +120,8 @@ def test_float_fields_accept_common_notations(tmp_path: Path, text: str, expecte
         ("data: {sources: [{query: a}]}", "path"),
         ("data: {sources: [a.jsonl]}", "data.sources[0]: expected keys and values, found 'a.jsonl' (str)"),
         ("data: {sources: [{path: a, weight: -1}]}", "weight: expected a positive number, found -1.0"),
+        ("data: {sources: [{path: a, weight: 1}, {path: b}]}", "expected a weight for every source or for none, found"),
+        ("data: {images: [{path: a}, {path: b, weight: 1}]}", "expected a weight for every source or for none, found"),
         ("data: {workers: -1}", "data.workers: expected at least 0, found -1"),
         ("epochs: .inf", "epochs: expected a positive number, found inf"),
         ("seed: -1", "seed: expected at least 0, found -1"),
@@ -182,7 +187,7 @@ def test_hostile_yaml_is_refused_in_bounded_time(tmp_path: Path, text: str, mess
 
 
 def test_anchors_of_ordinary_size_are_read(tmp_path: Path) -> None:
-    config = read(tmp_path / "c.yaml", "data: {sources: [&a {path: x}, {<<: *a, weight: 2}]}")
+    config = read(tmp_path / "c.yaml", "data: {sources: [&a {path: x, weight: 1}, {<<: *a, weight: 2}]}")
     assert [source.path for source in config.data.sources] == ["x", "x"]
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gzip
 import io
 import json
 import os
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from image_helpers import captioned, draw, image_bytes, write_shards, write_tar
+from image_helpers import SHAPES, captioned, draw, image_bytes, write_shards, write_tar
 
 import retriever.data.images.tars as shards_module
 from index.files import InputError
 from retriever.config.images import ImageSource
-from retriever.data.images.sources import BrokenPairError, PairSource, open_pairs
+from retriever.data.images.pairs import BrokenPairError, PairSource
+from retriever.data.images.sources import open_pairs, tar_files
 from retriever.data.images.tars import expand_braces, index_shards
 
 
@@ -132,11 +137,9 @@ def test_samples_without_image_or_caption_are_skipped_and_counted(tmp_path: Path
         f"samples left out without an image: 1 (first at {path}: three)",
     ]
     assert [pairs.read(row).captions for row in (0, 1)] == [("first", "second"), ("in a folder",)]
-    with pytest.raises(
-        BrokenPairError, match=r"a\.tar: image at byte \d+: expected a caption that is not empty, found none"
-    ):
+    with pytest.raises(BrokenPairError, match=r"a\.tar: five: expected a caption that is not empty, found none"):
         pairs.read(2)
-    with pytest.raises(BrokenPairError, match=r"a\.tar: image at byte \d+: expected an image"):
+    with pytest.raises(BrokenPairError, match=r"a\.tar: six: expected an image"):
         pairs.read(3).open()
     with pytest.raises(BrokenPairError, match=r"expected UTF-8 in \.txt"):
         pairs.read(4)
@@ -148,11 +151,12 @@ def test_samples_without_image_or_caption_are_skipped_and_counted(tmp_path: Path
         (b'{"caption": "half \\ud83d"}', "expected Unicode text, found half of a surrogate pair"),
         (b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "expected JSON, found: maximum recursion depth"),
         (b'["caption"]', "expected a JSON object in .json"),
+        (b'\xef\xbb\xbf["caption"]', "expected a JSON object in .json"),
         (b'{"caption": 5}', "expected a caption that is not empty, found none"),
         (b'{"caption": ', "expected JSON, found"),
         (b"\xff", "expected UTF-8 in .json"),
     ],
-    ids=["half a character", "deep", "a list", "a number", "no JSON", "no UTF-8"],
+    ids=["half a character", "deep", "a list", "byte order mark", "a number", "no JSON", "no UTF-8"],
 )
 def test_an_invalid_caption_breaks_only_its_pair(about: bytes, message: str, tmp_path: Path) -> None:
     png = image_bytes(draw("red", "circle"))
@@ -165,29 +169,139 @@ def test_an_invalid_caption_breaks_only_its_pair(about: bytes, message: str, tmp
     assert pairs.read(1).captions == ("è 🙂",)
 
 
+def test_every_lost_sample_is_counted_with_its_reason(tmp_path: Path) -> None:
+    png = image_bytes(draw("red", "circle"))
+    members = [
+        *((f"img.{n:04}.{end}", content) for n in range(3) for end, content in (("jpg", png), ("txt", b"x"))),
+        *((f"{n % 2}.{end}", content) for n in range(5) for end, content in (("png", png), ("txt", b"a caption"))),
+        # Further images and files of a whole sample are not lost pairs.
+        *(("c.png", png), ("c.txt", "\ufeffa cat".encode()), ("c.seg.png", png), ("c.cls", b"1")),
+        *(("d.input.jpg", png), ("d.target.jpg", png), ("d.txt", b"which?")),
+        *(("__MACOSX/._c.png", png), ("._c.png", png)),
+        *(("e.webp", b"second"), ("e.jpg", png), ("e.txt", b"e")),
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    pairs = opened(ImageSource(str(path)), tmp_path)
+    assert pairs.skipped == 3 + 3 + 2 and len(pairs) == 4
+    assert sorted(pairs.notices) == [
+        f"hidden images ignored: 2 (first at {path}: __MACOSX/._c.png)",
+        f"samples left out because an earlier one of the tar has the same key: 3 (first at {path}: 0)",
+        f"samples left out because their name has a dot before the extension: 5 (first at {path}: img.0000)",
+    ]
+    assert [pairs.location(row) for row in range(4)] == [f"{path}: {key}" for key in "01ce"]
+    assert pairs.read(2).captions == ("a cat",)
+    assert pairs.read(3, False).location == f"{path}: e" and pairs.read(3).image == png
+    strict = write_tar(tmp_path / "b.tar", [(f"i.{n}.{end}", b"x") for n in range(101) for end in ("jpg", "txt")])
+    with pytest.raises(InputError, match=r"found none; samples left out because their name has a dot.*: 101 \(first"):
+        opened(ImageSource(str(strict)), tmp_path)
+    # Faulty members, as of the tars that fuzzing finds.
+    sparse = tarfile.TarInfo("s.png")
+    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,0"}
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(sparse)
+        tar.addfile(tarfile.TarInfo("s.txt"))
+    faulty = opened(ImageSource(str(path)), tmp_path)
+    assert (
+        f"samples left out with a sparse, huge or truncated member: 1 (first at {path}: s)" in faulty.notices
+        and faulty.skipped == 9
+    )
+
+
+def test_a_key_that_no_json_has_is_found_on_opening(tmp_path: Path) -> None:
+    source = ImageSource(write_shards(tmp_path / "set"), caption=("json:typo",))
+    with pytest.raises(InputError, match=r"expected the key 'typo' in \.json, found caption, captions in 32 samples"):
+        opened(source, tmp_path)
+
+
+def test_compressed_tars_wildcards_and_urls_are_read_like_tars(tmp_path: Path) -> None:
+    write_shards(tmp_path / "set")
+    plain = opened(ImageSource(str(tmp_path / "set")), tmp_path)
+    (tmp_path / "gz").mkdir()
+    for shard in (tmp_path / "set").iterdir():
+        (tmp_path / "gz" / f"{shard.name}.gz").write_bytes(gzip.compress(shard.read_bytes()))
+    url = (tmp_path / "gz").as_uri()
+    for path in (tmp_path / "gz", tmp_path / "gz" / "*.tar.gz", f"{url}/{{000..001}}.tar.gz", f"{url}/*.gz"):
+        pairs = opened(ImageSource(str(path), format="webdataset"), tmp_path)
+        assert pairs.sha256 == plain.sha256 and pairs.read(5) == plain.read(5)
+    shutil.rmtree(tmp_path / "gz")
+    assert len(opened(ImageSource(f"{url}/{{000..001}}.tar.gz"), tmp_path)) == len(plain)
+    (tmp_path / "cut.tgz").write_bytes(gzip.compress(b"x" * 1000)[:20])
+    for path, message in (
+        (f"{url}/002.tar", r"002\.tar: no such file"),
+        ("nothing://a/b.tar", r"nothing://a/b\.tar: cannot be read: Protocol not known"),
+        (tmp_path / "cut.tgz", r"cut\.tgz: expected a tar compressed by gzip"),
+        (tmp_path / "no*.tar", r"no\*\.tar: no such file"),
+        ("pipe:curl x.tar", "pipe:curl x.tar: commands are not run"),
+        ("a.tar::b.tar", "expected one path; give each part between :: as a source of its own"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            opened(ImageSource(str(path)), tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_class_folders_are_pairs_of_images_and_prompts(tmp_path: Path) -> None:
+    for name in ("big_cat/1.png", "dog/2.png", "dog/.x.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(image_bytes(draw("red", "circle")))
+    source = ImageSource(str(tmp_path / "set"))
+    pairs = opened(source, tmp_path)
+    assert [pairs.read(row).captions for row in range(2)] == [("a photo of a big cat.",), ("a photo of a dog.",)]
+    assert pairs.read(1).open().size == (48, 40) and pairs.location(1).endswith("dog/2.png") and pairs.notices
+    several = opened(dataclasses.replace(source, prompts=("{c}!", "one {}")), tmp_path)
+    assert several.read(0).captions == ("big cat!", "one big cat") and several.sha256 != pairs.sha256
+    (tmp_path / "set" / "classnames.txt").write_text("tiger|lion\nwolf\n")
+    assert opened(source, tmp_path).read(0).captions == ("a photo of a tiger.", "a photo of a lion.")
+    with pytest.raises(InputError, match=r"expected \{c\} in each of them, found none in 'cat'"):
+        opened(dataclasses.replace(source, prompts=("cat",)), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["struct", "binary"])
+def test_parquet_files_with_images_are_read_by_row(kind: str, tmp_path: Path) -> None:
+    contents = [image_bytes(draw(colour, shape)) for colour in ("red", "blue") for shape in SHAPES]
+    (tmp_path / "own.png").write_bytes(contents[0])
+    cells: list[object] = list(contents) if kind == "binary" else [{"bytes": each, "path": None} for each in contents]
+    cells += [None] if kind == "binary" else [{"bytes": None, "path": "own.png"}]
+    texts = [[f"text {n}", f"another {n}"] for n in range(len(cells))]
+    table = pyarrow.table({"image": cells, "captions": texts})
+    for number in range(2):
+        pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=5)
+    pairs = opened(ImageSource(str(tmp_path / "{0..1}.parquet")), tmp_path)
+    assert len(pairs) == 18 and pairs.location(17) == "1.parquet: row 9"
+    again = copy.copy(pairs)
+    assert [again.read(row).image for row in (0, 6, 12)] == [contents[row % 9] for row in (0, 6, 12)]
+    assert again.read(16).captions == ("text 7", "another 7") and again.read(16, False).image == b""
+    if kind == "binary":
+        with pytest.raises(BrokenPairError, match=r"0\.parquet: row 9: expected an image, found none in its cell"):
+            pairs.read(8)
+    else:
+        assert pairs.read(8).image == contents[0]
+    with pytest.raises(InputError, match=r"expected a column 'alt', found image, captions"):
+        opened(ImageSource(str(tmp_path / "0.parquet"), caption=("alt",)), tmp_path)
+
+
 def test_an_index_is_built_once_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = write_shards(tmp_path / "set", 3)
     scanned: list[str] = []
-    scan = shards_module._scan
+    scan = shards_module.scan_tar
 
-    def watched(shard: Path) -> object:
+    def watched(shard: Path, captions: bool) -> object:
         if len(scanned) == 2:
             raise KeyboardInterrupt
         scanned.append(shard.name)
-        return scan(shard)
+        return scan(shard, captions)
 
-    monkeypatch.setattr(shards_module, "_scan", watched)
+    monkeypatch.setattr(shards_module, "scan_tar", watched)
     with pytest.raises(KeyboardInterrupt):
-        index_shards(pattern, tmp_path / "cache")
+        index_shards(pattern, tar_files(pattern, tmp_path / "cache"), tmp_path / "cache")
     scanned.pop()
-    index_shards(pattern, tmp_path / "cache")
+    index_shards(pattern, tar_files(pattern, tmp_path / "cache"), tmp_path / "cache")
     assert scanned == ["000.tar", "002.tar"]
-    index_shards(pattern, tmp_path / "cache")
+    index_shards(pattern, tar_files(pattern, tmp_path / "cache"), tmp_path / "cache")
     assert scanned == ["000.tar", "002.tar"]
     # A tar that has changed is indexed again.
     write_tar(tmp_path / "set" / "001.tar", [("a.png", b"x"), ("a.txt", b"y")])
     scanned.clear()
-    index_shards(pattern, tmp_path / "cache")
+    index_shards(pattern, tar_files(pattern, tmp_path / "cache"), tmp_path / "cache")
     assert scanned == ["001.tar"]
 
 
@@ -226,6 +340,17 @@ def test_paths_of_a_table_are_relative_to_its_folder(tmp_path: Path) -> None:
     assert first.captions == ("red circle", "circle") and first.open().size == (48, 40)
     with pytest.raises(BrokenPairError, match=r"none\.png: no such file"):
         pairs.read(1)
+    # The columns of open_clip, in its default format.
+    (tmp_path / "pairs.tsv").write_text("filepath\ttitle\nimages/1.png\ta circle\n")
+    assert opened(ImageSource(str(tmp_path / "pairs.tsv")), tmp_path).read(0).captions == ("a circle",)
+    (tmp_path / "pairs.tsv").rename(tmp_path / "open_clip.csv")
+    with pytest.raises(
+        InputError, match=r"expected a column 'image' or .*; cells separated by tabs are read from a .tsv"
+    ):
+        opened(ImageSource(str(tmp_path / "open_clip.csv")), tmp_path)
+    (tmp_path / "urls.csv").write_text("image,caption\nhttps://a/b.jpg,a circle\n")
+    with pytest.raises(InputError, match=r"urls\.csv:2: expected the path of an image file .*, found a URL"):
+        opened(ImageSource(str(tmp_path / "urls.csv")), tmp_path)
     (tmp_path / "pairs.csv").write_text("file,words\nimages/1.png,a circle\n")
     other = opened(ImageSource(str(tmp_path / "pairs.csv"), image="file", caption=("words",)), tmp_path)
     assert other.read(0).captions == ("a circle",) and other.read(0).image == first.image

@@ -216,7 +216,7 @@ def test_invalid_image_text_models_are_one_line_errors(tmp_path: Path, tokenizer
     with pytest.raises(InputError, match="no such model folder"):
         load_image_text_towers(str(tmp_path / "none"))
     save_checkpoint("siglip2", tmp_path / "naflex")
-    message = r"naflex: expected an image processor with a fixed size, found Siglip2Image.* not NaFlex\)"
+    message = r"naflex: expected an image processor that resizes to a fixed .*, found Siglip2Image.* not NaFlex\)"
     with pytest.raises(InputError, match=message):
         load_image_text_towers(str(tmp_path / "naflex"))
     with pytest.raises(ConfigError, match="expected a text tower"):

@@ -11,6 +11,7 @@ import torch
 from image_helpers import draw, noise
 from PIL import Image
 
+import retriever.models.images.decoding as decoding
 import retriever.models.images.transforms as transforms
 from index.files import InputError
 from retriever.models.images.transforms import ImageTransform, open_image, random_crop
@@ -119,7 +120,7 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.M
         open_image(tmp_path / "none.png")
     with pytest.raises(InputError, match=r"shard\.tar/3: expected an image"):
         open_image(b"nothing", "shard.tar/3")
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 100)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 100)
     with pytest.raises(InputError, match=r"bomb\.png: expected an image of at most 100 pixels, found 20 x 10"):
         open_image(saved(noise(20, 10), tmp_path / "bomb.png"))
 

@@ -18,7 +18,7 @@ from PIL import Image
 from serve_helpers import serving
 
 from index.store.reader import EmbeddingStore
-from retriever.encoding import image_folder
+from retriever.encoding import image_store
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.image_encoder import embed_images
 from retriever.models.images.towers import load_image_text_towers
@@ -65,10 +65,10 @@ def test_the_store_of_an_image_folder_equals_embed_images(world: Path) -> None:
 def test_an_interrupted_store_of_images_is_continued_past_broken_ones(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_folder, "DECODE_BATCH", 4)
+    monkeypatch.setattr(image_store, "DECODE_BATCH", 4)
     arguments = ["encode", "--model", world / "model", "--data", world / "drawn", "--shard-rows", 5]
     assert command(*arguments, "--out", tmp_path / "complete").code == 0
-    batches, embed = [], image_folder.embed_pixels
+    batches, embed = [], image_store.embed_pixels
 
     def interrupted(*args: Any) -> np.ndarray:
         batches.append(1)
@@ -77,7 +77,7 @@ def test_an_interrupted_store_of_images_is_continued_past_broken_ones(
         return embed(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_folder, "embed_pixels", interrupted)
+        patch.setattr(image_store, "embed_pixels", interrupted)
         assert command(*arguments, "--out", tmp_path / "interrupted").code != 0
     # Of three batches, with the broken image, two shards are complete.
     assert len(list((tmp_path / "interrupted").glob("*.npy"))) == 2
