@@ -11,11 +11,14 @@ from retriever.config.images import ImageSource
 from retriever.data.images.class_pairs import ClassPairs
 from retriever.data.images.file_pairs import FilePairs
 from retriever.data.images.huggingface_pairs import HuggingFacePairs
-from retriever.data.images.pairs import PairSource, check_broken
+from retriever.data.images.pairs import BrokenPairError, PairSource, check_broken
 from retriever.data.images.parquet_pairs import ParquetPairs, contains_images
 from retriever.data.images.remote import is_url, local_files
 from retriever.data.images.tar_pairs import TarPairs
 from retriever.data.images.tars import COMPRESSED_TARS, index_shards
+
+# Callers of open_pairs need the types of what it returns and raises.
+__all__ = ["TARS", "BrokenPairError", "PairSource", "check_path", "detect_format", "open_pairs", "tar_files"]
 
 TARS = (".tar", *COMPRESSED_TARS)
 
