@@ -12,6 +12,7 @@ from retriever.config.checks import MAX_STEPS, check_at_least, is_positive, show
 from retriever.config.data import DataConfig
 from retriever.config.dev import DevConfig
 from retriever.config.loss import LossConfig
+from retriever.config.mining import MiningConfig
 from retriever.config.model import ModelConfig
 from retriever.config.optim import OptimConfig
 
@@ -26,6 +27,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
     dev: DevConfig = field(default_factory=DevConfig)
     batch_size: int = 256
     """Number of queries per optimizer step, over all processes. The passages of the other queries are negatives. Of
@@ -34,6 +36,9 @@ class TrainConfig:
     """Number of passes over the data. Ignored if steps is given."""
     steps: int | None = None
     """Number of optimizer steps. None: given by epochs."""
+    mine_every: int | None = None
+    """Steps between minings of the hard negatives of all rows with the current weights (ANCE, arXiv 2007.00808). The
+    first one is before the first step if a source has no hard negatives. None: the hard negatives of the sources."""
     seed: int = 0
     """Random seed of the data order, dropout and new weights, 0 to 2^64 - 1."""
     device: str = "auto"
@@ -77,7 +82,7 @@ class TrainConfig:
         return tuple(dict.fromkeys((*self.track, *(("tensorboard",) if self.tensorboard else ()))))
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints")
+        counts = ("batch_size", "micro_batch_tokens", "log_every", "checkpoint_every", "keep_checkpoints", "mine_every")
         check_at_least(self, "", 1, *counts)
         check_at_least(self, "", 1, "steps", maximum=MAX_STEPS)
         check_at_least(self, "", 0, "seed", maximum=2**128)
@@ -89,6 +94,14 @@ class TrainConfig:
             )
         if not is_positive(self.epochs):
             raise ValueError(f"epochs: expected a positive number, found {self.epochs}")
+        if self.mine_every and not self.data.negatives:
+            raise ValueError("data.negatives: expected at least 1 with mine_every, found 0")
+        if self.mine_every and self.shard_towers:
+            raise ValueError("mine_every: expected none with shard_towers")
+        if self.mine_every and self.model.image.name:
+            raise ValueError("mine_every: expected none with an image tower")
+        if self.mine_every and any(source.passage_prompt_column for source in self.data.sources):
+            raise ValueError("mine_every: expected no passage_prompt_column: a passage has one embedding")
         if self.shard_towers and self.precision == "fp16":
             raise ValueError("precision: expected auto, bf16 or fp32 with shard_towers, found fp16")
         if self.shard_towers and self.optim.name == "adafactor":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -154,9 +155,20 @@ class BatchDataset(Dataset[T], Generic[T]):
     def __getitem__(self, step: int) -> T:
         return self._prepare(self.batch(step))
 
-    def loader(self, *, start: int = 0, workers: int = 0) -> DataLoader[T]:
-        """Return a `batch_loader` from step `start` to the last."""
-        return batch_loader(self, start=start, workers=workers)
+    def loader(self, *, start: int = 0, stop: int | None = None, workers: int = 0) -> DataLoader[T]:
+        """Return a `batch_loader` from step `start` to the last, or up to step `stop`."""
+        return batch_loader(self, start=start, stop=stop, workers=workers)
+
+    @property
+    def tables(self) -> list[ExampleTable]:
+        """The examples of each source."""
+        return list(self._tables)
+
+    def with_tables(self, tables: Sequence[ExampleTable]) -> BatchDataset[T]:
+        """Return the same batches with other tables of the same rows, for example with other hard negatives."""
+        other = copy.copy(self)
+        other._tables = list(tables)
+        return other
 
     def in_memory(self, workers: int) -> int:
         """Return the number of batches that are in memory at the same time."""

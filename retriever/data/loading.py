@@ -70,7 +70,7 @@ def open_training_data(
         )
     if config.data.images:
         raise ConfigError("data.images: images need an image tower: set model.image.name")
-    tables = open_tables(config.data, cache, reporter)
+    tables = open_tables(config.data, cache, reporter, mined=config.mine_every is not None)
     known = find_known_positives(tables, cache, reporter) if config.loss.masks_false_negatives else None
     batches = open_batches(config, tables, towers, token_budget, share, known)
     for line in [*batches.schedule.describe(), *describe_source_prompts(towers, config.data.sources)]:
@@ -78,8 +78,14 @@ def open_training_data(
     return batches, tuple(table.sha256 for table in tables)
 
 
-def open_tables(config: DataConfig, cache: Path, reporter: Reporter) -> list[ExampleTable]:
+def open_tables(config: DataConfig, cache: Path, reporter: Reporter, *, mined: bool = False) -> list[ExampleTable]:
     """Open the examples of every source, memory-mapped, and report their sizes and notices.
+
+    Args:
+        config: The sources.
+        cache: Folder for converted sources.
+        reporter: Receives progress and messages.
+        mined: Whether hard negatives are mined, so that no source needs any. Default: False.
 
     Raises:
         ConfigError: If there is no source.
@@ -95,7 +101,7 @@ def open_tables(config: DataConfig, cache: Path, reporter: Reporter) -> list[Exa
         for notice in table.notices:
             reporter.line(f"{source.path}: {notice}")
         tables.append(table)
-    if config.negatives and not any(table.rows_with_negatives for table in tables):
+    if config.negatives and not mined and not any(table.rows_with_negatives for table in tables):
         raise InputError(f"data.negatives: expected a source with negatives ({config.negatives} per query), found none")
     return tables
 

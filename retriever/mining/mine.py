@@ -18,9 +18,8 @@ from retriever.config.sources import SourceConfig
 from retriever.data.sources import resolve_format
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
-from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import StoreOptions
-from retriever.encoding.files import embed_corpus
+from retriever.encoding.files import Tick, embed_corpus
 from retriever.encoding.model import Model, ModelInput, Precision, load
 from retriever.encoding.window_workers import workers_for
 from retriever.errors import ArgumentError, check_at_least, check_choice, check_numbers, check_paths
@@ -184,41 +183,74 @@ def mine(
                 model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
             )
         model.towers.to(rank_device(model.device))
-        places = _Places(
+        places = Places(
             None if corpus is None else Path(corpus),
             None if index is None else Path(index),
             None if embeddings is None else Path(embeddings),
             None if cross_encoder is None else str(cross_encoder),
         )
-        with prompts_of(source, model.towers):
-            counts = _mine(model, source, out, options, places, reporter, ranks)
+        workplace = Workplace(out, ranks)
+        with ranks.first_rank_first(), reporter.bar(f"read {source.path}", None, "rows") as advance:
+            table = open_source(source, workplace.folder / "cache", progress=advance)
+        for notice in table.notices:
+            reporter.line(f"{source.path}: {notice}")
+        counts = mine_table(model, source, table, workplace, options, places, reporter)
     return MinedNegatives(out, counts["rows"], counts["short"], counts["dropped"])
 
 
 @dataclass(frozen=True)
-class _Places:
-    """What is searched, and with which cross-encoder candidates are scored."""
+class Places:
+    """What is searched, and with which cross-encoder candidates are scored. See `mine` for the fields."""
 
-    corpus: Path | None
-    index: Path | None
-    embeddings: Path | None
-    cross_encoder: str | None
+    corpus: Path | None = None
+    index: Path | None = None
+    embeddings: Path | None = None
+    cross_encoder: str | None = None
+
+
+def mine_table(
+    model: Model,
+    source: SourceConfig,
+    table: ExampleTable,
+    workplace: Workplace,
+    options: MiningOptions,
+    places: Places,
+    reporter: Reporter,
+    *,
+    same_model: bool = False,
+    tick: Tick = None,
+) -> Counter[str]:
+    """Mine the hard negatives of a table into the file of a workplace. Every rank must call it.
+
+    Args:
+        model: The model, on the device to use.
+        source: The source of the table.
+        table: Its examples.
+        workplace: The file to write, with the ranks that share the work.
+        options: Which negatives are taken, and which pairs are kept.
+        places: What is searched.
+        reporter: Shows progress.
+        same_model: Whether the models of the ranks have been compared before. Default: False.
+        tick: Called after every micro-batch of the corpus; may raise to stop the work. Default: None.
+
+    Returns:
+        Counts: "rows" written, "short" rows with fewer negatives than requested, and pairs that are "dropped".
+    """
+    with prompts_of(source, model.towers):
+        return _mine(model, source, table, workplace, options, places, reporter, same_model, tick)
 
 
 def _mine(
     model: Model,
     source: SourceConfig,
-    out: Path,
+    table: ExampleTable,
+    workplace: Workplace,
     options: MiningOptions,
-    places: _Places,
+    places: Places,
     reporter: Reporter,
-    ranks: Ranks,
+    same_model: bool,
+    tick: Tick,
 ) -> Counter[str]:
-    workplace = Workplace(out, ranks)
-    with ranks.first_rank_first(), reporter.bar(f"read {source.path}", None, "rows") as advance:
-        table = open_source(source, workplace.folder / "cache", progress=advance)
-    for notice in table.notices:
-        reporter.line(f"{source.path}: {notice}")
     with reporter.bar("read positives", len(table), "rows") as advance:
         known = KnownPairs.of_table(table, advance)
     identical = None
@@ -227,7 +259,7 @@ def _mine(
     scorer = None
     if places.cross_encoder is not None:
         scorer = CrossEncoderScorer(places.cross_encoder, model.device, model.options.precision)
-    passages, about = _corpus(model, source, table, places, workplace.folder, reporter, ranks)
+    passages, about = _corpus(model, source, table, places, workplace, reporter, same_model, tick)
     miner = Miner(
         model.towers,
         model.options,
@@ -280,10 +312,11 @@ def _corpus(
     model: Model,
     source: SourceConfig,
     table: ExampleTable,
-    places: _Places,
-    folder: Path,
+    places: Places,
+    workplace: Workplace,
     reporter: Reporter,
-    ranks: Ranks,
+    same_model: bool,
+    tick: Tick,
 ) -> tuple[Corpus, dict[str, str]]:
     """Open what is searched, embedding it first where needed; and what identifies it."""
     if places.index is not None:
@@ -296,8 +329,8 @@ def _corpus(
     if path is None and resolve_format(source) == "beir":
         path = Path(source.path)
     if path is None:
-        path = folder / "corpus.jsonl"
-        with ranks.first_rank_first():
+        path = workplace.folder / "corpus.jsonl"
+        with workplace.ranks.first_rank_first():
             if not path.exists():
                 with reporter.bar("collect passages", len(table), "rows") as advance:
                     write_union(table, path, advance)
@@ -308,10 +341,12 @@ def _corpus(
     store = embed_corpus(
         model.towers,
         path,
-        places.embeddings or folder / "embeddings",
+        places.embeddings or workplace.folder / "embeddings",
         model.options,
         reporter,
         storage=StoreOptions(workers=workers_for(model.device)),
-        ranks=ranks,
+        tick=tick,
+        ranks=workplace.ranks,
+        same_model=same_model,
     )
     return StoreCorpus(store, model.device, reporter), {key: str(value) for key, value in store.source.items()}

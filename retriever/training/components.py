@@ -18,6 +18,9 @@ from retriever.data.loading import open_training_data
 from retriever.distributed.agreement import ContentHash, check_same_on_ranks, compared_settings
 from retriever.distributed.context import rank_device
 from retriever.distributed.ranks import DryRunRanks, Ranks
+from retriever.encoding.encoder import EncodeOptions
+from retriever.encoding.model import Model
+from retriever.mining.refresh import NegativeRefresh
 from retriever.models.fsdp import shard_encoders
 from retriever.models.memory import GraphMemory
 from retriever.training.cuda_graphs import check_cuda_graphs
@@ -57,6 +60,8 @@ class Components:
     sharded: bool
     """Whether the encoders are sharded over the ranks."""
     train_step: TrainStep
+    refresh: NegativeRefresh | None = None
+    """Mines hard negatives during training."""
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -132,6 +137,10 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
             dry_run=isinstance(ranks, DryRunRanks),
         )
     train_step = TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, len(batches), ranks, average)
+    refresh = None
+    if config.mine_every is not None:
+        model = Model("the model of the run", towers, EncodeOptions(precision, graphs.micro_batch_tokens))
+        refresh = NegativeRefresh(config, batches.tables, model, run, ranks)
     components = Components(
         config=config,
         ranks=ranks,
@@ -148,6 +157,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
         sources=sources,
         sharded=sharded,
         train_step=train_step,
+        refresh=refresh,
     )
     _check_same_data(components)
     return components

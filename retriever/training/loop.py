@@ -72,10 +72,10 @@ class TrainingLoop:
         workers = data_workers(parts.config.data.workers, parts.device.type, self._total - state.step)
         if parts.config.data.workers is None and workers > 1:
             self._reporter.line(f"{workers} processes prepare batches: {processors()} processors (data.workers)")
-        loader: Iterable[Any] = parts.batches.loader(start=state.step, workers=workers)
+        meter = ThroughputMeter(parts.device, ranks)
+        loader: Iterable[Any] = self._load(workers, meter)
         if profile and ranks.is_first:
             loader = StepProfile(parts.device, self._folder.path).watch(loader, self._reporter.line)
-        meter = ThroughputMeter(parts.device, ranks)
         parts.towers.train()
         with self._reporter.bar("train", self._total, "steps", done=state.step) as advance:
             # A run that was interrupted in an evaluation starts with it.
@@ -140,6 +140,20 @@ class TrainingLoop:
         )
         with parts.evaluated_weights():
             self._folder.save_model(parts.towers, parts.config, card, sharded=parts.sharded)
+
+    def _load(self, workers: int, meter: ThroughputMeter) -> Iterator[PreparedBatch]:
+        """Yield the batches from `state.step` on, with hard negatives that are mined again where that is due."""
+        parts, state = self._parts, self._state
+        if parts.refresh is None:
+            yield from parts.batches.loader(start=state.step, workers=workers)
+            return
+        while (step := state.step) < self._total:
+            parts.towers.eval()
+            tables = parts.refresh.tables(step, self._reporter, self._stop.check)
+            parts.towers.train()
+            meter.exclude_elapsed()
+            stop = min(self._total, parts.refresh.next_after(step))
+            yield from parts.batches.with_tables(tables).loader(start=step, stop=stop, workers=workers)
 
     def _until_early_stop(self, loader: Iterable[PreparedBatch]) -> Iterator[PreparedBatch]:
         """Yield batches until dev.patience is exhausted."""
