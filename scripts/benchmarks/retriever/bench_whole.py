@@ -48,7 +48,7 @@ def main() -> None:
         write_pairs(pairs, options.rows)
         rows: list[dict[str, Any]] = []
         for batch in options.batch:
-            for method in [OURS, *THEIRS]:
+            for method in [OURS] if options.ours else [OURS, *THEIRS]:
                 seconds, found = [], dict[str, Any]()
                 for number in range(options.runs + 1):
                     out = Path(folder) / f"run-{len(rows)}-{number}"
@@ -144,6 +144,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1024, 8192], help="batch sizes (default: 1024 8192)")
     parser.add_argument("--rows", type=int, help="pairs (default: all 93,285)")
     parser.add_argument("--runs", type=int, default=2, help="measured runs of each (default: %(default)s)")
+    parser.add_argument("--ours", action="store_true", help="measure ours alone")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV (default: %(default)s)")
     parser.add_argument("--commit", help="commit of the code, for a copy without git")
     parser.add_argument("--pairs", type=Path, help=argparse.SUPPRESS)
