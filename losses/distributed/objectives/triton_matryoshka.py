@@ -36,7 +36,7 @@ class TritonMatryoshkaBackend(TritonBackend):
     sums_registers: int | None = 168
     """Registers per thread of the forward kernel for operands in half precision, so that three programs fit on a
     multiprocessor; None leaves them to the compiler."""
-    gradient_registers: int | None = None
+    gradient_registers: int | None = 168
     """The same for the backward kernel."""
 
     def __init__(
