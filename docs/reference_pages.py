@@ -15,6 +15,7 @@ from typing import Any, Literal
 from retriever.cli.commands.compare import EvaluateCompare, EvaluateRun
 from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluate import EvaluateBeir
+from retriever.cli.commands.export import Export
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
 from retriever.cli.commands.merge import Merge
@@ -45,6 +46,7 @@ COMMANDS: dict[str, type] = {
     "serve": Serve,
     "mine": Mine,
     "push": Push,
+    "export": Export,
     "score": Score,
     "merge": Merge,
     "study": Study,

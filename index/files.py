@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -19,6 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Files hashed at the same time, and bytes read at once from each.
 HASH_THREADS = 4
@@ -66,7 +70,12 @@ def check_readable(path: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable: a rename survives a power cut only after an fsync of its folder."""
+    """Make renames inside `folder` durable: a rename survives a power cut only after an fsync of its folder.
+
+    Does nothing on Windows, which cannot open folders.
+    """
+    if fcntl is None:
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,6 +111,9 @@ _descriptors: set[int] = set()
 
 
 def _open(path: Path) -> int:
+    # Windows does not open folders, and does not rename open files.
+    if fcntl is None:
+        path = Path(os.devnull)
     # Network file systems lock a file only if it is open for writing; a folder can only be opened for reading.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     _descriptors.add(descriptor)
@@ -122,15 +134,18 @@ def _close_locks_in_child() -> None:
     os.close(devnull)
 
 
-os.register_at_fork(after_in_child=_close_locks_in_child)
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_close_locks_in_child)
 
 
 def _lock(descriptor: int) -> bool | None:
     """Try to lock an open file or folder.
 
     Returns:
-        True if locked, False if another process holds the lock, None if the file system has no locks.
+        True if locked, False if another process holds the lock, None if the file system or Windows has no locks.
     """
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -166,7 +181,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
     try:
         with _name_in_errors(final):
             yield temporary
-            with open(temporary, "rb") as written:
+            with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
         os.replace(temporary, final)
         fsync_folder(final.parent)

@@ -6,9 +6,15 @@ The public names load on first use, so that `import retriever` and `retriever --
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from retriever.utils import own_packages
+
+if sys.platform == "darwin":
+    # Read by torch when it is imported: operations that Apple's GPU lacks run on the CPU, with one warning for each.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __version__ = "0.1.0"
 
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
     from retriever.selection.merge import merge as merge
     from retriever.selection.study import Study as Study
     from retriever.selection.study import study as study
+    from retriever.sharing.export import Exported as Exported
+    from retriever.sharing.export import export as export
     from retriever.sharing.push import Pushed as Pushed
     from retriever.sharing.push import push as push
     from retriever.training.train import TrainingRun as TrainingRun
@@ -64,9 +72,11 @@ _PUBLIC = {
     "study": "retriever.selection.study",
     "zero_shot": "retriever.evaluation.zero_shot_sets",
     "split": "retriever.data.splitting.split",
+    "export": "retriever.sharing.export",
     "push": "retriever.sharing.push",
     "Model": "retriever.encoding.model",
     "TrainConfig": "retriever.config.run",
+    "Exported": "retriever.sharing.export",
     "Pushed": "retriever.sharing.push",
     "TrainingRun": "retriever.training.train",
     "Merge": "retriever.selection.merge",

@@ -146,7 +146,8 @@ def _search(
     progress: Callable[[int], None] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`search` of rows that may have gaps."""
-    torch_device = _with_index(torch.device(device))
+    # The scores are summed in float64, which Apple's GPUs do not have.
+    torch_device = _with_index(torch.device("cpu" if torch.device(device).type == "mps" else device))
     block_rows = BLOCK_ROWS[torch_device.type] if block_rows is None else block_rows
     if k < 1 or block_rows < 1:
         raise ValueError(f"k, block_rows: expected numbers above 0, found {k}, {block_rows}")

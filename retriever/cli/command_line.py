@@ -22,6 +22,7 @@ from retriever import __version__
 from retriever.cli.commands.compare import EvaluateCompare, EvaluateRun
 from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluate import EvaluateBeir
+from retriever.cli.commands.export import Export
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
 from retriever.cli.commands.merge import Merge
@@ -165,6 +166,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Study, subcommand("study")]
         | Annotated[Split, subcommand("split")]
         | Annotated[Push, subcommand("push")]
+        | Annotated[Export, subcommand("export")]
         | Annotated[EvaluateGroup, subcommand("evaluate")]
     )
     box = io.StringIO()

@@ -33,7 +33,7 @@ from retriever.training.run_dir import build_configured_towers, cache_folder
 from retriever.training.step import TrainStep
 from retriever.training.validation.dev_set import DevSet
 from retriever.training.validation.dev_sets import open_dev_set
-from retriever.utils.device import Precision, choose_device, choose_precision
+from retriever.utils.device import Precision, choose_device, choose_precision, loss_device
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     for note in (towers.describe_padding(), towers.describe_frozen()):
         if note:
             reporter.line(note)
-    loss = build_loss(config.loss, ranks).to(device)
+    loss = build_loss(config.loss, ranks).to(loss_device(device))
     graphs = GraphMemory.plan(
         towers,
         precision,

@@ -25,7 +25,7 @@ from retriever.training.objective.options import LossOptions
 from retriever.training.optimization.average import WeightAverage
 from retriever.training.optimization.optim import lr_factor, set_learning_rates
 from retriever.training.profiler import phase
-from retriever.utils.device import Precision, autocast
+from retriever.utils.device import Precision, autocast, loss_device
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class TrainStep:
             statistics: whether to compute statistics too. Default: False.
         """
         config, device = self.config, self.towers.device
+        of_loss = loss_device(device)
         torch.manual_seed(_step_seed(config.seed, step, self.ranks.rank))
         set_learning_rates(self.optimizer, lr_factor(step, self.steps, config.optim))
         micro_batches, keep = self._micro_batches(batch)
@@ -89,10 +90,10 @@ class TrainStep:
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
             nonlocal found
-            query, passage = batch.merge_embeddings(embeddings, device)
+            query, passage = batch.merge_embeddings(embeddings, of_loss)
             passage, options = LossOptions.of(batch, passage, config.loss, statistics=statistics)
             # Autocast makes the loss use the precision of the towers if its own is "auto".
-            with autocast(device, self.precision):
+            with autocast(of_loss, self.precision):
                 loss = self.loss(query, passage, **options.arguments())
             if statistics:
                 loss, found = loss
@@ -105,7 +106,7 @@ class TrainStep:
                 loss_of,
                 device,
                 keep=keep,
-                on_host=config.offload_embeddings,
+                on_host=config.offload_embeddings or of_loss != device,
             )
         loss = scaled / self.scaler.get_scale() if self.scaler.is_enabled() else scaled
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -28,26 +28,44 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(name: str) -> torch.device:
     """Return the device of a name; "auto" is cuda if available, otherwise cpu.
 
+    "mps" is the GPU of an Apple computer. Operations that it lacks run on the CPU (see `retriever/__init__.py`), and so
+    do losses and exact search, which need float64. It is never chosen by "auto".
+
     Raises:
-        ConfigError: the name is not auto, cpu or cuda[:index].
-        InputError: this machine does not have the device.
+        ConfigError: the name is not auto, cpu, cuda[:index] or mps.
+        InputError: this machine does not have the device, or its GPU is not supported.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:(\d|[1-9]\d))?", name):
-        raise ArgumentError("device", f"expected auto, cpu or cuda[:number], found {name!r}")
+    if isinstance(name, str) and re.fullmatch(r"xpu(:\d+)?", name):
+        raise ArgumentError("device", f"Intel GPUs are not supported: expected auto, cpu, cuda or mps, found {name!r}")
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:(\d|[1-9]\d))?", name):
+        raise ArgumentError("device", f"expected auto, cpu, cuda[:number] or mps, found {name!r}")
+    if name != "cpu" and torch.version.hip is not None and torch.cuda.is_available():
+        # PyTorch for AMD GPUs calls them cuda. The Triton kernels are written for NVIDIA GPUs, and run on no other.
+        raise InputError(f"device: AMD GPUs (ROCm) are not supported: expected cpu, found {name!r}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"device: {name!r} is not on this machine")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {name!r} is not on this machine ({torch.cuda.device_count()} CUDA devices)")
     return device
 
 
 def choose_precision(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
-    """Return the precision of a name; "auto" is bf16 if the hardware supports it natively, otherwise fp32."""
+    """Return the precision of a name; "auto" is bf16 if the hardware supports it natively, otherwise fp32.
+
+    Raises:
+        ConfigError: the device is mps, which computes in fp32, and another precision is asked for.
+    """
+    if device.type == "mps" and name not in ("auto", "fp32"):
+        raise ArgumentError("precision", f"expected fp32 on mps, found {name}")
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "mps":
+        return "fp32"
     # Without AMX a CPU is slower in bf16 than in fp32: a step of MiniLM takes 1.6 times as long with avx512_bf16 and 20
     # times as long without.
     return "bf16" if "amx_bf16" in _cpu_flags() else "fp32"
@@ -72,8 +90,13 @@ def to_host(tensor: Tensor) -> Tensor:
     The values are valid after the current stream has been synchronized.
     """
     if tensor.device.type != "cuda":
-        return tensor
+        return tensor.cpu()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def loss_device(device: torch.device) -> torch.device:
+    """Return the device of the loss for towers on `device`: the same one, but the CPU for mps, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @functools.cache
@@ -85,7 +108,7 @@ class HostCopy:
     """An asynchronous copy of a tensor to the host, queued on the current stream."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._copy, self._event = tensor, None
+        self._copy, self._event = tensor if tensor.device.type == "cuda" else tensor.cpu(), None
         if tensor.device.type == "cuda":
             self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._copy.copy_(tensor, non_blocking=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+# Signals that ask a program to end. Windows has no SIGHUP.
+TERMINATION = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Seconds after a Ctrl-C within which another SIGINT is the same request: a terminal sends it to torchrun and to its
 # ranks, and torchrun passes it on.
 SAME_REQUEST = 3.0
@@ -53,7 +55,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Only the main thread may set signal handlers. A trainer in another thread is stopped by its program.
         if threading.current_thread() is threading.main_thread():
-            self._handlers = _handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self._record)
+            self._handlers = _handle((signal.SIGINT, *TERMINATION), self._record)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -104,7 +106,7 @@ def default_signal_handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = _handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
+    before = _handle((signal.SIGINT, *TERMINATION), signal.SIG_DFL)
     try:
         yield
     finally:
@@ -122,7 +124,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = _handle((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
+    before = _handle(TERMINATION, signal.default_int_handler)
     hook = sys.unraisablehook
 
     def raise_again(unraisable: Any) -> None:
