@@ -220,13 +220,7 @@ def parts(options: argparse.Namespace) -> dict[str, list[tuple[Method, Callable[
             ours("matryoshka, products by cuBLAS", changed={"own_products_bytes": 0}, **nested),
             *(
                 ours(f"matryoshka, {count} registers in {kernel}", changed={f"{kernel}_registers": count}, **nested)
-                for kernel, count in (
-                    ("sums", None),
-                    ("sums", 128),
-                    ("sums", 152),
-                    ("gradient", 168),
-                    ("gradient", 200),
-                )
+                for kernel, count in (("sums", None), ("gradient", None), ("gradient", 128), ("gradient", 152))
             ),
             ours(f"teacher of {options.teacher_dim} dimensions", **teacher),
             (peer("ours", our_loss), truth),

@@ -43,7 +43,10 @@ def main() -> None:
     from scripts.benchmarks.result_rows import update_rows
 
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"PYTHONPYCACHEPREFIX": str(Path(folder) / "bytecode"), "HF_HUB_OFFLINE": "1"}
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | {
+            "PYTHONPYCACHEPREFIX": str(Path(folder) / "bytecode"),
+            "HF_HUB_OFFLINE": "1",
+        }
         pairs = Path(folder) / "pairs.jsonl"
         write_pairs(pairs, options.rows)
         rows: list[dict[str, Any]] = []
