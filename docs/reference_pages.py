@@ -15,15 +15,15 @@ from typing import Any, Literal
 from retriever.cli.commands.compare import EvaluateCompare, EvaluateRun
 from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluate import EvaluateBeir
-from retriever.cli.commands.export import Export
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
 from retriever.cli.commands.merge import Merge
 from retriever.cli.commands.mine import Mine
-from retriever.cli.commands.push import Push
 from retriever.cli.commands.score import Score
 from retriever.cli.commands.search import Search
 from retriever.cli.commands.serve import Serve
+from retriever.cli.commands.sharing.export import Export
+from retriever.cli.commands.sharing.push import Push
 from retriever.cli.commands.split import Split
 from retriever.cli.commands.study import Study
 from retriever.cli.commands.train import Train

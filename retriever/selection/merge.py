@@ -24,6 +24,8 @@ from retriever.errors import (
     check_paths,
     path_list,
 )
+from retriever.models.card.card import ModelCard, write_card
+from retriever.models.card.provenance import base_model, common_licence
 from retriever.models.images.folder import is_image_text_model
 from retriever.models.images.towers import load_image_text_towers
 from retriever.models.loading.checksums import write_checksums
@@ -31,6 +33,7 @@ from retriever.models.loading.text_settings import SIDES
 from retriever.models.towers import Towers, load_towers
 from retriever.selection.weights import Method, Weights, check_same_architecture, interpolate
 from retriever.training.validation.dev_sets import open_dev_set
+from retriever.utils.versions import COMPUTING, versions
 
 MERGE_FILE = "merge.json"
 """Name of the file in the folder of a merged model that records its sources."""
@@ -151,7 +154,22 @@ def merge(
         write_json(temporary / MERGE_FILE, record)
         (temporary / "merge.md").write_text(_report(record), encoding="utf-8")
         write_checksums(temporary)
+        write_card(temporary, towers, _card(found, method))
     return Merge(folder, found, metric, score, tuple(candidates))
+
+
+def _card(weights: dict[str, float], method: Method) -> ModelCard:
+    bases = {name: base_model(name) for name in weights}
+    parts = ", ".join(f"{base.name} ({weights[name]:.3f})" for name, base in bases.items())
+    return ModelCard(
+        title="Merged retrieval model",
+        summary=f"This model is a merge ({method}) of the weights of {parts}; `{MERGE_FILE}` records it.",
+        base_models=tuple(base.hub_name for base in bases.values() if base.hub_name),
+        base=", ".join(map(str, bases.values())),
+        relation="merge",
+        licence=common_licence(bases.values()),
+        environment=versions(*COMPUTING),
+    )
 
 
 class _Search:

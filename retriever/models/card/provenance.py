@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def licence_of(path: Path) -> str:
     if licence:
         return str(licence)
     return "in its file LICENSE" if path.is_dir() and (path / "LICENSE").is_file() else ""
+
+
+def common_licence(bases: Iterable[BaseModel]) -> str:
+    """Return the licence that all models have, which a model made from them keeps; "" if there is none."""
+    licences = {base.licence for base in bases}
+    licence = licences.pop() if len(licences) == 1 else ""
+    # The hub has identifiers; a remark is none.
+    return "" if " " in licence else licence
 
 
 def dataset_licence(hub_name: str) -> str:

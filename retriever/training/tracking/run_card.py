@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from retriever.config.dev import split_of_path
 from retriever.config.images import ImageSource
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.models.card.card import CardEvaluation, CardMeasure, Estimate, ModelCard, TrainingData
-from retriever.models.card.provenance import BaseModel, base_model, dataset_licence, licence_of
+from retriever.models.card.provenance import BaseModel, base_model, common_licence, dataset_licence, licence_of
 from retriever.utils.versions import COMPUTING, device_name, versions
 
 LOSSES = {
@@ -24,7 +25,18 @@ LOSSES = {
 # Measures of a dev set in the card; other measures are in metrics.jsonl.
 MEASURES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@100": "recall@100"}
 # Settings that say where something is, or how a run is recorded: they do not change the model.
-_NOT_SHOWN = {"out", "name", "tokenizer", "sources", "images", "path", "cache", "log_every", "checkpoint_every"}
+_NOT_SHOWN = {
+    "out",
+    "name",
+    "tokenizer",
+    "sources",
+    "images",
+    "path",
+    "paths",
+    "cache",
+    "log_every",
+    "checkpoint_every",
+}
 _NOT_SHOWN |= {"keep_checkpoints", "tensorboard", "track", "plot", "workers"}
 
 
@@ -60,7 +72,7 @@ def run_card(
     bases = _bases(config)
     given: Sequence[SourceConfig | ImageSource] = config.data.images or config.data.sources
     name = " and ".join(base.name for base in bases) or "a new encoder"
-    evaluations = () if after is None else (_evaluation(config, metric, before, after, dev_fingerprint),)
+    evaluations = () if after is None else _evaluations(config, metric, before, after, dev_fingerprint)
     return ModelCard(
         title=f"{name.rsplit('/', 1)[-1]} trained for retrieval",
         summary=(
@@ -69,7 +81,7 @@ def run_card(
         ),
         base_models=tuple(base.hub_name for base in bases if base.hub_name),
         base=", ".join(map(str, bases)),
-        licence=_model_licence(bases),
+        licence=common_licence(bases),
         data=tuple(map(_training_data, given, rows, sources)),
         loss=_loss(config),
         settings=run_settings(config),
@@ -87,13 +99,6 @@ def _bases(config: TrainConfig) -> list[BaseModel]:
     image = config.model.image
     names = [config.model.name, "" if image.is_new else image.name]
     return [base_model(name) for name in dict.fromkeys(names) if name]
-
-
-def _model_licence(bases: Sequence[BaseModel]) -> str:
-    """The licence of the base model, which also holds for a model that is derived from it."""
-    licences = {base.licence for base in bases}
-    licence = licences.pop() if len(licences) == 1 else ""
-    return "" if " " in licence else licence
 
 
 def _training_data(source: SourceConfig | ImageSource, rows: int, sha256: str) -> TrainingData:
@@ -137,20 +142,37 @@ def run_settings(config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-def _evaluation(
+def _evaluations(
     config: TrainConfig,
     metric: str,
     before: Mapping[str, Any] | None,
     after: Mapping[str, Any],
     fingerprint: str,
-) -> CardEvaluation:
+) -> tuple[CardEvaluation, ...]:
+    """The evaluation on each dev set. The measures of one of several sets are recorded with its name before them."""
+    dev = config.dev
+    if not dev.paths:
+        name = Path(dev.path).name
+        return (CardEvaluation(name, dev.split, _measures(metric, before, after), fingerprint.split(" ")[0]),)
+    mean = CardEvaluation(f"mean of {len(dev.paths)} sets", dev.split, _measures(metric, before, after))
+    found = [mean]
+    for path in dev.paths:
+        folder, split = split_of_path(path)
+        name = Path(folder).resolve().name + (f":{split}" if split else "")
+        measures = _measures(metric, before, after, f"{name}_")
+        found.append(CardEvaluation(Path(folder).name, split or dev.split, measures))
+    return tuple(found)
+
+
+def _measures(
+    metric: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], prefix: str = ""
+) -> tuple[CardMeasure, ...]:
     names = {metric.lower(): metric, **MEASURES}
-    measures = tuple(
-        CardMeasure(name, estimate, None if before is None else _estimate(before, key))
+    return tuple(
+        CardMeasure(name, estimate, None if before is None else _estimate(before, prefix + key))
         for key, name in names.items()
-        if (estimate := _estimate(after, key)) is not None
+        if (estimate := _estimate(after, prefix + key)) is not None
     )
-    return CardEvaluation(Path(config.dev.path).name, config.dev.split, measures, fingerprint.split(" ")[0])
 
 
 def _estimate(row: Mapping[str, Any], measure: str) -> Estimate | None:

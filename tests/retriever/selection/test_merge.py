@@ -59,6 +59,8 @@ def test_a_merged_model_is_an_ordinary_folder_with_its_sources(models: list[str]
 
     vectors = SentenceTransformer(str(merged.folder), device="cpu").encode(["a text"])
     np.testing.assert_allclose(merged.model.encode_queries(["a text"]), vectors, atol=1e-5)
+    card = (merged.folder / "README.md").read_text()
+    assert "merge (linear)" in card and "(0.500)" in card and str(Path(models[0]).parent) not in card
     # All the weight on one model gives this model, and a merged model may be replaced.
     again = retriever.merge(models, merged.folder, weights=[0, 1, 0], method="slerp")
     assert torch.equal(weight(again.folder), weight(models[1]))

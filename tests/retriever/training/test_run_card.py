@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cli_helpers import World, command
 from huggingface_hub import ModelCard
 
 from eval.significance import mean_interval
+from retriever.config.dev import DevConfig
+from retriever.config.run import TrainConfig
 from retriever.models.card.card import CARD_FILE
 from retriever.models.card.usage import FOLDER
+from retriever.training.tracking.run_card import run_card
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +104,15 @@ def test_the_interval_of_a_mean_is_that_of_scipy() -> None:
     values = np.random.default_rng(0).random(37)
     expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     np.testing.assert_allclose(mean_interval(values), (expected.low, expected.high), rtol=1e-12)
+
+
+def test_several_dev_sets_have_an_evaluation_each() -> None:
+    config = TrainConfig(dev=DevConfig(paths=("data/one", "data/two:half")))
+    row = {"dev_ndcg@10": 0.3, "dev_one_ndcg@10": 0.2, "dev_one_ndcg@10_low": 0.1, "dev_one_ndcg@10_high": 0.3}
+    row["dev_two:half_ndcg@10"] = 0.4
+    facts: dict[str, Any] = {"rows": [], "sources": [], "step": 1, "steps": 2, "processes": 1, "metric": "nDCG@10"}
+    card = run_card(config, device=torch.device("cpu"), after=row, **facts)
+    found = [(each.dataset, each.split, str(each.measures[0].after)) for each in card.evaluations]
+    expected = [("mean of 2 sets", "dev", "0.3000"), ("one", "dev", "0.2000 (0.1000 to 0.3000)")]
+    assert found == [*expected, ("two", "half", "0.4000")]
+    assert not any("data/one" in str(value) for value in card.settings.values())

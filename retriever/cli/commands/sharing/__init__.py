@@ -1,0 +1,1 @@
+"""Commands that share models: push and export."""
