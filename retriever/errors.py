@@ -8,29 +8,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from index.files import InputError
+from index.files import ArgumentError, ConfigError, InputError
 
-
-class ConfigError(InputError):
-    """An invalid setting. The command line exits with code 2."""
+__all__ = [
+    "ArgumentError",
+    "ConfigError",
+    "NotFiniteError",
+    "check_at_least",
+    "check_choice",
+    "check_numbers",
+    "check_paths",
+    "check_unicode",
+    "check_whole",
+    "path_list",
+]
 
 
 class NotFiniteError(InputError):
     """Loss or gradients of a training run are no longer finite."""
-
-
-class ArgumentError(ConfigError):
-    """An argument of a public function that is not valid.
-
-    Attributes:
-        argument: Name of the argument; the command line prints the flag of that name.
-        problem: What was expected and what was found.
-    """
-
-    def __init__(self, argument: str, problem: str) -> None:
-        super().__init__(f"{argument}: {problem}")
-        self.argument = argument
-        self.problem = problem
 
 
 def check_whole(**arguments: int) -> None:

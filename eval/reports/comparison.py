@@ -22,7 +22,7 @@ from eval.runs import write_trec_run
 from eval.sets.plan import Plan, check_outside, plan
 from eval.significance import PERMUTATIONS
 from index.beir import BeirDataset, beir_file
-from index.files import InputError, read_json, sha256_file
+from index.files import ArgumentError, InputError, read_json, sha256_file
 from index.progress import Reporter
 
 # The default cut-offs, and more for the recall curves.
@@ -162,22 +162,24 @@ def _check_request(request: Request, measure: str, sets_plan: Plan, out: Path) -
     name, _, cut = measure.partition("@")
     if name not in MEASURES or cut not in map(str, CUTS):
         cuts = ", ".join(map(str, CUTS))
-        raise InputError(f"--measure: expected one of {', '.join(MEASURES)} @ {cuts}, found {request.measure}")
+        raise ArgumentError("measure", f"expected one of {', '.join(MEASURES)} @ {cuts}, found {request.measure}")
     check_outside(out, sets_plan.tasks)
     if not sets_plan.tasks:
-        raise InputError(f"--data: expected at least one set that is here, found none of {', '.join(sets_plan.absent)}")
+        raise ArgumentError(
+            "data", f"expected at least one set that is here, found none of {', '.join(sets_plan.absent)}"
+        )
     known = [*request.systems, *([BM25] if request.bm25 else [])]
     for fusion in request.fusions:
         unknown = [part for part in fusion.parts if part not in known]
         if unknown:
-            raise InputError(f"--fuse: expected names among {', '.join(known)}, found {unknown[0]}")
+            raise ArgumentError("fuse", f"expected names among {', '.join(known)}, found {unknown[0]}")
     names = [*known, *(fusion.name for fusion in request.fusions)]
     if len(set(names)) < len(names):
-        raise InputError(f"--fuse: expected each hybrid once, found {', '.join(names[len(known) :])}")
+        raise ArgumentError("fuse", f"expected each hybrid once, found {', '.join(names[len(known) :])}")
     if out.resolve() in {path.resolve() for path in request.systems.values()}:
-        raise InputError(f"--out: expected a folder of its own, found {out}, the report of a system")
+        raise ArgumentError("out", f"expected a folder of its own, found {out}, the report of a system")
     if request.baseline is not None and request.baseline not in names:
-        raise InputError(f"--baseline: expected one of {', '.join(names)}, found {request.baseline}")
+        raise ArgumentError("baseline", f"expected one of {', '.join(names)}, found {request.baseline}")
 
 
 def _compare_on_set(

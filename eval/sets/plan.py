@@ -11,7 +11,7 @@ import numpy as np
 from eval.measures import measure_name
 from eval.metrics import Metrics, PerQuery
 from index.beir import is_beir_folder
-from index.files import InputError
+from index.files import ArgumentError, InputError
 
 FORUMS = (
     "android",
@@ -156,7 +156,9 @@ def check_outside(out: Path, tasks: Sequence[Task]) -> None:
     for task in tasks:
         place = (out / task.name).resolve()
         if task.folder.resolve() in (place, *place.parents):
-            raise InputError(f"--out: expected a folder outside the sets, found {out}, which writes into {task.folder}")
+            raise ArgumentError(
+                "out", f"expected a folder outside the sets, found {out}, which writes into {task.folder}"
+            )
 
 
 def rows_of_tasks(tasks: Sequence[Task], found: Mapping[str, Metrics]) -> dict[str, Metrics]:

@@ -23,7 +23,7 @@ from index.ann.tuning.graphs import add_held_out, can_add_later, is_graph, truth
 from index.ann.tuning.recall import Target, find_truth
 from index.ann.tuning.tune import Tuning, tune
 from index.background import BackgroundTasks
-from index.files import InputError, atomic_folder
+from index.files import ArgumentError, InputError, atomic_folder
 from index.manifest import INDEX, read_manifest
 from index.store.parts import Part
 from index.store.reader import EmbeddingStore
@@ -98,7 +98,7 @@ def build(
         gpu.check_gpus()
     part = Part(store, *plan.part)
     if plan.target is not None and part.count > 1:
-        raise InputError("--target-recall: expected a whole index; merge the parts, then `retriever index tune`")
+        raise ArgumentError("target_recall", "expected a whole index; merge the parts, then `retriever index tune`")
     held_out = plan.target.held_out_rows(store.rows, plan.seed) if plan.target else np.empty(0, np.int64)
     with atomic_folder(out) as folder, BackgroundTasks() as background:
         if note is not None:
@@ -108,7 +108,7 @@ def build(
         added_last = held_out if is_graph(index) else held_out[:0]
         if len(added_last) and not can_add_later(index):
             raise InputError(
-                f"factory {origin['factory']!r}: expected --queries to measure it by, for rows cannot come in later"
+                f"factory {origin['factory']!r}: expected queries to measure it by, for rows cannot come in later"
             )
         background.submit(write_passages, part.files("ids"), part.files("jsonl"), part.rows, folder)
 

@@ -166,7 +166,7 @@ def retune(
         raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
     if target.queries is None and is_graph(index.faiss):
         raise InputError(
-            f"{folder}: expected --queries to measure a graph by, for a passage in it finds its own neighbours far "
+            f"{folder}: expected queries to measure a graph by, for a passage in it finds its own neighbours far "
             "more easily than a query does; `retriever index build --target-recall` holds passages out of it"
         )
     # Recall is measured against these vectors: verify them first.

@@ -7,7 +7,7 @@ import re
 from decimal import ROUND_CEILING, Context
 from typing import Any
 
-from index.files import InputError
+from index.files import ArgumentError, InputError
 
 # Below this number of rows, exhaustive search is fast enough, and exact.
 FLAT_ROWS = 200_000
@@ -73,9 +73,10 @@ def reason_of_choice(factory: str, rows: int, dim: int, *, on_disk: bool = False
 def _over_budget(memory_mib: float, factory: str, rows: int, dim: int) -> InputError:
     # Rounded up, so that the suggested budget is accepted.
     least = Context(prec=3, rounding=ROUND_CEILING).create_decimal(memory(factory, rows, dim) / 2**20)
-    return InputError(
-        f"--memory-budget-mib: expected at least {least:,f} for {rows:,} passages of {dim} dimensions ({factory}), "
-        f"found {memory_mib:g}; --on-disk holds less at once"
+    return ArgumentError(
+        "memory_budget_mib",
+        f"expected at least {least:,f} for {rows:,} passages of {dim} dimensions ({factory}), "
+        f"found {memory_mib:g}; lists on disk take less memory",
     )
 
 

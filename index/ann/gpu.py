@@ -15,7 +15,7 @@ import numpy as np
 
 from index.ann.factory import import_faiss
 from index.ann.settings import core
-from index.files import InputError
+from index.files import ArgumentError
 
 INSTEAD = "pip install faiss-gpu-cu12 in place of faiss-cpu"
 
@@ -28,9 +28,9 @@ def check_gpus() -> None:
     """
     faiss = import_faiss()
     if not hasattr(faiss, "StandardGpuResources"):
-        raise InputError(f"--gpu: expected a faiss with GPU support: {INSTEAD}")
+        raise ArgumentError("gpu", f"expected a faiss with GPU support: {INSTEAD}")
     if faiss.get_num_gpus() == 0:
-        raise InputError("--gpu: expected a GPU, faiss found none")
+        raise ArgumentError("gpu", "expected a GPU, faiss found none")
 
 
 @contextlib.contextmanager

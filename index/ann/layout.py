@@ -46,7 +46,7 @@ def check_replaceable(out: Path) -> None:
         try:
             read_manifest(out, INDEX)
         except InputError as error:
-            raise InputError(f"{error}; remove it or choose another --out") from None
+            raise InputError(f"{error}; remove it or choose another folder") from None
 
 
 def finish(folder: Path, fields: dict[str, Any], faiss_sha256: str) -> None:

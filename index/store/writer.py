@@ -190,7 +190,7 @@ class EmbeddingWriter:
             if not TEMPORARY_FILE.fullmatch(path.name):
                 raise InputError(
                     f"{self.folder}: expected an empty folder or an embedding store, found {path.name}; "
-                    "choose another --out"
+                    "choose another folder"
                 )
         manifest = Manifest(self.folder, EMBEDDINGS, {**self._header, "rows": 0, "complete": False}, {})
         self._remove_leftovers(manifest)
@@ -218,7 +218,7 @@ class EmbeddingWriter:
         ours, theirs = _difference(self._header[name], manifest.fields.get(name))
         return InputError(
             f"{self.folder}: was begun with another {name} ({theirs}, now {ours}); "
-            "remove the folder or choose another --out"
+            "remove the folder or choose another folder"
         )
 
     def _remove_leftovers(self, manifest: Manifest) -> None:

@@ -233,7 +233,7 @@ def test_a_complete_store_is_not_changed(tmp_path: Path) -> None:
 def test_a_store_with_another_header_is_not_resumed(tmp_path: Path, change: dict, message: str, complete: bool) -> None:
     folder = five_rows(tmp_path / "emb", complete)
     before = listing(folder)
-    with pytest.raises(InputError, match=message + "; remove the folder or choose another --out") as caught:
+    with pytest.raises(InputError, match=message + "; remove the folder or choose another folder") as caught:
         EmbeddingWriter(folder, **{**HEADER, **change})
     assert "\n" not in str(caught.value)
     assert listing(folder) == before

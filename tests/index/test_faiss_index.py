@@ -243,7 +243,7 @@ def test_an_index_replaces_an_index_and_nothing_else(tmp_path: Path, make_store:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     for precious in (tmp_path / "home", tmp_path / "home" / "thesis.tex", store.folder):
-        with pytest.raises(InputError, match="remove it or choose another --out"):
+        with pytest.raises(InputError, match="remove it or choose another folder"):
             build(store, precious)
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
 

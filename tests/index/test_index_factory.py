@@ -39,7 +39,7 @@ def test_choose_takes_the_finest_codes_within_the_budget(rows: int, mib: float, 
 
 
 def test_too_small_a_budget_names_the_required_memory() -> None:
-    with pytest.raises(InputError, match=r"--memory-budget-mib: expected at least 65\.5 for 1,000,000 .* found 10"):
+    with pytest.raises(InputError, match=r"memory_budget_mib: expected at least 65\.5 for 1,000,000 .* found 10"):
         choose(1_000_000, 768, 10)
     assert choose(1_000_000, 768, 65.5) == "IVF4096,PQ96x4fs"
     with pytest.raises(InputError, match=r"expected at least 0\.0000954 for 100 .* found 1e-05"):

@@ -130,5 +130,5 @@ def test_a_missing_gpu_is_reported_before_reading_data(
     tmp_path: Path, make_store: Callable, rng, gpus: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
-    with pytest.raises(InputError, match="--gpu: expected a GPU, faiss found none"):
+    with pytest.raises(InputError, match="gpu: expected a GPU, faiss found none"):
         build(make_store(rng.standard_normal((100, 16))), tmp_path / "index", Plan("IVF4,Flat", gpu=True))

@@ -145,10 +145,10 @@ def test_equal_vectors_are_listed_as_ties(make_store: Callable) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recall": 0.0}, "--target-recall: expected more than 0"),
-        ({"recall": 1.5}, "--target-recall: expected more than 0 and at most 1, found 1.5"),
-        ({"k": 0}, "--k: expected at least 1"),
-        ({"queries": np.ones((29, DIM), np.float32)}, "--queries: expected at least 30 to measure by, found 29"),
+        ({"recall": 0.0}, "target_recall: expected more than 0"),
+        ({"recall": 1.5}, "target_recall: expected more than 0 and at most 1, found 1.5"),
+        ({"k": 0}, "k: expected at least 1"),
+        ({"queries": np.ones((29, DIM), np.float32)}, "queries: expected at least 30 to measure by, found 29"),
     ],
 )
 def test_invalid_targets_are_refused(change: dict, message: str) -> None:
@@ -182,9 +182,9 @@ def test_a_graph_is_tuned_with_held_out_passages(tmp_path: Path, store, factory:
 
 def test_retuning_a_graph_requires_queries(tmp_path: Path, store) -> None:
     build(store, tmp_path / "index", Plan("HNSW8"))
-    with pytest.raises(InputError, match="expected --queries to measure a graph by"):
+    with pytest.raises(InputError, match="expected queries to measure a graph by"):
         retune(tmp_path / "index", store, Target(0.9))
-    with pytest.raises(InputError, match="factory 'NSG8': expected --queries to measure it by"):
+    with pytest.raises(InputError, match="factory 'NSG8': expected queries to measure it by"):
         build(store, tmp_path / "other", Plan("NSG8", target=Target(0.9)))
 
 

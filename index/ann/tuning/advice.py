@@ -32,7 +32,7 @@ def advice(index: Any, *, mean_reaches: bool) -> str:
     """
     faiss = import_faiss()
     if mean_reaches or exact_at_limit(index):
-        return "measure by more queries (--queries, --held-out), for only the interval is too wide"
+        return "measure by more queries (queries, held_out), for only the interval is too wide"
     refinements = [
         faiss.downcast_index(part.refine_index) for part in index_layers(index) if isinstance(part, faiss.IndexRefine)
     ]

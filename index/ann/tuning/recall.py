@@ -18,7 +18,7 @@ import numpy as np
 
 from index.ann.train import read_rows, sample_rows
 from index.exact import search as exact
-from index.files import InputError
+from index.files import ArgumentError
 from index.store.parts import Part
 from index.store.reader import EmbeddingStore
 from index.store.row_numbers import RowNumberIds
@@ -49,13 +49,13 @@ class Target:
 
     def __post_init__(self) -> None:
         if not 0 < self.recall <= 1:
-            raise InputError(f"--target-recall: expected more than 0 and at most 1, found {self.recall}")
+            raise ArgumentError("target_recall", f"expected more than 0 and at most 1, found {self.recall}")
         if self.k < 1:
-            raise InputError(f"--k: expected at least 1, found {self.k}")
+            raise ArgumentError("k", f"expected at least 1, found {self.k}")
         if self.queries is not None and len(self.queries) < MIN_QUERIES:
-            raise InputError(f"--queries: expected at least {MIN_QUERIES} to measure by, found {len(self.queries)}")
+            raise ArgumentError("queries", f"expected at least {MIN_QUERIES} to measure by, found {len(self.queries)}")
         if self.held_out < MIN_QUERIES:
-            raise InputError(f"--held-out: expected at least {MIN_QUERIES} to measure by, found {self.held_out}")
+            raise ArgumentError("held_out", f"expected at least {MIN_QUERIES} to measure by, found {self.held_out}")
 
     def held_out_rows(self, rows: int, seed: int) -> np.ndarray:
         """Rows of a store that are used as queries; empty if there are real queries."""
@@ -63,9 +63,10 @@ class Target:
             return np.empty(0, np.int64)
         # At most half of the passages of a small store are held out.
         if rows < 2 * MIN_QUERIES:
-            raise InputError(
-                f"--target-recall: expected at least {2 * MIN_QUERIES} passages to measure by {MIN_QUERIES}, or "
-                f"--queries, found {rows} passages"
+            raise ArgumentError(
+                "target_recall",
+                f"expected at least {2 * MIN_QUERIES} passages to measure by {MIN_QUERIES}, or "
+                f"queries, found {rows} passages",
             )
         # Another seed than the training sample's: with the same seed, these would be its first rows.
         return sample_rows(rows, min(self.held_out, rows // 2), seed ^ 0x5EED)
@@ -133,7 +134,7 @@ def find_truth(store: EmbeddingStore, target: Target, held_out: np.ndarray, with
     if target.queries is not None:
         queries = np.ascontiguousarray(target.queries, np.float32)
         if queries.shape[1] != store.dim:
-            raise InputError(f"--queries: expected vectors of {store.dim} dimensions, found {queries.shape[1]}")
+            raise ArgumentError("queries", f"expected vectors of {store.dim} dimensions, found {queries.shape[1]}")
     else:
         own, queries = held_out - np.searchsorted(without, held_out), read_rows(store, held_out)
     return truth_of(queries, store, without, target.k, own)

@@ -276,17 +276,17 @@ def test_judged_queries_without_text_are_refused_or_allowed_and_count(place: Pat
         (["BM25={p}/poor"], 1, "expected a name of its own for each system"),
         (["{p}/rocks"], 1, "expected rocks/run.trec"),
         (["{p}/poor/rocks/run.trec", "--data", "{p}/rocks", "{p}/woods"], 1, "expected one data folder for a run file"),
-        (["{p}/poor", "--fuse", "poor+BM25"], 1, "--fuse: expected names among poor, found BM25"),
-        (["{p}/poor", "--bm25", "--fuse", "poor+BM25", "poor+BM25"], 1, "--fuse: expected each hybrid once"),
-        (["{p}/poor", "--out", "{p}/poor"], 1, "--out: expected a folder of its own"),
+        (["{p}/poor", "--fuse", "poor+BM25"], 2, "--fuse: expected names among poor, found BM25"),
+        (["{p}/poor", "--bm25", "--fuse", "poor+BM25", "poor+BM25"], 2, "--fuse: expected each hybrid once"),
+        (["{p}/poor", "--out", "{p}/poor"], 2, "--out: expected a folder of its own"),
         (["{p}/poor", "--fuse", "poor"], 2, "--fuse: expected names joined by +"),
         (["{p}/poor", "{p}/good", "--fuse", "poor+good", "--weights", "1"], 2, "--weights: expected 2"),
         *(
             (["{p}/poor", "{p}/good", "--fuse", "poor+good", "--weights", weight, "1"], 2, f"found {weight} 1.0")
             for weight in ("nan", "inf", "1e+308", "1e-320", "-1.0")
         ),
-        (["{p}/poor", "{p}/good", "--baseline", "best"], 1, "--baseline: expected one of poor, good, found best"),
-        (["{p}/poor", "{p}/good", "--measure", "ndcg@7"], 1, "--measure: expected one of ndcg, map"),
+        (["{p}/poor", "{p}/good", "--baseline", "best"], 2, "--baseline: expected one of poor, good, found best"),
+        (["{p}/poor", "{p}/good", "--measure", "ndcg@7"], 2, "--measure: expected one of ndcg, map"),
         (["{p}/poor", "--permutations", "0"], 2, "--permutations: expected at least 1"),
         ([], 2, "retriever: systems: expected at least one report or run file"),
     ],

@@ -156,20 +156,20 @@ def test_a_gpu_is_refused_where_faiss_knows_none(world: Any, tmp_path: Path) -> 
     if hasattr(faiss, "StandardGpuResources"):
         pytest.skip("this faiss has GPU support")
     done = command("index", "build", "--embeddings", world.embeddings, "--out", tmp_path / "i", "--gpu")
-    assert done.code == 1 and "pip install faiss-gpu" in done.err
+    assert done.code == 2 and "pip install faiss-gpu" in done.err
     assert not (tmp_path / "i").exists()
 
 
 def test_a_budget_that_nothing_fits_says_what_is_needed(world: Any, tmp_path: Path) -> None:
     place = ("--embeddings", world.embeddings, "--out", tmp_path / "i", "--memory-budget-mib", "0.00001")
     done = command("index", "build", *place)
-    assert done.code == 1 and "--memory-budget-mib: expected at least" in done.err
+    assert done.code == 2 and "--memory-budget-mib: expected at least" in done.err
 
 
 def test_a_budget_is_meant_for_a_named_factory_too(world: Any, tmp_path: Path) -> None:
     place = ("--embeddings", world.embeddings, "--out", tmp_path / "i", "--factory", "Flat")
     done = command("index", "build", *place, "--memory-budget-mib", "0.001")
-    assert done.code == 1 and done.err.count("\n") == 1
+    assert done.code == 2 and done.err.count("\n") == 1
     assert "--memory-budget-mib: expected at least 0.00245 for 20 passages of 32 dimensions (Flat)" in done.err
     done = command("index", "build", *place, "--memory-budget-mib", "0.00245")
     assert done.code == 0 and "within 0.00245 MiB" in done.err

@@ -179,7 +179,7 @@ def test_a_report_inside_a_set_is_refused(world: Any, tmp_path: Path, out: str) 
     before = sorted(tmp_path.rglob("*"))
     for subcommand in (["beir", "--model", world.model], ["compare", "--bm25"]):
         outcome = command("evaluate", *subcommand, "--data", data, "--out", tmp_path / out)
-        assert outcome.code == 1 and outcome.err.count("\n") == 1
+        assert outcome.code == 2 and outcome.err.count("\n") == 1
         expected = f"--out: expected a folder outside the sets, found {tmp_path / out}, which writes into {data}"
         assert expected in outcome.err
     assert sorted(tmp_path.rglob("*")) == before
