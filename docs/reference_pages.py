@@ -29,6 +29,7 @@ from retriever.cli.commands.study import Study
 from retriever.cli.commands.train import Train
 from retriever.cli.commands.zero_shot import EvaluateZeroShot
 from retriever.config.images import ImageSource
+from retriever.config.loss_options import SourceLossConfig
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 
@@ -78,6 +79,7 @@ def configuration_page() -> str:
         lines += [f"## {path}", "", _first_paragraph(section), "", *_fields(section, f"{path}.")]
     for path, source in (("data.sources", SourceConfig), ("data.images", ImageSource)):
         lines += [f"## {path}: entries", "", _first_paragraph(source), "", *_fields(source, "")]
+    lines += ["## loss of a source", "", _first_paragraph(SourceLossConfig), "", *_fields(SourceLossConfig, "loss.")]
     return "\n".join(lines)
 
 
@@ -148,6 +150,8 @@ def _type_name(hint: Any) -> str:
         shown = "values" if dataclasses.is_dataclass(arguments[0]) else _type_name(arguments[0])
         return f"list of {shown}" if Ellipsis in arguments else f"{len(arguments)} numbers"
     if origin is dict:
+        return "mapping"
+    if dataclasses.is_dataclass(hint):
         return "mapping"
     names = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", type(None): "none"}
     return names[hint]

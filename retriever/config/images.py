@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from retriever.config.loss_options import SourceLossConfig
 
 # Patch size, default image size, width, layers, heads (Dosovitskiy et al., arXiv 2010.11929, table 1; S from Touvron
 # et al., arXiv 2012.12877). "tiny" is for machines without a GPU: 64 patches, 0.8 million parameters.
@@ -90,6 +92,7 @@ class ImageSource:
     max_broken: float = 0.01
     """Maximum fraction of pairs with an unreadable image or without a caption. Such pairs are skipped, counted and
     logged; the run stops if they are more than this fraction and more than 100."""
+    loss: SourceLossConfig = field(default_factory=SourceLossConfig)
 
     def __post_init__(self) -> None:
         if not self.path:

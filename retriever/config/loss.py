@@ -76,6 +76,11 @@ class LossConfig:
             raise ValueError(f"loss.hardness: expected a number of at least 0, found {self.hardness}")
 
     @property
+    def masks_by_score(self) -> bool:
+        """Whether negatives are masked because of their scores."""
+        return self.limit.given
+
+    @property
     def masks_false_negatives(self) -> bool:
         """Whether false negatives are masked. The clip loss masks none, as in the literature."""
         return self.mask_duplicates and self.name != "clip"

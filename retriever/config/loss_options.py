@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from retriever.config.checks import is_positive
 
@@ -59,3 +60,23 @@ class MatryoshkaConfig:
             )
         if not all(map(is_positive, self.weights)):
             raise ValueError(f"loss.matryoshka.weights: expected numbers over 0, found {list(self.weights)}")
+
+
+@dataclass(frozen=True)
+class SourceLossConfig:
+    """Settings of the loss for the batches of one source, instead of those in `loss`. None: that of `loss`."""
+
+    logit_scale: float | None = None
+    """Initial logit scale of this source; with loss.learn_logit_scale it is learned apart from the others."""
+    limit: LimitConfig | None = None
+    """Limit of the scores of negatives. Without margin and share: no limit."""
+    hardness: float | None = None
+    """See loss.hardness."""
+    same_side: bool | None = None
+    """See loss.same_side."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings of this source by name."""
+        values = {name: getattr(self, name) for name in ("logit_scale", "limit", "hardness", "same_side")}
+        return {name: value for name, value in values.items() if value is not None}

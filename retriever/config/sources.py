@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from retriever.config.loss_options import SourceLossConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class SourceConfig:
     is saved as the prompt of the model; otherwise the prompts are saved under the names of their sources."""
     passage_prompt: str | None = None
     """Text that is put before each passage of this source. None: the prompt of the model. Saved as query_prompt is."""
+    loss: SourceLossConfig = field(default_factory=SourceLossConfig)
 
     def __post_init__(self) -> None:
         if not self.path:

@@ -31,6 +31,20 @@ class FalseNegatives:
     batch_no_negatives: bool | None = None
     """`no_negatives` of the whole batch, if this is the share of one rank; otherwise None."""
 
+    own_masked: int | None = None
+    """Number of masked pairs of these queries, if this is the share of one rank; otherwise None."""
+
+    def count(self, positive_pairs: Integers | None = None) -> int:
+        """Return the number of masked pairs of these queries.
+
+        Args:
+            positive_pairs: [P, 2] pairs that are not masked, because they are further positives, with rows of these
+                passages. Default: None. Ignored for a share, for which `own_masked` is the result.
+        """
+        if self.own_masked is not None:
+            return self.own_masked
+        return count_masked(self.query_ids, self.passage_ids, self.excluded, self.passage_ids, positive_pairs)
+
     @property
     def any(self) -> bool:
         """Whether the batch has a false negative; the same on all ranks."""
@@ -51,6 +65,30 @@ class FalseNegatives:
             return self.batch_no_negatives
         # If all pairs are known, all passages have the same queries and therefore the same id.
         return bool((self.passage_ids == self.passage_ids[0]).all())
+
+
+def count_masked(
+    query_ids: Integers,
+    pool_ids: Integers,
+    excluded: Integers,
+    passage_ids: Integers,
+    positive_pairs: Integers | None,
+) -> int:
+    """Return the number of pairs that ids and `excluded` mask.
+
+    Args:
+        query_ids: [M] of some queries.
+        pool_ids: [N] of all passages.
+        excluded: [R, 2] pairs of these queries.
+        passage_ids: Those of the passages in `positive_pairs`.
+        positive_pairs: [P, 2] pairs that are not masked, or None.
+    """
+    size = max(int(pool_ids.max(initial=-1)), int(query_ids.max(initial=-1))) + 1
+    same = int(np.bincount(pool_ids, minlength=size)[query_ids].sum()) - len(query_ids)
+    positives = 0
+    if positive_pairs is not None:
+        positives = int((query_ids[positive_pairs[:, 0]] == passage_ids[positive_pairs[:, 1]]).sum())
+    return same + len(excluded) - positives
 
 
 def find_false_negatives(

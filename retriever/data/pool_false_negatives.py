@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from retriever.data.false_negatives import FalseNegatives, find_false_negatives, rank_slices
+from retriever.data.false_negatives import FalseNegatives, count_masked, find_false_negatives, rank_slices
 from retriever.data.known_positives import KnownPositives
 from retriever.data.micro_batches import PreparedBatch
 from retriever.distributed.ranks import Ranks
@@ -65,4 +65,8 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
     positive_pairs = None if batch.positive_pairs is None else batch.positive_pairs + np.array([0, first])
     if positive_pairs is not None:
         own_masks = own_masks.without(positive_pairs)
+    masked = count_masked(
+        own_masks.query_ids, masks.passage_ids, own_masks.excluded, own_masks.passage_ids, batch.positive_pairs
+    )
+    own_masks = replace(own_masks, own_masked=masked)
     return replace(batch, false_negatives=own_masks, teacher=teacher, positive_pairs=positive_pairs)

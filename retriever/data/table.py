@@ -137,7 +137,7 @@ def _identity(config: SourceConfig) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in asdict(config).items()
-        if name not in ("weight", "query_prompt", "passage_prompt")
+        if name not in ("weight", "query_prompt", "passage_prompt", "loss")
     }
     files = [
         {"path": str(file.resolve()), "bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}

@@ -25,7 +25,8 @@ from retriever.models.fsdp import shard_encoders
 from retriever.models.memory import GraphMemory
 from retriever.training.cuda_graphs import check_cuda_graphs
 from retriever.training.objective.checks import check_dimension, check_objective
-from retriever.training.objective.loss import build_loss, check_ranks
+from retriever.training.objective.loss import build_losses, check_ranks
+from retriever.training.objective.sources import SourceLosses
 from retriever.training.optimization.average import WeightAverage
 from retriever.training.optimization.optim import build_optimizer
 from retriever.training.optimization.rates import learning_rates
@@ -46,7 +47,7 @@ class Components:
     device: torch.device
     precision: Precision
     towers: Any
-    loss: InfCLLoss | SigmoidLoss
+    loss: InfCLLoss | SigmoidLoss | SourceLosses
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
@@ -107,7 +108,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     for note in (towers.describe_padding(), towers.describe_frozen()):
         if note:
             reporter.line(note)
-    loss = build_loss(config.loss, ranks).to(loss_device(device))
+    loss = build_losses(config, ranks).to(loss_device(device))
     graphs = GraphMemory.plan(
         towers,
         precision,

@@ -14,8 +14,8 @@ from retriever.errors import NotFiniteError
 from retriever.training.checkpoint import TrainState
 from retriever.training.components import Components
 from retriever.training.cuda_graphs import use_cuda_graphs, uses_cuda_graphs
-from retriever.training.objective.checks import has_statistics
-from retriever.training.objective.statistics import statistics_row
+from retriever.training.objective.sources import loss_of_source
+from retriever.training.objective.statistics import named_after_source, statistics_row
 from retriever.training.optimization.optim import lr_factor
 from retriever.training.profiler import StepProfile
 from retriever.training.run_dir import RunFolder
@@ -56,7 +56,6 @@ class TrainingLoop:
         self._reporter = reporter
         self._total = len(components.batches)
         self._warned_without_negatives = False
-        self._statistics = has_statistics(components.config)
 
     def run(self, *, profile: bool = False) -> None:
         """Train to the last step.
@@ -92,13 +91,13 @@ class TrainingLoop:
                 self._warn_without_negatives(batch)
                 is_last = state.step + 1 == self._total
                 log_row = is_last or self._due("log", "checkpoint", "dev", step=state.step + 1)
-                result = parts.train_step(batch, state.step, statistics=log_row and self._statistics)
+                result = parts.train_step(batch, state.step, statistics=log_row)
                 state.step += 1
                 meter.add(batch)
                 self._stop.sync()
                 if log_row or self._stop.requested:
                     # Before every checkpoint, because this checks that the loss is finite.
-                    row = self._row(result, meter)
+                    row = self._row(batch, result, meter)
                 if log_row:
                     self._log.write(row)
                     advance(0, line := format_row(row))
@@ -187,19 +186,22 @@ class TrainingLoop:
             f"batches may have negatives; loss.mask_duplicates false masks none; this is shown once)"
         )
 
-    def _row(self, result: StepResult, meter: ThroughputMeter) -> dict[str, Any]:
+    def _row(self, batch: PreparedBatch, result: StepResult, meter: ThroughputMeter) -> dict[str, Any]:
         """Return the row of metrics.jsonl for this step. Only here the host waits for the device."""
         parts, config = self._parts, self._parts.config.optim
+        objective = parts.train_step.objectives[batch.source]
         row = {
             "step": self._state.step,
             "loss": float(result.loss),
             "grad_norm": float(result.grad_norm),
-            "logit_scale": parts.loss.logit_scale.item(),
+            "logit_scale": loss_of_source(parts.loss, batch.source).logit_scale.item(),
             "lr": config.lr * lr_factor(self._state.step - 1, self._total, config),
             **meter.rates(),
         }
         if result.statistics is not None:
-            row |= statistics_row(result.statistics, row["logit_scale"], parts.ranks)
+            row |= statistics_row(result.statistics, row["logit_scale"], batch, objective.loss, parts.ranks)
+        if objective.name:
+            row |= named_after_source(row, objective.name)
         # In fp16 a step with overflowing gradients is skipped and the scale is halved. A scale below 1 means that the
         # gradients themselves are not finite.
         skips_overflow = parts.scaler.is_enabled() and parts.scaler.get_scale() >= 1

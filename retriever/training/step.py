@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,9 @@ from retriever.models.mixed_precision import mixed_precision
 from retriever.models.sharded_tensors import clip_gradients
 from retriever.models.towers import Towers
 from retriever.training import grad_cache
+from retriever.training.objective.checks import has_statistics
 from retriever.training.objective.options import LossOptions
+from retriever.training.objective.sources import SourceLosses, SourceObjective, loss_of_source
 from retriever.training.optimization.average import WeightAverage
 from retriever.training.optimization.optim import lr_factor, set_learning_rates
 from retriever.training.profiler import phase
@@ -51,7 +54,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
     """0-dim, the norm of the gradients before clipping."""
     statistics: Statistics | None = None
-    """Statistics of the loss; None if they were not wanted."""
+    """Statistics of the loss; None if they were not wanted, or the configuration has none."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class TrainStep:
     precision: Precision
     """Precision of the towers."""
     towers: Towers
-    loss: InfCLLoss | SigmoidLoss
+    loss: InfCLLoss | SigmoidLoss | SourceLosses
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     graphs: GraphMemory
@@ -73,13 +76,18 @@ class TrainStep:
     average: WeightAverage | None = None
     """Moving average of the weights, which each step updates."""
 
+    @cached_property
+    def objectives(self) -> list[SourceObjective]:
+        """How the loss is computed for each source."""
+        return SourceObjective.of_all(self.config)
+
     def __call__(self, batch: PreparedBatch, step: int, *, statistics: bool = False) -> StepResult:
         """Make a step.
 
         Args:
             batch: the batch, or the share of this rank.
             step: number of the step, from 0.
-            statistics: whether to compute statistics too. Default: False.
+            statistics: whether to compute statistics too, if the configuration has them. Default: False.
         """
         config, device = self.config, self.towers.device
         of_loss = loss_device(device)
@@ -87,14 +95,16 @@ class TrainStep:
         set_learning_rates(self.optimizer, lr_factor(step, self.steps, config.optim))
         micro_batches, keep = self._micro_batches(batch)
         found: Statistics | None = None
+        objective = self.objectives[batch.source]
+        statistics = statistics and has_statistics(replace(config, loss=objective.loss))
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
             nonlocal found
             query, passage = batch.merge_embeddings(embeddings, of_loss)
-            passage, options = LossOptions.of(batch, passage, config.loss, statistics=statistics)
+            passage, options = LossOptions.of(batch, passage, objective.loss, statistics=statistics)
             # Autocast makes the loss use the precision of the towers if its own is "auto".
             with autocast(of_loss, self.precision):
-                loss = self.loss(query, passage, **options.arguments())
+                loss = loss_of_source(self.loss, batch.source)(query, passage, **options.arguments())
             if statistics:
                 loss, found = loss
             return self.scaler.scale(loss)

@@ -183,8 +183,8 @@ class ImageBatches:
         )
         groups: list[Any] = [inputs, TextInputs("document", tokens, text_rows)]
         if self._share.size == 1:
-            return PreparedBatch(groups, count, keys.false_negatives(), settings.padded)
-        return PreparedBatch(groups, count, None, settings.padded, keys)
+            return PreparedBatch(groups, count, keys.false_negatives(), settings.padded, source=source)
+        return PreparedBatch(groups, count, None, settings.padded, keys, source=source)
 
     def _keys(self, image_keys: list[str], captions: list[str], all_captions: list[tuple[str, ...]]) -> PairKeys:
         """Return the digests of images and captions, with all known pairs of these images."""

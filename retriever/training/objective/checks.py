@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from losses.option_checks.combinations import NOT_DENSE, REFUSED
 from retriever.config.run import TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
+from retriever.training.objective.sources import SourceObjective
 
 # The option of the loss (losses/option_checks/combinations.py) that a field of the configuration sets.
 FIELDS = {
@@ -22,11 +25,20 @@ OF_SIGMOID = ("negatives.limit", "negatives.guide")
 
 
 def check_objective(config: TrainConfig, ranks: Ranks) -> None:
-    """Check that the options of the loss combine with each other, with the loss and with the number of ranks.
+    """Check that the options of the loss of each source combine with each other, the loss and the number of ranks.
 
     Raises:
         ConfigError: Two settings do not combine. The message begins with the name of one field and has the other.
     """
+    try:
+        objectives = SourceObjective.of_all(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for objective in objectives:
+        _check_options(dataclasses.replace(config, loss=objective.loss), ranks)
+
+
+def _check_options(config: TrainConfig, ranks: Ranks) -> None:
     loss, given = config.loss, given_options(config)
     if loss.statistics not in ("auto", "none"):
         given.add("statistics")

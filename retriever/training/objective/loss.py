@@ -12,6 +12,7 @@ from retriever.config.loss_options import MatryoshkaConfig
 from retriever.config.run import TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
+from retriever.training.objective.sources import SourceLosses, source_loss, sources_of
 
 
 class DistributedClipLoss(InfCLLoss):
@@ -56,6 +57,17 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
             f"loss.implementation: expected auto, chunked or triton with {ranks.world_size} processes, "
             f"found {config.loss.implementation}"
         )
+
+
+def build_losses(config: TrainConfig, ranks: Ranks) -> InfCLLoss | SigmoidLoss | SourceLosses:
+    """Build the loss module of a run; that of `SourceLosses` if a source has its own logit_scale."""
+    own = {
+        number: build_loss(source_loss(config.loss, source), ranks)
+        for number, source in enumerate(sources_of(config))
+        if source.loss.logit_scale is not None
+    }
+    loss = build_loss(config.loss, ranks)
+    return SourceLosses(loss, own) if own else loss
 
 
 def build_loss(config: LossConfig, ranks: Ranks) -> InfCLLoss | SigmoidLoss:

@@ -48,13 +48,15 @@ class Panel:
 
 # To show another measure, add its key to a panel, or add a panel.
 PANELS = (
-    Panel("Loss", ("loss", "loss_*")),
+    Panel("Loss", ("loss", "loss_*", "loss/*")),
     Panel("Dev set", ("dev_ndcg@10", "dev_mrr@10", "dev_recall@1", "dev_recall@100", "dev_acc1", "dev_mean_average_*")),
     Panel("Batch as a retrieval task", ("pool_accuracy*", "pool_mrr*")),
-    Panel("Rank of the positive in the batch", ("pool_rank",), log_scale=True),
+    Panel("Rank of the positive in the batch", ("pool_rank*",), log_scale=True),
+    Panel("Entropy of the scores of a query, nats", ("pool_entropy*",)),
+    Panel("Share of masked pairs", ("pool_masked*",)),
     Panel("Learning rate", ("lr",)),
     Panel("Gradient norm", ("grad_norm",), log_scale=True),
-    Panel("Logit scale", ("logit_scale",)),
+    Panel("Logit scale", ("logit_scale*",)),
     Panel("Pairs per second", ("pairs_per_second",)),
 )
 

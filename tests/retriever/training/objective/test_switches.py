@@ -16,7 +16,7 @@ from torch import Tensor
 from index.progress import SilentReporter
 from retriever.config.data import DataConfig
 from retriever.config.loss import LossConfig
-from retriever.config.loss_options import LimitConfig, MatryoshkaConfig
+from retriever.config.loss_options import LimitConfig, MatryoshkaConfig, SourceLossConfig
 from retriever.config.model import ModelConfig
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
@@ -25,6 +25,7 @@ from retriever.distributed.ranks import DryRunRanks
 from retriever.errors import ConfigError
 from retriever.training import step as step_module
 from retriever.training.objective.checks import check_dimension, check_objective, has_statistics
+from retriever.training.objective.sources import loss_of_source
 from retriever.training.step import TrainStep
 from retriever.training.trainer import Trainer
 
@@ -170,9 +171,13 @@ def test_a_step_has_the_gradients_of_the_reference_loss(
     expected = expected_loss(batch, query, passage, own, config)
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
     wanted = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
-    result = trainer.train_step(trainer.batches[0], 0, statistics=case == "many")
+    prepared = trainer.batches[0]
+    result = trainer.train_step(prepared, 0, statistics=True)
     assert float(result.loss) == pytest.approx(expected.item(), rel=1e-5)
-    assert expected.item() > 0.3 and (case != "many" or result.statistics is not None)
+    assert expected.item() > 0.3
+    assert (result.statistics is None) == config.loss.same_side
+    if result.statistics is not None and not config.loss.limit.given:
+        assert prepared.false_negatives.count(prepared.positive_pairs) == int(result.statistics.masked.sum()) > 0
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     assert found.keys() == wanted.keys()
     for parameter, reference in wanted.items():
@@ -203,7 +208,38 @@ def test_a_resumed_run_with_options_is_bitwise_equal(
         Trainer.start(config, SilentReporter()).train()
     Trainer.resume(Path(config.out), SilentReporter()).train()
     assert_same(results(Path(config.out)), results(Path(whole.out)))
-    assert [row["step"] for row in results(Path(config.out))["rows"] if "pool_masked" in row] == [2, 4, 5]
+    rows = results(Path(config.out))["rows"]
+    assert [row["step"] for row in rows if "pool_masked" in row] == [2, 4, 5]
+    for row in rows:
+        assert row["pool_masked"] == pytest.approx(row.get("pool_masked_known", 0) + row["pool_masked_scores"])
+        assert 0 < row["pool_mrr"] <= 1 <= row["pool_rank"] and abs(row["pool_hardest"]) <= 1.001
+
+
+def test_a_source_has_its_own_logit_scale_and_options(config: TrainConfig) -> None:
+    (source,) = config.data.sources
+    of_second = SourceLossConfig(logit_scale=30.0, hardness=2.0, limit=LimitConfig())
+    sources = (dataclasses.replace(source, weight=1), dataclasses.replace(source, weight=1, loss=of_second))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sources=sources),
+        loss=dataclasses.replace(config.loss, learn_logit_scale=True, limit=LimitConfig(margin=0.01)),
+        **{"steps": 4, "log_every": 1},
+    )
+    trainer = Trainer.start(config, SilentReporter())
+    first, second = trainer.train_step.objectives
+    assert (first.loss.hardness, second.loss.hardness, second.loss.limit.given) == (0, 2, False)
+    trainer.train()
+    rows = results(Path(config.out))["rows"]
+    assert {key for row in rows for key in row if key.startswith("loss/")} == {"loss/rows_0", "loss/rows_1"}
+    scales = [[row[key] for row in rows if key in row] for key in ("logit_scale/rows_0", "logit_scale/rows_1")]
+    assert len(scales[0]) == len(scales[1]) == 2
+    for start, (before, after) in zip((SCALE, 30.0), scales, strict=True):
+        assert before != after and abs(after / start - 1) < 0.01
+    resumed = Trainer.resume(Path(config.out), SilentReporter())
+    assert loss_of_source(resumed.loss, 1).logit_scale.item() == pytest.approx(scales[1][1], rel=1e-4)
+    bad = dataclasses.replace(sources[1], loss=SourceLossConfig(hardness=-1))
+    with pytest.raises(ConfigError, match=r"rows.jsonl: loss.hardness: expected"):
+        check_objective(dataclasses.replace(config, data=DataConfig(sources=(source, bad))), DryRunRanks())
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
