@@ -48,7 +48,7 @@ def test_every_hard_dependency_is_imported_by_a_package(name: str) -> None:
     assert name in imported(PACKAGES)
 
 
-@pytest.mark.parametrize("extra", ["gpu", "hub", "bm25", "plot", "serve"])
+@pytest.mark.parametrize("extra", ["gpu", "hub", "bm25", "plot", "lora", "serve"])
 def test_every_extra_is_imported_by_a_package(extra: str) -> None:
     assert set(declared("options.extras_require", extra)) <= imported(PACKAGES)
 

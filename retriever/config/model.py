@@ -9,6 +9,7 @@ from tyro.conf import Suppress
 
 from retriever.config.checks import MAX_LENGTH, check_at_least
 from retriever.config.images import ImageConfig
+from retriever.config.lora import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,21 @@ class ModelConfig:
     """Text that is put before every query and is saved with the model. None: the prompt of the model."""
     passage_prompt: str | None = None
     """Text that is put before every passage and is saved with the model. None: the prompt of the model."""
+    append_eos: bool = False
+    """Append the EOS token to every text, for decoder models with last-token pooling whose tokenizer does not."""
+    bidirectional: bool = False
+    """Attention in both directions instead of causal attention, for decoder models."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
 
     def __post_init__(self) -> None:
         check_at_least(self, "model.", 1, "projection", "max_length", maximum=MAX_LENGTH)
         check_at_least(self, "model.", 0, "freeze_layers")
+        if self.image.name:
+            for name, value in {"lora.rank": self.lora.rank, "bidirectional": self.bidirectional}.items():
+                if value:
+                    raise ValueError(f"model.{name}: expected none with an image tower, found {value}")
+        if self.lora.rank and self.lora.save == "adapter" and not self.name:
+            raise ValueError("model.lora.save: expected merged for a model from scratch, found adapter")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout: expected a number from 0 to below 1, found {self.dropout}")

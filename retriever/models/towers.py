@@ -18,6 +18,7 @@ from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.loading.adapt import adapt_model, set_text_options
 from retriever.models.loading.checksums import verify_checksums
+from retriever.models.loading.decoders import append_eos, attend_both_ways
 from retriever.models.loading.folder import (
     ends_in_normalize,
     first_position,
@@ -27,6 +28,7 @@ from retriever.models.loading.folder import (
     transformer_layers,
 )
 from retriever.models.loading.from_scratch import load_new_encoder
+from retriever.models.loading.lora import add_lora
 from retriever.models.loading.text_settings import SIDES, Side, has_router, pools_prompts, prompt_of, text_tokenizer
 from retriever.models.packed.attention import PackedLayout
 from retriever.models.sharded_tensors import full_tensor
@@ -391,9 +393,16 @@ def build_towers(config: ModelConfig) -> Towers:
     if bool(config.name) == bool(config.architecture):
         raise ConfigError("model: expected either model.name (folder or hub name) or model.architecture (from scratch)")
     model = load_new_encoder(config) if config.architecture else load_model(config.name, pooling=config.pooling)
+    transformers = set(text_towers(model).values())
+    if config.append_eos:
+        append_eos(transformers)
+    if config.bidirectional:
+        attend_both_ways(transformers)
     model = adapt_model(model, config)
     set_text_options(model, set(text_towers(model).values()), config)
     towers = Towers(model)
+    if config.lora.rank:
+        add_lora(towers.encoders, config.lora)
     towers.freeze(config.freeze, config.freeze_layers)
     towers.train()
     # Raises an error if all weights are frozen.

@@ -20,8 +20,10 @@ from retriever.distributed.context import rank_device
 from retriever.distributed.ranks import DryRunRanks, Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.model import Model
+from retriever.errors import ConfigError
 from retriever.mining.refresh import NegativeRefresh
 from retriever.models.fsdp import shard_encoders
+from retriever.models.loading.lora import cast_base
 from retriever.models.memory import GraphMemory
 from retriever.training.cuda_graphs import check_cuda_graphs
 from retriever.training.objective.checks import check_dimension, check_objective
@@ -172,6 +174,11 @@ def _build_towers(config: TrainConfig, device: torch.device, precision: Precisio
         location = config.model.image.name or config.model.name or "from scratch"
         model = ContentHash(towers.fingerprint()["sha256"], location)
         check_same_on_ranks(ranks, {"device": device.type, "precision": precision, "model": model})
+    lora = config.model.lora
+    if lora.rank and (lora.base == "bf16" or (lora.base == "auto" and precision == "bf16" and not sharded)):
+        if precision != "bf16":
+            raise ConfigError(f"model.lora.base: expected auto or fp32 with precision {precision}, found bf16")
+        cast_base(towers.encoders, torch.bfloat16)
     if config.gradient_checkpointing:
         towers.enable_gradient_checkpointing()
     if device.type == "cuda":

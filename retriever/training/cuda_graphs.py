@@ -113,7 +113,8 @@ class _GraphedForward:
             return False
         sums = gradient_sums(self.encoder)
         weights = list(self.encoder.parameters())
-        if any(weight.dtype != torch.bfloat16 or weight not in sums for weight in weights):
+        # Frozen weights that are stored in bf16 have no copy, and need no sum.
+        if any(weight.dtype != torch.bfloat16 or (weight.requires_grad and weight not in sums) for weight in weights):
             return False
         if not any(weight.requires_grad for weight in weights):
             return False

@@ -128,7 +128,8 @@ def plan_step(
         resident["program, libraries, open data"] = max(0.0, process_bytes - sum(tensor.nbytes for tensor in tensors))
     bf16_weights = 0.0
     if on_gpu and precision == "bf16" and sharding.processes == 1:
-        bf16_weights = 2.0 * sum(p.numel() for encoder in towers.encoders for p in encoder.parameters())
+        copied = (p for encoder in towers.encoders for p in encoder.parameters() if p.dtype == torch.float32)
+        bf16_weights = 2.0 * sum(p.numel() for p in copied)
     # CUDA graphs keep their accumulated gradients, and a captured backward holds all its gradients in bf16 at once.
     uses_graphs = with_graphs and captured_size(min(sizes)) <= MAX_TOKENS
     accumulated, captured = (gradients, bf16_weights) if uses_graphs else (0.0, 0.0)

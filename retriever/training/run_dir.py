@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
 from index.progress import Reporter
+from retriever.config.lora import LoraConfig
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
 from retriever.data.source_prompts import save_source_prompts
@@ -20,6 +22,7 @@ from retriever.distributed.agreement import ContentHash
 from retriever.distributed.ranks import Ranks
 from retriever.models.card.card import ModelCard, write_card
 from retriever.models.loading.checksums import write_checksums
+from retriever.models.loading.lora import merged_weights
 from retriever.models.sharded_tensors import gather_tensors
 from retriever.models.towers import build_towers
 from retriever.training.checkpoint import (
@@ -129,12 +132,21 @@ class RunFolder:
         self.ranks.barrier()
 
     def save_model(self, towers: Any, config: TrainConfig, card: ModelCard, *, sharded: bool) -> None:
-        """Write the model folder with its card. The weights of sharded towers are gathered first."""
-        if sharded:
+        """Write the model folder with its card.
+
+        The weights of sharded towers are gathered first. The updates of LoRA are added to the weights if so configured.
+        """
+        lora = config.model.lora
+        merged = bool(lora.rank) and lora.save == "merged"
+        if sharded or merged:
             weights = gather_tensors(towers.state_dict(), keep=self.ranks.is_first)
         if not self.ranks.is_first:
             return
-        if sharded:
+        if merged:
+            weights = merged_weights(weights, lora.scaling)
+            plain = dataclasses.replace(config.model, lora=LoraConfig(), freeze="none", freeze_layers=0)
+            config = dataclasses.replace(config, model=plain)
+        if sharded or merged:
             towers = build_configured_towers(config)
             towers.load_state_dict(weights)
         with atomic_folder(self.path / "model") as folder:

@@ -1,4 +1,4 @@
-"""Script `sharded_on_ranks.py CONFIG`: train sharded towers on 3 ranks, resume on 2 and 1, and compare with unsharded.
+"""Script `sharded_on_ranks.py CONFIG [RANK]`: train sharded towers on 3 ranks, resume on 2 and 1, and compare.
 
 Every process is a fork of this one, which has imported the libraries.
 """
@@ -55,11 +55,15 @@ def assert_same_model(one: Path, other: Path) -> None:
             assert float((tensor - theirs[name]).abs().max()) < 2e-5, (file, name)
 
 
-def main(config_file: str) -> None:
-    """Compare all runs."""
+def main(config_file: str, rank: str = "0") -> None:
+    """Compare all runs. `rank` is the rank of LoRA."""
     out, config = Path("runs"), load_config(Path(config_file))
     # Two towers: ranks must run the micro-batches of the same tower at the same time.
-    model, optim = dataclasses.replace(config.model, shared=False), dataclasses.replace(config.optim, ema=0.5)
+    lora = dataclasses.replace(config.model.lora, rank=int(rank))
+    model, optim = (
+        dataclasses.replace(config.model, shared=False, lora=lora),
+        dataclasses.replace(config.optim, ema=0.5),
+    )
     config = dataclasses.replace(config, shard_towers=True, model=model, optim=optim)
     on_ranks(1, trained(config, out / "1"))
     run = out / "sharded"
@@ -74,4 +78,4 @@ def main(config_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

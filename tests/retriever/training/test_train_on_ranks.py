@@ -89,6 +89,14 @@ def test_sharded_towers_train_like_unsharded_ones(python: LoadedPython, config: 
     assert done.stdout.split() == ["3", "2", "1"]
 
 
+@pytest.mark.slow
+def test_sharded_towers_with_lora_train_like_unsharded_ones(python: LoadedPython, config: Path, tmp_path: Path) -> None:
+    # A rank that the three processes divide.
+    done = python.run(HERE / "sharded_on_ranks.py", config, "6", folder=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["3", "2", "1"]
+
+
 def test_a_killed_process_ends_the_job_which_can_be_resumed(python: LoadedPython, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     start = time.monotonic()
