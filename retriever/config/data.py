@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from retriever.config.checks import MAX_WORKERS, check_at_least
+from retriever.config.checks import MAX_WORKERS, check_at_least, is_positive
 from retriever.config.images import ImageSource
 from retriever.config.sources import SourceConfig
 
@@ -15,7 +15,7 @@ class DataConfig:
     """The training data."""
 
     sources: tuple[SourceConfig, ...] = ()
-    """Sources of text pairs. Each batch comes from one source, drawn in proportion to the weights."""
+    """Sources of text pairs. The first lines of a run, and --dry-run, say the share of each."""
     images: tuple[ImageSource, ...] = ()
     """Sources of images with captions, instead of data.sources, for a model with an image tower."""
     positives: Literal["draw", "all"] = "draw"
@@ -29,6 +29,13 @@ class DataConfig:
     negatives_seen_by: Literal["all", "own"] = "all"
     """Whether a hard negative is a negative of all queries of the batch, or only of its own query, as in the literature
     before large batches. Statistics, loss.limit and the symmetric part of the loss are about the batch alone."""
+    mix: Literal["steps", "blocks", "pool"] = "steps"
+    """How several sources are mixed. steps: each batch comes from one source, drawn in proportion to the shares.
+    blocks: each batch has rows of every source in proportion to the shares, and only passages of the same source are
+    negatives of a query. pool: as blocks, but all passages of the batch are negatives."""
+    temperature: float = 1.0
+    """Without weights, the share of a source is proportional to its number of rows to the power of 1 / temperature.
+    Larger values make small sources come more often."""
     workers: int | None = None
     """Number of processes that load and tokenize batches in the background. 0: load in the main process. None: on a GPU
     all processors of the process but 4, at most 12; on a CPU 1. The order of the data does not depend on it."""
@@ -50,6 +57,13 @@ class DataConfig:
             raise ValueError("data.positives: expected draw with data.images, found all")
         if self.images and self.negatives_seen_by == "own":
             raise ValueError("data.negatives_seen_by: expected all with data.images, found own")
+        if not is_positive(self.temperature):
+            raise ValueError(f"data.temperature: expected a positive number, found {self.temperature}")
+        if self.mix != "steps" and self.images:
+            raise ValueError(f"data.mix: expected steps with data.images, found {self.mix}")
+        weights = [source.weight for source in self.sources] + [source.weight for source in self.images]
+        if self.temperature != 1 and any(weight is not None for weight in weights):
+            raise ValueError(f"data.temperature: expected 1 with weights, found {self.temperature}")
         _check_weights("data.sources", self.sources)
         _check_weights("data.images", self.images)
 

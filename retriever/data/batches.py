@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from retriever.data.false_negatives import FalseNegatives, Integers, find_false_negatives, number_texts
 from retriever.data.known_positives import KnownPositives, text_digests
+from retriever.data.mixture import MixedSchedule
 from retriever.data.passage_choice import (
     Choice,
     PassageSettings,
@@ -28,6 +29,10 @@ from retriever.distributed.share import Share
 from retriever.utils.workers import init_worker
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+
+_ChosenRow = tuple[int, Example, Choice]
+"""Source, row and the passages of it that are used."""
 
 # Second word of the seed for drawing positives and negatives; see schedule.py for the others.
 _CHOICE = 3
@@ -74,7 +79,7 @@ class TrainingBatch:
     """
 
     source: int
-    """Index of the source of the batch."""
+    """Index of the source of the batch; of several, the first."""
     queries: list[str]
     """[M]"""
     positives: list[str]
@@ -96,6 +101,24 @@ class TrainingBatch:
     own_offsets: Integers | None = None
     """[M + 1]: the first of `own_negatives` of each query, and their number; None if all queries see the negatives."""
 
+    parts: tuple[TrainingBatch, ...] = ()
+    """Batches whose passages are no negatives of each other's queries; empty for a batch that is one block. Only the
+    parts have masks, pairs and lists then."""
+    loss_share: float = 1.0
+    """Share of this part in the queries of the batch over all ranks, and in its loss."""
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[TrainingBatch], loss_shares: Sequence[float]) -> TrainingBatch:
+        """Return the batch of several parts with losses of their own."""
+        return cls(
+            parts[0].source,
+            _flat([part.queries for part in parts]),
+            _flat([part.positives for part in parts]),
+            _flat([part.negatives for part in parts]),
+            false_negatives=None,
+            parts=tuple(replace(part, loss_share=share) for part, share in zip(parts, loss_shares, strict=True)),
+        )
+
     @property
     def passages(self) -> list[str]:
         """[N], the pool: positives, further positives, negatives."""
@@ -108,13 +131,14 @@ class BatchDataset(Dataset[T], Generic[T]):
     def __init__(
         self,
         tables: Sequence[ExampleTable],
-        schedule: BatchSchedule,
+        schedule: BatchSchedule | MixedSchedule,
         prepare: Callable[[TrainingBatch], T],
         *,
         prompts: Sequence[Prompts] | None = None,
         passages: PassageSettings | None = None,
         known: KnownPositives | None = None,
         share: Share | None = None,
+        separate_blocks: bool = False,
     ) -> None:
         """Create a dataset over `tables`.
 
@@ -129,6 +153,8 @@ class BatchDataset(Dataset[T], Generic[T]):
             passages: How many positives and hard negatives of a row are used. Default: None, one positive.
             known: Positives of the queries with several positives, over all tables. Default: None.
             share: Rank and number of ranks; only the rows of this rank are read. Default: None, a single rank.
+            separate_blocks: Whether only passages of the same source are negatives of a query, if a batch has rows of
+                several sources. Default: False.
 
         Raises:
             ValueError: If the numbers of tables and prompts differ.
@@ -142,9 +168,10 @@ class BatchDataset(Dataset[T], Generic[T]):
         self._passages = passages or PassageSettings()
         self._known = known if known is not None and len(known) else None
         self._share = share or Share()
+        self._separate_blocks = separate_blocks
 
     @property
-    def schedule(self) -> BatchSchedule:
+    def schedule(self) -> BatchSchedule | MixedSchedule:
         """The rows of each step."""
         return self._schedule
 
@@ -176,21 +203,29 @@ class BatchDataset(Dataset[T], Generic[T]):
 
     def batch(self, step: int) -> TrainingBatch:
         """Return the batch of a step, 0 <= step < len(self), before `prepare`."""
-        source, rows = self._schedule.rows(step)
+        blocks = self._schedule.blocks(step)
+        total = sum(len(rows) for _, rows in blocks)
         generator = np.random.default_rng([self._schedule.seed, _CHOICE, step])
         # Drawn for all rows of the batch, so that the result does not depend on the number of ranks.
-        positive_draws, negative_seeds = generator.random(len(rows)), generator.integers(2**63, size=len(rows))
-        positions = self._share.of(len(rows))
-        examples = [self._tables[source][int(rows[position])] for position in positions]
-        choices = [
-            choose_passages(example, self._passages, positive_draws[position], int(negative_seeds[position]))
-            for example, position in zip(examples, positions, strict=True)
-        ]
-        return self._assemble(source, examples, choices)
+        positive_draws, negative_seeds = generator.random(total), generator.integers(2**63, size=total)
+        chosen: list[list[_ChosenRow]] = []
+        start = 0
+        for source, rows in blocks:
+            chosen.append([])
+            for position in self._share.of(len(rows)):
+                example = self._tables[source][int(rows[position])]
+                draw, seed = positive_draws[start + position], int(negative_seeds[start + position])
+                chosen[-1].append((source, example, choose_passages(example, self._passages, draw, seed)))
+            start += len(rows)
+        if not self._separate_blocks or len(blocks) == 1:
+            return self._assemble(_flat(chosen), [source for source, _ in blocks])
+        parts = [self._assemble(rows, [source]) for rows, (source, _) in zip(chosen, blocks, strict=True)]
+        return TrainingBatch.of_parts(parts, [len(rows) / total for _, rows in blocks])
 
-    def _assemble(self, source: int, examples: Sequence[Example], choices: Sequence[Choice]) -> TrainingBatch:
-        """Return the batch of some rows with the passages that were chosen."""
-        rows = list(zip(examples, choices, strict=True))
+    def _assemble(self, chosen: Sequence[_ChosenRow], sources: Sequence[int]) -> TrainingBatch:
+        """Return the batch of some rows of these sources, with the passages that were chosen."""
+        examples = [example for _, example, _ in chosen]
+        rows = [(example, choice) for _, example, choice in chosen]
         queries = [example.query for example in examples]
         positives = [example.positives[choice.positive] for example, choice in rows]
         further = [[example.positives[i] for i in choice.further] for example, choice in rows]
@@ -204,29 +239,29 @@ class BatchDataset(Dataset[T], Generic[T]):
             kept = without_known_positives(queries, negatives, self._known)
             negatives = [[texts[i] for i in indices] for texts, indices in zip(negatives, kept, strict=True)]
         keys = self._keys(queries, positives, _flat(further) + ([] if own else _flat(negatives)))
-        prompts = [self._prompts[source].of_row(example) for example in examples]
+        prompts = [self._prompts[source].of_row(example) for source, example, _ in chosen]
         prompted = [
             _flat([[prompt.passage + text for text in texts] for prompt, texts in zip(prompts, lists, strict=True)])
             for lists in (further, negatives)
         ]
         masks = keys.false_negatives() if self._share.size == 1 else None
         return TrainingBatch(
-            source,
+            sources[0],
             [prompt.query + text for prompt, text in zip(prompts, queries, strict=True)],
             [prompt.passage + text for prompt, text in zip(prompts, positives, strict=True)],
             [] if own else prompted[1],
             false_negatives=masks if masks is None or pairs is None else masks.without(pairs),
             keys=keys if self._share.size > 1 else None,
-            teacher=None if several or own else self._teacher_lists(source, rows),
+            teacher=None if several or own else self._teacher_lists(sources, rows),
             further_positives=prompted[0],
             positive_pairs=pairs,
             own_negatives=prompted[1] if own else [],
             own_offsets=offsets_of([len(texts) for texts in negatives]) if own else None,
         )
 
-    def _teacher_lists(self, source: int, rows: Sequence[tuple[Example, Choice]]) -> TeacherLists | None:
-        # Depends on the source alone, so that all ranks have lists or none has.
-        if not self._tables[source].rows_with_scores:
+    def _teacher_lists(self, sources: Sequence[int], rows: Sequence[tuple[Example, Choice]]) -> TeacherLists | None:
+        # Depends on the sources alone, so that all ranks have lists or none has.
+        if not any(self._tables[source].rows_with_scores for source in sources):
             return None
         # The negatives follow the positives of all queries.
         first_negative, lists = len(rows), []
@@ -261,8 +296,8 @@ def _teacher_list(example: Example, query: int, choice: Choice, first_negative: 
     return [(query, example.scores[choice.positive]), *negatives]
 
 
-def _flat(lists: Sequence[Sequence[str]]) -> list[str]:
-    return [text for texts in lists for text in texts]
+def _flat(lists: Sequence[Sequence[Item]]) -> list[Item]:
+    return [item for items in lists for item in items]
 
 
 def batch_loader(

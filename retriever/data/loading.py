@@ -12,6 +12,7 @@ from retriever.config.run import TrainConfig
 from retriever.data.batches import BatchDataset
 from retriever.data.known_positives import KnownPositives, find_known_positives
 from retriever.data.micro_batches import BatchPreparer, PreparedBatch
+from retriever.data.mixture import MixedSchedule
 from retriever.data.passage_choice import PassageSettings
 from retriever.data.schedule import BatchSchedule
 from retriever.data.source_prompts import describe_source_prompts, source_prompts
@@ -129,11 +130,13 @@ def open_batches(
         InputError: If a source has too few rows for a batch, or a prompt takes up all tokens of a text.
     """
     sources = config.data.sources
-    schedule = BatchSchedule(
+    mixed = config.data.mix != "steps" and len(tables) > 1
+    schedule = (MixedSchedule if mixed else BatchSchedule)(
         [len(table) for table in tables],
         batch_size=config.batch_size,
         seed=config.seed,
         weights=[source.weight for source in sources],
+        temperature=config.data.temperature,
         epochs=None if config.steps else config.epochs,
         steps=config.steps,
         names=[source.path for source in sources],
@@ -156,4 +159,5 @@ def open_batches(
         ),
         known=known,
         share=share,
+        separate_blocks=config.data.mix == "blocks",
     )

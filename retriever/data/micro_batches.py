@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,6 +93,28 @@ class PreparedBatch:
     """[M + 1]: the first hard negative that only its query sees, of each query, and their number; None if all queries
     see the negatives."""
 
+    parts: tuple[PreparedBatch, ...] = ()
+    """Batches without texts, each with a loss of its own over consecutive queries and passages of this batch; empty for
+    a batch that is one block."""
+    passages: int = 0
+    """Number of passages of a part, N."""
+    loss_share: float = 1.0
+    """Factor of a part's loss in the loss of the batch."""
+
+    def split(self, query: Tensor, passage: Tensor) -> Iterator[tuple[PreparedBatch, Tensor, Tensor]]:
+        """Yield each part with its queries and passages, or this batch if it has no parts.
+
+        Args:
+            query: [M, D] embeddings of all queries.
+            passage: [N, D] embeddings of all passages.
+        """
+        if not self.parts:
+            yield self, query, passage
+            return
+        queries = query.split([part.queries for part in self.parts])
+        passages = passage.split([part.passages for part in self.parts])
+        yield from zip(self.parts, queries, passages, strict=True)
+
     @property
     def tokens(self) -> int:
         """Number of tokens without padding."""
@@ -175,7 +197,8 @@ class BatchPreparer:
         return cls(query, passage, towers.shared, token_budget, not towers.padding_free, towers.device.type)
 
     def __call__(self, batch: TrainingBatch) -> PreparedBatch:
-        passages = batch.passages + batch.own_negatives
+        parts = batch.parts or (batch,)
+        passages = [text for part in parts for text in part.passages + part.own_negatives]
         if self.shared:
             # Queries and passages of similar length share a micro-batch.
             if self.query == self.passage:
@@ -188,6 +211,9 @@ class BatchPreparer:
                 self._group("query", self.query(batch.queries)),
                 self._group("document", self.passage(passages)),
             ]
+        return self._prepared(batch, groups)
+
+    def _prepared(self, batch: TrainingBatch, groups: Sequence[TowerInputs]) -> PreparedBatch:
         return PreparedBatch(
             groups,
             len(batch.queries),
@@ -198,6 +224,9 @@ class BatchPreparer:
             source=batch.source,
             positive_pairs=batch.positive_pairs,
             own_offsets=batch.own_offsets,
+            parts=tuple(self._prepared(part, ()) for part in batch.parts),
+            passages=len(batch.passages) + len(batch.own_negatives),
+            loss_share=batch.loss_share,
         )
 
     def _group(self, side: Side, tokens: TokenizedTexts) -> TextInputs:

@@ -28,6 +28,8 @@ def with_pool_false_negatives(batch: PreparedBatch, ranks: Ranks, known: KnownPo
         which each rank's positives and then its other passages follow those of the rank before. The passages of
         `teacher` and of `positive_pairs` are rows of the pool as well.
     """
+    if batch.parts:
+        return replace(batch, parts=tuple(with_pool_false_negatives(part, ranks, known) for part in batch.parts))
     keys = batch.keys
     if keys is None:
         return batch

@@ -34,6 +34,7 @@ class BatchSchedule:
         batch_size: int,
         seed: int,
         weights: Sequence[float | None] | None = None,
+        temperature: float = 1.0,
         epochs: float | None = None,
         steps: int | None = None,
         names: Sequence[str] | None = None,
@@ -47,6 +48,8 @@ class BatchSchedule:
             seed: Seed of the random order, at least 0.
             weights: Relative number of batches of each source. None for a source: its number of rows, but at least
                 `batch_size`, so that an epoch has the source once. Default: None for all sources.
+            temperature: Without weights, shares are proportional to these numbers of rows to the power of
+                1 / temperature: with more than 1, small sources come more often. Default: 1.
             epochs: Number of passes. Exactly one of `epochs` and `steps` must be given.
             steps: Number of batches.
             names: Names of the sources in messages. Default: "source 0" and so on.
@@ -80,8 +83,7 @@ class BatchSchedule:
         self._sizes = list(sizes)
         self._names = list(names)
         self._weights = list(weights or [None] * len(sizes))
-        shares = [rows if weight is None else weight for rows, weight in zip(epoch_rows, self._weights, strict=True)]
-        self._source = _draw_sources(np.array(shares, dtype=np.float64), steps, seed)
+        self._source = _draw_sources(source_shares(epoch_rows, weights, temperature), steps, seed)
         # Number of earlier batches from the same source.
         self._turn = np.zeros(steps, dtype=np.int64)
         for source in range(len(sizes)):
@@ -123,6 +125,10 @@ class BatchSchedule:
         if 0 < len(weighted) < len(self._names):
             lines.append(f"weights are set for {', '.join(weighted)}; other sources are weighted by their rows")
         return lines
+
+    def blocks(self, step: int) -> list[tuple[int, npt.NDArray[np.int64]]]:
+        """Return (source, rows) of the only block of a step, as `MixedSchedule.blocks`."""
+        return [self.rows(step)]
 
     def rows(self, step: int) -> tuple[int, npt.NDArray[np.int64]]:
         """Return the source of a step and its distinct rows, int64 [batch_rows(source)].
@@ -168,6 +174,16 @@ class BatchSchedule:
             order = _move_back(order, unfinished, batch_rows)
         self._orders[source] = (epoch, order)
         return order
+
+
+def source_shares(
+    rows: Sequence[int], weights: Sequence[float | None] | None, temperature: float
+) -> npt.NDArray[np.float64]:
+    """Return the weight of each source; where it is None, its rows to the power of 1 / temperature."""
+    given = weights or [None] * len(rows)
+    # Relative to the largest source, so that no power overflows.
+    powers = (np.array(rows, np.float64) / max(rows)) ** (1 / temperature) * max(rows)
+    return np.array([power if weight is None else weight for power, weight in zip(powers, given, strict=True)])
 
 
 def _check_sizes(sizes: Sequence[int], batch_size: int, processes: int, names: Sequence[str]) -> None:

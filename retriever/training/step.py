@@ -25,6 +25,7 @@ from retriever.training import grad_cache
 from retriever.training.objective.checks import has_statistics
 from retriever.training.objective.options import LossOptions
 from retriever.training.objective.sources import SourceLosses, SourceObjective, loss_of_source
+from retriever.training.objective.statistics import joined_statistics
 from retriever.training.optimization.average import WeightAverage
 from retriever.training.optimization.optim import lr_factor, set_learning_rates
 from retriever.training.profiler import phase
@@ -95,19 +96,27 @@ class TrainStep:
         set_learning_rates(self.optimizer, lr_factor(step, self.steps, config.optim))
         micro_batches, keep = self._micro_batches(batch)
         found: Statistics | None = None
-        objective = self.objectives[batch.source]
-        statistics = statistics and has_statistics(replace(config, loss=objective.loss))
+        statistics = statistics and all(
+            has_statistics(replace(config, loss=self.objectives[part.source].loss)) for part in batch.parts or (batch,)
+        )
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
             nonlocal found
-            query, passage = batch.merge_embeddings(embeddings, of_loss)
-            passage, options = LossOptions.of(batch, passage, objective.loss, statistics=statistics)
-            # Autocast makes the loss use the precision of the towers if its own is "auto".
-            with autocast(of_loss, self.precision):
-                loss = loss_of_source(self.loss, batch.source)(query, passage, **options.arguments())
+            losses: list[Tensor] = []
+            found_in: list[tuple[Statistics, float]] = []
+            for part, query, passage in batch.split(*batch.merge_embeddings(embeddings, of_loss)):
+                objective = self.objectives[part.source]
+                passage, options = LossOptions.of(part, passage, objective.loss, statistics=statistics)
+                # Autocast makes the loss use the precision of the towers if its own is "auto".
+                with autocast(of_loss, self.precision):
+                    loss = loss_of_source(self.loss, part.source)(query, passage, **options.arguments())
+                if statistics:
+                    loss, of_part = loss
+                    found_in.append((of_part, part.loss_share))
+                losses.append(loss * part.loss_share if batch.parts else loss)
             if statistics:
-                loss, found = loss
-            return self.scaler.scale(loss)
+                found = joined_statistics(found_in)
+            return self.scaler.scale(torch.stack(losses).sum() if batch.parts else losses[0])
 
         with mixed_precision(self.towers, self.precision):
             scaled = grad_cache.backward(

@@ -66,6 +66,11 @@ def main(config: str) -> None:
         on_ranks(size, trained(config, out / f"switches{size}", *switches, "--steps", "4", "--dev.path", ""))
     assert_near(results(out / "switches3"), results(out / "switches1"))
     print("switches", flush=True)
+    blocks = ("--data.mix", "blocks", "--steps", "3", "--dev.path", "")
+    for size in (1, 3):
+        on_ranks(size, trained(config, out / f"blocks{size}", *blocks))
+    assert_near(results(out / "blocks3"), results(out / "blocks1"))
+    print("blocks", flush=True)
 
 
 if __name__ == "__main__":

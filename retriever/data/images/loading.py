@@ -76,6 +76,7 @@ def open_image_batches(
         batch_size=config.batch_size,
         seed=config.seed,
         weights=[source.weight for source in config.data.images],
+        temperature=config.data.temperature,
         epochs=None if config.steps else config.epochs,
         steps=config.steps,
         names=[source.path for source in config.data.images],

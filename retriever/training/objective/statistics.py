@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 import torch
 
@@ -69,3 +70,21 @@ def named_after_source(row: Mapping[str, float], name: str) -> dict[str, float]:
         for key, value in row.items()
         if key in ("loss", "logit_scale") or key.startswith("pool_")
     }
+
+
+def joined_statistics(parts: Sequence[tuple[Statistics, float]]) -> Statistics:
+    """Join the statistics of the parts of a batch, each given with its share of all queries.
+
+    `hardest` stays a row of its part. `masked_share` is the mean over parts, weighted by their queries.
+    """
+    if len(parts) == 1:
+        return parts[0][0]
+    joined = {}
+    for field in fields(Statistics):
+        values = [getattr(statistics, field.name) for statistics, _ in parts]
+        if values[0].ndim:
+            joined[field.name] = torch.cat(values)
+        else:
+            weighted = [value * share for value, (_, share) in zip(values, parts, strict=True)]
+            joined[field.name] = torch.stack(weighted).sum()
+    return Statistics(**joined)
