@@ -33,6 +33,10 @@ class DataConfig:
     """How several sources are mixed. steps: each batch comes from one source, drawn in proportion to the shares.
     blocks: each batch has rows of every source in proportion to the shares, and only passages of the same source are
     negatives of a query. pool: as blocks, but all passages of the batch are negatives."""
+    clusters: int | None = None
+    """Number of topic clusters of each source; each batch comes from one of them, so that its negatives are harder
+    (arXiv 2407.18887). k-means over the positives, embedded with the model before training; clusters with fewer rows
+    than batch_size are merged with the nearest one. None: batches are random rows of a source."""
     temperature: float = 1.0
     """Without weights, the share of a source is proportional to its number of rows to the power of 1 / temperature.
     Larger values make small sources come more often."""
@@ -59,6 +63,11 @@ class DataConfig:
             raise ValueError("data.negatives_seen_by: expected all with data.images, found own")
         if not is_positive(self.temperature):
             raise ValueError(f"data.temperature: expected a positive number, found {self.temperature}")
+        check_at_least(self, "data.", 2, "clusters")
+        if self.clusters and self.images:
+            raise ValueError("data.clusters: expected none with data.images")
+        if self.clusters and self.mix != "steps":
+            raise ValueError(f"data.mix: expected steps with data.clusters, found {self.mix}")
         if self.mix != "steps" and self.images:
             raise ValueError(f"data.mix: expected steps with data.images, found {self.mix}")
         weights = [source.weight for source in self.sources] + [source.weight for source in self.images]

@@ -96,6 +96,8 @@ class TrainConfig:
             raise ValueError(f"epochs: expected a positive number, found {self.epochs}")
         if self.mine_every and not self.data.negatives:
             raise ValueError("data.negatives: expected at least 1 with mine_every, found 0")
+        if self.data.clusters and self.shard_towers:
+            raise ValueError("data.clusters: expected none with shard_towers")
         if self.mine_every and self.shard_towers:
             raise ValueError("mine_every: expected none with shard_towers")
         if self.mine_every and self.model.image.name:

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from retriever.data.false_negatives import FalseNegatives, Integers, find_false_negatives, number_texts
 from retriever.data.known_positives import KnownPositives, text_digests
-from retriever.data.mixture import MixedSchedule
 from retriever.data.passage_choice import (
     Choice,
     PassageSettings,
@@ -21,7 +20,9 @@ from retriever.data.passage_choice import (
     offsets_of,
     without_known_positives,
 )
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedules.clustered import ClusteredSchedule
+from retriever.data.schedules.mixture import MixedSchedule
+from retriever.data.schedules.schedule import BatchSchedule
 from retriever.data.sources import Example
 from retriever.data.table import ExampleTable
 from retriever.data.teacher_lists import TeacherLists
@@ -34,7 +35,7 @@ Item = TypeVar("Item")
 _ChosenRow = tuple[int, Example, Choice]
 """Source, row and the passages of it that are used."""
 
-# Second word of the seed for drawing positives and negatives; see schedule.py for the others.
+# Second word of the seed for drawing positives and negatives; see schedules/ for the others.
 _CHOICE = 3
 
 
@@ -131,7 +132,7 @@ class BatchDataset(Dataset[T], Generic[T]):
     def __init__(
         self,
         tables: Sequence[ExampleTable],
-        schedule: BatchSchedule | MixedSchedule,
+        schedule: BatchSchedule | MixedSchedule | ClusteredSchedule,
         prepare: Callable[[TrainingBatch], T],
         *,
         prompts: Sequence[Prompts] | None = None,
@@ -171,7 +172,7 @@ class BatchDataset(Dataset[T], Generic[T]):
         self._separate_blocks = separate_blocks
 
     @property
-    def schedule(self) -> BatchSchedule | MixedSchedule:
+    def schedule(self) -> BatchSchedule | MixedSchedule | ClusteredSchedule:
         """The rows of each step."""
         return self._schedule
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from index.files import InputError
 from index.progress import Reporter
 from retriever.config.data import DataConfig
 from retriever.config.run import TrainConfig
 from retriever.data.batches import BatchDataset
+from retriever.data.false_negatives import Integers
 from retriever.data.known_positives import KnownPositives, find_known_positives
 from retriever.data.micro_batches import BatchPreparer, PreparedBatch
-from retriever.data.mixture import MixedSchedule
 from retriever.data.passage_choice import PassageSettings
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedules.clustered import ClusteredSchedule
+from retriever.data.schedules.mixture import MixedSchedule
+from retriever.data.schedules.schedule import BatchSchedule
 from retriever.data.source_prompts import describe_source_prompts, source_prompts
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.share import Share
@@ -33,6 +38,7 @@ def open_training_data(
     reporter: Reporter,
     share: Share | None = None,
     dry_run: bool = False,
+    cluster: Callable[[ExampleTable], list[Integers]] | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """Open the training data of a run, of texts or of images and captions.
 
@@ -45,6 +51,7 @@ def open_training_data(
         reporter: Receives progress and messages.
         share: Rank and number of ranks; only the rows of this rank are read. Default: None, a single rank.
         dry_run: Whether to skip computations that only an actual run needs. Default: False.
+        cluster: Returns the rows of each topic cluster of a table, with data.clusters. Default: None.
 
     Returns:
         The batches and the sha256 of each source. The batches have a length, the number of steps, and
@@ -73,7 +80,17 @@ def open_training_data(
         raise ConfigError("data.images: images need an image tower: set model.image.name")
     tables = open_tables(config.data, cache, reporter, mined=config.mine_every is not None)
     known = find_known_positives(tables, cache, reporter) if config.loss.masks_false_negatives else None
-    batches = open_batches(config, tables, towers, token_budget, share, known)
+    clusters = None
+    if config.data.clusters is not None and cluster is not None:
+        # A plan has as many rows in each cluster.
+        count = config.data.clusters
+        clusters = [
+            np.array_split(np.arange(len(table)), max(1, min(count, len(table) // config.batch_size)))
+            if dry_run
+            else cluster(table)
+            for table in tables
+        ]
+    batches = open_batches(config, tables, towers, token_budget, share, known, clusters)
     for line in [*batches.schedule.describe(), *describe_source_prompts(towers, config.data.sources)]:
         reporter.line(line)
     return batches, tuple(table.sha256 for table in tables)
@@ -114,6 +131,7 @@ def open_batches(
     token_budget: int,
     share: Share | None = None,
     known: KnownPositives | None = None,
+    clusters: Sequence[Sequence[Integers]] | None = None,
 ) -> BatchDataset[PreparedBatch]:
     """Return the batches of a run as a dataset, which tokenizes them on access.
 
@@ -125,23 +143,29 @@ def open_batches(
         share: Rank and number of ranks. Default: None, a single rank.
         known: Positives of the queries with several positives. Default: None: false negatives are found only from the
             pairs of the batch.
+        clusters: For each source the rows of each topic cluster. Default: None, batches are random rows of a source.
 
     Raises:
         InputError: If a source has too few rows for a batch, or a prompt takes up all tokens of a text.
     """
     sources = config.data.sources
-    mixed = config.data.mix != "steps" and len(tables) > 1
-    schedule = (MixedSchedule if mixed else BatchSchedule)(
-        [len(table) for table in tables],
-        batch_size=config.batch_size,
-        seed=config.seed,
-        weights=[source.weight for source in sources],
-        temperature=config.data.temperature,
-        epochs=None if config.steps else config.epochs,
-        steps=config.steps,
-        names=[source.path for source in sources],
-        processes=1 if share is None else share.size,
-    )
+    settings: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "weights": [source.weight for source in sources],
+        "temperature": config.data.temperature,
+        "epochs": None if config.steps else config.epochs,
+        "steps": config.steps,
+        "names": [source.path for source in sources],
+        "processes": 1 if share is None else share.size,
+    }
+    schedule: BatchSchedule | MixedSchedule | ClusteredSchedule
+    if clusters is not None:
+        schedule = ClusteredSchedule(clusters, **settings)
+    elif config.data.mix != "steps" and len(tables) > 1:
+        schedule = MixedSchedule([len(table) for table in tables], **settings)
+    else:
+        schedule = BatchSchedule([len(table) for table in tables], **settings)
     prompts = source_prompts(towers, sources)
     for source_prompt, table in zip(prompts, tables, strict=True):
         queries, passages = table.prompts()

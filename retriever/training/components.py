@@ -14,13 +14,16 @@ from torch import nn
 from index.progress import Reporter
 from losses import InfCLLoss, SigmoidLoss
 from retriever.config.run import TrainConfig
+from retriever.data.false_negatives import Integers
 from retriever.data.loading import open_training_data
+from retriever.data.table import ExampleTable
 from retriever.distributed.agreement import ContentHash, check_same_on_ranks, compared_settings
 from retriever.distributed.context import rank_device
 from retriever.distributed.ranks import DryRunRanks, Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.model import Model
 from retriever.errors import ConfigError
+from retriever.mining.clusters import cluster_rows
 from retriever.mining.refresh import NegativeRefresh
 from retriever.models.fsdp import shard_encoders
 from retriever.models.loading.lora import cast_base
@@ -128,6 +131,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     average = None if config.optim.ema is None else WeightAverage(towers, config.optim.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     dev_set = open_dev_set(config.dev, images=bool(config.model.image.name), batch_size=config.batch_size)
+    model = Model("the model of the run", towers, EncodeOptions(precision, graphs.micro_batch_tokens))
     with ranks.first_rank_first():
         batches, sources = open_training_data(
             config,
@@ -138,11 +142,11 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
             reporter=reporter,
             share=ranks.share,
             dry_run=isinstance(ranks, DryRunRanks),
+            cluster=lambda table: _clusters(config, model, table, cache_folder(config, run), reporter),
         )
     train_step = TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, len(batches), ranks, average)
     refresh = None
     if config.mine_every is not None:
-        model = Model("the model of the run", towers, EncodeOptions(precision, graphs.micro_batch_tokens))
         refresh = NegativeRefresh(config, batches.tables, model, run, ranks)
     components = Components(
         config=config,
@@ -164,6 +168,27 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     )
     _check_same_data(components)
     return components
+
+
+def _clusters(
+    config: TrainConfig, model: Model, table: ExampleTable, cache: Path, reporter: Reporter
+) -> list[Integers]:
+    """The topic clusters of a table, by the model as it is before training."""
+    assert config.data.clusters is not None
+    was_training = model.towers.training
+    model.towers.eval()
+    try:
+        return cluster_rows(
+            model,
+            table,
+            config.data.clusters,
+            minimum=config.batch_size,
+            seed=config.seed,
+            cache=cache,
+            reporter=reporter,
+        )
+    finally:
+        model.towers.train(was_training)
 
 
 def _build_towers(config: TrainConfig, device: torch.device, precision: Precision, ranks: Ranks, sharded: bool) -> Any:

@@ -20,7 +20,7 @@ from retriever.data.images.pairs import check_broken
 from retriever.data.known_positives import KnownPositives, text_digests
 from retriever.data.length_sorting import make_micro_batches
 from retriever.data.micro_batches import PreparedBatch, TextInputs
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedules.schedule import BatchSchedule
 from retriever.distributed.share import Share
 from retriever.models.tokenizer import TokenizedTexts
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from index.files import InputError
 from retriever.data.images.features import FeatureStore, PlaceholderFeatures
 from retriever.data.images.pairs import BrokenPairError, PairSource
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedules.schedule import BatchSchedule
 from retriever.distributed.share import Share
 from retriever.models.images.transforms import ImageTransform
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
@@ -25,7 +25,7 @@ from retriever.utils.workers import init_worker
 CHUNK_PAIRS = 128
 # Chunks that each worker prepares in advance.
 _PREFETCH = 2
-# Second word of the seed for crops and for drawing captions; see data/schedule.py and data/batches.py for the others.
+# Second word of the seed for crops and for drawing captions; see data/schedules/ and data/batches.py for the others.
 _PAIR = 4
 
 NO_TOKENS = TokenizedTexts(np.empty(0, np.int32), np.zeros(1, np.int64))

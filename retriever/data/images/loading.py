@@ -14,7 +14,7 @@ from retriever.data.images.file_pairs import FilePairs
 from retriever.data.images.pairs import PairSource
 from retriever.data.images.sources import open_pairs
 from retriever.data.known_positives import find_known_positives
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedules.schedule import BatchSchedule
 from retriever.distributed.share import Share
 from retriever.errors import ConfigError
 from retriever.models.images.towers import ImageTextTowers

@@ -42,7 +42,7 @@ from retriever.config.images import ImageSource
 from retriever.data.images.batches import ImageBatches, MicroBatchSettings
 from retriever.data.images.chunks import PairReader
 from retriever.data.images.sources import PairSource, open_pairs
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedules.schedule import BatchSchedule
 from retriever.models.images.transforms import ImageTransform, random_crop
 from retriever.models.tokenizer import TextTokenizer
 from scripts import RESULTS

@@ -14,7 +14,7 @@ import torch
 from retriever.config.sources import SourceConfig
 from retriever.data.batches import BatchDataset, Prompts, TrainingBatch, batch_loader
 from retriever.data.passage_choice import PassageSettings
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedules.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.share import Share
 

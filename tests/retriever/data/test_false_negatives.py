@@ -22,7 +22,7 @@ from retriever.data.known_positives import KnownPositives, open_known_positives,
 from retriever.data.micro_batches import PreparedBatch
 from retriever.data.passage_choice import PassageSettings
 from retriever.data.pool_false_negatives import with_pool_false_negatives
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedules.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.ranks import Ranks
 

@@ -23,9 +23,9 @@ from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.data.batches import BatchDataset, Prompts, TrainingBatch
 from retriever.data.micro_batches import PreparedBatch
-from retriever.data.mixture import MixedSchedule
 from retriever.data.passage_choice import PassageSettings
-from retriever.data.schedule import BatchSchedule
+from retriever.data.schedules.mixture import MixedSchedule
+from retriever.data.schedules.schedule import BatchSchedule
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.share import Share
 from retriever.training.trainer import Trainer

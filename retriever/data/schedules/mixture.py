@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from index.files import InputError
-from retriever.data.schedule import BatchSchedule, source_shares
+from retriever.data.schedules.schedule import BatchSchedule, source_shares
 
-# Second word of the seeds of the sources; see schedule.py and batches.py for the others.
+# Second word of the seeds of the sources; see schedule.py and data/batches.py for the others.
 _MIXTURE = 7
 
 

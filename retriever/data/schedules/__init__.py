@@ -1,0 +1,1 @@
+"""The order of the training data: which rows a step has."""
