@@ -68,6 +68,8 @@ class DataConfig:
             raise ValueError("data.clusters: expected none with data.images")
         if self.clusters and self.mix != "steps":
             raise ValueError(f"data.mix: expected steps with data.clusters, found {self.mix}")
+        if self.mix == "pool" and any(source.loss.given for source in self.sources):
+            raise ValueError("data.mix: expected steps or blocks if a source has options of the loss, found pool")
         if self.mix != "steps" and self.images:
             raise ValueError(f"data.mix: expected steps with data.images, found {self.mix}")
         weights = [source.weight for source in self.sources] + [source.weight for source in self.images]

@@ -200,7 +200,8 @@ class TrainingLoop:
         }
         if result.statistics is not None:
             row |= statistics_row(result.statistics, row["logit_scale"], batch, objective.loss, parts.ranks)
-        if objective.name:
+        # Other batches have several sources.
+        if objective.name and parts.config.data.mix == "steps":
             row |= named_after_source(row, objective.name)
         # In fp16 a step with overflowing gradients is skipped and the scale is halved. A scale below 1 means that the
         # gradients themselves are not finite.
