@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,35 +59,82 @@ def bm25_run(
     """
     if k < 1:
         raise ValueError(f"k: expected at least 1, found {k}")
-    bm25s = import_bm25s(stopwords)
-    ids, texts = [], []
-    for passage in passages:
-        ids.append(passage.id)
-        texts.append(passage.content)
-    if not ids:
-        raise InputError("corpus: expected passages, found none")
+    index = Bm25(passages, k1=k1, b=b, stopwords=stopwords)
+    scores, rows = index.search_rows(list(queries.values()), k, progress=progress)
+    return RankedRun(list(queries), index.ids, rows, scores)
 
-    options: dict[str, Any] = {"token_pattern": TOKEN, "stopwords": stopwords or [], "show_progress": False}
-    tokens = bm25s.tokenize(texts, **options)
-    if not tokens.vocab:
-        # The corpus contains only stop words: bm25s cannot index it, and no query matches.
-        return RankedRun.of({query: {} for query in queries})
-    scorer = bm25s.BM25(method="lucene", k1=k1, b=b)
-    scorer.index(tokens, show_progress=False)
-    query_tokens = bm25s.tokenize(list(queries.values()), return_ids=False, **options)
 
-    id_order = np.empty(len(ids), dtype=np.int64)
-    id_order[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
-    rows = np.full((len(queries), min(k, len(ids))), -1, dtype=np.int32)
-    scores = np.zeros(rows.shape, dtype=np.float32)
-    for query, words in enumerate(query_tokens):
-        known = scorer.get_tokens_ids(words)
-        if known:
-            best, values = _top(scorer.get_scores_from_ids(known), id_order, k)
-            rows[query, : len(best)], scores[query, : len(best)] = best, values
-        if progress is not None:
-            progress(1)
-    return RankedRun(list(queries), ids, rows, scores)
+class Bm25:
+    """The BM25 index of a corpus, in memory; `bm25_run` describes the ranking.
+
+    Args:
+        passages: the corpus of N passages; title and text are concatenated.
+        k1: term frequency saturation.
+        b: document length normalization, 0 to 1.
+        stopwords: language of the stop words to remove (a name of bm25s), or None to remove none.
+
+    Raises:
+        InputError: bm25s is not installed or lacks stop words for the language, or the corpus is empty.
+    """
+
+    def __init__(
+        self, passages: Iterable[Passage], *, k1: float = K1, b: float = B, stopwords: str | None = "en"
+    ) -> None:
+        self._bm25s = import_bm25s(stopwords)
+        self._options: dict[str, Any] = {
+            "token_pattern": TOKEN,
+            "stopwords": stopwords or [],
+            "show_progress": False,
+        }
+        self.ids: list[str] = []
+        texts = []
+        for passage in passages:
+            self.ids.append(passage.id)
+            texts.append(passage.content)
+        if not texts:
+            raise InputError("corpus: expected passages, found none")
+        tokens = self._bm25s.tokenize(texts, **self._options)
+        # bm25s cannot index a corpus that contains only stop words, and no query matches it.
+        self._scorer: Any = None
+        if tokens.vocab:
+            self._scorer = self._bm25s.BM25(method="lucene", k1=k1, b=b)
+            self._scorer.index(tokens, show_progress=False)
+        self._id_order = np.empty(len(texts), dtype=np.int64)
+        self._id_order[sorted(range(len(texts)), key=self.ids.__getitem__)] = np.arange(len(texts))
+
+    def search_rows(
+        self,
+        queries: Sequence[str],
+        k: int,
+        mask: np.ndarray | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rank the passages for queries.
+
+        Args:
+            queries: Q texts.
+            k: maximum number of passages per query.
+            mask: which passages may be returned, bool [N]. Default: None, all.
+            progress: called with 1 after each query.
+
+        Returns:
+            scores [Q, min(k, N)] float32 and rows [Q, min(k, N)] int32, best first, padded with row -1 and score 0.
+        """
+        rows = np.full((len(queries), min(k, len(self.ids))), -1, dtype=np.int32)
+        scores = np.zeros(rows.shape, dtype=np.float32)
+        if self._scorer is None or not queries:
+            return scores, rows
+        for query, words in enumerate(self._bm25s.tokenize(list(queries), return_ids=False, **self._options)):
+            known = self._scorer.get_tokens_ids(words)
+            if known:
+                all_scores = self._scorer.get_scores_from_ids(known)
+                if mask is not None:
+                    all_scores = np.where(mask, all_scores, 0)
+                best, values = _top(all_scores, self._id_order, k)
+                rows[query, : len(best)], scores[query, : len(best)] = best, values
+            if progress is not None:
+                progress(1)
+        return scores, rows
 
 
 def import_bm25s(stopwords: str | None) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -36,6 +38,8 @@ from index.store.ids import Ids
 
 # Extra results requested from a Flat index, to break ties at rank k by id.
 SPARE = 16
+# Bytes read at once of the line of a passage.
+LINE_BYTES = 2**13
 # Selections of filters that are kept; each takes a byte and a bit per passage.
 KEPT_FILTERS = 16
 # A memory-mapped faiss file up to this size is hashed on opening, which takes a fraction of a second. Of larger ones
@@ -102,7 +106,7 @@ class Index:
         if verify == "hash":
             index.check(progress)
         else:
-            mapped = {FAISS_FILE: mmap, LISTS_FILE: True}
+            mapped = {FAISS_FILE: mmap, LISTS_FILE: True, FIELDS_FILE: True}
             index.check(
                 progress,
                 [
@@ -120,10 +124,12 @@ class Index:
     def open_files(self) -> None:
         """Open the files that a search reads; otherwise they are opened on first use.
 
+        Opened files stay those of this index after another one has replaced the folder.
+
         Raises:
             InputError: a file cannot be read, or contradicts the manifest.
         """
-        _ = self.faiss, self._offsets
+        _ = self.faiss, self._offsets, self._passages, self.columns, self.ids[0] if self.rows else ""
 
     def check(self, progress: Callable[[int], None] | None = None, names: Sequence[str] | None = None) -> None:
         """Verify the sha256 of files; files that have not changed since they were last verified are skipped.
@@ -158,6 +164,10 @@ class Index:
         return Ids([(self.folder / IDS_FILE, self.rows)])
 
     @cached_property
+    def _passages(self) -> io.FileIO:
+        return open(self.folder / PASSAGES_FILE, "rb", buffering=0)
+
+    @cached_property
     def _offsets(self) -> np.ndarray:
         return map_array(self.folder / OFFSETS_FILE, np.dtype("<u8"), (self.rows,))
 
@@ -170,16 +180,18 @@ class Index:
         """
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of an index of {self.rows}")
-        path = self.folder / PASSAGES_FILE
-        place = f"{path}:{row + 1}"
+        place = f"{self.folder / PASSAGES_FILE}:{row + 1}"
         offset = int(self._offsets[row])
         size = self.manifest.files[PASSAGES_FILE].bytes
-        with open(path, "rb") as stream:
-            stream.seek(max(0, min(offset, size) - 1))
-            if offset >= size or (stream.read(1) if offset else b"\n") != b"\n":
-                found = f"expected where line {row + 1} of {PASSAGES_FILE} begins, found byte {offset}"
-                raise InputError(f"{self.folder / OFFSETS_FILE}: damaged: {found}")
-            line = stream.readline()
+        # Reading at a position leaves no position in the open file for another thread to change.
+        before = os.pread(self._passages.fileno(), 1, offset - 1) if 0 < offset < size else b"\n"
+        if offset >= size or before != b"\n":
+            found = f"expected where line {row + 1} of {PASSAGES_FILE} begins, found byte {offset}"
+            raise InputError(f"{self.folder / OFFSETS_FILE}: damaged: {found}")
+        line = b""
+        while b"\n" not in line and (block := os.pread(self._passages.fileno(), LINE_BYTES, offset + len(line))):
+            line += block
+        line = line.partition(b"\n")[0]
         try:
             fields = parse_json(line.decode(), place)
         except UnicodeDecodeError as error:
@@ -225,7 +237,6 @@ class Index:
             raise FilterError(
                 "filter: expected passages with fields, found none in the index; `retriever encode --fields` keeps them"
             )
-        self.check(names=[FIELDS_FILE])
         return filter.mask(self.columns, self.rows)
 
     def _selection_of(self, filter: Filter) -> Selection:

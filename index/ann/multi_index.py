@@ -45,6 +45,9 @@ class MultiIndex:
             if index.dim != first.dim:
                 raise InputError(f"{index.folder}: expected vectors of {first.dim} dimensions, found {index.dim}")
         self._check_disjoint()
+        for start in self._starts[:-1]:
+            # Opens the files of ids, which may be replaced later.
+            _ = self.ids[int(start)]
 
     @classmethod
     def open(

@@ -6,25 +6,32 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from index.ann.multi_index import MultiIndex
+from retriever.models.images.towers import ImageTextTowers
+from retriever.searching.hybrid import Mode
 from retriever.searching.search import Answer
 from retriever.serve import page
-from retriever.serve.batching import Engine
+from retriever.serve.batching import Engine, ImageQuery, text_of
 from retriever.serve.embeddings import EmbeddingRoutes
 from retriever.serve.errors import JSON, RequestError, error_response
 from retriever.serve.guard import AUTHORIZED, Guard
 from retriever.serve.metrics import Metrics
-from retriever.serve.requests import Limits, SearchRequest, parse_json_body, parse_parameters, read_body
+from retriever.serve.requests import Limits, SearchRequest, image_from, parse_json_body, parse_parameters, read_body
 from retriever.serve.thumbnails import Thumbnails
 from retriever.serve.waiting import engine_result
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DEFAULT_K = 10
 # Seconds that a client may take to read a part of a response.
@@ -46,11 +53,20 @@ class Service:
         limits: limits of a request.
         log: called with each line of the log.
         image_url: returns the URL of a result's image on this server, or None.
+        name: name of the model.
     """
 
     def __init__(
-        self, engine: Engine, limits: Limits, log: Callable[[str], None], image_url: page.ImageUrl = page.no_image
+        self,
+        engine: Engine,
+        limits: Limits,
+        log: Callable[[str], None],
+        image_url: page.ImageUrl = page.no_image,
+        name: str = "model",
     ) -> None:
+        self._name = name
+        self._embeds_images = isinstance(engine.towers, ImageTextTowers)
+        self._default_mode: Mode = "dense" if engine.hybrid is None else "hybrid"
         self._engine = engine
         self._image_url = image_url
         self._limits = limits
@@ -58,10 +74,12 @@ class Service:
         self._default_k = min(DEFAULT_K, limits.k)
 
     async def search(self, request: Request) -> Response:
-        """Handle GET /search?query=…&k=…, and POST /search with "query" or "queries", and "k"."""
+        """Handle GET /search?query=…&k=…, and POST /search with "query", "image" or "queries"."""
         started = time.perf_counter()
         if request.method == "POST":
-            wanted = parse_json_body(await read_body(request, self._limits), self._limits, self._default_k)
+            body = await read_body(request, self._limits)
+            # An image is decoded in a thread: others must not wait for it.
+            wanted = await asyncio.to_thread(parse_json_body, body, self._limits, self._default_k)
         else:
             wanted = parse_parameters(request.query_params.multi_items(), self._limits, self._default_k)
         answers = [_as_dict(answer) for answer in await self._answers(wanted)]
@@ -69,28 +87,52 @@ class Service:
         return JSON({**content, "milliseconds": _milliseconds(started)})
 
     async def show(self, request: Request) -> Response:
-        """Handle GET /?q=…&k=…, the search page."""
-        started = time.perf_counter()
-        query, status = request.query_params.get("q", ""), 200
-        context: dict[str, Any] = {"k": self._default_k}
-        if query.strip():
-            names = ("k", "filter")
-            others = [(name, value) for name, value in request.query_params.multi_items() if name in names]
-            parameters = [("query", query), *others]
+        """Handle GET /?q=…&k=…, the search page, and POST / of its form with an image."""
+        started, status = time.perf_counter(), 200
+        fields, image = await self._form(request) if request.method == "POST" else (dict(request.query_params), None)
+        query = fields.pop("q", "")
+        context: dict[str, Any] = {"k": self._default_k, "mode": self._default_mode}
+        if query.strip() or image is not None:
             try:
-                wanted = parse_parameters(parameters, self._limits, self._default_k)
+                parameters = [("query", query), *((n, v) for n, v in fields.items() if n in ("k", "filter", "mode"))]
+                wanted = parse_parameters(parameters, self._limits, self._default_k, image)
                 [answer] = await self._answers(wanted)
                 context = {"k": wanted.k, "answer": answer, "milliseconds": _milliseconds(started)}
+                context["mode"] = wanted.mode or self._default_mode
             except RequestError as error:
                 context["problem"], status = str(error), error.status
+        index = self._engine.index
+        columns = [each.columns for each in (index.indexes if isinstance(index, MultiIndex) else [index])]
         text = page.render(
             query=query[: self._limits.query],
-            passages=self._engine.index.rows,
+            passages=index.rows,
             max_characters=self._limits.query,
             image_url=self._image_url,
+            filter=fields.get("filter", "")[: self._limits.query],
+            kinds=columns[0].kinds if columns[0] is not None else {},
+            modes=get_args(Mode) if self._engine.hybrid is not None else (),
+            images_asked=self._embeds_images,
+            facts={"model": self._name, "dimensions": index.dim, "index": index.factory},
             **context,
         )
         return HTMLResponse(text, status, {"content-security-policy": page.content_security_policy()})
+
+    async def _form(self, request: Request) -> tuple[dict[str, str], Image | None]:
+        """The texts and the image of a form.
+
+        Raises:
+            RequestError: it is too long or no form, or the image is damaged.
+        """
+        body = await read_body(request, self._limits)
+        try:
+            form = await Request({**request.scope}, _receiving(body)).form(max_files=1, max_fields=8)
+        except HTTPException as error:
+            raise RequestError(422, f"form: {error.detail}") from None
+        texts = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+        files = [value for value in form.values() if isinstance(value, UploadFile) and value.size]
+        if files and not self._embeds_images:
+            raise RequestError(422, "image: expected text, because the model does not embed images")
+        return texts, await asyncio.to_thread(image_from, await files[0].read()) if files else None
 
     async def health(self, request: Request) -> Response:
         """Handle GET /healthz and /health: status 200 while queries are answered, otherwise 503."""
@@ -102,7 +144,26 @@ class Service:
         return JSON(state, 200 if alive else 503)
 
     async def _answers(self, wanted: SearchRequest) -> list[Answer]:
-        return await engine_result(self._engine.submit, wanted.queries, wanted.k, wanted.filter)
+        mode = wanted.mode or self._default_mode
+        if any(isinstance(query, ImageQuery) for query in wanted.queries):
+            if not self._embeds_images:
+                raise RequestError(422, "image: expected text, because the model does not embed images", "image")
+            if wanted.mode is None and not all(map(text_of, wanted.queries)):
+                mode = "dense"
+        if mode != "dense" and self._engine.hybrid is None:
+            raise RequestError(422, f"mode: expected dense, found {mode}; `retriever serve --hybrid` has it", "mode")
+        if mode != "dense" and not all(map(text_of, wanted.queries)):
+            raise RequestError(422, f"mode: expected dense for an image without a text, found {mode}", "mode")
+        return await engine_result(self._engine.submit, wanted.queries, wanted.k, wanted.filter, mode)
+
+
+def _receiving(body: bytes) -> Receive:
+    """A `receive` that gives a body that was read before."""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
 
 
 class AccessLog:
@@ -177,16 +238,20 @@ def make_app(
     metrics = metrics or Metrics()
     metrics.watch("waiting_queries", lambda: engine.waiting)
     metrics.watch("passages", lambda: engine.index.rows)
-    service = Service(engine, limits, log, page.no_image if thumbnails is None else thumbnails.url)
+    service = Service(engine, limits, log, page.no_image if thumbnails is None else thumbnails.url, name)
     embeddings = EmbeddingRoutes(engine, name, limits)
+
+    async def post_to_root(request: Request) -> Response:
+        # Clients of Text Embeddings Inference that are given only the address of the service ask here, too.
+        form = request.headers.get("content-type", "").startswith("multipart/form-data")
+        return await (service.show(request) if form else embeddings.tei(request))
 
     async def show_metrics(request: Request) -> Response:
         return metrics.response()
 
     routes = [
         Route("/", service.show, methods=["GET"]),
-        # Clients of Text Embeddings Inference that are given only the address of the service ask here.
-        Route("/", embeddings.tei, methods=["POST"]),
+        Route("/", post_to_root, methods=["POST"]),
         Route("/search", service.search, methods=["GET", "POST"]),
         Route("/embed", embeddings.tei, methods=["POST"]),
         Route("/info", embeddings.info, methods=["GET"]),

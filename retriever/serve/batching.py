@@ -16,12 +16,17 @@ import numpy as np
 from index.ann.index import Index
 from index.fields.filters import Filter, FilterError
 from retriever.encoding.encoder import EncodeOptions, embed_counted
+from retriever.encoding.image_encoder import embed_images
+from retriever.models.images.towers import ImageTextTowers
 from retriever.models.loading.text_settings import SIDES, Side
 from retriever.models.towers import Towers
 from retriever.searching.search import Answer, results_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from index.ann.multi_index import MultiIndex
+    from retriever.searching.hybrid import HybridIndex, Mode
 
 
 class Busy(Exception):
@@ -62,11 +67,25 @@ class SearchSettings:
     """Results per query."""
     filter: Filter | None = None
     """Only passages that match."""
+    mode: Mode = "dense"
+    """Whether to rank by embeddings, by BM25, or by both."""
+
+
+@dataclass(frozen=True)
+class ImageQuery:
+    """A query by an image, or by an image and a text together."""
+
+    image: Image
+    """The opened image."""
+    text: str = ""
+
+
+Query = str | ImageQuery
 
 
 @dataclass(frozen=True)
 class _Job:
-    texts: Sequence[str]
+    texts: Sequence[Query]
     side: Side
     search: SearchSettings | None
     """How to search; None: only embeddings."""
@@ -83,7 +102,8 @@ class Engine:
         index: one index, or several searched as one.
         options: precision and micro-batch size.
         batching: limits of a batch and of the queue.
-        observe: called in the engine's thread with the number of texts of each batch by side.
+        observe: called in the engine's thread with the number of texts and images of each batch by side.
+        hybrid: the same index with BM25, for the modes "hybrid" and "bm25".
 
     Raises:
         InputError: the index was made with another model.
@@ -96,9 +116,10 @@ class Engine:
         options: EncodeOptions,
         batching: Batching,
         observe: Callable[[dict[str, int]], None] | None = None,
+        hybrid: HybridIndex | None = None,
     ) -> None:
-        index.check_model(towers.fingerprint())
-        self.index = index
+        self._model = towers.fingerprint()
+        self.replace(index, hybrid)
         self.towers = towers
         self._observe = observe
         self._options = options
@@ -115,6 +136,26 @@ class Engine:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def index(self) -> Index | MultiIndex:
+        """The index that is searched."""
+        return self._searched[0]
+
+    @property
+    def hybrid(self) -> HybridIndex | None:
+        """The index with BM25, if there is one."""
+        return self._searched[1]
+
+    def replace(self, index: Index | MultiIndex, hybrid: HybridIndex | None = None) -> None:
+        """Search another index from the next batch on.
+
+        Raises:
+            InputError: the index was made with another model.
+        """
+        index.check_model(self._model)
+        # One assignment, because the engine's thread reads both.
+        self._searched = index, hybrid
 
     @property
     def waiting(self) -> int:
@@ -136,8 +177,17 @@ class Engine:
         """Whether the engine accepts queries."""
         return self._thread.is_alive() and not self._closed
 
-    def submit(self, queries: Sequence[str], k: int, filter: Filter | None = None) -> Future[list[Answer]]:
+    def submit(
+        self, queries: Sequence[Query], k: int, filter: Filter | None = None, mode: Mode = "dense"
+    ) -> Future[list[Answer]]:
         """Queue queries.
+
+        Args:
+            queries: texts, and images if the model embeds them.
+            k: results per query.
+            filter: only passages that match. Default: None, all.
+            mode: "dense", "hybrid" or "bm25"; the latter two need `hybrid`, and queries that have a text. Default:
+                "dense".
 
         Returns:
             A future of the answers, in the order of the queries, with at most `k` results each.
@@ -146,7 +196,7 @@ class Engine:
             Busy: too many queries are waiting.
             Closed: the engine was closed.
         """
-        return self._put(_Job(queries, "query", SearchSettings(k, filter)))
+        return self._put(_Job(queries, "query", SearchSettings(k, filter, mode)))
 
     def embed(self, texts: Sequence[str], side: Side, *, untruncated: bool = False) -> Future[Embeddings]:
         """Queue texts to be embedded.
@@ -228,8 +278,8 @@ class Engine:
     def _answer(self, jobs: Sequence[_Job]) -> None:
         for side in SIDES:
             same_side = [job for job in jobs if job.side == side]
-            texts = [text for job in same_side for text in job.texts]
-            vectors, tokens = embed_counted(self.towers, texts, side, self._options)
+            queries = [query for job in same_side for query in job.texts]
+            vectors, tokens = self._embed(queries, side)
             starts = np.cumsum([0, *(len(job.texts) for job in same_side)])
             searches: list[tuple[_Job, np.ndarray]] = []
             for job, start in zip(same_side, starts[:-1], strict=True):
@@ -243,14 +293,38 @@ class Engine:
         if self._observe is not None:
             self._observe({side: sum(len(job.texts) for job in jobs if job.side == side) for side in SIDES})
 
+    def _embed(self, queries: Sequence[Query], side: Side) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings of texts and images [n, D], and the tokens of the texts [n].
+
+        The embedding of an image with a text is the mean of both, at unit length: they are in one space.
+        """
+        texts = [text_of(query) for query in queries]
+        images = {row: query.image for row, query in enumerate(queries) if isinstance(query, ImageQuery)}
+        with_text = [row for row, text in enumerate(texts) if text or row not in images]
+        vectors = np.zeros((len(queries), self.towers.dimension), dtype=np.float32)
+        tokens = np.zeros(len(queries), dtype=np.int64)
+        vectors[with_text], tokens[with_text] = embed_counted(
+            self.towers, [texts[row] for row in with_text], side, self._options
+        )
+        if images and isinstance(self.towers, ImageTextTowers):
+            rows = list(images)
+            vectors[rows] += embed_images(self.towers, list(images.values()), self._options)
+            norms = np.linalg.norm(vectors[rows], axis=1, keepdims=True)
+            vectors[rows] /= np.where(norms > 0, norms, 1)
+        return vectors, tokens
+
     def _search(self, searches: Sequence[tuple[_Job, np.ndarray]]) -> None:
+        index, hybrid = self._searched
         # Each job is searched with its own settings: the results of an approximate index may depend on k.
         for settings in {job.search for job, _ in searches if job.search is not None}:
             same = [(job, vectors) for job, vectors in searches if job.search == settings]
+            vectors = np.concatenate([each for _, each in same])
             try:
-                found = self.index.search_rows(
-                    np.concatenate([vectors for _, vectors in same]), settings.k, settings.filter
-                )
+                if settings.mode == "dense" or hybrid is None:
+                    found = index.search_rows(vectors, settings.k, settings.filter)
+                else:
+                    texts = [text_of(query) for job, _ in same for query in job.texts]
+                    found = hybrid.search_rows(texts, vectors, settings.k, settings.filter, settings.mode)
             except FilterError as error:
                 for job, _ in same:
                     self._release(job)
@@ -258,15 +332,21 @@ class Engine:
                 continue
             rows = iter(zip(*found, strict=True))
             for job, _ in same:
-                self._finish(job, [Answer("", text, results_of(self.index, *next(rows))) for text in job.texts])
+                self._finish(job, [Answer("", text_of(query), results_of(index, *next(rows))) for query in job.texts])
 
     def _untruncated(self, job: _Job) -> np.ndarray:
         prompt = self.towers.prompt(job.side)
-        return self.towers.tokenizer(job.side).untruncated([prompt + text for text in job.texts]).lengths
+        texts = [prompt + text_of(query) for query in job.texts]
+        return self.towers.tokenizer(job.side).untruncated(texts).lengths
 
     def _finish(self, job: _Job, outcome: object) -> None:
         self._release(job)
         job.future.set_result(outcome)
+
+
+def text_of(query: Query) -> str:
+    """The text of a query; "" if it is only an image."""
+    return query.text if isinstance(query, ImageQuery) else query
 
 
 def warm_up(engine: Engine) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from retriever.searching.search import Answer, Result
+from retriever.serve.excerpts import marked_excerpt
 
 STATIC = Path(__file__).resolve().parent / "static"
+MODES = {"dense": "meaning", "hybrid": "meaning and words", "bm25": "words"}
+"""Ways of ranking, as the page names them."""
 ImageUrl = Callable[[Result], str | None]
 """Returns the URL of a result's image on this server, or None if the passage is a text."""
 
@@ -49,6 +53,12 @@ def render(
     problem: str = "",
     max_characters: int,
     image_url: ImageUrl = no_image,
+    filter: str = "",
+    kinds: Mapping[str, str] = MappingProxyType({}),
+    modes: Sequence[str] = (),
+    mode: str = "dense",
+    images_asked: bool = False,
+    facts: Mapping[str, object] = MappingProxyType({}),
 ) -> str:
     """Render the page with an answer, a problem, or neither. All text is escaped.
 
@@ -61,8 +71,18 @@ def render(
         problem: why there is no answer.
         max_characters: maximum length of a query.
         image_url: returns the URL of a result's image.
+        filter: the filter in the form.
+        kinds: name -> type of each field that can be filtered by.
+        modes: ways of ranking to choose from.
+        mode: the chosen one.
+        images_asked: whether an image may be the query.
+        facts: name -> value of what the page says of the model and the index.
     """
-    results = [(result, image_url(result)) for result in answer.results] if answer else []
+    results = []
+    for result in answer.results if answer else []:
+        pieces = marked_excerpt(result.text, query)
+        whole = sum(len(piece) for piece, _ in pieces) < len(result.text)
+        results.append((result, image_url(result), pieces, whole))
     return _template().render(
         style=Markup(style()),
         query=query,
@@ -74,6 +94,13 @@ def render(
         passages=passages,
         problem=problem,
         max_characters=max_characters,
+        filter=filter,
+        kinds=kinds,
+        modes=[(name, MODES[name]) for name in modes],
+        mode=mode,
+        score_title="inner product of query and passage" if mode == "dense" else f"score of {MODES[mode]}",
+        images_asked=images_asked,
+        facts=facts,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
@@ -48,11 +48,13 @@ class Thumbnails:
         first = index.passage(0).text
         if self._file(0) is None:
             raise InputError(f"{folder}: expected the folder whose images were indexed, found no {first!r:.60} in it")
-        self._thumbnail = lru_cache(CACHED)(self._thumbnail_of)
+        self.replace(index)
 
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {id_: row for row, id_ in enumerate(self._index.ids)}
+    def replace(self, index: Index | MultiIndex) -> None:
+        """Show the images of a changed index from now on."""
+        rows = {id_: row for row, id_ in enumerate(index.ids)}
+        self._index, self._rows = index, rows
+        self._thumbnail = lru_cache(CACHED)(self._thumbnail_of)
 
     def url(self, result: Result) -> str:
         """The URL of a result's image on this server."""

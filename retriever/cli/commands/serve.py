@@ -7,14 +7,19 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import UseAppendAction, arg
 
 from index.files import InputError
-from index.progress import Reporter
+from index.progress import Reporter, SilentReporter
 from retriever.cli.commands.common import Switch, TruncatedEmbedding
 from retriever.errors import ArgumentError, check_at_least
+
+if TYPE_CHECKING:
+    from index.ann.index import Index
+    from index.ann.multi_index import MultiIndex
+    from retriever.searching.hybrid import HybridIndex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,18 @@ class Serve(TruncatedEmbedding):
     verify: Switch = False
     """Check the sha256 of every file of the index first, which reads all of it. By default, index.faiss (with --mmap
     only up to 256 MiB) and lists on disk of up to 256 MiB are checked, and of other files the parts that are read."""
+    hybrid: Switch = False
+    """Rank by embeddings and BM25 together, unless a request has another "mode". BM25 (extra bm25) is built in memory
+    at the start and after each change of the index."""
+    fusion: Literal["rrf", "minmax", "zscore"] = "rrf"
+    """How --hybrid fuses the two rankings: by reciprocal ranks, or by normalized scores."""
+    dense_weight: float = 0.5
+    """Weight of the embeddings in --hybrid, 0 to 1; BM25 has the rest."""
+    bm25_stopwords: str = "en"
+    """Language of BM25's stop words in --hybrid; none: no stop words are removed."""
+    reload_seconds: float = 2.0
+    """Seconds between two looks whether an index was changed (index add, delete …); it is opened while queries are
+    answered from the old one. 0: never."""
     images: Annotated[Path | None, arg(aliases=["--pictures"])] = None
     """Folder of the images that were indexed; the page then shows the images found."""
     host: str = "127.0.0.1"
@@ -84,6 +101,10 @@ class Serve(TruncatedEmbedding):
             raise ValueError(f"--port: expected a number from 0 to 65535, found {self.port}")
         if not 0 <= self.batch_ms <= 1000:
             raise ValueError(f"--batch-ms: expected a number from 0 to 1000, found {self.batch_ms}")
+        if not 0 <= self.dense_weight <= 1:
+            raise ValueError(f"--dense-weight: expected a number from 0 to 1, found {self.dense_weight}")
+        if not 0 <= self.reload_seconds <= 86400:
+            raise ValueError(f"--reload-seconds: expected a number from 0 to 86400, found {self.reload_seconds}")
         for name in ("header_seconds", "idle_seconds", "stop_seconds"):
             if not 0 < (value := getattr(self, name)) <= 3600:
                 raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, at most 3600, found {value}")
@@ -109,11 +130,12 @@ class Serve(TruncatedEmbedding):
         try:
             import jinja2  # noqa: F401
             import prometheus_client  # noqa: F401
+            import python_multipart  # noqa: F401
             import starlette  # noqa: F401
             import uvicorn  # noqa: F401
         except ImportError:
             raise InputError(
-                'serving needs starlette, uvicorn, jinja2 and prometheus-client: pip install "dense-retriever[serve]"'
+                'serving needs starlette, uvicorn and others: pip install "dense-retriever[serve]"'
             ) from None
         from retriever.searching.search import open_indexes
         from retriever.serve.app import make_app
@@ -121,6 +143,7 @@ class Serve(TruncatedEmbedding):
         from retriever.serve.connections import ConnectionLimits, Connections, run_server, within_file_limit
         from retriever.serve.guard import allowed_names
         from retriever.serve.metrics import Metrics
+        from retriever.serve.reload import Reloader
         from retriever.serve.requests import Limits
         from retriever.serve.thumbnails import Thumbnails
 
@@ -134,15 +157,35 @@ class Serve(TruncatedEmbedding):
             self.max_input_chars,
         )
         batching = Batching(self.batch, self.batch_ms / 1000, max(self.max_waiting, self.max_queries))
-        index = open_indexes(self.index, reporter, mmap=self.mmap, verify=self.verify)
+
+        def opened(show: Reporter) -> tuple[Index | MultiIndex, HybridIndex | None]:
+            index = open_indexes(self.index, show, mmap=self.mmap, verify=self.verify)
+            return index, self._with_bm25(index) if self.hybrid else None
+
+        def reopen() -> Index | MultiIndex:
+            index, hybrid = opened(SilentReporter())
+            engine.replace(index, hybrid)
+            if images is not None:
+                images.replace(index)
+            return index
+
+        def reloaded(outcome: str, line: str) -> None:
+            metrics.reload(outcome)
+            reporter.line(line)
+
+        # Before the index is opened, so that no change is missed.
+        reloader = Reloader(self.index, self.reload_seconds, reopen, reloaded)
+        index, hybrid = opened(reporter)
         images = None if self.images is None else Thumbnails(self.images, index)
         # Before the model is loaded, so that a port in use is reported at once.
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listening(self.host, self.port))
             model = self.load(reporter)
             metrics = Metrics()
-            engine = stack.enter_context(Engine(model.towers, index, model.options, batching, metrics.batch))
+            engine = stack.enter_context(Engine(model.towers, index, model.options, batching, metrics.batch, hybrid))
             warm_up(engine)
+            if self.reload_seconds:
+                stack.enter_context(reloader)
             connections = Connections(
                 ConnectionLimits(
                     self.max_connections_per_client,
@@ -169,6 +212,12 @@ class Serve(TruncatedEmbedding):
             run_server(app, listener, connections)
         reporter.line("stopped")
         return 0
+
+    def _with_bm25(self, index: Index | MultiIndex) -> HybridIndex:
+        from retriever.searching.hybrid import HybridIndex
+
+        stopwords = None if self.bm25_stopwords == "none" else self.bm25_stopwords
+        return HybridIndex(index, self.fusion, self.dense_weight, stopwords)
 
     def _token(self) -> str | None:
         """The token that requests must have.

@@ -89,7 +89,7 @@ def assert_same_results(results: list[dict[str, Any]], expected: list[Result]) -
         ("POST", "/search", {"query": "x", "k": True}, 422, "k: expected a whole number"),
         ("GET", "/search?query=x&k=1e1", None, 422, "k: expected a whole number from 1 to 15, found '1e1'"),
         ("GET", "/search?k=5", None, 422, "expected a parameter 'query'"),
-        ("GET", "/search?query=x&depth=5", None, 422, "expected 'query', 'queries', 'k' and 'filter', found 'depth'"),
+        ("GET", "/search?query=x&depth=5", None, 422, "'k', 'filter', 'mode', found 'depth'"),
         ("POST", "/search", {"query": "x" * 51}, 422, "query: expected at most 50 characters, found 51"),
         ("POST", "/search", {"query": " \n"}, 422, "query: expected text, found none"),
         ("POST", "/search", {"query": 5}, 422, "query: expected text, found int"),
