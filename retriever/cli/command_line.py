@@ -35,6 +35,7 @@ from retriever.cli.commands.split import Split
 from retriever.cli.commands.study import Study
 from retriever.cli.commands.train import Train
 from retriever.cli.commands.zero_shot import EvaluateZeroShot
+from retriever.cli.help_text import joined_lines
 from retriever.cli.terminal import Terminal
 from retriever.config.flags import normalize_flags
 from retriever.config.yaml_file import load_config
@@ -172,7 +173,7 @@ def _parse(arguments: list[str]) -> Any:
     box = io.StringIO()
     words = normalize_flags(arguments) if arguments[:1] == ["train"] else arguments
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(box), joined_lines():
             command: Any = tyro.cli(commands, prog="retriever", description=DESCRIPTION, args=words)
     except SystemExit as end:
         if end.code:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -339,3 +340,12 @@ def test_mined_negatives_train_the_next_run(world: Any, tiny: ModelConfig, tmp_p
     columns = ("--data.sources.0.query", "query", "--data.sources.0.positive", "positive")
     outcome = command("train", config, "--out", run, *columns, "--data.sources.0.negatives", "negatives")
     assert outcome.code == 0, outcome.err
+
+
+def test_lines_of_a_help_text_are_filled() -> None:
+    rows = command("train", "--help").out.splitlines()
+    start = next(i for i, row in enumerate(rows) if "--batch-size INT" in row)
+    text = [row.strip("│ ") for row in rows[start + 1 : start + 4]]
+    room = len(rows[start].strip("│")) - 8
+    # A row ends where the next word has no room.
+    assert all(len(row) + 1 + len(after.split()[0]) > room for row, after in itertools.pairwise(text)), text
