@@ -36,6 +36,9 @@ class SourceConfig:
     passage_prompt_column: str | None = None
     """Column with the prompt of each row's passages; a null cell takes passage_prompt. None: every row has
     passage_prompt."""
+    copy: bool = True
+    """Copy the rows into data.cache once, as a memory-mapped file. False: read them from the file at every step, for
+    sources that should not be stored twice; only for .jsonl files. The cache then has 16 bytes per row."""
     weight: float | None = None
     """Share of the batches that come from this source, relative to the weights of the other sources, which must then
     have one, too. None for all sources: their numbers of rows, at least batch_size."""

@@ -130,6 +130,11 @@ def read_examples(config: SourceConfig, notices: Notices) -> Iterator[Example]:
         raise InputError(f"{config.path}: expected a column '{config.scores}' for scores, found none in any row")
 
 
+def parse_example(config: SourceConfig, record: Record, notices: Notices) -> Example | None:
+    """Return the example of a record, or None if its query or positive is empty. See `read_examples`."""
+    return _parse(config, record, _negative_columns(config, record), notices)
+
+
 def _find(folder: Path, name: str) -> Path | None:
     """Return the path of a file, or of the file with the additional suffix .gz, if it exists."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)

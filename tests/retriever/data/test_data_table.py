@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -176,3 +177,32 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert found == rows
     assert converted < 100, f"converting {size:.0f} MiB grew the process by {converted:.0f} MiB"
     assert read < 20, f"reading {size:.0f} MiB grew the process by {read:.0f} MiB"
+
+
+def test_a_source_that_is_not_copied_gives_the_same_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"query": f"große {i}", "positive": [f"p {i}"], "negatives": ["n"] * (i % 2), "kind": "k: " if i % 3 else None}
+        for i in range(20)
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\ufeff" + "\n".join([*lines[:5], "", json.dumps({"query": " ", "positive": "x"}), *lines[5:]]))
+    config = SourceConfig(str(path), query_prompt_column="kind", copy=False)
+    path.write_text(path.read_text().replace('"positive": "x"', '"positive": "x", "kind": null'))
+    copied = open_source(dataclasses.replace(config, copy=True), tmp_path / "cache")
+    table = pickle.loads(pickle.dumps(open_source(config, tmp_path / "lines")))  # noqa: S301
+    assert [table[row] for row in range(len(table))] == [copied[row] for row in range(len(copied))]
+    assert list(table.texts(7)) == list(copied.texts(7)) and table.prompts() == copied.prompts() == (["k: "], [])
+    for name in ("notices", "rows_with_negatives", "rows_with_scores", "rows_skipped"):
+        assert getattr(table, name) == getattr(copied, name)
+    # Only the positions of the rows are on disk, and they are used again.
+    assert sum(file.stat().st_size for file in (tmp_path / "lines").glob("*.npy")) == 128 + 16 * 20
+    assert open_source(config, tmp_path / "lines").sha256 == table.sha256
+    with pytest.raises(InputError, match=r"a\.csv: expected a \.jsonl file with copy false"):
+        (tmp_path / "a.csv").write_text("query,positive\na,b\n")
+        open_source(SourceConfig(str(tmp_path / "a.csv"), copy=False), tmp_path / "lines")
+    path.write_text(path.read_text() + "\n[1]\n")
+    with pytest.raises(InputError, match=r"changed since the run began"):
+        pickle.loads(pickle.dumps(table))  # noqa: S301
+    with pytest.raises(InputError, match=r"a\.jsonl:23: expected a JSON object"):
+        open_source(config, tmp_path / "lines")
