@@ -12,6 +12,7 @@ from eval.measures import shown
 from eval.metrics import Metrics, Qrels
 from eval.ranking import RankedRun
 from eval.reports.files import write
+from eval.reports.mteb_files import write_mteb_file
 from eval.reports.report import Report, ReportSet
 from eval.reports.run_files import RUNS
 from eval.sets.plan import Task
@@ -95,7 +96,7 @@ def write_suite(
     details: Mapping[str, Any],
     checked: Mapping[str, Any],
 ) -> None:
-    """Write OUT/evaluation.json and OUT/report.*.
+    """Write OUT/evaluation.json, OUT/report.* and OUT/mteb/*.json.
 
     Args:
         out: the folder of the report.
@@ -120,6 +121,9 @@ def write_suite(
     sets = [_report_set(row, metrics, results.get(row), system) for row, metrics in summary.rows.items()]
     title = f"{', '.join(summary.rows)} ({splits})"
     write(out, Report(title, sets, details, summary.measure, summary.absent, summary.sizes))
+    for task in tasks:
+        found = results[task.name]
+        write_mteb_file(out, task.name, task.split, found.metrics, found.data, sum(found.seconds.values()))
 
 
 def _report_set(row: str, metrics: Metrics, result: SetResult | None, system: str) -> ReportSet:

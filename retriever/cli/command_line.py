@@ -172,6 +172,8 @@ def _parse(arguments: list[str]) -> Any:
     )
     box = io.StringIO()
     words = normalize_flags(arguments) if arguments[:1] == ["train"] else arguments
+    if arguments[:1] == ["serve"]:
+        words = [re.sub(r"^--pictures(?==|$)", "--images", word) for word in arguments]
     try:
         with contextlib.redirect_stderr(box), joined_lines():
             command: Any = tyro.cli(commands, prog="retriever", description=DESCRIPTION, args=words)

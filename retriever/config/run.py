@@ -42,7 +42,7 @@ class TrainConfig:
     seed: int = 0
     """Random seed of the data order, dropout and new weights, 0 to 2^64 - 1."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, …. auto: cuda if available, otherwise cpu."""
+    """cpu, cuda, cuda:1, …, or mps (Apple GPUs, fp32). auto: cuda if available, otherwise cpu."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision in which the towers compute; weights and optimizer state are in fp32. auto: bf16 if the hardware
     supports it natively, otherwise fp32."""

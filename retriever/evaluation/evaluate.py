@@ -13,7 +13,9 @@ import numpy as np
 from eval.metrics import Metrics, PerQuery
 from eval.reports.suite import SuiteResult
 from eval.sets import download as beir_download
+from eval.sets.external import download_external, external_folder, external_names
 from eval.sets.plan import BEIR, BY_NAME, WHOLE, Plan, plan
+from index.files import InputError
 from index.progress import Progress, Reporter, SilentReporter, as_reporter
 from retriever.distributed.agreement import flat_settings
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
@@ -137,6 +139,7 @@ def evaluate(
     Args:
         model: A model from `retriever.load`, or its folder or hub name.
         data: BEIR folders, folders of them, names of BEIR's sets ("scifact"), or "beir" for all of them; one or more.
+            "nanobeir" and "NanoSciFact" are sets of NanoBEIR, "ir:beir/scifact/test" is one of the package ir_datasets.
         out: Folder of the report; embeddings found there are reused. Default: None, a temporary folder, from which
             `Evaluation.save` copies the report.
         split: Split of the qrels. Default: None, "test", and "dev" for MS MARCO.
@@ -269,8 +272,23 @@ def _plan(
             if name in BY_NAME and not Path(name).is_dir() and not (folder / name).is_dir():
                 with reporter.bar(f"download {name}", None, "bytes") as advance:
                     beir_download.download(name, folder, mirror=mirror or beir_download.MIRROR, progress=advance)
+    entries = []
+    for entry in map(str, data):
+        names = external_names(entry)
+        entries += [_external(name, folder, download, ranks, reporter) for name in names] or [entry]
     ranks.barrier()
-    return plan([str(entry) for entry in data], folder, split)
+    return plan(entries, folder, split)
+
+
+def _external(name: str, home: Path | None, download: bool, ranks: Ranks, reporter: Reporter) -> str:
+    """The folder of a set of NanoBEIR or ir_datasets, downloaded if it may be."""
+    folder = external_folder(name, Path() if home is None else home)
+    if download and home is not None and ranks.is_first and not folder.is_dir():
+        with reporter.bar(f"download {name}", None, "documents") as advance:
+            download_external(name, home, advance)
+    if not download and not folder.is_dir():
+        raise InputError(f"{name}: expected the set in {folder}; --download gets it")
+    return str(folder)
 
 
 def _set_metrics(found: Metrics) -> SetMetrics:

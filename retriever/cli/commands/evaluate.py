@@ -23,7 +23,8 @@ class EvaluateBeir(TruncatedEmbedding):
     """
 
     data: tuple[str, ...]
-    """BEIR folders, folders of them, names of BEIR's sets (scifact …), or beir for all of them."""
+    """BEIR folders, folders of them, names of BEIR's sets (scifact …), or beir for all of them; nanobeir or
+    NanoSciFact …; ir:NAME for a set of ir_datasets (ir:beir/scifact/test)."""
     out: Path
     """Folder of the report; embeddings found there are reused."""
     split: str | None = None
@@ -33,7 +34,7 @@ class EvaluateBeir(TruncatedEmbedding):
     home: Path | None = None
     """Folder of the sets that --data names."""
     download: Switch = False
-    """Download public sets that --data names to --home and check them against BEIR's checksums."""
+    """Download public sets that --data names to --home; those of BEIR are checked against its checksums."""
     mirror: str | None = None
     """Address to download from. None: BEIR's own."""
     preflight: Switch = False

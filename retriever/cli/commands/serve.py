@@ -7,9 +7,9 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import UseAppendAction
 
 from index.files import InputError
 from index.progress import Reporter, SilentReporter
@@ -48,7 +48,7 @@ class Serve(TruncatedEmbedding):
     reload_seconds: float = 2.0
     """Seconds between two looks whether an index was changed (index add, delete …); it is opened while queries are
     answered from the old one. 0: never."""
-    images: Annotated[Path | None, arg(aliases=["--pictures"])] = None
+    images: Path | None = None
     """Folder of the images that were indexed; the page then shows the images found."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 accepts requests from other machines, which need --token or --token-file."""

@@ -21,9 +21,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model folder and its metrics by our evaluation."""
+    """A trained model folder, the report of our evaluation, and its metrics."""
 
     model: Path
+    report: Path
     means: dict[str, float]
 
 
@@ -41,7 +42,7 @@ def ours(request: Any, world: Any, tiny: Any, tmp_path_factory: pytest.TempPathF
     assert outcome.code == 0, outcome.err
     means: dict[str, float] = json.loads(outcome.out)["sets"]["words"]["mean"]
     assert 0.2 < means["ndcg@10"] < 0.999  # neither random nor perfect
-    return Trained(model, means)
+    return Trained(model, folder / "report", means)
 
 
 def test_mteb_gives_the_same_metrics(world: Any, ours: Trained, tmp_path: Path) -> None:
@@ -78,6 +79,10 @@ def test_mteb_gives_the_same_metrics(world: Any, ours: Trained, tmp_path: Path) 
         for k in (1, 3, 5, 10, 100):
             # mteb rounds to five digits.
             assert ours.means[f"{measure}@{k}"] == pytest.approx(theirs[f"{measure}_at_{k}"], abs=1.1e-5), (measure, k)
+    # The file that the report has for mteb is one, with the same scores.
+    saved = mteb.results.TaskResult.from_disk(ours.report / "mteb" / "words.json").scores["test"][0]
+    for name in ("main_score", "ndcg_at_10", "recall_at_100", "mrr_at_10"):
+        assert saved[name] == pytest.approx(theirs[name], abs=1.1e-5), name
 
 
 def test_the_beir_package_gives_the_same_metrics(world: Any, ours: Trained) -> None:
