@@ -79,6 +79,7 @@ class AdjustedTowers(Towers):
         self.model = towers.model
         self.padding_free = towers.padding_free
         self.truncate_dim = towers.truncate_dim
+        self._frozen = towers._frozen
         self._transformers = towers._transformers
         self._settings = settings
         self._base = towers
