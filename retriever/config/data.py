@@ -40,6 +40,11 @@ class DataConfig:
     temperature: float = 1.0
     """Without weights, the share of a source is proportional to its number of rows to the power of 1 / temperature.
     Larger values make small sources come more often."""
+    random_passages: int = 0
+    """Number of passages that are drawn from data.corpus at each step, over all processes, as further negatives of all
+    queries. Known positives of a query are masked."""
+    corpus: str = ""
+    """BEIR folder or file of passages (.jsonl, .csv, .tsv, .parquet) for random_passages."""
     workers: int | None = None
     """Number of processes that load and tokenize batches in the background. 0: load in the main process. None: on a GPU
     all processors of the process but 4, at most 12; on a CPU 1. The order of the data does not depend on it."""
@@ -52,7 +57,13 @@ class DataConfig:
         return 1 + (self.max_positives if self.positives == "all" else 1) + self.negatives
 
     def __post_init__(self) -> None:
-        check_at_least(self, "data.", 0, "negatives")
+        check_at_least(self, "data.", 0, "negatives", "random_passages")
+        if bool(self.random_passages) != bool(self.corpus):
+            raise ValueError("data.corpus: expected together with data.random_passages, found one without the other")
+        if self.mix == "blocks" and self.random_passages:
+            raise ValueError("data.random_passages: expected 0 with data.mix blocks, which has no pool for them")
+        if self.images and self.random_passages:
+            raise ValueError("data.random_passages: expected 0 with data.images")
         check_at_least(self, "data.", 0, "workers", maximum=MAX_WORKERS)
         check_at_least(self, "data.", 1, "max_positives")
         if self.negatives_seen_by == "own" and not self.negatives:

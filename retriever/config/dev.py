@@ -41,6 +41,8 @@ class DevConfig:
     max_queries: int | None = None
     """Number of queries of each set to evaluate, the first ones sorted by id, against the full corpus. None: all
     queries."""
+    dim: int | None = None
+    """Evaluate embeddings truncated to this dimension, for a run with loss.matryoshka. None: all dimensions."""
     keep_identical_ids: bool = False
     """Keep passages that have the id of their query and are not judged for it, as trec_eval does. False: remove them,
     as BEIR does."""
@@ -50,4 +52,4 @@ class DevConfig:
             raise ValueError("dev.paths: expected either dev.path or dev.paths, found both")
         if not all(self.paths):
             raise ValueError("dev.paths: expected a path, found an empty one")
-        check_at_least(self, "dev.", 1, "every", "patience", "max_queries")
+        check_at_least(self, "dev.", 1, "every", "patience", "max_queries", "dim")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from retriever.config.checks import check_at_least, is_positive
-from retriever.config.loss_options import LimitConfig, MatryoshkaConfig
+from retriever.config.loss_options import LimitConfig, MatryoshkaConfig, TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class LossConfig:
     """Make the queries of the batch negatives of each other, and the passages, too, in a single sum (GTE, arXiv
     2308.03281, equation 6)."""
     matryoshka: MatryoshkaConfig = field(default_factory=MatryoshkaConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     statistics: Literal["auto", "none", "numbers"] = "auto"
     """Statistics of the scores of the batch, on steps that are logged: accuracy@1 and MRR of the positive in the pool,
     its mean rank, the score of the hardest negative, entropy, and the share of masked pairs. none: no statistics.

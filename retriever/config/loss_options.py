@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from retriever.config.checks import is_positive
 
@@ -32,6 +32,63 @@ class LimitConfig:
             raise ValueError(f"loss.limit.margin: expected a number, found {self.margin}")
         if self.share is not None and not is_positive(self.share):
             raise ValueError(f"loss.limit.share: expected a number over 0, found {self.share}")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Distillation from a teacher: from its scores in the data, or from its embeddings of all texts.
+
+    A teacher that is a model embeds every text of the training data once, before the first step, into embedding stores
+    in data.cache.
+    """
+
+    kind: Literal["none", "kl", "margin_mse", "pool_kl"] = "none"
+    """What is added to the loss. kl: KL divergence between the teacher's and the model's distribution over a query's
+    positive and own hard negatives, with the scores of data.sources. margin_mse: squared difference between the
+    teacher's and the model's margin of the positive over each hard negative (arXiv 2010.02666), with the same scores.
+    pool_kl: KL divergence over all passages of the batch, from embeddings. none: nothing."""
+    model: str = ""
+    """Folder or hub name of the teacher model."""
+    passages: str = ""
+    """Embedding store of the teacher's passages instead, matched by text or id. With one of queries, or with model."""
+    queries: str = ""
+    """Embedding store of the teacher's queries, matched by text or id. Empty: model embeds them."""
+    scale: float | None = None
+    """Factor of the teacher's scores, 1 / temperature. None: loss.logit_scale for pool_kl, otherwise 1."""
+    weight: float = 1.0
+    """Factor of the added term."""
+    regression: float = 0.0
+    """Factor of a further term, the mean of 1 - cos(W e, t) over all texts of the batch, with the teacher's embedding t
+    of the text and a linear projection W that is trained beside the model and not saved with it (stella, arXiv
+    2412.19048). 0: no such term."""
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether the scores of the data are used."""
+        return self.kind in ("kl", "margin_mse")
+
+    @property
+    def uses_embeddings(self) -> bool:
+        """Whether the teacher's embeddings are used."""
+        return self.kind == "pool_kl" or self.regression > 0
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not is_positive(self.scale):
+            raise ValueError(f"loss.teacher.scale: expected a number over 0, found {self.scale}")
+        if not is_positive(self.weight):
+            raise ValueError(f"loss.teacher.weight: expected a number over 0, found {self.weight}")
+        if not 0 <= self.regression < math.inf:
+            raise ValueError(f"loss.teacher.regression: expected a number of at least 0, found {self.regression}")
+        if self.uses_embeddings and not (self.model or (self.passages and self.queries)):
+            raise ValueError(
+                "loss.teacher.model: expected a teacher model, or stores of both passages and queries, with "
+                "loss.teacher.kind pool_kl or loss.teacher.regression, found none"
+            )
+        if not self.uses_embeddings and (self.model or self.passages or self.queries):
+            raise ValueError(
+                "loss.teacher.kind: expected pool_kl, or a loss.teacher.regression, with a teacher's model or stores, "
+                f"found {self.kind}"
+            )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,15 @@ class TrainConfig:
     mine_every: int | None = None
     """Steps between minings of the hard negatives of all rows with the current weights (ANCE, arXiv 2007.00808). The
     first one is before the first step if a source has no hard negatives. None: the hard negatives of the sources."""
+    query_only: str = ""
+    """Embedding store of a corpus: train the query tower alone, against all passages of the store. The loss is the
+    exact softmax over the whole corpus. The passage tower is fixed, so embeddings and indexes of the corpus stay valid.
+    The positives of data.sources are found in the store by their text or id. Needs model.shared false and the
+    model.name that embedded the store. Empty: train both towers."""
+    passages_on: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the embeddings of query_only are in training. device: in the memory of the device. host: in host memory,
+    from where each step copies them in blocks. disk: read from the store in blocks. auto: the first with enough free
+    memory."""
     seed: int = 0
     """Random seed of the data order, dropout and new weights, 0 to 2^64 - 1."""
     device: str = "auto"

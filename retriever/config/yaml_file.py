@@ -107,6 +107,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
     sources = tuple(dataclasses.replace(source, path=absolute(source.path)) for source in config.data.sources)
     images = tuple(dataclasses.replace(source, path=absolute_shards(source.path)) for source in config.data.images)
+    teacher = config.loss.teacher
     cache, tokenizer, tower = config.data.cache, config.model.tokenizer, config.model.image
     return dataclasses.replace(
         config,
@@ -117,8 +118,22 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             image=dataclasses.replace(tower, name=tower.name if tower.is_new else absolute(tower.name)),
         ),
         data=dataclasses.replace(
-            config.data, sources=sources, images=images, cache=cache and str(Path(cache).resolve())
+            config.data,
+            sources=sources,
+            images=images,
+            cache=cache and str(Path(cache).resolve()),
+            corpus=absolute(config.data.corpus),
         ),
+        loss=dataclasses.replace(
+            config.loss,
+            teacher=dataclasses.replace(
+                teacher,
+                model=absolute(teacher.model),
+                passages=absolute(teacher.passages),
+                queries=absolute(teacher.queries),
+            ),
+        ),
+        query_only=absolute(config.query_only),
         dev=dataclasses.replace(
             config.dev, path=absolute(config.dev.path), paths=tuple(map(absolute_set, config.dev.paths))
         ),

@@ -24,8 +24,10 @@ from retriever.data.schedules.clustered import ClusteredSchedule
 from retriever.data.schedules.mixture import MixedSchedule
 from retriever.data.schedules.schedule import BatchSchedule
 from retriever.data.sources import Example
+from retriever.data.stored.corpus import CorpusTable
+from retriever.data.stored.rows import StoredLookup, StoredRows
+from retriever.data.stored.teacher_lists import TeacherLists
 from retriever.data.table import ExampleTable
-from retriever.data.teacher_lists import TeacherLists
 from retriever.distributed.share import Share
 from retriever.utils.workers import init_worker
 
@@ -101,6 +103,8 @@ class TrainingBatch:
     """Hard negatives of query 0, then of query 1, and so on, that only their own query sees."""
     own_offsets: Integers | None = None
     """[M + 1]: the first of `own_negatives` of each query, and their number; None if all queries see the negatives."""
+    stored: StoredRows | None = None
+    """Rows of the texts in embedding stores; None if the loss reads none."""
 
     parts: tuple[TrainingBatch, ...] = ()
     """Batches whose passages are no negatives of each other's queries; empty for a batch that is one block. Only the
@@ -140,6 +144,8 @@ class BatchDataset(Dataset[T], Generic[T]):
         known: KnownPositives | None = None,
         share: Share | None = None,
         separate_blocks: bool = False,
+        corpus: CorpusTable | None = None,
+        random_passages: int = 0,
     ) -> None:
         """Create a dataset over `tables`.
 
@@ -156,6 +162,8 @@ class BatchDataset(Dataset[T], Generic[T]):
             share: Rank and number of ranks; only the rows of this rank are read. Default: None, a single rank.
             separate_blocks: Whether only passages of the same source are negatives of a query, if a batch has rows of
                 several sources. Default: False.
+            corpus: Passages from which further negatives of all queries are drawn. Default: None.
+            random_passages: Number of passages drawn at each step. Default: 0.
 
         Raises:
             ValueError: If the numbers of tables and prompts differ.
@@ -170,6 +178,10 @@ class BatchDataset(Dataset[T], Generic[T]):
         self._known = known if known is not None and len(known) else None
         self._share = share or Share()
         self._separate_blocks = separate_blocks
+        self.corpus = corpus
+        self._random_passages = random_passages
+        self.stored: StoredLookup | None = None
+        """Finds the texts of a batch in embedding stores; set before the first batch."""
 
     @property
     def schedule(self) -> BatchSchedule | MixedSchedule | ClusteredSchedule:
@@ -219,12 +231,19 @@ class BatchDataset(Dataset[T], Generic[T]):
                 chosen[-1].append((source, example, choose_passages(example, self._passages, draw, seed)))
             start += len(rows)
         if not self._separate_blocks or len(blocks) == 1:
-            return self._assemble(_flat(chosen), [source for source, _ in blocks])
-        parts = [self._assemble(rows, [source]) for rows, (source, _) in zip(chosen, blocks, strict=True)]
+            return self._assemble(_flat(chosen), [source for source, _ in blocks], self._random_texts(step))
+        parts = [self._assemble(rows, [source], []) for rows, (source, _) in zip(chosen, blocks, strict=True)]
         return TrainingBatch.of_parts(parts, [len(rows) / total for _, rows in blocks])
 
-    def _assemble(self, chosen: Sequence[_ChosenRow], sources: Sequence[int]) -> TrainingBatch:
-        """Return the batch of some rows of these sources, with the passages that were chosen."""
+    def _random_texts(self, step: int) -> list[str]:
+        """Return this rank's share of the passages that are drawn from the corpus."""
+        if self.corpus is None:
+            return []
+        rows = self.corpus.draw(self._schedule.seed, step, self._random_passages)
+        return [self.corpus[int(rows[i])] for i in self._share.of(len(rows))]
+
+    def _assemble(self, chosen: Sequence[_ChosenRow], sources: Sequence[int], random_texts: list[str]) -> TrainingBatch:
+        """Return the batch of some rows of these sources, with the passages that were chosen, and random passages."""
         examples = [example for _, example, _ in chosen]
         rows = [(example, choice) for _, example, choice in chosen]
         queries = [example.query for example in examples]
@@ -239,18 +258,21 @@ class BatchDataset(Dataset[T], Generic[T]):
         if own:
             kept = without_known_positives(queries, negatives, self._known)
             negatives = [[texts[i] for i in indices] for texts, indices in zip(negatives, kept, strict=True)]
-        keys = self._keys(queries, positives, _flat(further) + ([] if own else _flat(negatives)))
+        others = _flat(further) + ([] if own else _flat(negatives)) + random_texts
+        keys = self._keys(queries, positives, others)
+        stored = None if self.stored is None else self.stored.rows(queries, positives, positives + others)
         prompts = [self._prompts[source].of_row(example) for source, example, _ in chosen]
         prompted = [
             _flat([[prompt.passage + text for text in texts] for prompt, texts in zip(prompts, lists, strict=True)])
             for lists in (further, negatives)
         ]
         masks = keys.false_negatives() if self._share.size == 1 else None
+        random_prompted = [self._prompts[sources[0]].passage + text for text in random_texts]
         return TrainingBatch(
             sources[0],
             [prompt.query + text for prompt, text in zip(prompts, queries, strict=True)],
             [prompt.passage + text for prompt, text in zip(prompts, positives, strict=True)],
-            [] if own else prompted[1],
+            ([] if own else prompted[1]) + random_prompted,
             false_negatives=masks if masks is None or pairs is None else masks.without(pairs),
             keys=keys if self._share.size > 1 else None,
             teacher=None if several or own else self._teacher_lists(sources, rows),
@@ -258,6 +280,7 @@ class BatchDataset(Dataset[T], Generic[T]):
             positive_pairs=pairs,
             own_negatives=prompted[1] if own else [],
             own_offsets=offsets_of([len(texts) for texts in negatives]) if own else None,
+            stored=stored,
         )
 
     def _teacher_lists(self, sources: Sequence[int], rows: Sequence[tuple[Example, Choice]]) -> TeacherLists | None:

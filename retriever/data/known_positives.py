@@ -79,6 +79,20 @@ class KnownPositives:
     def __reduce__(self) -> tuple[type[KnownPositives], tuple[Path]]:
         return KnownPositives, (self.path,)
 
+    def positives_of(self, queries: Integers) -> tuple[Integers, Integers]:
+        """Return all positives of some queries.
+
+        Args:
+            queries: [M] digests of queries.
+
+        Returns:
+            [K] positions in `queries`, ascending, and [K] digests of positives. Queries with one positive have none.
+        """
+        position = np.minimum(np.searchsorted(self._queries, queries), max(0, len(self._queries) - 1))
+        which = np.flatnonzero(self._queries[position] == queries) if len(self._queries) else np.empty(0, np.int64)
+        starts, stops = self._offsets[position[which]], self._offsets[position[which] + 1]
+        return np.repeat(which, stops - starts), self._positives[concatenated_ranges(starts, stops - starts)]
+
     def pairs(self, queries: Integers, passages: Integers) -> Integers:
         """Return known pairs of some queries.
 

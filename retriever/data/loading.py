@@ -21,6 +21,7 @@ from retriever.data.schedules.clustered import ClusteredSchedule
 from retriever.data.schedules.mixture import MixedSchedule
 from retriever.data.schedules.schedule import BatchSchedule
 from retriever.data.source_prompts import describe_source_prompts, source_prompts
+from retriever.data.stored.corpus import CorpusTable, open_corpus
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.share import Share
 from retriever.errors import ConfigError
@@ -90,10 +91,20 @@ def open_training_data(
             else cluster(table)
             for table in tables
         ]
-    batches = open_batches(config, tables, towers, token_budget, share, known, clusters)
+    corpus = None
+    if config.data.random_passages:
+        with reporter.bar(f"read {config.data.corpus}", None, "passages") as advance:
+            corpus = open_corpus(config.data.corpus, cache, progress=advance)
+        if len(corpus) < config.data.random_passages:
+            raise InputError(
+                f"data.random_passages: expected at most {len(corpus):,}, the passages of {config.data.corpus}, found "
+                f"{config.data.random_passages:,}"
+            )
+    batches = open_batches(config, tables, towers, token_budget, share, known, clusters, corpus)
     for line in [*batches.schedule.describe(), *describe_source_prompts(towers, config.data.sources)]:
         reporter.line(line)
-    return batches, tuple(table.sha256 for table in tables)
+    checksums = [table.sha256 for table in tables] + ([corpus.sha256] if corpus is not None else [])
+    return batches, tuple(checksums)
 
 
 def open_tables(config: DataConfig, cache: Path, reporter: Reporter, *, mined: bool = False) -> list[ExampleTable]:
@@ -132,6 +143,7 @@ def open_batches(
     share: Share | None = None,
     known: KnownPositives | None = None,
     clusters: Sequence[Sequence[Integers]] | None = None,
+    corpus: CorpusTable | None = None,
 ) -> BatchDataset[PreparedBatch]:
     """Return the batches of a run as a dataset, which tokenizes them on access.
 
@@ -144,6 +156,7 @@ def open_batches(
         known: Positives of the queries with several positives. Default: None: false negatives are found only from the
             pairs of the batch.
         clusters: For each source the rows of each topic cluster. Default: None, batches are random rows of a source.
+        corpus: Corpus of random passages. Default: None.
 
     Raises:
         InputError: If a source has too few rows for a batch, or a prompt takes up all tokens of a text.
@@ -176,7 +189,7 @@ def open_batches(
     return BatchDataset(
         tables,
         schedule,
-        BatchPreparer.of(towers, token_budget),
+        BatchPreparer.of(towers, token_budget, queries_only=bool(config.query_only)),
         prompts=prompts,
         passages=PassageSettings(
             config.data.positives, config.data.max_positives, config.data.negatives, config.data.negatives_seen_by
@@ -184,4 +197,6 @@ def open_batches(
         known=known,
         share=share,
         separate_blocks=config.data.mix == "blocks",
+        corpus=corpus,
+        random_passages=config.data.random_passages,
     )

@@ -13,7 +13,8 @@ from torch import Tensor
 from retriever.data.batches import PairKeys, TrainingBatch
 from retriever.data.false_negatives import FalseNegatives, Integers
 from retriever.data.length_sorting import make_micro_batches
-from retriever.data.teacher_lists import TeacherLists
+from retriever.data.stored.rows import StoredRows
+from retriever.data.stored.teacher_lists import TeacherLists
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
 from retriever.models.towers import Side, Towers
 from retriever.utils.device import to_device, to_host
@@ -92,6 +93,8 @@ class PreparedBatch:
     own_offsets: Integers | None = None
     """[M + 1]: the first hard negative that only its query sees, of each query, and their number; None if all queries
     see the negatives."""
+    stored: StoredRows | None = None
+    """Rows of the texts in embedding stores; None if the loss reads none."""
 
     parts: tuple[PreparedBatch, ...] = ()
     """Batches without texts, each with a loss of its own over consecutive queries and passages of this batch; empty for
@@ -190,16 +193,23 @@ class BatchPreparer:
     device: str
     """Device type of the towers, "cpu" or "cuda"."""
 
+    queries_only: bool = False
+    """Whether the passages are left out, because their embeddings come from a store."""
+
     @classmethod
-    def of(cls, towers: Towers, token_budget: int) -> BatchPreparer:
+    def of(cls, towers: Towers, token_budget: int, *, queries_only: bool = False) -> BatchPreparer:
         """Return the preparer for some towers."""
         query, passage = towers.tokenizer("query"), towers.tokenizer("document")
-        return cls(query, passage, towers.shared, token_budget, not towers.padding_free, towers.device.type)
+        return cls(
+            query, passage, towers.shared, token_budget, not towers.padding_free, towers.device.type, queries_only
+        )
 
     def __call__(self, batch: TrainingBatch) -> PreparedBatch:
         parts = batch.parts or (batch,)
         passages = [text for part in parts for text in part.passages + part.own_negatives]
-        if self.shared:
+        if self.queries_only:
+            groups = [self._group("query", self.query(batch.queries))]
+        elif self.shared:
             # Queries and passages of similar length share a micro-batch.
             if self.query == self.passage:
                 tokens = self.passage(batch.queries + passages)
@@ -227,6 +237,7 @@ class BatchPreparer:
             parts=tuple(self._prepared(part, ()) for part in batch.parts),
             passages=len(batch.passages) + len(batch.own_negatives),
             loss_share=batch.loss_share,
+            stored=batch.stored,
         )
 
     def _group(self, side: Side, tokens: TokenizedTexts) -> TextInputs:

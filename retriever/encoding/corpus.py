@@ -22,7 +22,7 @@ from retriever.encoding.distributed_store import DistributedWriter
 from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.window_workers import corpus_windows
 from retriever.encoding.windows import WINDOW, CorpusWindow, WindowBuilder, WindowSchedule
-from retriever.models.towers import Towers
+from retriever.models.towers import Side, Towers
 from retriever.utils.prefetch import background_calls, short_switch_interval
 
 # Encoded windows that may wait to be written.
@@ -59,6 +59,7 @@ def encode_passages(
     storage: StoreOptions | None = None,
     ranks: Ranks | None = None,
     same_model: bool = False,
+    side: Side = "document",
     progress: Callable[[int], None] | None = None,
     notice: Callable[[str, str], None] | None = None,
     checked: Callable[[int], None] | None = None,
@@ -80,6 +81,7 @@ def encode_passages(
         storage: dtype and shards of the store, and how the corpus is read. Default: None, the defaults of StoreOptions.
         ranks: all ranks; each must call with the same arguments, which are compared first. Default: None, one process.
         same_model: the models of the ranks have been compared before, as at the start of a training run.
+        side: whether the texts are embedded as passages ("document", the default) or as queries ("query").
         progress: called with the number of passages encoded since the last call, including those of an earlier run;
             on the first rank with those of all ranks.
         notice: called on the first rank with what is unusual in an encoded passage, and the passage id.
@@ -105,7 +107,7 @@ def encode_passages(
                 dtype=storage.dtype,
                 model=model,
                 # The precision changes the vectors, and reports state it.
-                source={**source, "precision": options.precision},
+                source={**source, "precision": options.precision, **({"side": side} if side == "query" else {})},
                 shard_rows=storage.shard_rows,
                 same_rows=partial(_begins_with, passages, options) if isinstance(passages, PassageFile) else None,
                 checked=checked,
@@ -116,9 +118,9 @@ def encode_passages(
             if progress is not None and row:
                 progress(row)
             schedule = WindowSchedule(storage.shard_rows, storage.window, towers.dimension, ranks.share)
-            windows = corpus_windows(passages, row, schedule, window_builder(towers, out), storage.workers)
+            windows = corpus_windows(passages, row, schedule, window_builder(towers, out, side), storage.workers)
             if writer is not None and ranks.world_size == 1:
-                row += _embed(towers, windows, options, partial(_append, writer, notice), progress)
+                row += _embed(towers, windows, side, options, partial(_append, writer, notice), progress)
             else:
                 shared = DistributedWriter(
                     ranks,
@@ -131,7 +133,7 @@ def encode_passages(
                     notice=notice,
                 )
                 # After an error the other ranks' messages never arrive, so pending writes are abandoned.
-                row += _embed(towers, windows, options, shared.add, progress, abandon=True)
+                row += _embed(towers, windows, side, options, shared.add, progress, abandon=True)
                 shared.close()
             # The first rank encodes the first shard, so it has rows unless the corpus is empty.
             if ranks.is_first and not row:
@@ -172,14 +174,15 @@ def _begins_with(passages: PassageFile, options: EncodeOptions, store: Embedding
     return all(stored == passage for stored, passage in itertools.zip_longest(store.passages(), first))
 
 
-def window_builder(towers: Towers, out: Path) -> WindowBuilder:
-    """The builder of windows for the passage tower and the store `out`."""
-    return WindowBuilder(towers.tokenizer("document"), towers.prompt("document"), str(out))
+def window_builder(towers: Towers, out: Path, side: Side = "document") -> WindowBuilder:
+    """The builder of windows for a tower and the store `out`."""
+    return WindowBuilder(towers.tokenizer(side), towers.prompt(side), str(out))
 
 
 def _embed(
     towers: Towers,
     windows: Generator[CorpusWindow, None, None],
+    side: Side,
     options: EncodeOptions,
     write: Callable[[CorpusWindow, np.ndarray], None],
     progress: Callable[[int], None] | None,
@@ -195,7 +198,7 @@ def _embed(
         background_calls(write, WRITE_QUEUE, abandon=abandon) as write_later,
     ):
         tokenized = ((window, window.tokens) for window in windows)
-        for window, vectors in embed_windows(towers, tokenized, "document", options, progress):
+        for window, vectors in embed_windows(towers, tokenized, side, options, progress):
             write_later(window, vectors)
             rows += len(window)
     return rows

@@ -80,6 +80,8 @@ class AdjustedTowers(Towers):
         self.padding_free = towers.padding_free
         self.truncate_dim = towers.truncate_dim
         self._frozen = towers._frozen
+        # Prompts and lengths of a set change the passages.
+        self.passage_model = None
         self._transformers = towers._transformers
         self._settings = settings
         self._base = towers

@@ -333,7 +333,7 @@ class Suite:
         truncated = "truncated at the model's maximum length"
         windows = f"best window; consecutive windows share {self._options.overlap} tokens"
         return {
-            "model sha256": self._towers.fingerprint()["sha256"],
+            "model sha256": self._towers.sha256(),
             **dataclasses.asdict(self._encode),
             "vectors": self._options.dtype,
             "dimensions": self._towers.dimension,

@@ -92,7 +92,7 @@ def evaluate_zero_shot(
     results = [_evaluate(towers, dataset, out / dataset.name, options, reporter) for dataset in sets]
     details = {
         **details,
-        "model sha256": towers.fingerprint()["sha256"],
+        "model sha256": towers.sha256(),
         "data sha256": {result.dataset.name: result.sha256 for result in results},
         **dataclasses.asdict(options),
         "scores": "inner products of unit vectors, summed in float64, rounded to float32; ties in data order",

@@ -31,6 +31,7 @@ from retriever.models.loading.from_scratch import load_new_encoder
 from retriever.models.loading.lora import add_lora
 from retriever.models.loading.text_settings import SIDES, Side, has_router, pools_prompts, prompt_of, text_tokenizer
 from retriever.models.packed.attention import PackedLayout
+from retriever.models.passage_side import read_passage_model
 from retriever.models.sharded_tensors import full_tensor
 from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer, TokenizedTexts, packed_positions
 from retriever.models.weights import writing_weights
@@ -62,6 +63,8 @@ class Towers(nn.Module):
         self.padding_free = False
         self.truncate_dim: int | None = None
         self._frozen: tuple[nn.Module, ...] = ()
+        # Fingerprint of another model with the same passage tower (passage_side.py).
+        self.passage_model: dict[str, str] | None = None
         self._transformers = text_towers(model)
         for side in SIDES:
             if "message" in self._transformer(side).modality_config:
@@ -308,8 +311,13 @@ class Towers(nn.Module):
     def fingerprint(self) -> dict[str, str]:
         """Return {"sha256": …} over everything that embeddings depend on, and "dim" after `truncated`.
 
-        That is weights, configurations, tokenizers, modules, maximum lengths and prompts.
+        That is weights, configurations, tokenizers, modules, maximum lengths and prompts. It identifies the passages'
+        embeddings: of a model that was trained with `query_only`, it is that of the model it started from.
         """
+        return self._with_dim(self.passage_model or {"sha256": self.sha256()})
+
+    def sha256(self) -> str:
+        """Return a sha256 over everything that embeddings of queries or passages depend on."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -323,7 +331,7 @@ class Towers(nn.Module):
         digest.update(self.model.similarity_fn_name.encode())
         # The repr contains every module with its settings: pooling mode, projection, normalization.
         digest.update(repr(self.model).encode())
-        return self._with_dim({"sha256": digest.hexdigest()})
+        return digest.hexdigest()
 
     def _with_dim(self, fingerprint: dict[str, str]) -> dict[str, str]:
         return fingerprint if self.truncate_dim is None else {**fingerprint, "dim": str(self.truncate_dim)}
@@ -378,6 +386,7 @@ def load_towers(
         towers = Towers(model).to(device).eval()
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    towers.passage_model = read_passage_model(Path(path), towers)
     if towers.device.type == "cuda":
         towers.enable_packing()
     return towers

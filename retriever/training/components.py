@@ -28,10 +28,12 @@ from retriever.mining.refresh import NegativeRefresh
 from retriever.models.fsdp import shard_encoders
 from retriever.models.loading.lora import cast_base
 from retriever.models.memory import GraphMemory
+from retriever.models.passage_side import freeze_passage_side
 from retriever.training.cuda_graphs import check_cuda_graphs
 from retriever.training.objective.checks import check_dimension, check_objective
 from retriever.training.objective.loss import build_losses, check_ranks
 from retriever.training.objective.sources import SourceLosses
+from retriever.training.objective.stored import open_stored_embeddings
 from retriever.training.optimization.average import WeightAverage
 from retriever.training.optimization.optim import build_optimizer
 from retriever.training.optimization.rates import learning_rates
@@ -66,14 +68,10 @@ class Components:
     sharded: bool
     """Whether the encoders are sharded over the ranks."""
     train_step: TrainStep
+    modules: dict[str, nn.Module]
+    """The modules that a checkpoint contains, by name."""
     refresh: NegativeRefresh | None = None
     """Mines hard negatives during training."""
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The modules that a checkpoint contains, by name."""
-        average = {} if self.average is None else {"average": self.average}
-        return {"towers": self.towers, "loss": self.loss, **average}
 
     def evaluated_weights(self) -> contextlib.AbstractContextManager[None]:
         """Context in which the towers have the weights that are evaluated and saved: their average, with optim.ema."""
@@ -110,6 +108,9 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     sharded = config.shard_towers and ranks.group is not None
     towers = _build_towers(config, device, precision, ranks, sharded)
     check_dimension(config, towers.dimension)
+    if config.dev.dim is not None:
+        # Refused now if the model has fewer dimensions.
+        towers.truncated(config.dev.dim)
     for note in (towers.describe_padding(), towers.describe_frozen()):
         if note:
             reporter.line(note)
@@ -117,7 +118,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     graphs = GraphMemory.plan(
         towers,
         precision,
-        texts=-(-config.batch_size // ranks.world_size) * config.data.texts_per_query,
+        texts=-(-(config.batch_size * config.data.texts_per_query + config.data.random_passages) // ranks.world_size),
         workspace_mib=config.loss.workspace_mib,
         micro_batch_tokens=config.micro_batch_tokens,
         offload_embeddings=config.offload_embeddings,
@@ -126,9 +127,6 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
         check_cuda_graphs(towers, precision)
     # The saved configuration has the values that were used, not "auto" and None.
     config = dataclasses.replace(config, precision=precision, micro_batch_tokens=graphs.micro_batch_tokens)
-    named_parameters = nn.ModuleDict({"towers": towers, "loss": loss}).named_parameters()
-    optimizer = build_optimizer(named_parameters, config.optim, learning_rates(towers, loss, config.optim))
-    average = None if config.optim.ema is None else WeightAverage(towers, config.optim.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     dev_set = open_dev_set(config.dev, images=bool(config.model.image.name), batch_size=config.batch_size)
     model = Model("the model of the run", towers, EncodeOptions(precision, graphs.micro_batch_tokens))
@@ -144,7 +142,32 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
             dry_run=isinstance(ranks, DryRunRanks),
             cluster=lambda table: _clusters(config, model, table, cache_folder(config, run), reporter),
         )
-    train_step = TrainStep(config, precision, towers, loss, optimizer, scaler, graphs, len(batches), ranks, average)
+    stored = None
+    # A plan embeds no texts with a teacher.
+    if config.query_only or (config.loss.teacher.uses_embeddings and not isinstance(ranks, DryRunRanks)):
+        stored = open_stored_embeddings(
+            config,
+            towers,
+            batches,
+            cache_folder(config, run),
+            device=device,
+            precision=precision,
+            reporter=reporter,
+            ranks=ranks,
+        )
+        batches.stored = stored.lookup
+    if config.query_only:
+        freeze_passage_side(towers)
+    average = None if config.optim.ema is None else WeightAverage(towers, config.optim.ema)
+    trained = nn.ModuleDict({"towers": towers, "loss": loss})
+    if stored is not None and stored.teacher is not None and stored.teacher.projection is not None:
+        trained["teacher"] = stored.teacher
+    rates = learning_rates(towers, loss, config.optim)
+    optimizer = build_optimizer(trained.named_parameters(), config.optim, rates)
+    modules = {**dict(trained.named_children()), **({} if average is None else {"average": average})}
+    train_step = TrainStep(
+        config, precision, towers, loss, optimizer, scaler, graphs, len(batches), ranks, average, stored
+    )
     refresh = None
     if config.mine_every is not None:
         refresh = NegativeRefresh(config, batches.tables, model, run, ranks)
@@ -165,6 +188,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
         sharded=sharded,
         train_step=train_step,
         refresh=refresh,
+        modules=modules,
     )
     _check_same_data(components)
     return components

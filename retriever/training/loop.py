@@ -226,7 +226,7 @@ class TrainingLoop:
         with parts.evaluated_weights():
             measures = measure_on_ranks(
                 parts.dev_set,
-                parts.towers,
+                parts.towers if config.dev.dim is None else parts.towers.truncated(config.dev.dim),
                 self._folder.path,
                 EncodeOptions(parts.precision, config.micro_batch_tokens),
                 self._reporter,

@@ -77,6 +77,7 @@ def plan_step(
     precision: Precision,
     ranks: int,
     batches_waiting: int,
+    frozen_bytes: int = 0,
 ) -> MemoryPlan:
     """Plan the memory of the steps of a run.
 
@@ -90,6 +91,7 @@ def plan_step(
         precision: precision of the towers.
         ranks: number of processes.
         batches_waiting: number of prepared batches in host memory.
+        frozen_bytes: bytes of the frozen passages on the device. Default: 0.
     """
     device = towers.device
     on_gpu = device.type == "cuda"
@@ -122,10 +124,14 @@ def plan_step(
         resident["average of the weights"] = sharding.bytes_of(p for p in towers.parameters() if p.requires_grad)
     # safetensors serializes copies. The larger file is the optimizer's, and it is written unsharded.
     checkpoint = 2 * max(resident.values()) * sharding.processes
+    if frozen_bytes:
+        resident["embeddings of query_only"] = float(frozen_bytes)
     if on_gpu:
         resident["workspace of cuBLAS"] = float(_LIBRARY_BYTES)
     else:
-        resident["program, libraries, open data"] = max(0.0, process_bytes - sum(tensor.nbytes for tensor in tensors))
+        resident["program, libraries, open data"] = max(
+            0.0, process_bytes - sum(tensor.nbytes for tensor in tensors) - frozen_bytes
+        )
     bf16_weights = 0.0
     if on_gpu and precision == "bf16" and sharding.processes == 1:
         copied = (p for encoder in towers.encoders for p in encoder.parameters() if p.dtype == torch.float32)

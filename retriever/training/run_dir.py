@@ -14,6 +14,7 @@ from torch import nn
 
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
 from index.progress import Reporter
+from index.store.reader import EmbeddingStore
 from retriever.config.lora import LoraConfig
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import CONFIG_FILE, load_config, save_config
@@ -23,6 +24,7 @@ from retriever.distributed.ranks import Ranks
 from retriever.models.card.card import ModelCard, write_card
 from retriever.models.loading.checksums import write_checksums
 from retriever.models.loading.lora import merged_weights
+from retriever.models.passage_side import write_passage_model
 from retriever.models.sharded_tensors import gather_tensors
 from retriever.models.towers import build_towers
 from retriever.training.checkpoint import (
@@ -151,6 +153,8 @@ class RunFolder:
             towers.load_state_dict(weights)
         with atomic_folder(self.path / "model") as folder:
             towers.save(folder)
+            if config.query_only:
+                write_passage_model(folder, towers, EmbeddingStore.open(config.query_only).model)
             write_checksums(folder)
             write_card(folder, towers, card)
 

@@ -26,6 +26,7 @@ from retriever.training.objective.checks import has_statistics
 from retriever.training.objective.options import LossOptions
 from retriever.training.objective.sources import SourceLosses, SourceObjective, loss_of_source
 from retriever.training.objective.statistics import joined_statistics
+from retriever.training.objective.stored import StoredEmbeddings
 from retriever.training.optimization.average import WeightAverage
 from retriever.training.optimization.optim import lr_factor, set_learning_rates
 from retriever.training.profiler import phase
@@ -76,6 +77,8 @@ class TrainStep:
     """The ranks, each of which has a share of the batch."""
     average: WeightAverage | None = None
     """Moving average of the weights, which each step updates."""
+    stored: StoredEmbeddings | None = None
+    """Frozen passages, or a teacher's embeddings; None without them."""
 
     @cached_property
     def objectives(self) -> list[SourceObjective]:
@@ -107,12 +110,17 @@ class TrainStep:
             for part, query, passage in batch.split(*batch.merge_embeddings(embeddings, of_loss)):
                 objective = self.objectives[part.source]
                 passage, options = LossOptions.of(part, passage, objective.loss, statistics=statistics)
+                further = None
+                if self.stored is not None:
+                    passage, options, further = self.stored.apply(part, options, query, passage, self.ranks)
                 # Autocast makes the loss use the precision of the towers if its own is "auto".
                 with autocast(of_loss, self.precision):
                     loss = loss_of_source(self.loss, part.source)(query, passage, **options.arguments())
                 if statistics:
                     loss, of_part = loss
                     found_in.append((of_part, part.loss_share))
+                if further is not None:
+                    loss = loss + further
                 losses.append(loss * part.loss_share if batch.parts else loss)
             if statistics:
                 found = joined_statistics(found_in)

@@ -125,6 +125,7 @@ class Trainer:
     def plan(self) -> MemoryPlan:
         """Plan the memory of a step on this process, without training."""
         parts = self.components
+        stored = parts.train_step.stored
         batch = next(iter(self.batches.loader(start=self.batches.schedule.largest_step)))
         return plan_step(
             self.config,
@@ -138,6 +139,7 @@ class Trainer:
             batches_waiting=self.batches.in_memory(
                 data_workers(self.config.data.workers, self.device.type, len(self.batches))
             ),
+            frozen_bytes=0 if stored is None or stored.frozen is None else stored.frozen.device_bytes,
         )
 
     def train(self, *, profile: bool = False) -> Path:

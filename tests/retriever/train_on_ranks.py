@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from forks import on_ranks
 from run_helpers import assert_near, results
 
@@ -71,6 +72,33 @@ def main(config: str) -> None:
         on_ranks(size, trained(config, out / f"blocks{size}", *blocks))
     assert_near(results(out / "blocks3"), results(out / "blocks1"))
     print("blocks", flush=True)
+    compare_stored(config, out)
+    print("stored", flush=True)
+
+
+def compare_stored(config: str, out: Path) -> None:
+    """Compare runs with a teacher, random passages and frozen passages on 1 and 3 processes."""
+    tree = yaml.safe_load(Path(config).read_text())
+    lines = [
+        json.loads(line) for source in tree["data"]["sources"] for line in Path(source["path"]).read_text().splitlines()
+    ]
+    texts = dict.fromkeys(text for row in lines for text in row["positive"])
+    corpus, model, store = out / "corpus.jsonl", out / "1" / "model", out / "store"
+    corpus.write_text("".join(json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
+    short = ("--steps", "4", "--dev.path", "")
+    teacher = ("--loss.teacher.kind", "pool_kl", "--loss.teacher.regression", "0.5", "--loss.teacher.model", str(model))
+    drawn = ("--data.random-passages", "7", "--data.corpus", str(corpus))
+    encode = ["encode", "--model", str(model), "--data", str(corpus), "--out", str(store), "--device", "cpu"]
+    on_ranks(1, lambda: command_line(encode) and None)
+    tree["model"] = {"name": str(model), "dropout": 0.0, "shared": False}
+    tree["data"]["negatives"], tree["loss"]["symmetric"], tree["query_only"] = 0, False, str(store)
+    frozen = out / "frozen.yaml"
+    frozen.write_text(yaml.safe_dump(tree))
+    for size in (1, 3):
+        on_ranks(size, trained(config, out / f"teacher{size}", *teacher, *drawn, *short))
+        on_ranks(size, trained(str(frozen), out / f"frozen{size}", *short))
+    for name in ("teacher", "frozen"):
+        assert_near(results(out / f"{name}3"), results(out / f"{name}1"))
 
 
 if __name__ == "__main__":

@@ -162,13 +162,11 @@ class ImageTextTowers(Towers):
             return self.image_head(self.image_features(features["pixels"]))
         return self._prefix(self._text_model[0](dict(features), task=side)["sentence_embedding"])
 
-    def fingerprint(self) -> dict[str, str]:
-        """Return {"sha256": …} over everything that embeddings of texts and images depend on."""
+    def sha256(self) -> str:
+        """Return a sha256 over everything that embeddings of texts and images depend on."""
         settings = without_provenance(self._image[0].auto_model.config.to_dict())
-        texts = {"sha256": super().fingerprint()["sha256"]}
-        parts = [texts, asdict(self.transform), settings]
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-        return self._with_dim({"sha256": digest.hexdigest()})
+        parts = [{"sha256": super().sha256()}, asdict(self.transform), settings]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def image_fingerprint(self) -> str:
         """Return a sha256 over everything that the outputs of `image_features` depend on."""

@@ -8,6 +8,7 @@ from losses.option_checks.combinations import NOT_DENSE, REFUSED
 from retriever.config.run import TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
+from retriever.training.objective.query_only import check_query_only
 from retriever.training.objective.sources import SourceObjective
 
 # The option of the loss (losses/option_checks/combinations.py) that a field of the configuration sets.
@@ -19,6 +20,8 @@ FIELDS = {
     "negatives.same_side": "loss.same_side",
     "matryoshka": "loss.matryoshka",
     "statistics": "loss.statistics",
+    "teacher": "loss.teacher",
+    "negatives.frozen": "query_only",
 }
 # The options that the sigmoid loss has.
 OF_SIGMOID = ("negatives.limit", "negatives.guide")
@@ -30,6 +33,7 @@ def check_objective(config: TrainConfig, ranks: Ranks) -> None:
     Raises:
         ConfigError: Two settings do not combine. The message begins with the name of one field and has the other.
     """
+    check_query_only(config)
     try:
         objectives = SourceObjective.of_all(config)
     except ValueError as error:
@@ -40,6 +44,17 @@ def check_objective(config: TrainConfig, ranks: Ranks) -> None:
 
 def _check_options(config: TrainConfig, ranks: Ranks) -> None:
     loss, given = config.loss, given_options(config)
+    if loss.teacher.uses_scores and not config.data.negatives:
+        raise ConfigError(
+            f"data.negatives: expected hard negatives with loss.teacher.kind {loss.teacher.kind}, found 0: scores are "
+            "compared within a query's own list"
+        )
+    if config.mine_every is not None and loss.teacher.uses_embeddings:
+        raise ConfigError(
+            "mine_every does not combine with the embeddings of loss.teacher, which are computed before the first step"
+        )
+    if config.model.image.name and (loss.teacher.uses_scores or loss.teacher.uses_embeddings):
+        raise ConfigError("loss.teacher: not supported for a model with an image tower")
     if loss.statistics not in ("auto", "none"):
         given.add("statistics")
     allowed = OF_SIGMOID if loss.name == "sigmoid" else () if loss.name == "clip" else None
@@ -78,12 +93,16 @@ def given_options(config: TrainConfig) -> set[str]:
         "negatives.hardness": loss.hardness > 0,
         "negatives.same_side": loss.same_side,
         "matryoshka": loss.matryoshka.given,
+        "teacher": loss.teacher.kind != "none",
     }
     return {name for name, is_given in switches.items() if is_given}
 
 
 def has_statistics(config: TrainConfig) -> bool:
     """Whether steps that are logged compute statistics."""
+    if config.query_only:
+        # Statistics are about the passages of the batch, of which none is a negative.
+        return False
     if config.loss.statistics != "auto":
         return config.loss.statistics != "none"
     return config.loss.name == "inf_cl" and not _refused({*given_options(config), "statistics"})

@@ -56,6 +56,7 @@ class LossOptions:
             **_masks(batch, config, device),
             positives=positives,
             negatives=_negatives(config, own),
+            teacher=_teacher(batch, config, device),
             statistics=statistics,
         )
         return passage, options
@@ -72,6 +73,19 @@ def _masks(batch: PreparedBatch, config: LossConfig, device: torch.device) -> di
         return {}
     arrays = {"query_ids": masks.query_ids, "passage_ids": masks.passage_ids, "excluded": masks.excluded}
     return {name: _on_device(array, device) for name, array in arrays.items()}
+
+
+def _teacher(batch: PreparedBatch, config: LossConfig, device: torch.device) -> TeacherScores | None:
+    teacher, lists = config.teacher, batch.teacher
+    # A source without scores has none in its batches.
+    if not teacher.uses_scores or lists is None:
+        return None
+    passages, offsets = _on_device(lists.passages, device), _on_device(lists.offsets, device)
+    scores = to_device(torch.from_numpy(lists.scores), device)
+    kind: Any = teacher.kind
+    return TeacherScores(
+        passages, offsets, scores, kind, 1.0 if teacher.scale is None else teacher.scale, teacher.weight
+    )
 
 
 def _negatives(config: LossConfig, own: Ragged | None) -> Negatives | None:

@@ -37,7 +37,9 @@ _NOT_SHOWN = {
     "log_every",
     "checkpoint_every",
 }
-_NOT_SHOWN |= {"keep_checkpoints", "tensorboard", "track", "plot", "workers"}
+_NOT_SHOWN |= {"keep_checkpoints", "tensorboard", "track", "plot", "workers", "query_only", "passages_on", "corpus"}
+# Fields of loss.teacher that are folders.
+_TEACHER_FOLDERS = {"loss.teacher.model", "loss.teacher.passages", "loss.teacher.queries"}
 
 
 def run_card(
@@ -121,6 +123,18 @@ def _loss(config: TrainConfig) -> str:
     ]
     if loss.masks_false_negatives:
         parts.append("false negatives masked")
+    if config.data.random_passages:
+        parts.append(f"{config.data.random_passages} random passages per step")
+    if config.query_only:
+        parts.append("query tower only, exact softmax over all passages of an embedding store")
+    if loss.matryoshka.given:
+        parts.append(
+            f"summed over the first {', '.join(map(str, loss.matryoshka.dims))} dimensions (Matryoshka, "
+            "[arXiv 2205.13147](https://arxiv.org/abs/2205.13147)); the embeddings can be truncated to these"
+        )
+    if loss.teacher.kind != "none" or loss.teacher.regression:
+        teacher = Path(loss.teacher.model).name if loss.teacher.model else "given scores or embeddings"
+        parts.append(f"distilled from {teacher}")
     return ", ".join(parts) + "."
 
 
@@ -133,6 +147,8 @@ def run_settings(config: TrainConfig) -> dict[str, Any]:
             item = getattr(value, field.name)
             if dataclasses.is_dataclass(item):
                 collect(item, f"{prefix}{field.name}.")
+            elif f"{prefix}{field.name}" in _TEACHER_FOLDERS:
+                continue
             elif not (field.name in _NOT_SHOWN and (not prefix.startswith(("loss.", "optim.")))) and item is not None:
                 # 4 and 4.0 epochs are the same setting.
                 whole = isinstance(item, float) and item.is_integer()

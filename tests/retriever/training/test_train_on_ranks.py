@@ -80,7 +80,7 @@ def on_gpus(size: int, *words: object) -> subprocess.CompletedProcess[str]:
 def test_the_number_of_processes_does_not_change_training(python: LoadedPython, config: Path, tmp_path: Path) -> None:
     done = python.run(HERE / "train_on_ranks.py", config, folder=tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == ["2", "3", "4", "changed", "clip", "sigmoid", "switches", "blocks"]
+    assert done.stdout.split() == ["2", "3", "4", "changed", "clip", "sigmoid", "switches", "blocks", "stored"]
 
 
 def test_sharded_towers_train_like_unsharded_ones(python: LoadedPython, config: Path, tmp_path: Path) -> None:
