@@ -27,9 +27,11 @@ from retriever.mining.corpus import Corpus, IndexCorpus, StoreCorpus, write_unio
 from retriever.mining.cross_encoder import CrossEncoderScorer
 from retriever.mining.miner import Miner, prompts_of
 from retriever.mining.options import MiningOptions, Sampling
-from retriever.mining.parts import Part, Workplace, example_line
+from retriever.mining.parts import PART_ROWS, Part, Workplace, example_line
 from retriever.mining.texts import KnownPairs, text_key
 from retriever.searching.search import open_indexes
+
+CROSS_ENCODER_PART_ROWS = 2**12
 
 Format = Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"]
 
@@ -289,7 +291,9 @@ def _mine(
         }
         return Part([example_line(example, source) for example in examples], counts)
 
-    return workplace.write(len(table), identity, mine_part, reporter)
+    # Pairs of a cross-encoder are held as texts, `depth` for each row.
+    part_rows = PART_ROWS if scorer is None else CROSS_ENCODER_PART_ROWS
+    return workplace.write(len(table), identity, mine_part, reporter, part_rows=part_rows)
 
 
 def identical_ids(dataset: BeirDataset, reporter: Reporter) -> KnownPairs:

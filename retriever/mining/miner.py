@@ -122,7 +122,6 @@ class Miner:
             )
         best_known = self._best_known(queries, vectors)
         own = self._own_scores(examples, query_of, vectors)
-        texts = self._corpus.texts.contents({row for _, rows in found for row in rows[self._options.skip :].tolist()})
         rows = [
             _Row(example, scores, found[query], best_known[query])
             for example, scores, query in zip(examples, own, query_of, strict=True)
@@ -130,11 +129,14 @@ class Miner:
         if self._rescore is None:
             rescored = [(row.positives, row.candidates[0][self._options.skip :], row.best) for row in rows]
         else:
-            rescored = self._rescored(self._rescore, rows, texts, reporter)
-        return [
-            self._mined(row, number, *scores, texts)
+            candidates = {row for _, rows in found for row in rows[self._options.skip :].tolist()}
+            rescored = self._rescored(self._rescore, rows, self._corpus.texts.contents(candidates), reporter)
+        chosen = [
+            self._choose(row, number, *scores)
             for number, (row, scores) in enumerate(zip(rows, rescored, strict=True), start=start)
         ]
+        texts = self._corpus.texts.contents({row for _, negatives in chosen for row in negatives})
+        return [_with_negatives(mined, [texts[row] for row in negatives]) for mined, negatives in chosen]
 
     def _query(self, text: str, prompt: str | None) -> _Query:
         key = text_key(text)
@@ -206,15 +208,10 @@ class Miner:
         candidates = row.candidates[1][self._options.skip :].tolist()
         return [*row.example.positives, *(texts[candidate] for candidate in candidates)]
 
-    def _mined(
-        self,
-        row: _Row,
-        number: int,
-        positives: np.ndarray,
-        candidates: np.ndarray,
-        best: float,
-        texts: dict[int, str],
-    ) -> MinedRow:
+    def _choose(
+        self, row: _Row, number: int, positives: np.ndarray, candidates: np.ndarray, best: float
+    ) -> tuple[MinedRow, list[int]]:
+        """The row without its negatives, and the corpus rows of these."""
         options, example = self._options, row.example
         kept = list(range(len(example.positives)))
         if options.keep_top is not None:
@@ -222,7 +219,7 @@ class Miner:
             kept = [i for i in kept if better[i] < options.keep_top]
         dropped = len(example.positives) - len(kept)
         if not kept:
-            return MinedRow(None, dropped)
+            return MinedRow(None, dropped), []
         order = np.argsort(-candidates, kind="stable")
         taken = order[
             select(
@@ -236,15 +233,15 @@ class Miner:
                 seed=[options.seed, number] if options.sampling == "random" else None,
             )
         ]
-        rows = row.candidates[1][options.skip :][taken].tolist()
         scores = (*positives[kept].tolist(), *candidates[taken].tolist())
-        mined = replace(
-            example,
-            positives=tuple(example.positives[i] for i in kept),
-            negatives=tuple(texts[candidate] for candidate in rows),
-            scores=scores,
-        )
-        return MinedRow(mined, dropped)
+        mined = replace(example, positives=tuple(example.positives[i] for i in kept), negatives=(), scores=scores)
+        return MinedRow(mined, dropped), row.candidates[1][options.skip :][taken].tolist()
+
+
+def _with_negatives(row: MinedRow, negatives: list[str]) -> MinedRow:
+    if row.example is None:
+        return row
+    return replace(row, example=replace(row.example, negatives=tuple(negatives)))
 
 
 @dataclass(frozen=True)

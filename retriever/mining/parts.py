@@ -78,6 +78,8 @@ class Workplace:
         identity: Mapping[str, Any],
         make: Callable[[int, int], Part],
         reporter: Reporter,
+        *,
+        part_rows: int = PART_ROWS,
     ) -> Counter[str]:
         """Write the file from the parts that the ranks make, in the order of the rows, and remove the folder.
 
@@ -86,6 +88,7 @@ class Workplace:
             identity: Everything that the result depends on, as JSON values. Parts with another identity are not used.
             make: Called with the first and the last row (exclusive) of a part.
             reporter: Receives messages.
+            part_rows: Largest number of rows of a part, which `make` holds in memory. Default: 65,536.
 
         Returns:
             The sums of the counts of all parts.
@@ -95,7 +98,7 @@ class Workplace:
         """
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         folder = self.folder / f"parts-{key}"
-        size = self._part_rows(folder, rows)
+        size = self._part_rows(folder, rows, part_rows)
         starts = range(0, rows, size)
         done = {number for number in range(len(starts)) if _path(folder, number, "json").exists()}
         if done and self.ranks.is_first:
@@ -123,14 +126,14 @@ class Workplace:
         self.ranks.barrier()
         return counts
 
-    def _part_rows(self, folder: Path, rows: int) -> int:
+    def _part_rows(self, folder: Path, rows: int, most: int) -> int:
         """Rows per part: those of an earlier command, otherwise a few parts for each rank."""
         with self.ranks.first_rank_first():
             path = folder / "parts.json"
             if self.ranks.is_first and not path.exists():
                 folder.mkdir(exist_ok=True)
                 share = -(-rows // (4 * self.ranks.world_size))
-                write_json(path, {"rows": max(MIN_PART_ROWS, min(PART_ROWS, share))})
+                write_json(path, {"rows": max(MIN_PART_ROWS, min(most, share))})
             return int(read_json(path)["rows"])
 
     def _join(self, folder: Path, parts: int) -> None:

@@ -203,3 +203,19 @@ def test_several_processes_write_the_file_of_one(model: Model, pairs: Path, tmp_
     assert done.returncode == 0, done.stderr
     for one, other in zip(rows(tmp_path / "scored.jsonl"), rows(out), strict=True):
         np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_mining_on_a_gpu_equals_mining_on_the_host(tiny: Any, cross_encoder: str, pairs: Path, tmp_path: Path) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = Model("tiny", build_towers(tiny).eval().to(device), EncodeOptions())
+        for name in (None, cross_encoder):
+            out = tmp_path / f"{device}-{name is None}.jsonl"
+            retriever.mine(model, pairs, out, negatives=3, max_share=None, cross_encoder=name)
+            found.append(rows(out))
+    for one, other in zip(found[:2], found[2:], strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            np.testing.assert_allclose(mine["scores"], theirs["scores"], atol=1e-4)
+            assert mine["positive"] == theirs["positive"]
