@@ -192,11 +192,12 @@ def mine(
             None if cross_encoder is None else str(cross_encoder),
         )
         workplace = Workplace(out, ranks)
-        with ranks.first_rank_first(), reporter.bar(f"read {source.path}", None, "rows") as advance:
-            table = open_source(source, workplace.folder / "cache", progress=advance)
-        for notice in table.notices:
-            reporter.line(f"{source.path}: {notice}")
-        counts = mine_table(model, source, table, workplace, options, places, reporter)
+        with workplace.removed_if_unused():
+            with ranks.first_rank_first(), reporter.bar(f"read {source.path}", None, "rows") as advance:
+                table = open_source(source, workplace.folder / "cache", progress=advance)
+            for notice in table.notices:
+                reporter.line(f"{source.path}: {notice}")
+            counts = mine_table(model, source, table, workplace, options, places, reporter)
     return MinedNegatives(out, counts["rows"], counts["short"], counts["dropped"])
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,17 @@ class Workplace:
             if ranks.is_first and not self.folder.exists():
                 self.folder.mkdir(parents=True)
                 write_json(self.folder / MARKER, {"out": out.name})
+
+    @contextlib.contextmanager
+    def removed_if_unused(self) -> Iterator[None]:
+        """Context that removes the folder if the body fails before anything was made that a repetition would use."""
+        try:
+            yield
+        except BaseException:
+            used = (self.folder / "embeddings").exists() or any(self.folder.glob("parts-*/*.jsonl"))
+            if self.ranks.is_first and not used:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def write(
         self,

@@ -126,41 +126,46 @@ def score(
     with joined_ranks(same_settings("score", device, given)) as ranks:
         reporter = as_reporter(progress) if ranks.is_first else SilentReporter()
         workplace = Workplace(out, ranks)
-        with ranks.first_rank_first(), reporter.bar(f"read {source.path}", None, "rows") as advance:
-            table = open_source(source, workplace.folder / "cache", progress=advance)
-        for notice in table.notices:
-            reporter.line(f"{source.path}: {notice}")
-        if kind == "cross-encoder":
-            of_rows = _cross_encoder_scores(
-                CrossEncoderScorer(str(model), rank_device(choose_device(device)), precision, logits=logits)
-            )
-            about: object = str(model)
-        else:
-            if not isinstance(model, Model):
-                model = load(
-                    model, device=device, precision=precision, micro_batch_tokens=micro_batch_tokens, progress=reporter
+        with workplace.removed_if_unused():
+            with ranks.first_rank_first(), reporter.bar(f"read {source.path}", None, "rows") as advance:
+                table = open_source(source, workplace.folder / "cache", progress=advance)
+            for notice in table.notices:
+                reporter.line(f"{source.path}: {notice}")
+            if kind == "cross-encoder":
+                of_rows = _cross_encoder_scores(
+                    CrossEncoderScorer(str(model), rank_device(choose_device(device)), precision, logits=logits)
                 )
-            model.towers.to(rank_device(model.device))
-            of_rows, about = _bi_encoder_scores(model, source), model.towers.fingerprint()
+                about: object = str(model)
+            else:
+                if not isinstance(model, Model):
+                    model = load(
+                        model,
+                        device=device,
+                        precision=precision,
+                        micro_batch_tokens=micro_batch_tokens,
+                        progress=reporter,
+                    )
+                model.towers.to(rank_device(model.device))
+                of_rows, about = _bi_encoder_scores(model, source), model.towers.fingerprint()
 
-        def score_part(start: int, stop: int) -> Part:
-            examples = [table[row] for row in range(start, stop)]
-            scored = [
-                replace(example, scores=scores)
-                for example, scores in zip(examples, of_rows(examples, reporter), strict=True)
+            def score_part(start: int, stop: int) -> Part:
+                examples = [table[row] for row in range(start, stop)]
+                scored = [
+                    replace(example, scores=scores)
+                    for example, scores in zip(examples, of_rows(examples, reporter), strict=True)
+                ]
+                pairs = sum(len(example.positives) + len(example.negatives) for example in examples)
+                counts = {"rows": len(examples), "pairs": pairs}
+                return Part([example_line(example, source) for example in scored], counts)
+
+            prompts = [
+                source.query_prompt,
+                source.passage_prompt,
+                source.query_prompt_column,
+                source.passage_prompt_column,
             ]
-            pairs = sum(len(example.positives) + len(example.negatives) for example in examples)
-            counts = {"rows": len(examples), "pairs": pairs}
-            return Part([example_line(example, source) for example in scored], counts)
-
-        prompts = [
-            source.query_prompt,
-            source.passage_prompt,
-            source.query_prompt_column,
-            source.passage_prompt_column,
-        ]
-        identity = {"rows": table.sha256, "model": about, "prompts": prompts, **given}
-        counts = workplace.write(len(table), identity, score_part, reporter)
+            identity = {"rows": table.sha256, "model": about, "prompts": prompts, **given}
+            counts = workplace.write(len(table), identity, score_part, reporter)
     return ScoredPairs(out, counts["rows"], counts["pairs"])
 
 

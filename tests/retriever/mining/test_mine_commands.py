@@ -183,6 +183,10 @@ def test_prompts_of_rows_and_invalid_arguments(model: Model, pairs: Path, tmp_pa
     ):
         assert_refused(command(*arguments, *flags), 2, message)
     assert_refused(command("score", "--model", "a/b", *arguments[3:]), 2, "kind: expected cross-encoder or bi-encoder")
+    for work in (retriever.mine, retriever.score):
+        with pytest.raises(InputError, match=r"none\.jsonl: no such file"):
+            work(model, tmp_path / "none.jsonl", tmp_path / "x.jsonl")
+    assert not (tmp_path / "x.jsonl.work").exists()
 
 
 @pytest.mark.slow
