@@ -9,19 +9,22 @@ from pathlib import Path
 from index.files import InputError
 
 
-def check_free_space(folder: Path, needed: int, what: str) -> None:
+def check_free_space(folder: Path, needed: int, what: str, *, replaces: Path | None = None) -> None:
     """Check that the disk of a folder has room for what a long run will write.
 
     Args:
         folder: the folder; it may not exist yet.
-        needed: bytes that will be written.
+        needed: bytes that the files will have.
         what: what will be written, for the message.
+        replaces: folder whose files already belong to what is needed, such as an incomplete store. Default: None.
 
     Raises:
         InputError: fewer bytes are free.
     """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     disk = shutil.disk_usage(existing)
+    if replaces is not None and replaces.is_dir():
+        needed -= sum(path.stat().st_size for path in replaces.rglob("*") if path.is_file())
     # Some network file systems report no sizes.
     if disk.total and disk.free < needed:
         raise InputError(f"{folder}: expected {_size(needed)} of free disk space for {what}, found {_size(disk.free)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import zlib
@@ -175,12 +176,16 @@ def _unreadable(path: Path, lines_read: int, error: Exception) -> InputError:
     if not isinstance(error, UnicodeDecodeError):
         return InputError(f"{path}: cannot be read after line {lines_read}: {error}")
     # Text is decoded ahead of the lines: search for the line that contains the invalid byte.
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
+    with (
+        contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error),
+        gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream,
+    ):
+        for number, line in enumerate(iter(partial(stream.readline, MAX_LINE), b""), start=1):
             try:
                 line.decode()
             except UnicodeDecodeError as wrong:
                 return InputError(f"{path}:{number}: expected UTF-8, found byte 0x{line[wrong.start]:02x}")
+    # The archive is damaged before the line ends.
     return InputError(f"{path}: expected UTF-8, found: {error}")
 
 
@@ -210,8 +215,10 @@ def count_records(path: Path) -> int:
     """Approximate number of rows, for progress bars: the lines of a text file, the exact number of a Parquet file.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or it is a named pipe or device.
     """
+    if path.exists():
+        check_readable(path)
     if path.name.endswith(".parquet"):
         import pyarrow
         import pyarrow.parquet

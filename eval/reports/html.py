@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.measures import HEADLINE, NAMES, cutoffs, measure_name, shown
 from eval.metrics import Metrics
+from eval.reports.escaping import html_environment
 from eval.reports.markdown import PAIR_HEAD, detail, notes_of, overview_rows, pair_cells
 from eval.sizes import size_cells
 
@@ -31,15 +32,9 @@ class Plot:
 
 def html_of(report: Report, draw: bool = True) -> str:
     """Render the page; `draw` says whether to include plots."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import PackageLoader
 
-    environment = Environment(
-        loader=PackageLoader("eval.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = html_environment(PackageLoader("eval.reports"))
     plots = _plots(report) if draw else {}
     return environment.get_template("report.html").render(
         report=report,

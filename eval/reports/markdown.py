@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eval.compare import Pair
 from eval.measures import HEADLINE, NAMES, cutoffs, measure_name, shown
 from eval.metrics import Metrics
+from eval.reports.escaping import printable
 from eval.sets.plan import lines_of_means
 from eval.sizes import SizeResult, size_cells
 
@@ -41,8 +42,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def cell(text: str) -> str:
     """Escape text for a table cell: one line, without characters that Markdown or HTML would interpret."""
-    text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "/").replace("&", "&amp;").replace("<", "&lt;")
-    for sign in "*_`[]":
+    text = (
+        " ".join(printable(text).split())
+        .replace("\\", "\\\\")
+        .replace("|", "/")
+        .replace("&", "&amp;")
+        .replace("<", "&lt;")
+    )
+    for sign in "*_`[]~":
         text = text.replace(sign, f"\\{sign}")
     return text
 

@@ -17,6 +17,7 @@ from eval.compare import Pair, values_of
 from eval.measures import measure_name
 from eval.metrics import Metrics, Qrels
 from eval.ranking import RankedRun
+from eval.reports.escaping import printable
 from index.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -271,7 +272,7 @@ def _variable(colour: str) -> str:
 def _attribute(text: str) -> str:
     from html import escape
 
-    return escape(text, quote=True)
+    return escape(printable(text), quote=True)
 
 
 def new_figure(width: float = WIDTH, height: float = HEIGHT, columns: int = 1) -> tuple[Figure, list[Axes]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.reports import plots
+from eval.reports.escaping import html_environment
 from eval.reports.html import detail_rows
 from eval.zero_shot import figures
 from eval.zero_shot.classification import Classification
@@ -68,15 +69,9 @@ def _draw(folder: Path, evaluated: Evaluated, open_image: OpenImage) -> Iterator
 
 def html_of(folder: Path, report: ZeroShotReport, drawn: Drawn) -> str:
     """Render the page; images are embedded as data URIs."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import PackageLoader
 
-    environment = Environment(
-        loader=PackageLoader("eval.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = html_environment(PackageLoader("eval.reports"))
     sets = [_set_context(folder, evaluated, drawn.get(evaluated.dataset.name, [])) for evaluated in report.sets]
     page = environment.get_template("zero_shot.html")
     return page.render(title=report.title, sets=sets, details=list(detail_rows(report.details)))

@@ -23,6 +23,7 @@ from index.ann.tuning.graphs import add_held_out, can_add_later, is_graph, truth
 from index.ann.tuning.recall import Target, find_truth
 from index.ann.tuning.tune import Tuning, tune
 from index.background import BackgroundTasks
+from index.disk_space import check_free_space
 from index.files import ArgumentError, InputError, atomic_folder
 from index.manifest import INDEX, read_manifest
 from index.store.parts import Part
@@ -104,6 +105,7 @@ def build(
         if note is not None:
             note("training")
         index, origin = _trained_index(part, plan, held_out, background, checked, note)
+        _check_space(out, part, origin["factory"], on_disk=plan.on_disk)
         # A graph must not contain the passages it is measured with: they are added after tuning.
         added_last = held_out if is_graph(index) else held_out[:0]
         if len(added_last) and not can_add_later(index):
@@ -235,6 +237,21 @@ def _trained_index(
         raise _build_error(factory, part.rows, error) from None
     set_search_defaults(index)
     return index, {"factory": factory, "seed": plan.seed, "trained_on": trained_on, "trained": fingerprint(index)}
+
+
+def _check_space(out: Path, part: Part, factory: str, *, on_disk: bool) -> None:
+    """Check that the index fits on the disk of `out`. With lists on disk, they are written in groups and then merged.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        each = factories.bytes_per_vector(factory, part.store.dim)
+    except InputError:
+        # Some factories have no fixed size per vector.
+        return
+    texts = sum(path.stat().st_size for kind in ("ids", "jsonl") for path in part.files(kind))
+    check_free_space(out, part.rows * each * (2 if on_disk else 1) + texts, f"an index of {part.rows:,} passages")
 
 
 def _build_error(factory: str, rows: int, error: Exception) -> InputError:

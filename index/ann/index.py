@@ -421,6 +421,9 @@ def _read(path: Path, tries: list[int]) -> Any:
     faiss = import_faiss()
     flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
     on_disk = (path.parent / LISTS_FILE).exists()
+    if hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        # No part of a file is larger than the file; faiss would reserve what a damaged one states.
+        faiss.set_deserialization_vector_byte_limit(max(1, path.stat().st_size))
     for mapped in tries:
         try:
             with silence_stdout() if on_disk else contextlib.nullcontext():

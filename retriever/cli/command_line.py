@@ -123,12 +123,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
     except (InputError, PackageClash) as error:
         return _fail(error, 1)
+    except UnicodeEncodeError as error:
+        # Arguments and names of files may have any bytes; what is written is UTF-8.
+        found = error.object[error.start : error.end]
+        return _fail(f"expected text in UTF-8, found {found!a} after {error.object[: error.start][-40:]!a}", 1)
     except MemoryError:
         return _fail("out of memory", 1)
     except RuntimeError as error:
         # By name, because the command line does without torch: its error for a full GPU.
         if type(error).__name__ == "OutOfMemoryError":
             return _fail("out of GPU memory: lower --micro-batch-tokens, or the batch", 1)
+        if "Too many open files" in str(error):
+            return _fail("too many open files: raise the limit, for example with `ulimit -n 4096`", 1)
         if str(error).startswith("DataLoader worker"):
             return _fail("a process that prepares data was killed, for want of memory perhaps", 1)
         raise

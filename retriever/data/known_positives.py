@@ -17,6 +17,7 @@ import numpy as np
 
 from index.files import InputError, atomic_path
 from index.progress import Reporter
+from index.store.arrays import open_array
 from retriever.data.false_negatives import Integers, concatenated_ranges, normalize_whitespace
 from retriever.data.table import ExampleTable
 
@@ -51,13 +52,13 @@ class KnownPositives:
         """
         self.path = path
         try:
-            content = np.lib.format.open_memmap(path, mode="r")
+            content = open_array(path)
             if content.ndim != 1 or content.dtype != np.int64 or len(content) < 3:
                 raise ValueError("expected a one-dimensional array of 64-bit integers")
             queries, positives = content[:2].tolist()
             if len(content) != 4 + 2 * queries + positives:
                 raise ValueError(f"expected {queries} queries and {positives} positives, found {len(content)} numbers")
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read (remove it to create it again): {error}") from None
         self._content = content
         self._queries = content[3 : 3 + queries]

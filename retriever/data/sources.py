@@ -296,19 +296,24 @@ def _huggingface_records(config: SourceConfig) -> Iterator[Record]:
             *prompts,
         ]
         dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
-    number, batches = 0, dataset.iter(batch_size=1024)
+    number, batches = 0, dataset.with_format("arrow").iter(batch_size=1024)
     while (batch := _next_batch(batches, config.path)) is not None:
         for cells in zip(*batch.values(), strict=True):
             number += 1
             yield Record(f"{config.path}: row {number}", dict(zip(batch, cells, strict=True)))
 
 
-def _next_batch(batches: Iterator[dict[str, Any]], path: str) -> dict[str, Any] | None:
+def _next_batch(batches: Iterator[Any], path: str) -> dict[str, Any] | None:
     """Return the next batch of columns, or None at the end. A streaming dataset reads its files here."""
     from datasets.exceptions import DatasetsError
 
     try:
-        return next(batches, None)
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        # Offsets of a damaged Arrow file would be followed out of its memory.
+        batch.validate(full=True)
+        return batch.to_pydict()
     except (*DAMAGED_DATASET, DatasetsError) as error:
         raise _unreadable(path, error) from None
 

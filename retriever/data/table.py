@@ -57,9 +57,12 @@ class ExampleTable:
 
         self.path = path
         metadata = read_json(path.with_suffix(".json"))
-        self.name, self.notices = metadata["source"]["path"], metadata["notices"]
-        self.sha256, self.rows_with_negatives = metadata["sha256"], metadata["rows_with_negatives"]
-        self.rows_with_scores, self.rows_skipped = metadata["rows_with_scores"], metadata["rows_skipped"]
+        try:
+            self.name, self.notices = metadata["source"]["path"], metadata["notices"]
+            self.sha256, self.rows_with_negatives = metadata["sha256"], metadata["rows_with_negatives"]
+            self.rows_with_scores, self.rows_skipped = metadata["rows_with_scores"], metadata["rows_skipped"]
+        except (LookupError, TypeError):
+            raise InputError(f"{path.with_suffix('.json')}: damaged; remove it to convert the source again") from None
         try:
             rows = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
         except (pyarrow.ArrowInvalid, OSError) as error:

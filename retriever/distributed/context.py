@@ -20,8 +20,9 @@ from retriever.utils.torchrun import check_environment, local_rank, restart_coun
 from retriever.utils.versions import COMPUTING, versions
 from retriever.utils.workers import exit_with_parent
 
-# Long, because one rank may build an index while the others wait. torchrun notices dead ranks without a timeout.
-TIMEOUT = datetime.timedelta(days=1)
+# Of one collective. A rank that builds an index while the others wait is waited for without a limit (ranks.py), and
+# torchrun notices dead ranks without a timeout; a rank that hangs ends the job after this time.
+TIMEOUT = datetime.timedelta(minutes=20)
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def joined_ranks(same: Mapping[str, Any] | None = None, *, on_devices: bool = Fa
     with default_signal_handlers(), exit_with_parent():
         job_store, store, rank, size = _init_process_group("cpu:gloo,cuda:nccl" if on_devices else "gloo")
     with report_first_error(store):
-        ranks = Ranks(rank, size, job_store)
+        ranks = Ranks(rank, size, job_store, store)
         check_same_on_ranks(ranks, {**(same or {}), **_compared_versions()})
         yield ranks
         # Only without an error: otherwise the other ranks may never reach this call.

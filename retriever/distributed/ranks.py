@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,9 @@ from torch import distributed
 
 from retriever.distributed.share import Share
 from retriever.utils.torchrun import restart_count
+
+# Longest pause in seconds between looks at the store.
+MAX_PAUSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,9 @@ class Ranks:
     world_size: int = 1
     job_store: Any = field(default=None, compare=False, repr=False)
     """Key-value store of torchrun, which usually survives a restart of the processes. None for one process."""
+    store: Any = field(default=None, compare=False, repr=False)
+    """Key-value store of this attempt of the job. None for one process."""
+    _waits: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -56,7 +64,8 @@ class Ranks:
         return self.job_store.check([f"begun {run}"])
 
     def barrier(self) -> None:
-        """Wait until all ranks have reached this call."""
+        """Wait until all ranks have reached this call, however long that takes."""
+        self._wait_for_all()
         # `distributed.barrier` with several backends would run on the GPUs, after all work that is queued there.
         self.all_reduce_sum(0)
 
@@ -86,6 +95,8 @@ class Ranks:
         if self.world_size == 1:
             return value
         content = json.dumps(value).encode() if self.is_first else b""
+        # Rank 0 may have read files for hours.
+        self._wait_for_all()
         length = int(self.all_reduce_sum(len(content))[0])
         buffer = torch.empty(length, dtype=torch.uint8)
         if self.is_first:
@@ -108,6 +119,20 @@ class Ranks:
         gathered = [torch.empty(max(counts), dtype=torch.from_numpy(padded).dtype) for _ in counts]
         distributed.all_gather(gathered, torch.from_numpy(padded))
         return [part.numpy()[:count] for part, count in zip(gathered, counts, strict=True)]
+
+    def _wait_for_all(self) -> None:
+        """Wait for all ranks through the store, which has no timeout. Collectives have one (context.py).
+
+        A rank that fails meanwhile ends the others (errors.py).
+        """
+        if self.store is None:
+            return
+        key, pause = f"wait {next(self._waits)}", 0.001
+        arrived = self.store.add(key, 1)
+        while arrived < self.world_size:
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_PAUSE)
+            arrived = self.store.add(key, 0)
 
     def _all_reduce(self, values: list[float], operation: Any) -> list[float]:
         if self.world_size == 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from index.disk_space import check_free_space
 from index.fields.values import check_field_names
 from index.passages import PassageFile
 from index.progress import Reporter
@@ -62,11 +63,17 @@ def embed_corpus(
         fields: fields of the passages to keep.
 
     Raises:
-        InputError: the file is missing, empty or has an invalid row, or `folder` holds something else.
+        InputError: the file is missing, empty or has an invalid row, `folder` holds something else, or its disk is too
+            small.
     """
     check_field_names(corpus, fields)
     notices = Notices()
-    total = count_records(corpus) if reporter.is_live else None
+    is_first = ranks is None or ranks.is_first
+    total = count_records(corpus) if reporter.is_live or is_first else None
+    if is_first and total is not None:
+        bytes_each = np.dtype((storage or StoreOptions()).dtype).itemsize * towers.dimension
+        needed = total * bytes_each + corpus.stat().st_size
+        check_free_space(folder, needed, f"{total:,} embeddings and their texts", replaces=folder)
     with (
         checksum_progress(reporter, [folder]) as checked,
         reporter.bar(f"encode {corpus.name}", total, "passages") as advance,

@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import FileSystemLoader, Template
 from markupsafe import Markup
 
+from eval.reports.escaping import html_environment
 from retriever.searching.search import Answer, Result
 from retriever.serve.excerpts import marked_excerpt
 
@@ -106,8 +107,4 @@ def render(
 
 @cache
 def _template() -> Template:
-    loader = FileSystemLoader(STATIC)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html")
+    return html_environment(FileSystemLoader(STATIC)).get_template("page.html")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -40,6 +40,10 @@ class TrainState:
     """Fingerprint of the dev set, which must be the same to resume; empty without one."""
     scaler: dict[str, float] | None = None
     """State of the gradient scaler in fp16 training, otherwise None."""
+    losses: tuple[float, ...] = ()
+    """The recent losses that a new one is compared with, if steps with a loss spike are skipped or rolled back."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The configuration, to notice changes; empty in checkpoints of earlier versions."""
 
 
 class DamagedCheckpointError(InputError):
@@ -165,13 +169,22 @@ def _parse_state(saved: Any, file: Path) -> TrainState:
     for name, value in saved["optimizer"].items():
         if not re.fullmatch(r"\d{1,9}/.+", name) or not isinstance(value, int | float):
             raise InputError(f"{file}: optimizer: expected numbers, found {name!r:.60}: {value!r:.60}")
-    fields, types = saved["train"], get_type_hints(TrainState)
-    if fields.keys() != types.keys():
-        raise InputError(f"{file}: expected {', '.join(types)}, found {', '.join(fields):.200}")
-    fields = {**fields, "sources": tuple(fields["sources"]) if isinstance(fields["sources"], list) else None}
+    types = get_type_hints(TrainState)
+    # Checkpoints of earlier versions lack the fields that came later.
+    fields = {**asdict(TrainState()), **saved["train"]}
+    if "step" not in saved["train"] or fields.keys() != types.keys():
+        raise InputError(f"{file}: expected {', '.join(types)}, found {', '.join(saved['train']):.200}")
+    for name, kind in (("sources", str), ("losses", int | float)):
+        values = fields[name]
+        is_list = isinstance(values, list | tuple) and all(isinstance(value, kind) for value in values)
+        fields[name] = tuple(values) if is_list else None
     for name, value in fields.items():
         origin, arguments = get_origin(types[name]), get_args(types[name])
-        kinds = (tuple,) if origin is tuple else tuple(get_origin(kind) or kind for kind in arguments or (types[name],))
+        kinds = (
+            (origin,)
+            if origin in (tuple, dict)
+            else tuple(get_origin(kind) or kind for kind in arguments or (types[name],))
+        )
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise InputError(f"{file}: {name}: expected {types[name]}, found {value!r:.60}")
     if not 0 <= fields["step"] < 2**63:

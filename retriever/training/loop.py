@@ -14,6 +14,7 @@ from retriever.errors import NotFiniteError
 from retriever.training.checkpoint import TrainState
 from retriever.training.components import Components
 from retriever.training.cuda_graphs import use_cuda_graphs, uses_cuda_graphs
+from retriever.training.health.watch import HealthWatch
 from retriever.training.objective.sources import loss_of_source
 from retriever.training.objective.statistics import named_after_source, statistics_row
 from retriever.training.optimization.optim import lr_factor
@@ -56,6 +57,7 @@ class TrainingLoop:
         self._reporter = reporter
         self._total = len(components.batches)
         self._warned_without_negatives = False
+        self._watch = HealthWatch(components, folder, state, reporter)
 
     def run(self, *, profile: bool = False) -> None:
         """Train to the last step.
@@ -77,6 +79,7 @@ class TrainingLoop:
             loader = StepProfile(parts.device, self._folder.path).watch(loader, self._reporter.line)
         parts.towers.train()
         with self._reporter.bar("train", self._total, "steps", done=state.step) as advance:
+            self._watch.start()
             # A run that was interrupted in an evaluation starts with it.
             self._evaluate_if_due()
             for index, batch in enumerate(self._until_early_stop(loader)):
@@ -91,8 +94,15 @@ class TrainingLoop:
                 self._warn_without_negatives(batch)
                 is_last = state.step + 1 == self._total
                 log_row = is_last or self._due("log", "checkpoint", "dev", step=state.step + 1)
-                result = parts.train_step(batch, state.step, statistics=log_row)
+                result = parts.train_step(
+                    batch,
+                    state.step,
+                    statistics=log_row,
+                    observe=self._watch.observe if log_row else None,
+                    rejects=self._watch.rejects,
+                )
                 state.step += 1
+                self._watch.after_step()
                 meter.add(batch)
                 self._stop.sync()
                 if log_row or self._stop.requested:
@@ -100,6 +110,7 @@ class TrainingLoop:
                     row = self._row(batch, result, meter)
                 if log_row:
                     self._log.write(row)
+                    self._watch.check(row)
                     advance(0, line := format_row(row))
                     if is_last or not self._reporter.is_live:
                         left = meter.time_left(self._total - state.step)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from index.disk_space import check_free_space
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
 from index.progress import Reporter
 from index.store.reader import EmbeddingStore
@@ -132,6 +133,23 @@ class RunFolder:
         if self.ranks.is_first:
             prune_checkpoints(checkpoints, keep)
         self.ranks.barrier()
+
+    def check_space(self, modules: dict[str, nn.Module], keep: int) -> None:
+        """Check that checkpoints and the model fit on the disk.
+
+        Raises:
+            InputError: the disk is too small.
+        """
+        if not self.ranks.is_first:
+            return
+        parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        # The optimizer has two moments at most. A new checkpoint is written before an old one is removed.
+        moments = sum(
+            2 * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad
+        )
+        needed = (keep + 1) * (weights + moments) + weights
+        check_free_space(self.path, needed, f"{keep} checkpoints and the model", replaces=self.path / "checkpoints")
 
     def save_model(self, towers: Any, config: TrainConfig, card: ModelCard, *, sharded: bool) -> None:
         """Write the model folder with its card.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -85,13 +85,23 @@ class TrainStep:
         """How the loss is computed for each source."""
         return SourceObjective.of_all(self.config)
 
-    def __call__(self, batch: PreparedBatch, step: int, *, statistics: bool = False) -> StepResult:
+    def __call__(
+        self,
+        batch: PreparedBatch,
+        step: int,
+        *,
+        statistics: bool = False,
+        observe: Callable[[Tensor], None] | None = None,
+        rejects: Callable[[Tensor], bool] | None = None,
+    ) -> StepResult:
         """Make a step.
 
         Args:
             batch: the batch, or the share of this rank.
             step: number of the step, from 0.
             statistics: whether to compute statistics too, if the configuration has them. Default: False.
+            observe: called with the embeddings of the queries, [n, D]. Default: None.
+            rejects: tells by the loss whether the optimizer leaves this step out. Default: None, never.
         """
         config, device = self.config, self.towers.device
         of_loss = loss_device(device)
@@ -107,7 +117,10 @@ class TrainStep:
             nonlocal found
             losses: list[Tensor] = []
             found_in: list[tuple[Statistics, float]] = []
-            for part, query, passage in batch.split(*batch.merge_embeddings(embeddings, of_loss)):
+            merged = batch.merge_embeddings(embeddings, of_loss)
+            if observe is not None:
+                observe(merged[0])
+            for part, query, passage in batch.split(*merged):
                 objective = self.objectives[part.source]
                 passage, options = LossOptions.of(part, passage, objective.loss, statistics=statistics)
                 further = None
@@ -142,7 +155,8 @@ class TrainStep:
         with phase("optimizer"):
             self.scaler.unscale_(self.optimizer)
             grad_norm = clip_gradients(parameters, config.optim.max_grad_norm)
-            self.scaler.step(self.optimizer)
+            if rejects is None or not rejects(loss):
+                self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
             if self.average is not None:

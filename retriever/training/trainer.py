@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 from index.files import InputError
@@ -13,6 +14,7 @@ from retriever.distributed.agreement import check_same_folder, check_same_on_ran
 from retriever.distributed.ranks import Ranks
 from retriever.training.checkpoint import TrainState
 from retriever.training.components import build_components
+from retriever.training.health.config_change import config_tree, describe_changes
 from retriever.training.loop import TrainingLoop
 from retriever.training.memory_plan import MemoryPlan, plan_step
 from retriever.training.profiler import STEPS, WARM_UP
@@ -60,7 +62,7 @@ class Trainer:
         self.graphs = parts.graphs
         self.batches = parts.batches
         self.train_step = parts.train_step
-        self.state = TrainState(sources=parts.sources, dev=parts.dev_fingerprint)
+        self.state = TrainState(sources=parts.sources, dev=parts.dev_fingerprint, config=config_tree(self.config))
 
     @classmethod
     def start(
@@ -159,6 +161,7 @@ class Trainer:
         if profile:
             self._check_profile()
         with self._folder.locked():
+            self._folder.check_space(self.components.modules, self.config.keep_checkpoints)
             log = self._open_log()
             try:
                 with StopRequest(self.ranks.any if self.ranks.world_size > 1 else None) as stop:
@@ -188,7 +191,9 @@ class Trainer:
             raise InputError(
                 f"{self.run}: the data changed since step {loaded.step}; a run resumes only with the same data"
             )
-        self.state = loaded
+        if changes := describe_changes(loaded.config, self.config, loaded.step):
+            self.reporter.line(f"{self.run}: {changes}")
+        self.state = dataclasses.replace(loaded, config=self.state.config)
         assert self._folder.loaded is not None
         self.reporter.line(
             f"{_restart_prefix()}resuming from {self._folder.loaded.location} "

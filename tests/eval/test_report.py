@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,19 @@ def test_everything_that_comes_from_data_is_escaped(tmp_path: Path) -> None:
     assert "$x$" in page
     text = (tmp_path / "report.md").read_text()
     assert "<script" not in text and "\n# heading" not in text and "[x](" not in text
+
+
+def test_control_characters_reach_no_report(tmp_path: Path) -> None:
+    report = dataclasses.replace(whole_report(), title="a\x1b[31m\0\x85\u202eb ~~c~~")
+    write(tmp_path, report)
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text()
+        assert "a\ufffd[31m" in text.replace("\\[", "[")
+        assert (
+            not [c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"]
+            and "\u202e" not in text
+        )
+    assert "~~c~~" not in (tmp_path / "report.md").read_text()
 
 
 def test_a_page_has_no_scripts_or_external_resources(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ Every process is a fork of this one, which has imported the libraries, and runs 
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from run_helpers import assert_near, results
 
 import retriever.training.trainer  # noqa: F401 - imported before the forks, which share it
 from retriever.cli.command_line import main as command_line
+from retriever.distributed import context
 
 
 def trained(config: str, out: Path, *more: str) -> Any:
@@ -36,9 +39,19 @@ def resumed(out: Path) -> Any:
     return run
 
 
+def waits_longer_than_a_collective() -> None:
+    """Rank 0 works for longer than the timeout of a collective; the other one waits for it."""
+    context.TIMEOUT = datetime.timedelta(seconds=1)
+    with context.joined_ranks() as ranks:
+        if ranks.is_first:
+            time.sleep(2.5)
+        assert ranks.broadcast([ranks.rank, "done"]) == [0, "done"]
+
+
 def main(config: str) -> None:
     """Compare all runs."""
     out = Path("runs")
+    on_ranks(2, waits_longer_than_a_collective)
     on_ranks(1, trained(config, out / "1"))
     expected = results(out / "1")
     assert len({json.dumps(row.get("loss")) for row in expected["rows"]}) > 5

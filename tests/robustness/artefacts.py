@@ -30,6 +30,8 @@ def build(folder: Path, tiny: ModelConfig) -> None:
     _do("encode", "--model", run / "model", "--data", beir, "--out", store, "--shard-rows", 8)
     _do("index", "build", "--embeddings", store, "--out", index, "--factory", "IVF2,Flat")
     _do("index", "build", "--embeddings", store, "--out", folder / "index_pq", "--factory", "HNSW8,SQ8")
+    more = write_lines(folder / "more.jsonl", [{"_id": f"m{i}", "text": text} for i, text in enumerate(MEANINGS)])
+    _do("encode", "--model", run / "model", "--data", more, "--out", folder / "more")
     _do("evaluate", "beir", "--model", run / "model", "--data", beir, "--out", folder / "report", "--k", 10)
     _do("mine", "--model", run / "model", "--data", beir, "--out", folder / "mined.jsonl", "--max-share", 1)
     for number in (1, 2):
@@ -64,6 +66,8 @@ def _tables(folder: Path, pairs: Path, beir: Path) -> None:
     lines = [f"q{i} Q0 d{(i + j) % 20} {j + 1} {1 / (j + 1):.6f} run" for i in range(20) for j in range(5)]
     (folder / "system.run").write_text("\n".join(lines) + "\n")
     (folder / "other.run").write_text("\n".join(sorted(lines, key=lambda line: line[::-1])).replace(" 1.0", " 0.01"))
+    questions: list[Any] = [{"_id": f"q{i}", "text": row["question"]} for i, row in enumerate(rows)]
+    write_lines(folder / "questions.jsonl", questions)
     import datasets
 
     dataset = datasets.Dataset.from_list(rows)

@@ -167,7 +167,7 @@ READERS: dict[str, Reader] = {
         "run/model",
         _command("encode", "--model", "PATH", "--data", "@beir/corpus.jsonl", "--out", "OUT"),
         sealed=True,
-        editable=r".*config\.json|modules\.json|special_tokens_map\.json|retriever\.sha256",
+        editable=r".*config\.json|config.*\.json|modules\.json|special_tokens_map\.json|retriever\.sha256",
     ),
     "model without sums": Reader(
         "plain_model",

@@ -47,20 +47,25 @@ def _index_words(*words: object) -> Callable[[Path], Words]:
 
 _EVALUATE = ("evaluate", "beir", "--model", "run/model", "--data", "beir", "--out", "out", "--k", 10)
 _ENCODE = ("encode", "--model", "run/model", "--data", "beir", "--out", "out", "--shard-rows", 4)
-_BUILD = ("build", "--embeddings", "store", "--out", "out", "--factory", "IVF2,Flat", "--target-recall", 0.9)
+_QUERIES = ("--queries", "questions.jsonl", "--model", "run/model", "--target-recall", 0.5)
+_BUILD = ("build", "--embeddings", "store", "--out", "out", "--factory", "IVF2,Flat")
 SCENARIOS: dict[str, Scenario] = {
     "train": Scenario(_train, ("run.yaml", "pairs.jsonl", "beir"), "run"),
     "train on two ranks": Scenario(_train, ("run.yaml", "pairs.jsonl", "beir"), "run", ranks=2),
     "encode": Scenario(_line(*_ENCODE), ("run", "beir"), "out"),
     "encode on two ranks": Scenario(_line(*_ENCODE), ("run", "beir"), "out", ranks=2),
-    "index build": Scenario(_index_words(*_BUILD), ("store",), "out"),
+    "index build": Scenario(_index_words(*_BUILD, *_QUERIES), ("store", "run", "questions.jsonl"), "out"),
     "index build on disk": Scenario(_index_words(*_BUILD, "--on-disk"), ("store",), "out"),
     "index merge": Scenario(_index_words("merge", "part1", "part2", "--out", "out"), ("part1", "part2"), "out"),
     "index add": Scenario(
-        _index_words("add", "part1", "--embeddings", "store", "--out", "out"), ("part1", "store"), "out"
+        _index_words("add", "part1", "--embeddings", "more", "--out", "out"), ("part1", "more"), "out"
     ),
     "index delete": Scenario(_index_words("delete", "index", "--ids", "d1", "d7", "--out", "out"), ("index",), "out"),
-    "index tune": Scenario(_index_words("tune", "index", "--embeddings", "store"), ("index", "store"), "index"),
+    "index tune": Scenario(
+        _index_words("tune", "index", "--embeddings", "store", *_QUERIES),
+        ("index", "store", "run", "questions.jsonl"),
+        "index",
+    ),
     "mine": Scenario(
         _line("mine", "--model", "run/model", "--data", "beir", "--out", "out.jsonl", "--embeddings", "emb"),
         ("run", "beir"),

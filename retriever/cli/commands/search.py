@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional, UseAppendAction
 
+from eval.reports.escaping import JOINERS, printable
 from index.files import InputError
 from index.passages import one_line
 from index.progress import Reporter
@@ -24,8 +25,6 @@ from retriever.errors import check_at_least
 if TYPE_CHECKING:
     from retriever.searching.search import Answer
 
-# Zero-width joiners, of scripts and emoji; they are harmless on a terminal.
-JOINERS = "\u200c\u200d"
 # Unicode categories: control, format (text direction), surrogate, line and paragraph separator.
 CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
@@ -153,11 +152,6 @@ def _draw_answer(answer: Answer) -> None:
     console = Console()
     console.print(printable(answer.query), style="bold", markup=False, highlight=False)
     console.print(table)
-
-
-def printable(text: str) -> str:
-    """The text with control characters, which could change the terminal or the text direction, replaced by U+FFFD."""
-    return "".join(c if c.isprintable() or c in JOINERS or c.isspace() else "\ufffd" for c in text)
 
 
 def escaped(text: str) -> str:

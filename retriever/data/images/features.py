@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from index.files import atomic_path, read_json, write_json
+from index.store.arrays import open_array
 from retriever.data.images.pairs import BrokenPairError, PairSource
 from retriever.models.images.transforms import ImageTransform
 from retriever.models.mixed_precision import mixed_precision
@@ -33,7 +34,7 @@ class FeatureStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._rows: np.ndarray = np.load(path, mmap_mode="r")
+        self._rows: np.ndarray = open_array(path)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -24,6 +24,7 @@ import numpy as np
 
 from index.files import InputError, atomic_path, read_json, write_json
 from index.image_files.tars import member_name, split_name
+from index.store.arrays import open_array
 from retriever.data.images.tar_samples import COLUMNS, PARTS, scan_tar
 from retriever.data.sources import Notices
 
@@ -102,12 +103,15 @@ class ShardedSamples:
         """
         self.path = path
         metadata = read_json(path.with_suffix(".json"))
-        self.shards = [Path(shard["path"]) for shard in metadata["shards"]]
-        self.sha256, self.parts = metadata["sha256"], metadata["parts"]
-        self.notices, self.skipped = metadata["notices"], metadata["left_out"]
+        try:
+            self.shards = [Path(shard["path"]) for shard in metadata["shards"]]
+            self.sha256, self.parts = metadata["sha256"], metadata["parts"]
+            self.notices, self.skipped = metadata["notices"], metadata["left_out"]
+        except (LookupError, TypeError):
+            raise InputError(f"{path.with_suffix('.json')}: damaged; remove it to index the tars again") from None
         # Columns: shard, then offset and size of image, txt and json, and the position of the image's header. The size
         # of a missing part is -1.
-        self._rows = np.load(path, mmap_mode="r")
+        self._rows = open_array(path)
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -283,4 +287,4 @@ def _index_one(job: _Job) -> tuple[np.ndarray, list[tuple[str, str]]]:
             np.save(file, rows)
         write_json(index.with_suffix(".json"), {"left_out": skipped})
     skipped = [(kind, location) for kind, location in read_json(index.with_suffix(".json"))["left_out"]]
-    return np.load(index), skipped
+    return np.array(open_array(index)), skipped

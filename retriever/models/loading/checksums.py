@@ -82,6 +82,9 @@ def _listed_files(folder: Path) -> Iterator[tuple[Path, str]]:
 
 def _hub_files(folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield the large files of a snapshot in the hub's cache, which are stored under their sha256."""
+    if not any((folder / name).exists() for name in ("modules.json", "config.json", "adapter_config.json")):
+        # Not a model: the folder may be a whole disk.
+        return
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and path.is_file():
             blob = path.resolve()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from retriever.cli.commands.search import escaped, printable
+from eval.reports.escaping import printable
+from retriever.cli.commands.search import escaped
 from retriever.cli.terminal import Terminal
 
 

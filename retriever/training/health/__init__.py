@@ -1,0 +1,1 @@
+"""Signs of training that goes wrong: loss spikes, collapse, zero weights, an edited configuration."""
