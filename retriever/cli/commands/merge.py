@@ -20,9 +20,9 @@ class Merge:
     method: Literal["linear", "slerp"] = "linear"
     """linear: a weighted mean. slerp: spherical interpolation of each tensor; of more than two models one after
     another."""
-    weights: tuple[float, ...] | None = None
-    """Weight of each model, divided by their sum. None: equal weights, or those that are best on the dev sets."""
-    dev: tuple[str, ...] | None = None
+    weights: tuple[float, ...] = ()
+    """Weight of each model, divided by their sum. None given: equal weights, or those that are best on the dev sets."""
+    dev: tuple[str, ...] = ()
     """BEIR folders, or zero-shot sets for models of images and texts, on which the weights are chosen by the mean
     score: the models are merged from the best to the worst, each with the share that is best."""
     split: str = "dev"
@@ -47,8 +47,8 @@ class Merge:
             self.models,
             self.out,
             method=self.method,
-            weights=self.weights,
-            dev=self.dev,
+            weights=self.weights or None,
+            dev=self.dev or None,
             split=self.split,
             max_queries=self.max_queries,
             grid=self.grid,

@@ -22,10 +22,10 @@ class Study:
     """YAML file with the configuration of the runs, with a dev set."""
     out: str
     """Folder of the study: study.csv, study.md, study.png, and the runs in cells/."""
-    batch_size: tuple[int, ...] | None = None
-    """Batch sizes. None: that of the configuration."""
-    lr: tuple[float, ...] | None = None
-    """Learning rates at the batch size of the configuration. None: that of the configuration."""
+    batch_size: tuple[int, ...] = ()
+    """Batch sizes. None given: that of the configuration."""
+    lr: tuple[float, ...] = ()
+    """Learning rates at the batch size of the configuration. None given: that of the configuration."""
     seeds: tuple[int, ...] = (0,)
     """Random seeds."""
     lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"

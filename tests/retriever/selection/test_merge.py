@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import command, write_beir
+from image_helpers import COLOURS, SHAPES, draw, save_checkpoint
 
 import retriever
 from retriever.config.model import ModelConfig
+from retriever.models.images.towers import load_image_text_towers
 from retriever.models.loading.checksums import write_checksums
 from retriever.models.towers import build_towers
 from retriever.selection.weights import interpolate
@@ -82,6 +84,27 @@ def test_the_search_keeps_the_best_merge(models: list[str], tmp_path: Path) -> N
     measured = retriever.evaluate(tmp_path / "merged", data, split="dev").metrics["ndcg@10"]
     assert measured == pytest.approx(best["ndcg@10"], abs=1e-9)
     assert f"| {best['ndcg@10']:.4f} |" in (tmp_path / "merged" / "merge.md").read_text()
+
+
+def test_models_of_images_and_texts_are_merged_with_a_search(tmp_path: Path) -> None:
+    save_checkpoint("clip", tmp_path / "one")
+    other = load_image_text_towers(str(tmp_path / "one"))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    (tmp_path / "two").mkdir()
+    other.save(tmp_path / "two")
+    for colour in COLOURS[:3]:
+        (tmp_path / "set" / "test" / colour).mkdir(parents=True)
+        draw(colour, SHAPES[0]).save(tmp_path / "set" / "test" / colour / "image.png")
+    models = [tmp_path / "one", tmp_path / "two"]
+    merged = retriever.merge(models, tmp_path / "merged", dev=tmp_path / "set", split="test", grid=2)
+    assert merged.metric == "acc1" and len(merged.candidates) == 3
+    assert merged.score == max(row["acc1"] for row in merged.candidates)
+    half = retriever.merge(models, tmp_path / "merged", weights=[1, 1]).model.towers.state_dict()
+    name = next(name for name in half if name.endswith("patch_embedding.weight"))
+    first = load_image_text_towers(str(tmp_path / "one")).state_dict()[name]
+    torch.testing.assert_close(half[name], 0.75 * first)
 
 
 def test_what_cannot_be_merged_is_refused_by_name(models: list[str], tiny: ModelConfig, tmp_path: Path) -> None:

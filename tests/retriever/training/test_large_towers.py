@@ -175,6 +175,29 @@ def test_attention_in_both_directions_is_saved_and_packs(base: str, tmp_path: Pa
             torch.testing.assert_close(each.embed(tokens, rows, "query"), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.gpu
+def test_cuda_graphs_do_not_change_training_with_lora(config: TrainConfig, tmp_path: Path) -> None:
+    losses = []
+    for graphs in (False, True):
+        run = dataclasses.replace(
+            config,
+            out=str(tmp_path / f"graphs{graphs}"),
+            device="cuda",
+            precision="bf16",
+            cuda_graphs=graphs,
+            dev=DevConfig(),
+            loss=dataclasses.replace(config.loss, logit_scale=20.0),
+        )
+        trainer = Trainer.start(run, SilentReporter())
+        dtypes = {p.dtype for p in trainer.towers.encoders[0].parameters() if not p.requires_grad}
+        assert dtypes == {torch.bfloat16}
+        trainer.train()
+        if graphs:
+            assert trainer.towers.encoders[0].forward.captures
+        losses.append([row["loss"] for row in results(trainer.run)["rows"] if "loss" in row])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-2)
+
+
 def test_what_cannot_be_adapted_is_refused_by_name(
     tiny: ModelConfig, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
