@@ -26,12 +26,13 @@ def config(tiny: ModelConfig, tmp_path: Path) -> dict[str, Any]:
     return {
         "model": tiny,
         "data": {"sources": [{"path": data}], "workers": 0},
-        "dev": {"path": data, "every": 2, "max_queries": 5},
+        "dev": {"path": data, "every": 9, "max_queries": 5, "at_start": False},
         "optim": {"lr": 1e-3, "projection_lr": 4e-3},
         "batch_size": 4,
         "epochs": 1,
         "log_every": 1,
         "checkpoint_every": 1,
+        "plot": False,
         "precision": "fp32",
     }
 

@@ -33,6 +33,7 @@ def test_each_row_differs_in_its_ingredient_alone() -> None:
     assert bench_recipe.parse_assignment("optim.lr=1.0e-4") == {"optim": {"lr": 1e-4}}
 
 
+@pytest.mark.slow
 def test_rows_are_trained_merged_evaluated_and_not_repeated(
     tiny: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
