@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from retriever.selection.study import study as study
     from retriever.sharing.export import Exported as Exported
     from retriever.sharing.export import export as export
+    from retriever.sharing.export_clip import export_clip as export_clip
     from retriever.sharing.push import Pushed as Pushed
     from retriever.sharing.push import push as push
     from retriever.training.train import TrainingRun as TrainingRun
@@ -74,6 +75,7 @@ _PUBLIC = {
     "split": "retriever.data.splitting.split",
     "export": "retriever.sharing.export",
     "push": "retriever.sharing.push",
+    "export_clip": "retriever.sharing.export_clip",
     "Model": "retriever.encoding.model",
     "TrainConfig": "retriever.config.run",
     "Exported": "retriever.sharing.export",

@@ -20,6 +20,7 @@ from retriever.config.images import ARCHITECTURES
 from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.images.architectures import write_new_vision_encoder
+from retriever.models.images.open_clip import CONFIG, WEIGHTS, is_open_clip, transformers_folder
 from retriever.models.images.transforms import ImageTransform
 from retriever.models.loading.checks import check_hub_name
 from retriever.models.loading.errors import disable_progress_bars, load_errors, one_line
@@ -66,6 +67,8 @@ def _has_both_modalities(folder: Path) -> bool:
             return _keys(_read_json(routers[0]).get("structure")) == _MODALITIES
         files = [*folder.glob("sentence_bert_config.json"), *folder.glob("*/sentence_bert_config.json")]
         return any(_keys(_read_json(file).get("modality_config")) >= _MODALITIES for file in files)
+    if is_open_clip(folder):
+        return True
     settings = _read_json(folder / "config.json")
     return "vision_config" in settings and "text_config" in settings
 
@@ -101,7 +104,8 @@ def load_image_text_model(path: str) -> SentenceTransformer:
         if settings is None or (settings / "modules.json").exists():
             model = SentenceTransformer(location, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
         else:
-            model = SentenceTransformer(modules=[_transformer(location), Normalize()], device="cpu")
+            with transformers_folder(_with_weights(location, settings)) as folder:
+                model = SentenceTransformer(modules=[_transformer(folder), Normalize()], device="cpu")
     text, image = modality_routes(model, path)
     for transformer in {text[0], image[0]}:
         _prepare_transformer(transformer, path)
@@ -164,8 +168,11 @@ def load_vision_modules(config: ModelConfig) -> list[Any]:
         raise ConfigError("model.image.size: expected none for a trained encoder, whose size is its own")
     with _load_errors_as_input_errors(name, f"as a vision encoder (new ones are {', '.join(ARCHITECTURES)})"):
         if settings is not None and _has_both_modalities(settings) and not (settings / "modules.json").exists():
-            with tempfile.TemporaryDirectory() as folder:
-                _write_vision_encoder(location, folder)
+            with (
+                transformers_folder(_with_weights(location, settings)) as whole,
+                tempfile.TemporaryDirectory() as folder,
+            ):
+                _write_vision_encoder(whole, folder)
                 transformer = _vision_transformer(folder)
         else:
             transformer = _vision_transformer(location)
@@ -203,6 +210,15 @@ def modality_routes(model: SentenceTransformer, path: str = "model") -> tuple[li
 def image_processor(transformer: Any) -> Any:
     """Return the image processor of a Transformer module, which may be part of a processor for both modalities."""
     return getattr(transformer.processor, "image_processor", transformer.processor)
+
+
+def _with_weights(location: str, settings: Path) -> str:
+    """The folder of an open_clip checkpoint, after its weights have been downloaded; other models are unchanged."""
+    if Path(location).is_dir() or not is_open_clip(settings):
+        return location
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(location, allow_patterns=["*.json", "*.txt", WEIGHTS])
 
 
 def _transformer(path: str, **settings: Any) -> Any:
@@ -277,7 +293,7 @@ def needs_fixed_length(transformer: Any) -> bool:
 def _check_exists(path: str) -> None:
     folder = Path(path)
     if folder.is_dir():
-        if not (folder / "modules.json").exists() and not (folder / "config.json").exists():
+        if not any((folder / name).exists() for name in ("modules.json", "config.json", CONFIG)):
             raise InputError(f"{folder}: expected a model folder with modules.json or config.json, found neither")
     else:
         check_hub_name(path)

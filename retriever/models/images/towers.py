@@ -97,6 +97,16 @@ class ImageTextTowers(Towers):
         patch = _vision_settings(self._image[0].auto_model.config).patch_size
         return (self.transform.size[0] // patch) * (self.transform.size[1] // patch) + 1
 
+    @property
+    def text_modules(self) -> list[Any]:
+        """The modules of sentence-transformers that texts pass, in order."""
+        return list(self._text_model[0])
+
+    @property
+    def image_modules(self) -> list[Any]:
+        """The modules of sentence-transformers that images pass, in order."""
+        return list(self._image)
+
     def image_features(self, pixels: Tensor) -> Tensor:
         """Return the outputs [batch, image_feature_dim] of the image encoder, before the projection, in float32.
 
