@@ -112,8 +112,8 @@ def test_training_on_images_learns_and_keeps_the_best_model(loss: str, config: T
     assert np.mean(found[-3:]) < 0.75 * np.mean(found[:3])
     rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     scores = [row["dev_recall@1"] for row in rows if "dev_recall@1" in row]
-    # Chance is 1/32.
-    assert len(scores) == 2 and max(scores) > 0.3
+    # Before the first step, after 40 steps and at the end. Chance is 1/32.
+    assert len(scores) == 3 and max(scores) > 0.3
     towers = load_image_text_towers(str(model))
     images_of_captions, captions = zip(*captioned(), strict=True)
     similarity = (
