@@ -45,6 +45,13 @@ class ImageConfig:
     """Train on random crops (RandomResizedCrop). False: train on the center crop, as in evaluation."""
     flip: bool = False
     """Flip images horizontally with probability 0.5 in training."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest area of a random crop, as a fraction of the image. open_clip's default is 0.9 to 1."""
+    crop_ratio: tuple[float, float] = (0.75, 1.33)
+    """Smallest and largest ratio of width to height of a random crop."""
+    jitter: float = 0.0
+    """Strength of random changes of brightness, contrast and saturation in training, 0 to below 1: each is multiplied
+    by a factor from 1 - jitter to 1 + jitter."""
 
     @property
     def is_new(self) -> bool:
@@ -58,6 +65,15 @@ class ImageConfig:
             raise ValueError(f"model.image.size: expected at least 1, found {self.size}")
         if self.size is not None and self.size > MAX_SIZE:
             raise ValueError(f"model.image.size: expected at most {MAX_SIZE} pixels, found {min(self.size, 10**18)}")
+        for name, limit in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+            low, high = getattr(self, name)
+            if not (0 < low <= high <= limit and math.isfinite(high)):
+                wanted = "two ascending numbers above 0" + (" and at most 1" if limit == 1 else "")
+                raise ValueError(f"model.image.{name}: expected {wanted}, found {low} and {high}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"model.image.jitter: expected 0 to below 1, found {self.jitter}")
+        if self.jitter and (self.lock == "image" or not self.augment):
+            raise ValueError("model.image.jitter: expected 0 without model.image.augment or with a locked image tower")
         if self.lock == "image" and self.patch_dropout:
             raise ValueError("model.image.patch_dropout: expected 0 with a locked image tower, which sees all patches")
 

@@ -87,7 +87,13 @@ def open_image_batches(
     readers = [
         PairReader(
             source=pairs,
-            transform=dataclasses.replace(towers.transform, flip=image.flip),
+            transform=dataclasses.replace(
+                towers.transform,
+                flip=image.flip,
+                crop_scale=image.crop_scale,
+                crop_ratio=image.crop_ratio,
+                jitter=image.jitter,
+            ),
             augment=image.augment,
             tokenizer=towers.tokenizer("document"),
             prompt=towers.prompt("document"),

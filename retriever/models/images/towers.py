@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -175,12 +174,12 @@ class ImageTextTowers(Towers):
     def sha256(self) -> str:
         """Return a sha256 over everything that embeddings of texts and images depend on."""
         settings = without_provenance(self._image[0].auto_model.config.to_dict())
-        parts = [{"sha256": super().sha256()}, asdict(self.transform), settings]
+        parts = [{"sha256": super().sha256()}, self.transform.identity(), settings]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def image_fingerprint(self) -> str:
         """Return a sha256 over everything that the outputs of `image_features` depend on."""
-        digest = hashlib.sha256(json.dumps(asdict(self.transform), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.transform.identity(), sort_keys=True).encode())
         for number, module in enumerate(self._image[: self._encoder_depth]):
             settings = without_provenance(module.auto_model.config.to_dict()) if hasattr(module, "auto_model") else {}
             digest.update(json.dumps([repr(module), settings], sort_keys=True, default=str).encode())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from index.files import InputError
@@ -65,6 +65,12 @@ class ImageTransform:
     """Standard deviation of red, green and blue."""
     flip: bool = False
     """Whether `augment` flips half of the images horizontally."""
+    crop_scale: tuple[float, float] = CROP_SCALE
+    """Smallest and largest area of the crops of `augment`, as fractions of the image."""
+    crop_ratio: tuple[float, float] = CROP_RATIO
+    """Smallest and largest ratio of width to height of the crops of `augment`."""
+    jitter: float = 0.0
+    """Largest change of brightness, contrast and saturation by `augment`, as a fraction."""
 
     scale: float = 1 / 255
     """Factor of pixel values before the mean is subtracted, `rescale_factor` of transformers."""
@@ -143,13 +149,17 @@ class ImageTransform:
     def augment(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
         """Resize a random crop of an RGB image for training: uint8 [3, height, width].
 
-        The crop's area is a fraction in CROP_SCALE of the image, and its aspect ratio is in CROP_RATIO. Equals
-        torchvision's RandomResizedCrop (Szegedy et al., arXiv 1409.4842).
+        The crop's area is a fraction in `crop_scale` of the image, and its aspect ratio is in `crop_ratio`. Equals
+        torchvision's RandomResizedCrop (Szegedy et al., arXiv 1409.4842). Brightness, contrast and saturation are
+        changed as by torchvision's ColorJitter, in this order.
         """
-        box = random_crop(*image.size, generator)
+        box = random_crop(*image.size, generator, self.crop_scale, self.crop_ratio)
         crop = image.crop(box).resize((self.size[1], self.size[0]), self.resample)
         if self.flip and generator.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.jitter:
+            for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+                crop = change(crop).enhance(generator.uniform(1 - self.jitter, 1 + self.jitter))
         return _to_tensor(crop)
 
     def normalize(self, pixels: Tensor) -> Tensor:
@@ -163,22 +173,35 @@ class ImageTransform:
         )
         return torch.addcmul(shift_tensor, pixels.float(), scale_tensor)
 
+    def identity(self) -> dict[str, Any]:
+        """Everything that the input for evaluation depends on, for checksums of models."""
+        names = ("size", "resize", "resample", "mean", "std", "flip")
+        identity = {name: getattr(self, name) for name in names}
+        # Left out if it is the default, so that the checksums of models are those of earlier versions.
+        return identity if self.scale == 1 / 255 else {**identity, "scale": self.scale}
+
     def with_statistics(self, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> ImageTransform:
         """Return a copy with another mean and standard deviation."""
         return replace(self, mean=statistics[0], std=statistics[1])
 
 
-def random_crop(width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+def random_crop(
+    width: int,
+    height: int,
+    generator: np.random.Generator,
+    scale: tuple[float, float] = CROP_SCALE,
+    ratios: tuple[float, float] = CROP_RATIO,
+) -> tuple[int, int, int, int]:
     """Return the left, upper, right and lower edge of a random crop of an image."""
     for _ in range(10):
-        area = width * height * generator.uniform(*CROP_SCALE)
-        ratio = math.exp(generator.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        area = width * height * generator.uniform(*scale)
+        ratio = math.exp(generator.uniform(math.log(ratios[0]), math.log(ratios[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(generator.integers(width - w + 1)), int(generator.integers(height - h + 1))
             return left, top, left + w, top + h
     # For a very wide or very tall image: the largest center crop within the ratios.
-    ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])
+    ratio = min(max(width / height, ratios[0]), ratios[1])
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

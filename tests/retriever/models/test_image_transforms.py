@@ -55,6 +55,23 @@ def test_random_crops_are_within_scale_and_ratio_and_reproducible() -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_crops_and_colours_change_within_their_settings() -> None:
+    generator = np.random.default_rng(0)
+    boxes = np.array([random_crop(200, 100, generator, (0.9, 1.0), (1.5, 2.5)) for _ in range(200)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert (width * height / 20000).min() > 0.88 and (width / height).min() > 1.45
+    image = Image.new("RGB", (40, 40), (120, 100, 80))
+    plain, strong = ImageTransform((32, 32)), ImageTransform((32, 32), jitter=0.4)
+    assert np.ptp([plain.augment(image, generator).float().mean() for _ in range(20)]) == 0
+    means = [float(strong.augment(image, generator).float().mean()) for _ in range(100)]
+    # 100 times 0.6 and 1.4, but for rounding.
+    assert 57 <= min(means) < 75 and 125 < max(means) <= 143
+    again = [strong.augment(image, np.random.default_rng(seed)) for seed in (1, 1)]
+    assert torch.equal(*again)
+    # Stores and indexes of earlier versions name models by this.
+    assert list(strong.identity()) == ["size", "resize", "resample", "mean", "std", "flip"]
+
+
 def test_half_of_the_images_are_flipped_if_requested() -> None:
     image = Image.new("RGB", (32, 32), "black")
     image.paste("white", (16, 0, 32, 32))
