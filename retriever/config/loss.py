@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from retriever.config.checks import check_at_least, is_positive
-from retriever.config.loss_options import LimitConfig, MatryoshkaConfig, TeacherConfig
+from retriever.config.loss_options import GuideConfig, LimitConfig, MatryoshkaConfig, TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class LossConfig:
     """How several positives of a query (data.positives all) are combined. mean: the mean of their losses, each without
     the other positives. sum: the loss of their summed probability."""
     limit: LimitConfig = field(default_factory=LimitConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
     hardness: float = 0.0
     """Weight each negative by exp(hardness · c), where c is its product with the query (arXiv 2010.04592). 0: equal
     weights."""
@@ -79,7 +80,7 @@ class LossConfig:
     @property
     def masks_by_score(self) -> bool:
         """Whether negatives are masked because of their scores."""
-        return self.limit.given
+        return self.limit.given or self.guide.given
 
     @property
     def masks_false_negatives(self) -> bool:

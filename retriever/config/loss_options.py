@@ -35,6 +35,30 @@ class LimitConfig:
 
 
 @dataclass(frozen=True)
+class GuideConfig:
+    """Removes negatives that another model, the guide, scores near its score of the positive (arXiv 2402.16829).
+
+    The guide embeds the texts of each batch, beside the towers, with its own prompts.
+    """
+
+    model: str = ""
+    """Folder or hub name of the guide. Empty: no guide."""
+    margin: float = 0.0
+    """Remove negatives that the guide scores above its score of the positive - margin."""
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a guide."""
+        return bool(self.model)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.margin):
+            raise ValueError(f"loss.guide.margin: expected a number, found {self.margin}")
+        if self.margin and not self.model:
+            raise ValueError(f"loss.guide.margin: expected 0 without loss.guide.model, found {self.margin}")
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
     """Distillation from a teacher: from its scores in the data, or from its embeddings of all texts.
 
@@ -127,6 +151,8 @@ class SourceLossConfig:
     """Initial logit scale of this source; with loss.learn_logit_scale it is learned apart from the others."""
     limit: LimitConfig | None = None
     """Limit of the scores of negatives. Without margin and share: no limit."""
+    guide: bool = True
+    """Whether loss.guide removes negatives of this source."""
     hardness: float | None = None
     """See loss.hardness."""
     same_side: bool | None = None
@@ -136,4 +162,5 @@ class SourceLossConfig:
     def given(self) -> dict[str, Any]:
         """The settings of this source by name."""
         values = {name: getattr(self, name) for name in ("logit_scale", "limit", "hardness", "same_side")}
-        return {name: value for name, value in values.items() if value is not None}
+        given = {name: value for name, value in values.items() if value is not None}
+        return given if self.guide else {**given, "guide": GuideConfig()}

@@ -109,6 +109,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     images = tuple(dataclasses.replace(source, path=absolute_shards(source.path)) for source in config.data.images)
     teacher = config.loss.teacher
     cache, tokenizer, tower = config.data.cache, config.model.tokenizer, config.model.image
+    guide = dataclasses.replace(config.loss.guide, model=absolute(config.loss.guide.model))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -126,6 +127,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         ),
         loss=dataclasses.replace(
             config.loss,
+            guide=guide,
             teacher=dataclasses.replace(
                 teacher,
                 model=absolute(teacher.model),

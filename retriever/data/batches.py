@@ -74,6 +74,14 @@ class PairKeys:
 
 
 @dataclass(frozen=True)
+class PoolTexts:
+    """Queries [M] and passages [N] of the pool, without prompts."""
+
+    queries: Sequence[str] = ()
+    passages: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class TrainingBatch:
     """The texts of one step, prompts included. With several ranks, the share of one rank.
 
@@ -105,6 +113,8 @@ class TrainingBatch:
     """[M + 1]: the first of `own_negatives` of each query, and their number; None if all queries see the negatives."""
     stored: StoredRows | None = None
     """Rows of the texts in embedding stores; None if the loss reads none."""
+    texts: PoolTexts = PoolTexts()
+    """Queries and passages without prompts."""
 
     parts: tuple[TrainingBatch, ...] = ()
     """Batches whose passages are no negatives of each other's queries; empty for a batch that is one block. Only the
@@ -172,7 +182,8 @@ class BatchDataset(Dataset[T], Generic[T]):
             raise ValueError(f"prompts: expected {len(tables)}, one for each table, found {len(prompts)}")
         self._tables = list(tables)
         self._schedule = schedule
-        self._prepare = prepare
+        self.prepare = prepare
+        """Applied to every batch."""
         self._prompts = list(prompts or [Prompts()] * len(tables))
         self._passages = passages or PassageSettings()
         self._known = known if known is not None and len(known) else None
@@ -193,7 +204,7 @@ class BatchDataset(Dataset[T], Generic[T]):
         return len(self._schedule)
 
     def __getitem__(self, step: int) -> T:
-        return self._prepare(self.batch(step))
+        return self.prepare(self.batch(step))
 
     def loader(self, *, start: int = 0, stop: int | None = None, workers: int = 0) -> DataLoader[T]:
         """Return a `batch_loader` from step `start` to the last, or up to step `stop`."""
@@ -281,6 +292,7 @@ class BatchDataset(Dataset[T], Generic[T]):
             own_negatives=prompted[1] if own else [],
             own_offsets=offsets_of([len(texts) for texts in negatives]) if own else None,
             stored=stored,
+            texts=PoolTexts(queries, positives + others),
         )
 
     def _teacher_lists(self, sources: Sequence[int], rows: Sequence[tuple[Example, Choice]]) -> TeacherLists | None:

@@ -95,6 +95,8 @@ class PreparedBatch:
     see the negatives."""
     stored: StoredRows | None = None
     """Rows of the texts in embedding stores; None if the loss reads none."""
+    guide: Sequence[TowerInputs] = ()
+    """Inputs of the guide: the queries, then the passages of the pool; empty without a guide."""
 
     parts: tuple[PreparedBatch, ...] = ()
     """Batches without texts, each with a loss of its own over consecutive queries and passages of this batch; empty for
@@ -117,6 +119,11 @@ class PreparedBatch:
         queries = query.split([part.queries for part in self.parts])
         passages = passage.split([part.passages for part in self.parts])
         yield from zip(self.parts, queries, passages, strict=True)
+
+    @property
+    def pool_size(self) -> int:
+        """Number of passages of a part that all queries see."""
+        return self.passages - (0 if self.own_offsets is None else int(self.own_offsets[-1]))
 
     @property
     def tokens(self) -> int:
@@ -208,20 +215,8 @@ class BatchPreparer:
         parts = batch.parts or (batch,)
         passages = [text for part in parts for text in part.passages + part.own_negatives]
         if self.queries_only:
-            groups = [self._group("query", self.query(batch.queries))]
-        elif self.shared:
-            # Queries and passages of similar length share a micro-batch.
-            if self.query == self.passage:
-                tokens = self.passage(batch.queries + passages)
-            else:
-                tokens = TokenizedTexts.concatenate([self.query(batch.queries), self.passage(passages)])
-            groups = [self._group("document", tokens)]
-        else:
-            groups = [
-                self._group("query", self.query(batch.queries)),
-                self._group("document", self.passage(passages)),
-            ]
-        return self._prepared(batch, groups)
+            return self._prepared(batch, [self._group("query", self.query(batch.queries))])
+        return self._prepared(batch, self.inputs(batch.queries, passages))
 
     def _prepared(self, batch: TrainingBatch, groups: Sequence[TowerInputs]) -> PreparedBatch:
         return PreparedBatch(
@@ -239,6 +234,17 @@ class BatchPreparer:
             loss_share=batch.loss_share,
             stored=batch.stored,
         )
+
+    def inputs(self, queries: list[str], passages: list[str]) -> list[TextInputs]:
+        """Tokenize texts, prompts included, and divide them into micro-batches."""
+        if not self.shared:
+            return [self._group("query", self.query(queries)), self._group("document", self.passage(passages))]
+        # Queries and passages of similar length share a micro-batch.
+        if self.query == self.passage:
+            tokens = self.passage(queries + passages)
+        else:
+            tokens = TokenizedTexts.concatenate([self.query(queries), self.passage(passages)])
+        return [self._group("document", tokens)]
 
     def _group(self, side: Side, tokens: TokenizedTexts) -> TextInputs:
         micro_batches = make_micro_batches(tokens.lengths, self.token_budget, padded=self.padded, device=self.device)

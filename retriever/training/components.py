@@ -31,6 +31,7 @@ from retriever.models.memory import GraphMemory
 from retriever.models.passage_side import freeze_passage_side
 from retriever.training.cuda_graphs import check_cuda_graphs
 from retriever.training.objective.checks import check_dimension, check_objective
+from retriever.training.objective.guide import open_guide
 from retriever.training.objective.loss import build_losses, check_ranks
 from retriever.training.objective.sources import SourceLosses
 from retriever.training.objective.stored import open_stored_embeddings
@@ -114,6 +115,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     for note in (towers.describe_padding(), towers.describe_frozen()):
         if note:
             reporter.line(note)
+    guide = open_guide(config, device, precision, ranks)
     loss = build_losses(config, ranks).to(loss_device(device))
     graphs = GraphMemory.plan(
         towers,
@@ -165,8 +167,12 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     rates = learning_rates(towers, loss, config.optim)
     optimizer = build_optimizer(trained.named_parameters(), config.optim, rates)
     modules = {**dict(trained.named_children()), **({} if average is None else {"average": average})}
+    if guide is not None:
+        batches.prepare = guide.preparer(batches.prepare, graphs.micro_batch_tokens)
+        # A run resumes only with the same guide, as with the same data.
+        sources = (*sources, guide.sha256)
     train_step = TrainStep(
-        config, precision, towers, loss, optimizer, scaler, graphs, len(batches), ranks, average, stored
+        config, precision, towers, loss, optimizer, scaler, graphs, len(batches), ranks, average, stored, guide
     )
     refresh = None
     if config.mine_every is not None:

@@ -23,6 +23,7 @@ from retriever.models.sharded_tensors import clip_gradients
 from retriever.models.towers import Towers
 from retriever.training import grad_cache
 from retriever.training.objective.checks import has_statistics
+from retriever.training.objective.guide import GuideModel
 from retriever.training.objective.options import LossOptions
 from retriever.training.objective.sources import SourceLosses, SourceObjective, loss_of_source
 from retriever.training.objective.statistics import joined_statistics
@@ -79,6 +80,8 @@ class TrainStep:
     """Moving average of the weights, which each step updates."""
     stored: StoredEmbeddings | None = None
     """Frozen passages, or a teacher's embeddings; None without them."""
+    guide: GuideModel | None = None
+    """The model that says which negatives are probably false."""
 
     @cached_property
     def objectives(self) -> list[SourceObjective]:
@@ -113,6 +116,9 @@ class TrainStep:
             has_statistics(replace(config, loss=self.objectives[part.source].loss)) for part in batch.parts or (batch,)
         )
 
+        with phase("guide"):
+            guides = None if self.guide is None else self.guide.options(batch, self.objectives, of_loss)
+
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
             nonlocal found
             losses: list[Tensor] = []
@@ -120,9 +126,11 @@ class TrainStep:
             merged = batch.merge_embeddings(embeddings, of_loss)
             if observe is not None:
                 observe(merged[0])
-            for part, query, passage in batch.split(*merged):
+            for number, (part, query, passage) in enumerate(batch.split(*merged)):
                 objective = self.objectives[part.source]
-                passage, options = LossOptions.of(part, passage, objective.loss, statistics=statistics)
+                passage, options = LossOptions.of(
+                    part, passage, objective.loss, guide=guides and guides[number], statistics=statistics
+                )
                 further = None
                 if self.stored is not None:
                     passage, options, further = self.stored.apply(part, options, query, passage, self.ranks)

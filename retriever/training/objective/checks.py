@@ -16,6 +16,7 @@ FIELDS = {
     "positives": "data.positives all",
     "negatives.own": "data.negatives_seen_by own",
     "negatives.limit": "loss.limit",
+    "negatives.guide": "loss.guide",
     "negatives.hardness": "loss.hardness",
     "negatives.same_side": "loss.same_side",
     "matryoshka": "loss.matryoshka",
@@ -55,6 +56,8 @@ def _check_options(config: TrainConfig, ranks: Ranks) -> None:
         )
     if config.model.image.name and (loss.teacher.uses_scores or loss.teacher.uses_embeddings):
         raise ConfigError("loss.teacher: not supported for a model with an image tower")
+    if loss.guide.given and config.data.images:
+        raise ConfigError("loss.guide.model: expected none with data.images, because a guide embeds texts")
     if loss.statistics not in ("auto", "none"):
         given.add("statistics")
     allowed = OF_SIGMOID if loss.name == "sigmoid" else () if loss.name == "clip" else None
@@ -90,6 +93,7 @@ def given_options(config: TrainConfig) -> set[str]:
         "positives": config.data.positives == "all",
         "negatives.own": config.data.negatives_seen_by == "own",
         "negatives.limit": loss.limit.given,
+        "negatives.guide": loss.guide.given,
         "negatives.hardness": loss.hardness > 0,
         "negatives.same_side": loss.same_side,
         "matryoshka": loss.matryoshka.given,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses import NegativeLimit, Negatives, Positives, Ragged, Teacher, TeacherScores
+from losses import Guide, NegativeLimit, Negatives, Positives, Ragged, Teacher, TeacherScores
 from retriever.config.loss import LossConfig
 from retriever.config.loss_options import LimitConfig
 from retriever.data.false_negatives import Integers
@@ -31,7 +31,13 @@ class LossOptions:
 
     @classmethod
     def of(
-        cls, batch: PreparedBatch, passage: Tensor, config: LossConfig, *, statistics: bool = False
+        cls,
+        batch: PreparedBatch,
+        passage: Tensor,
+        config: LossConfig,
+        *,
+        guide: Guide | None = None,
+        statistics: bool = False,
     ) -> tuple[Tensor, LossOptions]:
         """The pool and the options of a batch.
 
@@ -39,6 +45,7 @@ class LossOptions:
             batch: The batch, or the share of this rank with the false negatives of the pool.
             passage: [rows, D], the pool and then the hard negatives that only their own query sees.
             config: The configuration of the loss.
+            guide: Embeddings of the guide, if there is one.
             statistics: Whether the loss returns statistics too.
 
         Returns:
@@ -55,7 +62,7 @@ class LossOptions:
         options = cls(
             **_masks(batch, config, device),
             positives=positives,
-            negatives=_negatives(config, own),
+            negatives=_negatives(config, own, guide),
             teacher=_teacher(batch, config, device),
             statistics=statistics,
         )
@@ -88,9 +95,11 @@ def _teacher(batch: PreparedBatch, config: LossConfig, device: torch.device) -> 
     )
 
 
-def _negatives(config: LossConfig, own: Ragged | None) -> Negatives | None:
-    negatives = Negatives(limit=_limit(config.limit), own=own, same_side=config.same_side, hardness=config.hardness)
-    return None if negatives == Negatives() else negatives
+def _negatives(config: LossConfig, own: Ragged | None, guide: Guide | None) -> Negatives | None:
+    limit = _limit(config.limit)
+    if limit is None and own is None and guide is None and not config.same_side and not config.hardness:
+        return None
+    return Negatives(limit=limit, guide=guide, own=own, same_side=config.same_side, hardness=config.hardness)
 
 
 def _on_device(array: Integers, device: torch.device) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 from run_helpers import assert_same, results
 from torch import Tensor
 
+import retriever
 from index.progress import SilentReporter
 from retriever.config.data import DataConfig
 from retriever.config.loss import LossConfig
-from retriever.config.loss_options import LimitConfig, MatryoshkaConfig, SourceLossConfig
+from retriever.config.loss_options import GuideConfig, LimitConfig, MatryoshkaConfig, SourceLossConfig
 from retriever.config.model import ModelConfig
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
@@ -26,6 +27,7 @@ from retriever.errors import ConfigError
 from retriever.training import step as step_module
 from retriever.training.objective.checks import check_dimension, check_objective, has_statistics
 from retriever.training.objective.sources import loss_of_source
+from retriever.training.run_dir import build_configured_towers
 from retriever.training.step import TrainStep
 from retriever.training.trainer import Trainer
 
@@ -68,9 +70,22 @@ def config(tiny: ModelConfig, tmp_path: Path) -> TrainConfig:
     )
 
 
+@pytest.fixture
+def guide_folder(config: TrainConfig, tmp_path: Path) -> str:
+    """A model with other weights than those that are trained."""
+    torch.manual_seed(7)
+    towers = build_configured_towers(config)
+    (folder := tmp_path / "guide").mkdir()
+    towers.save(folder)
+    return str(folder)
+
+
 def expected_loss(batch: TrainingBatch, query: Tensor, passage: Tensor, own: Tensor, config: TrainConfig) -> Tensor:
     """The loss from the texts alone: scores [M, N] in float64 and a loop over queries and columns."""
-    loss, rows = config.loss, rows_of_data()
+    loss, rows, guide = config.loss, rows_of_data(), None
+    if loss.guide.given:
+        model = retriever.load(loss.guide.model)
+        guide = model.encode_queries(batch.queries), model.encode_passages(batch.passages)
     known = {(row["query"], text) for row in rows for text in row["positive"]}
     in_row = {(row["query"], tuple(row["positive"])) for row in rows}
     pool = batch.positives + batch.further_positives + batch.negatives
@@ -90,6 +105,8 @@ def expected_loss(batch: TrainingBatch, query: Tensor, passage: Tensor, own: Ten
             limit = float(constant[i, i]) + loss.limit.margin
         if loss.limit.share is not None:
             limit = min(limit, float(constant[i, i]) - (1 - loss.limit.share) * abs(float(constant[i, i])))
+        if guide is not None and float(guide[0][i] @ guide[1][j]) > float(guide[0][i] @ guide[1][i]) - GUIDE_MARGIN:
+            limit = -torch.inf
         known_pair = (batch.queries[i], pool[j]) in known
         return not is_positive(i, j) and not known_pair and float(constant[i, j]) <= limit
 
@@ -131,6 +148,8 @@ def _owner(batch: TrainingBatch, passage: int) -> int:
     return int(np.repeat(np.arange(len(counts)), counts)[passage - len(batch.queries)])
 
 
+GUIDE_MARGIN = 0.001
+GUIDE = GuideConfig("guide", GUIDE_MARGIN)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "limit by share, symmetric": ({"limit": LimitConfig(share=0.99), "symmetric": True}, {}),
@@ -140,8 +159,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all positives": ({"symmetric": True}, {"positives": "all"}),
     "all positives, summed": ({"positives_reduction": "sum"}, {"positives": "all"}),
     "own negatives": ({}, {"negatives_seen_by": "own"}),
+    "guide": ({"guide": GUIDE, "symmetric": True}, {}),
     "many": (
-        {"limit": LimitConfig(margin=0.1), "symmetric": True, "statistics": "numbers"},
+        {"guide": GUIDE, "limit": LimitConfig(margin=0.1), "symmetric": True, "statistics": "numbers"},
         {"positives": "all", "negatives_seen_by": "own", "negatives": 3},
     ),
 }
@@ -149,9 +169,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_has_the_gradients_of_the_reference_loss(
-    config: TrainConfig, case: str, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, case: str, guide_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss, data = CASES[case]
+    monkeypatch.chdir(Path(guide_folder).parent)
     config = dataclasses.replace(
         config, loss=dataclasses.replace(config.loss, **loss), data=dataclasses.replace(config.data, **data)
     )
@@ -176,7 +197,7 @@ def test_a_step_has_the_gradients_of_the_reference_loss(
     assert float(result.loss) == pytest.approx(expected.item(), rel=1e-5)
     assert expected.item() > 0.3
     assert (result.statistics is None) == config.loss.same_side
-    if result.statistics is not None and not config.loss.limit.given:
+    if result.statistics is not None and not config.loss.masks_by_score:
         assert prepared.false_negatives.count(prepared.positive_pairs) == int(result.statistics.masked.sum()) > 0
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     assert found.keys() == wanted.keys()
@@ -185,9 +206,10 @@ def test_a_step_has_the_gradients_of_the_reference_loss(
 
 
 def test_a_resumed_run_with_options_is_bitwise_equal(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, tmp_path: Path, guide_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss, data = CASES["many"]
+    monkeypatch.chdir(Path(guide_folder).parent)
     config = dataclasses.replace(
         config,
         loss=dataclasses.replace(config.loss, **loss),
@@ -239,7 +261,7 @@ def test_a_source_has_its_own_logit_scale_and_options(config: TrainConfig) -> No
     assert loss_of_source(resumed.loss, 1).logit_scale.item() == pytest.approx(scales[1][1], rel=1e-4)
     bad = dataclasses.replace(sources[1], loss=SourceLossConfig(hardness=-1))
     with pytest.raises(ConfigError, match=r"rows.jsonl: loss.hardness: expected"):
-        check_objective(dataclasses.replace(config, data=DataConfig(sources=(source, bad))), DryRunRanks())
+        check_objective(dataclasses.replace(config, data=DataConfig(sources=(sources[0], bad))), DryRunRanks())
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
