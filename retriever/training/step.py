@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losses import InfCLLoss, SigmoidLoss, Statistics
+from losses import Guide, InfCLLoss, SigmoidLoss, Statistics
 from retriever.config.run import TrainConfig
 from retriever.data.micro_batches import PreparedBatch, TowerInputs
 from retriever.distributed.gradients import average_gradients
@@ -117,7 +117,9 @@ class TrainStep:
         )
 
         with phase("guide"):
-            guides = None if self.guide is None else self.guide.options(batch, self.objectives, of_loss)
+            guides: list[Guide | None] = [None] * max(1, len(batch.parts))
+            if self.guide is not None:
+                guides = self.guide.options(batch, self.objectives, of_loss)
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
             nonlocal found
@@ -129,7 +131,7 @@ class TrainStep:
             for number, (part, query, passage) in enumerate(batch.split(*merged)):
                 objective = self.objectives[part.source]
                 passage, options = LossOptions.of(
-                    part, passage, objective.loss, guide=guides and guides[number], statistics=statistics
+                    part, passage, objective.loss, guide=guides[number], statistics=statistics
                 )
                 further = None
                 if self.stored is not None:
