@@ -36,6 +36,7 @@ def check_query_only(config: TrainConfig) -> None:
         "data.random_passages": config.data.random_passages,
         "loss.symmetric": config.loss.symmetric,
         "loss.limit": config.loss.limit.given,
+        "loss.guide": config.loss.guide.given,
         "loss.hardness": config.loss.hardness,
         "loss.same_side": config.loss.same_side,
         "loss.matryoshka": config.loss.matryoshka.given,
