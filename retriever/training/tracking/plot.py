@@ -51,7 +51,7 @@ PANELS = (
     Panel("Loss", ("loss", "loss_*", "loss/*")),
     Panel("Dev set", ("dev_ndcg@10", "dev_mrr@10", "dev_recall@1", "dev_recall@100", "dev_acc1", "dev_mean_average_*")),
     Panel("Batch as a retrieval task", ("pool_accuracy*", "pool_mrr*")),
-    Panel("Rank of the positive in the batch", ("pool_rank*",), log_scale=True),
+    Panel("Rank of the positive", ("pool_rank*",), log_scale=True),
     Panel("Entropy of the scores of a query, nats", ("pool_entropy*",)),
     Panel("Share of masked pairs", ("pool_masked*",)),
     Panel("Learning rate", ("lr",)),
@@ -122,5 +122,10 @@ def _draw(ax: Axes, panel: Panel, series: Mapping[str, Sequence[Mapping[str, Any
     ax.set_xlabel("step")
     if panel.log_scale:
         ax.set_yscale("log")
+        # The usual labels, powers of ten, are formulas, which are not parsed here.
+        ax.yaxis.set_major_formatter("{x:g}")
+        low, high = ax.get_ylim()
+        # Over several decades the labels between powers of ten would overlap.
+        ax.yaxis.set_minor_formatter("{x:g}" if low > 0 and high / low < 10 else "")
     if len(series) > 1:
         ax.legend()

@@ -103,6 +103,17 @@ def test_tensorboard_true_is_a_tracker() -> None:
     assert TrainConfig(tensorboard=True).trackers == ("tensorboard",)
 
 
+def test_labels_of_a_logarithmic_axis_are_numbers() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    plot._draw(ax, Panel("Norm", ("x",), log_scale=True), {"x": [{"step": 1, "x": 0.5}, {"step": 2, "x": 30.0}]})
+    ax.figure.canvas.draw()
+    labels = [label.get_text() for label in ax.yaxis.get_majorticklabels() + ax.yaxis.get_minorticklabels()]
+    assert "10" in labels and not any("$" in label for label in labels)
+
+
 def test_the_plot_has_a_panel_for_each_kind_of_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     from PIL import Image
