@@ -98,7 +98,7 @@ def compare_stored(config: str, out: Path) -> None:
     texts = dict.fromkeys(text for row in lines for text in row["positive"])
     corpus, model, store = out / "corpus.jsonl", out / "1" / "model", out / "store"
     corpus.write_text("".join(json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
-    short = ("--steps", "4", "--dev.path", "")
+    short = ("--steps", "2", "--dev.path", "")
     teacher = ("--loss.teacher.kind", "pool_kl", "--loss.teacher.regression", "0.5", "--loss.teacher.model", str(model))
     drawn = ("--data.random-passages", "7", "--data.corpus", str(corpus))
     encode = ["encode", "--model", str(model), "--data", str(corpus), "--out", str(store), "--device", "cpu"]

@@ -7,7 +7,7 @@ Three comparisons, each at equal steps and batch size, scored on the held-out te
 
 - matryoshka: a run with loss.matryoshka against a plain run, both truncated to several dimensions;
 - distillation: students with a teacher's embeddings (pool_kl and regression) against the same runs without, for several
-  seeds. The teacher is MiniLM, trained for four times the steps with random passages and the symmetric loss;
+  seeds. The teacher is MiniLM, trained for twice the steps with random passages and the symmetric loss;
 - query tower: from the plain model, query_only against all passages of the corpus, and further in-batch training.
 
 Rows are written to nested_training.csv after each comparison; `--only` selects some.
@@ -162,7 +162,7 @@ def distillation(bench: Bench) -> Iterator[dict[str, Any]]:
     """Students with and without a teacher."""
     options, random = bench.options, min(8 * bench.options.batch, bench.facts["passages"])
     corpus = {"random_passages": random, "corpus": str(bench.data)}
-    teacher, seconds = bench.train("teacher", data=corpus, loss={"symmetric": True}, steps=4 * options.steps)
+    teacher, seconds = bench.train("teacher", data=corpus, loss={"symmetric": True}, steps=2 * options.steps)
     for scores in bench.scores(teacher):
         yield {"run": "teacher", "seed": 0, **scores, "seconds": f"{seconds:.1f}"}
     distilled = {"kind": "pool_kl", "model": str(teacher), "scale": 20.0, "weight": 1.0, "regression": 1.0}
