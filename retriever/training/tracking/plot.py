@@ -124,8 +124,8 @@ def _draw(ax: Axes, panel: Panel, series: Mapping[str, Sequence[Mapping[str, Any
         ax.set_yscale("log")
         # The usual labels, powers of ten, are formulas, which are not parsed here.
         ax.yaxis.set_major_formatter("{x:g}")
-        low, high = ax.get_ylim()
+        bottom, top = ax.get_ylim()
         # Over several decades the labels between powers of ten would overlap.
-        ax.yaxis.set_minor_formatter("{x:g}" if low > 0 and high / low < 10 else "")
+        ax.yaxis.set_minor_formatter("{x:g}" if bottom > 0 and top / bottom < 10 else "")
     if len(series) > 1:
         ax.legend()
