@@ -11,7 +11,9 @@ graph. Any other pass runs without a graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +76,33 @@ def use_cuda_graphs(towers: Towers) -> None:
             encoder.forward = _GraphedForward(encoder)
 
 
+def release_cuda_graphs(towers: Towers) -> None:
+    """Undo `use_cuda_graphs` and free the graphs.
+
+    Left to the garbage collector, they would be freed at any time: in a forked process, or while another run in this
+    process captures its graphs, which CUDA does not allow.
+    """
+    for encoder in towers.encoders:
+        graphed = encoder.forward
+        if isinstance(graphed, _GraphedForward):
+            del encoder.forward
+            if graphed.plain_forward != encoder.forward:
+                encoder.forward = graphed.plain_forward
+            graphed.release()
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Context in which no garbage is collected, which may free memory of the device."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _GraphedForward:
     """The replacement for the forward method of an encoder."""
 
@@ -99,12 +128,19 @@ class _GraphedForward:
         if capture is None or capture.addresses != capture.current_addresses():
             if self.pool is None:
                 self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(input_ids.device)
-            capture = self.captures[size] = _Capture(self, Inputs(size, input_ids.device))
+            with _without_garbage_collection():
+                capture = self.captures[size] = _Capture(self, Inputs(size, input_ids.device))
         capture.inputs.fill(input_ids, position_ids, layout)
         self.awaits_backward = True
         # Makes the output require a gradient. Passing a weight instead would call its hooks without a gradient.
         dummy = torch.empty((), requires_grad=True)
         return BaseModelOutput(last_hidden_state=_Replay.apply(self, capture, tokens, dummy))
+
+    def release(self) -> None:
+        """Free the captured graphs."""
+        self.captures.clear()
+        self.gradients.clear()
+        self.pool = self.stream = None
 
     def _can_replay(self, layout: PackedLayout, size: int) -> bool:
         if self.awaits_backward or size > MAX_TOKENS or layout.max_seqlen > LONG:

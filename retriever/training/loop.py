@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from retriever.encoding.encoder import EncodeOptions
 from retriever.errors import NotFiniteError
 from retriever.training.checkpoint import TrainState
 from retriever.training.components import Components
-from retriever.training.cuda_graphs import use_cuda_graphs, uses_cuda_graphs
+from retriever.training.cuda_graphs import release_cuda_graphs, use_cuda_graphs, uses_cuda_graphs
 from retriever.training.health.watch import HealthWatch
 from retriever.training.objective.sources import loss_of_source
 from retriever.training.objective.statistics import named_after_source, statistics_row
@@ -78,7 +79,10 @@ class TrainingLoop:
         if profile and ranks.is_first:
             loader = StepProfile(parts.device, self._folder.path).watch(loader, self._reporter.line)
         parts.towers.train()
-        with self._reporter.bar("train", self._total, "steps", done=state.step) as advance:
+        with (
+            contextlib.ExitStack() as at_end,
+            self._reporter.bar("train", self._total, "steps", done=state.step) as advance,
+        ):
             self._watch.start()
             # A run that was interrupted in an evaluation starts with it.
             self._evaluate_if_due()
@@ -88,6 +92,7 @@ class TrainingLoop:
                     self._reporter.line(parts.graphs.describe(batch.micro_batch_tokens) + suffix)
                     if uses_cuda_graphs(parts.config, parts.towers, parts.precision, batch.micro_batch_tokens):
                         use_cuda_graphs(parts.towers)
+                        at_end.callback(release_cuda_graphs, parts.towers)
                         if parts.config.cuda_graphs is None:
                             self._reporter.line("CUDA graphs, because the micro-batches are small (cuda_graphs)")
                 batch = with_pool_false_negatives(batch, ranks, parts.batches.known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,24 @@ import numpy as np
 import pytest
 import torch
 
+from index.progress import SilentReporter
 from retriever.cli.terminal import Terminal
+from retriever.config.data import DataConfig
 from retriever.config.images import ImageConfig
 from retriever.config.model import ModelConfig
 from retriever.config.run import TrainConfig
+from retriever.config.sources import SourceConfig
 from retriever.errors import ConfigError
 from retriever.models.mixed_precision import half_precision_weights, mixed_precision
 from retriever.models.packed.attention import PackedLayout
 from retriever.models.towers import Towers, build_towers
-from retriever.training.cuda_graphs import Inputs, captured_size, check_cuda_graphs, use_cuda_graphs
+from retriever.training.cuda_graphs import (
+    Inputs,
+    captured_size,
+    check_cuda_graphs,
+    release_cuda_graphs,
+    use_cuda_graphs,
+)
 from retriever.training.trainer import Trainer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -128,3 +138,39 @@ def test_replayed_passes_equal_launched_ones(tiny: ModelConfig, kind: str) -> No
         for name, gradient in gradients.items():
             error = float((gradient - expected_gradients[name]).norm() / expected_gradients[name].norm())
             assert error < 5e-2, f"{name}: {error}"
+
+
+def test_released_graphs_leave_the_encoder_as_it_was(tiny: ModelConfig) -> None:
+    towers = towers_of(tiny)
+    (encoder,) = towers.encoders
+    before = dict(vars(encoder))
+    use_cuda_graphs(towers)
+    assert vars(encoder).keys() - before.keys() == {"forward"}
+    release_cuda_graphs(towers)
+    assert vars(encoder) == before
+    release_cuda_graphs(towers)
+
+
+class Lines(SilentReporter):
+    """Keeps the messages."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.gpu
+def test_runs_that_follow_each_other_in_a_process_train(tiny: ModelConfig, tmp_path: Path) -> None:
+    rows = [{"query": f"q {i} " * (1 + i % 7), "positive": f"p {i} " * (1 + i % 5)} for i in range(300)]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = DataConfig(sources=(SourceConfig(str(source)),))
+    for run in range(3):
+        config = TrainConfig(out=str(tmp_path / f"run-{run}"), model=tiny, data=data, batch_size=50, epochs=3)
+        reporter = Lines()
+        trainer = Trainer.start(config, reporter)
+        trainer.train()
+        assert any(line.startswith("CUDA graphs") for line in reporter.lines), reporter.lines
+        assert not any("forward" in vars(encoder) for encoder in trainer.towers.encoders)
