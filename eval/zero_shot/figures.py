@@ -74,17 +74,23 @@ class Row:
     """The image of the caption; None if the text is a class."""
     images: list[tuple[StoredImage, bool]]
     """The images, nearest first, and whether each is correct."""
+    rank: int | None = None
+    """Rank of the wanted image, from 1."""
 
 
 def nearest(evaluated: Evaluated, rows: int = ROWS, columns: int = COLUMNS) -> list[Row]:
-    """The nearest images of up to `rows` classes or captions, evenly spaced over all of them."""
+    """The nearest images of up to `rows` texts: classes evenly spaced in their order, captions evenly by rank.
+
+    The captions are sorted by the rank of their image, so that the rows show the best and the worst in proportion.
+    """
     samples = evaluated.images.samples
     if isinstance(evaluated.result, Classification):
         present = [number for number, row in enumerate(evaluated.result.per_class) if row.images]
         texts = list(evaluated.dataset.classes)
     else:
         # The first caption of each image.
-        present = np.unique(evaluated.owners, return_index=True)[1].tolist()
+        first = np.unique(evaluated.owners, return_index=True)[1]
+        present = first[np.argsort(evaluated.result.image_ranks[first], kind="stable")].tolist()
         texts = evaluated.captions
     chosen = [
         present[n] for n in np.unique(np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int))
@@ -97,15 +103,23 @@ def nearest(evaluated: Evaluated, rows: int = ROWS, columns: int = COLUMNS) -> l
                 result.append(Row(texts[text], None, [(samples[n].image, text in samples[n].labels) for n in best]))
             else:
                 own = evaluated.owners[text]
-                result.append(Row(texts[text], samples[own].image, [(samples[n].image, n == own) for n in best]))
+                shown = [(samples[n].image, n == own) for n in best]
+                rank = int(evaluated.result.image_ranks[text])
+                result.append(Row(texts[text], samples[own].image, shown, rank))
     return result
 
 
-def sheet(rows: Sequence[Row], open_image: OpenImage) -> Figure:
-    """Draw one row per text: the wanted image of a caption, then the nearest images, with correct ones framed."""
+def sheet(rows: Sequence[Row], open_image: OpenImage, title: str = "") -> Figure:
+    """Draw one row per text: the wanted image of a caption and its rank, then the nearest images, correct ones framed.
+
+    Args:
+        rows: The rows.
+        open_image: Decodes an image.
+        title: Text above the sheet. Default: none.
+    """
     wanted = any(row.wanted is not None for row in rows)
     columns = max(len(row.images) for row in rows)
-    first = 1.25 if wanted else 0.0
+    first = 1.45 if wanted else 0.0
     width, height = first + columns, len(rows)
     figure = _figure(0.62 * width + 2.9, 0.62 * height + 0.3)
     axes = figure.subplots()
@@ -113,11 +127,17 @@ def sheet(rows: Sequence[Row], open_image: OpenImage) -> Figure:
         axes.text(-0.12, y + 0.5, _wrapped(row.text), ha="right", va="center", fontsize=8, color=INK)
         if row.wanted is not None:
             _tile(axes, row.wanted, 0, y, LINE, open_image)
+            if row.rank is not None:
+                colour = CORRECT if row.rank <= len(row.images) else INK
+                axes.text(1.1, y + 0.5, f"{row.rank:,}", ha="center", va="center", fontsize=8, color=colour)
         for x, (image, right) in enumerate(row.images):
             _tile(axes, image, first + x, y, CORRECT if right else None, open_image)
     if wanted:
         axes.text(0.5, -0.08, "wanted", ha="center", va="bottom", fontsize=8, color=MUTED)
+        axes.text(1.1, -0.08, "rank", ha="center", va="bottom", fontsize=8, color=MUTED)
     axes.text(first + 0.04, -0.08, "nearest first", ha="left", va="bottom", fontsize=8, color=MUTED)
+    if title:
+        axes.set_title(title, fontsize=9, loc="left", color=INK)
     axes.set_xlim(-0.05, width)
     axes.set_ylim(height, -0.3)
     axes.set_aspect("equal")

@@ -59,8 +59,18 @@ def write(folder: Path, report: ZeroShotReport, open_image: OpenImage) -> list[P
 
 def _draw(folder: Path, evaluated: Evaluated, open_image: OpenImage) -> Iterator[tuple[str, str]]:
     name = evaluated.dataset.name
-    plots.to_png(figures.sheet(figures.nearest(evaluated), open_image), folder / name / "nearest.png", SHEET_DPI)
-    what = "classes" if isinstance(evaluated.result, Classification) else "captions"
+    measures, images = evaluated.result.measures, len(evaluated.images.samples)
+    if isinstance(evaluated.result, Classification):
+        about = f"{name}: {images:,} images of {len(evaluated.dataset.classes):,} classes"
+        what = "classes, evenly spaced in their order"
+    else:
+        k, chance = min(10, images), evaluated.result.chance
+        about = f"{name}: one of {images:,} images is wanted"
+        if (recall := f"image_retrieval_recall@{k}") in measures:
+            about += f"; recall@{k} {measures[recall]:.3f}, by chance {chance[recall]:.3f}"
+        what = "captions, evenly spaced from the best to the worst rank of the wanted image"
+    sheet = figures.sheet(figures.nearest(evaluated), open_image, about)
+    plots.to_png(sheet, folder / name / "nearest.png", SHEET_DPI)
     yield f"{name}/nearest.png", f"the nearest images of some {what}; correct ones are framed"
     if isinstance(evaluated.result, Classification) and len(evaluated.result.labels):
         plots.to_png(figures.confusion(evaluated.result), folder / name / "confusion.png")

@@ -89,7 +89,12 @@ def test_the_sheet_shows_the_nearest_images_and_frames_correct_ones(
     assert {image.name for image, _ in green.images[:4]} == {"green/0.png", "green/1.png", "green/2.png", "red/9.png"}
     assert {image.name: right for image, right in green.images}["red/9.png"] is False
     captions = figures.nearest(retrieval, rows=3)
-    assert [row.text for row in captions] == [retrieval.captions[n] for n in (0, 12, 22)]
+    # Evenly spaced by the rank of the wanted image: the best, the median and the worst.
+    first = np.unique(retrieval.owners, return_index=True)[1]
+    ranks = np.sort(retrieval.result.image_ranks[first])
+    assert [row.rank for row in captions] == ranks[[0, round((len(ranks) - 1) / 2), -1]].tolist()
+    for row in captions:
+        assert [number for number, (_, right) in enumerate(row.images, 1) if right] == [row.rank][: row.rank <= 8]
     assert all(sum(right for _, right in row.images) <= 1 and row.wanted is not None for row in captions)
 
 
