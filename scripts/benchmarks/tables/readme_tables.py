@@ -16,6 +16,7 @@ from scripts.benchmarks.result_rows import read_rows
 from scripts.benchmarks.tables.index_tables import index_tables
 from scripts.benchmarks.tables.launch_tables import launch_tables
 from scripts.benchmarks.tables.markers import fill_tables
+from scripts.benchmarks.tables.switch_tables import switch_tables
 from scripts.benchmarks.tables.throughput_tables import image_tables, throughput_tables
 
 
@@ -69,6 +70,7 @@ def measured_in(row: dict[str, str]) -> str:
 PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "README.md": quickstart_tables,
     "docs/tutorials/images.md": emoji_tables,
+    "docs/guides/negatives.md": switch_tables,
     "docs/design/training.md": throughput_tables,
     "docs/design/images.md": image_tables,
     "docs/design/indexes.md": index_tables,
