@@ -108,7 +108,7 @@ def test_one_string_is_not_a_list_of_texts(world: World) -> None:
     ("call", "message"),
     [
         (lambda w, p: retriever.load(None), "model: expected a file or folder, found None"),
-        (lambda w, p: retriever.load(w.model, device=3), "device: expected auto, cpu or cuda"),
+        (lambda w, p: retriever.load(w.model, device=3), "device: expected auto, cpu, cuda"),
         (lambda w, p: retriever.load(w.model, micro_batch_tokens=1.5), "micro_batch_tokens: expected a whole number"),
         (lambda w, p: retriever.load(w.model, progress=3), "progress: expected a function of one ProgressEvent"),
         (lambda w, p: retriever.encode(w.model, "", p), "data: expected a file or folder, found ''"),

@@ -64,7 +64,7 @@ def trained_with(tmp_path: Path, tiny: ModelConfig, rows: list[object], **other:
         (["mine", "--model", "m", "--data", "d", "--out", "o.gz"], ["^retriever: --out: .* .jsonl file, found o.gz"]),
         (
             ["encode", "--model", "m", "--data", str(ROOT / "README.md"), "--out", "o", "--device", "tpu"],
-            ["^retriever: --device: expected auto, cpu or cuda.*, found 'tpu'"],
+            ["^retriever: --device: expected auto, cpu, cuda.*, found 'tpu'"],
         ),
         (
             ["evaluate", "beir", "--model", "m", "--data", "d", "--out", "o", "--k", "0"],
