@@ -108,7 +108,7 @@ def _image_set(path: Path) -> None:
 
 def _metrics(path: Path) -> None:
     assert all(isinstance(row, dict) for row in TrainingRun(path.parent, 1).metrics)
-    RunLog(path.parent, step=3, dev_step=3, tensorboard=False).close()
+    RunLog(path.parent, step=3, dev_step=3).close()
 
 
 @cache
