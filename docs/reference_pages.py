@@ -16,7 +16,7 @@ from retriever.cli.commands.compare import EvaluateCompare, EvaluateRun
 from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluate import EvaluateBeir
 from retriever.cli.commands.index import IndexBuild, IndexTune
-from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
+from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexExport, IndexMerge, IndexVerify
 from retriever.cli.commands.merge import Merge
 from retriever.cli.commands.mine import Mine
 from retriever.cli.commands.score import Score
@@ -42,6 +42,7 @@ COMMANDS: dict[str, type] = {
     "index merge": IndexMerge,
     "index add": IndexAdd,
     "index delete": IndexDelete,
+    "index export": IndexExport,
     "index verify": IndexVerify,
     "search": Search,
     "serve": Serve,

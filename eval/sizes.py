@@ -11,7 +11,7 @@ from eval.measures import HEADLINE, measure_name, shown
 from eval.metrics import Metrics
 
 # Bits of a value of an embedding.
-BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}
+BITS = {"float32": 32, "float16": 16, "binary+int8": 9, "int8": 8, "binary": 1}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class SetResult:
     """sha256 of the files of the set."""
     approximation: Approximation | None = None
     by_dim: dict[int, Metrics] = field(default_factory=dict)
+    by_precision: dict[tuple[int, str], Metrics] = field(default_factory=dict)
+    """(dimensions, precision) -> metrics of embeddings in fewer bits."""
     """Dimension -> metrics with embeddings truncated to it."""
     index: dict[str, Any] = field(default_factory=dict)
     """How the index was built and how it is searched."""
@@ -148,6 +150,8 @@ def _set_json(result: SetResult, checked: Mapping[str, Any]) -> dict[str, Any]:
     }
     if result.by_dim:
         values["by dimension"] = {str(dim): metrics.mean for dim, metrics in result.by_dim.items()}
+    if result.by_precision:
+        values["by precision"] = {f"{dim} {name}": found.mean for (dim, name), found in result.by_precision.items()}
     if result.approximation is not None:
         values["index"] = result.approximation.as_json(result.metrics)
     return values

@@ -12,7 +12,7 @@ from index.files import InputError
 from index.manifest import EMBEDDINGS, NAME, Level, Manifest, read_manifest, verify_files
 from index.passages import Passage, read_stored_passages
 from index.store.ids import Ids
-from index.store.shards import DTYPES, SUFFIXES, read_vectors
+from index.store.shards import DTYPES, QUANTIZED, SUFFIXES, read_codes, read_vectors
 
 
 class EmbeddingStore:
@@ -23,7 +23,7 @@ class EmbeddingStore:
         manifest: its manifest.
         rows: N, the number of passages.
         dim: D, the length of a vector.
-        dtype: "float32" or "float16", as stored.
+        dtype: "float32" or "float16" as stored, or "int8" or "binary": codes of unit vectors.
         shard_rows: rows per shard; the last shard may have fewer.
         model: identifies the model that computed the vectors (its sha256).
         source: what was embedded (file, checksum, prompt).
@@ -96,7 +96,7 @@ class EmbeddingStore:
     def shards(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, vectors) of every shard, in order.
 
-        `vectors` is [n, D] of the stored dtype, memory-mapped and read-only.
+        `vectors` is [n, D] of the stored dtype, memory-mapped and read-only; of codes it is [n, D] float32.
 
         Raises:
             InputError: a shard is not the array that the manifest describes.
@@ -106,9 +106,21 @@ class EmbeddingStore:
             shape = (min(self.shard_rows, self.rows - first), self.dim)
             yield first, read_vectors(path, self.dtype, shape)
 
+    def codes(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, codes) of every shard of an "int8" or "binary" store, memory-mapped and read-only.
+
+        Raises:
+            InputError: the store has another dtype, or a shard is damaged.
+        """
+        if self.dtype not in QUANTIZED:
+            raise InputError(f"{self.folder}: expected codes ({' or '.join(QUANTIZED)}), found {self.dtype}")
+        for number, path in enumerate(self.files("npy")):
+            first = number * self.shard_rows
+            yield first, read_codes(path, self.dtype, (min(self.shard_rows, self.rows - first), self.dim))
+
     def vectors(self) -> np.ndarray:
-        """Load all vectors into memory: [N, D] of the stored dtype. Use `shards` for stores of any size."""
-        matrix = np.empty((self.rows, self.dim), DTYPES[self.dtype])
+        """Load all vectors into memory: [N, D] as `shards` gives them. Use `shards` for stores of any size."""
+        matrix = np.empty((self.rows, self.dim), np.float32 if self.dtype in QUANTIZED else DTYPES[self.dtype])
         for first, vectors in self.shards():
             matrix[first : first + len(vectors)] = vectors
         return matrix

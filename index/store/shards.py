@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +16,18 @@ from index.passages import Passage, checked_id
 from index.store.arrays import map_array
 
 # Little-endian on every machine, so that a store has the same bytes everywhere.
-DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "int8": np.dtype("i1"),
+    "binary": np.dtype("u1"),
+}
+StoreDtype = Literal["float32", "float16", "int8", "binary"]
+"""Dtype of the vectors of a store."""
+QUANTIZED = ("int8", "binary")
+"""Dtypes of codes, for vectors of unit length only."""
+# Largest difference of a vector's length from 1.
+UNIT_TOLERANCE = 0.01
 SUFFIXES = ("npy", "ids", "jsonl")
 
 
@@ -75,18 +87,27 @@ def stored_vectors(vectors: np.ndarray, dtype: str, ids: Sequence[str], folder: 
 
     Args:
         vectors: [n, D], any floating dtype.
-        dtype: "float32" or "float16".
+        dtype: a key of DTYPES.
         ids: n ids, for error messages.
         folder: folder of the store, for error messages.
         first: row of the first vector, for error messages.
 
     Returns:
-        [n, D] of `dtype`, C order.
+        [n, D] of `dtype` in C order, or codes (see `quantized`).
 
     Raises:
-        InputError: a vector contains NaN or infinity, or a value too large for `dtype`; the message names its id and
-            row.
+        InputError: a vector contains NaN or infinity, a value too large for `dtype`, or has no unit length where codes
+            are stored; the message names its id and row.
     """
+    if dtype in QUANTIZED:
+        lengths = np.linalg.norm(vectors.astype(np.float32), axis=1)
+        if not (unit := np.abs(lengths - 1) <= UNIT_TOLERANCE).all():
+            row = int(np.argmin(unit))
+            raise InputError(
+                f"{folder}: row {first + row}, passage {ids[row]!r}: expected a vector of unit length for {dtype}, "
+                f"found length {lengths[row]:g}"
+            )
+        return quantized(vectors, dtype)
     with np.errstate(over="ignore"):  # values too large for float16 become infinite and are refused below
         stored = vectors.astype(DTYPES[dtype], order="C")
     finite = np.isfinite(stored).all(axis=1)
@@ -98,12 +119,48 @@ def stored_vectors(vectors: np.ndarray, dtype: str, ids: Sequence[str], folder: 
 
 
 def read_vectors(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
-    """Memory-map the vectors of `path`, read-only.
+    """Memory-map the vectors of `path`, read-only, or decode the codes in it: [n, D] float32.
 
     Raises:
-        InputError: the file is not an array of `dtype` ("float32" or "float16") and `shape`.
+        InputError: the file is not an array of `dtype` and of the `shape` of n vectors of D dimensions.
     """
+    if dtype in QUANTIZED:
+        return dequantized(read_codes(path, dtype, shape), dtype, shape[1])
     return map_array(path, DTYPES[dtype], shape)
+
+
+def read_codes(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
+    """Memory-map the codes of `path`, read-only; `shape` is that of the vectors.
+
+    Raises:
+        InputError: the file is not an array of these codes.
+    """
+    return map_array(path, DTYPES[dtype], (shape[0], -(-shape[1] // 8) if dtype == "binary" else shape[1]))
+
+
+def quantized(vectors: np.ndarray, dtype: str) -> np.ndarray:
+    """Codes of vectors, of which only the direction is kept.
+
+    Args:
+        vectors: [n, D] floating.
+        dtype: "int8": each value as a whole number from -127 to 127, where 127 is the largest of its vector; int8
+            [n, D]. "binary": whether each value is above 0, as the bits of uint8 [n, ceil(D / 8)], the first value in
+            the highest bit.
+    """
+    vectors = vectors.astype(np.float32)
+    if dtype == "binary":
+        return np.packbits(vectors > 0, axis=1)
+    largest = np.abs(vectors).max(axis=1, keepdims=True)
+    return np.rint(vectors * (127 / np.where(largest > 0, largest, 1))).astype(np.int8)
+
+
+def dequantized(codes: np.ndarray, dtype: str, dim: int) -> np.ndarray:
+    """The vectors of codes, [n, D] float32 of unit length; zeros stay zero."""
+    if dtype == "binary":
+        signs = np.unpackbits(codes, axis=1, count=dim).astype(np.float32)
+        return (2 * signs - 1) / np.float32(np.sqrt(dim))
+    values = codes.astype(np.float32)
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1)
 
 
 # Quotes a string as JSON without escaping non-ASCII characters; json.dumps takes three times as long.

@@ -39,7 +39,7 @@ class EmbeddingWriter:
         dim: D, the length of a vector.
         model: identifies the model (its sha256). Vectors of different models cannot be mixed in a store.
         source: what is embedded (file, checksum, prompt); any JSON object.
-        dtype: "float32" (default) or "float16", as stored.
+        dtype: "float32" (default) or "float16" as stored, or "int8" or "binary": codes of unit vectors.
         shard_rows: rows per shard; default 65536.
         same_rows: called if an incomplete store was begun with another `source`: whether the new source begins with the
             passages already stored. If so, the store is continued with the new source.
@@ -58,7 +58,7 @@ class EmbeddingWriter:
         dim: int,
         model: dict[str, str],
         source: dict[str, Any],
-        dtype: Literal["float32", "float16"] = "float32",
+        dtype: Literal["float32", "float16", "int8", "binary"] = "float32",
         shard_rows: int = 65536,
         same_rows: Callable[[EmbeddingStore], bool] | None = None,
         checked: Callable[[int], None] | None = None,

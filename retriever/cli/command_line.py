@@ -23,7 +23,7 @@ from retriever.cli.commands.compare import EvaluateCompare, EvaluateRun
 from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluate import EvaluateBeir
 from retriever.cli.commands.index import IndexBuild, IndexTune
-from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexMerge, IndexVerify
+from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexExport, IndexMerge, IndexVerify
 from retriever.cli.commands.merge import Merge
 from retriever.cli.commands.mine import Mine
 from retriever.cli.commands.score import Score
@@ -51,6 +51,7 @@ DESCRIPTION = (
 
 IndexCommand = (
     Annotated[IndexBuild, subcommand("build")]
+    | Annotated[IndexExport, subcommand("export")]
     | Annotated[IndexVerify, subcommand("verify")]
     | Annotated[IndexTune, subcommand("tune")]
     | Annotated[IndexMerge, subcommand("merge")]

@@ -33,7 +33,7 @@ WRITE_QUEUE = 2
 class StoreOptions:
     """How the embeddings of a corpus are stored, and how its texts are read."""
 
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "int8", "binary"] = "float32"
     """Dtype of the vectors on disk."""
     shard_rows: int = 65536
     """Rows per shard."""

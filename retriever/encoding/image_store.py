@@ -40,7 +40,7 @@ def encode_images(
     options: EncodeOptions,
     reporter: Reporter,
     *,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: Literal["float32", "float16", "int8", "binary"] = "float32",
     shard_rows: int = 65536,
     ranks: Ranks | None = None,
 ) -> EmbeddingStore:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from eval.sets.external import download_external, external_folder, external_name
 from eval.sets.plan import BEIR, BY_NAME, WHOLE, Plan, plan
 from index.files import InputError
 from index.progress import Progress, Reporter, SilentReporter, as_reporter
+from index.store.shards import StoreDtype
 from retriever.distributed.agreement import flat_settings
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
 from retriever.distributed.ranks import Ranks
@@ -25,7 +26,7 @@ from retriever.errors import ArgumentError, check_at_least, check_choice, check_
 from retriever.evaluation.preflight import check_sets
 from retriever.evaluation.report_folder import ReportFolder
 from retriever.evaluation.set_settings import read_settings, unused
-from retriever.evaluation.suite import Suite, SuiteOptions
+from retriever.evaluation.suite import LowerPrecision, Suite, SuiteOptions
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,17 @@ class Evaluation:
     def by_dim(self) -> dict[int, dict[str, SetMetrics]]:
         """Dimension of `dims` -> set (or row of BEIR's table) -> its metrics with embeddings truncated to it."""
         sizes = [] if self.result is None else self.result.sizes
-        return {size.dim: {name: _set_metrics(row) for name, row in size.rows.items()} for size in sizes}
+        # Those of further precisions come after the metrics of each dimension.
+        return {size.dim: {name: _set_metrics(row) for name, row in size.rows.items()} for size in reversed(sizes)}
+
+    @cached_property
+    def by_size(self) -> list[tuple[int, str, int, dict[str, SetMetrics]]]:
+        """(dimensions, precision, bytes of an embedding, set -> its metrics) for `dims` and `precisions`."""
+        sizes = [] if self.result is None else self.result.sizes
+        return [
+            (size.dim, size.precision, size.bytes, {name: _set_metrics(row) for name, row in size.rows.items()})
+            for size in sizes
+        ]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -122,13 +133,14 @@ def evaluate(
     overlap: int = 32,
     factory: str | None = None,
     index: str | Path | None = None,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: StoreDtype = "float32",
     shard_rows: int = 65536,
     device: str = "auto",
     precision: Precision = "fp32",
     micro_batch_tokens: int | None = None,
     dim: int | None = None,
     dims: Sequence[int] = (),
+    precisions: Sequence[LowerPrecision] = (),
     preflight: bool = False,
     progress: Progress = None,
 ) -> Evaluation:
@@ -164,6 +176,9 @@ def evaluate(
         dim: Keep the first `dim` values of each embedding, at unit length. Default: None, all that `model` computes.
         dims: Also give the metrics of exact search with embeddings truncated to each of these dimensions, as one table
             and plot (`Evaluation.by_dim`); the corpus is embedded once. Default: none.
+        precisions: Also give, in the same table, the metrics with the passages' embeddings in "int8", in "binary"
+            (1 bit per value), or "binary+int8": the 4 · k nearest by Hamming distance, ranked by int8. Queries stay
+            float32. Default: none.
         preflight: Whether to only check the sets and estimate time, memory and disk. Default: False.
         progress: Called with a `ProgressEvent` at each step. Default: None.
 
@@ -180,7 +195,13 @@ def evaluate(
     check_at_least(1, k=k, shard_rows=shard_rows)
     check_at_least(0, overlap=overlap)
     dims = _checked_dims(dim, dims)
-    check_choice(("float32", "float16"), dtype=dtype)
+    check_choice(get_args(StoreDtype), dtype=dtype)
+    if isinstance(precisions, str) or not isinstance(precisions, Sequence):
+        raise ArgumentError("precisions", f"expected a list, found {precisions!r:.60}")
+    for each in precisions:
+        check_choice(get_args(LowerPrecision), precisions=each)
+    if precisions and dtype not in ("float32", "float16"):
+        raise ArgumentError("precisions", f"expected dtype float32 or float16 with them, found {dtype}")
     if download and home is None:
         raise ArgumentError("download", "expected home, the folder to download sets to, found none")
     if mirror is not None and not download:
@@ -205,6 +226,7 @@ def evaluate(
         dtype=dtype,
         shard_rows=shard_rows,
         dims=dims,
+        precisions=tuple(dict.fromkeys(precisions)),
     )
     if isinstance(model, Model):
         device, precision = str(model.device), model.options.precision

@@ -97,7 +97,7 @@ def check_sets(
                 k=options.k,
                 out=out.absolute(),
                 tokens_per_second=processes * _speed(adjusted, result.passage_sample, lengths["document"], encode),
-                dtype_bytes=2 if options.dtype == "float16" else 4,
+                dtype_bytes={"float32": 4, "float16": 2}.get(options.dtype, 1),
                 shard_rows=options.shard_rows,
                 index=_index_bytes(options, result.passages, adjusted.dimension),
                 build=options.factory is not None,

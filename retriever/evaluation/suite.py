@@ -21,13 +21,16 @@ from eval.reports.suite import SetResult, SuiteResult, data_checksums, write_sui
 from eval.runs import write_trec_run
 from eval.sets.plan import Plan, Task, check_outside, rows_of_tasks
 from eval.sizes import SizeResult
+from index.ann.rescoring import search_rescored
 from index.beir import BeirDataset
 from index.files import InputError, sha256_file
 from index.passages import Passage, PassageFile
 from index.progress import Reporter
 from index.records import count_records
 from index.store.prefix import truncated, unit_prefix
+from index.store.quantized import QuantizedStore
 from index.store.reader import EmbeddingStore
+from index.store.shards import StoreDtype
 from retriever.distributed.agreement import ContentHash, check_same_folder, check_same_on_ranks
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import StoreOptions, corpus_source, encode_passages
@@ -38,6 +41,9 @@ from retriever.evaluation.set_settings import SetSettings, towers_for
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import checksum_progress
 from retriever.utils.versions import COMPUTING, device_name, versions
+
+LowerPrecision = Literal["int8", "binary", "binary+int8"]
+"""Precision of the passages' embeddings in further results."""
 
 if TYPE_CHECKING:
     from index.ann.index import Index
@@ -63,12 +69,14 @@ class SuiteOptions:
     """Continue if the qrels judge passages or queries that do not exist."""
     keep_identical_ids: bool = False
     """Keep passages that have the id of their query."""
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: StoreDtype = "float32"
     """Dtype of the vectors on disk."""
     shard_rows: int = 65536
     """Passages per shard of the store."""
     dims: tuple[int, ...] = ()
     """Dimensions to which the embeddings are truncated for further results of exact search."""
+    precisions: tuple[LowerPrecision, ...] = ()
+    """Precisions of the passages' embeddings for further results, for each of `dims` or all dimensions."""
 
 
 class Suite:
@@ -127,9 +135,15 @@ class Suite:
         exact = {name: result.metrics for name, result in results.items()}
         approximations = {name: result.approximation for name, result in results.items() if result.approximation}
         sizes = [
-            SizeResult(dim, self._options.dtype, rows_of_tasks(self._plan.tasks, metrics))
-            for dim in self._options.dims
-            for metrics in [{name: result.by_dim[dim] for name, result in results.items()}]
+            SizeResult(dim, precision or self._options.dtype, rows_of_tasks(self._plan.tasks, metrics))
+            for dim in self._dims
+            for precision in (None, *self._options.precisions)
+            for metrics in [
+                {
+                    name: result.by_dim[dim] if precision is None else result.by_precision[dim, precision]
+                    for name, result in results.items()
+                }
+            ]
         ]
         rows = rows_of_tasks(self._plan.tasks, exact)
         summary = SuiteResult(rows, self._plan.absent, exact, approximations, sizes)
@@ -212,8 +226,11 @@ class Suite:
             "search": searched - queries_encoded,
             "metrics": time.perf_counter() - searched,
         }
-        for dim in self._options.dims:
+        for dim in self._dims:
             result.by_dim[dim] = self._evaluate_dim(task, dataset, store, vectors, dim, result)
+            for precision in self._options.precisions:
+                found = self._evaluate_precision(task, dataset, store, vectors, dim, precision, result)
+                result.by_precision[dim, precision] = found
         if self._ranks.is_first:
             write_trec_run(folder / "run.trec", run, "retriever")
             result.runs["run.trec"] = sha256_file(folder / "run.trec")
@@ -235,6 +252,44 @@ class Suite:
             run = self._ranked(dataset, ids, find, unit_prefix(vectors, dim), prefix)
         if self._ranks.is_first:
             file = self._out / task.name / f"dim-{dim}.trec"
+            write_trec_run(file, run, "retriever")
+            full.runs[file.name] = sha256_file(file)
+        return self._score(dataset, run)
+
+    @property
+    def _dims(self) -> tuple[int, ...]:
+        """The dimensions of further results."""
+        return self._options.dims or ((self._towers.dimension,) if self._options.precisions else ())
+
+    def _evaluate_precision(
+        self,
+        task: Task,
+        dataset: BeirDataset,
+        store: EmbeddingStore,
+        vectors: np.ndarray,
+        dim: int,
+        precision: LowerPrecision,
+        full: SetResult,
+    ) -> Metrics:
+        """Search with passages in fewer bits and queries in float32; adds the run file to `full`."""
+        part, queries = truncated(store, dim), vectors if dim == store.dim else unit_prefix(vectors, dim)
+        ids, device, on_ranks = store.ids(), str(self._towers.device), self._ranks.world_size > 1
+        with self._reporter.bar(f"{task.name}: search {dim} × {precision}", store.rows, "passages") as advance:
+            if precision == "binary+int8":
+                codes = np.concatenate([found for _, found in QuantizedStore(part, "binary").codes()])
+                fine = QuantizedStore(part, "int8")
+
+                def rescored(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+                    return search_rescored(queries, codes, fine, k)
+
+                run = self._ranked(dataset, ids, rescored, queries, part)
+                advance(store.rows)
+            else:
+                lower = QuantizedStore(part, precision)
+                exact = exact_search(lower, ids, device=device, progress=advance, on_ranks=on_ranks)
+                run = self._ranked(dataset, ids, exact, queries, lower)
+        if self._ranks.is_first:
+            file = self._out / task.name / f"dim-{dim}-{precision}.trec"
             write_trec_run(file, run, "retriever")
             full.runs[file.name] = sha256_file(file)
         return self._score(dataset, run)

@@ -25,8 +25,8 @@ class Encode(TruncatedEmbedding):
     files or of a saved Hugging Face dataset."""
     out: Path
     """Folder of the store."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Dtype of the embeddings on disk."""
+    dtype: Literal["float32", "float16", "int8", "binary"] = "float32"
+    """Dtype of the embeddings on disk. int8 and binary (1 bit per value) need embeddings of unit length."""
     shard_rows: int = 65536
     """Passages or images per shard; at most this many per process are lost if a run is killed."""
     fields: tuple[str, ...] = ()

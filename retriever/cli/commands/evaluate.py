@@ -54,13 +54,17 @@ class EvaluateBeir(TruncatedEmbedding):
     """Evaluate a FAISS index, too, built with this factory string (auto, IVF1024,Flat …)."""
     index: Path | None = None
     """Evaluate this index, too; it must be of the same corpus and model."""
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "int8", "binary"] = "float32"
     """Dtype of the embeddings on disk."""
     shard_rows: int = 65536
     """Passages per shard; at most this many per process are lost if a run is killed."""
 
     dims: tuple[int, ...] = ()
     """Also give the metrics with embeddings truncated to each of these dimensions, in one table and plot."""
+
+    precisions: tuple[Literal["int8", "binary", "binary+int8"], ...] = ()
+    """Also give the metrics with passages in int8, binary (1 bit per value), or binary+int8 (the 4 k nearest by Hamming
+    distance, ranked by int8), in the same table."""
 
     def run(self, reporter: Reporter) -> int:
         from retriever.evaluation.evaluate import evaluate
@@ -84,6 +88,7 @@ class EvaluateBeir(TruncatedEmbedding):
             dtype=self.dtype,
             shard_rows=self.shard_rows,
             dims=self.dims,
+            precisions=self.precisions,
             preflight=self.preflight,
             **self.embedding_options(),
             progress=reporter,

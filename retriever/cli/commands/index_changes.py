@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -100,6 +101,43 @@ class IndexDelete:
             deleted = delete_passages(self.index, ids, self.out, checked=checked)
         summary = {"index": str(self.out or self.index), "deleted": deleted, "not_there": len(set(ids)) - deleted}
         answer(self.json, summary)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexExport:
+    """Write an embedding store to another engine, and compare rows and nearest neighbours there with the store.
+
+    An interrupted command continues when it is repeated.
+    """
+
+    embeddings: Positional[Path]
+    """Folder of `retriever encode`."""
+    to: Literal["parquet", "qdrant", "lancedb", "milvus", "pgvector"]
+    """The engine. All but parquet need the extra of the same name."""
+    where: str
+    """Folder (parquet, lancedb, qdrant's local mode), file ending in .db (milvus), URL of a server (qdrant, milvus), or
+    connection string (pgvector)."""
+    name: str = "passages"
+    """Name of the collection or table."""
+    batch: int = 1000
+    """Rows written at once."""
+    json: Switch = False
+    """Print the summary as JSON."""
+
+    def run(self, reporter: Reporter) -> int:
+        from index.store.reader import EmbeddingStore
+        from retriever.errors import check_at_least
+        from retriever.searching.export.export import export_store
+        from retriever.utils.check_progress import checksum_progress
+
+        check_at_least(1, batch=self.batch)
+        store = EmbeddingStore.open(self.embeddings)
+        with checksum_progress(reporter, [self.embeddings]) as checked:
+            store.check(checked)
+        with reporter.bar(f"export to {self.to}", store.rows, "vectors") as advance:
+            rows = export_store(store, self.to, self.where, self.name, batch=self.batch, progress=advance)
+        answer(self.json, {"engine": self.to, "name": self.name, "rows": rows})
         return 0
 
 

@@ -1,0 +1,1 @@
+"""Writing embedding stores to other engines: Parquet, Qdrant, LanceDB, Milvus, PostgreSQL with pgvector."""
