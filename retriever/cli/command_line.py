@@ -134,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # By name, because the command line does without torch: its error for a full GPU.
         if type(error).__name__ == "OutOfMemoryError":
             return _fail("out of GPU memory: lower --micro-batch-tokens, or the batch", 1)
+        if "can't start new thread" in str(error) or "can't allocate memory" in str(error):
+            return _fail("out of memory, or of threads", 1)
         if "Too many open files" in str(error):
             return _fail("too many open files: raise the limit, for example with `ulimit -n 4096`", 1)
         if str(error).startswith("DataLoader worker"):
