@@ -5,6 +5,7 @@ Every process is a fork of this one, which has imported the libraries, and runs 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import shutil
@@ -102,7 +103,13 @@ def compare_stored(config: str, out: Path) -> None:
     teacher = ("--loss.teacher.kind", "pool_kl", "--loss.teacher.regression", "0.5", "--loss.teacher.model", str(model))
     drawn = ("--data.random-passages", "7", "--data.corpus", str(corpus))
     encode = ["encode", "--model", str(model), "--data", str(corpus), "--out", str(store), "--device", "cpu"]
-    on_ranks(1, lambda: command_line(encode) and None)
+
+    def encoded() -> None:
+        # Its summary is no word of this script's output.
+        with contextlib.redirect_stdout(sys.stderr):
+            assert command_line(encode) == 0
+
+    on_ranks(1, encoded)
     tree["model"] = {"name": str(model), "dropout": 0.0, "shared": False}
     tree["data"]["negatives"], tree["loss"]["symmetric"], tree["query_only"] = 0, False, str(store)
     frozen = out / "frozen.yaml"
