@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cli_helpers import MEANINGS, command, write_config, write_lines
+from torch import nn
 
 from eval.runs import read_trec_run, write_trec_run
 from retriever.cli.terminal import Terminal
@@ -101,7 +102,9 @@ def test_a_dev_set_keeps_judged_identical_ids(
     towers = load_towers(str(world.model))
     towers.eval()
     with tempfile.TemporaryDirectory() as folder:
-        measures = dev.measures(towers, Path(folder), EncodeOptions(), Terminal(), tick=None, ranks=Ranks())
+        measures = dev.measures(
+            towers, Path(folder), EncodeOptions(), Terminal(), tick=None, ranks=Ranks(), loss=nn.Identity()
+        )
     assert measures["mrr@1"] >= 19 / 20
     assert ("dev.keep_identical_ids keeps them" in capsys.readouterr().err) == (not keep)
     assert dev.fingerprint != dataclasses.replace(dev, keep_identical_ids=not keep).fingerprint

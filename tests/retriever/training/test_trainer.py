@@ -90,7 +90,8 @@ def test_training_learns_and_writes_a_complete_run(config: TrainConfig) -> None:
     assert len(list((run / "checkpoints").iterdir())) == config.keep_checkpoints
     again = load_config(run / "config.yaml")
     assert again == dataclasses.replace(again) and again.micro_batch_tokens == 40
-    assert rows[-2]["logit_scale"] != rows[0]["logit_scale"]
+    scales = [row["logit_scale"] for row in rows if "logit_scale" in row]
+    assert scales[-1] != scales[0]
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 7, 11])
@@ -202,7 +203,7 @@ def test_micro_batches_do_not_change_a_step(config: TrainConfig, tmp_path: Path)
 
 
 def test_early_stopping_keeps_the_best_model(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([0.3, 0.5, 0.4, 0.2, 0.9])
+    scores = iter([0.1, 0.3, 0.5, 0.4, 0.2, 0.9])  # the first before training
     real = validation.evaluate_towers
 
     def scripted(*arguments: Any, **options: Any) -> Any:
