@@ -78,6 +78,7 @@ def test_peak_memory_follows_the_workspace() -> None:
     assert peak_growth_mib(pairs, dims, 2, ids=True) <= gradients_mib + 20 * pairs * 8 / 2**20 + 2 + 6
 
 
+@pytest.mark.slow
 def test_peak_memory_with_masked_negatives_is_linear() -> None:
     pairs, dims, workspace_mib = 12_000, 32, 8
     # The sums of the query gradients are kept beside the gradients.

@@ -144,7 +144,7 @@ def test_kernels_equal_the_reference(feature: str, device: str) -> None:
     pytest.importorskip("triton")
     # The interpreter is slow: on a CPU, one shift in one case and running maxima in another.
     shapes = [(37, 53)] if device == "cpu" else [*SHAPES, (257, 391), (700, 1500)]
-    for shape, (symmetric, random_positive) in itertools.product(shapes, BOTH):
+    for shape, (symmetric, random_positive) in itertools.product(shapes, BOTH[::3] if device == "cpu" else BOTH):
         scales = [20.0 if random_positive else 500.0] if device == "cpu" else [20.0, 500.0]
         for scale in scales:
             given = batch(feature, shape, symmetric, random_positive)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional, UseAppendAction
 
-from eval.reports.escaping import JOINERS, printable
 from index.files import InputError
 from index.passages import one_line
 from index.progress import Reporter
@@ -140,6 +139,9 @@ def _draw_answer(answer: Answer) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    # Where it is used: the other commands work beside a user's module of the name eval.
+    from eval.reports.escaping import printable
+
     table = Table(box=None, pad_edge=False)
     table.add_column("#", justify="right", style="dim")
     table.add_column("score", justify="right")
@@ -156,6 +158,8 @@ def _draw_answer(answer: Answer) -> None:
 
 def escaped(text: str) -> str:
     """The text with tabs, line ends and other control characters written as \\t, \\n, \\x1b."""
+    from eval.reports.escaping import JOINERS
+
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in CONTROLS and c not in JOINERS else c
         for c in text

@@ -45,7 +45,7 @@ def trained_with(tmp_path: Path, tiny: ModelConfig, rows: list[object], **other:
             ["encode", "--model", "m", "--data", "d", "--out", "o", "--shard-rows", "0"],
             ["^retriever: --shard-rows", "0"],
         ),
-        (["encode", "--model", "m", "--data", "d", "--out", "o", "--dtype", "int8"], ["--dtype", "int8", "float16"]),
+        (["encode", "--model", "m", "--data", "d", "--out", "o", "--dtype", "int3"], ["--dtype", "int3", "float16"]),
         (
             ["encode", "--model", "m", "--data", "d", "--out", "o", "--micro-batch-tokens", "-1"],
             ["--micro-batch", "-1"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli_helpers import command
 
-from eval.zero_shot.tables import open_table
+from eval.zero_shot.tables import Columns, open_table
 from index.beir import read_queries
 from index.files import InputError
 from index.passages import read_passages
@@ -27,7 +27,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "queries": read_queries,
     "passages": read_passages,
     "pairs": examples,
-    "images": open_table,
+    "images": lambda path: open_table(path, "test", Columns(image="_id", caption="text")),
 }
 # Header and rows: with the numbers of the rows, as R writes tables; cut short; with a cell too many.
 TABLES = {

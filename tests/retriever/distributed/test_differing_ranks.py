@@ -35,7 +35,7 @@ DIFFERING = {
     "model copy": TWO.format("model", PLACED, PLACED),
     "dev corpus copy": TWO.format(r"dev\.path", PLACED, PLACED),
     "dev qrels copy": TWO.format(r"dev\.path", PLACED, PLACED),
-    "no dev set": TWO.format(r"dev\.path", PLACED, "none"),
+    "no dev set": TWO.format(r"dev\.path", PLACED, "none") + r" \(so do dev\.paths\)",
     "newest checkpoint": TWO.format("checkpoint", rf"\S+step-00000004 {SUM}", rf"\S+step-00000002 {SUM}")
     + r" \(so do step.*\)",
     "copy of the run": TWO.format("out", r"\S+/kept", r"\S+/copies/kept"),

@@ -14,10 +14,15 @@ from retriever.cli import command_line as cli
 from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluate import EvaluateBeir
 from retriever.cli.commands.index import IndexBuild
+from retriever.cli.commands.merge import Merge
 from retriever.cli.commands.mine import Mine
+from retriever.cli.commands.score import Score
 from retriever.cli.commands.search import Search
 from retriever.cli.commands.serve import Serve
+from retriever.cli.commands.sharing.export import Export
+from retriever.cli.commands.sharing.push import Push
 from retriever.cli.commands.split import Split
+from retriever.cli.commands.study import Study
 from retriever.cli.commands.train import Train
 from retriever.errors import ConfigError
 from retriever.utils.torchrun import world_size
@@ -36,7 +41,13 @@ COMMANDS: dict[tuple[str, ...], bool] = {
     ("index", "verify", "i"): False,
     ("search", "--model", "m", "--index", "i", "q"): False,
     ("serve", "--model", "m", "--index", "i"): False,
-    ("mine", "--model", "m", "--data", "d", "--out", "o.jsonl"): False,
+    ("mine", "--model", "m", "--data", "d", "--out", "o.jsonl"): True,
+    ("score", "--model", "m", "--kind", "cross-encoder", "--data", "d", "--out", "o.jsonl"): True,
+    ("merge", "--models", "a", "b", "--out", "o"): False,
+    ("study", "s.yaml", "--out", "o"): False,
+    ("push", "--model", "m", "--repo", "user/name"): False,
+    ("export", "--model", "m", "--out", "o"): False,
+    ("index", "export", "e", "--to", "parquet", "--where", "o"): False,
     ("split", "--data", "d", "--out", "o"): False,
     ("evaluate", "zero-shot", *EMBED): False,
     ("evaluate", "run", "r", "--data", "d", "--out", "o"): False,
@@ -59,11 +70,12 @@ def without_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_every_command_is_listed() -> None:
     in_groups = [kind for group in (cli.IndexCommand, cli.EvaluateCommand) for kind in typing.get_args(group)]
-    known = {typing.get_args(kind)[0] for kind in in_groups} | {Train, Encode, Search, Serve, Mine, Split}
+    alone = {Train, Encode, Search, Serve, Mine, Score, Merge, Study, Split, Push, Export}
+    known = {typing.get_args(kind)[0] for kind in in_groups} | alone
     assert len(COMMANDS) == len(known)
     shared = {named(words) for words, shared_work in COMMANDS.items() if shared_work}
-    assert shared == {"train", "encode", "evaluate beir", "index build"}
-    assert set(cli.SHARED) == {Train, Encode, EvaluateBeir, IndexBuild}
+    assert shared == {"train", "encode", "evaluate beir", "index build", "mine", "score"}
+    assert set(cli.SHARED) == {Train, Encode, EvaluateBeir, IndexBuild, Mine, Score}
 
 
 @pytest.mark.parametrize("words", [words for words, shared_work in COMMANDS.items() if not shared_work], ids=named)

@@ -43,6 +43,7 @@ def test_spans_are_those_of_the_last_call() -> None:
     assert ring_plots.hidden_share(spans) == pytest.approx((1.0, 0.5, 2.0))
 
 
+@pytest.mark.slow
 def test_both_benchmarks_write_their_rows(python: LoadedPython, tmp_path: Path) -> None:
     for words in (torchrun(2, RING, "--samples=1"), [LARGEST_BATCH]):
         done = python.run(*words, "--device", "cpu", "--quick", "--results", tmp_path)

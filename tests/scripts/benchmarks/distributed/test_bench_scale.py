@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from forks import LoadedPython, torchrun
 
 from scripts import ROOT
@@ -11,6 +12,7 @@ from scripts.benchmarks import result_rows
 from scripts.benchmarks.tables.launch_tables import launch_tables
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_and_has_a_table(python: LoadedPython, tmp_path: Path) -> None:
     options = ("--device=cpu", "--quick", "--samples=1", "--step-sizes", 32, 32, "--results", tmp_path)
     words = torchrun(2, ROOT / "scripts/benchmarks/distributed/bench_scale.py", *options)

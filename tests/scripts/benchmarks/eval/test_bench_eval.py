@@ -56,6 +56,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_rows_of_speed_and_memory_are_written_and_updated(tmp_path: Path) -> None:
     for more in ([], ["--memory"], []):
         results = ["--results", str(tmp_path), "--commit", "abc1234", "--folder", str(tmp_path)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
 from forks import LoadedPython
 
 from scripts import ROOT
@@ -12,6 +13,7 @@ from scripts import ROOT
 BENCHMARK = ROOT / "scripts/benchmarks/retriever/bench_image_train.py"
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_and_written(python: LoadedPython, tmp_path: Path) -> None:
     words = [
         BENCHMARK,
