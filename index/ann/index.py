@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ KEPT_FILTERS = 16
 # A memory-mapped faiss file up to this size is hashed on opening, which takes a fraction of a second. Of larger ones
 # only the structure is checked: mapping avoids reading all of it.
 HASHED_MMAP_BYTES = 2**28
+# Held while faiss reads a file under a limit of its own.
+_LIMITED = threading.Lock()
 
 
 class Index:
@@ -74,7 +78,8 @@ class Index:
             )
         # State of each file when it was verified, to detect later changes.
         self._checked: dict[str, tuple[int, int, int]] = {}
-        self._selection = lru_cache(KEPT_FILTERS)(self._selection_of)
+        # A reference to itself would keep an index, and the lists it maps, until the next garbage collection.
+        self._selection = lru_cache(KEPT_FILTERS)(partial(Index._selection_of, weakref.proxy(self)))
 
     @classmethod
     def open(
@@ -419,18 +424,35 @@ def _mmap_lists_flag(path: Path) -> int:
 def _read(path: Path, tries: list[int]) -> Any:
     """Read a faiss file with the first of the flags `tries` that faiss accepts for it."""
     faiss = import_faiss()
-    flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
+    # Tables of IVF PQ serve only L2 distances, but faiss would hold their size against the limit.
+    flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
     on_disk = (path.parent / LISTS_FILE).exists()
-    if hasattr(faiss, "set_deserialization_vector_byte_limit"):
-        # No part of a file is larger than the file; faiss would reserve what a damaged one states.
-        faiss.set_deserialization_vector_byte_limit(max(1, path.stat().st_size))
     for mapped in tries:
         try:
-            with silence_stdout() if on_disk else contextlib.nullcontext():
+            with _byte_limit(path), silence_stdout() if on_disk else contextlib.nullcontext():
                 return faiss.read_index(str(path.absolute()), flags | mapped)
         except (RuntimeError, MemoryError, UnicodeDecodeError) as error:  # a faiss message may quote invalid UTF-8
             why = reason(error)
     raise InputError(f"{path}: cannot be read by faiss: {why}")
+
+
+@contextlib.contextmanager
+def _byte_limit(path: Path) -> Iterator[None]:
+    """No part of a file is larger than the file; faiss would reserve what a damaged one states.
+
+    The limit is one of the process: afterwards, other files are read as before.
+    """
+    faiss = import_faiss()
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        yield
+        return
+    with _LIMITED:
+        before = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(max(1, path.stat().st_size))
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before)
 
 
 def _truncation(model: Mapping[str, str]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -262,6 +264,21 @@ def test_lists_on_disk_that_can_be_read_quickly_are_checked_before_a_search(
     (folder / "lists.ivfdata").write_bytes(data)
     with pytest.raises(InputError, match=r"lists\.ivfdata: damaged: expected sha256"):
         Index.open(folder, mmap=mmap)
+
+
+def test_an_index_lets_go_of_its_lists_with_its_last_reference(tmp_path: Path, make_store: Callable) -> None:
+    """Threads of faiss read lists ahead, and reading a mapped file that was cut meanwhile ends the process."""
+    build(make_store(vectors_of(200), shard_rows=200), tmp_path / "index", Plan("IVF4,SQ8", on_disk=True))
+    gc.collect()
+    gc.disable()
+    try:
+        index = Index.open(tmp_path / "index")
+        index.search_rows(vectors_of(1), 10)
+        kept = weakref.ref(index)
+        del index
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_search_names_the_damaged_file(tmp_path: Path, make_store: Callable) -> None:
