@@ -40,9 +40,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def torchrun(size: int, *words: object, restarts: int = 0) -> list[str]:
-    """Return the arguments of Python for torchrun with `size` processes on this machine."""
-    alone = ("--standalone", f"--nproc-per-node={size}", f"--max-restarts={restarts}")
+def torchrun(size: int, *words: object, restarts: int = 0, interval: float = 0.1) -> list[str]:
+    """Return the arguments of Python for torchrun with `size` processes on this machine.
+
+    torchrun looks for ended processes every `interval` seconds.
+    """
+    alone = ("--standalone", f"--nproc-per-node={size}", f"--max-restarts={restarts}", f"--monitor-interval={interval}")
     return ["-m", "torch.distributed.run", *alone, *map(str, words)]
 
 

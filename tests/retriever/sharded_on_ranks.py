@@ -60,11 +60,15 @@ def main(config_file: str, rank: str = "0") -> None:
     out, config = Path("runs"), load_config(Path(config_file))
     # Two towers: ranks must run the micro-batches of the same tower at the same time.
     lora = dataclasses.replace(config.model.lora, rank=int(rank))
+    dev = dataclasses.replace(config.dev, at_start=False)
     model, optim = (
         dataclasses.replace(config.model, shared=False, lora=lora),
         dataclasses.replace(config.optim, ema=0.5),
     )
-    config = dataclasses.replace(config, shard_towers=True, model=model, optim=optim)
+    config = dataclasses.replace(
+        config, shard_towers=True, model=model, optim=optim, dev=dev, steps=5, checkpoint_every=3
+    )
+    # Each resumed run takes two steps more.
     on_ranks(1, trained(config, out / "1"))
     run = out / "sharded"
     for size in (3, 2, 1):
