@@ -72,8 +72,8 @@ def why_no_cuda_graphs(towers: Towers, precision: Precision) -> str | None:
 def use_cuda_graphs(towers: Towers) -> None:
     """Replace the forward of each encoder by one that replays CUDA graphs for small training passes."""
     for encoder in towers.encoders:
-        if not isinstance(encoder.forward, _GraphedForward):
-            encoder.forward = _GraphedForward(encoder)
+        if not isinstance(encoder.forward, GraphedForward):
+            encoder.forward = GraphedForward(encoder)
 
 
 def release_cuda_graphs(towers: Towers) -> None:
@@ -84,7 +84,7 @@ def release_cuda_graphs(towers: Towers) -> None:
     """
     for encoder in towers.encoders:
         graphed = encoder.forward
-        if isinstance(graphed, _GraphedForward):
+        if isinstance(graphed, GraphedForward):
             del encoder.forward
             if graphed.plain_forward != encoder.forward:
                 encoder.forward = graphed.plain_forward
@@ -103,7 +103,7 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _GraphedForward:
+class GraphedForward:
     """The replacement for the forward method of an encoder."""
 
     def __init__(self, encoder: Any) -> None:
@@ -198,7 +198,7 @@ class Inputs:
 class _Capture:
     """The graphs of forward and backward for one size."""
 
-    def __init__(self, graphed: _GraphedForward, inputs: Inputs) -> None:
+    def __init__(self, graphed: GraphedForward, inputs: Inputs) -> None:
         self.inputs = inputs
         self.weights = [weight for weight in graphed.encoder.parameters() if weight.requires_grad]
         device = inputs.input_ids.device
@@ -247,7 +247,7 @@ class _Capture:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graphed: _GraphedForward, capture: _Capture, tokens: int, dummy: Tensor) -> Tensor:
+    def forward(ctx: Any, graphed: GraphedForward, capture: _Capture, tokens: int, dummy: Tensor) -> Tensor:
         ctx.graphed, ctx.capture, ctx.tokens = graphed, capture, tokens
         capture.forward.replay()
         return capture.out[:, :tokens].detach()

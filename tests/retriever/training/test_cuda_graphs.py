@@ -155,6 +155,7 @@ class Lines(SilentReporter):
     """Keeps the messages."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.lines: list[str] = []
 
     def line(self, text: str) -> None:
