@@ -37,16 +37,18 @@ def test_a_recipe_has_the_published_values(name: str) -> None:
     (source,) = config.data.images
     assert len(expand_braces(source.path)) == shards and config.batch_size == batch
     optim, loss, image = config.optim, config.loss, config.model.image
-    assert (optim.name, optim.schedule, optim.max_grad_norm) == ("adafactor", "cosine", 1.0)
     locked = "_lit-" in name
-    expected = (1e-3, (0.9, 0.95), 1e-4) if locked else (5e-4, (0.9, 0.98), 0.5)
-    assert (optim.lr, optim.betas, optim.weight_decay) == expected
+    # The scripts of https://github.com/DAMO-NLP-SG/Inf-CLIP that the recipes name.
+    expected = ("adafactor", 1e-3, (0.9, 0.95), 1e-4, 1.0) if locked else ("adamw", 5e-4, (0.9, 0.98), 0.5, None)
+    assert (optim.name, optim.lr, optim.betas, optim.weight_decay, optim.max_grad_norm) == expected
+    assert optim.schedule == "cosine" and (locked or optim.eps == 1e-8)
     assert image.lock == ("image" if locked else "none") and image.augment and not image.flip
     assert loss.name == "inf_cl" and loss.symmetric and loss.learn_logit_scale
     # The learning rate peaks after half an epoch.
     steps = config.epochs * pairs // batch
     factors = [lr_factor(step, int(steps), optim) for step in range(int(steps))]
-    assert config.epochs == 8 and abs(int(np.argmax(factors)) + 1 - 0.5 * pairs / batch) <= 1
+    assert config.epochs == (8 if name.startswith("laion400m") else 40)
+    assert abs(int(np.argmax(factors)) + 1 - 0.5 * pairs / batch) <= 1
 
 
 @pytest.mark.parametrize("name", RECIPES)
