@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from retriever.cli.commands.compare import EvaluateCompare, EvaluateRun
+from retriever.cli.commands.duplicates import Duplicates
 from retriever.cli.commands.encode import Encode
-from retriever.cli.commands.evaluate import EvaluateBeir
+from retriever.cli.commands.evaluation.compare import EvaluateCompare, EvaluateRun
+from retriever.cli.commands.evaluation.evaluate import EvaluateBeir
+from retriever.cli.commands.evaluation.zero_shot import EvaluateZeroShot
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexExport, IndexMerge, IndexVerify
 from retriever.cli.commands.merge import Merge
@@ -27,7 +29,6 @@ from retriever.cli.commands.sharing.push import Push
 from retriever.cli.commands.split import Split
 from retriever.cli.commands.study import Study
 from retriever.cli.commands.train import Train
-from retriever.cli.commands.zero_shot import EvaluateZeroShot
 from retriever.config.images import ImageSource
 from retriever.config.loss_options import SourceLossConfig
 from retriever.config.run import TrainConfig
@@ -45,6 +46,7 @@ COMMANDS: dict[str, type] = {
     "index export": IndexExport,
     "index verify": IndexVerify,
     "search": Search,
+    "duplicates": Duplicates,
     "serve": Serve,
     "mine": Mine,
     "push": Push,

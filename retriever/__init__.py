@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from retriever.mining.mine import mine as mine
     from retriever.mining.score import score as score
     from retriever.searching.index import build_index as build_index
+    from retriever.searching.near_duplicates import NearDuplicate as NearDuplicate
+    from retriever.searching.near_duplicates import NearDuplicates as NearDuplicates
+    from retriever.searching.near_duplicates import near_duplicates as near_duplicates
     from retriever.searching.query import search as search
     from retriever.selection.merge import Merge as Merge
     from retriever.selection.merge import merge as merge
@@ -65,6 +68,7 @@ _PUBLIC = {
     "encode": "retriever.encoding.encode",
     "build_index": "retriever.searching.index",
     "search": "retriever.searching.query",
+    "near_duplicates": "retriever.searching.near_duplicates",
     "evaluate": "retriever.evaluation.evaluate",
     "compare": "retriever.evaluation.compare_runs",
     "mine": "retriever.mining.mine",
@@ -85,6 +89,8 @@ _PUBLIC = {
     "Study": "retriever.selection.study",
     "EmbeddingStore": "index.store.reader",
     "Index": "index.ann.index",
+    "NearDuplicate": "retriever.searching.near_duplicates",
+    "NearDuplicates": "retriever.searching.near_duplicates",
     "Evaluation": "retriever.evaluation.evaluate",
     "Comparison": "retriever.evaluation.compare_runs",
     "ZeroShotEvaluation": "retriever.evaluation.zero_shot_sets",

@@ -19,9 +19,11 @@ from tyro.conf import arg, subcommand
 from index.files import InputError, escape_control
 from index.progress import Reporter
 from retriever import __version__
-from retriever.cli.commands.compare import EvaluateCompare, EvaluateRun
+from retriever.cli.commands.duplicates import Duplicates
 from retriever.cli.commands.encode import Encode
-from retriever.cli.commands.evaluate import EvaluateBeir
+from retriever.cli.commands.evaluation.compare import EvaluateCompare, EvaluateRun
+from retriever.cli.commands.evaluation.evaluate import EvaluateBeir
+from retriever.cli.commands.evaluation.zero_shot import EvaluateZeroShot
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexExport, IndexMerge, IndexVerify
 from retriever.cli.commands.merge import Merge
@@ -34,7 +36,6 @@ from retriever.cli.commands.sharing.push import Push
 from retriever.cli.commands.split import Split
 from retriever.cli.commands.study import Study
 from retriever.cli.commands.train import Train
-from retriever.cli.commands.zero_shot import EvaluateZeroShot
 from retriever.cli.help_text import joined_lines
 from retriever.cli.terminal import Terminal
 from retriever.config.flags import normalize_flags
@@ -169,6 +170,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Encode, subcommand("encode")]
         | Annotated[IndexGroup, subcommand("index")]
         | Annotated[Search, subcommand("search")]
+        | Annotated[Duplicates, subcommand("duplicates")]
         | Annotated[Serve, subcommand("serve")]
         | Annotated[Mine, subcommand("mine")]
         | Annotated[Score, subcommand("score")]

@@ -11,8 +11,9 @@ import pytest
 from cli_helpers import command
 
 from retriever.cli import command_line as cli
+from retriever.cli.commands.duplicates import Duplicates
 from retriever.cli.commands.encode import Encode
-from retriever.cli.commands.evaluate import EvaluateBeir
+from retriever.cli.commands.evaluation.evaluate import EvaluateBeir
 from retriever.cli.commands.index import IndexBuild
 from retriever.cli.commands.merge import Merge
 from retriever.cli.commands.mine import Mine
@@ -40,6 +41,7 @@ COMMANDS: dict[tuple[str, ...], bool] = {
     ("index", "delete", "i", "--ids", "a"): False,
     ("index", "verify", "i"): False,
     ("search", "--model", "m", "--index", "i", "q"): False,
+    ("duplicates", "--embeddings", "e", "--out", "o.jsonl"): False,
     ("serve", "--model", "m", "--index", "i"): False,
     ("mine", "--model", "m", "--data", "d", "--out", "o.jsonl"): True,
     ("score", "--model", "m", "--kind", "cross-encoder", "--data", "d", "--out", "o.jsonl"): True,
@@ -70,7 +72,7 @@ def without_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_every_command_is_listed() -> None:
     in_groups = [kind for group in (cli.IndexCommand, cli.EvaluateCommand) for kind in typing.get_args(group)]
-    alone = {Train, Encode, Search, Serve, Mine, Score, Merge, Study, Split, Push, Export}
+    alone = {Train, Encode, Search, Duplicates, Serve, Mine, Score, Merge, Study, Split, Push, Export}
     known = {typing.get_args(kind)[0] for kind in in_groups} | alone
     assert len(COMMANDS) == len(known)
     shared = {named(words) for words, shared_work in COMMANDS.items() if shared_work}
