@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -94,6 +95,50 @@ class BlockProducts:
         if self.native_bf16:
             return torch.mm(query, passage.T, out_dtype=torch.float32, out=out)
         return torch.mm(query, passage.T, out=out)
+
+
+@dataclass(frozen=True)
+class GradientSums:
+    """Sums of products of score gradients with embeddings: M · dS K for queries, M · dSᵀ Q for passages.
+
+    Attributes:
+        query: [M, width], or None if it is not wanted.
+        passage: [N, width], or None.
+        overwrite_query, overwrite_passage: Whether the next product replaces what the sum holds.
+    """
+
+    query: Tensor | None
+    passage: Tensor | None
+    overwrite_query: bool
+    overwrite_passage: bool = True
+
+    def block(self, rows: slice, columns: slice) -> GradientSums:
+        """The sums of queries `rows` and passages `columns`, which the first block of each may overwrite."""
+        return GradientSums(
+            None if self.query is None else self.query[rows],
+            None if self.passage is None else self.passage[columns],
+            self.overwrite_query and not columns.start,
+            self.overwrite_passage and not rows.start,
+        )
+
+    def columns(self, columns: slice) -> GradientSums:
+        """The same sums for some of the dimensions."""
+        query, passage = (None if each is None else each[:, columns] for each in (self.query, self.passage))
+        return GradientSums(query, passage, self.overwrite_query, self.overwrite_passage)
+
+    def cleared(self) -> GradientSums:
+        """The same sums, set to zero where they would be overwritten."""
+        for each, overwrite in ((self.query, self.overwrite_query), (self.passage, self.overwrite_passage)):
+            if each is not None and overwrite:
+                each.zero_()
+        return GradientSums(self.query, self.passage, False, False)
+
+    def add(self, gradient: Tensor, query: Tensor, passage: Tensor) -> None:
+        """Add the products of a block's score gradients [M, N] with its embeddings."""
+        if self.query is not None:
+            add_product(self.query, gradient, passage, first=self.overwrite_query)
+        if self.passage is not None:
+            add_product(self.passage, gradient.T, query, first=self.overwrite_passage)
 
 
 def add_product(target: Tensor, factor: Tensor, block: Tensor, *, first: bool = False) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from losses.checks import check_choice, checked_workspace
 from losses.distributed.agreement import Shards, agree_on_batch
-from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock
+from losses.distributed.blocks import BlockBackend, ColumnSums, GradientFactors, GradientWeights, PassageBlock
 from losses.distributed.communication import Communication, communication_of
 from losses.distributed.forward_state import ForwardState
 from losses.distributed.further import RankMerge, column_counts_over_ranks, shares_over_ranks
@@ -272,13 +272,13 @@ def gradients_over_ranks(
         query_sum = state.rows.table.new_empty(len(backend.query), backend.width)
     backward = ring_backward if sharded.exchange == "ring" else gather_backward
     passage_sum = backward(backend, state, weights, query_sum, want_passage, shards, communication)
-    factors = (weights.ds_scale, upstream, communication.size / shards.total_queries)
+    factors = GradientFactors(weights.ds_scale, upstream, communication.size / shards.total_queries)
     query_gradient = passage_gradient = scale_gradient = None
     if query_sum is not None:
         dtype = dtypes[0] if want_query else None
-        query_gradient, scale_gradient = backend.finish_gradient(query_sum, *factors, dtype, want_scale, True)
+        query_gradient, scale_gradient = backend.finish_gradient(query_sum, factors, dtype, want_scale, True)
     if passage_sum is not None:
-        passage_gradient, _ = backend.finish_gradient(passage_sum, *factors, dtypes[1], False, False)
+        passage_gradient, _ = backend.finish_gradient(passage_sum, factors, dtypes[1], False, False)
     return query_gradient, passage_gradient, scale_gradient
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from losses.inputs import ContrastiveBatch
+from losses.precision import GradientSums
 from losses.torch_tiles.masks import NegativeMasks, PairGradients
 
 
@@ -100,6 +101,21 @@ class GradientWeights:
     ds_scale: Tensor
 
 
+@dataclass(frozen=True)
+class GradientFactors:
+    """What turns sums of ds_scale · M · dS products into gradients.
+
+    Attributes:
+        ds_scale: 0-dim, the factor of dS.
+        upstream: 0-dim, the gradient of the loss.
+        share: The loss is `share` times the sum over queries.
+    """
+
+    ds_scale: Tensor
+    upstream: Tensor
+    share: float
+
+
 class BlockBackend(Protocol):
     """Computes one rank's queries against blocks of passages.
 
@@ -180,31 +196,17 @@ class BlockBackend(Protocol):
         rows: RowSums,
         column_shift: Tensor,
         weights: GradientWeights,
-        query_sum: Tensor | None,
-        passage_sum: Tensor | None,
-        first: bool,
-        add: bool = False,
+        sums: GradientSums,
     ) -> None:
-        """Add ds_scale · M · dS K to query_sum [M, width] and write ds_scale · M · dSᵀ Q to passage_sum [n, width].
-
-        With `first`, for the first block, query_sum is overwritten. With `add`, passage_sum is added to.
-        """
+        """Add ds_scale · M · dS K and ds_scale · M · dSᵀ Q of a block to the sums."""
 
     def finish_gradient(
-        self,
-        sums: Tensor,
-        ds_scale: Tensor,
-        upstream: Tensor,
-        share: float,
-        dtype: torch.dtype | None,
-        scale: bool,
-        of_queries: bool,
+        self, sums: Tensor, factors: GradientFactors, dtype: torch.dtype | None, scale: bool, of_queries: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Scale finished sums to gradients.
 
         Args:
             sums: [size, width]; may be overwritten.
-            share: The loss is `share` times the sum over queries.
             dtype: Dtype of the returned gradient [size, D], or None to return none.
             scale: Whether to return the gradient of logit_scale too; `sums` must then be those of the queries.
             of_queries: Whether `sums` are those of this rank's queries; otherwise they are those of its passages.

@@ -15,6 +15,7 @@ from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights,
 from losses.distributed.communication import Communication
 from losses.distributed.forward_state import ForwardState
 from losses.inputs import ContrastiveBatch
+from losses.precision import GradientSums
 
 
 def gathered_pool(own: PassageBlock, shards: Shards, communication: Communication) -> PassageBlock:
@@ -49,7 +50,8 @@ def gather_backward(
     pool = state.block
     pool_sum = state.rows.table.new_empty(len(pool.passage), backend.width) if want_passage else None
     if state.rows.table.shape[-1]:
-        backend.accumulate_gradients(pool, state.rows, state.columns.shift, weights, query_sum, pool_sum, first=True)
+        sums = GradientSums(query_sum, pool_sum, overwrite_query=True)
+        backend.accumulate_gradients(pool, state.rows, state.columns.shift, weights, sums)
     elif pool_sum is not None:
         pool_sum.zero_()
     return None if pool_sum is None else communication.scatter_sums(pool_sum, shards.passages)

@@ -31,6 +31,7 @@ from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights,
 from losses.distributed.communication import Communication
 from losses.distributed.forward_state import ForwardState
 from losses.inputs import ContrastiveBatch
+from losses.precision import GradientSums
 
 
 def ring_forward(
@@ -96,7 +97,8 @@ def ring_backward(
         if state.rows.table.shape[-1] and len(block.passage):
             column, shift = (factors[0], factors[1]) if factors is not None else (None, state.rows.shift)
             gradient_weights = GradientWeights(weights.row, column, weights.ds_scale)
-            backend.accumulate_gradients(block, state.rows, shift, gradient_weights, query_sum, block_sum, first)
+            sums_of_block = GradientSums(query_sum, block_sum, overwrite_query=first)
+            backend.accumulate_gradients(block, state.rows, shift, gradient_weights, sums_of_block)
             first = False
         elif block_sum is not None:
             block_sum.zero_()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from losses.checks import accumulator_dtype
-from losses.distributed.blocks import ColumnSums, GradientWeights, PartialSums, PassageBlock, RowSums
+from losses.distributed.blocks import ColumnSums, GradientFactors, GradientWeights, PartialSums, PassageBlock, RowSums
 from losses.inputs import ContrastiveBatch
-from losses.precision import BlockProducts, Precision
+from losses.precision import BlockProducts, GradientSums, Precision
 from losses.torch_tiles.inf_cl import (
     Statistics,
     add_row_gradients,
@@ -122,32 +122,21 @@ class TorchBackend:
         rows: RowSums,
         column_shift: Tensor,
         weights: GradientWeights,
-        query_sum: Tensor | None,
-        passage_sum: Tensor | None,
-        first: bool,
-        add: bool = False,
+        sums: GradientSums,
     ) -> None:
-        if query_sum is not None and first:
-            query_sum.zero_()
-        if passage_sum is not None and not add:
-            passage_sum.zero_()
+        sums = sums.cleared()
         tiles, statistics = self._tiles(block), self._statistics(rows, column_shift, column_shift)
         for span in tiles.row_blocks():
-            sums = None if query_sum is None else query_sum[span]
+            of_rows = sums.block(span, slice(0, None))
             gradient_weights = (weights.row, weights.column)
-            add_row_gradients(tiles, statistics, gradient_weights, span, tiles.query_block(span), sums, passage_sum)
+            add_row_gradients(
+                tiles, statistics, gradient_weights, span, tiles.query_block(span), of_rows.query, of_rows.passage
+            )
 
     def finish_gradient(
-        self,
-        sums: Tensor,
-        ds_scale: Tensor,
-        upstream: Tensor,
-        share: float,
-        dtype: torch.dtype | None,
-        scale: bool,
-        of_queries: bool,
+        self, sums: Tensor, factors: GradientFactors, dtype: torch.dtype | None, scale: bool, of_queries: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        factor = upstream.to(self.dtype) * share / ds_scale
+        factor = factors.upstream.to(self.dtype) * factors.share / factors.ds_scale
         of_scale = self._scale_gradient(sums) * factor if scale else None
         of_sums = None if dtype is None else sums.mul_(factor * self.batch.logit_scale.detach()).to(dtype)
         return of_sums, of_scale

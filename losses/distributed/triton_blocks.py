@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from losses.checks import all_finite
-from losses.distributed.blocks import ColumnSums, GradientWeights, PartialSums, PassageBlock, RowSums
+from losses.distributed.blocks import ColumnSums, GradientFactors, GradientWeights, PartialSums, PassageBlock, RowSums
 from losses.inputs import ContrastiveBatch
-from losses.precision import Precision, add_product
+from losses.precision import GradientSums, Precision
 from losses.torch_tiles.masks import NegativeMasks, PairGradients
 from losses.triton.block_launches import (
     SavedStatistics,
@@ -202,10 +202,7 @@ class TritonBackend:
         rows: RowSums,
         column_shift: Tensor,
         weights: GradientWeights,
-        query_sum: Tensor | None,
-        passage_sum: Tensor | None,
-        first: bool,
-        add: bool = False,
+        sums: GradientSums,
     ) -> None:
         from losses.triton.block_sizes import spans
 
@@ -235,30 +232,18 @@ class TritonBackend:
                 )
                 if pairs is not None and pair_columns is not None:
                     write_pair_gradients(kernel_batch, pairs, pair_columns, span, columns, gradient)
-                if query_sum is not None:
-                    add_product(
-                        query_sum[span], gradient, kernel_batch.passage[columns], first=first and not columns.start
-                    )
-                if passage_sum is not None:
-                    overwritten = not add and not span.start
-                    add_product(passage_sum[columns], gradient.T, kernel_batch.query[span], first=overwritten)
+                sums.block(span, columns).add(gradient, kernel_batch.query[span], kernel_batch.passage[columns])
 
     def finish_gradient(
-        self,
-        sums: Tensor,
-        ds_scale: Tensor,
-        upstream: Tensor,
-        share: float,
-        dtype: torch.dtype | None,
-        scale: bool,
-        of_queries: bool,
+        self, sums: Tensor, factors: GradientFactors, dtype: torch.dtype | None, scale: bool, of_queries: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         out = sums
         if dtype is not None and (dtype != torch.float32 or self.width != self._dimensions):
             out = sums.new_empty(len(sums), self._dimensions, dtype=dtype)
         if not len(sums):
             return None if dtype is None else out, sums.new_zeros(()) if scale else None
-        epilogue = GradientEpilogue(self.width, self.batch.logit_scale, ds_scale, upstream, 1 / share)
+        scale_of = (self.batch.logit_scale, factors.ds_scale, factors.upstream)
+        epilogue = GradientEpilogue(self.width, *scale_of, 1 / factors.share)
         partials = epilogue(sums, self.query, out, scale)
         return None if dtype is None else out, partials.sum() if scale else None
 

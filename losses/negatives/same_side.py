@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from losses.distributed.agreement import Shards
-from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PassageBlock, RowSums
+from losses.distributed.blocks import BlockBackend, ColumnSums, GradientFactors, GradientWeights, PassageBlock, RowSums
 from losses.distributed.communication import Communication
 from losses.distributed.forward_state import ForwardState
 from losses.distributed.gather import gather_backward, gather_forward, gathered_pool
@@ -25,7 +25,7 @@ from losses.distributed.ring import ring_backward, ring_forward
 from losses.distributed.torch_blocks import TorchBackend
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch
-from losses.precision import Precision, matmul_precision
+from losses.precision import GradientSums, Precision, matmul_precision
 from losses.triton.block_sizes import CUBLAS_TILE_COLUMNS, CUBLAS_TILE_ROWS, round_up, spans
 
 # Rows of a strip on a CPU.
@@ -106,7 +106,8 @@ class _SameSideTerm(torch.autograd.Function):
             compute = _strip_gradients if side.ranks is None else _rank_gradients
             sums, ds_scale, unit = compute(backend, state, logit_scale, side, upstream)
             dtype = embeddings.dtype if want_embeddings else None
-            of_embeddings, of_scale = backend.finish_gradient(sums, ds_scale, unit, 1.0, dtype, want_scale, True)
+            factors = GradientFactors(ds_scale, unit, 1.0)
+            of_embeddings, of_scale = backend.finish_gradient(sums, factors, dtype, want_scale, True)
         # Each score is in the matrix twice, so Σ X ∘ sums counts its gradient twice.
         return of_embeddings, None if of_scale is None else of_scale / 2, None
 
@@ -180,11 +181,8 @@ def _strip_gradients(
                 of_strip,
                 rows.shift[columns],
                 GradientWeights(of_weights, weight[columns], ds_scale),
-                sums[strip],
                 # The tiles on the diagonal contain both entries of each pair.
-                None if columns is strip else sums[columns],
-                first=False,
-                add=True,
+                GradientSums(sums[strip], None if columns is strip else sums[columns], False, False),
             )
     return sums, ds_scale, unit
 

@@ -41,6 +41,53 @@ class SavedStatistics:
         """Views of the tensor `flat`."""
         return cls(*flat.split([4, queries, queries, queries, passages, passages]))
 
+    def block(self, rows: slice, columns: slice) -> SavedStatistics:
+        """Views of the statistics of a block."""
+        of_rows = (each[rows] for each in (self.score, self.row_sum, self.row_shift))
+        return SavedStatistics(self.bounds, *of_rows, self.column_sum[columns], self.column_shift[columns])
+
+
+@dataclass(frozen=True)
+class TileSums:
+    """What the tiles of a launch write: sums and, unless one shift is safe for all, maxima.
+
+    Those of rows are [column tiles, rows], those of columns are [row tiles, columns]; all are float32, without gaps.
+    """
+
+    row_sum: Tensor
+    row_max: Tensor
+    column_sum: Tensor
+    column_max: Tensor
+
+    def merge_into(
+        self, statistics: SavedStatistics, logit_scale: Tensor, row_tiles: int, column_tiles: int, symmetric: bool
+    ) -> None:
+        """Add the sums of the tiles to the statistics of their block; those of columns only for a symmetric loss."""
+        import triton
+
+        from losses.triton.kernels.statistics import MERGE_BLOCK, MERGE_TILES, merge_sums_kernel
+
+        height, width = len(statistics.row_sum), len(statistics.column_sum)
+        size = max(height, width) if symmetric else height
+        merge_sums_kernel[(triton.cdiv(size, MERGE_BLOCK), 2 if symmetric else 1)](
+            statistics.bounds,
+            logit_scale,
+            statistics.row_sum,
+            statistics.row_shift,
+            self.row_sum,
+            self.row_max,
+            height,
+            column_tiles,
+            statistics.column_sum,
+            statistics.column_shift,
+            self.column_sum,
+            self.column_max,
+            width,
+            row_tiles,
+            BLOCK=MERGE_BLOCK,
+            TILES=MERGE_TILES,
+        )
+
 
 def add_sums(
     kernel_batch: KernelBatch,
@@ -63,7 +110,7 @@ def add_sums(
 
     from losses.triton.block_sizes import forward_blocks
     from losses.triton.kernels.row_statistics import FIELDS, merge_statistics_kernel
-    from losses.triton.kernels.statistics import MERGE_BLOCK, MERGE_TILES, merge_sums_kernel, tile_sums_kernel
+    from losses.triton.kernels.statistics import MERGE_BLOCK, MERGE_TILES, tile_sums_kernel
 
     queries, passages = len(kernel_batch.query), len(kernel_batch.passage)
     # A kernel that also stores its tiles needs shared memory for the store, so it has a tile shape of its own.
@@ -100,6 +147,7 @@ def add_sums(
         shape = kept_shape if keep_block else sums_shape
         row_tiles, column_tiles = triton.cdiv(height, shape.block_m), triton.cdiv(width, shape.block_n)
         column_offset = height * column_tiles
+        tile_sums = TileSums(sums, maxima, sums[column_offset:], maxima[column_offset:])
         block = kept[rows, columns] if keep_block and kept is not None else kernel_batch.query
         # Both variants are launched. The bounds on the device decide which one computes; the other returns at once.
         for safe in (True, False):
@@ -114,10 +162,10 @@ def add_sums(
                 kernel_batch.query_ids,
                 kernel_batch.passage_ids,
                 statistics.score,
-                sums,
-                maxima,
-                sums[column_offset:],
-                maxima[column_offset:],
+                tile_sums.row_sum,
+                tile_sums.row_max,
+                tile_sums.column_sum,
+                tile_sums.column_max,
                 *kernel_batch.excluded_arguments,
                 *kernel_batch.mask_arguments(rows, columns, shape),
                 own_product,
@@ -160,25 +208,7 @@ def add_sums(
                 BLOCK=MERGE_BLOCK,
                 TILES=MERGE_TILES,
             )
-        size = max(height, width) if symmetric else height
-        merge_sums_kernel[(triton.cdiv(size, MERGE_BLOCK), 2 if symmetric else 1)](
-            statistics.bounds,
-            logit_scale,
-            statistics.row_sum[rows],
-            statistics.row_shift[rows],
-            sums,
-            maxima,
-            height,
-            column_tiles,
-            statistics.column_sum[columns],
-            statistics.column_shift[columns],
-            sums[column_offset:],
-            maxima[column_offset:],
-            width,
-            row_tiles,
-            BLOCK=MERGE_BLOCK,
-            TILES=MERGE_TILES,
-        )
+        tile_sums.merge_into(statistics.block(rows, columns), logit_scale, row_tiles, column_tiles, symmetric)
 
 
 def merged_loss(

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from losses import InfCLLoss, inf_cl_loss
-from losses.distributed.objectives.triton_matryoshka import TritonMatryoshkaBackend
 from losses.option_checks.objective import Prefixes
 from losses.options import Matryoshka
 from losses.triton.launch import interpreted
-from losses.triton.prefix_layout import PrefixLayout
+from losses.triton.matryoshka.layout import PrefixLayout
+from losses.triton.matryoshka.setup import MatryoshkaSetup
 
 pytest.importorskip("triton")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="kernels run on the GPU instead")
@@ -119,7 +119,7 @@ def test_kernels_equal_the_reference(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_our_products_of_slices_equal_those_of_the_library(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TritonMatryoshkaBackend, "own_products_bytes", 4)
+    monkeypatch.setattr(MatryoshkaSetup, "own_products_bytes", 4)
     # More than one block of gradients, and partial tiles.
     query, passage = batch(131, 150, 70)
     options = {"symmetric": True, "matryoshka": Matryoshka((20, 33, 64)), "workspace_mib": 0.02}

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from losses.checks import accumulator_dtype
-from losses.distributed.blocks import BlockBackend, ColumnSums, GradientWeights, PartialSums, PassageBlock, RowSums
+from losses.distributed.blocks import (
+    BlockBackend,
+    ColumnSums,
+    GradientFactors,
+    GradientWeights,
+    PartialSums,
+    PassageBlock,
+    RowSums,
+)
 from losses.inputs import ContrastiveBatch
 from losses.options import TeacherScores
-from losses.precision import Precision, round_operand
+from losses.precision import GradientSums, Precision, round_operand
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -85,31 +93,21 @@ class TeacherScoresBackend:
         rows: RowSums,
         column_shift: Tensor,
         weights: GradientWeights,
-        query_sum: Tensor | None,
-        passage_sum: Tensor | None,
-        first: bool,
-        add: bool = False,
+        sums: GradientSums,
     ) -> None:
-        self.inner.accumulate_gradients(block, rows, column_shift, weights, query_sum, passage_sum, first, add)
+        self.inner.accumulate_gradients(block, rows, column_shift, weights, sums)
         gradient = self._list_gradient() * (self.teacher.weight * weights.ds_scale)
         for chunk, own, inside, column in self._pairs(block):
             factor = torch.where(inside, gradient[chunk], 0)[:, None]
-            if query_sum is not None:
-                query_sum.index_add_(0, own, factor * self._operand(block.passage[column]))
-            if passage_sum is not None:
-                passage_sum.index_add_(0, column, factor * self._operand(self.query[own]))
+            if sums.query is not None:
+                sums.query.index_add_(0, own, factor * self._operand(block.passage[column]))
+            if sums.passage is not None:
+                sums.passage.index_add_(0, column, factor * self._operand(self.query[own]))
 
     def finish_gradient(
-        self,
-        sums: Tensor,
-        ds_scale: Tensor,
-        upstream: Tensor,
-        share: float,
-        dtype: torch.dtype | None,
-        scale: bool,
-        of_queries: bool,
+        self, sums: Tensor, factors: GradientFactors, dtype: torch.dtype | None, scale: bool, of_queries: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        return self.inner.finish_gradient(sums, ds_scale, upstream, share, dtype, scale, of_queries)
+        return self.inner.finish_gradient(sums, factors, dtype, scale, of_queries)
 
     def _operand(self, rows: Tensor) -> Tensor:
         return round_operand(rows, self.precision)

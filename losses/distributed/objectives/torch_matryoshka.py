@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from losses.checks import accumulator_dtype, all_finite
-from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock, RowSums
+from losses.distributed.blocks import ColumnSums, GradientFactors, GradientWeights, PassageBlock, RowSums
 from losses.distributed.torch_blocks import SCALE_ROWS, TorchBackend
 from losses.inputs import ContrastiveBatch
 from losses.option_checks.objective import SHORTEST_PREFIX, Prefixes
-from losses.precision import Precision, add_product, round_operand
+from losses.precision import GradientSums, Precision, add_product, round_operand
 from losses.torch_tiles.inf_cl import Statistics, add_tile, negative_log_probability, to_score_gradient
 from losses.torch_tiles.tiles import ScoreTiles
 
@@ -73,15 +73,9 @@ class TorchMatryoshkaBackend(TorchBackend):
         rows: RowSums,
         column_shift: Tensor,
         weights: GradientWeights,
-        query_sum: Tensor | None,
-        passage_sum: Tensor | None,
-        first: bool,
-        add: bool = False,
+        sums: GradientSums,
     ) -> None:
-        if query_sum is not None and first:
-            query_sum.zero_()
-        if passage_sum is not None and not add:
-            passage_sum.zero_()
+        sums = sums.cleared()
         inverse = inverse_lengths(block.passage, self.prefixes, self.precision)
         width, gradients = self.prefixes.dims[-1], list[Tensor]()
         for m, product, tile, tiles, span, place in self._prefix_scores(block):
@@ -92,21 +86,15 @@ class TorchMatryoshkaBackend(TorchBackend):
             gradients = [*gradients, tile.clone()] if m else [tile.clone()]
             # Sums of dS cos.
             tile.mul_(product)
-            if query_sum is not None:
-                query_sum[span, width + m] += tile.sum(1)
-            if passage_sum is not None:
-                passage_sum[place, width + m] += tile.sum(0)
+            if sums.query is not None:
+                sums.query[span, width + m] += tile.sum(1)
+            if sums.passage is not None:
+                sums.passage[place, width + m] += tile.sum(0)
             if m + 1 == len(self.prefixes.dims):
-                self._add_products(gradients, tiles, span, place, query_sum, passage_sum)
+                self._add_products(gradients, tiles, span, place, sums.block(span, place))
 
     def _add_products(
-        self,
-        gradients: list[Tensor],
-        tiles: ScoreTiles,
-        span: slice,
-        place: slice,
-        query_sum: Tensor | None,
-        passage_sum: Tensor | None,
+        self, gradients: list[Tensor], tiles: ScoreTiles, span: slice, place: slice, sums: GradientSums
     ) -> None:
         """Add the products of the tile's sums H_n, which overwrite the gradients G_m of the prefixes."""
         query, passage = tiles.query_block(span), tiles.passage_block(place)
@@ -114,22 +102,12 @@ class TorchMatryoshkaBackend(TorchBackend):
             if n + 1 < len(gradients):
                 gradients[n] += gradients[n + 1]
             columns, factor = self.prefixes.slices[n], tiles.products.factor(gradients[n])
-            if query_sum is not None:
-                add_product(query_sum[span, columns], factor, passage[:, columns])
-            if passage_sum is not None:
-                add_product(passage_sum[place, columns], factor.T, query[:, columns])
+            sums.columns(columns).add(factor, query[:, columns], passage[:, columns])
 
     def finish_gradient(
-        self,
-        sums: Tensor,
-        ds_scale: Tensor,
-        upstream: Tensor,
-        share: float,
-        dtype: torch.dtype | None,
-        scale: bool,
-        of_queries: bool,
+        self, sums: Tensor, factors: GradientFactors, dtype: torch.dtype | None, scale: bool, of_queries: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        factor = upstream.to(self.dtype) * share
+        factor = factors.upstream.to(self.dtype) * factors.share
         width = self.prefixes.dims[-1]
         of_scale = sums[:, width:].sum() * factor if scale else None
         if dtype is None:

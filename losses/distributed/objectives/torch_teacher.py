@@ -20,7 +20,7 @@ from losses.distributed.blocks import ColumnSums, GradientWeights, PassageBlock,
 from losses.distributed.torch_blocks import TorchBackend
 from losses.inputs import ContrastiveBatch
 from losses.options import Teacher
-from losses.precision import Precision, add_product
+from losses.precision import GradientSums, Precision
 from losses.torch_tiles.inf_cl import add_tile, to_score_gradient
 from losses.torch_tiles.tiles import ScoreTiles
 
@@ -79,25 +79,16 @@ class TorchTeacherBackend(TorchBackend):
         rows: RowSums,
         column_shift: Tensor,
         weights: GradientWeights,
-        query_sum: Tensor | None,
-        passage_sum: Tensor | None,
-        first: bool,
-        add: bool = False,
+        sums: GradientSums,
     ) -> None:
-        if query_sum is not None and first:
-            query_sum.zero_()
-        if passage_sum is not None and not add:
-            passage_sum.zero_()
         statistics = self._statistics(rows, column_shift, column_shift)
         shift, teacher_weight = rows.table[3], self.teacher.weight / rows.table[4]
+        sums = sums.cleared()
         for tile, theirs, tiles, span, place in self._both_scores(block):
             to_score_gradient(tile, tiles, statistics, (weights.row, weights.column), span, place)
             tile.sub_(theirs.sub_(shift[span, None]).exp_().mul_(teacher_weight[span, None]))
             factor = tiles.products.factor(tile)
-            if query_sum is not None:
-                add_product(query_sum[span], factor, tiles.passage_block(place))
-            if passage_sum is not None:
-                add_product(passage_sum[place], factor.T, tiles.query_block(span))
+            sums.block(span, place).add(factor, tiles.query_block(span), tiles.passage_block(place))
 
     def _both_scores(self, block: PassageBlock) -> Iterator[tuple[Tensor, Tensor, ScoreTiles, slice, slice]]:
         """(masked scores, the teacher's masked scores, tiles, rows, columns) of each tile.

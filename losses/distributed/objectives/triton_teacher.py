@@ -16,7 +16,8 @@ from losses.distributed.objectives.torch_teacher import divergences
 from losses.distributed.triton_blocks import TritonBackend
 from losses.inputs import ContrastiveBatch
 from losses.options import Teacher
-from losses.precision import Precision, add_product
+from losses.precision import GradientSums, Precision
+from losses.triton.block_launches import SavedStatistics, TileSums
 from losses.triton.block_sizes import forward_blocks, spans
 from losses.triton.kernel_batch import KernelBatch, round_up_to_16_bytes, span_length
 from losses.triton.launch import operand
@@ -70,7 +71,7 @@ class TritonTeacherBackend(TritonBackend):
         self._constants[0] = self.teacher.scale / LN_2
 
     def accumulate_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
-        from losses.triton.kernels.statistics import MERGE_BLOCK, MERGE_TILES, merge_sums_kernel
+        from losses.triton.kernels.statistics import MERGE_BLOCK, MERGE_TILES
         from losses.triton.kernels.teacher import merge_teacher_kernel, teacher_sums_kernel
 
         batch, kernel_batch = self.batch, self._kernel_batch(block)
@@ -84,7 +85,8 @@ class TritonTeacherBackend(TritonBackend):
         row_sizes = [span_length(r) * -(-span_length(c) // shape.block_n) for r, c, _ in launches]
         column_sizes = [span_length(c) * -(-span_length(r) // shape.block_m) for r, c, _ in launches]
         row_sum, row_max, teacher_sum, teacher_max, difference = rows.table.new_empty(5, max(row_sizes))
-        column_sum, column_max = rows.table.new_empty(2, max(column_sizes))
+        tile_sums = TileSums(row_sum, row_max, *rows.table.new_empty(2, max(column_sizes)))
+        statistics = SavedStatistics(self._bounds, rows.score, rows.total, rows.shift, columns.total, columns.shift)
         for span, place, _ in launches:
             height, width = span_length(span), span_length(place)
             for safe in (True, False):
@@ -97,10 +99,10 @@ class TritonTeacherBackend(TritonBackend):
                     kernel_batch.query_ids,
                     kernel_batch.passage_ids,
                     rows.score,
-                    row_sum,
-                    row_max,
-                    column_sum,
-                    column_max,
+                    tile_sums.row_sum,
+                    tile_sums.row_max,
+                    tile_sums.column_sum,
+                    tile_sums.column_max,
                     teacher_sum,
                     teacher_max,
                     difference,
@@ -113,24 +115,8 @@ class TritonTeacherBackend(TritonBackend):
                     **self._options(kernel_batch, block, shape, diagonal),
                 )
             row_tiles, column_tiles = -(-height // shape.block_m), -(-width // shape.block_n)
-            size = max(height, width) if batch.symmetric else height
-            merge_sums_kernel[(-(-size // MERGE_BLOCK), 2 if batch.symmetric else 1)](
-                self._bounds,
-                batch.logit_scale,
-                rows.total[span],
-                rows.shift[span],
-                row_sum,
-                row_max,
-                height,
-                column_tiles,
-                columns.total[place],
-                columns.shift[place],
-                column_sum,
-                column_max,
-                width,
-                row_tiles,
-                BLOCK=MERGE_BLOCK,
-                TILES=MERGE_TILES,
+            tile_sums.merge_into(
+                statistics.block(span, place), batch.logit_scale, row_tiles, column_tiles, batch.symmetric
             )
             merge_teacher_kernel[(-(-height // MERGE_BLOCK),)](
                 self._bounds,
@@ -165,10 +151,7 @@ class TritonTeacherBackend(TritonBackend):
         rows: RowSums,
         column_shift: Tensor,
         weights: GradientWeights,
-        query_sum: Tensor | None,
-        passage_sum: Tensor | None,
-        first: bool,
-        add: bool = False,
+        sums: GradientSums,
     ) -> None:
         from losses.triton.kernels.teacher import teacher_gradient_kernel
 
@@ -206,12 +189,7 @@ class TritonTeacherBackend(TritonBackend):
                         SAFE=safe,
                         **self._options(kernel_batch, block, shape, diagonal),
                     )
-                if query_sum is not None:
-                    again = first and not place.start
-                    add_product(query_sum[span], gradient, kernel_batch.passage[place], first=again)
-                if passage_sum is not None:
-                    again = not add and not span.start
-                    add_product(passage_sum[place], gradient.T, kernel_batch.query[span], first=again)
+                sums.block(span, place).add(gradient, kernel_batch.query[span], kernel_batch.passage[place])
 
     def _descriptors(
         self, kernel_batch: KernelBatch, block: PassageBlock, rows: slice, columns: slice, shape: TileShape

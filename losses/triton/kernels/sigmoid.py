@@ -15,9 +15,7 @@ import triton.language as tl
 from losses.triton.kernels.tile import (
     LOG2_E,
     find_positives,
-    load_ids,
-    mask_equal_ids,
-    mask_excluded,
+    mask_pairs,
     tile_coordinates,
     tile_products,
 )
@@ -71,16 +69,11 @@ def _store_tile(
     )
     # Exponents of 2. Masked pairs are minus infinity: their loss and derivative are zero.
     exponents = products * scale + bias
-    if HAS_IDS:
-        query_id, passage_id = load_ids(
-            query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
-        )
-        exponents = mask_equal_ids(exponents, query_id, passage_id, positive_column, column_index)
-    if HAS_EXCLUDED:
-        exponents = mask_excluded(
-            exponents, key_ptr, start_ptr, row_cells, column_cells, cell_bits, first_row + row, first_column + column,
-            first_row + row_index, first_column + column_index, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+    exponents = mask_pairs(
+        exponents, query_id_ptr, passage_id_ptr, key_ptr, start_ptr, row_cells, column_cells, cell_bits, first_row,
+        first_column, row, column, row_index, column_index, row_valid, column_valid, positive_column, BLOCK_M, BLOCK_N,
+        HAS_IDS, HAS_EXCLUDED,
+    )  # fmt: skip
     if (row + BLOCK_M > rows) | (column + BLOCK_N > columns):
         exponents = tl.where(row_valid[:, None] & column_valid[None, :], exponents, float("-inf"))
     # Few tiles contain a positive; the others skip the mask.

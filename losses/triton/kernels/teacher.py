@@ -18,9 +18,7 @@ from losses.triton.kernels.statistics import store_sums_and_maxima
 from losses.triton.kernels.tile import (
     active_tiles,
     find_positives,
-    load_ids,
-    mask_equal_ids,
-    mask_excluded,
+    mask_pairs,
     scale_and_shift,
     tile_coordinates,
     tile_products,
@@ -40,16 +38,11 @@ def _masked_exponents(
         teacher_query, teacher_passage, row, column, TEACHER_D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT
     )  # fmt: skip
     exponents = tile_products(query, passage, row, column, D, BLOCK_M, BLOCK_N, BLOCK_K, PRODUCT) * scale
-    if HAS_IDS:
-        query_id, passage_id = load_ids(
-            query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
-        )
-        exponents = mask_equal_ids(exponents, query_id, passage_id, positive_column, column_index)
-    if HAS_EXCLUDED:
-        exponents = mask_excluded(
-            exponents, key_ptr, start_ptr, row_cells, column_cells, cell_bits, first_row + row, first_column + column,
-            first_row + row_index, first_column + column_index, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+    exponents = mask_pairs(
+        exponents, query_id_ptr, passage_id_ptr, key_ptr, start_ptr, row_cells, column_cells, cell_bits, first_row,
+        first_column, row, column, row_index, column_index, row_valid, column_valid, positive_column, BLOCK_M, BLOCK_N,
+        HAS_IDS, HAS_EXCLUDED,
+    )  # fmt: skip
     return exponents, theirs * teacher_scale
 
 

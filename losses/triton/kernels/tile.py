@@ -145,6 +145,26 @@ def mask_excluded(
 
 
 @triton.jit
+def mask_pairs(
+    exponents, query_id_ptr, passage_id_ptr, key_ptr, start_ptr, row_cells, column_cells, cell_bits, first_row,
+    first_column, row, column, row_index, column_index, row_valid, column_valid, positive_column,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDED: tl.constexpr,
+):  # fmt: skip
+    """`mask_equal_ids` with HAS_IDS, then `mask_excluded` with HAS_EXCLUDED."""
+    if HAS_IDS:
+        query_id, passage_id = load_ids(
+            query_id_ptr + first_row, passage_id_ptr + first_column, row_index, column_index, row_valid, column_valid
+        )
+        exponents = mask_equal_ids(exponents, query_id, passage_id, positive_column, column_index)
+    if HAS_EXCLUDED:
+        exponents = mask_excluded(
+            exponents, key_ptr, start_ptr, row_cells, column_cells, cell_bits, first_row + row, first_column + column,
+            first_row + row_index, first_column + column_index, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    return exponents
+
+
+@triton.jit
 def active_tiles(tiles, safe, SAFE: tl.constexpr):
     """The number of tiles if SAFE matches the bounds, otherwise zero."""
     return tl.where(safe, tiles, 0) if SAFE else tl.where(safe, 0, tiles)

@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from index.files import atomic_path
 from losses import inf_cl_loss
-from losses.distributed.objectives.triton_matryoshka import TritonMatryoshkaBackend
 from losses.options import Matryoshka, Teacher
 from losses.triton import shapes
+from losses.triton.matryoshka.setup import MatryoshkaSetup
 from losses.triton.shapes import TileShape
 from scripts import RESULTS
 from scripts.benchmarks.losses.loss_check import fault, relative_errors, unit_pairs
@@ -268,17 +268,17 @@ def with_teacher(given: dict[str, Any], dims: int | None, pairs: Pairs, dtype: t
 def swapped_settings(swapped: dict[str, TileShape], changed: dict[str, Any]) -> Iterator[None]:
     """Other tile shapes in place of the defaults, and other attributes of the Matryoshka backend."""
     defaults = dict(shapes.DEFAULT_OPTIONS)
-    before = {name: getattr(TritonMatryoshkaBackend, name) for name in changed}
+    before = {name: getattr(MatryoshkaSetup, name) for name in changed}
     for kernel, shape in swapped.items():
         shapes.DEFAULT_OPTIONS[kernel] = (shape, defaults[kernel][1])
     for name, value in changed.items():
-        setattr(TritonMatryoshkaBackend, name, value)
+        setattr(MatryoshkaSetup, name, value)
     try:
         yield
     finally:
         shapes.DEFAULT_OPTIONS.update(defaults)
         for name, value in before.items():
-            setattr(TritonMatryoshkaBackend, name, value)
+            setattr(MatryoshkaSetup, name, value)
 
 
 def run_ours(
