@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 
 from index.ann import factory as factories
-from index.ann import gpu
 from index.ann import on_disk as lists_on_disk
-from index.ann.factory import import_faiss, reason
+from index.ann.factory import CAGRA, import_faiss, is_cagra, reason
+from index.ann.gpu import build as gpu
+from index.ann.gpu.support import check_gpus
 from index.ann.index import Index
 from index.ann.layout import CURVE_FILE, FAISS_FILE, LISTS_FILE, check_replaceable, finish, write_faiss, write_passages
-from index.ann.settings import flat_codes, set_add_effort, set_search_defaults
+from index.ann.settings import Settings, flat_codes, set_add_effort, set_search_defaults
 from index.ann.train import empty_trained_index, fingerprint, sample_vectors, train
 from index.ann.tuning import curve
 from index.ann.tuning.graphs import add_held_out, can_add_later, is_graph, truth_for_held_out
 from index.ann.tuning.recall import Target, find_truth
-from index.ann.tuning.tune import Tuning, tune
+from index.ann.tuning.tune import Tuning, measured_on_gpu, tune
 from index.background import BackgroundTasks
 from index.disk_space import check_free_space
 from index.files import ArgumentError, InputError, atomic_folder
@@ -52,7 +53,7 @@ class Plan:
     on_disk: bool = False
     """Store the inverted lists in a file of their own."""
     gpu: bool = False
-    """Train and assign vectors to lists on all GPUs that faiss finds."""
+    """Train and assign vectors to lists on all GPUs that faiss finds, and measure recall on them."""
 
 
 def build(
@@ -96,7 +97,9 @@ def build(
         raise InputError(f"seed: expected a number from 0 to {2**31 - 1}, found {plan.seed}")
     check_replaceable(out)
     if plan.gpu:
-        gpu.check_gpus()
+        check_gpus()
+    if CAGRA.fullmatch(plan.factory):
+        gpu.check_cagra(plan.factory)
     part = Part(store, *plan.part)
     if plan.target is not None and part.count > 1:
         raise ArgumentError("target_recall", "expected a whole index; merge the parts, then `retriever index tune`")
@@ -108,7 +111,8 @@ def build(
         _check_space(out, part, origin["factory"], on_disk=plan.on_disk)
         # A graph must not contain the passages it is measured with: they are added after tuning.
         added_last = held_out if is_graph(index) else held_out[:0]
-        if len(added_last) and not can_add_later(index):
+        rebuilt = is_cagra(index)
+        if len(added_last) and not rebuilt and not can_add_later(index):
             raise InputError(
                 f"factory {origin['factory']!r}: expected queries to measure it by, for rows cannot come in later"
             )
@@ -125,7 +129,7 @@ def build(
             put = gpu.add_function(index) if plan.gpu else index.add
             if plan.on_disk:
                 lists_on_disk.fill(index, part, folder, out, plan.memory_mib, put, added)
-            elif plan.gpu and gpu.can_build_graph(index):
+            elif rebuilt or (plan.gpu and gpu.can_build_graph(index)):
                 index = gpu.build_graph(index, part.pieces(added_last), part.rows - len(added_last), added)
             else:
                 if not part.in_one_piece:
@@ -139,9 +143,16 @@ def build(
         tuning = None
         if plan.target is not None:
             find = truth_for_held_out if len(added_last) else find_truth
-            tuning = tune(index, find(store, plan.target, held_out), plan.target, note)
-        if len(added_last):
+            on_gpu = measured_on_gpu(index, plan.target, note) if plan.gpu or rebuilt else None
+            tuning = tune(index, find(store, plan.target, held_out), plan.target, note, on_gpu)
+        if len(added_last) and rebuilt:
+            # Nothing can be added to such a graph.
+            settings = Settings.of(index)
+            index = gpu.build_graph(index, part.pieces(), part.rows, lambda rows: None)
+            settings.apply(index)
+        elif len(added_last):
             add_held_out(index, store, added_last)
+        if len(added_last):
             added(len(added_last))
         sha256 = write_faiss(index, folder / FAISS_FILE)
         fields = {

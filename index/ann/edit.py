@@ -26,7 +26,7 @@ from index.ann.layout import (
 from index.ann.settings import Settings, flat_codes, index_layers, set_add_effort
 from index.ann.tuning.graphs import is_graph
 from index.ann.tuning.recall import Target, find_truth
-from index.ann.tuning.tune import Tuning, tune
+from index.ann.tuning.tune import Tuning, measured_on_gpu, tune
 from index.files import InputError, atomic_folder, recover_folder
 from index.store.ids import duplicate_id
 from index.store.parts import Part
@@ -138,6 +138,7 @@ def retune(
     target: Target,
     *,
     seed: int = 0,
+    device: str = "cpu",
     note: Callable[[str], None] | None = None,
     checked: Callable[[int], None] | None = None,
 ) -> Tuning:
@@ -149,6 +150,7 @@ def retune(
             skipped.
         target: the recall target.
         seed: seed for sampling passages as queries if the target has none. Default 0.
+        device: where to measure: "cpu" (default), "cuda" or "cuda:1"; "auto" is a GPU if that is possible.
         note: called with a line of text for each measured search setting.
         checked: called with the number of bytes of index and store just checked.
 
@@ -158,6 +160,7 @@ def retune(
     Raises:
         InputError: `store` does not contain the passages of the index in their order, or has another model or
             dimension; the index or the store is damaged; or a graph would be measured with its own passages.
+        NotOnGpu: an `InputError`: GPUs cannot search this index.
     """
     index = _open_checked(folder, None, checked)
     store = truncated_like(store, index.model)
@@ -174,7 +177,11 @@ def retune(
     rows = _matching_rows(store, index)
     without = np.delete(np.arange(store.rows), rows)
     held_out = rows[target.held_out_rows(index.rows, seed)]
-    tuning = tune(index.faiss, find_truth(store, target, held_out, without), target, note)
+    on_gpu = None
+    if device != "cpu":
+        where = "cuda" if device == "auto" else device
+        on_gpu = measured_on_gpu(index.faiss, target, note, where, optional=device == "auto")
+    tuning = tune(index.faiss, find_truth(store, target, held_out, without), target, note, on_gpu)
     with atomic_folder(folder) as new:
         copy_rows(folder, new)
         if LISTS_FILE in index.manifest.files:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import re
+import sys
 from decimal import ROUND_CEILING, Context
 from typing import Any
 
 from index.files import ArgumentError, InputError
+
+# Packages that provide the module faiss; those for GPUs first.
+FAISS_PACKAGES = ("faiss-gpu-cuvs", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "faiss", "faiss-cpu")
 
 # Below this number of rows, exhaustive search is fast enough, and exact.
 FLAT_ROWS = 200_000
 
 # From this number of rows on, a graph finds the nearest of the many centroids.
 GRAPH_ROWS = 2_000_000
+
+# A graph that is built and searched on a GPU, of so many links per vector. faiss has no factory string for it.
+CAGRA = re.compile(r"CAGRA(\d+)")
+CAGRA_DEGREES = range(8, 257, 2)
 
 # 10M vectors of 768 dimensions take 31 GB in float32, more than most machines have: from here on, SQ8.
 QUANTISED_ROWS = 10_000_000
@@ -123,6 +133,8 @@ def _describe(factory: str) -> str:
         return "compares with every passage, exact"
     if "IVF" in factory:
         return "compares with the passages of the nearest centroids, approximate"
+    if CAGRA.fullmatch(factory):
+        return "walks a graph of near passages on a GPU, approximate"
     if re.search(r"HNSW|NSG", factory):
         return "walks a graph of near passages, approximate"
     return "compares with the codes of every passage, approximate"
@@ -153,7 +165,7 @@ def has_even_norms(vectors: Any) -> bool:
 
 
 def make(factory: str, dim: int) -> Any:
-    """Create an empty faiss index for inner product.
+    """Create an empty faiss index for inner product. Besides faiss's factory strings, `CAGRA64` is understood.
 
     Raises:
         InputError: `factory` is not a faiss factory string, does not fit `dim`, does not support inner product, or
@@ -162,6 +174,8 @@ def make(factory: str, dim: int) -> Any:
     faiss = import_faiss()
     if "IDMap" in factory:
         raise InputError(f"factory {factory!r}: expected one without IDMap, for the index keeps the ids itself")
+    if found := CAGRA.fullmatch(factory):
+        return _make_cagra(factory, int(found[1]), dim)
     try:
         # faiss's parser accepts counts of 0, and some of them then crash the process.
         if re.search(r"(?<![0-9.])0+(?![0-9.])", factory):
@@ -175,6 +189,26 @@ def make(factory: str, dim: int) -> Any:
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise InputError(f"factory {factory!r}: expected one of inner product, found one of Euclidean distance")
     return index
+
+
+def _make_cagra(factory: str, degree: int, dim: int) -> Any:
+    faiss = import_faiss()
+    if degree not in CAGRA_DEGREES:
+        raise InputError(
+            f"factory {factory!r}: expected an even number of links from {CAGRA_DEGREES[0]} to {CAGRA_DEGREES[-1]}, "
+            "such as CAGRA64"
+        )
+    if not hasattr(faiss, "IndexHNSWCagra"):
+        raise InputError(f"factory {factory!r}: expected faiss 1.10 or newer, found {faiss.__version__}")
+    index = faiss.IndexHNSWCagra(dim, degree // 2, faiss.METRIC_INNER_PRODUCT)
+    index.base_level_only = True
+    return index
+
+
+def is_cagra(index: Any) -> bool:
+    """Whether a faiss index is a graph of CAGRA's own, with a single level."""
+    faiss = import_faiss()
+    return isinstance(index, getattr(faiss, "IndexHNSWCagra", ())) and bool(index.base_level_only)
 
 
 def bytes_per_vector(factory: str, dim: int) -> int:
@@ -217,12 +251,42 @@ def import_faiss() -> Any:
     """The faiss module.
 
     Raises:
-        InputError: faiss is not installed.
+        InputError: faiss is not installed, is installed twice, or cannot be loaded.
     """
     # torch must be imported before faiss: both load an OpenMP runtime, and a GPU build fails in the other order.
     importlib.import_module("torch")
+    if "faiss" not in sys.modules:
+        check_one_faiss()
     try:
         import faiss
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "faiss":
+            raise InputError(f"faiss cannot be loaded: {error}") from None
         raise InputError("faiss is not installed: pip install faiss-cpu") from None
+    except (ImportError, RuntimeError) as error:
+        raise InputError(f"faiss cannot be loaded: {' '.join(str(error).split())}") from None
     return faiss
+
+
+def check_one_faiss() -> None:
+    """Check that a single package provides the module faiss.
+
+    All packages of faiss install the same folder, so the one installed last has overwritten files of the other, and
+    uninstalling either removes files of both.
+
+    Raises:
+        InputError: two or more are installed; the message has the command that mends it.
+    """
+    found: dict[str, str] = {}
+    for name in FAISS_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if len(found) < 2:
+        return
+    # Whoever installed one for GPUs wanted it; faiss-cpu comes as a dependency.
+    wanted = next(name for name in FAISS_PACKAGES if name in found)
+    packages = " and ".join(f"{name} {version}" for name, version in found.items())
+    raise InputError(
+        f"faiss: expected one package of it, found {packages}, which overwrite each other's files: "
+        f"pip uninstall -y {' '.join(found)} && pip install {wanted}"
+    )

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from index.ann.factory import import_faiss, reason
+from index.ann.gpu.search import GpuIndex, Spread, to_gpus
+from index.ann.gpu.support import NotOnGpu
 from index.ann.layout import (
     FAISS_FILE,
     FIELDS_FILE,
@@ -76,6 +78,10 @@ class Index:
                 f"{manifest.folder / NAME}: expected the files {', '.join(FILES)}, "
                 f"found {', '.join(manifest.files) or 'none'}"
             )
+        self._gpu: GpuIndex | None = None
+        self._note: Callable[[str], None] | None = None
+        # What the GPUs left to the CPU, said once.
+        self._said: set[str] = set()
         # State of each file when it was verified, to detect later changes.
         self._checked: dict[str, tuple[int, int, int]] = {}
         # A reference to itself would keep an index, and the lists it maps, until the next garbage collection.
@@ -153,9 +159,58 @@ class Index:
         verify_files(self.manifest.of(list(left)), "hash", progress)
         self._checked.update({name: state for name, state in left.items() if state is not None})
 
+    def to(
+        self,
+        device: str,
+        *,
+        spread: Spread = "auto",
+        optional: bool = False,
+        note: Callable[[str], None] | None = None,
+    ) -> Index:
+        """Search on another device from now on. The index stays in main memory, where filtered searches and searches
+        for more than 2,048 results run.
+
+        Args:
+            device: "cpu", "cuda:1" for one GPU, or "cuda" for all of them.
+            spread: how several GPUs are used. "shards": each holds a part of the index, and all search for every
+                query. "replicas": each holds all of it, and searches for a part of the queries. Default: "auto", one
+                GPU if it holds the index, else shards.
+            optional: search on the CPU where GPUs cannot search this index. Default: False, that is an error.
+            note: called with a line of text that says where searches run, and why.
+
+        Returns:
+            The index itself.
+
+        Raises:
+            NotOnGpu: an `InputError`: this faiss has no GPU support, there is no such GPU, GPUs do not support this
+                type of index, or their free memory is too small.
+        """
+        # Frees the memory of the copy before another is made.
+        self._gpu, self._note = None, note
+        if device != "cpu":
+            try:
+                self._gpu = to_gpus(self.faiss, device, spread)
+            except NotOnGpu as error:
+                if not optional:
+                    raise NotOnGpu(f"{self.folder}: cannot be searched on {device}: {error}") from None
+                self._say(f"searched on the CPU: {error}")
+            else:
+                self._say(f"searched on {self._gpu.place}")
+        return self
+
+    @property
+    def device(self) -> str:
+        """Where searches run: "cpu", "cuda:0", "cuda:0, cuda:1 (shards)" …"""
+        return "cpu" if self._gpu is None else self._gpu.place
+
+    def _say(self, text: str) -> None:
+        if self._note is not None and text not in self._said:
+            self._said.add(text)
+            self._note(f"{self.folder}: {text}")
+
     @cached_property
     def faiss(self) -> Any:
-        """The faiss index. Its ids are row numbers."""
+        """The faiss index in main memory. Its ids are row numbers."""
         path = self.folder / FAISS_FILE
         if FAISS_FILE in self._checked:
             self.check(names=[FAISS_FILE])
@@ -325,6 +380,11 @@ class Index:
 
     def _faiss_search(self, queries: np.ndarray, k: int, parameters: Any = None) -> tuple[np.ndarray, np.ndarray]:
         try:
+            if self._gpu is not None and parameters is None and k <= self._gpu.max_results:
+                return self._gpu.search(queries, k)
+            if self._gpu is not None:
+                why = f"for more than {self._gpu.max_results:,} results" if parameters is None else "with a filter"
+                self._say(f"searches {why} run on the CPU")
             scores, rows = self.faiss.search(queries, k, params=parameters)
         except RuntimeError as error:
             if parameters is not None:

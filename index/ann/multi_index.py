@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from index.ann.gpu.search import Spread
 from index.ann.index import Index, ids_of_rows
 from index.ann.layout import IDS_FILE
 from index.fields.filters import Filter, FilterInput, as_filter
@@ -76,6 +77,28 @@ class MultiIndex:
 
     def __repr__(self) -> str:
         return f"MultiIndex({[str(index.folder) for index in self.indexes]}, rows={self.rows}, dim={self.dim})"
+
+    def to(
+        self,
+        device: str,
+        *,
+        spread: Spread = "auto",
+        optional: bool = False,
+        note: Callable[[str], None] | None = None,
+    ) -> MultiIndex:
+        """Search all indexes on another device from now on, with the arguments of `Index.to`.
+
+        Raises:
+            NotOnGpu: as `Index.to`.
+        """
+        for index in self.indexes:
+            index.to(device, spread=spread, optional=optional, note=note)
+        return self
+
+    @property
+    def device(self) -> str:
+        """Where searches run, joined by " + "."""
+        return " + ".join(dict.fromkeys(index.device for index in self.indexes))
 
     @cached_property
     def ids(self) -> Ids:

@@ -15,6 +15,7 @@ from eval.reports.suite import SuiteResult
 from eval.sets import download as beir_download
 from eval.sets.external import download_external, external_folder, external_names
 from eval.sets.plan import BEIR, BY_NAME, WHOLE, Plan, plan
+from index.ann.gpu.search import Spread
 from index.files import InputError
 from index.progress import Progress, Reporter, SilentReporter, as_reporter
 from index.store.shards import StoreDtype
@@ -27,6 +28,7 @@ from retriever.evaluation.preflight import check_sets
 from retriever.evaluation.report_folder import ReportFolder
 from retriever.evaluation.set_settings import read_settings, unused
 from retriever.evaluation.suite import LowerPrecision, Suite, SuiteOptions
+from retriever.searching.search import check_index_device
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ def evaluate(
     device: str = "auto",
     precision: Precision = "fp32",
     micro_batch_tokens: int | None = None,
+    index_device: str = "auto",
+    index_spread: Spread = "auto",
     dim: int | None = None,
     dims: Sequence[int] = (),
     precisions: Sequence[LowerPrecision] = (),
@@ -173,6 +177,10 @@ def evaluate(
         device: Device, if `model` is a folder or name. Default: "auto".
         precision: As for `retriever.load`, if `model` is a folder or name.
         micro_batch_tokens: As for `retriever.load`, if `model` is a folder or name.
+        index_device: Where the index is searched: "cpu", "cuda:1" and so on, or "cuda" for all GPUs. Default: "auto",
+            the GPU of the model if there is one and it can search the index, otherwise the CPU.
+        index_spread: How several GPUs are used: "shards" or "replicas". Default: "auto", one GPU if it holds the index,
+            else shards.
         dim: Keep the first `dim` values of each embedding, at unit length. Default: None, all that `model` computes.
         dims: Also give the metrics of exact search with embeddings truncated to each of these dimensions, as one table
             and plot (`Evaluation.by_dim`); the corpus is embedded once. Default: none.
@@ -194,6 +202,8 @@ def evaluate(
         raise ArgumentError("data", "expected at least one BEIR folder, found none")
     check_at_least(1, k=k, shard_rows=shard_rows)
     check_at_least(0, overlap=overlap)
+    check_index_device(index_device)
+    check_choice(get_args(Spread), index_spread=index_spread)
     dims = _checked_dims(dim, dims)
     check_choice(get_args(StoreDtype), dtype=dtype)
     if isinstance(precisions, str) or not isinstance(precisions, Sequence):
@@ -220,6 +230,8 @@ def evaluate(
         overlap=overlap,
         factory=factory,
         index=None if index is None else Path(index),
+        index_device=index_device,
+        index_spread=index_spread,
         settings=read_settings(Path(settings)) if settings else {},
         dangling=allow_dangling,
         keep_identical_ids=keep_identical_ids,

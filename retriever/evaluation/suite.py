@@ -21,6 +21,7 @@ from eval.reports.suite import SetResult, SuiteResult, data_checksums, write_sui
 from eval.runs import write_trec_run
 from eval.sets.plan import Plan, Task, check_outside, rows_of_tasks
 from eval.sizes import SizeResult
+from index.ann.gpu.search import Spread
 from index.ann.rescoring import search_rescored
 from index.beir import BeirDataset
 from index.files import InputError, sha256_file
@@ -39,6 +40,7 @@ from retriever.encoding.files import embed_queries
 from retriever.evaluation.long_documents import split_documents
 from retriever.evaluation.set_settings import SetSettings, towers_for
 from retriever.models.towers import Towers
+from retriever.searching.search import place_index
 from retriever.utils.check_progress import checksum_progress
 from retriever.utils.versions import COMPUTING, device_name, versions
 
@@ -63,6 +65,10 @@ class SuiteOptions:
     """Faiss factory string of an index that is built for each corpus and evaluated in addition to exact search."""
     index: Path | None = None
     """Existing index of the same corpus and model, evaluated in addition to exact search."""
+    index_device: str = "auto"
+    """Where an index is searched, see `retriever.searching.search.place_index`."""
+    index_spread: Spread = "auto"
+    """How several GPUs are used, see `Index.to`."""
     settings: Mapping[str, SetSettings] = field(default_factory=dict)
     """Prompts and maximum lengths by set."""
     dangling: bool = False
@@ -340,8 +346,7 @@ class Suite:
         exact: SetResult,
     ) -> Approximation:
         """Search with the index and compare it with exact search; adds times, settings and the run to `exact`."""
-        import faiss
-
+        from index.ann.factory import import_faiss
         from index.ann.settings import Settings
 
         index = self._index or self._build_index(task, store)
@@ -351,12 +356,20 @@ class Suite:
         if index.rows != store.rows:
             expected = f"expected an index of {dataset.name}, {store.rows} rows"
             raise InputError(f"{index.folder}: {expected}, found {index.rows}")
+        place_index(
+            index,
+            towers.device,
+            self._reporter,
+            index_device=self._options.index_device,
+            index_spread=self._options.index_spread,
+        )
         started = time.perf_counter()
         with self._reporter.bar(f"{task.name}: search by index", len(vectors), "queries") as advance:
             run = self._ranked(dataset, index.ids, search_by_parts(index.search_rows, advance), vectors, store)
         exact.seconds["search by index"] = time.perf_counter() - started
         origin = {name: index.manifest.fields.get(name) for name in ("factory", "seed", "trained_on")}
-        exact.index = {**origin, **Settings.of(index.faiss).known(), "faiss": faiss.__version__}
+        settings = Settings.of(index.faiss).known()
+        exact.index = {**origin, **settings, "faiss": import_faiss().__version__, "device": index.device}
         file = self._out / task.name / "index.trec"
         write_trec_run(file, run, "retriever")
         exact.runs[file.name] = sha256_file(file)

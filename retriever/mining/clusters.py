@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from index.ann.factory import import_faiss
 from index.files import InputError, atomic_path, read_json, sha256_file, write_json
 from index.progress import Reporter
 from retriever.data.false_negatives import Integers
@@ -66,8 +67,7 @@ def _k_means(
     model: Model, table: ExampleTable, clusters: int, seed: int, folder: Path, reporter: Reporter
 ) -> tuple[Integers, np.ndarray]:
     """Return the cluster of each row, and the centroids [clusters, D], by faiss."""
-    import faiss
-
+    faiss = import_faiss()
     rows, dim = len(table), model.dimension
     with tempfile.TemporaryFile(dir=folder) as file:
         with reporter.bar(f"encode {table.name}", rows, "rows") as advance:

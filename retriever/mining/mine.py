@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from index.ann.gpu.search import Spread
 from index.beir import BeirDataset, beir_file
 from index.files import InputError, sha256_file
 from index.manifest import NAME
@@ -29,7 +30,7 @@ from retriever.mining.miner import Miner, prompts_of
 from retriever.mining.options import MiningOptions, Sampling
 from retriever.mining.parts import PART_ROWS, Part, Workplace, example_line
 from retriever.mining.texts import KnownPairs, text_key
-from retriever.searching.search import open_indexes
+from retriever.searching.search import check_index_device, open_indexes, place_index
 
 CROSS_ENCODER_PART_ROWS = 2**12
 
@@ -81,6 +82,8 @@ def mine(
     device: str = "auto",
     precision: Precision = "fp32",
     micro_batch_tokens: int | None = None,
+    index_device: str = "auto",
+    index_spread: Spread = "auto",
     progress: Progress = None,
 ) -> MinedNegatives:
     """Find hard negatives: passages that a model scores high for a query and that no row pairs with it.
@@ -128,6 +131,10 @@ def mine(
         device: Device, if `model` is a folder or name. Default: "auto".
         precision: As for `retriever.load`, if `model` is a folder or name; also that of the cross-encoder.
         micro_batch_tokens: As for `retriever.load`, if `model` is a folder or name.
+        index_device: Where the index is searched: "cpu", "cuda:1" and so on, or "cuda" for all GPUs. Default: "auto",
+            the GPU of the model if there is one and it can search the index, otherwise the CPU.
+        index_spread: How several GPUs are used: "shards" or "replicas". Default: "auto", one GPU if it holds the index,
+            else shards.
         progress: Called with a `ProgressEvent` at each step. Default: None.
 
     Returns:
@@ -146,6 +153,8 @@ def mine(
     check_choice(get_args(Sampling), sampling=sampling)
     numbers = {"max_share": max_share, "margin": margin, "max_score": max_score, "min_score": min_score}
     check_numbers(**{name: value for name, value in numbers.items() if value is not None})
+    check_index_device(index_device)
+    check_choice(get_args(Spread), index_spread=index_spread)
     check_at_least(0, negatives=negatives, skip=skip, seed=seed)
     check_at_least(1, depth=depth, **({} if keep_top is None else {"keep_top": keep_top}))
     if max_share is not None and not 0 < max_share <= 1:
@@ -190,6 +199,8 @@ def mine(
             None if index is None else Path(index),
             None if embeddings is None else Path(embeddings),
             None if cross_encoder is None else str(cross_encoder),
+            index_device,
+            index_spread,
         )
         workplace = Workplace(out, ranks)
         with workplace.removed_if_unused():
@@ -209,6 +220,8 @@ class Places:
     index: Path | None = None
     embeddings: Path | None = None
     cross_encoder: str | None = None
+    index_device: str = "auto"
+    index_spread: Spread = "auto"
 
 
 def mine_table(
@@ -326,6 +339,7 @@ def _corpus(
     """Open what is searched, embedding it first where needed; and what identifies it."""
     if places.index is not None:
         index = open_indexes([places.index], reporter)
+        place_index(index, model.device, reporter, index_device=places.index_device, index_spread=places.index_spread)
         index.check_model(model.towers.fingerprint())
         store = None if places.embeddings is None else EmbeddingStore.open(places.embeddings)
         manifest = sha256_file(places.index / NAME)

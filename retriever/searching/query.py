@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from index.ann.gpu.search import Spread
 from index.ann.index import Index
 from index.ann.multi_index import MultiIndex
 from index.fields.filters import Filter, FilterInput, as_filter
@@ -12,7 +13,7 @@ from index.files import InputError
 from index.progress import Progress, as_reporter
 from retriever.encoding.model import ModelInput, as_model
 from retriever.errors import ArgumentError, check_at_least, check_unicode, path_list
-from retriever.searching.search import Answer, open_indexes
+from retriever.searching.search import Answer, check_index_device, open_indexes, place_index
 from retriever.searching.search import search as search_each
 
 IndexInput = Index | MultiIndex | str | Path | Sequence[str | Path]
@@ -26,6 +27,8 @@ def search(
     *,
     dim: int | None = None,
     filter: FilterInput | None = None,
+    index_device: str = "auto",
+    index_spread: Spread = "auto",
     progress: Progress = None,
 ) -> list[Answer]:
     """Find the passages or images of an index that are nearest to queries.
@@ -41,6 +44,11 @@ def search(
             all that `model` computes.
         filter: Only passages whose fields match, for example `{"lang": "en", "year": {"$gte": 2000}}` or the text
             "lang=en year>=2000". `retriever.encode(fields=…)` keeps the fields. Default: None, all passages.
+        index_device: Where the index is searched, if `index` is a folder or folders: "cpu", "cuda:1" and so on, or
+            "cuda" for all GPUs. Default: "auto", the GPU of the model if there is one and it can search the index,
+            otherwise the CPU. An opened index is searched where `Index.to` has put it.
+        index_spread: How several GPUs are used: "shards" or "replicas". Default: "auto", one GPU if it holds the index,
+            else shards.
         progress: Called with a `ProgressEvent` for each batch of queries. Default: None.
 
     Returns:
@@ -48,11 +56,13 @@ def search(
         `text` and `fields`, best first. An approximate index or a filter may find fewer than k.
 
     Raises:
-        InputError: The index belongs to another model or dimension or is damaged, or an image cannot be read.
+        InputError: The index belongs to another model or dimension or is damaged, a GPU cannot search it, or an image
+            cannot be read.
         ConfigError: An argument is invalid.
     """
     chosen = parsed_filter(filter)
     check_at_least(1, k=k)
+    check_index_device(index_device)
     if isinstance(queries, str | Path):
         queries = [queries]
     if isinstance(queries, bytes) or not isinstance(queries, Iterable):
@@ -76,7 +86,10 @@ def search(
         if not folders:
             raise ArgumentError("index", "expected at least one index, found none")
         index = open_indexes([Path(folder) for folder in folders], reporter)
-    loaded = as_model(model, progress, dim=dim)
+        loaded = as_model(model, progress, dim=dim)
+        place_index(index, loaded.device, reporter, index_device=index_device, index_spread=index_spread)
+    else:
+        loaded = as_model(model, progress, dim=dim)
     answers = []
     with reporter.bar("search", len(named), "queries") as advance:
         for answer in search_each(loaded.towers, index, named, k, loaded.options, filter=chosen):

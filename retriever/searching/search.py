@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import torch
 
+from index.ann.gpu.search import Spread
 from index.ann.index import Index
 from index.ann.layout import FAISS_FILE, LISTS_FILE
 from index.ann.multi_index import MultiIndex, open_all
@@ -19,6 +23,7 @@ from index.passages import heading
 from index.progress import Reporter
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import embed_images
+from retriever.errors import ArgumentError, check_choice
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import checksum_progress
@@ -73,6 +78,44 @@ def open_indexes(
     """
     with checksum_progress(reporter, folders, None if verify else [FAISS_FILE, LISTS_FILE]) as checked:
         return open_all(folders, verify="hash" if verify else "size", mmap=mmap, progress=checked)
+
+
+def check_index_device(name: str) -> None:
+    """Check the name of a device for indexes.
+
+    Raises:
+        ConfigError: it is not auto, cpu or cuda[:number].
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:(\d|[1-9]\d))?", name):
+        raise ArgumentError("index_device", f"expected auto, cpu or cuda[:number], found {name!r}")
+
+
+def place_index(
+    index: Index | MultiIndex,
+    model_device: torch.device,
+    reporter: Reporter,
+    *,
+    index_device: str = "auto",
+    index_spread: Spread = "auto",
+) -> None:
+    """Choose where an index is searched.
+
+    Args:
+        index: one index, or several searched as one.
+        model_device: the device of the model.
+        reporter: is told where the index is searched if there is a GPU.
+        index_device: "cpu", "cuda", "cuda:1" …; "auto": the model's GPU if it has one and if that is possible.
+        index_spread: how several GPUs are used, see `Index.to`.
+
+    Raises:
+        InputError: the index cannot be searched on the GPUs that were asked for.
+    """
+    check_index_device(index_device)
+    check_choice(get_args(Spread), index_spread=index_spread)
+    if index_device != "auto":
+        index.to(index_device, spread=index_spread, note=reporter.line)
+    elif model_device.type == "cuda":
+        index.to(str(model_device), spread=index_spread, optional=True, note=reporter.line)
 
 
 def search(

@@ -12,6 +12,7 @@ import pytest
 from index_helpers import listing
 
 from index.ann.build import Plan, build
+from index.ann.gpu import support
 from index.ann.index import Index
 from index.ann.tuning.recall import Target
 from index.files import InputError
@@ -55,6 +56,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, on_gpu: list[Any]) -> list[Any]:
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", move)
+    monkeypatch.setattr(support, "free_bytes", lambda gpu: 2**40)
     return moved
 
 

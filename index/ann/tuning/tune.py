@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from index.ann.factory import import_faiss
+from index.ann.factory import import_faiss, is_cagra
+from index.ann.gpu.search import MAX_ITOPK, MAX_RESULTS, GpuIndex, to_gpus
+from index.ann.gpu.support import NotOnGpu
 from index.ann.settings import Settings, core, index_layers
 from index.ann.tuning.advice import advice, exact_at_limit
 from index.ann.tuning.recall import CONFIDENCE, Target, Truth, lower_bound, recall_of_each, without_own
@@ -43,10 +45,11 @@ class Point:
     """Lower end of the confidence interval of the mean recall."""
     microseconds: float
     """Wall-clock time per query, in one batch on `Tuning.threads` threads."""
-    compared: float
-    """Codes compared per query, as counted by faiss: a cost that does not depend on the load of the machine."""
+    compared: float | None
+    """Codes compared per query, as counted by faiss: a cost that does not depend on the load of the machine. None on a
+    GPU, where faiss does not count them."""
     core_microseconds: float | None = None
-    """Processor time per query on one thread; only for settings that were timed."""
+    """Processor time per query on one thread; only for settings that were timed, and not on a GPU."""
 
     def as_json(self) -> dict[str, Any]:
         """The entry of the manifest."""
@@ -55,7 +58,7 @@ class Point:
             "recall": round(self.recall, 6),
             "at_least": round(self.at_least, 6),
             "microseconds": round(self.microseconds, 2),
-            "compared": round(self.compared, 1),
+            **({} if self.compared is None else {"compared": round(self.compared, 1)}),
             **({} if self.core_microseconds is None else {"core_microseconds": round(self.core_microseconds, 2)}),
         }
 
@@ -72,6 +75,8 @@ class Tuning:
     threads: int
     advice: str = ""
     """What to change if the target is not reached."""
+    device: str = "cpu"
+    """Where it was measured."""
 
     @property
     def met(self) -> bool:
@@ -81,7 +86,10 @@ class Tuning:
     def line(self) -> str:
         """The result in one line of text."""
         measured = f"recall@{self.target.k} {self.chosen.recall:.4f}, at least {self.chosen.at_least:.4f}"
-        cost = f"{self.chosen.core_microseconds:,.0f} µs of one core a query"
+        if self.chosen.core_microseconds is None:
+            cost = f"{self.chosen.microseconds:,.1f} µs a query on {self.device}"
+        else:
+            cost = f"{self.chosen.core_microseconds:,.0f} µs of one core a query"
         settings = str(self.chosen.settings) if self.chosen.settings.known() else ""
         if self.met:
             by = f" by {settings}" if settings else ""
@@ -99,12 +107,19 @@ class Tuning:
             "queries_from": "passages held out" if self.target.queries is None else "queries",
             "confidence": CONFIDENCE,
             "threads": self.threads,
+            **({} if self.device == "cpu" else {"device": self.device}),
             "chosen": self.chosen.as_json(),
             "curve": [point.as_json() for point in self.curve],
         }
 
 
-def tune(index: Any, truth: Truth, target: Target, progress: Callable[[str], None] | None = None) -> Tuning:
+def tune(
+    index: Any,
+    truth: Truth,
+    target: Target,
+    progress: Callable[[str], None] | None = None,
+    on_gpu: GpuIndex | None = None,
+) -> Tuning:
     """Find the cheapest search settings that reach `target`, or those of highest recall if none do, and apply them.
 
     Args:
@@ -112,17 +127,18 @@ def tune(index: Any, truth: Truth, target: Target, progress: Callable[[str], Non
         truth: exact neighbours, from `find_truth`.
         target: the recall target.
         progress: called with a line of text for each measured setting.
+        on_gpu: its copy on GPUs, to measure there. Default: None, on the CPU.
 
     Returns:
         What was measured and chosen.
     """
-    search = _SettingSearch(index, truth, target.recall, progress)
+    search = _SettingSearch(index, truth, target.recall, progress, on_gpu)
     refines = any(isinstance(part, import_faiss().IndexRefine) for part in index_layers(index))
     found = search.smallest_pairs() if refines else [search.least(None, 1, search.limit)]
     met = [point for point in found if point is not None]
     points = list(search.measured.values())
     if met:
-        times = _times(index, truth, [point.settings for point in met])
+        times = _times(index, truth, [point.settings for point in met], on_gpu)
         fastest = min(times)
         chosen, core_time = next(
             (point, cpu_time)
@@ -130,35 +146,79 @@ def tune(index: Any, truth: Truth, target: Target, progress: Callable[[str], Non
             if cpu_time <= fastest * (1 + RESOLUTION)
         )
     else:
-        chosen = max(points, key=lambda point: (point.at_least, -point.compared))
-        (core_time,) = _times(index, truth, [chosen.settings])
-    chosen = replace(chosen, core_microseconds=core_time)
+        chosen = max(
+            points,
+            key=lambda point: (point.at_least, -(point.microseconds if point.compared is None else point.compared)),
+        )
+        (core_time,) = _times(index, truth, [chosen.settings], on_gpu)
+    if on_gpu is None:
+        chosen = replace(chosen, core_microseconds=core_time)
     points = [chosen if point.settings == chosen.settings else point for point in points]
-    chosen.settings.apply(index)
+    _apply(chosen.settings, index, on_gpu)
     curve = sorted(points, key=lambda point: point.microseconds)
     # With fewer than k passages, recall was measured at their number.
     target = replace(target, k=truth.k)
     missed = chosen.at_least < target.recall
     change = advice(index, mean_reaches=chosen.recall >= target.recall) if missed else ""
-    return Tuning(target, chosen, curve, len(truth.queries), import_faiss().omp_get_max_threads(), change)
+    threads, device = import_faiss().omp_get_max_threads(), "cpu" if on_gpu is None else on_gpu.place
+    return Tuning(target, chosen, curve, len(truth.queries), threads, change, device)
 
 
-def measure(index: Any, truth: Truth, settings: Settings) -> Point:
-    """Measure recall and time of `index` with `settings`, which stay applied."""
+def measured_on_gpu(
+    index: Any, target: Target, note: Callable[[str], None] | None, device: str = "cuda", *, optional: bool = True
+) -> GpuIndex | None:
+    """A copy of a faiss index on GPUs, for `tune`; None where that is not possible.
+
+    Args:
+        index: the faiss index.
+        target: the recall target.
+        note: called with the reason if it is not possible.
+        device: "cuda", or "cuda:1" for a certain GPU.
+        optional: Default: True. False raises the reason instead.
+
+    Raises:
+        NotOnGpu: it is not possible, and not optional.
+    """
+    try:
+        if target.k >= MAX_RESULTS:
+            raise NotOnGpu(f"GPUs find at most {MAX_RESULTS:,} results, expected a smaller k, found {target.k}")
+        return to_gpus(index, device)
+    except NotOnGpu as error:
+        if not optional:
+            raise
+        if note is not None:
+            note(f"factory: recall is measured on the CPU: {error}")
+        return None
+
+
+def measure(index: Any, truth: Truth, settings: Settings, on_gpu: GpuIndex | None = None) -> Point:
+    """Measure recall and time of `index`, or of its copy on GPUs, with `settings`, which stay applied."""
     faiss = import_faiss()
-    settings.apply(index)
+    _apply(settings, index, on_gpu)
     faiss.cvar.indexIVF_stats.reset()
     faiss.cvar.hnsw_stats.reset()
-    found, seconds = _timed(index, truth)
+    searched = index if on_gpu is None else on_gpu
+    found, seconds = _timed(searched, truth)
+    compared = None if on_gpu is not None else _compared(index, len(found))
+    if seconds < SHORT_SECONDS:
+        seconds = min(seconds, *(_timed(searched, truth)[1] for _ in range(2)))
+    recalls = recall_of_each(found, truth)
+    return Point(settings, float(recalls.mean()), lower_bound(recalls), 1e6 * seconds / len(found), compared)
+
+
+def _apply(settings: Settings, index: Any, on_gpu: GpuIndex | None) -> None:
+    settings.apply(index)
+    if on_gpu is not None:
+        on_gpu.apply(settings)
+
+
+def _compared(index: Any, queries: int) -> float:
+    """Codes compared per query in the last search, as counted by faiss."""
+    faiss = import_faiss()
     inner = core(index)
     counted = faiss.cvar.hnsw_stats if isinstance(inner, faiss.IndexHNSW) else faiss.cvar.indexIVF_stats
-    compared = counted.ndis if isinstance(inner, faiss.IndexHNSW | faiss.IndexIVF) else index.ntotal * len(found)
-    if seconds < SHORT_SECONDS:
-        seconds = min(seconds, *(_timed(index, truth)[1] for _ in range(2)))
-    recalls = recall_of_each(found, truth)
-    mean = float(recalls.mean())
-    per_query = 1 / len(found)
-    return Point(settings, mean, lower_bound(recalls), 1e6 * seconds * per_query, float(compared) * per_query)
+    compared = counted.ndis if isinstance(inner, faiss.IndexHNSW | faiss.IndexIVF) else index.ntotal * queries
+    return float(compared) / queries
 
 
 def _timed(index: Any, truth: Truth) -> tuple[np.ndarray, float]:
@@ -169,29 +229,35 @@ def _timed(index: Any, truth: Truth) -> tuple[np.ndarray, float]:
 
 
 def _found(index: Any, truth: Truth) -> np.ndarray:
-    """The k rows that `index` returns for each query: [Q, k] int64."""
+    """The k rows that `index`, on a CPU or GPUs, returns for each query: [Q, k] int64."""
     if truth.own is None:
         return index.search(truth.queries, truth.k)[1]
     scores, rows = index.search(truth.queries, truth.k + 1)
     return without_own(scores, rows, truth.own)[1]
 
 
-def _times(index: Any, truth: Truth, settings: list[Settings]) -> list[float]:
-    """Processor time per query of each setting in µs: the fastest of several rounds, in turns, on one thread."""
+def _times(index: Any, truth: Truth, settings: list[Settings], on_gpu: GpuIndex | None) -> list[float]:
+    """Processor time per query of each setting in µs: the fastest of several rounds, in turns, on one thread.
+
+    On a GPU, wall-clock time, of all queries in one batch.
+    """
     faiss = import_faiss()
     timed = replace(
         truth, queries=truth.queries[:TIMED_QUERIES], own=None if truth.own is None else truth.own[:TIMED_QUERIES]
     )
+    searched, clock = index, time.thread_time
+    if on_gpu is not None:
+        timed, searched, clock = truth, on_gpu, time.perf_counter
     best = [np.inf] * len(settings)
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
         for _ in range(TIMING_ROUNDS):
             for place, each in enumerate(settings):
-                each.apply(index)
-                started = time.thread_time()
-                _found(index, timed)
-                best[place] = min(best[place], time.thread_time() - started)
+                _apply(each, index, on_gpu)
+                started = clock()
+                _found(searched, timed)
+                best[place] = min(best[place], clock() - started)
     finally:
         faiss.omp_set_num_threads(threads)
     return [1e6 * seconds / len(timed.queries) for seconds in best]
@@ -200,9 +266,17 @@ def _times(index: Any, truth: Truth, settings: list[Settings]) -> list[float]:
 class _SettingSearch:
     """Searches for the smallest settings that reach a target, and records every measurement."""
 
-    def __init__(self, index: Any, truth: Truth, recall: float, progress: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        index: Any,
+        truth: Truth,
+        recall: float,
+        progress: Callable[[str], None] | None,
+        on_gpu: GpuIndex | None,
+    ) -> None:
         faiss = import_faiss()
         self._index = index
+        self._on_gpu = on_gpu
         self._truth = truth
         self._recall = recall
         self._progress = progress
@@ -214,6 +288,8 @@ class _SettingSearch:
             self.limit = int(inner.nlist)
         elif isinstance(inner, faiss.IndexHNSW):
             self.limit = int(min(max(index.ntotal, 1), 8192))
+        if on_gpu is not None:
+            self.limit = min(self.limit, MAX_ITOPK if is_cagra(inner) else MAX_RESULTS)
         # If the largest value is exact, the search must not stop before it.
         self._exact = exact_at_limit(index)
         self.measured: dict[Settings, Point] = {}
@@ -224,7 +300,7 @@ class _SettingSearch:
         if self.limit:
             settings = replace(settings, **{self._kind: value})
         if settings not in self.measured:
-            self.measured[settings] = point = measure(self._index, self._truth, settings)
+            self.measured[settings] = point = measure(self._index, self._truth, settings, self._on_gpu)
             if self._progress is not None:
                 self._progress(f"{settings}: recall {point.recall:.4f}")
         return self.measured[settings]
@@ -263,6 +339,8 @@ class _SettingSearch:
         high = self.limit
         for k_factor in K_FACTORS:
             if k_factor > 1 and k_factor * self._truth.k > 2 * self._index.ntotal:
+                break
+            if self._on_gpu is not None and k_factor * (self._truth.k + 1) > MAX_RESULTS:
                 break
             point = self.least(k_factor, 1, max(high, 1))
             if point is None:

@@ -45,6 +45,22 @@ class Embedding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexDevice:
+    """Flags of commands that search an index."""
+
+    index_device: str = "auto"
+    """Where the index is searched: cpu, cuda:1 …, or cuda for all GPUs. auto: the GPU of the model if there is one, if
+    faiss has GPU support and the index fits into its memory; otherwise the CPU, and the reason is reported."""
+    index_spread: Literal["auto", "shards", "replicas"] = "auto"
+    """How several GPUs are used: shards, each has a part of the index; replicas, each has all of it and answers a part
+    of the queries. auto: one GPU if it holds the index, else shards."""
+
+    def index_options(self) -> dict[str, Any]:
+        """The flags of this class as arguments of the public functions."""
+        return {"index_device": self.index_device, "index_spread": self.index_spread}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TruncatedEmbedding(Embedding):
     """Flags of commands that can truncate embeddings."""
 

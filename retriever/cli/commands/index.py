@@ -51,8 +51,9 @@ class IndexBuild(RecallTarget):
     out: Path
     """Folder of the index."""
     factory: str = "auto"
-    """FAISS factory string (Flat, SQfp16, IVF1024,Flat, HNSW32, OPQ32,IVF1024,PQ32x4fs …). auto: chosen by size, memory
-    budget and whether the embeddings have unit length; the reason is reported."""
+    """FAISS factory string (Flat, SQfp16, IVF1024,Flat, HNSW32, OPQ32,IVF1024,PQ32x4fs …), or CAGRA64, a graph that a
+    GPU builds and searches (needs faiss-gpu-cuvs). auto: chosen by size, memory budget and whether the embeddings have
+    unit length; the reason is reported."""
     memory_budget_mib: float | None = None
     """Most memory of the index in MiB; with --on-disk, most memory while building."""
     target_recall: float | None = None
@@ -64,7 +65,8 @@ class IndexBuild(RecallTarget):
     on_disk: Switch = False
     """Leave the inverted lists on disk, for indexes larger than memory."""
     gpu: Switch = False
-    """Train and fill on all GPUs (needs faiss-gpu); with its cuVS, HNSW… graphs are built there, too."""
+    """Train and fill on all GPUs (needs faiss-gpu), and measure recall there; with its cuVS, HNSW… graphs are built
+    there, too."""
     seed: int = 0
     """Seed of the training sample."""
     dim: int | None = None
@@ -110,11 +112,15 @@ class IndexTune(RecallTarget):
     """Folder of the embeddings of its passages, in their order; it may contain others between them."""
     target_recall: float = 0.95
     """Recall to reach; the exit code is 1 if no setting does."""
+    device: str = "auto"
+    """Where recall is measured: cpu, cuda (all GPUs), cuda:1 …; auto: a GPU if faiss has GPU support and can search the
+    index there, otherwise the CPU."""
     json: Switch = False
     """Print the summary as JSON."""
 
     def run(self, reporter: Reporter) -> int:
         from index.ann.edit import retune
+        from index.ann.gpu.support import has_gpu
         from index.ann.tuning.recall import Target
         from index.manifest import INDEX, read_manifest
         from index.store.prefix import truncated_like
@@ -123,6 +129,8 @@ class IndexTune(RecallTarget):
         from retriever.utils.check_progress import checksum_progress
 
         queries = self.query_texts()
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ArgumentError("device", f"expected auto, cpu or cuda[:number], found {self.device!r}")
         check_target(self.target_recall, self.k, queries, self.model, self.held_out)
         model = read_manifest(self.index, INDEX).texts("model")
         store = truncated_like(EmbeddingStore.open(self.embeddings), model)
@@ -132,7 +140,14 @@ class IndexTune(RecallTarget):
             checksum_progress(reporter, [self.index, self.embeddings]) as checked,
             reporter.bar("tune", None, "settings") as advance,
         ):
-            tuning = retune(self.index, store, target, note=lambda text: advance(1, text), checked=checked)
+            tuning = retune(
+                self.index,
+                store,
+                target,
+                device=self.device if self.device != "auto" or has_gpu() else "cpu",
+                note=lambda text: advance(1, text),
+                checked=checked,
+            )
         reporter.line(tuning.line())
         rows = read_manifest(self.index, INDEX).count("rows")
         return _finish(self.json, {"index": str(self.index), "rows": rows}, tuning, reporter)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from index.progress import Reporter
-from retriever.cli.commands.common import Embedding, Switch, answer
+from retriever.cli.commands.common import Embedding, IndexDevice, Switch, answer
 from retriever.utils.torchrun import rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mine(Embedding):
+class Mine(IndexDevice, Embedding):
     """Find hard negatives for the queries of a training source; the file can be a training source without changes.
 
     An interrupted command continues when it is repeated. Under torchrun the processes share the work.
@@ -95,6 +95,7 @@ class Mine(Embedding):
             keep_top=self.keep_top,
             keep_identical_ids=self.keep_identical_ids,
             **self.embedding_options(),
+            **self.index_options(),
             progress=reporter,
         )
         if rank() == 0:

@@ -18,7 +18,7 @@ from tyro.conf import Positional, UseAppendAction
 from index.files import InputError
 from index.passages import one_line
 from index.progress import Reporter
-from retriever.cli.commands.common import Switch, TruncatedEmbedding
+from retriever.cli.commands.common import IndexDevice, Switch, TruncatedEmbedding
 from retriever.errors import check_at_least
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search(TruncatedEmbedding):
+class Search(IndexDevice, TruncatedEmbedding):
     """Find passages or images for queries.
 
     Queries are texts given as arguments, in a file, or one per line on standard input; or images. For each query the
@@ -71,11 +71,13 @@ class Search(TruncatedEmbedding):
     def run(self, reporter: Reporter) -> int:
         check_at_least(1, k=self.k)
         from retriever.searching.query import parsed_filter
-        from retriever.searching.search import BATCH, open_indexes, search
+        from retriever.searching.search import BATCH, check_index_device, open_indexes, place_index, search
 
         filter = parsed_filter(self.filter)
+        check_index_device(self.index_device)
         index = open_indexes(self.index, reporter, mmap=self.mmap, verify=self.verify)
         model = self.load(reporter)
+        place_index(index, model.device, reporter, **self.index_options())
         typed = not self.query and not self.image and self.queries is None and sys.stdin.isatty()
         if typed:
             reporter.line("queries, one per line; Ctrl-D ends")

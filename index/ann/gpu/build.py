@@ -1,8 +1,9 @@
 """Building indexes on GPUs. The result is a CPU index, in the same file format.
 
 k-means and the assignment of vectors to inverted lists, which take most of the time, run on all GPUs; the CPU computes
-the codes from the same centroids. With cuVS, HNSW graphs are built by CAGRA (Ootomo et al., "CAGRA: Highly Parallel
-Graph Construction and Approximate Nearest Neighbor Search for GPUs", arXiv:2308.15136).
+the codes from the same centroids. With cuVS, CAGRA builds graphs (Ootomo et al., "CAGRA: Highly Parallel Graph
+Construction and Approximate Nearest Neighbor Search for GPUs", arXiv:2308.15136): those of HNSW…, which get upper
+levels and are searched on a CPU, and those of CAGRA…, which have one level and are searched on a GPU.
 """
 
 from __future__ import annotations
@@ -13,24 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from index.ann.factory import import_faiss
+from index.ann.factory import import_faiss, is_cagra
+from index.ann.gpu.support import INSTEAD, check_memory
 from index.ann.settings import core
-from index.files import ArgumentError
-
-INSTEAD = "pip install faiss-gpu-cu12 in place of faiss-cpu"
-
-
-def check_gpus() -> None:
-    """Check that GPUs can be used.
-
-    Raises:
-        InputError: this faiss has no GPU support, or finds no GPU.
-    """
-    faiss = import_faiss()
-    if not hasattr(faiss, "StandardGpuResources"):
-        raise ArgumentError("gpu", f"expected a faiss with GPU support: {INSTEAD}")
-    if faiss.get_num_gpus() == 0:
-        raise ArgumentError("gpu", "expected a GPU, faiss found none")
+from index.files import InputError
 
 
 @contextlib.contextmanager
@@ -87,6 +74,20 @@ def _add(index: Any, vectors: np.ndarray, lists_of: Callable[[np.ndarray], np.nd
         part.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(lists))
 
 
+def check_cagra(factory: str) -> None:
+    """Check that an index of CAGRA's own can be built: it cannot be built without a GPU.
+
+    Raises:
+        InputError: this faiss has no cuVS, or finds no GPU.
+    """
+    faiss = import_faiss()
+    expected = f"factory {factory!r}: expected a faiss with cuVS ({INSTEAD}) and a GPU"
+    if not hasattr(faiss, "GpuIndexCagra"):
+        raise InputError(f"{expected}, found faiss {faiss.__version__} without cuVS; HNSW32 is a graph for CPUs")
+    if faiss.get_num_gpus() == 0:
+        raise InputError(f"{expected}, faiss found no GPU; HNSW32 is a graph for CPUs")
+
+
 def can_build_graph(index: Any) -> bool:
     """Whether `build_graph` can build an index like the empty `index`: HNSW of float32 vectors, and faiss with cuVS."""
     faiss = import_faiss()
@@ -94,15 +95,24 @@ def can_build_graph(index: Any) -> bool:
 
 
 def build_graph(like: Any, pieces: Iterable[np.ndarray], rows: int, added: Callable[[int], None]) -> Any:
-    """Build an HNSW index with CAGRA on a GPU, whose memory must hold all vectors.
+    """Build a graph with CAGRA on a GPU, whose memory must hold all vectors.
 
     Args:
-        like: an empty HNSW index, which gives the dimension and the links per vector of the base level.
+        like: an empty HNSW or CAGRA index, which gives the dimension and the links per vector of the base level.
         pieces: vectors [n, D] float32.
         rows: their total number.
         added: called with the number of rows just read.
+
+    Returns:
+        An IndexHNSWCagra, with upper levels if `like` is an HNSW index.
+
+    Raises:
+        NotOnGpu: the free memory of the GPU is too small.
     """
     faiss = import_faiss()
+    degree = like.hnsw.nb_neighbors(0)
+    # The vectors, a copy in half precision, and the graph before and after it is pruned, twice.
+    check_memory(0, rows * (6 * like.d + 24 * degree), f"a graph of {rows:,} vectors")
     vectors = np.empty((rows, like.d), np.float32)
     start = 0
     for piece in pieces:
@@ -110,8 +120,13 @@ def build_graph(like: Any, pieces: Iterable[np.ndarray], rows: int, added: Calla
         start += len(piece)
         added(len(piece))
     config = faiss.GpuIndexCagraConfig()
-    config.graph_degree = like.hnsw.nb_neighbors(0)
-    config.intermediate_graph_degree = 2 * config.graph_degree
+    config.graph_degree = degree
+    config.intermediate_graph_degree = 2 * degree
     on_gpus = faiss.GpuIndexCagra(faiss.StandardGpuResources(), like.d, faiss.METRIC_INNER_PRODUCT, config)
     on_gpus.train(vectors)
-    return faiss.index_gpu_to_cpu(on_gpus)
+    if not is_cagra(like):
+        return faiss.index_gpu_to_cpu(on_gpus)
+    graph = faiss.IndexHNSWCagra()
+    graph.base_level_only = True
+    on_gpus.copyTo(graph)
+    return graph

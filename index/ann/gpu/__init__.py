@@ -1,0 +1,1 @@
+"""faiss on GPUs: building indexes, and searching them."""
