@@ -21,12 +21,15 @@ class LoraConfig:
     """Dropout probability of the input of an update."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers that are adapted, for example q_proj v_proj. Empty: all linear layers."""
-    base: Literal["auto", "fp32", "bf16"] = "auto"
+    base: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
     """Precision in which the frozen weights are stored. auto: bf16 if the towers compute in bf16 and are not sharded,
-    otherwise fp32."""
+    otherwise fp32. nf4: the adapted matrices in 4.5 bits a weight (QLoRA, arXiv 2305.14314, with the library
+    bitsandbytes), all other weights as with auto."""
     save: Literal["merged", "adapter"] = "merged"
-    """What the model folder contains. merged: an ordinary model in fp32 with the updates added to its weights. adapter:
-    only the updates; the folder or hub name of the base model is needed to load it."""
+    """What the model folder contains. merged: an ordinary model in fp32 with the updates added to its weights; with nf4
+    to the dequantized weights, with which the updates were trained. adapter: only the updates; the folder or hub name
+    of the base model is needed to load it, and after training with nf4 its weights are those before quantization, so
+    that embeddings differ slightly from those of the run."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "model.lora.", 0, "rank")

@@ -122,8 +122,12 @@ class TrainConfig:
             raise ValueError("precision: expected auto, bf16 or fp32 with shard_towers, found fp16")
         if self.shard_towers and self.optim.name == "adafactor":
             raise ValueError("optim.name: expected adamw with shard_towers, found adafactor")
-        if self.shard_towers and self.model.lora.rank and self.model.lora.base == "bf16":
-            raise ValueError("model.lora.base: expected auto or fp32 with shard_towers, found bf16")
+        if self.shard_towers and self.model.lora.rank and self.model.lora.base in ("bf16", "nf4"):
+            raise ValueError(f"model.lora.base: expected auto or fp32 with shard_towers, found {self.model.lora.base}")
+        if self.model.lora.rank and self.model.lora.base == "nf4" and self.precision == "fp16":
+            raise ValueError("model.lora.base: expected auto or fp32 with precision fp16, found nf4")
+        if self.model.lora.rank and self.model.lora.base == "nf4" and self.compile:
+            raise ValueError("model.lora.base: expected auto, fp32 or bf16 with compile, found nf4")
         if self.model.lora.rank and self.model.lora.base == "bf16" and self.precision not in ("auto", "bf16"):
             raise ValueError(f"model.lora.base: expected auto or fp32 with precision {self.precision}, found bf16")
         for name in ("compile", "gradient_checkpointing", "shard_towers"):

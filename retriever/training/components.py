@@ -27,6 +27,7 @@ from retriever.mining.clusters import cluster_rows
 from retriever.mining.refresh import NegativeRefresh
 from retriever.models.fsdp import shard_encoders
 from retriever.models.loading.lora import cast_base
+from retriever.models.loading.quantized_linear import quantize_base
 from retriever.models.memory import GraphMemory
 from retriever.models.passage_side import freeze_passage_side
 from retriever.training.cuda_graphs import check_cuda_graphs
@@ -230,7 +231,9 @@ def _build_towers(config: TrainConfig, device: torch.device, precision: Precisio
         model = ContentHash(towers.fingerprint()["sha256"], location)
         check_same_on_ranks(ranks, {"device": device.type, "precision": precision, "model": model})
     lora = config.model.lora
-    if lora.rank and (lora.base == "bf16" or (lora.base == "auto" and precision == "bf16" and not sharded)):
+    if lora.rank and lora.base == "nf4":
+        quantize_base(towers.encoders)
+    if lora.rank and (lora.base == "bf16" or (lora.base != "fp32" and precision == "bf16" and not sharded)):
         if precision != "bf16":
             raise ConfigError(f"model.lora.base: expected auto or fp32 with precision {precision}, found bf16")
         cast_base(towers.encoders, torch.bfloat16)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from retriever.config.lora import LoraConfig
 from retriever.errors import ConfigError
+from retriever.models.loading.quantized_linear import ABSMAX, PACKED, SHAPE, dequantized
 
 _ADAPTER = "default"
 _DOWN, _UP, _BASE = f"lora_A.{_ADAPTER}.weight", f"lora_B.{_ADAPTER}.weight", "base_layer."
@@ -60,7 +61,8 @@ def merged_weights(weights: Mapping[str, Tensor], scaling: float) -> dict[str, T
     """Return the `state_dict` of the plain model, with W + scaling · B A for each adapted matrix W, in fp32.
 
     Args:
-        weights: Full, unsharded tensors of a model with LoRA: W [out, in], A [rank, in] and B [out, rank].
+        weights: Full, unsharded tensors of a model with LoRA: W [out, in], A [rank, in] and B [out, rank]. A W that
+            is stored in 4 bits is dequantized.
         scaling: Factor of the updates.
     """
     merged = {}
@@ -68,7 +70,12 @@ def merged_weights(weights: Mapping[str, Tensor], scaling: float) -> dict[str, T
         if "lora_" in name:
             continue
         prefix, found, rest = name.rpartition(_BASE)
+        if found and rest in (ABSMAX, SHAPE):
+            continue
         value = tensor.float() if tensor.is_floating_point() else tensor
+        if found and rest == PACKED:
+            rest = "weight"
+            value = dequantized(tensor, *(weights[f"{prefix}{_BASE}{part}"] for part in (ABSMAX, SHAPE)))
         if found and rest == "weight":
             down, up = weights[f"{prefix}{_DOWN}"].float(), weights[f"{prefix}{_UP}"].float()
             value = torch.addmm(value, up, down, alpha=scaling)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -58,6 +58,7 @@ SHAPE = {
     "max_position_embeddings": 32768,
 }
 Step = tuple[list[str], list[str]]
+Stored = Literal["auto", "nf4"]
 
 
 def main() -> None:
@@ -78,6 +79,8 @@ def main() -> None:
                 row, texts = ours(base, batch, options, cuda_graphs=graphs)
                 keep(row)
             best = max(row["pairs_per_second"] for row in rows if row["batch"] == batch)
+            if options.nf4:
+                keep(ours(base, batch, options, cuda_graphs=False, stored="nf4")[0])
             theirs = []
             for tokens in options.their_tokens:
                 try:
@@ -106,6 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="steps, two of them for warm-up (default: %(default)s)")
     parser.add_argument("--their-tokens", type=int, nargs="*", default=[8192, 16384, 32768], help="(%(default)s)")
     parser.add_argument("--workers", type=int, default=8, help="our tokenizer processes (default: %(default)s)")
+    parser.add_argument("--nf4", action="store_true", help="also measure ours with a base of 4 bits (QLoRA)")
     parser.add_argument("--cuda-graphs", action="store_true", help="also measure ours with CUDA graphs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of lora.csv (default: %(default)s)")
     parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
@@ -122,19 +126,21 @@ def write_base(folder: Path, options: argparse.Namespace) -> str:
     return str(folder)
 
 
-def model_config(base: str, rank: int) -> ModelConfig:
+def model_config(base: str, rank: int, stored: Stored = "auto") -> ModelConfig:
     """The model that both libraries train."""
-    return ModelConfig(name=base, max_length=252, lora=LoraConfig(rank=rank))
+    return ModelConfig(name=base, max_length=252, lora=LoraConfig(rank=rank, base=stored))
 
 
-def ours(base: str, batch: int, options: argparse.Namespace, *, cuda_graphs: bool) -> tuple[dict[str, Any], list[Step]]:
+def ours(
+    base: str, batch: int, options: argparse.Namespace, *, cuda_graphs: bool, stored: Stored = "auto"
+) -> tuple[dict[str, Any], list[Step]]:
     """Run `retriever train`. Returns a row, and the queries and positives of every step."""
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs.jsonl"
         SizedTexts(build_towers(ModelConfig(name=base)).tokenizer("query").tokenizer).write_pairs(pairs, batch * 4)
         config = TrainConfig(
             out=f"{folder}/run",
-            model=model_config(base, options.rank),
+            model=model_config(base, options.rank, stored),
             data=DataConfig(sources=(SourceConfig(path=str(pairs)),), workers=options.workers),
             loss=LossConfig(logit_scale=SCALE),
             optim=OptimConfig(lr=LR, schedule="constant", warmup_fraction=0.0),
@@ -155,7 +161,7 @@ def ours(base: str, batch: int, options: argparse.Namespace, *, cuda_graphs: boo
         lines = (trainer.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [row for row in map(json.loads, lines) if "loss" in row]
     row = {
-        "method": "ours, CUDA graphs" if cuda_graphs else "ours",
+        "method": "ours" + ", CUDA graphs" * cuda_graphs + ", base of 4 bits" * (stored == "nf4"),
         "batch": batch,
         "pairs_per_second": round(statistics.median(row["pairs_per_second"] for row in rows[WARM_UP:]), 1),
         "peak_mib": round(rows[-1]["memory_mib"]),

@@ -26,10 +26,12 @@ from retriever.config.sources import SourceConfig
 from retriever.config.yaml_file import load_config
 from retriever.errors import ConfigError
 from retriever.models.loading.lora import add_lora
+from retriever.models.loading.quantized_linear import QuantizedLinear
 from retriever.models.towers import Towers, build_towers
 from retriever.training import cuda_graphs
 from retriever.training.step import TrainStep
 from retriever.training.trainer import Trainer
+from retriever.utils.device import Precision
 from retriever.utils.interrupt import Interrupted
 from scripts import ROOT
 
@@ -116,19 +118,24 @@ def test_the_recipe_trains_updates_merges_them_and_resumes(
     np.testing.assert_allclose(model.encode_document(TEXTS), expected, atol=2e-6)
     np.testing.assert_allclose(model.encode_query(TEXTS), found.encode_queries(TEXTS), atol=2e-6)
 
-    step = TrainStep.__call__
-
-    def stopped(train_step: TrainStep, batch: Any, number: int, **options: Any) -> Any:
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(train_step, batch, number, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", stopped)
-        with pytest.raises(Interrupted):
-            Trainer.start(config, SilentReporter()).train()
+    _stop_at_step(2, monkeypatch)
+    with pytest.raises(Interrupted):
+        Trainer.start(config, SilentReporter()).train()
+    monkeypatch.undo()
     Trainer.resume(Path(config.out), SilentReporter()).train()
     assert_same(results(Path(config.out)), results(Path(whole.out)))
+
+
+def _stop_at_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask the run to stop, as a scheduler does, when it reaches a step."""
+    step = TrainStep.__call__
+
+    def stopped(train_step: TrainStep, batch: Any, current: int, **options: Any) -> Any:
+        if current == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(train_step, batch, current, **options)
+
+    monkeypatch.setattr(TrainStep, "__call__", stopped)
 
 
 def token_lists(tokens: Any) -> list[list[int]]:
@@ -158,6 +165,52 @@ def test_an_adapter_and_a_bf16_base_give_the_same_model(config: TrainConfig, tmp
     np.testing.assert_allclose(
         SentenceTransformer(str(folder), device="cpu").encode_document(TEXTS), vectors, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_base_of_4_bits_trains_resumes_and_is_merged(
+    config: TrainConfig, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    lora = dataclasses.replace(config.model.lora, base="nf4")
+    model = dataclasses.replace(config.model, lora=lora)
+    config = dataclasses.replace(config, precision=precision, dev=DevConfig(), model=model)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    trainer = Trainer.start(whole, SilentReporter())
+    layers = [m for m in trainer.towers.modules() if isinstance(m, QuantizedLinear)]
+    linear = trainer.towers.encoders[0].layers[0].mlp.gate_proj.base_layer
+    assert len(layers) == 2 * 7 and linear in layers
+    stored = sum(buffer.numel() * buffer.element_size() for buffer in (linear.packed, linear.absmax))
+    assert stored == linear.in_features * linear.out_features * 4.5 / 8
+    dtypes = {("lora_" in name): p.dtype for name, p in trainer.towers.encoders[0].named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.float32 if precision == "fp32" else torch.bfloat16}
+    trainer.train()
+    with trainer.components.evaluated_weights(), torch.no_grad():
+        towers: Towers = trainer.towers.eval()
+        expected = towers.embed(towers.tokenizer("document")(TEXTS), np.arange(3), "document").float().numpy()
+    folder = tmp_path / "whole" / "model"
+    assert not any("packed" in name for name in load_file(folder / "model.safetensors"))
+    found = retriever.load(folder).encode_passages(TEXTS)
+    np.testing.assert_allclose(found, expected, atol=2e-6 if precision == "fp32" else 2e-2)
+
+    _stop_at_step(2, monkeypatch)
+    with pytest.raises(Interrupted):
+        Trainer.start(config, SilentReporter()).train()
+    monkeypatch.undo()
+    Trainer.resume(Path(config.out), SilentReporter()).train()
+    assert_same(results(Path(config.out)), results(Path(whole.out)))
+
+
+def test_settings_that_do_not_fit_a_base_of_4_bits_are_refused(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dataclasses.replace(config.model, lora=dataclasses.replace(config.model.lora, base="nf4"))
+    for change in ({"shard_towers": True}, {"precision": "fp16"}, {"compile": True}):
+        with pytest.raises(ValueError, match=r"model\.lora\.base: expected .*, found nf4"):
+            dataclasses.replace(config, model=model, **change)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r'pip install "dense-retriever\[qlora\]"'):
+        Trainer.start(dataclasses.replace(config, model=model), SilentReporter())
 
 
 def test_attention_in_both_directions_is_saved_and_packs(base: str, tmp_path: Path) -> None:
