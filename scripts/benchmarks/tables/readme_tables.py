@@ -16,6 +16,7 @@ from scripts.benchmarks.result_rows import read_rows
 from scripts.benchmarks.tables.index_tables import index_tables
 from scripts.benchmarks.tables.launch_tables import launch_tables
 from scripts.benchmarks.tables.markers import fill_tables
+from scripts.benchmarks.tables.nested_tables import distillation_tables, matryoshka_tables
 from scripts.benchmarks.tables.switch_tables import switch_tables
 from scripts.benchmarks.tables.throughput_tables import image_tables, throughput_tables
 
@@ -71,6 +72,8 @@ PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "README.md": quickstart_tables,
     "docs/tutorials/images.md": emoji_tables,
     "docs/guides/negatives.md": switch_tables,
+    "docs/guides/smaller_embeddings.md": matryoshka_tables,
+    "docs/guides/distillation.md": distillation_tables,
     "docs/design/training.md": throughput_tables,
     "docs/design/images.md": image_tables,
     "docs/design/indexes.md": index_tables,

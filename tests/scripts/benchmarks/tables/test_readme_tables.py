@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from scripts import RESULTS, ROOT
+from scripts.benchmarks.result_rows import write_rows
 from scripts.benchmarks.tables.markers import fill_tables
+from scripts.benchmarks.tables.nested_tables import distillation_tables, matryoshka_tables
 from scripts.benchmarks.tables.readme_tables import PAGES
 from scripts.benchmarks.tables.switch_tables import switch_table
 from scripts.benchmarks.tables.throughput_tables import train_table
@@ -49,12 +53,42 @@ def test_speed_up_is_relative_to_the_same_hardware() -> None:
 
 
 def test_options_of_the_loss_are_averaged_over_seeds() -> None:
-    common = {"hardware": "a GPU", "batch": "1024", "torch": "2.11", "commit": "abc"}
-    scores = {("no option", "0"): "0.30", ("no option", "1"): "0.32", ("loss.guide", "0"): "0.35"}
+    common = {"hardware": "a GPU", "batch": "1024", "torch": "2.11", "commit": "abc", "recall@100": "0.5"}
+    common |= {"jargon_ndcg@10": "0.6", "perlfaq_ndcg@10": "0.7"}
+    scores = {("before training", "0"): "0.20", ("no option", "0"): "0.30", ("no option", "1"): "0.32"}
     rows = [
-        {"switch": name, "seed": seed, "ndcg@10": score, "recall@100": "0.5", "pairs_per_second": "9000", **common}
+        {
+            "switch": name,
+            "seed": seed,
+            "ndcg@10": score,
+            "pairs_per_second": "" if name == "before training" else "9000",
+            **common,
+        }
         for (name, seed), score in scores.items()
     ]
     table = switch_table(rows)
-    assert "| no option | 0.3100 | 0.3000 – 0.3200 | 0.5000 | 9,000 |" in table
-    assert "| loss.guide | 0.3500 |" in table and "batches of 1,024, 2 seeds, on a GPU" in table
+    assert "| no option | 0.3100 | 0.3000 – 0.3200 | 0.5000 | 0.6000 | 0.7000 | 9,000 |" in table
+    assert "| before training | 0.2000 | 0.2000 – 0.2000 | 0.5000 | 0.6000 | 0.7000 | – |" in table
+    assert "batches of 1,024" in table and "2 seeds, on a GPU" in table
+
+
+def test_runs_of_the_nested_benchmark_are_averaged_over_seeds(tmp_path: Path) -> None:
+    common = {"hardware": "a GPU", "passages": 1000, "steps": 300, "batch": 1024, "lr": 1e-4, "torch": "2.11"}
+    common |= {"commit": "abc", "recall@100": 0.5}
+    scores = [
+        ("matryoshka", "plain", 0, 96, 0.2),
+        ("matryoshka", "plain", 0, 384, 0.3),
+        ("matryoshka", "plain", 1, 384, 0.32),
+        ("matryoshka", "matryoshka", 0, 96, 0.29),
+        ("distillation", "student with teacher", 0, 384, 0.4),
+        ("query tower", "query_only", 0, 384, 0.45),
+    ]
+    columns = ("comparison", "run", "seed", "dim", "ndcg@10")
+    write_rows([dict(zip(columns, row, strict=True)) | common for row in scores], tmp_path / "nested_training.csv")
+    by_dimension = matryoshka_tables(tmp_path)["matryoshka"]
+    assert "| model | 96 | 384 |" in by_dimension and "| plain | 0.2000 | 0.3100 |" in by_dimension
+    assert "| matryoshka | 0.2900 | – |" in by_dimension
+    tables = distillation_tables(tmp_path)
+    assert "| student without | 0.3100 | 0.3000 – 0.3200 | 0.5000 |" in tables["distillation"]
+    assert "| student with teacher | 0.4000 |" in tables["distillation"]
+    assert "| query_only | 0.4500 |" in tables["query_tower"]
