@@ -16,6 +16,7 @@ from retriever.cli.commands.duplicates import Duplicates
 from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluation.compare import EvaluateCompare, EvaluateRun
 from retriever.cli.commands.evaluation.evaluate import EvaluateBeir
+from retriever.cli.commands.evaluation.probe import EvaluateProbe
 from retriever.cli.commands.evaluation.zero_shot import EvaluateZeroShot
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexExport, IndexMerge, IndexVerify
@@ -58,6 +59,7 @@ COMMANDS: dict[str, type] = {
     "evaluate run": EvaluateRun,
     "evaluate compare": EvaluateCompare,
     "evaluate zero-shot": EvaluateZeroShot,
+    "evaluate probe": EvaluateProbe,
 }
 CONFIGURATION_INTRODUCTION = """\
 A training run is described by a YAML file. All fields except `data.sources`, `data.images` and `model.architecture` are

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from retriever.evaluation.compare_runs import compare as compare
     from retriever.evaluation.evaluate import Evaluation as Evaluation
     from retriever.evaluation.evaluate import evaluate as evaluate
+    from retriever.evaluation.probe import Probe as Probe
+    from retriever.evaluation.probe import probe as probe
     from retriever.evaluation.zero_shot_sets import ZeroShotEvaluation as ZeroShotEvaluation
     from retriever.evaluation.zero_shot_sets import zero_shot as zero_shot
     from retriever.mining.mine import mine as mine
@@ -76,6 +78,7 @@ _PUBLIC = {
     "merge": "retriever.selection.merge",
     "study": "retriever.selection.study",
     "zero_shot": "retriever.evaluation.zero_shot_sets",
+    "probe": "retriever.evaluation.probe",
     "split": "retriever.data.splitting.split",
     "export": "retriever.sharing.export",
     "push": "retriever.sharing.push",
@@ -94,6 +97,7 @@ _PUBLIC = {
     "Evaluation": "retriever.evaluation.evaluate",
     "Comparison": "retriever.evaluation.compare_runs",
     "ZeroShotEvaluation": "retriever.evaluation.zero_shot_sets",
+    "Probe": "retriever.evaluation.probe",
     "BeirDataset": "index.beir",
     "evaluate_run": "eval.metrics",
     "ProgressEvent": "index.progress",

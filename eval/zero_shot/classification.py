@@ -124,6 +124,18 @@ def classify(images: np.ndarray, vectors: np.ndarray, labels: Sequence[int], cla
     for part, scores in blocks(images, vectors):
         ranks[part] = ranks_of(scores, truth[part])
         predicted[part] = scores.argmax(axis=1)
+    return measured(ranks, predicted, truth, classes)
+
+
+def measured(ranks: np.ndarray, predicted: np.ndarray, truth: np.ndarray, classes: Sequence[str]) -> Classification:
+    """The measures of predictions: acc1, acc5 and mean per-class recall, as `classify` defines them.
+
+    Args:
+        ranks: int64 [N], the rank of the true class of each image, from 1.
+        predicted: int64 [N], the class of rank 1.
+        truth: int64 [N], the true class.
+        classes: the C class names.
+    """
     counts = np.bincount(truth, minlength=len(classes))
     hits = np.bincount(truth[ranks == 1], minlength=len(classes))
     recall = np.divide(hits, counts, out=np.full(len(classes), np.nan), where=counts > 0)

@@ -23,6 +23,7 @@ from retriever.cli.commands.duplicates import Duplicates
 from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluation.compare import EvaluateCompare, EvaluateRun
 from retriever.cli.commands.evaluation.evaluate import EvaluateBeir
+from retriever.cli.commands.evaluation.probe import EvaluateProbe
 from retriever.cli.commands.evaluation.zero_shot import EvaluateZeroShot
 from retriever.cli.commands.index import IndexBuild, IndexTune
 from retriever.cli.commands.index_changes import IndexAdd, IndexDelete, IndexExport, IndexMerge, IndexVerify
@@ -62,6 +63,7 @@ IndexCommand = (
 EvaluateCommand = (
     Annotated[EvaluateBeir, subcommand("beir")]
     | Annotated[EvaluateZeroShot, subcommand("zero-shot")]
+    | Annotated[EvaluateProbe, subcommand("probe")]
     | Annotated[EvaluateRun, subcommand("run")]
     | Annotated[EvaluateCompare, subcommand("compare")]
 )

@@ -13,7 +13,7 @@ import PIL
 import torch
 
 from eval.zero_shot.data import ZeroShotSet, with_prompts
-from eval.zero_shot.evaluate import Evaluated, embed_set, score
+from eval.zero_shot.evaluate import Embedded, Evaluated, embed_set, score
 from eval.zero_shot.opening import open_set
 from eval.zero_shot.report import ZeroShotReport
 from eval.zero_shot.report_files import write
@@ -105,14 +105,18 @@ def evaluate_zero_shot(
     return report
 
 
-def _evaluate(
+def embed_images_of(
     towers: ImageTextTowers, dataset: ZeroShotSet, folder: Path, options: EncodeOptions, reporter: Reporter
-) -> Evaluated:
+) -> tuple[Embedded, str]:
+    """Embed the images of a set into the store in `folder`; return them with the sha256 of the set.
+
+    Raises:
+        InputError: an image cannot be read from its tar or table, or `folder` holds something else.
+    """
     for notice in dataset.notices:
         reporter.line(f"{dataset.name}: {notice}")
     with reporter.bar(f"{dataset.name}: read", len(dataset.samples), "images") as advance:
         sha256 = dataset.sha256(advance)
-    started = time.perf_counter()
     with (
         reporter.bar(f"{dataset.name}: embed", len(dataset.samples), "images") as advance,
         ImageDecoder(towers) as decoder,
@@ -120,17 +124,25 @@ def _evaluate(
         images = embed_set(
             dataset,
             lambda batch: embed_readable(towers, decoder, batch, options),
-            folder / "images",
+            folder,
             dim=towers.dimension,
             model=towers.fingerprint(),
             source={"sha256": sha256, "precision": options.precision},
             progress=advance,
         )
-    seconds = time.perf_counter() - started
     for name, reason in list(images.broken.items())[:SHOWN_BROKEN]:
         reporter.line(f"{dataset.name}: left out: {name}: {reason}")
     if len(images.broken) > SHOWN_BROKEN:
-        reporter.line(f"{dataset.name}: {len(images.broken):,} images left out; report.json names them all")
+        reporter.line(f"{dataset.name}: {len(images.broken):,} images left out; the report names them all")
+    return images, sha256
+
+
+def _evaluate(
+    towers: ImageTextTowers, dataset: ZeroShotSet, folder: Path, options: EncodeOptions, reporter: Reporter
+) -> Evaluated:
+    started = time.perf_counter()
+    images, sha256 = embed_images_of(towers, dataset, folder / "images", options, reporter)
+    seconds = time.perf_counter() - started
     captions = sum(len(sample.captions) for sample in images.samples)
     total = captions or sum(map(len, dataset.prompts))
     with reporter.bar(f"{dataset.name}: embed", total, "texts") as advance:

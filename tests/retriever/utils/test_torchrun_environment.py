@@ -52,6 +52,7 @@ COMMANDS: dict[tuple[str, ...], bool] = {
     ("index", "export", "e", "--to", "parquet", "--where", "o"): False,
     ("split", "--data", "d", "--out", "o"): False,
     ("evaluate", "zero-shot", *EMBED): False,
+    ("evaluate", "probe", *EMBED): False,
     ("evaluate", "run", "r", "--data", "d", "--out", "o"): False,
     ("evaluate", "compare", "r", "s", "--data", "d", "--out", "o"): False,
 }
