@@ -25,7 +25,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """SET/{train,test}/COLOUR/N.png: three images of each colour for training, one of them held out, and two to test."""
+    """SET/{train,test}/COLOUR/N.png: three images of each colour for training, two to test."""
     for split, count in (("train", 3), ("test", 2)):
         for colour in COLOURS:
             (tmp_path / "set" / split / colour).mkdir(parents=True)

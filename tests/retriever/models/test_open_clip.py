@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_helpers import assert_refused, command
 from image_helpers import SMALL, letter_tokenizer, noise, save_checkpoint
 from safetensors.torch import load_file
 
@@ -58,6 +59,23 @@ def test_a_model_survives_both_forms(tmp_path: Path) -> None:
         assert weights["logit_scale"].exp().item() == pytest.approx(20)
     with pytest.raises(InputError, match="expected a new or empty folder"):
         retriever.export_clip(clip, tmp_path / "open_clip 0")
+
+
+def test_the_command_writes_both_forms(tmp_path: Path) -> None:
+    save_checkpoint("clip", tmp_path / "model")
+    model = retriever.load(tmp_path / "model", device="cpu")
+    for form in ("open_clip", "clip"):
+        out = tmp_path / form
+        words = ["export", "--model", tmp_path / "model", "--format", form, "--out", out, "--logit-scale", 20, "--json"]
+        done = command(*words)
+        assert done.code == 0, done.err
+        assert json.loads(done.out) == {"folder": str(out), "format": form}
+        assert_same(retriever.load(out, device="cpu"), model)
+    assert load_file(tmp_path / "open_clip" / WEIGHTS)["logit_scale"].exp().item() == pytest.approx(20)
+    assert_refused(command(*words), 1, "expected a new or empty folder")
+    words[words.index("clip")] = "onnx"
+    assert_refused(command(*words), 2, "--logit-scale: expected none with format onnx, found 20")
+    assert_refused(command("export", "--model", tmp_path / "model", "--out", out, "--format", "timm"), 2, "--format")
 
 
 def test_what_a_form_cannot_express_is_refused(tmp_path: Path) -> None:
