@@ -48,5 +48,5 @@ def switch_table(rows: Sequence[Row]) -> str:
 
 def _mean(rows: Sequence[Row], column: str, form: str = ".4f") -> str:
     """The mean of a column over the rows that have it."""
-    values = [float(row[column]) for row in rows if row[column]]
+    values = [float(row[column]) for row in rows if row.get(column)]
     return format(mean(values), form) if values else "–"
