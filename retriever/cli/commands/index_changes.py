@@ -113,11 +113,11 @@ class IndexExport:
 
     embeddings: Positional[Path]
     """Folder of `retriever encode`."""
-    to: Literal["parquet", "qdrant", "lancedb", "milvus", "pgvector"]
+    to: Literal["parquet", "qdrant", "lancedb", "milvus", "pgvector", "usearch"]
     """The engine. All but parquet need the extra of the same name."""
     where: str
-    """Folder (parquet, lancedb, qdrant's local mode), file ending in .db (milvus), URL of a server (qdrant, milvus), or
-    connection string (pgvector)."""
+    """Folder (parquet, lancedb, usearch, qdrant's local mode), file ending in .db (milvus), URL of a server (qdrant,
+    milvus), or connection string (pgvector)."""
     name: str = "passages"
     """Name of the collection or table."""
     batch: int = 1000

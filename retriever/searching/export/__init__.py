@@ -1,1 +1,1 @@
-"""Writing embedding stores to other engines: Parquet, Qdrant, LanceDB, Milvus, PostgreSQL with pgvector."""
+"""Writing embedding stores to other engines: Parquet, Qdrant, LanceDB, Milvus, PostgreSQL with pgvector, usearch."""

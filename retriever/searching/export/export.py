@@ -32,12 +32,13 @@ def export_store(
 ) -> int:
     """Write the vectors, ids and passages of a store to another engine, and verify them there.
 
-    An interrupted export continues where it stopped, and a complete one changes nothing. Afterwards the number of rows
-    and the 10 nearest neighbours of 20 passages, searched exactly by the engine, are compared with the store.
+    An interrupted export continues where it stopped, and a complete one changes nothing. Afterwards the number of rows,
+    20 passages with their fields, and their 10 nearest neighbours, searched exactly by the engine, are compared with
+    the store.
 
     Args:
         store: the store.
-        engine: "parquet", "qdrant", "lancedb", "milvus" or "pgvector".
+        engine: "parquet", "qdrant", "lancedb", "milvus", "pgvector" or "usearch".
         where: folder, address or connection string.
         name: name of the collection or table. Default: "passages".
         batch: rows written at once. Default: 1000.
@@ -56,17 +57,20 @@ def export_store(
     if not store.rows:
         raise InputError(f"{store.folder}: expected passages to export, found none")
     target = ENGINES[engine](where, name, store.dim)
-    try:
-        _write(store, target, batch, progress)
-        _verify(store, target)
-    finally:
-        target.close()
+    with target.one_line():
+        try:
+            _write(store, target, batch, progress)
+            target.finish()
+            _verify(store, target)
+        finally:
+            target.close()
     return store.rows
 
 
 def _write(store: EmbeddingStore, target: Engine, batch: int, progress: Callable[[int], None] | None) -> None:
-    done, first_id = target.rows(), target.first_id()
-    if done > store.rows or (first_id is None) != (done == 0) or first_id not in (None, store.ids()[0]):
+    done = target.rows()
+    first = [passage.id for passage in target.passages([0])]
+    if done > store.rows or first != ([store.ids()[0]] if done else []):
         raise InputError(
             f"{target.where}: {target.name}: expected an empty collection or the first rows of {store.folder}, found "
             f"{done} rows of others; choose another name"
@@ -88,6 +92,7 @@ def _verify(store: EmbeddingStore, target: Engine) -> None:
     from index.ann.train import read_rows
 
     rows = np.unique(np.linspace(0, store.rows - 1, SAMPLE).astype(np.int64))
+    _verify_passages(store, target, rows.tolist())
     queries, k = read_rows(store, rows), min(K, store.rows)
     scores, _ = search(queries, store.shards(), RowNumberIds(store.rows), k)
     for number, (lowest, neighbours) in enumerate(zip(scores[:, -1], target.search(queries, k), strict=True)):
@@ -97,4 +102,16 @@ def _verify(store: EmbeddingStore, target: Engine) -> None:
             raise InputError(
                 f"{target.where}: {target.name}: expected the {k} nearest rows of row {rows[number]}, found others: "
                 "was another store exported there?"
+            )
+
+
+def _verify_passages(store: EmbeddingStore, target: Engine, rows: list[int]) -> None:
+    wanted = set(rows)
+    expected = {row: target.stored(each) for row, each in enumerate(store.passages()) if row in wanted}
+    found = dict(zip(rows, target.passages(rows), strict=False))
+    for row in rows:
+        if (other := found.get(row)) != expected[row]:
+            raise InputError(
+                f"{target.where}: {target.name}: expected passage {expected[row].id!r:.60} in row {row}, found "
+                f"{'none' if other is None else f'another ({other.id!r:.60})'}"
             )

@@ -19,10 +19,13 @@ from retriever.searching.export.export import export_store
 N, D = 130, 8
 
 
-def write(folder: Path, prefix: str, seed: int) -> EmbeddingStore:
-    vectors = np.random.default_rng(seed).standard_normal((N, D)).astype(np.float32)
-    passages = [Passage(f"{prefix}{row}", "title", f"text {row}", {"year": row}) for row in range(N)]
-    with EmbeddingWriter(folder, dim=D, model={"sha256": "m"}, source={}, shard_rows=50) as writer:
+def write(folder: Path, prefix: str, seed: int, dim: int = D) -> EmbeddingStore:
+    vectors = np.random.default_rng(seed).standard_normal((N, dim)).astype(np.float32)
+    rows = [
+        {"year": row, "meta.share": row / 7, "tags": ["a", "ü"], "none": None, "odd": row % 2 > 0} for row in range(N)
+    ]
+    passages = [Passage(f"{prefix}{row}", "title", f"text\0 {row}", fields) for row, fields in enumerate(rows)]
+    with EmbeddingWriter(folder, dim=dim, model={"sha256": "m"}, source={}, shard_rows=50) as writer:
         writer.append(passages, vectors)
     return EmbeddingStore.open(folder)
 
@@ -48,7 +51,7 @@ def where(engine: str, tmp_path: Path) -> Iterator[str]:
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lancedb", "milvus", "pgvector")]
 
 
-@pytest.mark.parametrize("engine", ["parquet", "qdrant", *SLOW])
+@pytest.mark.parametrize("engine", ["parquet", "qdrant", "usearch", *SLOW])
 @pytest.mark.filterwarnings("ignore:Local mode performs exact")
 def test_an_export_arrives_whole(
     store: EmbeddingStore, engine: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -78,16 +81,22 @@ def test_an_export_arrives_whole(
     same_ids = write(tmp_path / "same_ids", "d", 1)
     with pytest.raises(InputError, match="expected the 10 nearest rows of row 0, found others"):
         export_store(same_ids, engine, where, "words")
+    wide = write(tmp_path / "wide", "d", 1, 2 * D)
+    with pytest.raises(InputError, match=f"{engine}|words"):
+        export_store(wide, engine, where, "words")
     target = kind(where, "words", D)
     queries = np.random.default_rng(5).standard_normal((4, D)).astype(np.float32)
     expected = np.argsort(-(queries @ store.vectors().T), axis=1)[:, :10]
-    assert target.search(queries, 10) == expected.tolist() and target.first_id() == "d0"
+    assert target.search(queries, 10) == expected.tolist()
+    kept = [target.stored(passage) for passage in store.passages()]
+    assert target.passages(range(N)) == kept and target.passages([7, 3, N]) == [kept[7], kept[3]]
+    assert kept[5].fields == {"year": 5, "meta.share": 5 / 7, "tags": ["a", "ü"], "none": None, "odd": True}
     target.close()
 
 
 def test_what_cannot_be_exported_is_refused(store: EmbeddingStore) -> None:
     with pytest.raises(
-        InputError, match="engine: expected one of parquet, qdrant, lancedb, milvus, pgvector, found 'x'"
+        InputError, match="engine: expected one of parquet, qdrant, lancedb, milvus, pgvector, usearch, found 'x'"
     ):
         export_store(store, "x", "y")
     with pytest.raises(InputError, match="name: expected small letters, digits and _, found 'a b'"):
