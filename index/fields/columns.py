@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -120,6 +120,16 @@ class Columns:
         counted = pyarrow.compute.value_counts(self.column(name).combine_chunks()).to_pylist()
         counted = sorted((-each["counts"], str(each["values"]), each["values"]) for each in counted)
         return [value for _, _, value in counted[: limit + 1] if value is not None][:limit]
+
+
+def check_kinds(fields: Mapping[str, object], kinds: Mapping[str, str], place: str) -> None:
+    """Check that fields could be rows of columns of these kinds.
+
+    Raises:
+        InputError: a value has another type; the message begins with `place`.
+    """
+    for name, value in fields.items():
+        _joined(kinds.get(name), _kind(value), name, place)
 
 
 def texts_parent_rows(column: pyarrow.ChunkedArray) -> tuple[np.ndarray, Any]:

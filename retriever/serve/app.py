@@ -33,6 +33,8 @@ from retriever.serve.waiting import engine_result
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from retriever.serve.changes import Changes
+
 DEFAULT_K = 10
 # Seconds that a client may take to read a part of a response.
 SEND_SECONDS = 30.0
@@ -222,6 +224,7 @@ def make_app(
     metrics: Metrics | None = None,
     names: frozenset[str] | None = None,
     token: str | None = None,
+    changes: Changes | None = None,
 ) -> ASGIApp:
     """Create the ASGI application.
 
@@ -234,6 +237,7 @@ def make_app(
         metrics: the counters of /metrics. Default: None, new ones.
         names: names that a Host header may state. Default: None, any.
         token: the token that requests must have. Default: None, none.
+        changes: the handlers of /add and /delete. Default: None, the index cannot be changed by requests.
     """
     metrics = metrics or Metrics()
     metrics.watch("waiting_queries", lambda: engine.waiting)
@@ -263,6 +267,8 @@ def make_app(
     ]
     if thumbnails is not None:
         routes.append(Route("/image", thumbnails.show, methods=["GET"]))
+    if changes is not None:
+        routes += [Route("/add", changes.add, methods=["POST"]), Route("/delete", changes.delete, methods=["POST"])]
     app = Starlette(
         routes=routes,
         exception_handlers={RequestError: _request_error, HTTPException: _http_error, Exception: _failure},

@@ -22,7 +22,7 @@ class Reloader:
 
     Args:
         folders: folders of the indexes.
-        seconds: seconds between two looks at the manifests.
+        seconds: seconds between two looks at the manifests, once the block is entered.
         open_indexes: opens the indexes and takes them into use.
         report: called with the outcome, "done" or "failed", and a line for the log.
     """
@@ -39,6 +39,8 @@ class Reloader:
         self._open = open_indexes
         self._report = report
         self._state = self._found()
+        self._current = True
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="reload", daemon=True)
 
@@ -55,15 +57,24 @@ class Reloader:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._seconds):
+            self.look()
+
+    def look(self) -> bool:
+        """Open the indexes now if one has been replaced. Returns whether those on disk are the ones that are served."""
+        with self._lock:
             state = self._found()
             # Between the two renames of a replacement there is no folder.
-            if state == self._state or None in state:
-                continue
-            self._state = state
-            try:
-                index = self._open()
-            except (InputError, OSError, MemoryError) as error:
-                line = " ".join(str(error).split()) or type(error).__name__
-                self._report("failed", f"the index has changed and cannot be opened; the old one is kept: {line}")
-            else:
-                self._report("done", f"the index has changed: {index.rows} passages are served now")
+            if state != self._state and None not in state:
+                self._state = state
+                self._current = self._opened()
+            return self._current
+
+    def _opened(self) -> bool:
+        try:
+            index = self._open()
+        except (InputError, OSError, MemoryError) as error:
+            line = " ".join(str(error).split()) or type(error).__name__
+            self._report("failed", f"the index has changed and cannot be opened; the old one is kept: {line}")
+            return False
+        self._report("done", f"the index has changed: {index.rows} passages are served now")
+        return True

@@ -48,6 +48,9 @@ class Serve(IndexDevice, TruncatedEmbedding):
     reload_seconds: float = 2.0
     """Seconds between two looks whether an index was changed (index add, delete …); it is opened while queries are
     answered from the old one. 0: never."""
+    allow_changes: Switch = False
+    """Accept POST /add and POST /delete, which change the index on disk. They need --token-file or --token, or
+    --without-token."""
     images: Path | None = None
     """Folder of the images that were indexed; the page then shows the images found."""
     host: str = "127.0.0.1"
@@ -112,6 +115,13 @@ class Serve(IndexDevice, TruncatedEmbedding):
             raise ValueError("--token: expected a token or a file of it (--token-file), found both")
         if self.token is not None and not self.token.strip():
             raise ValueError("--token: expected text, found none")
+        if self.allow_changes:
+            if self.token is None and self.token_file is None and not self.without_token:
+                raise ValueError("--allow-changes: expected --token-file or --token, or --without-token, found none")
+            if len(self.index) > 1:
+                raise ValueError(f"--allow-changes: expected one --index, found {len(self.index)}")
+            if self.mmap:
+                raise ValueError("--allow-changes: expected no --mmap: a changed index is written from memory")
 
     def run(self, reporter: Reporter) -> int:
         check_at_least(
@@ -137,9 +147,11 @@ class Serve(IndexDevice, TruncatedEmbedding):
             raise InputError(
                 'serving needs starlette, uvicorn and others: pip install "dense-retriever[serve]"'
             ) from None
+        from index.ann.index import Index
         from retriever.searching.search import check_index_device, open_indexes, place_index
         from retriever.serve.app import make_app
         from retriever.serve.batching import Batching, Engine, warm_up
+        from retriever.serve.changes import Changes
         from retriever.serve.connections import ConnectionLimits, Connections, run_server, within_file_limit
         from retriever.serve.guard import allowed_names
         from retriever.serve.metrics import Metrics
@@ -200,6 +212,9 @@ class Serve(IndexDevice, TruncatedEmbedding):
                 )
             )
             metrics.watch("connections", lambda: len(connections))
+            changes = None
+            if self.allow_changes and isinstance(index, Index):
+                changes = stack.enter_context(Changes(engine, index, limits, reloader.look, reporter.line))
             app = make_app(
                 engine,
                 limits,
@@ -209,6 +224,7 @@ class Serve(IndexDevice, TruncatedEmbedding):
                 metrics=metrics,
                 names=allowed_names(self.host, self.allowed_host),
                 token=token,
+                changes=changes,
             )
             host = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{host}:{listener.getsockname()[1]}/"
