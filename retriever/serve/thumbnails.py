@@ -6,7 +6,7 @@ import io
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlencode
+from urllib.parse import unquote, urlencode
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -29,8 +29,9 @@ CACHED = 512
 class Thumbnails:
     """Serves thumbnails of indexed images.
 
-    A request contains an id of the index; the text of its passage is the path relative to `folder`. No other part of a
-    request is used as a path, and paths that lead out of the folder are refused.
+    A request contains an id of the index, which is the quoted path of the image relative to `folder` (of a table: to
+    the table's folder). No other part of a request is used as a path, and paths that lead out of the folder are
+    refused.
 
     Args:
         folder: the folder from which `retriever encode` read the images.
@@ -45,9 +46,9 @@ class Thumbnails:
         self._index = index
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder")
-        first = index.passage(0).text
         if self._file(0) is None:
-            raise InputError(f"{folder}: expected the folder whose images were indexed, found no {first!r:.60} in it")
+            first = unquote(index.ids[0])
+            raise InputError(f"{folder}: expected the folder of the image files indexed, found no {first!r:.60} in it")
         self.replace(index)
 
     def replace(self, index: Index | MultiIndex) -> None:
@@ -86,7 +87,7 @@ class Thumbnails:
     def _file(self, row: int) -> Path | None:
         # Symbolic links are resolved, so that neither a link nor ".." leads out of the folder.
         try:
-            file = (self._folder / self._index.passage(row).text).resolve()
+            file = (self._folder / unquote(self._index.ids[row])).resolve()
         except (OSError, ValueError):
             return None
         return file if file.is_relative_to(self._folder) and file.is_file() else None

@@ -52,7 +52,8 @@ class Serve(IndexDevice, TruncatedEmbedding):
     """Accept POST /add and POST /delete, which change the index on disk. They need --token-file or --token, or
     --without-token."""
     images: Path | None = None
-    """Folder of the images that were indexed; the page then shows the images found."""
+    """Folder of the image files that were indexed (or of the table that names them); the page then shows the images
+    found."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 accepts requests from other machines, which need --token or --token-file."""
     port: int = 8000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 import json
@@ -17,11 +18,19 @@ from image_helpers import COLOURS, SHAPES, cache_as_hub_name, draw, save_checkpo
 from PIL import Image
 from serve_helpers import serving
 
+from index.ann.index import Index
+from index.files import InputError
 from index.store.reader import EmbeddingStore
 from retriever.encoding import image_store
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.image_encoder import embed_images
 from retriever.models.images.towers import load_image_text_towers
+from retriever.searching.search import Result
+
+pytest.importorskip("starlette")
+from starlette.requests import Request
+
+from retriever.serve.thumbnails import Thumbnails
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +144,7 @@ def test_invalid_image_arguments_are_one_line_errors(world: Path, minilm: str, t
     assert_refused(command(*words), 1, "acme/none: no such folder, and not in the cache of the hub")
     words = ["serve", *model, *index, "--port", 0, "--images"]
     assert_refused(command(*words, tmp_path / "gone"), 1, "gone: no such folder")
-    assert_refused(command(*words, tmp_path / "empty"), 1, "expected the folder whose images were indexed")
+    assert_refused(command(*words, tmp_path / "empty"), 1, "expected the folder of the image files indexed")
 
 
 def get_image(port: int, url: str) -> tuple[int, bytes, str]:
@@ -171,6 +180,28 @@ def test_the_service_shows_thumbnails_of_indexed_images_and_no_other_files(world
                 assert get_image(server.port, path)[0] == 404
     finally:
         os.replace(world / "moved.png", outside)
+
+
+def test_images_of_a_table_are_found_by_their_path_not_by_their_caption(world: Path, tmp_path: Path) -> None:
+    rows = [
+        {"file_name": f"drawn/{colour} ones/cross.png", "caption": f"a {colour} cross, 100%"} for colour in COLOURS[:3]
+    ]
+    table = write_lines(world / "captions.jsonl", rows)
+    done = command("encode", "--model", world / "model", "--data", table, "--out", tmp_path / "store")
+    assert done.code == 0, done.err
+    assert command("index", "build", "--embeddings", tmp_path / "store", "--out", tmp_path / "index").code == 0
+    index = Index.open(tmp_path / "index")
+    assert index.passage(0).text == rows[0]["caption"]
+    thumbnails = Thumbnails(world, index)
+    for row in range(3):
+        url = thumbnails.url(Result(1, 0.0, index.ids[row], "", ""))
+        scope = {"type": "http", "headers": [], "query_string": url.partition("?")[2].encode()}
+        shown = asyncio.run(thumbnails.show(Request(scope))).body
+        expected = Image.open(world / rows[row]["file_name"]).convert("RGB")
+        found = np.asarray(Image.open(io.BytesIO(bytes(shown))), np.int64)
+        assert np.abs(found - np.asarray(expected, np.int64)).mean() < 8
+    with pytest.raises(InputError, match="expected the folder of the image files indexed, found no 'drawn/"):
+        Thumbnails(tmp_path, index)
 
 
 def test_without_the_flag_the_service_shows_no_images(world: Path) -> None:

@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn")
 PASSAGES = {
     "eiffel": ("Eiffel Tower", "A wrought-iron lattice tower in Paris, 330 metres tall."),
     "amazon": ("Amazon", "A tropical rainforest that covers most of the Amazon basin."),
-    "violin": ("", "The violin is a small string instrument played with a bow."),
+    "violin": ("", "The violin is a small string instrument played with a bow.\n\n" + "It is made of wood. " * 30),
     "markup": ("<script>document.title = 'run'</script>", "<img src=x onerror=\"document.title='run'\"> & more"),
 }
 
@@ -75,10 +75,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def address(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("served")
-    rows: list[object] = [{"_id": name, "title": title, "text": text} for name, (title, text) in PASSAGES.items()]
+    rows: list[object] = [
+        {"_id": name, "title": title, "text": text, "long": name == "violin", "tags": [name[:2], "any"]}
+        for name, (title, text) in PASSAGES.items()
+    ]
     corpus = write_lines(folder / "corpus.jsonl", rows)
+    fields = ("--fields", "long", "tags")
     for arguments in (
-        ("encode", "--model", minilm, "--data", corpus, "--out", folder / "embeddings"),
+        ("encode", "--model", minilm, "--data", corpus, "--out", folder / "embeddings", *fields),
         ("index", "build", "--embeddings", folder / "embeddings", "--out", folder / "index"),
     ):
         outcome = command(*arguments)
@@ -127,6 +131,31 @@ def test_the_page_fits_the_window_and_follows_dark_mode(browser: Page, address: 
         browser.visit(f"{address}?q={'unbroken' * 40}")
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
         backgrounds.append(browser.style("body", "backgroundColor"))
+        # On a phone a header that stays would cover half of the screen.
+        assert browser.style("header", "position") == ("static" if width < 500 else "sticky")
         # The content security policy allows the style sheet.
         assert browser.style("li", "borderTopLeftRadius") != "0px"
     assert len(set(backgrounds)) == 2
+
+
+def test_keys_alone_filter_and_open_a_long_passage(browser: Page, address: str) -> None:
+    browser.call("Emulation.setDeviceMetricsOverride", width=900, height=740, deviceScaleFactor=1, mobile=False)
+    browser.visit(f"{address}?q=small+violin&filter=long%3Dtrue")
+    assert browser.texts("main .values") == [f"{browser.texts('.score')[0]} violin long: true tags: vi, any"]
+    assert browser.texts("mark") == ["violin", "small"]
+    assert "model: " in browser.texts("footer")[0] and "index: Flat" in browser.texts("footer")[0]
+    # Skip link, query, number, button, More, filter, and then the excerpt.
+    for _ in range(7):
+        press(browser, "Tab", 9)
+    assert browser.evaluate("document.activeElement.className") == "text"
+    assert not browser.evaluate("document.querySelector('li details').open")
+    press(browser, "Enter", 13)
+    assert browser.evaluate("document.querySelector('li details').open")
+    assert browser.texts("li details")[0].endswith("It is made of wood.")
+    assert logged_errors(browser) == []
+
+
+def press(browser: Page, key: str, code: int) -> None:
+    text = {"text": "\r"} if key == "Enter" else {}
+    browser.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
+    browser.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
