@@ -44,8 +44,8 @@ def png(row: int) -> bytes:
 
 def image_vector(row: int) -> np.ndarray:
     """Near the classes and captions of the image, so that measures are neither 0 nor 1."""
-    near = 0.2 * vector(NAMES[LABELS[row]]) + 0.35 * vector(CAPTIONS[row][-1])
-    return unit((near + 0.6 * vector(str(colour(row))))[None])[0]
+    near = 0.1 * vector(NAMES[LABELS[row]]) + 0.35 * vector(CAPTIONS[row][-1])
+    return unit((near + 0.8 * vector(str(colour(row))))[None])[0]
 
 
 def embed_images(images: Sequence[Any]) -> tuple[np.ndarray, dict[int, str]]:
