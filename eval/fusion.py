@@ -8,6 +8,7 @@ import numpy as np
 
 from eval.ranking import RankedRun
 from index.files import InputError
+from index.ties import best_first, id_ranks
 
 WEIGHTS = "numbers that are 0 or from 1e-6 to 1e6, not all 0"
 METHODS = ("rrf", "minmax", "zscore")
@@ -65,8 +66,7 @@ def fuse(
     ranked = [RankedRun.of(run) for run in runs]
     queries = list(dict.fromkeys(query for run in ranked for query in run.queries))
     table, rows_in = _common_rows(ranked)
-    id_rank = np.empty(len(table), dtype=np.int64)
-    id_rank[sorted(range(len(table)), key=table.__getitem__)] = np.arange(len(table))
+    ranks = id_ranks(table)
     width = max(1, min(k, sum(run.rows.shape[1] for run in ranked)))
     fused_rows = np.full((len(queries), width), -1, dtype=np.int64)
     fused_scores = np.full(fused_rows.shape, -np.inf)
@@ -84,7 +84,7 @@ def fuse(
             contributions.append(share * (values - lowest[:, None]))
             absent_scores += share * lowest
         if found:
-            best = _top_k(np.hstack(found), np.hstack(contributions), absent_scores, id_rank, width)
+            best = _top_k(np.hstack(found), np.hstack(contributions), absent_scores, ranks, width)
             fused_rows[part], fused_scores[part] = best
     deepest = max(1, int((fused_rows >= 0).sum(axis=1).max(initial=0)))
     return RankedRun(queries, table, fused_rows[:, :deepest], fused_scores[:, :deepest])
@@ -128,23 +128,23 @@ def _normalized(ranked: np.ndarray, scores: np.ndarray, method: str, rrf_k: int)
 
 
 def _top_k(
-    rows: np.ndarray, contributions: np.ndarray, absent_scores: np.ndarray, id_rank: np.ndarray, k: int
+    rows: np.ndarray, contributions: np.ndarray, absent_scores: np.ndarray, ranks: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The top k distinct rows of each query and their summed scores, [n, k] each; ties by id descending.
+    """The top k distinct rows of each query and their summed scores, [n, k] each (index/ties.py).
 
     Args:
         rows: [n, K], rows of the common table; -1 for padding.
         contributions: [n, K], the values to add to `absent_scores`.
         absent_scores: [n], the sum for a passage in no run.
-        id_rank: for each row of the table, the rank of its id in ascending order.
+        ranks: the `id_ranks` of the table.
         k: passages per query.
     """
     queries, columns = np.nonzero(rows >= 0)
-    keys, inverse = np.unique(queries * np.int64(len(id_rank)) + rows[queries, columns], return_inverse=True)
-    query, row = keys // len(id_rank), keys % len(id_rank)
+    keys, inverse = np.unique(queries * np.int64(len(ranks)) + rows[queries, columns], return_inverse=True)
+    query, row = keys // len(ranks), keys % len(ranks)
     # Rounded to float32 before sorting, because runs store and compare float32 scores.
     sums = (absent_scores[query] + np.bincount(inverse, weights=contributions[queries, columns])).astype(np.float32)
-    order = np.lexsort((-id_rank[row], -sums, query))
+    order = best_first(sums, ranks[row], query)
     counts = np.bincount(query, minlength=len(rows))
     position = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
     order, position = order[position < k], position[position < k]

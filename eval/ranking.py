@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from index.files import InputError
+from index.ties import best_first, id_ranks, order_ties
 
 Run = dict[str, dict[str, float]]
 """Query id -> passage id -> score; higher is better."""
@@ -16,8 +17,8 @@ Run = dict[str, dict[str, float]]
 class RankedRun(Mapping[str, dict[str, float]]):
     """The ranked passages of Q queries, at most K each, stored in 8 bytes per entry (a dictionary takes about 100).
 
-    The passages of a query are in trec_eval's order: float32 score descending, then id descending by its UTF-8 bytes
-    (the order of Python's str). The class is a mapping of query id -> {passage id: score}, best first.
+    The passages of a query are in trec_eval's order (index/ties.py). The class is a mapping of query id ->
+    {passage id: score}, best first.
 
     Args:
         queries: ids of the Q queries.
@@ -142,12 +143,7 @@ class RankedRun(Mapping[str, dict[str, float]]):
             order = np.argsort(np.where(filled, -scores, np.nan), axis=1, kind="stable")
             self.rows = rows = np.take_along_axis(rows, order, 1)
             self.scores = scores = np.take_along_axis(scores, order, 1)
-        tied = (scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0)
-        for query in np.flatnonzero(tied.any(axis=1)):
-            edges = np.flatnonzero(np.diff(tied[query], prepend=False, append=False))
-            for first, last in edges.reshape(-1, 2).tolist():
-                group = rows[query, first : last + 1]
-                group[:] = sorted(group.tolist(), key=self.passages.__getitem__, reverse=True)
+        order_ties(scores, rows, self.passages)
 
     def _refuse_duplicates(self) -> None:
         ordered = np.sort(self.rows, axis=1)
@@ -161,11 +157,11 @@ class RankedRun(Mapping[str, dict[str, float]]):
 
 
 def trec_order(scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Sort the passages of one query in trec_eval's order: float32 score descending, then id descending."""
+    """Sort the passages of one query in trec_eval's order: by float32 score, then as in index/ties.py."""
     ids = list(scores)
     with np.errstate(over="ignore"):
-        rounded = np.fromiter(scores.values(), dtype=np.float64, count=len(ids)).astype(np.float32).tolist()
-    return [(passage, scores[passage]) for _, passage in sorted(zip(rounded, ids, strict=True), reverse=True)]
+        rounded = np.fromiter(scores.values(), dtype=np.float64, count=len(ids)).astype(np.float32)
+    return [(ids[place], scores[ids[place]]) for place in best_first(rounded, id_ranks(ids)).tolist()]
 
 
 def identical_id_rows(

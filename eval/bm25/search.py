@@ -11,6 +11,7 @@ import numpy as np
 from eval.ranking import RankedRun
 from index.files import InputError
 from index.passages import Passage
+from index.ties import best_first, id_ranks
 
 # The defaults of Anserini and BEIR.
 K1, B = 0.9, 0.4
@@ -99,8 +100,7 @@ class Bm25:
         if tokens.vocab:
             self._scorer = self._bm25s.BM25(method="lucene", k1=k1, b=b)
             self._scorer.index(tokens, show_progress=False)
-        self._id_order = np.empty(len(texts), dtype=np.int64)
-        self._id_order[sorted(range(len(texts)), key=self.ids.__getitem__)] = np.arange(len(texts))
+        self._id_ranks = id_ranks(self.ids)
 
     def search_rows(
         self,
@@ -130,7 +130,7 @@ class Bm25:
                 all_scores = self._scorer.get_scores_from_ids(known)
                 if mask is not None:
                     all_scores = np.where(mask, all_scores, 0)
-                best, values = _top(all_scores, self._id_order, k)
+                best, values = _top(all_scores, self._id_ranks, k)
                 rows[query, : len(best)], scores[query, : len(best)] = best, values
             if progress is not None:
                 progress(1)
@@ -157,12 +157,12 @@ def import_bm25s(stopwords: str | None) -> Any:
     return bm25s
 
 
-def _top(scores: np.ndarray, id_order: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and values of the k highest positive `scores` [N]; ties by `id_order` [N] (rank of the id) descending."""
+def _top(scores: np.ndarray, ranks: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and values of the k highest positive `scores` [N]; `ranks` are the `id_ranks` [N] (index/ties.py)."""
     rows = np.flatnonzero(scores > 0)
     if len(rows) > k:
         # Keep all ties with the k-th score, so that ids decide which of them make the cut-off.
         cut = np.partition(scores[rows], -k)[-k]
         rows = rows[scores[rows] >= cut]
-    rows = rows[np.lexsort((-id_order[rows], -scores[rows]))][:k]
+    rows = rows[best_first(scores[rows], ranks[rows])][:k]
     return rows, scores[rows]

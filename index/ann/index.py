@@ -39,6 +39,7 @@ from index.passages import Passage, file_state, parse_stored_passage
 from index.records import Record
 from index.store.arrays import map_array
 from index.store.ids import Ids
+from index.ties import order_ties
 
 # Extra results requested from a Flat index, to break ties at rank k by id.
 SPARE = 16
@@ -307,7 +308,7 @@ class Index:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Find the k nearest passages of each query by inner product, with their ids.
 
-        Passages with equal scores are sorted by id, descending.
+        Passages with equal scores are sorted by id, descending (index/ties.py).
 
         Args:
             queries: [Q, D] float32, for example from `Model.encode_queries`.
@@ -371,7 +372,7 @@ class Index:
         )
         self._check_results(scores, rows)
         scores[rows < 0] = -np.inf
-        self._order_ties(scores, rows)
+        order_ties(scores, rows, self.ids)
         beyond = (scores[:, k - 1] == scores[:, -1]) & (rows[:, -1] >= 0) & (k < asked < self.rows)
         scores, rows = scores[:, :k].copy(), rows[:, :k].copy()
         if beyond.any():
@@ -417,15 +418,6 @@ class Index:
         if (wrong := ~np.isfinite(scores) & (rows >= 0)).any():
             found = f"found {scores[wrong][0]} for row {int(rows[wrong][0])}"
             raise InputError(f"{path}: expected scores that are numbers, {found}: damaged, or its vectors are too long")
-
-    def _order_ties(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Sort the rows [Q, n] of equal scores [Q, n] (descending) by id, descending, in place."""
-        tied = ((scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0)).any(axis=1)
-        for query in np.flatnonzero(tied):
-            found = rows[query][rows[query] >= 0].tolist()
-            ids = [self.ids[row] for row in found]
-            ranked = sorted(zip(scores[query, : len(found)].tolist(), ids, found, strict=True), reverse=True)
-            rows[query, : len(found)] = [row for _, _, row in ranked]
 
 
 def ids_of_rows(ids: Ids, rows: np.ndarray) -> np.ndarray:

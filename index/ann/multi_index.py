@@ -16,6 +16,7 @@ from index.files import InputError
 from index.manifest import Level
 from index.passages import Passage
 from index.store.ids import Ids
+from index.ties import order_ties
 
 
 class MultiIndex:
@@ -176,18 +177,15 @@ class MultiIndex:
             ValueError: as `Index.search_rows`.
         """
         found = [index.search_rows(queries, k, filter) for index in self.indexes]
-        scores = np.concatenate([part for part, _ in found], axis=1)
-        shifted = [np.where(rows < 0, -1, rows + self._starts[n]) for n, (_, rows) in enumerate(found)]
-        rows = np.concatenate(shifted, axis=1)
+        shifted = [
+            (scores, np.where(rows < 0, -1, rows + start))
+            for (scores, rows), start in zip(found, self._starts, strict=False)
+        ]
+        # Of a passage with equal scores in several indexes, that of the last index is returned.
+        scores, rows = (np.concatenate(parts, axis=1) for parts in zip(*reversed(shifted), strict=True))
         order = np.argsort(-scores, axis=1, kind="stable")
         scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-        tied = ((scores[:, 1:] == scores[:, :-1]) & (rows[:, 1:] >= 0)).any(axis=1)
-        for query in np.flatnonzero(tied):
-            filled = rows[query] >= 0
-            found_rows = rows[query, filled].tolist()
-            ids = [self.ids[row] for row in found_rows]
-            ranked = sorted(zip(scores[query, filled].tolist(), ids, found_rows, strict=True), reverse=True)
-            rows[query, filled] = [row for _, _, row in ranked]
+        order_ties(scores, rows, self.ids)
         return self._drop_duplicates(scores, rows, min(k, self.rows))
 
     def _drop_duplicates(self, scores: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

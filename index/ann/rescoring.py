@@ -7,6 +7,7 @@ import numpy as np
 from index.ann.factory import import_faiss
 from index.store.reader import EmbeddingStore
 from index.store.shards import quantized
+from index.ties import order_ties
 
 
 def search_rescored(
@@ -25,8 +26,7 @@ def search_rescored(
         factor: candidates per result. Default: 4.
 
     Returns:
-        scores [Q, min(k, N)] float32, descending, and rows [Q, min(k, N)] int64. Equal scores are in the order of the
-        Hamming distance.
+        scores [Q, min(k, N)] float32, descending, and rows [Q, min(k, N)] int64; equal scores as in index/ties.py.
     """
     from index.ann.train import read_rows
 
@@ -39,5 +39,7 @@ def search_rescored(
     scores = np.empty(candidates.shape, np.float32)
     for query, rows in enumerate(position):
         scores[query] = vectors[rows] @ queries[query]
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
+    order = np.argsort(-scores, axis=1)
+    scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
+    order_ties(scores, rows, fine.ids())
+    return scores[:, :k], rows[:, :k]

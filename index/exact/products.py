@@ -17,6 +17,7 @@ import torch
 
 from index.exact.scores import sum_errors
 from index.files import InputError
+from index.ties import id_ranks
 
 ROUND32 = 2.0**-24
 # Tensor cores truncate the sum of a few products: an error of up to 2 * 2^-23 per addition (Fasi, Higham, Mikaitis,
@@ -222,11 +223,7 @@ class Block:
     def id_ranks(self) -> torch.Tensor:
         """[n] int64: the rank of each row's id among those of the block; the highest id has the highest rank."""
         names = self.ids[self.first : self.first + len(self.vectors)]
-        # Python compares strings by code point, which is the order of their UTF-8 bytes.
-        ascending = torch.tensor(sorted(range(len(names)), key=names.__getitem__))
-        id_ranks = torch.empty_like(ascending)
-        id_ranks[ascending] = torch.arange(len(names))
-        return id_ranks.to(self.vectors.device)
+        return torch.from_numpy(id_ranks(names)).to(self.vectors.device)
 
 
 def _largest_norm(vectors: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from index.exact.products import Approximation, Block, Queries
 from index.exact.scores import block_scores, pair_scores
 from index.exact.windows import Window
+from index.ties import best_first, id_ranks
 
 # Unscored candidates kept for a group of queries, beyond 8k per query: 24 bytes each.
 CANDIDATES = 2**22
@@ -194,7 +195,7 @@ def rank_entries(
     if len(query) > 1:
         tied = (query[1:] == query[:-1]) & (score[1:] == score[:-1])
         if bool(tied.any()):
-            row = _order_ties(tied, rank, row, k, ids)
+            row = _order_ties(tied, rank, query, score, row, k, ids)
     keep = _nonzero(rank < k)
     return query[keep], score[keep], row[keep]
 
@@ -298,8 +299,20 @@ def _ranks(query: torch.Tensor) -> torch.Tensor:
     return positions - (counts.cumsum(0) - counts)[query]
 
 
-def _order_ties(tied: torch.Tensor, rank: torch.Tensor, row: torch.Tensor, k: int, ids: Sequence[str]) -> torch.Tensor:
-    """`row` [P] with the rows of equal scores sorted by id, descending; `tied` [P-1]: entry i ties with entry i + 1."""
+def _order_ties(
+    tied: torch.Tensor,
+    rank: torch.Tensor,
+    query: torch.Tensor,
+    score: torch.Tensor,
+    row: torch.Tensor,
+    k: int,
+    ids: Sequence[str],
+) -> torch.Tensor:
+    """`row` [P] of sorted entries with the rows of equal scores sorted too (index/ties.py).
+
+    `tied` [P-1] is whether entry i ties with entry i + 1. As many ids as there are ties are read at once: a loop over
+    queries, as in `order_ties`, would be slower.
+    """
     no = tied.new_zeros(1)
     follows = torch.cat([no, tied])
     positions = (follows | torch.cat([tied, no])).nonzero().flatten()
@@ -308,14 +321,10 @@ def _order_ties(tied: torch.Tensor, rank: torch.Tensor, row: torch.Tensor, k: in
     firsts = rank[positions][~follows[positions]]
     positions, group = positions[firsts[group] < k], group[firsts[group] < k]
     rows, inverse = np.unique(row[positions].cpu().numpy(), return_inverse=True)
-    names = [ids[number] for number in rows.tolist()]
-    # Python compares strings by code point, which is the order of their UTF-8 bytes.
-    ascending = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
-    height = np.empty_like(ascending)
-    height[ascending] = np.arange(len(ascending))
-    order = torch.from_numpy(np.lexsort((-height[inverse], group.cpu().numpy()))).to(row.device)
+    ranks = id_ranks([ids[number] for number in rows.tolist()])[inverse]
+    order = best_first(score[positions].cpu().numpy(), ranks, query[positions].cpu().numpy())
     row = row.clone()
-    row[positions] = row[positions[order]]
+    row[positions] = row[positions[torch.from_numpy(order).to(row.device)]]
     return row
 
 

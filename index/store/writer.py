@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from index.duplicate_ids import DuplicateFinder
 from index.files import InputError, locked_folder
 from index.manifest import EMBEDDINGS, NAME, FileEntry, Manifest, read_manifest, verify_files, write_manifest
 from index.passages import Passage
+from index.store.duplicate_ids import DuplicateFinder
 from index.store.ids import Ids
 from index.store.reader import EmbeddingStore
 from index.store.shards import DTYPES, ShardBuffer, passage_line, stored_vectors

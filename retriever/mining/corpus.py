@@ -14,6 +14,7 @@ from index.exact import search as exact
 from index.files import InputError, atomic_path
 from index.progress import Reporter
 from index.store.reader import EmbeddingStore
+from index.ties import order_ties
 from retriever.data.table import ExampleTable
 from retriever.mining.texts import PassageTexts, text_key
 
@@ -90,9 +91,9 @@ class IndexCorpus:
         if self.store is not None:
             query, place = np.nonzero(rows >= 0)
             scores[query, place] = store_products(self.store, queries[query], rows[query, place])
-            # A stable sort keeps the order of the index, by id, among equal scores.
             order = np.argsort(-scores, axis=1, kind="stable")
             scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+            order_ties(scores, rows, self.index.ids)
         return scores, rows
 
     def products(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray | None:

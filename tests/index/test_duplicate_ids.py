@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index import duplicate_ids
-from index.duplicate_ids import DuplicateFinder
+from index.store import duplicate_ids
+from index.store.duplicate_ids import DuplicateFinder
 
 
 @given(st.lists(st.lists(st.integers(0, 60), max_size=9), max_size=12))
