@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from index.exact import search as exact
 from scripts import RESULTS
+from scripts.benchmarks.index import faiss_rescored
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import update_rows
 from scripts.benchmarks.timing import Times, synchronize, time_alternately
@@ -34,6 +35,7 @@ BLOCK = 16384
 # Takes 5 GiB of products for 10,000 queries, which most programs would not spend.
 LARGE_BLOCK = 131072
 CHECKED = 50
+RESCORED = "faiss and exact re-scoring"
 # Block sizes that must give the same bits as the default.
 OTHER_BLOCKS = (5000, 16384)
 
@@ -54,6 +56,9 @@ def main() -> None:
     if unknown := set(options.profile) - set(methods):
         sys.exit(f"--profile: expected some of {', '.join(map(repr, methods))}, found {unknown.pop()!r}")
     same_bits(passages, queries, ids, options.k)
+    if RESCORED in methods:
+        ours = exact.search(queries.cpu().numpy(), [(0, passages)], ids, options.k, device=options.device)
+        compare(RESCORED, methods[RESCORED](), ours)
 
     def check_first(name: str, number: int, found: Found) -> None:
         if number == 0:
@@ -145,6 +150,25 @@ def gpu_methods(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int
         "ours, float32 products, vectors on the GPU": lambda: ours_in_float32(there),
         "ours, vectors in main memory": lambda: ours(passages),
         "ours, float32 products, vectors in main memory": lambda: ours_in_float32(passages),
+        **faiss_gpu_methods(passages, queries, ids, k),
+    }
+
+
+def faiss_gpu_methods(
+    passages: np.ndarray, queries: np.ndarray, ids: list[str], k: int
+) -> dict[str, Callable[[], Found]]:
+    """faiss's own brute force on the GPU, with vectors that are there; none where faiss has no GPU support."""
+    if importlib.util.find_spec("faiss") is None:
+        return {}
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        return {}
+    flat = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), passages.shape[1])
+    flat.add(passages)
+    return {
+        "faiss GpuIndexFlatIP": lambda: flat.search(queries, k),
+        RESCORED: lambda: faiss_rescored.search(queries, passages, ids, k, flat.search),
     }
 
 
@@ -172,6 +196,7 @@ def cpu_methods(there: torch.Tensor, asked: torch.Tensor, ids: list[str], k: int
         "bare float32 product": lambda: bare(there, asked, k, product, top=False),
         "bare float32 product and top-k": lambda: bare(there, asked, k, product),
         "faiss IndexFlatIP": lambda: flat.search(queries, k),
+        RESCORED: lambda: faiss_rescored.search(queries, passages, ids, k, flat.search),
         "beir DenseRetrievalExactSearch": search,
         "ours": ours,
         "ours, as dictionaries like beir's": ours_as_a_run,
@@ -268,7 +293,7 @@ def check(name: str, found: Found, truth: tuple[np.ndarray, Found], k: int) -> N
         return
     sample, (expected, rows) = truth
     scores = found[0][sample]
-    if name.startswith("ours"):
+    if name.startswith("ours") or name == RESCORED:
         # Of a million float64 sums, a few round to another float32 number than the exact sum.
         if not (scores == expected).mean() > 0.9999 or np.abs(scores - expected).max() > 2.0**-23:
             sys.exit(f"{name}: expected the scores of float64, found others")
