@@ -112,12 +112,14 @@ def start(index: Path, flags: tuple[str, ...], model: Path | None = None) -> tup
         text=True,
     )
     assert process.stderr is not None
+    line = ""
     for line in process.stderr:
+        print(line, end="", file=sys.stderr)
         if found := re.search(r"http://127\.0\.0\.1:(\d+)/", line):
             # The log is read, or the service would block when the pipe is full.
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return process, int(found[1])
-    sys.exit("retriever serve: expected a line with its address, found the end of its output")
+    sys.exit(f"retriever serve: expected a line with its address, found the end of its output behind {line!r}")
 
 
 def load(port: int, clients: int, seconds: float) -> tuple[list[float], float]:
