@@ -38,6 +38,11 @@ _LONG_PROBE = 512
 # Additional memory of a graph during its backward, relative to the graph, and the fraction of the GPU that is reserved
 # for fragmentation of the allocator.
 _BACKWARD, _SLACK = 0.25, 0.08
+MAX_CAPTURED_TOKENS = 32768
+"""Largest micro-batch that runs as a CUDA graph. With more tokens the GPU computes for longer than the host needs to
+launch the kernels."""
+# Bytes per parameter of the gradients that a captured backward holds at once.
+_CAPTURED_BYTES = 2
 # Upper bound in bytes per parameter: gradient, optimizer moments and half-precision copy.
 _PARAMETER_BYTES = 14
 
@@ -61,6 +66,7 @@ class GraphMemory:
         workspace_mib: int,
         micro_batch_tokens: int | None,
         offload_embeddings: bool = False,
+        cuda_graphs: bool | None = False,
     ) -> GraphMemory:
         """Measure the memory of a small micro-batch and divide the free memory. On a CPU the size is fixed.
 
@@ -71,6 +77,8 @@ class GraphMemory:
             workspace_mib: Workspace of the loss in MiB.
             micro_batch_tokens: Tokens of a micro-batch. None: chosen here.
             offload_embeddings: Whether embeddings are on the device only while the loss is computed. Default: False.
+            cuda_graphs: Whether micro-batches run as CUDA graphs, whose memory is not shared with other passes; None
+                if they do when all are small enough. Default: False.
         """
         device = towers.device
         if device.type != "cuda":
@@ -87,7 +95,10 @@ class GraphMemory:
         room = free - _SLACK * total - parameters * _PARAMETER_BYTES - embeddings - workspace_mib * 2**20
         fitting = max(room, 0) / token_bytes
         tokens = micro_batch_tokens or fitting_tokens(fitting)
-        return cls(tokens, max(0, int(fitting - _BACKWARD * tokens)))
+        captured = 0.0
+        if cuda_graphs or (cuda_graphs is None and tokens <= MAX_CAPTURED_TOKENS):
+            captured = (1 + _BACKWARD) * min(tokens, MAX_CAPTURED_TOKENS) + parameters * _CAPTURED_BYTES / token_bytes
+        return cls(tokens, max(0, int(fitting - _BACKWARD * tokens - captured)))
 
     def kept(self, sizes: list[int]) -> int:
         """Return how many of the last micro-batches keep their graphs until the loss is computed.

@@ -21,13 +21,12 @@ from torch import Tensor
 
 from retriever.config.run import TrainConfig
 from retriever.errors import ConfigError
+from retriever.models.memory import MAX_CAPTURED_TOKENS
 from retriever.models.mixed_precision import gradient_sums
 from retriever.models.packed.attention import LONG, PackedLayout
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision
 
-# With more tokens the GPU computes for longer than the host needs to launch the kernels.
-MAX_TOKENS = 32768
 # Number of sizes to capture; each capture takes time and memory.
 MAX_CAPTURES = 16
 
@@ -46,7 +45,7 @@ def uses_cuda_graphs(config: TrainConfig, towers: Towers, precision: Precision, 
         return config.cuda_graphs
     # What TrainConfig refuses together with cuda_graphs.
     others = config.compile or config.gradient_checkpointing or config.shard_towers or config.model.image.name
-    return not others and why_no_cuda_graphs(towers, precision) is None and max(sizes) <= MAX_TOKENS
+    return not others and why_no_cuda_graphs(towers, precision) is None and max(sizes) <= MAX_CAPTURED_TOKENS
 
 
 def check_cuda_graphs(towers: Towers, precision: Precision) -> None:
@@ -143,7 +142,7 @@ class GraphedForward:
         self.pool = self.stream = None
 
     def _can_replay(self, layout: PackedLayout, size: int) -> bool:
-        if self.awaits_backward or size > MAX_TOKENS or layout.max_seqlen > LONG:
+        if self.awaits_backward or size > MAX_CAPTURED_TOKENS or layout.max_seqlen > LONG:
             return False
         if not (torch.is_grad_enabled() and self.encoder.training):
             return False

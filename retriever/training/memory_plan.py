@@ -22,9 +22,15 @@ from losses.torch_tiles.tiles import CPU_TILE_ENTRIES
 from retriever.config.run import TrainConfig
 from retriever.data.micro_batches import PreparedBatch
 from retriever.models.loading.folder import transformer_layers
-from retriever.models.memory import LOSS_BYTES, LOSS_BYTES_OFFLOADED, GraphMemory, measure_graph_bytes
+from retriever.models.memory import (
+    LOSS_BYTES,
+    LOSS_BYTES_OFFLOADED,
+    MAX_CAPTURED_TOKENS,
+    GraphMemory,
+    measure_graph_bytes,
+)
 from retriever.models.towers import Towers
-from retriever.training.cuda_graphs import MAX_TOKENS, captured_size, uses_cuda_graphs
+from retriever.training.cuda_graphs import captured_size, uses_cuda_graphs
 from retriever.utils.device import Precision
 
 MIB = 2**20
@@ -106,7 +112,7 @@ def plan_step(
     if with_graphs:
         rounded = [captured_size(size) for size in sizes]
         graph_sizes = [
-            graph * (large / size if large <= MAX_TOKENS else 1)
+            graph * (large / size if large <= MAX_CAPTURED_TOKENS else 1)
             for graph, size, large in zip(graph_sizes, sizes, rounded, strict=True)
         ]
     recomputed_sizes, kept_sizes = graph_sizes[: len(sizes) - kept], graph_sizes[len(sizes) - kept :]
@@ -137,7 +143,7 @@ def plan_step(
         copied = (p for encoder in towers.encoders for p in encoder.parameters() if p.dtype == torch.float32)
         bf16_weights = 2.0 * sum(p.numel() for p in copied)
     # CUDA graphs keep their accumulated gradients, and a captured backward holds all its gradients in bf16 at once.
-    uses_graphs = with_graphs and captured_size(min(sizes)) <= MAX_TOKENS
+    uses_graphs = with_graphs and captured_size(min(sizes)) <= MAX_CAPTURED_TOKENS
     accumulated, captured = (gradients, bf16_weights) if uses_graphs else (0.0, 0.0)
     offloaded = on_gpu and config.offload_embeddings
     at_loss, after_loss = (LOSS_BYTES_OFFLOADED, 0) if offloaded else (LOSS_BYTES, _AFTER_LOSS)

@@ -89,3 +89,19 @@ def test_peak_memory_of_encoding_is_predicted(tiny: ModelConfig, kind: str, leng
     assert measured <= 1.05 * memory.peak
     # Models with quadratic attention memory are measured with the longest texts.
     assert kind != "bert" or measured >= 0.7 * memory.peak
+
+
+@pytest.mark.gpu
+def test_memory_is_left_for_cuda_graphs(tiny: ModelConfig) -> None:
+    towers = build_towers(tiny).cuda().train()
+    towers.enable_packing()
+
+    def planned(cuda_graphs: bool | None, tokens: int) -> int:
+        return GraphMemory.plan(
+            towers, "bf16", texts=10, workspace_mib=1, micro_batch_tokens=tokens, cuda_graphs=cuda_graphs
+        ).graph_tokens
+
+    assert planned(True, 8192) <= planned(False, 8192) - 8192
+    assert planned(None, 8192) == pytest.approx(planned(True, 8192), rel=0.01)
+    # Larger micro-batches run without graphs.
+    assert planned(None, 65536) == pytest.approx(planned(False, 65536), rel=0.01)
