@@ -20,8 +20,10 @@ from retriever.searching.export.engine import Engine
 if TYPE_CHECKING:
     import pyarrow
 
-# Seconds of adding to a usearch index between two saves, each of which writes all of it.
-SAVE_SECONDS = 60.0
+# A usearch index is saved after so many seconds of adding; each save writes all of it. Of a large index, after this
+# many times the seconds of the last save.
+SAVE_SECONDS = 10.0
+SAVE_TIMES = 20
 
 
 class Parquet(Engine):
@@ -101,7 +103,7 @@ class Usearch(Engine):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self._lines.open("ab")
         self._keep_lines(len(self._index))
-        self._saved_rows, self._saved = len(self._index), time.monotonic()
+        self._saved_rows, self._next_save = len(self._index), time.monotonic() + SAVE_SECONDS
 
     def _keep_lines(self, rows: int) -> None:
         """Drop the passages after those of the first `rows`, which an interrupted run wrote before their vectors."""
@@ -124,16 +126,18 @@ class Usearch(Engine):
     def put(self, first: int, passages: Sequence[Passage], vectors: np.ndarray) -> None:
         self._stream.writelines(passage_line(each, f"row {row}") for row, each in enumerate(passages, start=first))
         self._index.add(np.arange(first, first + len(passages), dtype=np.uint64), vectors)
-        if time.monotonic() - self._saved > SAVE_SECONDS:
+        if time.monotonic() > self._next_save:
             self._save()
 
     def _save(self) -> None:
+        started = time.monotonic()
         # Passages first: lines that the index does not have yet are dropped when it is opened.
         self._stream.flush()
         os.fsync(self._stream.fileno())
         with atomic_path(self._path) as path:
             self._index.save(str(path))
-        self._saved_rows, self._saved = len(self._index), time.monotonic()
+        done = time.monotonic()
+        self._saved_rows, self._next_save = len(self._index), done + max(SAVE_SECONDS, SAVE_TIMES * (done - started))
 
     def finish(self) -> None:
         from usearch.index import Index

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from scripts import RESULTS, ROOT
 from scripts.benchmarks.result_rows import read_rows
+from scripts.benchmarks.tables.guide_tables import export_tables, size_tables
 from scripts.benchmarks.tables.index_tables import index_tables
 from scripts.benchmarks.tables.launch_tables import launch_tables
 from scripts.benchmarks.tables.markers import fill_tables
@@ -72,7 +73,8 @@ PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "README.md": quickstart_tables,
     "docs/tutorials/images.md": emoji_tables,
     "docs/guides/negatives.md": switch_tables,
-    "docs/guides/smaller_embeddings.md": matryoshka_tables,
+    "docs/guides/indexes.md": export_tables,
+    "docs/guides/smaller_embeddings.md": lambda results: {**size_tables(results), **matryoshka_tables(results)},
     "docs/guides/distillation.md": distillation_tables,
     "docs/design/training.md": throughput_tables,
     "docs/design/images.md": image_tables,
