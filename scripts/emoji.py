@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -76,8 +75,9 @@ def main() -> None:
         if "@10" not in measure
     ]
     print(f"\n{table(['set: measure', 'value', 'chance', 'asks for'], shown)}")
-    seconds, spent = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    times = (round(seconds), round(spent.ru_utime + spent.ru_stime))
+    seconds, spent = time.perf_counter() - started, os.times()
+    # Of the commands that it ran; Windows does not measure it.
+    times = (round(seconds), round(spent.children_user + spent.children_system))
     write_csv(out / "report" / "emoji.csv", rows, times)
     write_small(out / "report" / "held-out" / "nearest.png", out / "report" / "emoji_nearest.png")
     print(f"report: {out / 'report' / 'report.html'}; took {times[0]} s, {times[1]} s of processor time")

@@ -24,8 +24,8 @@ from index.ann.tuning.graphs import add_held_out, can_add_later, is_graph, truth
 from index.ann.tuning.recall import Target, find_truth
 from index.ann.tuning.tune import Tuning, measured_on_gpu, tune
 from index.background import BackgroundTasks
-from index.disk_space import check_free_space
 from index.files import ArgumentError, InputError, atomic_folder
+from index.files.disk_space import check_free_space
 from index.manifest import INDEX, read_manifest
 from index.store.parts import Part
 from index.store.reader import EmbeddingStore

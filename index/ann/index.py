@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from index.ann.factory import import_faiss, reason
+from index.ann.faiss_file import read_faiss
 from index.ann.gpu.search import GpuIndex, Spread, to_gpus
 from index.ann.gpu.support import NotOnGpu
 from index.ann.layout import (
@@ -28,30 +25,23 @@ from index.ann.layout import (
     PASSAGES_FILE,
 )
 from index.ann.selection import Selection
-from index.ann.settings import core
-from index.ann.silence_stdout import silence_stdout
 from index.ann.structure import check_structure
 from index.fields.columns import Columns
 from index.fields.filters import Filter, FilterError, FilterInput, as_filter
-from index.files import InputError, parse_json
+from index.files import InputError
 from index.manifest import INDEX, NAME, Level, Manifest, read_manifest, verify_files
-from index.passages import Passage, file_state, parse_stored_passage
-from index.records import Record
-from index.store.arrays import map_array
+from index.passage_lines import PassageLines
+from index.passages import Passage, file_state
 from index.store.ids import Ids
 from index.ties import order_ties
 
 # Extra results requested from a Flat index, to break ties at rank k by id.
 SPARE = 16
-# Bytes read at once of the line of a passage.
-LINE_BYTES = 2**13
 # Selections of filters that are kept; each takes a byte and a bit per passage.
 KEPT_FILTERS = 16
 # A memory-mapped faiss file up to this size is hashed on opening, which takes a fraction of a second. Of larger ones
 # only the structure is checked: mapping avoids reading all of it.
 HASHED_MMAP_BYTES = 2**28
-# Held while faiss reads a file under a limit of its own.
-_LIMITED = threading.Lock()
 
 
 class Index:
@@ -141,7 +131,7 @@ class Index:
         Raises:
             InputError: a file cannot be read, or contradicts the manifest.
         """
-        _ = self.faiss, self._offsets, self._passages, self.columns, self.ids[0] if self.rows else ""
+        _ = self.faiss, self._passages, self.columns, self.ids[0] if self.rows else ""
 
     def check(self, progress: Callable[[int], None] | None = None, names: Sequence[str] | None = None) -> None:
         """Verify the sha256 of files; files that have not changed since they were last verified are skipped.
@@ -225,12 +215,9 @@ class Index:
         return Ids([(self.folder / IDS_FILE, self.rows)])
 
     @cached_property
-    def _passages(self) -> io.FileIO:
-        return open(self.folder / PASSAGES_FILE, "rb", buffering=0)
-
-    @cached_property
-    def _offsets(self) -> np.ndarray:
-        return map_array(self.folder / OFFSETS_FILE, np.dtype("<u8"), (self.rows,))
+    def _passages(self) -> PassageLines:
+        size = self.manifest.files[PASSAGES_FILE].bytes
+        return PassageLines(self.folder / PASSAGES_FILE, size, self.folder / OFFSETS_FILE, self.ids, IDS_FILE)
 
     def passage(self, row: int) -> Passage:
         """Read the passage of `row`, 0 to N - 1, without reading the others.
@@ -239,31 +226,7 @@ class Index:
             IndexError: `row` is out of range.
             InputError: the line on disk is not a passage, or has the id of another row.
         """
-        if not 0 <= row < self.rows:
-            raise IndexError(f"row {row} of an index of {self.rows}")
-        place = f"{self.folder / PASSAGES_FILE}:{row + 1}"
-        offset = int(self._offsets[row])
-        size = self.manifest.files[PASSAGES_FILE].bytes
-        # Reading at a position leaves no position in the open file for another thread to change.
-        before = os.pread(self._passages.fileno(), 1, offset - 1) if 0 < offset < size else b"\n"
-        if offset >= size or before != b"\n":
-            found = f"expected where line {row + 1} of {PASSAGES_FILE} begins, found byte {offset}"
-            raise InputError(f"{self.folder / OFFSETS_FILE}: damaged: {found}")
-        line = b""
-        while b"\n" not in line and (block := os.pread(self._passages.fileno(), LINE_BYTES, offset + len(line))):
-            line += block
-        line = line.partition(b"\n")[0]
-        try:
-            fields = parse_json(line.decode(), place)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{place}: expected UTF-8, found: {error}") from None
-        if not isinstance(fields, dict):
-            raise InputError(f"{place}: expected a JSON object, found {type(fields).__name__}")
-        passage = parse_stored_passage(Record(place, fields))
-        if passage.id != self.ids[row]:
-            found = f"found {passage.id!r:.60} in {PASSAGES_FILE} and {self.ids[row]!r:.60} in {IDS_FILE}"
-            raise InputError(f"{self.folder}: damaged: expected one id for row {row}, {found}")
-        return passage
+        return self._passages[row]
 
     def check_model(self, model: dict[str, str]) -> None:
         """Check that queries come from the model that embedded the passages.
@@ -426,85 +389,6 @@ def ids_of_rows(ids: Ids, rows: np.ndarray) -> np.ndarray:
     for place in zip(*np.nonzero(rows >= 0), strict=True):
         found[place] = ids[int(rows[place])]
     return found
-
-
-def read_faiss(path: Path, *, mmap: bool = False) -> Any:
-    """Read a faiss file. Lists on disk are expected in the same folder and opened read-only.
-
-    Raises:
-        InputError: faiss cannot read it.
-    """
-    lists, rest = _mmap_lists_flag(path), getattr(import_faiss(), "IO_FLAG_MMAP_IFC", 0)
-    # One flag maps inverted lists and the other everything else; for some files faiss refuses the combination.
-    return _read(path, [lists | rest, lists] if mmap else [0])
-
-
-def read_trained(path: Path) -> Any:
-    """Read a faiss file without its vectors: a trained, empty index to which vectors can be added.
-
-    Inverted lists are not read, whether in memory or on disk.
-
-    Raises:
-        InputError: faiss cannot read it.
-    """
-    faiss = import_faiss()
-    # Map only the lists: other memory-mapped data cannot be reset.
-    index = _read(path, [_mmap_lists_flag(path)])
-    inner = core(index)
-    if isinstance(inner, faiss.IndexIVF) and isinstance(
-        faiss.downcast_InvertedLists(inner.invlists), faiss.OnDiskInvertedLists
-    ):
-        # Lists on disk cannot be reset either: replace them.
-        empty = faiss.ArrayInvertedLists(inner.nlist, inner.code_size)
-        inner.replace_invlists(empty, True)
-        empty.this.disown()
-    index.reset()
-    if isinstance(inner, faiss.IndexFastScan):
-        # faiss 1.15.1 does not reset this count, and would write it.
-        inner.ntotal2 = 0
-    return index
-
-
-def _mmap_lists_flag(path: Path) -> int:
-    """The faiss flag that memory-maps inverted lists; 0 for lists in a file of their own.
-
-    Those are mapped in any case; given the flag, faiss 1.15.1 ignores that file, and the first search crashes.
-    """
-    return 0 if (path.parent / LISTS_FILE).exists() else int(import_faiss().IO_FLAG_MMAP)
-
-
-def _read(path: Path, tries: list[int]) -> Any:
-    """Read a faiss file with the first of the flags `tries` that faiss accepts for it."""
-    faiss = import_faiss()
-    # Tables of IVF PQ serve only L2 distances, but faiss would hold their size against the limit.
-    flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
-    on_disk = (path.parent / LISTS_FILE).exists()
-    for mapped in tries:
-        try:
-            with _byte_limit(path), silence_stdout() if on_disk else contextlib.nullcontext():
-                return faiss.read_index(str(path.absolute()), flags | mapped)
-        except (RuntimeError, MemoryError, UnicodeDecodeError) as error:  # a faiss message may quote invalid UTF-8
-            why = reason(error)
-    raise InputError(f"{path}: cannot be read by faiss: {why}")
-
-
-@contextlib.contextmanager
-def _byte_limit(path: Path) -> Iterator[None]:
-    """No part of a file is larger than the file; faiss would reserve what a damaged one states.
-
-    The limit is one of the process: afterwards, other files are read as before.
-    """
-    faiss = import_faiss()
-    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
-        yield
-        return
-    with _LIMITED:
-        before = faiss.get_deserialization_vector_byte_limit()
-        faiss.set_deserialization_vector_byte_limit(max(1, path.stat().st_size))
-        try:
-            yield
-        finally:
-            faiss.set_deserialization_vector_byte_limit(before)
 
 
 def _truncation(model: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from index.ann.factory import import_faiss
 from index.fields.columns import write_columns
 from index.files import InputError
-from index.hashing import HashingFile
+from index.files.checksums import HashingFile
 from index.manifest import INDEX, FileEntry, Manifest, entries, read_manifest, write_manifest
 
 FAISS_FILE = "index.faiss"

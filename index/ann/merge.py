@@ -8,7 +8,8 @@ from typing import Any
 
 from index.ann import on_disk as lists_on_disk
 from index.ann.factory import import_faiss, reason
-from index.ann.index import Index, read_faiss
+from index.ann.faiss_file import read_faiss
+from index.ann.index import Index
 from index.ann.layout import (
     FAISS_FILE,
     IDS_FILE,

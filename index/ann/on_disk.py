@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from index.ann.factory import import_faiss
-from index.ann.index import read_faiss
+from index.ann.faiss_file import read_faiss, silence_stdout
 from index.ann.layout import LISTS_FILE, write_faiss
 from index.ann.settings import index_layers
-from index.ann.silence_stdout import silence_stdout
-from index.disk_space import reserve
 from index.files import InputError
+from index.files.disk_space import reserve
 from index.store.parts import Part
 
 # Memory for codes and ids where no budget is given.

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from index.ann.factory import import_faiss
+from index.ann.faiss_file import read_trained
 from index.ann.gpu.build import cluster_on_gpus
-from index.ann.index import Index, read_trained
+from index.ann.index import Index
 from index.ann.layout import FAISS_FILE
 from index.ann.settings import core, flat_codes, index_layers, set_search_defaults
 from index.files import InputError

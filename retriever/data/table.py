@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from index.files import MAX_LINE, InputError, atomic_path, parse_json, read_json, sha256_file, write_json
+from index.files import MAX_LINE, InputError, atomic_path, parse_json, read_at, read_json, sha256_file, write_json
 from index.records import Record
 from retriever.config.sources import SourceConfig
 from retriever.data.early_conversion import taken
@@ -133,7 +133,7 @@ class LineTable(ExampleTable):
             raise IndexError(f"row {row} of {self._size}")
         start, end = self._spans[row].tolist()
         # Forked workers share the position of the file, which this does not use.
-        line = os.pread(self._file.fileno(), end - start, start)
+        line = read_at(self._file.fileno(), end - start, start)
         example = parse_example(self._config, line_record(line, f"{self.name}: byte {start}"), Notices())
         if example is None:
             raise InputError(f"{self.name}: byte {start}: expected a row, found none: it changed since the run began")

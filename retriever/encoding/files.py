@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from index.disk_space import check_free_space
 from index.fields.values import check_field_names
+from index.files.disk_space import check_free_space
 from index.passages import PassageFile
 from index.progress import Reporter
 from index.records import count_records

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from index.disk_space import check_free_space
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
+from index.files.disk_space import check_free_space
 from index.progress import Reporter
 from index.store.reader import EmbeddingStore
 from retriever.config.lora import LoraConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index.hashing import BUFFER_BYTES, HashingFile
+from index.files.checksums import BUFFER_BYTES, HashingFile
 
 
 def test_writes_of_any_length_are_hashed(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -29,8 +29,8 @@ def test_two_packages_are_refused_before_faiss_is_imported(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "index.files.InputError: faiss: expected one package of it, found faiss-gpu-cuvs 1.15.1 and faiss-cpu 1.15.0, "
-        "which overwrite each other's files: "
+        "index.files.errors.InputError: faiss: expected one package of it, found faiss-gpu-cuvs 1.15.1 and "
+        "faiss-cpu 1.15.0, which overwrite each other's files: "
         "pip uninstall -y faiss-gpu-cuvs faiss-cpu && pip install faiss-gpu-cuvs"
     )
 

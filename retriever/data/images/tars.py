@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from index.files import InputError, atomic_path, read_json, write_json
+from index.files import InputError, atomic_path, open_binary, read_at, read_json, write_json
 from index.image_files.tars import member_name, split_name
 from index.store.arrays import open_array
 from retriever.data.images.tar_samples import COLUMNS, PARTS, scan_tar
@@ -144,7 +144,7 @@ class ShardedSamples:
         shard, offset, size = int(entry[0]), int(entry[column]), int(entry[column + 1])
         if size < 0:
             return None
-        content = os.pread(self._descriptor(shard), size, offset)
+        content = read_at(self._descriptor(shard), size, offset)
         if len(content) != size:
             raise InputError(f"{self.shards[shard]}: expected {size} bytes at {offset}, found {len(content)}")
         return content
@@ -153,7 +153,7 @@ class ShardedSamples:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
+            self._open[shard] = open_binary(self.shards[shard])
             if len(self._open) > _MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[shard]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import IO
 
 import numpy as np
 
-from index.files import InputError
+from index.files import InputError, read_at
 from index.passages import PassageFile, file_state
 from retriever.config.sources import SourceConfig
 from retriever.data.false_negatives import Integers
@@ -157,7 +156,7 @@ class SplitRows:
         """Yield the bytes at these positions of the file."""
         self._file.flush()
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            yield os.pread(self._file.fileno(), length, start)
+            yield read_at(self._file.fileno(), length, start)
 
     def _order(self) -> Integers:
         return np.argsort(np.array(self._rows[1], np.uint64), kind="stable")

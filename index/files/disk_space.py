@@ -6,7 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from index.files import InputError
+from index.files.errors import InputError
+
+ZEROS_AT_ONCE = 2**22
 
 
 def check_free_space(folder: Path, needed: int, what: str, *, replaces: Path | None = None) -> None:
@@ -40,11 +42,21 @@ def reserve(path: Path, size: int) -> None:
     """
     descriptor = os.open(path, os.O_RDWR)
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            _append_zeros(descriptor, size)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
+
+
+def _append_zeros(descriptor: int, size: int) -> None:
+    """Extend a file to `size` bytes; macOS and Windows have no posix_fallocate, and written zeros take blocks there."""
+    missing = size - os.lseek(descriptor, 0, os.SEEK_END)
+    while missing > 0:
+        missing -= os.write(descriptor, bytes(min(missing, ZEROS_AT_ONCE)))
 
 
 def _size(count: int) -> str:
