@@ -25,6 +25,8 @@ OpenImage = Callable[[bytes, str], "Image"]
 MAX_CLASSES, SHOWN_CLASSES = 40, 30
 ROWS, COLUMNS = 12, 8
 TILE = 80
+# Height of a row of a sheet: an image of height 1, and its score below.
+ROW_HEIGHT = 1.16
 CORRECT = SERIES[2]
 
 
@@ -72,8 +74,8 @@ class Row:
     text: str
     wanted: StoredImage | None
     """The image of the caption; None if the text is a class."""
-    images: list[tuple[StoredImage, bool]]
-    """The images, nearest first, and whether each is correct."""
+    images: list[tuple[StoredImage, bool, float]]
+    """The images, nearest first, whether each is correct, and its score."""
     rank: int | None = None
     """Rank of the wanted image, from 1."""
 
@@ -98,48 +100,55 @@ def nearest(evaluated: Evaluated, rows: int = ROWS, columns: int = COLUMNS) -> l
     result: list[Row] = []
     for part, scores in blocks(evaluated.texts[chosen], evaluated.images.vectors):
         order = np.argsort(-scores, axis=1, kind="stable")[:, :columns]
-        for text, best in zip(chosen[part], order.tolist(), strict=True):
+        for text, best, own_scores in zip(chosen[part], order.tolist(), scores, strict=True):
             if isinstance(evaluated.result, Classification):
-                result.append(Row(texts[text], None, [(samples[n].image, text in samples[n].labels) for n in best]))
+                shown = [(samples[n].image, text in samples[n].labels, float(own_scores[n])) for n in best]
+                result.append(Row(texts[text], None, shown))
             else:
                 own = evaluated.owners[text]
-                shown = [(samples[n].image, n == own) for n in best]
+                shown = [(samples[n].image, n == own, float(own_scores[n])) for n in best]
                 rank = int(evaluated.result.image_ranks[text])
                 result.append(Row(texts[text], samples[own].image, shown, rank))
     return result
 
 
-def sheet(rows: Sequence[Row], open_image: OpenImage, title: str = "") -> Figure:
-    """Draw one row per text: the wanted image of a caption and its rank, then the nearest images, correct ones framed.
+def sheet(rows: Sequence[Row], open_image: OpenImage, title: str = "", first_column: str = "wanted") -> Figure:
+    """Draw one row per text: the wanted image of a caption and its rank, then the nearest images with their scores.
+
+    Correct images are framed.
 
     Args:
         rows: The rows.
         open_image: Decodes an image.
         title: Text above the sheet. Default: none.
+        first_column: Heading of the wanted images. Default: "wanted".
     """
     wanted = any(row.wanted is not None for row in rows)
     columns = max(len(row.images) for row in rows)
     first = 1.45 if wanted else 0.0
     width, height = first + columns, len(rows)
-    figure = _figure(0.62 * width + 2.9, 0.62 * height + 0.3)
+    figure = _figure(0.62 * width + 2.9, 0.62 * ROW_HEIGHT * height + 0.3)
     axes = figure.subplots()
-    for y, row in enumerate(rows):
+    for number, row in enumerate(rows):
+        y = ROW_HEIGHT * number
         axes.text(-0.12, y + 0.5, _wrapped(row.text), ha="right", va="center", fontsize=8, color=INK)
         if row.wanted is not None:
             _tile(axes, row.wanted, 0, y, LINE, open_image)
             if row.rank is not None:
                 colour = CORRECT if row.rank <= len(row.images) else INK
                 axes.text(1.1, y + 0.5, f"{row.rank:,}", ha="center", va="center", fontsize=8, color=colour)
-        for x, (image, right) in enumerate(row.images):
+        for x, (image, right, score) in enumerate(row.images):
             _tile(axes, image, first + x, y, CORRECT if right else None, open_image)
+            colour = CORRECT if right else MUTED
+            axes.text(first + x + 0.5, y + 0.97, f"{score:.2f}", ha="center", va="top", fontsize=5.5, color=colour)
     if wanted:
-        axes.text(0.5, -0.08, "wanted", ha="center", va="bottom", fontsize=8, color=MUTED)
+        axes.text(0.5, -0.08, first_column, ha="center", va="bottom", fontsize=8, color=MUTED)
         axes.text(1.1, -0.08, "rank", ha="center", va="bottom", fontsize=8, color=MUTED)
-    axes.text(first + 0.04, -0.08, "nearest first", ha="left", va="bottom", fontsize=8, color=MUTED)
+    axes.text(first + 0.04, -0.08, "nearest first, with their scores", ha="left", va="bottom", fontsize=8, color=MUTED)
     if title:
         axes.set_title(title, fontsize=9, loc="left", color=INK)
     axes.set_xlim(-0.05, width)
-    axes.set_ylim(height, -0.3)
+    axes.set_ylim(ROW_HEIGHT * height, -0.3)
     axes.set_aspect("equal")
     axes.axis("off")
     return figure

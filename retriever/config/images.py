@@ -39,6 +39,9 @@ class ImageConfig:
     lock: Literal["none", "image", "text"] = "none"
     """Tower whose weights are frozen, except for its projection. image: as in LiT (arXiv 2111.07991); the features of
     every image are computed once, without random crops, and cached."""
+    into_text_space: bool = False
+    """Project the images to the dimension of the text tower, which gets no projection: with lock text, texts keep the
+    embeddings of model.name."""
     patch_dropout: float = 0.0
     """Fraction of the patches of an image that are dropped in training, 0 to below 1 (FLIP, arXiv 2212.00794)."""
     augment: bool = True

@@ -58,6 +58,12 @@ class ModelConfig:
             for name, value in {"lora.rank": self.lora.rank, "bidirectional": self.bidirectional}.items():
                 if value:
                     raise ValueError(f"model.{name}: expected none with an image tower, found {value}")
+        if self.image.into_text_space and self.projection is not None:
+            raise ValueError(
+                f"model.projection: expected none with model.image.into_text_space, found {self.projection}"
+            )
+        if self.image.into_text_space and not (self.name or self.architecture):
+            raise ValueError("model.image.into_text_space: expected false for a model with projections of its own")
         if self.lora.rank and self.lora.save == "adapter" and not self.name:
             raise ValueError("model.lora.save: expected merged for a model from scratch, found adapter")
         if self.dropout is not None and not 0 <= self.dropout < 1:

@@ -86,16 +86,23 @@ def test_the_sheet_shows_the_nearest_images_and_frames_correct_ones(
     rows = figures.nearest(colours, columns=5)
     assert [row.text for row in rows] == ["blue", "green", "grey", "red"]
     green = rows[1]
-    assert {image.name for image, _ in green.images[:4]} == {"green/0.png", "green/1.png", "green/2.png", "red/9.png"}
-    assert {image.name: right for image, right in green.images}["red/9.png"] is False
+    assert {image.name for image, _, _ in green.images[:4]} == {
+        "green/0.png",
+        "green/1.png",
+        "green/2.png",
+        "red/9.png",
+    }
+    assert {image.name: right for image, right, _ in green.images}["red/9.png"] is False
+    scores = [score for _, _, score in green.images]
+    assert scores == sorted(scores, reverse=True) and -1 <= scores[-1] < scores[0] <= 1.0001
     captions = figures.nearest(retrieval, rows=3)
     # Evenly spaced by the rank of the wanted image: the best, the median and the worst.
     first = np.unique(retrieval.owners, return_index=True)[1]
     ranks = np.sort(retrieval.result.image_ranks[first])
     assert [row.rank for row in captions] == ranks[[0, round((len(ranks) - 1) / 2), -1]].tolist()
     for row in captions:
-        assert [number for number, (_, right) in enumerate(row.images, 1) if right] == [row.rank][: row.rank <= 8]
-    assert all(sum(right for _, right in row.images) <= 1 and row.wanted is not None for row in captions)
+        assert [number for number, (_, right, _) in enumerate(row.images, 1) if right] == [row.rank][: row.rank <= 8]
+    assert all(sum(right for _, right, _ in row.images) <= 1 and row.wanted is not None for row in captions)
 
 
 def test_the_sheet_holds_the_images_colours(written: tuple[Path, list[Evaluated]]) -> None:

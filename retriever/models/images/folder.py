@@ -118,7 +118,8 @@ def join_encoders(config: ModelConfig) -> SentenceTransformer:
     """Combine the vision encoder of `config.image` and the text encoder of `config` into one model.
 
     Each encoder is followed by a linear projection to `config.projection` dimensions. If that is None, the dimension is
-    that of the vision encoder, and only the text encoder gets a projection, if its dimension differs.
+    that of the vision encoder, and only the text encoder gets a projection, if its dimension differs; with
+    `into_text_space` it is that of the text encoder, and only the vision encoder gets one.
 
     Raises:
         ConfigError: If the encoders do not allow the configuration.
@@ -134,11 +135,13 @@ def join_encoders(config: ModelConfig) -> SentenceTransformer:
         raise ConfigError(f"{config.name}: expected one text tower, found a model with two")
     text = text[:-1] if ends_in_normalize(text) else text
     image = load_vision_modules(config)
-    image_dim = int(image[-1].get_embedding_dimension())
-    for modules in (text, image):
-        dim = SentenceTransformer(modules=modules, device="cpu").get_embedding_dimension() or 0
-        if config.projection or dim != image_dim:
-            modules.append(Dense(dim, config.projection or image_dim, bias=False, activation_function=nn.Identity()))
+    dims = [
+        SentenceTransformer(modules=modules, device="cpu").get_embedding_dimension() or 0 for modules in (text, image)
+    ]
+    common = config.projection or dims[0 if config.image.into_text_space else 1]
+    for modules, dim in zip((text, image), dims, strict=True):
+        if config.projection or dim != common:
+            modules.append(Dense(dim, common, bias=False, activation_function=nn.Identity()))
         modules.append(Normalize())
     return SentenceTransformer(
         modules=[Router({"text": text, "image": image}, default_route="text")],

@@ -119,6 +119,21 @@ def test_without_a_projection_the_dimension_is_the_image_encoders(tokenizer: str
     assert [type(m).__name__ for m in towers._image] == ["Transformer", "Normalize"]
 
 
+def test_images_are_projected_into_the_space_of_the_text_tower(tokenizer: str, tmp_path: Path) -> None:
+    towers = build_image_text_towers(pair(tokenizer, "tiny", projection=None, into_text_space=True, lock="text"))
+    assert towers.dimension == BERT["hidden_size"]
+    assert [type(module).__name__ for module in towers.text_modules] == ["Transformer", "Pooling", "Normalize"]
+    assert type(towers.image_modules[-2]).__name__ == "Dense"
+    trained = [name for name, weight in towers.named_parameters() if weight.requires_grad]
+    assert trained and not any(".text." in name for name in trained)
+    towers.save(tmp_path)
+    assert load_image_text_towers(str(tmp_path)).dimension == towers.dimension
+    with pytest.raises(ValueError, match=r"model\.projection: expected none with model\.image\.into_text_space"):
+        pair(tokenizer, "tiny", into_text_space=True)
+    with pytest.raises(ValueError, match=r"model\.image\.into_text_space: expected false"):
+        ModelConfig(image=ImageConfig(name="clip", into_text_space=True))
+
+
 def test_embeddings_of_files_and_images_are_equal_in_any_batch(tmp_path: Path, tokenizer: str) -> None:
     towers = build_image_text_towers(pair(tokenizer, "tiny")).eval()
     paths = []

@@ -268,6 +268,18 @@ def test_a_locked_image_tower_keeps_its_weights_and_its_cached_features_are_exac
     assert stores[0].stat().st_mtime_ns == modified
 
 
+def test_texts_keep_their_embeddings_if_images_are_projected_into_their_space(config: TrainConfig) -> None:
+    image = dataclasses.replace(config.model.image, lock="text", into_text_space=True)
+    model = dataclasses.replace(config.model, image=image, projection=None)
+    into = dataclasses.replace(config, model=model, epochs=8, optim=OptimConfig(lr=3e-3))
+    trainer = Trainer.start(into, Terminal())
+    before = embed_texts(trainer.towers.eval(), ["a red square", "circle"], "query", EncodeOptions())
+    trained = load_image_text_towers(str(trainer.train()))
+    assert np.array_equal(embed_texts(trained, ["a red square", "circle"], "query", EncodeOptions()), before)
+    found = losses(into)
+    assert np.mean(found[-3:]) < np.mean(found[:3]) - 0.05
+
+
 def test_a_locked_text_tower_keeps_its_weights_while_others_are_trained(config: TrainConfig) -> None:
     image = dataclasses.replace(config.model.image, lock="text")
     locked = dataclasses.replace(config, model=dataclasses.replace(config.model, image=image), steps=3)
