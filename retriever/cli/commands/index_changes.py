@@ -1,4 +1,4 @@
-"""`retriever index merge`, `add`, `delete` and `verify`."""
+"""`retriever index merge`, `add`, `delete`, `export` and `verify`."""
 
 from __future__ import annotations
 
