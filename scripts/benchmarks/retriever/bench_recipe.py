@@ -49,7 +49,8 @@ RECIPE = ROOT / "scripts" / "recipes" / "best_text.yaml"
 DATA = ROOT / "scripts" / "datasets" / "data"
 OTHERS = ("jargon", "perlfaq")
 METRIC = "ndcg@10"
-MINED = "MINED"
+# Stand for the file of mined negatives and for the base model in the fields of a row.
+MINED, BASE = "MINED", "BASE"
 # Share of the positive's score above which a mined negative is dropped.
 MAX_SHARE: float | None = 0.95
 
@@ -74,6 +75,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "hardness": {"loss": {"hardness": 1.0}},
     "scale 50": {"loss": {"logit_scale": 50.0}},
     "adafactor": {"optim": {"name": "adafactor"}},
+    "random passages": {"data": {"random_passages": 32768}},
+    "guide": {"loss": {"guide": {"model": BASE}}},
+    "regression to the base": {"loss": {"teacher": {"model": BASE, "regression": 1.0}}},
+    "frozen layers": {"model": {"freeze_layers": 3}},
+    "lora": {"model": {"lora": {"rank": 64}}, "optim": {"lr": 2.0e-3}},
 }
 
 
@@ -170,6 +176,16 @@ def config_of(name: str, recipe: TrainConfig, seed: int) -> TrainConfig:
     return with_overrides(config, changes)
 
 
+def with_base(config: TrainConfig) -> TrainConfig:
+    """The configuration with the base model where BASE stands."""
+    changes = {
+        option: {"model": config.model.name}
+        for option in ("guide", "teacher")
+        if getattr(config.loss, option).model == BASE
+    }
+    return with_overrides(config, {"loss": changes}) if changes else config
+
+
 def digest(config: TrainConfig) -> str:
     """Hash of the settings of a row."""
     tree = dataclasses.asdict(config)
@@ -191,7 +207,7 @@ def measure(name: str, config: TrainConfig, options: argparse.Namespace) -> dict
     run_folder = options.work / "run"
     shutil.rmtree(run_folder, ignore_errors=True)
     config = with_overrides(
-        config,
+        with_base(config),
         {
             "out": str(run_folder),
             "data": {"sources": [source], "cache": str(options.work / "cache")},
