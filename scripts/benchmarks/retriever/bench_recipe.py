@@ -75,7 +75,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "hardness": {"loss": {"hardness": 1.0}},
     "scale 50": {"loss": {"logit_scale": 50.0}},
     "adafactor": {"optim": {"name": "adafactor"}},
-    "random passages": {"data": {"random_passages": 32768}},
+    "random passages": {"data": {"random_passages": 32768, "corpus": str(DATA / "wordnet")}},
     "guide": {"loss": {"guide": {"model": BASE}}},
     "regression to the base": {"loss": {"teacher": {"model": BASE, "regression": 1.0}}},
     "frozen layers": {"model": {"freeze_layers": 3}},
@@ -210,7 +210,11 @@ def measure(name: str, config: TrainConfig, options: argparse.Namespace) -> dict
         with_base(config),
         {
             "out": str(run_folder),
-            "data": {"sources": [source], "cache": str(options.work / "cache")},
+            "data": {
+                "sources": [source],
+                "cache": str(options.work / "cache"),
+                **({"corpus": str(wordnet)} if config.data.random_passages else {}),
+            },
             "dev": {"path": str(wordnet)},
         },
     )
