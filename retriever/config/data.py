@@ -19,16 +19,16 @@ class DataConfig:
     images: tuple[ImageSource, ...] = ()
     """Sources of images with captions, instead of data.sources, for a model with an image tower."""
     positives: Literal["draw", "all"] = "draw"
-    """Positives of a row with several. draw: one is drawn at each step. all: all at once, see loss.positives_reduction;
-    the limit of loss.limit is that of the drawn one."""
+    """How a row with several positives is used. draw: one positive is drawn at each step. all: all positives are used
+    at once, see loss.positives_reduction; loss.limit then follows from the score of a positive that is drawn."""
     max_positives: int = 8
-    """Largest number of positives of a query with positives all; of more, as many are drawn."""
+    """Maximum number of positives per query with positives all. Of a row with more, this many are drawn."""
     negatives: int = 0
-    """Number of hard negatives per query, from the `negatives` column of each source. Rows that have fewer give
+    """Number of hard negatives per query, from the `negatives` column of each source. All of them are used if a row has
     fewer."""
     negatives_seen_by: Literal["all", "own"] = "all"
     """Whether a hard negative is a negative of all queries of the batch, or only of its own query, as in the literature
-    before large batches. Statistics, loss.limit and the symmetric part of the loss are about the batch alone."""
+    before large batches. With own, loss.statistics, loss.limit and the symmetric part of the loss leave them out."""
     mix: Literal["steps", "blocks", "pool"] = "steps"
     """How several sources are mixed. steps: each batch comes from one source, drawn in proportion to the shares.
     blocks: each batch has rows of every source in proportion to the shares, and only passages of the same source are
@@ -47,7 +47,7 @@ class DataConfig:
     """BEIR folder or file of passages (.jsonl, .csv, .tsv, .parquet) for random_passages."""
     workers: int | None = None
     """Number of processes that load and tokenize batches in the background. 0: load in the main process. None: on a GPU
-    all processors of the process but 4, at most 12; on a CPU 1. The order of the data does not depend on it."""
+    the number of available processors minus 4, at most 12; on a CPU 1. The order of the data does not depend on it."""
     cache: str | None = None
     """Folder of the memory-mapped copies of the sources. None: a folder inside the run folder."""
 

@@ -13,7 +13,7 @@ from retriever.config.checks import is_positive
 class LimitConfig:
     """Removes negatives that score higher than their query's positive allows, as probable false negatives.
 
-    c is the product of two embeddings, without logit_scale. A limit is a constant for the gradient.
+    c is the inner product of two embeddings, without logit_scale. No gradient flows through the limit.
     """
 
     margin: float | None = None
@@ -74,9 +74,10 @@ class TeacherConfig:
     model: str = ""
     """Folder or hub name of the teacher model."""
     passages: str = ""
-    """Embedding store of the teacher's passages instead, matched by text or id. With one of queries, or with model."""
+    """Embedding store with the teacher's embeddings of the passages, matched by text or id. Needs loss.teacher.queries
+    or loss.teacher.model for the queries. Empty: model embeds the passages."""
     queries: str = ""
-    """Embedding store of the teacher's queries, matched by text or id. Empty: model embeds them."""
+    """Embedding store with the teacher's embeddings of the queries, matched by text or id. Empty: model embeds them."""
     scale: float | None = None
     """Factor of the teacher's scores, 1 / temperature. None: loss.logit_scale for pool_kl, otherwise 1."""
     weight: float = 1.0

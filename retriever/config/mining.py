@@ -15,14 +15,14 @@ class MiningConfig:
     mined_negatives: int = 7
     """Maximum number of hard negatives per row; data.negatives of them are drawn at each step."""
     depth: int = 100
-    """Candidates per query: the texts of the highest score, without positives."""
+    """Number of candidates per query: the texts with the highest scores, without positives."""
     skip: int = 0
     """Number of best candidates that are skipped."""
     max_share: float | None = 0.95
     """Candidates that score above this share of the best positive's score are dropped, because many of them are
     unjudged positives. None: no such limit."""
     sampling: Literal["top", "random"] = "top"
-    """top: the candidates of the highest score. random: a random choice among the candidates."""
+    """Which candidates are used. top: those with the highest scores. random: a random choice."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "mining.", 1, "mined_negatives", "depth")

@@ -37,7 +37,7 @@ class ModelConfig:
     dropout: float | None = None
     """Dropout probability of all layers of the towers in training. None: as configured in the model."""
     freeze: Literal["none", "query", "passage"] = "none"
-    """Encoder whose weights are frozen, of a model with two towers (shared false). Its projection is trained."""
+    """Which encoder of a model with two towers (shared false) is frozen. Its projection is still trained."""
     freeze_layers: int = 0
     """Number of layers of each encoder, from the input, whose weights are frozen, with the embeddings. 0: none."""
     query_prompt: str | None = None
@@ -45,7 +45,8 @@ class ModelConfig:
     passage_prompt: str | None = None
     """Text that is put before every passage and is saved with the model. None: the prompt of the model."""
     append_eos: bool = False
-    """Append the EOS token to every text, for decoder models with last-token pooling whose tokenizer does not."""
+    """Append the EOS token to every text, for decoder models with last-token pooling whose tokenizer does not append
+    it."""
     bidirectional: bool = False
     """Attention in both directions instead of causal attention, for decoder models."""
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -35,11 +35,11 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """Fraction of all steps, 0 to 1, in which the learning rate of the schedule wsd falls."""
     query_lr: float | None = None
-    """Peak learning rate of the encoder of queries, of a model with two towers; of images and texts, the text encoder.
-    None: lr."""
+    """Peak learning rate of the query encoder of a model with two towers, or of the text encoder of an image–text
+    model. None: lr."""
     passage_lr: float | None = None
-    """Peak learning rate of the encoder of passages, of a model with two towers; of images and texts, the image
-    encoder. None: lr."""
+    """Peak learning rate of the passage encoder of a model with two towers, or of the image encoder of an image–text
+    model. None: lr."""
     projection_lr: float | None = None
     """Peak learning rate of the modules after the encoders, such as a new projection. None: lr."""
     logit_scale_lr: float | None = None
@@ -48,9 +48,9 @@ class OptimConfig:
     """Factor of the learning rate from each layer of an encoder to the layer below it, over 0 to 1; the embeddings are
     below the first layer. 1: all layers have the same learning rate."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, 0 to below 1, for example 0.999. The dev sets evaluate the
-    average, and it is the model that is saved. In step t = 1, 2, … the decay is at most (1 + t) / (10 + t). None: no
-    average."""
+    """Decay of an exponential moving average of the weights, 0 to below 1, for example 0.999. The averaged weights are
+    evaluated on the dev sets and saved as the model. In step t = 1, 2, … the decay is at most (1 + t) / (10 + t). None:
+    no average."""
     max_grad_norm: float | None = 1.0
     """Maximum L2 norm of the gradient of all parameters; larger gradients are scaled down. None: no clipping."""
 

@@ -30,8 +30,8 @@ class TrainConfig:
     mining: MiningConfig = field(default_factory=MiningConfig)
     dev: DevConfig = field(default_factory=DevConfig)
     batch_size: int = 256
-    """Number of queries per optimizer step, over all processes. The passages of the other queries are negatives. Of
-    several sources, one with fewer rows gives smaller batches, each of which is the whole source."""
+    """Number of queries per optimizer step, over all processes. The passages of the other queries are negatives. If
+    there are several sources, one with fewer rows gives smaller batches, each with all of its rows."""
     epochs: float = 1.0
     """Number of passes over the data. Ignored if steps is given."""
     steps: int | None = None
@@ -67,13 +67,13 @@ class TrainConfig:
     """Compile the layers of the towers with torch.compile: some seconds at the start, then faster steps on a GPU."""
     cuda_graphs: bool | None = None
     """Run micro-batches of up to 32,768 tokens as CUDA graphs: faster if batches are so small that the GPU waits for
-    the host; only in bf16. None: if all micro-batches of the first step are that small and model and settings allow
-    it."""
+    the host; only in bf16. None: used if all micro-batches of the first step are that small and the model and the
+    settings allow it."""
     gradient_checkpointing: bool = False
     """Recompute activations of the towers in backward: less memory, about a third more time."""
     loss_spikes: Literal["ignore", "warn", "skip", "roll_back"] = "warn"
-    """What to do about a step whose loss is far above the median of the steps before. warn: a message, for the logged
-    steps. skip: leave the step out. roll_back: leave it out and return to the weights of the newest checkpoint, without
+    """What to do about a step whose loss is far above the median of the steps before. ignore: nothing. warn: log a
+    message; only logged steps are checked. skip: leave the step out. roll_back: leave it out and return to the weights of the newest checkpoint, without
     reading data again. skip and roll_back wait for the device after every step, and end the run after ten spikes in a
     row."""
     log_every: int = 10
