@@ -1,4 +1,4 @@
-"""The command line: words to a command, and whatever goes wrong to one line and an exit code."""
+"""The command line: parses the arguments, runs the command, and reports an error as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ EvaluateCommand = (
     | Annotated[EvaluateCompare, subcommand("compare")]
 )
 
-# What the processes of a torchrun do together (of train --dry-run and evaluate beir --preflight the first one answers).
-# All other commands are for one process alone.
+# Commands whose work the processes of torchrun share. With train --dry-run and evaluate beir --preflight, only the
+# first process works. All other commands run in one process.
 SHARED = (Train, Encode, EvaluateBeir, IndexBuild, Mine, Score)
 
-# Characters of an error message.
+# Maximum number of characters of an error message.
 MAX_MESSAGE = 1000
 
 
@@ -102,25 +102,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"retriever {__version__}")
         return 0
-    # Images with damaged EXIF data and the like: what matters is in the message that names the image.
+    # Pillow warns about damaged EXIF data, for example. What matters is in our own message, which names the image.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         command = _parse(arguments)
         _check_processes(command, arguments)
         with sigterm_as_interrupt(), Terminal() as terminal:
             code = command.run(terminal)
-        # Here rather than at the interpreter's end, where a failure could no longer be answered.
+        # Flushed here, because an error at the exit of the interpreter could no longer be reported.
         sys.stdout.flush()
         return code
     except ArgumentError as error:
-        # Other arguments that the problem mentions become flags, too; what was found is quoted as it is.
+        # Names of other arguments in the message become flags, too. The value that was found is not changed.
         expected, found, value = error.problem.partition(", found ")
         problem = re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda name: _flag(name[0]), expected) + found + value
         return _fail(f"{_flag(error.argument)}: {problem}", 2)
     except ConfigError as error:
         return _fail(error, 2)
     except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough; what is left would fail again at the end.
+        # The program that reads our output (head, less) has ended. Without this, flushing the rest would fail again at
+        # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory", 1)
     except RuntimeError as error:
-        # By name, because the command line does without torch: its error for a full GPU.
+        # torch's error for a full GPU, compared by name because the command line does not import torch.
         if type(error).__name__ == "OutOfMemoryError":
             return _fail("out of GPU memory: lower --micro-batch-tokens, or the batch", 1)
         if "can't start new thread" in str(error) or "can't allocate memory" in str(error):
@@ -142,15 +143,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "Too many open files" in str(error):
             return _fail("too many open files: raise the limit, for example with `ulimit -n 4096`", 1)
         if str(error).startswith("DataLoader worker"):
-            return _fail("a process that prepares data was killed, for want of memory perhaps", 1)
+            return _fail("a process that loads data was killed, probably because memory ran out", 1)
         raise
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
 
 
 def _check_processes(command: Any, arguments: Sequence[str]) -> None:
-    """Refuse several processes where each of them would do the same and write the same files, and an environment that
-    torchrun does not make.
+    """Refuse several processes for commands that do not share their work, because each process would write the same
+    files, and refuse environment variables that torchrun would not set.
 
     Raises:
         ConfigError: names the command, or the variable.
@@ -160,7 +161,7 @@ def _check_processes(command: Any, arguments: Sequence[str]) -> None:
         name = " ".join(arguments[:words])
         raise ConfigError(f"{name}: works in one process; start it without torchrun (WORLD_SIZE is {count})")
     if count == 1:
-        # Of several, all that they share is checked when they meet.
+        # Several processes check it when they create the process group.
         check_environment()
 
 
@@ -217,7 +218,7 @@ def _config_file(arguments: list[str]) -> str | None:
 
 
 def _one_line(box: str) -> str:
-    """What is said in the box that tyro draws around an error: the error, and the first thing it proposes."""
+    """The error in the box that tyro draws, and tyro's first proposal."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     # The first row is a title. Where the output is not UTF-8, rules are made of hyphens and there are no corners.
     rows = " ".join(row.strip("╭╮│╰╯ ") for row in text.splitlines()[1:])

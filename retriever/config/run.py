@@ -73,9 +73,9 @@ class TrainConfig:
     """Recompute activations of the towers in backward: less memory, about a third more time."""
     loss_spikes: Literal["ignore", "warn", "skip", "roll_back"] = "warn"
     """What to do about a step whose loss is far above the median of the steps before. ignore: nothing. warn: log a
-    message; only logged steps are checked. skip: leave the step out. roll_back: leave it out and return to the weights of the newest checkpoint, without
-    reading data again. skip and roll_back wait for the device after every step, and end the run after ten spikes in a
-    row."""
+    message; only logged steps are checked. skip: leave the step out. roll_back: leave it out and return to the weights
+    of the newest checkpoint, without reading data again. skip and roll_back wait for the device after every step, and
+    end the run after ten spikes in a row."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     checkpoint_every: int = 500

@@ -31,7 +31,7 @@ class ConnectionLimits:
     idle_s: float = 15.0
     """Seconds after which a connection without a request is closed."""
     stop_s: float = 30.0
-    """Seconds that a stopping service works on the requests that it has accepted."""
+    """Maximum number of seconds for answering accepted requests when the service is stopped."""
 
 
 def within_file_limit(total: int) -> int:
@@ -45,9 +45,10 @@ def within_file_limit(total: int) -> int:
 
 
 class Connections:
-    """All connections. Where one too many opens, the one that has waited longest for a request is closed.
+    """All connections. If one too many opens, the one that has waited longest for a request is closed.
 
-    So half-open connections never keep others out. If every connection is being answered, the new one gets status 503.
+    Half-open connections therefore never block new ones. If every connection is being answered, the new one gets status
+    503.
 
     Args:
         limits: the limits.

@@ -1,4 +1,4 @@
-"""Who may ask: the Host header, and the token."""
+"""Access control: the Host header, and the token."""
 
 from __future__ import annotations
 

@@ -20,10 +20,11 @@ class Embedding:
     model: str
     """Model folder or hub name, which may end in @revision."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the towers. bf16 is the fastest on a GPU and stores the weights in bf16; otherwise bf16 and fp16 use
-    autocast. Embeddings differ between precisions by rounding only."""
+    """Precision of the towers. bf16 is the fastest on a GPU, where the weights are stored in bf16, too. fp16, and bf16
+    on a CPU, use autocast. Embeddings differ between precisions by rounding only."""
     micro_batch_tokens: int | None = None
-    """Tokens per forward pass, padding included. None: 4096 on a CPU, up to 262144 on a GPU, by its free memory."""
+    """Maximum number of tokens per forward pass, including padding. None: 4096 on a CPU; on a GPU, up to 262144 as its
+    free memory allows."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto: CUDA if there is a GPU."""
     json: Switch = False
@@ -52,8 +53,8 @@ class IndexDevice:
     """Where the index is searched: cpu, cuda:1 …, or cuda for all GPUs. auto: the GPU of the model if there is one, if
     faiss has GPU support and the index fits into its memory; otherwise the CPU, and the reason is reported."""
     index_spread: Literal["auto", "shards", "replicas"] = "auto"
-    """How several GPUs are used: shards, each has a part of the index; replicas, each has all of it and answers a part
-    of the queries. auto: one GPU if it holds the index, else shards."""
+    """How several GPUs are used. shards: each holds a part of the index. replicas: each holds the whole index and
+    answers a part of the queries. auto: one GPU if the index fits on it, otherwise shards."""
 
     def index_options(self) -> dict[str, Any]:
         """The flags of this class as arguments of the public functions."""
@@ -65,7 +66,8 @@ class TruncatedEmbedding(Embedding):
     """Flags of commands that can truncate embeddings."""
 
     dim: int | None = None
-    """Keep the first values of each embedding, at unit length, for a model trained with loss.matryoshka. None: all."""
+    """Keep only the first values of each embedding, scaled to unit length, for a model trained with loss.matryoshka.
+    None: all values."""
 
     def embedding_options(self) -> dict[str, Any]:
         """The flags of this class as arguments of the public functions."""

@@ -33,8 +33,8 @@ class Encode(TruncatedEmbedding):
     """Further columns of the corpus that an index keeps, for results and filters. metadata.year: year in the object
     metadata."""
     workers: int | None = None
-    """Processes that read and tokenize the corpus, for each process of torchrun; 0: threads. None: as many as a GPU
-    needs and the machine has processors for; threads on a CPU."""
+    """Number of processes that read and tokenize the corpus, for each process of torchrun. 0: threads. None: threads on
+    a CPU; on a GPU as many processes as it needs, if the machine has enough processors."""
     image: str = ""
     """Column of a table with the images or their paths. Empty: the first of image, filepath, file_name, path and file,
     unless the table has the columns of a corpus."""

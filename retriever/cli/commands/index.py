@@ -23,7 +23,7 @@ class RecallTarget:
     """How the recall of an index is measured."""
 
     k: int = 10
-    """Passages per query of the target recall."""
+    """Number of passages per query at which the recall is measured."""
     queries: Path | None = None
     """File of real queries to measure with (.jsonl, .csv, .tsv, .parquet), together with --model. None: passages."""
     model: str | None = None
@@ -55,22 +55,23 @@ class IndexBuild(RecallTarget):
     GPU builds and searches (needs faiss-gpu-cuvs). auto: chosen by size, memory budget and whether the embeddings have
     unit length; the reason is reported."""
     memory_budget_mib: float | None = None
-    """Most memory of the index in MiB; with --on-disk, most memory while building."""
+    """Maximum memory of the index in MiB; with --on-disk, maximum memory while building."""
     target_recall: float | None = None
-    """Find the cheapest search settings that reach this recall; the exit code is 1 if none does."""
+    """Find the cheapest search settings that reach this recall. The exit code is 1 if no settings reach it."""
     part: str = "1/1"
     """Build only one part of the embeddings, for example 2/8; the parts are merged later."""
     train_from: Path | None = None
-    """Index whose training is reused, so that the two can be merged."""
+    """Index whose trained quantizers are reused, so that the two indexes can be merged."""
     on_disk: Switch = False
     """Leave the inverted lists on disk, for indexes larger than memory."""
     gpu: Switch = False
-    """Train and fill on all GPUs (needs faiss-gpu), and measure recall there; with its cuVS, HNSW… graphs are built
-    there, too."""
+    """Train, fill and measure the recall of the index on all GPUs (needs a faiss for GPUs). With faiss-gpu-cuvs, HNSW…
+    graphs are built there, too."""
     seed: int = 0
     """Seed of the training sample."""
     dim: int | None = None
-    """Index the first values of each embedding, at unit length, of a model trained with loss.matryoshka. None: all."""
+    """Index only the first values of each embedding, scaled to unit length, for a model trained with loss.matryoshka.
+    None: all values."""
     json: Switch = False
     """Print the summary as JSON."""
 
@@ -107,11 +108,11 @@ class IndexTune(RecallTarget):
     """Find the cheapest search settings of an index that reach a recall."""
 
     index: Positional[Path]
-    """The index; it is replaced by one with other settings and the same codes."""
+    """The index. It is replaced by one with the same vectors and new search settings."""
     embeddings: Path
     """Folder of the embeddings of its passages, in their order; it may contain others between them."""
     target_recall: float = 0.95
-    """Recall to reach; the exit code is 1 if no setting does."""
+    """Recall to reach. The exit code is 1 if no settings reach it."""
     device: str = "auto"
     """Where recall is measured: cpu, cuda (all GPUs), cuda:1 …; auto: a GPU if faiss has GPU support and can search the
     index there, otherwise the CPU."""

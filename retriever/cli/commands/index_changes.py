@@ -15,7 +15,8 @@ from retriever.cli.commands.common import Switch, answer
 
 @dataclass(frozen=True, kw_only=True)
 class IndexMerge:
-    """Merge indexes of the same training (index build --train-from), for example the parts of one store in order."""
+    """Merge indexes that share their training (index build --train-from), for example the parts of one store in
+    order."""
 
     indexes: Positional[tuple[Path, ...]]
     """The indexes, two or more."""

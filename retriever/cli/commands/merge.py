@@ -21,10 +21,11 @@ class Merge:
     """linear: a weighted mean. slerp: spherical interpolation of each tensor; of more than two models one after
     another."""
     weights: tuple[float, ...] = ()
-    """Weight of each model, divided by their sum. None given: equal weights, or those that are best on the dev sets."""
+    """Weight of each model; the weights are divided by their sum. Empty: equal weights, or with --dev those that are
+    best on the dev sets."""
     dev: tuple[str, ...] = ()
-    """BEIR folders, or zero-shot sets for models of images and texts, on which the weights are chosen by the mean
-    score: the models are merged from the best to the worst, each with the share that is best."""
+    """Dev sets for choosing the weights by the mean score: BEIR folders, or zero-shot sets for image–text models. The
+    models are merged one by one, from the best to the worst, each with the share that gives the best score."""
     split: str = "dev"
     """Split of the dev sets."""
     max_queries: int | None = None
@@ -36,7 +37,8 @@ class Merge:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the evaluation."""
     micro_batch_tokens: int | None = None
-    """Tokens per forward pass, padding included. None: 4096 on a CPU, up to 262144 on a GPU, by its free memory."""
+    """Maximum number of tokens per forward pass, including padding. None: 4096 on a CPU; on a GPU, up to 262144 as its
+    free memory allows."""
     json: Switch = False
     """Print the result as JSON."""
 

@@ -13,7 +13,7 @@ from retriever.utils.torchrun import rank
 
 @dataclass(frozen=True, kw_only=True)
 class Mine(IndexDevice, Embedding):
-    """Find hard negatives for the queries of a training source; the file can be a training source without changes.
+    """Find hard negatives for the queries of a training source, and write a file that is a training source itself.
 
     An interrupted command continues when it is repeated. Under torchrun the processes share the work.
     """
@@ -23,13 +23,13 @@ class Mine(IndexDevice, Embedding):
     out: Path
     """The .jsonl file to write, with query, positive, negatives and scores."""
     corpus: Path | None = None
-    """Where to search: a BEIR folder (its corpus) or a file of passages. None: the corpus of a BEIR folder, otherwise
-    all positives and negatives of the source."""
+    """Passages to search: a BEIR folder (its corpus) or a file of passages. None: the corpus of --data if it is a BEIR
+    folder, otherwise all positives and negatives of the source."""
     index: Path | None = None
-    """Index of the model's embeddings to search instead. None: exact search."""
+    """Index to search, built from embeddings of the same model. None: exact search."""
     embeddings: Path | None = None
-    """Folder of the corpus's embeddings, continued or reused. With --index: the store that it was built from, for exact
-    scores. None: a temporary folder."""
+    """Folder for the embeddings of the corpus; existing ones are reused, and incomplete ones completed. With --index:
+    the store that the index was built from, for exact scores. None: a temporary folder."""
     split: str = "train"
     """Split of a BEIR folder or a Hugging Face data set."""
     format: Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"] = "auto"
@@ -39,33 +39,34 @@ class Mine(IndexDevice, Embedding):
     positive_column: str = "positive"
     """Column of the positive or a list of positives."""
     negatives_column: str = "negatives"
-    """Column of hard negatives, which are further passages to search; may be absent."""
+    """Column of hard negatives, which are searched, too; may be absent."""
     negatives: int = 7
-    """Most negatives per row; 0: only filter pairs."""
+    """Maximum number of negatives per row. 0: find none, only filter pairs."""
     depth: int = 100
-    """Candidates per query: the highest-scoring texts, without duplicates, empty texts and positives."""
+    """Number of candidates per query: the highest-scoring texts, without duplicates, empty texts and positives."""
     skip: int = 0
     """Number of best candidates that are skipped."""
     max_share: float | None = 0.95
-    """Drop candidates that score above this share of the best positive's score: many are unjudged positives. None: no
-    such limit."""
+    """Drop candidates that score above this share of the best positive's score, because many of them are unjudged
+    positives. None: no such limit."""
     margin: float | None = None
-    """Drop candidates that score less than this below the best positive. None: no such limit."""
+    """Drop candidates whose score is not at least this far below that of the best positive. None: no such limit."""
     max_score: float | None = None
-    """Drop candidates that score higher. None: no such limit."""
+    """Drop candidates with a higher score than this. None: no such limit."""
     min_score: float | None = None
-    """Drop candidates that score lower. None: no such limit."""
+    """Drop candidates with a lower score than this. None: no such limit."""
     sampling: Literal["top", "random"] = "top"
-    """top: the candidates of highest score. random: a random choice of the candidates."""
+    """Which candidates are used. top: those with the highest scores. random: a random choice."""
     seed: int = 0
     """Seed of the random choice."""
     cross_encoder: str | None = None
     """Folder or hub name of a cross-encoder, whose scores replace those of the model once the candidates are found."""
     keep_top: int | None = None
-    """Keep a pair only if its passage is among this many best texts of its query by the model. None: keep all pairs."""
+    """Keep a pair only if its passage is among this many texts that the model scores highest for its query. None: keep
+    all pairs."""
     keep_identical_ids: Switch = False
-    """Use passages of a BEIR folder that have their query's id and are not judged for it; they are left out as in
-    evaluation."""
+    """Keep passages of a BEIR folder that have their query's id and are not judged for it. By default they are left
+    out, as in evaluation."""
 
     def run(self, reporter: Reporter) -> int:
         from retriever.mining.mine import mine

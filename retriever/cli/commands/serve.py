@@ -46,57 +46,60 @@ class Serve(IndexDevice, TruncatedEmbedding):
     bm25_stopwords: str = "en"
     """Language of BM25's stop words in --hybrid; none: no stop words are removed."""
     reload_seconds: float = 2.0
-    """Seconds between two looks whether an index was changed (index add, delete …); it is opened while queries are
-    answered from the old one. 0: never."""
+    """Seconds between checks whether the index has changed (index add, delete …). A changed index is opened while
+    queries are answered from the old one. 0: never checked."""
     allow_changes: Switch = False
     """Accept POST /add and POST /delete, which change the index on disk. They need --token-file or --token, or
     --without-token."""
     images: Path | None = None
-    """Folder of the image files that were indexed (or of the table that names them); the page then shows the images
-    found."""
+    """Folder of the image files that were indexed, or of the table that names them. The page then shows the images of
+    the results."""
     host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 accepts requests from other machines, which need --token or --token-file."""
+    """Address to listen on. 0.0.0.0 accepts requests from other machines; these need --token or --token-file."""
     port: int = 8000
-    """Port to listen on; 0: a free port."""
+    """Port to listen on. 0: any free port."""
     token: str | None = None
     """Token that requests must have: `Authorization: Bearer TOKEN`, or as the password in a browser. Other users of
     this machine can read it in the list of processes; --token-file hides it."""
     token_file: Path | None = None
-    """File with the token instead."""
+    """File whose first line is the token, instead of --token."""
     without_token: Switch = False
-    """Let everybody ask who reaches --host, for example behind a proxy that checks who asks."""
+    """Accept requests from other machines without a token, for example behind a proxy that authenticates users."""
     allowed_host: UseAppendAction[tuple[str, ...]] = ()
-    """Name that the Host header of requests may state, besides localhost and --host; for a proxy. May be repeated."""
+    """Name that the Host header of requests may have, besides localhost and --host, for example behind a proxy. May be
+    repeated."""
     model_name: str | None = None
     """Name of the model in /v1/embeddings and /info. None: --model."""
     max_k: int = 100
-    """Most results per query."""
+    """Maximum number of results per query."""
     max_queries: int = 64
-    """Most queries per request."""
+    """Maximum number of queries per request."""
     max_query_chars: int = 4096
-    """Most characters per query."""
+    """Maximum number of characters per query."""
     max_inputs: int = 2048
-    """Most texts to embed per request."""
+    """Maximum number of texts to embed, or of passages to add, per request."""
     max_input_chars: int = 32768
-    """Most characters per text to embed."""
+    """Maximum number of characters per text to embed."""
     max_body_bytes: int = 4194304
-    """Most bytes per request."""
+    """Maximum number of bytes per request."""
     max_waiting: int = 512
-    """Most queries waiting for an answer; further ones are refused with status 429."""
+    """Maximum number of queries that wait for an answer. Further ones are refused with status 429."""
     max_connections: int = 1024
-    """Most connections. Where one more opens, the one that has waited longest for a request is closed."""
+    """Maximum number of connections. If another one opens, the connection that has waited longest for a request is
+    closed."""
     max_connections_per_client: int = 256
-    """Most connections of one address, likewise."""
+    """Maximum number of connections from one address. If another one opens, the connection from this address that has
+    waited longest for a request is closed."""
     header_seconds: float = 10.0
     """Seconds within which the headers of a request must arrive."""
     idle_seconds: float = 15.0
     """Seconds after which a connection without a request is closed."""
     stop_seconds: float = 30.0
-    """Seconds that a stopping service works on accepted requests."""
+    """Maximum number of seconds for answering accepted requests when the service is stopped."""
     batch: int = 32
-    """Most queries per batch of the model; 1: no batching."""
+    """Maximum number of queries per batch of the model. 1: no batching."""
     batch_ms: float = 3.0
-    """Milliseconds that a query waits for others to share a batch with."""
+    """Milliseconds that a query waits for other queries, which are then encoded in the same batch."""
 
     def __post_init__(self) -> None:
         if not self.index:

@@ -24,8 +24,8 @@ class Split:
     training rows with their hard negatives. Each text is written once, without surrounding white space; its id is a
     hash of the text."""
     dev: int | float | None = None
-    """Number of dev queries, or their share (0.1); 0: no dev set. None: a share of 0.05, at most 1000. A share is at
-    least 1 query. Groups are kept together, so the number may differ a little."""
+    """Number of dev queries, or their share (0.1). 0: no dev set. None: a share of 0.05, at most 1000 queries. A share
+    gives at least one query. Groups are kept together, so the number may differ a little."""
     test: int | float | None = None
     """Number of test queries, or their share, as for --dev."""
     by: Literal["component", "query"] | None = None
@@ -37,7 +37,7 @@ class Split:
     passages: Path | None = None
     """File (_id, title, text) or BEIR folder with further passages for the corpus."""
     format: Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"] = "auto"
-    """Format of --data; auto: by what is found there."""
+    """Format of --data. auto: detected from the path and its content."""
     query: str = "query"
     """Column with the text of the query."""
     positive: str = "positive"

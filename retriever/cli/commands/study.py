@@ -23,16 +23,16 @@ class Study:
     out: str
     """Folder of the study: study.csv, study.md, study.png, and the runs in cells/."""
     batch_size: tuple[int, ...] = ()
-    """Batch sizes. None given: that of the configuration."""
+    """Batch sizes. Empty: that of the configuration."""
     lr: tuple[float, ...] = ()
-    """Learning rates at the batch size of the configuration. None given: that of the configuration."""
+    """Learning rates at the batch size of the configuration. Empty: that of the configuration."""
     seeds: tuple[int, ...] = (0,)
     """Random seeds."""
     lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"
-    """How learning rates are scaled at another batch size than that of the configuration: by the square root of the
-    ratio of the batch sizes, by the ratio, or not."""
+    """How learning rates are scaled if the batch size is not that of the configuration. sqrt: by the square root of the
+    ratio of the batch sizes. linear: by the ratio. none: not scaled."""
     dry_run: Switch = False
-    """Print the cells, their steps and an estimate of their time, from a few steps that are timed; train no run."""
+    """Print the runs, their steps and an estimate of their time, for which a few steps are timed. Train no run."""
 
     def run(self, reporter: Reporter) -> int:
         from retriever.selection.study import study

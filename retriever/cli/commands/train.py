@@ -83,5 +83,5 @@ class Train:
         plan = plan_run(self.config, resume=self.resume, processes=self.processes or world_size(), progress=reporter)
         print("\n".join(plan.lines()))
         if not plan.fits:
-            reporter.line("this does not fit: fewer --micro-batch-tokens, a smaller --batch-size, or more processes")
+            reporter.line("this does not fit: lower --micro-batch-tokens or --batch-size, or use more processes")
         return 0 if plan.fits else 1

@@ -291,7 +291,9 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_one_line(world: Any, tmp
             child.kill()
 
     said = disturbed_at_step_3([str(world.config), "--out", str(tmp_path / "run"), "--data.workers", "1"], kill_worker)
-    assert said[-1] == "retriever: a process that prepares data was killed, for want of memory perhaps\n", "".join(said)
+    assert said[-1] == "retriever: a process that loads data was killed, probably because memory ran out\n", "".join(
+        said
+    )
     assert not any("Traceback" in line for line in said), "".join(said)
 
 

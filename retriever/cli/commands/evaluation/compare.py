@@ -33,7 +33,7 @@ class EvaluateCompare:
     title: str = ""
     """Title of the report. Empty: the names of the sets."""
     allow_dangling: Switch = False
-    """Accept qrels with queries that do not exist (score 0)."""
+    """Accept qrels with queries that do not exist, which count as 0."""
     keep_identical_ids: Switch = False
     """Rank passages that have their query's id and are not judged for it. BEIR leaves them out, trec_eval does not."""
     bm25: Switch = False
@@ -43,22 +43,23 @@ class EvaluateCompare:
     fuse: tuple[str, ...] = ()
     """Hybrids to add: names joined by +, for example MiniLM+BM25."""
     method: Literal["rrf", "minmax", "zscore"] = "rrf"
-    """Fusion of the hybrids: rrf: by reciprocal ranks; minmax, zscore: by normalized scores."""
+    """How the runs of a hybrid are fused. rrf: by reciprocal ranks. minmax, zscore: by normalized scores."""
     weights: tuple[float, ...] = ()
     """Weights of a hybrid's parts. Empty: equal."""
     measure: str | None = None
     """Measure of the comparison, NAME@CUTOFF: ndcg, map, recall, precision, mrr, rcap (capped recall) or success, at a
     cut-off from 1 to 1000. None: ndcg@10. The cut-off may be deeper than a run."""
     baseline: str | None = None
-    """Only test the others against this system. None: every pair."""
+    """Test all other systems against this one only. None: test every pair."""
     k: int = 1000
-    """Passages per query that are scored, and that BM25 and hybrids return at most."""
+    """Number of passages per query that are scored, and maximum number that BM25 and hybrids return."""
     permutations: int = 100_000
-    """Sign patterns of the randomization test; all possible ones if they are fewer."""
+    """Number of random sign patterns of the randomization test. If there are fewer patterns, all are used."""
     seed: int = 0
     """Seed of the randomization test."""
     changed: int = 4
-    """Number of queries to show on which a system is better than the first, and on which it is worse."""
+    """Number of queries to show on which a system is better than the first one, and the same number on which it is
+    worse."""
     json: Switch = False
     """Print the result as JSON."""
 

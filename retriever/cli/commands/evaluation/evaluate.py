@@ -30,7 +30,7 @@ class EvaluateBeir(IndexDevice, TruncatedEmbedding):
     split: str | None = None
     """Split of the qrels. None: test, and dev for MS MARCO."""
     k: int = 1000
-    """Passages per query in the run, and the deepest cut-off of the measures."""
+    """Number of passages per query in the run, and the deepest cut-off of the measures."""
     home: Path | None = None
     """Folder of the sets that --data names."""
     download: Switch = False
@@ -38,9 +38,9 @@ class EvaluateBeir(IndexDevice, TruncatedEmbedding):
     mirror: str | None = None
     """Address to download from. None: BEIR's own."""
     preflight: Switch = False
-    """Only check the sets: errors, warnings, lengths, and an estimate of time, memory and disk."""
+    """Only check the sets and report errors, warnings, lengths, and an estimate of time, memory and disk."""
     allow_dangling: Switch = False
-    """Accept qrels with passages (never found) or queries (score 0) that do not exist."""
+    """Accept qrels with passages or queries that do not exist. Such passages count as not found, such queries as 0."""
     keep_identical_ids: Switch = False
     """Rank passages that have their query's id and are not judged for it. BEIR leaves them out, trec_eval does not."""
     settings: Path | None = None
@@ -51,17 +51,15 @@ class EvaluateBeir(IndexDevice, TruncatedEmbedding):
     overlap: int = 32
     """Tokens that consecutive windows share."""
     factory: str | None = None
-    """Evaluate a FAISS index, too, built with this factory string (auto, IVF1024,Flat …)."""
+    """Also build and evaluate a FAISS index with this factory string (auto, IVF1024,Flat …)."""
     index: Path | None = None
-    """Evaluate this index, too; it must be of the same corpus and model."""
+    """Also evaluate this index, which must be of the same corpus and model."""
     dtype: Literal["float32", "float16", "int8", "binary"] = "float32"
     """Dtype of the embeddings on disk."""
     shard_rows: int = 65536
     """Passages per shard; at most this many per process are lost if a run is killed."""
-
     dims: tuple[int, ...] = ()
     """Also give the metrics with embeddings truncated to each of these dimensions, in one table and plot."""
-
     precisions: tuple[Literal["int8", "binary", "binary+int8"], ...] = ()
     """Also give the metrics with passages in int8, binary (1 bit per value), or binary+int8 (the 4 k nearest by Hamming
     distance, ranked by int8), in the same table."""
