@@ -1,0 +1,185 @@
+"""Images per second of `retriever encode` from webdataset tars, against the decoder alone on the same cores.
+
+    python scripts/benchmarks/retriever/bench_encode_images.py
+    python scripts/benchmarks/retriever/bench_encode_images.py --data 'cc3m-{00000..00003}.tar'
+
+Without --data the images are SYNTHETIC, those of bench_images.py. The image tower takes 224 x 224 pixels in 4 patches,
+so that decoding is the limit, as it is on a GPU. Rounds of the methods alternate in one process. Both read the same
+images, from the page cache:
+
+- decoder: bytes in memory are decoded, resized and center-cropped, in the threads of `retriever encode`.
+- tower: images decoded before are embedded.
+- encode: `retriever.encode` as a whole: indexes of the tars, checksums, decoding, embedding, the store on disk.
+
+Decoder and tower share the cores, so that "without_tower" compares the processor time of encode, less that of the
+tower, with the decoder's. Besides the rates, the processor time per image over all threads is reported: other load on
+the machine slows the rates but hardly changes it. Rows are written to encode_images.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import retriever
+from index.files import InputError
+from retriever.config.images import ImageConfig, ImageSource
+from retriever.config.model import ModelConfig
+from retriever.data.images.sources import open_pairs
+from retriever.encoding.encoder import EncodeOptions
+from retriever.encoding.image_encoder import DECODE_BATCH, ImageDecoder, embed_pixels
+from retriever.encoding.model import Model
+from retriever.models.images.towers import build_image_text_towers
+from scripts import RESULTS
+from scripts.benchmarks.machine import machine
+from scripts.benchmarks.result_rows import write_rows
+from scripts.benchmarks.retriever.bench_images import SecondsPerImage, word_tokenizer, write_tars
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+VISION = {
+    "image_size": 224,
+    "patch_size": 112,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def main() -> None:
+    """Measure both methods in every round."""
+    options = parse_arguments()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = options.data or write_tars(folder / "set", options)
+        model = small_model(folder)
+        pairs = open_pairs(ImageSource(data), folder / "cache")
+        images = [(pairs.read(row).image, str(row)) for row in range(len(pairs))]
+
+        def decode() -> None:
+            with ImageDecoder(model.image_towers()) as decoder:
+                for start in range(0, len(images), DECODE_BATCH):
+                    decoder(images[start : start + DECODE_BATCH])
+
+        with ImageDecoder(model.image_towers()) as decoder:
+            decoded = [pixels for pixels in decoder(images[:DECODE_BATCH]) if not isinstance(pixels, str)]
+
+        def embed() -> None:
+            for start in range(0, len(images), DECODE_BATCH):
+                embed_pixels(model.image_towers(), decoded[: len(images) - start], model.options)
+
+        def encode(number: int) -> None:
+            store = retriever.encode(model, data, folder / f"store {number}")
+            if store.rows != len(images):
+                raise SystemExit(f"expected {len(images)} rows, found {store.rows}")
+
+        found: dict[str, list[SecondsPerImage]] = {"decoder": [], "tower": [], "encode": []}
+        for number in range(options.rounds + 1):
+            methods: list[tuple[str, Callable[[], None]]] = [
+                ("decoder", decode),
+                ("tower", embed),
+                ("encode", lambda number=number: encode(number)),
+            ]
+            for name, work in methods if number % 2 else reversed(methods):
+                spent = timed(work, len(images))
+                # Round 0 is a warm-up.
+                if number:
+                    found[name].append(spent)
+                    print(f"{name} {1 / spent.wall:,.0f}/s {1000 * spent.cpu:.2f} ms", flush=True)
+    write(found, len(images), statistics.mean(len(content) for content, _ in images), options)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="", help="brace pattern of webdataset tars (default: synthetic ones)")
+    parser.add_argument("--images", type=int, default=2048, help="synthetic images (default: %(default)s)")
+    parser.add_argument(
+        "--sides",
+        type=int,
+        nargs=2,
+        default=(512, 384),
+        help="width and height of synthetic images (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of encode_images.csv")
+    parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
+    return parser.parse_args()
+
+
+def small_model(folder: Path) -> Model:
+    """A model with the usual input of 224 x 224 pixels, whose towers take next to no time."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    word_tokenizer().tokenizer.save_pretrained(folder / "tokenizer")
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(folder / "vision")
+    CLIPImageProcessor().save_pretrained(folder / "vision")
+    image = ImageConfig(name=str(folder / "vision"))
+    towers = build_image_text_towers(
+        ModelConfig(architecture=BERT, tokenizer=str(folder / "tokenizer"), pooling="mean", projection=64, image=image)
+    )
+    return Model("tiny", towers.eval(), EncodeOptions())
+
+
+def timed(work: Callable[[], None], images: int) -> SecondsPerImage:
+    """Time of a call, and the processor time of all threads of this process."""
+    started, before = time.perf_counter(), time.process_time()
+    work()
+    return SecondsPerImage((time.perf_counter() - started) / images, (time.process_time() - before) / images)
+
+
+def write(found: dict[str, list[SecondsPerImage]], images: int, size: float, options: argparse.Namespace) -> None:
+    """Write a row for each method."""
+    about = machine(options.commit)
+    rows = []
+    for name, spent in found.items():
+        every = list(zip(found["decoder"], found["tower"], spent, strict=True))
+        ratio = statistics.median(bare.cpu / one.cpu for bare, _, one in every)
+        apart = (
+            statistics.median(bare.cpu / (one.cpu - tower.cpu) for bare, tower, one in every) if name == "encode" else 0
+        )
+        rows.append(
+            {
+                "method": name,
+                "images_per_second": f"{statistics.median(1 / one.wall for one in spent):.0f}",
+                "of_decoder": f"{statistics.median(bare.wall / one.wall for bare, _, one in every):.3f}",
+                "processor_ms": f"{1000 * statistics.median(one.cpu for one in spent):.3f}",
+                "of_decoder_by_processor_time": f"{ratio:.3f}",
+                "without_tower": f"{apart:.3f}" if apart else "",
+                "rounds": options.rounds,
+                "images": images,
+                "data": "given" if options.data else "synthetic JPEG, {} x {}, quality 95".format(*options.sides),
+                "mean_bytes": f"{size:.0f}",
+                "threads": torch.get_num_threads(),
+                **about,
+            }
+        )
+    for row in rows:
+        print(
+            f"{row['method']:9} {row['images_per_second']:>6}/s, {row['of_decoder']} of the decoder; "
+            f"{row['processor_ms']} ms of processor time, {row['of_decoder_by_processor_time']} of the decoder, "
+            f"without the tower {row['without_tower'] or '–'}"
+        )
+    write_rows(rows, options.results / "encode_images.csv")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"bench_encode_images: {error}")
