@@ -52,6 +52,11 @@ class DataConfig:
     """Folder of the memory-mapped copies of the sources. None: a folder inside the run folder."""
 
     @property
+    def listed(self) -> tuple[SourceConfig | ImageSource, ...]:
+        """The sources of a run: of images if there are any, otherwise of texts."""
+        return self.images or self.sources
+
+    @property
     def texts_per_query(self) -> int:
         """Largest number of texts of a query in a batch, itself included."""
         return 1 + (self.max_positives if self.positives == "all" else 1) + self.negatives

@@ -25,6 +25,7 @@ from retriever.data.stored.corpus import CorpusTable, open_corpus
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.share import Share
 from retriever.errors import ConfigError
+from retriever.models.modality import embeds_images
 from retriever.models.towers import Towers
 from retriever.utils.device import Precision
 
@@ -62,11 +63,9 @@ def open_training_data(
         ConfigError: If the sources do not fit the model.
         InputError: If a source is missing or broken.
     """
-    if config.model.image.name:
+    if embeds_images(towers):
         from retriever.data.images.loading import open_image_batches
-        from retriever.models.images.towers import ImageTextTowers
 
-        assert isinstance(towers, ImageTextTowers)
         return open_image_batches(
             config,
             towers,

@@ -14,10 +14,10 @@ from index.progress import Progress, as_reporter
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import ImageInput, embed_images
 from retriever.errors import check_at_least, check_choice, check_paths, check_unicode
-from retriever.models.images.folder import is_image_text_model
-from retriever.models.images.towers import ImageTextTowers, load_image_text_towers
+from retriever.models.images.towers import ImageTextTowers
 from retriever.models.loading.checksums import known_checksums
-from retriever.models.towers import Towers, load_towers
+from retriever.models.modality import embeds_images, load_any_towers
+from retriever.models.towers import Towers
 from retriever.utils.check_progress import byte_progress
 from retriever.utils.device import choose_device
 
@@ -63,7 +63,7 @@ class Model:
     @property
     def embeds_images(self) -> bool:
         """Whether the model has an image tower."""
-        return isinstance(self.towers, ImageTextTowers)
+        return embeds_images(self.towers)
 
     def encode_queries(self, queries: Sequence[str], *, progress: Progress = None) -> np.ndarray:
         """Embed queries, with the model's query prompt.
@@ -124,9 +124,9 @@ class Model:
         Raises:
             InputError: The model embeds texts only.
         """
-        if not isinstance(self.towers, ImageTextTowers):
-            raise InputError(f"{self.name}: expected a model of images and texts, found one of texts only")
-        return self.towers
+        if embeds_images(self.towers):
+            return self.towers
+        raise InputError(f"{self.name}: expected a model of images and texts, found one of texts only")
 
 
 ModelInput = Model | str | Path
@@ -169,10 +169,9 @@ def load(
         check_at_least(1, dim=dim)
     check_paths(model=model)
     name, reporter = str(model), as_reporter(progress)
-    loader = load_image_text_towers if is_image_text_model(name) else load_towers
     size = sum(path.stat().st_size for path in known_checksums(name))
     with byte_progress(reporter, Path(name).name, size) as checked:
-        towers = loader(name, choose_device(device), checked=checked)
+        towers = load_any_towers(name, choose_device(device), checked=checked)
     if note := towers.describe_padding():
         reporter.line(note)
     if dim is not None:

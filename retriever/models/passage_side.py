@@ -12,12 +12,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from index.files import InputError, read_json, write_json
 from retriever.errors import ConfigError
+from retriever.models.fingerprint import add_weights, without_provenance
 from retriever.models.loading.text_settings import has_router
-from retriever.models.sharded_tensors import full_tensor
 
 if TYPE_CHECKING:
     from retriever.models.towers import Towers
@@ -36,14 +34,9 @@ def passage_modules(towers: Towers) -> list[Any]:
 
 def passage_sha256(towers: Towers) -> str:
     """A sha256 over everything that the embeddings of passages depend on; the same for one tower or two."""
-    from retriever.models.towers import without_provenance
-
     digest = hashlib.sha256()
     for number, module in enumerate(passage_modules(towers)):
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            content: Any = full_tensor(tensor.detach()).cpu().contiguous()
-            digest.update(content.view(-1).view(torch.uint8).numpy())
+        add_weights(digest, module.state_dict(), f"{number} ")
         if hasattr(module, "auto_model"):
             settings = without_provenance(module.auto_model.config.to_dict())
             digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

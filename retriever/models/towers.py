@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from index.files import InputError
 from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
+from retriever.models.fingerprint import add_weights, without_provenance
 from retriever.models.loading.adapt import adapt_model, set_text_options
 from retriever.models.loading.checksums import verify_checksums
 from retriever.models.loading.decoders import append_eos, attend_both_ways
@@ -32,16 +33,12 @@ from retriever.models.loading.lora import add_lora
 from retriever.models.loading.text_settings import SIDES, Side, has_router, pools_prompts, prompt_of, text_tokenizer
 from retriever.models.packed.attention import PackedLayout
 from retriever.models.passage_side import read_passage_model
-from retriever.models.sharded_tensors import full_tensor
 from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer, TokenizedTexts, packed_positions
 from retriever.models.weights import writing_weights
 from retriever.utils.device import to_device
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-# Keys of a transformers configuration that do not affect embeddings.
-_PROVENANCE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 class Towers(nn.Module):
@@ -56,6 +53,9 @@ class Towers(nn.Module):
     Raises:
         InputError: If the model cannot embed texts, or a prompt takes up all tokens of a text.
     """
+
+    embeds_images = False
+    """Whether the towers embed images beside texts; see retriever/models/modality.py."""
 
     def __init__(self, model: SentenceTransformer):
         super().__init__()
@@ -319,10 +319,7 @@ class Towers(nn.Module):
     def sha256(self) -> str:
         """Return a sha256 over everything that embeddings of queries or passages depend on."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            content: Any = full_tensor(tensor.detach()).cpu().contiguous()
-            digest.update(content.view(-1).view(torch.uint8).numpy())
+        add_weights(digest, self.model.state_dict())
         for side in SIDES:
             texts = self.tokenizer(side)
             digest.update(f"{self.prompt(side)!r} {texts.max_length} {texts.settings()}\n".encode())
@@ -344,15 +341,6 @@ class Towers(nn.Module):
     def _transformer(self, side: Side) -> Any:
         """Return the sentence-transformers Transformer module of a side."""
         return self._transformers[side]
-
-
-def without_provenance(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a transformers configuration without the keys that do not affect embeddings, at all levels."""
-    return {
-        name: without_provenance(value) if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if name not in _PROVENANCE
-    }
 
 
 def load_towers(

@@ -24,7 +24,7 @@ from index.progress import Reporter
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.encoding.image_encoder import embed_images
 from retriever.errors import ArgumentError, check_choice
-from retriever.models.images.towers import ImageTextTowers
+from retriever.models.modality import embeds_images
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import checksum_progress
 
@@ -158,12 +158,12 @@ def embed_queries(towers: Towers, queries: Sequence[str | Path], options: Encode
     """
     images = {row: query for row, query in enumerate(queries) if isinstance(query, Path)}
     texts = {row: query for row, query in enumerate(queries) if isinstance(query, str)}
-    if images and not isinstance(towers, ImageTextTowers):
+    if images and not embeds_images(towers):
         file = next(iter(images.values()))
         raise InputError(f"{file}: expected a model of images and texts, found a model of texts")
     vectors = np.empty((len(queries), towers.dimension), dtype=np.float32)
     vectors[list(texts)] = embed_texts(towers, list(texts.values()), "query", options)
-    if isinstance(towers, ImageTextTowers):
+    if embeds_images(towers):
         vectors[list(images)] = embed_images(towers, list(images.values()), options)
     return vectors
 

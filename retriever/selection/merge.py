@@ -26,11 +26,10 @@ from retriever.errors import (
 )
 from retriever.models.card.card import ModelCard, write_card
 from retriever.models.card.provenance import base_model, common_licence
-from retriever.models.images.folder import is_image_text_model
-from retriever.models.images.towers import load_image_text_towers
 from retriever.models.loading.checksums import write_checksums
 from retriever.models.loading.text_settings import SIDES
-from retriever.models.towers import Towers, load_towers
+from retriever.models.modality import load_any_towers
+from retriever.models.towers import Towers
 from retriever.selection.weights import Method, Weights, check_same_architecture, interpolate
 from retriever.training.validation.dev_sets import open_dev_set
 from retriever.utils.versions import COMPUTING, versions
@@ -238,8 +237,7 @@ def _load_all(names: Sequence[str], reporter: Reporter) -> tuple[Towers, list[We
     digests: dict[str, str] = {}
     with reporter.bar("load models", len(names), "models") as advance:
         for name in names:
-            loader: Any = load_image_text_towers if is_image_text_model(name) else load_towers
-            loaded: Towers = loader(name)
+            loaded = load_any_towers(name)
             if towers is None:
                 towers = loaded
             else:

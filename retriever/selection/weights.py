@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from index.files import InputError
+from retriever.models.fingerprint import without_provenance
 from retriever.models.loading.text_settings import SIDES
-from retriever.models.towers import Towers, without_provenance
+from retriever.models.towers import Towers
 
 Method = Literal["linear", "slerp"]
 Weights = Mapping[str, Tensor]

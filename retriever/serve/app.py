@@ -17,7 +17,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from index.ann.multi_index import MultiIndex
-from retriever.models.images.towers import ImageTextTowers
 from retriever.searching.hybrid import Mode
 from retriever.searching.search import Answer
 from retriever.serve import page
@@ -67,7 +66,7 @@ class Service:
         name: str = "model",
     ) -> None:
         self._name = name
-        self._embeds_images = isinstance(engine.towers, ImageTextTowers)
+        self._embeds_images = engine.towers.embeds_images
         self._default_mode: Mode = "dense" if engine.hybrid is None else "hybrid"
         self._engine = engine
         self._image_url = image_url

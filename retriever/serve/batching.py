@@ -17,8 +17,8 @@ from index.ann.index import Index
 from index.fields.filters import Filter, FilterError
 from retriever.encoding.encoder import EncodeOptions, embed_counted
 from retriever.encoding.image_encoder import embed_images
-from retriever.models.images.towers import ImageTextTowers
 from retriever.models.loading.text_settings import SIDES, Side
+from retriever.models.modality import embeds_images
 from retriever.models.towers import Towers
 from retriever.searching.search import Answer, results_of
 
@@ -306,7 +306,7 @@ class Engine:
         vectors[with_text], tokens[with_text] = embed_counted(
             self.towers, [texts[row] for row in with_text], side, self._options
         )
-        if images and isinstance(self.towers, ImageTextTowers):
+        if images and embeds_images(self.towers):
             rows = list(images)
             vectors[rows] += embed_images(self.towers, list(images.values()), self._options)
             norms = np.linalg.norm(vectors[rows], axis=1, keepdims=True)

@@ -22,7 +22,6 @@ from index.passages import Passage, checked_id, parse_passage
 from index.records import Record
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
-from retriever.models.images.towers import ImageTextTowers
 from retriever.serve.batching import Engine
 from retriever.serve.embeddings import CHUNK
 from retriever.serve.errors import JSON, RequestError
@@ -75,7 +74,7 @@ class Changes:
     async def add(self, request: Request) -> Response:
         """Handle POST /add: {"passages": [{"_id", "title", "text", and the fields of the index}, …]}."""
         rows = await self._list(request, "passages")
-        if isinstance(self._engine.towers, ImageTextTowers):
+        if self._engine.towers.embeds_images:
             raise RequestError(422, "passages: expected a model of texts, because this one also embeds images")
         index = self._engine.index
         kinds = index.columns.kinds if isinstance(index, Index) and index.columns is not None else {}

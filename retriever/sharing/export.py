@@ -22,6 +22,7 @@ from retriever.errors import check_choice, check_paths
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.loading.errors import one_line
 from retriever.models.loading.text_settings import SIDES
+from retriever.models.modality import embeds_images
 from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer
 from retriever.models.towers import Towers
 from retriever.utils.versions import versions
@@ -178,7 +179,7 @@ def _check_packages(format: ExportFormat) -> None:
 
 def _towers_of(towers: Towers) -> dict[str, _Tower]:
     """Return the towers to export, by what they embed; a shared tower twice."""
-    if isinstance(towers, ImageTextTowers):
+    if embeds_images(towers):
         height, width = towers.transform.size
         pixels = torch.randint(
             256, (3, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

@@ -255,7 +255,7 @@ def _check_same_data(components: Components) -> None:
     """Check that sources, dev set and number of steps are the same on all ranks."""
     config = components.config
     name = "data.images" if config.data.images else "data.sources"
-    paths = [source.path for source in config.data.images or config.data.sources]
+    paths = [source.path for source in config.data.listed]
     data = {f"{name}[{i}]": ContentHash(components.sources[i], path) for i, path in enumerate(paths)}
     dev_paths = config.dev.path or ", ".join(config.dev.paths)
     dev = ContentHash.of(components.dev_fingerprint, dev_paths) if components.dev_set is not None else None

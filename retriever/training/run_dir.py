@@ -25,9 +25,9 @@ from retriever.distributed.ranks import Ranks
 from retriever.models.card.card import ModelCard, write_card
 from retriever.models.loading.checksums import write_checksums
 from retriever.models.loading.lora import merged_weights
+from retriever.models.modality import build_any_towers, embeds_images
 from retriever.models.passage_side import write_passage_model
 from retriever.models.sharded_tensors import gather_tensors
-from retriever.models.towers import build_towers
 from retriever.training.checkpoint import (
     DamagedCheckpointError,
     TrainState,
@@ -250,13 +250,10 @@ def load_run_config(path: Path) -> TrainConfig:
 
 def build_configured_towers(config: TrainConfig) -> Any:
     """Build the towers of a configuration: for texts, with the prompts of the sources, or for images and texts."""
-    if not config.model.image.name:
-        towers = build_towers(config.model)
+    towers = build_any_towers(config.model)
+    if not embeds_images(towers):
         save_source_prompts(towers, config.data.sources)
-        return towers
-    from retriever.models.images.towers import build_image_text_towers
-
-    return build_image_text_towers(config.model)
+    return towers
 
 
 def _check_unused(path: Path) -> None:

@@ -61,7 +61,7 @@ class Example:
 
 def usage_examples(towers: Any) -> list[Example]:
     """Return examples for sentence-transformers, transformers and this package."""
-    if hasattr(towers, "embed_pixels"):
+    if towers.embeds_images:
         examples = {"sentence-transformers": _SENTENCE_TRANSFORMERS_IMAGES, "dense-retriever": _RETRIEVER_IMAGES}
         plain = ""
     else:
@@ -83,7 +83,7 @@ def describe_towers(towers: Any) -> dict[str, Any]:
     encoders = list(dict.fromkeys(type(module.auto_model).__name__ for module in towers.transformers))
     facts: dict[str, Any] = {
         "Encoder": ", ".join(encoders),
-        "Towers": "images and texts" if hasattr(towers, "embed_pixels") else _sides(towers),
+        "Towers": "images and texts" if towers.embeds_images else _sides(towers),
         "Weights": sum(weight.numel() for weight in towers.parameters()),
         "Embedding dimension": towers.dimension,
         "Similarity": towers.model.similarity_fn_name,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
+from retriever.models.fingerprint import add_weights, without_provenance
 from retriever.models.images.folder import (
     config_folder,
     image_processor,
@@ -28,7 +29,7 @@ from retriever.models.loading.adapt import set_text_options
 from retriever.models.loading.checksums import verify_checksums
 from retriever.models.loading.folder import Side
 from retriever.models.tokenizer import FixedLengthTokenizer, TextTokenizer
-from retriever.models.towers import Towers, without_provenance
+from retriever.models.towers import Towers
 from retriever.utils.device import to_device
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class ImageTextTowers(Towers):
     Raises:
         InputError: If the model does not embed images and texts.
     """
+
+    embeds_images = True
 
     def __init__(self, model: SentenceTransformer):
         from sentence_transformers import SentenceTransformer
@@ -183,9 +186,7 @@ class ImageTextTowers(Towers):
         for number, module in enumerate(self._image[: self._encoder_depth]):
             settings = without_provenance(module.auto_model.config.to_dict()) if hasattr(module, "auto_model") else {}
             digest.update(json.dumps([repr(module), settings], sort_keys=True, default=str).encode())
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            add_weights(digest, module.state_dict(), f"{number} ")
         return digest.hexdigest()
 
     def set_statistics(self, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> None:

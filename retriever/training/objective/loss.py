@@ -12,7 +12,7 @@ from retriever.config.loss_options import MatryoshkaConfig
 from retriever.config.run import TrainConfig
 from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
-from retriever.training.objective.sources import SourceLosses, source_loss, sources_of
+from retriever.training.objective.sources import SourceLosses, source_loss
 
 
 class DistributedClipLoss(InfCLLoss):
@@ -63,7 +63,7 @@ def build_losses(config: TrainConfig, ranks: Ranks) -> InfCLLoss | SigmoidLoss |
     """Build the loss module of a run; that of `SourceLosses` if a source has its own logit_scale."""
     own = {
         number: build_loss(source_loss(config.loss, source), ranks)
-        for number, source in enumerate(sources_of(config))
+        for number, source in enumerate(config.data.listed)
         if source.loss.logit_scale is not None
     }
     loss = build_loss(config.loss, ranks)

@@ -31,7 +31,7 @@ class SourceObjective:
         Raises:
             ValueError: A setting of a source is out of range.
         """
-        sources = sources_of(config)
+        sources = config.data.listed
         if len(sources) < 2:
             return [cls("", source_loss(config.loss, source)) for source in sources] or [cls("", config.loss)]
         return [
@@ -67,11 +67,6 @@ def loss_of_source(loss: InfCLLoss | SigmoidLoss | SourceLosses, source: int) ->
     own = loss.of_sources[name] if name in set(loss.of_sources) else loss.default
     assert isinstance(own, InfCLLoss | SigmoidLoss)
     return own
-
-
-def sources_of(config: TrainConfig) -> tuple[SourceConfig | ImageSource, ...]:
-    """Return the sources of a run, of texts or of images."""
-    return config.data.images or config.data.sources
 
 
 def source_loss(loss: LossConfig, source: SourceConfig | ImageSource) -> LossConfig:

@@ -72,7 +72,7 @@ def run_card(
         dev_fingerprint: Fingerprint of the dev set. Default: "".
     """
     bases = _bases(config)
-    given: Sequence[SourceConfig | ImageSource] = config.data.images or config.data.sources
+    given = config.data.listed
     name = " and ".join(base.name for base in bases) or "a new encoder"
     evaluations = () if after is None else _evaluations(config, metric, before, after, dev_fingerprint)
     return ModelCard(
