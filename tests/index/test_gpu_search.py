@@ -91,6 +91,37 @@ def test_types_that_gpus_cannot_search_are_named(make_index, gpus: Gpus, factory
     assert index.device == "cpu" and len(said) == 1 and "searched on the CPU: " in said[0]
 
 
+def test_a_graph_without_all_of_its_links_is_not_copied(make_index, rng, gpus: Gpus, monkeypatch) -> None:
+    monkeypatch.setattr(faiss, "GpuIndexCagra", object, raising=False)
+    index = make_index("Flat")
+    graph = faiss.IndexHNSWCagra(16, 4, faiss.METRIC_INNER_PRODUCT)
+    graph.add(rng.standard_normal((400, 16)).astype(np.float32))
+    graph.base_level_only = True
+    index.__dict__["faiss"] = graph
+    # Graphs that a CPU builds have rows of fewer links.
+    with pytest.raises(NotOnGpu, match="with all of its links, as CAGRA builds it"):
+        index.to("cuda")
+    # Behind the links of the base level there are those of upper levels, whose absence does not matter.
+    links = faiss.rev_swig_ptr(graph.hnsw.neighbors.data(), graph.hnsw.neighbors.size())
+    firsts = faiss.rev_swig_ptr(graph.hnsw.offsets.data(), graph.hnsw.offsets.size())
+    links[:] = -1
+    for row in range(400):
+        links[int(firsts[row]) : int(firsts[row]) + 8] = np.arange(8)
+    assert len(links) > 400 * 8 and index.to("cuda").device == "cuda:0"
+
+
+def test_a_graph_of_cagra_is_not_divided(make_index, gpus: Gpus, monkeypatch) -> None:
+    monkeypatch.setattr(faiss, "GpuIndexCagra", object, raising=False)
+    index = make_index("Flat")
+    graph = faiss.IndexHNSWCagra(16, 4, faiss.METRIC_INNER_PRODUCT)
+    graph.base_level_only = True
+    index.__dict__["faiss"] = graph
+    gpus.free = [2**40, 2**40]
+    with pytest.raises(NotOnGpu, match="is searched on one GPU"):
+        index.to("cuda", spread="replicas")
+    assert index.to("cuda").device == "cuda:0"
+
+
 def test_without_gpu_support_the_message_names_the_command(make_index) -> None:
     if hasattr(faiss, "StandardGpuResources"):
         pytest.skip("this faiss has GPU support")

@@ -26,6 +26,8 @@ MAX_ITOPK = 1024
 # faiss stores an inverted list in groups of this many vectors, in memory of its own.
 GROUP = 32
 BYTES_PER_LIST = 1024
+# Rows of a graph whose links are checked at once.
+CHECKED_ROWS = 2**16
 
 
 class GpuIndex:
@@ -133,8 +135,9 @@ def to_gpus(index: Any, device: str, spread: Spread = "auto") -> GpuIndex:
     check_support()
     _check_type(index)
     gpus, chosen = choose_gpus(device, spread, bytes_on_gpu(index))
-    if is_cagra(core(index)) and len(gpus) > 1 and chosen == "shards":
-        raise NotOnGpu("a CAGRA graph cannot be divided, and no GPU holds all of it")
+    if is_cagra(core(index)) and len(gpus) > 1:
+        # faiss would make a copy on the CPU.
+        raise NotOnGpu(f"a graph of CAGRA is searched on one GPU, expected it to fit on cuda:0, found {chosen}")
     try:
         return GpuIndex(index, gpus, chosen)
     except RuntimeError as error:
@@ -180,11 +183,25 @@ def _check_type(index: Any) -> None:
         )
     if not hasattr(faiss, "GpuIndexCagra"):
         raise NotOnGpu("CAGRA… needs a faiss with cuVS (faiss-gpu-cuvs)")
-    links = inner.hnsw.neighbors
+    _check_links(inner)
+
+
+def _check_links(graph: Any) -> None:
+    """Check that every row of a graph has all of its links on the base level: cuVS would read invalid memory.
+
+    Raises:
+        NotOnGpu: a link is missing or invalid.
+    """
+    faiss = import_faiss()
+    links, starts = graph.hnsw.neighbors, graph.hnsw.offsets
     numbers = faiss.rev_swig_ptr(links.data(), links.size())
-    # cuVS would read invalid memory.
-    if links.size() != inner.ntotal * inner.hnsw.nb_neighbors(0) or numbers.min() < 0 or numbers.max() >= inner.ntotal:
-        raise NotOnGpu("expected a graph with all of its links, as CAGRA builds it")
+    # Rows may have links on upper levels, too, behind those of the base level.
+    firsts = faiss.rev_swig_ptr(starts.data(), starts.size())[: graph.ntotal]
+    columns = np.arange(graph.hnsw.nb_neighbors(0), dtype=np.uint64)
+    for begin in range(0, graph.ntotal, CHECKED_ROWS):
+        some = numbers[firsts[begin : begin + CHECKED_ROWS, None] + columns]
+        if some.min() < 0 or some.max() >= graph.ntotal:
+            raise NotOnGpu("expected a graph with all of its links, as CAGRA builds it")
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def test_rows_replace_earlier_ones_in_the_given_folder(
         bench_exact.main()
     with (tmp_path / "new" / "exact.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert len(rows) == 6 and {row["commit"] for row in rows} == {"abc1234"}
+    assert len(rows) == 7 and {row["commit"] for row in rows} == {"abc1234"}
     assert {row["method"]: row["of_bare"] for row in rows}["bare float32 product and top-k"] == "1.000"
     told = capsys.readouterr()
     assert "blocks of 5000: the same bits" in told.err and "aten::mm" in told.out
