@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from index.ann.settings import Settings, flat_codes, index_layers, set_add_effor
 from index.ann.tuning.graphs import is_graph
 from index.ann.tuning.recall import Target, find_truth
 from index.ann.tuning.tune import Tuning, measured_on_gpu, tune
-from index.files import InputError, atomic_folder, recover_folder
+from index.files import InputError, atomic_folder, locked_folder, recover_folder
+from index.manifest import INDEX, read_manifest
 from index.store.ids import duplicate_id
 from index.store.parts import Part
 from index.store.prefix import truncated_like
@@ -61,35 +63,36 @@ def add_passages(
         InputError: an id is already in the index, the models or dimensions differ, the index or the store is damaged,
             or the index has its lists on disk.
     """
-    index = _open_checked(folder, out, checked, "adding", "build an index of the new passages and merge the two")
-    store = truncated_like(store, index.model)
-    index.check_model(store.model)
-    if store.dim != index.dim:
-        raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
-    part = Part(store)
-    source, sources = source_of(part), index.manifest.field("sources", list)
-    if source in sources:
-        if out is None or out.resolve() == folder.resolve():
-            return 0
-        raise InputError(f"{folder}: holds the passages of {store.folder} already")
-    store.check(checked)
-    if (found := duplicate_id([folder / IDS_FILE, *part.files("ids")])) is not None:
-        raise InputError(f"{store.folder}: expected ids that are not yet in {folder}, found {found!r}")
-    settings = Settings.of(index.faiss)
-    set_add_effort(index.faiss)
-    try:
-        add(index.faiss.add, part, progress)
-    except RuntimeError as error:
-        raise InputError(f"{folder}: cannot add {part.rows} vectors: {reason(error)}") from None
-    settings.apply(index.faiss)
-    with atomic_folder(out or folder) as new:
-        ids, passages = [folder / IDS_FILE, *part.files("ids")], [folder / PASSAGES_FILE, *part.files("jsonl")]
-        rows = index.rows + part.rows
-        write_passages(ids, passages, rows, new)
-        sha256 = write_faiss(index.faiss, new / FAISS_FILE)
-        _copy_curve(index, new)
-        finish(new, {**index.manifest.fields, "rows": rows, "sources": [*sources, source]}, sha256)
-    return part.rows
+    instead = "build an index of the new passages and merge the two"
+    with _opened(folder, out, checked, "adding", instead) as index:
+        store = truncated_like(store, index.model)
+        index.check_model(store.model)
+        if store.dim != index.dim:
+            raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
+        part = Part(store)
+        source, sources = source_of(part), index.manifest.field("sources", list)
+        if source in sources:
+            if _is_in_place(folder, out):
+                return 0
+            raise InputError(f"{folder}: holds the passages of {store.folder} already")
+        store.check(checked)
+        if (found := duplicate_id([folder / IDS_FILE, *part.files("ids")])) is not None:
+            raise InputError(f"{store.folder}: expected ids that are not yet in {folder}, found {found!r}")
+        settings = Settings.of(index.faiss)
+        set_add_effort(index.faiss)
+        try:
+            add(index.faiss.add, part, progress)
+        except RuntimeError as error:
+            raise InputError(f"{folder}: cannot add {part.rows} vectors: {reason(error)}") from None
+        settings.apply(index.faiss)
+        with _new_folder(index, out) as new:
+            ids, passages = [folder / IDS_FILE, *part.files("ids")], [folder / PASSAGES_FILE, *part.files("jsonl")]
+            rows = index.rows + part.rows
+            write_passages(ids, passages, rows, new)
+            sha256 = write_faiss(index.faiss, new / FAISS_FILE)
+            _copy_curve(index, new)
+            finish(new, {**index.manifest.fields, "rows": rows, "sources": [*sources, source]}, sha256)
+        return part.rows
 
 
 def delete_passages(
@@ -112,24 +115,25 @@ def delete_passages(
     Raises:
         InputError: this type of index does not support deletion, no passages would be left, or the index is damaged.
     """
-    index = _open_checked(folder, out, checked, "deleting", "build an index of the passages that are to stay")
-    wanted = set(ids)
-    keep = np.fromiter((id_ not in wanted for id_ in index.ids), bool, index.rows)
-    deleted = int((~keep).sum())
-    if deleted == index.rows:
-        raise InputError(f"{folder}: expected passages to be left, found that all {deleted} would be deleted")
-    if not deleted and (out is None or out.resolve() == folder.resolve()):
-        return 0
-    if deleted:
-        _delete_rows(index.faiss, keep, folder)
-    with atomic_folder(out or folder) as new:
-        write_passages([folder / IDS_FILE], [folder / PASSAGES_FILE], index.rows, new, keep)
-        sha256 = write_faiss(index.faiss, new / FAISS_FILE)
-        _copy_curve(index, new)
-        # The index no longer contains all of its sources: allow them to be added again.
-        sources = [] if deleted else index.manifest.field("sources", list)
-        finish(new, {**index.manifest.fields, "rows": index.rows - deleted, "sources": sources}, sha256)
-    return deleted
+    instead = "build an index of the passages that are to stay"
+    with _opened(folder, out, checked, "deleting", instead) as index:
+        wanted = set(ids)
+        keep = np.fromiter((id_ not in wanted for id_ in index.ids), bool, index.rows)
+        deleted = int((~keep).sum())
+        if deleted == index.rows:
+            raise InputError(f"{folder}: expected passages to be left, found that all {deleted} would be deleted")
+        if not deleted and _is_in_place(folder, out):
+            return 0
+        if deleted:
+            _delete_rows(index.faiss, keep, folder)
+        with _new_folder(index, out) as new:
+            write_passages([folder / IDS_FILE], [folder / PASSAGES_FILE], index.rows, new, keep)
+            sha256 = write_faiss(index.faiss, new / FAISS_FILE)
+            _copy_curve(index, new)
+            # The index no longer contains all of its sources: allow them to be added again.
+            sources = [] if deleted else index.manifest.field("sources", list)
+            finish(new, {**index.manifest.fields, "rows": index.rows - deleted, "sources": sources}, sha256)
+        return deleted
 
 
 def retune(
@@ -162,43 +166,50 @@ def retune(
             dimension; the index or the store is damaged; or a graph would be measured with its own passages.
         NotOnGpu: an `InputError`: GPUs cannot search this index.
     """
-    index = _open_checked(folder, None, checked)
-    store = truncated_like(store, index.model)
-    index.check_model(store.model)
-    if store.dim != index.dim:
-        raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
-    if target.queries is None and is_graph(index.faiss):
-        raise InputError(
-            f"{folder}: expected queries to measure a graph by, for a passage in it finds its own neighbours far "
-            "more easily than a query does; `retriever index build --target-recall` holds passages out of it"
-        )
-    # Recall is measured against these vectors: verify them first.
-    store.check(checked)
-    rows = _matching_rows(store, index)
-    without = np.delete(np.arange(store.rows), rows)
-    held_out = rows[target.held_out_rows(index.rows, seed)]
-    on_gpu = None
-    if device != "cpu":
-        where = "cuda" if device == "auto" else device
-        on_gpu = measured_on_gpu(index.faiss, target, note, where, optional=device == "auto")
-    tuning = tune(index.faiss, find_truth(store, target, held_out, without), target, note, on_gpu)
-    with atomic_folder(folder) as new:
-        copy_rows(folder, new)
-        if LISTS_FILE in index.manifest.files:
-            (new / LISTS_FILE).hardlink_to(folder / LISTS_FILE)
-        sha256 = write_faiss(index.faiss, new / FAISS_FILE)
-        finish(new, {**index.manifest.fields, **tuning_fields(tuning, new, index.factory, index.rows)}, sha256)
-    return tuning
+    with _opened(folder, None, checked) as index:
+        store = truncated_like(store, index.model)
+        index.check_model(store.model)
+        if store.dim != index.dim:
+            raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
+        if target.queries is None and is_graph(index.faiss):
+            raise InputError(
+                f"{folder}: expected queries to measure a graph by, for a passage in it finds its own neighbours far "
+                "more easily than a query does; `retriever index build --target-recall` holds passages out of it"
+            )
+        # Recall is measured against these vectors: verify them first.
+        store.check(checked)
+        rows = _matching_rows(store, index)
+        without = np.delete(np.arange(store.rows), rows)
+        held_out = rows[target.held_out_rows(index.rows, seed)]
+        on_gpu = None
+        if device != "cpu":
+            where = "cuda" if device == "auto" else device
+            on_gpu = measured_on_gpu(index.faiss, target, note, where, optional=device == "auto")
+        tuning = tune(index.faiss, find_truth(store, target, held_out, without), target, note, on_gpu)
+        with _new_folder(index, None) as new:
+            copy_rows(folder, new)
+            if LISTS_FILE in index.manifest.files:
+                (new / LISTS_FILE).hardlink_to(folder / LISTS_FILE)
+            sha256 = write_faiss(index.faiss, new / FAISS_FILE)
+            finish(new, {**index.manifest.fields, **tuning_fields(tuning, new, index.factory, index.rows)}, sha256)
+        return tuning
 
 
-def _open_checked(
+def _is_in_place(folder: Path, out: Path | None) -> bool:
+    return out is None or out.resolve() == folder.resolve()
+
+
+@contextlib.contextmanager
+def _opened(
     folder: Path,
     out: Path | None,
     checked: Callable[[int], None] | None,
     what: str | None = None,
     instead: str = "",
-) -> Index:
+) -> Iterator[Index]:
     """Open the index and verify every byte of it, because the new index gets checksums of its own.
+
+    An index that will be replaced is locked: of two processes that change it, the second would undo what the first did.
 
     Args:
         what: the operation, if it needs its lists in memory; None if not.
@@ -208,13 +219,28 @@ def _open_checked(
     recover_folder(folder)
     if out is not None:
         check_replaceable(out)
-    index = Index.open(folder, verify="hash", progress=checked)
-    if what is not None and LISTS_FILE in index.manifest.files:
-        raise InputError(
-            f"{folder}: {what}: expected lists in memory, found lists on disk; {instead}, with --train-from {folder} "
-            "and --on-disk"
-        )
-    return index
+    with locked_folder(folder) if _is_in_place(folder, out) and folder.is_dir() else contextlib.nullcontext():
+        index = Index.open(folder, verify="hash", progress=checked)
+        if what is not None and LISTS_FILE in index.manifest.files:
+            raise InputError(
+                f"{folder}: {what}: expected lists in memory, found lists on disk; {instead}, with --train-from "
+                f"{folder} and --on-disk"
+            )
+        yield index
+
+
+@contextlib.contextmanager
+def _new_folder(index: Index, out: Path | None) -> Iterator[Path]:
+    """The folder of the changed index, which replaces the old one on success.
+
+    Raises:
+        InputError: the index to replace is no longer the one that was opened.
+    """
+    with atomic_folder(out or index.folder) as new:
+        yield new
+        # A lock belongs to the folder that was opened: `retriever index build` may have put another in its place.
+        if _is_in_place(index.folder, out) and read_manifest(index.folder, INDEX) != index.manifest:
+            raise InputError(f"{index.folder}: another process has replaced this index meanwhile; try again")
 
 
 def _matching_rows(store: EmbeddingStore, index: Index) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from index_helpers import flipped_bytes, listing, pairs_of, passages_of
 
+from index.ann import edit
 from index.ann.build import Plan, build
 from index.ann.edit import add_passages, delete_passages, retune
 from index.ann.index import Index
@@ -326,3 +327,42 @@ def test_edits_first_recover_an_interrupted_replacement(
     assert add_passages(tmp_path / "index", more) == (300 if before_exchange else 0)
     assert verify(tmp_path / "index").rows == 600
     assert not list(tmp_path.glob(".index.*"))
+
+
+@pytest.mark.parametrize("first", ["add", "delete", "tune"])
+@pytest.mark.parametrize("second", ["add", "delete", "build"])
+def test_no_change_is_undone_by_one_that_runs_meanwhile(
+    tmp_path: Path, make_store: Callable, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    store, place = make_store(vectors[:100]), tmp_path / "index"
+    new = [make_store(vectors[n : n + 5], [f"n{n + i}" for i in range(5)], name=f"new{n}") for n in (100, 105)]
+    build(store, place, factory="IVF4,Flat")
+    changes = {
+        "add": lambda number: add_passages(place, new[number]),
+        "delete": lambda number: delete_passages(place, [store.ids()[number]]),
+        "tune": lambda number: retune(place, store, Target(0.5, 3)),
+        "build": lambda number: build(new[number], place, factory="Flat"),
+    }
+    refused, between, original = [], [], edit.write_faiss
+
+    def write_while_another_changes(index: object, path: Path) -> str:
+        monkeypatch.setattr(edit, "write_faiss", original)
+        try:
+            changes[second](1)
+        except InputError as error:
+            refused.append(str(error))
+        between.append(listing(place))
+        return original(index, path)
+
+    monkeypatch.setattr(edit, "write_faiss", write_while_another_changes)
+    if second == "build":
+        with pytest.raises(InputError, match="another process has replaced this index meanwhile"):
+            changes[first](0)
+        assert listing(place) == between[0] and not refused
+    else:
+        changes[first](0)
+        assert refused == [f"{place}: another process is writing here"]
+    assert (
+        Index.open(place).rows == {"build": 5, "add": 105, "delete": 99, "tune": 100}[second if not refused else first]
+    )
+    verify(place)
