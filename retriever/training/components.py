@@ -30,7 +30,7 @@ from retriever.models.loading.lora import cast_base
 from retriever.models.loading.quantized_linear import quantize_base
 from retriever.models.memory import GraphMemory
 from retriever.models.passage_side import freeze_passage_side
-from retriever.training.cuda_graphs import check_cuda_graphs, why_no_cuda_graphs
+from retriever.training.cuda_graphs import can_use_cuda_graphs, check_cuda_graphs
 from retriever.training.objective.checks import check_dimension, check_objective
 from retriever.training.objective.guide import open_guide
 from retriever.training.objective.loss import build_losses, check_ranks
@@ -125,7 +125,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
         workspace_mib=config.loss.workspace_mib,
         micro_batch_tokens=config.micro_batch_tokens,
         offload_embeddings=config.offload_embeddings,
-        cuda_graphs=config.cuda_graphs if why_no_cuda_graphs(towers, precision) is None else False,
+        cuda_graphs=config.cuda_graphs if can_use_cuda_graphs(config, towers, precision) else False,
     )
     if config.cuda_graphs:
         check_cuda_graphs(towers, precision)

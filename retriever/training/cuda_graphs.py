@@ -21,6 +21,7 @@ from torch import Tensor
 
 from retriever.config.run import TrainConfig
 from retriever.errors import ConfigError
+from retriever.models.loading.quantized_linear import QuantizedLinear
 from retriever.models.memory import MAX_CAPTURED_TOKENS
 from retriever.models.mixed_precision import gradient_sums
 from retriever.models.packed.attention import LONG, PackedLayout
@@ -43,16 +44,22 @@ def uses_cuda_graphs(config: TrainConfig, towers: Towers, precision: Precision, 
     """
     if config.cuda_graphs is not None:
         return config.cuda_graphs
+    return can_use_cuda_graphs(config, towers, precision) and max(sizes) <= MAX_CAPTURED_TOKENS
+
+
+def can_use_cuda_graphs(config: TrainConfig, towers: Towers, precision: Precision) -> bool:
+    """Whether micro-batches that are small enough can run as CUDA graphs."""
     # What TrainConfig refuses together with cuda_graphs.
     others = config.compile or config.gradient_checkpointing or config.shard_towers or config.model.image.name
-    return not others and why_no_cuda_graphs(towers, precision) is None and max(sizes) <= MAX_CAPTURED_TOKENS
+    return not others and why_no_cuda_graphs(towers, precision) is None
 
 
 def check_cuda_graphs(towers: Towers, precision: Precision) -> None:
     """Check that `use_cuda_graphs` supports the towers.
 
     Raises:
-        ConfigError: the precision is not bf16 on a GPU, or the attention of a model family needs padding.
+        ConfigError: the precision is not bf16 on a GPU, the attention of a model family needs padding, or weights are
+            stored in 4 bits.
     """
     if reason := why_no_cuda_graphs(towers, precision):
         raise ConfigError(f"cuda_graphs: {reason}")
@@ -65,6 +72,8 @@ def why_no_cuda_graphs(towers: Towers, precision: Precision) -> str | None:
     families = list(dict.fromkeys(encoder.config.model_type for encoder in towers.encoders))
     if not towers.padding_free or "mpnet" in families:
         return f"expected attention that needs no padding, found {', '.join(families)}"
+    if any(isinstance(module, QuantizedLinear) for encoder in towers.encoders for module in encoder.modules()):
+        return "expected weights of 16 bits, found 4 bits (model.lora.base nf4)"
     return None
 
 

@@ -25,6 +25,7 @@ from retriever.distributed.ranks import Ranks
 from retriever.models.card.card import ModelCard, write_card
 from retriever.models.loading.checksums import write_checksums
 from retriever.models.loading.lora import merged_weights
+from retriever.models.loading.quantized_linear import QuantizedLinear
 from retriever.models.modality import build_any_towers, embeds_images
 from retriever.models.passage_side import write_passage_model
 from retriever.models.sharded_tensors import gather_tensors
@@ -134,8 +135,13 @@ class RunFolder:
             prune_checkpoints(checkpoints, keep)
         self.ranks.barrier()
 
-    def check_space(self, modules: dict[str, nn.Module], keep: int) -> None:
+    def check_space(self, modules: dict[str, nn.Module], keep: int, lora: LoraConfig) -> None:
         """Check that checkpoints and the model fit on the disk.
+
+        Args:
+            modules: what a checkpoint contains.
+            keep: number of checkpoints that are kept.
+            lora: how the model is saved.
 
         Raises:
             InputError: the disk is too small.
@@ -143,12 +149,19 @@ class RunFolder:
         if not self.ranks.is_first:
             return
         parameters = [parameter for module in modules.values() for parameter in module.parameters()]
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        buffers = [buffer for module in modules.values() for buffer in module.buffers()]
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *buffers))
+        model = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        if lora.rank and lora.save == "merged":
+            # In fp32, whatever the base is stored in.
+            layers = [each for module in modules.values() for each in module.modules()]
+            packed = sum(each.in_features * each.out_features for each in layers if isinstance(each, QuantizedLinear))
+            model = 4 * (packed + sum(parameter.numel() for parameter in parameters))
         # The optimizer has two moments at most. A new checkpoint is written before an old one is removed.
         moments = sum(
             2 * parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad
         )
-        needed = (keep + 1) * (weights + moments) + weights
+        needed = (keep + 1) * (weights + moments) + model
         check_free_space(self.path, needed, f"{keep} checkpoints and the model", replaces=self.path / "checkpoints")
 
     def save_model(self, towers: Any, config: TrainConfig, card: ModelCard, *, sharded: bool) -> None:

@@ -161,7 +161,7 @@ class Trainer:
         if profile:
             self._check_profile()
         with self._folder.locked():
-            self._folder.check_space(self.components.modules, self.config.keep_checkpoints)
+            self._folder.check_space(self.components.modules, self.config.keep_checkpoints, self.config.model.lora)
             log = self._open_log()
             try:
                 with StopRequest(self.ranks.any if self.ranks.world_size > 1 else None) as stop:
