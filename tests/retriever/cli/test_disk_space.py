@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cli_helpers import assert_refused, command
 
-from index import disk_space
+from index.files import disk_space
 
 
 def test_too_small_a_disk_is_told_before_anything_is_written(
