@@ -19,6 +19,8 @@ from retriever.config.yaml_loader import read_yaml
 from retriever.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
+# Suffixes of files that a source names with braces or wildcards.
+SHARDS = (".tar", ".tar.gz", ".tgz", ".parquet")
 """Name of the configuration file in a run folder."""
 # Accepted spellings of None for an optional number.
 NONE_WORDS = ("none", "null", "auto")
@@ -98,8 +100,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         return str(Path(path).resolve()) if path and Path(path).exists() else path
 
     def absolute_shards(path: str) -> str:
-        # A brace range does not exist as a file.
-        return str(Path(path).absolute()) if path.endswith(".tar") else absolute(path)
+        # Braces and wildcards do not exist as files. URLs and commands are no paths.
+        is_path = "://" not in path and not path.startswith("pipe:")
+        return str(Path(path).absolute()) if is_path and path.endswith(SHARDS) else absolute(path)
 
     def absolute_set(path: str) -> str:
         folder, split = split_of_path(path)

@@ -18,7 +18,7 @@ def throughput_tables(results: Path) -> dict[str, str]:
 
 def image_tables(results: Path) -> dict[str, str]:
     """The tables of docs/design/images.md, by name."""
-    makers = {"image_train": image_train_table, "images": images_table}
+    makers = {"image_train": image_train_table, "images": images_table, "encode_images": encode_images_table}
     return {name: make(read_rows(results / f"{name}.csv")) for name, make in makers.items()}
 
 
@@ -107,6 +107,23 @@ def images_table(rows: Sequence[Row]) -> str:
             lines.append(
                 f"| {row['method']} | {number(row['images_per_second'])} | {float(row['of_decoder']):.2f} | "
                 f"{row['processor_ms']} |"
+            )
+        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}. {where(own)}"]))
+    return "\n\n".join(tables) + "\n"
+
+
+def encode_images_table(rows: Sequence[Row]) -> str:
+    """Images per second of `retriever encode` from tars, and the processor time of its parts."""
+    tables = []
+    for own in by_hardware(rows):
+        lines = [
+            "| measured | images/s | processor ms per image | relative to the decoder, without the tower |",
+            "|---|---:|---:|---:|",
+        ]
+        for row in own:
+            lines.append(
+                f"| {row['method']} | {number(row['images_per_second'])} | {row['processor_ms']} | "
+                f"{row['without_tower'] or '–'} |"
             )
         tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}. {where(own)}"]))
     return "\n\n".join(tables) + "\n"

@@ -25,7 +25,7 @@ from retriever.config.model import ModelConfig
 from retriever.config.optim import OptimConfig
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
-from retriever.config.yaml_file import load_config, save_config
+from retriever.config.yaml_file import load_config, save_config, with_absolute_paths
 from retriever.errors import ConfigError
 
 FULL = TrainConfig(
@@ -286,6 +286,16 @@ def _flags(config: Any, prefix: str = "--") -> list[tuple[str, Any]]:
         elif field.name not in ("architecture", "sources", "images"):
             found.append((flag, value))
     return found
+
+
+def test_patterns_of_files_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    local = ["a-{000..331}.tar", "a-*.tar.gz", "{0..9}.tgz", "hub/train-*.parquet"]
+    others = ["https://host/{000..331}.tar", "s3://bucket/*.parquet", "pipe:cat 0.tar", "owner/name"]
+    images = tuple(ImageSource(path) for path in (*local, *others))
+    model = ModelConfig(image=ImageConfig("tiny"))
+    config = with_absolute_paths(TrainConfig(data=DataConfig(images=images), model=model))
+    assert [source.path for source in config.data.images] == [str(tmp_path / path) for path in local] + others
 
 
 def test_every_field_has_a_docstring() -> None:
