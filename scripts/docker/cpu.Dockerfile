@@ -3,7 +3,7 @@
 #   docker build -f scripts/docker/cpu.Dockerfile -t dense-retriever:cpu .
 #   docker run --rm -v "$PWD:/data" dense-retriever:cpu train run.yaml
 #   docker run --rm -p 8000:8000 -v "$PWD:/data" dense-retriever:cpu \
-#       serve --model runs/first/model --index runs/first/index --host 0.0.0.0
+#       serve --model runs/first/model --index runs/first/index --host 0.0.0.0 --token-file token.txt
 FROM python:3.12-slim
 
 WORKDIR /opt/dense-retriever
