@@ -155,7 +155,15 @@ def run_settings(config: TrainConfig) -> dict[str, Any]:
                 found[f"{prefix}{field.name}"] = int(item) if whole else item
 
     collect(config, "")
-    return found
+    # Groups of settings that this run does not use.
+    unused = {
+        "model.image.": not config.data.images,
+        "mining.": config.mine_every is None,
+        "model.lora.": not config.model.lora.rank,
+    }
+    return {
+        name: value for name, value in found.items() if not any(off and name.startswith(p) for p, off in unused.items())
+    }
 
 
 def _evaluations(

@@ -105,7 +105,7 @@ def test_a_typed_query_shows_the_best_passage_with_its_score(browser: Page, addr
     assert browser.evaluate("document.getElementById('query').value") == "how high is the monument of Paris?"
     scores = [float(score) for score in browser.texts(".score")]
     assert len(scores) == 4 and 0.3 < scores[0] < 1 and scores == sorted(scores, reverse=True)
-    assert " of 4 passages in " in browser.texts(".note")[0]
+    assert " of 4 passages in " in browser.texts("main .note")[0]
     assert "violin" in browser.ask("instrument with strings")[0]
     assert logged_errors(browser) == []
     browser.screenshot(tmp_path / "page.png")
