@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ class Qdrant(Engine):
         from qdrant_client.http.exceptions import ApiException
 
         # The local mode raises Python's own.
-        return ApiException, QdrantException, RuntimeError, ValueError
+        return ApiException, QdrantException, RuntimeError, ValueError, sqlite3.Error
 
     def _open(self) -> None:
         from qdrant_client import QdrantClient, models

@@ -1,0 +1,67 @@
+"""huggingface_hub's own client uploads a model over HTTP, downloads it at a revision, and lays out the cache itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_helpers import World
+from hub_server import local_hub
+
+import retriever
+from index.store.reader import EmbeddingStore
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(*words: object, endpoint: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own: the client reads its settings when it is imported."""
+    variables = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache),
+        "HF_TOKEN": "hf_secret",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    command = [sys.executable, "-m", "retriever", *map(str, words)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_model_is_pushed_and_loaded_at_a_pinned_revision(world: World, tmp_path: Path) -> None:
+    with local_hub() as hub:
+        push = ("push", "--model", world.model, "--repo", "acme/words", "--revision", "v1")
+        refused = run(*push, endpoint=hub.url, cache=tmp_path, HF_TOKEN="hf_wrong")
+        assert (
+            refused.returncode == 1 and "acme/words: not pushed: " in refused.stderr and "Trace" not in refused.stderr
+        )
+        done = run(*push, endpoint=hub.url, cache=tmp_path)
+        assert done.returncode == 0, done.stderr
+        oid = hub.branches["acme/words", "v1"]
+        assert f"acme/words@{oid}" in done.stdout and hub.private == {"acme/words": True}
+        files = hub.commits[oid]
+        assert files["model.safetensors"] == (world.model / "model.safetensors").read_bytes()
+        assert b'SentenceTransformer("acme/words", revision="v1")' in files["README.md"]
+        # A newer commit on the branch does not change what the pinned name loads.
+        hub.branches["acme/words", "v1"] = hub.commit("acme/words", "v1", [])
+        hub.commits[hub.branches["acme/words", "v1"]] = {**files, "README.md": b"newer"}
+        encode = ("encode", "--model", f"acme/words@{oid}", "--data", world.beir)
+        first = run(*encode, "--out", tmp_path / "online", endpoint=hub.url, cache=tmp_path)
+        assert first.returncode == 0, first.stderr
+        assert any(line.startswith("GET /acme/words/resolve/") for line in hub.asked)
+        asked = len(hub.asked)
+        offline = run(*encode, "--out", tmp_path / "offline", endpoint=hub.url, cache=tmp_path, HF_HUB_OFFLINE="1")
+        assert offline.returncode == 0 and len(hub.asked) == asked, offline.stderr
+        none = run("encode", "--model", "acme/words@v9", "--data", world.beir, "--out", tmp_path / "none",
+                   endpoint=hub.url, cache=tmp_path)  # fmt: skip
+        assert none.returncode == 1 and "acme/words@v9" in none.stderr and "Trace" not in none.stderr
+    expected = retriever.load(world.model).encode_passages(["cat small domestic animal that purrs"])
+    for name in ("online", "offline"):
+        vectors = EmbeddingStore.open(tmp_path / name).vectors()
+        assert np.abs(vectors @ expected[0] - 1).min() < 1e-4
