@@ -46,7 +46,7 @@ def parts_imported(path: Path, package: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module == package:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
-            found.add((node.module or "").split(".")[1])
+            found.add((node.module or "").removeprefix(f"{package}.").split(".")[0])
     return found
 
 

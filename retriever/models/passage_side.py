@@ -10,21 +10,32 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from index.files import InputError, read_json, write_json
 from retriever.errors import ConfigError
 from retriever.models.fingerprint import add_weights, without_provenance
-from retriever.models.loading.text_settings import has_router
+from retriever.models.loading.text_settings import Side, has_router
+from retriever.models.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
-    from retriever.models.towers import Towers
+    from sentence_transformers import SentenceTransformer
 
 PASSAGE_FILE = "passage_model.json"
 """File in a model folder: "model", the fingerprint of the model that embedded the passages, and "passage_sha256"."""
 
 
-def passage_modules(towers: Towers) -> list[Any]:
+class PassageTowers(Protocol):
+    """What is needed of `retriever.models.towers.Towers`, which imports this module."""
+
+    model: SentenceTransformer
+
+    def prompt(self, side: Side) -> str: ...
+
+    def tokenizer(self, side: Side) -> TextTokenizer: ...
+
+
+def passage_modules(towers: PassageTowers) -> list[Any]:
     """The sentence-transformers modules that a passage passes through, in order."""
     modules: list[Any] = list(towers.model)
     if not has_router(towers.model):
@@ -32,7 +43,7 @@ def passage_modules(towers: Towers) -> list[Any]:
     return [*modules[0].sub_modules["document"], *modules[1:]]
 
 
-def passage_sha256(towers: Towers) -> str:
+def passage_sha256(towers: PassageTowers) -> str:
     """A sha256 over everything that the embeddings of passages depend on; the same for one tower or two."""
     digest = hashlib.sha256()
     for number, module in enumerate(passage_modules(towers)):
@@ -47,7 +58,7 @@ def passage_sha256(towers: Towers) -> str:
     return digest.hexdigest()
 
 
-def freeze_passage_side(towers: Towers) -> None:
+def freeze_passage_side(towers: PassageTowers) -> None:
     """Freeze all weights that the embeddings of passages depend on, so that only the query tower is trained.
 
     Raises:
@@ -61,7 +72,7 @@ def freeze_passage_side(towers: Towers) -> None:
         module.requires_grad_(False)
 
 
-def write_passage_model(folder: Path, towers: Towers, model: dict[str, str]) -> None:
+def write_passage_model(folder: Path, towers: PassageTowers, model: dict[str, str]) -> None:
     """Record in a model folder that its passages are embedded as by another model.
 
     Args:
@@ -72,7 +83,7 @@ def write_passage_model(folder: Path, towers: Towers, model: dict[str, str]) -> 
     write_json(folder / PASSAGE_FILE, {"model": model, "passage_sha256": passage_sha256(towers)})
 
 
-def read_passage_model(folder: Path, towers: Towers) -> dict[str, str] | None:
+def read_passage_model(folder: Path, towers: PassageTowers) -> dict[str, str] | None:
     """The fingerprint of the model whose passages are embedded alike; None if the folder records none.
 
     Raises:

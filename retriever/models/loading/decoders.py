@@ -8,6 +8,9 @@ from typing import Any
 
 from retriever.errors import ConfigError
 
+# Families whose `is_causal` selects the attention; their sequences can be packed too (packed/families.py).
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
 
 def append_eos(transformers: Iterable[Any]) -> None:
     """Make tokenizers append the EOS token to every text, in place, unless they do so already.
@@ -46,8 +49,6 @@ def attend_both_ways(transformers: Iterable[Any]) -> None:
     Raises:
         ConfigError: If a model is not of a family that supports it.
     """
-    from retriever.models.packed.families import DECODERS
-
     for transformer in transformers:
         encoder = transformer.auto_model
         if encoder.config.model_type not in DECODERS:

@@ -1,6 +1,6 @@
 """Hugging Face model families that support packed sequences.
 
-A new family is added to ENCODERS or DECODERS, and to the table of docs/design/training.md.
+A new family is added to ENCODERS, or to DECODERS in loading/decoders.py, and to the table of docs/design/training.md.
 The attention of a model is replaced through transformers' AttentionInterface. All other layers work on single tokens;
 some of them are replaced by fused kernels. The tests compare every supported family with its padded outputs.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from retriever.models.loading.decoders import DECODERS
 from retriever.models.loading.folder import text_towers
 from retriever.models.loading.text_settings import has_router
 from retriever.models.packed import mpnet
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "modernbert")
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 _ATTENTION = "retriever_packed"
 
 
