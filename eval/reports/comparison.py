@@ -100,7 +100,7 @@ def named_systems(words: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"{path}: no such file or folder")
         if not name or name in systems or name == BM25:
             found = f"found {name!r} {'twice' if name in systems else ''}".strip()
-            raise InputError(f"{word}: expected a name of its own for each system, as in NAME={path}; {found}")
+            raise InputError(f"{word}: expected a different name for each system, as in NAME={path}; {found}")
         systems[name] = path
     return systems
 
@@ -177,7 +177,7 @@ def _check_request(request: Request, measure: str, sets_plan: Plan, out: Path) -
     if len(set(names)) < len(names):
         raise ArgumentError("fuse", f"expected each hybrid once, found {', '.join(names[len(known) :])}")
     if out.resolve() in {path.resolve() for path in request.systems.values()}:
-        raise ArgumentError("out", f"expected a folder of its own, found {out}, the report of a system")
+        raise ArgumentError("out", f"expected another folder, found {out}, the report of a system")
     if request.baseline is not None and request.baseline not in names:
         raise ArgumentError("baseline", f"expected one of {', '.join(names)}, found {request.baseline}")
 

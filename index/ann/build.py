@@ -169,7 +169,7 @@ def build(
 
 
 def choose_for(store: EmbeddingStore, memory_mib: float | None, *, on_disk: bool = False) -> str:
-    """The result of `factory.choose` for `store`; a sample of its vectors tells whether norms vary.
+    """The result of `factory.choose` for `store`; a sample of its vectors shows whether norms vary.
 
     Raises:
         InputError: no index fits `memory_mib`.

@@ -12,7 +12,7 @@ ZEROS_AT_ONCE = 2**22
 
 
 def check_free_space(folder: Path, needed: int, what: str, *, replaces: Path | None = None) -> None:
-    """Check that the disk of a folder has room for what a long run will write.
+    """Check that the disk of a folder has enough free space for what a long run will write.
 
     Args:
         folder: the folder; it may not exist yet.

@@ -151,7 +151,7 @@ def _with_pairs_excluded(sharded: DistributedBatch) -> tuple[DistributedBatch, P
 
 
 def _ring(own: PassageBlock, shards: Shards, communication: Communication) -> Iterator[PassageBlock]:
-    """All blocks of the pool, this rank's own first; the next one is on its way meanwhile."""
+    """All blocks of the pool, this rank's own first; the next one is transferred at the same time."""
     block = own
     for step in range(communication.size):
         next_block, outgoing, incoming = block, list[Tensor](), list[Tensor]()

@@ -64,7 +64,7 @@ class ModelConfig:
                 f"model.projection: expected none with model.image.into_text_space, found {self.projection}"
             )
         if self.image.into_text_space and not (self.name or self.architecture):
-            raise ValueError("model.image.into_text_space: expected false for a model with projections of its own")
+            raise ValueError("model.image.into_text_space: expected false for a model that has its own projections")
         if self.lora.rank and self.lora.save == "adapter" and not self.name:
             raise ValueError("model.lora.save: expected merged for a model from scratch, found adapter")
         if self.dropout is not None and not 0 <= self.dropout < 1:

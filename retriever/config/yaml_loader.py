@@ -1,4 +1,4 @@
-"""Parse a YAML file of settings in bounded time and memory; whatever is wrong with it becomes one ConfigError."""
+"""Parse a YAML file of settings in bounded time and memory; any error in it becomes a ConfigError."""
 
 from __future__ import annotations
 

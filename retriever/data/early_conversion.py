@@ -1,4 +1,4 @@
-"""Converting the sources of a run in a process of its own, while the command imports its libraries.
+"""Converting the sources of a run in a separate process, while the command imports its libraries.
 
 Importing torch and sentence-transformers takes several seconds, and so does reading a few hundred thousand rows;
 neither needs the other.
@@ -44,7 +44,7 @@ class EarlyConversion:
             self._process.join(0.1)
             if progress is not None:
                 progress(0)
-        # Only then all files are whole.
+        # Only then all files are complete.
         if not (self._folder / _DONE).exists():
             return False
         # The JSON file last, as the conversion writes it.
@@ -55,7 +55,7 @@ class EarlyConversion:
         return bool(found)
 
     def close(self) -> None:
-        """End the process and remove what nobody took."""
+        """End the process and remove the files that were not used."""
         self._process.terminate()
         self._process.join()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -66,7 +66,7 @@ _running: list[EarlyConversion] = []
 
 @contextlib.contextmanager
 def converting(sources: Sequence[SourceConfig], convert: Callable[[SourceConfig, Path], Any]) -> Iterator[None]:
-    """Context in which a process converts small sources into a temporary folder, from which `taken` takes them.
+    """Context in which a process converts small sources into a temporary folder, from which `taken` moves them.
 
     Does nothing where a process cannot be forked safely, or for sources that are large or cannot be read; those are
     converted, or refused, when they are opened.

@@ -46,7 +46,7 @@ class CrossEncoderScorer:
             the model says otherwise. Default: False, as `CrossEncoder.predict` gives them.
 
     Raises:
-        InputError: There is no such model, it has code of its own, no weights as safetensors, or several outputs.
+        InputError: There is no such model, it has custom code, no weights as safetensors, or several outputs.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ def freeze_passage_side(towers: PassageTowers) -> None:
     frozen = {id(weight) for module in passage_modules(towers) for weight in module.parameters()}
     own = [weight for weight in towers.model.parameters() if id(weight) not in frozen and weight.requires_grad]
     if not own:
-        raise ConfigError("query_only: expected a query tower with weights of its own, found one that shares them all")
+        raise ConfigError("query_only: expected a query tower with its own weights, found one that shares all of them")
     for module in passage_modules(towers):
         module.requires_grad_(False)
 

@@ -103,7 +103,7 @@ def place_index(
     Args:
         index: one index, or several searched as one.
         model_device: the device of the model.
-        reporter: is told where the index is searched if there is a GPU.
+        reporter: reports where the index is searched if there is a GPU.
         index_device: "cpu", "cuda", "cuda:1" …; "auto": the model's GPU if it has one and if that is possible.
         index_spread: how several GPUs are used, see `Index.to`.
 

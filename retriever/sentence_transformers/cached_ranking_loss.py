@@ -88,7 +88,7 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         batch.scale.requires_grad_(learned)
         weights = getattr(self.calculate_loss, "matryoshka_weights", ())
         if learned and any(weight != 1 for weight in weights):
-            # They weight the embeddings' gradients after calculate_loss, which is not told.
+            # They are applied to the embeddings' gradients after calculate_loss, which does not know them.
             raise ValueError(f"learn_scale must be False under MatryoshkaLoss with weights {weights}")
         given: Any = batch  # what they call labels goes to calculate_loss as it is
         loss = self.forward_cached(columns, given)

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Seconds that a stopping service leaves connections without a request to send one that is on its way.
+# Seconds for which a stopping service waits for requests that are already on the network.
 DRAIN_SECONDS = 0.5
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
 
@@ -65,7 +65,7 @@ class Connections:
         return self._per_client.total()
 
     def add(self, connection: LimitedProtocol) -> bool:
-        """Count a new connection; returns whether there is room for it."""
+        """Count a new connection; returns whether it is accepted."""
         self._per_client[connection.address] += 1
         self._waiting[connection] = None
         if self._per_client[connection.address] > self.limits.per_client:

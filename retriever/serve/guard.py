@@ -43,8 +43,8 @@ def allowed_names(host: str, names: Sequence[str]) -> frozenset[str] | None:
 class Guard:
     """Middleware that refuses requests with another Host header or without the token.
 
-    A page of another site can make a browser ask a service of its user's machine through a name of its own (DNS
-    rebinding); its Host header is then that name.
+    A page of another site can make a browser send requests to a service on its user's machine under the name of that
+    site (DNS rebinding); the Host header is then that name.
 
     Args:
         app: the application.

@@ -147,7 +147,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
             cluster=lambda table: _clusters(config, model, table, cache_folder(config, run), reporter),
         )
     stored = None
-    # A plan embeds no texts with a teacher.
+    # --dry-run does not embed texts with a teacher.
     if config.query_only or (config.loss.teacher.uses_embeddings and not isinstance(ranks, DryRunRanks)):
         stored = open_stored_embeddings(
             config,

@@ -52,7 +52,7 @@ class MemoryPlan:
     """Purpose -> bytes in use during a part of each step."""
     peak: float
     """Largest number of bytes in use at any time."""
-    room: float
+    available: float
     """Bytes that the GPU of this process, or the machine, has in all."""
     host: dict[str, float]
     """Purpose -> bytes on the host, if `resident` and `step` are on a GPU."""
@@ -61,12 +61,12 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the room."""
-        return self.peak <= self.room
+        """Whether the peak is within the available memory."""
+        return self.peak <= self.available
 
     def lines(self) -> list[str]:
         """Format the plan for the terminal."""
-        rows = [*self.resident.items(), *self.step.items(), ("peak", self.peak), ("of", self.room)]
+        rows = [*self.resident.items(), *self.step.items(), ("peak", self.peak), ("of", self.available)]
         device = [f"  {name:<58}{size / MIB:>12,.0f} MiB" for name, size in rows]
         host = [f"  {name + ' (host)':<58}{size / MIB:>12,.0f} MiB" for name, size in self.host.items()]
         return [*self.notes, *device, *host]

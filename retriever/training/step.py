@@ -104,7 +104,7 @@ class TrainStep:
             step: number of the step, from 0.
             statistics: whether to compute statistics too, if the configuration has them. Default: False.
             observe: called with the embeddings of the queries, [n, D]. Default: None.
-            rejects: tells by the loss whether the optimizer leaves this step out. Default: None, never.
+            rejects: function of the loss that returns whether the optimizer skips this step. Default: None, never.
         """
         config, device = self.config, self.towers.device
         of_loss = loss_device(device)

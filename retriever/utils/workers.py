@@ -56,7 +56,7 @@ def init_worker(worker: int) -> None:
     for number in TERMINATION_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # torch's own check for the parent then blocks on the queue of results, which nobody reads.
+    # torch's own check for the parent then blocks on the queue of results, which is no longer read.
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
     threading.Thread(target=_exit_after, args=(parent.pid, threading.Event()), daemon=True).start()

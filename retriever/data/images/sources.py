@@ -64,7 +64,7 @@ def check_path(path: str) -> None:
     if path.startswith("pipe:"):
         raise InputError(f"{path}: commands are not run; expected the path or URL of the tars that it reads")
     if "::" in path and not path.startswith(("simplecache::", "filecache::")):
-        raise InputError(f"{path}: expected one path; give each part between :: as a source of its own")
+        raise InputError(f"{path}: expected one path; give each part between :: as a separate source")
 
 
 def detect_format(path: str) -> str:

@@ -15,7 +15,7 @@ from index.passages import PassageFile, file_state
 
 VERSION = 1
 BATCH_ROWS = 4096
-# Second word of the seed; see data/schedule.py and data/batches.py for the others.
+# Second word of the seed; see data/schedules/ and data/batches.py for the others.
 _RANDOM_PASSAGES = 4
 
 

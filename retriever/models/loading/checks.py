@@ -55,7 +55,7 @@ def _check_modules(file: Path) -> None:
     """Check that the classes and settings of a modules.json or router_config.json are known."""
     for kind, folder in _modules(file):
         if not kind.startswith(_PACKAGE):
-            raise InputError(f"{file}: the model has code of its own, {kind}, which is not run")
+            raise InputError(f"{file}: the model has custom code, {kind}, which is not run")
         _check_keys(kind.rsplit(".", 1)[-1], folder / "config.json")
         _check_classes(folder / "config.json")
         if kind.rsplit(".", 1)[-1] in ("Router", "Asym"):
@@ -99,7 +99,7 @@ def _check_classes(file: Path) -> None:
         return
     if settings.get("model_type") not in CONFIG_MAPPING:
         name = own_class(settings["auto_map"], None) or settings["auto_map"]
-        raise InputError(f"{file}: the model has code of its own, {name}, which is not run")
+        raise InputError(f"{file}: the model has custom code, {name}, which is not run")
 
 
 def _needs_no_vocabulary(file: Path) -> bool:

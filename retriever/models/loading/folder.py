@@ -64,7 +64,7 @@ def _load_model(path: str, pooling: str | None, *, plain_texts: bool) -> Sentenc
             model = SentenceTransformer(location, device="cpu", model_kwargs=kwargs, trust_remote_code=False)
     except load_errors() as error:
         if "trust_remote_code" in str(error):
-            raise InputError(f"{path}: the model has code of its own, which is not run") from error
+            raise InputError(f"{path}: the model has custom code, which is not run") from error
         found = folder.is_dir()
         problem = f"cannot be loaded as a text model: {one_line(error)}" if found else hub_problem(error)
         raise InputError(f"{path}: {problem}") from error
@@ -224,7 +224,7 @@ def _check_transformer(transformer: Any, path: str) -> None:
         raise InputError(f"{path}: {error}") from error
     encoder, tokenizer = transformer.auto_model, transformer.tokenizer
     if code := own_class(getattr(encoder.config, "auto_map", None), type(encoder)):
-        raise InputError(f"{path}: the model has code of its own, {code}, which is not run")
+        raise InputError(f"{path}: the model has custom code, {code}, which is not run")
     _set_pad_token(tokenizer, path)
     try:
         embeddings = encoder.get_input_embeddings()

@@ -1,1 +1,1 @@
-"""Signs of training that goes wrong: loss spikes, collapse, zero weights, an edited configuration."""
+"""Signs that training is failing: loss spikes, collapse, zero weights, an edited configuration."""

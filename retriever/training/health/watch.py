@@ -1,4 +1,4 @@
-"""What is done about signs of training that goes wrong: a line, a skipped step, or a return to the last checkpoint."""
+"""Reactions to signs that training is failing: a warning, a skipped step, or a return to the last checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HealthWatch:
 
     @property
     def rejects(self) -> Callable[[Tensor], bool] | None:
-        """Function of the loss that tells whether the optimizer's step is skipped; None if no step is.
+        """Function of the loss that returns whether the optimizer's step is skipped; None if no step is.
 
         It waits for the device.
         """
@@ -98,9 +98,8 @@ class HealthWatch:
                 return
             if loaded.scaler is not None:
                 parts.scaler.load_state_dict(loaded.scaler)
-            self._reporter.line(
-                f"step {self._state.step}: rolled back to the weights of step {loaded.step}; the data goes on"
-            )
+            weights = f"rolled back to the weights of step {loaded.step}"
+            self._reporter.line(f"step {self._state.step}: {weights}; continuing with the next batch")
 
     def _rejects(self, loss: Tensor) -> bool:
         value, step = float(loss), self._state.step + 1
@@ -113,7 +112,7 @@ class HealthWatch:
         if self._spikes.in_a_row > MAX_IN_A_ROW:
             raise InputError(
                 f"step {step}: loss {value:.4f}: {MAX_IN_A_ROW} steps in a row were far above the median {median:.4f} "
-                f"of the steps before, and were not made. Lower optim.lr, or set loss_spikes to warn"
+                f"of the steps before, and were skipped. Lower optim.lr, or set loss_spikes to warn"
             )
         self._reporter.line(f"step {step}: skipped: its loss {value:.4f} is a spike (median {median:.4f})")
         return True

@@ -272,13 +272,13 @@ def test_judged_queries_without_text_are_refused_or_allowed_and_count(place: Pat
     ("words", "code", "message"),
     [
         (["{p}/none"], 1, "none: no such file or folder"),
-        (["{p}/poor", "{p}/poor"], 1, "expected a name of its own for each system"),
-        (["BM25={p}/poor"], 1, "expected a name of its own for each system"),
+        (["{p}/poor", "{p}/poor"], 1, "expected a different name for each system"),
+        (["BM25={p}/poor"], 1, "expected a different name for each system"),
         (["{p}/rocks"], 1, "expected rocks/run.trec"),
         (["{p}/poor/rocks/run.trec", "--data", "{p}/rocks", "{p}/woods"], 1, "expected one data folder for a run file"),
         (["{p}/poor", "--fuse", "poor+BM25"], 2, "--fuse: expected names among poor, found BM25"),
         (["{p}/poor", "--bm25", "--fuse", "poor+BM25", "poor+BM25"], 2, "--fuse: expected each hybrid once"),
-        (["{p}/poor", "--out", "{p}/poor"], 2, "--out: expected a folder of its own"),
+        (["{p}/poor", "--out", "{p}/poor"], 2, "--out: expected another folder"),
         (["{p}/poor", "--fuse", "poor"], 2, "--fuse: expected names joined by +"),
         (["{p}/poor", "{p}/good", "--fuse", "poor+good", "--weights", "1"], 2, "--weights: expected 2"),
         *(

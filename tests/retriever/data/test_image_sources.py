@@ -232,7 +232,7 @@ def test_compressed_tars_wildcards_and_urls_are_read_like_tars(tmp_path: Path) -
         (tmp_path / "cut.tgz", r"cut\.tgz: expected a tar compressed by gzip"),
         (tmp_path / "no*.tar", r"no\*\.tar: no such file"),
         ("pipe:curl x.tar", "pipe:curl x.tar: commands are not run"),
-        ("a.tar::b.tar", "expected one path; give each part between :: as a source of its own"),
+        ("a.tar::b.tar", "expected one path; give each part between :: as a separate source"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             opened(ImageSource(str(path)), tmp_path)

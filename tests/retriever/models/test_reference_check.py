@@ -254,11 +254,11 @@ def test_custom_code_is_neither_run_nor_prompted_for(
         folder = Path(encoder_folder(tiny, tmp_path / name))
         (folder / "own.py").write_text(code)
         rewrite(folder / "config.json", **changes)
-        refuse(str(folder), r"the model has code of its own, own\.OwnModel, which is not run")
+        refuse(str(folder), r"the model has custom code, own\.OwnModel, which is not run")
         whole = Path(model_folder(tmp_path / f"{name}_st", transformer(encoder), Pooling(32)))
         (whole / "own.py").write_text(code)
         rewrite(whole / "config.json", **changes)
-        refuse(str(whole), r"the model has code of its own, own\.OwnModel, which is not run")
+        refuse(str(whole), r"the model has custom code, own\.OwnModel, which is not run")
     # A class that is part of transformers under the same name is used.
     rewrite(tmp_path / "over" / "config.json", auto_map={"AutoModel": "own.BertModel"})
     assert_embeds_alike(str(tmp_path / "over"))
@@ -266,12 +266,12 @@ def test_custom_code_is_neither_run_nor_prompted_for(
     (folder / "own.py").write_text(code)
     modules = json.loads((folder / "modules.json").read_text())
     (folder / "modules.json").write_text(json.dumps([modules[0], {**modules[1], "type": "own.Pooling"}]))
-    refuse(str(folder), r"modules\.json: the model has code of its own, own\.Pooling, which is not run")
+    refuse(str(folder), r"modules\.json: the model has custom code, own\.Pooling, which is not run")
     routed = Router.for_query_document([transformer(encoder), Pooling(32)], [transformer(encoder), Pooling(32)])
     folder = Path(model_folder(tmp_path / "routed", routed))
     types = json.loads((folder / "router_config.json").read_text())["types"]
     rewrite(folder / "router_config.json", types={**types, "query_1_Pooling": "own.Pooling"})
-    refuse(str(folder), r"router_config\.json: the model has code of its own, own\.Pooling, which is not run")
+    refuse(str(folder), r"router_config\.json: the model has custom code, own\.Pooling, which is not run")
     rewrite(tmp_path / "new" / "config.json", auto_map={"AutoConfig": "own.OwnConfig"})
     config = ModelConfig(image=dataclasses.replace(ModelConfig().image, name=str(tmp_path / "new")))
     with pytest.raises(InputError, match="cannot be loaded"):

@@ -106,7 +106,7 @@ def test_a_spike_is_told_skipped_or_rolled_back(
     assert not torch.equal(found["warn"][6], found["warn"][5])
     assert "step 6: skipped: its loss" in output["skip"]
     assert torch.equal(found["skip"][6], found["skip"][5]) and torch.equal(found["skip"][5], found["warn"][5])
-    assert "rolled back to the weights of step 3; the data goes on" in output["roll_back"]
+    assert "rolled back to the weights of step 3; continuing with the next batch" in output["roll_back"]
     assert torch.equal(found["roll_back"][6], found["roll_back"][3])
     # A run that is resumed from before the spike does the same.
     again = Trainer.resume(tmp_path / "skip", Terminal())
