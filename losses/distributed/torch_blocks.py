@@ -9,15 +9,15 @@ from losses.checks import accumulator_dtype
 from losses.distributed.blocks import ColumnSums, GradientFactors, GradientWeights, PartialSums, PassageBlock, RowSums
 from losses.inputs import ContrastiveBatch
 from losses.precision import BlockProducts, GradientSums, Precision
-from losses.torch_tiles.inf_cl import (
+from losses.torch_tiles.inf_cl import add_row_gradients
+from losses.torch_tiles.masks import NegativeMasks, PairGradients
+from losses.torch_tiles.statistics import (
     Statistics,
-    add_row_gradients,
     add_statistics,
     constant_shift,
     negative_log_probability,
     score_bounds,
 )
-from losses.torch_tiles.masks import NegativeMasks, PairGradients
 from losses.torch_tiles.tiles import ScoreTiles, TileMasks
 
 SCALE_ROWS = 8192

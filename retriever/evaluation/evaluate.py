@@ -27,7 +27,8 @@ from retriever.errors import ArgumentError, check_at_least, check_choice, check_
 from retriever.evaluation.preflight import check_sets
 from retriever.evaluation.report_folder import ReportFolder
 from retriever.evaluation.set_settings import read_settings, unused
-from retriever.evaluation.suite import LowerPrecision, Suite, SuiteOptions
+from retriever.evaluation.suite import Suite
+from retriever.evaluation.suite_options import LowerPrecision, SuiteOptions
 from retriever.searching.search import check_index_device
 
 

@@ -27,7 +27,7 @@ from retriever.evaluation.set_settings import towers_for
 from retriever.models.towers import SIDES, Side, Towers
 
 if TYPE_CHECKING:
-    from retriever.evaluation.suite import SuiteOptions
+    from retriever.evaluation.suite_options import SuiteOptions
 
 # Smaller corpora are encoded faster than the speed of the model is measured.
 MIN_PASSAGES_TO_ESTIMATE = 2000

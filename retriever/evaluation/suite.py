@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +20,6 @@ from eval.reports.suite import SetResult, SuiteResult, data_checksums, write_sui
 from eval.runs import write_trec_run
 from eval.sets.plan import Plan, Task, check_outside, rows_of_tasks
 from eval.sizes import SizeResult
-from index.ann.gpu.search import Spread
 from index.ann.rescoring import search_rescored
 from index.beir import BeirDataset
 from index.files import InputError, sha256_file
@@ -31,58 +29,22 @@ from index.records import count_records
 from index.store.prefix import truncated, unit_prefix
 from index.store.quantized import QuantizedStore
 from index.store.reader import EmbeddingStore
-from index.store.shards import StoreDtype
 from retriever.distributed.agreement import ContentHash, check_same_folder, check_same_on_ranks
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import StoreOptions, corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.files import embed_queries
 from retriever.evaluation.long_documents import split_documents
-from retriever.evaluation.set_settings import SetSettings, towers_for
+from retriever.evaluation.set_settings import towers_for
+from retriever.evaluation.suite_index import build_or_reuse_index, check_factory, check_one_set, open_index
+from retriever.evaluation.suite_options import LowerPrecision, SuiteOptions
 from retriever.models.towers import Towers
 from retriever.searching.search import place_index
 from retriever.utils.check_progress import checksum_progress
 from retriever.utils.versions import COMPUTING, device_name, versions
 
-LowerPrecision = Literal["int8", "binary", "binary+int8"]
-"""Precision of the passages' embeddings in further results."""
-
 if TYPE_CHECKING:
     from index.ann.index import Index
-
-
-@dataclass(frozen=True)
-class SuiteOptions:
-    """Options of an evaluation; the defaults suit most users."""
-
-    k: int = 1000
-    """Passages per query in the run."""
-    windows: bool = False
-    """Split long documents into windows and score a document by its best window, instead of truncating it."""
-    overlap: int = 32
-    """Tokens shared by consecutive windows."""
-    factory: str | None = None
-    """Faiss factory string of an index that is built for each corpus and evaluated in addition to exact search."""
-    index: Path | None = None
-    """Existing index of the same corpus and model, evaluated in addition to exact search."""
-    index_device: str = "auto"
-    """Where an index is searched, see `retriever.searching.search.place_index`."""
-    index_spread: Spread = "auto"
-    """How several GPUs are used, see `Index.to`."""
-    settings: Mapping[str, SetSettings] = field(default_factory=dict)
-    """Prompts and maximum lengths by set."""
-    dangling: bool = False
-    """Continue if the qrels judge passages or queries that do not exist."""
-    keep_identical_ids: bool = False
-    """Keep passages that have the id of their query."""
-    dtype: StoreDtype = "float32"
-    """Dtype of the vectors on disk."""
-    shard_rows: int = 65536
-    """Passages per shard of the store."""
-    dims: tuple[int, ...] = ()
-    """Dimensions to which the embeddings are truncated for further results of exact search."""
-    precisions: tuple[LowerPrecision, ...] = ()
-    """Precisions of the passages' embeddings for further results, for each of `dims` or all dimensions."""
 
 
 class Suite:
@@ -120,7 +82,12 @@ class Suite:
         self._reporter = reporter
         self._sources: dict[str, dict[str, str]] = {}
         check_outside(out, plan.tasks)
-        self._index = self._open_index()
+        self._index: Index | None = None
+        if options.index is not None:
+            only = self._towers_of(check_one_set(options.index, plan.tasks))
+            self._index = open_index(options.index, only, reporter if self._ranks.is_first else None)
+        elif options.factory is not None:
+            check_factory(options.factory, towers.dimension)
 
     def run(self, details: Mapping[str, Any], checked: Mapping[str, Any]) -> SuiteResult:
         """Evaluate every set and write the report.
@@ -175,33 +142,6 @@ class Suite:
             }
         check_same_on_ranks(self._ranks, sets)
         check_same_folder(self._ranks, "out", self._out)
-
-    def _open_index(self) -> Index | None:
-        """Open and verify the requested index, if any.
-
-        An index or factory string that cannot be used is refused here, before hours of encoding.
-        """
-        folder, factory, tasks = self._options.index, self._options.factory, self._plan.tasks
-        if folder is not None:
-            from index.ann.index import Index
-            from index.manifest import INDEX, read_manifest
-
-            if len(tasks) != 1:
-                raise InputError(f"{folder}: expected one set to go with one index, found {len(tasks)}")
-            index = Index(read_manifest(folder, INDEX))
-            index.check_model(self._towers_of(tasks[0]).fingerprint())
-            # Only the first rank searches it.
-            if self._ranks.is_first:
-                with checksum_progress(self._reporter, [folder]) as checked:
-                    index.check(checked)
-            return index
-        if factory is not None:
-            from index.ann.factory import import_faiss, make
-
-            import_faiss()
-            if factory != "auto":
-                make(factory, self._towers.dimension)
-        return None
 
     def _towers_of(self, task: Task) -> Towers:
         return towers_for(self._towers, self._options.settings, task.name, task.row)
@@ -349,7 +289,11 @@ class Suite:
         from index.ann.factory import import_faiss
         from index.ann.settings import Settings
 
-        index = self._index or self._build_index(task, store)
+        index = self._index
+        if index is None:
+            assert self._options.factory is not None
+            folder, name = self._out / task.name / "index", task.name
+            index = build_or_reuse_index(store, folder, self._options.factory, name, self._reporter)
         index.check_model(towers.fingerprint())
         # Verifies the index again if its files have changed since.
         index.check()
@@ -375,26 +319,6 @@ class Suite:
         exact.runs[file.name] = sha256_file(file)
         products = exact_products(store, vectors)
         return approximation(index.factory, exact.run, run, self._score(dataset, run), products)
-
-    def _build_index(self, task: Task, store: EmbeddingStore) -> Index:
-        """Build the index of the store; an existing index of the same store is verified and reused."""
-        from index.ann import build as faiss_index
-        from index.ann.build import choose_for
-        from index.manifest import INDEX, NAME, read_manifest
-
-        folder, factory = self._out / task.name / "index", self._options.factory
-        assert factory is not None
-        if factory == "auto":
-            factory = choose_for(store, None)
-        if (folder / NAME).exists():
-            fields = read_manifest(folder, INDEX).fields
-            wanted = {"rows": store.rows, "dim": store.dim, "model": store.model, "source": store.source}
-            if all(fields.get(name) == value for name, value in {**wanted, "factory": factory}.items()):
-                with checksum_progress(self._reporter, [folder]) as checked:
-                    return faiss_index.Index.open(folder, verify="hash", progress=checked)
-        with self._reporter.bar(f"{task.name}: index {factory}", store.rows, "vectors") as advance:
-            faiss_index.build(store, folder, factory=factory, progress=advance)
-        return faiss_index.Index.open(folder)
 
     def _details(self) -> dict[str, Any]:
         """How all sets were evaluated, for the report."""

@@ -25,7 +25,8 @@ from losses.distributed.torch_blocks import SCALE_ROWS, TorchBackend
 from losses.inputs import ContrastiveBatch
 from losses.option_checks.objective import SHORTEST_PREFIX, Prefixes
 from losses.precision import GradientSums, Precision, add_product, round_operand
-from losses.torch_tiles.inf_cl import Statistics, add_tile, negative_log_probability, to_score_gradient
+from losses.torch_tiles.inf_cl import to_score_gradient
+from losses.torch_tiles.statistics import Statistics, add_tile, negative_log_probability
 from losses.torch_tiles.tiles import ScoreTiles
 
 

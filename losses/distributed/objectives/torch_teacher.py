@@ -21,7 +21,8 @@ from losses.distributed.torch_blocks import TorchBackend
 from losses.inputs import ContrastiveBatch
 from losses.options import Teacher
 from losses.precision import GradientSums, Precision
-from losses.torch_tiles.inf_cl import add_tile, to_score_gradient
+from losses.torch_tiles.inf_cl import to_score_gradient
+from losses.torch_tiles.statistics import add_tile
 from losses.torch_tiles.tiles import ScoreTiles
 
 
