@@ -1,4 +1,4 @@
-"""Text from data within reports and pages: nothing is interpreted, and no control character gets through."""
+"""Escaping text from data in reports and pages: markup is not interpreted, and control characters are replaced."""
 
 from __future__ import annotations
 

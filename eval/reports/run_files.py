@@ -35,7 +35,8 @@ def find_run(path: Path, dataset: BeirDataset, datasets: int) -> Path:
         )
     if datasets > 1:
         raise InputError(
-            f"{path}: expected one data folder for a run file, found {datasets}; or a folder of DATA/run.trec"
+            f"{path}: expected one data folder for a run file, found {datasets}; for several, give a folder that "
+            "contains SET/run.trec for each"
         )
     return path
 
@@ -66,7 +67,7 @@ def check_run(report: Path, dataset: str, run: Path) -> None:
 
 
 def read_judged_run(path: Path, dataset: BeirDataset, keep_identical_ids: bool) -> RankedRun:
-    """Read the judged queries of a run, without unjudged passages that have their query's id, unless these are kept."""
+    """Read the judged queries of a run. Unjudged passages with the id of their query are left out, unless kept."""
     run = read_trec_run(path)
     positions = [position for query in dataset.qrels if (position := run.position(query)) is not None]
     if not positions:

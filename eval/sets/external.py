@@ -1,4 +1,4 @@
-"""Sets by name from elsewhere: NanoBEIR on the Hugging Face Hub, and those of the package ir_datasets."""
+"""Sets from other sources, by name: NanoBEIR on the Hugging Face Hub, and those of the package ir_datasets."""
 
 from __future__ import annotations
 

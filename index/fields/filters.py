@@ -25,7 +25,7 @@ _SIGNS = {"=": "$eq", "!=": "$ne", ">": "$gt", ">=": "$gte", "<": "$lt", "<=": "
 
 
 class FilterError(InputError):
-    """A filter that has no valid form, or does not fit the passages or the index."""
+    """An invalid filter, or one that does not fit the fields of the passages or the index."""
 
 
 class Filter:
@@ -40,7 +40,7 @@ class Filter:
         condition: the condition.
 
     Raises:
-        FilterError: it has another form.
+        FilterError: the condition does not have this form.
     """
 
     def __init__(self, condition: Mapping[str, Any]) -> None:
@@ -99,7 +99,7 @@ def as_filter(value: FilterInput | None) -> Filter | None:
     In a condition, quotes enclose values with blanks, and the field's type decides how the value is read.
 
     Raises:
-        FilterError: it has another form.
+        FilterError: the filter does not have this form.
     """
     if value is None or isinstance(value, Filter):
         return value
@@ -208,7 +208,7 @@ def _value(name: str, kind: str, value: Any) -> Any:
     """The value in the type of a column.
 
     Raises:
-        FilterError: it has another type.
+        FilterError: the value has another type.
     """
     found = f"found {value!r:.60}"
     if kind in ("text", "texts"):

@@ -1,4 +1,4 @@
-"""Reading of files: at a position, while other threads read them too; and checks of paths that may be no files."""
+"""Reading files at a position, also by several threads at once, and checking that a path is a regular file."""
 
 from __future__ import annotations
 

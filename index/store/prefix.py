@@ -1,4 +1,4 @@
-"""An embedding store whose vectors are cut to their first values."""
+"""An embedding store whose vectors are truncated to their first values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PrefixStore(EmbeddingStore):
     `model` is the fingerprint of that truncated model. Files, ids and passages are those of the store.
 
     Args:
-        store: the store; of vectors of unit length.
+        store: the store, whose vectors have unit length.
         dim: number of values to keep, fewer than the store has.
 
     Raises:
@@ -60,7 +60,9 @@ class PrefixStore(EmbeddingStore):
 
 
 def truncated(store: EmbeddingStore, dim: int | None) -> EmbeddingStore:
-    """The store with its vectors cut to `dim` values at unit length; the store itself for None and its own dimension.
+    """The store with its vectors truncated to `dim` values and scaled to unit length.
+
+    For None, and if `dim` is the dimension of the store, this is the store itself.
 
     Raises:
         InputError: see `PrefixStore`.

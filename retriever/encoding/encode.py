@@ -1,4 +1,4 @@
-"""The public function `retriever.encode`: a corpus or images to an embedding store."""
+"""The public function `retriever.encode`, which embeds a corpus or images into an embedding store."""
 
 from __future__ import annotations
 

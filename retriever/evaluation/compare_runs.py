@@ -1,4 +1,4 @@
-"""The public function `retriever.compare`: runs of several systems, query by query, on BEIR sets."""
+"""The public function `retriever.compare`, which compares runs of several systems query by query on BEIR sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public function `retriever.evaluate`: a model on BEIR folders to metrics and a report."""
+"""The public function `retriever.evaluate`, which evaluates a model on BEIR folders and writes a report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public function `retriever.probe`: classification of image embeddings with training images."""
+"""The public function `retriever.probe`, which classifies image embeddings with training images."""
 
 from __future__ import annotations
 

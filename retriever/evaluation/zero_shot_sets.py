@@ -1,4 +1,4 @@
-"""The public function `retriever.zero_shot`: an image–text model on sets of images."""
+"""The public function `retriever.zero_shot`, which evaluates an image–text model on sets of images."""
 
 from __future__ import annotations
 

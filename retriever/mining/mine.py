@@ -1,4 +1,4 @@
-"""The public function `retriever.mine`: hard negatives for the queries of a training source."""
+"""The public function `retriever.mine`, which finds hard negatives for the queries of a training source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public function `retriever.score`: a model's scores of the pairs of a training source."""
+"""The public function `retriever.score`, which writes a model's scores of the pairs of a training source."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Search, and mining of hard negatives."""
+"""Building an index, search, hybrid search, near-duplicates, and export to other engines."""

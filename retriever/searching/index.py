@@ -1,4 +1,4 @@
-"""The public function `retriever.build_index`: an embedding store to a FAISS index."""
+"""The public function `retriever.build_index`, which builds a FAISS index of an embedding store."""
 
 from __future__ import annotations
 

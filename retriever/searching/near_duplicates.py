@@ -1,4 +1,4 @@
-"""The public function `retriever.near_duplicates`: groups of near-duplicates of an embedding store."""
+"""The public function `retriever.near_duplicates`, which finds groups of near-duplicates in an embedding store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public function `retriever.search`: queries to the passages or images found."""
+"""The public function `retriever.search`, which searches an index for passages or images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public function `retriever.merge`: several models of one architecture to one model."""
+"""The public function `retriever.merge`, which merges several models of one architecture into one."""
 
 from __future__ import annotations
 

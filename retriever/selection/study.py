@@ -1,4 +1,4 @@
-"""The public function `retriever.study`: training runs over batch sizes, learning rates and seeds."""
+"""The public function `retriever.study`, which compares training runs over batch sizes, learning rates and seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public function `retriever.export`: a model to ONNX or OpenVINO, checked against the original."""
+"""The public function `retriever.export`, which exports a model to ONNX or OpenVINO and compares the embeddings."""
 
 from __future__ import annotations
 

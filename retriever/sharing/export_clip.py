@@ -1,4 +1,4 @@
-"""The public function `retriever.export_clip`: an image–text model in the form of open_clip or of transformers."""
+"""The public function `retriever.export_clip`, which writes an image–text model for open_clip or transformers."""
 
 from __future__ import annotations
 

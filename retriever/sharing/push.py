@@ -1,4 +1,4 @@
-"""The public function `retriever.push`: a model folder to a repository of the Hugging Face Hub."""
+"""The public function `retriever.push`, which uploads a model folder to the Hugging Face Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public function `retriever.train`: a configuration to a trained model."""
+"""The public function `retriever.train`, which trains a model by a configuration."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ class TeacherScoresBackend:
         lengths = teacher.offsets.diff()
         self._lengths = lengths
         pairs = torch.arange(len(teacher.passages), device=teacher.passages.device)
-        # [P] the query of each listed passage. Bucketing keeps the size on the host: repeat_interleave would wait.
+        # [P] the query of each listed passage. Not by repeat_interleave, which would wait for the device to learn the
+        # size of its result.
         self._rows = torch.bucketize(pairs, teacher.offsets[1:], right=True)
         self._scores = torch.full((len(pairs),), torch.nan, dtype=self.dtype, device=pairs.device)
 

@@ -1,4 +1,4 @@
-"""Exceptions that transformers raises for faulty models, and their messages."""
+"""Exceptions that transformers raises for invalid models, and their messages."""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 MIN_RANK = 1.5
-"""Effective rank below which the embeddings of a batch are the same vector but for noise."""
+"""Effective rank below which the embeddings of a batch are the same vector, up to noise."""
 MAX_ROWS = 256
-"""Embeddings that are looked at. Fewer than MIN_ROWS, or fewer dimensions, have a low rank in any case."""
+"""Maximum number of embeddings that are used. With fewer than MIN_ROWS embeddings or dimensions, the rank is low in any
+case."""
 MIN_ROWS = 8
 
 

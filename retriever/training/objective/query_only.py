@@ -1,4 +1,4 @@
-"""Checks of `query_only`: training the query tower alone is sound only if the passages cannot move."""
+"""Checks of `query_only`: training the query tower alone is valid only if the passage embeddings cannot change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_query_only(config: TrainConfig) -> None:
     """Check the settings that do not go with `query_only`.
 
     Raises:
-        ConfigError: The passages could move away from their stored copies, or a setting has no meaning.
+        ConfigError: The passage embeddings could change during training, or a setting has no effect with `query_only`.
     """
     if not config.query_only:
         if config.passages_on != "auto":
@@ -55,13 +55,13 @@ def check_two_towers(towers: Towers) -> None:
     """Check that the query tower has weights of its own.
 
     Raises:
-        ConfigError: One tower serves both sides, so that training would move the passages.
+        ConfigError: One tower embeds both queries and passages, so that training would change the passage embeddings.
     """
     if towers.shared:
         raise ConfigError(
-            "model.shared: expected false with query_only, found true: a shared tower would move the passages away "
-            "from their copies in the store. Training against stale copies collapses: in a measurement on WordNet, "
-            "nDCG@10 fell from 0.272 to 0.0001"
+            "model.shared: expected false with query_only, found true: training a shared tower would change the "
+            "passage embeddings, while those in the store stay the same. Retrieval then collapses: in a measurement on "
+            "WordNet, nDCG@10 fell from 0.272 to 0.0001"
         )
 
 

@@ -151,7 +151,7 @@ def test_query_only_keeps_the_passages_and_their_index(data: Data, tmp_path: Pat
 
 
 def test_configurations_that_would_collapse_are_refused(data: Data, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.shared: expected false with query_only.*stale copies collapses"):
+    with pytest.raises(ConfigError, match=r"model.shared: expected false with query_only.*Retrieval then collapses"):
         data.trainer(tmp_path / "a", query_only=data.store)
     with pytest.raises(retriever.InputError, match=r"the configuration changes how .* embeds passages"):
         data.trainer(tmp_path / "b", query_only=data.store, model={"shared": False, "passage_prompt": "p: "})
