@@ -26,7 +26,7 @@ MAX_CLASSES, SHOWN_CLASSES = 40, 30
 ROWS, COLUMNS = 12, 8
 TILE = 80
 # Height of a row of a sheet: an image of height 1, and its score below.
-ROW_HEIGHT = 1.16
+ROW_HEIGHT = 1.22
 CORRECT = SERIES[2]
 
 
@@ -125,7 +125,7 @@ def sheet(rows: Sequence[Row], open_image: OpenImage, title: str = "", first_col
     """
     wanted = any(row.wanted is not None for row in rows)
     columns = max(len(row.images) for row in rows)
-    first = 1.45 if wanted else 0.0
+    first = 1.65 if wanted else 0.0
     width, height = first + columns, len(rows)
     figure = _figure(0.62 * width + 2.9, 0.62 * ROW_HEIGHT * height + 0.3)
     axes = figure.subplots()
@@ -136,14 +136,14 @@ def sheet(rows: Sequence[Row], open_image: OpenImage, title: str = "", first_col
             _tile(axes, row.wanted, 0, y, LINE, open_image)
             if row.rank is not None:
                 colour = CORRECT if row.rank <= len(row.images) else INK
-                axes.text(1.1, y + 0.5, f"{row.rank:,}", ha="center", va="center", fontsize=8, color=colour)
+                axes.text(1.28, y + 0.5, f"{row.rank:,}", ha="center", va="center", fontsize=8, color=colour)
         for x, (image, right, score) in enumerate(row.images):
             _tile(axes, image, first + x, y, CORRECT if right else None, open_image)
             colour = CORRECT if right else MUTED
-            axes.text(first + x + 0.5, y + 0.97, f"{score:.2f}", ha="center", va="top", fontsize=5.5, color=colour)
+            axes.text(first + x + 0.5, y + 1.0, f"{score:.2f}", ha="center", va="top", fontsize=5.5, color=colour)
     if wanted:
         axes.text(0.5, -0.08, first_column, ha="center", va="bottom", fontsize=8, color=MUTED)
-        axes.text(1.1, -0.08, "rank", ha="center", va="bottom", fontsize=8, color=MUTED)
+        axes.text(1.28, -0.08, "rank", ha="center", va="bottom", fontsize=8, color=MUTED)
     axes.text(first + 0.04, -0.08, "nearest first, with their scores", ha="left", va="bottom", fontsize=8, color=MUTED)
     if title:
         axes.set_title(title, fontsize=9, loc="left", color=INK)
