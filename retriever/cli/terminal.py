@@ -23,17 +23,27 @@ class Terminal(Reporter):
     def __init__(self) -> None:
         super().__init__()
         self._bars: Any = None
+        self._starting: Any = None
 
     def __enter__(self) -> Terminal:
         if sys.stderr.isatty():
             self._bars = _live_progress()
+            # Importing PyTorch and transformers takes seconds, before the command shows anything itself.
+            self._starting = self._bars.add_task("loading libraries", total=None, note="")
             self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bars is not None:
+            self._started()
             self._bars.stop()
             self._bars = None
+
+    def _started(self) -> None:
+        """Remove the bar of the start, once there is something else to show."""
+        if self._starting is not None:
+            self._bars.remove_task(self._starting)
+            self._starting = None
 
     @property
     def is_live(self) -> bool:
@@ -43,6 +53,7 @@ class Terminal(Reporter):
     def line(self, text: str) -> None:
         """Print one line, above the bars."""
         if self._bars is not None:
+            self._started()
             self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
@@ -56,6 +67,7 @@ class Terminal(Reporter):
         if self._bars is None:
             yield self._lines(task, total, unit, done)
             return
+        self._started()
         bar = self._bars.add_task(task, total=total, completed=done, note="")
         noted = False
 

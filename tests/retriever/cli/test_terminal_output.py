@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from eval.reports.escaping import printable
@@ -28,3 +30,26 @@ def test_control_characters_of_passages_do_not_reach_the_terminal() -> None:
 
 def test_control_characters_are_escaped_in_fields() -> None:
     assert escaped("a\x1b[31mb\u202ec\n\u2028d\u200de\tü\ue000") == "a\\x1b[31mb\\u202ec\\n\\u2028d\u200de\\tü\ue000"
+
+
+def test_on_a_terminal_the_start_is_shown_until_there_is_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Shown()
+    monkeypatch.setattr("sys.stderr", shown)
+    with Terminal() as terminal:
+        assert [task.description for task in terminal._bars.tasks] == ["loading libraries"]
+        with terminal.bar("encode", 10, "passages"):
+            assert [task.description for task in terminal._bars.tasks] == ["encode"]
+        assert not terminal._bars.tasks
+    assert "loading libraries" in shown.getvalue()
+    with Terminal() as terminal:
+        terminal.line("10 examples")
+        assert not terminal._bars.tasks
+    with Terminal():
+        pass
+
+
+class Shown(io.StringIO):
+    """Standard error that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
