@@ -20,8 +20,8 @@ from retriever.utils.torchrun import check_environment, local_rank, restart_coun
 from retriever.utils.versions import COMPUTING, versions
 from retriever.utils.workers import exit_with_parent
 
-# Of one collective. A rank that builds an index while the others wait is waited for without a limit (ranks.py), and
-# torchrun notices dead ranks without a timeout; a rank that hangs ends the job after this time.
+# Timeout of a collective operation, after which a rank that hangs ends the job. It does not apply while the others wait
+# for a rank that works alone, for example on an index (ranks.py). torchrun notices ranks that ended without it.
 TIMEOUT = datetime.timedelta(minutes=20)
 
 

@@ -44,7 +44,7 @@ def encode(
 ) -> EmbeddingStore:
     """Embed a corpus, or images, into a sharded embedding store with checksums.
 
-    An interrupted call can be repeated: it continues behind the last complete shard. Under torchrun every process
+    An interrupted call can be repeated: it continues after the last complete shard. Under torchrun every process
     calls this function, and the processes share the corpus shard by shard, or the images batch by batch.
 
     Args:

@@ -94,11 +94,11 @@ def compare(
         method: Fusion of the hybrids: "rrf" by reciprocal ranks, "minmax" or "zscore" by normalized scores. Default:
             "rrf".
         weights: Weights of a hybrid's parts. Default: equal.
-        measure: Measure of the comparison: ndcg, map, recall, precision, mrr, rcap or success @ 1 … 1000. Default:
-            "ndcg@10".
-        baseline: Only test the others against this system. Default: None, every pair.
+        measure: Measure of the comparison, as "NAME@CUTOFF": ndcg, map, recall, precision, mrr, rcap or success, at a
+            cut-off from 1 to 1000. Default: "ndcg@10".
+        baseline: Test all other systems against this one only. Default: None, every pair is tested.
         k: Passages per query that are scored. Default: 1000.
-        permutations: Sign patterns of the randomization test. Default: 100,000.
+        permutations: Number of random sign patterns of the randomization test. Default: 100,000.
         seed: Seed of the randomization test. Default: 0.
         changed: Number of queries to show on which a system is better, and on which it is worse. Default: 4.
         progress: Called with a `ProgressEvent` at each step. Default: None.

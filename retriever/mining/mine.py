@@ -113,7 +113,7 @@ def mine(
         query_column: Column of the query. Default: "query".
         positive_column: Column of the positive or a list of positives. Default: "positive".
         negatives_column: Column of hard negatives, which are further passages to search. Default: "negatives".
-        negatives: Most negatives per row; 0 writes none. Default: 7.
+        negatives: Maximum number of negatives per row; 0 writes none. Default: 7.
         depth: Candidates per query, those of highest score. Default: 100.
         skip: Number of best candidates that are skipped. Default: 0.
         max_share: Share of the best positive's score that a negative may have, in (0, 1]. Default: 0.95.

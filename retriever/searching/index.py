@@ -67,9 +67,10 @@ def build_index(
             None, passages held out of the training sample.
         model: The model that embeds `queries` if they are texts; the one that embedded the store.
         held_out: Number of passages to measure with if there are no queries. Default: 2000.
-        memory_budget_mib: Most memory of the index in MiB; with `on_disk`, most memory while building. Default: None.
+        memory_budget_mib: Maximum memory of the index in MiB; with `on_disk`, maximum memory while building. Default:
+            None.
         part: (n, count): build only the n-th of `count` parts of the store, to be merged later. Default: (1, 1), all.
-        train_from: Folder of an index whose training is taken over, so that the two can be merged. Default: None.
+        train_from: Folder of an index whose training is reused, so that the two can be merged. Default: None.
         on_disk: Whether to leave the inverted lists on disk, for indexes larger than memory. Default: False.
         gpu: Whether to train and fill on all GPUs (needs a FAISS for GPUs). Default: False.
         seed: Seed of the training sample. Default: 0.

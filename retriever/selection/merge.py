@@ -84,7 +84,7 @@ def merge(
     lengths are those of the first model.
 
     Averages of fine-tuned models are often better than each of them (model soups, Wortsman et al., arXiv 2203.05482),
-    and an average with the base model keeps more of what that could do (WiSE-FT, arXiv 2109.01903).
+    and an average with the base model keeps more of the abilities of the base model (WiSE-FT, arXiv 2109.01903).
 
     Args:
         models: Two or more model folders or hub names.

@@ -56,10 +56,11 @@ def study(
 ) -> Study:
     """Train a run for each combination of batch size, learning rate and seed, and report quality, time and memory.
 
-    All runs are made in this process, one after the other, with the number of epochs or steps of the configuration.
-    A study that was stopped or killed continues with the same call: finished cells are not repeated, and the
-    interrupted one resumes from its last checkpoint. Further batch sizes, rates or seeds can be added to a finished
-    study. A run that fails because memory is short or the loss is not finite is reported as such.
+    A combination is called a cell of the study. All runs are made in this process, one after the other, with the number
+    of epochs or steps of the configuration. A study that was stopped or killed continues with the same call: finished
+    cells are not repeated, and the interrupted one resumes from its last checkpoint. Further batch sizes, rates or
+    seeds can be added to a finished study. A run that fails because memory runs out or the loss is not finite is
+    reported as such.
 
     Args:
         config: A YAML file, a `TrainConfig`, or a mapping with the keys of the YAML file, with a dev set.
@@ -81,7 +82,7 @@ def study(
         ConfigError: An argument or the configuration is invalid, or it has no dev set.
         InputError: Model or data cannot be read, a batch is larger than the data, or the folder holds a study of
             another configuration.
-        Interrupted: SIGINT or SIGTERM came; the same call continues.
+        Interrupted: SIGINT or SIGTERM arrived; the same call continues the study.
     """
     base, folder, reporter = with_absolute_paths(as_config(config)), Path(out), as_reporter(progress)
     sizes = list(dict.fromkeys(batch_size or (base.batch_size,)))

@@ -19,7 +19,7 @@ from retriever.sentence_transformers.ranking_loss import Direction, Features, In
 
 @dataclass
 class _CachedBatch:
-    """What the loss of one cached forward needs beside embeddings; `scale` is a leaf that gathers its gradient."""
+    """What the loss of a batch needs besides the embeddings. `scale` is a leaf tensor, which receives a gradient."""
 
     masks: Masks | None
     scale: Tensor
@@ -28,22 +28,24 @@ class _CachedBatch:
 class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
     """`InfCLRankingLoss` with a gradient cache, in place of `CachedMultipleNegativesRankingLoss`.
 
-    The batch passes through the model in mini-batches: without a graph for the embeddings, then, once the loss has
-    given the gradient at each embedding, again with one (GradCache, Gao et al., arXiv 2101.06983). Activations of one
-    mini-batch are held at a time. The result is exact, dropout included: the second pass of a mini-batch starts from
-    the random state of its first, under the same autocast.
+    The batch passes through the model twice, in mini-batches (GradCache, Gao et al., arXiv 2101.06983). The first pass
+    computes the embeddings without an autograd graph. When the loss has given the gradient at each embedding, the
+    second pass computes the embeddings with a graph and backpropagates these gradients. Only the activations of one
+    mini-batch are in memory at a time. The result is exact, dropout included: the second pass of a mini-batch starts
+    from the random state of its first pass, under the same autocast.
 
-    **One all-reduce a step.** The second passes run in the backward of the returned loss. All but the last are in
-    DDP's `no_sync`, so DDP averages the sums of all mini-batches once. Where the trainer accumulates gradients, its own
-    `no_sync` around a whole step holds for the last mini-batch too. Mini-batches may differ in number between ranks.
+    **One all-reduce per step.** The second passes run in the backward of the returned loss. All but the last are in
+    DDP's `no_sync`, so DDP averages the sums of all mini-batches once. If the trainer accumulates gradients, its own
+    `no_sync` around a whole step applies to the last mini-batch, too. The number of mini-batches may differ between
+    ranks.
 
     Args:
         model: As in `InfCLRankingLoss`.
         scale: As in `InfCLRankingLoss`. Default: 20.
         similarity_fct: As in `InfCLRankingLoss`. Default: `cos_sim`.
         mini_batch_size: Texts per mini-batch. Default: 32.
-        mini_batch_num_tokens: Most tokens per mini-batch, padding not counted, instead of `mini_batch_size`. A longer
-            text is a mini-batch of its own. Default: None.
+        mini_batch_num_tokens: Maximum number of tokens per mini-batch, without padding, instead of `mini_batch_size`.
+            A longer text is a mini-batch of its own. Default: None.
         gather_across_devices: As in `InfCLRankingLoss`. Default: True.
         directions: As in `InfCLRankingLoss`. Default: ("query_to_doc",).
         partition_mode: As in `InfCLRankingLoss`. Default: "joint".
@@ -51,7 +53,8 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         **options: The keyword-only arguments of `InfCLRankingLoss`.
 
     Raises:
-        ValueError: beside those of `InfCLRankingLoss`, a StaticEmbedding, whose inputs have no mini-batches.
+        ValueError: As in `InfCLRankingLoss`, and if the model begins with a StaticEmbedding, whose inputs cannot be
+            divided into mini-batches.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         self.show_progress_bar = show_progress_bar
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch, as in `InfCLRankingLoss`; its backward runs the second passes."""
+        """Return the loss of a batch, as in `InfCLRankingLoss`. Its backward runs the second passes."""
         columns = list(sentence_features)
         self._check_scale_of_ranks()
         batch = _CachedBatch(self._masks(columns), self.infonce.logit_scale.detach())
@@ -88,14 +91,14 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         batch.scale.requires_grad_(learned)
         weights = getattr(self.calculate_loss, "matryoshka_weights", ())
         if learned and any(weight != 1 for weight in weights):
-            # They are applied to the embeddings' gradients after calculate_loss, which does not know them.
+            # MatryoshkaLoss weights the gradients of the embeddings after calculate_loss, but not that of the scale.
             raise ValueError(f"learn_scale must be False under MatryoshkaLoss with weights {weights}")
-        given: Any = batch  # what they call labels goes to calculate_loss as it is
+        given: Any = batch  # sentence-transformers passes its argument `labels` on to calculate_loss unchanged
         loss = self.forward_cached(columns, given)
         return _WithScale.apply(loss, self._scale(), batch.scale.grad) if learned else loss
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
-        """The loss from the embeddings [n, D] of each column's mini-batches; with_backward also goes back to them."""
+        """Return the loss of the embeddings [n, D] of each column's mini-batches; with_backward also runs backward."""
         batch = labels if isinstance(labels, _CachedBatch) else _CachedBatch(None, self.infonce.logit_scale)
         loss = self._loss([torch.cat(column) for column in reps], batch.masks, batch.scale)
         if with_backward:
@@ -118,11 +121,11 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
             )
         if copy_random_state:
             first: Any = state
-            first.autocast = _autocast_of_now(embedding.device.type)
+            first.autocast = _current_autocast(embedding.device.type)
         return embedding, state
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The arguments, for the model card; the scale as it is now."""
+        """Return the arguments for the model card, with the current scale."""
         sizes = {"mini_batch_size": self.mini_batch_size, "mini_batch_num_tokens": self.mini_batch_num_tokens}
         return super().get_config_dict() | sizes
 
@@ -143,7 +146,7 @@ class CachedInfCLRankingLoss(CachedLossMixin, InfCLRankingLoss):
         )
 
 
-def _autocast_of_now(device: str) -> Callable[[], Any]:
+def _current_autocast(device: str) -> Callable[[], Any]:
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)
 

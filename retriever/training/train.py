@@ -37,7 +37,7 @@ class TrainingRun:
     Attributes:
         folder: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, model/.
         step: Number of the last optimizer step.
-        dev_metric: Name of the measure on the dev set that the kept model is best in; "" without a dev set.
+        dev_metric: Name of the measure on the dev set by which the model was chosen; "" without a dev set.
         best_score: Its best value, in [0, 1]; None without a dev set.
         best_step: The step of the kept model; None without a dev set.
     """
@@ -94,7 +94,7 @@ def train(
     Raises:
         ConfigError: The configuration is invalid, or the folder `out` already contains a run.
         InputError: The model or the data cannot be read, or the loss is not finite.
-        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint has been saved, and `resume` continues the run.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint has been saved, and `resume` continues the run.
     """
     if resume is not None:
         if config is not None or overrides:

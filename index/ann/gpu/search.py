@@ -20,7 +20,7 @@ from index.ann.settings import Settings, core, index_layers
 Spread = Literal["auto", "shards", "replicas"]
 
 MAX_RESULTS = 2048
-"""Most results and inverted lists per query that faiss's GPU kernels can select."""
+"""Maximum number of results, and of inverted lists, per query that faiss's GPU kernels can select."""
 MAX_ITOPK = 1024
 """Longest candidate list of a search of a CAGRA graph that tuning tries."""
 # faiss stores an inverted list in groups of this many vectors, in memory of its own.
@@ -57,7 +57,7 @@ class GpuIndex:
 
     @property
     def max_results(self) -> int:
-        """Most results per query that can be searched for."""
+        """Maximum number of results per query."""
         return int(MAX_RESULTS / max(1.0, self._k_factor))
 
     def apply(self, settings: Settings) -> None:

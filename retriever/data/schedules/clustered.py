@@ -98,7 +98,7 @@ def merge_small(assignment: Integers, centroids: np.ndarray, minimum: int) -> li
     Args:
         assignment: [rows] the cluster of each row.
         centroids: [K, D] unit vectors.
-        minimum: Least number of rows of a cluster.
+        minimum: Minimum number of rows of a cluster.
     """
     centroids = centroids.astype(np.float64)
     sizes = np.bincount(assignment, minlength=len(centroids))
