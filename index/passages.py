@@ -27,7 +27,7 @@ class Passage:
     title: str
     text: str
     fields: Mapping[str, FieldValue] = field(default_factory=dict, hash=False)
-    """Further columns of the corpus that were asked for, by name; they are not encoded."""
+    """Requested further columns of the corpus, by name; they are not encoded."""
 
     @property
     def content(self) -> str:

@@ -311,7 +311,7 @@ def _loss_with_further(
             return full_matrix_loss(batch, precision, further), None
         loss, statistics = full_matrix_negatives_loss(batch, precision, further)
         return loss, statistics if batch.options.statistics else None
-    reason: str | None = "not asked for"
+    reason: str | None = "not requested"
     if implementation == "triton" or (implementation == "auto" and batch.query.is_cuda):
         reason = why_not_fused(batch.query)
         if reason is not None and implementation == "triton":

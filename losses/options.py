@@ -121,7 +121,7 @@ class Negatives:
         own: Hard negatives that only their own query has. Default: None.
         frozen: [F, D] passages that are negatives of every query and get no gradient, on the device or on the host,
             from where they are streamed in blocks; or the reader of an embedding store. Default: None.
-        frozen_excluded: [R, 2] int64 pairs (query row, frozen row) that are no negatives. Default: None.
+        frozen_excluded: [R, 2] int64 pairs (query row, frozen row) that are not negatives. Default: None.
         same_side: Whether queries are negatives of queries and passages of passages, in a single partition function
             (GTE, arXiv 2308.03281, equation 6). Default: False.
         hardness: β ≥ 0 of the weights w_ij = exp(β · c_ij) with c_ij = q_i · k_j, constant for the gradient (Robinson
@@ -229,7 +229,7 @@ class Statistics:
 
     Attributes:
         rank: [M] int64, one plus the number of negatives that score higher than the query's `positive`. Entries that
-            are removed from S, and further positives, are no negatives.
+            are removed from S, and further positives, are not negatives.
         hardest: [M] int64, the row of the highest-scoring negative in the pool, the first of equal ones; −1 if a query
             has none.
         hardest_score: [M] float32, its S_ij; −inf if a query has none.

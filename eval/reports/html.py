@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eval.reports.report import Report, ReportSet
 
 
-# Key of the plots by size; no set has this name, which is no folder.
+# Key of the plots by size; no set has this name, which is not a folder.
 SIZES = "/sizes"
 
 

@@ -160,7 +160,7 @@ def _multi_hot(content: bytes, place: str, classes: int) -> tuple[int, ...]:
 
 def _captions(content: bytes, place: str) -> tuple[str, ...]:
     try:
-        # A byte order mark is no part of a caption.
+        # A byte order mark is not part of a caption.
         lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{place}: expected UTF-8, found: {error}") from None

@@ -126,7 +126,7 @@ def is_header(columns: list[str]) -> bool:
 def header_mistake(columns: list[str]) -> str:
     """The error in a first line that is neither a header nor a judgement; empty if it may be a judgement."""
     last = columns[-1].strip("\"'").casefold()
-    # A line of another width, or with a value that is no grade, is a broken judgement.
+    # A line of another width, or with a value that is not a grade, is a broken judgement.
     if len(columns) not in (3, 4) or not last[:1].isalpha() or last in NO_GRADES:
         return ""
     if head_names(columns)[0] in PASSAGE_HEADS:

@@ -164,7 +164,7 @@ def with_nan_for_invalid_rows(batch: ContrastiveBatch, passages: int) -> Contras
 
 
 def uses_kernels(query: Tensor, implementation: str) -> bool:
-    """Whether Triton kernels compute the loss; warns if they were asked for and cannot run."""
+    """Whether Triton kernels compute the loss; warns if they were requested and cannot run."""
     if implementation == "chunked" or (implementation == "auto" and not query.is_cuda):
         return False
     reason = why_not_fused(query)

@@ -65,7 +65,7 @@ def checked_guide(guide: Guide, batch: ContrastiveBatch) -> tuple[Tensor, Tensor
     """The guide's embeddings of queries and passages, in the query's dtype.
 
     Raises:
-        ValueError: If they are no matrices of floating-point numbers with a row for each query and passage.
+        ValueError: If they are not matrices of floating-point numbers with a row for each query and passage.
     """
     for name, tensor, side in (("query", guide.query, batch.query), ("passage", guide.passage, batch.passage)):
         name = f"negatives.guide.{name}"

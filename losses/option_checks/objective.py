@@ -38,7 +38,7 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class Objective:
-    """Checked options; None means that the loss does without."""
+    """Checked options. None: the loss does not have the option."""
 
     prefixes: Prefixes | None = None
     teacher: Teacher | TeacherScores | None = None

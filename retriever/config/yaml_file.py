@@ -100,7 +100,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         return str(Path(path).resolve()) if path and Path(path).exists() else path
 
     def absolute_shards(path: str) -> str:
-        # Braces and wildcards do not exist as files. URLs and commands are no paths.
+        # Braces and wildcards do not exist as files. URLs and commands are not paths.
         is_path = "://" not in path and not path.startswith("pipe:")
         return str(Path(path).absolute()) if is_path and path.endswith(SHARDS) else absolute(path)
 

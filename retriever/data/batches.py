@@ -117,7 +117,7 @@ class TrainingBatch:
     """Queries and passages without prompts."""
 
     parts: tuple[TrainingBatch, ...] = ()
-    """Batches whose passages are no negatives of each other's queries; empty for a batch that is one block. Only the
+    """Batches whose passages are not negatives of each other's queries; empty for a batch that is one block. Only the
     parts have masks, pairs and lists then."""
     loss_share: float = 1.0
     """Share of this part in the queries of the batch over all ranks, and in its loss."""

@@ -91,7 +91,7 @@ def open_image_items(data: str, columns: ImageColumns, cache: Path, *, workers: 
 
 
 def is_image_data(data: str, columns: ImageColumns) -> bool:
-    """Whether data that are no folder are images, not a corpus of texts.
+    """Whether data that are not a folder are images, not a corpus of texts.
 
     Tars are. A table is if a column of images is given, if it has one with images, or if it has one of the usual names
     and lacks the columns of a corpus.

@@ -9,7 +9,7 @@ from pathlib import Path
 from index.files import InputError
 from retriever.errors import ArgumentError, check_paths
 
-# Large folders that are needed to compute a report, but are no part of it.
+# Large folders that are needed to compute a report, but are not part of it.
 WORKING_FOLDERS = ("embeddings", "windows", "index", "images")
 
 

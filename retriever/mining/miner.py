@@ -70,7 +70,7 @@ class _Query:
     known: Keys
     """Keys of its known positives."""
     excluded: Keys
-    """Keys of texts that are no candidates."""
+    """Keys of texts that are not candidates."""
 
 
 class Miner:
@@ -86,7 +86,7 @@ class Miner:
         corpus: The passages.
         known: All pairs of a query and a positive.
         options: Which negatives are taken, and which pairs are kept.
-        identical: Further pairs of a query and a text that is no candidate. Default: None.
+        identical: Further pairs of a query and a text that is not a candidate. Default: None.
         rescore: Scores that replace those of the model in the choice of negatives. Default: None.
     """
 

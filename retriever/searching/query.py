@@ -102,7 +102,7 @@ def parsed_filter(filter: FilterInput | None) -> Filter | None:
     """The filter of an argument.
 
     Raises:
-        ConfigError: It is no filter.
+        ConfigError: It is not a filter.
     """
     try:
         return as_filter(filter)

@@ -108,7 +108,7 @@ def place_index(
         index_spread: how several GPUs are used, see `Index.to`.
 
     Raises:
-        InputError: the index cannot be searched on the GPUs that were asked for.
+        InputError: the index cannot be searched on the requested GPUs.
     """
     check_index_device(index_device)
     check_choice(get_args(Spread), index_spread=index_spread)

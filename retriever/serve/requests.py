@@ -184,7 +184,7 @@ def image_from(data: bytes) -> Image:
     """Decode an uploaded image.
 
     Raises:
-        RequestError: it is no image, damaged or too large.
+        RequestError: it is not an image, or is damaged or too large.
     """
     from retriever.models.images.transforms import open_image
 

@@ -71,7 +71,7 @@ def push(
 
     Raises:
         ArgumentError: The name of the repository or of the branch is invalid.
-        InputError: The folder is no model, one of its files is damaged, or the hub cannot be reached or refuses.
+        InputError: The folder is not a model, one of its files is damaged, or the hub cannot be reached or refuses.
     """
     check_paths(model=model)
     folder, reporter = Path(model), as_reporter(progress)

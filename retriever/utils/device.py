@@ -56,7 +56,7 @@ def choose_precision(name: Literal["auto"] | Precision, device: torch.device) ->
     """Return the precision of a name; "auto" is bf16 if the hardware supports it natively, otherwise fp32.
 
     Raises:
-        ConfigError: the device is mps, which computes in fp32, and another precision is asked for.
+        ConfigError: the device is mps, which computes in fp32, and another precision is requested.
     """
     if device.type == "mps" and name not in ("auto", "fp32"):
         raise ArgumentError("precision", f"expected fp32 on mps, found {name}")

@@ -14,7 +14,7 @@ WORKSPACE_BYTES = 2**31
 
 
 class NotOnGpu(InputError):
-    """An index cannot be searched on the GPUs that were asked for; the message says why."""
+    """An index cannot be searched on the requested GPUs; the message says why."""
 
 
 def check_support() -> None:

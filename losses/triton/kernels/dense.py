@@ -249,7 +249,7 @@ def dense_gradient_kernel(
         is_positive = column_valid & (positive_count > 0)
         column_weight = half * positive_count / tl.load(statistics_ptr + 2 * rows + column, mask=is_positive, other=1.0)
         column_shift = tl.load(statistics_ptr + 2 * rows + columns + column, mask=is_positive, other=0.0)
-        # A column that is no positive may be fully masked; it has weight zero.
+        # A column that is not a positive may be fully masked; it has weight zero.
         exponentials = tl.exp2(tl.where(is_positive[None, :], exponents - column_shift[None, :], float("-inf")))
         values += exponentials * column_weight[None, :]
     positive_column = _positive_columns(positive_ptr, row, rows, columns, DIAGONAL)

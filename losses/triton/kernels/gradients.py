@@ -32,7 +32,7 @@ def gradient_weights_kernel(
 ):  # fmt: skip
     """Factors of exp(S − shift): the weight of a row or column in the loss, divided by its sum.
 
-    They are zero for columns that are no positive.
+    They are zero for columns that are not a positive.
     """
     ds_scale = tl.load(ds_scale_ptr)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -160,7 +160,7 @@ def _store_gradient(
         if SYMMETRIC:
             column_shift = tl.load(column_shift_ptr + first_column + column_index, mask=column_valid, other=0.0)
             column_weight = tl.load(column_weight_ptr + first_column + column_index, mask=column_valid, other=0.0)
-            # Columns that are no positive may have no maximum: their weight is zero, and the clamp avoids an overflow.
+            # Columns that are not a positive may have no maximum. Their weight is zero; the clamp avoids an overflow.
             exponentials = tl.exp2(tl.minimum(exponents - column_shift[None, :], 0.0))
             values += tl.where(column_weight[None, :] > 0, exponentials * column_weight[None, :], 0.0)
     if not NEGATIVES:  # noqa: SIM102 - known when the kernel is compiled

@@ -187,7 +187,7 @@ def teacher_gradient_kernel(
             if SYMMETRIC:
                 column_shift = tl.load(column_shift_ptr + column_place, mask=column_valid, other=0.0)
                 column_weight = tl.load(column_weight_ptr + column_place, mask=column_valid, other=0.0)
-                # Columns that are no positive may have no maximum; the clamp avoids an overflow.
+                # Columns that are not a positive may have no maximum; the clamp avoids an overflow.
                 exponentials = tl.exp2(tl.minimum(exponents - column_shift[None, :], 0.0))
                 values += tl.where(column_weight[None, :] != 0, exponentials * column_weight[None, :], 0.0)
             teacher_shift = tl.load(teacher_shift_ptr + row_place, mask=row_valid, other=0.0)

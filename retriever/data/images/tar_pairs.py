@@ -87,7 +87,7 @@ class TarPairs:
         if content is None:
             return []
         try:
-            # A byte order mark is no part of a caption.
+            # A byte order mark is not part of a caption.
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise BrokenPairError(f"{self.location(row)}: expected UTF-8 in .{part}") from None

@@ -20,7 +20,7 @@ class StoredRows:
     positive: Integers | None = None
     """[M] rows of frozen passages: the positive of each query. None without frozen passages."""
     excluded: Integers | None = None
-    """[R, 2] pairs (query row, frozen row) that are no negatives: the positive and all known positives."""
+    """[R, 2] pairs (query row, frozen row) that are not negatives: the positive and all known positives."""
     teacher_query: Integers | None = None
     """[M] rows of the teacher's query embeddings. None without a teacher."""
     teacher_passage: Integers | None = None
@@ -34,7 +34,7 @@ class StoredLookup:
     frozen: StoredTexts | None = None
     """The passages of train.query_only."""
     known: KnownPositives | None = None
-    """The positives of queries that have several; None: only the drawn positive is no negative."""
+    """The positives of queries that have several; None: only the drawn positive is not a negative."""
     teacher_query: StoredTexts | None = None
     teacher_passage: StoredTexts | None = None
 
@@ -60,7 +60,7 @@ class StoredLookup:
     def _frozen_rows(self, queries: Sequence[str], positives: Sequence[str]) -> tuple[Integers, Integers]:
         assert self.frozen is not None
         positive = _all_found(self.frozen, positives)
-        # Copies of the positive elsewhere in the store are no negatives either.
+        # Copies of the positive elsewhere in the store are not negatives either.
         pairs = [np.stack(self.frozen.all(text_digests(positives)), axis=1)]
         if self.known is not None:
             which, keys = self.known.positives_of(text_digests(queries))

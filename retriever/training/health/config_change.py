@@ -44,4 +44,4 @@ def describe_changes(before: dict[str, Any], config: TrainConfig, step: int) -> 
     if not changes:
         return ""
     more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
-    return f"config.yaml was changed since step {step}: {', '.join(changes[:SHOWN])}{more}; the run goes on with it"
+    return f"config.yaml was changed since step {step}: {', '.join(changes[:SHOWN])}{more}; the new values are used"

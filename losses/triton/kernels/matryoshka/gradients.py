@@ -127,7 +127,7 @@ def _prefix_gradient(
             values = tl.exp2(exponents - row_shift[:, None]) * row_weight[:, None] * passage_inverse[None, :]
             if SYMMETRIC:
                 column_shift = tl.load(column_shift_ptr + column_index, mask=column_valid, other=0.0)
-                # Columns that are no positive may have no maximum; the clamp avoids an overflow.
+                # Columns that are not a positive may have no maximum; the clamp avoids an overflow.
                 exponentials = tl.exp2(tl.minimum(exponents - column_shift[None, :], 0.0)) * query_inverse[:, None]
                 values += tl.where(column_weight[None, :] != 0, exponentials * column_weight[None, :], 0.0)
         if POSITIVE:

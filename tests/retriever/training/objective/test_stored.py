@@ -111,7 +111,7 @@ def test_query_only_is_the_exact_softmax_over_the_corpus(data: Data, tmp_path: P
     for vector, row in zip(queries, order, strict=True):
         positive = contents.index(texts.positives[row])
         scores = trainer.loss.logit_scale.double() * (corpus @ vector.double())
-        # Both positives of the query that has two are no negatives of it.
+        # Both positives of the query that has two are not negatives of it.
         others = {0, 1} if texts.queries[row] == f"what is a {WORDS[1][0]}?" else {positive}
         counted = [i for i in range(20) if i == positive or i not in others]
         losses.append(scores[counted].logsumexp(0) - scores[positive])
