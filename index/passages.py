@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -132,14 +132,16 @@ class PassageFile(Iterable[Passage]):
     Args:
         path: the file.
         field_names: fields to read with each passage. Default: none.
+        left_out: numbers of rows that are skipped, the first row being 0. Default: none.
 
     Raises:
         InputError: at the end of an iteration, if the file has changed since this object was created, because a
             checksum computed before would no longer match.
     """
 
-    def __init__(self, path: Path, field_names: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, field_names: Sequence[str] = (), left_out: Collection[int] = frozenset()) -> None:
         self.path = path
+        self.left_out = left_out
         self.field_names = tuple(field_names)
         self._found = file_state(path)
 
@@ -148,8 +150,9 @@ class PassageFile(Iterable[Passage]):
 
     def lazy(self) -> Iterator[Callable[[], Passage]]:
         """Yield functions that parse one passage each, so that a process can skip most of them."""
-        for row in lazy_rows(self.path):
-            yield partial(_read, row, self.field_names)
+        for number, row in enumerate(lazy_rows(self.path)):
+            if number not in self.left_out:
+                yield partial(_read, row, self.field_names)
         if file_state(self.path) != self._found:
             raise InputError(f"{self.path}: changed while it was read")
 

@@ -31,7 +31,7 @@ LazyRow = Callable[[], Record]
 """A function that parses the row when called, so that rows which are skipped are not parsed."""
 
 
-def open_text(path: Path, newline: str | None = None) -> IO[str]:
+def open_text(path: Path, newline: str | None = None, errors: str = "strict") -> IO[str]:
     """Open a UTF-8 text file for reading, decompressed if its name ends in .gz. A byte order mark is skipped.
 
     Raises:
@@ -40,8 +40,8 @@ def open_text(path: Path, newline: str | None = None) -> IO[str]:
     try:
         check_readable(path)
         if path.suffix == ".gz":
-            return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-        return open(path, encoding="utf-8-sig", newline=newline)
+            return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline, errors=errors)
+        return open(path, encoding="utf-8-sig", newline=newline, errors=errors)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
 
@@ -58,13 +58,13 @@ def bounded_lines(stream: IO[str], path: Path) -> Iterator[str]:
         yield line
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path, errors: str = "strict") -> Iterator[str]:
     """Stream the lines of a UTF-8 text file (also .gz), without line ends.
 
     Raises:
         InputError: the file does not exist, or cannot be read as text.
     """
-    with open_text(path) as stream:
+    with open_text(path, errors=errors) as stream:
         number = 0
         try:
             for line in bounded_lines(stream, path):
@@ -89,7 +89,8 @@ def lazy_rows(path: Path) -> Iterator[LazyRow]:
     Skipping a JSON row takes a fifteenth of the time of parsing it.
 
     Raises:
-        InputError: as `read_records`; for a malformed JSON line, when the row is called.
+        InputError: as `read_records`; for a malformed JSON line, or a row with another number of columns than the
+            header, when the row is called.
     """
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     if kind == "jsonl":
@@ -103,13 +104,19 @@ def lazy_rows(path: Path) -> Iterator[LazyRow]:
 
 
 def _json_lines(path: Path) -> Iterator[LazyRow]:
-    for number, line in enumerate(read_lines(path), start=1):
+    # Bytes that are not UTF-8 become surrogates, so that the row with them is refused, and not the rest of the file.
+    for number, line in enumerate(read_lines(path, errors="surrogateescape"), start=1):
         if line and not line.isspace():
             yield partial(_json_record, path, number, line)
 
 
 def _json_record(path: Path, number: int, line: str) -> Record:
     place = f"{path}:{number}"
+    if not line.isascii():
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{place}: expected UTF-8, found byte 0x{ord(line[error.start]) - 0xDC00:02x}") from None
     fields = parse_json(line, place)
     if not isinstance(fields, dict):
         raise InputError(f"{place}: expected a JSON object, found {type(fields).__name__}")
@@ -142,8 +149,9 @@ def _separated(path: Path, delimiter: str) -> Iterator[LazyRow]:
                     )
                 if None in fields or None in fields.values():
                     found = len(fields.get(None) or ()) + sum(fields[column] is not None for column in columns)
-                    raise InputError(f"{place}: expected {len(columns)} columns, found {found}")
-                yield partial(Record, place, dict(fields))
+                    yield partial(_refuse, f"{place}: expected {len(columns)} columns, found {found}")
+                else:
+                    yield partial(Record, place, dict(fields))
         except csv.Error as error:
             # The failing row begins after the last complete one.
             hint = ""
@@ -152,6 +160,10 @@ def _separated(path: Path, delimiter: str) -> Iterator[LazyRow]:
             raise InputError(f"{path}:{rows.line_num + 1}: expected a row of cells, found: {error}{hint}") from None
         except UNREADABLE as error:
             raise _unreadable(path, rows.line_num, error) from None
+
+
+def _refuse(message: str) -> Record:
+    raise InputError(message)
 
 
 def _noting_first(lines: Iterable[str], first: list[str]) -> Iterator[str]:

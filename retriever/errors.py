@@ -62,6 +62,8 @@ def check_paths(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, str | os.PathLike) or not str(value):
             raise ArgumentError(name, f"expected a file or folder, found {_shown(value)}")
+        if "\0" in str(value):
+            raise ArgumentError(name, f"expected a file or folder without NUL characters, found {_shown(str(value))}")
 
 
 def check_unicode(place: str, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from index.fields.values import KEY
-from index.files import InputError
+from index.files import InputError, parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -143,9 +142,10 @@ def texts_parent_rows(column: pyarrow.ChunkedArray) -> tuple[np.ndarray, Any]:
 def _fields_of(passages: Path) -> Iterator[dict[str, Any]]:
     marker = f'"{KEY}": {{'.encode()
     with open(passages, "rb") as stream:
-        for line in stream:
+        for number, line in enumerate(stream, start=1):
             # Lines without fields are not parsed. A text cannot contain the marker: its quotes are escaped.
-            fields = json.loads(line).get(KEY) if marker in line else None
+            row = parse_json(line.decode("utf-8", "replace"), f"{passages}:{number}") if marker in line else None
+            fields = row.get(KEY) if isinstance(row, dict) else None
             yield fields if isinstance(fields, dict) else {}
 
 

@@ -190,14 +190,18 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
     metadata = (schema.metadata or {}).get(b"huggingface")
     try:
         features = json.loads(metadata)["info"]["features"] if metadata else {}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    if not isinstance(features, dict):
         return {}
     found = {}
     for column, feature in features.items():
         if isinstance(feature, list):
-            feature = feature[0]
+            feature = feature[0] if feature else None
         elif isinstance(feature, dict) and feature.get("_type") in ("Sequence", "List", "LargeList"):
             feature = feature.get("feature")
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
-            found[column] = [str(name) for name in feature["names"]]
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            names = feature.get("names")
+            if isinstance(names, list) and names:
+                found[column] = [str(name) for name in names]
     return found

@@ -135,7 +135,17 @@ def read_codes(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
     Raises:
         InputError: the file is not an array of these codes.
     """
-    return map_array(path, DTYPES[dtype], (shape[0], -(-shape[1] // 8) if dtype == "binary" else shape[1]))
+    return map_array(path, DTYPES[dtype], (shape[0], _width(dtype, shape[1])))
+
+
+def row_bytes(dtype: str, dim: int) -> int:
+    """Bytes of a vector of `dim` values on disk."""
+    return DTYPES[dtype].itemsize * _width(dtype, dim)
+
+
+def _width(dtype: str, dim: int) -> int:
+    """Numbers that are stored for a vector of `dim` values."""
+    return -(-dim // 8) if dtype == "binary" else dim
 
 
 def quantized(vectors: np.ndarray, dtype: str) -> np.ndarray:

@@ -72,6 +72,16 @@ EvaluateCommand = (
 # first process works. All other commands run in one process.
 SHARED = (Train, Encode, EvaluateBeir, IndexBuild, Mine, Score)
 
+# What Python, torch, oneDNN, Arrow and the loader of libraries say when there is no memory for a thread, a tensor, a
+# kernel or a library.
+OUT_OF_MEMORY = (
+    "can't start new thread",
+    "can't allocate memory",
+    "could not create a primitive",
+    "Failed to launch worker thread",
+    "failed to map segment from shared object",
+)
+
 # Maximum number of characters of an error message.
 MAX_MESSAGE = 1000
 
@@ -134,19 +144,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"expected text in UTF-8, found {found!a} after {error.object[: error.start][-40:]!a}", 1)
     except MemoryError:
         return _fail("out of memory", 1)
-    except RuntimeError as error:
-        # torch's error for a full GPU, compared by name because the command line does not import torch.
-        if type(error).__name__ == "OutOfMemoryError":
-            return _fail("out of GPU memory: lower --micro-batch-tokens, or the batch", 1)
-        if "can't start new thread" in str(error) or "can't allocate memory" in str(error):
-            return _fail("out of memory, or of threads", 1)
-        if "Too many open files" in str(error):
-            return _fail("too many open files: raise the limit, for example with `ulimit -n 4096`", 1)
-        if str(error).startswith("DataLoader worker"):
-            return _fail("a process that loads data was killed, probably because memory ran out", 1)
+    except Exception as error:
+        # Libraries say in the texts of different exceptions that something has run out.
+        if problem := _exhausted(error):
+            return _fail(problem, 1)
         raise
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
+
+
+def _exhausted(error: Exception) -> str:
+    """Say what has run out, if an exception of a library is about that; otherwise an empty text."""
+    text = str(error)
+    # torch's error for a full GPU, compared by name because the command line does not import torch.
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of GPU memory: lower --micro-batch-tokens, or the batch"
+    if any(problem in text for problem in OUT_OF_MEMORY):
+        return "out of memory, or of threads"
+    if "Too many open files" in text:
+        return "too many open files: raise the limit, for example with `ulimit -n 4096`"
+    if text.startswith("DataLoader worker"):
+        return "a process that loads data was killed, probably because memory ran out"
+    return ""
 
 
 def _check_processes(command: Any, arguments: Sequence[str]) -> None:

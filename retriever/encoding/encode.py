@@ -40,6 +40,7 @@ def encode(
     dim: int | None = None,
     image: str = "",
     caption: str = "",
+    skip_broken: bool = False,
     progress: Progress = None,
 ) -> EmbeddingStore:
     """Embed a corpus, or images, into a sharded embedding store with checksums.
@@ -69,6 +70,8 @@ def encode(
         image: Column of a table with the images or their paths. Default: "", the usual names, unless the table has the
             columns of a corpus.
         caption: Column of a table, or txt or json:KEY of tars, with the captions. Default: "", the usual names.
+        skip_broken: Leave out the rows of a corpus that cannot be read, and name them in left_out.jsonl in the store.
+            Default: False, the first one is an error. Unreadable images are always left out and named there.
         progress: Called with a `ProgressEvent` at each step. Default: None, messages go to the logger "retriever".
 
     Returns:
@@ -101,6 +104,7 @@ def encode(
         "fields": fields,
         "precision": precision,
         "micro_batch_tokens": micro_batch_tokens,
+        "skip_broken": skip_broken,
     }
     with joined_ranks(same_settings("encode", device, given)) as ranks:
         reporter = reporter if ranks.is_first else SilentReporter()
@@ -108,6 +112,8 @@ def encode(
         folder = Path(data).is_dir()
         images = not is_beir_folder(Path(data)) if folder else _embeds_images(model) and is_image_data(data, columns)
         if images and _embeds_images(model):
+            if skip_broken:
+                raise ArgumentError("skip_broken", "leave it out with images; unreadable ones are always left out")
             # Before the model, which takes longer to load.
             with tempfile.TemporaryDirectory(prefix=".images-", dir=_parent(out)) as cache:
                 with reporter.bar(f"index {Path(data).name}", None, "parts") as advance:
@@ -144,6 +150,7 @@ def encode(
             storage=StoreOptions(dtype, shard_rows, workers=workers_for(model.device) if workers is None else workers),
             ranks=ranks,
             fields=fields,
+            skip_broken=skip_broken,
         )
 
 

@@ -13,10 +13,12 @@ from index.passages import PassageFile
 from index.progress import Reporter
 from index.records import count_records
 from index.store.reader import EmbeddingStore
+from index.store.shards import row_bytes
 from retriever.data.sources import Notices
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import StoreOptions, corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions, embed_texts
+from retriever.encoding.left_out import broken_rows, write_left_out
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import checksum_progress
 
@@ -47,6 +49,7 @@ def embed_corpus(
     ranks: Ranks | None = None,
     same_model: bool = False,
     fields: Sequence[str] = (),
+    skip_broken: bool = False,
 ) -> EmbeddingStore:
     """Embed the passages of a file into a store in `folder`, which is continued or reused if it exists.
 
@@ -61,6 +64,8 @@ def embed_corpus(
         ranks: see `encode_passages`.
         same_model: see `encode_passages`.
         fields: fields of the passages to keep.
+        skip_broken: leave out rows that cannot be read, which are counted, named in LEFT_OUT, and part of what
+            identifies the corpus in the manifest. By default, the first one is an error.
 
     Raises:
         InputError: the file is missing, empty or has an invalid row, `folder` holds something else, or its disk is too
@@ -70,9 +75,15 @@ def embed_corpus(
     notices = Notices()
     is_first = ranks is None or ranks.is_first
     total = count_records(corpus) if reporter.is_live or is_first else None
+    source, broken = corpus_source(corpus, fields), dict[int, str]()
+    if skip_broken:
+        with reporter.bar(f"check {corpus.name}", total, "passages") as advance:
+            broken = broken_rows(corpus, fields, advance)
+        if broken:
+            source["left_out"] = f"{len(broken)} rows"
+        total = None if total is None else max(0, total - len(broken))
     if is_first and total is not None:
-        bytes_each = np.dtype((storage or StoreOptions()).dtype).itemsize * towers.dimension
-        needed = total * bytes_each + corpus.stat().st_size
+        needed = total * row_bytes((storage or StoreOptions()).dtype, towers.dimension) + corpus.stat().st_size
         check_free_space(folder, needed, f"{total:,} embeddings and their texts", replaces=folder)
     with (
         checksum_progress(reporter, [folder]) as checked,
@@ -80,16 +91,21 @@ def embed_corpus(
     ):
         store = encode_passages(
             towers,
-            PassageFile(corpus, fields),
+            PassageFile(corpus, fields, broken),
             folder,
             options,
-            source=corpus_source(corpus, fields),
+            source=source,
             storage=storage,
             ranks=ranks,
             same_model=same_model,
             progress=ticking(advance, tick),
             notice=notices.add,
             checked=checked,
+        )
+    if broken and is_first:
+        file = write_left_out(folder, ({"row": row, "reason": reason} for row, reason in broken.items()))
+        reporter.line(
+            f"{corpus.name}: {len(broken):,} rows left out, named in {file}; the first: {next(iter(broken.values()))}"
         )
     for notice in notices.lines():
         reporter.line(f"{corpus.name}: {notice}")

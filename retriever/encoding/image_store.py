@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -14,9 +13,10 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from index.files import InputError, atomic_path
+from index.files import InputError
 from index.passages import Passage
 from index.progress import Reporter
+from index.records import read_records
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
 from retriever.distributed.agreement import ContentHash, check_same_folder, check_same_on_ranks
@@ -24,13 +24,12 @@ from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.image_encoder import DECODE_BATCH, ImageDecoder, embed_pixels
 from retriever.encoding.image_items import ImageItems
+from retriever.encoding.left_out import LEFT_OUT, write_left_out
 from retriever.models.images.towers import ImageTextTowers
 from retriever.utils.check_progress import checksum_progress
 
 # Unreadable images that are named.
 SHOWN_BROKEN = 3
-LEFT_OUT = "left_out.jsonl"
-"""File in the folder of a store that names the unreadable images, with the reasons."""
 
 
 def encode_images(
@@ -146,9 +145,8 @@ class _Store:
         """Write the file with the images that were left out, if there are any."""
         if not self.broken:
             return
-        with atomic_path(self.writer.folder / LEFT_OUT) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-            for row, (id_, reason) in sorted(self.broken.items()):
-                stream.write(json.dumps({"row": row, "id": id_, "reason": reason}, ensure_ascii=False) + "\n")
+        rows = ({"row": row, "id": id_, "reason": reason} for row, (id_, reason) in sorted(self.broken.items()))
+        write_left_out(self.writer.folder, rows)
 
 
 def _report(store: _Store, items: ImageItems, reporter: Reporter) -> None:
@@ -175,8 +173,14 @@ def _left_out_before(out: Path, done: int) -> dict[int, tuple[str, str]]:
     """The images that an earlier run has left out, before image number `done`."""
     if not done or not (out / LEFT_OUT).is_file():
         return {}
-    lines = [json.loads(line) for line in (out / LEFT_OUT).read_text(encoding="utf-8").splitlines()]
-    return {line["row"]: (line["id"], line["reason"]) for line in lines if line["row"] < done}
+    found: dict[int, tuple[str, str]] = {}
+    for record in read_records(out / LEFT_OUT):
+        row, id_, reason = (record.fields.get(name) for name in ("row", "id", "reason"))
+        if not isinstance(row, int) or not isinstance(id_, str) or not isinstance(reason, str):
+            raise InputError(f"{record.place}: expected row, id and reason of an image, found {record.fields!r:.60}")
+        if row < done:
+            found[row] = (id_, reason)
+    return found
 
 
 def _embedded(

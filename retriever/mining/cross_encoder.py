@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from index.files import InputError
+from index.files import InputError, read_json
 from retriever.models.loading.checks import check_folder, check_hub_name
+from retriever.models.loading.errors import is_load_error, one_line
 from retriever.utils.device import Precision
 
 BATCH_PAIRS = {"cpu": 32, "cuda": 256}
@@ -25,14 +25,20 @@ def is_cross_encoder(model: str) -> bool:
     path = Path(model)
     settings = path / "config_sentence_transformers.json"
     try:
-        if settings.exists() and (kind := json.loads(settings.read_text(encoding="utf-8")).get("model_type")):
+        if settings.exists() and (kind := _object(settings).get("model_type")):
             return kind == "CrossEncoder"
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = _object(path / "config.json")
+    except (OSError, InputError):
         # Loading the model reports what is wrong with it.
         return False
-    architectures = config.get("architectures") or []
-    return not (path / "modules.json").exists() and any("SequenceClassification" in str(name) for name in architectures)
+    kinds = config.get("architectures")
+    named = isinstance(kinds, list) and any("SequenceClassification" in str(name) for name in kinds)
+    return named and not (path / "modules.json").exists()
+
+
+def _object(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    return content if isinstance(content, dict) else {}
 
 
 class CrossEncoderScorer:
@@ -62,10 +68,13 @@ class CrossEncoderScorer:
         settings: dict[str, Any] = {"use_safetensors": True, "dtype": _DTYPES[precision]}
         try:
             self._model = CrossEncoder(name, device=str(device), model_kwargs=settings)
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{name}: cannot be loaded as a cross-encoder: {reason}") from None
-        if self._model.num_labels != 1:
+            # A pair is scored, because some settings of a damaged folder fail only then.
+            shape = np.shape(self._model.predict([("a", "a")], show_progress_bar=False))
+        except Exception as error:
+            if not is_load_error(error):
+                raise
+            raise InputError(f"{name}: cannot be loaded as a cross-encoder: {one_line(error)}") from None
+        if shape != (1,):
             raise InputError(f"{name}: expected a cross-encoder with one output, found {self._model.num_labels}")
         self._batch = BATCH_PAIRS.get(torch.device(device).type, BATCH_PAIRS["cpu"])
         self._options: dict[str, Any] = {"activation_fn": torch.nn.Identity()} if logits else {}

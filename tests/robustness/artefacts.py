@@ -26,22 +26,23 @@ def build(folder: Path, tiny: ModelConfig) -> None:
     _tables(folder, pairs, beir)
     _images(folder)
     run, store, index = folder / "run", folder / "store", folder / "index"
-    _do("train", config)
-    _do("encode", "--model", run / "model", "--data", beir, "--out", store, "--shard-rows", 8)
-    _do("index", "build", "--embeddings", store, "--out", index, "--factory", "IVF2,Flat")
-    _do("index", "build", "--embeddings", store, "--out", folder / "index_pq", "--factory", "HNSW8,SQ8")
+    do("train", config)
+    do("encode", "--model", run / "model", "--data", beir, "--out", store, "--shard-rows", 8)
+    do("index", "build", "--embeddings", store, "--out", index, "--factory", "IVF2,Flat")
+    do("index", "build", "--embeddings", store, "--out", folder / "index_pq", "--factory", "HNSW8,SQ8")
     more = write_lines(folder / "more.jsonl", [{"_id": f"m{i}", "text": text} for i, text in enumerate(MEANINGS)])
-    _do("encode", "--model", run / "model", "--data", more, "--out", folder / "more")
-    _do("evaluate", "beir", "--model", run / "model", "--data", beir, "--out", folder / "report", "--k", 10)
-    _do("mine", "--model", run / "model", "--data", beir, "--out", folder / "mined.jsonl", "--max-share", 1)
+    do("encode", "--model", run / "model", "--data", more, "--out", folder / "more")
+    do("evaluate", "beir", "--model", run / "model", "--data", beir, "--out", folder / "report", "--k", 10)
+    do("mine", "--model", run / "model", "--data", beir, "--out", folder / "mined.jsonl", "--max-share", 1)
     for number in (1, 2):
         words = ("--embeddings", store, "--out", folder / f"part{number}", "--part", f"{number}/2")
-        _do("index", "build", *words, "--factory", "Flat")
+        do("index", "build", *words, "--factory", "Flat")
     shutil.copytree(run / "model", folder / "plain_model")
     (folder / "plain_model" / "sha256sums.txt").unlink(missing_ok=True)
 
 
-def _do(*words: object) -> None:
+def do(*words: object) -> None:
+    """Run a command, which must succeed."""
     outcome = run_command(words)
     assert outcome.kind == "ok", f"{' '.join(map(str, words))}: {outcome.detail}"
 

@@ -13,10 +13,12 @@ import contextlib
 import csv
 import gc
 import importlib
+import itertools
 import os
 import random
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,12 +29,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Names that are no folder would be asked of the Hugging Face Hub, which takes 23 s without a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "retriever"), str(HERE.parents[1])]
 
 from artefacts import build  # noqa: E402
 from children import in_child  # noqa: E402
 from forks import LIBRARIES  # noqa: E402
+from further import build_further  # noqa: E402
 from scenarios import SCENARIOS, Scenario, prepare, snapshot, start  # noqa: E402
 from tiny_model import tiny_model  # noqa: E402
 
@@ -54,6 +59,8 @@ class Command:
     seconds: float = 0.0
     written: int = 0
     """Bytes that it writes, at least the block of a disk."""
+    limits: Iterator[str] = field(default_factory=lambda: itertools.cycle(("NOFILE", "AS", "FSIZE")))
+    """What is limited next."""
 
     @property
     def log(self) -> Path:
@@ -165,10 +172,11 @@ def disks(command: Command, rng: random.Random, before: dict[str, str]) -> str:
 
 
 def limits(command: Command, rng: random.Random, before: dict[str, str]) -> str:
-    """Give it few file descriptors, little memory, or small files."""
-    kind = rng.choice(("NOFILE", "AS", "FSIZE"))
+    """Give it few file descriptors, little memory, or small files, in turn."""
+    kind = next(command.limits)
     if kind == "NOFILE":
-        value = rng.randrange(4, 64)
+        # With fewer than 12 Python does not start; with fewer than 20 torchrun waits for itself for minutes.
+        value = rng.randrange(12 if command.scenario.ranks == 1 else 20, 64)
     elif kind == "AS":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         value = pages * resource.getpagesize() + rng.randrange(2**28)
@@ -180,8 +188,9 @@ def limits(command: Command, rng: random.Random, before: dict[str, str]) -> str:
         resource.setrlimit(number, (value, value))
 
     code = wait(start(command.scenario, command.folder, command.log, limit), SECONDS)
-    if kind == "AS" and code < 0:
-        # Without memory, libraries in C++ end the process; what it leaves is looked at.
+    output = command.log.read_text(errors="replace")
+    if kind == "AS" and (code < 0 or any(word in output for word in ("(SIGABRT)", "(SIGSEGV)", "thread-local data"))):
+        # Without memory, libraries in C and C++ end the process; what it leaves is looked at.
         return ""
     problem = command.problem(code)
     return f"{kind} {value}: {problem}" if problem else ""
@@ -247,6 +256,8 @@ def main(words: list[str]) -> int:
         if not (work / "artefacts").exists():
             in_child(lambda: build(work / "artefacts", tiny_model(work / "tokenizer")))
         names = arguments.command or list(SCENARIOS)
+        wanted = {entry for name in names for entry in SCENARIOS[name].inputs}
+        in_child(lambda: build_further(work / "artefacts", wanted))
         for number, name in enumerate(names):
             with small_disk(work / "disk") as mounted:
                 command = Command(name, SCENARIOS[name], work / "artefacts", work / "disk")
@@ -264,6 +275,7 @@ def main(words: list[str]) -> int:
                         if problem:
                             counts["faults"] += 1
                             print(f"FAULT {name}: {kind} {trial}: {problem}", flush=True)
+                            shutil.copy(command.log, work / f"{name} {kind} {trial}.log".replace(" ", "_"))
             rows.append({"command": name, **{kind: counts[kind] for kind in KINDS}, "faults": counts["faults"]})
             faults += counts["faults"]
             print(f"{name}: {command.seconds:.1f} s undisturbed; {dict(counts)}", flush=True)

@@ -49,13 +49,25 @@ _EVALUATE = ("evaluate", "beir", "--model", "run/model", "--data", "beir", "--ou
 _ENCODE = ("encode", "--model", "run/model", "--data", "beir", "--out", "out", "--shard-rows", 4)
 _QUERIES = ("--queries", "questions.jsonl", "--model", "run/model", "--target-recall", 0.5)
 _BUILD = ("build", "--embeddings", "store", "--out", "out", "--factory", "IVF2,Flat")
+_SCORE = ("score", "--data", "mined.jsonl", "--out", "out.jsonl", "--model")
+_STUDY = ("study", "run.yaml", "--out", "out", "--batch-size", 16, 32, "--seeds", 1)
 SCENARIOS: dict[str, Scenario] = {
     "train": Scenario(_train, ("run.yaml", "pairs.jsonl", "beir"), "run"),
     "train on two ranks": Scenario(_train, ("run.yaml", "pairs.jsonl", "beir"), "run", ranks=2),
     "encode": Scenario(_line(*_ENCODE), ("run", "beir"), "out"),
     "encode on two ranks": Scenario(_line(*_ENCODE), ("run", "beir"), "out", ranks=2),
+    "encode codes": Scenario(_line(*_ENCODE, "--dtype", "int8"), ("run", "beir"), "out"),
+    "encode images": Scenario(
+        _line("encode", "--model", "clip", "--data", "images.jsonl", "--out", "out", "--shard-rows", 2),
+        ("clip", "images", "images.jsonl"),
+        "out",
+    ),
     "index build": Scenario(_index_words(*_BUILD, *_QUERIES), ("store", "run", "questions.jsonl"), "out"),
+    "index build on two ranks": Scenario(_index_words(*_BUILD), ("store",), "out", ranks=2),
     "index build on disk": Scenario(_index_words(*_BUILD, "--on-disk"), ("store",), "out"),
+    "index export": Scenario(
+        _index_words("export", "store", "--to", "parquet", "--where", "out", "--batch", 4), ("store",), "out"
+    ),
     "index merge": Scenario(_index_words("merge", "part1", "part2", "--out", "out"), ("part1", "part2"), "out"),
     "index add": Scenario(
         _index_words("add", "part1", "--embeddings", "more", "--out", "out"), ("part1", "more"), "out"
@@ -71,6 +83,21 @@ SCENARIOS: dict[str, Scenario] = {
         ("run", "beir"),
         "out.jsonl",
     ),
+    "mine on two ranks": Scenario(
+        _line("mine", "--model", "run/model", "--data", "beir", "--out", "out.jsonl"),
+        ("run", "beir"),
+        "out.jsonl",
+        ranks=2,
+    ),
+    "score": Scenario(_line(*_SCORE, "cross_encoder"), ("cross_encoder", "mined.jsonl"), "out.jsonl"),
+    "score on two ranks": Scenario(_line(*_SCORE, "run/model"), ("run", "mined.jsonl"), "out.jsonl", ranks=2),
+    "merge": Scenario(
+        _line("merge", "--models", "run/model", "plain_model", "--out", "out", "--dev", "beir", "--grid", 2),
+        ("run", "plain_model", "beir"),
+        "out",
+    ),
+    "export": Scenario(_line("export", "--model", "run/model", "--out", "out"), ("run",), "out"),
+    "study": Scenario(_line(*_STUDY), ("run.yaml", "pairs.jsonl", "beir"), "out"),
     "split": Scenario(
         _line(
             *("split", "--data", "pairs.jsonl", "--out", "out", "--query", "question", "--positive", "answer"),
@@ -80,6 +107,12 @@ SCENARIOS: dict[str, Scenario] = {
         "out",
     ),
     "evaluate beir": Scenario(_line(*_EVALUATE), ("run", "beir"), "out"),
+    "evaluate beir on two ranks": Scenario(_line(*_EVALUATE), ("run", "beir"), "out", ranks=2),
+    "evaluate zero-shot": Scenario(
+        _line("evaluate", "zero-shot", "--model", "clip", "--data", "classes", "labels.jsonl", "--out", "out"),
+        ("clip", "classes", "images", "labels.jsonl"),
+        "out",
+    ),
     "evaluate run": Scenario(
         _line("evaluate", "run", "system.run", "--data", "beir", "--out", "out", "--permutations", 100),
         ("system.run", "beir"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from index.progress import Reporter
-from retriever.cli.commands.common import TruncatedEmbedding, answer
+from retriever.cli.commands.common import Switch, TruncatedEmbedding, answer
 from retriever.utils.torchrun import rank
 
 
@@ -42,6 +42,10 @@ class Encode(TruncatedEmbedding):
     """Captions of images, which a search shows: a column of a table, or txt or json:KEY of tars. Empty: the first of
     the columns caption, captions, text and title; txt in tars, otherwise the json key caption."""
 
+    skip_broken: Switch = False
+    """Leave out the rows of a corpus that cannot be read; OUT/left_out.jsonl names them. By default, the first one is
+    an error. Unreadable images are always left out and named there."""
+
     def run(self, reporter: Reporter) -> int:
         from retriever.encoding.encode import encode
 
@@ -55,6 +59,7 @@ class Encode(TruncatedEmbedding):
             fields=self.fields,
             image=self.image,
             caption=self.caption,
+            skip_broken=self.skip_broken,
             **self.embedding_options(),
             progress=reporter,
         )

@@ -22,8 +22,8 @@ from retriever.errors import ConfigError
 from retriever.models.images.architectures import write_new_vision_encoder
 from retriever.models.images.open_clip import CONFIG, WEIGHTS, is_open_clip, transformers_folder
 from retriever.models.images.transforms import ImageTransform
-from retriever.models.loading.checks import check_hub_name
-from retriever.models.loading.errors import disable_progress_bars, load_errors, one_line
+from retriever.models.loading.checks import check_counts, check_hub_name
+from retriever.models.loading.errors import disable_progress_bars, is_load_error, one_line
 from retriever.models.loading.folder import ends_in_normalize, load_model, prepare_tokenizer
 from retriever.models.loading.from_scratch import load_new_encoder
 from retriever.models.loading.hub import hub_problem, local_model, split_revision
@@ -106,9 +106,9 @@ def load_image_text_model(path: str) -> SentenceTransformer:
         else:
             with transformers_folder(_with_weights(location, settings)) as folder:
                 model = SentenceTransformer(modules=[_transformer(folder), Normalize()], device="cpu")
-    text, image = modality_routes(model, path)
-    for transformer in {text[0], image[0]}:
-        _prepare_transformer(transformer, path)
+        text, image = modality_routes(model, path)
+        for transformer in {text[0], image[0]}:
+            _prepare_transformer(transformer, path)
     if not (ends_in_normalize(text) and ends_in_normalize(image)):
         model.append(Normalize())
     return model
@@ -179,7 +179,7 @@ def load_vision_modules(config: ModelConfig) -> list[Any]:
                 transformer = _vision_transformer(folder)
         else:
             transformer = _vision_transformer(location)
-    _prepare_transformer(transformer, name)
+        _prepare_transformer(transformer, name)
     if transformer.module_output_name == "token_embeddings":
         # ViT and DINOv2 end in a LayerNorm over all tokens; the class token is the embedding.
         return [transformer, Pooling(transformer.get_embedding_dimension(), "cls")]
@@ -300,6 +300,8 @@ def _check_exists(path: str) -> None:
             raise InputError(f"{folder}: expected a model folder with modules.json or config.json, found neither")
     else:
         check_hub_name(path)
+        folder = config_folder(path) or folder
+    check_counts(folder)
 
 
 @contextlib.contextmanager
@@ -314,7 +316,9 @@ def _load_errors_as_input_errors(path: str, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except load_errors() as error:
+    except Exception as error:
+        if not is_load_error(error):
+            raise
         found = Path(path).is_dir() or config_folder(path) is not None
         problem = f"cannot be loaded {what}: {one_line(error)}" if found else f"{hub_problem(error)} ({what})"
         raise InputError(f"{path}: {problem}") from error

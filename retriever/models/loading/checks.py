@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ _TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 _PACKAGE = "sentence_transformers."
+# transformers builds each of them in a loop. The deepest published models have about 130 layers.
+_COUNTS = re.compile(r"(n|num)_.*(layers?|labels|experts)|n_layers?|num_layers|depths?")
+MAX_COUNT = 4096
 
 
 def check_hub_name(path: str) -> None:
@@ -34,12 +38,35 @@ def check_folder(folder: Path) -> None:
     """
     if not any((folder / name).exists() for name in ("modules.json", "config.json", "adapter_config.json")):
         raise InputError(f"{folder}: expected a model folder with modules.json or config.json, found neither")
+    check_counts(folder)
     _check_classes(folder / "config.json")
     _check_modules(folder / "modules.json")
     # Without these files transformers creates an empty tokenizer, for which every token is [UNK].
     has_tokenizer = any(next(folder.rglob(name), None) for name in _TOKENIZER_FILES)
     if not has_tokenizer and not any(_needs_no_vocabulary(file) for file in folder.rglob("tokenizer_config.json")):
         raise InputError(f"{folder}: the model folder has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}")
+
+
+def check_counts(folder: Path) -> None:
+    """Check the numbers of layers, labels and experts in the config.json of a model folder and of its modules.
+
+    Raises:
+        InputError: If one is so large that building the model would not end.
+    """
+    for file in [folder / "config.json", *folder.glob("*/config.json")]:
+        settings = _read(file)
+        if isinstance(settings, dict) and (name := too_many(settings)):
+            raise InputError(f"{file}: {name}")
+
+
+def too_many(settings: dict[Any, Any]) -> str:
+    """Say which number of layers, labels or experts is above MAX_COUNT; empty if none is."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and (found := too_many(value)):
+            return f"{name}: {found}"
+        if isinstance(value, int | float) and value > MAX_COUNT and _COUNTS.fullmatch(str(name)):
+            return f"{name}: expected at most {MAX_COUNT:,}, found {value!r:.40}"
+    return ""
 
 
 def own_class(auto_map: dict[str, Any] | None, used: type | None) -> str | None:

@@ -26,6 +26,11 @@ def load_errors() -> tuple[type[Exception], ...]:
     return (*_LOAD_ERRORS, StrictDataclassError)
 
 
+def is_load_error(error: Exception) -> bool:
+    """Return whether an exception tells of a faulty model. tokenizers raises bare exceptions for damaged files."""
+    return isinstance(error, load_errors()) or type(error) is Exception
+
+
 def one_line(error: Exception) -> str:
     """Return the message of an exception as one line of at most 300 characters."""
     text = " ".join(str(error).split())[:300]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from index.files import InputError
 from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
+from retriever.models.loading.checks import too_many
 from retriever.models.loading.errors import disable_progress_bars, load_errors, one_line
 from retriever.models.loading.folder import load_model
 from retriever.models.loading.hub import local_model
@@ -46,6 +47,8 @@ def write_new_encoder(config: ModelConfig, folder: Path) -> None:
     if not config.tokenizer:
         raise ConfigError("model.tokenizer: expected a path or hub name for a model from scratch")
     fields = dict(config.architecture or {})
+    if found := too_many(fields):
+        raise ConfigError(f"model.architecture: {found}")
     kind = fields.pop("model_type", None)
     kinds = list(CONFIG_MAPPING.keys())
     if kind not in kinds:

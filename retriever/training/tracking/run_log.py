@@ -151,7 +151,7 @@ def _rows_until(path: Path, step: int, dev_step: int) -> list[dict[str, Any]]:
     try:
         for record in read_records(path):
             complete_lines += 1
-            found = record.fields.get("step", 0)
+            found = record.fields.get("step")
             if not isinstance(found, int) or isinstance(found, bool):
                 raise InputError(f"{record.place}: step: expected a whole number, found {found!r:.60}")
             if found <= (dev_step if _is_evaluation(record.fields) else step):

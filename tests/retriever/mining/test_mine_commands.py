@@ -12,6 +12,7 @@ import pytest
 import torch
 from cli_helpers import MEANINGS, assert_refused, command, write_beir, write_lines
 from forks import LoadedPython, torchrun
+from tiny_model import tiny_cross_encoder
 
 import retriever
 from index.files import InputError
@@ -31,16 +32,7 @@ def model(tiny: Any) -> Model:
 
 @pytest.fixture(scope="module")
 def cross_encoder(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
-
-    folder = str(tmp_path_factory.mktemp("cross_encoder"))
-    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    settings = {key: value for key, value in tiny.architecture.items() if key != "model_type"}
-    config = BertConfig(**settings, vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5)
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return str(tiny_cross_encoder(tiny.tokenizer, tmp_path_factory.mktemp("cross_encoder")))
 
 
 @pytest.fixture
