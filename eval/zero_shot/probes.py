@@ -64,7 +64,10 @@ def nearest_neighbors(
     neighbors: int = NEIGHBORS,
     temperature: float = TEMPERATURE,
 ) -> Classification:
-    """Classify images by the votes of their nearest training images; equal votes go to the class of lower index.
+    """Classify images by the votes of their nearest training images.
+
+    Of classes with equal votes, that of lower index is ranked first. Classes without a vote share the last rank: by
+    index, those of low index would be among the first five of nearly every image.
 
     Args:
         train: the training images.
@@ -85,7 +88,9 @@ def nearest_neighbors(
     for part in parts(len(images), len(classes)):
         votes = np.zeros((part.stop - part.start, len(classes)))
         np.add.at(votes, (np.arange(len(votes))[:, None], voted[part]), weights[part])
-        ranks[part], predicted[part] = ranks_of(votes, test.labels[part]), votes.argmax(axis=1)
+        own = votes[np.arange(len(votes)), test.labels[part]]
+        ranks[part] = np.where(own > 0, ranks_of(votes, test.labels[part]), len(classes))
+        predicted[part] = votes.argmax(axis=1)
     return measured(ranks, predicted, test.labels, classes)
 
 

@@ -103,8 +103,8 @@ def _write(
 
     settings = CLIPConfig(text_config=config["text_config"], vision_config=config["vision_config"], projection_dim=dim)
     model = CLIPModel(settings)
-    known = model.state_dict()
-    model.load_state_dict({name: weights.get(name, known[name]) for name in known})
+    # Strict: a weight that is missing would keep its random value.
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")})
     save_encoder(model, out)
     with writing_weights(out):
         CLIPProcessor(image_processor(towers.image_modules[0]), towers.tokenizer("document").tokenizer).save_pretrained(
