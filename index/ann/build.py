@@ -205,7 +205,7 @@ def add(
 def source_of(part: Part) -> dict[str, Any]:
     """Identify the passages of `part` in a manifest: row count, and a hash of its files' checksums."""
     files = part.store.manifest.files
-    sums = [files[path.name].sha256 for path in (*part.files("ids"), *part.files("npy"))]
+    sums = [files[path.name].sha256 for kind in ("ids", "npy", "jsonl") for path in part.files(kind)]
     return {"rows": part.rows, "sha256": hashlib.sha256("\n".join(sums).encode()).hexdigest()}
 
 

@@ -107,7 +107,8 @@ class Changes:
         value = fields.get(name)
         if set(fields) != {name} or not isinstance(value, list) or not 1 <= len(value) <= self._limits.inputs:
             expected = f"expected a JSON object with a list of 1 to {self._limits.inputs} as {name!r}"
-            found = f"a list of {len(value)}" if isinstance(value, list) else ", ".join(map(repr, fields)) or "none"
+            alone = set(fields) == {name} and isinstance(value, list)
+            found = f"a list of {len(value)}" if alone else ", ".join(map(repr, fields)) or "none"
             raise RequestError(422, f"body: {expected}, found {found:.80}")
         return value
 
@@ -131,12 +132,14 @@ class Changes:
 
     def _write(self, passages: Sequence[Passage], vectors: np.ndarray) -> int:
         model = self._engine.towers.fingerprint()
-        with tempfile.TemporaryDirectory(prefix="retriever-") as folder:
-            with EmbeddingWriter(
-                Path(folder) / "new", dim=vectors.shape[1], model=model, source={"name": "POST /add"}
-            ) as store:
+        with tempfile.TemporaryDirectory(prefix="retriever-") as temporary:
+            folder = Path(temporary) / "new"
+            with EmbeddingWriter(folder, dim=vectors.shape[1], model=model, source={"name": "POST /add"}) as store:
                 store.append(passages, vectors)
-            return add_passages(self._folder, EmbeddingStore.open(Path(folder) / "new"))
+            try:
+                return add_passages(self._folder, EmbeddingStore.open(folder))
+            except InputError as error:
+                raise InputError(str(error).replace(str(folder), "passages")) from None
 
     async def _answer(self, what: str, change: Callable[[], int]) -> Response:
         """Make a change after those that wait, and answer when it is served."""
@@ -161,7 +164,9 @@ class Changes:
         try:
             count = change()
         except InputError as error:
-            raise RequestError(409, str(error).removeprefix(f"{self._folder}: ")) from None
+            # Clients do not learn where the files are.
+            message = str(error).removeprefix(f"{self._folder}: ").replace(str(self._folder), "the index")
+            raise RequestError(409, message) from None
         if not self._served():
             raise RequestError(500, f"{what} on disk, but the old index is still served; see the service's log")
         self._log(f"{what} {count} passages")

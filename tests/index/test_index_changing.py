@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
-from index_helpers import flipped_bytes, listing, pairs_of, passages_of
+from index_helpers import MODEL, flipped_bytes, listing, pairs_of, passages_of
 
 from index.ann import edit
 from index.ann.build import Plan, build
@@ -283,6 +284,18 @@ def test_existing_ids_are_not_added_again(tmp_path: Path, make_store: Callable, 
     more = make_store(vectors[300:302], ["new", "d7"], name="more")
     with pytest.raises(InputError, match=r"expected ids that are not yet in .*index, found 'd7'"):
         add_passages(tmp_path / "index", more)
+
+
+def test_a_store_of_other_texts_is_not_taken_for_one_that_was_added(
+    tmp_path: Path, make_store: Callable, vectors: np.ndarray
+) -> None:
+    store = make_store(vectors[:50])
+    build(store, tmp_path / "index")
+    assert add_passages(tmp_path / "index", store) == 0
+    with EmbeddingWriter(tmp_path / "other", dim=16, dtype="float32", model=MODEL, source={}, shard_rows=7) as writer:
+        writer.append([replace(passage, text="another") for passage in store.passages()], vectors[:50])
+    with pytest.raises(InputError, match=r"expected ids that are not yet in .*index, found 'd0'"):
+        add_passages(tmp_path / "index", EmbeddingStore.open(tmp_path / "other"))
 
 
 def test_a_duplicate_id_is_found_among_many(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +107,9 @@ def test_changes_are_served_at_once_and_answers_belong_to_one_state(
             assert {each["id"] for each in found[1]["results"]} == {"new0", "new1", "new2"}
             # A client that repeats a request, because it got no answer, adds nothing twice.
             assert post(service, "/add", {"passages": NEW})[1]["added"] == 0
+            # The same texts with other fields are not the same passages.
+            status, answer = post(service, "/add", {"passages": [row | {"meta": {"n": 1}} for row in NEW]})
+            assert status == 409 and "found 'new0'" in answer["error"], answer
             status, deleted = post(service, "/delete", {"ids": ["d0", "new1", "unknown"]})
             if factory.startswith("HNSW"):
                 assert status == 409 and "IndexHNSWFlat cannot delete" in deleted["error"], deleted
@@ -148,19 +152,25 @@ def test_what_cannot_be_changed_is_refused_and_changes_nothing(towers: Towers, f
         for path, body, status, message in (
             ("/add", {"passages": []}, 422, "list of 1 to 8 as 'passages', found a list of 0"),
             ("/add", {"passages": [row] * 9}, 422, "found a list of 9"),
-            ("/add", {"passages": [row], "x": 1}, 422, "found a list of 1"),
+            ("/add", {"passages": [row], "x": 1}, 422, "found 'passages', 'x'"),
             ("/add", {"passages": ["t"]}, 422, "passages[0]: expected an object, found str"),
             ("/add", {"passages": [row, {"_id": "y"}]}, 422, "passages[1]: expected a column 'text'"),
             ("/add", {"passages": [row, row]}, 422, "passages[1]: expected another id, found 'x' again"),
             ("/add", {"passages": [row | {"yaer": 1}]}, 422, "expected _id, title, text, meta.n, found 'yaer'"),
             ("/add", {"passages": [row | {"meta": {"n": "one"}}]}, 422, "field 'meta.n': expected values of one type"),
             ("/add", {"passages": [row | {"_id": "a b"}]}, 422, "expected an id without white space"),
-            ("/add", {"passages": [row | {"_id": "d3"}]}, 409, "expected ids that are not yet in"),
+            (
+                "/add",
+                {"passages": [row | {"_id": "d3"}]},
+                409,
+                "expected ids that are not yet in the index, found 'd3'",
+            ),
             ("/delete", {"ids": [f"d{n}" for n in range(20)]}, 422, "list of 1 to 8"),
             ("/delete", {"ids": [None]}, 422, "ids: expected an id of text"),
         ):
             found, answer = post(service, path, body, **authorized)
             assert found == status and message in answer["error"], (body, answer)
+            assert str(tmp_path) not in answer["error"] and tempfile.gettempdir() not in answer["error"]
         assert post(service, "/search", {"query": "q", "k": 100}, **authorized)[1]["results"][0]
     assert (place / "manifest.json").read_bytes() == before
     # Without the flag there are no such paths.
