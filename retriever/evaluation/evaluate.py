@@ -29,7 +29,7 @@ from retriever.evaluation.report_folder import ReportFolder
 from retriever.evaluation.set_settings import read_settings, unused
 from retriever.evaluation.suite import Suite
 from retriever.evaluation.suite_options import LowerPrecision, SuiteOptions
-from retriever.searching.search import check_index_device
+from retriever.searching.search import check_index_options
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,7 @@ def evaluate(
         raise ArgumentError("data", "expected at least one BEIR folder, found none")
     check_at_least(1, k=k, shard_rows=shard_rows)
     check_at_least(0, overlap=overlap)
-    check_index_device(index_device)
-    check_choice(get_args(Spread), index_spread=index_spread)
+    check_index_options(index_device, index_spread, index=index is not None or factory is not None)
     dims = _checked_dims(dim, dims)
     check_choice(get_args(StoreDtype), dtype=dtype)
     if isinstance(precisions, str) or not isinstance(precisions, Sequence):

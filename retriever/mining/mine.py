@@ -30,7 +30,7 @@ from retriever.mining.miner import Miner, prompts_of
 from retriever.mining.options import MiningOptions, Sampling
 from retriever.mining.parts import PART_ROWS, Part, Workplace, example_line
 from retriever.mining.texts import KnownPairs, text_key
-from retriever.searching.search import check_index_device, open_indexes, place_index
+from retriever.searching.search import check_index_options, open_indexes, place_index
 
 CROSS_ENCODER_PART_ROWS = 2**12
 
@@ -153,8 +153,7 @@ def mine(
     check_choice(get_args(Sampling), sampling=sampling)
     numbers = {"max_share": max_share, "margin": margin, "max_score": max_score, "min_score": min_score}
     check_numbers(**{name: value for name, value in numbers.items() if value is not None})
-    check_index_device(index_device)
-    check_choice(get_args(Spread), index_spread=index_spread)
+    check_index_options(index_device, index_spread, index=index is not None)
     check_at_least(0, negatives=negatives, skip=skip, seed=seed)
     check_at_least(1, depth=depth, **({} if keep_top is None else {"keep_top": keep_top}))
     if max_share is not None and not 0 < max_share <= 1:

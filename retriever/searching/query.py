@@ -62,6 +62,8 @@ def search(
     """
     chosen = parsed_filter(filter)
     check_at_least(1, k=k)
+    if isinstance(index, Index | MultiIndex) and (index_device, index_spread) != ("auto", "auto"):
+        raise ArgumentError("index_device", "give the folder of an index with it, or move an opened index by Index.to")
     check_index_device(index_device)
     if isinstance(queries, str | Path):
         queries = [queries]

@@ -90,6 +90,24 @@ def check_index_device(name: str) -> None:
         raise ArgumentError("index_device", f"expected auto, cpu or cuda[:number], found {name!r}")
 
 
+def check_index_options(index_device: str, index_spread: str, *, index: bool) -> None:
+    """Check where an index is to be searched.
+
+    Args:
+        index_device: As for `place_index`.
+        index_spread: As for `place_index`.
+        index: Whether an index is searched at all.
+
+    Raises:
+        ConfigError: A value is unknown, or one is given without an index.
+    """
+    check_index_device(index_device)
+    check_choice(get_args(Spread), index_spread=index_spread)
+    for name, value in {"index_device": index_device, "index_spread": index_spread}.items():
+        if value != "auto" and not index:
+            raise ArgumentError(name, f"expected together with an index, found {value} without one")
+
+
 def place_index(
     index: Index | MultiIndex,
     model_device: torch.device,
