@@ -166,7 +166,7 @@ def _check_request(request: Request, measure: str, sets_plan: Plan, out: Path) -
     check_outside(out, sets_plan.tasks)
     if not sets_plan.tasks:
         raise ArgumentError(
-            "data", f"expected at least one set that is here, found none of {', '.join(sets_plan.absent)}"
+            "data", f"expected at least one set that is on disk, found none of {', '.join(sets_plan.absent)}"
         )
     known = [*request.systems, *([BM25] if request.bm25 else [])]
     for fusion in request.fusions:

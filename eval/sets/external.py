@@ -77,7 +77,7 @@ def _download_nano(name: str, folder: Path) -> None:
 
     repo = f"{NANO_OWNER}/{name}"
     if constants.HF_HUB_OFFLINE:
-        raise InputError(f"{name}: not downloaded: the hub is not reached offline (HF_HUB_OFFLINE is set)")
+        raise InputError(f"{name}: not downloaded: the hub is not contacted offline (HF_HUB_OFFLINE is set)")
     patterns = ["corpus/*", "queries/*", "qrels/*"]
     try:
         snapshot_download(repo, repo_type="dataset", allow_patterns=patterns, local_dir=folder)

@@ -114,7 +114,8 @@ def build(
         rebuilt = is_cagra(index)
         if len(added_last) and not rebuilt and not can_add_later(index):
             raise InputError(
-                f"factory {origin['factory']!r}: expected queries to measure it by, for rows cannot come in later"
+                f"factory {origin['factory']!r}: expected queries to measure its recall with, because "
+                "held-out passages could not be added to it afterwards"
             )
         background.submit(write_passages, part.files("ids"), part.files("jsonl"), part.rows, folder)
 

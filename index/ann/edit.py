@@ -173,8 +173,9 @@ def retune(
             raise InputError(f"{store.folder}: expected vectors of {index.dim} dimensions, found {store.dim}")
         if target.queries is None and is_graph(index.faiss):
             raise InputError(
-                f"{folder}: expected queries to measure a graph by, for a passage in it finds its own neighbours far "
-                "more easily than a query does; `retriever index build --target-recall` holds passages out of it"
+                f"{folder}: expected queries to measure the recall of a graph with, because a passage in the graph "
+                "finds its neighbours far more easily than a query does; `retriever index build --target-recall` "
+                "measures with passages that are not in the graph yet"
             )
         # Recall is measured against these vectors: verify them first.
         store.check(checked)

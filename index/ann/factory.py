@@ -173,7 +173,7 @@ def make(factory: str, dim: int) -> Any:
     """
     faiss = import_faiss()
     if "IDMap" in factory:
-        raise InputError(f"factory {factory!r}: expected one without IDMap, for the index keeps the ids itself")
+        raise InputError(f"factory {factory!r}: expected one without IDMap, because the index keeps the ids itself")
     if found := CAGRA.fullmatch(factory):
         return _make_cagra(factory, int(found[1]), dim)
     try:

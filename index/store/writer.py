@@ -155,7 +155,9 @@ class EmbeddingWriter:
         for name, entry in files.items():
             path = self.folder / name
             if not path.exists() or path.stat().st_size != entry.bytes:
-                raise InputError(f"{path}: expected what another process wrote; do all of them see one folder?")
+                raise InputError(
+                    f"{path}: expected the file that another process wrote; do all processes use the same folder?"
+                )
         (ids,) = (name for name in files if name.endswith(".ids"))
         self._check_new_ids(list(Ids([(self.folder / ids, rows)])), self.rows)
         self._add_to_manifest(rows, files, complete=False)

@@ -61,7 +61,7 @@ def report_first_error(store: Any) -> Iterator[None]:
                 raise _silent_exit() from None
             if isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_connection_lost(error)):
                 message = (str(error).splitlines() or [""])[0]
-                raise LostRankError(f"another process of this job is gone, killed perhaps: {message}") from error
+                raise LostRankError(f"another process of this job has ended, perhaps killed: {message}") from error
             raise
         finally:
             done.set()

@@ -321,7 +321,7 @@ def _external(name: str, home: Path | None, download: bool, ranks: Ranks, report
         with reporter.bar(f"download {name}", None, "documents") as advance:
             download_external(name, home, advance)
     if not download and not folder.is_dir():
-        raise InputError(f"{name}: expected the set in {folder}; --download gets it")
+        raise InputError(f"{name}: expected the set in {folder}; --download downloads it")
     return str(folder)
 
 

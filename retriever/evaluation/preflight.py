@@ -65,7 +65,7 @@ def check_sets(
         InputError: a set has errors, or there is no set.
     """
     if not plan.tasks:
-        raise InputError(f"expected at least one set that is here, found none of {', '.join(plan.absent)}")
+        raise InputError(f"expected at least one set that is on disk, found none of {', '.join(plan.absent)}")
     results = []
     for task in plan.tasks:
         with reporter.bar(f"{task.name}: check", _passages(task) if reporter.is_live else None, "passages") as advance:

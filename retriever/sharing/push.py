@@ -141,7 +141,7 @@ def _upload(contents: dict[str, Path | bytes], repo: str, revision: str, private
     from huggingface_hub import CommitOperationAdd, constants
 
     if constants.HF_HUB_OFFLINE:
-        raise InputError(f"{repo}: not pushed: the hub is not reached offline (HF_HUB_OFFLINE is set)")
+        raise InputError(f"{repo}: not pushed: the hub is not contacted offline (HF_HUB_OFFLINE is set)")
     if huggingface_hub.get_token() is None:
         raise InputError(f"{repo}: not pushed: no access token: run 'hf auth login', or set HF_TOKEN")
     disable_progress_bars()

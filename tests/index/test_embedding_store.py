@@ -81,7 +81,7 @@ def test_adopt_shard_adds_a_shard_of_another_process(tmp_path: Path, rng) -> Non
         assert writer.rows == 4
         files = shard(1, passages[4:8])
         (tmp_path / "two" / "00001.npy").rename(tmp_path / "elsewhere")
-        with pytest.raises(InputError, match=r"00001\.npy: expected what another process wrote; do all"):
+        with pytest.raises(InputError, match=r"00001\.npy: expected the file that another process wrote"):
             writer.adopt_shard(4, files)
         (tmp_path / "elsewhere").rename(tmp_path / "two" / "00001.npy")
         writer.adopt_shard(4, files)

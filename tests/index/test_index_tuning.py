@@ -148,7 +148,7 @@ def test_equal_vectors_are_listed_as_ties(make_store: Callable) -> None:
         ({"recall": 0.0}, "target_recall: expected more than 0"),
         ({"recall": 1.5}, "target_recall: expected more than 0 and at most 1, found 1.5"),
         ({"k": 0}, "k: expected at least 1"),
-        ({"queries": np.ones((29, DIM), np.float32)}, "queries: expected at least 30 to measure by, found 29"),
+        ({"queries": np.ones((29, DIM), np.float32)}, "queries: expected at least 30 to measure with, found 29"),
     ],
 )
 def test_invalid_targets_are_refused(change: dict, message: str) -> None:
@@ -163,7 +163,7 @@ def test_queries_of_another_dimension_are_refused(tmp_path: Path, store) -> None
 
 
 def test_too_few_passages_for_tuning_are_refused(tmp_path: Path, make_store: Callable) -> None:
-    with pytest.raises(InputError, match=r"expected at least 60 passages to measure by 30, .* found 20"):
+    with pytest.raises(InputError, match=r"expected at least 60 passages to measure with 30, .* found 20"):
         build(make_store(spread(20, 1)), tmp_path / "index", Plan("Flat", target=Target(0.9)))
 
 
@@ -182,9 +182,9 @@ def test_a_graph_is_tuned_with_held_out_passages(tmp_path: Path, store, factory:
 
 def test_retuning_a_graph_requires_queries(tmp_path: Path, store) -> None:
     build(store, tmp_path / "index", Plan("HNSW8"))
-    with pytest.raises(InputError, match="expected queries to measure a graph by"):
+    with pytest.raises(InputError, match="expected queries to measure the recall of a graph"):
         retune(tmp_path / "index", store, Target(0.9))
-    with pytest.raises(InputError, match="factory 'NSG8': expected queries to measure it by"):
+    with pytest.raises(InputError, match="factory 'NSG8': expected queries to measure its recall"):
         build(store, tmp_path / "other", Plan("NSG8", target=Target(0.9)))
 
 

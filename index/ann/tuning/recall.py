@@ -53,9 +53,11 @@ class Target:
         if self.k < 1:
             raise ArgumentError("k", f"expected at least 1, found {self.k}")
         if self.queries is not None and len(self.queries) < MIN_QUERIES:
-            raise ArgumentError("queries", f"expected at least {MIN_QUERIES} to measure by, found {len(self.queries)}")
+            raise ArgumentError(
+                "queries", f"expected at least {MIN_QUERIES} to measure with, found {len(self.queries)}"
+            )
         if self.held_out < MIN_QUERIES:
-            raise ArgumentError("held_out", f"expected at least {MIN_QUERIES} to measure by, found {self.held_out}")
+            raise ArgumentError("held_out", f"expected at least {MIN_QUERIES} to measure with, found {self.held_out}")
 
     def held_out_rows(self, rows: int, seed: int) -> np.ndarray:
         """Rows of a store that are used as queries; empty if there are real queries."""
@@ -65,7 +67,7 @@ class Target:
         if rows < 2 * MIN_QUERIES:
             raise ArgumentError(
                 "target_recall",
-                f"expected at least {2 * MIN_QUERIES} passages to measure by {MIN_QUERIES}, or "
+                f"expected at least {2 * MIN_QUERIES} passages to measure with {MIN_QUERIES}, or "
                 f"queries, found {rows} passages",
             )
         # Another seed than the training sample's: with the same seed, these would be its first rows.

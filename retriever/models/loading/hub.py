@@ -70,5 +70,5 @@ def hub_problem(error: Exception) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "no such folder, and not in the cache of the hub, which is not reached offline (HF_HUB_OFFLINE is set)"
+        return "no such folder, and not in the cache of the hub, which is not contacted offline (HF_HUB_OFFLINE is set)"
     return f"no such folder, and no such model on the hub: {one_line(error)}"

@@ -64,7 +64,7 @@ def test_sets_have_one_row_each_and_the_forums_share_one(world: Any, tmp_path: P
     assert len(found["sets"]) == 13 and "| mean of 2 sets |" in found["out"]
     arguments = ["--model", world.model, "--data", "beir", "--out", tmp_path / "o", "--preflight"]
     outcome = command("evaluate", "beir", *arguments)
-    assert outcome.code == 1 and "expected at least one set that is here, found none of msmarco" in outcome.err
+    assert outcome.code == 1 and "expected at least one set that is on disk, found none of msmarco" in outcome.err
     (tmp_path / "data" / "words").rename(tmp_path / "data" / "scifact")
     all_sets = evaluate(world, tmp_path / "all", "--data", "beir", "--home", tmp_path / "data", "--k", 10)
     assert all_sets["out"].count("not here") == 17 and len(all_sets["absent"]) == 17
