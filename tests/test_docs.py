@@ -87,6 +87,16 @@ def test_the_files_that_a_package_lists_exist(package: str) -> None:
     assert [name for name in names if not (ROOT / package / name).exists()] == []
 
 
+def test_contributing_names_files_and_what_is_in_them() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("|---|---|\n")[2].partition("\n\n")[0]
+    paths = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|setup\.cfg)`", table)
+    assert paths and [path for path in paths if not (ROOT / path).exists()] == []
+    named = re.findall(r"((?:`\w+`(?:, | and )?)+) in `([\w./-]+\.\w+)`", table)
+    found = [(name, path) for names, path in named for name in re.findall(r"\w+", names.replace(" and ", " "))]
+    assert ("order_ties", "index/ties.py") in found
+    assert [(name, path) for name, path in found if name not in (ROOT / path).read_text(encoding="utf-8")] == []
+
+
 def test_an_unknown_flag_or_script_is_found() -> None:
     with pytest.raises(retriever.ConfigError, match="--shards"):
         check_command(["torchrun", "-m", "retriever", "encode", "--model=m", "--data=d", "--out=o", "--shards=2"])
