@@ -25,7 +25,7 @@ class Positives:
     The column direction is the same for each positive passage j with its queries R_j = {i : j ∈ P_i}: with "mean" the
     mean over i ∈ R_j of log(exp S_ij + Σ_{i' ∉ R_j} exp S_i'j) − S_ij, with "sum" log Σ_i exp S_ij −
     log Σ_{i ∈ R_j} exp S_ij. The column part of a symmetric loss is the mean over the passages that are a positive of
-    any query. Queries that share a passage are thus no negatives of each other there, unlike without `positives`.
+    any query. There, queries that share a passage are not negatives of each other; without `positives` they are.
 
     Attributes:
         pairs: [P, 2] integers, pairs (query row, passage row). Repeated pairs, and a query with its own `positive`,
@@ -48,11 +48,11 @@ class NegativeLimit:
     """Removes negatives that score higher than the query's positive allows, because they are probably false negatives.
 
     Let c_ij = q_i · k_j, without logit_scale. Negative (i, j) is removed if c_ij > c_i,p(i) + margin, or if
-    c_ij > c_i,p(i) − (1 − share) · |c_i,p(i)| (NV-Retriever, arXiv 2407.15831, uses share 0.95). The threshold is a
-    constant for the gradient. p(i) is the query's `positive`, not one of `positives`.
+    c_ij > c_i,p(i) − (1 − share) · |c_i,p(i)| (NV-Retriever, arXiv 2407.15831, uses share 0.95). No gradient flows
+    through the threshold. p(i) is the query's `positive`, not one of `positives`.
 
     Attributes:
-        margin: In units of c; may be negative. Default: None, no limit by margin.
+        margin: Distance that is added to the positive's c; may be negative. Default: None, no limit by margin.
         share: Share of the positive's score that a negative may reach, greater than 0. Default: None, no limit by
             share.
 
@@ -84,7 +84,7 @@ class Guide:
     Attributes:
         query: [M, G] floating point, the guide's embeddings of the queries; they get no gradient.
         passage: [N, G], the guide's embeddings of the passages; with a group, of this rank's passages.
-        margin: In units of g. Default: 0.
+        margin: Distance that is subtracted from the positive's g. Default: 0.
 
     Raises:
         ValueError: If `margin` is not a finite number.
@@ -100,7 +100,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different number for each query.
+    """A different number of rows for each query.
 
     Attributes:
         values: [H, D] the rows of query 0, then of query 1, and so on.
@@ -124,7 +124,7 @@ class Negatives:
         frozen_excluded: [R, 2] int64 pairs (query row, frozen row) that are not negatives. Default: None.
         same_side: Whether queries are negatives of queries and passages of passages, in a single partition function
             (GTE, arXiv 2308.03281, equation 6). Default: False.
-        hardness: β ≥ 0 of the weights w_ij = exp(β · c_ij) with c_ij = q_i · k_j, constant for the gradient (Robinson
+        hardness: β ≥ 0 of the weights w_ij = exp(β · c_ij) with c_ij = q_i · k_j, which get no gradient (Robinson
             et al., arXiv 2010.04592): in row and column sums, negative (i, j) counts as w_ij · exp S_ij, and a
             positive as exp S_ip. The weights are not divided by their mean over the negatives, as the paper's
             estimator does. Default: 0, equal weights.
