@@ -56,10 +56,12 @@ class LossConfig:
     2308.03281, equation 6)."""
     matryoshka: MatryoshkaConfig = field(default_factory=MatryoshkaConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    statistics: Literal["auto", "none", "numbers"] = "auto"
+    statistics: Literal["auto", "none", "numbers", "texts"] = "auto"
     """Statistics of the scores of the batch, on steps that are logged: accuracy@1 and MRR of the positive in the pool,
-    its mean rank, the score of the hardest negative, entropy, and the share of masked pairs. none: no statistics.
-    numbers: all of them. auto: numbers, if the other options of the loss allow it."""
+    its mean rank, the score of the hardest negative, entropy, and the share of pairs that each rule masks. none: no
+    statistics. numbers: all of them. texts: also the hardest negative of the batch (of the first process) and its
+    query as texts, and the hardest masked passage of that query with the rule that masks it. auto: numbers, if the
+    other options of the loss allow it."""
 
     def __post_init__(self) -> None:
         if not is_positive(self.max_logit_scale):

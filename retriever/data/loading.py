@@ -188,7 +188,12 @@ def open_batches(
     return BatchDataset(
         tables,
         schedule,
-        BatchPreparer.of(towers, token_budget, queries_only=bool(config.query_only)),
+        BatchPreparer.of(
+            towers,
+            token_budget,
+            queries_only=bool(config.query_only),
+            keep_texts=config.loss.statistics == "texts",
+        ),
         prompts=prompts,
         passages=PassageSettings(
             config.data.positives, config.data.max_positives, config.data.negatives, config.data.negatives_seen_by

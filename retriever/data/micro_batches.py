@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retriever.data.batches import PairKeys, TrainingBatch
+from retriever.data.batches import PairKeys, PoolTexts, TrainingBatch
 from retriever.data.false_negatives import FalseNegatives, Integers
 from retriever.data.length_sorting import make_micro_batches
 from retriever.data.stored.rows import StoredRows
@@ -98,9 +98,11 @@ class PreparedBatch:
     guide: Sequence[TowerInputs] = ()
     """Inputs of the guide: the queries, then the passages of the pool; empty without a guide."""
 
+    texts: PoolTexts | None = None
+    """The texts of the queries and the pool; None if the log of the run shows none."""
     parts: tuple[PreparedBatch, ...] = ()
-    """Batches without texts, each with a loss of its own over consecutive queries and passages of this batch; empty for
-    a batch that is one block."""
+    """Batches without inputs, each with a loss of its own over consecutive queries and passages of this batch; empty
+    for a batch that is one block."""
     passages: int = 0
     """Number of passages of a part, N."""
     loss_share: float = 1.0
@@ -202,14 +204,17 @@ class BatchPreparer:
 
     queries_only: bool = False
     """Whether the passages are left out, because their embeddings come from a store."""
+    keep_texts: bool = False
+    """Whether the batches have their texts, for the log."""
 
     @classmethod
-    def of(cls, towers: Towers, token_budget: int, *, queries_only: bool = False) -> BatchPreparer:
+    def of(
+        cls, towers: Towers, token_budget: int, *, queries_only: bool = False, keep_texts: bool = False
+    ) -> BatchPreparer:
         """Return the preparer for some towers."""
         query, passage = towers.tokenizer("query"), towers.tokenizer("document")
-        return cls(
-            query, passage, towers.shared, token_budget, not towers.padding_free, towers.device.type, queries_only
-        )
+        padded, device = not towers.padding_free, towers.device.type
+        return cls(query, passage, towers.shared, token_budget, padded, device, queries_only, keep_texts)
 
     def __call__(self, batch: TrainingBatch) -> PreparedBatch:
         parts = batch.parts or (batch,)
@@ -233,6 +238,7 @@ class BatchPreparer:
             passages=len(batch.passages) + len(batch.own_negatives),
             loss_share=batch.loss_share,
             stored=batch.stored,
+            texts=batch.texts if self.keep_texts else None,
         )
 
     def inputs(self, queries: list[str], passages: list[str]) -> list[TextInputs]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from index.progress import Reporter
@@ -16,8 +16,9 @@ from retriever.training.checkpoint import TrainState
 from retriever.training.components import Components
 from retriever.training.cuda_graphs import release_cuda_graphs, use_cuda_graphs, uses_cuda_graphs
 from retriever.training.health.watch import HealthWatch
+from retriever.training.objective.hardest import describe_hardest, hardest_negative
 from retriever.training.objective.sources import loss_of_source
-from retriever.training.objective.statistics import named_after_source, statistics_row
+from retriever.training.objective.statistics import PartStatistics, mean_row, named_after_source, statistics_row
 from retriever.training.optimization.optim import lr_factor
 from retriever.training.profiler import StepProfile
 from retriever.training.run_dir import RunFolder
@@ -120,6 +121,8 @@ class TrainingLoop:
                     if is_last or not self._reporter.is_live:
                         left = meter.time_left(self._total - state.step)
                         self._reporter.line(f"step {state.step}/{self._total}  {line}  left {left}")
+                    if "hardest_negative" in row:
+                        self._reporter.line(f"step {state.step}: {describe_hardest(row['hardest_negative'])}")
                 advance(1)
                 self._evaluate_if_due()
                 # After the evaluation, so that the checkpoint of a step includes its result.
@@ -214,11 +217,12 @@ class TrainingLoop:
             "lr": config.lr * lr_factor(self._state.step - 1, self._total, config),
             **meter.rates(),
         }
-        if result.statistics is not None:
-            row |= statistics_row(result.statistics, row["logit_scale"], batch, objective.loss, parts.ranks)
+        if result.statistics:
+            row |= self._statistics(result.statistics)
         # Other batches have several sources.
         if objective.name and parts.config.data.mix == "steps":
             row |= named_after_source(row, objective.name)
+        row |= self._hardest_negative(result.statistics)
         # In fp16 a step with overflowing gradients is skipped and the scale is halved. A scale below 1 means that the
         # gradients themselves are not finite.
         skips_overflow = parts.scaler.is_enabled() and parts.scaler.get_scale() >= 1
@@ -230,6 +234,31 @@ class TrainingLoop:
                 f"optim.warmup_fraction, or train in fp32 or bf16"
             )
         return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+
+    def _statistics(self, found: Sequence[PartStatistics]) -> dict[str, float]:
+        """The numbers of a step, over all parts of its batch and, if there are several, of the source of each."""
+        parts, rows = self._parts, list[dict[str, float]]()
+        objectives = [parts.train_step.objectives[each.part.source] for each in found]
+        for each, objective in zip(found, objectives, strict=True):
+            logit_scale = loss_of_source(parts.loss, each.part.source).logit_scale
+            rows.append(statistics_row(each, logit_scale, objective.loss, parts.ranks))
+        if len(rows) == 1:
+            return rows[0]
+        row = mean_row(rows, [each.part.loss_share for each in found])
+        for of_part, objective in zip(rows, objectives, strict=True):
+            row |= named_after_source(of_part, objective.name)
+        return row
+
+    def _hardest_negative(self, found: Sequence[PartStatistics]) -> dict[str, Any]:
+        """The texts of the hardest negative of a step, if they are wanted."""
+        objectives = self._parts.train_step.objectives
+        texts = [
+            hardest_negative(each.hardest, each.part, objectives[each.part.source].loss)
+            for each in found
+            if each.hardest is not None
+        ]
+        scored = [each for each in texts if each is not None]
+        return {"hardest_negative": max(scored, key=lambda each: each["negative_score"])} if scored else {}
 
     def _evaluate_if_due(self) -> None:
         """Evaluate on the dev set if it is due at this step, and save the model if it is the best one."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losses import Guide, InfCLLoss, SigmoidLoss, Statistics
+from losses import Guide, InfCLLoss, SigmoidLoss
 from retriever.config.run import TrainConfig
 from retriever.data.micro_batches import PreparedBatch, TowerInputs
 from retriever.distributed.gradients import average_gradients
@@ -24,9 +24,10 @@ from retriever.models.towers import Towers
 from retriever.training import grad_cache
 from retriever.training.objective.checks import has_statistics
 from retriever.training.objective.guide import GuideModel
+from retriever.training.objective.hardest import hardest_scores
 from retriever.training.objective.options import LossOptions
 from retriever.training.objective.sources import SourceLosses, SourceObjective, loss_of_source
-from retriever.training.objective.statistics import joined_statistics
+from retriever.training.objective.statistics import PartStatistics, masked_without_guide
 from retriever.training.objective.stored import StoredEmbeddings
 from retriever.training.optimization.average import WeightAverage
 from retriever.training.optimization.optim import lr_factor, set_learning_rates
@@ -56,8 +57,8 @@ class StepResult(NamedTuple):
     """0-dim."""
     grad_norm: Tensor
     """0-dim, the norm of the gradients before clipping."""
-    statistics: Statistics | None = None
-    """Statistics of the loss; None if they were not wanted, or the configuration has none."""
+    statistics: Sequence[PartStatistics] = ()
+    """Statistics of each part of the batch; none if they were not wanted, or the configuration has none."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class TrainStep:
         torch.manual_seed(_step_seed(config.seed, step, self.ranks.rank))
         set_learning_rates(self.optimizer, lr_factor(step, self.steps, config.optim))
         micro_batches, keep = self._micro_batches(batch)
-        found: Statistics | None = None
+        found: list[PartStatistics] = []
         statistics = statistics and all(
             has_statistics(replace(config, loss=self.objectives[part.source].loss)) for part in batch.parts or (batch,)
         )
@@ -122,9 +123,7 @@ class TrainStep:
                 guides = self.guide.options(batch, self.objectives, of_loss)
 
         def loss_of(embeddings: Sequence[Tensor]) -> Tensor:
-            nonlocal found
             losses: list[Tensor] = []
-            found_in: list[tuple[Statistics, float]] = []
             merged = batch.merge_embeddings(embeddings, of_loss)
             if observe is not None:
                 observe(merged[0])
@@ -138,15 +137,17 @@ class TrainStep:
                     passage, options, further = self.stored.apply(part, options, query, passage, self.ranks)
                 # Autocast makes the loss use the precision of the towers if its own is "auto".
                 with autocast(of_loss, self.precision):
-                    loss = loss_of_source(self.loss, part.source)(query, passage, **options.arguments())
-                if statistics:
-                    loss, of_part = loss
-                    found_in.append((of_part, part.loss_share))
+                    loss_of_part = loss_of_source(self.loss, part.source)
+                    loss = loss_of_part(query, passage, **options.arguments())
+                    if statistics:
+                        loss, numbers = loss
+                        without_guide = masked_without_guide(loss_of_part, query, passage, options)
+                        shown = part.texts is not None and self.ranks.is_first
+                        hardest = hardest_scores(numbers, query, passage, guides[number]) if shown else None
+                        found.append(PartStatistics(part, numbers, without_guide, hardest))
                 if further is not None:
                     loss = loss + further
                 losses.append(loss * part.loss_share if batch.parts else loss)
-            if statistics:
-                found = joined_statistics(found_in)
             return self.scaler.scale(torch.stack(losses).sum() if batch.parts else losses[0])
 
         with mixed_precision(self.towers, self.precision):

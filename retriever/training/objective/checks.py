@@ -58,6 +58,8 @@ def _check_options(config: TrainConfig, ranks: Ranks) -> None:
         raise ConfigError("loss.teacher: not supported for a model with an image tower")
     if loss.guide.given and config.data.images:
         raise ConfigError("loss.guide.model: expected none with data.images, because a guide embeds texts")
+    if loss.statistics == "texts" and config.model.image.name:
+        raise ConfigError("loss.statistics: expected auto, none or numbers for a model with an image tower")
     if loss.statistics not in ("auto", "none"):
         given.add("statistics")
     allowed = OF_SIGMOID if loss.name == "sigmoid" else () if loss.name == "clip" else None

@@ -52,6 +52,7 @@ PANELS = (
     Panel("Dev set", ("dev_ndcg@10", "dev_mrr@10", "dev_recall@1", "dev_recall@100", "dev_acc1", "dev_mean_average_*")),
     Panel("Batch as a retrieval task", ("pool_accuracy*", "pool_mrr*")),
     Panel("Rank of the positive", ("pool_rank*",), log_scale=True),
+    Panel("Cosine of the hardest negative", ("pool_hardest*",)),
     Panel("Entropy of the scores of a query, nats", ("pool_entropy*",)),
     Panel("Share of masked pairs", ("pool_masked*",)),
     Panel("Learning rate", ("lr",)),

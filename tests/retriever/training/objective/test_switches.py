@@ -14,7 +14,7 @@ from run_helpers import assert_same, results
 from torch import Tensor
 
 import retriever
-from index.progress import SilentReporter
+from index.progress import Reporter, SilentReporter
 from retriever.config.data import DataConfig
 from retriever.config.loss import LossConfig
 from retriever.config.loss_options import GuideConfig, LimitConfig, MatryoshkaConfig, SourceLossConfig
@@ -26,7 +26,9 @@ from retriever.distributed.ranks import DryRunRanks
 from retriever.errors import ConfigError
 from retriever.training import step as step_module
 from retriever.training.objective.checks import check_dimension, check_objective, has_statistics
+from retriever.training.objective.hardest import describe_hardest, hardest_negative
 from retriever.training.objective.sources import loss_of_source
+from retriever.training.objective.statistics import statistics_row
 from retriever.training.run_dir import build_configured_towers
 from retriever.training.step import TrainStep
 from retriever.training.trainer import Trainer
@@ -196,9 +198,10 @@ def test_a_step_has_the_gradients_of_the_reference_loss(
     result = trainer.train_step(prepared, 0, statistics=True)
     assert float(result.loss) == pytest.approx(expected.item(), rel=1e-5)
     assert expected.item() > 0.3
-    assert (result.statistics is None) == config.loss.same_side
-    if result.statistics is not None and not config.loss.masks_by_score:
-        assert prepared.false_negatives.count(prepared.positive_pairs) == int(result.statistics.masked.sum()) > 0
+    assert (not result.statistics) == config.loss.same_side
+    if result.statistics and not config.loss.masks_by_score:
+        (of_batch,) = result.statistics
+        assert prepared.false_negatives.count(prepared.positive_pairs) == int(of_batch.of_loss.masked.sum()) > 0
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     assert found.keys() == wanted.keys()
     for parameter, reference in wanted.items():
@@ -233,8 +236,121 @@ def test_a_resumed_run_with_options_is_bitwise_equal(
     rows = results(Path(config.out))["rows"]
     assert [row["step"] for row in rows if "pool_masked" in row] == [2, 4, 5]
     for row in rows:
-        assert row["pool_masked"] == pytest.approx(row.get("pool_masked_known", 0) + row["pool_masked_scores"])
+        rules = ("duplicates", "known", "limit", "guide")
+        assert row["pool_masked"] == pytest.approx(sum(row[f"pool_masked_{rule}"] for rule in rules))
         assert 0 < row["pool_mrr"] <= 1 <= row["pool_rank"] and abs(row["pool_hardest"]) <= 1.001
+
+
+SIGMOID = {
+    "known positives": {},
+    "limit": {"limit": LimitConfig(margin=0.02)},
+    "guide": {"guide": GUIDE},
+    "all": {"limit": LimitConfig(share=0.99), "guide": GUIDE},
+}
+
+
+@pytest.mark.parametrize("case", SIGMOID)
+def test_the_sigmoid_loss_masks_by_each_rule(
+    config: TrainConfig, case: str, guide_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(guide_folder).parent)
+    loss = dataclasses.replace(config.loss, name="sigmoid", logit_bias=-2.0, **SIGMOID[case])
+    trainer = Trainer.start(dataclasses.replace(config, loss=loss), SilentReporter())
+    batch, towers = trainer.batches.batch(0), trainer.towers.train()
+    tokens = towers.tokenizer("document")([*batch.queries, *batch.passages])
+    with torch.no_grad():
+        embeddings = towers.embed(tokens, np.arange(len(tokens)), "document").double()
+    cosine = embeddings[: len(batch.queries)] @ embeddings[len(batch.queries) :].T
+    known_pairs = {(row["query"], text) for row in rows_of_data() for text in row["positive"]}
+    known = torch.tensor([[(query, text) in known_pairs for text in batch.passages] for query in batch.queries])
+    positive, of_positive = torch.eye(*cosine.shape, dtype=torch.bool), cosine.diagonal()[:, None]
+    removed = known & ~positive
+    if loss.limit.margin is not None:
+        removed |= ~positive & (cosine > of_positive + loss.limit.margin)
+    if loss.limit.share is not None:
+        removed |= ~positive & (cosine > of_positive - (1 - loss.limit.share) * of_positive.abs())
+    if loss.guide.given:
+        model = retriever.load(loss.guide.model)
+        guided = model.encode_queries(batch.queries) @ model.encode_passages(batch.passages).T
+        removed |= ~positive & torch.from_numpy(guided > np.diagonal(guided)[:, None] - loss.guide.margin)
+    sign = torch.where(positive, -1.0, 1.0)
+    terms = torch.nn.functional.softplus(sign * (SCALE * cosine - 2.0)).masked_fill(removed, 0)
+    result = trainer.train_step(trainer.batches[0], 0)
+    assert float(result.loss) == pytest.approx(float(terms.sum() / len(cosine)), rel=1e-5)
+
+
+def test_each_rule_counts_what_it_masks_and_the_hardest_negative_is_shown(
+    config: TrainConfig, guide_folder: str
+) -> None:
+    options = {"guide": GuideConfig(guide_folder, 0.01), "limit": LimitConfig(margin=0.02), "statistics": "texts"}
+    trainer = Trainer.start(
+        dataclasses.replace(config, loss=dataclasses.replace(config.loss, **options)), SilentReporter()
+    )
+    batch, towers, model = trainer.batches.batch(0), trainer.towers.train(), retriever.load(guide_folder)
+    tokens = towers.tokenizer("document")([*batch.queries, *batch.passages])
+    with torch.no_grad():
+        embeddings = towers.embed(tokens, np.arange(len(tokens)), "document").double()
+    cosine = (embeddings[: len(batch.queries)] @ embeddings[len(batch.queries) :].T).numpy()
+    guided = model.encode_queries(batch.queries) @ model.encode_passages(batch.passages).T
+    known_pairs = {(row["query"], text) for row in rows_of_data() for text in row["positive"]}
+    known = np.array([[(query, text) in known_pairs for text in batch.passages] for query in batch.queries])
+    own = np.eye(*cosine.shape, dtype=bool)
+    limit = ~known & (cosine > np.diagonal(cosine)[:, None] + 0.02)
+    by_guide = ~known & ~limit & (guided > np.diagonal(guided)[:, None] - 0.01)
+    # Read before the step changes the weights.
+    (found,) = trainer.train_step(trainer.batches[0], 0, statistics=True).statistics
+    row = statistics_row(found, trainer.loss.logit_scale, trainer.config.loss, trainer.ranks)
+    counts = {rule: row[f"pool_masked_{rule}"] * cosine.size for rule in ("duplicates", "known", "limit", "guide")}
+    assert counts["duplicates"] + counts["known"] == pytest.approx((known & ~own).sum())
+    assert counts["limit"] == pytest.approx(limit.sum()) and counts["guide"] == pytest.approx(by_guide.sum())
+    assert min(counts.values()) > 0.9 and row["pool_masked"] * cosine.size == pytest.approx(sum(counts.values()))
+
+    negatives = np.where(known | own | limit | by_guide, -np.inf, cosine)
+    query = int(negatives.max(1).argmax())
+    removed = np.where((known & ~own) | limit | by_guide, cosine, -np.inf)[query]
+    assert found.hardest is not None
+    shown = hardest_negative(found.hardest, found.part, trainer.config.loss)
+    assert shown is not None and "masked" in shown
+    assert (shown["query"], shown["positive"]) == (batch.queries[query], batch.positives[query])
+    assert shown["negative"] == batch.passages[int(negatives[query].argmax())]
+    assert shown["negative_score"] == pytest.approx(negatives.max(), abs=1e-4)
+    masked = int(removed.argmax())
+    assert (shown["masked"], shown["masked_score"]) == (
+        batch.passages[masked],
+        pytest.approx(removed[masked], abs=1e-4),
+    )
+    rules = {"known positives": known, "limit": limit, "guide": by_guide}
+    assert rules[shown["masked_by"]][query, masked]
+    assert shown["masked"] in describe_hardest(shown) and shown["negative"] in describe_hardest(shown)
+
+
+def test_the_texts_are_logged_and_each_source_has_its_statistics_in_blocks(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    (source,) = config.data.sources
+    limited = dataclasses.replace(source, weight=1, loss=SourceLossConfig(limit=LimitConfig(margin=0.02)))
+    sources = (dataclasses.replace(source, weight=1), limited)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sources=sources, mix="blocks"),
+        loss=dataclasses.replace(config.loss, statistics="texts"),
+        **{"steps": 2, "log_every": 1},
+    )
+    with caplog.at_level("INFO", logger="retriever"):
+        Trainer.start(config, Reporter()).train()
+    first, second = results(Path(config.out))["rows"]
+    for row in (first, second):
+        for name in ("pool_rank", "pool_masked", "pool_accuracy@1"):
+            # The sources have 6 and 7 rows of the batch, or 7 and 6.
+            shares = [
+                share
+                for share in (6 / 13, 7 / 13)
+                if row[name] == pytest.approx(share * row[f"{name}/rows_0"] + (1 - share) * row[f"{name}/rows_1"])
+            ]
+            assert shares
+        assert "pool_masked_limit/rows_0" not in row and row["pool_masked_limit/rows_1"] > 0
+        assert row["hardest_negative"]["query"] in {row["query"] for row in rows_of_data()}
+    assert caplog.text.count("hardest negative") == 2
 
 
 def test_a_source_has_its_own_logit_scale_and_options(config: TrainConfig) -> None:
