@@ -38,13 +38,18 @@ class LimitConfig:
 class GuideConfig:
     """Removes negatives that another model, the guide, scores near its score of the positive (arXiv 2402.16829).
 
-    The guide embeds the texts of each batch, beside the towers, with its own prompts.
+    The guide embeds the texts without the prompts of the training data, with its own.
     """
 
     model: str = ""
     """Folder or hub name of the guide. Empty: no guide."""
     margin: float = 0.0
     """Remove negatives that the guide scores above its score of the positive - margin."""
+    embed: Literal["auto", "before", "beside"] = "auto"
+    """When the guide embeds. before: each text of the training data once, before the first step, into embedding stores
+    in data.cache, which later runs use, too. beside: the texts of each batch, beside the towers. auto: before, if the
+    stores are in data.cache already or the run draws as many texts as two passes over the data; otherwise, and with
+    mine_every, beside."""
 
     @property
     def given(self) -> bool:
@@ -56,6 +61,8 @@ class GuideConfig:
             raise ValueError(f"loss.guide.margin: expected a number, found {self.margin}")
         if self.margin and not self.model:
             raise ValueError(f"loss.guide.margin: expected 0 without loss.guide.model, found {self.margin}")
+        if self.embed != "auto" and not self.model:
+            raise ValueError(f"loss.guide.embed: expected auto without loss.guide.model, found {self.embed}")
 
 
 @dataclass(frozen=True)

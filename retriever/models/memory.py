@@ -67,6 +67,7 @@ class GraphMemory:
         micro_batch_tokens: int | None,
         offload_embeddings: bool = False,
         cuda_graphs: bool | None = False,
+        reserved: int = 0,
     ) -> GraphMemory:
         """Measure the memory of a small micro-batch and divide the free memory. On a CPU the size is fixed.
 
@@ -79,6 +80,7 @@ class GraphMemory:
             offload_embeddings: Whether embeddings are on the device only while the loss is computed. Default: False.
             cuda_graphs: Whether micro-batches run as CUDA graphs, whose memory is not shared with other passes; None
                 if they do when all are small enough. Default: False.
+            reserved: Bytes of the device that will be taken before the first step. Default: 0.
         """
         device = towers.device
         if device.type != "cuda":
@@ -86,13 +88,13 @@ class GraphMemory:
             # The saved tensors of sharded towers cannot be measured on a CPU.
             if is_sharded(towers):
                 return cls(tokens, tokens)
-            room = _CPU_SHARE * available_bytes()
+            room = max(0, _CPU_SHARE * (available_bytes() - reserved))
             return cls(tokens, max(tokens, int(room / max(1, graph_bytes(towers, precision)))))
         token_bytes = graph_bytes(towers, precision)
         free, total = _free_bytes(device)
         parameters = sum(local_part(p).numel() for p in towers.parameters() if p.requires_grad)
         embeddings = texts * towers.dimension * (LOSS_BYTES_OFFLOADED if offload_embeddings else LOSS_BYTES)
-        room = free - _SLACK * total - parameters * _PARAMETER_BYTES - embeddings - workspace_mib * 2**20
+        room = free - reserved - _SLACK * total - parameters * _PARAMETER_BYTES - embeddings - workspace_mib * 2**20
         fitting = max(room, 0) / token_bytes
         tokens = micro_batch_tokens or fitting_tokens(fitting)
         captured = 0.0

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from index.progress import Reporter
+from index.store.reader import EmbeddingStore
 from losses import InfCLLoss, SigmoidLoss
 from retriever.config.run import TrainConfig
 from retriever.data.false_negatives import Integers
@@ -32,10 +33,11 @@ from retriever.models.memory import GraphMemory
 from retriever.models.passage_side import freeze_passage_side
 from retriever.training.cuda_graphs import can_use_cuda_graphs, check_cuda_graphs
 from retriever.training.objective.checks import check_dimension, check_objective
-from retriever.training.objective.guide import open_guide
+from retriever.training.objective.guide import Guides, embed_before, embedded_before, open_guide
 from retriever.training.objective.loss import build_losses, check_ranks
 from retriever.training.objective.sources import SourceLosses
 from retriever.training.objective.stored import open_stored_embeddings
+from retriever.training.objective.vectors import planned_device_bytes
 from retriever.training.optimization.average import WeightAverage
 from retriever.training.optimization.optim import build_optimizer
 from retriever.training.optimization.rates import learning_rates
@@ -116,8 +118,12 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     for note in (towers.describe_padding(), towers.describe_frozen()):
         if note:
             reporter.line(note)
-    guide = open_guide(config, device, precision, ranks)
+    guide_model = open_guide(config, device, precision, ranks)
     loss = build_losses(config, ranks).to(loss_device(device))
+    reserved = 0
+    if config.query_only:
+        store = EmbeddingStore.open(config.query_only)
+        reserved = planned_device_bytes(store, config.passages_on, loss_device(device), precision)
     graphs = GraphMemory.plan(
         towers,
         precision,
@@ -126,6 +132,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
         micro_batch_tokens=config.micro_batch_tokens,
         offload_embeddings=config.offload_embeddings,
         cuda_graphs=config.cuda_graphs if can_use_cuda_graphs(config, towers, precision) else False,
+        reserved=reserved,
     )
     if config.cuda_graphs:
         check_cuda_graphs(towers, precision)
@@ -160,6 +167,8 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
             ranks=ranks,
         )
         batches.stored = stored.lookup
+        # A run resumes only with the same embeddings, as with the same data.
+        sources = (*sources, *stored.lookup.checksums)
     if config.query_only:
         freeze_passage_side(towers)
     average = None if config.optim.ema is None else WeightAverage(towers, config.optim.ema)
@@ -169,10 +178,17 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     rates = learning_rates(towers, loss, config.optim)
     optimizer = build_optimizer(trained.named_parameters(), config.optim, rates)
     modules = {**dict(trained.named_children()), **({} if average is None else {"average": average})}
-    if guide is not None:
-        batches.prepare = guide.preparer(batches.prepare, graphs.micro_batch_tokens)
+    guide: Guides | None = guide_model
+    if guide_model is not None:
         # A run resumes only with the same guide, as with the same data.
-        sources = (*sources, guide.sha256)
+        sources = (*sources, guide_model.sha256)
+        texts = embedded_before(config, guide_model, batches, cache_folder(config, run))
+        if texts is None:
+            batches.prepare = guide_model.preparer(batches.prepare, graphs.micro_batch_tokens)
+        elif isinstance(ranks, DryRunRanks):
+            guide = None
+        else:
+            guide = embed_before(guide_model, texts, batches, cache_folder(config, run), reporter=reporter, ranks=ranks)
     train_step = TrainStep(
         config, precision, towers, loss, optimizer, scaler, graphs, len(batches), ranks, average, stored, guide
     )

@@ -31,6 +31,7 @@ from retriever.models.memory import (
 )
 from retriever.models.towers import Towers
 from retriever.training.cuda_graphs import captured_size, uses_cuda_graphs
+from retriever.training.objective.further_memory import FurtherMemory
 from retriever.utils.device import Precision
 
 MIB = 2**20
@@ -83,7 +84,7 @@ def plan_step(
     precision: Precision,
     ranks: int,
     batches_waiting: int,
-    frozen_bytes: int = 0,
+    further: FurtherMemory | None = None,
 ) -> MemoryPlan:
     """Plan the memory of the steps of a run.
 
@@ -97,8 +98,9 @@ def plan_step(
         precision: precision of the towers.
         ranks: number of processes.
         batches_waiting: number of prepared batches in host memory.
-        frozen_bytes: bytes of the frozen passages on the device. Default: 0.
+        further: memory of guide, teacher and frozen passages. Default: none.
     """
+    further = further or FurtherMemory()
     device = towers.device
     on_gpu = device.type == "cuda"
     # Read first, because memory used by a forward stays with the process.
@@ -130,13 +132,12 @@ def plan_step(
         resident["average of the weights"] = sharding.bytes_of(p for p in towers.parameters() if p.requires_grad)
     # safetensors serializes copies. The larger file is the optimizer's, and it is written unsharded.
     checkpoint = 2 * max(resident.values()) * sharding.processes
-    if frozen_bytes:
-        resident["embeddings of query_only"] = float(frozen_bytes)
+    resident |= further.resident
     if on_gpu:
         resident["workspace of cuBLAS"] = float(_LIBRARY_BYTES)
     else:
         resident["program, libraries, open data"] = max(
-            0.0, process_bytes - sum(tensor.nbytes for tensor in tensors) - frozen_bytes
+            0.0, process_bytes - sum(tensor.nbytes for tensor in tensors) - sum(further.resident.values())
         )
     bf16_weights = 0.0
     if on_gpu and precision == "bf16" and sharding.processes == 1:
@@ -160,6 +161,7 @@ def plan_step(
         "embeddings and their gradients": float(at_loss * rows * width),
         "workspace of the loss": workspace,
         "passages exchanged between processes": exchanged,
+        **further.step,
     }
     # With several micro-batches, a new gradient exists in full before it is added to the accumulated one.
     new_gradient = max(sharding.bytes_of([parameter]) for parameter in trained) if len(sizes) > 1 else 0.0
@@ -168,7 +170,7 @@ def plan_step(
         # A single graph is freed while its gradients are made. The allocator of a CPU does not reuse its memory.
         backward_start = _BACKWARD_START * kept_graphs + accumulated
     moments = [
-        kept_graphs + accumulated + at_loss * rows * width + workspace + exchanged,
+        kept_graphs + accumulated + at_loss * rows * width + workspace + exchanged + sum(further.step.values()),
         kept_graphs + backward_start + after_loss * rows * width,
         gradients + new_gradient + (1 + _BACKWARD) * recomputed_graph + after_loss * rows * width,
         gradients + max(map(partial(_update_bytes, name=config.optim.name), trained)),
@@ -182,6 +184,7 @@ def plan_step(
         "prepared batches": data,
         "embeddings and their gradients": 8.0 * rows * width if offloaded else 0.0,
         "a checkpoint while it is written": checkpoint,
+        **further.host,
     }
     return MemoryPlan(
         {name: size for name, size in resident.items() if size},
@@ -191,7 +194,8 @@ def plan_step(
         {name: size for name, size in host.items() if size} if on_gpu else {},
         [
             f"each of {ranks} processes, {device.type}, {precision}: {batch.queries:,} queries and {passages:,} "
-            f"passages a step, {batch.tokens:,} tokens in {len(sizes)} micro-batches of at most {max(sizes):,}"
+            f"passages a step, {batch.tokens:,} tokens in {len(sizes)} micro-batches of at most {max(sizes):,}",
+            *further.notes,
         ],
     )
 

@@ -23,7 +23,7 @@ from retriever.models.sharded_tensors import clip_gradients
 from retriever.models.towers import Towers
 from retriever.training import grad_cache
 from retriever.training.objective.checks import has_statistics
-from retriever.training.objective.guide import GuideModel
+from retriever.training.objective.guide import Guides
 from retriever.training.objective.hardest import hardest_scores
 from retriever.training.objective.options import LossOptions
 from retriever.training.objective.sources import SourceLosses, SourceObjective, loss_of_source
@@ -81,7 +81,7 @@ class TrainStep:
     """Moving average of the weights, which each step updates."""
     stored: StoredEmbeddings | None = None
     """Frozen passages, or a teacher's embeddings; None without them."""
-    guide: GuideModel | None = None
+    guide: Guides | None = None
     """The model that says which negatives are probably false."""
 
     @cached_property

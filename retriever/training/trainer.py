@@ -17,6 +17,7 @@ from retriever.training.components import build_components
 from retriever.training.health.config_change import config_tree, describe_changes
 from retriever.training.loop import TrainingLoop
 from retriever.training.memory_plan import MemoryPlan, plan_step
+from retriever.training.objective.further_memory import further_memory
 from retriever.training.profiler import STEPS, WARM_UP
 from retriever.training.run_dir import NewRun, RunFolder, cache_folder, check_new_run, load_run_config
 from retriever.training.tracking.run_card import run_settings
@@ -129,6 +130,20 @@ class Trainer:
         parts = self.components
         stored = parts.train_step.stored
         batch = next(iter(self.batches.loader(start=self.batches.schedule.largest_step)))
+        # Images have no guide, teacher or further passages.
+        further = (
+            None
+            if self.config.data.images
+            else further_memory(
+                self.config,
+                batch,
+                self.batches,
+                None if stored is None else stored.frozen,
+                cache_folder(self.config, self.run),
+                parts.precision,
+                on_gpu=self.device.type == "cuda",
+            )
+        )
         return plan_step(
             self.config,
             self.towers,
@@ -141,7 +156,7 @@ class Trainer:
             batches_waiting=self.batches.in_memory(
                 data_workers(self.config.data.workers, self.device.type, len(self.batches))
             ),
-            frozen_bytes=0 if stored is None or stored.frozen is None else stored.frozen.device_bytes,
+            further=further,
         )
 
     def train(self, *, profile: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""Rows of embedding stores for the texts of a batch: frozen passages and a teacher's embeddings."""
+"""Rows of embedding stores for the texts of a batch: frozen passages, a teacher's and a guide's embeddings."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ class StoredRows:
     """[M] rows of the teacher's query embeddings. None without a teacher."""
     teacher_passage: Integers | None = None
     """[N] rows of the teacher's passage embeddings."""
+    guide_query: Integers | None = None
+    """[M] rows of the guide's query embeddings. None without a guide, or if it embeds beside the towers."""
+    guide_passage: Integers | None = None
+    """[N] rows of the guide's passage embeddings."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,14 @@ class StoredLookup:
     """The positives of queries that have several; None: only the drawn positive is not a negative."""
     teacher_query: StoredTexts | None = None
     teacher_passage: StoredTexts | None = None
+    guide_query: StoredTexts | None = None
+    guide_passage: StoredTexts | None = None
+
+    @property
+    def checksums(self) -> list[str]:
+        """What tells these stores from others, by all their files."""
+        stores = (self.frozen, self.teacher_query, self.teacher_passage, self.guide_query, self.guide_passage)
+        return [store.path.stem for store in stores if store is not None]
 
     def rows(self, queries: Sequence[str], positives: Sequence[str], passages: Sequence[str]) -> StoredRows:
         """Return the rows of a batch.
@@ -49,17 +61,22 @@ class StoredLookup:
         Raises:
             InputError: A text is not in a store.
         """
-        positive = excluded = teacher_query = teacher_passage = None
+        positive = excluded = None
         if self.frozen is not None:
             positive, excluded = self._frozen_rows(queries, positives)
-        if self.teacher_query is not None and self.teacher_passage is not None:
-            teacher_query = _all_found(self.teacher_query, queries)
-            teacher_passage = _all_found(self.teacher_passage, passages)
-        return StoredRows(positive, excluded, teacher_query, teacher_passage)
+        return StoredRows(
+            positive,
+            excluded,
+            _all_found(self.teacher_query, queries),
+            _all_found(self.teacher_passage, passages),
+            _all_found(self.guide_query, queries),
+            _all_found(self.guide_passage, passages),
+        )
 
     def _frozen_rows(self, queries: Sequence[str], positives: Sequence[str]) -> tuple[Integers, Integers]:
         assert self.frozen is not None
         positive = _all_found(self.frozen, positives)
+        assert positive is not None
         # Copies of the positive elsewhere in the store are not negatives either.
         pairs = [np.stack(self.frozen.all(text_digests(positives)), axis=1)]
         if self.known is not None:
@@ -69,7 +86,9 @@ class StoredLookup:
         return positive, np.unique(np.concatenate(pairs), axis=0)
 
 
-def _all_found(texts: StoredTexts, wanted: Sequence[str]) -> Integers:
+def _all_found(texts: StoredTexts | None, wanted: Sequence[str]) -> Integers | None:
+    if texts is None:
+        return None
     rows = texts.first(text_digests(wanted))
     if (rows < 0).any():
         raise InputError(f"{texts.store}: expected an embedding of {wanted[int(np.argmin(rows))]!r:.80}, found none")

@@ -56,6 +56,10 @@ def _check_options(config: TrainConfig, ranks: Ranks) -> None:
         )
     if config.model.image.name and (loss.teacher.uses_scores or loss.teacher.uses_embeddings):
         raise ConfigError("loss.teacher: not supported for a model with an image tower")
+    if config.mine_every is not None and loss.guide.embed == "before":
+        raise ConfigError(
+            "mine_every does not combine with loss.guide.embed before, which embeds the texts before they are mined"
+        )
     if loss.guide.given and config.data.images:
         raise ConfigError("loss.guide.model: expected none with data.images, because a guide embeds texts")
     if loss.statistics == "texts" and config.model.image.name:

@@ -40,9 +40,14 @@ def hardest_scores(statistics: Statistics, query: Tensor, passage: Tensor, guide
         passage: [N, D].
         guide: The guide of the step, or None.
     """
-    row = statistics.hardest_score.argmax()
-    guided = None if guide is None else (guide.passage @ guide.query[row]).float()
-    return HardestScores(row, (passage @ query[row]).float(), guided)
+    # Indexing with a tensor of no dimensions would wait for the device.
+    row = statistics.hardest_score.argmax(0, keepdim=True)
+
+    def products(queries: Tensor, passages: Tensor) -> Tensor:
+        return (passages @ queries.index_select(0, row)[0]).float()
+
+    guided = None if guide is None else products(guide.query, guide.passage)
+    return HardestScores(row[0], products(query, passage), guided)
 
 
 def hardest_negative(found: HardestScores, part: PreparedBatch, config: LossConfig) -> dict[str, Any] | None:

@@ -21,9 +21,9 @@ from retriever.data.micro_batches import PreparedBatch
 from retriever.data.stored.rows import StoredLookup
 from retriever.data.stored.texts import check_stored, open_stored_texts
 from retriever.distributed.ranks import Ranks
+from retriever.training.objective.embedded_texts import teacher_stores
 from retriever.training.objective.options import LossOptions
 from retriever.training.objective.query_only import check_fixed_passages, check_two_towers
-from retriever.training.objective.teacher import teacher_stores
 from retriever.training.objective.vectors import FrozenCorpus, StoredVectors, open_verified
 from retriever.utils.device import Precision, loss_device, to_device
 

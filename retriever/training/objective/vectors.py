@@ -60,8 +60,7 @@ class FrozenCorpus:
 
     def __init__(self, store: EmbeddingStore, place: str, device: torch.device, precision: Precision) -> None:
         self._vectors = StoredVectors(store)
-        half = precision == "bf16" and device.type == "cuda"
-        dtype = torch.bfloat16 if half else torch.float16 if store.dtype == "float16" else torch.float32
+        dtype = _frozen_dtype(store, device, precision)
         size = store.rows * store.dim * dtype.itemsize
         self.place = _place(place, size, device)
         self.passages: Tensor | EmbeddingStore = store
@@ -74,6 +73,8 @@ class FrozenCorpus:
                 self.passages[first : first + len(shard)].copy_(torch.from_numpy(np.array(shard)))
         self.device_bytes = size if self.place == "device" else 0
         """Bytes on the device."""
+        self.host_bytes = size if self.place == "host" else 0
+        """Bytes in host memory, if that is not the device's."""
         self.description = (
             f"query_only: {store.rows:,} passages of {store.folder}, {size / 2**20:,.0f} MiB on {self.place}"
         )
@@ -81,6 +82,18 @@ class FrozenCorpus:
     def rows(self, rows: Integers, device: torch.device) -> Tensor:
         """The vectors [n, D] of some rows, float32."""
         return self._vectors.rows(rows, device)
+
+
+def planned_device_bytes(store: EmbeddingStore, place: str, device: torch.device, precision: Precision) -> int:
+    """Bytes on the device of a `FrozenCorpus` with the same arguments, before it is created."""
+    size = store.rows * store.dim * _frozen_dtype(store, device, precision).itemsize
+    return size if _place(place, size, device) == "device" else 0
+
+
+def _frozen_dtype(store: EmbeddingStore, device: torch.device, precision: Precision) -> torch.dtype:
+    if precision == "bf16" and device.type == "cuda":
+        return torch.bfloat16
+    return torch.float16 if store.dtype == "float16" else torch.float32
 
 
 def _place(place: str, size: int, device: torch.device) -> str:

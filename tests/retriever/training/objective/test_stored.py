@@ -23,6 +23,7 @@ from retriever.errors import ConfigError
 from retriever.models.passage_side import PASSAGE_FILE, passage_sha256
 from retriever.models.towers import build_towers, load_towers
 from retriever.training.step import TrainStep
+from retriever.training.train import plan_run
 from retriever.training.trainer import Trainer
 from retriever.utils.interrupt import Interrupted
 
@@ -216,7 +217,7 @@ def test_a_teacher_s_embeddings_are_distilled_over_the_pool(data: Data, tmp_path
         if name in gradients:
             torch.testing.assert_close(gradients[name], weight.grad, atol=5e-3, rtol=2e-2)
     # The stores are reused, by content.
-    stores = sorted(Path(cache).glob("teacher-*"))
+    stores = sorted(Path(cache).glob("texts-*"))
     assert len(stores) == 2
     times = [(path / "manifest.json").stat().st_mtime_ns for path in stores]
     again = data.trainer(tmp_path / "again", loss={"teacher": teacher}, data={"negatives": 1, "cache": cache})
@@ -300,3 +301,36 @@ def test_interrupted_runs_resume_exactly(data: Data, tmp_path: Path, monkeypatch
                 stopped.train()
         resumed = retriever.train(resume=tmp_path / name / "stopped")
         assert_same(results(whole.folder), results(resumed.folder))
+
+
+def test_a_run_does_not_resume_with_another_teacher(data: Data, tmp_path: Path) -> None:
+    towers = load_towers(data.model)
+    for name in ("teacher", "other"):
+        (tmp_path / name).mkdir()
+        with torch.no_grad():
+            next(towers.parameters()).add_(0.1)
+        towers.save(tmp_path / name)
+    loss = {"teacher": {"kind": "pool_kl", "model": str(tmp_path / "teacher")}}
+    run = retriever.train(data.settings(tmp_path / "run", loss=loss, checkpoint_every=1))
+    (tmp_path / "teacher").rename(tmp_path / "before")
+    (tmp_path / "other").rename(tmp_path / "teacher")
+    with pytest.raises(retriever.InputError, match=r"the data changed since step 3"):
+        retriever.train(resume=run.folder)
+
+
+def test_training_against_moving_passages_is_refused_and_a_plan_counts_the_store(data: Data, tmp_path: Path) -> None:
+    for settings, message in (
+        ({"data": {"random_passages": 2, "corpus": data.beir}}, "data.random_passages does not combine"),
+        ({"loss": {"teacher": {"kind": "pool_kl", "model": data.model}}}, "loss.teacher does not combine"),
+        ({"loss": {"name": "sigmoid"}}, "query_only: not supported by loss.name sigmoid"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            query_only(data, tmp_path / "refused", **settings)
+    # A query tower with LoRA, and the average of its weights, leave the passages as they are.
+    lora = data.settings(tmp_path / "lora", query_only=data.store, model={"shared": False, "lora": {"rank": 2}})
+    folder = retriever.train({**lora, "optim": {"lr": 1e-2, "ema": 0.5}}).model_folder
+    assert passage_sha256(load_towers(str(folder))) == passage_sha256(load_towers(data.model))
+    config = config_from_mapping(data.settings(tmp_path / "plan", query_only=data.store, model={"shared": False}))
+    plan = plan_run(config)
+    assert plan.resident["embeddings of query_only"] == 20 * 32 * 4
+    assert any(line.startswith("query_only: 20 passages of") for line in plan.notes)

@@ -162,6 +162,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all positives, summed": ({"positives_reduction": "sum"}, {"positives": "all"}),
     "own negatives": ({}, {"negatives_seen_by": "own"}),
     "guide": ({"guide": GUIDE, "symmetric": True}, {}),
+    "guide, embedded before": ({"guide": GuideConfig("guide", GUIDE_MARGIN, "before")}, {}),
     "many": (
         {"guide": GUIDE, "limit": LimitConfig(margin=0.1), "symmetric": True, "statistics": "numbers"},
         {"positives": "all", "negatives_seen_by": "own", "negatives": 3},
