@@ -26,6 +26,11 @@ def check_query_only(config: TrainConfig) -> None:
         raise ConfigError("query_only: expected model.name, the model that embedded the store, found none")
     if config.loss.name != "inf_cl":
         raise ConfigError(f"query_only: not supported by loss.name {config.loss.name}; use inf_cl")
+    if config.model.lora.rank:
+        raise ConfigError(
+            f"model.lora.rank: expected 0 with query_only, found {config.model.lora.rank}: adapters are added to the "
+            "passage tower, too"
+        )
     if config.shard_towers:
         raise ConfigError("shard_towers: expected false with query_only, found true")
     unused = {

@@ -323,12 +323,13 @@ def test_training_against_moving_passages_is_refused_and_a_plan_counts_the_store
         ({"data": {"random_passages": 2, "corpus": data.beir}}, "data.random_passages does not combine"),
         ({"loss": {"teacher": {"kind": "pool_kl", "model": data.model}}}, "loss.teacher does not combine"),
         ({"loss": {"name": "sigmoid"}}, "query_only: not supported by loss.name sigmoid"),
+        ({"model": {"shared": False, "lora": {"rank": 2}}}, "model.lora.rank: expected 0 with query_only, found 2"),
     ):
         with pytest.raises(ConfigError, match=message):
-            query_only(data, tmp_path / "refused", **settings)
-    # A query tower with LoRA, and the average of its weights, leave the passages as they are.
-    lora = data.settings(tmp_path / "lora", query_only=data.store, model={"shared": False, "lora": {"rank": 2}})
-    folder = retriever.train({**lora, "optim": {"lr": 1e-2, "ema": 0.5}}).model_folder
+            data.trainer(tmp_path / "refused", query_only=data.store, **{"model": {"shared": False}, **settings})
+    # The average of the weights leaves the passages as they are.
+    average = data.settings(tmp_path / "ema", query_only=data.store, model={"shared": False})
+    folder = retriever.train({**average, "optim": {"lr": 1e-2, "ema": 0.5}}).model_folder
     assert passage_sha256(load_towers(str(folder))) == passage_sha256(load_towers(data.model))
     config = config_from_mapping(data.settings(tmp_path / "plan", query_only=data.store, model={"shared": False}))
     plan = plan_run(config)
