@@ -101,7 +101,7 @@ def describe_hardest(texts: dict[str, Any]) -> str:
 def _rules(
     found: HardestScores, part: PreparedBatch, config: LossConfig, query: int, products: np.ndarray
 ) -> Sequence[str]:
-    """Why each passage is no negative of a query: "positive", the rule that masks it, or "" for a negative."""
+    """Why each passage is not a negative of a query: "positive", the rule that masks it, or "" for a negative."""
     rules = np.full(len(products), "", dtype=object)
     if config.guide.given and found.guide_products is not None:
         guided = found.guide_products.cpu().numpy()
