@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from index.passages import Passage
+from index.store.writer import EmbeddingWriter
 
 MODEL = {"sha256": "ab" * 32}
 
@@ -49,3 +51,17 @@ def pairs_of(found: tuple[np.ndarray, np.ndarray]) -> list[list[tuple[str, float
         [(id_, score) for id_, score in zip(some_ids, some_scores, strict=True) if score > -np.inf]
         for some_ids, some_scores in zip(ids.tolist(), scores.tolist(), strict=True)
     ]
+
+
+HEADER: dict[str, Any] = {"dim": 3, "model": MODEL, "source": {"file": "c.jsonl"}, "shard_rows": 4}
+
+
+def five_rows(folder: Path, complete: bool) -> Path:
+    """Write a complete shard and one more row; an interrupted run keeps only the shard."""
+    writer = EmbeddingWriter(folder, **HEADER)
+    writer.append(passages_of(list("abcde")), np.arange(15).reshape(5, 3))
+    if complete:
+        writer.close()
+    else:
+        writer.__exit__(RuntimeError, None, None)
+    return folder

@@ -8,7 +8,10 @@ import io
 import json
 import os
 import re
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -143,3 +146,14 @@ def write_config(path: Path, model: ModelConfig, pairs: Path, **other: object) -
     }
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
+
+
+@contextmanager
+def disk_of(bytes_a_file: int) -> Iterator[None]:
+    """Writing fails as on a full disk (EFBIG for ENOSPC), in any library."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

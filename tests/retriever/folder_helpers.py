@@ -10,15 +10,17 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from index.files import InputError
 from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.models.loading.text_settings import SIDES, Side
-from retriever.models.towers import Towers, load_towers
+from retriever.models.towers import Towers, build_towers, load_towers
 
 SMALL = {
     "hidden_size": 32,
@@ -93,3 +95,14 @@ def assert_embeds_alike(folder: str, *, padding_free: bool | None = None) -> Non
             np.testing.assert_allclose(ours(towers, side), expected, atol=2e-6)
             if dropped:
                 np.testing.assert_allclose(ours(bare, side), expected, atol=2e-6)
+
+
+def build(folder: str) -> Towers:
+    return build_towers(ModelConfig(name=folder))
+
+
+def refuse(folder: str, message: str, *loads: Any) -> None:
+    for load in loads or (load_towers, build):
+        with pytest.raises(InputError, match=message) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)

@@ -5,31 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import re
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from cli_helpers import Outcome, World, assert_refused, command, write_beir, write_config, write_lines
-
-from retriever.config.model import ModelConfig
+from cli_helpers import Outcome, World, assert_refused, command, disk_of, write_beir, write_lines
 
 ROOT = Path(__file__).resolve().parents[3]
-ROW = {"question": "what is a cat?", "answer": "a small animal", "wrong": ["a tool"]}
-
-
-def trained_with(tmp_path: Path, tiny: ModelConfig, rows: list[object], **other: object) -> Outcome:
-    return command("train", write_config(tmp_path / "run.yaml", tiny, write_lines(tmp_path / "p.jsonl", rows), **other))
-
-
-# Arguments.
 
 
 @pytest.mark.parametrize(
@@ -94,110 +80,6 @@ def test_bad_arguments_end_with_2_and_one_line(arguments: list[str], patterns: l
     outcome = command(*arguments)
     assert_refused(outcome, 2, *patterns)
     assert len(outcome.err.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("environment", "pattern"),
-    [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number of processes, as torchrun sets it, found 'two'"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, as under torchrun, but: .* RANK expected, but not set"),
-        ({"WORLD_SIZE": "2", "RANK": "x"}, "WORLD_SIZE is set, as under torchrun, but: .*'x'"),
-    ],
-)
-def test_half_of_what_torchrun_sets_is_told(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], pattern: str
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert_refused(command("train"), 2, f"^retriever: {pattern}")
-
-
-@pytest.mark.parametrize(
-    ("text", "patterns"),
-    [
-        ("batch_sise: 4", ["run.yaml: batch_sise: unknown key; did you mean 'batch_size'"]),
-        ("optim:\n  lrr: 1", [r"run.yaml: optim\.lrr: unknown key; did you mean 'lr'"]),
-        ("data:\n  sources:\n    - {path: a, querry: b}", [r"data\.sources\[0\]\.querry: .*'query'"]),
-        ("batch_size: many", ["batch_size: expected int, found 'many'"]),
-        ("batch_size: true", ["batch_size: expected int, found True"]),
-        ("batch_size: 0", ["run.yaml: batch_size: expected at least 1, found 0"]),
-        ("optim: 3", ["run.yaml: optim: expected keys and values, found 3"]),
-        ("optim: {betas: [0.9]}", [r"optim\.betas: expected 2 values, found 1"]),
-        ("data: {sources: a.jsonl}", [r"data\.sources: expected a list, found 'a.jsonl'"]),
-        ("loss: {name: clop}", [r"loss\.name: expected one of inf_cl, sigmoid, clip, found 'clop'"]),
-        ("loss: {logit_scale: 500}", [r"run.yaml: loss\.logit_scale: .* found 500"]),
-        ("a: [1\nb: 2", [r"run.yaml:2: expected YAML"]),
-        ("batch_size: 8\noptim:\n  lr: 1\n  lr: 2", [r"run.yaml:4: expected YAML, found: lr twice"]),
-        ("- a\n- b", ["run.yaml: the file: expected keys and values"]),
-        ("just text", ["run.yaml: the file: expected keys and values"]),
-    ],
-)
-def test_bad_configuration_ends_with_2_and_names_file_and_key(tmp_path: Path, text: str, patterns: list[str]) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    outcome = command("train", path)
-    assert_refused(outcome, 2, str(tmp_path), *patterns)
-    assert len(outcome.err.splitlines()) == 1
-
-
-# Training data.
-
-
-@pytest.mark.parametrize(
-    ("rows", "other", "patterns"),
-    [
-        ([ROW] * 5 + ['{"question": "cut'], {}, [r"p\.jsonl:6: expected JSON"]),
-        ([ROW] * 5 + ["[1, 2]"], {}, [r"p\.jsonl:6: expected a JSON object, found list"]),
-        ([ROW] * 5 + [{"question": 7, "answer": "b"}], {}, [r"p\.jsonl:6: expected text .*'question', found int"]),
-        (
-            [ROW] * 5 + [{"query": "a", "answer": "b"}],
-            {},
-            [r"p\.jsonl:6: expected a column 'question', found query, answer"],
-        ),
-        ([], {}, [r"p\.jsonl: expected"]),
-        (
-            [{**ROW, "question": " "}] * 3,
-            {},
-            [r"p\.jsonl: expected at least one example", r"empty query: 3 \(first at .*:1\)"],
-        ),
-        ([ROW] * 9, {"batch_size": 10}, [r"p\.jsonl: expected at least 10 rows \(batch_size\), found 9"]),
-    ],
-)
-def test_bad_training_data_is_named_by_line(
-    tmp_path: Path, tiny: ModelConfig, rows: list[object], other: dict[str, object], patterns: list[str]
-) -> None:
-    assert_refused(trained_with(tmp_path, tiny, rows, **{"batch_size": 2, **other}), 1, *patterns)
-    # No run that `--resume` would take for one.
-    assert not (tmp_path / "run" / "config.yaml").exists()
-    assert_refused(command("train", "--resume", tmp_path / "run"), 1, "expected the folder of a run")
-
-
-def test_empty_and_huge_texts_are_counted_and_training_goes_on(tmp_path: Path, tiny: ModelConfig) -> None:
-    rows: list[object] = [ROW, {**ROW, "answer": ""}, {**ROW, "answer": "word " * 250_000}, {**ROW, "question": "dog?"}]
-    outcome = trained_with(tmp_path, tiny, rows, batch_size=2, epochs=1)
-    assert outcome.code == 0, outcome.err
-    assert re.search(r"p\.jsonl: rows skipped for an empty positive: 1 \(first at .*:2\)", outcome.err)
-    assert re.search(r"p\.jsonl: texts of more than 1 MiB.*: 1 \(first at .*:3\)", outcome.err)
-
-
-def test_missing_training_file(tmp_path: Path, tiny: ModelConfig) -> None:
-    config = write_config(tmp_path / "run.yaml", tiny, tmp_path / "gone.jsonl")
-    assert_refused(command("train", config), 1, r"gone\.jsonl: [Nn]o such file")
-
-
-def test_training_without_model_or_data_says_what_to_give(tmp_path: Path, tiny: ModelConfig) -> None:
-    assert_refused(command("train", "--out", tmp_path / "a"), 2, r"model\.name")
-    path = write_config(tmp_path / "run.yaml", tiny, tmp_path / "none", data={"workers": 0})
-    assert_refused(command("train", path), 2, r"data\.sources: expected at least one")
-
-
-def test_existing_run_is_not_overwritten(world: Any) -> None:
-    before = {path: path.stat().st_mtime_ns for path in world.run.rglob("*")}
-    assert_refused(command("train", world.config), 1, f"{world.run}: holds a run already", "--resume")
-    assert {path: path.stat().st_mtime_ns for path in world.run.rglob("*")} == before
-
-
-# Corpora, queries and judgements.
 
 
 def _append(path: Path, row: object) -> None:
@@ -280,9 +162,6 @@ def test_missing_folders_and_splits(world: Any, tmp_path: Path) -> None:
     assert_refused(command("train", "--resume", gone), 1, str(gone), r"config\.yaml")
 
 
-# Models.
-
-
 def test_model_folders_that_are_none(world: Any, tmp_path: Path) -> None:
     corpus = world.beir / "corpus.jsonl"
 
@@ -354,9 +233,6 @@ def test_damage_is_found_before_searching_where_it_is_asked_for(world: Any, tmp_
     assert command("search", "--model", world.model, "--index", world.index, "--verify", "an oak").code == 0
 
 
-# Indexes.
-
-
 @pytest.mark.parametrize(
     ("factory", "patterns"),
     [
@@ -381,9 +257,6 @@ def test_stores_and_indexes_are_not_taken_for_each_other(world: Any, tmp_path: P
     assert_refused(search, 1, "expected an index, found an embedding store")
 
 
-# Places to write to.
-
-
 def test_folders_that_hold_something_else_are_left_alone(world: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -392,15 +265,6 @@ def test_folders_that_hold_something_else_are_left_alone(world: Any, tmp_path: P
     assert_refused(encode, 1, f"{mine}: expected .*thesis.txt")
     assert_refused(command("index", "build", "--embeddings", world.embeddings, "--out", mine), 1, f"{mine}")
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
-
-
-def test_run_is_not_begun_among_other_files(world: Any, tmp_path: Path) -> None:
-    mine = tmp_path / "mine"
-    (mine / "model").mkdir(parents=True)
-    (mine / "model" / "thesis.txt").write_text("the only copy")
-    outcome = command("train", world.config, "--out", mine, "--steps", 1)
-    assert (mine / "model" / "thesis.txt").exists()
-    assert_refused(outcome, 1, f"{mine}: ")
 
 
 @pytest.mark.parametrize("what", ["train", "encode", "index", "evaluate"])
@@ -415,17 +279,6 @@ def test_places_that_cannot_be_written(world: Any, tmp_path: Path, what: str) ->
         "evaluate": ("evaluate", "beir", "--model", world.model, "--data", world.beir, "--out", out),
     }
     assert_refused(command(*arguments[what]), 1, f"{file}.*: (Not a directory|File exists)")
-
-
-@contextmanager
-def disk_of(bytes_a_file: int) -> Iterator[None]:
-    """Writing fails as on a full disk (EFBIG for ENOSPC), in any library."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_full_disk_while_encoding(world: Any, tmp_path: Path) -> None:
@@ -445,20 +298,6 @@ def test_full_disk_while_indexing(world: Any, tmp_path: Path) -> None:
         assert_refused(command(*build), 1, str(out))
     assert not out.exists() and not list(tmp_path.iterdir())
     assert command(*build).code == 0
-
-
-@pytest.mark.parametrize("size", [1000, 20_000, 100_000])
-def test_full_disk_while_training(world: Any, tmp_path: Path, size: int) -> None:
-    out = tmp_path / "run"
-    with disk_of(size):
-        assert_refused(command("train", world.config, "--out", out, "--steps", 2), 1, "File too large")
-    assert not (out / "model").exists()
-    again = ("train", "--resume", out) if (out / "config.yaml").exists() else ("train", world.config, "--out", out)
-    outcome = command(*again)
-    assert outcome.code == 0, outcome.err
-
-
-# The real process.
 
 
 def test_process_prints_one_line_and_its_exit_code(tmp_path: Path) -> None:

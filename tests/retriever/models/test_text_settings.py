@@ -67,11 +67,6 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def encoder(tiny: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return encoder_folder(tiny, tmp_path_factory.mktemp("encoder"))
-
-
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_supported_settings_take_effect_and_are_saved(name: str, encoder: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", transformer(encoder, **SUPPORTED[name]), Pooling(32))
