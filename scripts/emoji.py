@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
+from eval.reports import plots
 from eval.reports.markdown import table
+from eval.zero_shot import figures
+from eval.zero_shot.data import ZeroShotSet
+from eval.zero_shot.evaluate import Embedded, Evaluated
+from eval.zero_shot.opening import open_set
+from eval.zero_shot.retrieval import Retrieval, retrieve
+from index.store.reader import EmbeddingStore
+from retriever.models.images.transforms import open_image
 from scripts.benchmarks.commands import make_folder, next_steps, retriever, shell
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import write_rows
@@ -33,6 +42,8 @@ SETS = {
     "transfer-subgroups": "concepts trained on, another artist",
 }
 QUERIES = ("a face with a smile", "the flag has a blue stripe", "time is running out")
+# The drawings of one set search those of another: the same concepts by another artist, none trained on.
+IMAGE_SEARCH = ("held-out-transfer", "held-out")
 # Both concepts are held out.
 IMAGES = ("1f40e-horse.png", "1f6b2-bicycle.png")
 
@@ -68,7 +79,7 @@ def main() -> None:
     retriever("evaluate", "zero-shot", "--model", model, "--data", *sets, "--out", out / "report")
 
     found = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))["sets"]
-    rows = list(measured(found))
+    rows = [*measured(found), *search_by_image(data, out / "report")]
     shown = [
         [f"{name}: {measure}", f"{value:,.4g}", f"{chance:,.4g}", asks]
         for name, asks, measure, value, chance in rows
@@ -79,7 +90,8 @@ def main() -> None:
     # Of the commands that it ran; Windows does not measure it.
     times = (round(seconds), round(spent.children_user + spent.children_system))
     write_csv(out / "report" / "emoji.csv", rows, times)
-    write_small(out / "report" / "held-out" / "nearest.png", out / "report" / "emoji_nearest.png")
+    for name, sheet in (("held-out", "emoji_nearest.png"), ("transfer", "emoji_trained.png")):
+        write_small(out / "report" / name / "nearest.png", out / "report" / sheet)
     print(f"report: {out / 'report' / 'report.html'}; took {times[0]} s, {times[1]} s of processor time")
     print(next_steps(("search", "--model", model, "--index", out / "images" / "index", "a red heart")))
 
@@ -89,6 +101,52 @@ def measured(sets: dict[str, Any]) -> Iterator[tuple[str, str, str, float, float
     for name, asks in SETS.items():
         for measure, value in sets[name]["measures"].items():
             yield name, asks, measure.replace("_", " "), value, sets[name]["chance"][measure]
+
+
+def search_by_image(data: Path, report: Path) -> Iterator[tuple[str, str, str, float, float]]:
+    """(set, description, measure, value, chance) of image search by the other artist's image of the same emoji.
+
+    Also writes its sheet, emoji_images.png.
+    """
+    asked, searched = (embedded_set(data, report, name) for name in IMAGE_SEARCH)
+    (queries, query_vectors), (images, vectors) = asked, searched
+    keys = [[Path(sample.image.name).name for sample in dataset.samples] for dataset in (queries, images)]
+    if keys[0] != keys[1]:
+        raise ValueError(f"{IMAGE_SEARCH}: expected the same emoji in the same order")
+    found = retrieve(vectors, query_vectors, range(len(vectors)))
+    captions = [sample.captions[0] for sample in queries.samples]
+    for name, value in found.measures.items():
+        if name.startswith("image_retrieval"):
+            measure = name.replace("image_retrieval", "image to image").replace("_", " ")
+            yield (
+                "held-out-transfer",
+                "concepts not trained on, asked for by another artist's image",
+                measure,
+                value,
+                (found.chance[name]),
+            )
+    evaluated = Evaluated(
+        images, found, Embedded(images.samples, vectors, {}), query_vectors, captions, list(range(len(vectors))), "", {}
+    )
+    by_name = dict(zip(captions, queries.samples, strict=True))
+    rows = [replace(row, wanted=by_name[row.text].image) for row in figures.nearest(evaluated)]
+    with plots.style():
+        plots.to_png(figures.sheet(rows, open_image, sheet_title(found), "asked"), report / "image_search.png", 110)
+    write_small(report / "image_search.png", report / "emoji_images.png")
+
+
+def embedded_set(data: Path, report: Path, name: str) -> tuple[ZeroShotSet, Any]:
+    """A set, and the embeddings of its images that `retriever evaluate zero-shot` has stored."""
+    return open_set(data / name), EmbeddingStore.open(report / name / "images").vectors()
+
+
+def sheet_title(found: Retrieval) -> str:
+    """What the sheet of image search shows."""
+    recall, chance = (values["image_retrieval_recall@10"] for values in (found.measures, found.chance))
+    return (
+        f"the same emoji by another artist, one of {len(found.image_ranks):,} images, none trained on; "
+        f"recall@10 {recall:.3f}, by chance {chance:.3f}"
+    )
 
 
 def write_small(sheet: Path, path: Path) -> None:

@@ -53,7 +53,7 @@ def quickstart_table(rows: list[dict[str, str]]) -> str:
 
 def emoji_table(rows: list[dict[str, str]]) -> str:
     """What scripts/emoji.sh measured, and the values expected by chance."""
-    shown = ("image retrieval recall@10", "image retrieval median rank", "acc1", "acc5")
+    shown = ("image retrieval recall@10", "image retrieval median rank", "image to image recall@10", "acc1", "acc5")
     lines = ["| emoji | measure | value | chance |", "|---|---|---:|---:|"]
     for asks in dict.fromkeys(row["asks"] for row in rows):
         lines += [
@@ -61,7 +61,8 @@ def emoji_table(rows: list[dict[str, str]]) -> str:
             for row in rows
             if row["asks"] == asks and row["measure"] in shown
         ]
-    return "\n".join([*lines, "", measured_in(rows[0])]) + "\n"
+    spent = f"{rows[0]['processor_seconds']} s of processor time, "
+    return "\n".join([*lines, "", spent + measured_in(rows[0])]) + "\n"
 
 
 def measured_in(row: dict[str, str]) -> str:
