@@ -47,11 +47,10 @@ class GpuIndex:
         # What was moved refers to parts of the index in main memory: transforms and refinements.
         self._source = index
         self._rows = index.ntotal
-        self._parameters: Any = None
         # faiss's resources of a GPU serve one thread at a time.
         self._lock = threading.Lock()
         self._resources = [faiss.StandardGpuResources() for _ in self.gpus]
-        self._layers: list[Any] = []
+        self._refinements: list[Any] = []
         self._index = self._moved(index)
         self.apply(Settings.of(index))
 
@@ -68,8 +67,8 @@ class GpuIndex:
         """
         faiss = import_faiss()
         self._k_factor = settings.k_factor or 1.0
-        for layer in self._layers:
-            layer.k_factor = self._k_factor
+        for refinement in self._refinements:
+            refinement.k_factor = self._k_factor
         if settings.nprobe is not None:
             if settings.nprobe > MAX_RESULTS:
                 raise NotOnGpu(f"GPUs visit at most {MAX_RESULTS:,} lists per query, expected nprobe {settings.nprobe}")
@@ -108,7 +107,7 @@ class GpuIndex:
             return outer
         if isinstance(part, faiss.IndexRefine):
             outer = faiss.IndexRefine(self._moved(part.base_index), part.refine_index)
-            self._layers.append(outer)
+            self._refinements.append(outer)
             return outer
         options = faiss.GpuMultipleClonerOptions()
         options.shard = self.spread == "shards"
