@@ -1,4 +1,4 @@
-"""Where an index is searched: on the model's GPU if that is possible, or where the caller says, if there is an index."""
+"""Where an index is searched: on the GPU of the model if that is possible, or where the caller says."""
 
 from __future__ import annotations
 
