@@ -1,4 +1,4 @@
-"""The tables of bench_nested_training.py: Matryoshka, distillation, and training of the query tower alone."""
+"""The tables of bench_nested_training.py (Matryoshka, distillation, query tower alone) and bench_cross_step.py."""
 
 from __future__ import annotations
 
@@ -29,6 +29,34 @@ def distillation_tables(results: Path) -> dict[str, str]:
     return {name: run_table(rows) for name, rows in found.items() if rows}
 
 
+def cross_step_tables(results: Path) -> dict[str, str]:
+    """The table of docs/design/losses.md about passages of earlier steps; none before the benchmark has run."""
+    path = results / "cross_step.csv"
+    return {"cross_step": cross_step_table(read_rows(path))} if path.exists() else {}
+
+
+def cross_step_table(rows: Sequence[Row]) -> str:
+    """The mean dev nDCG@10 over the seeds of each run, on the hardware and with the settings of the last one."""
+    rows = _like_the_last(rows)
+    lines = ["| further negatives | dev nDCG@10 | loss | cosine of the oldest | s |", "|---|---:|---:|---:|---:|"]
+    for run in dict.fromkeys(row["run"] for row in rows):
+        own = [row for row in rows if row["run"] == run]
+        score, loss, cosine, seconds = (
+            mean(float(row[key]) for row in own) for key in ("dev_ndcg@10", "loss", "oldest_cosine", "seconds")
+        )
+        lines.append(f"| {run} | {score:.4f} | {loss:.3f} | {cosine:.3f} | {seconds:.1f} |")
+    last = rows[-1]
+    passages = "all passages" if last["passages"] == "0" else f"{int(last['passages']):,} passages"
+    lines += [
+        "",
+        f"MiniLM on {passages} of WordNet, {int(last['steps']):,} steps of {int(last['batch']):,} pairs, "
+        f"{len({row['seed'] for row in rows})} seeds, on {last['hardware']} (torch {last['torch']}, commit "
+        f"{last['commit']}). Cosine: between the embeddings of the oldest step of the memory and those of the trained "
+        "model; losses with other negatives are not comparable.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def dimension_table(rows: Sequence[Row]) -> str:
     """The mean nDCG@10 over the seeds of each run, by dimension."""
     dims = sorted({int(row["dim"]) for row in rows})
@@ -54,6 +82,10 @@ def _rows(results: Path, comparison: str) -> list[Row]:
     """The rows of a comparison on the hardware and with the settings of the last one."""
     path = results / "nested_training.csv"
     rows = [row for row in read_rows(path) if row["comparison"] == comparison] if path.exists() else []
+    return _like_the_last(rows)
+
+
+def _like_the_last(rows: Sequence[Row]) -> list[Row]:
     same = ("hardware", "passages", "steps", "batch", "lr")
     return [row for row in rows if all(row[key] == rows[-1][key] for key in same)]
 

@@ -17,7 +17,7 @@ from scripts.benchmarks.tables.guide_tables import export_tables, size_tables
 from scripts.benchmarks.tables.index_tables import index_tables
 from scripts.benchmarks.tables.launch_tables import launch_tables
 from scripts.benchmarks.tables.markers import fill_tables
-from scripts.benchmarks.tables.nested_tables import distillation_tables, matryoshka_tables
+from scripts.benchmarks.tables.nested_tables import cross_step_tables, distillation_tables, matryoshka_tables
 from scripts.benchmarks.tables.switch_tables import switch_tables
 from scripts.benchmarks.tables.throughput_tables import image_tables, throughput_tables
 
@@ -77,6 +77,7 @@ PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "docs/guides/indexes.md": export_tables,
     "docs/guides/smaller_embeddings.md": lambda results: {**size_tables(results), **matryoshka_tables(results)},
     "docs/guides/distillation.md": distillation_tables,
+    "docs/design/losses.md": cross_step_tables,
     "docs/design/training.md": throughput_tables,
     "docs/design/images.md": image_tables,
     "docs/design/indexes.md": index_tables,

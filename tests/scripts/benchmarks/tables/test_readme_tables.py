@@ -9,7 +9,7 @@ import pytest
 from scripts import RESULTS, ROOT
 from scripts.benchmarks.result_rows import write_rows
 from scripts.benchmarks.tables.markers import fill_tables
-from scripts.benchmarks.tables.nested_tables import distillation_tables, matryoshka_tables
+from scripts.benchmarks.tables.nested_tables import cross_step_table, distillation_tables, matryoshka_tables
 from scripts.benchmarks.tables.readme_tables import PAGES
 from scripts.benchmarks.tables.switch_tables import switch_table
 from scripts.benchmarks.tables.throughput_tables import train_table
@@ -92,3 +92,15 @@ def test_runs_of_the_nested_benchmark_are_averaged_over_seeds(tmp_path: Path) ->
     assert "| student without | 0.3100 | 0.3000 – 0.3200 | 0.5000 |" in tables["distillation"]
     assert "| student with teacher | 0.4000 |" in tables["distillation"]
     assert "| query_only | 0.4500 |" in tables["query_tower"]
+
+
+def test_runs_with_older_passages_are_averaged_over_seeds() -> None:
+    common = {"hardware": "a GPU", "passages": "0", "steps": "200", "batch": "1024", "lr": "0.0001", "torch": "2.11"}
+    common |= {"commit": "abc", "loss": "1.5", "oldest_cosine": "0.9", "seconds": "4"}
+    rows = [
+        {"run": "none", "seed": seed, "dev_ndcg@10": score, **common} for seed, score in (("0", "0.3"), ("1", "0.4"))
+    ]
+    other = {"run": "last 4 steps", "seed": "0", "dev_ndcg@10": "0.1", **common, "steps": "9"}
+    table = cross_step_table([other, *rows])
+    assert "| none | 0.3500 | 1.500 | 0.900 | 4.0 |" in table and "last 4 steps" not in table
+    assert "MiniLM on all passages of WordNet, 200 steps of 1,024 pairs, 2 seeds, on a GPU" in table
