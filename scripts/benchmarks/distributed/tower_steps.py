@@ -33,7 +33,7 @@ from retriever.models.towers import Towers, build_towers
 from retriever.training.optimization.optim import build_optimizer
 from retriever.training.step import TrainStep
 from retriever.utils.device import choose_precision
-from scripts.benchmarks.retriever.bench_image_train import RepeatedImages, build_towers_of, random_captions
+from scripts.benchmarks.retriever.image_pairs import RepeatedImages, build_towers_of, random_captions
 from scripts.benchmarks.timing import peak_mib, reset_peak_memory, synchronize
 
 VOCABULARY = 30522
