@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
@@ -114,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Pillow warns about damaged EXIF data, for example. What matters is in our own message, which names the image.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    # Where bitsandbytes is installed, peft imports it, and it warns at every start that an optional kernel is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         command = _parse(arguments)
         _check_processes(command, arguments)
