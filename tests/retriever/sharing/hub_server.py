@@ -117,12 +117,14 @@ def local_hub() -> Iterator[Hub]:
                     return
                 names = [{"rfilename": name} for name in hub.commits[oid]]
                 self._json({"id": match[1], "modelId": match[1], "sha": oid, "siblings": names, "tags": []})
+            elif match := re.fullmatch(r"/api/models/\w+/\w+/tree/(\w+)", path):
+                self._json([entry(name, content) for name, content in hub.commits[match[1]].items()])
             elif match := re.fullmatch(r"/\w+/\w+/resolve/(\w+)/(.+)", path):
                 content = hub.commits[match[1]].get(match[2])
                 if content is None:
                     self._answer(b"", 404, X_Error_Code="EntryNotFound")
                     return
-                digest = (hashlib.sha256 if large(match[2]) else hashlib.sha1)(content).hexdigest()
+                digest = entry(match[2], content)["oid"]
                 self._answer(content, X_Repo_Commit=match[1], ETag=f'"{digest}"', Accept_Ranges="none")
             else:
                 self._json({"error": "not found"}, 404)
@@ -147,3 +149,9 @@ def local_hub() -> Iterator[Hub]:
 def large(name: str) -> bool:
     """Whether a file is stored under its sha256, as the hub stores weights."""
     return name.endswith(".safetensors")
+
+
+def entry(name: str, content: bytes) -> dict[str, Any]:
+    """A file in a listing."""
+    oid = (hashlib.sha256 if large(name) else hashlib.sha1)(content).hexdigest()
+    return {"type": "file", "path": name, "size": len(content), "oid": oid}
