@@ -1,4 +1,4 @@
-"""Loss modules in users' training loops: copied, averaged, pickled, compiled, and with FSDP towers."""
+"""Loss modules in users' training loops: copied, averaged, pickled, compiled, and with FSDP, DDP and EMA."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_the_operators_take_every_field_of_a_batch() -> None:
         compiled_tiled_loss(batch, "fp32", 2**20)
 
 
-def test_with_towers_sharded_by_fsdp() -> None:
+def test_with_fsdp_ddp_and_averaged_weights() -> None:
     with LoadedPython("losses", "torch.distributed.run", "torch.distributed.fsdp") as python:
         done = python.run(*torchrun(2, Path(__file__).with_name("loops_on_ranks.py")))
     assert done.returncode == 0, done.stderr[-4000:]
