@@ -76,6 +76,7 @@ class CrossEncoderScorer:
             raise InputError(f"{name}: cannot be loaded as a cross-encoder: {one_line(error)}") from None
         if shape != (1,):
             raise InputError(f"{name}: expected a cross-encoder with one output, found {self._model.num_labels}")
+        self._name = name
         self._batch = BATCH_PAIRS.get(torch.device(device).type, BATCH_PAIRS["cpu"])
         self._options: dict[str, Any] = {"activation_fn": torch.nn.Identity()} if logits else {}
 
@@ -83,16 +84,20 @@ class CrossEncoderScorer:
         """Return the scores of (query, passage) pairs, float32 [pairs].
 
         Raises:
-            InputError: A score is not finite.
+            InputError: A score is not finite, or the tokenizer does not fit the model.
         """
         # Pairs of similar length are scored together.
         order = np.argsort([len(query) + len(passage) for query, passage in pairs], kind="stable")[::-1]
         scores = np.empty(len(pairs), np.float32)
         for start in range(0, len(order), CALL_PAIRS):
             rows = order[start : start + CALL_PAIRS]
-            scores[rows] = self._model.predict(
-                [pairs[row] for row in rows], batch_size=self._batch, show_progress_bar=False, **self._options
-            )
+            try:
+                scores[rows] = self._model.predict(
+                    [pairs[row] for row in rows], batch_size=self._batch, show_progress_bar=False, **self._options
+                )
+            except IndexError as error:
+                # A tokenizer with more tokens than the model has, for example.
+                raise InputError(f"{self._name}: cannot score these texts: {one_line(error)}") from None
             if progress is not None:
                 progress(len(rows))
         if not np.isfinite(scores).all():
