@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from retriever.config.run import TrainConfig
+from retriever.errors import ConfigError
 
 Scaling = Literal["sqrt", "linear", "none"]
 
@@ -33,18 +34,25 @@ class Cell:
         return f"batch{self.batch_size}_lr{self.lr:g}_seed{self.seed}"
 
     def config(self, base: TrainConfig, folder: Path, cache: Path) -> TrainConfig:
-        """The configuration of the run, in `folder` and with the data cache `cache` that all runs share."""
-        optim = dataclasses.replace(base.optim, lr=self.lr)
-        rates = {name: rate * self.factor for name in _RATES if (rate := getattr(optim, name)) is not None}
-        return dataclasses.replace(
-            base,
-            out=str(folder),
-            batch_size=self.batch_size,
-            seed=self.seed,
-            optim=dataclasses.replace(optim, **rates),
-            data=dataclasses.replace(base.data, cache=base.data.cache or str(cache)),
-            keep_checkpoints=1,
-        )
+        """The configuration of the run, in `folder` and with the data cache `cache` that all runs share.
+
+        Raises:
+            ConfigError: A value of the cell is not allowed.
+        """
+        try:
+            optim = dataclasses.replace(base.optim, lr=self.lr)
+            rates = {name: rate * self.factor for name in _RATES if (rate := getattr(optim, name)) is not None}
+            return dataclasses.replace(
+                base,
+                out=str(folder),
+                batch_size=self.batch_size,
+                seed=self.seed,
+                optim=dataclasses.replace(optim, **rates),
+                data=dataclasses.replace(base.data, cache=base.data.cache or str(cache)),
+                keep_checkpoints=1,
+            )
+        except ValueError as error:
+            raise ConfigError(f"cell {self.name}: {error}") from None
 
 
 def scaling_factor(batch_size: int, base: int, scaling: Scaling) -> float:

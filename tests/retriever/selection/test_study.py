@@ -15,6 +15,7 @@ from cli_helpers import command, write_beir
 import retriever
 from retriever.config.model import ModelConfig
 from retriever.config.run import TrainConfig
+from retriever.errors import ConfigError
 from retriever.selection.cells import all_cells
 from retriever.selection.study_report import mean_interval
 from retriever.training.step import TrainStep
@@ -45,6 +46,12 @@ def test_learning_rates_follow_the_stated_rule() -> None:
         made = cells[1].config(base, Path("x"), Path("c"))
         assert (made.optim.lr, made.optim.projection_lr) == pytest.approx((1e-4 * factor, 1e-2 * factor))
         assert cells[0].config(base, Path("x"), Path("c")).optim.lr == 1e-4
+
+
+def test_a_cell_that_is_not_allowed_is_a_config_error() -> None:
+    (cell,) = all_cells(TrainConfig(), [16], [1e-4], [10**30], "sqrt")
+    with pytest.raises(ConfigError, match="seed: expected a number below"):
+        cell.config(TrainConfig(), Path("x"), Path("c"))
 
 
 def test_the_interval_is_students() -> None:
