@@ -56,3 +56,12 @@ def test_many_mutated_inputs_and_disturbed_commands(script: str, tmp_path: Path)
     words = [HERE / f"{script}.py", *counts, "--seed", os.environ.get("ROBUSTNESS_SEED", "1"), "--csv", out]
     done = subprocess.run([sys.executable, *map(str, words)], env=environment(), check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("script", ["leaks", "service"])
+def test_long_processes_stay_flat_and_services_answer(script: str) -> None:
+    pytest.importorskip("uvicorn")
+    done = subprocess.run([sys.executable, str(HERE / f"{script}.py")], env=environment(), check=False)
+    assert done.returncode == 0
