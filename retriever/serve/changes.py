@@ -107,8 +107,9 @@ class Changes:
         value = fields.get(name)
         if set(fields) != {name} or not isinstance(value, list) or not 1 <= len(value) <= self._limits.inputs:
             expected = f"expected a JSON object with a list of 1 to {self._limits.inputs} as {name!r}"
-            alone = set(fields) == {name} and isinstance(value, list)
-            found = f"a list of {len(value)}" if alone else ", ".join(map(repr, fields)) or "none"
+            found = ", ".join(map(repr, fields)) or "none"
+            if set(fields) == {name} and isinstance(value, list):
+                found = f"a list of {len(value)}"
             raise RequestError(422, f"body: {expected}, found {found:.80}")
         return value
 

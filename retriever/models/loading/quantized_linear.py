@@ -50,7 +50,7 @@ class QuantizedLinear(nn.Module):
         return matmul_4bit(inputs, self.packed.t(), quant_state=state, bias=bias)
 
 
-def quantize_base(encoders: Iterable[nn.Module]) -> None:
+def quantize_base(encoders: Iterable[Any]) -> None:
     """Replace the frozen layers that LoRA adapts by layers with weights of 4 bits, in place.
 
     Raises:
