@@ -33,6 +33,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, "model.lora.", 0, "rank")
+        if self.base == "nf4" and not self.rank:
+            raise ValueError("model.lora.rank: expected at least 1 with model.lora.base nf4, found 0")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"model.lora.alpha: expected a positive number, found {self.alpha}")
         if not 0 <= self.dropout < 1:

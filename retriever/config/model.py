@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress
@@ -59,6 +59,8 @@ class ModelConfig:
             for name, value in {"lora.rank": self.lora.rank, "bidirectional": self.bidirectional}.items():
                 if value:
                     raise ValueError(f"model.{name}: expected none with an image tower, found {value}")
+        elif changed := [each.name for each in fields(self.image) if getattr(self.image, each.name) != each.default]:
+            raise ValueError(f"model.image.{changed[0]}: expected the default without model.image.name")
         if self.image.into_text_space and self.projection is not None:
             raise ValueError(
                 f"model.projection: expected none with model.image.into_text_space, found {self.projection}"

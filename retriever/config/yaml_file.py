@@ -19,9 +19,9 @@ from retriever.config.yaml_loader import read_yaml
 from retriever.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
+"""Name of the configuration file in a run folder."""
 # Suffixes of files that a source names with braces or wildcards.
 SHARDS = (".tar", ".tar.gz", ".tgz", ".parquet")
-"""Name of the configuration file in a run folder."""
 # Accepted spellings of None for an optional number.
 NONE_WORDS = ("none", "null", "auto")
 

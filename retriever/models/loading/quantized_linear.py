@@ -65,7 +65,8 @@ def quantize_base(encoders: Iterable[Any]) -> None:
     for encoder in encoders:
         for module in encoder.modules():
             if isinstance(module, LoraLayer):
-                module.base_layer = QuantizedLinear(module.get_base_layer())
+                linear: Any = module.get_base_layer()
+                module.base_layer = QuantizedLinear(linear)
 
 
 def dequantized(packed: Tensor, absmax: Tensor, shape: Tensor) -> Tensor:

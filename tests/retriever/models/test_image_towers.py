@@ -132,6 +132,9 @@ def test_images_are_projected_into_the_space_of_the_text_tower(tokenizer: str, t
         pair(tokenizer, "tiny", into_text_space=True)
     with pytest.raises(ValueError, match=r"model\.image\.into_text_space: expected false"):
         ModelConfig(image=ImageConfig(name="clip", into_text_space=True))
+    for ignored in ({"into_text_space": True}, {"lock": "text"}, {"flip": True}):
+        with pytest.raises(ValueError, match=r"model\.image\..*: expected the default without model\.image\.name"):
+            ModelConfig(name="bert", image=ImageConfig(**ignored))
 
 
 def test_embeddings_of_files_and_images_are_equal_in_any_batch(tmp_path: Path, tokenizer: str) -> None:

@@ -208,6 +208,8 @@ def test_settings_that_do_not_fit_a_base_of_4_bits_are_refused(
     for change in ({"shard_towers": True}, {"precision": "fp16"}, {"compile": True}):
         with pytest.raises(ValueError, match=r"model\.lora\.base: expected .*, found nf4"):
             dataclasses.replace(config, model=model, **change)
+    with pytest.raises(ValueError, match=r"model\.lora\.rank: expected at least 1 with model\.lora\.base nf4"):
+        LoraConfig(base="nf4")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r'pip install "dense-retriever\[qlora\]"'):
         Trainer.start(dataclasses.replace(config, model=model), SilentReporter())
