@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from retriever.data.false_negatives import Integers, concatenated_ranges
 from retriever.data.known_positives import text_digests
 from retriever.data.table import ExampleTable
 
-VERSION = 1
+# Files of version 1 have wrong rows behind the first 65,536 passages.
+VERSION = 2
 BATCH_ROWS = 2**16
 
 
@@ -94,7 +96,7 @@ def open_stored_texts(
         texts, ids = np.empty(store.rows, np.int64), np.empty(store.rows, np.int64)
         row = 0
         passages = iter(store.passages())
-        while batch := [passage for passage, _ in zip(passages, range(BATCH_ROWS), strict=False)]:
+        while batch := list(islice(passages, BATCH_ROWS)):
             stop = row + len(batch)
             texts[row:stop] = text_digests(passage.content for passage in batch)
             ids[row:stop] = text_digests(passage.id for passage in batch)
