@@ -43,8 +43,10 @@ class SavedStatistics:
 
     def block(self, rows: slice, columns: slice) -> SavedStatistics:
         """Views of the statistics of a block."""
-        of_rows = (each[rows] for each in (self.score, self.row_sum, self.row_shift))
-        return SavedStatistics(self.bounds, *of_rows, self.column_sum[columns], self.column_shift[columns])
+        score, row_sum, row_shift = self.score[rows], self.row_sum[rows], self.row_shift[rows]
+        return SavedStatistics(
+            self.bounds, score, row_sum, row_shift, self.column_sum[columns], self.column_shift[columns]
+        )
 
 
 @dataclass(frozen=True)

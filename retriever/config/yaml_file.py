@@ -211,7 +211,7 @@ def _convert(kind: Any, value: Any, file: str, place: str) -> Any:
         except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        if kind is str and "\0" in value:
+        if isinstance(value, str) and "\0" in value:
             # No name of a file can contain it.
             raise ConfigError(f"{file}: {place}: expected text without NUL characters, found {_shown(value)}")
         return value

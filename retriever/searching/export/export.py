@@ -69,8 +69,8 @@ def export_store(
 
 def _write(store: EmbeddingStore, target: Engine, batch: int, progress: Callable[[int], None] | None) -> None:
     done = target.rows()
-    first = [passage.id for passage in target.passages([0])]
-    if done > store.rows or first != ([store.ids()[0]] if done else []):
+    first_id = [passage.id for passage in target.passages([0])]
+    if done > store.rows or first_id != ([store.ids()[0]] if done else []):
         raise InputError(
             f"{target.where}: {target.name}: expected an empty collection or the first rows of {store.folder}, found "
             f"{done} rows of others; choose another name"
