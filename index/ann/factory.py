@@ -207,8 +207,8 @@ def _make_cagra(factory: str, degree: int, dim: int) -> Any:
 
 def is_cagra(index: Any) -> bool:
     """Whether a faiss index is a graph of CAGRA's own, with a single level."""
-    faiss = import_faiss()
-    return isinstance(index, getattr(faiss, "IndexHNSWCagra", ())) and bool(index.base_level_only)
+    kind = getattr(import_faiss(), "IndexHNSWCagra", None)
+    return kind is not None and isinstance(index, kind) and bool(index.base_level_only)
 
 
 def bytes_per_vector(factory: str, dim: int) -> int:

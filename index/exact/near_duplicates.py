@@ -134,8 +134,8 @@ class _Search:
         floor = float(self._threshold) - 1.01 * (left.raw.shape[1] + 4) * ROUND32
         selected = products >= floor
         if left.first + len(left) > right.first:
-            rows = torch.arange(len(left), device=products.device)[:, None] + left.first
-            selected &= torch.arange(len(right), device=products.device) + right.first > rows
+            own = torch.arange(len(left), device=products.device)[:, None] + left.first
+            selected &= torch.arange(len(right), device=products.device) + right.first > own
         if not bool(selected.any()):
             return
         one, other = selected.nonzero(as_tuple=True)
@@ -222,4 +222,5 @@ def _blocks(shards: Shards, start: int, ids: Sequence[str], device: torch.device
     """The rows from `start`, in blocks of a tile."""
     for first, vectors in shards:
         for begin in range(max(0, start - first), len(vectors), TILE_ROWS[device.type]):
-            yield _Vectors.of(vectors[begin : begin + TILE_ROWS[device.type]], first + begin, ids, device)
+            block = np.asarray(vectors[begin : begin + TILE_ROWS[device.type]])
+            yield _Vectors.of(block, first + begin, ids, device)
