@@ -62,6 +62,7 @@ def peak_growth_mib(pairs: int, dims: int, workspace_mib: int, ids: bool, option
     return float(json.loads(measured.stdout))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_peak_memory_of_32768_pairs_is_gradients_and_workspace() -> None:
     pairs, dims, workspace_mib = 32_768, 64, 64

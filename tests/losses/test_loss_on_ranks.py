@@ -17,7 +17,7 @@ def python() -> Iterator[LoadedPython]:
         yield loaded
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_the_loss_and_gradients_of_one_process(python: LoadedPython, size: int) -> None:
     done = python.run(*torchrun(size, SCRIPT, size))
     assert done.returncode == 0, done.stderr[-4000:]

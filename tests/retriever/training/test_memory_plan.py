@@ -82,6 +82,7 @@ def test_the_planned_peak_equals_the_measured_one(config: TrainConfig, tmp_path:
     assert_planned(config, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("micro_batch_tokens_limit", "micro_batches"), [(1024, 7), (10**6, 1)])
 def test_the_planned_peak_is_right_if_graphs_dominate(
     config: TrainConfig, tmp_path: Path, micro_batch_tokens_limit: int, micro_batches: int
@@ -103,6 +104,7 @@ def test_the_planned_peak_is_right_if_graphs_dominate(
     assert f" in {micro_batches} micro-batches" in assert_planned(changed, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_planned_peak_is_right_for_sharded_towers(config: TrainConfig, tmp_path: Path) -> None:
     assert_planned(dataclasses.replace(config, shard_towers=True), tmp_path, processes=2)
 

@@ -164,7 +164,14 @@ def test_modules_that_mix_tokens_stay_padded(tiny: ModelConfig) -> None:
     assert not chain(Pooling(32), Pooling(32))
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "camembert", "mpnet"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "bert",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("roberta", "xlm-roberta", "camembert")),
+        "mpnet",
+    ],
+)
 def test_fused_sublayers_change_neither_outputs_nor_gradients(
     kind: str, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

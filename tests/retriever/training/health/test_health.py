@@ -124,7 +124,9 @@ def test_zero_gradients_and_a_changed_configuration_are_told(config: TrainConfig
     saved.write_text(saved.read_text().replace("lr: 0.001", "lr: 0.0005").replace("log_every: 1", "log_every: 2"))
     outcome = command("train", "--resume", tmp_path / "run")
     shown = " ".join((outcome.out + outcome.err).split())
-    assert outcome.code == 0 and "config.yaml was changed since step 4: optim.lr 0.001 -> 0.0005; the run goes" in shown
+    assert (
+        outcome.code == 0 and "config.yaml was changed since step 4: optim.lr 0.001 -> 0.0005; the new values" in shown
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 4
     assert changed_fields({"a": 1, "b": {"c": [1]}, "old": 2}, {"a": 1, "b": {"c": [2]}, "new": 3}) == [

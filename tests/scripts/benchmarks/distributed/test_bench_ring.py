@@ -57,6 +57,7 @@ def test_both_benchmarks_write_their_rows(python: LoadedPython, tmp_path: Path) 
     assert {path.name for path in tmp_path.glob("*.png")} == {"ring.png", "largest_batch.png"}
 
 
+@pytest.mark.slow
 def test_measurements_beyond_the_budget_have_a_row(python: LoadedPython, tmp_path: Path) -> None:
     for words in (torchrun(2, RING), [LARGEST_BATCH]):
         done = python.run(*words, "--device=cpu", "--quick", "--budget=0", "--results", tmp_path)
