@@ -11,12 +11,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from retriever.utils import own_packages
+from retriever.utils.versions import __version__
 
 if sys.platform == "darwin":
     # Read by torch when it is imported: operations that Apple's GPU lacks run on the CPU, with one warning for each.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from eval.metrics import evaluate_run as evaluate_run

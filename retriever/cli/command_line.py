@@ -19,7 +19,6 @@ from tyro.conf import arg, subcommand
 
 from index.files import InputError, escape_control
 from index.progress import Reporter
-from retriever import __version__
 from retriever.cli.commands.duplicates import Duplicates
 from retriever.cli.commands.encode import Encode
 from retriever.cli.commands.evaluation.compare import EvaluateCompare, EvaluateRun
@@ -46,6 +45,7 @@ from retriever.errors import ArgumentError, ConfigError
 from retriever.utils.interrupt import sigterm_as_interrupt
 from retriever.utils.own_packages import PackageClash
 from retriever.utils.torchrun import check_environment, world_size
+from retriever.utils.versions import __version__
 
 DESCRIPTION = (
     "Train dense retrieval models, embed and index a corpus, search it, measure how well it retrieves. "

@@ -29,7 +29,7 @@ from retriever.evaluation.report_folder import ReportFolder
 from retriever.evaluation.set_settings import read_settings, unused
 from retriever.evaluation.suite import Suite
 from retriever.evaluation.suite_options import LowerPrecision, SuiteOptions
-from retriever.searching.search import check_index_options
+from retriever.utils.indexes import check_index_options
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from retriever.evaluation.set_settings import towers_for
 from retriever.evaluation.suite_index import build_or_reuse_index, check_factory, check_one_set, open_index
 from retriever.evaluation.suite_options import LowerPrecision, SuiteOptions
 from retriever.models.towers import Towers
-from retriever.searching.search import place_index
 from retriever.utils.check_progress import checksum_progress
+from retriever.utils.indexes import place_index
 from retriever.utils.versions import COMPUTING, device_name, versions
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ class SuiteOptions:
     index: Path | None = None
     """Existing index of the same corpus and model, evaluated in addition to exact search."""
     index_device: str = "auto"
-    """Where an index is searched, see `retriever.searching.search.place_index`."""
+    """Where an index is searched, see `retriever.utils.indexes.place_index`."""
     index_spread: Spread = "auto"
     """How several GPUs are used, see `Index.to`."""
     settings: Mapping[str, SetSettings] = field(default_factory=dict)

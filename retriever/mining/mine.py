@@ -30,7 +30,7 @@ from retriever.mining.miner import Miner, prompts_of
 from retriever.mining.options import MiningOptions, Sampling
 from retriever.mining.parts import PART_ROWS, Part, Workplace, example_line
 from retriever.mining.texts import KnownPairs, text_key
-from retriever.searching.search import check_index_options, open_indexes, place_index
+from retriever.utils.indexes import check_index_options, open_indexes, place_index
 
 CROSS_ENCODER_PART_ROWS = 2**12
 

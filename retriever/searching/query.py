@@ -13,8 +13,9 @@ from index.files import InputError
 from index.progress import Progress, as_reporter
 from retriever.encoding.model import ModelInput, as_model
 from retriever.errors import ArgumentError, check_at_least, check_unicode, path_list
-from retriever.searching.search import Answer, check_index_device, open_indexes, place_index
+from retriever.searching.search import Answer
 from retriever.searching.search import search as search_each
+from retriever.utils.indexes import check_index_device, open_indexes, place_index
 
 IndexInput = Index | MultiIndex | str | Path | Sequence[str | Path]
 

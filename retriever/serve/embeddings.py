@@ -10,13 +10,13 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-import retriever
 from retriever.models.loading.text_settings import Side
 from retriever.models.towers import Towers
 from retriever.serve.batching import Embeddings, Engine
 from retriever.serve.errors import JSON, RequestError
 from retriever.serve.requests import Limits, parse_object, read_body
 from retriever.serve.waiting import engine_result
+from retriever.utils.versions import __version__
 
 SIDE_NAMES: dict[str, Side] = {"query": "query", "passage": "document", "document": "document"}
 """Names of the sides in requests; NVIDIA's and Cohere's services write passage and document."""
@@ -123,7 +123,7 @@ class EmbeddingRoutes:
                 "max_batch_requests": self._engine.max_queries,
                 "auto_truncate": True,
                 "prompts": {"query": towers.prompt("query"), "document": towers.prompt("document")},
-                "version": retriever.__version__,
+                "version": __version__,
             }
         )
 

@@ -6,10 +6,11 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from retriever import __version__
-
 if TYPE_CHECKING:
     import torch
+
+__version__ = "0.1.0"
+"""Version of this package."""
 
 # Packages whose version may change numerical results.
 COMPUTING = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")

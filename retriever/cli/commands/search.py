@@ -71,7 +71,8 @@ class Search(IndexDevice, TruncatedEmbedding):
     def run(self, reporter: Reporter) -> int:
         check_at_least(1, k=self.k)
         from retriever.searching.query import parsed_filter
-        from retriever.searching.search import BATCH, check_index_device, open_indexes, place_index, search
+        from retriever.searching.search import BATCH, search
+        from retriever.utils.indexes import check_index_device, open_indexes, place_index
 
         filter = parsed_filter(self.filter)
         check_index_device(self.index_device)

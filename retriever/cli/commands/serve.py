@@ -152,7 +152,6 @@ class Serve(IndexDevice, TruncatedEmbedding):
                 'serving needs starlette, uvicorn and others: pip install "dense-retriever[serve]"'
             ) from None
         from index.ann.index import Index
-        from retriever.searching.search import check_index_device, open_indexes, place_index
         from retriever.serve.app import make_app
         from retriever.serve.batching import Batching, Engine, warm_up
         from retriever.serve.changes import Changes
@@ -163,6 +162,7 @@ class Serve(IndexDevice, TruncatedEmbedding):
         from retriever.serve.requests import Limits
         from retriever.serve.thumbnails import Thumbnails
         from retriever.utils.device import choose_device
+        from retriever.utils.indexes import check_index_device, open_indexes, place_index
 
         token = self._token()
         check_index_device(self.index_device)

@@ -12,7 +12,7 @@ import retriever
 from index.ann.index import Index
 from index.progress import Reporter
 from retriever.errors import ConfigError
-from retriever.searching.search import place_index
+from retriever.utils.indexes import place_index
 
 
 @pytest.mark.parametrize("option", [{"index_device": "cpu"}, {"index_spread": "shards"}])
