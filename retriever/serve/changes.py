@@ -62,7 +62,7 @@ class Changes:
         self._limits = limits
         self._served = served
         self._log = log
-        self._waiting = 0
+        self._waiting: set[Future[int]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="changes")
 
     def __enter__(self) -> Changes:
@@ -145,21 +145,19 @@ class Changes:
     async def _answer(self, what: str, change: Callable[[], int]) -> Response:
         """Make a change after those that wait, and answer when it is served."""
         started = time.perf_counter()
-        if self._waiting >= MAX_WAITING:
+        if len(self._waiting) >= MAX_WAITING:
             raise RequestError(429, "too many changes are waiting; try again in a second")
         try:
             future: Future[int] = self._thread.submit(self._make, what, change)
         except RuntimeError:
             raise RequestError(503, "the service is shutting down") from None
-        self._waiting += 1
-        future.add_done_callback(lambda _: self._done())
+        # A count, decreased in the thread of changes, could miss one of two that are changed at once.
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
         # Not cancelled with the request: a change that has begun is finished.
         count = await asyncio.shield(asyncio.wrap_future(future))
         milliseconds = round(1000 * (time.perf_counter() - started), 3)
         return JSON({what: count, "passages": self._engine.index.rows, "milliseconds": milliseconds})
-
-    def _done(self) -> None:
-        self._waiting -= 1
 
     def _make(self, what: str, change: Callable[[], int]) -> int:
         try:
