@@ -21,8 +21,10 @@ from index.ann.settings import Settings, flat_codes, set_add_effort, set_search_
 from index.ann.train import empty_trained_index, fingerprint, sample_vectors, train
 from index.ann.tuning import curve
 from index.ann.tuning.graphs import add_held_out, can_add_later, is_graph, truth_for_held_out
+from index.ann.tuning.measure import measured_on_gpu
 from index.ann.tuning.recall import Target, find_truth
-from index.ann.tuning.tune import Tuning, measured_on_gpu, tune
+from index.ann.tuning.result import Tuning
+from index.ann.tuning.tune import tune
 from index.background import BackgroundTasks
 from index.files import ArgumentError, InputError, atomic_folder
 from index.files.disk_space import check_free_space

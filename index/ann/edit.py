@@ -26,8 +26,10 @@ from index.ann.layout import (
 )
 from index.ann.settings import Settings, flat_codes, index_layers, set_add_effort
 from index.ann.tuning.graphs import is_graph
+from index.ann.tuning.measure import measured_on_gpu
 from index.ann.tuning.recall import Target, find_truth
-from index.ann.tuning.tune import Tuning, measured_on_gpu, tune
+from index.ann.tuning.result import Tuning
+from index.ann.tuning.tune import tune
 from index.files import InputError, atomic_folder, locked_folder, recover_folder
 from index.manifest import INDEX, read_manifest
 from index.store.ids import duplicate_id

@@ -13,7 +13,7 @@ from index.ann.factory import import_faiss, make
 from index.ann.layout import check_replaceable
 from index.ann.merge import merge
 from index.ann.settings import core
-from index.ann.tuning.tune import Tuning
+from index.ann.tuning.result import Tuning
 from index.files import InputError
 from index.manifest import INDEX, read_manifest
 from index.store.reader import EmbeddingStore

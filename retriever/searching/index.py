@@ -14,7 +14,7 @@ from index.ann.index import Index
 from index.ann.layout import FAISS_FILE
 from index.ann.on_disk import check_supported
 from index.ann.tuning.recall import MIN_QUERIES, Target
-from index.ann.tuning.tune import Tuning
+from index.ann.tuning.result import Tuning
 from index.files import InputError
 from index.manifest import INDEX, read_manifest
 from index.progress import Progress, Reporter, SilentReporter, as_reporter

@@ -17,8 +17,9 @@ from index.ann.index import Index
 from index.ann.merge import merge
 from index.ann.settings import Settings, core
 from index.ann.train import sample_rows
+from index.ann.tuning.measure import measure
 from index.ann.tuning.recall import Target, Truth, find_truth, recall_of_each
-from index.ann.tuning.tune import measure, tune
+from index.ann.tuning.tune import tune
 from index.files import InputError
 from index.manifest import entries, read_manifest, write_manifest
 from index.store.reader import EmbeddingStore

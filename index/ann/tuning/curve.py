@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from index.ann.tuning.tune import Tuning
+from index.ann.tuning.result import Tuning
 
 
 def draw(tuning: Tuning, title: str, path: Path) -> None:

@@ -9,108 +9,25 @@ time, which other load disturbs far less than wall-clock time.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from index.ann.factory import import_faiss, is_cagra
-from index.ann.gpu.search import MAX_ITOPK, MAX_RESULTS, GpuIndex, to_gpus
-from index.ann.gpu.support import NotOnGpu
+from index.ann.gpu.search import MAX_ITOPK, MAX_RESULTS, GpuIndex
 from index.ann.settings import Settings, core, index_layers
 from index.ann.tuning.advice import advice, exact_at_limit
-from index.ann.tuning.recall import CONFIDENCE, Target, Truth, lower_bound, recall_of_each, without_own
+from index.ann.tuning.measure import apply, measure, time_settings
+from index.ann.tuning.recall import Target, Truth
+from index.ann.tuning.result import Point, Tuning
 
 K_FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
 # Relative resolution of a setting; times closer than this count as equal.
 RESOLUTION = 0.02
 # The search stops after two consecutive doublings that gain less recall: the codes cannot distinguish more.
 MIN_GAIN = 0.001
-# A search faster than this many seconds is easily disturbed: take the fastest of three.
-SHORT_SECONDS = 1.0
-TIMING_ROUNDS = 4
-TIMED_QUERIES = 1000
-
-
-@dataclass(frozen=True)
-class Point:
-    """One measured setting."""
-
-    settings: Settings
-    recall: float
-    """Mean recall over the queries."""
-    at_least: float
-    """Lower end of the confidence interval of the mean recall."""
-    microseconds: float
-    """Wall-clock time per query, in one batch on `Tuning.threads` threads."""
-    compared: float | None
-    """Codes compared per query, as counted by faiss: a cost that does not depend on the load of the machine. None on a
-    GPU, where faiss does not count them."""
-    core_microseconds: float | None = None
-    """Processor time per query on one thread; only for settings that were timed, and not on a GPU."""
-
-    def as_json(self) -> dict[str, Any]:
-        """The entry of the manifest."""
-        return {
-            **self.settings.known(),
-            "recall": round(self.recall, 6),
-            "at_least": round(self.at_least, 6),
-            "microseconds": round(self.microseconds, 2),
-            **({} if self.compared is None else {"compared": round(self.compared, 1)}),
-            **({} if self.core_microseconds is None else {"core_microseconds": round(self.core_microseconds, 2)}),
-        }
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What was measured and chosen."""
-
-    target: Target
-    chosen: Point
-    curve: list[Point]
-    """Every measured setting, by time."""
-    queries: int
-    threads: int
-    advice: str = ""
-    """What to change if the target is not reached."""
-    device: str = "cpu"
-    """Where it was measured."""
-
-    @property
-    def met(self) -> bool:
-        """Whether the chosen setting reaches the target."""
-        return self.chosen.at_least >= self.target.recall
-
-    def line(self) -> str:
-        """The result in one line of text."""
-        measured = f"recall@{self.target.k} {self.chosen.recall:.4f}, at least {self.chosen.at_least:.4f}"
-        if self.chosen.core_microseconds is None:
-            cost = f"{self.chosen.microseconds:,.1f} µs a query on {self.device}"
-        else:
-            cost = f"{self.chosen.core_microseconds:,.0f} µs of one core a query"
-        settings = str(self.chosen.settings) if self.chosen.settings.known() else ""
-        if self.met:
-            by = f" by {settings}" if settings else ""
-            return f"recall target {self.target.recall:g} met{by}: {measured}; {cost}"
-        by = f", by {settings}" if settings else ""
-        return f"recall target {self.target.recall:g} NOT met: the best found is {measured}{by}; {self.advice}"
-
-    def as_json(self) -> dict[str, Any]:
-        """The "tuning" field of the manifest."""
-        return {
-            "target_recall": self.target.recall,
-            "k": self.target.k,
-            "met": self.met,
-            "queries": self.queries,
-            "queries_from": "passages held out" if self.target.queries is None else "queries",
-            "confidence": CONFIDENCE,
-            "threads": self.threads,
-            **({} if self.device == "cpu" else {"device": self.device}),
-            "chosen": self.chosen.as_json(),
-            "curve": [point.as_json() for point in self.curve],
-        }
 
 
 def tune(
@@ -138,7 +55,7 @@ def tune(
     met = [point for point in found if point is not None]
     points = list(search.measured.values())
     if met:
-        times = _times(index, truth, [point.settings for point in met], on_gpu)
+        times = time_settings(index, truth, [point.settings for point in met], on_gpu)
         fastest = min(times)
         chosen, core_time = next(
             (point, cpu_time)
@@ -150,11 +67,11 @@ def tune(
             points,
             key=lambda point: (point.at_least, -(point.microseconds if point.compared is None else point.compared)),
         )
-        (core_time,) = _times(index, truth, [chosen.settings], on_gpu)
+        (core_time,) = time_settings(index, truth, [chosen.settings], on_gpu)
     if on_gpu is None:
         chosen = replace(chosen, core_microseconds=core_time)
     points = [chosen if point.settings == chosen.settings else point for point in points]
-    _apply(chosen.settings, index, on_gpu)
+    apply(chosen.settings, index, on_gpu)
     curve = sorted(points, key=lambda point: point.microseconds)
     # With fewer than k passages, recall was measured at their number.
     target = replace(target, k=truth.k)
@@ -162,105 +79,6 @@ def tune(
     change = advice(index, mean_reaches=chosen.recall >= target.recall) if missed else ""
     threads, device = import_faiss().omp_get_max_threads(), "cpu" if on_gpu is None else on_gpu.place
     return Tuning(target, chosen, curve, len(truth.queries), threads, change, device)
-
-
-def measured_on_gpu(
-    index: Any, target: Target, note: Callable[[str], None] | None, device: str = "cuda", *, optional: bool = True
-) -> GpuIndex | None:
-    """A copy of a faiss index on GPUs, for `tune`; None where that is not possible.
-
-    Args:
-        index: the faiss index.
-        target: the recall target.
-        note: called with the reason if it is not possible.
-        device: "cuda", or "cuda:1" for a certain GPU.
-        optional: Default: True. False raises the reason instead.
-
-    Raises:
-        NotOnGpu: it is not possible, and not optional.
-    """
-    try:
-        if target.k >= MAX_RESULTS:
-            raise NotOnGpu(f"GPUs find at most {MAX_RESULTS:,} results, expected a smaller k, found {target.k}")
-        return to_gpus(index, device)
-    except NotOnGpu as error:
-        if not optional:
-            raise
-        if note is not None:
-            note(f"factory: recall is measured on the CPU: {error}")
-        return None
-
-
-def measure(index: Any, truth: Truth, settings: Settings, on_gpu: GpuIndex | None = None) -> Point:
-    """Measure recall and time of `index`, or of its copy on GPUs, with `settings`, which stay applied."""
-    faiss = import_faiss()
-    _apply(settings, index, on_gpu)
-    faiss.cvar.indexIVF_stats.reset()
-    faiss.cvar.hnsw_stats.reset()
-    searched = index if on_gpu is None else on_gpu
-    found, seconds = _timed(searched, truth)
-    compared = None if on_gpu is not None else _compared(index, len(found))
-    if seconds < SHORT_SECONDS:
-        seconds = min(seconds, *(_timed(searched, truth)[1] for _ in range(2)))
-    recalls = recall_of_each(found, truth)
-    return Point(settings, float(recalls.mean()), lower_bound(recalls), 1e6 * seconds / len(found), compared)
-
-
-def _apply(settings: Settings, index: Any, on_gpu: GpuIndex | None) -> None:
-    settings.apply(index)
-    if on_gpu is not None:
-        on_gpu.apply(settings)
-
-
-def _compared(index: Any, queries: int) -> float:
-    """Codes compared per query in the last search, as counted by faiss."""
-    faiss = import_faiss()
-    inner = core(index)
-    counted = faiss.cvar.hnsw_stats if isinstance(inner, faiss.IndexHNSW) else faiss.cvar.indexIVF_stats
-    compared = counted.ndis if isinstance(inner, faiss.IndexHNSW | faiss.IndexIVF) else index.ntotal * queries
-    return float(compared) / queries
-
-
-def _timed(index: Any, truth: Truth) -> tuple[np.ndarray, float]:
-    """The result of `_found`, and its wall-clock time in seconds."""
-    started = time.perf_counter()
-    found = _found(index, truth)
-    return found, time.perf_counter() - started
-
-
-def _found(index: Any, truth: Truth) -> np.ndarray:
-    """The k rows that `index`, on a CPU or GPUs, returns for each query: [Q, k] int64."""
-    if truth.own is None:
-        return index.search(truth.queries, truth.k)[1]
-    scores, rows = index.search(truth.queries, truth.k + 1)
-    return without_own(scores, rows, truth.own)[1]
-
-
-def _times(index: Any, truth: Truth, settings: list[Settings], on_gpu: GpuIndex | None) -> list[float]:
-    """Processor time per query of each setting in µs: the fastest of several rounds, in turns, on one thread.
-
-    On a GPU, wall-clock time, of all queries in one batch.
-    """
-    faiss = import_faiss()
-    timed = replace(
-        truth, queries=truth.queries[:TIMED_QUERIES], own=None if truth.own is None else truth.own[:TIMED_QUERIES]
-    )
-    searched, clock = index, time.thread_time
-    if on_gpu is not None:
-        timed, searched, clock = truth, on_gpu, time.perf_counter
-    best = [np.inf] * len(settings)
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        for _ in range(TIMING_ROUNDS):
-            for place, each in enumerate(settings):
-                _apply(each, index, on_gpu)
-                started = clock()
-                _found(searched, timed)
-                best[place] = min(best[place], clock() - started)
-    finally:
-        faiss.omp_set_num_threads(threads)
-    return [1e6 * seconds / len(timed.queries) for seconds in best]
 
 
 class _SettingSearch:

@@ -15,7 +15,7 @@ from retriever.errors import ArgumentError
 from retriever.utils.torchrun import rank
 
 if TYPE_CHECKING:
-    from index.ann.tuning.tune import Tuning
+    from index.ann.tuning.result import Tuning
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ from index.ann.factory import make
 from index.ann.settings import Settings
 from index.ann.train import train
 from index.ann.tuning.graphs import add_held_out, is_graph, truth_for_held_out
+from index.ann.tuning.measure import measure
 from index.ann.tuning.recall import Target, Truth, find_truth, recall_of_each
-from index.ann.tuning.tune import K_FACTORS, measure, tune
+from index.ann.tuning.tune import K_FACTORS, tune
 from index.store.parts import Part
 from scripts.datasets.index_sets import read_set
 
