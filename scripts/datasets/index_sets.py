@@ -93,7 +93,7 @@ def _write_wordnet(folder: Path) -> None:
 
     from index.beir import BeirDataset
     from retriever.encoding.encoder import EncodeOptions, embed_texts
-    from retriever.models.towers import load_towers
+    from retriever.models.modality import load_towers
 
     data = BeirDataset.open(DATA / "wordnet", "test")
     towers = load_towers(str(get_model_path()), "cpu")

@@ -20,7 +20,8 @@ from index.files import InputError
 from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.models.loading.text_settings import SIDES, Side
-from retriever.models.towers import Towers, build_towers, load_towers
+from retriever.models.modality import build_towers, load_towers
+from retriever.models.towers import Towers
 
 SMALL = {
     "hidden_size": 32,

@@ -16,7 +16,7 @@ from killed_runs import forked
 
 from eval.reports import suite as suite_report
 from retriever.cli.command_line import main as command_line
-from retriever.models.towers import load_towers
+from retriever.models.modality import load_towers
 
 # Writing the report takes longer than the evaluation and is not tested here.
 suite_report.write = lambda folder, report: []

@@ -30,7 +30,7 @@ def _service(world: Path) -> tuple[Any, list[str]]:
     """The application of the service with the index of fields, and its log."""
     from index.ann.index import Index
     from retriever.encoding.encoder import EncodeOptions
-    from retriever.models.towers import load_towers
+    from retriever.models.modality import load_towers
     from retriever.serve.app import make_app
     from retriever.serve.batching import Batching, Engine
     from retriever.serve.requests import Limits

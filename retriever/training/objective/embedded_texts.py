@@ -25,7 +25,8 @@ from retriever.data.table import BATCH_ROWS, ExampleTable
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.corpus import StoreOptions, encode_passages
 from retriever.encoding.encoder import EncodeOptions
-from retriever.models.towers import Side, Towers, load_towers
+from retriever.models.modality import load_towers
+from retriever.models.towers import Side, Towers
 from retriever.training.objective.vectors import open_verified
 from retriever.utils.device import Precision
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from retriever.config.run import TrainConfig
 from retriever.data.batches import BatchDataset
 from retriever.data.micro_batches import PreparedBatch
-from retriever.models.towers import load_towers
+from retriever.models.modality import load_towers
 from retriever.training.objective.embedded_texts import teacher_plan
 from retriever.training.objective.guide import GuideModel, embedded_before
 from retriever.training.objective.vectors import FrozenCorpus

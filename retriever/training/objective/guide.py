@@ -23,7 +23,8 @@ from retriever.data.table import ExampleTable
 from retriever.distributed.agreement import ContentHash, check_same_on_ranks
 from retriever.distributed.ranks import Ranks
 from retriever.models.mixed_precision import mixed_precision
-from retriever.models.towers import Towers, load_towers
+from retriever.models.modality import load_towers
+from retriever.models.towers import Towers
 from retriever.training.objective.embedded_texts import EmbeddedTexts
 from retriever.training.objective.sources import SourceObjective
 from retriever.training.objective.vectors import StoredVectors

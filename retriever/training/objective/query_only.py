@@ -6,8 +6,9 @@ from index.files import InputError
 from index.store.reader import EmbeddingStore
 from retriever.config.run import TrainConfig
 from retriever.errors import ConfigError
+from retriever.models.modality import load_towers
 from retriever.models.passage_side import passage_sha256
-from retriever.models.towers import Towers, load_towers
+from retriever.models.towers import Towers
 
 
 def check_query_only(config: TrainConfig) -> None:

@@ -28,8 +28,9 @@ from retriever.data.micro_batches import PreparedBatch, TextInputs
 from retriever.distributed.ranks import Ranks
 from retriever.models.loading.folder import Side
 from retriever.models.memory import GraphMemory
+from retriever.models.modality import build_towers
 from retriever.models.tokenizer import TokenizedTexts
-from retriever.models.towers import Towers, build_towers
+from retriever.models.towers import Towers
 from retriever.training.optimization.optim import build_optimizer
 from retriever.training.step import TrainStep
 from retriever.utils.device import choose_precision

@@ -129,7 +129,7 @@ def serve_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     vectors, _ = clustered(rows, dim, 1, options.device)
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(Path(folder) / "model", dim)
-        from retriever.models.towers import load_towers
+        from retriever.models.modality import load_towers
 
         store = write_store(Path(folder) / "embeddings", vectors, load_towers(str(model), "cpu").fingerprint())
         del vectors

@@ -36,8 +36,9 @@ from retriever.encoding.encoder import EncodeOptions, embed_windows
 from retriever.encoding.windows import WINDOW
 from retriever.models.memory import EncodeMemory
 from retriever.models.mixed_precision import mixed_precision
+from retriever.models.modality import build_towers
 from retriever.models.tokenizer import TokenizedTexts
-from retriever.models.towers import Towers, build_towers
+from retriever.models.towers import Towers
 from retriever.utils.device import choose_precision
 from scripts import RESULTS
 from scripts.benchmarks.machine import machine

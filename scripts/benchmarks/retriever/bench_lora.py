@@ -35,7 +35,7 @@ from retriever.config.optim import OptimConfig
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.models.loading.lora import cast_base
-from retriever.models.towers import build_towers
+from retriever.models.modality import build_towers
 from retriever.training.trainer import Trainer
 from scripts import RESULTS
 from scripts.benchmarks.machine import machine

@@ -35,7 +35,8 @@ from retriever.config.optim import OptimConfig
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.data.batches import TrainingBatch
-from retriever.models.towers import Towers, build_towers
+from retriever.models.modality import build_towers
+from retriever.models.towers import Towers
 from retriever.training.trainer import Trainer
 from retriever.utils.device import Precision
 from scripts import DATA, RESULTS

@@ -29,7 +29,7 @@ from index.ann import build as faiss_index
 from index.passages import Passage
 from index.store.reader import EmbeddingStore
 from index.store.writer import EmbeddingWriter
-from retriever.models.towers import load_towers
+from retriever.models.modality import load_towers
 from scripts import RESULTS, ROOT
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import write_rows

@@ -42,7 +42,7 @@ from retriever.config.model import ModelConfig
 from retriever.config.optim import OptimConfig
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
-from retriever.models.towers import build_towers
+from retriever.models.modality import build_towers
 from retriever.training.trainer import Trainer
 from retriever.utils.device import Precision, autocast
 from scripts import RESULTS

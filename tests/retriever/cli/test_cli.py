@@ -28,7 +28,7 @@ from index.ann.index import Index
 from index.store.reader import EmbeddingStore
 from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions
-from retriever.models.towers import load_towers
+from retriever.models.modality import load_towers
 from retriever.searching.search import search
 
 ROOT = Path(__file__).resolve().parents[3]

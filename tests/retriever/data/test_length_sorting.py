@@ -15,7 +15,7 @@ from retriever.config.model import ModelConfig
 from retriever.data.batches import TrainingBatch
 from retriever.data.length_sorting import make_micro_batches
 from retriever.data.micro_batches import BatchPreparer
-from retriever.models.towers import build_towers
+from retriever.models.modality import build_towers
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(1, 2000))

@@ -18,7 +18,7 @@ from index.manifest import read_manifest, verify_files
 from index.passages import Passage, PassageFile
 from retriever.encoding.corpus import StoreOptions, corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions
-from retriever.models.towers import load_towers
+from retriever.models.modality import load_towers
 
 
 def corpus_of(path: Path, rows: int) -> Path:

@@ -24,7 +24,8 @@ from index.store.reader import EmbeddingStore
 from retriever.config.model import ModelConfig
 from retriever.encoding.corpus import StoreOptions, corpus_source, encode_passages
 from retriever.encoding.encoder import EncodeOptions, embed_texts
-from retriever.models.towers import Towers, build_towers, load_towers
+from retriever.models.modality import build_towers, load_towers
+from retriever.models.towers import Towers
 
 ROOT = Path(__file__).resolve().parents[3]
 WORDS = ("cat", "dog", "oak", "pine", "river", "piano", "bread", "cheese", "hammer", "eagle", "ship", "winter")

@@ -26,7 +26,8 @@ from index.store.reader import EmbeddingStore
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.evaluation.long_documents import split_documents
 from retriever.evaluation.set_settings import AdjustedTowers, SetSettings, read_settings
-from retriever.models.towers import Towers, load_towers
+from retriever.models.modality import load_towers
+from retriever.models.towers import Towers
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from retriever.config.dev import DevConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions
 from retriever.errors import ConfigError
-from retriever.models.towers import load_towers
+from retriever.models.modality import load_towers
 from retriever.training.validation.dev_set import TextDevSet
 from retriever.training.validation.image_dev_set import ImageDevSet
 

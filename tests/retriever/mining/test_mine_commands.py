@@ -21,7 +21,7 @@ from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.model import Model
 from retriever.mining import mine as mine_module
 from retriever.mining import parts
-from retriever.models.towers import build_towers
+from retriever.models.modality import build_towers
 
 
 @pytest.fixture(scope="module")

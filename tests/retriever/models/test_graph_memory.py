@@ -13,7 +13,7 @@ from retriever.encoding.windows import WINDOW
 from retriever.models import memory as graph_memory
 from retriever.models.memory import MAX_TOKENS, MIN_TOKENS, EncodeMemory, GraphMemory, fitting_tokens
 from retriever.models.mixed_precision import mixed_precision
-from retriever.models.towers import build_towers
+from retriever.models.modality import build_towers
 
 
 @pytest.mark.parametrize("most", [10_000, 40_000, 150_000, 300_000, 423_000, 1_000_000])

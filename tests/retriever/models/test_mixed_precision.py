@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from retriever.config.model import ModelConfig
 from retriever.models.mixed_precision import fp32_outputs, half_precision_weights
-from retriever.models.towers import build_towers
+from retriever.models.modality import build_towers
 
 
 class Encoder(nn.Module):

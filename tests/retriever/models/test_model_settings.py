@@ -35,7 +35,7 @@ from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.images.folder import load_vision_modules
 from retriever.models.loading.missing_weights import collect_missing_weights
-from retriever.models.towers import build_towers, load_towers
+from retriever.models.modality import build_towers, load_towers
 
 
 def test_invalid_truncate_dim_is_refused(encoder: str, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5To
 
 from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
-from retriever.models.towers import build_towers, load_towers
+from retriever.models.modality import build_towers, load_towers
 
 
 @pytest.mark.parametrize("mode", [*Pooling.POOLING_MODES, ("cls", "mean")])

@@ -20,7 +20,7 @@ from retriever.data.micro_batches import BatchPreparer
 from retriever.errors import ConfigError
 from retriever.evaluation.set_settings import AdjustedTowers, SetSettings
 from retriever.models.loading.text_settings import SIDES
-from retriever.models.towers import build_towers, load_towers
+from retriever.models.modality import build_towers, load_towers
 
 SUPPORTED: dict[str, dict[str, Any]] = {
     "lengths by side": {"query_length": 8, "document_length": 30},

@@ -15,7 +15,8 @@ from sentence_transformers import SentenceTransformer
 from index.files import InputError
 from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_texts
-from retriever.models.towers import Towers, build_towers, load_towers
+from retriever.models.modality import build_towers, load_towers
+from retriever.models.towers import Towers
 
 TEXTS = ["a small domesticated feline", "", "move fast " * 40, "the act of walking", "Ångström, naïve — 中文"]
 

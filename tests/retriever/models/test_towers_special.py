@@ -18,7 +18,8 @@ from index.files import InputError
 from retriever.config.model import ModelConfig
 from retriever.encoding.encoder import EncodeOptions, embed_texts
 from retriever.errors import ConfigError
-from retriever.models.towers import SIDES, Side, Towers, build_towers, load_towers
+from retriever.models.modality import build_towers, load_towers
+from retriever.models.towers import SIDES, Side, Towers
 
 TEXTS = ["a small domesticated feline", "walk", "move fast " * 40, "the act of walking", "Ångström, naïve"]
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}

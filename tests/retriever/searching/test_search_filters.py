@@ -55,7 +55,7 @@ def test_python_and_the_command_filter_alike(world: Any, index: Path) -> None:
 def test_the_service_filters_each_request_on_its_own(world: Any, index: Path) -> None:
     pytest.importorskip("starlette")
     from retriever.encoding.encoder import EncodeOptions
-    from retriever.models.towers import load_towers
+    from retriever.models.modality import load_towers
     from retriever.serve.batching import Batching, Engine
     from retriever.serve.errors import RequestError
     from retriever.serve.requests import Limits, parse_json_body, parse_parameters

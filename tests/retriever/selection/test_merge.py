@@ -16,7 +16,7 @@ import retriever
 from retriever.config.model import ModelConfig
 from retriever.models.images.towers import load_image_text_towers
 from retriever.models.loading.checksums import write_checksums
-from retriever.models.towers import build_towers
+from retriever.models.modality import build_towers
 from retriever.selection.weights import interpolate
 
 

@@ -22,7 +22,8 @@ from in_thread import Running, running
 
 from index.ann.index import Index
 from retriever.encoding.encoder import EncodeOptions, embed_texts
-from retriever.models.towers import Towers, load_towers
+from retriever.models.modality import load_towers
+from retriever.models.towers import Towers
 from retriever.serve.app import make_app
 from retriever.serve.batching import Batching, Engine
 from retriever.serve.changes import Changes

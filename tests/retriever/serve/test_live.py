@@ -30,7 +30,8 @@ from index.ann.edit import delete_passages
 from index.ann.index import Index
 from index.fields.filters import Filter
 from retriever.encoding.encoder import EncodeOptions, embed_texts
-from retriever.models.towers import Towers, load_towers
+from retriever.models.modality import load_towers
+from retriever.models.towers import Towers
 from retriever.searching.hybrid import HybridIndex
 from retriever.serve.app import make_app
 from retriever.serve.batching import Batching, Engine

@@ -26,7 +26,7 @@ from serve_helpers import ROOT, Server, serving
 from index.ann.index import Index
 from index.files import InputError
 from retriever.encoding.encoder import EncodeOptions
-from retriever.models.towers import load_towers
+from retriever.models.modality import load_towers
 from retriever.searching.search import Result, search
 from retriever.serve import batching, page
 from retriever.serve.app import make_app

@@ -20,8 +20,9 @@ from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.errors import ConfigError
 from retriever.models.mixed_precision import half_precision_weights, mixed_precision
+from retriever.models.modality import build_towers
 from retriever.models.packed.attention import PackedLayout
-from retriever.models.towers import Towers, build_towers
+from retriever.models.towers import Towers
 from retriever.training.cuda_graphs import (
     Inputs,
     captured_size,

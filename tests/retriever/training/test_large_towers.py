@@ -27,7 +27,8 @@ from retriever.config.yaml_file import load_config
 from retriever.errors import ConfigError
 from retriever.models.loading.lora import add_lora
 from retriever.models.loading.quantized_linear import QuantizedLinear
-from retriever.models.towers import Towers, build_towers
+from retriever.models.modality import build_towers
+from retriever.models.towers import Towers
 from retriever.training import cuda_graphs
 from retriever.training.step import TrainStep
 from retriever.training.trainer import Trainer

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from retriever.config.model import ModelConfig
+from retriever.models.modality import build_towers
 from retriever.models.packed import families, sublayers
-from retriever.models.towers import Towers, build_towers
+from retriever.models.towers import Towers
 
 # Special tokens inside a text, including pad tokens, are treated like other tokens.
 TEXTS = [

@@ -20,7 +20,7 @@ from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import config_from_mapping
 from retriever.distributed.ranks import DryRunRanks
 from retriever.errors import ConfigError
-from retriever.models.towers import build_towers
+from retriever.models.modality import build_towers
 from retriever.training.objective.checks import check_objective
 from retriever.training.objective.guide import GuideModel, StoredGuide
 from retriever.training.train import plan_run

@@ -20,8 +20,8 @@ from index.store.reader import EmbeddingStore
 from retriever.config.model import ModelConfig
 from retriever.config.yaml_file import config_from_mapping
 from retriever.errors import ConfigError
+from retriever.models.modality import build_towers, load_towers
 from retriever.models.passage_side import PASSAGE_FILE, passage_sha256
-from retriever.models.towers import build_towers, load_towers
 from retriever.training.step import TrainStep
 from retriever.training.train import plan_run
 from retriever.training.trainer import Trainer

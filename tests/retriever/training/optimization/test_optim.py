@@ -13,7 +13,7 @@ from torch import nn
 from losses import InfCLLoss
 from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
-from retriever.models.towers import build_towers
+from retriever.models.modality import build_towers
 from retriever.training.optimization.optim import (
     Adafactor,
     OptimConfig,

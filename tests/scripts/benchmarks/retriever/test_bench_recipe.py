@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "retriever"))
 from cli_helpers import write_beir
 
 from retriever.config.model import ModelConfig
-from retriever.models.towers import build_towers
+from retriever.models.modality import build_towers
 
 
 def test_each_row_differs_in_its_ingredient_alone() -> None:
