@@ -25,14 +25,14 @@ from index.ann.layout import (
     PASSAGES_FILE,
 )
 from index.ann.selection import Selection
-from index.ann.structure import check_structure
+from index.ann.structure import check_results, check_structure
 from index.fields.columns import Columns
 from index.fields.filters import Filter, FilterError, FilterInput, as_filter
 from index.files import InputError
 from index.manifest import INDEX, NAME, Level, Manifest, read_manifest, verify_files
 from index.passage_lines import PassageLines
 from index.passages import Passage, file_state
-from index.store.ids import Ids
+from index.store.ids import Ids, ids_of_rows
 from index.ties import order_ties
 
 # Extra results requested from a Flat index, to break ties at rank k by id.
@@ -264,7 +264,7 @@ class Index:
         return filter.mask(self.columns, self.rows)
 
     def _selection_of(self, filter: Filter) -> Selection:
-        return Selection(self.faiss, self.matching(filter))
+        return Selection(self.faiss, self.matching(filter), self.factory)
 
     def search(
         self, queries: np.ndarray, k: int = 10, *, filter: FilterInput | None = None
@@ -330,10 +330,13 @@ class Index:
         With `spare` > 0, more results are requested while a tie at rank k reaches the last of them.
         """
         asked = min(k + spare, self.rows)
-        scores, rows = (
-            self._faiss_search(queries, asked) if selection is None else self._among(queries, asked, selection)
-        )
-        self._check_results(scores, rows)
+        if selection is None:
+            scores, rows = self._faiss_search(queries, asked)
+        else:
+            scores, rows = selection.search(self._faiss_search, queries, asked)
+        # Large lists on disk are not verified before a search.
+        searched = LISTS_FILE if LISTS_FILE in self.manifest.files else FAISS_FILE
+        check_results(scores, rows, self.folder / searched, self.rows)
         scores[rows < 0] = -np.inf
         order_ties(scores, rows, self.ids)
         beyond = (scores[:, k - 1] == scores[:, -1]) & (rows[:, -1] >= 0) & (k < asked < self.rows)
@@ -355,40 +358,6 @@ class Index:
                 raise FilterError(f"filter: faiss cannot search {self.factory} with one: {reason(error)}") from None
             raise InputError(f"{self.folder / FAISS_FILE}: cannot be searched by faiss: {reason(error)}") from None
         return scores, rows
-
-    def _among(self, queries: np.ndarray, k: int, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-        """The top k of a selection. Where lists or a graph yield too few, they are searched with more effort."""
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        rows = np.full(scores.shape, -1, np.int64)
-        left, effort = np.arange(len(queries) if selection.rows else 0), 1
-        while len(left):
-            scores[left], rows[left] = self._faiss_search(queries[left], k, selection.parameters(effort))
-            if not selection.contains(rows[left]).all():
-                raise FilterError(f"filter: expected another type of index, faiss ignores it in {self.factory}")
-            left = left[(rows[left] >= 0).sum(axis=1) < min(k, selection.rows)]
-            # With this effort everything has been searched.
-            if effort >= selection.rows:
-                break
-            effort *= 8
-        return scores, rows
-
-    def _check_results(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Refuse invalid rows and scores: large lists on disk are not verified before a search."""
-        path = self.folder / (LISTS_FILE if LISTS_FILE in self.manifest.files else FAISS_FILE)
-        if (wrong := (rows < -1) | (rows >= self.rows)).any():
-            found = f"found row {int(rows[wrong][0])}"
-            raise InputError(f"{path}: damaged: expected rows from 0 to {self.rows - 1}, {found}")
-        if (wrong := ~np.isfinite(scores) & (rows >= 0)).any():
-            found = f"found {scores[wrong][0]} for row {int(rows[wrong][0])}"
-            raise InputError(f"{path}: expected scores that are numbers, {found}: damaged, or its vectors are too long")
-
-
-def ids_of_rows(ids: Ids, rows: np.ndarray) -> np.ndarray:
-    """The ids of rows [Q, k], an object array of str [Q, k]; "" for row -1."""
-    found = np.full(rows.shape, "", dtype=object)
-    for place in zip(*np.nonzero(rows >= 0), strict=True):
-        found[place] = ids[int(rows[place])]
-    return found
 
 
 def _truncation(model: Mapping[str, str]) -> str:

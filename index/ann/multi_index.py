@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from index.ann.gpu.search import Spread
-from index.ann.index import Index, ids_of_rows
+from index.ann.index import Index
 from index.ann.layout import IDS_FILE
 from index.fields.filters import Filter, FilterInput, as_filter
 from index.files import InputError
 from index.manifest import Level
 from index.passages import Passage
-from index.store.ids import Ids
+from index.store.ids import Ids, ids_of_rows
 from index.ties import order_ties
 
 

@@ -1,4 +1,7 @@
-"""Consistency checks of a faiss index read from disk: inconsistent sizes would make a search read invalid memory."""
+"""Consistency checks of a faiss index read from disk, and of what it finds.
+
+Inconsistent sizes would make a search read invalid memory.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +62,25 @@ def check_structure(index: Any, path: Path, rows: int, dim: int) -> None:
         # After `_check_lists`, because it reads those sizes.
         if (found := lists.compute_ntotal()) != rows:
             raise InputError(f"{path}: damaged: expected {rows} vectors in the lists, found {found}")
+
+
+def check_results(scores: np.ndarray, rows: np.ndarray, path: Path, count: int) -> None:
+    """Check the results of a search; those of a damaged index may be invalid.
+
+    Args:
+        scores: [Q, k] float32.
+        rows: [Q, k] int64, -1 where fewer than k passages were found.
+        path: the file that was searched, for messages.
+        count: N, the number of passages.
+
+    Raises:
+        InputError: a row is out of range, or a score is NaN or infinity.
+    """
+    if (wrong := (rows < -1) | (rows >= count)).any():
+        raise InputError(f"{path}: damaged: expected rows from 0 to {count - 1}, found row {int(rows[wrong][0])}")
+    if (wrong := ~np.isfinite(scores) & (rows >= 0)).any():
+        found = f"found {scores[wrong][0]} for row {int(rows[wrong][0])}"
+        raise InputError(f"{path}: expected scores that are numbers, {found}: damaged, or its vectors are too long")
 
 
 def _check_lists(lists: Any, code_size: int, path: Path) -> None:

@@ -119,6 +119,14 @@ def _line_starts(path: Path, count: int) -> array[int]:
     return starts
 
 
+def ids_of_rows(ids: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    """The ids of rows [Q, k], an object array of str [Q, k]; "" for row -1."""
+    found = np.full(rows.shape, "", dtype=object)
+    for position in zip(*np.nonzero(rows >= 0), strict=True):
+        found[position] = ids[int(rows[position])]
+    return found
+
+
 def duplicate_id(files: Sequence[Path]) -> str | None:
     """An id that occurs more than once in `files` (one id per line); None if all differ. Memory: 16 bytes per id."""
     hashes = np.fromiter(map(_hash, _lines(files)), np.uint64)
