@@ -8,6 +8,8 @@ from typing import Literal
 
 from retriever.config.loss_options import SourceLossConfig
 
+PairFormat = Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"]
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -16,7 +18,7 @@ class SourceConfig:
     path: str
     """A BEIR folder, a .jsonl, .csv, .tsv (each also as .gz) or .parquet file, a folder of a Hugging Face dataset, or,
     with format huggingface, a hub name: owner/name, owner/name:subset or owner/name:subset@revision."""
-    format: Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"] = "auto"
+    format: PairFormat = "auto"
     """Format of the path. auto: detected from the path and its content."""
     split: str = "train"
     """Split of a BEIR folder (qrels/SPLIT.tsv) or a Hugging Face dataset."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from index.files import InputError, sha256_file
 from index.manifest import NAME
 from index.progress import Progress, Reporter, SilentReporter, as_reporter
 from index.store.reader import EmbeddingStore
-from retriever.config.sources import SourceConfig
+from retriever.config.sources import PairFormat, SourceConfig
 from retriever.data.sources import resolve_format
 from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
@@ -33,8 +33,6 @@ from retriever.mining.texts import KnownPairs, text_key
 from retriever.utils.indexes import check_index_options, open_indexes, place_index
 
 CROSS_ENCODER_PART_ROWS = 2**12
-
-Format = Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def mine(
     index: str | Path | None = None,
     embeddings: str | Path | None = None,
     split: str = "train",
-    format: Format = "auto",
+    format: PairFormat = "auto",
     query_column: str = "query",
     positive_column: str = "positive",
     negatives_column: str = "negatives",
@@ -109,7 +107,7 @@ def mine(
         embeddings: Store of the corpus's embeddings, continued or reused. With an index, the store that it was built
             from, for exact scores. Default: None, a temporary one.
         split: Split of a BEIR folder or a Hugging Face data set. Default: "train".
-        format: Format of the source. Default: "auto".
+        format: PairFormat of the source. Default: "auto".
         query_column: Column of the query. Default: "query".
         positive_column: Column of the positive or a list of positives. Default: "positive".
         negatives_column: Column of hard negatives, which are further passages to search. Default: "negatives".
@@ -149,7 +147,7 @@ def mine(
     check_paths(**{name: path for name, path in paths.items() if path is not None})
     if not isinstance(model, Model):
         check_paths(model=model)
-    check_choice(get_args(Format), format=format)
+    check_choice(get_args(PairFormat), format=format)
     check_choice(get_args(Sampling), sampling=sampling)
     numbers = {"max_share": max_share, "margin": margin, "max_score": max_score, "min_score": min_score}
     check_numbers(**{name: value for name, value in numbers.items() if value is not None})

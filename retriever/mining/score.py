@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from index.progress import Progress, Reporter, SilentReporter, as_reporter
-from retriever.config.sources import SourceConfig
+from retriever.config.sources import PairFormat, SourceConfig
 from retriever.data.sources import Example
 from retriever.data.table import open_source
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
@@ -18,7 +18,6 @@ from retriever.encoding.encoder import embed_texts
 from retriever.encoding.model import Model, Precision, load
 from retriever.errors import ArgumentError, check_choice, check_paths
 from retriever.mining.cross_encoder import CrossEncoderScorer, is_cross_encoder
-from retriever.mining.mine import Format
 from retriever.mining.miner import prompts_of
 from retriever.mining.parts import Part, Workplace, example_line
 from retriever.utils.device import choose_device
@@ -50,7 +49,7 @@ def score(
     kind: Kind = "auto",
     logits: bool = False,
     split: str = "train",
-    format: Format = "auto",
+    format: PairFormat = "auto",
     query_column: str = "query",
     positive_column: str = "positive",
     negatives_column: str = "negatives",
@@ -75,7 +74,7 @@ def score(
         logits: Whether scores of a cross-encoder are its outputs before the activation function, as MarginMSE and KL
             expect them. Default: False, after it.
         split: Split of a BEIR folder or a Hugging Face data set. Default: "train".
-        format: Format of the source. Default: "auto".
+        format: PairFormat of the source. Default: "auto".
         query_column: Column of the query. Default: "query".
         positive_column: Column of the positive or a list of positives. Default: "positive".
         negatives_column: Column of the hard negatives. Default: "negatives".
@@ -93,7 +92,7 @@ def score(
     """
     check_paths(out=out, **({} if isinstance(data, SourceConfig) else {"data": data}))
     check_choice(get_args(Kind), kind=kind)
-    check_choice(get_args(Format), format=format)
+    check_choice(get_args(PairFormat), format=format)
     if not isinstance(model, Model):
         check_paths(model=model)
         if kind == "auto" and not Path(model).exists():

@@ -8,6 +8,7 @@ from typing import Literal
 
 from index.progress import Reporter
 from retriever.cli.commands.common import Embedding, IndexDevice, Switch, answer
+from retriever.config.sources import PairFormat
 from retriever.utils.torchrun import rank
 
 
@@ -32,7 +33,7 @@ class Mine(IndexDevice, Embedding):
     the store that the index was built from, for exact scores. None: a temporary folder."""
     split: str = "train"
     """Split of a BEIR folder or a Hugging Face data set."""
-    format: Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"] = "auto"
+    format: PairFormat = "auto"
     """Format of the source; huggingface for a hub name."""
     query_column: str = "query"
     """Column of the query."""

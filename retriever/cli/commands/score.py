@@ -8,6 +8,7 @@ from typing import Literal
 
 from index.progress import Reporter
 from retriever.cli.commands.common import Embedding, Switch, answer
+from retriever.config.sources import PairFormat
 from retriever.utils.torchrun import rank
 
 
@@ -30,7 +31,7 @@ class Score(Embedding):
     """Write a cross-encoder's outputs before its activation function, as MarginMSE and KL expect them."""
     split: str = "train"
     """Split of a BEIR folder or a Hugging Face data set."""
-    format: Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"] = "auto"
+    format: PairFormat = "auto"
     """Format of the source; huggingface for a hub name."""
     query_column: str = "query"
     """Column of the query."""

@@ -10,6 +10,7 @@ from typing import Literal
 
 from index.progress import Reporter
 from retriever.cli.commands.common import Switch
+from retriever.config.sources import PairFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Split:
     """Seed of the random choice, which does not depend on the order of the rows."""
     passages: Path | None = None
     """File (_id, title, text) or BEIR folder with further passages for the corpus."""
-    format: Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"] = "auto"
+    format: PairFormat = "auto"
     """Format of --data. auto: detected from the path and its content."""
     query: str = "query"
     """Column with the text of the query."""

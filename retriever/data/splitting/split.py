@@ -15,7 +15,7 @@ import numpy.typing as npt
 from index.beir import beir_file
 from index.files import InputError, atomic_folder
 from index.progress import Progress, Reporter, as_reporter
-from retriever.config.sources import SourceConfig
+from retriever.config.sources import PairFormat, SourceConfig
 from retriever.data.false_negatives import Integers
 from retriever.data.sources import Notices, resolve_format
 from retriever.data.splitting.query_groups import (
@@ -33,7 +33,6 @@ from retriever.data.splitting.rows import SplitRows
 from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths
 
 By = Literal["component", "query"]
-Format = Literal["auto", "beir", "jsonl", "csv", "tsv", "parquet", "huggingface"]
 Splits = npt.NDArray[np.int8]
 NAMES = {TRAIN: "train", DEV: "dev", TEST: "test"}
 
@@ -86,7 +85,7 @@ def split(
     by: By | None = None,
     seed: int = 0,
     passages: str | Path | None = None,
-    format: Format = "auto",
+    format: PairFormat = "auto",
     query: str = SourceConfig.query,
     positive: str = SourceConfig.positive,
     negatives: str = SourceConfig.negatives,
@@ -114,7 +113,7 @@ def split(
             are too large to give at least half and at most twice the requested sizes; then "query", with a note.
         seed: Seed of the random choice. Default: 0.
         passages: A corpus file (`_id`, `title`, `text`) or BEIR folder with further passages for the corpus.
-        format: Format of the source. Default: "auto".
+        format: PairFormat of the source. Default: "auto".
         query: Column of the query.
         positive: Column of the positive passage, or of a list of them.
         negatives: Column of the hard negatives. With * it may match several columns.
@@ -132,7 +131,7 @@ def split(
     check_size("test", test)
     if by is not None:
         check_choice(get_args(By), by=by)
-    check_choice(get_args(Format), format=format)
+    check_choice(get_args(PairFormat), format=format)
     check_at_least(0, seed=seed)
     check_paths(source=source, out=out)
     if passages is not None:
