@@ -85,7 +85,7 @@ def main() -> None:
             started = time.perf_counter()
             row = trained(name, seed, options, work, pairs) if name != UNTRAINED else {"model": options.model}
             scores = evaluated(row.pop("model"), data, options.device)
-            seconds = {"seconds": f"{time.perf_counter() - started:.1f}"}
+            seconds = {"seconds": "" if options.no_rates else f"{time.perf_counter() - started:.1f}"}
             row = {"switch": name, "seed": seed, **common, **scores, **row, **seconds, **facts}
             update_rows([row], file, key=KEY)
             budget.count(f"{name}, seed {seed}: nDCG@10 {row['ndcg@10']}, {row.get('pairs_per_second', '–')} pairs/s")
@@ -108,6 +108,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     rows = [UNTRAINED, *SWITCHES]
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="options to measure (default: all)")
+    parser.add_argument(
+        "--no-rates",
+        action="store_true",
+        help="leave out the pairs per second, because other programs use the machine at the same time",
+    )
     parser.add_argument("--budget", type=float, default=450, help="seconds in which the runs must end (default: 450)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for switches.csv (default: %(default)s)")
     parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
@@ -146,7 +151,7 @@ def trained(name: str, seed: int, options: argparse.Namespace, work: Path, pairs
     return {
         "model": run.model_folder,
         "steps": run.step,
-        "pairs_per_second": f"{rates[len(rates) // 2]:.0f}",
+        "pairs_per_second": "" if options.no_rates else f"{rates[len(rates) // 2]:.0f}",
         "pool_accuracy@1": f"{last['pool_accuracy@1']:.4f}" if "pool_accuracy@1" in last else "",
         "pool_masked": f"{last['pool_masked']:.6f}" if "pool_masked" in last else "",
     }

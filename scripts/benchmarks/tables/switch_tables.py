@@ -22,18 +22,18 @@ def switch_table(rows: Sequence[Row]) -> str:
     tables = []
     for hardware in dict.fromkeys(row["hardware"] for row in rows):
         own = [row for row in rows if row["hardware"] == hardware]
-        lines = [
-            "| option | WordNet | lowest – highest | recall@100 | Jargon | perlfaq | pairs/s |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
+        # Runs that shared the machine have no rate.
+        has_rates = any(row["pairs_per_second"] for row in own)
+        names = ["option", "WordNet", "lowest – highest", "recall@100", "Jargon", "perlfaq", *["pairs/s"] * has_rates]
+        lines = [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
         for name in dict.fromkeys(row["switch"] for row in own):
             runs = [row for row in own if row["switch"] == name]
             scores = [float(row["ndcg@10"]) for row in runs]
             others = [_mean(runs, key) for key in ("recall@100", "jargon_ndcg@10", "perlfaq_ndcg@10")]
-            # The model before training has no rate.
-            rate = _mean(runs, "pairs_per_second", ",.0f")
             cells = [name, f"{mean(scores):.4f}", f"{min(scores):.4f} – {max(scores):.4f}", *others]
-            lines.append(f"| {' | '.join(cells)} | {rate} |")
+            # The model before training has no rate.
+            cells += [_mean(runs, "pairs_per_second", ",.0f")] * has_rates
+            lines.append(f"| {' | '.join(cells)} |")
         seeds = len({row["seed"] for row in own})
         first = own[0]
         lines += [
