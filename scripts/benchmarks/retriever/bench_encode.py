@@ -83,9 +83,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--their-batches",
         type=int,
-        nargs="+",
+        nargs="*",
         default=[64, 256, 1024],
-        help="batch sizes of sentence-transformers in texts (default: %(default)s)",
+        help="batch sizes of sentence-transformers in texts; none: it is left out (default: %(default)s)",
     )
     parser.add_argument(
         "--workers", type=int, nargs="+", default=[0], help="our reader and tokenizer processes (default: %(default)s)"
