@@ -150,7 +150,7 @@ def sheet_title(found: Retrieval) -> str:
 
 
 def write_small(sheet: Path, path: Path) -> None:
-    """Write the sheet with 128 colours, in a third of the bytes. A copy is in scripts/results."""
+    """Write the sheet with 128 colors, in a third of the bytes. A copy is in scripts/results."""
     with Image.open(sheet) as image:
         image.convert("RGB").quantize(128).save(path, optimize=True)
 

@@ -1,4 +1,4 @@
-"""List the licences and versions of the required packages, their advisories, and check that the wheel is built twice
+"""List the licenses and versions of the required packages, their advisories, and check that the wheel is built twice
 alike.
 
     python scripts/supply_chain.py [--extra NAME ...] [--advisories] [--wheel]
@@ -41,8 +41,8 @@ def required(name: str, extras: set[str], found: dict[str, metadata.Distribution
             required(wanted[0], set(), found)
 
 
-def licence(package: metadata.Distribution) -> str:
-    """Return the licence of a package: the SPDX expression, the classifiers, or the first line of the field."""
+def license(package: metadata.Distribution) -> str:
+    """Return the license of a package: the SPDX expression, the classifiers, or the first line of the field."""
     classifiers = [
         line.rpartition(" :: ")[2] for line in package.metadata.get_all("Classifier", []) if "License ::" in line
     ]
@@ -114,7 +114,7 @@ def main() -> int:
         if name is not None and name[0] != "dense-retriever":
             required(name[0], set(), found)
     for name, package in sorted(found.items()):
-        print(f"{name}\t{package.version}\t{licence(package)}")
+        print(f"{name}\t{package.version}\t{license(package)}")
     known: dict[str, list[str]] = {}
     if arguments.advisories:
         try:

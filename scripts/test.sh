@@ -5,7 +5,7 @@ set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
 . scripts/environment.sh
 ensure_environment test
-# A test that needs a missing model or data set must fail instead of downloading it.
+# A test that needs a missing model or dataset must fail instead of downloading it.
 export HF_HUB_OFFLINE=1
 python -m ruff check .
 python -m ruff format --check --quiet .

@@ -1,4 +1,4 @@
-"""Plots of a report with matplotlib: PNG files for Markdown, and SVG with CSS colours for HTML."""
+"""Plots of a report with matplotlib: PNG files for Markdown, and SVG with CSS colors for HTML."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours on a white background. In SVG each one becomes a CSS variable, so that the page can have a dark mode; the
-# hexadecimal values are the keys and must be distinct. SERIES follows the colour-blind safe palette of Okabe and Ito.
+# Colors on a white background. In SVG each one becomes a CSS variable, so that the page can have a dark mode; the
+# hexadecimal values are the keys and must be distinct. SERIES follows the color-blind safe palette of Okabe and Ito.
 INK, MUTED, LINE = "#222223", "#5f6670", "#c4c9d0"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#a0529a", "#b07d00", "#3a8fc4")
-VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", **{colour: f"s{i}" for i, colour in enumerate(SERIES)}}
+VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", **{color: f"s{i}" for i, color in enumerate(SERIES)}}
 MARKERS = "os^Dvp"
 WIDTH, HEIGHT = 4.4, 3.3
 # Scatter plots with more points are rasterized within the SVG.
@@ -79,7 +79,7 @@ def style() -> Iterator[None]:
 
 
 def bars(sets: Mapping[str, Mapping[str, Metrics]], measures: Sequence[str]) -> Figure:
-    """Bars of the systems grouped by set and labelled with their values; one panel per measure."""
+    """Bars of the systems grouped by set and labeled with their values; one panel per measure."""
     systems = list(dict.fromkeys(system for rows in sets.values() for system in rows))
     count = sum(len(rows) for rows in sets.values()) + 0.6 * len(sets)
     grouped = len(systems) > 1 < len(sets)
@@ -110,7 +110,7 @@ def _bars(axes: Axes, sets: Mapping[str, Mapping[str, Metrics]], measure: str, s
             value = metrics.mean[measure]
             label = None if system in named else _short(system)
             named.add(system)
-            axes.barh(y, value, height=0.82, color=_colour(position), label=label)
+            axes.barh(y, value, height=0.82, color=_color(position), label=label)
             axes.annotate(f"{value:.3f}", (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
             if named_by_system:
                 heights.append(y)
@@ -151,9 +151,9 @@ def recall_curves(rows: Mapping[str, Metrics]) -> Figure:
 
 
 def line(axes: Axes, points: Sequence[tuple[float, float]], position: int, label: str) -> None:
-    """Draw a line with markers in the colour of a position."""
+    """Draw a line with markers in the color of a position."""
     xs, ys = zip(*points, strict=True)
-    axes.plot(xs, ys, color=_colour(position), marker=MARKERS[position % 6], ms=4, lw=1.5, label=_short(label))
+    axes.plot(xs, ys, color=_color(position), marker=MARKERS[position % 6], ms=4, lw=1.5, label=_short(label))
 
 
 def recall_points(metrics: Metrics) -> list[tuple[int, float]]:
@@ -176,12 +176,12 @@ def scatter(pair: Pair, a: Metrics, b: Metrics) -> Figure:
     distinct, counts = np.unique(points, axis=0, return_counts=True)
     difference = distinct[:, 1] - distinct[:, 0]
     axes.plot([0, 1], [0, 1], color=LINE, lw=1, zorder=1)
-    for chosen, colour, marker in ((difference > 0, 0, "^"), (difference < 0, 1, "v"), (difference == 0, None, "o")):
+    for chosen, color, marker in ((difference > 0, 0, "^"), (difference < 0, 1, "v"), (difference == 0, None, "o")):
         axes.scatter(
             distinct[chosen, 0],
             distinct[chosen, 1],
             s=9 + 9 * np.sqrt(counts[chosen] - 1),
-            color=MUTED if colour is None else _colour(colour),
+            color=MUTED if color is None else _color(color),
             marker=marker,
             alpha=0.55,
             linewidths=0,
@@ -189,8 +189,8 @@ def scatter(pair: Pair, a: Metrics, b: Metrics) -> Figure:
             rasterized=len(distinct) > VECTOR_POINTS,
         )
     test = pair.test
-    axes.set_title(f"▲ {test.wins:,} better", color=_colour(0), fontsize=9.5)
-    axes.set_title(f"▼ {test.losses:,} worse", color=_colour(1), fontsize=9.5, loc="right")
+    axes.set_title(f"▲ {test.wins:,} better", color=_color(0), fontsize=9.5)
+    axes.set_title(f"▼ {test.losses:,} worse", color=_color(1), fontsize=9.5, loc="right")
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
     axes.set_aspect("equal")
@@ -209,11 +209,11 @@ def score_distributions(name: str, run: RankedRun, qrels: Qrels) -> Figure | Non
     # Clip low outliers among the other passages.
     low, high = min(np.quantile(scores, 0.0005), relevant.min(initial=np.inf)), scores.max()
     edges = np.linspace(low, high if high > low else low + 1e-6, 41)
-    for values, colour, label in ((other, MUTED, "not relevant"), (relevant, _colour(0), "relevant")):
+    for values, color, label in ((other, MUTED, "not relevant"), (relevant, _color(0), "relevant")):
         if len(values):
             shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
-            axes.stairs(shares, edges, color=colour, fill=True, alpha=0.35)
-            axes.stairs(shares, edges, color=colour, lw=1.3, label=f"{label} ({len(values):,})")
+            axes.stairs(shares, edges, color=color, fill=True, alpha=0.35)
+            axes.stairs(shares, edges, color=color, lw=1.3, label=f"{label} ({len(values):,})")
     axes.set_title(_short(name))
     axes.set_xlabel("score")
     axes.set_ylabel("share of passages")
@@ -255,7 +255,7 @@ def to_svg(figure: Figure, label: str) -> str:
     # Use the font of the page at the size of the plot.
     text = re.sub(r"font: ([0-9.]+px) [^;\"]*", r"font-size: \1", text)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-    text = re.sub("#[0-9a-f]{6}", lambda colour: _variable(colour[0]), text)
+    text = re.sub("#[0-9a-f]{6}", lambda color: _variable(color[0]), text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{_attribute(label)}" ', 1)
 
 
@@ -265,8 +265,8 @@ def to_png(figure: Figure, path: Path, dpi: int = 160) -> None:
         figure.savefig(temporary, format="png", dpi=dpi)
 
 
-def _variable(colour: str) -> str:
-    return f"var(--{VARIABLES[colour]})" if colour in VARIABLES else colour
+def _variable(color: str) -> str:
+    return f"var(--{VARIABLES[color]})" if color in VARIABLES else color
 
 
 def _attribute(text: str) -> str:
@@ -292,7 +292,7 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower left", ncols=max(1, columns), labelcolor=INK)
 
 
-def _colour(position: int) -> str:
+def _color(position: int) -> str:
     return SERIES[position % len(SERIES)]
 
 

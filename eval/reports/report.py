@@ -1,4 +1,4 @@
-"""The content of a report: data sets, the metrics of the systems, and their comparisons. files.py writes it."""
+"""The content of a report: datasets, the metrics of the systems, and their comparisons. files.py writes it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class ReportSet:
-    """One data set: the metrics of each system and their comparisons."""
+    """One dataset: the metrics of each system and their comparisons."""
 
     name: str
     systems: Mapping[str, Metrics]

@@ -1,1 +1,1 @@
-"""The data sets of an evaluation: definitions, download, validation, and estimates of their cost."""
+"""The datasets of an evaluation: definitions, download, validation, and estimates of their cost."""

@@ -135,12 +135,12 @@ def sheet(rows: Sequence[Row], open_image: OpenImage, title: str = "", first_col
         if row.wanted is not None:
             _tile(axes, row.wanted, 0, y, LINE, open_image)
             if row.rank is not None:
-                colour = CORRECT if row.rank <= len(row.images) else INK
-                axes.text(1.28, y + 0.5, f"{row.rank:,}", ha="center", va="center", fontsize=8, color=colour)
+                color = CORRECT if row.rank <= len(row.images) else INK
+                axes.text(1.28, y + 0.5, f"{row.rank:,}", ha="center", va="center", fontsize=8, color=color)
         for x, (image, right, score) in enumerate(row.images):
             _tile(axes, image, first + x, y, CORRECT if right else None, open_image)
-            colour = CORRECT if right else MUTED
-            axes.text(first + x + 0.5, y + 1.0, f"{score:.2f}", ha="center", va="top", fontsize=5.5, color=colour)
+            color = CORRECT if right else MUTED
+            axes.text(first + x + 0.5, y + 1.0, f"{score:.2f}", ha="center", va="top", fontsize=5.5, color=color)
     if wanted:
         axes.text(0.5, -0.08, first_column, ha="center", va="bottom", fontsize=8, color=MUTED)
         axes.text(1.28, -0.08, "rank", ha="center", va="bottom", fontsize=8, color=MUTED)

@@ -1,7 +1,7 @@
-"""Classification of image embeddings with training images: k nearest neighbours, and a linear probe.
+"""Classification of image embeddings with training images: k nearest neighbors, and a linear probe.
 
 A linear probe is multinomial logistic regression with an L2 penalty, as in CLIP (Radford et al. 2021, arXiv:2103.00020,
-appendix A.3). Neighbours vote with weights exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978), with the
+appendix A.3). Neighbors vote with weights exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978), with the
 settings of DINO (Caron et al. 2021, arXiv:2104.14294).
 """
 
@@ -28,7 +28,7 @@ MAX_ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Image embeddings with their classes."""
 
     vectors: np.ndarray
@@ -40,9 +40,9 @@ class LabelledImages:
         if self.labels.shape != (len(self.vectors),) or not len(self.vectors):
             raise ValueError(f"expected a label for each image, found {self.labels.shape}, {self.vectors.shape}")
 
-    def of(self, rows: np.ndarray) -> LabelledImages:
+    def of(self, rows: np.ndarray) -> LabeledImages:
         """Some of the images."""
-        return LabelledImages(self.vectors[rows], self.labels[rows])
+        return LabeledImages(self.vectors[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class LinearProbe:
 
 
 def nearest_neighbors(
-    train: LabelledImages,
-    test: LabelledImages,
+    train: LabeledImages,
+    test: LabeledImages,
     classes: Sequence[str],
     *,
     neighbors: int = NEIGHBORS,
@@ -95,8 +95,8 @@ def nearest_neighbors(
 
 
 def linear_probe(
-    train: LabelledImages,
-    test: LabelledImages,
+    train: LabeledImages,
+    test: LabeledImages,
     classes: Sequence[str],
     *,
     regularization: float | None = None,
@@ -119,8 +119,8 @@ def linear_probe(
     Raises:
         InputError: an embedding is not finite, or no class has two training images, so that none can be held out.
     """
-    train = LabelledImages(checked(train.vectors, "train"), train.labels)
-    test = LabelledImages(checked(test.vectors, "test", train.vectors.shape[1]), test.labels)
+    train = LabeledImages(checked(train.vectors, "train"), train.labels)
+    test = LabeledImages(checked(test.vectors, "test", train.vectors.shape[1]), test.labels)
     held_out: dict[float, float] = {}
     if regularization is None:
         fitted, apart = (train.of(rows) for rows in _split(train.labels, seed))
@@ -138,7 +138,7 @@ def linear_probe(
     return LinearProbe(result, regularization, held_out)
 
 
-def fit(images: LabelledImages, classes: int, regularization: float, start: np.ndarray | None = None) -> np.ndarray:
+def fit(images: LabeledImages, classes: int, regularization: float, start: np.ndarray | None = None) -> np.ndarray:
     """Fit multinomial logistic regression by L-BFGS.
 
     The objective is scikit-learn's: the sum of the cross-entropies plus the squared norm of the weights / 2C, divided
@@ -185,7 +185,7 @@ def fit(images: LabelledImages, classes: int, regularization: float, start: np.n
     return weights
 
 
-def _classified(weights: np.ndarray, images: LabelledImages, classes: Sequence[str]) -> Classification:
+def _classified(weights: np.ndarray, images: LabeledImages, classes: Sequence[str]) -> Classification:
     ranks, predicted = np.empty_like(images.labels), np.empty_like(images.labels)
     for part in parts(len(images.labels), len(classes)):
         logits = images.vectors[part].astype(np.float64) @ weights[:, :-1].T + weights[:, -1]

@@ -176,7 +176,7 @@ def retune(
         if target.queries is None and is_graph(index.faiss):
             raise InputError(
                 f"{folder}: expected queries to measure the recall of a graph with, because a passage in the graph "
-                "finds its neighbours far more easily than a query does; `retriever index build --target-recall` "
+                "finds its neighbors far more easily than a query does; `retriever index build --target-recall` "
                 "measures with passages that are not in the graph yet"
             )
         # Recall is measured against these vectors: verify them first.

@@ -26,7 +26,7 @@ CAGRA = re.compile(r"CAGRA(\d+)")
 CAGRA_DEGREES = range(8, 257, 2)
 
 # 10M vectors of 768 dimensions take 31 GB in float32, more than most machines have: from here on, SQ8.
-QUANTISED_ROWS = 10_000_000
+QUANTIZED_ROWS = 10_000_000
 
 
 def choose(
@@ -51,12 +51,12 @@ def choose(
     Raises:
         InputError: no index fits the budget.
     """
-    lists, code = _lists(rows), "Flat" if rows < QUANTISED_ROWS else "SQ8"
+    lists, code = _lists(rows), "Flat" if rows < QUANTIZED_ROWS else "SQ8"
     if on_disk:
         return f"{lists or _small_ivf(rows)},{code}"
     codes = [code] if memory_mib is None else ["Flat", "SQfp16", "SQ8", *_product_codes(dim)]
     choices = [f"{lists},{code}" if lists else code for code in codes]
-    if lists and not even_norms and rows < QUANTISED_ROWS:
+    if lists and not even_norms and rows < QUANTIZED_ROWS:
         choices = ["HNSW32", "HNSW32_SQfp16", "HNSW32_SQ8", *choices]
     if memory_mib is None:
         return choices[0]
@@ -68,7 +68,7 @@ def choose(
 
 def reason_of_choice(factory: str, rows: int, dim: int, *, on_disk: bool = False) -> str:
     """Why `choose` returned `factory` for `rows` vectors of `dim` dimensions, in a few words."""
-    reached = [limit for limit in (FLAT_ROWS, GRAPH_ROWS, QUANTISED_ROWS) if rows >= limit]
+    reached = [limit for limit in (FLAT_ROWS, GRAPH_ROWS, QUANTIZED_ROWS) if rows >= limit]
     reasons = [f"{reached[-1]:,} passages or more" if reached else f"fewer than {FLAT_ROWS:,} passages"]
     if on_disk:
         reasons.append("an index on disk")
@@ -95,7 +95,7 @@ def _lists(rows: int) -> str:
         return ""
     if rows < GRAPH_ROWS:
         return "IVF4096"
-    return "IVF16384_HNSW32" if rows < QUANTISED_ROWS else "IVF65536_HNSW32"
+    return "IVF16384_HNSW32" if rows < QUANTIZED_ROWS else "IVF65536_HNSW32"
 
 
 def _small_ivf(rows: int) -> str:

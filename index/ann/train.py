@@ -173,7 +173,7 @@ def fingerprint(index: Any) -> str:
     faiss = import_faiss()
     inner = core(index)
     if isinstance(inner, faiss.IndexNSG):
-        # Uninitialised until vectors are added.
+        # Uninitialized until vectors are added.
         inner.nsg.enterpoint = 0
     digest = hashlib.sha256()
 

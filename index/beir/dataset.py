@@ -15,7 +15,7 @@ from index.records import Record, read_records
 def beir_file(folder: Path, name: str) -> Path:
     """The file `name` of a BEIR folder: `name`, `name`.gz, or its Parquet file.
 
-    Parquet data sets on the Hugging Face Hub, such as NanoBEIR, have one folder each for corpus, queries and qrels,
+    Parquet datasets on the Hugging Face Hub, such as NanoBEIR, have one folder each for corpus, queries and qrels,
     with one Parquet file. If the folder of qrels has several files, the split selects one by file name; a single file
     is used whatever its name is.
 

@@ -24,7 +24,7 @@ QUERY, PASSAGE = 0, -2
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 # Values, not names of columns: a first line that contains one is not a header.
 NO_GRADES = ("nan", "inf", "infinity", "true", "false", "none", "null")
-# Grades are stored as 64-bit integers; no data set in use has larger ones.
+# Grades are stored as 64-bit integers; no dataset in use has larger ones.
 GRADE_LIMIT = 2**31
 MAX_GRADE_LENGTH = 24
 

@@ -1,1 +1,1 @@
-"""Exact nearest-neighbour search by inner product."""
+"""Exact nearest-neighbor search by inner product."""

@@ -31,11 +31,11 @@ SHOWN_SUFFIXES = 5
 
 
 class StoredImage(Protocol):
-    """An image of a data set that can be read."""
+    """An image of a dataset that can be read."""
 
     @property
     def name(self) -> str:
-        """Its name in the data set."""
+        """Its name in the dataset."""
 
     def read(self) -> bytes:
         """Read the bytes of the image."""
@@ -47,7 +47,7 @@ class ImageAt:
 
     path: Path
     name: str
-    """Its name in the data set: the path within the folder, or the path of the tar followed by that within it."""
+    """Its name in the dataset: the path within the folder, or the path of the tar followed by that within it."""
     offset: int = 0
     size: int | None = None
     """Bytes from `offset` on; None: up to the end of the file."""

@@ -30,7 +30,7 @@ class Communication(Protocol):
     ) -> Callable[[], None]:
         """Start sending `outgoing` to rank + step and receiving `incoming` from rank − step.
 
-        Returns a function that waits for both. The lists match those of the neighbours, tensor by tensor. Empty
+        Returns a function that waits for both. The lists match those of the neighbors, tensor by tensor. Empty
         tensors are not sent. On a GPU the transfer is ordered after the work on the current stream and overlaps with
         later work; waiting blocks the stream, not the host.
         """

@@ -19,13 +19,13 @@ class DevConfig:
     """Evaluation during training. The model with the best score is kept."""
 
     path: str = ""
-    """BEIR folder; for a model with an image tower, a data set of `retriever evaluate zero-shot`. Empty: no evaluation,
+    """BEIR folder; for a model with an image tower, a dataset of `retriever evaluate zero-shot`. Empty: no evaluation,
     and the last model is kept."""
     paths: tuple[str, ...] = ()
     """Several dev sets, instead of dev.path. The mean of their scores chooses the model, as in NanoBEIR. A set with
     another split than dev.split is given as PATH:SPLIT."""
     split: str = "dev"
-    """Split: the name of the qrels file in a BEIR folder, or of the folder in an image data set."""
+    """Split: the name of the qrels file in a BEIR folder, or of the folder in an image dataset."""
     every: int = 500
     """Steps between evaluations. The last step is always followed by one."""
     at_start: bool = True

@@ -15,7 +15,7 @@ from eval.zero_shot.classification import Classification
 from eval.zero_shot.data import ZeroShotSet
 from eval.zero_shot.evaluate import Embedded
 from eval.zero_shot.opening import open_set
-from eval.zero_shot.probes import GRID, NEIGHBORS, LabelledImages, linear_probe, nearest_neighbors
+from eval.zero_shot.probes import GRID, NEIGHBORS, LabeledImages, linear_probe, nearest_neighbors
 from eval.zero_shot.report import title_of
 from eval.zero_shot.tables import Columns
 from index.files import InputError, write_json
@@ -81,7 +81,7 @@ def probe(
     micro_batch_tokens: int | None = None,
     progress: Progress = None,
 ) -> Probe:
-    """Classify images by the embeddings of labelled training images: by nearest neighbors and by a linear probe.
+    """Classify images by the embeddings of labeled training images: by nearest neighbors and by a linear probe.
 
     The linear probe is logistic regression (L-BFGS) whose regularization is chosen on a held-out fifth of the training
     images of each class. Nearest neighbors vote with the weights exp(cosine / 0.07).
@@ -142,7 +142,7 @@ def probe(
         store = folder.path / "images" / name
         embedded, sha256[name] = embed_images_of(towers, dataset, store, model.options, reporter)
         images[name] = embedded
-    fitted, tested = (_labelled(sets[name], images[name], known.classes) for name in sets)
+    fitted, tested = (_labeled(sets[name], images[name], known.classes) for name in sets)
     by_neighbors = nearest_neighbors(fitted, tested, known.classes, neighbors=neighbors)
     with reporter.bar("linear probe", len(GRID) + 1 if regularization is None else 1, "fits") as advance:
         linear = linear_probe(fitted, tested, known.classes, regularization=regularization, seed=seed, progress=advance)
@@ -169,7 +169,7 @@ def probe(
     return Probe(folder, json.loads(json.dumps(report)))
 
 
-def _labelled(dataset: ZeroShotSet, images: Embedded, classes: tuple[str, ...]) -> LabelledImages:
+def _labeled(dataset: ZeroShotSet, images: Embedded, classes: tuple[str, ...]) -> LabeledImages:
     """Embedded images with the numbers of their classes in `classes`.
 
     Raises:
@@ -183,7 +183,7 @@ def _labelled(dataset: ZeroShotSet, images: Embedded, classes: tuple[str, ...]) 
             place = f"{dataset.path}: {sample.image.name}"
             raise InputError(f"{place}: expected a class of the training images, found {name!r:.60}")
         labels.append(numbers[name])
-    return LabelledImages(images.vectors, np.array(labels, dtype=np.int64))
+    return LabeledImages(images.vectors, np.array(labels, dtype=np.int64))
 
 
 def _json(result: Classification) -> dict[str, Any]:

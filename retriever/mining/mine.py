@@ -98,7 +98,7 @@ def mine(
 
     Args:
         model: A model from `retriever.load`, or its folder or hub name.
-        data: A BEIR folder, a .jsonl, .csv, .tsv or .parquet file, a folder of a Hugging Face data set, or, with format
+        data: A BEIR folder, a .jsonl, .csv, .tsv or .parquet file, a folder of a Hugging Face dataset, or, with format
             "huggingface", a hub name; or a `SourceConfig`, whose fields replace the arguments about the source.
         out: The .jsonl file to write.
         corpus: Where to search: a BEIR folder (its corpus) or a file of passages. Default: None, the corpus of a BEIR
@@ -106,7 +106,7 @@ def mine(
         index: Folder of an index of the model's embeddings to search instead. Default: None, exact search.
         embeddings: Store of the corpus's embeddings, continued or reused. With an index, the store that it was built
             from, for exact scores. Default: None, a temporary one.
-        split: Split of a BEIR folder or a Hugging Face data set. Default: "train".
+        split: Split of a BEIR folder or a Hugging Face dataset. Default: "train".
         format: PairFormat of the source. Default: "auto".
         query_column: Column of the query. Default: "query".
         positive_column: Column of the positive or a list of positives. Default: "positive".

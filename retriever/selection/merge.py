@@ -25,7 +25,7 @@ from retriever.errors import (
     path_list,
 )
 from retriever.models.card.card import ModelCard, write_card
-from retriever.models.card.provenance import base_model, common_licence
+from retriever.models.card.provenance import base_model, common_license
 from retriever.models.loading.checksums import write_checksums
 from retriever.models.loading.text_settings import SIDES
 from retriever.models.modality import load_any_towers
@@ -166,7 +166,7 @@ def _card(weights: dict[str, float], method: Method) -> ModelCard:
         base_models=tuple(base.hub_name for base in bases.values() if base.hub_name),
         base=", ".join(map(str, bases.values())),
         relation="merge",
-        licence=common_licence(bases.values()),
+        license=common_license(bases.values()),
         environment=versions(*COMPUTING),
     )
 

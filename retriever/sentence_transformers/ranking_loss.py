@@ -45,7 +45,7 @@ class InfCLRankingLoss(nn.Module):
     **Several ranks.** With `gather_across_devices` the group is the default group of torch.distributed, if it is
     initialized and has more than one rank. The value is then that of the whole batch and the same on every rank.
     Gradients that are averaged over ranks, as DDP does, are those of the whole batch. Ranks may have different numbers
-    of rows and columns. Every rank must call forward and backward. With several data sets, ranks may draw from
+    of rows and columns. Every rank must call forward and backward. With several datasets, ranks may draw from
     different ones in the same step: if the scale is learned, pass the same loss object for all of them.
 
     **Learned scale.** The parameter `infonce.log_logit_scale` (0-dim, clamped as in Radford et al., arXiv 2103.00020)
@@ -204,7 +204,7 @@ class InfCLRankingLoss(nn.Module):
         index = scale_checkpoint.index_of(self.infonce) if learned else -1
         if (communication_of(distributed.group.WORLD).gather_host(torch.tensor([index])) != index).any():
             raise ValueError(
-                "loss must be the same object for all data sets when its scale is learned on several ranks, found "
+                "loss must be the same object for all datasets when its scale is learned on several ranks, found "
                 "different ones in one step"
             )
 

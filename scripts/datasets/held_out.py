@@ -56,7 +56,7 @@ def checksums(tables: Mapping[str, str], sources: Mapping[str, str]) -> dict[str
     }
 
 
-def write_bundled(out: Path, tables: Mapping[str, str], licence: str, readme: str) -> None:
+def write_bundled(out: Path, tables: Mapping[str, str], license: str, readme: str) -> None:
     """Write compressed tables, LICENSE and README.md. Equal content gives equal bytes.
 
     Raises:
@@ -71,7 +71,7 @@ def write_bundled(out: Path, tables: Mapping[str, str], licence: str, readme: st
             with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream:
                 stream.write(text.encode())
             (folder / f"{name}.gz").write_bytes(buffer.getvalue())
-        (folder / "LICENSE").write_text(licence, encoding="utf-8")
+        (folder / "LICENSE").write_text(license, encoding="utf-8")
         (folder / "README.md").write_text(readme, encoding="utf-8")
 
 

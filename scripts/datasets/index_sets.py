@@ -71,18 +71,18 @@ def _write_clustered(folder: Path, rows: int, dim: int, clusters: int) -> None:
 
 
 def clustered(rows: int, dim: int, clusters: int, seed: int) -> np.ndarray:
-    """Unit vectors [rows, dim] float32 around `clusters` centres. The centres are the same for every `seed`.
+    """Unit vectors [rows, dim] float32 around `clusters` centers. The centers are the same for every `seed`.
 
-    The share of the n-th largest cluster is proportional to n^-0.5. Centres and most of the variance lie in LATENT
-    directions, a tenth of the spread in all directions. Neighbours are close and clusters overlap.
+    The share of the n-th largest cluster is proportional to n^-0.5. Centers and most of the variance lie in LATENT
+    directions, a tenth of the spread in all directions. Neighbors are close and clusters overlap.
     """
     fixed = np.random.default_rng(0)
     basis = fixed.standard_normal((LATENT, dim)).astype(np.float32) / np.sqrt(dim)
-    centres = fixed.standard_normal((clusters, LATENT), np.float32)
+    centers = fixed.standard_normal((clusters, LATENT), np.float32)
     shares = np.arange(1, clusters + 1) ** -0.5
     rng = np.random.default_rng(seed)
     chosen = rng.choice(clusters, rows, p=shares / shares.sum())
-    latent = centres[chosen] + rng.standard_normal((rows, LATENT), np.float32)
+    latent = centers[chosen] + rng.standard_normal((rows, LATENT), np.float32)
     vectors = latent @ basis + 0.06 * rng.standard_normal((rows, dim), np.float32) * np.sqrt(LATENT / dim)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors

@@ -120,7 +120,7 @@ def images_of(folder: Path, artist: str, names: list[str]) -> list[Image.Image]:
 
 
 def build(folders: dict[str, Path], out: Path) -> None:
-    """Write the bundled folder: a sheet for each artist, the names, licences and a README.
+    """Write the bundled folder: a sheet for each artist, the names, licenses and a README.
 
     Raises:
         InputError: a package is missing or has another version, or `out` contains other files.
@@ -137,7 +137,7 @@ def build(folders: dict[str, Path], out: Path) -> None:
         (folder / NAMES_FILE).write_bytes(names_file(emoji))
         apache = (ROOT / "LICENSE").read_text(encoding="utf-8")
         mit = [(folders[name] / "LICENSE").read_text(encoding="utf-8").strip() for name in ("google", "emojibase")]
-        (folder / "LICENSE").write_text(LICENCE.format(datasource=mit[0], emojibase=mit[1], apache=apache))
+        (folder / "LICENSE").write_text(LICENSE.format(datasource=mit[0], emojibase=mit[1], apache=apache))
         (folder / "README.md").write_text(readme_of(folder, emoji), encoding="utf-8")
 
 
@@ -228,11 +228,11 @@ of the source tables, and of the names and checksums of the images:
 ```
 """
 
-LICENCE = """Google's images (google.webp): Noto Emoji, Copyright Google LLC, under the Apache License 2.0, which
+LICENSE = """Google's images (google.webp): Noto Emoji, Copyright Google LLC, under the Apache License 2.0, which
 follows below. https://github.com/googlefonts/noto-emoji
 
 Twitter's images (twitter.webp): Twemoji, Copyright Twitter, Inc. and other contributors, under the Creative Commons
-Attribution 4.0 International licence, https://creativecommons.org/licenses/by/4.0/. https://github.com/jdecked/twemoji
+Attribution 4.0 International license, https://creativecommons.org/licenses/by/4.0/. https://github.com/jdecked/twemoji
 Changes: placed on white, arranged on one sheet, compressed lossily.
 
 Both were taken from the npm packages emoji-datasource-google and emoji-datasource-twitter:

@@ -204,10 +204,10 @@ def build(dictd: Path, out: Path) -> None:
     path = checked_source(dictd, name, SOURCES[name], PACKAGE)
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         text = stream.read()
-    licence = text[text.index("This document (the Jargon File)") :].partition("\n\n")[0]
+    license = text[text.index("This document (the Jargon File)") :].partition("\n\n")[0]
     found = [cut(headword, body) for headword, body in entries_of(text)]
     tables = build_tables([entry for entry in found if entry is not None])
-    write_bundled(out, tables, licence + "\n", readme_of(tables))
+    write_bundled(out, tables, license + "\n", readme_of(tables))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,7 +23,7 @@ FAQ = tuple(f"perlfaq{number}" for number in range(1, 10))
 # Pages whose outermost list items are sections.
 LISTS = ("perlfunc", "perlvar", "perlglossary")
 ANSWER, POINTED_AT = 2, 1
-LICENCE_PAGE = "perlartistic"
+LICENSE_PAGE = "perlartistic"
 SOURCES = {
     "perlfaq1.pod": "5594e215d3ab6279e825f6b228fef943ecb519893113e98b4c5acb0ad070b661",
     "perlfaq2.pod": "e8f6f3828f28e490763452113c782ca81f2e4e8792cd8018f63811773ed29c5c",
@@ -102,7 +102,7 @@ of the Perl manual. BEIR layout, only a test split. Passages are long (median {m
 ## Sources
 Debian's package {package}, folder /usr/share/perl/5.36.0/pod. Copyright 1997-2010 Tom Christiansen, Nathan
 Torkington and others (the FAQ), Larry Wall and others (the manual); the same terms as Perl itself: the GNU GPL, version
-1 or later, or the Artistic Licence. LICENSE states this and contains the Artistic Licence. The files here are modified:
+1 or later, or the Artistic License. LICENSE states this and contains the Artistic License. The files here are modified:
 a selection, without formatting, in another format.
 
 ## Relevance
@@ -117,7 +117,7 @@ Answers that repeat their own question literally: {leaked}.
 - Other answers and sections of the manual may answer a question as well. They are unjudged and count as not relevant.
   Scores are lower bounds: use them to compare systems.
 - Questions and answers were written by the same people and share words, above all names of functions and modules. This
-  favours BM25.
+  favors BM25.
 - With {queries} queries, small differences are not significant; `retriever evaluate compare` tests them.
 - The text is on the web, so a pretrained model may have seen it.
 
@@ -128,7 +128,7 @@ Answers that repeat their own question literally: {leaked}.
     python scripts/datasets/make_perlfaq.py unpack --out runs/perlfaq  # uncompressed, for other programs
 
 Pages: the FAQ and {pages} pages of the manual, without change logs, ports to other systems, internals, translations and
-licences. A section extends from one heading to the next; in perlfunc, perlvar and perlglossary the items of the
+licenses. A section extends from one heading to the next; in perlfunc, perlvar and perlglossary the items of the
 outermost lists are sections too. Sections of fewer than five words are left out; of equal ones the first is kept. Ids
 are the page and the number of the section.
 
@@ -146,7 +146,7 @@ and of the source files:
 ```
 """
 
-LICENCE = """The questions and answers are those of perlfaq 5.20210520: Copyright (c) 1997-2010 Tom Christiansen, Nathan
+LICENSE = """The questions and answers are those of perlfaq 5.20210520: Copyright (c) 1997-2010 Tom Christiansen, Nathan
 Torkington, and other authors as noted. All rights reserved. The other passages are from the manual of Perl 5.36.0:
 Copyright (c) 1987-2022 Larry Wall and others, and the authors named in its pages.
 
@@ -235,16 +235,16 @@ def readme_of(tables: dict[str, str]) -> str:
         answer=ANSWER,
         pointed=POINTED_AT,
         pointers=len(judged) - len(answers),
-        leaked=sum(normalised(questions[query]) in normalised(passages[passage]) for query, passage in answers),
+        leaked=sum(normalized(questions[query]) in normalized(passages[passage]) for query, passage in answers),
         pages=len(SOURCES) - len(FAQ) - 1,
         **checksums(tables, SOURCES),
     )
 
 
-def licence_of(pages: dict[str, list[Section]]) -> str:
-    """The terms, and the Artistic Licence from Perl's own page."""
-    artistic = [" / ".join(section.headings) + "\n\n" + section.text for section in pages[LICENCE_PAGE]]
-    return LICENCE + "\n\n".join(artistic) + "\n"
+def license_of(pages: dict[str, list[Section]]) -> str:
+    """The terms, and the Artistic License from Perl's own page."""
+    artistic = [" / ".join(section.headings) + "\n\n" + section.text for section in pages[LICENSE_PAGE]]
+    return LICENSE + "\n\n".join(artistic) + "\n"
 
 
 def build(pod: Path, out: Path) -> None:
@@ -254,12 +254,12 @@ def build(pod: Path, out: Path) -> None:
         InputError: a page is missing or from another version, or `out` contains other files.
     """
     pages = read_pages(pod)
-    licence = licence_of(pages)
-    tables = build_tables({page: found for page, found in pages.items() if page != LICENCE_PAGE})
-    write_bundled(out, tables, licence, readme_of(tables))
+    license = license_of(pages)
+    tables = build_tables({page: found for page, found in pages.items() if page != LICENSE_PAGE})
+    write_bundled(out, tables, license, readme_of(tables))
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Letters and digits in lower case, separated by single spaces."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 

@@ -73,17 +73,17 @@ def definition_of(gloss: str) -> str:
     return " ".join(definition.split()).rstrip(" ;:,")
 
 
-def normalised(definition: str) -> str:
+def normalized(definition: str) -> str:
     """Normal form in which equal definitions are equal: letters and digits in lower case, single spaces."""
     return " ".join(re.findall(r"\w+", definition.casefold()))
 
 
 def split_of(definition: str) -> str:
-    """Assign eight tenths to train, one tenth to dev and one tenth to test, by a hash of the normalised definition.
+    """Assign eight tenths to train, one tenth to dev and one tenth to test, by a hash of the normalized definition.
 
     Synsets with equal definitions fall into one split, so that no text is in both train and test.
     """
-    bucket = int.from_bytes(hashlib.sha256(normalised(definition).encode()).digest()[:8], "big") % 10
+    bucket = int.from_bytes(hashlib.sha256(normalized(definition).encode()).digest()[:8], "big") % 10
     return {0: "test", 1: "dev"}.get(bucket, "train")
 
 
@@ -103,7 +103,7 @@ def read_synsets(folder: Path) -> Iterator[Synset]:
                 f"{path}: expected WordNet 3.0 (sha256 {sha256[:12]}…), found another version ({found[:12]}…)"
             )
         for line in path.read_text(encoding="ascii").splitlines():
-            # The licence at the top is indented.
+            # The license at the top is indented.
             if not line.startswith("  "):
                 yield parse_synset(line)
 
@@ -113,7 +113,7 @@ def build_tables(synsets: Iterable[Synset]) -> dict[str, str]:
     queries: dict[str, Query] = {}
     headwords: dict[str, set[str]] = {}
     for synset in synsets:
-        query = queries.setdefault(normalised(synset.definition), Query(synset.id, synset.definition))
+        query = queries.setdefault(normalized(synset.definition), Query(synset.id, synset.definition))
         query.pos.add(synset.pos)
         query.members.update(synset.members)
         for word in synset.members:
@@ -155,8 +155,8 @@ def gzipped(text: str) -> bytes:
     return buffer.getvalue()
 
 
-def licence_of(wordnet: Path) -> str:
-    """WordNet's licence, from the numbered lines at the top of a data file."""
+def license_of(wordnet: Path) -> str:
+    """WordNet's license, from the numbered lines at the top of a data file."""
     with open(wordnet / "data.verb", encoding="ascii") as stream:
         lines = [line for line in stream if line.startswith("  ")]
     return "".join(re.sub(r"^ +[0-9]+ ?", "", line).rstrip() + "\n" for line in lines)
@@ -192,7 +192,7 @@ Query-passage pairs: {pairs}. A definition or headword of several parts of speec
 
 ## Sources
 WordNet 3.0, the files data.noun, data.verb, data.adj and data.adv of Debian's package `wordnet-base` (3.0); WordNet 3.1
-is different. Copyright 2006 Princeton University, under the WordNet licence: the text is in LICENSE and must
+is different. Copyright 2006 Princeton University, under the WordNet license: the text is in LICENSE and must
 accompany every copy. The files here are modified: a selection in another format.
 
 ## Build
@@ -204,7 +204,7 @@ accompany every copy. The files here are modified: a selection in another format
   its headword with underscores. `metadata.pos` holds n, v, a, r for noun, verb, adjective, adverb.
 - Synsets with equal definitions (letters and digits in lower case) are one query with the id of the first synset, and
   all of their headwords are relevant. No definition is in two splits.
-- Splits by query: the first eight bytes of the sha256 of that normalised definition, as a big-endian number, modulo
+- Splits by query: the first eight bytes of the sha256 of that normalized definition, as a big-endian number, modulo
   10; 0 is test, 1 is dev, the rest train. The corpus is the same for every split: every headword.
 - Rows are sorted, and gzip stores neither time nor name, so the same WordNet gives the same bytes (also compressed, if
   Python is built with the original zlib).
@@ -241,12 +241,12 @@ def build(wordnet: Path, out: Path) -> None:
         (folder / "qrels").mkdir()
         for name, text in tables.items():
             (folder / f"{name}.gz").write_bytes(gzipped(text))
-        (folder / "LICENSE").write_text(licence_of(wordnet), encoding="utf-8")
+        (folder / "LICENSE").write_text(license_of(wordnet), encoding="utf-8")
         (folder / "README.md").write_text(readme_of(tables), encoding="utf-8")
 
 
 def subset(source: Path, pos: str, out: Path) -> None:
-    """Write the uncompressed BEIR folder of one part of speech (or "all") of the bundled set, with the licence.
+    """Write the uncompressed BEIR folder of one part of speech (or "all") of the bundled set, with the license.
 
     Raises:
         InputError: a file of `source` is missing or damaged, or `out` contains other files.

@@ -1,4 +1,4 @@
-"""Faults of the beir package (2.2.0), reproduced by running it, and the behaviour of this package."""
+"""Faults of the beir package (2.2.0), reproduced by running it, and the behavior of this package."""
 
 from __future__ import annotations
 

@@ -32,24 +32,24 @@ def vector(key: str) -> np.ndarray:
     return unit(np.random.default_rng(seed).normal(size=(1, DIM)))[0]
 
 
-def colour(row: int) -> tuple[int, int, int]:
+def color(row: int) -> tuple[int, int, int]:
     return 5 * row, 255 - 5 * row, row
 
 
 def png(row: int) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (9, 8), colour(row)).save(buffer, "PNG")
+    Image.new("RGB", (9, 8), color(row)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def image_vector(row: int) -> np.ndarray:
     """Near the classes and captions of the image, so that measures are neither 0 nor 1."""
     near = 0.1 * vector(NAMES[LABELS[row]]) + 0.35 * vector(CAPTIONS[row][-1])
-    return unit((near + 0.8 * vector(str(colour(row))))[None])[0]
+    return unit((near + 0.8 * vector(str(color(row))))[None])[0]
 
 
 def embed_images(images: Sequence[Any]) -> tuple[np.ndarray, dict[int, str]]:
-    known = {colour(row): image_vector(row) for row in range(COUNT)}
+    known = {color(row): image_vector(row) for row in range(COUNT)}
     opened = (Image.open(io.BytesIO(image.read())).convert("RGB") for image in images)
     return np.stack([known[image.getpixel((0, 0))] for image in opened]), {}
 

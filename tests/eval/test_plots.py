@@ -1,4 +1,4 @@
-"""Plots show the given values, in colours that the page can change."""
+"""Plots show the given values, in colors that the page can change."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_scatter_counts_wins_and_losses() -> None:
     assert f"▲ {pair.test.wins} better" in svg and f"▼ {pair.test.losses} worse" in svg
 
 
-def test_svg_takes_its_colours_and_fonts_from_the_page_and_has_unique_ids() -> None:
+def test_svg_takes_its_colors_and_fonts_from_the_page_and_has_unique_ids() -> None:
     one = whole_report().sets[0]
     with plots.style():
         svgs = [

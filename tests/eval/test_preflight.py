@@ -121,7 +121,7 @@ def test_the_first_three_of_many_dangling_ids_are_located(tmp_path: Path) -> Non
     assert finding.count == 5 and [place.split(":")[1] for place in finding.locations] == ["3", "4", "5"]
 
 
-def test_swapped_columns_are_recognised(tmp_path: Path) -> None:
+def test_swapped_columns_are_recognized(tmp_path: Path) -> None:
     found = preflight(write(tmp_path / "s", passages(2), questions(2), test=HEADER + "d0\tq0\t1\nd1\tq1\t1\n"))
     assert "columns in the wrong order" in kinds(found)
 

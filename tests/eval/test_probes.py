@@ -1,4 +1,4 @@
-"""Linear probes and nearest neighbours equal scikit-learn's; the regularization is chosen on held-out images."""
+"""Linear probes and nearest neighbors equal scikit-learn's; the regularization is chosen on held-out images."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import pytest
 from zero_shot_sets import unit
 
 from eval.zero_shot import scores
-from eval.zero_shot.probes import GRID, LabelledImages, fit, linear_probe, nearest_neighbors
+from eval.zero_shot.probes import GRID, LabeledImages, fit, linear_probe, nearest_neighbors
 from index.files import InputError
 
 
-def images(count: int, seed: int, classes: int = 6, noise: float = 1.0) -> LabelledImages:
+def images(count: int, seed: int, classes: int = 6, noise: float = 1.0) -> LabeledImages:
     """Classes around fixed centers."""
     centers = np.random.default_rng(99).normal(size=(classes, 12))
     generator = np.random.default_rng(seed)
     labels = generator.integers(classes, size=count)
-    return LabelledImages(unit(centers[labels] + noise * generator.normal(size=(count, 12))), labels)
+    return LabeledImages(unit(centers[labels] + noise * generator.normal(size=(count, 12))), labels)
 
 
 def names(count: int) -> list[str]:
@@ -74,7 +74,7 @@ def test_a_class_without_training_images_is_ranked_last() -> None:
 
 
 def test_one_image_per_class_leaves_none_to_hold_out() -> None:
-    train = LabelledImages(np.eye(4, dtype=np.float32), np.arange(4))
+    train = LabeledImages(np.eye(4, dtype=np.float32), np.arange(4))
     with pytest.raises(InputError, match="expected a class with two training images"):
         linear_probe(train, train, names(4))
     assert linear_probe(train, train, names(4), regularization=1.0).result.measures["acc1"] == 1.0
@@ -110,7 +110,7 @@ def test_nearest_neighbors_do_not_depend_on_the_numbers_of_the_classes() -> None
         np.random.default_rng(0).permutation(12),
     )
     found = nearest_neighbors(train, test, names(12), neighbors=3).measures
-    renumbered = (LabelledImages(each.vectors, order[each.labels]) for each in (train, test))
+    renumbered = (LabeledImages(each.vectors, order[each.labels]) for each in (train, test))
     assert nearest_neighbors(*renumbered, names(12), neighbors=3).measures == pytest.approx(found)
     # Three neighbors vote for three classes at most.
     assert found["acc1"] <= found["acc5"] < 1.0
@@ -118,7 +118,7 @@ def test_nearest_neighbors_do_not_depend_on_the_numbers_of_the_classes() -> None
 
 def test_a_nearer_neighbor_outvotes_two_others() -> None:
     angles = np.array([0.0, 0.9, 0.95])
-    train = LabelledImages(unit(np.stack([np.cos(angles), np.sin(angles)], axis=1)), np.array([0, 1, 1]))
-    test = LabelledImages(unit(np.array([[1.0, 0.05]])), np.array([0]))
+    train = LabeledImages(unit(np.stack([np.cos(angles), np.sin(angles)], axis=1)), np.array([0, 1, 1]))
+    test = LabeledImages(unit(np.array([[1.0, 0.05]])), np.array([0]))
     assert nearest_neighbors(train, test, names(2), neighbors=3).measures["acc1"] == 1.0
     assert nearest_neighbors(train, test, names(2), neighbors=3, temperature=100.0).measures["acc1"] == 0.0

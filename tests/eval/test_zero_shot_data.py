@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from zero_shot_sets import (
-    COLOURS,
+    COLORS,
     embed_images,
     embed_texts,
     image_bytes,
@@ -39,7 +39,7 @@ def evaluated(dataset: ZeroShotSet, store: Path, embed=embed_images) -> Evaluate
 
 def test_three_layouts_of_the_same_images_score_alike(tmp_path: Path) -> None:
     folder, packed = write_folder(tmp_path / "folder"), write_webdataset(tmp_path / "packed")
-    names = sorted(COLOURS)
+    names = sorted(COLORS)
     rows = [{"image": f"folder/{name}/{n}.png", "label": name} for name in names for n in range(3)]
     table = write_table(tmp_path / "table.jsonl", rows)
     for number, path in enumerate((folder, packed, table)):
@@ -120,13 +120,13 @@ def test_prompts_of_each_class_come_from_a_json_file(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "classnames.txt").write_text("blue|azure\ngreen\ngrey\nred\n")
     dataset = open_set(write_folder(tmp_path / "set"))
-    prompts = {name: [f"{name} is a colour."] for name in ("azure", "green", "grey")} | {"red": ["{c} things", "fire"]}
+    prompts = {name: [f"{name} is a color."] for name in ("azure", "green", "grey")} | {"red": ["{c} things", "fire"]}
     (tmp_path / "cupl.json").write_text(json.dumps({**prompts, "pink": ["unused"]}))
     found = with_prompts(dataset, tmp_path / "cupl.json")
     assert found.prompts == [
-        ["azure is a colour."],
-        ["green is a colour."],
-        ["grey is a colour."],
+        ["azure is a color."],
+        ["green is a color."],
+        ["grey is a color."],
         ["red things", "fire"],
     ]
     seen: list[str] = []
@@ -153,7 +153,7 @@ def test_columns_are_chosen_and_images_may_be_in_the_table(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"clip\.jsonl:1: expected a column 'alt', found filepath, title, label"):
         open_set(table, columns=Columns(caption="alt"))
     # The same images as structs of bytes, with the names of the classes in Hugging Face's features.
-    names = sorted(COLOURS)
+    names = sorted(COLORS)
     cells = [{"bytes": (tmp_path / row["filepath"]).read_bytes(), "path": None} for row in rows]
     features = {"label": {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
     schema = pyarrow.schema(

@@ -25,7 +25,7 @@ def names(count: int) -> list[str]:
     return [f"class {number}" for number in range(count)]
 
 
-def test_a_class_vector_is_the_renormalised_mean_of_its_normalised_prompts() -> None:
+def test_a_class_vector_is_the_renormalized_mean_of_its_normalized_prompts() -> None:
     table = {"a cat": [3.0, 0.0], "cat": [0.0, 0.5], "a dog": [0.0, 2.0], "dog": [0.0, 1.0]}
     found = class_vectors(["cat", "dog"], ["a {c}", "{}"], lambda texts: np.array([table[text] for text in texts]))
     assert np.allclose(found, [[np.sqrt(0.5), np.sqrt(0.5)], [0.0, 1.0]])

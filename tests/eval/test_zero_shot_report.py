@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from zero_shot_sets import COLOURS, embed_images, embed_texts, image_bytes, write_folder, write_webdataset
+from zero_shot_sets import COLORS, embed_images, embed_texts, image_bytes, write_folder, write_webdataset
 
 from eval.reports import plots
 from eval.zero_shot import figures
@@ -33,14 +33,14 @@ def evaluated(path: Path, store: Path) -> Evaluated:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Evaluated]]:
     root = tmp_path_factory.mktemp("zero-shot")
-    folder = write_folder(root / "<colours>")
+    folder = write_folder(root / "<colors>")
     (folder / "blue" / "a_broken|one.jpg").write_bytes(b"not an image")
     # An image in the wrong folder, which is a classification error.
-    (folder / "red" / "9.png").write_bytes(image_bytes(COLOURS["green"]))
+    (folder / "red" / "9.png").write_bytes(image_bytes(COLORS["green"]))
     packed = [write_webdataset(root / kind, kind) for kind in ("retrieval", "multilabel")]
     sets = [evaluated(path, root / f"store{n}") for n, path in enumerate([folder, *packed])]
     out = root / "report"
-    report = ZeroShotReport("Zero-shot: <colours>", sets, {"model": "none & <nothing>", "seed": 0})
+    report = ZeroShotReport("Zero-shot: <colors>", sets, {"model": "none & <nothing>", "seed": 0})
     files = write(out, report, opened)
     assert all(path.is_file() for path in files)
     return out, sets
@@ -48,12 +48,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Evalua
 
 def test_json_contains_measures_chance_classes_and_unreadable_images(written: tuple[Path, list[Evaluated]]) -> None:
     sets = json.loads((written[0] / "report.json").read_text())["sets"]
-    colours = sets["<colours>"]
-    assert colours["measures"] == {"acc1": 12 / 13, "mean_per_class_recall": (3 + 0.75) / 4}
-    assert colours["chance"] == {"acc1": 0.25, "mean_per_class_recall": 0.25}
-    assert colours["broken"] == {"blue/a_broken|one.jpg": "not an image"}
-    assert colours["confusions"] == [["red", "green", 1]]
-    assert {row["name"]: row["value"] for row in colours["classes"]}["red"] == 0.75
+    colors = sets["<colors>"]
+    assert colors["measures"] == {"acc1": 12 / 13, "mean_per_class_recall": (3 + 0.75) / 4}
+    assert colors["chance"] == {"acc1": 0.25, "mean_per_class_recall": 0.25}
+    assert colors["broken"] == {"blue/a_broken|one.jpg": "not an image"}
+    assert colors["confusions"] == [["red", "green", 1]]
+    assert {row["name"]: row["value"] for row in colors["classes"]}["red"] == 0.75
     assert sets["retrieval"]["captions"] == 24
     assert sets["multilabel"]["measures"] == {"mean_average_precision": 1.0}
 
@@ -70,20 +70,20 @@ def test_markdown_and_html_contain_the_same_values(written: tuple[Path, list[Eva
 
 def test_text_from_data_is_escaped_and_nothing_external_is_loaded(written: tuple[Path, list[Evaluated]]) -> None:
     page = (written[0] / "report.html").read_text()
-    assert "<colours>" not in page and "&lt;colours&gt;" in page
+    assert "<colors>" not in page and "&lt;colors&gt;" in page
     assert "none &amp; &lt;nothing&gt;" in page
     assert "default-src 'none'" in page
     assert "http" not in page.replace("http-equiv", "")
     assert page.count('src="data:image/png;base64,') == 4
     text = (written[0] / "report.md").read_text()
-    assert "<colours>" not in text and "(%3Ccolours%3E/nearest.png)" in text
+    assert "<colors>" not in text and "(%3Ccolors%3E/nearest.png)" in text
 
 
 def test_the_sheet_shows_the_nearest_images_and_frames_correct_ones(
     written: tuple[Path, list[Evaluated]],
 ) -> None:
-    colours, retrieval, _ = written[1]
-    rows = figures.nearest(colours, columns=5)
+    colors, retrieval, _ = written[1]
+    rows = figures.nearest(colors, columns=5)
     assert [row.text for row in rows] == ["blue", "green", "grey", "red"]
     green = rows[1]
     assert {image.name for image, _, _ in green.images[:4]} == {
@@ -105,10 +105,10 @@ def test_the_sheet_shows_the_nearest_images_and_frames_correct_ones(
     assert all(sum(right for _, right, _ in row.images) <= 1 and row.wanted is not None for row in captions)
 
 
-def test_the_sheet_holds_the_images_colours(written: tuple[Path, list[Evaluated]]) -> None:
-    sheet = np.asarray(Image.open(written[0] / "<colours>" / "nearest.png").convert("RGB")).reshape(-1, 3)
-    for colour in COLOURS.values():
-        assert (np.abs(sheet.astype(int) - colour).max(axis=1) <= 3).sum() > 200
+def test_the_sheet_holds_the_images_colors(written: tuple[Path, list[Evaluated]]) -> None:
+    sheet = np.asarray(Image.open(written[0] / "<colors>" / "nearest.png").convert("RGB")).reshape(-1, 3)
+    for color in COLORS.values():
+        assert (np.abs(sheet.astype(int) - color).max(axis=1) <= 3).sum() > 200
 
 
 @pytest.mark.parametrize("classes", [3, 40, 70])

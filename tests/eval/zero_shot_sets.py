@@ -11,22 +11,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (128, 128, 128)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (128, 128, 128)}
 
 
-def image_bytes(colour: tuple[int, int, int], shade: int = 0, kind: str = "PNG") -> bytes:
-    """The encoded file of an image of one colour."""
+def image_bytes(color: tuple[int, int, int], shade: int = 0, kind: str = "PNG") -> bytes:
+    """The encoded file of an image of one color."""
     buffer = io.BytesIO()
-    Image.new("RGB", (12, 10), tuple(max(0, value - shade) for value in colour)).save(buffer, kind)
+    Image.new("RGB", (12, 10), tuple(max(0, value - shade) for value in color)).save(buffer, kind)
     return buffer.getvalue()
 
 
 def write_folder(folder: Path, each: int = 3) -> Path:
-    """FOLDER/COLOUR/N.png."""
-    for name, colour in COLOURS.items():
+    """FOLDER/COLOR/N.png."""
+    for name, color in COLORS.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(each):
-            (folder / name / f"{number}.png").write_bytes(image_bytes(colour, 4 * number))
+            (folder / name / f"{number}.png").write_bytes(image_bytes(color, 4 * number))
     return folder
 
 
@@ -47,16 +47,16 @@ def write_webdataset(folder: Path, kind: str = "classification", each: int = 3) 
     kinds = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))
     tars: list[dict[str, bytes | str]] = [{}, {}]
     number = 0
-    for label, (name, colour) in enumerate(COLOURS.items()):
+    for label, (name, color) in enumerate(COLORS.items()):
         for shade in range(each):
             encoder, suffix = kinds[number % 3]
             members, key = tars[number % 2], f"s{number:07d}"
-            members[f"{key}.{suffix}"] = image_bytes(colour, 4 * shade, encoder)
+            members[f"{key}.{suffix}"] = image_bytes(color, 4 * shade, encoder)
             if kind == "classification":
                 members[f"{key}.cls"] = str(label)
             elif kind == "multilabel":
                 buffer = io.BytesIO()
-                np.save(buffer, np.eye(len(COLOURS), dtype=np.int64)[label])
+                np.save(buffer, np.eye(len(COLORS), dtype=np.int64)[label])
                 members[f"{key}.npy"] = buffer.getvalue()
             else:
                 members[f"{key}.txt"] = f"{name} {shade}\nall {name}\n"
@@ -67,7 +67,7 @@ def write_webdataset(folder: Path, kind: str = "classification", each: int = 3) 
     if kind != "classification":
         (folder / "dataset_type.txt").write_text(f"{kind}\n")
     if kind != "retrieval":
-        (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in COLOURS))
+        (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in COLORS))
         (folder / "zeroshot_classification_templates.txt").write_text("a photo of {c}\n{c}\n")
     return folder
 
@@ -85,7 +85,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def embed_images(images: Sequence) -> tuple[np.ndarray, dict[int, str]]:
-    """Embed images as their mean colour."""
+    """Embed images as their mean color."""
     vectors, broken = np.ones((len(images), 3)), {}
     for row, image in enumerate(images):
         try:
@@ -97,9 +97,9 @@ def embed_images(images: Sequence) -> tuple[np.ndarray, dict[int, str]]:
 
 
 def embed_texts(texts: Sequence[str]) -> np.ndarray:
-    """Embed a text as the colour it names, with a small offset by its length."""
+    """Embed a text as the color it names, with a small offset by its length."""
     rows = []
     for text in texts:
-        colour = next((COLOURS[word] for word in text.split() if word in COLOURS), (1, 1, 1))
-        rows.append(np.array(colour, dtype=float) + len(text) % 3)
+        color = next((COLORS[word] for word in text.split() if word in COLORS), (1, 1, 1))
+        rows.append(np.array(color, dtype=float) + len(text) % 3)
     return unit(np.array(rows))

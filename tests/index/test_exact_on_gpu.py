@@ -14,7 +14,7 @@ from index.files import InputError
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("kind", ["whole numbers", "real numbers", "normalised", "collapsed", "huge"])
+@pytest.mark.parametrize("kind", ["whole numbers", "real numbers", "normalized", "collapsed", "huge"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("window", [2**14, 2**30])
 def test_gpu_results_equal_cpu_results_bit_for_bit(rng, monkeypatch, kind: str, dtype: type, window: int) -> None:
@@ -23,7 +23,7 @@ def test_gpu_results_equal_cpu_results_bit_for_bit(rng, monkeypatch, kind: str, 
     queries = rng.standard_normal((50, 48)).astype(np.float32)
     if kind == "whole numbers":
         passages, queries = np.round(passages), np.round(queries)
-    elif kind == "normalised":
+    elif kind == "normalized":
         passages /= np.linalg.norm(passages, axis=1, keepdims=True)
     elif kind == "collapsed":
         passages = 1 + 1e-3 * passages

@@ -21,8 +21,8 @@ from index.store.reader import EmbeddingStore
 from index.verify import verify
 
 
-def clustered(rng: np.random.Generator, rows: int, dim: int = 16, centres: int = 40) -> np.ndarray:
-    vectors = rng.standard_normal((centres, dim))[rng.integers(centres, size=rows)]
+def clustered(rng: np.random.Generator, rows: int, dim: int = 16, centers: int = 40) -> np.ndarray:
+    vectors = rng.standard_normal((centers, dim))[rng.integers(centers, size=rows)]
     vectors = vectors + 0.3 * rng.standard_normal((rows, dim))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
@@ -356,7 +356,7 @@ def test_verify_refuses_other_folders(tmp_path: Path) -> None:
         verify(tmp_path / "none")
 
 
-def test_verify_summarises_stores_and_indexes(flat) -> None:
+def test_verify_summarizes_stores_and_indexes(flat) -> None:
     store, folder = flat
     for path, format, files in ((store.folder, "embedding store", 9), (folder, "index", 4)):
         summary = verify(path)

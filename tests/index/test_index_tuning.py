@@ -29,10 +29,10 @@ DIM = 32
 
 
 def spread(rows: int, seed: int) -> np.ndarray:
-    """Unit vectors around 200 centres; neighbouring clusters overlap."""
-    centres = np.random.default_rng(0).standard_normal((200, DIM))
+    """Unit vectors around 200 centers; neighboring clusters overlap."""
+    centers = np.random.default_rng(0).standard_normal((200, DIM))
     rng = np.random.default_rng(seed)
-    vectors = centres[rng.integers(200, size=rows)] + 0.9 * rng.standard_normal((rows, DIM))
+    vectors = centers[rng.integers(200, size=rows)] + 0.9 * rng.standard_normal((rows, DIM))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -108,7 +108,7 @@ def test_the_curve_is_stored_with_the_index(tmp_path: Path, store) -> None:
     assert core(faiss.read_index(str(out / "index.faiss"))).nprobe == kept["chosen"]["nprobe"]
 
 
-def test_a_passage_is_not_its_own_neighbour(store) -> None:
+def test_a_passage_is_not_its_own_neighbor(store) -> None:
     target = Target(0.9, 3)
     held_out = target.held_out_rows(store.rows, 0)
     truth = find_truth(store, target, held_out)

@@ -100,7 +100,7 @@ def test_any_logit_scale(logit_scale: float, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("length", [1e-12, 1e-3, 30.0, 1e3])
-def test_unnormalised_embeddings(length: float, symmetric: bool) -> None:
+def test_unnormalized_embeddings(length: float, symmetric: bool) -> None:
     query, passage = embeddings(41, 43, 16)
     lengths = torch.logspace(-1, 0, 41, dtype=torch.float64)[:, None]
     assert_as_close_as_full_matrix(query * lengths * length, passage * length, 2.0, symmetric=symmetric)
@@ -128,7 +128,7 @@ def test_masked_by_ids(logit_scale: float, symmetric: bool) -> None:
     options: dict[str, Any] = {"symmetric": symmetric}
     few = torch.arange(83) % 9
     assert_as_close_as_full_matrix(query, passage, logit_scale, passage_ids=few, **options)
-    # Ids beyond int32 and beyond a float mantissa: neighbouring values are not equal.
+    # Ids beyond int32 and beyond a float mantissa: neighboring values are not equal.
     far = torch.tensor([-(2**63), 2**63 - 1, 2**63 - 2, 2**53, 2**53 + 1, 0, 2**32])[torch.arange(83) % 7]
     assert_as_close_as_full_matrix(query, passage, logit_scale, passage_ids=far, **options)
     positive = torch.arange(61) % 19

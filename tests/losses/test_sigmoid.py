@@ -108,7 +108,7 @@ def test_small_terms_are_not_rounded_away(implementation: Any) -> None:
 
 
 @pytest.mark.parametrize("implementation", TILED)
-def test_unnormalised_embeddings(implementation: Any) -> None:
+def test_unnormalized_embeddings(implementation: Any) -> None:
     query, passage = embeddings(23, 41, 16)
     assert_close_to_float64(implementation, query * 7, passage * 5, 10.0, -3.0, tolerance=1e-5)
 

@@ -14,25 +14,25 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-COLOURS = ("red", "green", "blue", "orange", "purple", "black", "gold", "cyan")
+COLORS = ("red", "green", "blue", "orange", "purple", "black", "gold", "cyan")
 SHAPES = ("circle", "square", "cross", "stripe")
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def draw(colour: str, shape: str, size: tuple[int, int] = (48, 40), shift: int = 0) -> Image.Image:
-    """Return an image of a shape in one colour on white."""
+def draw(color: str, shape: str, size: tuple[int, int] = (48, 40), shift: int = 0) -> Image.Image:
+    """Return an image of a shape in one color on white."""
     image = Image.new("RGB", size, "white")
     pen, (width, height) = ImageDraw.Draw(image), size
     box = (8 + shift, 8, width - 8 + shift, height - 8)
     if shape == "circle":
-        pen.ellipse(box, fill=colour)
+        pen.ellipse(box, fill=color)
     elif shape == "square":
-        pen.rectangle(box, fill=colour)
+        pen.rectangle(box, fill=color)
     elif shape == "cross":
-        pen.line(box, fill=colour, width=6)
-        pen.line((box[0], box[3], box[2], box[1]), fill=colour, width=6)
+        pen.line(box, fill=color, width=6)
+        pen.line((box[0], box[3], box[2], box[1]), fill=color, width=6)
     else:
-        pen.rectangle((0, height // 2 - 5 + shift, width, height // 2 + 5 + shift), fill=colour)
+        pen.rectangle((0, height // 2 - 5 + shift, width, height // 2 + 5 + shift), fill=color)
     return image
 
 
@@ -134,8 +134,8 @@ def differing_texts() -> list[str]:
 
 
 def captioned() -> list[tuple[Image.Image, str]]:
-    """Return every shape in every colour, with its caption."""
-    return [(draw(colour, shape), f"{colour} {shape}") for colour in COLOURS for shape in SHAPES]
+    """Return every shape in every color, with its caption."""
+    return [(draw(color, shape), f"{color} {shape}") for color in COLORS for shape in SHAPES]
 
 
 def image_bytes(image: Image.Image, kind: str = "PNG") -> bytes:

@@ -98,7 +98,7 @@ def scores_loss(columns: list[Tensor], scale: Tensor | float, symmetric: bool = 
 
 
 def plain_loop(folder: Path, data: Dataset, steps: int) -> tuple[dict[str, Tensor], float]:
-    """Train with SGD on the whole data set, without a trainer and with masks written by hand. Returns weights and
+    """Train with SGD on the whole dataset, without a trainer and with masks written by hand. Returns weights and
     scale."""
     model, loss = SentenceTransformer(str(folder / "model"), device="cpu"), InfCLLoss(logit_scale=20.0)
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=LEARNING_RATE)

@@ -143,7 +143,7 @@ def several_losses(rank: int, features: Any) -> None:
         try:
             losses[min(rank, 1)](features)
         except ValueError as error:
-            assert learned and "loss must be the same object for all data sets" in str(error)
+            assert learned and "loss must be the same object for all datasets" in str(error)
         else:
             assert not learned
 

@@ -1,4 +1,4 @@
-"""A case: one file of an artefact is mutated and read, or a word of a command line is replaced."""
+"""A case: one file of an artifact is mutated and read, or a word of a command line is replaced."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NOT_READ = ("README.md", ".gitattributes", "recall.png", "state.txt", "plan.json
 
 
 def run_case(name: str, world: Path, scratch: Path, seed: int, case: int) -> Outcome:
-    """Mutate one file of a copy of the artefact, and read the copy. Case 0 is not mutated, and must be read."""
+    """Mutate one file of a copy of the artifact, and read the copy. Case 0 is not mutated, and must be read."""
     rng = random.Random(f"{seed} {case}")
     if name == "command line":
         return _run_words(rng, world, scratch)
     reader = ALL_READERS[name]
-    source = world / reader.artefact
+    source = world / reader.artifact
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     path = scratch / source.name

@@ -34,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "retriever"), str(HERE.parents[1])]
 
-from artefacts import build  # noqa: E402
+from artifacts import build  # noqa: E402
 from children import in_child  # noqa: E402
 from forks import LIBRARIES  # noqa: E402
 from further import build_further  # noqa: E402
@@ -244,7 +244,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--command", action="append", help="only this command; may be repeated")
     parser.add_argument("--csv", type=Path, help="file of figures, one row per command")
-    parser.add_argument("--work", type=Path, help="folder of the artefacts, which are kept. Default: a temporary one")
+    parser.add_argument("--work", type=Path, help="folder of the artifacts, which are kept. Default: a temporary one")
     arguments = parser.parse_args(words)
     for module in (*LIBRARIES, "datasets", "PIL.Image", "pyarrow.parquet"):
         importlib.import_module(module)
@@ -253,14 +253,14 @@ def main(words: list[str]) -> int:
     rows, faults = [], 0
     with tempfile.TemporaryDirectory(prefix="robustness-") as temporary:
         work = (arguments.work or Path(temporary)).resolve()
-        if not (work / "artefacts").exists():
-            in_child(lambda: build(work / "artefacts", tiny_model(work / "tokenizer")))
+        if not (work / "artifacts").exists():
+            in_child(lambda: build(work / "artifacts", tiny_model(work / "tokenizer")))
         names = arguments.command or list(SCENARIOS)
         wanted = {entry for name in names for entry in SCENARIOS[name].inputs}
-        in_child(lambda: build_further(work / "artefacts", wanted))
+        in_child(lambda: build_further(work / "artifacts", wanted))
         for number, name in enumerate(names):
             with small_disk(work / "disk") as mounted:
-                command = Command(name, SCENARIOS[name], work / "artefacts", work / "disk")
+                command = Command(name, SCENARIOS[name], work / "artifacts", work / "disk")
                 command.measure()
                 counts: Counter[str] = Counter()
                 for kind in KINDS:

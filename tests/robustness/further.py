@@ -1,4 +1,4 @@
-"""Artefacts that only the long runs read: each is built when a reader or a command asks for it."""
+"""Artifacts that only the long runs read: each is built when a reader or a command asks for it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
-from artefacts import do
+from artifacts import do
 from cli_helpers import MEANINGS, write_lines
 from image_helpers import save_checkpoint
 from tiny_model import tiny_cross_encoder
 
 
 def build_further(folder: Path, names: Iterable[str]) -> None:
-    """Add artefacts to a folder that `artefacts.build` has written, those of FURTHER that it lacks."""
+    """Add artifacts to a folder that `artifacts.build` has written, those of FURTHER that it lacks."""
     for name in FURTHER:
         if name in names and not (folder / name).exists():
             FURTHER[name](folder, folder / name)

@@ -1,4 +1,4 @@
-"""Readers of further.py's artefacts: codes, adapters, teachers, fields, image–text models, requests to the service."""
+"""Readers of further.py's artifacts: codes, adapters, teachers, fields, image–text models, requests to the service."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def _asked(route: str, path: Path, world: Path) -> Outcome:
     return Outcome("ok" if status == 200 else "refused", body.decode()[:200])
 
 
-def _reader_of_requests(route: str, artefact: str) -> Reader:
-    return Reader(artefact, partial(_asked, route), needs=("fields_index", "fields.jsonl", artefact))
+def _reader_of_requests(route: str, artifact: str) -> Reader:
+    return Reader(artifact, partial(_asked, route), needs=("fields_index", "fields.jsonl", artifact))
 
 
 _FLAT = ("index", "build", "--embeddings", "PATH", "--out", "OUT", "--factory", "Flat")

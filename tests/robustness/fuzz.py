@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "retriever"), str(HERE.parents[1])]
 
-from artefacts import build  # noqa: E402
+from artifacts import build  # noqa: E402
 from cases import ALL_READERS, run_case  # noqa: E402
 from children import Outcome, in_child, run_cases  # noqa: E402
 from forks import LIBRARIES  # noqa: E402
@@ -43,7 +43,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--reader", action="append", help="only this reader; may be repeated")
     parser.add_argument("--case", type=int, help="run one case in this process and print how it ends")
     parser.add_argument("--csv", type=Path, help="file of figures, one row per reader")
-    parser.add_argument("--work", type=Path, help="folder of the artefacts, which are kept. Default: a temporary one")
+    parser.add_argument("--work", type=Path, help="folder of the artifacts, which are kept. Default: a temporary one")
     arguments = parser.parse_args(words)
     import importlib
 
@@ -53,7 +53,7 @@ def main(words: list[str]) -> int:
     gc.freeze()
     with tempfile.TemporaryDirectory(prefix="robustness-") as temporary:
         work = (arguments.work or Path(temporary)).resolve()
-        world = work / "artefacts"
+        world = work / "artifacts"
         if not world.exists():
             in_child(lambda: build(world, tiny_model(work / "tokenizer")))
         names = arguments.reader or [*ALL_READERS, "command line"]

@@ -1,4 +1,4 @@
-"""Every reader, with the artefact that it reads and how a mutated one is given to it."""
+"""Every reader, with the artifact that it reads and how a mutated one is given to it."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Reader:
     """A reader and its input.
 
     Attributes:
-        artefact: the file or folder in the folder of artefacts.
-        read: gets the path of the mutated copy and the folder of artefacts.
-        sealed: checksums cover the artefact, so that every change must be refused.
+        artifact: the file or folder in the folder of artifacts.
+        read: gets the path of the mutated copy and the folder of artifacts.
+        sealed: checksums cover the artifact, so that every change must be refused.
         editable: pattern of the names of files that may be changed nevertheless.
         reseal: the checksums are computed again after the mutation, so that the content itself is read.
         weight: how often it is drawn.
-        needs: further artefacts that are built for it (further.py).
+        needs: further artifacts that are built for it (further.py).
     """
 
-    artefact: str
+    artifact: str
     read: Callable[[Path, Path], Outcome]
     sealed: bool = False
     editable: str = ""
@@ -51,12 +51,12 @@ class Reader:
 
 
 def function(read: Callable[[Path], object]) -> Callable[[Path, Path], Outcome]:
-    """Call a function with the path of the mutated artefact."""
+    """Call a function with the path of the mutated artifact."""
     return lambda path, world: run_function(lambda: read(path))
 
 
 def command(*words: str) -> Callable[[Path, Path], Outcome]:
-    """Run a command; PATH is the mutated artefact, OUT a new path, and @NAME another artefact."""
+    """Run a command; PATH is the mutated artifact, OUT a new path, and @NAME another artifact."""
 
     def read(path: Path, world: Path) -> Outcome:
         places = {"PATH": path, "OUT": path.parent / "out", "OUT.jsonl": path.parent / "out.jsonl"}

@@ -21,7 +21,7 @@ class Scenario:
     Attributes:
         words: gets the folder; returns the words of the command. It is called again for a rerun, when the folder holds
             what the first run has left.
-        inputs: artefacts that are copied into the folder.
+        inputs: artifacts that are copied into the folder.
         output: name of the file or folder that the command writes or changes.
         ranks: processes, under torchrun if there are several.
     """

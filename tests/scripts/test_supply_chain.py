@@ -1,4 +1,4 @@
-"""Licences, advisories, and a wheel with the same bytes each time."""
+"""Licenses, advisories, and a wheel with the same bytes each time."""
 
 from __future__ import annotations
 

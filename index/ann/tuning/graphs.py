@@ -33,7 +33,7 @@ def can_add_later(index: Any) -> bool:
 
 
 def truth_for_held_out(store: EmbeddingStore, target: Target, held_out: np.ndarray) -> Truth:
-    """The exact neighbours of the rows `held_out` among all other rows, which are renumbered without gaps."""
+    """The exact neighbors of the rows `held_out` among all other rows, which are renumbered without gaps."""
     return truth_of(read_rows(store, held_out), store, held_out, target.k)
 
 

@@ -26,7 +26,7 @@ from index.store.row_numbers import RowNumberIds
 CONFIDENCE = 0.95
 # Minimum number of queries for a confidence interval by Student's t.
 MIN_QUERIES = 30
-# Exact neighbours kept beyond k, for ties at rank k. If there are more ties, returned passages are scored again.
+# Exact neighbors kept beyond k, for ties at rank k. If there are more ties, returned passages are scored again.
 SPARE = 16
 # Relative difference, to |q| |v|, of inner products in float32 that are summed in different orders.
 ROUNDING = 1e-6
@@ -42,7 +42,7 @@ class Target:
     k: int = 10
     queries: np.ndarray | None = None
     """[Q, D] float32, vectors of real queries. None: passages are used as queries, and a passage does not count as its
-    own neighbour.
+    own neighbor.
     """
     held_out: int = 2000
     """Number of passages used as queries if `queries` is None."""
@@ -106,7 +106,7 @@ def exact_products(queries: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray
 
 @dataclass(frozen=True)
 class Truth:
-    """Queries and their exact nearest neighbours."""
+    """Queries and their exact nearest neighbors."""
 
     queries: np.ndarray
     """[Q, D] float32."""
@@ -120,7 +120,7 @@ class Truth:
 
 
 def find_truth(store: EmbeddingStore, target: Target, held_out: np.ndarray, without: np.ndarray | None = None) -> Truth:
-    """Find the exact nearest neighbours of the target's queries or, if it has none, of the rows `held_out`.
+    """Find the exact nearest neighbors of the target's queries or, if it has none, of the rows `held_out`.
 
     Args:
         store: the passages to search.
@@ -145,13 +145,13 @@ def find_truth(store: EmbeddingStore, target: Target, held_out: np.ndarray, with
 def truth_of(
     queries: np.ndarray, store: EmbeddingStore, without: np.ndarray, k: int, own: np.ndarray | None = None
 ) -> Truth:
-    """Find the exact nearest neighbours of `queries` [Q, D] float32 in a store.
+    """Find the exact nearest neighbors of `queries` [Q, D] float32 in a store.
 
     Args:
         queries: [Q, D] float32.
         store: the passages to search.
         without: ascending rows of the store that are not searched; the others are renumbered without gaps.
-        k: neighbours per query.
+        k: neighbors per query.
         own: [Q] the queries' own rows, which are excluded; None if they have none.
     """
     count = store.rows - len(without)
@@ -192,7 +192,7 @@ def recall_of_each(found: np.ndarray, truth: Truth) -> np.ndarray:
 
     Args:
         found: [Q, k] int64, returned rows; -1 for none.
-        truth: the exact neighbours.
+        truth: the exact neighbors.
     """
     right = np.empty(found.shape, bool)
     # Chunks whose comparisons take 16 MiB.

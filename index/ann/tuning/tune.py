@@ -41,7 +41,7 @@ def tune(
 
     Args:
         index: a faiss index of the rows that `truth` is about.
-        truth: exact neighbours, from `find_truth`.
+        truth: exact neighbors, from `find_truth`.
         target: the recall target.
         progress: called with a line of text for each measured setting.
         on_gpu: its copy on GPUs, to measure there. Default: None, on the CPU.

@@ -107,7 +107,7 @@ class IndexDelete:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexExport:
-    """Write an embedding store to another engine, and compare rows and nearest neighbours there with the store.
+    """Write an embedding store to another engine, and compare rows and nearest neighbors there with the store.
 
     An interrupted command continues when it is repeated.
     """

@@ -20,7 +20,7 @@ class Mine(IndexDevice, Embedding):
     """
 
     data: str
-    """A BEIR folder, a .jsonl, .csv, .tsv or .parquet file, a folder of a Hugging Face data set, or a hub name."""
+    """A BEIR folder, a .jsonl, .csv, .tsv or .parquet file, a folder of a Hugging Face dataset, or a hub name."""
     out: Path
     """The .jsonl file to write, with query, positive, negatives and scores."""
     corpus: Path | None = None
@@ -32,7 +32,7 @@ class Mine(IndexDevice, Embedding):
     """Folder for the embeddings of the corpus; existing ones are reused, and incomplete ones completed. With --index:
     the store that the index was built from, for exact scores. None: a temporary folder."""
     split: str = "train"
-    """Split of a BEIR folder or a Hugging Face data set."""
+    """Split of a BEIR folder or a Hugging Face dataset."""
     format: PairFormat = "auto"
     """Format of the source; huggingface for a hub name."""
     query_column: str = "query"

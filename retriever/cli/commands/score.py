@@ -22,7 +22,7 @@ class Score(Embedding):
 
     data: str
     """A training source, for example the file of `retriever mine`: a BEIR folder, a .jsonl, .csv, .tsv or .parquet
-    file, a folder of a Hugging Face data set, or a hub name."""
+    file, a folder of a Hugging Face dataset, or a hub name."""
     out: Path
     """The .jsonl file to write, with query, positive, negatives and scores."""
     kind: Literal["auto", "cross-encoder", "bi-encoder"] = "auto"
@@ -30,7 +30,7 @@ class Score(Embedding):
     logits: Switch = False
     """Write a cross-encoder's outputs before its activation function, as MarginMSE and KL expect them."""
     split: str = "train"
-    """Split of a BEIR folder or a Hugging Face data set."""
+    """Split of a BEIR folder or a Hugging Face dataset."""
     format: PairFormat = "auto"
     """Format of the source; huggingface for a hub name."""
     query_column: str = "query"

@@ -31,7 +31,7 @@ from retriever.data.sources import Notices
 VERSION = 3
 """Version of the index. Indexes of other versions are not used."""
 
-# Shards of one source. The largest public data sets have some hundred thousand.
+# Shards of one source. The largest public datasets have some hundred thousand.
 MAX_SHARDS = 1_000_000
 MAX_BRACES = 16
 # Open files per process; large datasets have tens of thousands of shards.

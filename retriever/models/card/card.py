@@ -24,8 +24,8 @@ class TrainingData:
     name: str
     """Hub name, or the last part of a local path."""
     rows: int
-    licence: str = ""
-    """Licence, as the source states it; "" if it states none."""
+    license: str = ""
+    """License, as the source states it; "" if it states none."""
     sha256: str = ""
     """sha256 of the rows."""
     hub_name: str = ""
@@ -78,8 +78,8 @@ class ModelCard:
     """The base model with its revision, in words."""
     relation: str = "finetune"
     """The hub's relation to `base_models`: "finetune", "merge", "quantized" or "adapter". Default: "finetune"."""
-    licence: str = ""
-    """Licence identifier of the hub; "" if it is not known."""
+    license: str = ""
+    """License identifier of the hub; "" if it is not known."""
     data: tuple[TrainingData, ...] = ()
     loss: str = ""
     """The loss in words."""
@@ -155,7 +155,7 @@ def _metadata(card: ModelCard) -> Any:
         base_model=list(card.base_models) or None,
         base_model_relation=card.relation if card.base_models else None,
         datasets=datasets or None,
-        license=card.licence or None,
+        license=card.license or None,
         model_name=card.title if results else None,
         eval_results=results or None,
     )

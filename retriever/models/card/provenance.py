@@ -1,4 +1,4 @@
-"""Where a model or a dataset comes from, and its licence, as far as its own files say so."""
+"""Where a model or a dataset comes from, and its license, as far as its own files say so."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BaseModel:
     """Hub name; "" for a folder that does not come from the hub."""
     revision: str = ""
     """Commit on the hub; "" if it is not known."""
-    licence: str = ""
+    license: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}{f' (revision {self.revision})' if self.revision else ''}"
@@ -34,38 +34,38 @@ def base_model(path_or_name: str) -> BaseModel:
     if folder is None:
         name, revision = split_revision(path_or_name)
         return BaseModel(name, name if "/" in name else "", revision or "")
-    licence = licence_of(folder)
+    license = license_of(folder)
     # Snapshots in the cache of the hub are in models--OWNER--NAME/snapshots/COMMIT.
     snapshot = folder.absolute()
     if snapshot.parent.name == "snapshots" and (match := _SNAPSHOT.fullmatch(snapshot.parent.parent.name)):
         name = f"{match[1]}/{match[2]}"
-        return BaseModel(name, name, snapshot.name, licence)
+        return BaseModel(name, name, snapshot.name, license)
     resolved = folder.resolve()
     # A run writes its model to RUN/model.
-    return BaseModel(resolved.parent.name if resolved.name == "model" else resolved.name, "", "", licence)
+    return BaseModel(resolved.parent.name if resolved.name == "model" else resolved.name, "", "", license)
 
 
-def licence_of(path: Path) -> str:
-    """Return the licence that the card of a folder states, or that of the folder of a file; "" if there is none."""
+def license_of(path: Path) -> str:
+    """Return the license that the card of a folder states, or that of the folder of a file; "" if there is none."""
     card = card_metadata((path if path.is_dir() else path.parent) / "README.md")
-    licence = card.get("license_name") or card.get("license")
-    if isinstance(licence, list):
-        licence = ", ".join(map(str, licence))
-    if licence:
-        return str(licence)
+    license = card.get("license_name") or card.get("license")
+    if isinstance(license, list):
+        license = ", ".join(map(str, license))
+    if license:
+        return str(license)
     return "in its file LICENSE" if path.is_dir() and (path / "LICENSE").is_file() else ""
 
 
-def common_licence(bases: Iterable[BaseModel]) -> str:
-    """Return the licence that all models have, which a model made from them keeps; "" if there is none."""
-    licences = {base.licence for base in bases}
-    licence = licences.pop() if len(licences) == 1 else ""
+def common_license(bases: Iterable[BaseModel]) -> str:
+    """Return the license that all models have, which a model made from them keeps; "" if there is none."""
+    licenses = {base.license for base in bases}
+    license = licenses.pop() if len(licenses) == 1 else ""
     # The hub has identifiers; a remark is none.
-    return "" if " " in licence else licence
+    return "" if " " in license else license
 
 
-def dataset_licence(hub_name: str) -> str:
-    """Return the licence of a dataset on the hub, if its card is in the cache; otherwise ""."""
+def dataset_license(hub_name: str) -> str:
+    """Return the license of a dataset on the hub, if its card is in the cache; otherwise ""."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -73,7 +73,7 @@ def dataset_licence(hub_name: str) -> str:
     except ValueError:
         # Not a valid name; opening the data reports it.
         return ""
-    return licence_of(Path(card).parent) if isinstance(card, str) else ""
+    return license_of(Path(card).parent) if isinstance(card, str) else ""
 
 
 def card_metadata(file: Path) -> dict[str, object]:

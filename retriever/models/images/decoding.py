@@ -30,7 +30,7 @@ _BROKEN = (
 )
 
 # Pillow's raw modes of PNG files with other than 8 bits per sample, and the factor from samples to Pillow's values.
-# Pillow scales the samples, but not the colour that a PNG file marks as transparent.
+# Pillow scales the samples, but not the color that a PNG file marks as transparent.
 _SAMPLE_FACTORS = {"1": 255.0, "L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}
 
 # Pillow opens 16-bit files of these formats in a 32-bit mode.
@@ -41,7 +41,7 @@ def open_image(source: Image.Image | Path | str | bytes, location: str = "image"
     """Decode an image to RGB. It is rotated according to its EXIF data; transparent pixels are put on white.
 
     Of an animation it is the first frame. Gray images of 16 bits are scaled to 8 bits. Values of 32-bit gray images are
-    taken as 8 bits if none is above 255, and otherwise as 16 bits. Colour profiles are ignored, as in transformers.
+    taken as 8 bits if none is above 255, and otherwise as 16 bits. Color profiles are ignored, as in transformers.
 
     Args:
         source: A path, the bytes of a file, or an image opened by Pillow.
@@ -109,7 +109,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | None:
-    """Return the transparent colour of a PNG in units of the decoded pixels; None if Pillow's is right."""
+    """Return the transparent color of a PNG in units of the decoded pixels; None if Pillow's is right."""
     value = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
     raw_mode = tiles[0][3] if tiles else image.mode

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 # A row of transformers' report: "encoder.layer.{0, 1}.output.dense.weight | MISSING | ".
 _ROW = re.compile(r"^\s*(\S.*?)\s*\|[^|]*\bMISSING\b", re.MULTILINE)
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 _GROUP = re.compile(r"\{([^{}]*)\}")
 
 
@@ -25,7 +25,7 @@ class _Reports(logging.Handler):
         self.names: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        for name in _ROW.findall(_COLOURS.sub("", record.getMessage())):
+        for name in _ROW.findall(_COLORS.sub("", record.getMessage())):
             self.names.update(_expand(name))
 
 

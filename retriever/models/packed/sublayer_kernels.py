@@ -55,9 +55,9 @@ def forward_kernel(
     # Backward reads Z in the dtype of the output.
     total = total.to(out_ptr.dtype.element_ty).to(tl.float32)
     mean = tl.sum(total, 0) / D
-    centred = tl.where(columns < D, total - mean, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-    out = centred * scale * vector(weight_ptr, columns, D) + vector(shift_ptr, columns, D)
+    centered = tl.where(columns < D, total - mean, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centered * centered, 0) / D + eps)
+    out = centered * scale * vector(weight_ptr, columns, D) + vector(shift_ptr, columns, D)
     store_vector(out_ptr + row * D, columns, out, D)
     if KEEP:
         store_vector(sum_ptr + row * D, columns, total, D)

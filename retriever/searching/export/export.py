@@ -14,7 +14,7 @@ from index.store.row_numbers import RowNumberIds
 from retriever.searching.export.engines import ENGINES, Engine
 
 BATCH = 1000
-# Vectors of the store whose neighbours are compared.
+# Vectors of the store whose neighbors are compared.
 SAMPLE = 20
 K = 10
 # Scores of engines differ from the exact ones by rounding.
@@ -33,7 +33,7 @@ def export_store(
     """Write the vectors, ids and passages of a store to another engine, and verify them there.
 
     An interrupted export continues where it stopped, and a complete one changes nothing. Afterwards the number of rows,
-    20 passages with their fields, and their 10 nearest neighbours, searched exactly by the engine, are compared with
+    20 passages with their fields, and their 10 nearest neighbors, searched exactly by the engine, are compared with
     the store.
 
     Args:
@@ -49,7 +49,7 @@ def export_store(
 
     Raises:
         InputError: the engine's client is not installed, the collection holds something else, or the engine returns
-            other neighbours.
+            other neighbors.
     """
     if engine not in ENGINES:
         raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r:.60}")
@@ -95,9 +95,9 @@ def _verify(store: EmbeddingStore, target: Engine) -> None:
     _verify_passages(store, target, rows.tolist())
     queries, k = read_rows(store, rows), min(K, store.rows)
     scores, _ = search(queries, store.shards(), RowNumberIds(store.rows), k)
-    for number, (lowest, neighbours) in enumerate(zip(scores[:, -1], target.search(queries, k), strict=True)):
-        # Rows of equal scores may come in any order: a neighbour is right if its score is high enough.
-        products = read_rows(store, np.unique(np.array(neighbours, np.int64))) @ queries[number]
+    for number, (lowest, neighbors) in enumerate(zip(scores[:, -1], target.search(queries, k), strict=True)):
+        # Rows of equal scores may come in any order: a neighbor is right if its score is high enough.
+        products = read_rows(store, np.unique(np.array(neighbors, np.int64))) @ queries[number]
         if len(products) != k or products.min() < lowest - TOLERANCE * max(1, abs(lowest)):
             raise InputError(
                 f"{target.where}: {target.name}: expected the {k} nearest rows of row {rows[number]}, found others: "

@@ -19,8 +19,8 @@ PLOT_FILE = "metrics.png"
 # Fewer rows are better read than plotted.
 MIN_ROWS = 3
 COLUMNS = 3
-# The colour-blind safe palette of Okabe and Ito.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a0529a", "#b07d00", "#3a8fc4")
+# The color-blind safe palette of Okabe and Ito.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#a0529a", "#b07d00", "#3a8fc4")
 STYLE: Any = {
     "text.parse_math": False,
     "font.size": 9,
@@ -108,17 +108,17 @@ def _series(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str,
 
 def _draw(ax: Axes, panel: Panel, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     for number, (name, points) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         marker = "o" if len(points) <= 30 else ""
         label = name.removeprefix("dev_").removeprefix("pool_")
         steps, values = [row["step"] for row in points], [row[name] for row in points]
-        ax.plot(steps, values, color=colour, label=label, marker=marker, markersize=3)
+        ax.plot(steps, values, color=color, label=label, marker=marker, markersize=3)
         low, high = f"{name}_low", f"{name}_high"
         banded = [row for row in points if low in row and high in row]
         if banded:
             steps = [row["step"] for row in banded]
             bounds = [row[low] for row in banded], [row[high] for row in banded]
-            ax.fill_between(steps, *bounds, color=colour, alpha=0.15)
+            ax.fill_between(steps, *bounds, color=color, alpha=0.15)
     ax.set_title(panel.title)
     ax.set_xlabel("step")
     if panel.log_scale:

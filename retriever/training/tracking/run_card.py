@@ -14,7 +14,7 @@ from retriever.config.images import ImageSource
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.models.card.card import CardEvaluation, CardMeasure, Estimate, ModelCard, TrainingData
-from retriever.models.card.provenance import BaseModel, base_model, common_licence, dataset_licence, licence_of
+from retriever.models.card.provenance import BaseModel, base_model, common_license, dataset_license, license_of
 from retriever.utils.versions import COMPUTING, device_name, versions
 
 LOSSES = {
@@ -83,7 +83,7 @@ def run_card(
         ),
         base_models=tuple(base.hub_name for base in bases if base.hub_name),
         base=", ".join(map(str, bases)),
-        licence=common_licence(bases),
+        license=common_license(bases),
         data=tuple(map(_training_data, given, rows, sources)),
         loss=_loss(config),
         settings=run_settings(config),
@@ -108,8 +108,8 @@ def _training_data(source: SourceConfig | ImageSource, rows: int, sha256: str) -
     if source.format == "huggingface" and not path.exists():
         # owner/name:subset@revision
         hub_name = source.path.partition("@")[0].partition(":")[0]
-        return TrainingData(source.path, rows, dataset_licence(hub_name), sha256, hub_name)
-    return TrainingData(path.name, rows, licence_of(path), sha256)
+        return TrainingData(source.path, rows, dataset_license(hub_name), sha256, hub_name)
+    return TrainingData(path.name, rows, license_of(path), sha256)
 
 
 def _loss(config: TrainConfig) -> str:

@@ -29,17 +29,17 @@ _METRICS = {"retrieval": "recall@1", "classification": "acc1", "multilabel": "me
 
 @dataclass(frozen=True)
 class ImageDevSet:
-    """A zero-shot data set as dev set."""
+    """A zero-shot dataset as dev set."""
 
     dataset: ZeroShotSet
 
     @classmethod
     def open(cls, config: DevConfig) -> ImageDevSet:
-        """Open the data set.
+        """Open the dataset.
 
         Raises:
             ConfigError: an option of text dev sets is set.
-            InputError: the data set does not exist.
+            InputError: the dataset does not exist.
         """
         if config.max_queries is not None:
             raise ConfigError("dev.max_queries: expected none for a set of images, all of which are evaluated")
@@ -56,7 +56,7 @@ class ImageDevSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the data set."""
+        """Hash of the dataset."""
         return self.dataset.sha256()
 
     def measures(

@@ -111,18 +111,18 @@ def check_installed(device: str) -> None:
 def vectors(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Passages [N, D] and queries [Q, D] of unit length, generated on the device that searches them.
 
-    Clustered vectors lie around N / 200 centres, like topics.
+    Clustered vectors lie around N / 200 centers, like topics.
     """
     device = torch.device(options.device)
     generator = torch.Generator(device).manual_seed(0)
-    centres = torch.randn(max(1, options.rows // 200), options.dim, generator=generator, device=device)
+    centers = torch.randn(max(1, options.rows // 200), options.dim, generator=generator, device=device)
 
     def some(count: int) -> torch.Tensor:
         made = torch.empty(count, options.dim, device=device)
         for part in made.split(65536):
             part.normal_(generator=generator)
             if options.data == "clustered":
-                part += centres[torch.randint(len(centres), (len(part),), generator=generator, device=device)]
+                part += centers[torch.randint(len(centers), (len(part),), generator=generator, device=device)]
             part /= part.norm(dim=1, keepdim=True)
         return made
 

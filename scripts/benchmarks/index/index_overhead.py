@@ -40,7 +40,7 @@ K = 10
 
 
 def rows(sets: Path, only: str | None, only_factory: str | None) -> Iterator[dict[str, Any]]:
-    """Medians of our times and those of faiss, and medians of the ratios of neighbouring runs.
+    """Medians of our times and those of faiss, and medians of the ratios of neighboring runs.
 
     With OMP_WAIT_POLICY=passive, waiting threads do not count as processor time.
     """

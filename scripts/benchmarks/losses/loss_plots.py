@@ -24,7 +24,7 @@ def draw(results: Path) -> None:
 
 
 def plot(rows: list[dict[str, str]], column: str, unit: str, title: str, path: Path) -> None:
-    """Draw a labelled line for each method. Ours are thick, sigmoid losses dashed."""
+    """Draw a labeled line for each method. Ours are thick, sigmoid losses dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -11,7 +11,7 @@ sentence-transformers is measured at each of --their-tokens, with padding and, w
 without. Its best setting is the one compared. With a short --budget, larger batches are measured only at the settings
 that were best at smaller ones, and with fewer steps.
 
-Model FLOP utilisation counts the matrix products of three forward passes per real token, without credit for padding or
+Model FLOP utilization counts the matrix products of three forward passes per real token, without credit for padding or
 recomputation, and divides by the rate of an 8192 × 8192 matrix product measured in the same run. The planned peak
 memory is the one that `retriever train --dry-run` prints. Rows are written to train.csv as they are measured.
 """

@@ -90,7 +90,7 @@ def _overhead(rows: Rows) -> list[str]:
     lines = [
         _paragraph(
             f"Ours against plain faiss {rows[0]['faiss']}, alternately in one process (bench_index.py overhead). "
-            "Ratios are medians over neighbouring runs by wall time and, in brackets, by processor time, which "
+            "Ratios are medians over neighboring runs by wall time and, in brackets, by processor time, which "
             "depends less on other load. `index`: training and adding only. `build`: also verifying the store, "
             "copying the passages, hashing and flushing; `overhead` is the processor time of these. `search`: both "
             "on the same index."

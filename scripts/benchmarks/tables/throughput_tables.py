@@ -27,7 +27,7 @@ def train_table(rows: Sequence[Row]) -> str:
     tables = []
     for own in by_hardware(rows):
         lines = [
-            "| batch | training | pairs/s | tokens/s | speed-up | FLOP utilisation | peak MiB (planned) |",
+            "| batch | training | pairs/s | tokens/s | speed-up | FLOP utilization | peak MiB (planned) |",
             "|---:|---|---:|---:|---:|---:|---:|",
         ]
         for row in own:
@@ -47,7 +47,7 @@ def encode_table(rows: Sequence[Row]) -> str:
     for own in by_hardware(rows):
         best = max((float(row["tokens_per_second"]) for row in own if is_theirs(row)), default=0.0)
         lines = [
-            "| encoding | passages/s | tokens/s | speed-up | FLOP utilisation | peak MiB (planned) |",
+            "| encoding | passages/s | tokens/s | speed-up | FLOP utilization | peak MiB (planned) |",
             "|---|---:|---:|---:|---:|---:|",
         ]
         for row in own:

@@ -1,4 +1,4 @@
-"""`retriever evaluate probe`: from a model and labelled images to a report, in folders and tables."""
+"""`retriever evaluate probe`: from a model and labeled images to a report, in folders and tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from image_helpers import draw, save_checkpoint
 
 import retriever
 
-COLOURS, SHAPES = ("red", "green", "blue"), ("square", "circle")
+COLORS, SHAPES = ("red", "green", "blue"), ("square", "circle")
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """SET/{train,test}/COLOUR/N.png: three images of each colour for training, two to test."""
+    """SET/{train,test}/COLOR/N.png: three images of each color for training, two to test."""
     for split, count in (("train", 3), ("test", 2)):
-        for colour in COLOURS:
-            (tmp_path / "set" / split / colour).mkdir(parents=True)
+        for color in COLORS:
+            (tmp_path / "set" / split / color).mkdir(parents=True)
             for number in range(count):
-                image = draw(colour, SHAPES[number % 2]).resize((64 + number, 64))
-                image.save(tmp_path / "set" / split / colour / f"{number}.png")
+                image = draw(color, SHAPES[number % 2]).resize((64 + number, 64))
+                image.save(tmp_path / "set" / split / color / f"{number}.png")
     return tmp_path / "set"
 
 
@@ -50,7 +50,7 @@ def test_both_splits_of_a_set_are_embedded_and_scored(clip: Path, data: Path, tm
     assert json.loads(again.out) == report
     found = retriever.probe(clip, data, neighbors=3, device="cpu")
     assert found.metrics == {name: report[name]["measures"] for name in ("nearest neighbors", "linear probe")}
-    # Colours, of which even random weights make different embeddings.
+    # Colors, of which even random weights make different embeddings.
     assert found.metrics["nearest neighbors"]["acc1"] > 0.8
 
 
@@ -58,11 +58,11 @@ def test_tables_are_two_sets(clip: Path, data: Path, tmp_path: Path) -> None:
     for split in ("train", "test"):
         with (tmp_path / f"{split}.csv").open("w", newline="") as stream:
             rows = csv.writer(stream)
-            rows.writerow(["picture", "colour"])
+            rows.writerow(["picture", "color"])
             for path in sorted((data / split).rglob("*.png")):
                 rows.writerow([path.relative_to(tmp_path), path.parent.name])
     words = ["evaluate", "probe", "--model", clip, "--data", tmp_path / "test.csv", "--out", tmp_path / "out", "--json"]
-    words += ["--image", "picture", "--label", "colour"]
+    words += ["--image", "picture", "--label", "color"]
     assert_refused(command(*words), 1, "expected test images apart from the training images, found the same")
     done = command(*words, "--train", tmp_path / "train.csv", "--regularization", 10)
     assert done.code == 0, done.err

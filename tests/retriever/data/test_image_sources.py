@@ -257,7 +257,7 @@ def test_class_folders_are_pairs_of_images_and_prompts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["struct", "binary"])
 def test_parquet_files_with_images_are_read_by_row(kind: str, tmp_path: Path) -> None:
-    contents = [image_bytes(draw(colour, shape)) for colour in ("red", "blue") for shape in SHAPES]
+    contents = [image_bytes(draw(color, shape)) for color in ("red", "blue") for shape in SHAPES]
     (tmp_path / "own.png").write_bytes(contents[0])
     cells: list[object] = list(contents) if kind == "binary" else [{"bytes": each, "path": None} for each in contents]
     cells += [None] if kind == "binary" else [{"bytes": None, "path": "own.png"}]

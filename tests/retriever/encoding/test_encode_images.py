@@ -1,4 +1,4 @@
-"""Images of tars, tables and data sets are encoded like those of a folder, by any number of ranks."""
+"""Images of tars, tables and datasets are encoded like those of a folder, by any number of ranks."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_random_crops_are_within_scale_and_ratio_and_reproducible() -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_crops_and_colours_change_within_their_settings() -> None:
+def test_crops_and_colors_change_within_their_settings() -> None:
     generator = np.random.default_rng(0)
     boxes = np.array([random_crop(200, 100, generator, (0.9, 1.0), (1.5, 2.5)) for _ in range(200)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -107,8 +107,8 @@ def test_very_long_images_are_center_cropped_before_resizing(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = Image.new("RGB", size, "red")
-    centre = tuple(side // 2 for side in size)
-    image.paste("blue", (max(0, centre[0] - 40), max(0, centre[1] - 40), centre[0] + 40, centre[1] + 40))
+    center = tuple(side // 2 for side in size)
+    image.paste("blue", (max(0, center[0] - 40), max(0, center[1] - 40), center[0] + 40, center[1] + 40))
     made: list[tuple[int, int]] = []
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, to, *options: made.append(to) or resize(self, to, *options))

@@ -1,4 +1,4 @@
-"""Settings and weights of a model that cannot be honoured are refused on loading."""
+"""Settings and weights of a model that cannot be honored are refused on loading."""
 
 from __future__ import annotations
 

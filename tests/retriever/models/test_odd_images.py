@@ -29,9 +29,9 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-def png(width: int, depth: int, colour: int, row: bytes, *chunks: bytes) -> bytes:
+def png(width: int, depth: int, color: int, row: bytes, *chunks: bytes) -> bytes:
     """A PNG of one row, of a bit depth that Pillow does not write."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + data
 
@@ -66,7 +66,7 @@ def as_transformers_loads() -> dict[str, bytes]:
         cases[f"{size}"] = encoded(noise(*size), "PNG")
     cases["4 bits"] = png(2, 4, 0, b"\x3c")
     cases["progressive"] = encoded(rgb, "JPEG", progressive=True)
-    cases["colour profile"] = encoded(gray, "PNG", icc_profile=b"not a profile")
+    cases["color profile"] = encoded(gray, "PNG", icc_profile=b"not a profile")
     return cases
 
 

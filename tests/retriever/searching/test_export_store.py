@@ -1,4 +1,4 @@
-"""Exports to the real engines: the same rows and neighbours; continued when interrupted, unchanged when repeated."""
+"""Exports to the real engines: the same rows and neighbors; continued when interrupted, unchanged when repeated."""
 
 from __future__ import annotations
 

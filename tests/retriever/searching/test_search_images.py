@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 import numpy as np
 import pytest
 from cli_helpers import assert_refused, command, write_lines
-from image_helpers import COLOURS, SHAPES, cache_as_hub_name, draw, save_checkpoint
+from image_helpers import COLORS, SHAPES, cache_as_hub_name, draw, save_checkpoint
 from PIL import Image
 from serve_helpers import serving
 
@@ -38,17 +38,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP checkpoint, a folder of images with subfolders, their store and index, and an index of texts."""
     root = tmp_path_factory.mktemp("images")
     save_checkpoint("clip", root / "model")
-    for colour in COLOURS[:4]:
-        (root / "drawn" / f"{colour} ones").mkdir(parents=True)
+    for color in COLORS[:4]:
+        (root / "drawn" / f"{color} ones").mkdir(parents=True)
         for shape in SHAPES:
-            draw(colour, shape).save(root / "drawn" / f"{colour} ones" / f"{shape}.png")
+            draw(color, shape).save(root / "drawn" / f"{color} ones" / f"{shape}.png")
     (root / "drawn" / "broken.jpg").write_bytes(b"not an image")
     (root / "secret.png").write_bytes((root / "drawn" / "red ones" / "circle.png").read_bytes())
     done = command("encode", "--model", root / "model", "--data", root / "drawn", "--out", root / "store", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["rows"] == 16
     assert "drawn: left out: broken.jpg: expected" in done.err
-    texts = [{"_id": f"t{n}", "text": f"a {colour} thing"} for n, colour in enumerate(COLOURS)]
+    texts = [{"_id": f"t{n}", "text": f"a {color} thing"} for n, color in enumerate(COLORS)]
     corpus = write_lines(root / "texts.jsonl", texts)
     assert command("encode", "--model", root / "model", "--data", corpus, "--out", root / "texts").code == 0
     for store, index in (("store", "index"), ("texts", "text-index")):
@@ -183,9 +183,7 @@ def test_the_service_shows_thumbnails_of_indexed_images_and_no_other_files(world
 
 
 def test_images_of_a_table_are_found_by_their_path_not_by_their_caption(world: Path, tmp_path: Path) -> None:
-    rows = [
-        {"file_name": f"drawn/{colour} ones/cross.png", "caption": f"a {colour} cross, 100%"} for colour in COLOURS[:3]
-    ]
+    rows = [{"file_name": f"drawn/{color} ones/cross.png", "caption": f"a {color} cross, 100%"} for color in COLORS[:3]]
     table = write_lines(world / "captions.jsonl", rows)
     done = command("encode", "--model", world / "model", "--data", table, "--out", tmp_path / "store")
     assert done.code == 0, done.err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import command, write_beir
-from image_helpers import COLOURS, SHAPES, draw, save_checkpoint
+from image_helpers import COLORS, SHAPES, draw, save_checkpoint
 
 import retriever
 from retriever.config.model import ModelConfig
@@ -94,9 +94,9 @@ def test_models_of_images_and_texts_are_merged_with_a_search(tmp_path: Path) -> 
             parameter.mul_(0.5)
     (tmp_path / "two").mkdir()
     other.save(tmp_path / "two")
-    for colour in COLOURS[:3]:
-        (tmp_path / "set" / "test" / colour).mkdir(parents=True)
-        draw(colour, SHAPES[0]).save(tmp_path / "set" / "test" / colour / "image.png")
+    for color in COLORS[:3]:
+        (tmp_path / "set" / "test" / color).mkdir(parents=True)
+        draw(color, SHAPES[0]).save(tmp_path / "set" / "test" / color / "image.png")
     models = [tmp_path / "one", tmp_path / "two"]
     merged = retriever.merge(models, tmp_path / "merged", dev=tmp_path / "set", split="test", grid=2)
     assert merged.metric == "acc1" and len(merged.candidates) == 3

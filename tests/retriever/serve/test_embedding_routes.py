@@ -101,7 +101,7 @@ def test_hugging_faces_client_gets_the_models_vectors(
     assert status == 200 and info["model_sha"] == towers.fingerprint()["sha256"] and info["max_input_length"] == 64
 
 
-def test_what_cannot_be_honoured_is_refused_in_the_form_of_the_route(service: Running) -> None:
+def test_what_cannot_be_honored_is_refused_in_the_form_of_the_route(service: Running) -> None:
     for path, body, status, message in (
         (
             "/embed",

@@ -25,7 +25,7 @@ from retriever.training.tracking.run_card import run_card
 
 @pytest.fixture(scope="module")
 def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that starts from a model folder with a licence and has a dev set."""
+    """A run that starts from a model folder with a license and has a dev set."""
     folder = tmp_path_factory.mktemp("card") / "run"
     words = ["--model.name", world.model, "--model.query-prompt", "query: ", "--optim.lr", "1e-3"]
     words += ["--dev.path", world.beir, "--dev.every", "8", "--steps", "8", "--batch-size", "16", "--out", folder]
@@ -84,18 +84,18 @@ def test_the_evaluation_before_training_can_be_left_out(run: Path, world: World,
     assert "not measured" in (tmp_path / "run" / "model" / CARD_FILE).read_text()
 
 
-def test_a_licence_is_taken_from_the_card_of_the_base_model_and_of_the_data(tmp_path: Path) -> None:
-    from retriever.models.card.provenance import base_model, licence_of
+def test_a_license_is_taken_from_the_card_of_the_base_model_and_of_the_data(tmp_path: Path) -> None:
+    from retriever.models.card.provenance import base_model, license_of
 
     snapshot = tmp_path / "models--acme--small" / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Small\n")
     base = base_model(str(snapshot))
-    assert (base.hub_name, base.revision, base.licence) == ("acme/small", "a" * 40, "apache-2.0")
+    assert (base.hub_name, base.revision, base.license) == ("acme/small", "a" * 40, "apache-2.0")
     (tmp_path / "README.md").write_text("---\nlicense: [mit, cc-by-4.0]\n---\n")
-    assert licence_of(tmp_path / "pairs.jsonl") == "mit, cc-by-4.0"
+    assert license_of(tmp_path / "pairs.jsonl") == "mit, cc-by-4.0"
     (tmp_path / "README.md").write_text("# A project, without a header")
-    assert licence_of(tmp_path / "pairs.jsonl") == ""
+    assert license_of(tmp_path / "pairs.jsonl") == ""
 
 
 def test_the_interval_of_a_mean_is_that_of_scipy() -> None:

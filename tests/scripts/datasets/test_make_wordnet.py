@@ -98,7 +98,7 @@ def test_no_definition_is_in_two_splits_and_every_judgement_has_its_passage() ->
     splits = {split: BeirDataset.open(BUNDLED, split) for split in ("train", "dev", "test")}
     corpus = [passage.id for passage in splits["test"].passages()]
     assert len(corpus) == len(set(corpus)) == 148_730
-    texts = {split: {make_wordnet.normalised(t) for t in data.queries.values()} for split, data in splits.items()}
+    texts = {split: {make_wordnet.normalized(t) for t in data.queries.values()} for split, data in splits.items()}
     assert not (texts["train"] & texts["test"] or texts["train"] & texts["dev"] or texts["dev"] & texts["test"])
     for split, data in splits.items():
         data.check(corpus)

@@ -12,7 +12,7 @@ from retriever.cli.commands.common import Embedding
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateProbe(Embedding):
-    """Score the image embeddings of a model by classification with labelled training images.
+    """Score the image embeddings of a model by classification with labeled training images.
 
     By the nearest neighbors, and by a linear probe (logistic regression): acc1, acc5 and mean per-class recall.
     """

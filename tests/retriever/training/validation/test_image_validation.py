@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import command
-from image_helpers import COLOURS, SHAPES, draw, save_checkpoint
+from image_helpers import COLORS, SHAPES, draw, save_checkpoint
 
 from index.files import InputError
 from retriever.cli.terminal import Terminal
@@ -33,42 +33,42 @@ def towers(model: Path) -> ImageTextTowers:
 
 
 @pytest.fixture
-def colours(tmp_path: Path) -> Path:
-    """A folder of images by colour, one of which is broken."""
-    for colour in COLOURS[:3]:
-        (tmp_path / "set" / "test" / colour).mkdir(parents=True)
+def colors(tmp_path: Path) -> Path:
+    """A folder of images by color, one of which is broken."""
+    for color in COLORS[:3]:
+        (tmp_path / "set" / "test" / color).mkdir(parents=True)
         for shape in SHAPES:
-            draw(colour, shape).save(tmp_path / "set" / "test" / colour / f"{shape}.png")
-    (tmp_path / "set" / "test" / COLOURS[0] / "a.png").write_bytes(b"no image")
+            draw(color, shape).save(tmp_path / "set" / "test" / color / f"{shape}.png")
+    (tmp_path / "set" / "test" / COLORS[0] / "a.png").write_bytes(b"no image")
     return tmp_path / "set"
 
 
 def test_measures_equal_those_of_the_command(
-    model: Path, towers: ImageTextTowers, colours: Path, tmp_path: Path
+    model: Path, towers: ImageTextTowers, colors: Path, tmp_path: Path
 ) -> None:
     ticks: list[int] = []
-    dev = ImageDevSet.open(DevConfig(path=str(colours), split="test"))
+    dev = ImageDevSet.open(DevConfig(path=str(colors), split="test"))
     measures = dev.evaluate(towers, OPTIONS, Terminal(), tick=lambda: ticks.append(1))
-    words = ["--model", model, "--data", colours, "--out", tmp_path / "report", "--micro-batch-tokens", 16, "--json"]
+    words = ["--model", model, "--data", colors, "--out", tmp_path / "report", "--micro-batch-tokens", 16, "--json"]
     found = json.loads(command("evaluate", "zero-shot", *words).out)["sets"]["set"]
     assert dev.metric in measures and measures == pytest.approx(found["measures"])
     # Called between small micro-batches, so that a signal does not wait for all images.
     assert len(ticks) > 6
 
 
-def test_a_stop_request_ends_the_evaluation(towers: ImageTextTowers, colours: Path) -> None:
+def test_a_stop_request_ends_the_evaluation(towers: ImageTextTowers, colors: Path) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ImageDevSet.open(DevConfig(path=str(colours), split="test")).evaluate(towers, OPTIONS, Terminal(), tick=stop)
+        ImageDevSet.open(DevConfig(path=str(colors), split="test")).evaluate(towers, OPTIONS, Terminal(), tick=stop)
 
 
-def test_unsupported_dev_sets_are_refused(towers: ImageTextTowers, colours: Path) -> None:
+def test_unsupported_dev_sets_are_refused(towers: ImageTextTowers, colors: Path) -> None:
     with pytest.raises(ConfigError, match=r"dev\.max_queries: expected none"):
-        ImageDevSet.open(DevConfig(path=str(colours), split="test", max_queries=5))
-    for file in colours.rglob("*.png"):
+        ImageDevSet.open(DevConfig(path=str(colors), split="test", max_queries=5))
+    for file in colors.rglob("*.png"):
         file.write_bytes(b"no image")
-    dev = ImageDevSet.open(DevConfig(path=str(colours), split="test"))
+    dev = ImageDevSet.open(DevConfig(path=str(colors), split="test"))
     with pytest.raises(InputError, match=r"found none that can be read; .*\.png: expected an image"):
         dev.evaluate(towers, OPTIONS, Terminal())

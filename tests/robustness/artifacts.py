@@ -1,4 +1,4 @@
-"""One small artefact of every kind that is read: data files, runs, models, stores, indexes, tars, images, sets."""
+"""One small artifact of every kind that is read: data files, runs, models, stores, indexes, tars, images, sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from retriever.config.model import ModelConfig
 
 
 def build(folder: Path, tiny: ModelConfig) -> None:
-    """Write all artefacts into a folder."""
+    """Write all artifacts into a folder."""
     folder.mkdir(parents=True)
     pairs, beir = write_pairs(folder / "pairs.jsonl"), write_beir(folder / "beir")
     options = {"dev": {"path": str(beir), "every": 3}, "steps": 6, "epochs": 1.0, "checkpoint_every": 2, "log_every": 1}

@@ -1,6 +1,6 @@
 """What an earlier version wrote is read: a store, an index, a run with its checkpoint and model, of November 2026.
 
-version_1.tar.gz and version_1_further.tar.gz were written by the commands on the artefacts of tests/robustness, and are
+version_1.tar.gz and version_1_further.tar.gz were written by the commands on the artifacts of tests/robustness, and are
 never written again. The second has stores of codes, an index with fields, an adapter, a cross-encoder and scores.
 """
 
