@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scripts.benchmarks.result_rows import read_rows
@@ -24,64 +24,66 @@ def image_tables(results: Path) -> dict[str, str]:
 
 def train_table(rows: Sequence[Row]) -> str:
     """Training: a row for each method and batch size, relative to the best of sentence-transformers at that size."""
-    tables = []
-    for own in by_hardware(rows):
-        lines = [
-            "| batch | training | pairs/s | tokens/s | speed-up | FLOP utilization | peak MiB (planned) |",
-            "|---:|---|---:|---:|---:|---:|---:|",
+
+    def cells(row: Row, own: Sequence[Row]) -> list[str]:
+        theirs = [float(o["pairs_per_second"]) for o in own if o["batch"] == row["batch"] and is_theirs(o)]
+        return [
+            f"{int(row['batch']):,}",
+            row["method"],
+            number(row["pairs_per_second"]),
+            number(row["tokens_per_second"]),
+            f"{float(row['pairs_per_second']) / max(theirs):.2f}" if theirs else "–",
+            f"{float(row['flop_utilisation']):.1%}",
+            peak(row),
         ]
-        for row in own:
-            theirs = [float(o["pairs_per_second"]) for o in own if o["batch"] == row["batch"] and is_theirs(o)]
-            times = f"{float(row['pairs_per_second']) / max(theirs):.2f}" if theirs else "–"
-            lines.append(
-                f"| {int(row['batch']):,} | {row['method']} | {number(row['pairs_per_second'])} | "
-                f"{number(row['tokens_per_second'])} | {times} | {float(row['flop_utilisation']):.1%} | {peak(row)} |"
-            )
-        tables.append("\n".join([*lines, "", where(own)]))
-    return "\n\n".join(tables) + "\n"
+
+    heads = ["batch", "training", "pairs/s", "tokens/s", "speed-up", "FLOP utilization", "peak MiB (planned)"]
+    return tables(rows, heads, "rlrrrrr", cells)
 
 
 def encode_table(rows: Sequence[Row]) -> str:
     """Encoding: a row for each method."""
-    tables = []
-    for own in by_hardware(rows):
-        best = max((float(row["tokens_per_second"]) for row in own if is_theirs(row)), default=0.0)
-        lines = [
-            "| encoding | passages/s | tokens/s | speed-up | FLOP utilization | peak MiB (planned) |",
-            "|---|---:|---:|---:|---:|---:|",
+
+    def cells(row: Row, own: Sequence[Row]) -> list[str]:
+        best = max((float(o["tokens_per_second"]) for o in own if is_theirs(o)), default=0.0)
+        return [
+            row["method"],
+            number(row["passages_per_second"]),
+            number(row["tokens_per_second"]),
+            f"{float(row['tokens_per_second']) / best:.2f}" if best else "–",
+            f"{float(row['flop_utilisation']):.1%}",
+            peak(row),
         ]
-        for row in own:
-            times = f"{float(row['tokens_per_second']) / best:.2f}" if best else "–"
-            lines.append(
-                f"| {row['method']} | {number(row['passages_per_second'])} | {number(row['tokens_per_second'])} | "
-                f"{times} | {float(row['flop_utilisation']):.1%} | {peak(row)} |"
-            )
-        tables.append("\n".join([*lines, "", where(own)]))
-    return "\n\n".join(tables) + "\n"
+
+    heads = ["encoding", "passages/s", "tokens/s", "speed-up", "FLOP utilization", "peak MiB (planned)"]
+    return tables(rows, heads, "lrrrrr", cells)
 
 
 def memory_table(rows: Sequence[Row]) -> str:
     """Memory while a long corpus is encoded."""
-    tables = []
-    for own in by_hardware(rows):
-        lines = ["| passages encoded | MiB | MiB without file pages |", "|---:|---:|---:|"]
-        lines += [f"| {int(r['passages']):,} | {number(r['resident_mib'])} | {number(r['private_mib'])} |" for r in own]
-        tables.append("\n".join([*lines, "", f"A file of {number(own[0]['file_mib'])} MiB. {where(own)}"]))
-    return "\n\n".join(tables) + "\n"
+
+    def cells(row: Row, own: Sequence[Row]) -> list[str]:
+        return [f"{int(row['passages']):,}", number(row["resident_mib"]), number(row["private_mib"])]
+
+    heads = ["passages encoded", "MiB", "MiB without file pages"]
+    return tables(rows, heads, "rrr", cells, lambda row: f"A file of {number(row['file_mib'])} MiB. ")
 
 
 def image_train_table(rows: Sequence[Row]) -> str:
     """Image–text steps against their towers alone, the loss, and features against encoding the images."""
-    tables = []
-    for own in by_hardware(rows):
-        lines = ["| measured | pairs | s | pairs/s | compared | peak MiB (planned) |", "|---|---:|---:|---:|---|---:|"]
-        for row in own:
-            lines.append(
-                f"| {row['image_tower']}: {label(row['part'])} | {int(row['pairs']):,} | {row['seconds']} | "
-                f"{number(row['pairs_per_second'])} | {compared(row)} | {peak(row)} |"
-            )
-        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}, {own[0]['precision']}. {where(own)}"]))
-    return "\n\n".join(tables) + "\n"
+
+    def cells(row: Row, own: Sequence[Row]) -> list[str]:
+        return [
+            f"{row['image_tower']}: {label(row['part'])}",
+            f"{int(row['pairs']):,}",
+            row["seconds"],
+            number(row["pairs_per_second"]),
+            compared(row),
+            peak(row),
+        ]
+
+    heads = ["measured", "pairs", "s", "pairs/s", "compared", "peak MiB (planned)"]
+    return tables(rows, heads, "lrrrlr", cells, lambda row: f"{sentence(row['data'])}, {row['precision']}. ")
 
 
 def label(part: str) -> str:
@@ -100,33 +102,47 @@ def compared(row: Row) -> str:
 
 def images_table(rows: Sequence[Row]) -> str:
     """Images per second from tars, relative to the decoder."""
-    tables = []
-    for own in by_hardware(rows):
-        lines = ["| reading | images/s | relative to the decoder | processor ms per image |", "|---|---:|---:|---:|"]
-        for row in own:
-            lines.append(
-                f"| {row['method']} | {number(row['images_per_second'])} | {float(row['of_decoder']):.2f} | "
-                f"{row['processor_ms']} |"
-            )
-        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}. {where(own)}"]))
-    return "\n\n".join(tables) + "\n"
+
+    def cells(row: Row, own: Sequence[Row]) -> list[str]:
+        rate, relative = number(row["images_per_second"]), f"{float(row['of_decoder']):.2f}"
+        return [row["method"], rate, relative, row["processor_ms"]]
+
+    heads = ["reading", "images/s", "relative to the decoder", "processor ms per image"]
+    return tables(rows, heads, "lrrr", cells, lambda row: f"{sentence(row['data'])}. ")
 
 
 def encode_images_table(rows: Sequence[Row]) -> str:
     """Images per second of `retriever encode` from tars, and the processor time of its parts."""
-    tables = []
+
+    def cells(row: Row, own: Sequence[Row]) -> list[str]:
+        return [row["method"], number(row["images_per_second"]), row["processor_ms"], row["without_tower"] or "–"]
+
+    heads = ["measured", "images/s", "processor ms per image", "relative to the decoder, without the tower"]
+    return tables(rows, heads, "lrrr", cells, lambda row: f"{sentence(row['data'])}. ")
+
+
+def tables(
+    rows: Sequence[Row],
+    heads: Sequence[str],
+    alignment: str,
+    cells: Callable[[Row, Sequence[Row]], list[str]],
+    note: Callable[[Row], str] = lambda row: "",
+) -> str:
+    """A table for each hardware, each followed by a line about its rows.
+
+    Args:
+        rows: rows of all hardware.
+        heads: heads of the columns.
+        alignment: "l" or "r" for each column.
+        cells: the cells of a row, from the row and all rows of its hardware.
+        note: what the line below a table says first, from its first row.
+    """
+    found = []
     for own in by_hardware(rows):
-        lines = [
-            "| measured | images/s | processor ms per image | relative to the decoder, without the tower |",
-            "|---|---:|---:|---:|",
-        ]
-        for row in own:
-            lines.append(
-                f"| {row['method']} | {number(row['images_per_second'])} | {row['processor_ms']} | "
-                f"{row['without_tower'] or '–'} |"
-            )
-        tables.append("\n".join([*lines, "", f"{sentence(own[0]['data'])}. {where(own)}"]))
-    return "\n\n".join(tables) + "\n"
+        lines = ["| " + " | ".join(heads) + " |", "|" + "|".join({"l": "---", "r": "---:"}[a] for a in alignment) + "|"]
+        lines += ["| " + " | ".join(cells(row, own)) + " |" for row in own]
+        found.append("\n".join([*lines, "", note(own[0]) + where(own)]))
+    return "\n\n".join(found) + "\n"
 
 
 def by_hardware(rows: Sequence[Row]) -> list[list[Row]]:
