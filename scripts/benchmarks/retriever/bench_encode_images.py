@@ -39,10 +39,9 @@ from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.image_encoder import DECODE_BATCH, ImageDecoder, embed_pixels
 from retriever.encoding.model import Model
 from retriever.models.images.towers import build_image_text_towers
-from scripts import RESULTS
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import write_rows
-from scripts.benchmarks.retriever.bench_images import SecondsPerImage, word_tokenizer, write_tars
+from scripts.benchmarks.retriever.bench_images import SecondsPerImage, argument_parser, word_tokenizer, write_tars
 
 BERT = {
     "model_type": "bert",
@@ -106,19 +105,8 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="", help="brace pattern of webdataset tars (default: synthetic ones)")
+    parser = argument_parser(__doc__ or "", "encode_images.csv")
     parser.add_argument("--images", type=int, default=2048, help="synthetic images (default: %(default)s)")
-    parser.add_argument(
-        "--sides",
-        type=int,
-        nargs=2,
-        default=(512, 384),
-        help="width and height of synthetic images (default: %(default)s)",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of encode_images.csv")
-    parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
     return parser.parse_args()
 
 

@@ -96,13 +96,19 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="", help="brace pattern of webdataset tars (default: synthetic ones)")
+    parser = argument_parser(__doc__ or "", "images.csv")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="decoding processes (default: one per core)"
     )
     parser.add_argument("--images", type=int, default=2048, help="images per round (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="pairs per batch (default: %(default)s)")
+    return parser.parse_args()
+
+
+def argument_parser(description: str, file: str) -> argparse.ArgumentParser:
+    """The arguments of the benchmarks that read images; `file` is where the results are written."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="", help="brace pattern of webdataset tars (default: synthetic ones)")
     parser.add_argument(
         "--sides",
         type=int,
@@ -111,9 +117,9 @@ def parse_arguments() -> argparse.Namespace:
         help="width and height of synthetic images (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for images.csv (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder for {file} (default: %(default)s)")
     parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
-    return parser.parse_args()
+    return parser
 
 
 def write_tars(folder: Path, options: argparse.Namespace) -> str:
